@@ -1,0 +1,129 @@
+# `make` lists the targets. Set-up happens by itself and only once: its steps leave stamps in $(VENV)/.made that carry a hash
+# of the files they depend on, so a second run costs nothing and an interrupted one goes on where it was.
+#
+#   PYTHON     interpreter to make the environment with (python3)
+#   VENV       folder of the environment (.venv)
+#   SET        cpu or cuda; found by asking nvidia-smi
+#   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which works without a GPU too but
+#              weighs gigabytes; the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
+#   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
+#   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+CORES := $(shell nproc 2>/dev/null || echo 2)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off $(PIP_ARGS)
+
+# torch is named in every pip command: without it a dependency may replace the chosen build by the newest one.
+# torchcodec: on CUDA 0.17 is the first whose hardware decoder cache is safe; the CPU pin stands in the constraints.
+ifeq ($(SET),cuda)
+TORCH := "torch>=2.11,<2.16"
+PINS :=
+EXTRAS := train,video,gpu,test
+ALSO := "torchcodec>=0.17"
+RUN_ENV :=
+else ifeq ($(SET),cpu)
+TORCH := torch==2.13.0
+PINS := -c constraints-cpu.txt
+EXTRAS := train,video,test
+ALSO :=
+RUN_ENV := DS_ACCELERATOR=cpu
+else
+$(error SET: expected cpu or cuda, got '$(SET)')
+endif
+
+hash = $(shell { echo $(SET); cat $(1) 2>/dev/null; } | sha256sum | cut -c1-16)
+MADE := $(VENV)/.made
+VENV_STAMP := $(MADE)/venv
+TORCH_STAMP := $(MADE)/torch-$(call hash,constraints-cpu.txt)
+PACKAGE_STAMP := $(MADE)/package-$(call hash,constraints-cpu.txt pyproject.toml setup.py $(sort $(wildcard csrc/*)))
+
+# $(call apt,packages,what for): install Debian packages where that is allowed without asking, else say what is missing.
+define apt
+sudo=""; \
+if [ "$$(id -u)" != 0 ]; then sudo="sudo -n"; fi; \
+if command -v apt-get >/dev/null && $$sudo true 2>/dev/null; then \
+	echo "setup: apt-get install $(1) ($(2))"; \
+	{ $$sudo apt-get -qq update || echo "setup: apt-get update had problems, going on" >&2; \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends $(1); \
+	} </dev/null >$(VENV).apt.log 2>&1 || { cat $(VENV).apt.log >&2; \
+		echo "setup: could not install $(1), needed for: $(2). See above; mend it or install by hand, then run make again." >&2; exit 2; }; \
+	rm -f $(VENV).apt.log; \
+else \
+	echo "setup: missing: $(1), needed for: $(2). Only root may install it here. Run: sudo apt-get install $(1) (or your system's equivalent), then run make again." >&2; \
+	exit 2; \
+fi
+endef
+
+# The shared libraries that torchcodec opens at run time (FFmpeg 4 to 8). A found ffmpeg program proves nothing: it may be
+# linked statically. find_library also sees LD_LIBRARY_PATH.
+FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
+
+.PHONY: help setup python ffmpeg demo test lint bench wheel clean
+
+help: ## list the targets
+	@echo "targets (set: $(SET), $(CORES) cores):"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+setup: ffmpeg $(PACKAGE_STAMP) ## environment in .venv, FFmpeg's libraries, both packages editable
+
+python:
+	@command -v $(PYTHON) >/dev/null || { $(call apt,python3 python3-venv,the environment); }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "setup: expected Python 3.10 or later, got $$($(PYTHON) -V). Name another: make PYTHON=python3.11 ..." >&2; exit 2; }
+
+ffmpeg: python
+	@$(PYTHON) -c '$(FIND_FFMPEG)' || { $(call apt,ffmpeg,decoding video: FFmpeg 4 to 8 as shared libraries); }
+
+$(VENV_STAMP): | python
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv,the environment in $(VENV)); }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(MADE) && touch $@
+
+$(TORCH_STAMP): $(VENV_STAMP) | ffmpeg
+	@echo "setup: torch ($(SET) set) into $(VENV)"
+	@$(PIP) $(PINS) $(TORCH) numpy "setuptools>=77" wheel ninja
+	@rm -f $(MADE)/torch-* && touch $@
+
+# No build isolation: DeepSpeed's set-up and our native ops look at the torch that is installed. DS_BUILD_OPS=0: DeepSpeed's
+# own ops are not needed and take minutes to compile.
+$(PACKAGE_STAMP): $(TORCH_STAMP)
+	@echo "setup: rmsd_fast[$(EXTRAS)] and what it needs"
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation $(PINS) -e ".[$(EXTRAS)]" $(TORCH) $(ALSO)
+	@$(if $(filter cpu,$(SET)),$(PIP) --no-deps --upgrade --target $(VENV)/oracle $(PINS) torchvision || \
+		echo "setup: torchvision is not to be had; the test that compares with it will be skipped" >&2)
+	@$(BIN)/python -c 'import torchcodec.decoders' || { \
+		echo "setup: torchcodec does not load, see above: FFmpeg's shared libraries (4 to 8) must be found and torchcodec must fit torch." >&2; exit 2; }
+	@$(BIN)/python -c 'from rmsd_kernels import native; print("setup: native ops:", native.why_not() or "built")'
+	@rm -f $(MADE)/package-* && touch $@
+
+# The quickstart needs nothing from a hub; your own ARGS may.
+demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", default: the quickstart)
+	@$(RUN_ENV) $(if $(ARGS),,HF_HUB_OFFLINE=1) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
+		$(BIN)/torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train $(ARGS)
+
+test: setup ## set up, then run the test suite
+	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 $(or $(ARGS),tests)
+
+lint: $(PACKAGE_STAMP) ## check style with ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: setup ## run the benchmarks (each checks its results first)
+	@$(RUN_ENV) $(BIN)/python -m pytest -q $(or $(ARGS),bench)
+
+wheel: $(PACKAGE_STAMP) ## build a wheel into dist/
+	@$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean: ## remove the environment and build outputs (runs/ stays)
+	@rm -rf $(VENV) build dist *.egg-info rmsd_fast.egg-info kernels/rmsd_kernels/_native.abi3.so

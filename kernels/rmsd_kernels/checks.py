@@ -1,0 +1,167 @@
+"""Argument checks of the public losses. A message says what, expected, got, and where useful what to do.
+
+Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are read for CPU tensors only:
+on an accelerator that would wait for the device in every step. There a bad target gives NaN and a bad index is an error
+of torch's own indexing.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Names that impl= accepts besides "auto"; "auto" is the best of them for the given tensors.
+IMPLEMENTATIONS = ("torch", "reference")
+
+
+def resolve_impl(impl: str) -> str:
+    """The implementation that runs for impl; RuntimeError where it is not available."""
+    if impl == "auto":
+        return "torch"
+    if impl not in IMPLEMENTATIONS:
+        available = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))
+        raise RuntimeError(f"impl: {impl!r} is not available; use one of {available}")
+    return impl
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefix: str = "") -> None:
+    """hidden [T, D] and weight [V, D] of one floating dtype on one device; bias [V]."""
+    _is_tensor(f"{prefix}hidden", hidden)
+    _is_tensor(f"{prefix}weight", weight)
+    if hidden.ndim != 2:
+        raise ValueError(f"{prefix}hidden: expected shape [T, D], got {list(hidden.shape)}; flatten batch and length")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{prefix}weight: expected shape [V, {hidden.shape[1]}], got {list(weight.shape)}; "
+            "a head that is sharded over ranks (ZeRO-3, DTensor) has to be gathered first"
+        )
+    if not hidden.is_floating_point():
+        raise TypeError(f"{prefix}hidden: expected a floating dtype, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{prefix}weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one")
+    check_device(f"{prefix}weight", weight, hidden)
+    if bias is not None:
+        check_vector(f"{prefix}bias", bias, weight.shape[0], hidden)
+
+
+def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
+    """A floating tensor of shape [length] on the device of `like`."""
+    _is_tensor(name, values)
+    if values.shape != (length,):
+        raise ValueError(f"{name}: expected shape [{length}], got {list(values.shape)}")
+    if not values.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
+    check_device(name, values, like)
+
+
+def check_matrix(name: str, values: Tensor, shape: tuple[int, int], like: Tensor) -> None:
+    """A floating tensor of the given shape on the device of `like`."""
+    _is_tensor(name, values)
+    if values.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}")
+    if not values.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
+    check_device(name, values, like)
+
+
+def check_index(name: str, index: Tensor, length: int | None, limit: int, like: Tensor) -> None:
+    """int64 [length] (None: any length) with values in 0..limit-1."""
+    _is_tensor(name, index)
+    if index.ndim != 1 or (length is not None and len(index) != length):
+        raise ValueError(f"{name}: expected shape [{'P' if length is None else length}], got {list(index.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {index.dtype}")
+    check_device(name, index, like)
+    if _readable(index) and not bool(((index >= 0) & (index < limit)).all()):
+        raise ValueError(f"{name}: expected values in 0..{limit - 1}, got {_extremes(index)}")
+
+
+def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """int64 [T] in 0..V-1, or ignore_index."""
+    _is_tensor("targets", targets)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets: expected shape [{len(hidden)}], one per row of hidden, got {list(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected torch.int64, got {targets.dtype}")
+    check_device("targets", targets, hidden)
+    if _readable(targets):
+        scored = targets[targets != ignore_index]
+        if not bool(((scored >= 0) & (scored < vocabulary)).all()):
+            raise ValueError(
+                f"targets: expected values in 0..{vocabulary - 1} or ignore_index={ignore_index}, "
+                f"got {_extremes(scored)}"
+            )
+
+
+def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
+    """A number above 0, or a tensor of such numbers, [T] or without an axis."""
+    if isinstance(temperature, Tensor):
+        if temperature.ndim:
+            check_vector("temperature", temperature, len(hidden), hidden)
+        if _readable(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+            raise ValueError("temperature: expected finite values above 0 in every row")
+    else:
+        check_number("temperature", temperature, above=0.0)
+
+
+def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
+    """A finite number, above one bound or at least another."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
+        bound = f" above {above:g}" if above is not None else "" if least is None else f" >= {least:g}"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_normalizer(normalizer: float | Tensor | None, name: str = "normalizer") -> None:
+    """None, a number >= 0, or a tensor of one element."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {list(normalizer.shape)}")
+    elif normalizer is not None:
+        check_number(name, normalizer, least=0.0)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+    """int32 or int64 [B+1] that starts at 0, never falls and ends at T."""
+    _is_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: expected shape [B+1] with B >= 1, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    check_device("cu_seqlens", cu_seqlens, hidden)
+    if _readable(cu_seqlens):
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0 or edges[-1] != len(hidden) or sorted(edges) != edges:
+            raise ValueError(f"cu_seqlens: expected edges from 0 to T={len(hidden)} that never fall, got {edges}")
+
+
+def check_unit_interval(name: str, values: Tensor) -> None:
+    """All values in [0, 1], NaN refused (CPU tensors)."""
+    if _readable(values) and not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"{name}: expected values in [0, 1], got {_extremes(values)}")
+
+
+def _is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """On the device of `like`."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}; move it there")
+
+
+def _readable(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def _extremes(values: Tensor) -> str:
+    return f"values from {values.min().item()} to {values.max().item()}"

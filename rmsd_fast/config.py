@@ -1,0 +1,303 @@
+"""Every setting of a run: typed dataclasses, filled from a YAML recipe and overridden by `section.field=value`.
+
+The string below a field is its documentation; `--help` prints it. Sources are named by arXiv id; "open" means that the
+paper does not say and the value is ours. Unknown keys, and settings without effect, are errors (`SettingsError`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("sft", "warm_up", "distill")
+
+
+class SettingsError(ValueError):
+    """A setting that the user can mend. The message says which, what was expected, what it was and what to write."""
+
+
+@dataclass
+class MadeConfig:
+    """Material made by the program itself: clips, questions, a simulated teacher and a tiny student."""
+
+    enabled: bool = False
+    """Make the material below; `data.*`, `teacher.pool` and `model.path` that are empty then point at it."""
+    folder: str = "runs/made"
+    """Where it is written; kept and reused by later runs with the same settings."""
+    train_clips: int = 1500
+    """Clips made for training; each carries `questions_per_clip` questions."""
+    heldout_clips: int = 150
+    """Clips made for evaluation; their contents never occur in training."""
+    questions_per_clip: int = 3
+    """Questions asked of one clip, each of another task type."""
+    seed: int = 0
+    """Seed of clips, questions, teacher and student initialisation."""
+    responses: int = 4
+    """K, teacher responses per question (2603.11423: K=4)."""
+    teacher_error_rate: float = 0.35
+    """Share of simulated responses whose answer is wrong or off, before format violations."""
+    student_hidden: int = 64
+    """Hidden size of the tiny student; the rest of its shape follows from it."""
+    student_layers: int = 3
+    """Decoder layers of the tiny student."""
+
+
+@dataclass
+class ModelConfig:
+    """The student."""
+
+    path: str = ""
+    """Local directory or hub name of a model of the Qwen3-VL family."""
+    dtype: str = "bfloat16"
+    """`bfloat16` or `float32`: the dtype in which student, discriminator and reference compute."""
+    attention: str = "sdpa"
+    """Attention of transformers: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn)."""
+    gradient_checkpointing: bool = True
+    """Recompute decoder layers in backward instead of keeping their activations."""
+
+
+@dataclass
+class VideoConfig:
+    """How media become vision tokens."""
+
+    num_frames: int | None = 16
+    """Frames taken per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Excludes `fps`."""
+    fps: float | None = None
+    """Frames per second taken, within [min_frames, max_frames]. Excludes `num_frames`."""
+    min_frames: int = 4
+    """Fewest frames with `fps` (Qwen3-VL's processor: 4)."""
+    max_frames: int = 768
+    """Most frames with `fps` (Qwen3-VL's processor: 768)."""
+    min_video_pixels: int = 4096
+    """Lower pixel budget of a whole clip, T*H*W after resizing."""
+    max_video_pixels: int = 25165824
+    """Upper pixel budget of a whole clip, T*H*W after resizing; 24 Mi pixels = 12,288 vision tokens at T even."""
+    max_frame_pixels: int = 786432
+    """Upper budget of one frame, H*W after resizing (768 tokens of 32x32, the family's own cap)."""
+    min_image_pixels: int = 4096
+    """Lower pixel budget of an image, H*W after resizing."""
+    max_image_pixels: int = 4194304
+    """Upper pixel budget of an image, H*W after resizing."""
+
+
+@dataclass
+class DataConfig:
+    """Questions and their media."""
+
+    train: str = ""
+    """Training questions, JSONL (format in README)."""
+    heldout: str = ""
+    """Evaluation questions, JSONL; empty = no evaluation."""
+    format: str = "auto"
+    """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1`."""
+    media_root: str = ""
+    """Folder that every media path must lie in; empty = the folder of the question file."""
+    max_prompt_tokens: int = 16384
+    """Longer prompts are bad samples (replaced, counted and listed)."""
+    cache_mib: int = 1024
+    """Host memory for decoded frames (uint8, resized), MiB; 0 = decode every time."""
+    decode_threads: int = 2
+    """Threads that decode ahead of the step."""
+    max_bad_share: float = 0.05
+    """Abort when more than this share of the samples seen could not be used."""
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher pool: the only thing training sees of a teacher."""
+
+    pool: str = ""
+    """Teacher responses, JSONL (format in README)."""
+    responses: int = 4
+    """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
+    min_quality: float = 0.3
+    """tau: responses of lower quality are left out of matching (2603.11423: 0.3)."""
+    quality: str = "metric"
+    """`metric` (q_k of 2603.11423) or `uniform` (q=1 for every response, as in GAD 2511.10643)."""
+    numeric_metric: str = "epsilon"
+    """`epsilon` accuracy or `mra` (mean relative accuracy)."""
+    numeric_eps: float = 0.01
+    """Relative tolerance of the epsilon accuracy (open)."""
+    ocr_metric: str = "wer"
+    """`wer` (1 - word error rate, clipped at 0; open) or `anls`."""
+    spatial_format: str = "relative"
+    """Boxes in 0-1000 `relative` coordinates (Qwen convention) or `pixel`."""
+
+
+@dataclass
+class SftConfig:
+    """Stage 1: imitation of T_best."""
+
+    steps: int = 390
+    """Optimiser steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
+    batch_size: int = 128
+    """Questions per step over all processes (2603.11423: 128)."""
+    lr: float = 2e-6
+    """AdamW learning rate (2603.11423: 2e-6)."""
+    warmup_steps: int = 10
+    """Linear warm-up (open)."""
+    schedule: str = "cosine"
+    """`cosine` to zero, or `constant`, after the warm-up (open)."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (open)."""
+    train_vision: bool = False
+    """Also train vision tower and mergers."""
+    target: str = "best"
+    """`best` = argmax quality, ties and open questions a seeded uniform choice; `random` = one response of the pool."""
+    micro_batch: int = 8
+    """Rows per forward pass on one process."""
+
+
+@dataclass
+class DiscriminatorConfig:
+    """The co-evolving judge."""
+
+    mode: str = "separate"
+    """`separate`: its own copy of the stage-1 student with a scalar head (2603.11423)."""
+    lr: float = 1e-6
+    """AdamW learning rate (open; GAD 2511.10643)."""
+    warm_up_steps: int = 40
+    """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: leaving it out loses the gain)."""
+    warm_up_lr: float = 1e-6
+    """AdamW learning rate of the warm-up (open)."""
+    pairing: str = "expected"
+    """`expected` = all pairs weighted by p_k, exact expectation; `sampled` = one teacher response per rollout."""
+    normalizer: str = "pairs"
+    """`pairs` = number of pairs (2603.11423, literal reading), `quality` = sum of their qualities (open)."""
+    score_l2: float = 1e-3
+    """Weight of the mean squared score, both sides (PRISM 2604.28123); holds the level that the pair loss leaves free."""
+
+
+@dataclass
+class RewardConfig:
+    """R = alpha*D + beta*outer + eta*task + delta*content."""
+
+    alpha: float = 0.4
+    """Weight of the discriminator score (2603.11423)."""
+    beta: float = 0.1
+    """Weight of the outer format (2603.11423)."""
+    eta: float = 0.1
+    """Weight of the task format (2603.11423)."""
+    delta: float = 0.4
+    """Weight of the content metric (2603.11423)."""
+    normalization: str = "gn_then_sum"
+    """`gn_then_sum` = each part normalised in its group, then weighted (2604.28123); `sum_then_gn` = literal reading."""
+    score_clip: float | None = None
+    """Clip of the discriminator score inside the reward, e.g. 10 (2604.28123)."""
+    kl_in_reward: float = 0.0
+    """Weight of the k1 estimate log pi - log ref (mean per token) subtracted from the reward (open)."""
+
+
+@dataclass
+class RolloutConfig:
+    """Online responses of the student."""
+
+    engine: str = "hf"
+    """`hf`: transformers in the training process, prompt prefilled once for all N."""
+    n: int = 8
+    """N, rollouts per question (2603.11423: 8)."""
+    temperature: float = 0.8
+    """Sampling temperature; every log-prob of the loss uses the same one (GAD 2511.10643)."""
+    max_new_tokens: int = 1024
+    """Longest response; longer ones are cut and counted as truncated."""
+    prompts_per_batch: int = 8
+    """Questions generated at once on one process."""
+
+
+@dataclass
+class DistillConfig:
+    """Stage 2: adversarial distillation."""
+
+    steps: int = 468
+    """Optimiser steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
+    batch_size: int = 128
+    """Questions per step over all processes (2603.11423: 128)."""
+    lr: float = 1e-6
+    """AdamW learning rate of the student (2603.11423: 1e-6)."""
+    warmup_steps: int = 10
+    """Linear warm-up (open)."""
+    schedule: str = "constant"
+    """`cosine` to zero, or `constant`, after the warm-up (open)."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (open)."""
+    train_vision: bool = False
+    """Also train vision tower and mergers (open; off = peers' norm)."""
+    objective: str = "policy"
+    """`policy` = R-MSD; `sft` = the control: the same steps, batches and learning rate with imitation of T_best."""
+    kl: str = "k3"
+    """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary); `k1` has no gradient in
+    expectation and is refused here, use `reward.kl_in_reward`."""
+    kl_coef: float = 1e-3
+    """gamma (open; GAD 2511.10643)."""
+    aggregation: str = "token_mean"
+    """`token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
+    micro_prompts: int = 1
+    """Questions per forward pass on one process, each with its N rollouts (and K teacher responses in D)."""
+
+
+@dataclass
+class RuntimeConfig:
+    """DeepSpeed and numerics."""
+
+    zero_stage: int = 2
+    """ZeRO stage of both engines: 0, 1, 2 or 3."""
+    offload_optimizer: bool = False
+    """Keep optimiser states in host memory (ZeRO 1-3 on CUDA)."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, both engines (open)."""
+    max_skipped_steps: int = 5
+    """Abort after this many steps in a row whose loss or gradient was not finite."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints and resume."""
+
+    every_steps: int = 50
+    """Write one every so many steps of a stage, and at each stage's end; 0 = only at the ends."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation between the stages."""
+
+    num_frames: int | None = None
+    """Frames per video in evaluation instead of `video.num_frames` (2603.11423: 64)."""
+    max_questions: int = 0
+    """Evaluate the first so many held-out questions; 0 = all."""
+    max_new_tokens: int = 1024
+    """Longest response; decoding is greedy."""
+    prompts_per_batch: int = 16
+    """Questions generated at once on one process."""
+    samples: int = 24
+    """Responses kept per student for the report's table."""
+
+
+@dataclass
+class RunConfig:
+    """One run."""
+
+    name: str = "run"
+    """First part of the run folder's name."""
+    output: str = "runs"
+    """Folder in which the run folder `<name>-<time>` is made."""
+    seed: int = 0
+    """Seed of order, matching, rollouts and heads."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """Stages to run, in this order: any of sft, warm_up, distill."""
+    made: MadeConfig = field(default_factory=MadeConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

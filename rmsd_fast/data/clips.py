@@ -1,0 +1,403 @@
+"""Made clips: small real h264 files whose content is known, with questions of all six task types.
+
+A clip has 8 frames of 64x64 at 1 fps. For 2 s, at its start or its end, it shows a card: a sign of one letter and one
+digit, each 32x32 pixels, above up to seven dots. In the other 6 s one coloured shape is visible during some interval
+on black. Everything stands on the 16-pixel grid of a vision tower with patches of 16 and 2x2 merging, so that the
+card is 2x2 vision tokens; pixels are clean, since a student of half a million parameters learned nothing from noisy
+ones.
+
+Contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
+for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, (letter, digit)
+for ocr. The rule is fixed and balanced, so that every single attribute occurs on both sides whatever the seed.
+Temporal and spatial questions name colour and shape: no held-out (question, answer) pair of theirs occurs in
+training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmsd_fast.data.records import Question, write_questions
+from rmsd_fast.method.answers import TASK_TYPES
+
+SIZE = 64
+FRAMES = 8
+PATCH = 16
+CARD_FRAMES = 2
+# Raised whenever the same settings would give other files.
+VERSION = 1
+
+COLORS = {
+    "red": (230, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (40, 60, 240),
+    "yellow": (240, 230, 30),
+    "cyan": (30, 220, 220),
+    "pink": (240, 60, 200),
+    "white": (240, 240, 240),
+    "orange": (250, 130, 20),
+}
+DOT_COLORS = ("white", "yellow", "cyan")
+SHAPES = ("block", "oval", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+# 5x7 block glyphs, drawn with 4x4 pixels per cell.
+GLYPHS = {
+    "H": "10001 10001 10001 11111 10001 10001 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111",
+    "T": "11111 00100 00100 00100 00100 00100 00100",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Z": "11111 00001 00010 00100 01000 10000 11111",
+    "C": "11111 10000 10000 10000 10000 10000 11111",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "11111 00001 00001 11111 10000 10000 11111",
+    "4": "10001 10001 10001 11111 00001 00001 00001",
+    "5": "11111 10000 10000 11111 00001 00001 11111",
+    "7": "11111 00001 00010 00100 00100 01000 01000",
+    "8": "11111 10001 10001 11111 10001 10001 11111",
+}
+LETTERS, DIGITS = "HLTXZC", "124578"
+CARD_COLOR = (70, 70, 70)
+
+# Along each axis: (first patch, patches).
+_SPANS = [(start, length) for length in (1, 2) for start in range(4 - length + 1)]
+# 18 intervals of 1 to 4 s within the 6 s beside the card, for each of its two positions.
+_INTERVALS = [
+    (first + start, first + start + length)
+    for first in (CARD_FRAMES, 0)
+    for length in (1, 2, 3, 4)
+    for start in range(FRAMES - CARD_FRAMES - length + 1)
+]
+_PATTERNS = {count: [p for p in range(1, 256) if p.bit_count() == count] for count in range(1, 8)}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a clip shows. Written to `meta["made"]`; only the simulated teacher and tests read it."""
+
+    color: str
+    shape: str
+    box: tuple[int, int, int, int]
+    """x1, y1, x2, y2 in 0-1000."""
+    start: int
+    """First second in which the shape is visible."""
+    end: int
+    """Second at which it is gone."""
+    card_first: bool
+    """The card stands at the start (else at the end)."""
+    sign: str
+    """Letter and digit, "H 4"."""
+    dots: int
+    """Number of dots."""
+    dot_color: str
+    pattern: int
+    """Bit i = a dot on patch i of the lower half, row by row."""
+
+    @property
+    def place(self) -> str:
+        """Where the box's centre lies: "top left", "left", "centre", …"""
+        x, y = (self.box[0] + self.box[2]) // 2, (self.box[1] + self.box[3]) // 2
+        row = "top" if y < 500 else "bottom" if y > 500 else ""
+        column = "left" if x < 500 else "right" if x > 500 else ""
+        return f"{row} {column}".strip() or "centre"
+
+
+@dataclass(frozen=True)
+class MadeMaterial:
+    """Where made clips and questions lie."""
+
+    folder: Path
+    train: Path
+    heldout: Path
+    clips: Path
+
+
+def make_clips(
+    folder: str | os.PathLike, *, train_clips: int, heldout_clips: int, questions_per_clip: int, seed: int
+) -> MadeMaterial:
+    """Write clips, `train.jsonl` and `heldout.jsonl` under `folder/<hash of the settings>`; existing ones are reused.
+
+    The folder appears whole or not at all (`made.json` in it names the settings).
+
+    Raises:
+        ValueError: a number out of range.
+        RuntimeError: torchcodec or FFmpeg is missing, or the folder belongs to something else.
+    """
+    for name, value, low, high in (
+        ("train_clips", train_clips, 1, None),
+        ("heldout_clips", heldout_clips, 1, None),
+        ("questions_per_clip", questions_per_clip, 1, len(TASK_TYPES)),
+    ):
+        if value < low or (high is not None and value > high):
+            limit = f"{low} to {high}" if high else f"at least {low}"
+            raise ValueError(f"made.{name}: expected {limit}, got {value}; change the setting")
+    settings = {
+        "version": VERSION,
+        "train_clips": train_clips,
+        "heldout_clips": heldout_clips,
+        "questions_per_clip": questions_per_clip,
+        "seed": seed,
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    final = Path(folder).absolute() / name
+    material = MadeMaterial(final, final / "train.jsonl", final / "heldout.jsonl", final / "clips")
+    if final.exists():
+        _check_made(final, settings)
+        return material
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=final.parent))
+    # mkdtemp makes the folder private; what is renamed into place is as readable as any other.
+    temporary.chmod(0o755)
+    try:
+        (temporary / "clips").mkdir()
+        for split, clips in (("train", train_clips), ("heldout", heldout_clips)):
+            questions = _make_split(temporary, split, clips, questions_per_clip, seed)
+            write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
+        (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        _move_into_place(temporary, final, settings)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return material
+
+
+def render_clip(content: Content) -> torch.Tensor:
+    """The clip's frames, uint8 [F=8, 3, 64, 64]; frame i is shown from second i to i + 1."""
+    frames = torch.zeros(FRAMES, 3, SIZE, SIZE, dtype=torch.uint8)
+    cards = slice(0, CARD_FRAMES) if content.card_first else slice(FRAMES - CARD_FRAMES, FRAMES)
+    frames[cards] = _card(content)
+    x1, y1, x2, y2 = (value * SIZE // 1000 for value in content.box)
+    mask = _shape_mask(content.shape, y2 - y1, x2 - x1)
+    patch = mask * torch.tensor(COLORS[content.color], dtype=torch.uint8)[:, None, None]
+    frames[content.start : content.end, :, y1:y2, x1:x2] = patch
+    return frames
+
+
+def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
+    """Write frames uint8 [F, 3, H, W] as h264 in mp4 at 1 fps.
+
+    Raises:
+        RuntimeError: torchcodec or its FFmpeg libraries cannot be loaded.
+    """
+    try:
+        from torchcodec.encoders import VideoEncoder
+    except (ImportError, RuntimeError, OSError) as error:
+        raise RuntimeError(
+            "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
+            f"{str(error).strip().splitlines()[0]}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
+        ) from error
+    # A key frame every 4: sampling frames of a real file also meets frames that depend on others.
+    VideoEncoder(frames, frame_rate=1).to_file(
+        path, codec="libx264", pixel_format="yuv420p", crf=12, extra_options={"g": "4"}
+    )
+
+
+def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None, sign: str | None = None) -> Content:
+    """A random content of one side of the split; `dots` and `sign` are drawn too where they are not given."""
+    color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+    box = rng.choice([box for box in _boxes() if is_heldout_box(color, shape, box) == heldout])
+    start, end, card_first = rng.choice([i for i in _intervals() if is_heldout_interval(color, shape, i) == heldout])
+    dot_color, dots = rng.choice(DOT_COLORS), dots or rng.choice(list(_PATTERNS))
+    pattern = rng.choice([p for p in _PATTERNS[dots] if is_heldout_pattern(dot_color, p) == heldout])
+    sign = sign or rng.choice(_signs(heldout))
+    return Content(color, shape, box, start, end, card_first, sign, dots, dot_color, pattern)
+
+
+def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
+    """7 of 49 boxes per (colour, shape), one per row span and one per column span."""
+    x, y = (
+        _SPANS.index((box[0] // 250, (box[2] - box[0]) // 250)),
+        _SPANS.index((box[1] // 250, (box[3] - box[1]) // 250)),
+    )
+    return (x + 3 * y + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 7 == 0
+
+
+def is_heldout_interval(color: str, shape: str, interval: tuple[int, int, bool]) -> bool:
+    """About one of 6 (start, end) per (colour, shape), whatever the card's position."""
+    start, end, _ = interval
+    return (start + 2 * (end - start) + list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 6 == 0
+
+
+def is_heldout_pattern(dot_color: str, pattern: int) -> bool:
+    """One of 8 patterns per number of dots and dot colour."""
+    same = _PATTERNS[pattern.bit_count()]
+    return (same.index(pattern) + 3 * DOT_COLORS.index(dot_color)) % 8 == 0
+
+
+def is_heldout_sign(sign: str) -> bool:
+    """6 of 36, every letter and every digit once."""
+    letter, digit = sign.split()
+    return (LETTERS.index(letter) + DIGITS.index(digit)) % 6 == 0
+
+
+def make_question(
+    content: Content, task: str, rng: random.Random, *, identity: str, clip: Path, letter: str | None = None
+) -> Question:
+    """A question of the given type about the clip, with its ground truth; `letter`: that of the right option (mcq)."""
+    shape = f"{content.color} {content.shape}"
+    options, asked = None, task
+    if task == "mcq":
+        asked, text, options, answer = _choice(content, rng, letter or rng.choice("ABCD"))
+    elif task == "temporal":
+        text = rng.choice(
+            (
+                f"When is the {shape} visible?",
+                f"During which time can you see the {shape}?",
+                f"Find the moment with the {shape}.",
+            )
+        )
+        answer = f"{content.start}.0 to {content.end}.0"
+    elif task == "spatial":
+        text = rng.choice((f"Where is the {shape}?", f"Give the box of the {shape}.", f"Locate the {shape}."))
+        answer = ",".join(map(str, content.box))
+    elif task == "numeric":
+        text = rng.choice(("How many dots are on the card?", "Count the dots.", "What is the number of dots?"))
+        answer = str(content.dots)
+    elif task == "ocr":
+        text = rng.choice(("What does the sign say?", "Read the sign.", "Which text is on the card?"))
+        answer = content.sign
+    else:
+        text = rng.choice(("What appears in the clip?", "Describe the clip.", "What do you see beside the card?"))
+        answer = f"{article(content.color).capitalize()} {shape} at the {content.place}."
+    return Question(
+        id=identity,
+        question=text,
+        task_type=task,
+        videos=(str(clip),),
+        options=options,
+        answer=answer,
+        duration=float(FRAMES),
+        meta={"made": asdict(content) | {"place": content.place}, "asked": asked},
+    )
+
+
+def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str, tuple[str, ...], str]:
+    """An mcq: what is asked, question, options in random order, letter of the right one."""
+    asked = rng.choice(("color", "color", "shape", "place"))
+    # A box across the middle has no corner: its colour is asked instead.
+    if asked == "place" and content.place not in PLACES:
+        asked = "color"
+    if asked == "color":
+        text = rng.choice((f"Which colour is the {content.shape}?", f"What is the colour of the {content.shape}?"))
+        right, others = content.color, [name for name in COLORS if name != content.color]
+    elif asked == "shape":
+        text = rng.choice((f"Which shape is {content.color}?", f"What is the {content.color} shape?"))
+        right, others = content.shape, [name for name in SHAPES if name != content.shape]
+    else:
+        text = rng.choice((f"In which corner is the {content.shape}?", f"Where is the {content.color} shape?"))
+        right, others = content.place, [name for name in PLACES if name != content.place]
+    options = rng.sample(others, 3)
+    options.insert("ABCD".index(letter), right)
+    return asked, text, tuple(options), letter
+
+
+def article(word: str) -> str:
+    """a or an."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) -> list[Question]:
+    rng = random.Random(f"made clips {seed} {split}")
+    heldout = split == "heldout"
+    # Answers that are asked for come from decks, each equally often: a constant answer then scores least.
+    dots, signs, letters = _deck(rng, list(_PATTERNS)), _deck(rng, _signs(heldout)), _deck(rng, list("ABCD"))
+    asked = dict.fromkeys(TASK_TYPES, 0)
+    questions = []
+    for index in range(clips):
+        # The types asked least so far, ties at random: balanced to one question, and no type twice about a clip.
+        tasks = sorted(TASK_TYPES, key=lambda name: (asked[name], rng.random()))[:per_clip]
+        content = sample_content(
+            rng,
+            heldout=heldout,
+            dots=next(dots) if "numeric" in tasks else None,
+            sign=next(signs) if "ocr" in tasks else None,
+        )
+        name = f"{split}-{index:05d}"
+        clip = folder / "clips" / f"{name}.mp4"
+        encode_clip(render_clip(content), clip)
+        for task in tasks:
+            asked[task] += 1
+            letter = next(letters) if task == "mcq" else None
+            questions.append(make_question(content, task, rng, identity=f"{name}-{task}", clip=clip, letter=letter))
+    return questions
+
+
+def _deck(rng: random.Random, values: list) -> Iterator:
+    """Deals the values for ever, all of them in a new order in each round."""
+    while True:
+        yield from rng.sample(values, len(values))
+
+
+def _signs(heldout: bool) -> list[str]:
+    return [sign for a, b in product(LETTERS, DIGITS) if is_heldout_sign(sign := f"{a} {b}") == heldout]
+
+
+def _card(content: Content) -> torch.Tensor:
+    """uint8 [3, 64, 64]: letter and digit above, dots below."""
+    card = torch.tensor(CARD_COLOR, dtype=torch.uint8)[:, None, None].repeat(1, SIZE, SIZE)
+    for index, glyph in enumerate(content.sign.split()):
+        cells = torch.tensor([[int(cell) for cell in row] for row in GLYPHS[glyph].split()], dtype=torch.bool)
+        mask = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        left = 32 * index + 6
+        card[:, 2 : 2 + mask.shape[0], left : left + mask.shape[1]][:, mask] = 240
+    dot = torch.tensor(COLORS[content.dot_color], dtype=torch.uint8)[:, None, None]
+    for cell in range(8):
+        if content.pattern >> cell & 1:
+            top, left = SIZE // 2 + PATCH * (cell // 4), PATCH * (cell % 4)
+            card[:, top + 3 : top + 13, left + 3 : left + 13] = dot
+    return card
+
+
+def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
+    """uint8 [H, W] of 0 and 1; the shape touches all four sides of its box."""
+    y = ((torch.arange(height) + 0.5) / height * 2 - 1)[:, None].expand(height, width)
+    x = ((torch.arange(width) + 0.5) / width * 2 - 1)[None, :].expand(height, width)
+    if shape == "block":
+        mask = torch.ones(height, width, dtype=torch.bool)
+    elif shape == "oval":
+        mask = x**2 + y**2 <= 1
+    elif shape == "triangle":
+        mask = x.abs() <= (y + 1) / 2 + 1 / width
+    else:
+        mask = (x.abs() < 0.3) | (y.abs() < 0.3)
+    return mask.to(torch.uint8)
+
+
+def _boxes() -> list[tuple[int, int, int, int]]:
+    return [(250 * x, 250 * y, 250 * (x + w), 250 * (y + h)) for (x, w), (y, h) in product(_SPANS, _SPANS)]
+
+
+def _intervals() -> list[tuple[int, int, bool]]:
+    return [(start, end, index < len(_INTERVALS) // 2) for index, (start, end) in enumerate(_INTERVALS)]
+
+
+def _move_into_place(temporary: Path, final: Path, settings: dict[str, Any]) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        # Another process made the same material meanwhile: its copy is as good.
+        if not final.exists():
+            raise
+        _check_made(final, settings)
+
+
+def _check_made(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that is not what these settings make."""
+    try:
+        found = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = f"none that can be read ({error})"
+    missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
+    if found != settings or missing:
+        got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
+        raise RuntimeError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")

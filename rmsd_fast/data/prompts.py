@@ -1,0 +1,197 @@
+"""Questions to prompt tokens (chat template, frame stamps, vision tokens, M-RoPE positions); responses to tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.records import Question
+from rmsd_fast.data.video import Frames, Preprocessor, decode_image, decode_video
+
+END_TOKEN = "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+# Values of `mm_token_type_ids`, as the model's get_rope_index reads them.
+IMAGE_TYPE, VIDEO_TYPE = 1, 2
+
+_REPLY = "Reply as <think>reasoning</think><answer>{answer}</answer>"
+# The last line of each prompt. Short on purpose: every rollout of every question carries it.
+ANSWER_FORMAT = {
+    "mcq": _REPLY.format(answer="option letter"),
+    "temporal": _REPLY.format(answer="start to end") + ", in seconds",
+    "spatial": _REPLY.format(answer="x1,y1,x2,y2") + ", from 0 to 1000",
+    "numeric": _REPLY.format(answer="number"),
+    "ocr": _REPLY.format(answer="text read"),
+    "open": _REPLY.format(answer="text"),
+}
+_OPTION_LABEL = re.compile(r"\s*([A-Z])[.):]\s+")
+
+
+class PromptError(ValueError):
+    """A question that cannot be put to the student. The message names the question, what is wrong and what to do."""
+
+
+class ResponseError(ValueError):
+    """A response text that cannot be taught. The message names the token and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as the student sees it.
+
+    Fields:
+        question: where it came from.
+        input_ids: int64 [P].
+        mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
+        position_ids: int64 [3, P]: time, height, width. The first response token stands at `next_position` on each.
+        media: decoded media in the order of their placeholders: videos, then images.
+    """
+
+    question: Question
+    input_ids: torch.Tensor
+    mm_token_type_ids: torch.Tensor
+    position_ids: torch.Tensor
+    media: tuple[Frames, ...]
+
+    @property
+    def next_position(self) -> int:
+        return int(self.position_ids.max()) + 1
+
+
+class PromptBuilder:
+    """Builds prompts and encodes responses for one student. Safe to call from several threads.
+
+    Args:
+        student: `rmsd_fast.models.students.Student`, or anything with its `model`, `tokenizer` and `preprocessor`.
+        video: frames and pixel budgets.
+    Attributes:
+        eos_id: id of `<|im_end|>`, which ends every response.
+        pad_id: id for padding.
+        banned_ids: int64, ids that generation must never choose: every special token but the end token, and ids of the
+            embedding beyond the tokenizer's.
+    """
+
+    def __init__(self, student: Any, video: VideoConfig) -> None:
+        self.tokenizer = student.tokenizer
+        self.preprocessor = student.preprocessor
+        self.video = video
+        self._rope_index = student.model.model.get_rope_index
+        config = student.model.config
+        self._image_id, self._video_id = config.image_token_id, config.video_token_id
+        self.eos_id: int = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
+        self.pad_id: int = self.tokenizer.pad_token_id
+        special = {
+            index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._special = special
+        beyond = range(len(self.tokenizer), config.text_config.vocab_size)
+        self.banned_ids = torch.tensor(sorted({*special, *beyond} - {self.eos_id}), dtype=torch.int64)
+
+    def build(self, question: Question) -> Prompt:
+        """Decode the question's media and build its prompt.
+
+        Raises:
+            MediaError: a media file cannot be used.
+            PromptError: the text holds a special token.
+        """
+        videos = [decode_video(path, self.video, self.preprocessor) for path in question.videos]
+        images = [decode_image(path, self.video, self.preprocessor) for path in question.images]
+        return self.build_from_media(question, tuple(videos + images))
+
+    def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
+        """The same with media decoded before: videos, then images, in the order of the question."""
+        text = question_text(question)
+        self._refuse_special(question, text)
+        content = [{"type": frames.kind} for frames in media] + [{"type": "text", "text": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        ids = self._encode(self._expand(rendered, media, question))
+        types = torch.zeros_like(ids)
+        types[ids == self._image_id] = IMAGE_TYPE
+        types[ids == self._video_id] = VIDEO_TYPE
+        grids = {}
+        for kind in ("image", "video"):
+            grid = [frames.grid_thw for frames in media if frames.kind == kind]
+            grids[f"{kind}_grid_thw"] = torch.tensor(grid) if grid else None
+        positions, _ = self._rope_index(ids[None], types[None], **grids)
+        return Prompt(question, ids, types, positions[:, 0], media)
+
+    def encode_response(self, text: str) -> torch.Tensor:
+        """Token ids of a response, int64 [R], the end token included.
+
+        Raises:
+            ResponseError: the text holds a special token; vision tokens in it would be taken for pixels.
+        """
+        ids = self._encode(text)
+        for index in ids.tolist():
+            if index in self._special:
+                raise ResponseError(
+                    f"a response must be plain text, got the special token {self._special[index]}; "
+                    "remove it from the teacher pool, or leave the response out"
+                )
+        return torch.cat([ids, torch.tensor([self.eos_id])])
+
+    def decode_response(self, ids: torch.Tensor | list[int]) -> str:
+        """Text of response ids: up to the first end token, without special tokens."""
+        ids = [int(index) for index in ids]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _encode(self, text: str) -> torch.Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+    def _refuse_special(self, question: Question, text: str) -> None:
+        for token in self._special.values():
+            if token in text:
+                raise PromptError(
+                    f"question {question.id!r}: expected plain text, got the special token {token}; "
+                    "remove it from the question"
+                )
+
+    def _expand(self, rendered: str, media: tuple[Frames, ...], question: Question) -> str:
+        """Put each medium's stamps and placeholder tokens where the chat template left its one pad token.
+
+        As the family's processor does since transformers 5.10: the template's own vision start and end stay around the
+        whole video, although each of its temporal patches brings a pair of its own.
+        """
+        pieces = re.split(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", rendered)
+        if len(pieces) != len(media) + 1:
+            raise PromptError(
+                f"question {question.id!r}: expected the chat template to mark {len(media)} media, "
+                f"got {len(pieces) - 1}; the model folder needs the chat template of the Qwen3-VL family"
+            )
+        marks = [media_text(frames, self.preprocessor) for frames in media]
+        return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
+
+
+def question_text(question: Question) -> str:
+    """The text of a prompt: question, one line per option (`A. text`), answer format."""
+    options = question.options or ()
+    letters = [chr(ord("A") + index) for index in range(len(options))]
+    labels = [_OPTION_LABEL.match(option) for option in options]
+    # A label is taken off only where all options carry their own letter: "I. Newton" alone is a text.
+    if all(label and label[1] == letter for label, letter in zip(labels, letters, strict=True)):
+        options = [option[label.end() :] for option, label in zip(options, labels, strict=True)]
+    lines = [f"{letter}. {option.strip()}" for letter, option in zip(letters, options, strict=True)]
+    return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])
+
+
+def media_text(frames: Frames, preprocessor: Preprocessor) -> str:
+    """What stands in place of a medium's pad token; each temporal patch of a video is announced by its mean time."""
+    steps, height, width = frames.grid_thw
+    tokens = height * width // preprocessor.merge_size**2
+    if frames.kind == "image":
+        return IMAGE_PAD * tokens
+    span = preprocessor.temporal_patch_size
+    times = list(frames.timestamps_s)
+    times += times[-1:] * (steps * span - len(times))
+    # The mean of a patch's first and last frame, as the family's processor takes it.
+    stamps = [(times[index] + times[index + span - 1]) / 2 for index in range(0, len(times), span)]
+    block = VISION_START + VIDEO_PAD * tokens + VISION_END
+    return "".join(f"<{stamp:.1f} seconds>{block}" for stamp in stamps)

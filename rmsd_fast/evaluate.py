@@ -1,0 +1,65 @@
+"""Evaluate a model on held-out questions: accuracy by task type with 95% intervals, as a table and as JSON.
+
+torchrun --nproc-per-node 1 -m rmsd_fast.evaluate quickstart model.path=runs/x/export --output evaluation.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.models.students import load_student
+from rmsd_fast.runtime.distributed import World, start, stop
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise, write_whole
+from rmsd_fast.stages.material import USER_ERRORS, prepare_material
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="recipe with the held-out questions and settings")
+    parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = load_settings(arguments.recipe, arguments.overrides)
+        world = start()
+        evaluate(settings, world, arguments.output)
+        stop()
+        return 0
+    except USER_ERRORS as error:
+        print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
+        return 2
+
+
+def evaluate(settings: RunConfig, world: World, output: Path) -> None:
+    """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
+    material = prepare_material(settings, world)
+    if not material.heldout:
+        raise ValueError("data.heldout: expected a file with questions to evaluate on, got none")
+    student = load_student(
+        material.model_path, dtype=settings.model.dtype, attn_implementation=settings.model.attention
+    )
+    student.model.to(world.device)
+    records = answer_questions(student, material.heldout, settings, world, name=material.model_path)
+    if not world.is_main:
+        return
+    result = {
+        "questions": len(records),
+        "model": material.model_path,
+        "floors": floors_of(material.heldout, settings),
+        "students": {"model": summarise(records)},
+        "differences": {},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(output.with_suffix(".predictions.jsonl"), lines)
+    write_whole(output, json.dumps(result, indent=2) + "\n")
+    print(format_table(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

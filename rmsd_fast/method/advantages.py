@@ -1,0 +1,46 @@
+"""Group-relative advantages: rewards of the N rollouts of one question, centred and scaled within the group.
+
+Source: R-MSD (arXiv 2603.11423) leaves the advantage open; this is GRPO as GAD (arXiv 2511.10643) uses it.
+"""
+
+import torch
+from torch import Tensor
+
+# A spread of rewards below this share of max(1, |mean|) is rounding, not signal.
+DEGENERATE_SPREAD = 1e-6
+
+
+def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """(r - mean) / (sd + eps) over the last axis, with the unbiased standard deviation.
+
+    A degenerate group (N = 1, or max - min <= 1e-6 * max(1, |mean|)) gives exact zeros. A reward that is not finite
+    makes its whole group NaN, which the non-finite guard of the training step sees.
+
+    Args:
+        reward: [N], or [..., N] for several groups of equal size.
+        eps: added to the standard deviation, > 0.
+    Returns:
+        Same shape; reward's dtype where that is float32 or float64, else float32. Computed in float64.
+    Raises:
+        ValueError: reward has no axis or an empty group; eps is not above 0.
+    """
+    if reward.ndim == 0 or reward.shape[-1] == 0:
+        raise ValueError(f"reward: expected shape [..., N] with N >= 1, got {list(reward.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, got {eps!r}")
+    dtype = reward.dtype if reward.dtype in (torch.float32, torch.float64) else torch.float32
+    if reward.shape[-1] == 1:
+        return torch.zeros_like(reward, dtype=dtype)
+    values = reward.double()
+    centred = values - values.mean(dim=-1, keepdim=True)
+    scaled = centred / (values.std(dim=-1, keepdim=True, unbiased=True) + eps)
+    return torch.where(degenerate_groups(values).unsqueeze(-1), torch.zeros_like(scaled), scaled).to(dtype)
+
+
+def degenerate_groups(reward: Tensor) -> Tensor:
+    """Which groups carry no signal: bool of reward's shape without its last axis. Count them with ``.sum()``."""
+    values = reward.double()
+    if values.shape[-1] == 1:
+        return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+    spread = values.amax(dim=-1) - values.amin(dim=-1)
+    return spread <= DEGENERATE_SPREAD * values.mean(dim=-1).abs().clamp(min=1.0)

@@ -1,0 +1,146 @@
+"""Reading answers out of responses: the outer format, and what each task type needs inside ``<answer>``.
+
+A response is ``<think>…</think><answer>…</answer>``. Each of the four tags stands exactly once and in this order; white
+space is allowed around the whole and between the two blocks. Inside ``<answer>``, after stripping:
+
+========  ==========================================  =====================
+task      written as                                  parsed value
+========  ==========================================  =====================
+mcq       ``B``, ``B.``, ``(B)``, ``[B]``, any case   ``"B"``
+temporal  ``12.5 to 20.0`` (seconds)                  ``(12.5, 20.0)``
+spatial   ``x1,y1,x2,y2``                             four floats
+numeric   a decimal number                            float
+ocr       text                                        the text
+open      text                                        the text
+========  ==========================================  =====================
+
+Parsing is strict: the whole inside must match, nothing is searched for in a sentence. Numbers are ASCII decimals
+(``3``, ``-2.5``, ``.5``, ``1e3``); units, percent signs, thousands separators, underscores, hexadecimal, other scripts'
+digits, ``nan``, ``inf`` and numbers that overflow to infinity (``1e400``) do not parse.
+
+Source: R-MSD (arXiv 2603.11423), response format and task types.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+TASK_TYPES = ("mcq", "temporal", "spatial", "numeric", "ocr", "open")
+CLOSED_TASKS = ("mcq", "temporal", "spatial", "numeric", "ocr")
+
+ParsedAnswer = str | float | tuple[float, ...]
+
+EXPECTED_FORMAT = {
+    "mcq": "one option letter such as 'B'",
+    "temporal": "'<start> to <end>' in seconds such as '12.5 to 20.0'",
+    "spatial": "'x1,y1,x2,y2' such as '100,200,300,400'",
+    "numeric": "one finite number such as '3' or '2.5'",
+    "ocr": "text that is not empty",
+    "open": "text that is not empty",
+}
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# [A-Za-z] and [0-9] are spelled out: re.IGNORECASE would let the Kelvin sign pass as K, and \d other scripts' digits.
+_LETTER = re.compile(r"([A-Za-z])\.?|\(([A-Za-z])\)|\[([A-Za-z])\]")
+_NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMERIC = re.compile(rf"({_NUMBER})")
+_TEMPORAL = re.compile(rf"({_NUMBER})\s+to\s+({_NUMBER})")
+_SPATIAL = re.compile(r"\s*,\s*".join([rf"({_NUMBER})"] * 4))
+
+
+def parse_answer(text: str, task_type: str, options: Sequence[str] | None = None) -> ParsedAnswer | None:
+    """The answer of a whole response, or None where the response is not valid.
+
+    Valid means that the outer format holds and that the text inside ``<answer>`` parses in full.
+
+    Args:
+        text: the whole response.
+        task_type: one of TASK_TYPES.
+        options: the choices of an ``mcq`` question in order; a letter outside them does not parse. None: any letter.
+    Raises:
+        ValueError: unknown task type, or a number of options outside 1..26.
+        TypeError: text is not a str, or options is a single str.
+    """
+    _check_arguments(text, task_type, options)
+    if not has_outer_format(text):
+        return None
+    return parse_answer_body(_answer_body(text), task_type, options)
+
+
+def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None = None) -> ParsedAnswer | None:
+    """The value of what stands inside ``<answer>`` (also: of a ground truth), or None where it does not parse.
+
+    Same arguments and errors as parse_answer.
+    """
+    _check_arguments(body, task_type, options)
+    body = body.strip()
+    if task_type == "mcq":
+        match = _LETTER.fullmatch(body)
+        if match is None:
+            return None
+        letter = next(group for group in match.groups() if group).upper()
+        return letter if options is None or letter in option_letters(options) else None
+    if task_type == "temporal":
+        return _numbers(_TEMPORAL.fullmatch(body))
+    if task_type == "spatial":
+        return _numbers(_SPATIAL.fullmatch(body))
+    if task_type == "numeric":
+        values = _numbers(_NUMERIC.fullmatch(body))
+        return None if values is None else values[0]
+    return body or None
+
+
+def has_outer_format(text: str) -> bool:
+    """True where the whole response has the shape ``<think>…</think><answer>…</answer>`` (R_outer)."""
+    text = text.strip()
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
+    think_open, think_close, answer_open, answer_close = (text.index(tag) for tag in _TAGS)
+    return (
+        think_open == 0
+        and think_close < answer_open < answer_close
+        and answer_close + len("</answer>") == len(text)
+        and not text[think_close + len("</think>") : answer_open].strip()
+    )
+
+
+def has_task_format(text: str, task_type: str, options: Sequence[str] | None = None) -> bool:
+    """True where the response holds exactly one ``<answer>…</answer>`` and its inside parses for the task (R_task).
+
+    The rest of the outer format is not asked for: R_outer pays for that, and the two rewards stay separate.
+    """
+    _check_arguments(text, task_type, options)
+    body = _answer_body(text)
+    return body is not None and parse_answer_body(body, task_type, options) is not None
+
+
+def option_letters(options: Sequence[str]) -> str:
+    """The letters of the options by their order, "ABC…", whether they are written ``A. x`` or bare."""
+    if isinstance(options, str):
+        raise TypeError(f"options: expected a sequence of strings, got the single string {options!r}; pass a list")
+    if not 1 <= len(options) <= 26:
+        raise ValueError(f"options: expected 1 to 26 choices (letters A to Z), got {len(options)}")
+    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+
+
+def _answer_body(text: str) -> str | None:
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    start, end = text.index("<answer>") + len("<answer>"), text.index("</answer>")
+    return text[start:end] if start <= end else None
+
+
+def _numbers(match: re.Match[str] | None) -> tuple[float, ...] | None:
+    if match is None:
+        return None
+    values = tuple(float(group) for group in match.groups())
+    return values if all(math.isfinite(value) for value in values) else None
+
+
+def _check_arguments(text: str, task_type: str, options: Sequence[str] | None) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"response text: expected str, got {type(text).__name__}")
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {task_type!r}")
+    if options is not None and task_type == "mcq":
+        option_letters(options)

@@ -1,0 +1,190 @@
+"""Which teacher response a rollout is compared with, and the pairs that the discriminator loss takes.
+
+Every draw is a function of (seed, step, question id, rollout index) through a hash: no random state is kept, so a match
+depends neither on batch, world size, nor on what was drawn before, and a resumed run draws the same.
+
+Source: R-MSD (arXiv 2603.11423), quality-weighted matching. `expected` pairing replaces the sampled pair by its exact
+expectation over the match.
+"""
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """Pairs of the discriminator loss, over the concatenated groups.
+
+    student_index, teacher_index: int64 [P], positions among all rollouts and all teacher responses of the groups.
+    quality: [P], quality of the pair's teacher response. pair_weight: [P].
+    normalizer: number of rollouts that have a teacher; add it up over ranks and micro-batches before dividing.
+    """
+
+    student_index: Tensor
+    teacher_index: Tensor
+    quality: Tensor
+    pair_weight: Tensor
+    normalizer: int
+
+
+def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: bool, min_quality: float) -> Tensor:
+    """Probabilities with which the K teacher responses of one question are matched.
+
+    Responses with quality below min_quality are dropped. Closed-ended: p_k = q_k / sum of kept q. Open-ended: uniform
+    over the kept ones. All zero where nothing is kept, or where all that is kept has quality 0 (closed-ended).
+
+    Args:
+        quality: [K], each in [0, 1].
+        min_quality: tau, in [0, 1]; 0 drops nothing.
+    Returns:
+        [K], in the dtype of quality (float32 for half precision and integers, float64 for a plain list).
+    Raises:
+        ValueError: quality is not one-dimensional, or a value is outside [0, 1].
+    """
+    if not 0.0 <= min_quality <= 1.0:
+        raise ValueError(f"min_quality: expected a number in [0, 1], got {min_quality!r}")
+    quality = _probability_vector(quality, "quality")
+    if not bool(((quality >= 0) & (quality <= 1)).all()):
+        raise ValueError(f"quality: expected values in [0, 1], got {quality.tolist()}")
+    # Compared in quality's own dtype: torch rounds the threshold to it, so float32 0.7 is not below 0.7.
+    kept = (quality >= min_quality).double()
+    weight = quality.double() * kept if closed_ended else kept
+    total = weight.sum()
+    return (weight / torch.where(total > 0, total, torch.ones_like(total))).to(quality.dtype)
+
+
+def sample_matches(p: Tensor | Sequence[float], n: int, *, seed: int, step: int, question_id: str) -> Tensor:
+    """m(i) ~ Categorical(p), independently, for the rollouts i = 0..n-1 of one question.
+
+    m(i) depends on (seed, step, question_id, i) alone; a larger n only appends.
+
+    Args:
+        p: [K], not negative, summing to 1.
+    Returns:
+        int64 [n], on p's device.
+    Raises:
+        ValueError: p is all zero (nothing to match: leave the question out of the pairs), negative, not finite, or
+            does not sum to 1; n is negative.
+    """
+    p = _probability_vector(p, "p")
+    values = p.double().tolist()
+    if n < 0:
+        raise ValueError(f"n: expected a number of rollouts >= 0, got {n}")
+    if not all(value >= 0 and value != float("inf") for value in values):
+        raise ValueError(f"p: expected finite probabilities >= 0, got {values}")
+    total = sum(values)
+    if total == 0:
+        raise ValueError("p: all zero, no teacher response can be matched; leave this question out of the pairs")
+    if abs(total - 1) > 1e-5:
+        raise ValueError(f"p: expected probabilities that sum to 1, got the sum {total}")
+    cumulative = list(itertools.accumulate(values))
+    last = max(k for k, value in enumerate(values) if value > 0)
+    draws = (uniform("match", seed, step, question_id, index=i) * cumulative[-1] for i in range(n))
+    # bisect_right never lands on p_k = 0; `last` catches a draw that rounds up to the total.
+    matches = [min(bisect.bisect_right(cumulative, draw), last) for draw in draws]
+    return torch.tensor(matches, dtype=torch.int64, device=p.device)
+
+
+def best_response(quality: Tensor | Sequence[float], *, closed_ended: bool, seed: int, question_id: str) -> int | None:
+    """Index of T_best, the response of stage 1; None where no response has a quality above 0.
+
+    Closed-ended: the highest quality, ties by a seeded uniform draw. Open-ended: a seeded uniform draw among the valid
+    (quality above 0). Ties and open questions are left open by the paper.
+    """
+    values = _probability_vector(quality, "quality").tolist()
+    best = max(values, default=0.0)
+    candidates = [k for k, value in enumerate(values) if value > 0 and (value == best or not closed_ended)]
+    if not candidates:
+        return None
+    draw = uniform("best", seed, 0, question_id, index=0)
+    return candidates[min(int(draw * len(candidates)), len(candidates) - 1)]
+
+
+def expected_pairs(num_rollouts: Sequence[int], probabilities: Sequence[Tensor], quality: Sequence[Tensor]) -> Pairs:
+    """All pairs of each group with pair_weight = p_k: the exact expectation of the sampled discriminator loss.
+
+    With the returned normalizer the loss is (1/rollouts) * sum_i sum_k p_k q_k softplus(D(S_i) - D(T_k)). Responses
+    with p_k = 0 give no pair; a group whose probabilities are all zero, or empty, gives none and is not counted.
+
+    Args:
+        num_rollouts: N of each group.
+        probabilities, quality: [K] of each group; teacher positions count every entry, also those with p_k = 0.
+    Raises:
+        ValueError: lengths differ between the arguments or within a group.
+    """
+    _check_groups(num_rollouts, probabilities, quality, "probabilities")
+    parts, first_student, first_teacher, normalizer = [], 0, 0, 0
+    for n, p, q in zip(num_rollouts, probabilities, quality, strict=True):
+        if p.shape != q.shape or p.ndim != 1:
+            raise ValueError(f"probabilities and quality: expected the same shape [K], got {p.shape} and {q.shape}")
+        kept = torch.nonzero(p > 0).flatten()
+        students = torch.arange(n, device=p.device).repeat_interleave(len(kept))
+        teachers = kept.repeat(n)
+        parts.append((students + first_student, teachers + first_teacher, q[teachers], p[teachers]))
+        normalizer += n if len(kept) else 0
+        first_student, first_teacher = first_student + n, first_teacher + len(p)
+    return _join_pairs(parts, normalizer)
+
+
+def sampled_pairs(num_rollouts: Sequence[int], matches: Sequence[Tensor | None], quality: Sequence[Tensor]) -> Pairs:
+    """One pair per rollout, (S_i, T_m(i)), with pair_weight 1: the discriminator loss as the paper writes it.
+
+    Args:
+        num_rollouts: N of each group.
+        matches: m, int64 [N] of each group, from sample_matches; None for a group without a teacher.
+        quality: [K] of each group.
+    Raises:
+        ValueError: lengths differ, or a match is outside its group's responses.
+    """
+    _check_groups(num_rollouts, matches, quality, "matches")
+    parts, first_student, first_teacher, normalizer = [], 0, 0, 0
+    for n, match, q in zip(num_rollouts, matches, quality, strict=True):
+        if match is not None:
+            if match.shape != (n,):
+                raise ValueError(f"matches: expected shape [{n}], one match per rollout, got {list(match.shape)}")
+            if n and not bool(((match >= 0) & (match < len(q))).all()):
+                raise ValueError(f"matches: expected values in 0..{len(q) - 1}, got {match.tolist()}")
+            students = torch.arange(n, device=q.device)
+            parts.append((students + first_student, match + first_teacher, q[match], torch.ones_like(q[match])))
+            normalizer += n
+        first_student, first_teacher = first_student + n, first_teacher + len(q)
+    return _join_pairs(parts, normalizer)
+
+
+def uniform(purpose: str, seed: int, step: int, question_id: str, *, index: int) -> float:
+    """A number in [0, 1) with 53 random bits, a pure function of its arguments."""
+    # The id comes last and everything before it is free of "|": no two argument lists share a key.
+    digest = hashlib.sha256(
+        f"{purpose}|{int(seed)}|{int(step)}|{int(index)}|{question_id}".encode("utf-8", "surrogatepass")
+    ).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
+
+
+def _probability_vector(values: Tensor | Sequence[float], name: str) -> Tensor:
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values, dtype=torch.float64)
+    if values.ndim != 1:
+        raise ValueError(f"{name}: expected shape [K], got {list(values.shape)}")
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _check_groups(num_rollouts: Sequence[int], groups: Sequence[object], quality: Sequence[Tensor], name: str) -> None:
+    if not len(num_rollouts) == len(groups) == len(quality):
+        raise ValueError(
+            f"num_rollouts, {name}, quality: expected one entry per group in each, "
+            f"got {len(num_rollouts)}, {len(groups)} and {len(quality)}"
+        )
+    if any(n < 0 for n in num_rollouts):
+        raise ValueError(f"num_rollouts: expected numbers >= 0, got {list(num_rollouts)}")
+
+
+def _join_pairs(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], normalizer: int) -> Pairs:
+    if not parts:
+        index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        return Pairs(index, index.clone(), value, value.clone(), normalizer)
+    return Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)), normalizer)

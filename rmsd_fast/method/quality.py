@@ -1,0 +1,214 @@
+"""Quality of a response: q = 1[valid] * metric(response, ground truth), always within [0, 1].
+
+Metrics by task type: option letter (mcq), interval IoU (temporal), box IoU (spatial), epsilon accuracy or mean relative
+accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 where the response is valid.
+
+Interval, box and number arithmetic is exact (rationals of the written decimals): a difference of 0.01 as written passes
+an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
+
+Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Bench (arXiv 2412.14171); ANLS: ST-VQA
+(arXiv 1905.13648).
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from numbers import Real
+
+from .answers import CLOSED_TASKS, EXPECTED_FORMAT, ParsedAnswer, option_letters, parse_answer, parse_answer_body
+
+GroundTruth = str | float | Sequence[float]
+
+# Thresholds of mean relative accuracy: 0.50, 0.55, … 0.95.
+_MRA_THRESHOLDS = tuple(Fraction(step, 20) for step in range(10, 20))
+_LIST_LENGTHS = {"temporal": 2, "spatial": 4}
+
+
+def quality_score(
+    text: str,
+    task_type: str,
+    answer: GroundTruth | None = None,
+    *,
+    options: Sequence[str] | None = None,
+    numeric_metric: str = "epsilon",
+    numeric_eps: float = 0.01,
+    ocr_metric: str = "wer",
+    anls_threshold: float = 0.5,
+    spatial_format: str = "relative",
+    size: tuple[int, int] | None = None,
+) -> float:
+    """Quality of one response, in [0, 1]; 0 for an invalid response.
+
+    Args:
+        text: the whole response.
+        task_type: one of TASK_TYPES.
+        answer: ground truth, as the text that belongs inside ``<answer>``; a number (numeric, ocr) or a list of 2
+            (temporal) or 4 (spatial) numbers is accepted. Needed for closed tasks, ignored for ``open``.
+        options: choices of an ``mcq`` question in order.
+        numeric_metric: "epsilon" (1 where abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
+            in 0.50, 0.55, … 0.95 with abs(a-b)/abs(b) < 1-t; for b = 0 only a = 0 counts).
+        numeric_eps: tolerance of "epsilon"; the paper leaves it open.
+        ocr_metric: "wer" (clip(1 - word error rate, 0, 1)) or "anls" (1 - edit distance / longer length over
+            characters, 0 where that ratio reaches anls_threshold). Both ignore case and the amount of white space.
+        anls_threshold: in (0, 1].
+        spatial_format: "relative" (coordinates 0-1000) or "pixel"; holds for the response and the ground truth, so
+            the IoU needs no conversion. A ground truth outside the range is refused.
+        size: width, height in pixels of the frame, for spatial_format="pixel": bounds of the ground truth.
+    Raises:
+        ValueError: unknown task or metric; a closed task without ground truth; a ground truth that does not parse.
+        TypeError: text is not a str, or a ground truth of another type.
+    Source: R-MSD (arXiv 2603.11423), section on quality.
+    """
+    _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, spatial_format, size)
+    predicted = parse_answer(text, task_type, options)
+    if task_type not in CLOSED_TASKS:
+        return 0.0 if predicted is None else 1.0
+    # Parsed before the response is judged, so that damaged data is reported whatever the response says.
+    truth = parse_ground_truth(answer, task_type, options)
+    if task_type == "spatial":
+        _check_box_range(truth, spatial_format, size)
+    if predicted is None:
+        return 0.0
+    if task_type == "mcq":
+        return float(predicted == truth)
+    if task_type in ("temporal", "spatial"):
+        return _iou(predicted, truth)
+    if task_type == "numeric":
+        return (
+            _epsilon_accuracy(predicted, truth, numeric_eps) if numeric_metric == "epsilon" else _mra(predicted, truth)
+        )
+    return _word_accuracy(predicted, truth) if ocr_metric == "wer" else _anls(predicted, truth, anls_threshold)
+
+
+def parse_ground_truth(
+    answer: GroundTruth | None, task_type: str, options: Sequence[str] | None = None
+) -> ParsedAnswer:
+    """Value of the ground truth of a closed task; ValueError or TypeError say what was expected."""
+    expected = EXPECTED_FORMAT.get(task_type)
+    if task_type not in CLOSED_TASKS:
+        raise ValueError(f"ground truth: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
+    if task_type == "mcq" and options is not None:
+        expected += f" among {option_letters(options)}"
+    if answer is None:
+        raise ValueError(f"ground truth of a {task_type} question: expected {expected}, got none; add the answer")
+    text = _ground_truth_text(answer, task_type, expected)
+    value = parse_answer_body(text, task_type, options)
+    if value is None:
+        raise ValueError(f"ground truth of a {task_type} question: expected {expected}, got {answer!r}; mend the data")
+    return value
+
+
+def _ground_truth_text(answer: GroundTruth, task_type: str, expected: str) -> str:
+    if isinstance(answer, str):
+        return answer
+    if _is_number(answer) and task_type in ("numeric", "ocr"):
+        return repr(answer)
+    if (
+        isinstance(answer, list | tuple)
+        and len(answer) == _LIST_LENGTHS.get(task_type)
+        and all(map(_is_number, answer))
+    ):
+        return (" to " if task_type == "temporal" else ",").join(repr(float(value)) for value in answer)
+    if isinstance(answer, list | tuple):
+        raise ValueError(f"ground truth of a {task_type} question: expected {expected}, got {answer!r}; mend the data")
+    raise TypeError(
+        f"ground truth of a {task_type} question: expected {expected}, got {type(answer).__name__} {answer!r}"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _exact(value: float) -> Fraction:
+    # repr gives the shortest decimal of the float: the number as it was written, not its binary neighbour.
+    return Fraction(repr(float(value)))
+
+
+def _iou(predicted: tuple[float, ...], truth: tuple[float, ...]) -> float:
+    """Intersection over union of two axis-aligned boxes (lows then highs, 1 or 2 axes); 0 where a box is empty."""
+    axes = len(truth) // 2
+    overlap, area_predicted, area_truth = Fraction(1), Fraction(1), Fraction(1)
+    for axis in range(axes):
+        low_a, high_a = _exact(predicted[axis]), _exact(predicted[axis + axes])
+        low_b, high_b = _exact(truth[axis]), _exact(truth[axis + axes])
+        if high_a <= low_a or high_b <= low_b:
+            return 0.0
+        overlap *= max(Fraction(0), min(high_a, high_b) - max(low_a, low_b))
+        area_predicted *= high_a - low_a
+        area_truth *= high_b - low_b
+    return float(overlap / (area_predicted + area_truth - overlap))
+
+
+def _epsilon_accuracy(predicted: float, truth: float, eps: float) -> float:
+    a, b = _exact(predicted), _exact(truth)
+    return float(abs(a - b) <= _exact(eps) * max(Fraction(1), abs(b)))
+
+
+def _mra(predicted: float, truth: float) -> float:
+    a, b = _exact(predicted), _exact(truth)
+    if b == 0:
+        return float(a == 0)
+    error = abs(a - b) / abs(b)
+    return sum(error < 1 - threshold for threshold in _MRA_THRESHOLDS) / len(_MRA_THRESHOLDS)
+
+
+def _word_accuracy(predicted: str, truth: str) -> float:
+    words, reference = predicted.casefold().split(), truth.casefold().split()
+    # The distance is at least the difference in length: an endless response costs no quadratic time.
+    if len(words) >= 2 * len(reference):
+        return 0.0
+    return max(0.0, 1.0 - _edit_distance(words, reference) / len(reference))
+
+
+def _anls(predicted: str, truth: str, threshold: float) -> float:
+    a, b = " ".join(predicted.casefold().split()), " ".join(truth.casefold().split())
+    longest = max(len(a), len(b))
+    if abs(len(a) - len(b)) >= threshold * longest:
+        return 0.0
+    distance = _edit_distance(a, b) / longest
+    return 1.0 - distance if distance < threshold else 0.0
+
+
+def _edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    row = list(range(len(b) + 1))
+    for i, item in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (item != other))
+    return row[-1]
+
+
+def _check_box_range(box: tuple[float, ...], spatial_format: str, size: tuple[int, int] | None) -> None:
+    if spatial_format == "pixel" and size is None:
+        return
+    width, height = (1000, 1000) if spatial_format == "relative" else size
+    if not all(0 <= value <= limit for value, limit in zip(box, (width, height, width, height), strict=True)):
+        raise ValueError(
+            f"ground truth of a spatial question: expected coordinates within 0..{width} x 0..{height}, got {box}; "
+            "boxes in pixels need spatial_format='pixel'"
+        )
+
+
+def _check_settings(
+    numeric_metric: str,
+    numeric_eps: float,
+    ocr_metric: str,
+    anls_threshold: float,
+    spatial_format: str,
+    size: tuple[int, int] | None,
+) -> None:
+    if numeric_metric not in ("epsilon", "mra"):
+        raise ValueError(f"numeric_metric: expected 'epsilon' or 'mra', got {numeric_metric!r}")
+    if ocr_metric not in ("wer", "anls"):
+        raise ValueError(f"ocr_metric: expected 'wer' or 'anls', got {ocr_metric!r}")
+    if spatial_format not in ("relative", "pixel"):
+        raise ValueError(f"spatial_format: expected 'relative' or 'pixel', got {spatial_format!r}")
+    if not (math.isfinite(numeric_eps) and numeric_eps >= 0):
+        raise ValueError(f"numeric_eps: expected a finite number >= 0, got {numeric_eps!r}")
+    if not 0 < anls_threshold <= 1:
+        raise ValueError(f"anls_threshold: expected a number in (0, 1], got {anls_threshold!r}")
+    if size is not None and spatial_format != "pixel":
+        raise ValueError("size: has no effect with spatial_format='relative'; leave it out or set 'pixel'")
+    if size is not None and (len(size) != 2 or min(size) <= 0):
+        raise ValueError(f"size: expected (width, height), both above 0, got {size!r}")

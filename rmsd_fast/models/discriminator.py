@@ -1,0 +1,39 @@
+"""The discriminator: a copy of the stage-1 student with a scalar head on the last response token (arXiv 2603.11423)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.losses import last_token_values
+from rmsd_fast.models.students import MediaFeatures, RowBatch, encode_media, forward_hidden
+
+
+class Discriminator(nn.Module):
+    """Scores responses: the hidden state OF the last response token (no minus-one shift), times a weight, plus a bias.
+
+    model: the student it starts from; its language-model head is not used. seed: initialises the value head.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int):
+        super().__init__()
+        self.model = model
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            # An untied head would be trained by nobody and still cost memory and optimiser state.
+            model.lm_head = None
+        hidden_size = model.config.text_config.hidden_size
+        generator = torch.Generator().manual_seed(seed)
+        reference = next(model.parameters())
+        weight = torch.randn(hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
+        self.value_weight = nn.Parameter(weight.to(reference))
+        self.value_bias = nn.Parameter(torch.zeros(1, dtype=reference.dtype, device=reference.device))
+
+    def forward(self, prompts: list[Prompt], rows: RowBatch, features: MediaFeatures | None) -> torch.Tensor:
+        """Scores [B] of the rows, float32. features=None encodes the media here."""
+        if features is None:
+            features = encode_media(self.model, prompts)
+        hidden = forward_hidden(self.model, rows, features)
+        length = hidden.shape[1]
+        last = rows.attention_mask.sum(1) - 1 + torch.arange(len(hidden), device=hidden.device) * length
+        return last_token_values(hidden.flatten(0, 1), last, self.value_weight, bias=self.value_bias[0])

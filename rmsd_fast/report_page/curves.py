@@ -1,0 +1,289 @@
+"""Which curves the report shows, by stage and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from html import escape
+
+from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
+
+STAGE_TITLES = {
+    "sft": "Stage 1: imitation of the best teacher response",
+    "warm_up": "Discriminator warm-up",
+    "distill": "Stage 2: adversarial distillation",
+}
+PHASE = "seconds/"
+# Phases beyond this many are drawn as one.
+MAX_PHASES = 6
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture: title, one line on how to read it, (metric key, name) of its curves, and its axis."""
+
+    title: str
+    hint: str
+    keys: tuple[tuple[str, str], ...]
+    y_range: tuple[float, float] | None = None
+    include: tuple[float, ...] = ()
+    warn: tuple[tuple[float, str], ...] = ()
+    skip_zero: bool = False
+
+
+PAIR_ACCURACY = Chart(
+    "Pair accuracy",
+    "share of (teacher, student) pairs ranked teacher first; 0.5 is a coin",
+    (("discriminator/pair_accuracy", "pair accuracy"),),
+    y_range=(0.0, 1.0),
+    warn=((0.95, "0.95: separated too easily"),),
+)
+GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
+    (
+        "Imitation",
+        (
+            Chart("Loss", "cross-entropy per response token, nats", (("loss", "loss"),)),
+            Chart("Gradient norm", "before clipping", (("grad_norm", "norm"),), include=(0.0,)),
+        ),
+    ),
+    (
+        "Discriminator",
+        (
+            PAIR_ACCURACY,
+            Chart(
+                "Margin", "mean score of teacher minus student", (("discriminator/margin", "margin"),), include=(0.0,)
+            ),
+            Chart(
+                "Length correlation",
+                "between response length and score; far from 0 means it judges length",
+                (("discriminator/length_correlation", "correlation"),),
+                y_range=(-1.0, 1.0),
+                warn=((0.3, "0.3"), (-0.3, "-0.3")),
+            ),
+            Chart(
+                "Scores",
+                "the level is free; the gap counts",
+                (("discriminator/score_teacher", "teacher"), ("discriminator/score_student", "student")),
+            ),
+            Chart(
+                "Discriminator loss",
+                "0.69 = undecided at full quality",
+                (("discriminator/loss", "loss"),),
+                include=(0.0,),
+            ),
+            Chart(
+                "Gradient norm, discriminator",
+                "before clipping",
+                (("discriminator/grad_norm", "norm"),),
+                include=(0.0,),
+            ),
+        ),
+    ),
+    (
+        "Rewards",
+        (
+            Chart(
+                "Rewards, raw: format and content",
+                "mean over rollouts, 0 to 1",
+                (
+                    ("reward/outer/raw", "outer format"),
+                    ("reward/task/raw", "task format"),
+                    ("reward/content/raw", "content"),
+                ),
+                include=(0.0, 1.0),
+            ),
+            Chart(
+                "Reward, raw: discriminator",
+                "mean score of rollouts; hovers near 0 while D learns along",
+                (("reward/discriminator/raw", "discriminator"),),
+                include=(0.0,),
+            ),
+            Chart(
+                "Rewards, weighted",
+                "what each part adds",
+                (
+                    ("reward/discriminator/weighted", "discriminator"),
+                    ("reward/outer/weighted", "outer format"),
+                    ("reward/task/weighted", "task format"),
+                    ("reward/content/weighted", "content"),
+                ),
+                include=(0.0,),
+            ),
+            Chart("Total reward", "no evidence of a better student by itself", (("reward/total", "total"),)),
+            Chart(
+                "Groups without a signal",
+                "share of questions whose rollouts were all worth the same",
+                (("advantage/zero_groups", "groups"),),
+                include=(0.0,),
+            ),
+        ),
+    ),
+    (
+        "Policy",
+        (
+            Chart("Policy loss", "its level says little; jumps do", (("policy/loss", "loss"),)),
+            Chart("KL to the stage-1 student", "nats per token", (("policy/kl", "KL"),), include=(0.0,)),
+            Chart(
+                "Entropy",
+                "nats per token; a fall to 0 means collapse",
+                (("policy/entropy", "entropy"),),
+                include=(0.0,),
+            ),
+            Chart(
+                "Importance ratio",
+                "trainer against rollout engine; 1 when both agree",
+                (("policy/ratio", "ratio"),),
+                include=(0.99, 1.01),
+            ),
+            Chart(
+                "Clipped tokens", "share outside the clip range", (("policy/clip_fraction", "clipped"),), include=(0.0,)
+            ),
+            Chart("Log-probability", "mean of the rollouts' tokens", (("policy/logp", "log-probability"),)),
+            Chart("Gradient norm, policy", "before clipping", (("policy/grad_norm", "norm"),), include=(0.0,)),
+        ),
+    ),
+    (
+        "Teacher and rollouts",
+        (
+            Chart(
+                "Teacher responses",
+                "quality q, share with valid format, share kept by the filter",
+                (
+                    ("teacher/quality", "quality"),
+                    ("teacher/valid_share", "valid"),
+                    ("teacher/kept_share", "kept"),
+                ),
+                y_range=(0.0, 1.0),
+            ),
+            Chart(
+                "Questions without a teacher",
+                "no response passed the filter",
+                (("teacher/empty_groups", "questions"),),
+                include=(0.0,),
+            ),
+            Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
+            Chart(
+                "Rollouts",
+                "share cut at the limit, share with valid format, content score",
+                (
+                    ("rollout/truncated_share", "truncated"),
+                    ("rollout/valid_share", "valid"),
+                    ("rollout/content", "content"),
+                ),
+                y_range=(0.0, 1.0),
+            ),
+        ),
+    ),
+    (
+        "Speed and faults",
+        (
+            Chart(
+                "Throughput",
+                "tokens per second; unique counts a shared prompt once",
+                (("rate/tokens_per_s", "tokens/s"), ("rate/unique_tokens_per_s", "unique tokens/s")),
+                include=(0.0,),
+            ),
+            Chart(
+                "Tokens per step",
+                "over all processes; unique counts a shared prompt once",
+                (("tokens", "tokens"), ("tokens_unique", "unique tokens")),
+                include=(0.0,),
+            ),
+            Chart(
+                "Shared-prefix ratio",
+                "tokens per unique token",
+                (("rate/shared_prefix_ratio", "ratio"),),
+                include=(1.0,),
+            ),
+            Chart("Learning rate", "of what the stage trains", (("lr", "rate"),), include=(0.0,)),
+            Chart("Peak memory", "MiB on one process", (("memory/peak_mib", "MiB"),), include=(0.0,)),
+            Chart(
+                "Faults",
+                "bad samples and steps left out, since the run's start",
+                (("samples/bad", "bad samples"), ("samples/skipped_steps", "skipped steps")),
+                include=(0.0,),
+                skip_zero=True,
+            ),
+        ),
+    ),
+)
+
+
+def draw(chart: Chart, curves: Mapping[str, Series]) -> str:
+    """The chart's card, or nothing when the stage has none of its curves (or only zeros where those say nothing)."""
+    found = [replace(curves[key], name=name) for key, name in chart.keys if key in curves]
+    if not found or (chart.skip_zero and not any(v for s in found for v in s.values)):
+        return ""
+    return curve_chart(chart.title, chart.hint, found, y_range=chart.y_range, include=chart.include, warn=chart.warn)
+
+
+def phases(curves: Mapping[str, Series]) -> str:
+    """Stacked seconds per phase, largest first; what the phases leave of the step is drawn as `other`."""
+    parts = [
+        replace(s, name=key.removeprefix(PHASE).replace("_", " "))
+        for key, s in curves.items()
+        if key.startswith(PHASE) and key != f"{PHASE}step"
+    ]
+    whole = curves.get(f"{PHASE}step")
+    if not parts:
+        parts = [replace(whole, name="step")] if whole else []
+        whole = None
+    if not parts:
+        return ""
+    parts.sort(key=lambda s: -sum(v for v in s.values if math.isfinite(v)))
+    rest: dict[int, float] = {}
+    for s in parts[MAX_PHASES:]:
+        for step, value in zip(s.steps, s.values, strict=True):
+            rest[step] = rest.get(step, 0.0) + value
+    if whole is not None:
+        known: dict[int, float] = {}
+        for s in parts:
+            for step, value in zip(s.steps, s.values, strict=True):
+                known[step] = known.get(step, 0.0) + value
+        for step, value in zip(whole.steps, whole.values, strict=True):
+            rest[step] = rest.get(step, 0.0) + max(value - known.get(step, 0.0), 0.0)
+    parts = parts[:MAX_PHASES]
+    # A remainder of less than half a percent is the clock's own grain.
+    shown = sum(v for s in parts for v in s.values if math.isfinite(v))
+    if sum(v for v in rest.values() if math.isfinite(v)) > 0.005 * shown:
+        parts.append(Series("other", tuple(sorted(rest)), tuple(rest[step] for step in sorted(rest))))
+    return stacked_chart("Seconds per step", "by phase, with each phase's share of the time", parts)
+
+
+def stage_section(stage: str, curves: Mapping[str, Series]) -> str:
+    """Heading and charts of one stage; metrics that no chart names follow in a folded block."""
+    title = STAGE_TITLES.get(stage, stage)
+    counts = {s.steps[-1] for s in curves.values() if s.steps}
+    steps = max(counts) if counts else 0
+    seconds = curves.get(f"{PHASE}step")
+    spent = sum(v for v in seconds.values if math.isfinite(v)) if seconds else None
+    lead = f"{steps} steps" + (f", {duration(spent)} in all." if spent is not None else ".")
+    out = [f'<h2 id="stage-{escape(stage, quote=True)}">{escape(title)}</h2><p class="muted">{escape(lead)}</p>']
+    named: set[str] = set()
+    for heading, charts in GROUPS:
+        cards = [draw(chart, curves) for chart in charts]
+        named.update(key for chart in charts for key, _ in chart.keys)
+        if heading == "Speed and faults":
+            cards.insert(0, phases(curves))
+        cards = [card for card in cards if card]
+        if cards:
+            out.append(f'<h3>{escape(heading)}</h3><div class="charts">{"".join(cards)}</div>')
+    others = [key for key in curves if key not in named and not key.startswith(PHASE)]
+    if others:
+        cards = [curve_chart(key, "", [replace(curves[key], name=key.rsplit("/", 1)[-1])]) for key in sorted(others)]
+        out.append(
+            f'<details><summary>Other metrics ({len(cards)})</summary><div class="charts">{"".join(cards)}</div>'
+        )
+        out.append("</details>")
+    return "".join(out)
+
+
+def duration(seconds: float) -> str:
+    """A time span as `12 s`, `3 min 20 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

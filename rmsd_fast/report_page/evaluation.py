@@ -1,0 +1,304 @@
+"""Evaluation section of the report, and the picture for a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.report_page.curves import PAIR_ACCURACY
+from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
+from rmsd_fast.report_page.run_folder import ReportError, Run
+from rmsd_fast.report_page.samples import STUDENT_ORDER, visible
+from rmsd_fast.report_page.style import svg_style
+from rmsd_fast.report_page.svg import curve_svg
+
+STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond")}
+_MORE_STYLES = ((4, "circle"), (5, "square"), (7, "diamond"), (8, "circle"))
+SIMULATED = "The teacher was simulated"
+
+
+def student_names(run: Run) -> dict[str, str]:
+    """How students are called on the page; a control run's second student is called what it is."""
+    names = {"untrained": "untrained", "stage1": "stage 1", "stage2": "stage 2"}
+    if (run.settings.get("distill") or {}).get("objective") == "sft":
+        names["stage2"] = "control (more imitation)"
+    for key in (run.evaluation or {}).get("students", {}):
+        names.setdefault(str(key), str(key))
+    return names
+
+
+def in_order(keys: Sequence[str], order: Sequence[str]) -> list[str]:
+    """Known keys in their order, unknown ones after them."""
+    return [k for k in order if k in keys] + [k for k in keys if k not in order]
+
+
+def value(entry: Mapping[str, Any] | None, key: str) -> float:
+    """A number of an evaluation entry, NaN where there is none."""
+    found = (entry or {}).get(key)
+    good = isinstance(found, int | float) and not isinstance(found, bool)
+    return float(found) if good else math.nan
+
+
+def percent(share: float, sign: bool = False) -> str:
+    if not math.isfinite(share):
+        return "–"
+    text = f"{100 * share:{'+' if sign else ''}.1f}"
+    return text.replace("-", "−")
+
+
+def interval(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
+    """`62.1 [55.0, 69.2]` in percent, a dash where nothing was measured."""
+    mean, low, high = (value(entry, key) for key in ("mean", "low", "high"))
+    if not math.isfinite(mean):
+        return "–"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return percent(mean, sign)
+    return f"{percent(mean, sign)} [{percent(low, sign)}, {percent(high, sign)}]"
+
+
+def verdict(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+    """CSS class and words: does the interval of a difference contain 0?"""
+    low, high = value(entry, "low"), value(entry, "high")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "same", "no interval"
+    if low > 0:
+        return "up", "above 0"
+    if high < 0:
+        return "down", "below 0"
+    return "same", "contains 0"
+
+
+def difference_name(key: str, names: Mapping[str, str]) -> str:
+    """`stage1-untrained` as `stage 1 − untrained`."""
+    left, _, right = key.partition("-")
+    return f"{names.get(left, left)} − {names.get(right, right)}" if right else key
+
+
+def _tasks(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    seen: list[str] = []
+    for part in parts.values():
+        seen.extend(task for task in part.get("tasks", {}) if task not in seen)
+    return in_order(seen, TASK_TYPES)
+
+
+def _entry(part: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:
+    found = part.get(task) if task in ("closed", "all") else part.get("tasks", {}).get(task)
+    return found if isinstance(found, Mapping) else None
+
+
+def _rows(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    totals = [t for t in ("closed", "all") if any(isinstance(p.get(t), Mapping) for p in parts.values())]
+    return [*_tasks(parts), *totals]
+
+
+def _labels(task: str) -> str:
+    return {"closed": "all closed", "all": "all"}.get(task, task)
+
+
+def _style(key: str, keys: Sequence[str]) -> tuple[int, str]:
+    if key in STYLES:
+        return STYLES[key]
+    return _MORE_STYLES[[k for k in keys if k not in STYLES].index(key) % len(_MORE_STYLES)]
+
+
+def _mark(entry: Mapping[str, Any], style: tuple[int, str], text: str, sign: bool = False) -> Mark:
+    mean, low, high = (value(entry, key) for key in ("mean", "low", "high"))
+    low, high = (low if math.isfinite(low) else mean), (high if math.isfinite(high) else mean)
+    return Mark(mean, low, high, *style, f"{text}: {interval(entry, sign)}")
+
+
+def score_rows(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> list[IntervalRow]:
+    """Rows of the score chart: one per task, then all closed tasks."""
+    students = evaluation["students"]
+    keys = in_order(list(students), STUDENT_ORDER)
+    rows = []
+    for task in [t for t in _rows(students) if t != "all"]:
+        marks = []
+        for key in keys:
+            entry = _entry(students[key], task)
+            if entry is not None:
+                marks.append(_mark(entry, _style(key, keys), f"{_labels(task)}, {names[key]}"))
+        floor = value(evaluation["floors"].get(task), "score")
+        rows.append(IntervalRow(_labels(task), tuple(marks), floor if math.isfinite(floor) else None))
+    return rows
+
+
+def _score_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    students, floors = evaluation["students"], evaluation["floors"]
+    keys = in_order(list(students), STUDENT_ORDER)
+    head = "".join(f"<th>{visible(names[key])}</th>" for key in keys)
+    body = []
+    for task in _rows(students):
+        entries = [_entry(students[key], task) for key in keys]
+        n = next((int(value(e, "n")) for e in entries if math.isfinite(value(e, "n"))), None)
+        floor = floors.get(task)
+        always = f"<small>always “{visible(str(floor['answer'])[:24])}”</small>" if floor and "answer" in floor else ""
+        cells = []
+        for entry in entries:
+            valid = value(entry, "valid_share")
+            extra = f"<small>format holds {percent(valid)}</small>" if math.isfinite(valid) else ""
+            cells.append(f"<td>{interval(entry)}{extra}</td>")
+        total = ' class="sum"' if task == "closed" else ""
+        body.append(
+            f'<tr{total}><th scope="row">{visible(_labels(task))}</th><td>{n if n is not None else "–"}</td>'
+            f"<td>{percent(value(floor, 'score'))}{always}</td>{''.join(cells)}</tr>"
+        )
+    return (
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Scores"><table><thead><tr><th>task</th>'
+        f"<th>n</th><th>floor</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _difference_table(differences: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    head = "".join(f"<th>{visible(difference_name(key, names))}</th>" for key in differences)
+    body = []
+    for task in _rows(differences):
+        cells = []
+        for part in differences.values():
+            entry = _entry(part, task)
+            kind, words = verdict(entry)
+            extra = f'<small class="{kind}">{words}</small>' if entry is not None else ""
+            cells.append(f"<td>{interval(entry, sign=True)}{extra}</td>")
+        total = ' class="sum"' if task == "closed" else ""
+        body.append(f'<tr{total}><th scope="row">{visible(_labels(task))}</th>{"".join(cells)}</tr>')
+    return (
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Differences"><table><thead><tr><th>task</th>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    keys = list(differences)
+    styles = {"stage1-untrained": STYLES["stage1"], "stage2-stage1": STYLES["stage2"]}
+    rows, reach = [], 0.05
+    for task in [t for t in _rows(differences) if t != "all"]:
+        marks = []
+        for i, key in enumerate(keys):
+            entry = _entry(differences[key], task)
+            if entry is None:
+                continue
+            style = styles.get(key, _MORE_STYLES[i % len(_MORE_STYLES)])
+            mark = _mark(entry, style, f"{_labels(task)}, {difference_name(key, names)}", sign=True)
+            reach = max([reach, *(abs(v) for v in (mark.low, mark.high) if math.isfinite(v))])
+            marks.append(mark)
+        rows.append(IntervalRow(_labels(task), tuple(marks)))
+    reach = min(math.ceil(reach * 20) / 20, 1.0)
+    legend = mark_legend(
+        [(difference_name(k, names), *styles.get(k, _MORE_STYLES[i % 4])) for i, k in enumerate(keys)], floor=False
+    )
+    return interval_figure(
+        "Differences between students",
+        "percentage points on the same questions, 95% intervals; the dashed line is no difference",
+        rows,
+        legend,
+        (-reach, reach),
+        tick_text=_signed_percent,
+        zero=True,
+    )
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def _signed_percent(share: float) -> str:
+    return f"{100 * share:+.0f}".replace("-", "−") if share else "0"
+
+
+def evaluation_section(run: Run) -> str:
+    """Scores and differences, as tables and as charts."""
+    evaluation, names = run.evaluation, student_names(run)
+    head = '<h2 id="evaluation">Evaluation on held-out questions</h2>'
+    if evaluation is None or not evaluation["students"]:
+        return f'{head}<p class="muted">This run has not been evaluated (no evaluation.json).</p>'
+    keys = in_order(list(evaluation["students"]), STUDENT_ORDER)
+    legend = mark_legend([(names[k], *_style(k, keys)) for k in keys], floor=bool(evaluation["floors"]))
+    lead = (
+        f"{visible(evaluation.get('questions', '?'))} questions, greedy answers, score in percent with 95% intervals. "
+        "The floor is what one and the same answer to every question would score at best. Open questions have no "
+        "metric: their score is the share of valid answers."
+    )
+    rows = score_rows(evaluation, names)
+    hint = "percent, 95% intervals"
+    chart = interval_figure("Score by task", hint, rows, legend, (0.0, 1.0), tick_text=_whole_percent)
+    out = [head, f'<p class="muted">{lead}</p>', f'<div class="split">{chart}{_score_table(evaluation, names)}</div>']
+    differences = evaluation["differences"]
+    if differences:
+        chart = _difference_chart(differences, names)
+        out.append(f'<div class="split">{chart}{_difference_table(differences, names)}</div>')
+        out.append(
+            '<p class="muted small">Differences are paired: both students answered the same questions. An interval '
+            "that contains 0 shows no difference at this number of questions; it does not show that there is none.</p>"
+        )
+    return "".join(out)
+
+
+def evaluation_picture(run: Run) -> str:
+    """One SVG for a README: scores by task and the discriminator's pair accuracy, on a card of its own.
+
+    Raises:
+        ReportError: nothing was evaluated.
+    """
+    if run.evaluation is None or not run.evaluation["students"]:
+        raise ReportError(
+            f"{run.folder}: expected evaluation.json with students, found none: nothing to draw; evaluate it"
+        )
+    names = student_names(run)
+    keys = in_order(list(run.evaluation["students"]), STUDENT_ORDER)
+    rows = score_rows(run.evaluation, names)
+    curve = run.metrics.get("distill", {}).get("discriminator/pair_accuracy")
+    chart_width, pad = (500, 24) if curve else (780, 24)
+    svg, tall = interval_svg(rows, "Score by task", domain=(0.0, 1.0), tick_text=_whole_percent, width=chart_width)
+    width, top = 840, 104
+    height = top + max(tall, 240) + 20
+    simulated = f" {SIMULATED}." if run.evaluation.get("teacher_simulated") else ""
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="Held-out scores by task">',
+        f"<style>{svg_style()}</style>",
+        f'<rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12"/>',
+        f'<text class="th" x="{pad}" y="34">Held-out score by task, percent, 95% intervals</text>',
+        f'<text class="t" x="{pad}" y="54">{visible(run.evaluation.get("questions", "?"))} questions, run '
+        f"{visible(run.folder.name)}.{simulated}</text>",
+        _picture_legend([(names[k], *_style(k, keys)) for k in keys], pad, 80, bool(run.evaluation["floors"])),
+        _place(svg, pad, top, chart_width, tall),
+    ]
+    if curve:
+        left = pad + chart_width + 12
+        plot, _ = curve_svg(
+            [curve], "Pair accuracy", y_range=(0.0, 1.0), warn=PAIR_ACCURACY.warn, width=width - left - pad + 8
+        )
+        out.append(f'<text class="tb" x="{left + 10}" y="{top - 20}">Discriminator pair accuracy by step</text>')
+        out.append(
+            _place(
+                plot.replace('<line class="cursor"', '<line visibility="hidden"'),
+                left,
+                top,
+                width - left - pad + 8,
+                190,
+            )
+        )
+    return "".join(out) + "</svg>\n"
+
+
+def _place(svg: str, x: float, y: float, width: float, height: float) -> str:
+    """A drawing at a place inside another one."""
+    return svg.replace("<svg ", f'<svg x="{x}" y="{y}" width="{width}" height="{height}" ', 1)
+
+
+def _picture_legend(entries: Sequence[tuple[str, int, str]], x: float, y: float, floor: bool) -> str:
+    out = []
+    for name, colour, shape in entries:
+        shapes = {
+            "circle": f'<circle class="f{colour}" cx="{x + 6}" cy="{y}" r="5"/>',
+            "square": f'<rect class="f{colour}" x="{x + 1.5}" y="{y - 4.5}" width="9" height="9"/>',
+            "diamond": f'<path class="f{colour}" d="M{x} {y}l6 -6l6 6l-6 6Z"/>',
+        }
+        out.append(f'{shapes[shape]}<text class="tb" x="{x + 17}" y="{y + 4}">{visible(name)}</text>')
+        x += 34 + 7 * len(name)
+    if floor:
+        out.append(f'<path class="fl" d="M{x + 6} {y - 8}v16"/><text class="t" x="{x + 15}" y="{y + 4}">')
+        out.append("best constant answer</text>")
+    return "".join(out)

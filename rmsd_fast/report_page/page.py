@@ -1,0 +1,177 @@
+"""The page as a whole: header, headline numbers, sections, settings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from rmsd_fast.report_page.curves import STAGE_TITLES, duration, stage_section
+from rmsd_fast.report_page.evaluation import (
+    SIMULATED,
+    difference_name,
+    evaluation_section,
+    in_order,
+    interval,
+    percent,
+    student_names,
+    value,
+    verdict,
+)
+from rmsd_fast.report_page.run_folder import Run
+from rmsd_fast.report_page.samples import STUDENT_ORDER, sample_cards, visible
+from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
+from rmsd_fast.report_page.svg import Series, last_smoothed, number
+from rmsd_fast.report_page.teacher import is_simulated, teacher_section
+
+_STAMP = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)")
+_WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
+
+
+def render(run: Run) -> str:
+    """The report of a run as one HTML document that needs nothing else."""
+    name = visible(run.settings.get("name") or run.folder.name)
+    stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
+    links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("teacher", "Teacher")]
+    links += [("samples", "Samples"), ("settings", "Settings")]
+    nav = "".join(f'<a href="#{visible(anchor)}">{visible(text)}</a>' for anchor, text in links)
+    body = [
+        f'<header><p class="muted small">rmsd_fast run report</p><h1>{name}</h1>{_facts(run)}<nav>{nav}</nav></header>',
+        _notes(run),
+        _tiles(run),
+        evaluation_section(run),
+        *(stage_section(stage, run.metrics[stage]) for stage in stages),
+        "" if stages else '<h2>Training</h2><p class="muted">No training step has been logged (no metrics.jsonl).</p>',
+        teacher_section(run.teacher),
+        _samples(run),
+        f'<h2 id="settings">Settings</h2><details class="card"><summary>config.yaml</summary>'
+        f'<pre class="text" style="max-height:none">{visible(run.settings_text)}</pre></details>',
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{content_policy()}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name} · rmsd_fast report</title><style>{page_style()}</style></head>"
+        f"<body><main>{''.join(body)}</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _short(stage: str) -> str:
+    return STAGE_TITLES.get(stage, stage).partition(":")[0]
+
+
+def _facts(run: Run) -> str:
+    """Name, date, recipe, machine. What a run did not record is left out, not guessed."""
+    info = run.info
+    versions = info.get("versions")
+    started = _time(info.get("started")) or _time_of_name(run.folder.name)
+    finished = _time(info.get("finished"))
+    steps = {stage: max(s.steps[-1] for s in keys.values()) for stage, keys in run.metrics.items() if keys}
+    facts = [
+        ("Folder", run.folder.resolve().name),
+        ("Started", started.strftime("%Y-%m-%d %H:%M") if started else None),
+        ("Duration", _spent(run, started, finished)),
+        ("Recipe", info.get("recipe")),
+        ("Hardware", info.get("hardware")),
+        ("World size", info.get("world_size")),
+        ("Model", (run.settings.get("model") or {}).get("path") or ("tiny, made by the run" if _made(run) else None)),
+        ("Seed", run.settings.get("seed")),
+        ("Steps", ", ".join(f"{_short(s).lower()} {steps[s]}" for s in in_order(list(steps), tuple(STAGE_TITLES)))),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else None),
+    ]
+    shown = "".join(f"<div><dt>{k}</dt><dd>{visible(v)}</dd></div>" for k, v in facts if v not in (None, ""))
+    return f'<dl class="facts">{shown}</dl>'
+
+
+def _made(run: Run) -> bool:
+    return bool((run.settings.get("made") or {}).get("enabled"))
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def _time_of_name(name: str) -> datetime | None:
+    """Run folders end in the time at which they were made."""
+    found = _STAMP.search(name)
+    try:
+        return datetime(*map(int, found.groups())) if found else None
+    except ValueError:
+        return None
+
+
+def _spent(run: Run, started: datetime | None, finished: datetime | None) -> str | None:
+    if started and finished and (started.tzinfo is None) == (finished.tzinfo is None):
+        return duration(max((finished - started).total_seconds(), 0.0))
+    seconds = [keys["seconds/step"] for keys in run.metrics.values() if "seconds/step" in keys]
+    total = sum(v for s in seconds for v in s.values if math.isfinite(v))
+    return f"{duration(total)} in training steps" if total else None
+
+
+def _notes(run: Run) -> str:
+    """What must be seen before any number: a simulated teacher, files in a bad state."""
+    out = []
+    if is_simulated(run.evaluation) or is_simulated(run.teacher):
+        out.append(
+            f'<div class="note" role="note"><p><b>{SIMULATED}.</b> The responses it was trained on were written by a '
+            "program that knows the ground truth and errs on purpose, not by a model. Scores here show that the method "
+            "runs end to end; they say nothing about a real teacher.</p></div>"
+        )
+    if run.notes:
+        text = "".join(f"<p>{visible(note)}</p>" for note in run.notes)
+        out.append(f'<div class="note" role="note">{text}</div>')
+    return "".join(out)
+
+
+def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
+    return (
+        f'<div class="card tile"><span class="name">{visible(name)}</span><b>{shown}</b>'
+        f'<span class="small {kind or "muted"}">{visible(below)}</span></div>'
+    )
+
+
+def _tiles(run: Run) -> str:
+    """Headline numbers: the last student's score, what each stage changed, pair accuracy."""
+    tiles = []
+    names = student_names(run)
+    evaluation = run.evaluation or {"students": {}, "differences": {}}
+    students = in_order(list(evaluation["students"]), STUDENT_ORDER)
+    if students and isinstance(evaluation["students"][students[-1]].get("closed"), Mapping):
+        entry = evaluation["students"][students[-1]]["closed"]
+        below = f"95% interval {interval(entry).partition(' ')[2]}, n = {number(value(entry, 'n'), 6)}"
+        tiles.append(_tile(f"Closed tasks, {names[students[-1]]}", f"{percent(value(entry, 'mean'))}%", below))
+    for key, part in evaluation["differences"].items():
+        entry = part.get("closed")
+        if isinstance(entry, Mapping):
+            kind, words = verdict(entry)
+            shown = f"{percent(value(entry, 'mean'), sign=True)} points"
+            low_high = interval(entry, sign=True).partition(" ")[2]
+            tiles.append(
+                _tile(f"{difference_name(key, names)}, closed", shown, f"{low_high} {_WORDS.get(kind, words)}", kind)
+            )
+    for stage in ("distill", "warm_up"):
+        curve = run.metrics.get(stage, {}).get("discriminator/pair_accuracy")
+        if curve is not None:
+            tiles.append(_pair_tile(stage, curve))
+            break
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _pair_tile(stage: str, curve: Series) -> str:
+    last = last_smoothed(curve)
+    high = last > 0.95
+    words = "above 0.95: separated by cues that are not quality?" if high else "0.5 = undecided, warning above 0.95"
+    return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), words, "down" if high else "")
+
+
+def _samples(run: Run) -> str:
+    head = '<h2 id="samples">Answers side by side</h2>'
+    if not run.samples:
+        return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
+    lead = "Held-out questions with frames of their video. The colour of an answer's edge repeats its score."
+    return f'{head}<p class="muted">{lead}</p>{sample_cards(run.samples, student_names(run))}'

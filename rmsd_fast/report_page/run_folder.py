@@ -1,0 +1,178 @@
+"""Reads a run folder for the report. Whatever is missing is left out; whatever is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rmsd_fast.report_page.svg import Series
+
+
+class ReportError(ValueError):
+    """The folder is no run, or a file in it is damaged. The message says which file, which line and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Attributes:
+        settings: config.yaml as plain data; `settings_text` is the file itself.
+        metrics: stage -> key -> curve over the optimiser steps of that stage.
+        evaluation: evaluation.json, or None when nothing was evaluated.
+        samples: lines of samples.jsonl.
+        teacher: teacher.json (statistics of the pool), or None.
+        info: run.json (`started`, `finished` as ISO 8601, `recipe`, `hardware`, `world_size`, `versions` by name); may
+            be empty.
+        notes: what the reader of the page has to know about the files.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    settings_text: str
+    metrics: dict[str, dict[str, Series]]
+    evaluation: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    teacher: dict[str, Any] | None
+    info: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ReportError: there is no config.yaml, or a file is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: expected the folder of a run, found {'a file' if folder.exists() else 'nothing'}")
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ReportError(
+            f"{folder}: not a run: it has no config.yaml; give the folder that training made, such as "
+            "runs/<name>-<time> (its parent holds many runs)"
+        )
+    notes: list[str] = []
+    settings, text = _settings(config)
+    return Run(
+        folder=folder,
+        settings=settings,
+        settings_text=text,
+        metrics=curves(_lines(folder / "metrics.jsonl", notes), folder / "metrics.jsonl"),
+        evaluation=_evaluation(folder / "evaluation.json"),
+        samples=[row for _, row in _lines(folder / "samples.jsonl", notes)],
+        teacher=_object(folder / "teacher.json"),
+        info=_object(folder / "run.json") or {},
+        notes=notes,
+    )
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], str]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: expected YAML settings: {error}; restore the file of the run") from error
+    if not isinstance(settings, dict):
+        raise ReportError(f"{path}: expected a mapping of settings, got {type(settings).__name__}; restore the file")
+    return settings, text
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """A JSON object, None when there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: expected a JSON object: {error}; restore or delete the file") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: expected a JSON object, got {type(value).__name__}; restore or delete the file")
+    return value
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    """evaluation.json with the parts that the page walks through checked."""
+    value = _object(path)
+    if value is None:
+        return None
+    for key in ("students", "floors", "differences"):
+        part = value.setdefault(key, {})
+        if not isinstance(part, dict) or not all(isinstance(v, dict) for v in part.values()):
+            raise ReportError(f"{path}: field {key!r}: expected an object of objects; evaluate the run again")
+    for name, part in [*value["students"].items(), *value["differences"].items()]:
+        tasks = part.setdefault("tasks", {})
+        if not isinstance(tasks, dict) or not all(isinstance(v, dict) for v in tasks.values()):
+            raise ReportError(f"{path}: field 'tasks' of {name!r}: expected an object per task; evaluate the run again")
+    return value
+
+
+def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) per line of a JSONL file; an unfinished last line is left out and noted.
+
+    A run that is still writing, or was killed while it wrote, ends in such a line; anything else is damage.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    for index, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if index == len(lines):
+                notes.append(f"{path.name}: the last line ({index}) is unfinished and was left out.")
+                continue
+            raise ReportError(f"{path}:{index}: expected a JSON object: {error}; delete or mend that line") from error
+        if not isinstance(row, dict):
+            raise ReportError(f"{path}:{index}: expected a JSON object, got {type(row).__name__}; delete that line")
+        rows.append((index, row))
+    return rows
+
+
+def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict[str, Series]]:
+    """Curves by stage and key. A step written twice (before and after a resume) counts as written last.
+
+    Raises:
+        ReportError: a line has no usable `stage` or `step`; the line is named.
+    """
+    table: dict[str, dict[int, dict[str, float]]] = {}
+    for index, row in rows:
+        stage, step = row.get("stage"), row.get("step")
+        if not isinstance(stage, str) or not isinstance(step, int) or isinstance(step, bool):
+            raise ReportError(
+                f"{path}:{index}: expected a text 'stage' and a whole number 'step', got {stage!r} and {step!r}; "
+                "delete or mend that line"
+            )
+        values = {}
+        for key, value in row.items():
+            if key == "step" or isinstance(value, bool):
+                continue
+            # null stands for a value that was not finite: strict JSON has no NaN.
+            if value is None:
+                values[key] = math.nan
+            elif isinstance(value, int | float):
+                values[key] = float(value)
+        table.setdefault(stage, {})[step] = values
+    out: dict[str, dict[str, Series]] = {}
+    for stage, by_step in table.items():
+        keys: dict[str, list[tuple[int, float]]] = {}
+        for step in sorted(by_step):
+            for key, value in by_step[step].items():
+                keys.setdefault(key, []).append((step, value))
+        out[stage] = {
+            key: Series(key, tuple(step for step, _ in points), tuple(value for _, value in points))
+            for key, points in keys.items()
+        }
+    return out

@@ -1,0 +1,89 @@
+"""Teacher section of the report: how quality varies across and within questions, by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent, value
+from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, mark_legend
+from rmsd_fast.report_page.samples import visible
+from rmsd_fast.report_page.svg import number
+
+_COLUMNS = (
+    ("mean", "quality, mean", number),
+    ("sd_across", "sd across questions", number),
+    ("sd_within", "sd within a question", number),
+    ("low", "lowest", number),
+    ("high", "highest", number),
+    ("valid_share", "valid %", percent),
+    ("kept_share", "kept %", percent),
+    ("truncated_share", "cut %", percent),
+    ("empty_share", "questions left empty %", percent),
+)
+_LANES = (("sd_across", "sd across questions", 1, "square"), ("sd_within", "sd within a question", 2, "diamond"))
+
+
+def teacher_section(statistics: Mapping[str, Any] | None) -> str:
+    """Table and chart of `teacher.diagnostics.pool_statistics`; a sentence when the run has none."""
+    head = '<h2 id="teacher">Teacher responses</h2>'
+    tasks = (statistics or {}).get("tasks")
+    if not isinstance(tasks, Mapping) or not any(tasks.values()):
+        return f'{head}<p class="muted">No statistics of the teacher pool in this run (no teacher.json).</p>'
+    groups = [(task, tasks[task]) for task in in_order(list(tasks), TASK_TYPES) if isinstance(tasks[task], Mapping)]
+    totals = [
+        (name, statistics[key]) for key, name in (("closed", "all closed"), ("all", "all")) if statistics.get(key)
+    ]
+    lead = (
+        f"Quality of the first {visible(statistics.get('responses', '?'))} responses per training question, invalid "
+        f"ones counted as 0; kept are those of at least {visible(statistics.get('min_quality', '?'))}. Open questions "
+        "have no metric: a valid answer counts as 1."
+    )
+    simulated = f"<p><b>{SIMULATED}: these numbers describe the simulation.</b></p>" if is_simulated(statistics) else ""
+    paper = (
+        "For comparison, the teacher of arXiv 2603.11423 on 200 inputs: mean 0.75, sd 0.22 across inputs; multiple "
+        "choice 0.96, visual question answering 0.64; sd within an input 0.07 to 0.15; broken formats 1%, up to 10% on "
+        "temporal questions; 72% kept at 0.3."
+    )
+    return (
+        f'{head}{simulated}<p class="muted">{lead}</p><div class="split">{_chart(groups)}{_table(groups, totals)}</div>'
+        f'<p class="muted small">{escape(paper)}</p>'
+    )
+
+
+def is_simulated(statistics: Mapping[str, Any] | None) -> bool:
+    return bool((statistics or {}).get("teacher_simulated"))
+
+
+def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
+    rows = []
+    for task, group in groups:
+        mean = value(group, "mean")
+        marks = []
+        for key, name, colour, shape in _LANES:
+            sd = value(group, key)
+            if math.isfinite(mean) and math.isfinite(sd):
+                text = f"{task}: mean {number(mean)}, {name} {number(sd)}"
+                marks.append(Mark(mean, mean - sd, mean + sd, colour, shape, text))
+        rows.append(IntervalRow(task, tuple(marks)))
+    legend = mark_legend([(f"mean ± {name}", colour, shape) for _, name, colour, shape in _LANES], floor=False)
+    hint = "spread between questions, and between the answers to one question"
+    return interval_figure("Quality by task", hint, rows, legend, (0.0, 1.0))
+
+
+def _table(groups: list[tuple[str, Mapping[str, Any]]], totals: list[tuple[str, Mapping[str, Any]]]) -> str:
+    head = "".join(f'<th class="fold">{escape(name)}</th>' for _, name, _ in _COLUMNS)
+    body = []
+    for index, (name, group) in enumerate([*groups, *totals]):
+        cells = "".join(f"<td>{form(value(group, key))}</td>" for key, _, form in _COLUMNS)
+        n = value(group, "questions")
+        count = f"{n:.0f}" if math.isfinite(n) else "–"
+        kind = ' class="sum"' if index == len(groups) else ""
+        body.append(f'<tr{kind}><th scope="row">{visible(name)}</th><td>{count}</td>{cells}</tr>')
+    return (
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Teacher statistics"><table><thead><tr>'
+        f'<th>task</th><th class="fold">questions</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )

@@ -1,0 +1,1 @@
+"""Rollout engines: responses of the student, sampled online."""

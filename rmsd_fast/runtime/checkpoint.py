@@ -1,0 +1,398 @@
+"""Checkpoints: one folder per checkpoint that is there in whole or not at all.
+
+`checkpoints/step_N.tmp` is filled by all ranks, listed in `manifest.json` (sizes and sha256), brought to disk, renamed
+to `step_N`, and only then named in `checkpoints/latest`. A kill at any point leaves the former checkpoint. Files are
+safetensors and JSON: loading runs no code from them. All ranks must see the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rmsd_fast.runtime.world import (
+    World,
+    all_gather_objects,
+    any_rank,
+    barrier,
+    broadcast_object,
+    read_tensors,
+    write_tensors,
+)
+
+log = logging.getLogger("rmsd_fast")
+_NAME = re.compile(r"step_(\d+)(\.replaced)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder, tag, the `state` it was saved with, and why newer ones were passed over."""
+
+    folder: Path
+    tag: int
+    state: dict[str, Any]
+    damaged: list[str] = field(default_factory=list)
+
+
+def save_checkpoint(
+    run_folder: str | Path,
+    tag: int,
+    *,
+    world: World,
+    engines: Mapping[str, Any],
+    state: Mapping[str, Any],
+    extra_modules: Mapping[str, nn.Module] | None = None,
+    writers: Mapping[str, Callable[[Path], None]] | None = None,
+    keep: int = 2,
+) -> bool:
+    """Write `checkpoints/step_<tag>`; all ranks call it at the same point, between two steps.
+
+    Args:
+        tag: grows over the run; checkpoints of a higher tag belong to a future that was given up and are removed.
+        engines: by name, each with `save(folder)` and `load(folder)`.
+        state: whatever JSON can hold: stage, step, data cursor, fingerprints, counters.
+        extra_modules: frozen models, whole on every rank; rank 0 writes them.
+        writers: by sub-folder name, called on rank 0 with that folder inside the checkpoint, e.g. the export. One that
+            reads an engine's weights under ZeRO-3 needs this call to stand inside `engine.full_weights()`.
+        keep: newest checkpoints kept, this one included.
+    Returns:
+        False when the disk is full: nothing is left of this checkpoint, the former ones stay, training can go on.
+    Raises:
+        ValueError: keep < 1, or a state that JSON cannot hold.
+        RuntimeError: any other failure of one rank, on all ranks.
+    """
+    if keep < 1:
+        raise ValueError(f"checkpoint.keep: expected 1 or more, got {keep}")
+    text = json.dumps(dict(state), indent=1, allow_nan=False)
+    root = Path(run_folder) / "checkpoints"
+    tmp = root / f"step_{tag}.tmp"
+
+    def prepare() -> dict[str, Any]:
+        if world.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+            for left in root.glob("*.tmp"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            tmp.mkdir()
+        return {}
+
+    def write() -> dict[str, Any]:
+        for name, engine in engines.items():
+            engine.save(tmp / "engines" / name)
+        _write(tmp / f"rng_{world.rank:05d}.json", json.dumps(_rng_state()))
+        if world.is_main:
+            _write(tmp / "state.json", text + "\n")
+            for name, module in (extra_modules or {}).items():
+                write_tensors(tmp / f"module_{name}.safetensors", _module_tensors(module))
+            for name, writer in (writers or {}).items():
+                (tmp / name).mkdir()
+                writer(tmp / name)
+        return {}
+
+    def finish() -> dict[str, Any]:
+        barrier(world)
+        files = sorted(p for p in tmp.rglob("*") if p.is_file())
+        return {str(p.relative_to(tmp)): _to_disk(p) for p in files[world.rank :: world.size]}
+
+    def commit() -> dict[str, Any]:
+        if world.is_main:
+            entries = {k: v for part in parts for k, v in sorted(part.items())}
+            _write(
+                tmp / "manifest.json", json.dumps({"tag": tag, "world_size": world.size, "files": entries}, indent=1)
+            )
+            _commit(root, tmp, tag)
+        return {}
+
+    for work in (prepare, write, finish, commit):
+        parts = _together(work, tmp, world)
+        if parts is None:
+            return False
+    if world.is_main:
+        _prune(root, tag, keep)
+    return True
+
+
+def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> list[dict[str, Any]] | None:
+    """Do `work` on every rank and agree on the outcome: all results, or None when a disk was full."""
+    result, full, error = {}, "", ""
+    try:
+        result = work()
+    except Exception as caught:
+        if isinstance(caught, OSError) and caught.errno in (ENOSPC, EDQUOT):
+            full = str(caught)
+        else:
+            error = f"{type(caught).__name__}: {caught}"
+            log.error("checkpoint: rank %d failed", world.rank, exc_info=caught)
+    outcomes = all_gather_objects((result, full, error), world)
+    errors = [f"rank {r}: {e}" for r, (_, _, e) in enumerate(outcomes) if e]
+    fulls = [f"rank {r}: {f}" for r, (_, f, _) in enumerate(outcomes) if f]
+    if not errors and not fulls:
+        return [r for r, _, _ in outcomes]
+    if world.is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+    barrier(world)
+    if errors:
+        raise RuntimeError(f"{tmp.with_suffix('')} could not be written ({'; '.join(errors)}); former checkpoints stay")
+    if world.is_main:
+        log.warning(
+            "%s not written, the disk is full (%s); training goes on, the former checkpoint stays; free some space",
+            tmp.with_suffix(""),
+            fulls[0],
+        )
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _to_disk(path: Path) -> dict[str, Any]:
+    """Bring a file to disk; its size in bytes and sha256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _commit(root: Path, tmp: Path, tag: int) -> None:
+    _to_disk(tmp / "manifest.json")
+    for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
+        _sync_folder(folder)
+    final, replaced = root / f"step_{tag}", root / f"step_{tag}.replaced"
+    if final.exists():  # a run that fell back to an earlier checkpoint comes past this step again
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    tmp.rename(final)
+    latest = root / "latest.tmp"
+    _write(latest, final.name + "\n")
+    _to_disk(latest)
+    latest.replace(root / "latest")
+    _sync_folder(root)
+
+
+def _prune(root: Path, tag: int, keep: int) -> None:
+    """Keep this checkpoint and the newest before it. A failure to delete is no reason to end a run."""
+    tags = sorted({int(m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))}, reverse=True)
+    kept = [t for t in tags if t <= tag][:keep]
+    for path in list(root.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match and (int(match[1]) not in kept or match[2]):
+            # Renamed first: a kill in the middle of the removal leaves nothing that looks like a checkpoint.
+            gone = path.with_name(path.name + ".removed.tmp")
+            try:
+                path.rename(gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", path, error)
+
+
+def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | None:
+    """The newest checkpoint whose files are those of its manifest, or None where there is none at all.
+
+    A damaged one is passed over for the one before it, with a warning that says what is wrong with it.
+
+    Raises:
+        ValueError: there are checkpoints and all of them are damaged.
+    """
+    root = Path(run_folder) / "checkpoints"
+    names = broadcast_object(_candidates(root) if world.is_main else None, world)
+    damaged: list[str] = []
+    for name in names:
+        problems = [p for part in all_gather_objects(_problems(root / name, world), world) for p in part]
+        if not problems:
+            if damaged and world.is_main:
+                log.warning("going back to %s: %s", root / name, "; ".join(damaged))
+            state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(root / name, int(_NAME.fullmatch(name)[1]), state, damaged)  # type: ignore[index]
+        damaged.append(f"{name} is damaged ({'; '.join(problems[:3])})")
+    if damaged:
+        raise ValueError(f"no checkpoint of {root} can be loaded: {'; '.join(damaged)}; start the run anew")
+    return None
+
+
+def _candidates(root: Path) -> list[str]:
+    """Names of checkpoints: the one in `latest`, then the others from new to old."""
+    if not root.is_dir():
+        return []
+    found = {p.name: m for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))}
+    names = sorted(found, key=lambda n: (int(found[n][1]), not found[n][2]), reverse=True)
+    try:
+        first = (root / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return names
+    return names if first not in names else [first, *(n for n in names if n != first)]
+
+
+def _problems(folder: Path, world: World) -> list[str]:
+    """What this rank's share of the files has against the manifest."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        entries = [(str(n), int(e["size"]), str(e["sha256"])) for n, e in sorted(files.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"manifest.json unreadable: {error}"]
+    found = [] if "state.json" in files else ["state.json is not in the manifest"]
+    for name, size, sha256 in entries[world.rank :: world.size]:
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            found.append(f"{name} lies outside the checkpoint")
+        elif not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            found.append(f"{name}: expected {size} bytes, got {path.stat().st_size}")
+        elif _sha256(path) != sha256:
+            found.append(f"{name}: sha256 differs")
+    return found
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    world: World,
+    engines: Mapping[str, Any],
+    extra_modules: Mapping[str, nn.Module] | None = None,
+    rng: bool = True,
+) -> dict[str, Any]:
+    """Put engines, frozen models and random generators back as they were; returns the saved `state`.
+
+    Raises:
+        ValueError: saved with other engines, modules, ranks or ZeRO stage than these.
+    """
+    folder = checkpoint.folder
+    for name, engine in engines.items():
+        if not (folder / "engines" / name).is_dir():
+            have = sorted(p.name for p in (folder / "engines").glob("*"))
+            raise ValueError(
+                f"{folder} has no engine '{name}', only {have}; resume with the settings it was saved with"
+            )
+        engine.load(folder / "engines" / name)
+    for name, module in (extra_modules or {}).items():
+        path = folder / f"module_{name}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no module '{name}'; resume with the settings it was saved with")
+        saved, now = read_tensors(path), _module_tensors(module)
+        if saved.keys() != now.keys() or any(saved[k].shape != now[k].shape for k in now):
+            raise ValueError(f"{path} holds another model: expected the names and shapes of this run's '{name}'")
+        with torch.no_grad():
+            for key, value in saved.items():
+                now[key].copy_(value)
+    path = folder / f"rng_{world.rank:05d}.json"
+    if rng:
+        if not path.is_file():
+            raise ValueError(f"{folder} was saved by fewer processes than the {world.size} of this run; use as many")
+        _restore_rng(json.loads(path.read_text(encoding="utf-8")))
+    return checkpoint.state
+
+
+def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.data for n, p in module.named_parameters()} | dict(module.named_buffers())
+
+
+def _rng_state() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators as JSON."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["torch"])), dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8))
+
+
+def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
+    """What differs between a checkpoint's settings and hashes and those of this run; nested mappings by dotted name.
+
+    Raises:
+        ValueError: something differs and `allow_changes` is false.
+    """
+    old, new = _flatten(saved), _flatten(now)
+    missing = object()
+    changes = [
+        f"{key}: was {_show(old.get(key, missing), missing)}, now {_show(new.get(key, missing), missing)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+    if changes and not allow_changes:
+        raise ValueError(
+            "this run differs from the checkpoint that it should continue:\n  "
+            + "\n  ".join(changes)
+            + "\ngo back to the former settings and data, or allow it with checkpoint.allow_changes=true"
+        )
+    return changes
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _show(value: Any, missing: object) -> str:
+    return "absent" if value is missing else repr(value)
+
+
+class StopSignal:
+    """Turns SIGTERM into a request to stop after the current step.
+
+    A second one changes nothing: processes of torchrun get it twice where the whole group is signalled, once from there
+    and once from torchrun, which kills what is left after 30 s by default.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+        self._former = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._seen = True
+
+    def requested(self, world: World) -> bool:
+        """Whether one rank was asked to stop; the same answer on all ranks, which must all ask."""
+        return any_rank(self._seen, world)
+
+    def restore(self) -> None:
+        """Put the former handler back."""
+        signal.signal(signal.SIGTERM, self._former)

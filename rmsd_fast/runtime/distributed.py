@@ -1,0 +1,395 @@
+"""One DeepSpeed engine per trained model, on CPU (gloo) and CUDA (nccl) alike.
+
+Three rules hold for every caller, because DeepSpeed's collectives hang or add up the wrong numbers otherwise:
+
+1. Every rank calls `Engine.__call__` and `Engine.backward` equally often between two steps, through the same modules in
+   the same order. A rank without samples runs filler rows and multiplies their loss by zero.
+2. Losses are local sums divided by a GLOBAL count (`global_sum`); `backward` undoes DeepSpeed's mean over ranks.
+3. The forward goes through `engine(...)`, not through `engine.module`: DeepSpeed's bookkeeping hangs on that call.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsd_fast.runtime.world import (
+    World,
+    all_gather_objects,
+    any_rank,
+    barrier,
+    broadcast_object,
+    global_max,
+    global_sum,
+    mean_over_global,
+    read_tensors,
+    start,
+    stop,
+    write_tensors,
+)
+
+__all__ = [
+    "Engine",
+    "World",
+    "all_gather_objects",
+    "any_rank",
+    "barrier",
+    "broadcast_object",
+    "global_max",
+    "global_sum",
+    "mean_over_global",
+    "start",
+    "stop",
+]
+
+# Parameters below this size stay gathered under ZeRO-3: norms and biases, whose gathering costs more than their memory.
+PERSISTENT_NUMEL = 10_000
+# DeepSpeed allocates a whole bucket per backward; its default of 5e8 elements is 2 GB for a model of any size.
+LARGEST_BUCKET = 200_000_000
+
+
+class Engine:
+    """One DeepSpeed engine with its AdamW.
+
+    Args:
+        module: the model on any device; parameters with `requires_grad=False` stay as they are. DeepSpeed casts all
+            parameters to `dtype` in place, and under ZeRO-3 splits them over the ranks in place.
+        lr, weight_decay: of torch's AdamW. DeepSpeed's own CPU Adam compiles for minutes and rounds differently.
+        zero_stage: 0 to 3.
+        grad_clip: largest global gradient norm; 0 = no clipping.
+        dtype: `float32` or `bfloat16` (float32 master weights; gradients add up in float32 except under ZeRO-0, where
+            DeepSpeed keeps them in bfloat16).
+        offload_optimizer: optimiser states and master weights in host memory, ZeRO 1 to 3.
+    Raises:
+        ValueError: a setting out of range, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        zero_stage: int = 2,
+        grad_clip: float = 1.0,
+        dtype: str = "bfloat16",
+        offload_optimizer: bool = False,
+        world: World,
+    ) -> None:
+        import deepspeed
+
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        _check(zero_stage, dtype, offload_optimizer, len(trainable))
+        self.world, self.zero_stage, self.dtype = world, zero_stage, dtype
+        self.names = [n for n, p in module.named_parameters() if p.requires_grad]
+        self._numel = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
+        config = _config(self._numel, zero_stage, grad_clip, dtype, offload_optimizer)
+        if dtype == "float32":
+            module = module.float()
+        with redirect_stdout(StringIO()):  # it prints memory figures
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay),
+                config=config,
+                dist_init_required=False,
+            )
+        self._trace = 0  # which parameters got gradients, in which order
+        self._probe = torch.zeros((), device=world.device)  # NaN once a gradient was not finite
+        self._hooks = [p.register_hook(self._watch(i)) for i, p in enumerate(trainable)]
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped model, for generation and export (inside `full_weights`) and for reading its settings."""
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def _watch(self, index: int) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            # A sum is not finite when one addend is not: one pass over the gradient and no temporary of its size.
+            self._probe.add_(grad.detach().sum(dtype=torch.float32) * 0)
+            self._trace = (self._trace * 1_000_003 + index + 1) % 2_147_483_647
+
+        return hook
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of one micro-batch.
+
+        Args:
+            loss: scalar, the local sum over a GLOBAL count. Summed over micro-batches and ranks it is the loss.
+            last: this is the last micro-batch before `step`; the same on every rank.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+
+    def gradients_finite(self) -> bool:
+        """Whether all gradients since the last step or discard were finite, on all ranks. Call after the last backward.
+
+        Raises:
+            RuntimeError: the ranks' gradients did not arrive for the same parameters in the same order; ZeRO 1 to 3
+                have then summed gradients of different parameters.
+        """
+        state = {"bad": float(not torch.isfinite(self._probe).item()), "high": self._trace, "low": -self._trace}
+        state = global_max(state, self.world)
+        if self.zero_stage > 0 and state["high"] != -state["low"]:
+            raise RuntimeError(
+                "the ranks went through different modules in backward, expected the same on all of them in the same "
+                "order; run filler rows with a zero loss where a rank has no samples of a kind, or use zero_stage 0"
+            )
+        return state["bad"] == 0
+
+    def step(self) -> float:
+        """One optimiser step; returns the global gradient norm before clipping.
+
+        A norm that is not finite (the ranks' finite gradients overflowed in their sum) discards the gradients instead
+        and returns inf.
+        """
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 0:
+            grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm([g.float() for g in grads])) if grads else 0.0
+            if not math.isfinite(norm):
+                self.discard()
+                return float("inf")
+            self.engine.step()
+        else:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+        if self.zero_stage == 3:
+            # A parameter without a gradient in the next window would take its old one.
+            optimizer.grad_partitions_flat_buffer.zero_()
+        self._reset_watch()
+        if not self.engine.was_step_applied():
+            self.discard()
+            return float("inf")
+        return norm
+
+    def discard(self) -> None:
+        """Throw the accumulated gradients away; weights and optimiser states stay as they are, bit for bit.
+
+        The same calls as in DeepSpeed's own path for a step that overflowed; it has no public form of it.
+        """
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 0:
+            self.engine.zero_grad()
+        optimizer.zero_grad()
+        if self.zero_stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+            optimizer.averaged_gradients = {}
+            if optimizer.offload_optimizer:
+                optimizer.reset_cpu_buffers()
+        elif hasattr(optimizer, "averaged_gradients"):  # ZeRO 1 and 2; bfloat16 under ZeRO-1 has another optimiser
+            optimizer.micro_step_id = -1
+            optimizer._release_preflattened_grad_buffers()
+            for key in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[key] = None
+            for key in optimizer.all_grad_tensors:
+                optimizer.all_grad_tensors[key] = None
+            if optimizer.cpu_offload:
+                optimizer.reset_cpu_buffers()
+        self._reset_watch()
+
+    def _reset_watch(self) -> None:
+        self._probe.zero_()
+        self._trace = 0
+
+    @contextmanager
+    def full_weights(self) -> Iterator[None]:
+        """Inside, `module` holds all its weights on every rank, and calling it needs no collective.
+
+        Under ZeRO-3 all ranks must enter and leave together; for the other stages nothing happens. Neither change
+        weights nor call `backward` inside.
+        """
+        if self.zero_stage != 3:
+            yield
+            return
+        import deepspeed
+
+        params = list(self.module.parameters())
+        offload = self.engine.optimizer.parameter_offload
+        for param in params:
+            param.ds_active_sub_modules.clear()
+        with deepspeed.zero.GatheredParameters(params):
+            # DeepSpeed's hooks would give weights back after each call and fetch them again with a collective, which
+            # hangs where ranks generate different numbers of tokens.
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield
+            finally:
+                offload.setup_zero_stage3_hooks()
+
+    def close(self) -> None:
+        """Take this engine's hooks off the module, which then can be given to another engine."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.zero_stage == 3:
+            with self.full_weights():
+                whole = {n: p.data.clone() for n, p in self.module.named_parameters()}
+        self.engine.destroy()
+        if self.zero_stage == 3:
+            _unpartition(self.module, whole)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights, master weights and optimiser states; no collective, no pickle.
+
+        `engine.json`, `weights.safetensors` (rank 0; not under ZeRO-3) and `rank_<r>.safetensors`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        main = self.world.is_main
+        if main:
+            (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n")
+            if self.zero_stage != 3:
+                write_tensors(folder / "weights.safetensors", self._weights())
+        if main or self.zero_stage > 0:  # under ZeRO-0 all ranks hold the same
+            tensors = {} if self.zero_stage != 3 else {f"weight.{k}": v for k, v in self._weights().items()}
+            state = self.engine.basic_optimizer.state
+            for i, master in enumerate(self._masters()):
+                tensors[f"master.{i}"] = master
+                tensors |= {f"state.{i}.{k}": v for k, v in state.get(master, {}).items()}
+            write_tensors(folder / self._part(), tensors)
+
+    def load(self, folder: Path) -> None:
+        """Continue exactly where `save` was called.
+
+        Raises:
+            ValueError: saved by another number of ranks, ZeRO stage, dtype, or for other trainable parameters.
+        """
+        saved, now = json.loads((folder / "engine.json").read_text()), self._layout()
+        for key, value in now.items():
+            if saved.get(key) != value:
+                got = saved.get(key)
+                if key == "trainable":
+                    value, got = (f"{len(v)} parameters" for v in (value, got))
+                raise ValueError(
+                    f"{folder}: {key} differs: saved with {got}, this run has {value}; resume with the same number of "
+                    "processes, ZeRO stage, dtype and trained parameters, or start a run from the exported model"
+                )
+        part = read_tensors(folder / self._part())
+        persistent = self._release_persistent()
+        weights = (
+            read_tensors(folder / "weights.safetensors")
+            if self.zero_stage != 3
+            else {k.removeprefix("weight."): v for k, v in part.items() if k.startswith("weight.")}
+        )
+        with torch.no_grad():
+            for name, target in self._weights().items():
+                target.copy_(weights[name])
+            for i, master in enumerate(self._masters()):
+                master.copy_(part[f"master.{i}"])
+                _restore_state(self.engine.basic_optimizer.state, master, part, f"state.{i}.")
+        if persistent:
+            persistent[0].all_gather(persistent)
+        self.discard()
+
+    def _release_persistent(self) -> list[nn.Parameter]:
+        """ZeRO-3 keeps small parameters gathered; their full copies would outlive the loaded parts."""
+        persistent = list(self.engine.optimizer.persistent_parameters) if self.zero_stage == 3 else []
+        if persistent:
+            persistent[0].partition(persistent)
+        return persistent
+
+    def _part(self) -> str:
+        return f"rank_{0 if self.zero_stage == 0 else self.world.rank:05d}.safetensors"
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world.size,
+            "zero_stage": self.zero_stage,
+            "dtype": self.dtype,
+            "elements": self._numel,
+            "trainable": self.names,
+        }
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Parameters (under ZeRO-3 this rank's part of each) and buffers, by name."""
+        part = self.zero_stage == 3
+        weights = {n: p.ds_tensor.data if part else p.data for n, p in self.module.named_parameters()}
+        return weights | dict(self.module.named_buffers())
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW steps on: float32 and, under ZeRO 1 to 3, this rank's part, flat."""
+        if self.zero_stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _restore_state(
+    state: dict[Tensor, dict[str, Tensor]], master: Tensor, part: dict[str, Tensor], prefix: str
+) -> None:
+    """Put AdamW's saved state of one tensor back, in place where there is one: DeepSpeed holds views of it."""
+    saved = {k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)}
+    current = state.get(master, {})
+    for key, value in saved.items():
+        if key in current:
+            current[key].copy_(value)
+        else:
+            # AdamW counts its steps in host memory.
+            state[master][key] = value if key == "step" else value.to(master.device)
+    for key in current.keys() - saved.keys():
+        current[key].zero_()  # saved before the first step: zeros are AdamW's start
+
+
+def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Give a module that ZeRO-3 had split ordinary parameters again; tied ones stay tied."""
+    fresh: dict[int, nn.Parameter] = {}
+    for name, param in module.named_parameters():
+        fresh[id(param)] = nn.Parameter(whole[name], requires_grad=param.requires_grad)
+    for child in module.modules():
+        child._parameters = {k: None if p is None else fresh[id(p)] for k, p in dict.items(child._parameters)}
+
+
+def _check(zero_stage: int, dtype: str, offload_optimizer: bool, trainable: int) -> None:
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"runtime.zero_stage: expected 0, 1, 2 or 3, got {zero_stage!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype: expected float32 or bfloat16, got {dtype!r}")
+    if offload_optimizer and zero_stage == 0:
+        raise ValueError("runtime.offload_optimizer needs runtime.zero_stage 1, 2 or 3, got 0")
+    if trainable == 0:
+        raise ValueError("no parameter of the model has requires_grad: expected one or more to train")
+
+
+def _config(numel: int, zero_stage: int, grad_clip: float, dtype: str, offload_optimizer: bool) -> dict[str, Any]:
+    """DeepSpeed's settings. Accumulation is ours (`backward(last=...)`), hence steps of 1 here."""
+    bucket = min(numel + numel % 2, LARGEST_BUCKET)  # DeepSpeed wants an even number
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+        "stage3_prefetch_bucket_size": min(bucket, 50_000_000),
+    }
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": float(grad_clip),
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero_stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -1,0 +1,161 @@
+"""The process group, small collectives over it, and tensor files.
+
+Initialise it before any DeepSpeed engine: `start`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, `local_rank` on its node, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_s: float = 1800.0) -> World:
+    """Join the process group that torchrun described in the environment, or make one of a single process.
+
+    Args:
+        timeout_s: how long a collective may wait for the other ranks before it raises.
+    Raises:
+        RuntimeError: fewer CUDA devices than processes on this node.
+    """
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"process {local_rank} of this node has no GPU: expected {local_rank + 1} or more, got "
+                f"{torch.cuda.device_count()}; start fewer with --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        # Without `device_id`: with it, groups that DeepSpeed makes later are split off eagerly, which can hang.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    _prepare_deepspeed(cuda)
+    return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def _prepare_deepspeed(cuda: bool) -> None:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Names that torch renamed and DeepSpeed still calls: nothing a user could act on, a line per call.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
+    if not cuda:
+        # Its first use compiles a shared-memory op for a minute and a half; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group. Safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def global_sum(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
+    """Sum each value over all ranks, in float64. Keys must be the same on every rank; waits for the device."""
+    return _reduce(values, world, dist.ReduceOp.SUM)
+
+
+def global_max(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
+    """Largest of each value over all ranks, in float64. Keys must be the same on every rank."""
+    return _reduce(values, world, dist.ReduceOp.MAX)
+
+
+def mean_over_global(sums: Mapping[str, float | Tensor], counts: Mapping[str, float], world: World) -> dict[str, float]:
+    """Sum of each value over all ranks, divided by the sum of its count over all ranks; 0/0 is NaN."""
+    both = global_sum({**{f"s/{k}": sums[k] for k in sums}, **{f"c/{k}": counts[k] for k in sums}}, world)
+    return {k: both[f"s/{k}"] / both[f"c/{k}"] if both[f"c/{k}"] else float("nan") for k in sums}
+
+
+def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict[str, float]:
+    if not values:
+        return {}
+    keys = sorted(values)
+    parts = [torch.as_tensor(values[k]).detach().to(world.device, torch.float64).reshape(()) for k in keys]
+    packed = torch.stack(parts)
+    if world.size > 1:
+        dist.all_reduce(packed, op=op)
+    return dict(zip(keys, packed.tolist(), strict=True))
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """True on every rank where it is true on one of them."""
+    return global_max({"flag": float(flag)}, world)["flag"] > 0
+
+
+def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
+    """The `value` of rank `source`, on every rank. Pickles between the processes of one run only."""
+    box = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=source, device=world.device if world.device.type == "cuda" else None)
+    return box[0]
+
+
+def all_gather_objects(value: Any, world: World) -> list[Any]:
+    """The `value` of every rank, in rank order, on every rank."""
+    box: list[Any] = [None] * world.size
+    if world.size == 1:
+        return [value]
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors. A full disk is `OSError(ENOSPC)`, as it is for other files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
+    except SafetensorError as error:
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(ENOSPC, "No space left on device", str(path)) from error
+        raise
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file into host memory."""
+    from safetensors.torch import load_file
+
+    return load_file(str(path))

@@ -1,0 +1,310 @@
+"""Reads, checks and prints settings: a YAML recipe, then `section.field=value` overrides, into a `RunConfig`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rmsd_fast import config as config_module
+from rmsd_fast.config import RECIPES, STAGES, RunConfig, SettingsError
+
+CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "data.format": ("auto", "rmsd", "ms-swift", "llava", "video-r1"),
+    "teacher.quality": ("metric", "uniform"),
+    "teacher.numeric_metric": ("epsilon", "mra"),
+    "teacher.ocr_metric": ("wer", "anls"),
+    "teacher.spatial_format": ("relative", "pixel"),
+    "sft.schedule": ("cosine", "constant"),
+    "sft.target": ("best", "random"),
+    "discriminator.mode": ("separate",),
+    "discriminator.pairing": ("expected", "sampled"),
+    "discriminator.normalizer": ("pairs", "quality"),
+    "reward.normalization": ("gn_then_sum", "sum_then_gn"),
+    "rollout.engine": ("hf",),
+    "distill.schedule": ("cosine", "constant"),
+    "distill.objective": ("policy", "sft"),
+    "distill.kl": ("k2", "k3", "full"),
+    "distill.aggregation": ("token_mean", "sequence_mean"),
+    "runtime.zero_stage": (0, 1, 2, 3),
+}
+AT_LEAST_ONE = [
+    "sft.steps",
+    "sft.batch_size",
+    "sft.micro_batch",
+    "distill.steps",
+    "distill.batch_size",
+    "distill.micro_prompts",
+    "rollout.n",
+    "rollout.max_new_tokens",
+    "rollout.prompts_per_batch",
+    "teacher.responses",
+    "evaluate.max_new_tokens",
+    "evaluate.prompts_per_batch",
+    "data.decode_threads",
+    "data.max_prompt_tokens",
+    "checkpoint.keep",
+    "runtime.max_skipped_steps",
+    "made.train_clips",
+    "made.heldout_clips",
+    "made.questions_per_clip",
+    "made.responses",
+]
+NOT_NEGATIVE = [
+    "sft.lr",
+    "sft.warmup_steps",
+    "sft.weight_decay",
+    "discriminator.lr",
+    "discriminator.warm_up_steps",
+    "discriminator.warm_up_lr",
+    "discriminator.score_l2",
+    "distill.lr",
+    "distill.warmup_steps",
+    "distill.weight_decay",
+    "distill.kl_coef",
+    "reward.alpha",
+    "reward.beta",
+    "reward.eta",
+    "reward.delta",
+    "reward.kl_in_reward",
+    "runtime.grad_clip",
+    "teacher.min_quality",
+    "teacher.numeric_eps",
+    "data.cache_mib",
+    "data.max_bad_share",
+    "checkpoint.every_steps",
+    "evaluate.max_questions",
+    "evaluate.samples",
+]
+
+
+def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe and its overrides, check them, return the run's settings.
+
+    Args:
+        recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`). A recipe may start with
+            `base: <recipe>`: it then changes that one.
+        overrides: `section.field=value` strings.
+    Raises:
+        SettingsError: unreadable recipe, unknown key, value of the wrong type or range, setting without effect.
+    """
+    overrides = list(overrides)
+    schema = OmegaConf.structured(RunConfig)
+    from_recipe, own_keys = _read_recipe(recipe)
+    merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
+    _check(OmegaConf.to_object(merged))
+    # What a recipe takes over from its base may be of no use to it; what it writes itself must be.
+    _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
+    for override in overrides:
+        if "=" not in override:
+            raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
+    try:
+        from_user = OmegaConf.from_dotlist(overrides)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise SettingsError(f"overrides {overrides}: {error}") from None
+    merged = _merge(merged, from_user, where="override")
+    settings = OmegaConf.to_object(merged)
+    _check(settings)
+    _refuse_useless(settings, _keys(from_user), where="override")
+    return settings
+
+
+def save_settings(settings: RunConfig, path: Path) -> None:
+    """Write the settings as YAML that `load_settings` reads back."""
+    path.write_text(to_yaml(settings))
+
+
+def to_yaml(settings: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def settings_as_dict(settings: RunConfig) -> dict:
+    """Plain nested dict of all settings, for fingerprints and JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(settings))
+
+
+def uses_discriminator(settings: RunConfig) -> bool:
+    """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
+    late = "warm_up" in settings.stages or "distill" in settings.stages
+    return late and settings.reward.alpha > 0 and settings.distill.objective == "policy"
+
+
+def describe_settings() -> str:
+    """All settings with type, default and documentation, for `--help`."""
+    lines = []
+    for owner in fields(RunConfig):
+        if is_dataclass(owner.default_factory):
+            cls = owner.default_factory
+            lines.append(f"\n{owner.name}: {inspect.getdoc(cls)}")
+            lines += _describe_fields(cls, prefix=f"{owner.name}.")
+    return "\n".join(_describe_fields(RunConfig, prefix="") + lines)
+
+
+def _describe_fields(cls: type, prefix: str) -> list[str]:
+    documents = _field_documents()[cls.__name__]
+    default = cls()
+    return [
+        f"  {prefix}{f.name} = {getattr(default, f.name)}\n      {documents[f.name]}"
+        for f in fields(cls)
+        if f.name in documents
+    ]
+
+
+def _field_documents() -> dict[str, dict[str, str]]:
+    """The string that follows each field in config.py, by class and field."""
+    documents: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        found = documents.setdefault(node.name, {})
+        for item, after in zip(node.body, node.body[1:], strict=False):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(item, ast.AnnAssign) and is_text:
+                found[item.target.id] = " ".join(after.value.value.split())
+    return documents
+
+
+def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
+    """A recipe merged onto its base, and the keys that it writes itself."""
+    path = Path(recipe)
+    if not path.is_file():
+        path = RECIPES / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {known}")
+    if str(path) in seen:
+        raise SettingsError(f"recipe {recipe}: 'base' leads back to itself: {' -> '.join((*seen, str(path)))}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise SettingsError(f"recipe {path}: not readable as YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise SettingsError(f"recipe {path}: expected sections with settings, got a {type(loaded).__name__}")
+    base = loaded.pop("base", None)
+    own_keys = _keys(loaded)
+    if base is None:
+        return loaded, own_keys
+    beside = path.parent / str(base)
+    under, _ = _read_recipe(str(beside) if beside.is_file() else str(base), (*seen, str(path)))
+    return OmegaConf.merge(under, loaded), own_keys
+
+
+def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
+    known = set(_keys(schema))
+    for key in _keys(given):
+        if key not in known and not any(name.startswith(key + ".") for name in known):
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
+            raise SettingsError(f"{where}: unknown setting {key}{hint}")
+    try:
+        return OmegaConf.merge(schema, given)
+    except OmegaConfBaseException as error:
+        raise SettingsError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            found += _keys(child, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def _value(settings: RunConfig, key: str):
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def _check(settings: RunConfig) -> None:
+    for key, choices in CHOICES.items():
+        if _value(settings, key) not in choices:
+            if key == "distill.kl" and settings.distill.kl == "k1":
+                raise SettingsError(
+                    "distill.kl=k1: as a loss its gradient is zero in expectation; write reward.kl_in_reward=<weight> "
+                    "for k1 as a reward, or distill.kl=k2, k3 or full"
+                )
+            allowed = ", ".join(map(str, choices))
+            raise SettingsError(f"{key}: expected one of {allowed}, got {_value(settings, key)!r}")
+    for key in AT_LEAST_ONE:
+        if _value(settings, key) < 1:
+            raise SettingsError(f"{key}: expected at least 1, got {_value(settings, key)}")
+    for key in NOT_NEGATIVE:
+        if not _value(settings, key) >= 0:
+            raise SettingsError(f"{key}: expected a number >= 0, got {_value(settings, key)}")
+    if not settings.rollout.temperature > 0:
+        raise SettingsError(f"rollout.temperature: expected > 0, got {settings.rollout.temperature}")
+    if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
+        raise SettingsError(
+            f"stages: expected a part of {list(STAGES)} in this order, got {settings.stages}; e.g. stages=[sft]"
+        )
+    video = settings.video
+    if (video.num_frames is None) == (video.fps is None):
+        raise SettingsError(
+            "video.num_frames and video.fps exclude each other: write video.num_frames=null with video.fps=2, "
+            f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
+        )
+    if not settings.name or "/" in settings.name:
+        raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
+    """Raise for a setting that was written but changes nothing in the chosen mode."""
+    stages, distill = settings.stages, settings.distill
+    late = "warm_up" in stages or "distill" in stages
+    control = distill.objective == "sft"
+    # (prefixes of settings, whether they have no effect, why and what to write)
+    rules = [
+        (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
+        (["distill."], "distill" not in stages, "stage distill is not in stages; add it to stages"),
+        (["rollout.", "reward."], not late, "no stage makes rollouts; add warm_up or distill to stages"),
+        (
+            ["reward.", "rollout.", "distill.kl", "distill.aggregation", "distill.micro_prompts"],
+            control,
+            "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
+        ),
+        (
+            ["stages"],
+            "warm_up" in stages and not uses_discriminator(settings),
+            "warm_up trains the discriminator, and none is used",
+        ),
+        (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
+        (["discriminator.warm_up"], "warm_up" not in stages, "stage warm_up is not in stages; add it to stages"),
+        (["discriminator.lr"], "distill" not in stages, "stage distill is not in stages; add it to stages"),
+        (
+            [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
+            not settings.made.enabled,
+            "nothing is made; write made.enabled=true",
+        ),
+        (
+            ["video.min_frames", "video.max_frames"],
+            video_counts_frames(settings),
+            "they bound video.fps, and video.num_frames is given",
+        ),
+        (
+            ["evaluate."],
+            not settings.data.heldout and not settings.made.enabled,
+            "there is nothing to evaluate on; give data.heldout",
+        ),
+        (["teacher.numeric_eps"], settings.teacher.numeric_metric != "epsilon", "teacher.numeric_metric is mra"),
+        (["runtime.offload_optimizer"], settings.runtime.zero_stage == 0, "ZeRO-0 keeps it; use runtime.zero_stage=2"),
+    ]
+    for prefixes, useless, reason in rules:
+        for key in given:
+            if useless and any(key.startswith(prefix) for prefix in prefixes):
+                raise SettingsError(f"{where}: {key} has no effect: {reason}, or leave {key} out")
+
+
+def video_counts_frames(settings: RunConfig) -> bool:
+    return settings.video.num_frames is not None

@@ -1,0 +1,82 @@
+"""Builds the models and engines that a stage works on."""
+
+from __future__ import annotations
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.prompts import PromptBuilder
+from rmsd_fast.models.discriminator import Discriminator
+from rmsd_fast.models.policy import Policy
+from rmsd_fast.models.students import Student, freeze, load_student
+from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.settings import uses_discriminator
+from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.state import RunState
+from rmsd_fast.teacher.targets import build_targets
+
+
+def load(path: str, settings: RunConfig, world: World) -> Student:
+    """A student on this process's device."""
+    student = load_student(path, dtype=settings.model.dtype, attn_implementation=settings.model.attention)
+    student.model.to(world.device)
+    return student
+
+
+def build_imitation(path: str, settings: RunConfig, world: World, material: Material, *, stage: str) -> RunState:
+    """State of stage 1, or of the control of stage 2: the student and its engine."""
+    training = settings.sft if stage == "sft" else settings.distill
+    student = load(path, settings, world)
+    builder = PromptBuilder(student, settings.video)
+    targets = build_targets(
+        material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.target
+    )
+    policy = _engine(_policy(student, settings, training.train_vision), settings, world, training)
+    return RunState(world, student, builder, targets, PhaseTimer(world.device), policy)
+
+
+def build_distillation(path: str, settings: RunConfig, world: World, material: Material) -> RunState:
+    """State of warm-up and stage 2: policy, discriminator and reference, all starting from the stage-1 student."""
+    state = build_imitation(path, settings, world, material, stage="distill")
+    state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
+    if (settings.distill.kl_coef or settings.reward.kl_in_reward) and "distill" in settings.stages:
+        state.reference = Policy(load(path, settings, world).model).eval().requires_grad_(False)
+    if uses_discriminator(settings):
+        backbone = load(path, settings, world).model
+        freeze(backbone, train_vision=settings.distill.train_vision)
+        _checkpoint_layers(backbone, settings)
+        judge = Discriminator(backbone, seed=settings.seed).train()
+        state.discriminator = Engine(
+            judge,
+            lr=settings.discriminator.lr,
+            zero_stage=settings.runtime.zero_stage,
+            grad_clip=settings.runtime.grad_clip,
+            dtype=settings.model.dtype,
+            offload_optimizer=settings.runtime.offload_optimizer,
+            world=world,
+        )
+    return state
+
+
+def _policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:
+    freeze(student.model, train_vision=train_vision)
+    _checkpoint_layers(student.model, settings)
+    return Policy(student.model).train()
+
+
+def _checkpoint_layers(model, settings: RunConfig) -> None:
+    if settings.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _engine(policy: Policy, settings: RunConfig, world: World, training) -> Engine:
+    return Engine(
+        policy,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        zero_stage=settings.runtime.zero_stage,
+        grad_clip=settings.runtime.grad_clip,
+        dtype=settings.model.dtype,
+        offload_optimizer=settings.runtime.offload_optimizer,
+        world=world,
+    )

@@ -1,0 +1,193 @@
+"""Stage 2 (adversarial distillation) and the discriminator's warm-up before it (arXiv 2603.11423).
+
+One step: rollouts -> matching -> vision once per video -> one discriminator forward for rewards and L_D -> reference
+log-probs -> policy forward and backward -> both optimiser steps, or none.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.losses import linear_logprob, linear_policy_loss
+from rmsd_fast.models.students import MediaFeatures, encode_media
+from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.runtime.distributed import global_sum
+from rmsd_fast.settings import uses_discriminator
+from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, sampled_rows, set_advantages
+from rmsd_fast.stages.judge import judge, judge_metrics
+from rmsd_fast.stages.state import RunState, StepResult, apply_or_discard, micro_batches, select_features
+
+
+def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
+    """One optimiser step of the discriminator on rollouts of a policy that stands still."""
+    groups, features = _roll_out(state, prompts, settings, rollout_step)
+    with state.timer("discriminator"):
+        sums = judge(state, groups, features, settings)
+    with state.timer("optimizer"):
+        (norm,), skipped = apply_or_discard(state, [state.discriminator], settings)
+    for group in groups:
+        set_advantages(group, settings)
+    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups)}, state.world)
+    metrics = {**judge_metrics(sums), **group_metrics(sums), **_work_metrics(sums), "discriminator/grad_norm": norm}
+    return StepResult(metrics, skipped)
+
+
+def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
+    """One optimiser step of policy and discriminator."""
+    groups, features = _roll_out(state, prompts, settings, rollout_step)
+    engines = [state.policy]
+    sums: dict[str, float] = {}
+    if uses_discriminator(settings):
+        with state.timer("discriminator"):
+            sums = judge(state, groups, features, settings)
+        engines.append(state.discriminator)
+    with state.timer("reference"):
+        batches = _policy_batches(state, groups, features, settings)
+    for group in groups:
+        set_advantages(group, settings)
+    with state.timer("policy"):
+        sums |= _policy_pass(state, batches, settings)
+    with state.timer("optimizer"):
+        norms, skipped = apply_or_discard(state, engines, settings)
+    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups)}, state.world)
+    metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work_metrics(sums), "policy/grad_norm": norms[0]}
+    if uses_discriminator(settings):
+        metrics |= {**judge_metrics(sums), "discriminator/grad_norm": norms[1]}
+    return StepResult(metrics, skipped)
+
+
+def _roll_out(
+    state: RunState, prompts: list[Prompt], settings: RunConfig, rollout_step: int
+) -> tuple[list[Group], MediaFeatures | None]:
+    """Groups of the step and the vision features that all three models share; None where each encodes its own."""
+    rollout = settings.rollout
+    sampling = Sampling(
+        n=rollout.n,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=settings.seed,
+        step=rollout_step,
+    )
+    model = state.student.model
+    with state.policy.full_weights():
+        with state.timer("vision"), torch.no_grad():
+            features = encode_media(model, prompts)
+        with state.timer("rollout"):
+            responses = state.rollouts.generate(
+                model, prompts, sampling, features=features, policy_version=rollout_step
+            )
+    with state.timer("matching"):
+        groups = [
+            make_group(prompt, own, state.targets[prompt.question.id], settings, step=rollout_step)
+            for prompt, own in zip(prompts, responses, strict=True)
+        ]
+    return groups, None if settings.distill.train_vision else features
+
+
+class _PolicyBatch:
+    """One micro-batch of the policy loss: its groups, rows and what the reference says of them."""
+
+    def __init__(self, groups: list[Group], prompts: list[Prompt], features: MediaFeatures | None, pad_id: int, device):
+        self.groups, self.prompts, self.features = groups, prompts, features
+        self.rows = sampled_rows(groups, pad_id=pad_id).to(device)
+        self.rollout_logp = torch.cat([r.logp for g in groups for r in g.rollouts]).to(device)
+        self.lengths = torch.tensor([len(r.token_ids) for g in groups for r in g.rollouts], device=device)
+        self.ref_logp: torch.Tensor | None = None
+        self.ref_head: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@torch.no_grad()
+def _policy_batches(
+    state: RunState, groups: list[Group], features: MediaFeatures | None, settings: RunConfig
+) -> list[_PolicyBatch]:
+    """Micro-batches with the reference's log-probs of the sampled tokens, and each group's k1 where the reward takes it."""
+    distill, device = settings.distill, state.world.device
+    score = partial(linear_logprob, temperature=settings.rollout.temperature)
+    batches = []
+    for indices in micro_batches(list(range(len(groups))), distill.micro_prompts):
+        own = [groups[i] for i in indices]
+        batch = _PolicyBatch(
+            own, [g.prompt for g in own], select_features(features, indices), state.builder.eos_id, device
+        )
+        if (distill.kl_coef and distill.kl != "full") or settings.reward.kl_in_reward:
+            batch.ref_logp = state.reference(batch.prompts, batch.rows, batch.features, score)
+            log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.lengths.tolist())
+            means = torch.stack([part.mean() for part in log_ratio]).cpu()
+            for group, mean in zip(own, means.split([len(g.rollouts) for g in own]), strict=True):
+                group.log_ratio = mean
+        batches.append(batch)
+    return batches
+
+
+def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, float]:
+    """Forward and backward of the policy loss; the gradients are complete afterwards and not applied."""
+    distill, device = settings.distill, state.world.device
+    tokens = sum(int(batch.lengths.sum()) for batch in batches)
+    sequences = sum(len(batch.lengths) for batch in batches)
+    counts = global_sum({"tokens": tokens, "sequences": sequences}, state.world)
+    token_mean = distill.aggregation == "token_mean"
+    normalizer = counts["tokens"] if token_mean else counts["sequences"]
+    kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
+    sums = dict.fromkeys(("p_loss", "p_tokens", "p_kl", "p_entropy", "p_logp", "p_rollout_logp"), 0.0)
+    for number, batch in enumerate(batches):
+        advantages = torch.cat([group.advantages for group in batch.groups]).to(device)
+        each = 1.0 / batch.lengths
+        reference = {"ref_logp": batch.ref_logp} if kl else {}
+        if kl and distill.kl == "full":
+            with torch.no_grad():
+                hidden, weight = state.reference(batch.prompts, batch.rows, batch.features, _hidden_and_head)
+            reference = {"ref_hidden": hidden, "ref_weight": weight}
+        head = partial(
+            linear_policy_loss,
+            advantages=advantages.repeat_interleave(batch.lengths),
+            token_weights=None if token_mean else each.repeat_interleave(batch.lengths),
+            normalizer=normalizer,
+            temperature=settings.rollout.temperature,
+            **kl,
+            **reference,
+        )
+        result = state.policy(batch.prompts, batch.rows, batch.features, head)
+        state.policy.backward(result.loss, last=number == len(batches) - 1)
+        own = len(batch.rollout_logp)
+        sums["p_loss"] += float(result.loss.detach())
+        sums["p_tokens"] += own
+        for name in ("kl", "entropy", "logp"):
+            if name in result.metrics:
+                sums[f"p_{name}"] += own * float(result.metrics[name])
+        sums["p_rollout_logp"] += float(batch.rollout_logp.sum())
+    return sums
+
+
+def _hidden_and_head(hidden, weight, targets):
+    return hidden, weight
+
+
+def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
+    tokens = sums["p_tokens"]
+    return {
+        "policy/loss": sums["p_loss"],
+        "policy/kl": sums["p_kl"] / tokens,
+        "policy/entropy": sums["p_entropy"] / tokens,
+        "policy/logp": sums["p_logp"] / tokens,
+        # Trainer minus engine, mean log-prob of the sampled tokens: 0 where both compute the same.
+        "policy/rollout_log_ratio": (sums["p_logp"] - sums["p_rollout_logp"]) / tokens,
+    }
+
+
+def _work(groups: list[Group]) -> dict[str, float]:
+    """Tokens that went through a model as padded rows count them, and those that are distinct."""
+    judged = sum(len(g.targets.token_ids[k]) for g in groups for k in g.kept)
+    sampled = sum(len(r.token_ids) for g in groups for r in g.rollouts)
+    prompts = sum(len(g.prompt.input_ids) * (len(g.rollouts) + len(g.kept)) for g in groups)
+    return {
+        "work": prompts + sampled + judged,
+        "unique": judged + sampled + sum(len(g.prompt.input_ids) for g in groups),
+    }
+
+
+def _work_metrics(sums: dict[str, float]) -> dict[str, float]:
+    return {"tokens": sums["work"], "tokens_unique": sums["unique"]}

@@ -1,0 +1,208 @@
+"""Evaluation: greedy answers to held-out questions, scores by task type with 95% intervals, files of the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.prompts import PromptBuilder, PromptError
+from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
+from rmsd_fast.data.video import MediaError
+from rmsd_fast.method.answers import parse_answer
+from rmsd_fast.method.quality import quality_score
+from rmsd_fast.models.students import Student
+from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.rollout.hf import HfRollout
+from rmsd_fast.runtime.distributed import World, all_gather_objects
+from rmsd_fast.teacher.diagnostics import best_constant_floor
+from rmsd_fast.teacher.targets import quality_settings
+
+STUDENTS = ("untrained", "stage1", "stage2")
+RESAMPLES = 2000
+
+
+def answer_questions(
+    student: Student, questions: list[Question], settings: RunConfig, world: World, *, name: str
+) -> list[dict]:
+    """Greedy answers of a student, one record per question, the same list on every process.
+
+    Every process generates equally often, so that a sharded model's collectives agree. A question whose media cannot
+    be used is recorded with `error` and counts as 0.
+    """
+    video = settings.video
+    if settings.evaluate.num_frames is not None:
+        video = dataclasses.replace(video, num_frames=settings.evaluate.num_frames, fps=None)
+    builder = PromptBuilder(student, video)
+    batch_size = settings.evaluate.prompts_per_batch
+    engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device)
+    sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
+    own = questions[world.rank :: world.size]
+    records = []
+    progress = tqdm(total=len(own), desc=f"evaluate {name}", unit="question", disable=None if world.is_main else True)
+    for start in range(0, len(own), batch_size):
+        prompts, failed = [], []
+        for question in own[start : start + batch_size]:
+            try:
+                prompts.append(builder.build(question))
+            except (MediaError, PromptError) as error:
+                failed.append(_record(question, "", settings, error=str(error)))
+        if prompts:
+            answers = engine.generate(student.model, prompts, sampling)
+            records += [
+                _record(prompt.question, rollout.text, settings, truncated=rollout.truncated)
+                for prompt, (rollout,) in zip(prompts, answers, strict=True)
+            ]
+        records += failed
+        progress.update(len(prompts) + len(failed))
+    progress.close()
+    order = {question.id: number for number, question in enumerate(questions)}
+    everything = [record for part in all_gather_objects(records, world) for record in part]
+    return sorted(everything, key=lambda record: order[record["id"]])
+
+
+def _record(
+    question: Question, response: str, settings: RunConfig, *, truncated: bool = False, error: str = ""
+) -> dict:
+    score = quality_score(
+        response, question.task_type, question.answer, options=question.options, **quality_settings(settings.teacher)
+    )
+    record = {
+        "id": question.id,
+        "task_type": question.task_type,
+        "response": response,
+        "score": score,
+        "valid": parse_answer(response, question.task_type, question.options) is not None,
+        "truncated": truncated,
+    }
+    return {**record, "error": error} if error else record
+
+
+def summarise(records: list[dict], *, seed: int = 0) -> dict:
+    """Means with 95% intervals: per task type, over the closed ones, and over all.
+
+    The interval is Wilson's, which for graded scores in [0, 1] is on the safe side (their variance is at most that of
+    a 0/1 score of the same mean). Open questions have no metric: their score is the share of valid answers.
+    """
+    return _by_task(records, lambda rows: _mean_with_interval(rows))
+
+
+def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
+    """Paired differences after - before with 95% bootstrap intervals over questions."""
+    earlier = {record["id"]: record["score"] for record in before}
+    paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
+    return _by_task(paired, lambda rows: _bootstrap(rows, seed))
+
+
+def _by_task(records: list[dict], measure) -> dict:
+    tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}
+    closed = [r for r in records if r["task_type"] in CLOSED_TASKS]
+    result = {"tasks": {task: measure(rows) for task, rows in tasks.items() if rows}, "all": measure(records)}
+    if closed:
+        result["closed"] = measure(closed)
+    return result
+
+
+def _mean_with_interval(rows: list[dict]) -> dict:
+    n, z = len(rows), 1.959963984540054
+    mean = sum(row["score"] for row in rows) / n
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    valid = sum(row["valid"] for row in rows) / n
+    return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n, "valid_share": valid}
+
+
+def _bootstrap(rows: list[dict], seed: int) -> dict:
+    scores = np.array([row["score"] for row in rows])
+    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
+    low, high = np.percentile(scores[draws].mean(1), [2.5, 97.5])
+    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(rows)}
+
+
+def write_evaluation(run_folder: Path, questions: list[Question], settings: RunConfig, *, simulated: bool) -> dict:
+    """Make `evaluation.json` and `samples.jsonl` from the predictions that the run folder holds so far."""
+    predictions = {name: read_predictions(run_folder, name) for name in STUDENTS}
+    predictions = {name: records for name, records in predictions.items() if records is not None}
+    names = list(predictions)
+    result = {
+        "questions": len(questions),
+        "seed": settings.seed,
+        "teacher_simulated": simulated,
+        "floors": floors_of(questions, settings),
+        "students": {name: summarise(records) for name, records in predictions.items()},
+        "differences": {
+            f"{after}-{before}": compare(predictions[after], predictions[before])
+            for before, after in zip(names, names[1:], strict=False)
+        },
+    }
+    write_whole(run_folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    by_id = {question.id: question for question in questions}
+    lines = []
+    for name, records in predictions.items():
+        for record in _spread(records, settings.evaluate.samples):
+            question = by_id[record["id"]]
+            media = {"videos": list(question.videos), "images": list(question.images)}
+            asked = {"question": question.question, "options": question.options, "answer": question.answer}
+            lines.append(json.dumps({"student": name, **record, **asked, **media}))
+    write_whole(run_folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    return result
+
+
+def _spread(records: list[dict], count: int) -> list[dict]:
+    """The first records of each task type in turn, so that every task is seen."""
+    by_task = [[r for r in records if r["task_type"] == task] for task in TASK_TYPES]
+    turns = [rows[i] for i in range(max(map(len, by_task), default=0)) for rows in by_task if i < len(rows)]
+    return turns[:count]
+
+
+def floors_of(questions: list[Question], settings: RunConfig) -> dict[str, dict]:
+    """By task type, what one and the same best answer to all questions scores."""
+    counts = {task: sum(question.task_type == task for question in questions) for task in TASK_TYPES}
+    floors = best_constant_floor(questions, settings.teacher)
+    return {task: {"score": score, "answer": answer, "n": counts[task]} for task, (score, answer) in floors.items()}
+
+
+def predictions_path(run_folder: Path, name: str) -> Path:
+    return run_folder / "predictions" / f"{name}.jsonl"
+
+
+def read_predictions(run_folder: Path, name: str) -> list[dict] | None:
+    path = predictions_path(run_folder, name)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else None
+
+
+def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:
+    path = predictions_path(run_folder, name)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(text)
+    staged.replace(path)
+
+
+def format_table(result: dict) -> str:
+    """The accuracy table as text, one line per task."""
+    students = result["students"]
+    lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
+    for task in [*TASK_TYPES, "closed"]:
+        rows = {n: s["tasks"].get(task) if task != "closed" else s.get("closed") for n, s in students.items()}
+        if not any(rows.values()):
+            continue
+        floor = result["floors"].get(task, {}).get("score")
+        cells = [f"{r['mean']:.3f} [{r['low']:.2f}, {r['high']:.2f}]" if r else "-" for r in rows.values()]
+        lines.append(
+            f"{task:<9} {'-' if floor is None else f'{floor:.3f}':>5}  " + "  ".join(f"{c:>20}" for c in cells)
+        )
+    for name, difference in result["differences"].items():
+        if "closed" in difference:
+            d = difference["closed"]
+            lines.append(f"{name}, closed tasks: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
+    return "\n".join(lines)

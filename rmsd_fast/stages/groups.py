@@ -1,0 +1,167 @@
+"""A group = one question of the step with its N rollouts and its teacher's responses; pairs, rewards and advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.method.advantages import degenerate_groups, group_advantages
+from rmsd_fast.method.answers import has_outer_format, has_task_format, parse_answer
+from rmsd_fast.method.matching import Pairs, expected_pairs, sample_matches, sampled_pairs
+from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
+from rmsd_fast.models.students import RowBatch, make_rows
+from rmsd_fast.rollout.base import Rollout
+from rmsd_fast.teacher.targets import Targets, content_score
+
+
+@dataclass
+class Group:
+    """Float tensors are [N]; `kept` are the teacher responses that matching can choose (p > 0)."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    targets: Targets
+    outer: torch.Tensor
+    task: torch.Tensor
+    content: torch.Tensor
+    matches: torch.Tensor | None
+    kept: list[int]
+    valid: int
+    d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def make_group(prompt: Prompt, rollouts: list[Rollout], targets: Targets, settings: RunConfig, *, step: int) -> Group:
+    """Match a question's rollouts with its teacher responses and compute the rewards that need no model."""
+    question = prompt.question
+    texts = [rollout.text for rollout in rollouts]
+    matches = None
+    if settings.discriminator.pairing == "sampled" and targets.has_teacher:
+        matches = sample_matches(targets.p, len(rollouts), seed=settings.seed, step=step, question_id=question.id)
+    return Group(
+        prompt=prompt,
+        rollouts=rollouts,
+        targets=targets,
+        outer=torch.tensor([float(has_outer_format(text)) for text in texts]),
+        task=torch.tensor([float(has_task_format(text, question.task_type, question.options)) for text in texts]),
+        content=torch.tensor([content_score(text, question, settings.teacher) for text in texts]),
+        matches=matches,
+        kept=torch.nonzero(targets.p > 0).flatten().tolist(),
+        valid=sum(parse_answer(text, question.task_type, question.options) is not None for text in texts),
+    )
+
+
+def make_pairs(groups: list[Group], settings: RunConfig) -> Pairs:
+    """Pairs over the rows of `judged_rows`: students in order, and the kept teacher responses in order."""
+    counts = [len(group.rollouts) for group in groups]
+    quality = [group.targets.quality[group.kept] for group in groups]
+    if settings.discriminator.pairing == "expected":
+        return expected_pairs(counts, [group.targets.p[group.kept] for group in groups], quality)
+    matches = [_among_kept(group) for group in groups]
+    return sampled_pairs(counts, matches, quality)
+
+
+def _among_kept(group: Group) -> torch.Tensor | None:
+    if group.matches is None:
+        return None
+    place = {k: position for position, k in enumerate(group.kept)}
+    return torch.tensor([place[int(k)] for k in group.matches])
+
+
+def judged_rows(groups: list[Group], builder: PromptBuilder) -> tuple[RowBatch, int]:
+    """Rows that the discriminator reads: all rollouts of the groups, then all kept teacher responses.
+
+    Returns:
+        The rows, and how many of them are rollouts. Both sides are the encoding of their text with the end token, also
+        where a rollout was cut: neither tokenisation nor a missing end token can tell them apart.
+    """
+    responses, owners = [], []
+    for owner, group in enumerate(groups):
+        for rollout in group.rollouts:
+            responses.append(builder.encode_response(rollout.text))
+            owners.append(owner)
+    students = len(responses)
+    for owner, group in enumerate(groups):
+        for k in group.kept:
+            responses.append(group.targets.token_ids[k])
+            owners.append(owner)
+    rows = make_rows([group.prompt for group in groups], responses, owners, pad_id=builder.eos_id)
+    return rows, students
+
+
+def sampled_rows(groups: list[Group], *, pad_id: int) -> RowBatch:
+    """Rows of the policy loss: the ids exactly as they were sampled."""
+    responses = [rollout.token_ids for group in groups for rollout in group.rollouts]
+    owners = [owner for owner, group in enumerate(groups) for _ in group.rollouts]
+    return make_rows([group.prompt for group in groups], responses, owners, pad_id=pad_id)
+
+
+def set_advantages(group: Group, settings: RunConfig) -> None:
+    """Fill reward and advantages of a group whose d_score (and log_ratio, for kl_in_reward) are known."""
+    reward = settings.reward
+    d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
+    if reward.score_clip is not None:
+        d_score = d_score.clamp(-reward.score_clip, reward.score_clip)
+    weights = RewardWeights(reward.alpha, reward.beta, reward.eta, reward.delta)
+    parts = (d_score, group.outer, group.task, group.content)
+    group.reward = composite_reward(*parts, weights=weights)
+    if not reward.kl_in_reward:
+        group.advantages = composite_advantages(*parts, weights=weights, normalization=reward.normalization)
+        return
+    group.reward = group.reward - reward.kl_in_reward * group.log_ratio
+    if reward.normalization == "sum_then_gn":
+        group.advantages = group_advantages(group.reward)
+    else:
+        group.advantages = composite_advantages(*parts, weights=weights, normalization="gn_then_sum")
+        group.advantages = group.advantages - reward.kl_in_reward * group_advantages(group.log_ratio)
+
+
+def group_sums(groups: list[Group], settings: RunConfig) -> dict[str, float]:
+    """Sums over this process's groups; `group_metrics` turns their global sums into means."""
+    weights = settings.reward
+    sums = {"groups": float(len(groups))}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sums["rollouts"] = len(rollouts)
+    sums["rollout_tokens"] = sum(len(rollout.token_ids) for rollout in rollouts)
+    sums["truncated"] = sum(rollout.truncated for rollout in rollouts)
+    sums["valid"] = sum(group.valid for group in groups)
+    for name, weight in (("outer", weights.beta), ("task", weights.eta), ("content", weights.delta)):
+        raw = sum(float(getattr(group, name).sum()) for group in groups)
+        sums[f"{name}_raw"], sums[f"{name}_weighted"] = raw, weight * raw
+    sums["discriminator_raw"] = sum(float(group.d_score.sum()) for group in groups)
+    sums["discriminator_weighted"] = weights.alpha * sums["discriminator_raw"]
+    sums["total"] = sum(float(group.reward.sum()) for group in groups)
+    sums["flat_groups"] = sum(float(degenerate_groups(group.advantages)) for group in groups if len(group.advantages))
+    responses = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]
+    sums["teacher_responses"] = len(responses)
+    sums["teacher_quality"] = sum(float(q) for q, _ in responses)
+    sums["teacher_valid"] = sum(v for _, v in responses)
+    sums["teacher_kept"] = sum(len(group.kept) for group in groups)
+    sums["empty_groups"] = sum(not group.kept for group in groups)
+    return {name: float(value) for name, value in sums.items()}
+
+
+def group_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the global batch, by the names of metrics.jsonl."""
+    rollouts, responses = sums["rollouts"], max(1.0, sums["teacher_responses"])
+    metrics = {
+        "rollout/tokens_mean": sums["rollout_tokens"] / rollouts,
+        "rollout/truncated_share": sums["truncated"] / rollouts,
+        "rollout/valid_share": sums["valid"] / rollouts,
+        "rollout/content": sums["content_raw"] / rollouts,
+        "reward/total": sums["total"] / rollouts,
+        "advantage/zero_groups": sums["flat_groups"],
+        "teacher/quality": sums["teacher_quality"] / responses,
+        "teacher/valid_share": sums["teacher_valid"] / responses,
+        "teacher/kept_share": sums["teacher_kept"] / responses,
+        "teacher/empty_groups": sums["empty_groups"],
+    }
+    for name in ("discriminator", "outer", "task", "content"):
+        metrics[f"reward/{name}/raw"] = sums[f"{name}_raw"] / rollouts
+        metrics[f"reward/{name}/weighted"] = sums[f"{name}_weighted"] / rollouts
+    return metrics

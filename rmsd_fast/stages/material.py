@@ -1,0 +1,113 @@
+"""What a run needs before it starts: questions, teacher pool and a model directory, read and checked, made if asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.data.clips import make_clips
+from rmsd_fast.data.prompts import question_text
+from rmsd_fast.data.records import DataError, Question, load_questions
+from rmsd_fast.models.tiny import build_tiny_student
+from rmsd_fast.runtime.distributed import World, broadcast_object
+from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool, write_pool
+from rmsd_fast.teacher.simulated import simulate_teacher
+
+Result = TypeVar("Result")
+
+# What the user can mend; the programs print it and exit with 2. Faults of the program itself keep their traceback.
+USER_ERRORS = (SettingsError, DataError, ValueError, FileNotFoundError, PermissionError)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Inputs of a run. `simulated` = the pool was written by the simulated teacher."""
+
+    train: list[Question]
+    heldout: list[Question]
+    pool: dict[str, list[TeacherResponse]]
+    model_path: str
+    simulated: bool
+    files: dict[str, str]
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of every input file, by role."""
+        return {role: _digest(Path(path)) for role, path in self.files.items()}
+
+
+def prepare_material(settings: RunConfig, world: World) -> Material:
+    """Read and check everything a run needs. With `made.enabled`, the main process makes what is not there yet.
+
+    Raises:
+        SettingsError: a needed path is not given. DataError: a file is damaged, or the pool belongs to other questions.
+    """
+    files = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
+    model_path = settings.model.path
+    if settings.made.enabled:
+        made = on_main(world, lambda: _make(settings))
+        files = {role: path or made[role] for role, path in files.items()}
+        model_path = model_path or made["student"]
+    for key, path in (("data.train", files["train"]), ("teacher.pool", files["pool"]), ("model.path", model_path)):
+        if not path:
+            raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
+    files = {role: path for role, path in files.items() if path}
+    data = settings.data
+    root = data.media_root or None
+    train = load_questions(files["train"], media_root=root, format=data.format)
+    heldout = load_questions(files["heldout"], media_root=root, format=data.format) if "heldout" in files else []
+    if settings.evaluate.max_questions:
+        heldout = heldout[: settings.evaluate.max_questions]
+    pool = load_pool(files["pool"])
+    check_pool(pool, train)
+    simulated = any(response.model == "simulated" for responses in pool.values() for response in responses)
+    return Material(train, heldout, pool, model_path, simulated, files)
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """Do something on the main process and give its result, or its error, to all."""
+    outcome: tuple[bool, object] = (False, None)
+    if world.is_main:
+        try:
+            outcome = (True, work())
+        except Exception as error:
+            outcome = (False, error)
+    done, value = broadcast_object(outcome, world)
+    if not done:
+        raise value
+    return value
+
+
+def _make(settings: RunConfig) -> dict[str, str]:
+    """Make what is not there yet; paths by role. Names carry a hash of what determines the content."""
+    made = settings.made
+    clips = make_clips(
+        made.folder,
+        train_clips=made.train_clips,
+        heldout_clips=made.heldout_clips,
+        questions_per_clip=made.questions_per_clip,
+        seed=made.seed,
+    )
+    questions = load_questions(clips.train)
+    pool_path = clips.folder / f"pool-k{made.responses}-error{made.teacher_error_rate}.jsonl"
+    if not pool_path.is_file():
+        write_pool(
+            pool_path,
+            simulate_teacher(questions, k=made.responses, seed=made.seed, error_rate=made.teacher_error_rate),
+        )
+    texts = [question_text(question) for question in questions[:2000]]
+    texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
+    student = clips.folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
+    build_tiny_student(student, texts=texts, seed=made.seed, hidden=made.student_hidden, layers=made.student_layers)
+    return {"train": str(clips.train), "heldout": str(clips.heldout), "pool": str(pool_path), "student": str(student)}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

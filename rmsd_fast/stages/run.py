@@ -1,0 +1,230 @@
+"""A run: its folder, its inputs, its log and its checkpoints, and the loop that every stage goes through."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rmsd_fast.config import STAGES, RunConfig, SettingsError
+from rmsd_fast.data.loader import PromptLoader
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.records import Question
+from rmsd_fast.models.students import Student, export_student
+from rmsd_fast.runtime.checkpoint import (
+    Checkpoint,
+    StopSignal,
+    compare_fingerprints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rmsd_fast.runtime.distributed import Engine, World, global_max, global_sum
+from rmsd_fast.runtime.metrics import MetricsLog, peak_mib
+from rmsd_fast.settings import save_settings, settings_as_dict
+from rmsd_fast.stages.material import Material, on_main
+from rmsd_fast.stages.state import RunState, StepResult, learning_rate
+
+
+class Stopped(Exception):
+    """SIGTERM came; the checkpoint is written. Not an error: the program ends with 0."""
+
+
+@dataclass
+class Run:
+    """`checkpoint` is the one that the run continues from, None for a new run."""
+
+    settings: RunConfig
+    world: World
+    folder: Path
+    material: Material
+    metrics: MetricsLog
+    stop: StopSignal
+    fingerprints: dict
+    checkpoint: Checkpoint | None = None
+    skipped: int = 0
+    bad: float = 0.0
+
+    @property
+    def stage1(self) -> str:
+        """Directory of the student after stage 1: what discriminator, reference and stage 2 start from."""
+        return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
+
+
+def open_run(settings: RunConfig, world: World, material: Material, resume: Path | None, allow_changes: bool) -> Run:
+    """Make the run folder, or check and reopen the one to continue."""
+    fingerprints = {"settings": settings_as_dict(settings), "files": material.fingerprints()}
+    checkpoint = None
+    if resume is None:
+        folder = Path(on_main(world, lambda: str(_new_folder(settings))))
+    else:
+        folder = resume
+        checkpoint = find_checkpoint(folder, world=world)
+        if checkpoint is not None:
+            compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
+    lines = 0 if resume is not None else None
+    metrics = MetricsLog(folder, world, resume_lines=checkpoint.state["metrics_lines"] if checkpoint else lines)
+    run = Run(settings, world, folder, material, metrics, StopSignal(), fingerprints, checkpoint)
+    if checkpoint:
+        run.skipped, run.bad = checkpoint.state["skipped"], checkpoint.state["bad"]
+    return run
+
+
+def _new_folder(settings: RunConfig) -> Path:
+    folder = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    folder.mkdir(parents=True)
+    save_settings(settings, folder / "config.yaml")
+    return folder
+
+
+def stage_steps(settings: RunConfig, stage: str) -> int:
+    return {
+        "sft": settings.sft.steps,
+        "warm_up": settings.discriminator.warm_up_steps,
+        "distill": settings.distill.steps,
+    }[stage]
+
+
+def first_step(run: Run, stage: str) -> int:
+    """Steps of a stage that the continued run has done already."""
+    if run.checkpoint is None:
+        return 0
+    saved = run.checkpoint.state
+    if STAGES.index(saved["stage"]) < STAGES.index(stage):
+        return 0
+    return saved["step"] if saved["stage"] == stage else stage_steps(run.settings, stage)
+
+
+def restore(run: Run, stages: tuple[str, ...], engines: dict[str, Engine]) -> None:
+    """Load the continued run's checkpoint into the engines, if it was written in one of these stages."""
+    if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
+        load_checkpoint(run.checkpoint, world=run.world, engines=engines)
+
+
+def open_loader(run: Run, state: RunState, stage: str, questions: list[Question], batch_size: int) -> PromptLoader:
+    data, world = run.settings.data, run.world
+    if not questions:
+        raise SettingsError(
+            f"stage {stage}: no question is left to train on; the pool has no usable response for any of "
+            f"{len(run.material.train)} questions"
+        )
+    return PromptLoader(
+        state.builder,
+        questions,
+        stage=stage,
+        seed=run.settings.seed,
+        positions_per_step=batch_size,
+        rank=world.rank,
+        size=world.size,
+        cache_mib=data.cache_mib,
+        threads=data.decode_threads,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_bad_share=data.max_bad_share,
+        run_folder=run.folder,
+    )
+
+
+def run_steps(
+    run: Run,
+    stage: str,
+    state: RunState,
+    loader: PromptLoader,
+    engines: dict[str, Engine],
+    step: Callable[[RunState, list[Prompt], int], StepResult],
+    rates: dict[str, Callable[[int], float]],
+) -> None:
+    """The loop of a stage: data, learning rates, step, metrics, checkpoint.
+
+    Args:
+        engines: all that a checkpoint holds. rates: learning rate by step, for the engines that this stage trains.
+    Raises:
+        Stopped: SIGTERM came; the state is saved.
+    """
+    total = stage_steps(run.settings, stage)
+    every = run.settings.checkpoint.every_steps
+    first = first_step(run, stage)
+    run.metrics.begin(stage, total, first)
+    try:
+        for number in range(first, total):
+            state.timer.take()
+            with state.timer("data"):
+                prompts = loader.step(number, total)
+            for name, rate in rates.items():
+                engines[name].set_lr(rate(number))
+            result = step(state, prompts, number)
+            run.skipped += result.skipped
+            run.bad += global_sum({"bad": loader.bad_in_step}, run.world)["bad"]
+            metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
+            run.metrics.log(stage, number + 1, metrics)
+            stopping = run.stop.requested(run.world)
+            if number + 1 == total or stopping or (every and (number + 1) % every == 0):
+                save(run, stage, number + 1, state, engines)
+            if stopping:
+                raise Stopped(str(run.folder))
+    finally:
+        loader.close()
+
+
+def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
+    """Time, rates, memory and faults of a step."""
+    cost = global_max(state.timer.take(), run.world)
+    seconds, tokens, unique = (
+        cost["seconds/step"],
+        result.metrics["tokens"],
+        result.metrics.get("tokens_unique"),
+    )
+    cost["rate/tokens_per_s"] = tokens / seconds
+    if unique:
+        cost["rate/unique_tokens_per_s"] = unique / seconds
+        cost["rate/shared_prefix_ratio"] = tokens / unique
+    return {
+        **cost,
+        "memory/peak_mib": peak_mib(run.world.device),
+        "samples/bad": run.bad,
+        "samples/skipped_steps": run.skipped,
+    }
+
+
+def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> None:
+    """One checkpoint unit, with an export of the student in it."""
+    done = STAGES.index(stage)
+    before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
+    with state.policy.full_weights():
+        save_checkpoint(
+            run.folder,
+            before + step,
+            engines=engines,
+            state={
+                "stage": stage,
+                "step": step,
+                "skipped": run.skipped,
+                "bad": run.bad,
+                "metrics_lines": run.metrics.lines,
+                "fingerprints": run.fingerprints,
+            },
+            writers={"export": lambda folder: export_student(state.student, folder)},
+            keep=run.settings.checkpoint.keep,
+            world=run.world,
+        )
+
+
+def export(run: Run, student: Student, engine: Engine, folder: Path) -> None:
+    """Write the student in HF format; all processes wait for it."""
+    with engine.full_weights():
+        on_main(run.world, lambda: export_student(student, folder))
+
+
+def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:
+    """Learning rate by step for `sft` or `distill` settings."""
+    return lambda step: learning_rate(
+        step,
+        steps=steps,
+        lr=stage_settings.lr,
+        warmup_steps=stage_settings.warmup_steps,
+        schedule=stage_settings.schedule,
+    )

@@ -1,0 +1,286 @@
+"""The teacher pool: JSONL, one line per (question id, k), appended to and never rewritten in place.
+
+``{"id","k","key","text","finish_reason","usage","model","sampling","valid"?,"quality"?}``
+
+`key` names everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
+made by `request_key`. A pool is checked against its questions by the first part (and the second on request), so a
+pool that was collected for other questions, or before a question was edited, is seen. The third part tells a
+collection that goes on whether sampling or frames have changed. An empty key means that the origin is not known: such
+a line is matched by id only. Invalid and truncated responses are lines like any other (their quality is 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rmsd_fast.data.records import DataError, Question, parse_record, write_text_atomic
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
+_REQUIRED = ("id", "k", "key", "text")
+_FIELDS = (*_REQUIRED, "finish_reason", "usage", "model", "sampling", "valid", "quality")
+
+
+@dataclass(frozen=True)
+class TeacherResponse:
+    """One response of the teacher to one question."""
+
+    id: str
+    """Question id."""
+    k: int
+    """Number of the response, from 0."""
+    key: str
+    """What request_key gave for the request; "" = not known."""
+    text: str
+    """The whole response, as sent."""
+    finish_reason: str = "stop"
+    """`stop`, or `length` where it was cut."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """Token counts as the server reported them."""
+    model: str = ""
+    """The teacher's name; `simulated` for made responses."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Sampling parameters of the request."""
+    valid: bool | None = None
+    """Validity as seen at collection; training computes its own."""
+    quality: float | None = None
+    """Quality as seen at collection; training computes its own."""
+
+
+def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict[str, list[TeacherResponse]]:
+    """Responses by question id, each list sorted by k.
+
+    Args:
+        path: the pool file.
+        allow_torn_tail: leave out a last line that has no newline and does not parse (an append that was interrupted).
+    Raises:
+        DataError: names file, line, field, what was expected, what was found.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check teacher.pool") from error
+    lines = data.split(b"\n")
+    pool: dict[str, list[TeacherResponse]] = {}
+    places: dict[tuple[str, int], str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            response = _parse_response(_decode(line, where), where)
+        except DataError as error:
+            # Only the last line can be torn, and only one that was never ended by its newline.
+            if number < len(lines):
+                raise
+            if not allow_torn_tail:
+                raise DataError(
+                    f"{error} (the last line has no newline: an append was interrupted, remove it)"
+                ) from error
+            logger.warning("%s: left out a torn last line of %d bytes", path, len(line))
+            continue
+        place = places.setdefault((response.id, response.k), where)
+        if place != where:
+            todo = f"it stands at {place} already, remove one of the two lines"
+            raise DataError.at(where, "k", f"every (id, k) once, here id {response.id!r}", response.k, todo)
+        pool.setdefault(response.id, []).append(response)
+    if not pool:
+        raise DataError(f"{path}: expected at least one teacher response, got an empty file; check teacher.pool")
+    return {identity: sorted(responses, key=lambda response: response.k) for identity, responses in pool.items()}
+
+
+def write_pool(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
+    """Write a whole pool; the file appears complete or not at all."""
+    write_text_atomic(path, "".join(_line(response) for response in responses))
+
+
+def append_responses(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
+    """Append to a pool and flush to disk.
+
+    Raises:
+        DataError: the file ends in a torn line, which an append would glue to its first line.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                raise DataError(
+                    f"{path}: expected the last line to end in a newline, got a torn line; remove that line"
+                )
+        file.write("".join(_line(response) for response in responses).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def request_key(
+    question: Question, *, sampling: dict[str, Any], frame_indices: Sequence[int] | None, media_digest: str
+) -> str:
+    """The key of a request: `<question>-<media>-<request>`, 16 hex digits each.
+
+    K is no part of it: asking for more responses later continues the same request. Neither are ground truth, `meta` and
+    the media's place on disk, which the teacher never sees.
+
+    Args:
+        question: text, task type, options and kinds of media count.
+        sampling: sampling parameters and whatever else shapes the request (system prompt, template).
+        frame_indices: frames that were sent; None where the media went whole.
+        media_digest: from media_digest.
+    """
+    request = {"sampling": sampling, "frame_indices": None if frame_indices is None else list(frame_indices)}
+    return f"{_question_digest(question)}-{_digest(media_digest)}-{_digest(request)}"
+
+
+def media_digest(question: Question) -> str:
+    """sha256 over the contents of the question's media, in order.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    digests = []
+    for path in (*question.videos, *question.images):
+        try:
+            stat = os.stat(path)
+            digests.append(_file_digest(path, stat.st_mtime_ns, stat.st_size))
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(
+                f"question {question.id!r}: {path} cannot be read ({reason}); check the media root"
+            ) from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def check_pool(
+    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
+) -> None:
+    """Refuse a pool that belongs to other questions. Ids that only the pool has are fine (a subset is trained on).
+
+    Args:
+        pool: from load_pool.
+        questions: those to be trained on.
+        check_media: also compare the contents of the media files (reads them all).
+    Raises:
+        DataError: says which ids, and what to do.
+    """
+    missing = [question.id for question in questions if question.id not in pool]
+    if missing:
+        common = len(questions) - len(missing)
+        raise DataError(
+            f"teacher pool: expected responses to all {len(questions)} questions, got them for {common} "
+            f"(missing: {_some(missing)}; the pool has {_some(list(pool))}); "
+            "set teacher.pool to the pool of these questions, or collect the missing ones"
+        )
+    changed, foreign, moved, unknown = [], [], [], 0
+    for question in questions:
+        expected = _question_digest(question)
+        keys = {response.key for response in pool[question.id]}
+        unknown += "" in keys
+        for key in sorted(keys - {""}):
+            if not _KEY.fullmatch(key):
+                foreign.append(question.id)
+            elif key[:16] != expected:
+                changed.append(question.id)
+            elif check_media and key[17:33] != _digest(media_digest(question)):
+                moved.append(question.id)
+    for ids, what, todo in (
+        (foreign, "keys made by request_key (or empty ones)", "collect again, or empty the keys to match by id only"),
+        (
+            changed,
+            "responses to the questions as they are now",
+            "their text, options or type differ: collect these again",
+        ),
+        (moved, "responses about the media as they are now", "the files' contents differ: collect these again"),
+    ):
+        if ids:
+            raise DataError(f"teacher pool: expected {what}, got {len(ids)} others (ids: {_some(ids)}); {todo}")
+    if unknown:
+        logger.warning("teacher pool: %d questions have responses without a key; they are matched by id only", unknown)
+
+
+def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
+    for name in record:
+        if name not in _FIELDS:
+            raise DataError.at(where, name, f"one of the fields {', '.join(_FIELDS)}", name, "remove it")
+    for name in _REQUIRED:
+        if name not in record:
+            raise DataError.at(where, name, "a value", "nothing", "is this a pool and not a question file? Then add it")
+    if not isinstance(record["id"], str) or not record["id"]:
+        raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
+    if type(record["k"]) is not int or record["k"] < 0:
+        raise DataError.at(where, "k", "an integer from 0", record["k"], "number the responses of a question")
+    for name, kind, shown in (
+        ("key", str, "text"),
+        ("text", str, "text"),
+        ("finish_reason", str, "text such as 'stop'"),
+        ("usage", dict, "a JSON object"),
+        ("model", str, "text"),
+        ("sampling", dict, "a JSON object"),
+        ("valid", bool, "true or false"),
+    ):
+        value = record.get(name)
+        # Servers write null for what they do not report; the required ones have to be there.
+        if not isinstance(value, kind) and (value is not None or name in _REQUIRED):
+            raise DataError.at(where, name, shown, value, "mend the line")
+    quality = record.get("quality")
+    if quality is not None and not (type(quality) in (int, float) and math.isfinite(quality) and 0 <= quality <= 1):
+        raise DataError.at(where, "quality", "a number in [0, 1]", quality, "mend the line")
+    return TeacherResponse(**{name: value for name, value in record.items() if value is not None})
+
+
+def _decode(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected UTF-8 text, got {error.reason} at byte {error.start}; mend it") from error
+    return parse_record(text, where)
+
+
+def _line(response: TeacherResponse) -> str:
+    record = {name: getattr(response, name) for name in _FIELDS}
+    record = {name: value for name, value in record.items() if value is not None}
+    # ASCII escapes: a lone surrogate in a response could not be written as UTF-8.
+    return json.dumps(record) + "\n"
+
+
+def _question_digest(question: Question) -> str:
+    return _digest(
+        {
+            "question": question.question,
+            "task_type": question.task_type,
+            "options": question.options,
+            "media": [len(question.videos), len(question.images)],
+        }
+    )
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Questions share clips: each file is read once per process, and again when it changes.
+@lru_cache(maxsize=65536)
+def _file_digest(path: str, mtime_ns: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _some(ids: Sequence[str], shown: int = 5) -> str:
+    listed = ", ".join(repr(identity) for identity in ids[:shown])
+    return listed + (f" and {len(ids) - shown} more" if len(ids) > shown else "")

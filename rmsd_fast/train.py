@@ -1,0 +1,191 @@
+"""Train a video student with R-MSD (arXiv 2603.11423): stage 1, discriminator warm-up, stage 2, evaluation, report.
+
+torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train quickstart distill.steps=20
+torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train --resume runs/quickstart-20260101-120000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.report import write_report
+from rmsd_fast.runtime.distributed import World, start, stop
+from rmsd_fast.settings import describe_settings, load_settings, to_yaml
+from rmsd_fast.stages import distill, sft
+from rmsd_fast.stages.build import build_distillation, build_imitation, load
+from rmsd_fast.stages.evaluation import (
+    answer_questions,
+    format_table,
+    predictions_path,
+    write_evaluation,
+    write_predictions,
+)
+from rmsd_fast.stages.material import USER_ERRORS, on_main, prepare_material
+from rmsd_fast.stages.plan import describe_plan
+from rmsd_fast.stages.run import (
+    Run,
+    Stopped,
+    export,
+    first_step,
+    open_loader,
+    open_run,
+    rate_of,
+    restore,
+    run_steps,
+    stage_steps,
+)
+from rmsd_fast.teacher.diagnostics import pool_statistics
+
+
+def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
+    """One whole run; returns its folder."""
+    material = prepare_material(settings, world)
+    run = open_run(settings, world, material, resume, allow_changes)
+    on_main(world, lambda: describe_teacher(run))
+    evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
+    if "sft" in settings.stages:
+        imitate(run)
+        evaluate(run, run.stage1, "stage1")
+    if set(settings.stages) & {"warm_up", "distill"}:
+        control(run) if settings.distill.objective == "sft" else distillation(run)
+        if "distill" in settings.stages:
+            evaluate(run, str(run.folder / "export"), "stage2")
+    on_main(world, lambda: write_report(run.folder))
+    return run.folder
+
+
+def imitate(run: Run) -> None:
+    """Stage 1: SFT on T_best, ends with `stage1/`."""
+    settings, final = run.settings, run.folder / "stage1"
+    if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
+        return
+    state = build_imitation(run.material.model_path, settings, run.world, run.material, stage="sft")
+    _imitation_steps(run, state, "sft", settings.sft, final)
+
+
+def control(run: Run) -> None:
+    """The control of stage 2: the same steps, batches and learning rate with imitation."""
+    state = build_imitation(run.stage1, run.settings, run.world, run.material, stage="distill")
+    _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
+
+
+def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
+    engines = {"policy": state.policy}
+    restore(run, (stage,), engines)
+    questions = [q for q in run.material.train if state.targets[q.id].imitate is not None]
+    loader = open_loader(run, state, stage, questions, training.batch_size)
+    rates = {"policy": rate_of(training, steps=training.steps)}
+    run_steps(run, stage, state, loader, engines, lambda s, p, _: sft.step(s, p, run.settings), rates)
+    export(run, state.student, state.policy, final)
+    state.policy.close()
+
+
+def distillation(run: Run) -> None:
+    """Discriminator warm-up and stage 2, ends with `export/`."""
+    settings = run.settings
+    state = build_distillation(run.stage1, settings, run.world, run.material)
+    engines = {"policy": state.policy}
+    if state.discriminator is not None:
+        engines["discriminator"] = state.discriminator
+    restore(run, ("warm_up", "distill"), engines)
+    offset = 0
+    if "warm_up" in settings.stages:
+        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
+        offset = stage_steps(settings, "warm_up")
+    if "distill" in settings.stages:
+        _adversarial_steps(run, state, engines, "distill", distill.step, offset)
+        export(run, state.student, state.policy, run.folder / "export")
+    for engine in engines.values():
+        engine.close()
+
+
+def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) -> None:
+    settings = run.settings
+    judge = settings.discriminator
+    rates = {"discriminator": lambda _: judge.warm_up_lr if stage == "warm_up" else judge.lr}
+    if stage == "distill":
+        rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
+    rates = {name: rate for name, rate in rates.items() if name in engines}
+    loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
+
+    def one(state, prompts, number):
+        return step(state, prompts, settings, rollout_step=offset + number)
+
+    run_steps(run, stage, state, loader, engines, one, rates)
+
+
+def evaluate(run: Run, path: str, name: str) -> None:
+    """Answers of a student to the held-out questions, once per run; refreshes `evaluation.json`."""
+    if not run.material.heldout or predictions_path(run.folder, name).is_file():
+        return
+    student = load(path, run.settings, run.world)
+    records = answer_questions(student, run.material.heldout, run.settings, run.world, name=name)
+
+    def write() -> None:
+        write_predictions(run.folder, name, records)
+        result = write_evaluation(run.folder, run.material.heldout, run.settings, simulated=run.material.simulated)
+        run.metrics.message(format_table(result))
+
+    on_main(run.world, write)
+
+
+def describe_teacher(run: Run) -> None:
+    """Write `teacher.json`: how the pool's quality varies across and within questions."""
+    import json
+
+    statistics = pool_statistics(run.material.pool, run.material.train, run.settings.teacher)
+    (run.folder / "teacher.json").write_text(json.dumps(statistics, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    try:
+        if arguments.resume:
+            recipe = str(arguments.resume / "config.yaml")
+            overrides = [o for o in (arguments.recipe, *arguments.overrides) if o]
+        else:
+            recipe, overrides = arguments.recipe or "quickstart", arguments.overrides
+            if "=" in recipe:
+                recipe, overrides = "quickstart", [recipe, *overrides]
+        settings = load_settings(recipe, overrides)
+        if arguments.print_config:
+            print(to_yaml(settings), end="")
+            return 0
+        if arguments.dry_run:
+            print(describe_plan(settings))
+            return 0
+        world = start()
+        folder = train(settings, world, arguments.resume, arguments.allow_changes)
+        if world.is_main:
+            print(f"done: {folder}\nreport: {folder / 'report.html'}")
+        stop()
+        return 0
+    except Stopped as stopped:
+        print(f"stopped by SIGTERM, state saved; continue with --resume {stopped}", file=sys.stderr)
+        return 0
+    except USER_ERRORS as error:
+        print(f"rmsd_fast.train: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rmsd_fast.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"settings (section.field = default):\n{describe_settings()}",
+    )
+    parser.add_argument("recipe", nargs="?", default="", help="YAML file or name of a recipe; default quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue, with its own settings")
+    parser.add_argument("--allow-changes", action="store_true", help="resume although settings or data differ")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check settings and inputs, print the plan and stop")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

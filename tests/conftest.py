@@ -1,0 +1,97 @@
+"""Settings and fixtures for the whole suite. Processes that a test starts inherit the environment set here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before torch is imported: one thread per process, since tests start several processes on few cores, and no look-ups of
+# models on a hub, so that a test which would need one fails instead of hanging.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+TORCHVISION_PRELUDE = """
+import sys
+import torch
+if {folder!r}:
+    sys.path.append({folder!r})
+if torch.version.cuda is None:
+    # The CUDA wheel of torchvision registers shapes for two ops that its library does not bring to a CPU torch.
+    ops = torch.library.Library("torchvision", "DEF")
+    ops.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    ops.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import torchvision
+"""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_cuda = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
+    skip_vllm = pytest.mark.skip(reason="needs vLLM; it is not installed here (extra: vllm)")
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    for item in items:
+        if not HAS_CUDA and item.get_closest_marker("cuda"):
+            item.add_marker(skip_cuda)
+        if not has_vllm and item.get_closest_marker("vllm"):
+            item.add_marker(skip_vllm)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same global random numbers in every test, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A TCP port on loopback that nothing listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    yield port
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def run_with_torchvision() -> Callable[..., str]:
+    """Runs Python code with torchvision importable, as an oracle; returns what it printed. Skips where there is none.
+
+    A process of its own, because transformers decides once per process whether it uses torchvision, and ours must work
+    without. `make test` puts torchvision into <environment>/oracle, where nothing but this fixture finds it.
+    """
+    folder = "" if importlib.util.find_spec("torchvision") else str(Path(sys.prefix) / "oracle")
+    if folder and not (Path(folder) / "torchvision").is_dir():
+        pytest.skip(f"torchvision (a test oracle only) is neither installed nor in {folder}")
+
+    def run(code: str, *arguments: str, timeout_s: float = 300.0) -> str:
+        script = TORCHVISION_PRELUDE.format(folder=folder) + code
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert done.returncode == 0, f"oracle process failed:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run

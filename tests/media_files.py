@@ -1,0 +1,24 @@
+"""Media files that the tests make: real encodings of frames whose content is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def noise_frames(frames: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
+    """uint8 [F, 3, H, W]: smooth random blobs that change from frame to frame."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(frames, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (smooth * 255).to(torch.uint8)
+
+
+def write_clip(path: Path, pixels: torch.Tensor, *, fps: float = 10.0, faststart: bool = False) -> Path:
+    """Encode frames as h264 in MP4; `faststart` puts the index ahead of the pictures."""
+    from torchcodec.encoders import VideoEncoder
+
+    options = {"movflags": "+faststart"} if faststart else None
+    VideoEncoder(pixels, frame_rate=fps).to_file(path, codec="libx264", pixel_format="yuv420p", extra_options=options)
+    return path

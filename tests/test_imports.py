@@ -1,0 +1,216 @@
+"""Imports run one way, the light entry points stay light, and `kernels/` stays a plain source root."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"deepspeed", "transformers", "vllm"}
+PROGRAMS = {"train", "collect", "evaluate", "report", "doctor"}
+
+# Level of each part: a part may import parts of a lower level. `rmsd_fast` itself (the package file) is level 0.
+LEVELS = {
+    "rmsd_kernels": 0,
+    "losses": 1,
+    "config": 1,
+    "settings": 1,
+    "method": 1,
+    "data": 2,
+    "teacher": 2,
+    "models": 2,
+    "rollout": 2,
+    "runtime": 2,
+    "integrations": 2,
+    "stages": 3,
+    **dict.fromkeys(PROGRAMS, 4),
+}
+# Within a level only these; each line is (importer, imported). Every chain here ends: no cycles. A run ends with an
+# evaluation and a report, so `train` calls those two programs' functions.
+SAME_LEVEL = {
+    ("settings", "config"),  # the filling of the dataclasses
+    ("train", "evaluate"),
+    ("train", "report"),
+    ("teacher", "data"),
+    ("models", "data"),
+    ("rollout", "data"),
+    ("rollout", "models"),
+}
+
+
+def source_files() -> list[Path]:
+    return sorted([*(ROOT / "rmsd_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a source file: `kernels/` is a source root and drops out."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts = parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import anywhere in the source, functions and `if TYPE_CHECKING` included.
+
+    `from a import b` gives `a.b`, so that a submodule imported by name is seen; relative imports are resolved.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                package = package[: len(package) - (node.level - 1)]
+                base = ".".join([*package, *filter(None, [node.module])])
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.args[0] if node.args else None, ast.Constant):
+            name = ast.unparse(node.func)
+            if name in ("importlib.import_module", "import_module", "__import__"):
+                found.append((node.lineno, str(node.args[0].value)))
+    return found
+
+
+def part_of(name: str) -> str | None:
+    """Part of ours that a dotted name belongs to, None for foreign names and for `rmsd_fast` itself."""
+    pieces = name.split(".")
+    if pieces[0] == "rmsd_kernels":
+        return "rmsd_kernels"
+    if pieces[0] == "rmsd_fast" and len(pieces) > 1 and not pieces[1].startswith("__"):
+        # A program may be cut into files, `report_svg.py` beside `report.py`: those are part of it.
+        program = pieces[1].split("_")[0]
+        return program if program in PROGRAMS else pieces[1]
+    return None
+
+
+def fault(module: str, imported: str) -> str:
+    """Why `module` may not import `imported`; empty when it may."""
+    importer, target = part_of(module), part_of(imported)
+    top = imported.split(".")[0]
+    if importer == "method" and target != "method" and top != "torch" and top not in sys.stdlib_module_names:
+        return "method/ imports torch and the standard library only"
+    if top in ("bench", "tests"):
+        return "nothing imports bench or tests"
+    if importer == "rmsd_kernels" and top == "rmsd_fast":
+        return "rmsd_kernels never imports rmsd_fast"
+    if target is None or importer == target:
+        return ""
+    if target not in LEVELS:
+        return f"{target!r} is no part of rmsd_fast that this test knows"
+    if importer is None:
+        return "the package file imports nothing of ours"
+    if LEVELS[target] < LEVELS[importer] or (importer, target) in SAME_LEVEL:
+        return ""
+    return f"{importer} (level {LEVELS[importer]}) may not import {target} (level {LEVELS[target]})"
+
+
+def test_imports_run_one_way() -> None:
+    faults = []
+    for path in source_files():
+        module = module_name(path)
+        for line, imported in imports_of(path.read_text(), module, path.name == "__init__.py"):
+            if reason := fault(module, imported):
+                faults.append(f"{path.relative_to(ROOT)}:{line}: imports {imported}: {reason}")
+    assert not faults, "\n".join(faults)
+
+
+def test_every_source_file_belongs_to_a_known_part() -> None:
+    parts = {part_of(module_name(path)) for path in source_files()} - {None}
+    assert parts <= set(LEVELS), f"give these a level in this test: {sorted(parts - set(LEVELS))}"
+    assert parts >= {"rmsd_kernels", "losses", "config", "method", "data", "teacher", "models", "rollout", "stages"}
+
+
+def test_a_module_outside_the_programs_pulls_in_one_heavy_library_at_most() -> None:
+    for path in source_files():
+        module = module_name(path)
+        names = imports_of(path.read_text(), module, path.name == "__init__.py")
+        heavy = {name.split(".")[0] for _, name in names} & HEAVY
+        assert len(heavy) <= 1 or part_of(module) in PROGRAMS, f"{path.relative_to(ROOT)}: {sorted(heavy)}"
+
+
+def test_no_import_cycles_between_modules() -> None:
+    """Module-level imports only: these are what Python itself would trip over."""
+    modules = {module_name(path): path for path in source_files()}
+    edges: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text())
+        top_level = ast.Module(
+            body=[node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[]
+        )
+        names = {name for _, name in imports_of(ast.unparse(top_level), module, path.name == "__init__.py")}
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        edges[module] = {name for name in found if name in modules and name != module}
+
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for target in sorted(edges[module]):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("rmsd_fast.method.quality", "def f():\n    import numpy\n", "method/ imports torch"),
+        ("rmsd_fast.method.quality", "from ..config import Config", "method/ imports torch"),
+        ("rmsd_fast.method.quality", "from .answers import parse_answer", ""),
+        ("rmsd_fast.method.quality", "from rmsd_fast import losses", "method/ imports torch"),
+        ("rmsd_kernels.native", "import rmsd_fast.losses", "never imports rmsd_fast"),
+        ("rmsd_fast.losses", "from rmsd_kernels import reference", ""),
+        ("rmsd_fast.data.records", "from rmsd_fast.teacher.pool import load_pool", "data (level 2) may not import"),
+        ("rmsd_fast.teacher.pool", "from rmsd_fast.data.records import Question", ""),
+        ("rmsd_fast.runtime.metrics", "from rmsd_fast.models import students", "runtime (level 2) may not import"),
+        ("rmsd_fast.rollout.hf", "import importlib\nimportlib.import_module('rmsd_fast.stages.sft')", "rollout"),
+        ("rmsd_fast.stages.sft", "from rmsd_fast import train", "stages (level 3) may not import"),
+        ("rmsd_fast.train", "from rmsd_fast.stages import sft", ""),
+        ("rmsd_fast.train", "from rmsd_fast import evaluate", ""),
+        ("rmsd_fast.evaluate", "from rmsd_fast import train", "evaluate (level 4) may not import"),
+        ("rmsd_fast.train", "from rmsd_fast import __version__", ""),
+        ("rmsd_fast.report_svg", "from rmsd_fast.report_style import COLOURS", ""),
+        ("rmsd_fast.stages.sft", "from rmsd_fast.report_svg import curve", "stages (level 3) may not import report"),
+        ("rmsd_fast.train", "from tests.conftest import free_port", "nothing imports bench or tests"),
+    ],
+)
+def test_boundary_rule_itself(module: str, source: str, reason: str) -> None:
+    reasons = [fault(module, name) for _, name in imports_of(source, module, False)]
+    found = "; ".join(filter(None, reasons))
+    assert reason in found if reason else not found
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import rmsd_fast", "from rmsd_fast import losses", "from rmsd_fast.losses import *", "import rmsd_kernels"],
+)
+def test_light_entry_points_load_nothing_heavy(statement: str) -> None:
+    code = f"import sys\n{statement}\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(done.stdout.split())
+    assert "rmsd_fast" in loaded or "rmsd_kernels" in loaded
+    assert not loaded & HEAVY
+    if statement == "import rmsd_fast":
+        assert "torch" not in loaded
+
+
+def test_kernels_is_a_source_root_and_not_a_package() -> None:
+    """transformers imports an unrelated package named `kernels`; a run started here must not hand it ours."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "kernels" / "rmsd_kernels" / "__init__.py").is_file()
+
+
+def test_both_packages_come_from_one_tree() -> None:
+    for name in ("rmsd_fast", "rmsd_kernels"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name

@@ -1,0 +1,254 @@
+"""Matching probabilities, counter-based draws, and the pairs of the discriminator loss."""
+
+import itertools
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from rmsd_fast.method.matching import (
+    best_response,
+    expected_pairs,
+    matching_probabilities,
+    sample_matches,
+    sampled_pairs,
+    uniform,
+)
+from rmsd_kernels.reference import pairwise_discriminator_loss
+
+
+def probabilities(quality, closed=True, tau=0.3):
+    return matching_probabilities(torch.tensor(quality), closed_ended=closed, min_quality=tau).tolist()
+
+
+def test_closed_ended_is_proportional_to_kept_quality():
+    # 0.2 is dropped; 1.0 / 1.6, 0.6 / 1.6.
+    assert probabilities([1.0, 0.2, 0.6]) == pytest.approx([0.625, 0.0, 0.375])
+
+
+def test_open_ended_is_uniform_over_the_kept():
+    assert probabilities([1.0, 0.0, 1.0, 1.0], closed=False) == pytest.approx([1 / 3, 0.0, 1 / 3, 1 / 3])
+
+
+def test_the_threshold_itself_is_kept_in_any_dtype():
+    for tau in (0.1, 0.3, 0.7):
+        for dtype in (torch.float32, torch.float64):
+            quality = torch.tensor([tau, tau - 1e-3], dtype=dtype)
+            assert matching_probabilities(quality, closed_ended=True, min_quality=tau).tolist() == [1.0, 0.0]
+
+
+def test_all_zero_where_nothing_is_kept():
+    assert probabilities([0.1, 0.2]) == [0.0, 0.0]
+    assert probabilities([0.1, 0.2], closed=False) == [0.0, 0.0]
+    assert probabilities([0.0, 0.0], tau=0.0) == [0.0, 0.0]
+    assert probabilities([]) == []
+
+
+def test_dtype_follows_quality():
+    for given, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        p = matching_probabilities(torch.ones(3, dtype=given), closed_ended=True, min_quality=0.3)
+        assert p.dtype == expected
+        sample_matches(p, 2, seed=0, step=0, question_id="q")
+
+
+@pytest.mark.parametrize("quality", [[float("nan"), 1.0], [1.5], [-0.1], [[0.5]]])
+def test_damaged_quality(quality):
+    with pytest.raises(ValueError, match="quality"):
+        probabilities(quality)
+
+
+def test_damaged_threshold():
+    with pytest.raises(ValueError, match="min_quality"):
+        probabilities([1.0], tau=1.5)
+    with pytest.raises(ValueError, match="min_quality"):
+        probabilities([1.0], tau=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        ([0.0, 0.0], "all zero"),
+        ([], "all zero"),
+        ([1.5, -0.5], ">= 0"),
+        ([float("nan"), 1.0], "finite"),
+        ([float("inf"), 1.0], "finite"),
+        ([0.5, 0.4], "sum to 1"),
+        ([[0.5, 0.5]], "shape"),
+    ],
+)
+def test_refused_probabilities(p, message):
+    with pytest.raises(ValueError, match=message):
+        sample_matches(torch.tensor(p), 4, seed=0, step=0, question_id="q")
+
+
+def test_negative_count_is_refused():
+    with pytest.raises(ValueError, match="n: expected"):
+        sample_matches([1.0], -1, seed=0, step=0, question_id="q")
+
+
+def test_matches_are_a_function_of_their_counters():
+    p = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    draw = lambda n=64, **kw: sample_matches(p, n, **{"seed": 1, "step": 2, "question_id": "q7", **kw})  # noqa: E731
+    first = draw()
+    assert first.dtype == torch.int64 and first.shape == (64,)
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    assert torch.equal(first, draw())
+    torch.set_rng_state(state)
+    assert torch.equal(first[:5], draw(5))
+    assert torch.equal(torch.get_rng_state(), state)
+    for other in ({"seed": 2}, {"step": 3}, {"question_id": "q8"}, {"seed": 12, "step": 0}):
+        assert not torch.equal(first, draw(**other))
+    assert 1 not in first.tolist()
+    assert draw(0).shape == (0,)
+
+
+def test_matches_are_the_same_in_another_process():
+    code = (
+        "from rmsd_fast.method.matching import sample_matches;"
+        "print(sample_matches([0.25, 0.75], 16, seed=3, step=4, question_id='ü').tolist())"
+    )
+    # Another hash seed: the draw must not rest on Python's own hash.
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment(PYTHONHASHSEED="5")
+    )
+    assert result.stdout.strip() == str(sample_matches([0.25, 0.75], 16, seed=3, step=4, question_id="ü").tolist())
+
+
+def _environment(**changes):
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **changes}
+
+
+def test_frequencies_pass_a_chi_square_test():
+    p = [0.4, 0.1, 0.0, 0.3, 0.2]
+    counts = Counter()
+    for step in range(500):
+        counts.update(sample_matches(p, 8, seed=0, step=step, question_id="q").tolist())
+    assert counts[2] == 0
+    statistic = sum((counts[k] - 4000 * p_k) ** 2 / (4000 * p_k) for k, p_k in enumerate(p) if p_k)
+    # The 99.9% quantile with 3 degrees of freedom.
+    assert statistic < 16.27
+
+
+def test_rollouts_are_matched_independently():
+    # Pairs (m(0), m(1)) over questions follow the product distribution: 99.9% quantile with 3 degrees of freedom.
+    p, counts = [0.3, 0.7], Counter()
+    for number in range(2000):
+        counts[tuple(sample_matches(p, 2, seed=0, step=0, question_id=str(number)).tolist())] += 1
+    expected = {(a, b): 2000 * p[a] * p[b] for a in (0, 1) for b in (0, 1)}
+    assert sum((counts[key] - value) ** 2 / value for key, value in expected.items()) < 16.27
+
+
+def test_uniform_is_within_the_unit_interval_and_separates_purposes():
+    values = [uniform("match", 0, 0, "q", index=i) for i in range(2000)]
+    assert 0 <= min(values) and max(values) < 1
+    assert abs(sum(values) / 2000 - 0.5) < 0.03
+    assert uniform("best", 0, 0, "q", index=0) != values[0]
+    # Digits that move from one field to the next make another key.
+    assert uniform("match", 1, 11, "q", index=0) != uniform("match", 11, 1, "q", index=0)
+
+
+def test_best_response():
+    assert best_response([0.2, 0.9, 0.5], closed_ended=True, seed=0, question_id="q") == 1
+    assert best_response([0.0, 0.0], closed_ended=True, seed=0, question_id="q") is None
+    assert best_response([], closed_ended=False, seed=0, question_id="q") is None
+    ties = Counter(best_response([1, 0, 1], closed_ended=True, seed=0, question_id=str(i)) for i in range(400))
+    assert set(ties) == {0, 2} and 150 < ties[0] < 250
+    chosen = {best_response([1, 0.5, 0], closed_ended=False, seed=0, question_id=str(i)) for i in range(50)}
+    assert chosen == {0, 1}
+
+
+def ragged_groups():
+    """Three groups: 2 rollouts and 3 responses (one dropped), an empty pool, 3 rollouts and 2 responses."""
+    quality = [torch.tensor([1.0, 0.2, 0.6]), torch.tensor([0.1]), torch.tensor([0.5, 0.5])]
+    p = [matching_probabilities(q, closed_ended=True, min_quality=0.3) for q in quality]
+    return [2, 2, 3], p, quality
+
+
+def test_expected_pairs_by_hand():
+    pairs = expected_pairs(*ragged_groups())
+    assert pairs.student_index.tolist() == [0, 0, 1, 1, 4, 4, 5, 5, 6, 6]
+    assert pairs.teacher_index.tolist() == [0, 2, 0, 2, 4, 5, 4, 5, 4, 5]
+    assert pairs.quality.tolist() == pytest.approx([1.0, 0.6, 1.0, 0.6] + [0.5] * 6)
+    assert pairs.pair_weight.tolist() == pytest.approx([0.625, 0.375] * 2 + [0.5] * 6)
+    assert pairs.normalizer == 5
+    assert pairs.pair_weight.sum().item() == pytest.approx(5)
+
+
+def test_sampled_pairs_by_hand():
+    num_rollouts, _, quality = ragged_groups()
+    pairs = sampled_pairs(num_rollouts, [torch.tensor([2, 0]), None, torch.tensor([1, 1, 0])], quality)
+    assert pairs.student_index.tolist() == [0, 1, 4, 5, 6]
+    assert pairs.teacher_index.tolist() == [2, 0, 5, 5, 4]
+    assert pairs.quality.tolist() == pytest.approx([0.6, 1.0, 0.5, 0.5, 0.5])
+    assert pairs.pair_weight.tolist() == [1.0] * 5
+    assert pairs.normalizer == 5
+
+
+def pair_loss(student, teacher, pairs):
+    return pairwise_discriminator_loss(
+        student,
+        teacher,
+        pairs.student_index,
+        pairs.teacher_index,
+        pairs.quality,
+        pair_weight=pairs.pair_weight,
+        normalizer=pairs.normalizer,
+    ).loss.item()
+
+
+def test_expected_equals_the_exact_mean_of_sampled():
+    """Every outcome of the matching, weighted by its probability."""
+    num_rollouts, p, quality = ragged_groups()
+    student, teacher = torch.randn(7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    mean, mass = 0.0, 0.0
+    outcomes = [range(3)] * 2 + [range(2)] * 3
+    for m in itertools.product(*outcomes):
+        chance = (p[0][list(m[:2])].prod() * p[2][list(m[2:])].prod()).item()
+        if chance:
+            pairs = sampled_pairs(num_rollouts, [torch.tensor(m[:2]), None, torch.tensor(m[2:])], quality)
+            mean, mass = mean + chance * pair_loss(student, teacher, pairs), mass + chance
+    assert mass == pytest.approx(1, abs=1e-6)
+    assert pair_loss(student, teacher, expected_pairs(num_rollouts, p, quality)) == pytest.approx(mean, abs=1e-6)
+
+
+def test_expected_equals_the_mean_of_sampled_over_many_seeds():
+    num_rollouts, p, quality = ragged_groups()
+    student, teacher = torch.linspace(-2, 2, 7), torch.linspace(1, -1, 6)
+    losses = []
+    for seed in range(1500):
+        draw = [
+            sample_matches(p_g, n, seed=seed, step=0, question_id=str(g)) if p_g.sum() > 0 else None
+            for g, (n, p_g) in enumerate(zip(num_rollouts, p, strict=True))
+        ]
+        losses.append(pair_loss(student, teacher, sampled_pairs(num_rollouts, draw, quality)))
+    losses = torch.tensor(losses, dtype=torch.float64)
+    expected = pair_loss(student, teacher, expected_pairs(num_rollouts, p, quality))
+    assert losses.std() > 1e-3  # there is something to average
+    assert abs(losses.mean().item() - expected) < 4 * losses.std().item() / len(losses) ** 0.5
+
+
+def test_a_batch_of_empty_pools_gives_no_pairs_and_a_zero_loss():
+    empty = [torch.zeros(2)]
+    for pairs in (expected_pairs([3], empty, empty), sampled_pairs([3], [None], empty), expected_pairs([], [], [])):
+        assert pairs.normalizer == 0 and pairs.student_index.shape == (0,)
+        assert pairs.student_index.dtype == torch.int64
+        assert pair_loss(torch.ones(3), torch.ones(2), pairs) == 0.0
+
+
+def test_damaged_groups():
+    q = [torch.ones(2)]
+    with pytest.raises(ValueError, match="one entry per group"):
+        expected_pairs([1, 1], q, q)
+    with pytest.raises(ValueError, match="same shape"):
+        expected_pairs([1], [torch.ones(3)], q)
+    with pytest.raises(ValueError, match="one match per rollout"):
+        sampled_pairs([2], [torch.tensor([0])], q)
+    with pytest.raises(ValueError, match="0..1"):
+        sampled_pairs([1], [torch.tensor([2])], q)
+    with pytest.raises(ValueError, match="num_rollouts"):
+        expected_pairs([-1], q, q)

@@ -1,0 +1,133 @@
+"""The wheel: both packages and the recipes with or without a compiler; the native library when there is one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rmsd_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "LICENSE", "README.md")
+FOLDERS = ("rmsd_fast", "kernels", "csrc")
+
+
+def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds a wheel from a copy of the sources, so that nothing lands in the tree and no built library leaks in."""
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        shutil.copy(ROOT / name, source / name)
+    for name in FOLDERS:
+        ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+    inherited = {key: value for key, value in os.environ.items() if key not in ("CXX", "RMSD_FAST_NATIVE")}
+    return subprocess.run(
+        [*command, "-w", str(folder / "dist"), str(source)],
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+        timeout=300,
+        check=False,
+    )
+
+
+def contents(folder: Path) -> tuple[str, set[str]]:
+    """Name of the one wheel in folder/dist and the files in it."""
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel.name, set(zipfile.ZipFile(wheel).namelist())
+
+
+def sources_that_belong_in_a_wheel() -> set[str]:
+    fast = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast").rglob("*.py")}
+    recipes = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast" / "recipes").glob("*.yaml")}
+    kernels = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels" / "rmsd_kernels").glob("*.py")}
+    assert fast and recipes and kernels
+    return {path.as_posix() for path in fast | recipes | kernels}
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """A folder without `__init__.py` works in the source tree and is missing from the wheel."""
+    folders = {path.parent for path in (ROOT / "rmsd_fast").rglob("*.py")}
+    bare = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file())
+    assert not bare, f"add an __init__.py to {bare}"
+
+
+def test_wheel_without_a_compiler_is_pure_and_complete(tmp_path: Path) -> None:
+    done = build_wheel(tmp_path, CXX="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "building WITHOUT native ops: no working C++20 compiler" in done.stdout + done.stderr
+    name, files = contents(tmp_path)
+    assert name.endswith("-py3-none-any.whl")
+    assert sources_that_belong_in_a_wheel() <= files
+    assert any(file.endswith("licenses/LICENSE") for file in files)
+    assert not [file for file in files if file.endswith((".so", ".cpp"))]
+    assert {file.split("/")[0] for file in files if ".dist-info" not in file} == {"rmsd_fast", "rmsd_kernels"}
+
+
+def test_missing_compiler_is_fatal_when_native_ops_are_demanded(tmp_path: Path) -> None:
+    done = build_wheel(tmp_path, CXX="/bin/false", RMSD_FAST_NATIVE="1")
+    assert done.returncode != 0
+    assert "RMSD_FAST_NATIVE=1, but no working C++20 compiler" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native ops in this environment: {native.why_not()}")
+def test_wheel_with_a_compiler_carries_a_library_that_works(tmp_path: Path) -> None:
+    done = build_wheel(tmp_path, RMSD_FAST_NATIVE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, files = contents(tmp_path)
+    assert "-cp310-abi3-" in name
+    assert sources_that_belong_in_a_wheel() | {"rmsd_kernels/_native.abi3.so"} <= files
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    code = (
+        "import torch; from rmsd_kernels import native; print(native.__file__)\n"
+        "print(native.row_logprob(torch.zeros(1, 4), torch.tensor([2]))[1].exp().item())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    path, value = ran.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "site")
+    assert float(value) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"), [("0", "native ops left out"), ("yes", "expected unset, 0 or 1, got 'yes'")]
+)
+def test_native_switch(tmp_path: Path, mode: str, message: str) -> None:
+    done = build_wheel(tmp_path, RMSD_FAST_NATIVE=mode)
+    assert message in done.stdout + done.stderr
+    assert (done.returncode == 0) == (mode == "0")
+
+
+def test_version_and_extras_of_the_installed_package() -> None:
+    import rmsd_fast
+
+    assert importlib.metadata.version("rmsd-fast") == rmsd_fast.__version__
+    extras = importlib.metadata.metadata("rmsd-fast").get_all("Provides-Extra")
+    assert {"train", "video", "vllm", "gpu", "test"} <= set(extras)
+
+
+def test_every_pin_lies_within_the_declared_range() -> None:
+    """constraints-cpu.txt is what was tested; pyproject.toml must not exclude it."""
+    from packaging.requirements import Requirement
+
+    pins = [
+        Requirement(line) for line in (ROOT / "constraints-cpu.txt").read_text().splitlines() if line[:1] not in "#"
+    ]
+    version = {pin.name.lower().replace("_", "-"): next(iter(pin.specifier)).version for pin in pins}
+    declared = [Requirement(text) for text in importlib.metadata.requires("rmsd-fast") or []]
+    tested = [requirement for requirement in declared if "vllm" not in str(requirement)]
+    assert len(tested) > 10
+    for requirement in tested:
+        name = requirement.name.lower().replace("_", "-")
+        assert name in version, f"{name} is declared in pyproject.toml but not pinned in constraints-cpu.txt"
+        assert requirement.specifier.contains(version[name]), f"{requirement} excludes the tested {version[name]}"

@@ -1,0 +1,219 @@
+"""Prompts and responses: hand-worked layout and positions, refused tokens, and the family's own processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from media_files import noise_frames, write_clip
+
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.prompts import (
+    ANSWER_FORMAT,
+    PromptBuilder,
+    PromptError,
+    ResponseError,
+    media_text,
+    question_text,
+)
+from rmsd_fast.data.records import Question
+from rmsd_fast.data.video import Frames, MediaError, Preprocessor
+from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.models.students import Student, load_student
+from rmsd_fast.models.tiny import build_tiny_student
+
+TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    build_tiny_student(folder / "student", texts=TEXTS)
+    write_clip(folder / "a.mp4", noise_frames(9, 64, 96, seed=1), fps=4.0)
+    write_clip(folder / "b.mp4", noise_frames(6, 64, 64, seed=2), fps=3.0)
+    from PIL import Image
+
+    Image.fromarray(noise_frames(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(folder / "c.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(folder: Path) -> Student:
+    return load_student(folder / "student", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def builder(student: Student) -> PromptBuilder:
+    return PromptBuilder(student, VideoConfig(num_frames=3))
+
+
+def _question(folder: Path, videos: Sequence[str] = "a", images: Sequence[str] = "", **changes: object) -> Question:
+    question = Question(
+        id="q",
+        question="What colour is the square?",
+        task_type="mcq",
+        videos=tuple(str(folder / f"{name}.mp4") for name in videos),
+        images=tuple(str(folder / f"{name}.png") for name in images),
+        options=("red", "blue"),
+        answer="B",
+    )
+    return replace(question, **changes)
+
+
+def test_question_text() -> None:
+    question = Question(id="q", question=" Who? ", task_type="mcq", options=("I. Newton", "someone else"))
+    assert question_text(question).split("\n") == ["Who?", "A. I. Newton", "B. someone else", ANSWER_FORMAT["mcq"]]
+    labelled = replace(question, options=("A. I. Newton", "B) someone else"))
+    assert question_text(labelled) == question_text(question)
+    # Labels in another order belong to the text; letters in it would be wrong ones.
+    assert "A. B. x\nB. A. y" in question_text(replace(question, options=("B. x", "A. y")))
+    assert question_text(replace(question, task_type="open", options=None)).split("\n") == [
+        "Who?",
+        ANSWER_FORMAT["open"],
+    ]
+    assert set(ANSWER_FORMAT) == set(TASK_TYPES)
+
+
+def test_media_text_announces_the_mean_time_of_each_pair() -> None:
+    pixels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    video = Frames(pixels, (0.0, 1.5, 2.96), (2, 4, 4), "video")
+    # (0 + 1.5)/2 = 0.75; the third frame has no partner and is repeated.
+    block = "<|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
+    assert media_text(video, Preprocessor()) == f"<0.8 seconds>{block}<3.0 seconds>{block}"
+    image = Frames(pixels[:1], (), (1, 4, 6), "image")
+    assert media_text(image, Preprocessor()) == "<|image_pad|>" * 6
+
+
+def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder, student: Student) -> None:
+    prompt = builder.build(_question(folder))
+    tokenizer = student.tokenizer
+    block = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    # 9 frames at 4 Hz, frames 0, 4 and 8: pairs (0, 1) and (2, 2).
+    assert tokenizer.decode(prompt.input_ids) == (
+        f"<|im_start|>user\n<|vision_start|><0.5 seconds>{block}<2.0 seconds>{block}<|vision_end|>"
+        f"What colour is the square?\nA. red\nB. blue\n{ANSWER_FORMAT['mcq']}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert torch.equal(prompt.mm_token_type_ids == 2, prompt.input_ids == pad)
+    assert set(prompt.mm_token_type_ids.tolist()) == {0, 2}
+
+    # Positions by hand: text counts up on all axes; a 2x3 block of tokens stays at one time, spans 2 rows and 3
+    # columns, and the text behind it goes on after its longer side.
+    first = int((prompt.input_ids == pad).nonzero()[0])
+    assert prompt.position_ids[:, :first].tolist() == [list(range(first))] * 3
+    block_positions = prompt.position_ids[:, first : first + 6]
+    assert (block_positions - first).tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert prompt.position_ids[:, first + 6].tolist() == [first + 3] * 3
+    assert prompt.next_position == len(prompt.input_ids) - 2 * 3
+    assert prompt.input_ids.dtype == prompt.position_ids.dtype == torch.int64
+
+
+def test_prompt_is_the_same_from_media_decoded_before(folder: Path, builder: PromptBuilder) -> None:
+    prompt = builder.build(_question(folder, "ab", "c"))
+    again = builder.build_from_media(prompt.question, prompt.media)
+    assert torch.equal(prompt.input_ids, again.input_ids) and torch.equal(prompt.position_ids, again.position_ids)
+    assert [frames.kind for frames in prompt.media] == ["video", "video", "image"]
+
+
+def test_unusable_media_and_texts_are_refused(folder: Path, builder: PromptBuilder) -> None:
+    with pytest.raises(MediaError, match=r"nothing\.mp4"):
+        builder.build(_question(folder, videos=["nothing"]))
+    with pytest.raises(PromptError, match=r"question 'q'.*<\|video_pad\|>"):
+        builder.build(_question(folder, question="Is <|video_pad|> here?"))
+    with pytest.raises(PromptError, match=r"<\|im_end\|>"):
+        builder.build(_question(folder, options=("red<|im_end|>", "blue")))
+
+
+def test_template_without_media_marks_is_refused(folder: Path, student: Student) -> None:
+    stripped = load_student(folder / "student", dtype="float32")
+    stripped.tokenizer.chat_template = "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}"
+    with pytest.raises(PromptError, match="expected the chat template to mark 1 media, got 0"):
+        PromptBuilder(stripped, VideoConfig(num_frames=2)).build(_question(folder))
+
+
+def test_responses_end_with_the_end_token_and_come_back(builder: PromptBuilder) -> None:
+    text = "<think>It moves 12.5 px, é 漢 \n twice.</think><answer>12.5 to 20.0</answer>"
+    ids = builder.encode_response(text)
+    assert ids.dtype == torch.int64 and ids[-1] == builder.eos_id and (ids == builder.eos_id).sum() == 1
+    assert builder.decode_response(ids) == text
+    # Without the end token (cut off), and with more behind it.
+    assert builder.decode_response(ids[:-1]) == text
+    assert builder.decode_response(torch.cat([ids, ids])) == text
+    assert builder.encode_response("").tolist() == [builder.eos_id]
+
+
+@pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_special_tokens_in_responses_are_refused_by_name(builder: PromptBuilder, token: str) -> None:
+    with pytest.raises(ResponseError) as caught:
+        builder.encode_response(f"<think>{token}</think><answer>B</answer>")
+    assert token in str(caught.value)
+
+
+def test_banned_ids_are_all_special_ids_but_the_end(student: Student, builder: PromptBuilder) -> None:
+    banned = set(builder.banned_ids.tolist())
+    names = ["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+    names += ["<|image_pad|>", "<|video_pad|>"]
+    assert banned == {student.tokenizer.convert_tokens_to_ids(name) for name in names}
+    assert builder.eos_id == student.tokenizer.convert_tokens_to_ids("<|im_end|>") == student.eos_id
+    # The tags of the answer format stay free.
+    assert not banned & set(builder.encode_response("<think>x</think><answer>B</answer>").tolist())
+
+
+def test_ids_that_only_the_embedding_has_are_banned(folder: Path) -> None:
+    student = load_student(folder / "student", dtype="float32")
+    rows = len(student.tokenizer)
+    student.model.config.text_config.vocab_size = rows + 3
+    banned = PromptBuilder(student, VideoConfig()).banned_ids.tolist()
+    assert banned[-3:] == [rows, rows + 1, rows + 2]
+
+
+ORACLE = """
+import json, warnings; warnings.filterwarnings("ignore")
+from transformers import AutoProcessor
+from transformers.video_utils import VideoMetadata
+job = torch.load(sys.argv[1])
+processor = AutoProcessor.from_pretrained(job["folder"])
+out = []
+for case in job["cases"]:
+    kinds = [{"type": "video"}] * len(case["videos"]) + [{"type": "image"}] * len(case["images"])
+    messages = [{"role": "user", "content": [*kinds, {"type": "text", "text": case["text"]}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    metadata = [VideoMetadata(total_num_frames=total, fps=fps, frames_indices=list(indices))
+                for total, fps, indices in case["metadata"]]
+    got = processor(text=[text], videos=case["videos"] or None, images=case["images"] or None,
+                    video_metadata=metadata or None, do_sample_frames=False, do_resize=False)
+    out.append((got["input_ids"][0], got["mm_token_type_ids"][0]))
+print(json.dumps(out))
+"""
+
+
+def test_equal_to_the_processor_of_transformers(
+    folder: Path, builder: PromptBuilder, tmp_path: Path, run_with_torchvision
+) -> None:
+    questions = [
+        _question(folder),
+        _question(folder, "", "c", task_type="spatial", options=None),
+        _question(folder, "ab", "cc", task_type="temporal", options=None),
+    ]
+    sources = {"a": (9, 4.0, (0, 4, 8)), "b": (6, 3.0, (0, 2, 5))}
+    prompts, cases = [], []
+    for question in questions:
+        prompt = builder.build(question)
+        prompts.append(prompt)
+        cases.append(
+            {
+                "text": question_text(question),
+                "videos": [frames.pixels for frames in prompt.media if frames.kind == "video"],
+                "images": [frames.pixels[0] for frames in prompt.media if frames.kind == "image"],
+                "metadata": [sources[Path(path).stem] for path in question.videos],
+            }
+        )
+    torch.save({"folder": str(folder / "student"), "cases": cases}, tmp_path / "job.pt")
+    theirs = json.loads(run_with_torchvision(ORACLE, str(tmp_path / "job.pt")))
+    for prompt, (ids, types) in zip(prompts, theirs, strict=True):
+        assert prompt.input_ids.tolist() == ids
+        assert prompt.mm_token_type_ids.tolist() == types

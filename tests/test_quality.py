@@ -1,0 +1,227 @@
+"""Quality metrics against numbers worked out by hand."""
+
+import random
+
+import pytest
+
+from rmsd_fast.method.quality import parse_ground_truth, quality_score
+
+
+def q(answer: str, task: str, truth=None, **settings) -> float:
+    return quality_score(f"<think>t</think><answer>{answer}</answer>", task, truth, **settings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [("B", "B", 1.0), ("(b)", "B", 1.0), ("A", "B", 0.0), ("B.", "[b]", 1.0), ("D", "B", 0.0)],
+)
+def test_mcq(answer, truth, score):
+    assert q(answer, "mcq", truth, options=["cat", "dog", "cow"]) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("10 to 20", "10 to 20", 1.0),
+        ("10 to 20", "15 to 30", 5 / 20),
+        ("0.1 to 0.3", "0.2 to 0.4", 1 / 3),  # exact on the written decimals
+        ("0 to 5", "5 to 10", 0.0),
+        ("20 to 10", "10 to 20", 0.0),
+        ("10 to 10", "10 to 20", 0.0),
+        ("0 to 100", "40 to 60", 0.2),
+        ("-1e308 to 1e308", "0 to 1e308", 0.5),  # the length overflows in float64
+        ("0 to 5e-324", "0 to 5e-324", 1.0),
+    ],
+)
+def test_temporal(answer, truth, score):
+    assert q(answer, "temporal", truth) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("0,0,10,10", "0,0,10,10", 1.0),
+        ("0,0,10,10", "5,5,15,15", 25 / 175),
+        ("0,0,10,10", "0,0,10,20", 0.5),
+        ("0,0,10,10", "10,0,20,10", 0.0),
+        ("10,0,0,10", "0,0,10,10", 0.0),  # inverted
+        ("0,10,10,0", "0,0,10,10", 0.0),
+        ("10,10,0,0", "0,0,10,10", 0.0),  # inverted twice: the area would come out positive
+        ("0,0,0,10", "0,0,10,10", 0.0),
+        ("-1e308,-1e308,1e308,1e308", "0,0,10,10", 0.0),
+    ],
+)
+def test_spatial(answer, truth, score):
+    assert q(answer, "spatial", truth) == pytest.approx(score, abs=1e-300)
+
+
+def test_pixel_boxes_by_flag():
+    box = "960,540,1920,1080"
+    with pytest.raises(ValueError, match="0..1000 x 0..1000.*spatial_format='pixel'"):
+        q(box, "spatial", box)
+    assert q(box, "spatial", box, spatial_format="pixel") == 1.0
+    assert q(box, "spatial", box, spatial_format="pixel", size=(1920, 1080)) == 1.0
+    assert q("960,540,1440,1080", "spatial", box, spatial_format="pixel", size=(1920, 1080)) == 0.5
+    with pytest.raises(ValueError, match="0..1280 x 0..720"):
+        q(box, "spatial", box, spatial_format="pixel", size=(1280, 720))
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("3", "3", 1.0),
+        ("1.01", "1", 1.0),  # 0.01 as written; float64 subtraction would give 0.010000000000000009
+        ("1.0101", "1", 0.0),
+        ("0.01", "0", 1.0),  # max(1, |b|) = 1
+        ("0.02", "0", 0.0),
+        ("202", "200", 1.0),  # 2 <= 0.01 * 200
+        ("203", "200", 0.0),
+        ("-202", "-200", 1.0),
+        ("1e308", "-1e308", 0.0),
+    ],
+)
+def test_numeric_epsilon(answer, truth, score):
+    assert q(answer, "numeric", truth) == score
+
+
+def test_numeric_eps_is_a_setting():
+    assert q("110", "numeric", "100", numeric_eps=0.1) == 1.0
+    assert q("110", "numeric", "100", numeric_eps=0.0) == 0.0
+    assert q("100", "numeric", "100", numeric_eps=0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("100", "100", 1.0),
+        ("110", "100", 0.8),  # 0.1 < 1-t for t = 0.50 ... 0.85: eight of ten
+        ("130", "100", 0.4),  # 0.3 < 0.5, 0.45, 0.40, 0.35
+        ("150", "100", 0.0),  # 0.5 < 0.5 is false
+        ("-130", "-100", 0.4),
+        ("0", "0", 1.0),
+        ("0.1", "0", 0.0),
+    ],
+)
+def test_numeric_mra(answer, truth, score):
+    assert q(answer, "numeric", truth, numeric_metric="mra") == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("Exit  ONLY", "exit only", 1.0),
+        ("exit", "exit only", 0.5),  # one deletion of two words
+        ("exit now only", "exit only", 0.5),  # one insertion
+        ("a b c d", "a x c y", 0.5),  # two substitutions of four
+        ("b c d", "a b c", 1 / 3),  # one deletion, one insertion
+        ("x y z w v", "exit only", 0.0),  # clipped: more errors than words
+        ("exit only " * 50_000, "exit only", 0.0),
+        ("STRASSE", "straße", 1.0),
+    ],
+)
+def test_ocr_word_error_rate(answer, truth, score):
+    assert q(answer, "ocr", truth) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("Kitten", "kitten", 1.0),
+        ("sitting", "kitten", 1 - 3 / 7),  # the textbook distance of 3
+        ("abcd", "abxy", 0.0),  # 2/4 reaches the threshold
+        ("a" * 100_000, "a", 0.0),
+    ],
+)
+def test_ocr_anls(answer, truth, score):
+    assert q(answer, "ocr", truth, ocr_metric="anls") == pytest.approx(score)
+
+
+def test_anls_threshold_is_a_setting():
+    assert q("abcd", "ocr", "abxy", ocr_metric="anls", anls_threshold=0.6) == 0.5
+
+
+def test_open_is_one_where_valid_and_ignores_the_answer():
+    assert q("anything", "open") == 1.0
+    assert q("anything", "open", "something else") == 1.0
+    assert q(" ", "open") == 0.0
+    assert quality_score("anything", "open", "anything") == 0.0
+
+
+def test_an_invalid_response_scores_zero():
+    assert quality_score("<answer>B</answer>", "mcq", "B") == 0.0
+    assert q("the answer is B", "mcq", "B") == 0.0
+    assert q("C", "mcq", "B", options=["cat", "dog"]) == 0.0
+    assert q("nan", "numeric", "3") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "value"),
+    [
+        ("numeric", 3, 3.0),
+        ("numeric", 1e-7, 1e-7),
+        ("temporal", [1, 2.5], (1.0, 2.5)),
+        ("spatial", (1, 2, 3, 4), (1.0, 2.0, 3.0, 4.0)),
+        ("ocr", 2024, "2024"),
+        ("mcq", "(b)", "B"),
+    ],
+)
+def test_ground_truths_may_be_numbers_and_lists(task, given, value):
+    assert parse_ground_truth(given, task) == value
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "error", "message"),
+    [
+        ("mcq", "cat", ValueError, "one option letter.*got 'cat'"),
+        ("mcq", "E", ValueError, "among ABC.*got 'E'"),
+        ("mcq", 1, TypeError, "got int 1"),
+        ("temporal", "1-2", ValueError, "'<start> to <end>'"),
+        ("temporal", [1, 2, 3], ValueError, "got \\[1, 2, 3\\]"),
+        ("temporal", [1, float("nan")], ValueError, "nan"),
+        ("spatial", ["1", "2", "3", "4"], ValueError, "x1,y1,x2,y2"),
+        ("numeric", float("inf"), ValueError, "one finite number"),
+        ("numeric", True, TypeError, "got bool"),
+        ("numeric", None, ValueError, "got none"),
+        ("ocr", "  ", ValueError, "text that is not empty"),
+        ("open", "x", ValueError, "expected a closed task"),
+    ],
+)
+def test_damaged_ground_truth_says_what_was_expected(task, given, error, message):
+    options = ["x", "y", "z"] if task == "mcq" else None
+    with pytest.raises(error, match=message):
+        parse_ground_truth(given, task, options)
+    if task != "open":
+        # Reported whether or not the response is valid.
+        for text in ("garbage", "<think>t</think><answer>A</answer>"):
+            with pytest.raises(error, match=message):
+                quality_score(text, task, given, options=options)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"numeric_metric": "mae"},
+        {"ocr_metric": "bleu"},
+        {"spatial_format": "yolo"},
+        {"numeric_eps": float("nan")},
+        {"numeric_eps": -0.1},
+        {"anls_threshold": 0.0},
+        {"size": (10, 10)},
+        {"size": (0, 10), "spatial_format": "pixel"},
+    ],
+)
+def test_useless_settings(setting):
+    with pytest.raises(ValueError, match="|".join(setting)):
+        q("3", "numeric", "3", **setting)
+
+
+def test_scores_stay_within_zero_and_one():
+    rng = random.Random(0)
+    numbers = ["0", "1", "-1", "1e308", "-1e308", "1e-320", "999.5", "3"]
+    for _ in range(500):
+        truth = [abs(float(rng.choice(numbers[:2] + numbers[5:]))) for _ in range(4)]
+        answer = [rng.choice(numbers) for _ in range(4)]
+        assert 0.0 <= q(",".join(answer), "spatial", truth) <= 1.0
+        assert 0.0 <= q(" to ".join(answer[:2]), "temporal", truth[:2]) <= 1.0
+        assert 0.0 <= q(answer[0], "numeric", truth[0], numeric_metric="mra") <= 1.0
+        assert 0.0 <= q(" ".join(answer), "ocr", truth[0]) <= 1.0

@@ -1,0 +1,389 @@
+"""The student: loading, refusals, padded rows against plain transformers, gradients, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from media_files import noise_frames, write_clip
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.records import Question
+from rmsd_fast.data.video import load_preprocessor, video_patches
+from rmsd_fast.models.students import (
+    Student,
+    encode_media,
+    export_student,
+    forward_hidden,
+    freeze,
+    load_student,
+    make_rows,
+)
+from rmsd_fast.models.tiny import build_tiny_student
+
+TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("students")
+    build_tiny_student(folder / "student", texts=TEXTS, layers=2)
+    write_clip(folder / "a.mp4", noise_frames(9, 64, 96, seed=1), fps=4.0)
+    write_clip(folder / "b.mp4", noise_frames(6, 64, 64, seed=2), fps=3.0)
+    from PIL import Image
+
+    Image.fromarray(noise_frames(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(folder / "c.png")
+    return folder
+
+
+@pytest.fixture
+def student(folder: Path) -> Student:
+    return load_student(folder / "student", dtype="float32")
+
+
+@pytest.fixture
+def ask(folder: Path, student: Student) -> Callable[[str], Prompt]:
+    """Prompt about media by name: a and b are videos, c an image."""
+    builder = PromptBuilder(student, VideoConfig(num_frames=4))
+
+    def build(media: str) -> Prompt:
+        videos = tuple(str(folder / f"{name}.mp4") for name in media if name != "c")
+        images = tuple(str(folder / f"{name}.png") for name in media if name == "c")
+        return builder.build(
+            Question(id=media, question=f"What is {media}?", task_type="open", videos=videos, images=images)
+        )
+
+    return build
+
+
+def _responses(student: Student, *texts: str) -> list[torch.Tensor]:
+    builder = PromptBuilder(student, VideoConfig())
+    return [builder.encode_response(text) for text in texts]
+
+
+def _plain_hidden(student: Student, prompt: Prompt, response: torch.Tensor) -> torch.Tensor:
+    """[P + R, D] by transformers alone: one row, pixels in, positions of its own."""
+    arguments = {}
+    for kind, pixels, grid in (
+        ("video", "pixel_values_videos", "video_grid_thw"),
+        ("image", "pixel_values", "image_grid_thw"),
+    ):
+        media = [frames for frames in prompt.media if frames.kind == kind]
+        if media:
+            arguments[pixels] = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in media])
+            arguments[grid] = torch.tensor([frames.grid_thw for frames in media])
+    types = torch.cat([prompt.mm_token_type_ids, torch.zeros_like(response)])
+    output = student.model.model(
+        input_ids=torch.cat([prompt.input_ids, response])[None], mm_token_type_ids=types[None], **arguments
+    )
+    return output.last_hidden_state[0]
+
+
+def test_padded_rows_equal_single_rows_of_plain_transformers(ask: Callable[[str], Prompt], student: Student) -> None:
+    # A video, two videos, an image, videos and an image, no media; in rows that repeat, leave out and mix up prompts.
+    prompts = [ask("a"), ask("ab"), ask("c"), ask("bc"), ask("")]
+    responses = _responses(student, "red", "a much longer answer", "", "<answer>B</answer>", "x", "blue", "12.5")
+    index = [3, 0, 1, 0, 2, 4, 1]
+    rows = make_rows(prompts, responses, index, pad_id=student.pad_id)
+    with torch.no_grad():
+        hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
+        for row, (prompt, response) in enumerate(zip(index, responses, strict=True)):
+            expected = _plain_hidden(student, prompts[prompt], response)
+            length = int(rows.prompt_lengths[row] + rows.response_lengths[row])
+            assert length == len(expected) == int(rows.attention_mask[row].sum())
+            assert (hidden[row, :length] - expected).abs().max() < 1e-5
+    # The features matter: other pixels, other states.
+    other = _plain_hidden(student, ask("b"), responses[1])
+    assert (hidden[1, -1] - other[-1]).abs().max() > 1e-2
+
+
+def test_rows_layout(ask: Callable[[str], Prompt], student: Student) -> None:
+    prompts = [ask("a"), ask("c")]
+    first, second = torch.tensor([5, 6, 7]), torch.tensor([8])
+    rows = make_rows(prompts, [first, second], [1, 0], pad_id=student.pad_id)
+    lengths = [len(prompts[1].input_ids), len(prompts[0].input_ids)]
+    assert rows.prompt_lengths.tolist() == lengths and rows.response_lengths.tolist() == [3, 1]
+    assert rows.prompt_index.tolist() == [1, 0]
+    assert rows.input_ids.shape == (2, max(lengths[0] + 3, lengths[1] + 1))
+    assert rows.input_ids[rows.response_mask].tolist() == [5, 6, 7, 8]
+    assert rows.attention_mask.sum(1).tolist() == [lengths[0] + 3, lengths[1] + 1]
+    assert rows.input_ids[rows.attention_mask == 0].unique().tolist() == [student.pad_id]
+    start = prompts[1].next_position
+    assert rows.position_ids[:, 0, lengths[0] : lengths[0] + 3].tolist() == [[start, start + 1, start + 2]] * 3
+    moved = rows.to("cpu")
+    assert torch.equal(moved.position_ids, rows.position_ids)
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        make_rows(prompts, [first], [0, 1], pad_id=0)
+
+
+def test_states_do_not_depend_on_padding_or_neighbours(ask: Callable[[str], Prompt], student: Student) -> None:
+    prompts = [ask("a"), ask("b")]
+    short, long = _responses(student, "red", "a very much longer answer " * 8)
+    features = encode_media(student.model, prompts)
+    with torch.no_grad():
+        alone = forward_hidden(student.model, make_rows(prompts, [short], [0], pad_id=student.pad_id), features)
+        rows = make_rows(prompts, [long, short, long], [1, 0, 0], pad_id=student.pad_id)
+        together = forward_hidden(student.model, rows, features)
+        rows.input_ids[rows.attention_mask == 0] = 7
+        repadded = forward_hidden(student.model, rows, features)
+    length = alone.shape[1]
+    assert (together[1, :length] - alone[0]).abs().max() < 1e-5
+    assert torch.equal(together[1, :length], repadded[1, :length])
+
+
+def test_one_vision_call_for_all_media_and_none_for_the_rows(
+    ask: Callable[[str], Prompt], student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    visual = student.model.model.visual
+    visual.register_forward_hook(lambda *_: calls.append(1))
+    prompts = [ask("ab"), ask("c"), ask("")]
+    features = encode_media(student.model, prompts)
+    assert calls == [1] and features.counts == [2, 1, 0] and features.kinds == ["video", "video", "image"]
+    # 4 frames: 2 steps of 2x3 tokens and of 2x2; an image of 2x2.
+    assert [len(pooled) for pooled in features.pooled] == [12, 8, 4]
+    assert [[len(layer) for layer in depth] for depth in features.deepstack] == [[12, 8, 4]]
+    forward_hidden(student.model, make_rows(prompts, _responses(student, *"xyz"), [0, 0, 1], pad_id=0), features)
+    assert calls == [1]
+    empty = encode_media(student.model, [prompts[2]])
+    assert calls == [1] and empty.pooled == [] and empty.deepstack == [[]]
+
+
+def _gradients(student: Student) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_equal_those_of_plain_transformers(ask: Callable[[str], Prompt], student: Student) -> None:
+    freeze(student.model, train_vision=True)
+    prompts = [ask("ab"), ask("c")]
+    responses = _responses(student, "red", "a longer answer", "blue")
+    index = [0, 0, 1]
+    weight = torch.randn(student.model.config.text_config.hidden_size)
+    rows = make_rows(prompts, responses, index, pad_id=student.pad_id)
+    hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
+    (hidden[rows.response_mask] @ weight).sum().backward()
+    ours = _gradients(student)
+    student.model.zero_grad()
+    for prompt, response in zip(index, responses, strict=True):
+        expected = _plain_hidden(student, prompts[prompt], response)
+        (expected[len(prompts[prompt].input_ids) :] @ weight).sum().backward()
+    theirs = _gradients(student)
+    assert ours.keys() == theirs.keys() and "model.visual.patch_embed.proj.weight" in ours
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        assert (ours[name] - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+def test_frozen_vision_gets_no_gradient_and_no_graph(ask: Callable[[str], Prompt], student: Student) -> None:
+    freeze(student.model, train_vision=False)
+    frozen = {name for name, p in student.model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in student.model.named_parameters() if ".visual." in name}
+    assert any("deepstack_merger_list" in name for name in frozen) and any(".merger." in name for name in frozen)
+    features = encode_media(student.model, [ask("a")])
+    assert not features.pooled[0].requires_grad
+    rows = make_rows([ask("a")], _responses(student, "red"), [0], pad_id=student.pad_id)
+    forward_hidden(student.model, rows, features).sum().backward()
+    assert set(_gradients(student)) == {name for name, p in student.model.named_parameters() if p.requires_grad}
+    freeze(student.model, train_vision=True)
+    features = encode_media(student.model, [ask("a")])
+    assert features.pooled[0].requires_grad and features.deepstack[0][0].requires_grad
+    assert not features.detach().pooled[0].requires_grad
+
+
+def test_gradient_checkpointing_changes_nothing(ask: Callable[[str], Prompt], student: Student) -> None:
+    freeze(student.model, train_vision=True)
+    prompts = [ask("a")]
+    rows = make_rows(prompts, _responses(student, "red"), [0], pad_id=student.pad_id)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+            student.model.train()
+        student.model.zero_grad()
+        hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), _gradients(student)))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient)
+
+
+def test_bfloat16_student_computes_in_bfloat16(folder: Path, ask: Callable[[str], Prompt], student: Student) -> None:
+    low = load_student(folder / "student", dtype="bfloat16")
+    prompts = [ask("a")]
+    rows = make_rows(prompts, _responses(student, "red"), [0], pad_id=student.pad_id)
+    with torch.no_grad():
+        exact = forward_hidden(student.model, rows, encode_media(student.model, prompts))
+        rounded = forward_hidden(low.model, rows, encode_media(low.model, prompts))
+    assert rounded.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact, rounded.float(), dim=-1).min() > 0.98
+
+
+def test_export_loads_in_plain_transformers_with_equal_logits(
+    folder: Path, tmp_path: Path, ask: Callable[[str], Prompt], student: Student
+) -> None:
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    export_student(student, tmp_path / "out" / "export")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "export", dtype=torch.float32)
+    assert type(plain) is Qwen3VLForConditionalGeneration
+    prompt = ask("ab")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "export")
+    assert tokenizer.decode(prompt.input_ids) == student.tokenizer.decode(prompt.input_ids)
+    assert tokenizer.chat_template == student.tokenizer.chat_template and tokenizer.eos_token_id == student.eos_id
+    assert load_preprocessor(tmp_path / "out" / "export") == student.preprocessor
+    pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
+    inputs = {
+        "input_ids": prompt.input_ids[None],
+        "mm_token_type_ids": prompt.mm_token_type_ids[None],
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor([frames.grid_thw for frames in prompt.media]),
+    }
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs).logits, student.model(**inputs).logits)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export"]
+
+
+def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Student) -> None:
+    export_student(student, tmp_path / "export")
+    weights = {name: torch.zeros_like(value) for name, value in student.model.state_dict().items()}
+    export_student(student, tmp_path / "export", state_dict=weights)
+    again = load_student(tmp_path / "export", dtype="float32")
+    assert all(not parameter.any() for parameter in again.model.parameters())
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("mine")
+    with pytest.raises(ValueError, match="choose another folder"):
+        export_student(student, tmp_path / "notes")
+    assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
+
+
+def test_interrupted_export_leaves_nothing(tmp_path: Path, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(student.tokenizer, "save_pretrained", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        export_student(student, tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder / "student", tmp_path / "student"))
+
+
+def _edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    path = _copy(folder, tmp_path)
+    _edit_config(path, model_type="llama")
+    with pytest.raises(ValueError, match=r"expected a model of family qwen3_vl, got 'llama'.*Qwen3-VL model"):
+        load_student(path, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "expected a model directory with config.json, found none"),
+        ("model.safetensors", "the weights cannot be loaded"),
+        ("tokenizer.json", "the tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_missing_files_are_named(folder: Path, tmp_path: Path, missing: str, message: str) -> None:
+    path = _copy(folder, tmp_path)
+    (path / missing).unlink()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_student(path, dtype="float32")
+    assert str(path) in str(caught.value)
+
+
+def test_missing_preprocessor_settings_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = _copy(folder, tmp_path)
+    (path / "preprocessor_config.json").unlink()
+    (path / "video_preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"expected video_preprocessor_config\.json or preprocessor_config\.json"):
+        load_student(path, dtype="float32")
+
+
+def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = _copy(folder, tmp_path)
+    weights = path / "model.safetensors"
+    # Copies, because what load_file returns is mapped to the file that is cut below.
+    complete = {key: value.clone() for key, value in load_file(weights).items()}
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="the weights cannot be loaded"):
+        load_student(path, dtype="float32")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in complete.items() if key != name}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 weights are missing or of another shape, the first is {name}"):
+        load_student(path, dtype="float32")
+
+
+def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = _copy(folder, tmp_path)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({**settings, "patch_size": 14}))
+    with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json and \(14, 2, 2\)"):
+        load_student(path, dtype="float32")
+
+
+def test_template_of_the_processor_counts(folder: Path, tmp_path: Path) -> None:
+    path = _copy(folder, tmp_path)
+    (path / "chat_template.jinja").unlink()
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'theirs' }}"}))
+    assert load_student(path, dtype="float32").tokenizer.chat_template == "{{ 'theirs' }}"
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./here", "just-a-name"])
+def test_paths_that_do_not_exist_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.path: expected a model directory or a hub name"):
+        load_student(name, dtype="float32")
+
+
+def test_hub_name_without_a_network_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"could not be fetched from the hub.*copy the model here"):
+        load_student("nobody/no-such-model", dtype="float32")
+
+
+def test_unknown_dtype_and_attention_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.dtype: expected one of"):
+        load_student(folder / "student", dtype="float16")
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        with pytest.raises(RuntimeError, match=r"model\.attention=sdpa"):
+            load_student(folder / "student", dtype="float32", attn_implementation="flash_attention_2")
+
+
+PROCESSOR_ORACLE = """
+import warnings; warnings.filterwarnings("ignore")
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+video, image = processor.video_processor, processor.image_processor
+print(type(processor).__name__, type(video).__name__, type(image).__name__.removesuffix("Fast"))
+for part in (video, image):
+    print(part.patch_size, part.temporal_patch_size, part.merge_size, list(part.image_mean), list(part.image_std))
+"""
+
+
+def test_export_brings_its_processor(
+    tmp_path: Path, student: Student, run_with_torchvision: Callable[..., str]
+) -> None:
+    export_student(student, tmp_path / "export")
+    lines = run_with_torchvision(PROCESSOR_ORACLE, str(tmp_path / "export")).splitlines()
+    assert lines[0] == "Qwen3VLProcessor Qwen3VLVideoProcessor Qwen2VLImageProcessor"
+    assert lines[1] == lines[2] == "16 2 2 [0.5, 0.5, 0.5] [0.5, 0.5, 0.5]"
