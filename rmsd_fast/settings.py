@@ -101,8 +101,10 @@ def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     from_recipe, own_keys = _read_recipe(recipe)
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
-    # What a recipe takes over from its base may be of no use to it; what it writes itself must be.
-    _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
+    # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all
+    # settings was saved by a run.
+    if set(own_keys) != set(_keys(schema)):
+        _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
     for override in overrides:
         if "=" not in override:
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
@@ -249,6 +251,11 @@ def _check(settings: RunConfig) -> None:
         raise SettingsError(
             f"stages: expected a part of {list(STAGES)} in this order, got {settings.stages}; e.g. stages=[sft]"
         )
+    if "warm_up" in settings.stages and not uses_discriminator(settings):
+        raise SettingsError(
+            "stages: warm_up trains the discriminator, and with reward.alpha=0 or distill.objective=sft there is none; "
+            "leave it out, e.g. stages=[sft,distill]"
+        )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
@@ -273,11 +280,6 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             ["reward.", "rollout.", "distill.kl", "distill.aggregation", "distill.micro_prompts"],
             control,
             "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
-        ),
-        (
-            ["stages"],
-            "warm_up" in stages and not uses_discriminator(settings),
-            "warm_up trains the discriminator, and none is used",
         ),
         (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
         (["discriminator.warm_up"], "warm_up" not in stages, "stage warm_up is not in stages; add it to stages"),

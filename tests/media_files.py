@@ -22,3 +22,20 @@ def write_clip(path: Path, pixels: torch.Tensor, *, fps: float = 10.0, faststart
     options = {"movflags": "+faststart"} if faststart else None
     VideoEncoder(pixels, frame_rate=fps).to_file(path, codec="libx264", pixel_format="yuv420p", extra_options=options)
     return path
+
+
+def write_images(folder: Path) -> dict[str, Path]:
+    """One picture in several modes, and one that its EXIF orientation turns upright; paths by name."""
+    from PIL import Image
+
+    pixels = noise_frames(1, 70, 110)[0].permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
+    transparent = image.copy()
+    transparent.putalpha(Image.fromarray(noise_frames(1, 70, 110, seed=1)[0, 0].numpy()))
+    written = {"rgb": image, "grey": image.convert("L"), "rgba": transparent, "palette": image.quantize(16)}
+    for name, picture in written.items():
+        picture.save(folder / f"{name}.png")
+    image.save(folder / "turned.jpg", exif=exif, quality=95)
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".jpg")}

@@ -363,6 +363,7 @@ def program_ranks(folder: Path) -> None:
     assert put(1)
     result["full"] = put(2, OSError(errno.ENOSPC, "No space left on device"))
     result["after_full"] = names(folder)
+    dist.barrier()
     try:
         put(2, ValueError("only here"))
     except RuntimeError as error:

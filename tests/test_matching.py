@@ -1,6 +1,7 @@
 """Matching probabilities, counter-based draws, and the pairs of the discriminator loss."""
 
 import itertools
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -47,7 +48,11 @@ def test_all_zero_where_nothing_is_kept():
 
 
 def test_dtype_follows_quality():
-    for given, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for given, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
         p = matching_probabilities(torch.ones(3, dtype=given), closed_ended=True, min_quality=0.3)
         assert p.dtype == expected
         sample_matches(p, 2, seed=0, step=0, question_id="q")
@@ -118,9 +123,16 @@ def test_matches_are_the_same_in_another_process():
 
 
 def _environment(**changes):
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **changes}
+
+
+def test_draws_on_the_edges_never_land_on_a_zero_probability(monkeypatch):
+    for draw in (0.0, 0.5, 1 - 2.0**-53):
+        monkeypatch.setattr("rmsd_fast.method.matching.uniform", lambda *_, draw=draw, **__: draw)
+        for p in ([0.0, 1.0, 0.0], [0.0, 1 + 1e-7, 0.0]):
+            assert sample_matches(p, 1, seed=0, step=0, question_id="q").tolist() == [1]
+    monkeypatch.setattr("rmsd_fast.method.matching.uniform", lambda *_, **__: 0.5)
+    assert sample_matches([0.5, 0.0, 0.5], 1, seed=0, step=0, question_id="q").tolist() == [2]
 
 
 def test_frequencies_pass_a_chi_square_test():

@@ -156,7 +156,9 @@ def test_one_updating_line_on_a_terminal(tmp_path):
         metrics.phase("rollout")
         metrics.log("distill", 2, {"policy/loss": 0.25})
         metrics.message("saved")
-        text = os.read(ours, 65536).decode()
+        text = ""
+        while "saved" not in text:
+            text += os.read(ours, 65536).decode()
     os.close(ours)
     frames = text.split("\r\x1b[K")
     assert frames[1].startswith("distill 1/2  policy loss 0.5")

@@ -296,7 +296,7 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
     [
         ("config.json", "expected a model directory with config.json, found none"),
         ("model.safetensors", "the weights cannot be loaded"),
-        ("tokenizer.json", "the tokenizer"),
+        ("tokenizer.json", r"expected tokenizer\.json, or vocab\.json"),
         ("chat_template.jinja", "no chat template"),
     ],
 )
@@ -338,6 +338,11 @@ def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
         settings = json.loads((path / name).read_text())
         (path / name).write_text(json.dumps({**settings, "patch_size": 14}))
     with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json and \(14, 2, 2\)"):
+        load_student(path, dtype="float32")
+    path = _copy(folder, tmp_path / "second")
+    config = json.loads((path / "config.json").read_text())
+    _edit_config(path, video_token_id=config["image_token_id"])
+    with pytest.raises(ValueError, match=r"the ids of .* are .* in config"):
         load_student(path, dtype="float32")
 
 

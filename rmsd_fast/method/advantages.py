@@ -43,4 +43,6 @@ def degenerate_groups(reward: Tensor) -> Tensor:
     if values.shape[-1] == 1:
         return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
     spread = values.amax(dim=-1) - values.amin(dim=-1)
-    return spread <= DEGENERATE_SPREAD * values.mean(dim=-1).abs().clamp(min=1.0)
+    tolerance = DEGENERATE_SPREAD * values.mean(dim=-1).abs().clamp(min=1.0)
+    # inf <= inf would call a group with an infinite reward degenerate and hide it behind zeros.
+    return (spread <= tolerance) & spread.isfinite()

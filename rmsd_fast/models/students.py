@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Prompt
+from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
 from rmsd_fast.data.video import Preprocessor, load_preprocessor, video_patches
+from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
 
-FAMILIES = ("qwen3_vl",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
 @dataclass
@@ -89,7 +86,7 @@ class RowBatch:
         input_ids, attention_mask: int64 [B, L].
         position_ids: int64 [3, B, L]; 0 on padding.
         response_mask: bool [B, L], true on response tokens.
-        prompt_index: int64 [B], which prompt of the list a row belongs to.
+        prompt_index: int64 [B], which prompt of the list a row belongs to; stays on the CPU, where it is read.
         prompt_lengths, response_lengths: int64 [B].
     """
 
@@ -103,7 +100,8 @@ class RowBatch:
 
     def to(self, device: torch.device | str) -> RowBatch:
         """The same rows on a device."""
-        return RowBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "prompt_index"}
+        return RowBatch(**moved, prompt_index=self.prompt_index)
 
 
 def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa") -> Student:
@@ -120,9 +118,9 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     folder = resolve_folder(path)
-    _check_family(folder)
+    check_family(folder)
     preprocessor = load_preprocessor(folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             folder,
@@ -139,7 +137,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     # safetensors reports damaged files with an exception type of its own, derived from Exception alone.
     except Exception as error:
         raise ValueError(
-            f"{folder}: the weights cannot be loaded ({_first_line(error)}); "
+            f"{folder}: the weights cannot be loaded ({first_line(error)}); "
             "expected *.safetensors that fit config.json: fetch or export the model again"
         ) from error
     if info["missing_keys"] or info.get("mismatched_keys"):
@@ -148,40 +146,9 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
             f"{folder}: {len(names)} weights are missing or of another shape, the first is {names[0]}; "
             "fetch or export the model again"
         )
-    vision = model.config.vision_config
-    wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    found = (preprocessor.patch_size, preprocessor.temporal_patch_size, preprocessor.merge_size)
-    if wanted != found:
-        raise ValueError(
-            f"{folder}: patch, temporal patch and merge size are {wanted} in config.json and {found} in the "
-            "preprocessor settings; restore the files of one model"
-        )
-    return Student(model, tokenizer, preprocessor)
-
-
-def resolve_folder(path: str | Path) -> Path:
-    """Local folder of a model: the path itself, or the hub snapshot of that name; ValueError if there is none."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    name = str(path)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(
-            f"model.path: expected a model directory or a hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
-            "which does not exist here"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
-    # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors (FileNotFoundError, ConnectionError).
-    except (OSError, HFValidationError, HfHubHTTPError) as error:
-        offline = " HF_HUB_OFFLINE is set: unset it to download." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
-            f"model.path: {name!r} is no local directory and could not be fetched from the hub "
-            f"({_first_line(error)}).{offline} Without a network, copy the model here and give its directory"
-        ) from error
+    student = Student(model, tokenizer, preprocessor)
+    _check_agreement(student, folder)
+    return student
 
 
 def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> None:
@@ -318,78 +285,27 @@ def export_student(student: Student, folder: str | Path, *, state_dict: dict[str
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
-    """Write `video_preprocessor_config.json` and `preprocessor_config.json` in the format of transformers.
-
-    The pixel budgets in them are those of the Qwen3-VL family; a run's own budgets are settings of the run.
-    """
-    common = {
-        "patch_size": preprocessor.patch_size,
-        "temporal_patch_size": preprocessor.temporal_patch_size,
-        "merge_size": preprocessor.merge_size,
-        "image_mean": list(preprocessor.image_mean),
-        "image_std": list(preprocessor.image_std),
-    }
-    image = {
-        **common,
-        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-        "processor_class": "Qwen3VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-    }
-    video = {
-        **common,
-        "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-        "processor_class": "Qwen3VLProcessor",
-        "video_processor_type": "Qwen3VLVideoProcessor",
-    }
-    for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
-        (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_family(folder: Path) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected a model directory with config.json, found none; check model.path")
-    try:
-        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as a model configuration ({_first_line(error)})") from error
-    if family not in FAMILIES:
+def _check_agreement(student: Student, folder: Path) -> None:
+    """Raise ValueError where the files of a folder come from different models."""
+    config, preprocessor, tokenizer = student.model.config, student.preprocessor, student.tokenizer
+    vision = config.vision_config
+    sizes = (preprocessor.patch_size, preprocessor.temporal_patch_size, preprocessor.merge_size)
+    ids = tuple(tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD]))
+    for what, wanted, found in (
+        (
+            "patch, temporal patch and merge size",
+            (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size),
+            sizes,
+        ),
+        (f"the ids of {IMAGE_PAD} and {VIDEO_PAD}", (config.image_token_id, config.video_token_id), ids),
+    ):
+        if wanted != found:
+            raise ValueError(
+                f"{folder}: {what} are {wanted} in config.json and {found} in the preprocessor or tokenizer files; "
+                "restore the files of one model"
+            )
+    if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"{folder}: expected a model of family {' or '.join(FAMILIES)}, got {family!r}; "
-            "give model.path a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
+            "restore the files of one model"
         )
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # tokenizers raises bare Exception for a damaged tokenizer.json.
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}); "
-            "restore tokenizer.json and tokenizer_config.json"
-        ) from error
-    vocabulary = tokenizer.get_vocab()
-    missing = [
-        token for token in (END_TOKEN, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token not in vocabulary
-    ]
-    if missing:
-        raise ValueError(
-            f"{folder}: the tokenizer lacks {', '.join(missing)}; use the tokenizer of the Qwen3-VL family"
-        )
-    # Processors keep their template in these files; where a tokenizer carries another one, theirs counts.
-    legacy = folder / "chat_template.json"
-    if not (folder / "chat_template.jinja").is_file() and legacy.is_file():
-        tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{folder}: the tokenizer has no chat template; copy chat_template.jinja from the original model"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = "<|endoftext|>" if "<|endoftext|>" in vocabulary else END_TOKEN
-    return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

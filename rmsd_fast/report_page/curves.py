@@ -21,7 +21,10 @@ MAX_PHASES = 6
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: title, one line on how to read it, (metric key, name) of its curves, and its axis."""
+    """One picture: title, one line on how to read it, (metric key, name) of its curves, and its axis.
+
+    Counts and settings are not `smoothed`: they have no noise. `skip_zero` leaves the picture out while all is 0.
+    """
 
     title: str
     hint: str
@@ -30,6 +33,7 @@ class Chart:
     include: tuple[float, ...] = ()
     warn: tuple[tuple[float, str], ...] = ()
     skip_zero: bool = False
+    smoothed: bool = True
 
 
 PAIR_ACCURACY = Chart(
@@ -196,14 +200,15 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 (("rate/shared_prefix_ratio", "ratio"),),
                 include=(1.0,),
             ),
-            Chart("Learning rate", "of what the stage trains", (("lr", "rate"),), include=(0.0,)),
-            Chart("Peak memory", "MiB on one process", (("memory/peak_mib", "MiB"),), include=(0.0,)),
+            Chart("Learning rate", "of what the stage trains", (("lr", "rate"),), include=(0.0,), smoothed=False),
+            Chart("Peak memory", "MiB on one process", (("memory/peak_mib", "MiB"),), include=(0.0,), smoothed=False),
             Chart(
                 "Faults",
                 "bad samples and steps left out, since the run's start",
                 (("samples/bad", "bad samples"), ("samples/skipped_steps", "skipped steps")),
                 include=(0.0,),
                 skip_zero=True,
+                smoothed=False,
             ),
         ),
     ),
@@ -215,7 +220,15 @@ def draw(chart: Chart, curves: Mapping[str, Series]) -> str:
     found = [replace(curves[key], name=name) for key, name in chart.keys if key in curves]
     if not found or (chart.skip_zero and not any(v for s in found for v in s.values)):
         return ""
-    return curve_chart(chart.title, chart.hint, found, y_range=chart.y_range, include=chart.include, warn=chart.warn)
+    return curve_chart(
+        chart.title,
+        chart.hint,
+        found,
+        y_range=chart.y_range,
+        include=chart.include,
+        warn=chart.warn,
+        smoothed=chart.smoothed,
+    )
 
 
 def phases(curves: Mapping[str, Series]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from rmsd_fast.report_page.svg import curve_svg
 
 STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond")}
 _MORE_STYLES = ((4, "circle"), (5, "square"), (7, "diamond"), (8, "circle"))
+# Size of a curve in the picture.
+_PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
 
 
@@ -172,7 +175,7 @@ def _difference_table(differences: Mapping[str, Any], names: Mapping[str, str]) 
 def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) -> str:
     keys = list(differences)
     styles = {"stage1-untrained": STYLES["stage1"], "stage2-stage1": STYLES["stage2"]}
-    rows, reach = [], 0.05
+    rows, ends = [], [-0.05, 0.05]
     for task in [t for t in _rows(differences) if t != "all"]:
         marks = []
         for i, key in enumerate(keys):
@@ -181,10 +184,10 @@ def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) 
                 continue
             style = styles.get(key, _MORE_STYLES[i % len(_MORE_STYLES)])
             mark = _mark(entry, style, f"{_labels(task)}, {difference_name(key, names)}", sign=True)
-            reach = max([reach, *(abs(v) for v in (mark.low, mark.high) if math.isfinite(v))])
+            ends.extend(v for v in (mark.low, mark.high) if math.isfinite(v))
             marks.append(mark)
         rows.append(IntervalRow(_labels(task), tuple(marks)))
-    reach = min(math.ceil(reach * 20) / 20, 1.0)
+    domain = (math.floor(min(ends) * 20) / 20, math.ceil(max(ends) * 20) / 20)
     legend = mark_legend(
         [(difference_name(k, names), *styles.get(k, _MORE_STYLES[i % 4])) for i, k in enumerate(keys)], floor=False
     )
@@ -193,7 +196,7 @@ def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) 
         "percentage points on the same questions, 95% intervals; the dashed line is no difference",
         rows,
         legend,
-        (-reach, reach),
+        domain,
         tick_text=_signed_percent,
         zero=True,
     )
@@ -223,11 +226,11 @@ def evaluation_section(run: Run) -> str:
     rows = score_rows(evaluation, names)
     hint = "percent, 95% intervals"
     chart = interval_figure("Score by task", hint, rows, legend, (0.0, 1.0), tick_text=_whole_percent)
-    out = [head, f'<p class="muted">{lead}</p>', f'<div class="split">{chart}{_score_table(evaluation, names)}</div>']
     differences = evaluation["differences"]
+    charts = chart + (_difference_chart(differences, names) if differences else "")
+    out = [head, f'<p class="muted">{lead}</p><div class="split">{charts}</div>', _score_table(evaluation, names)]
     if differences:
-        chart = _difference_chart(differences, names)
-        out.append(f'<div class="split">{chart}{_difference_table(differences, names)}</div>')
+        out.append(_difference_table(differences, names))
         out.append(
             '<p class="muted small">Differences are paired: both students answered the same questions. An interval '
             "that contains 0 shows no difference at this number of questions; it does not show that there is none.</p>"
@@ -236,56 +239,61 @@ def evaluation_section(run: Run) -> str:
 
 
 def evaluation_picture(run: Run) -> str:
-    """One SVG for a README: scores by task and the discriminator's pair accuracy, on a card of its own.
+    """One SVG for a README: scores by task, stage-1 loss and pair accuracy, on a card of its own.
 
     Raises:
         ReportError: nothing was evaluated.
     """
     if run.evaluation is None or not run.evaluation["students"]:
         raise ReportError(
-            f"{run.folder}: expected evaluation.json with students, found none: nothing to draw; evaluate it"
+            f"{run.folder}: expected evaluation.json with students, found none: nothing to draw; evaluate the run first"
         )
     names = student_names(run)
     keys = in_order(list(run.evaluation["students"]), STUDENT_ORDER)
+    curves = _picture_curves(run)
+    width, pad, top = 840, 24, 104
+    chart_width = 500 if curves else width - 2 * pad
     rows = score_rows(run.evaluation, names)
-    curve = run.metrics.get("distill", {}).get("discriminator/pair_accuracy")
-    chart_width, pad = (500, 24) if curve else (780, 24)
     svg, tall = interval_svg(rows, "Score by task", domain=(0.0, 1.0), tick_text=_whole_percent, width=chart_width)
-    width, top = 840, 104
-    height = top + max(tall, 240) + 20
+    height = top + max(tall, 210 * len(curves)) + 16
     simulated = f" {SIMULATED}." if run.evaluation.get("teacher_simulated") else ""
+    questions = visible(run.evaluation.get("questions", "?"))
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="Held-out scores by task">',
-        f"<style>{svg_style()}</style>",
-        f'<rect class="card" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12"/>',
+        f'role="img" aria-label="Held-out scores by task"><style>{svg_style()}</style>',
+        f'<rect class="board" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="12"/>',
         f'<text class="th" x="{pad}" y="34">Held-out score by task, percent, 95% intervals</text>',
-        f'<text class="t" x="{pad}" y="54">{visible(run.evaluation.get("questions", "?"))} questions, run '
-        f"{visible(run.folder.name)}.{simulated}</text>",
+        f'<text class="t" x="{pad}" y="54">{questions} questions, run {visible(run.folder.name)}.{simulated}</text>',
         _picture_legend([(names[k], *_style(k, keys)) for k in keys], pad, 80, bool(run.evaluation["floors"])),
         _place(svg, pad, top, chart_width, tall),
     ]
-    if curve:
-        left = pad + chart_width + 12
-        plot, _ = curve_svg(
-            [curve], "Pair accuracy", y_range=(0.0, 1.0), warn=PAIR_ACCURACY.warn, width=width - left - pad + 8
-        )
-        out.append(f'<text class="tb" x="{left + 10}" y="{top - 20}">Discriminator pair accuracy by step</text>')
-        out.append(
-            _place(
-                plot.replace('<line class="cursor"', '<line visibility="hidden"'),
-                left,
-                top,
-                width - left - pad + 8,
-                190,
-            )
-        )
+    left = pad + chart_width + 12
+    for index, (title, plot) in enumerate(curves):
+        y = top - 20 + index * 212
+        out.append(f'<text class="tb" x="{left + 10}" y="{y}">{title}</text>')
+        out.append(_place(plot, left, y + 8, _PLOT_WIDTH, _PLOT_HEIGHT))
     return "".join(out) + "</svg>\n"
+
+
+def _picture_curves(run: Run) -> list[tuple[str, str]]:
+    """(title, drawing) of the curves that stand beside the scores, as far as the run has them."""
+    out = []
+    loss = run.metrics.get("sft", {}).get("loss")
+    pairs = run.metrics.get("distill", {}).get("discriminator/pair_accuracy")
+    size = {"width": _PLOT_WIDTH, "height": _PLOT_HEIGHT}
+    if loss:
+        out.append(("Stage 1: loss by step", curve_svg([loss], "Loss", include=(0.0,), **size)[0]))
+    if pairs:
+        drawn, _ = curve_svg([pairs], "Pair accuracy", y_range=(0.0, 1.0), warn=PAIR_ACCURACY.warn, **size)
+        out.append(("Stage 2: discriminator pair accuracy", drawn))
+    # What serves the page's script has no use in a picture.
+    strip = re.compile(r' data-plot="[^"]*"|<line class="cursor"[^>]*/>')
+    return [(title, strip.sub("", drawn)) for title, drawn in out]
 
 
 def _place(svg: str, x: float, y: float, width: float, height: float) -> str:
     """A drawing at a place inside another one."""
-    return svg.replace("<svg ", f'<svg x="{x}" y="{y}" width="{width}" height="{height}" ', 1)
+    return svg.replace("<svg ", f'<svg x="{x}" y="{y}" width="{width}" height="{height}" overflow="visible" ', 1)
 
 
 def _picture_legend(entries: Sequence[tuple[str, int, str]], x: float, y: float, floor: bool) -> str:

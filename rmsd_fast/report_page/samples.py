@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-FRAMES_PER_SAMPLE = 4
-MAX_THUMBNAIL_PX = 320
+# Fewer would miss what is seen for a second or two of a short clip.
+FRAMES_PER_SAMPLE = 8
+MAX_THUMBNAIL_PX = 240
 MAX_CARDS = 40
 STUDENT_ORDER = ("untrained", "stage1", "stage2")
 _TAGS = re.compile(r"(</?(?:think|answer)>)")

@@ -63,9 +63,11 @@ def _svg_rules(colour: dict[str, str]) -> str:
         f".g{{stroke:{colour['grid']};stroke-width:1;fill:none}}",
         f".a{{stroke:{colour['line']};stroke-width:1;fill:none}}",
         f".w{{stroke:{colour['bad']};stroke-width:1;stroke-dasharray:5 4;fill:none}}",
-        f".wt{{fill:{colour['bad']};font:10px system-ui,sans-serif}}",
+        # A rim in the card's colour keeps the words legible where a curve crosses them.
+        f".wt{{fill:{colour['bad']};font:10px system-ui,sans-serif;"
+        f"paint-order:stroke;stroke:{colour['card']};stroke-width:3px}}",
         f".fl{{stroke:{colour['ink']};stroke-width:2;stroke-dasharray:3 2;fill:none}}",
-        f".card{{fill:{colour['card']};stroke:{colour['line']}}}",
+        f".board{{fill:{colour['card']};stroke:{colour['line']}}}",
     ]
     for i in range(1, SERIES_COLOURS + 1):
         hue = colour[f"s{i}"]
@@ -110,6 +112,8 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:10px 0;font-size:.9rem}
 .tile .name{color:var(--muted);font-size:.86rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:12px}
 figure{margin:0;position:relative;min-width:0}
+.charts figure{display:flex;flex-direction:column}
+.charts figure>svg{margin-top:auto}
 figcaption{font-size:.92rem;font-weight:600;margin-bottom:2px}
 figcaption span{display:block;font-weight:400;font-size:.8rem;color:var(--muted)}
 svg{display:block;width:100%;height:auto;overflow:visible}
@@ -118,10 +122,10 @@ svg{display:block;width:100%;height:auto;overflow:visible}
 .legend b{font-variant-numeric:tabular-nums;font-weight:600}
 .warn{color:var(--bad);font-size:.82rem;font-weight:600;margin:4px 0 0}
 .hint{color:var(--muted);font-size:.78rem;margin:2px 0 0}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;margin:12px 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap;vertical-align:top}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 thead th{color:var(--muted);font-weight:600}
 thead .fold{white-space:normal;vertical-align:bottom}
 tr.sum td,tr.sum th{border-top:2px solid var(--line);font-weight:600}
@@ -129,13 +133,14 @@ td small{color:var(--muted);display:block}
 .up{color:var(--good);font-weight:600}.down{color:var(--bad);font-weight:600}.same{color:var(--muted)}
 .split{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(480px,100%),1fr));gap:12px;align-items:start;
   margin:12px 0}
+.split>figure:only-child{max-width:640px}
 .wide{display:block}.narrow{display:none}
 .sample{margin:12px 0}
 .frames{display:flex;gap:6px;flex-wrap:wrap;margin:8px 0}
-.frames figure{width:150px}
+.frames figure{width:calc(12.5% - 6px);min-width:90px;max-width:180px}
 .frames img,.frames .gone{display:block;width:100%;border-radius:6px;border:1px solid var(--line)}
 .frames .gone{padding:20px 12px;color:var(--muted);font-size:.82rem;border-style:dashed;overflow-wrap:anywhere}
-.frames .lone{width:100%;max-width:420px}
+.frames figure.lone{width:100%;max-width:420px}
 .frames figcaption{font-weight:400;font-size:.76rem;color:var(--muted)}
 .badge{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 9px;font-size:.8rem;
   color:var(--muted);margin-right:6px}
@@ -157,7 +162,7 @@ summary{cursor:pointer;font-weight:600;padding:4px 0}
 main{padding:12px 12px 40px}
 .wide{display:none}.narrow{display:block}
 .card{padding:10px}
-.frames figure{width:calc(50% - 3px)}
+.frames figure{width:calc(25% - 5px);min-width:0}
 .frames figure.lone{width:100%}
 th,td{padding:4px 6px}
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.style import SERIES_COLOURS
@@ -61,7 +61,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def smooth(values: Sequence[float]) -> list[float]:
     """Centred moving mean over about a twelfth of the curve, non-finite values left out; short curves stay as they are.
 
-    Centred, since a trailing mean shifts every turn of the curve to the right.
+    Centred, since a trailing mean shifts every turn of the curve to the right; at both ends the window is cut.
     """
     n = len(values)
     half = min(n // 24, 50)
@@ -74,10 +74,9 @@ def smooth(values: Sequence[float]) -> list[float]:
         count.append(count[-1] + good)
     out = []
     for i in range(n):
-        # The window shrinks towards both ends on both sides, which keeps it centred.
-        reach = min(half, i, n - 1 - i)
-        seen = count[i + reach + 1] - count[i - reach]
-        out.append((total[i + reach + 1] - total[i - reach]) / seen if seen else math.nan)
+        low, high = max(i - half, 0), min(i + half + 1, n)
+        seen = count[high] - count[low]
+        out.append((total[high] - total[low]) / seen if seen else math.nan)
     return out
 
 
@@ -223,6 +222,7 @@ def curve_svg(
     y_range: tuple[float, float] | None = None,
     include: Sequence[float] = (),
     warn: Sequence[tuple[float, str]] = (),
+    smoothed: bool = True,
     width: int = 360,
     height: int = 190,
 ) -> tuple[str, str]:
@@ -231,8 +231,10 @@ def curve_svg(
     `y_range` fixes the vertical axis; without it the axis follows the values and covers those of `include`.
     """
     low, high, remark = value_range(series, include)
+    # What was cut off must not pull the smoothed curve along.
+    calm = series if not remark else [_clamped(s, low, high) for s in series]
     if y_range is not None:
-        low, high, remark = *y_range, ""
+        calm, (low, high), remark = series, y_range, ""
     steps = sorted({step for s in series for step in s.steps})
     frame = _Frame(width, height, steps[0], steps[-1], low, high)
     body = [frame.axes()]
@@ -241,26 +243,31 @@ def curve_svg(
         body.append(f'<path class="w" d="M{_LEFT} {y:.1f}H{width - _RIGHT}"/>')
         edge = y - 4 if y > 26 else y + 12
         body.append(f'<text class="wt" x="{width - _RIGHT - 3}" y="{edge:.1f}" text-anchor="end">{escape(text)}</text>')
-    raw, smoothed = [], []
-    for i, s in enumerate(series, 1):
-        soft = smooth(s.values)
-        if soft != list(s.values):
+    faint, lines = [], []
+    for i, (s, quiet) in enumerate(zip(series, calm, strict=True), 1):
+        soft = smooth(quiet.values) if smoothed else list(quiet.values)
+        if soft != list(quiet.values):
             xs, ys = thin(s.steps, s.values, MAX_POINTS)
-            raw.append(f'<path class="r{i}" d="{_path([frame.x(v) for v in xs], [frame.y(v) for v in ys])}"/>')
+            faint.append(f'<path class="r{i}" d="{_path([frame.x(v) for v in xs], [frame.y(v) for v in ys])}"/>')
         xs, ys = thin(s.steps, soft, MAX_SMOOTH_POINTS)
-        smoothed.append(f'<path class="l{i}" d="{_path([frame.x(v) for v in xs], [frame.y(v) for v in ys])}"/>')
+        lines.append(f'<path class="l{i}" d="{_path([frame.x(v) for v in xs], [frame.y(v) for v in ys])}"/>')
     cursor = f'<line class="cursor" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
     stride = math.ceil(len(steps) / MAX_POINTS)
     shown = steps[::stride]
     table = [dict(zip(s.steps, s.values, strict=True)) for s in series]
     named = [(s.name, [t.get(step, math.nan) for step in shown]) for s, t in zip(series, table, strict=True)]
-    svg = frame.open_tag(label, _plot_data(frame, shown, named)) + "".join([*body, *raw, *smoothed, cursor]) + "</svg>"
+    svg = frame.open_tag(label, _plot_data(frame, shown, named)) + "".join([*body, *faint, *lines, cursor]) + "</svg>"
     return svg, remark
 
 
+def _clamped(series: Series, low: float, high: float) -> Series:
+    return replace(series, values=tuple(min(max(v, low), high) if math.isfinite(v) else v for v in series.values))
+
+
 def last_smoothed(series: Series) -> float:
-    """Last finite value of the smoothed curve."""
-    finite = [v for v in smooth(series.values) if math.isfinite(v)]
+    """Last finite value of the smoothed curve, single spikes cut as in its picture."""
+    low, high, remark = value_range([series])
+    finite = [v for v in smooth((_clamped(series, low, high) if remark else series).values) if math.isfinite(v)]
     return finite[-1] if finite else math.nan
 
 
@@ -272,11 +279,14 @@ def curve_chart(
     y_range: tuple[float, float] | None = None,
     include: Sequence[float] = (),
     warn: Sequence[tuple[float, str]] = (),
+    smoothed: bool = True,
 ) -> str:
     """One card with curves. A smoothed value beyond a warning line is also said in words."""
     series = list(series)[:SERIES_COLOURS]
-    svg, remark = curve_svg(series, _summary(title, series), y_range=y_range, include=include, warn=warn)
-    entries = [(s.name, number(last_smoothed(s))) for s in series]
+    svg, remark = curve_svg(
+        series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed
+    )
+    entries = [(s.name, number(last_smoothed(s) if smoothed else s.values[-1])) for s in series]
     lost = sum(not math.isfinite(v) for s in series for v in s.values)
     if lost:
         remark += f"{'; ' if remark else ''}{lost} values were not finite"

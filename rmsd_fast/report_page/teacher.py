@@ -49,7 +49,7 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
         "temporal questions; 72% kept at 0.3."
     )
     return (
-        f'{head}{simulated}<p class="muted">{lead}</p><div class="split">{_chart(groups)}{_table(groups, totals)}</div>'
+        f'{head}{simulated}<p class="muted">{lead}</p>{_table(groups, totals)}<div class="split">{_chart(groups)}</div>'
         f'<p class="muted small">{escape(paper)}</p>'
     )
 

@@ -71,7 +71,7 @@ class MetricsLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / "metrics.jsonl"
             self._keep(path, resume_lines or 0)
-            # Unbuffered: a kill loses no line that `log` has returned from. Appending: `_write_pending` may cut the file.
+            # Unbuffered: a kill loses no line that `log` has returned from. Appending, as `_write_pending` may cut it.
             self._file = path.open("ab", buffering=0)
 
     def _keep(self, path: Path, lines: int) -> None:
@@ -205,7 +205,10 @@ class MetricsLog:
 
 
 def progress_line(stage: str, step: int, total: int, values: Mapping[str, Any], ends: list[tuple[int, float]]) -> str:
-    """`distill 37/468  KL 0.012  3.2 s/step  left 0:22:59`; `ends` are (step, seconds) of the last steps' ends; total 0 = unknown."""
+    """`distill 37/468  KL 0.012  3.20 s/step  left 0:22:59`.
+
+    `ends` are (step, seconds) of the ends of the last steps; a total of 0 is unknown.
+    """
     parts = [f"{stage} {step}/{total}" if total else f"{stage} {step}"]
     for key, name in MAIN_NUMBERS.items():
         value = values.get(key)

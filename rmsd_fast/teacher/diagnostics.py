@@ -22,8 +22,8 @@ Pool = dict[str, list[TeacherResponse]]
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> dict[str, list[tuple[bool, float]]]:
     """(valid, quality) of the first `cfg.responses` responses by question id, in order of k.
 
-    Truncated responses (`finish_reason` "length") are invalid. Quality is 0 where the response is invalid, and 1 for every
-    response where `cfg.quality` is "uniform". A question that the pool does not know gets an empty list.
+    Truncated responses (`finish_reason` "length") are invalid. Quality is 0 where the response is invalid, and 1 for
+    every response where `cfg.quality` is "uniform". A question that the pool does not know gets an empty list.
     """
     return {
         question.id: [_score(response, question, cfg) for response in pool.get(question.id, [])[: cfg.responses]]
@@ -42,9 +42,9 @@ def pool_statistics(pool: Pool, questions: Sequence[Question], cfg: TeacherConfi
         {"teacher_simulated": bool, "responses": K used at most, "min_quality": tau,
          "tasks": {task: group}, "closed": group, "all": group}; a group without responses is None, any other is
         {"questions", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share", "kept_share",
-         "truncated_share", "empty_share"}: mean, sd, lowest and highest of the inputs' mean quality; the mean over inputs
-        of the sd among their responses; shares of responses that are valid, kept at tau, truncated; share of questions
-        with nothing kept. Both sd are those of the whole population (divided by n).
+         "truncated_share", "empty_share"}: mean, sd, lowest and highest of the inputs' mean quality; the mean over
+        inputs of the sd among their responses; shares of responses that are valid, kept at tau, truncated; share of
+        questions with nothing kept. Both sd are those of the whole population (divided by n).
     """
     metric = TeacherConfig(**{**vars(cfg), "quality": "metric"})
     scores = score_pool(pool, questions, metric)
@@ -69,9 +69,9 @@ def best_constant_floor(
 ) -> dict[str, tuple[float, str]]:
     """By task type, the best mean score of one and the same answer to all questions, and that answer.
 
-    Tried are all ground truths of the questions, every letter (mcq), a grid of intervals (temporal: tenths of the longest
-    end) and of boxes (spatial: tenths of the picture). Open questions score 1 for any text. Questions without ground truth
-    are left out.
+    Tried are all ground truths of the questions, every letter (mcq), a grid of intervals (temporal: tenths of the
+    latest end) and of boxes (spatial: fifths of the picture). Open questions score 1 for any text. Questions without
+    ground truth are left out.
 
     Args:
         questions: those that are evaluated.

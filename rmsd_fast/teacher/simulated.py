@@ -1,12 +1,12 @@
 """A simulated teacher: responses with known faults, in the schema of a real pool. No model stands behind it.
 
-Everything it writes carries `model="simulated"`, and whatever is computed from it has to say so. It knows the ground truth
-of every question (and what a made clip shows) and gets a chosen share of the answers wrong, with reasoning that agrees
-with the answer it gives. Two ways of choosing the share:
+Everything it writes carries `model="simulated"`, and whatever is computed from it has to say so. It knows the ground
+truth of every question (and what a made clip shows) and gets a chosen share of the answers wrong, with reasoning that
+agrees with the answer it gives. Two ways of choosing the share:
 
 - `error_rate` in [0, 1]: that share of closed-task answers is wrong or off, more in ocr and grounding, less in mcq.
-- `error_rate=None`: the spread that R-MSD reports of its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22 across
-  inputs, mcq 0.96, ocr between 0.50 and 0.85, sd within an input from 0.07 (mcq) to 0.15 (graded tasks).
+- `error_rate=None`: the spread that R-MSD reports of its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22
+  across inputs, mcq 0.96, ocr between 0.50 and 0.85, sd within an input from 0.07 (mcq) to 0.15 (graded tasks).
 
 Format violations are drawn on top: 10% of temporal answers and 0.2% of the others (reported: up to 10% on temporal, 1%
 overall, which supposes fewer temporal questions than one in six).
@@ -26,7 +26,7 @@ from typing import Any
 from rmsd_fast.data.clips import COLORS, DIGITS, LETTERS, Content, article
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, option_letters, parse_answer_body
-from rmsd_fast.teacher.pool import TeacherResponse, load_pool, media_digest, request_key, write_pool
+from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
 MODEL = "simulated"
 # Raised whenever the same settings would give other responses.
@@ -184,7 +184,7 @@ def _wrong_interval(start: float, end: float, duration: float | None, rng: rando
         moves = [(start - step, end), (start + step, end), (start, end - step), (start, end + step)]
     else:
         moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
-    moves = [(a, b) for a, b in moves if 0 <= a and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
+    moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
     # An interval that fills a clip of one step has no neighbour: half of it remains.
     return _interval(*rng.choice(moves)) if moves else _interval(start, (start + end) / 2)
 

@@ -1,0 +1,51 @@
+"""Runs of the train program at the smallest useful size, for tests that need whole processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Everything the quickstart does, in seconds: 3 + 1 + 5 steps.
+MINI = (
+    "made.train_clips=24 made.heldout_clips=4 made.student_layers=2 sft.steps=3 sft.batch_size=8 sft.micro_batch=4 "
+    "sft.warmup_steps=1 discriminator.warm_up_steps=1 rollout.n=3 rollout.max_new_tokens=12 "
+    "rollout.prompts_per_batch=2 distill.steps=5 distill.batch_size=4 distill.micro_prompts=1 "
+    "evaluate.max_new_tokens=8 evaluate.samples=6 evaluate.prompts_per_batch=12 data.cache_mib=16"
+).split()
+# Numbers that measure the machine and not the run.
+MACHINE = ("seconds/", "rate/", "memory/")
+
+
+def command(arguments: list[str], *, processes: int = 1) -> list[str]:
+    if processes == 1:
+        return [sys.executable, "-m", "rmsd_fast.train", *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, "-m", "rmsd_fast.train", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def mini_arguments(folder: Path, made: Path, *overrides: str) -> list[str]:
+    return ["quickstart", *MINI, f"output={folder}", f"made.folder={made}", *overrides]
+
+
+def run_train(arguments: list[str], *, processes: int = 1, timeout_s: float = 400) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(arguments, processes=processes), env=environment(), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = [path for path in folder.iterdir() if (path / "config.yaml").is_file()]
+    return found
+
+
+def metrics(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what measures the machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(MACHINE)} for line in lines]

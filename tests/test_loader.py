@@ -1,0 +1,111 @@
+"""Order of questions, replacement of bad ones, shares of the processes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples, order_position
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.records import Question
+from rmsd_fast.data.video import MediaError
+
+QUESTIONS = [Question(id=f"q{i}", question="?", task_type="open", videos=(f"{i}.mp4",)) for i in range(10)]
+
+
+class Builder:
+    """Builds prompts without media; ids in `bad` cannot be decoded."""
+
+    def __init__(self, bad=(), tokens=3):
+        self.bad, self.tokens, self.built = set(bad), tokens, Counter()
+
+    def build(self, question):
+        self.built[question.id] += 1
+        if question.id in self.bad:
+            raise MediaError(f"{question.videos[0]}: broken")
+        ids = torch.zeros(self.tokens, dtype=torch.long)
+        return Prompt(question, ids, ids, ids.expand(3, -1), ())
+
+
+def loader(tmp_path, builder=None, **changes):
+    given = {
+        "stage": "sft", "seed": 0, "positions_per_step": 4, "rank": 0, "size": 1, "cache_mib": 1, "threads": 2,
+        "max_prompt_tokens": 10, "max_bad_share": 0.5, "run_folder": tmp_path,
+    }
+    return PromptLoader(builder or Builder(), QUESTIONS, **{**given, **changes})
+
+
+def ids(prompts):
+    return [prompt.question.id for prompt in prompts]
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    epochs = [[order_position(10, e * 10 + i, seed=1, stage="sft") for i in range(10)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [order_position(10, i, seed=2, stage="sft") for i in range(10)]
+    assert epochs[0] != [order_position(10, i, seed=1, stage="distill") for i in range(10)]
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it(tmp_path):
+    one, two = loader(tmp_path), loader(tmp_path)
+    in_order = [ids(one.step(step, 6)) for step in range(6)]
+    assert [ids(two.step(step, 6)) for step in (5, 2)] == [in_order[5], in_order[2]]
+
+
+def test_processes_take_contiguous_shares(tmp_path):
+    whole = ids(loader(tmp_path).step(3, 4))
+    parts = [ids(loader(tmp_path, rank=rank, size=2).step(3, 4)) for rank in (0, 1)]
+    assert parts[0] + parts[1] == whole
+    with pytest.raises(ValueError, match="multiple of the 3 processes"):
+        loader(tmp_path, size=3)
+
+
+def test_bad_samples_are_replaced_counted_and_listed_once(tmp_path):
+    plain = [ids(loader(tmp_path).step(step, 5)) for step in range(5)]
+    first, again = (loader(tmp_path / name, Builder(bad={"q3"})) for name in ("a", "b"))
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    seen = [ids(first.step(step, 5)) for step in range(5)]
+    assert not any("q3" in step for step in seen)
+    assert first.bad == sum(step.count("q3") for step in plain) == 2
+    # Only the bad places changed, and each time in the same way.
+    for step, before in zip(seen, plain, strict=True):
+        assert [a for a, b in zip(step, before, strict=True) if b != "q3"] == [b for b in before if b != "q3"]
+    assert seen == [ids(again.step(step, 5)) for step in range(5)]
+    (line,) = (tmp_path / "a" / "bad_media.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"id": "q3", "stage": "sft", "reason": "3.mp4: broken"}
+
+
+def test_too_long_prompts_are_bad_samples(tmp_path):
+    with pytest.raises(TooManyBadSamples, match=r"no usable question"):
+        loader(tmp_path, Builder(tokens=11)).step(0, 1)
+    assert "max_prompt_tokens" in (tmp_path / "bad_media.jsonl").read_text()
+
+
+def test_abort_above_the_share(tmp_path):
+    bad = loader(tmp_path, Builder(bad={f"q{i}" for i in range(5)}), max_bad_share=0.1)
+    with pytest.raises(TooManyBadSamples, match="data.max_bad_share"):
+        for step in range(20):
+            bad.step(step, 20)
+
+
+def test_cache_is_bounded_and_spares_decoding(tmp_path):
+    from rmsd_fast.data.loader import _PromptCache
+
+    class Media:
+        pixels = torch.zeros(400, dtype=torch.uint8)
+
+    cache = _PromptCache(1000)
+    prompt = Builder().build(QUESTIONS[0])
+    for name in "abc":
+        cache.put(name, replace(prompt, media=(Media(),)))
+    assert cache.bytes == 800 and cache.get("a") is None and cache.get("c") is not None
+    builder = Builder()
+    used = loader(tmp_path, builder)
+    for step in range(10):
+        used.step(step, 10)
+    assert max(builder.built.values()) <= 2  # two threads may build one at the same time, never more

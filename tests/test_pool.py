@@ -1,0 +1,147 @@
+"""The pool file: schema, appending, torn lines, keys and the check against questions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.teacher.pool import (
+    TeacherResponse,
+    append_responses,
+    check_pool,
+    load_pool,
+    media_digest,
+    request_key,
+    write_pool,
+)
+
+LINE = {"id": "q1", "k": 0, "key": "", "text": "<think>a</think><answer>B</answer>"}
+
+
+@pytest.fixture
+def question(tmp_path):
+    (tmp_path / "v.mp4").write_bytes(b"frames")
+    return Question("q1", "Which?", "mcq", videos=(str(tmp_path / "v.mp4"),), options=("a", "b"), answer="B")
+
+
+def key_of(question, **changes):
+    settings = {"sampling": {"temperature": 1.0}, "frame_indices": [0, 4], "media_digest": media_digest(question)}
+    return request_key(question, **settings | changes)
+
+
+def test_write_append_load(tmp_path):
+    first = TeacherResponse("q1", 1, "", "b \ud800", finish_reason="length", usage={"completion_tokens": 4}, model="m")
+    second = TeacherResponse("q1", 0, "", "a\u2028\nx", valid=True, quality=0.5, sampling={"top_p": 0.9})
+    write_pool(tmp_path / "pool.jsonl", [first])
+    append_responses(tmp_path / "pool.jsonl", [second, TeacherResponse("q2", 0, "", "")])
+    pool = load_pool(tmp_path / "pool.jsonl")
+    assert pool == {"q1": [second, first], "q2": [TeacherResponse("q2", 0, "", "")]}
+
+
+def test_nulls_of_servers_are_defaults(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"finish_reason": None, "usage": None, "quality": None}) + "\n")
+    assert load_pool(tmp_path / "p.jsonl")["q1"][0] == TeacherResponse(**LINE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": 3}, "field 'id': expected text"),
+        ({"k": -1}, "field 'k': expected an integer from 0, got -1"),
+        ({"k": True}, "field 'k'"),
+        ({"k": 1.0}, "field 'k'"),
+        ({"text": None}, "field 'text': expected text, got nothing"),
+        ({"key": None}, "field 'key'"),
+        ({"usage": []}, "field 'usage': expected a JSON object"),
+        ({"valid": "yes"}, "field 'valid': expected true or false"),
+        ({"quality": 1.5}, r"field 'quality': expected a number in \[0, 1\], got 1.5"),
+        ({"quality": float("nan")}, "field 'quality'"),
+        ({"answer": "B"}, "field 'answer': expected one of the fields"),
+    ],
+)
+def test_errors_name_file_line_and_field(tmp_path, change, message):
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"k": 5}) + "\n" + json.dumps(LINE | change) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl:2: " + message):
+        load_pool(tmp_path / "p.jsonl")
+
+
+def test_a_question_file_is_no_pool(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
+    with pytest.raises(DataError, match="field 'k': expected a value, got nothing; is this a pool"):
+        load_pool(tmp_path / "p.jsonl")
+
+
+def test_doubled_responses_name_both_lines(tmp_path):
+    (tmp_path / "p.jsonl").write_text((json.dumps(LINE) + "\n") * 2)
+    with pytest.raises(DataError, match=r"p\.jsonl:2: field 'k'.*p\.jsonl:1"):
+        load_pool(tmp_path / "p.jsonl")
+
+
+def test_torn_tail(tmp_path):
+    whole, torn = json.dumps(LINE), json.dumps(LINE | {"k": 1, "text": "é"}, ensure_ascii=False).encode()
+    path = tmp_path / "p.jsonl"
+    # Cut inside the two bytes of "é", so that the tail is not even UTF-8.
+    path.write_bytes(whole.encode() + b"\n" + torn[: torn.index("é".encode()) + 1])
+    with pytest.raises(DataError, match=r"p\.jsonl:2: .*interrupted"):
+        load_pool(path)
+    assert len(load_pool(path, allow_torn_tail=True)["q1"]) == 1
+    with pytest.raises(DataError, match="torn line"):
+        append_responses(path, [TeacherResponse("q9", 0, "", "")])
+    # A damaged line in the middle, or one that was ended, is never taken for a torn tail.
+    for text in (whole[:-5] + "\n" + whole, whole + "\n" + whole[:-5] + "\n"):
+        path.write_text(text)
+        with pytest.raises(DataError):
+            load_pool(path, allow_torn_tail=True)
+
+
+def test_empty_and_missing(tmp_path):
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(DataError, match="at least one teacher response"):
+        load_pool(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_pool(tmp_path / "none.jsonl")
+
+
+def test_key_sees_what_determines_the_request(question, tmp_path):
+    key = key_of(question)
+    assert key == key_of(replace(question, answer="A", meta={"x": 1}, duration=3.0, id="other"))
+    (tmp_path / "moved.mp4").write_bytes(b"frames")
+    assert key == key_of(replace(question, videos=(str(tmp_path / "moved.mp4"),)))
+    changed = [
+        key_of(replace(question, question="Which ?")),
+        key_of(replace(question, options=("b", "a"))),
+        key_of(replace(question, task_type="open")),
+        key_of(question, sampling={"temperature": 0.9}),
+        key_of(question, frame_indices=[0, 5]),
+        key_of(question, frame_indices=None),
+    ]
+    (tmp_path / "v.mp4").write_bytes(b"other frames")
+    changed.append(key_of(question))
+    assert len({key, *changed}) == 8
+
+
+def test_media_digest_needs_the_file(question):
+    with pytest.raises(DataError, match=r"question 'q1': .*gone\.mp4 cannot be read"):
+        media_digest(replace(question, videos=("/gone.mp4",)))
+
+
+def test_check_pool(question, tmp_path, caplog):
+    def pool(key):
+        return {"q1": [TeacherResponse("q1", 0, key, "")], "extra": [TeacherResponse("extra", 0, "", "")]}
+
+    check_pool(pool(key_of(question)), [question], check_media=True)
+    assert not caplog.records
+    check_pool(pool(""), [question])
+    assert "1 questions have responses without a key" in caplog.text
+    with pytest.raises(DataError, match=r"got them for 1 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"):
+        check_pool(pool(""), [question, replace(question, id="q2")])
+    with pytest.raises(DataError, match=r"questions as they are now.*\(ids: 'q1'\).*collect these again"):
+        check_pool(pool(key_of(question)), [replace(question, question="Where?")])
+    with pytest.raises(DataError, match=r"keys made by request_key"):
+        check_pool(pool("my-key"), [question])
+    key = key_of(question)
+    (tmp_path / "v.mp4").write_bytes(b"other frames")
+    check_pool(pool(key), [question])
+    with pytest.raises(DataError, match=r"media as they are now"):
+        check_pool(pool(key), [question], check_media=True)

@@ -1,0 +1,244 @@
+"""Frame choice, sizes and patches: hand-worked numbers, and the family's own processors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from media_files import noise_frames, write_images
+
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.video import (
+    Preprocessor,
+    decode_image,
+    frame_indices,
+    image_size,
+    load_preprocessor,
+    resize_frames,
+    smart_resize,
+    video_patches,
+    video_size,
+)
+
+PREPROCESSOR = Preprocessor()
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "settings", "expected"),
+    [
+        (10, 10.0, VideoConfig(num_frames=4), [0, 3, 6, 9]),
+        # 2.25, 4.5 and 6.75 in between: half goes to the even neighbour.
+        (10, 10.0, VideoConfig(num_frames=5), [0, 2, 4, 7, 9]),
+        # More frames than there are: indices repeat.
+        (3, 10.0, VideoConfig(num_frames=5), [0, 0, 1, 2, 2]),
+        # 100 frames at 25 Hz = 4 s, 1.5 per second = 6 frames, 19.8 apart.
+        (100, 25.0, VideoConfig(num_frames=None, fps=1.5), [0, 20, 40, 59, 79, 99]),
+        # 2 frames asked for, at least 4 taken.
+        (100, 100.0, VideoConfig(num_frames=None, fps=2.0), [0, 33, 66, 99]),
+        # At most max_frames, and at most what the video has.
+        (100, 10.0, VideoConfig(num_frames=None, fps=10.0, max_frames=2), [0, 99]),
+        (3, 10.0, VideoConfig(num_frames=None, fps=1.0), [0, 1, 2]),
+    ],
+)
+def test_frame_indices(total: int, fps: float, settings: VideoConfig, expected: list[int]) -> None:
+    assert frame_indices(total, fps, settings) == expected
+
+
+@pytest.mark.parametrize("settings", [VideoConfig(num_frames=4, fps=1.0), VideoConfig(num_frames=None)])
+def test_frame_indices_wants_one_of_count_and_rate(settings: VideoConfig) -> None:
+    with pytest.raises(ValueError, match="exactly one of them has to be set"):
+        frame_indices(10, 10.0, settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "expected"),
+    [
+        ((8, 64, 64), (4096, 10**9), (64, 64)),
+        # 100/32 = 3.1 and 200/32 = 6.25.
+        ((8, 100, 200), (4096, 10**9), (96, 192)),
+        # 8*480*640 is 18.75 budgets: sides shrink by 4.33, to 3.46 and 4.62 steps of 32, rounded down.
+        ((8, 480, 640), (4096, 8 * 128 * 128), (96, 128)),
+        # A quarter of the lower budget: sides double.
+        ((8, 32, 32), (8 * 64 * 64, 10**9), (64, 64)),
+        # Shorter side first enlarged to 32.
+        ((2, 10, 20), (1024, 10**9), (32, 64)),
+        # Never below one step, whatever the budget.
+        ((2, 64, 64), (1, 100), (32, 32)),
+    ],
+)
+def test_smart_resize(size: tuple[int, int, int], budget: tuple[int, int], expected: tuple[int, int]) -> None:
+    got = smart_resize(*size, factor=32, temporal_factor=2, min_pixels=budget[0], max_pixels=budget[1])
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((1, 64, 64), "at least 2 frames, got 1"), ((2, 1, 300), "aspect ratio"), ((2, 0, 64), "at least 1x1")],
+)
+def test_smart_resize_refuses(size: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        smart_resize(*size, factor=32, temporal_factor=2, min_pixels=1, max_pixels=10**9)
+
+
+def test_frame_cap_binds_short_videos_and_the_shared_budget_long_ones() -> None:
+    settings = VideoConfig(min_video_pixels=1024, max_video_pixels=16 * 64 * 64, max_frame_pixels=96 * 96)
+    # 4 frames could have 128x128 each, the cap leaves 96x96; 16 frames share the budget: 64x64 each.
+    assert video_size(4, 320, 320, settings, PREPROCESSOR) == (96, 96)
+    assert video_size(16, 320, 320, settings, PREPROCESSOR) == (64, 64)
+    # Images have budgets of their own.
+    settings = VideoConfig(min_image_pixels=1024, max_image_pixels=64 * 64)
+    assert image_size(320, 320, settings, PREPROCESSOR) == (64, 64)
+
+
+def test_patch_order_and_scale() -> None:
+    pixels = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8)
+    patches = video_patches(pixels, PREPROCESSOR)
+    assert patches.shape == (2 * 4 * 6, 3 * 2 * 16 * 16)
+    # A pixel by hand: frame 3, channel 2, y=37, x=70. Time step 1 (frame 1 of it); patch row 2, column 4 (5 and 6
+    # inside); merge block row 1 of 2, column 2 of 3, first patch in it: row = 24 + (1*3 + 2)*4.
+    row, column = 24 + (1 * 3 + 2) * 4, 2 * 512 + 1 * 256 + 5 * 16 + 6
+    assert patches[row, column] == (pixels[3, 2, 37, 70].float() - 127.5) / 127.5
+    # All of them, by loops over the order in words.
+    for t, y, x in [(0, 0, 0), (1, 3, 5), (0, 1, 4), (1, 2, 1)]:
+        block = (y // 2) * 3 + x // 2
+        row = t * 24 + block * 4 + (y % 2) * 2 + x % 2
+        expected = pixels[2 * t : 2 * t + 2, :, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16].transpose(0, 1)
+        torch.testing.assert_close(patches[row], ((expected.float() - 127.5) / 127.5).reshape(-1), rtol=0, atol=0)
+
+
+def test_last_frame_without_partner_is_repeated() -> None:
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    padded = torch.cat([pixels, pixels[-1:]])
+    assert torch.equal(video_patches(pixels, PREPROCESSOR), video_patches(padded, PREPROCESSOR))
+
+
+def test_patches_refuse_other_input() -> None:
+    with pytest.raises(TypeError, match="uint8"):
+        video_patches(torch.zeros(2, 3, 32, 32), PREPROCESSOR)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        video_patches(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), PREPROCESSOR)
+
+
+def test_patches_in_bfloat16_are_rounded_once() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    exact = video_patches(pixels, PREPROCESSOR)
+    assert torch.equal(video_patches(pixels, PREPROCESSOR, dtype=torch.bfloat16), exact.to(torch.bfloat16))
+
+
+def test_load_preprocessor_reads_either_layout(tmp_path: Path) -> None:
+    settings = {
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.1] * 3,
+        "image_std": [1] * 3,
+    }
+    expected = Preprocessor(14, 2, 2, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0))
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"video_processor": settings, "image_processor": settings})
+    )
+    assert load_preprocessor(tmp_path) == expected
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    assert load_preprocessor(tmp_path) == expected
+    assert expected.factor == 28
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "found neither"),
+        ({"preprocessor_config.json": "{"}, "not readable as JSON"),
+        ({"preprocessor_config.json": "[1]"}, "expected a JSON object, got list"),
+        ({"preprocessor_config.json": '{"patch_size": 16}'}, "lack 'temporal_patch_size'"),
+        ({"preprocessor_config.json": '{"resample": 2}'}, "resample=2 is not supported"),
+    ],
+)
+def test_load_preprocessor_refuses(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_preprocessor(tmp_path)
+
+
+# Frames, height, width, lower and upper budget, cap per frame in tokens. One per branch: nothing to do; odd count;
+# enlarge to the lower budget; shrink to the upper; the cap; the floor of the cap; a side below one token; 720p's shape.
+VIDEO_CASES = [
+    (4, 64, 96, 1024, 10**8, 768),
+    (5, 70, 90, 1024, 10**8, 768),
+    (3, 33, 40, 3 * 96 * 96, 10**8, 768),
+    (8, 200, 312, 1024, 8 * 96 * 96, 768),
+    (6, 240, 180, 1024, 10**8, 12),
+    (6, 240, 234, 64 * 64, 6 * 32 * 32, 1),
+    (2, 20, 90, 1024, 10**8, 768),
+    (7, 180, 320, 4096, 25165824, 30),
+]
+IMAGE_CASES = [(64, 96, 1024, 10**8), (70, 111, 1024, 10**8), (20, 45, 64 * 64, 10**8), (300, 201, 1024, 96 * 96)]
+# Frames in the video, its rate, frames asked for or frames per second.
+RATES = [
+    (132, 25.0, 16, None),
+    (132, 25.0, 64, None),
+    (250, 29.97, None, 2.0),
+    (7, 30.0, None, 1.0),
+    (5, 9.0, 9, None),
+]
+
+ORACLE = """
+import warnings; warnings.filterwarnings("ignore")
+from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
+from transformers.image_utils import load_image
+from transformers.video_utils import VideoMetadata
+job = torch.load(sys.argv[1])
+half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+video = Qwen3VLVideoProcessor(**half)
+image = Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, **half)
+out = {"videos": [], "images": [], "files": [], "indices": []}
+for pixels, low, high, cap in job["videos"]:
+    video.max_video_tokens = cap
+    got = video(videos=[pixels], do_sample_frames=False, cap_pixels_per_frame=True,
+                size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt")
+    out["videos"].append((got["pixel_values_videos"], got["video_grid_thw"]))
+for pixels, low, high in job["images"]:
+    got = image(images=[pixels], size={"shortest_edge": low, "longest_edge": high}, return_tensors="pt")
+    out["images"].append((got["pixel_values"], got["image_grid_thw"]))
+for path in job["files"]:
+    got = image(images=[load_image(path)], size={"shortest_edge": 4096, "longest_edge": 4194304}, return_tensors="pt")
+    out["files"].append((got["pixel_values"], got["image_grid_thw"]))
+for total, fps, count, rate in job["rates"]:
+    video.fps = None if count else rate
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    out["indices"].append(video.sample_frames(metadata, num_frames=count, fps=rate).tolist())
+torch.save(out, sys.argv[2])
+"""
+
+
+def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchvision) -> None:
+    videos = [(noise_frames(f, h, w, seed=f), low, high, cap) for f, h, w, low, high, cap in VIDEO_CASES]
+    videos.append((torch.randint(0, 256, (4, 3, 150, 130), dtype=torch.uint8), 1024, 4 * 100 * 100, 768))
+    images = [(noise_frames(1, h, w, seed=h)[0], low, high) for h, w, low, high in IMAGE_CASES]
+    (tmp_path / "images").mkdir()
+    files = [str(path) for path in write_images(tmp_path / "images").values()]
+    torch.save({"videos": videos, "images": images, "files": files, "rates": RATES}, tmp_path / "job.pt")
+    run_with_torchvision(ORACLE, str(tmp_path / "job.pt"), str(tmp_path / "out.pt"))
+    theirs = torch.load(tmp_path / "out.pt")
+
+    for (pixels, low, high, cap), (patches, grid) in zip(videos, theirs["videos"], strict=True):
+        settings = VideoConfig(min_video_pixels=low, max_video_pixels=high, max_frame_pixels=cap * 32 * 32)
+        height, width = video_size(len(pixels), *pixels.shape[-2:], settings, PREPROCESSOR)
+        assert grid.tolist() == [[-(-len(pixels) // 2), height // 16, width // 16]]
+        ours = video_patches(resize_frames(pixels, height, width), PREPROCESSOR)
+        assert (ours - patches).abs().max() == 0.0
+    for (pixels, low, high), (patches, grid) in zip(images, theirs["images"], strict=True):
+        settings = VideoConfig(min_image_pixels=low, max_image_pixels=high)
+        height, width = image_size(*pixels.shape[-2:], settings, PREPROCESSOR)
+        assert grid.tolist() == [[1, height // 16, width // 16]]
+        ours = video_patches(resize_frames(pixels[None], height, width), PREPROCESSOR)
+        assert (ours - patches).abs().max() == 0.0
+    for path, (patches, grid) in zip(files, theirs["files"], strict=True):
+        frames = decode_image(path, VideoConfig(), PREPROCESSOR)
+        assert [list(frames.grid_thw)] == grid.tolist()
+        assert (video_patches(frames.pixels, PREPROCESSOR) - patches).abs().max() == 0.0
+    for (total, fps, count, rate), indices in zip(RATES, theirs["indices"], strict=True):
+        assert frame_indices(total, fps, VideoConfig(num_frames=count, fps=rate)) == indices

@@ -1,0 +1,136 @@
+"""Recipes, overrides and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from rmsd_fast.config import RECIPES, RunConfig, SettingsError
+from rmsd_fast.settings import describe_settings, load_settings, save_settings
+from rmsd_fast.stages.plan import count_parameters, describe_plan
+
+ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def test_every_recipe_is_there():
+    wanted = {"quickstart", "quickstart_long", "real_clips", "rmsd_qwen3vl_4b", "sft_rl_baseline", "gad"}
+    assert wanted <= set(ALL_RECIPES)
+
+
+@pytest.mark.parametrize("recipe", ALL_RECIPES)
+def test_every_recipe_passes_a_dry_run_and_says_what_it_needs(recipe):
+    assert load_settings(recipe).name
+    assert "settings are consistent" in describe_plan(load_settings(recipe))
+    head = (RECIPES / f"{recipe}.yaml").read_text().split("\nname:")[0]
+    for word in ("Hardware", "Purpose", "ime"):
+        assert word in head
+
+
+def test_the_papers_numbers():
+    s = load_settings("rmsd_qwen3vl_4b")
+    assert (s.reward.alpha, s.reward.beta, s.reward.eta, s.reward.delta) == (0.4, 0.1, 0.1, 0.4)
+    assert (s.teacher.responses, s.teacher.min_quality, s.rollout.n) == (4, 0.3, 8)
+    assert (s.sft.lr, s.distill.lr, s.sft.batch_size, s.distill.batch_size) == (2e-6, 1e-6, 128, 128)
+    # 50K and 60K inputs, one epoch.
+    assert (s.sft.steps, s.distill.steps) == (50_000 // 128, 60_000 // 128)
+    assert (s.video.num_frames, s.evaluate.num_frames) == (16, 64)
+
+
+def test_saved_settings_read_back_the_same(tmp_path):
+    settings = load_settings("quickstart", ["seed=7", "stages=[sft,distill]"])
+    save_settings(settings, tmp_path / "config.yaml")
+    assert load_settings(str(tmp_path / "config.yaml")) == settings
+
+
+def test_help_documents_every_field():
+    text = describe_settings()
+    for section in dataclasses.fields(RunConfig):
+        if dataclasses.is_dataclass(section.default_factory):
+            for field in dataclasses.fields(section.default_factory):
+                assert f"  {section.name}.{field.name} = " in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["distill.stps=3"], "did you mean distill.steps"),
+        (["nonsense.x=3"], "unknown setting nonsense.x"),
+        (["distill.kl=k1"], "reward.kl_in_reward"),
+        (["distill.kl=k4"], "expected one of k2, k3, full"),
+        (["sft.lr=fast"], "sft.lr"),
+        (["sft.lr=-1"], "expected a number >= 0"),
+        (["sft.lr=nan"], "expected a number >= 0"),
+        (["rollout.n=0"], "at least 1"),
+        (["rollout.temperature=0"], "rollout.temperature"),
+        (["video.fps=2"], "exclude each other"),
+        (["video.min_frames=2"], "has no effect"),
+        (["stages=[distill,sft]"], "in this order"),
+        (["stages=[]"], "stages"),
+        (["stages=[sft]", "distill.steps=4"], "distill.steps has no effect"),
+        (["stages=[sft,distill]", "discriminator.warm_up_steps=4"], "add it to stages"),
+        (["reward.alpha=0", "stages=[sft,distill]", "discriminator.lr=1"], "reward.alpha > 0"),
+        (["reward.alpha=0"], "warm_up trains the discriminator"),
+        (["distill.objective=sft"], "stages=[sft,distill]"),
+        (["distill.objective=sft", "stages=[sft,distill]", "rollout.n=3"], "distill.objective=policy"),
+        (["teacher.numeric_metric=mra", "teacher.numeric_eps=0.1"], "teacher.numeric_metric is mra"),
+        (["runtime.zero_stage=0", "runtime.offload_optimizer=true"], "runtime.zero_stage=2"),
+        (["steps"], "expected section.field=value"),
+    ],
+)
+def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
+    with pytest.raises(SettingsError, match=re.escape(says)):
+        load_settings("quickstart", overrides)
+
+
+def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("base: quickstart\nsft:\n  stepz: 3\n")
+    with pytest.raises(SettingsError, match=r"sft\.stepz.*did you mean sft\.steps"):
+        load_settings(str(tmp_path / "x.yaml"))
+    (tmp_path / "y.yaml").write_text("base: y.yaml\n")
+    with pytest.raises(SettingsError, match="leads back to itself"):
+        load_settings(str(tmp_path / "y.yaml"))
+    (tmp_path / "z.yaml").write_text("a: [1\n")
+    with pytest.raises(SettingsError, match="not readable"):
+        load_settings(str(tmp_path / "z.yaml"))
+
+
+def test_a_recipe_that_is_not_there_names_those_that_are():
+    with pytest.raises(SettingsError, match="quickstart_long"):
+        load_settings("quikstart")
+
+
+def test_dry_run_lists_what_is_missing():
+    plan = describe_plan(load_settings("rmsd_qwen3vl_4b"))
+    for path in ("data/train.jsonl", "data/heldout.jsonl", "data/pool.jsonl"):
+        assert f"NOT THERE YET: {path}" in plan.replace("data.train: ", "").replace("data.heldout: ", "").replace(
+            "teacher.pool: ", ""
+        )
+    assert plan.endswith("not ready: give what is missing above")
+
+
+def test_parameter_count_of_the_4b_student():
+    # Shape of Qwen3-VL-4B; the published size is 4.4 billion parameters.
+    text = dict(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+    )
+    vision = dict(
+        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560,
+        deepstack_visual_indexes=[5, 11, 17],
+    )
+    total, tower = count_parameters({"text_config": text, "vision_config": vision, "tie_word_embeddings": True})
+    assert 4.3e9 < total < 4.6e9
+    assert 0.3e9 < tower < 0.5e9
+
+
+def test_learning_rate_by_hand():
+    from rmsd_fast.stages.state import learning_rate
+
+    given = {"steps": 12, "lr": 1.0, "warmup_steps": 2}
+    assert [learning_rate(s, schedule="constant", **given) for s in (0, 1, 2, 11)] == [0.5, 1.0, 1.0, 1.0]
+    # Ten steps of cosine from step 2: half way at step 7, cos(0.1 pi) at step 3.
+    assert learning_rate(7, schedule="cosine", **given) == pytest.approx(0.5)
+    assert learning_rate(3, schedule="cosine", **given) == pytest.approx(0.9755282581)

@@ -1,0 +1,156 @@
+"""The train program as a user starts it: whole runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, environment, metrics, mini_arguments, only_run, run_train
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, made) -> Path:
+    """A run of one process that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_train(mini_arguments(folder, made))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return only_run(folder)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+    for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.jsonl", "report.html", "teacher.json"):
+        assert (whole / name).stat().st_size > 0, name
+    assert list((whole / "tensorboard").rglob("events.*"))
+    assert (whole / "checkpoints" / "latest").read_text().strip() == "step_9"
+    assert [(line["stage"], line["step"]) for line in metrics(whole)] == [
+        *(("sft", step) for step in (1, 2, 3)),
+        ("warm_up", 1),
+        *(("distill", step) for step in (1, 2, 3, 4, 5)),
+    ]
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    assert list(evaluation["students"]) == ["untrained", "stage1", "stage2"]
+    assert evaluation["teacher_simulated"] is True
+    assert set(evaluation["differences"]) == {"stage1-untrained", "stage2-stage1"}
+    assert not list(whole.rglob("*.tmp"))
+
+
+def test_training_changed_the_student(whole):
+    stage1, stage2 = load_file(whole / "stage1" / "model.safetensors"), weights(whole)
+    changed = {name for name in stage1 if not torch.equal(stage1[name], stage2[name])}
+    assert any("language_model" in name for name in changed)
+    # Stage 2 leaves vision tower and mergers as they are.
+    assert not any("visual" in name for name in changed)
+    first = metrics(whole)[0]
+    assert abs(first["loss"] - math.log(600)) < 1.5
+
+
+def test_export_gives_the_same_logits_in_plain_transformers(whole):
+    from transformers import AutoModelForImageTextToText
+
+    from rmsd_fast.config import VideoConfig
+    from rmsd_fast.data.prompts import PromptBuilder
+    from rmsd_fast.data.records import load_questions
+    from rmsd_fast.data.video import video_patches
+    from rmsd_fast.models.students import encode_media, forward_hidden, load_student, make_rows
+
+    student = load_student(whole / "export", dtype="float32")
+    plain = AutoModelForImageTextToText.from_pretrained(whole / "export", dtype=torch.float32)
+    question = load_questions(next(whole.parent.parent.glob("made*/*/heldout.jsonl")))[0]
+    builder = PromptBuilder(student, VideoConfig(num_frames=8))
+    prompt = builder.build(question)
+    rows = make_rows([prompt], [builder.encode_response("<think>a</think><answer>B</answer>")], [0], pad_id=0)
+    with torch.no_grad():
+        ours = student.model.lm_head(forward_hidden(student.model, rows, encode_media(student.model, [prompt])))
+        types = torch.zeros_like(rows.input_ids)
+        types[0, : len(prompt.mm_token_type_ids)] = prompt.mm_token_type_ids
+        theirs = plain(
+            input_ids=rows.input_ids,
+            mm_token_type_ids=types,
+            attention_mask=rows.attention_mask,
+            pixel_values_videos=video_patches(prompt.media[0].pixels, prompt.media[0].preprocessor),
+            video_grid_thw=torch.tensor([prompt.media[0].grid_thw]),
+        ).logits
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path):
+    done = run_train(mini_arguments(tmp_path, made), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(whole), metrics(only_run(tmp_path))
+    assert len(one) == len(two) == 9
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(b[key], rel=1e-5, abs=1e-5), (a["stage"], a["step"], key)
+            else:
+                assert value == b[key]
+
+
+@pytest.mark.parametrize("line", [2, 6], ids=["in stage 1", "in stage 2"])
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole, made, tmp_path, line):
+    arguments = mini_arguments(tmp_path, made, "checkpoint.every_steps=1")
+    process = subprocess.Popen(
+        command(arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _wait_for_lines(process, tmp_path, line)
+    process.kill()
+    process.wait()
+    killed = only_run(tmp_path)
+    assert not (killed / "export").exists()
+    done = run_train(["--resume", str(killed)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(killed) == metrics(whole)
+    expected, got = weights(whole), weights(killed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_sigterm_saves_and_ends_with_0(whole, made, tmp_path):
+    process = subprocess.Popen(
+        command(mini_arguments(tmp_path, made, "checkpoint.every_steps=0")),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for_lines(process, tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert "--resume" in errors
+    assert list((only_run(tmp_path) / "checkpoints").glob("step_*/manifest.json"))
+
+
+def _wait_for_lines(process, folder: Path, lines: int) -> None:
+    for _ in range(3000):
+        found = list(folder.glob("*/metrics.jsonl"))
+        if found and len(found[0].read_bytes().splitlines()) >= lines:
+            return
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.05)
+    raise AssertionError("the run wrote no metrics")
+
+
+def test_resume_refuses_other_settings(whole):
+    done = run_train(["--resume", str(whole), "distill.lr=1e-3"])
+    assert done.returncode == 2
+    assert "distill.lr" in done.stderr and "--allow-changes" in done.stderr
+    assert "Traceback" not in done.stderr
