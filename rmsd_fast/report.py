@@ -44,6 +44,8 @@ def write_picture(run_folder: str | Path, output: str | Path) -> Path:
 
 
 def _write(path: Path, text: str) -> Path:
+    if path.is_dir() or not path.parent.is_dir():
+        raise ReportError(f"{path}: expected a file name in a folder that exists; make the folder or name another file")
     staged = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         staged.write_text(text, encoding="utf-8")
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             path = write_picture(arguments.run, arguments.picture)
         else:
             path = write_report(arguments.run, arguments.output)
-    except (ReportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (ReportError, PermissionError) as error:
         print(f"rmsd_fast.report: {error}", file=sys.stderr)
         return 2
     print(path)

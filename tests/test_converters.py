@@ -98,7 +98,10 @@ def test_video_r1_types(tmp_path, kind, solution, task, answer):
         (SWIFT | {"messages": [{"role": "user"}]}, r"field 'messages\[0\]'"),
         (SWIFT | {"messages": [{"role": "tool", "content": "x"}]}, r"field 'messages\[0\]\.role'.*got 'tool'"),
         (SWIFT | {"messages": SWIFT["messages"][1:] * 2}, r"expected one user turn.*got 2 user and 2 assistant turns"),
-        (SWIFT | {"messages": SWIFT["messages"][1:], "task_type": "mcq"}, r"field 'messages': expected one option letter"),
+        (
+            SWIFT | {"messages": SWIFT["messages"][1:], "task_type": "mcq"},
+            r"field 'messages': expected one option letter",
+        ),
         (SWIFT | {"videos": []}, r"either 'videos' or 'images'"),
         (LLAVA | {"video": "../v.mp4"}, r"field 'video': expected a path inside the media root"),
         (VIDEO_R1 | {"problem_type": "riddle"}, r"field 'problem_type': expected one of multiple choice"),

@@ -92,7 +92,10 @@ def test_ground_truths_are_normalised(tmp_path):
         ({"options": "red"}, r"field 'options': expected a list of texts"),
         ({"options": ["red", ""]}, r"field 'options'"),
         ({"answer": "C"}, r"field 'answer': expected one option letter such as 'B' among AB, got 'C'"),
-        ({"answer": None}, r"field 'answer': expected one option letter.*closed task, got nothing; add the ground truth"),
+        (
+            {"answer": None},
+            r"field 'answer': expected one option letter.*closed task, got nothing; add the ground truth",
+        ),
         ({"task_type": "numeric", "options": None, "answer": "three"}, r"expected one finite number"),
         ({"task_type": "numeric", "options": None, "answer": "nan"}, r"expected one finite number"),
         ({"task_type": "numeric"}, r"field 'options': expected none"),

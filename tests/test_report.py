@@ -3,226 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from report_files import Page, made_evaluation, made_run
 
-from rmsd_fast.config import RunConfig, TeacherConfig
+from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips
-from rmsd_fast.data.records import load_questions
-from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
+from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
-from rmsd_fast.report_page.evaluation import difference_name, interval, verdict
 from rmsd_fast.report_page.run_folder import load_run
-from rmsd_fast.report_page.samples import response_html, thumbnails, visible
-from rmsd_fast.report_page.style import DARK, LIGHT, SERIES_COLOURS
-from rmsd_fast.report_page.svg import Series, curve_chart, number, smooth, stacked_chart, thin, ticks, value_range
+from rmsd_fast.report_page.samples import thumbnails
 from rmsd_fast.settings import to_yaml
-from rmsd_fast.teacher.diagnostics import pool_statistics
-from rmsd_fast.teacher.simulated import simulate_teacher
 
-VOID = {"meta", "br", "img", "input", "link", "hr"}
 EVIL = '<script>alert("pwned")</script><img src=x onerror=alert(1)>'
-STUDENTS = ("untrained", "stage1", "stage2")
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced; collects tags with attributes, ids and the text outside style and script."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.stack: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.stack, f"never closed: {self.stack}"
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack and self.stack[-1] == tag, f"</{tag}> closes {self.stack[-3:]} at {self.getpos()}"
-        self.stack.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self.stack or self.stack[-1] not in ("style", "script"):
-            self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-
-def made_metrics(rng: random.Random, steps: dict[str, int]) -> list[dict]:
-    """Lines of metrics.jsonl such as a run might write."""
-    rows = []
-    for step in range(1, steps.get("sft", 0) + 1):
-        fall = math.exp(-step / (0.25 * steps["sft"]))
-        work = {"tokens": rng.randint(1500, 1900), "lr": 2e-3 * min(step / 30, 1.0)}
-        rows.append(
-            {"stage": "sft", "step": step, "loss": 0.35 + 2.6 * fall + rng.gauss(0, 0.06), **work}
-            | {"grad_norm": 0.8 + fall + abs(rng.gauss(0, 0.2)), "rate/tokens_per_s": rng.gauss(5600, 240)}
-            | {"seconds/data": 0.02, "seconds/policy": 0.25 + rng.random() * 0.05, "seconds/optimizer": 0.02}
-            | {"seconds/step": 0.32, "memory/peak_mib": 812.0, "samples/bad": 0, "samples/skipped_steps": 0}
-        )
-    for stage in ("warm_up", "distill"):
-        for step in range(1, steps.get(stage, 0) + 1):
-            rows.append({"stage": stage, "step": step, **made_discriminator_metrics(rng, stage, step)})
-            if stage == "distill":
-                rows[-1] |= made_policy_metrics(rng, step / steps[stage])
-    return rows
-
-
-def made_discriminator_metrics(rng: random.Random, stage: str, step: int) -> dict:
-    accuracy = min(0.99, 0.5 + (0.012 * step if stage == "warm_up" else 0.32) + rng.gauss(0, 0.03))
-    student = rng.gauss(-0.4, 0.1)
-    return {
-        "discriminator/loss": 0.6 - 0.3 * (accuracy - 0.5) + rng.gauss(0, 0.02),
-        "discriminator/pair_accuracy": accuracy,
-        "discriminator/margin": 2 * (accuracy - 0.5) + rng.gauss(0, 0.05),
-        "discriminator/length_correlation": rng.gauss(0.12 if stage == "warm_up" else 0.36, 0.08),
-        "discriminator/grad_norm": abs(rng.gauss(1.4, 0.4)),
-        "discriminator/score_student": student,
-        "discriminator/score_teacher": student + 2 * (accuracy - 0.5),
-        "seconds/rollout": 1.6 + rng.random() * 0.4,
-        "seconds/vision": 0.05,
-        "seconds/matching": 0.004,
-        "seconds/discriminator": 0.4,
-        "seconds/step": 3.2,
-        "tokens": 4200,
-        "tokens_unique": 1750,
-        "rate/tokens_per_s": rng.gauss(1300, 80),
-        "rate/unique_tokens_per_s": rng.gauss(540, 40),
-        "rate/shared_prefix_ratio": 2.4,
-        "memory/peak_mib": 1204.0,
-        "samples/bad": 2 if stage == "distill" and step > 30 else 0,
-        "samples/skipped_steps": 0,
-    }
-
-
-def made_policy_metrics(rng: random.Random, share: float) -> dict:
-    raw = {
-        "discriminator": rng.gauss(-0.4, 0.1),
-        "outer": min(1.0, 0.93 + 0.05 * share + rng.gauss(0, 0.01)),
-        "task": min(1.0, 0.9 + 0.07 * share + rng.gauss(0, 0.015)),
-        "content": min(1.0, 0.52 + 0.12 * share + rng.gauss(0, 0.05)),
-    }
-    rewards = {f"reward/{name}/raw": value for name, value in raw.items()}
-    weights = {"discriminator": 0.4, "outer": 0.1, "task": 0.1, "content": 0.4}
-    rewards |= {f"reward/{name}/weighted": weights[name] * value for name, value in raw.items()}
-    return rewards | {
-        "reward/total": sum(weights[name] * value for name, value in raw.items()),
-        "policy/loss": rng.gauss(0.0, 0.02),
-        "policy/kl": 0.012 * share + abs(rng.gauss(0, 0.002)),
-        "policy/entropy": 0.9 - 0.2 * share + rng.gauss(0, 0.02),
-        "policy/ratio": rng.gauss(1.0, 0.001),
-        "policy/clip_fraction": 0.0,
-        # One spike: it has to be named and must not flatten the rest.
-        "policy/grad_norm": 60.0 if 0.5 < share <= 0.5085 else abs(rng.gauss(0.8, 0.2)),
-        "policy/logp": rng.gauss(-0.8, 0.05),
-        "advantage/zero_groups": abs(rng.gauss(0.1, 0.03)),
-        "teacher/quality": rng.gauss(0.71, 0.02),
-        "teacher/valid_share": rng.gauss(0.97, 0.01),
-        "teacher/kept_share": rng.gauss(0.72, 0.03),
-        "teacher/empty_groups": rng.choice([0.0, 0.0, 0.03]),
-        "rollout/tokens_mean": 38 + 6 * share + rng.gauss(0, 1),
-        "rollout/truncated_share": abs(rng.gauss(0.02, 0.01)),
-        "rollout/valid_share": rng.gauss(0.95, 0.01),
-        "rollout/content": raw["content"],
-        "seconds/reference": 0.3,
-        "seconds/policy": 0.7,
-        "seconds/optimizer": 0.05,
-        "extra/of_a_later_version": rng.random(),
-    }
-
-
-def made_evaluation(students: tuple[str, ...] = STUDENTS, n: int = 75) -> dict:
-    levels = {"untrained": 0.0, "stage1": 0.72, "stage2": 0.735}
-    floors = {"mcq": 0.29, "temporal": 0.46, "spatial": 0.36, "numeric": 0.23, "ocr": 0.25, "open": 1.0}
-    answers = {"mcq": "B", "temporal": "1.00 to 5.00", "spatial": "250,250,750,750", "numeric": "3", "ocr": "ABC"}
-    shift = dict(zip(TASK_TYPES, (0.12, 0.08, 0.2, -0.05, -0.48, 0.2), strict=True))
-
-    def entry(mean: float, count: int) -> dict:
-        mean = min(max(mean, 0.0), 1.0)
-        half = 1.96 * math.sqrt(max(mean * (1 - mean), 0.01) / count)
-        return {"mean": mean, "low": max(mean - half, 0), "high": min(mean + half, 1), "n": count, "valid_share": 0.97}
-
-    def student(name: str) -> dict:
-        level = levels[name]
-        tasks = {task: entry(level + (shift[task] if level else 0.01), n) for task in TASK_TYPES}
-        closed = sum(tasks[task]["mean"] for task in CLOSED_TASKS) / len(CLOSED_TASKS)
-        return {"tasks": tasks, "closed": entry(closed, 5 * n), "all": entry(closed, 6 * n)}
-
-    measured = {name: student(name) for name in students}
-
-    def difference(after: str, before: str) -> dict:
-        def pair(a: dict, b: dict) -> dict:
-            mean = a["mean"] - b["mean"]
-            return {"mean": mean, "low": mean - 0.04, "high": mean + 0.04, "n": a["n"]}
-
-        tasks = {t: pair(measured[after]["tasks"][t], measured[before]["tasks"][t]) for t in TASK_TYPES}
-        return {"tasks": tasks, "closed": pair(measured[after]["closed"], measured[before]["closed"])}
-
-    return {
-        "questions": 6 * n,
-        "teacher_simulated": True,
-        "seed": 0,
-        "floors": {t: {"score": floors[t], "answer": answers.get(t, "any text"), "n": n} for t in TASK_TYPES},
-        "students": measured,
-        "differences": {f"{b}-{a}": difference(b, a) for a, b in zip(students, students[1:], strict=False)},
-    }
-
-
-def made_run(folder: Path, material, *, steps: dict[str, int] | None = None) -> Path:
-    """A whole run folder as a training would leave it: made clips, a simulated teacher's statistics, noisy curves."""
-    rng = random.Random(7)
-    folder.mkdir(parents=True)
-    config = RunConfig(name="quickstart")
-    config.made.enabled = True
-    (folder / "config.yaml").write_text(to_yaml(config))
-    rows = made_metrics(rng, steps or {"sft": 200, "warm_up": 20, "distill": 120})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "evaluation.json").write_text(json.dumps(made_evaluation()))
-    train, heldout = load_questions(material.train), load_questions(material.heldout)
-    responses = simulate_teacher(train, k=4, seed=0, error_rate=0.35)
-    pool: dict[str, list] = {}
-    for response in responses:
-        pool.setdefault(response.id, []).append(response)
-    (folder / "teacher.json").write_text(json.dumps(pool_statistics(pool, train, TeacherConfig())))
-    answers = {r.id: r.text for r in simulate_teacher(heldout, k=1, seed=3, error_rate=0.3)}
-    lines = []
-    for name in STUDENTS:
-        for i, question in enumerate(heldout):
-            text = answers[question.id] if name != "untrained" else "the the<answer> red red red"
-            score = 0.0 if name == "untrained" else (1.0, 0.0, 0.62)[i % 3]
-            lines.append(
-                {"student": name, "id": question.id, "task_type": question.task_type, "question": question.question}
-                | {"options": question.options, "answer": question.answer, "videos": list(question.videos)}
-                | {"images": [], "response": text, "score": score, "valid": name != "untrained", "truncated": False}
-            )
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    info = {
-        "recipe": "quickstart",
-        "started": "2026-01-01T12:00:00",
-        "finished": "2026-01-01T12:05:42",
-        "world_size": 2,
-        "hardware": "CPU, 2 cores",
-        "versions": {"rmsd_fast": "0.1.0", "torch": "2.13.0"},
-    }
-    (folder / "run.json").write_text(json.dumps(info))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +157,7 @@ def test_one_step_and_values_that_are_not_finite(bare: Path, value) -> None:
     text = json.dumps(row) + "\n" + json.dumps({**row, "step": 2, "policy/loss": value}) + "\n"
     (bare / "metrics.jsonl").write_text(text.replace('"NaN"', "NaN"))
     _, page = read(write_report(bare))
-    assert ("1 values were not finite" in page.text) == (value != 1.0)
+    assert ("1 value was not finite" in page.text) == (value != 1.0)
     assert "Warning: pair accuracy is above 0.95 on 2 of 2 steps" in page.text
 
 
@@ -514,7 +312,8 @@ def test_program(run: Path, tmp_path: Path) -> None:
     refused = call(run, "--output", output, "--picture", tmp_path / "x.svg")
     assert refused.returncode == 2 and "exclude each other" in refused.stderr
     gone = call(run, "--output", tmp_path / "no folder" / "page.html")
-    assert gone.returncode == 2 and "no folder" in gone.stderr and "Traceback" not in gone.stderr
+    assert gone.returncode == 2 and "folder that exists" in gone.stderr and "Traceback" not in gone.stderr
+    assert main([str(run), "--output", str(tmp_path)]) == 2
 
 
 # ---- the picture
@@ -532,101 +331,3 @@ def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
     with pytest.raises(ReportError, match=r"nothing to draw"):
         write_picture(bare, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
-
-
-def test_colours_have_contrast() -> None:
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    def contrast(a: str, b: str) -> float:
-        high, low = sorted((luminance(a), luminance(b)), reverse=True)
-        return (high + 0.05) / (low + 0.05)
-
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    for theme in (LIGHT, DARK):
-        for i in range(1, SERIES_COLOURS + 1):
-            assert contrast(theme[f"s{i}"], theme["card"]) >= 3
-        for name in ("ink", "muted", "good", "bad"):
-            assert contrast(theme[name], theme["card"]) >= 4.5, name
-        for name in ("ink", "muted", "s1"):
-            assert contrast(theme[name], theme["page"]) >= 4.5, name
-        assert contrast(theme["ink"], theme["note"]) >= 4.5
-
-
-# ---- parts, by hand
-
-
-def test_smoothing_by_hand() -> None:
-    assert smooth([1.0, 5.0, 3.0]) == [1.0, 5.0, 3.0]
-    values = [float(i % 2) for i in range(24)]
-    out = smooth(values)
-    # 24 points: one neighbour on each side, at the ends the one there is.
-    assert out[0] == out[-1] == 0.5
-    assert out[1] == pytest.approx(1 / 3) and out[2] == pytest.approx(2 / 3)
-    values[10] = math.nan
-    assert smooth(values)[10] == pytest.approx((values[9] + values[11]) / 2)
-
-
-def test_thinning_keeps_spikes() -> None:
-    values = [0.0] * 5000
-    values[1234], values[4321] = 9.0, -7.0
-    steps, kept = thin(range(5000), values, 600)
-    assert len(kept) <= 600 and max(kept) == 9.0 and min(kept) == -7.0
-    assert steps == sorted(steps) and steps[kept.index(9.0)] == 1234
-
-
-def test_ticks_and_numbers() -> None:
-    assert ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
-    assert ticks(0.0, 1.0, 5) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(-0.3, 0.3, 5) == [-0.2, 0.0, 0.2]
-    assert ticks(0, 390, 5) == [0, 100, 200, 300]
-    assert ticks(2.0, 2.0) == [2.0]
-    written = [number(v) for v in (0, 0.12345, 12.345, 123.4, 1234.5, 12345.0, 2.5e6, 2e-6, -0.5, math.nan, None)]
-    assert written == ["0", "0.123", "12.3", "123", "1234", "12.3k", "2.5M", "2e-6", "-0.5", "–", "–"]
-
-
-def test_range_leaves_single_spikes_out() -> None:
-    calm = tuple(1.0 + 0.1 * (i % 5) for i in range(100))
-    steps = tuple(range(100))
-    low, high, remark = value_range([Series("x", steps, calm)])
-    assert low < 1.0 < 1.4 < high < 1.6 and remark == ""
-    low, high, remark = value_range([Series("x", steps, (*calm[:-1], 1e4))])
-    assert high < 2 and "highest value 10k" in remark
-    low, high, _ = value_range([Series("x", (1, 2), (0.7, 0.7))])
-    assert low < 0.7 < high
-    assert value_range([Series("x", (1,), (math.nan,))])[:2] == (0.0, 1.0)
-
-
-def test_gap_in_a_curve_where_it_is_not_finite() -> None:
-    svg = curve_chart("t", "h", [Series("x", (1, 2, 3, 4), (1.0, 2.0, math.inf, 4.0))])
-    # The first path of that class is the legend's swatch.
-    _, path = re.findall(r'class="l1" d="([^"]*)"', svg)
-    assert path.count("M") == 2 and path.count("L") == 1
-    assert "1 values were not finite" in svg
-
-
-def test_stacked_shares() -> None:
-    parts = [Series("rollout", (1, 2), (3.0, 3.0)), Series("policy", (1, 2), (1.0, 1.0))]
-    page = Page(stacked_chart("Seconds", "", parts))
-    assert "rollout 75%" in page.text and "policy 25%" in page.text
-
-
-def test_intervals_in_words() -> None:
-    entry = {"mean": 0.6213, "low": 0.55, "high": 0.692, "n": 75}
-    assert interval(entry) == "62.1 [55.0, 69.2]"
-    assert interval({"mean": 0.02, "low": -0.01, "high": 0.05}, sign=True) == "+2.0 [−1.0, +5.0]"
-    assert interval(None) == interval({"mean": math.nan}) == "–"
-    assert verdict({"low": 0.01, "high": 0.2}) == ("up", "above 0")
-    assert verdict({"low": -0.2, "high": -0.01}) == ("down", "below 0")
-    assert verdict({"low": 0.0, "high": 0.2}) == ("same", "contains 0")
-    assert verdict({}) == ("same", "no interval")
-    assert difference_name("stage2-stage1", {"stage1": "stage 1", "stage2": "stage 2"}) == "stage 2 − stage 1"
-
-
-def test_response_markup_by_hand() -> None:
-    tag = '<span class="tag">&lt;{}&gt;</span>'.format
-    text = "<think>a<b</think><answer>B</answer>"
-    assert response_html(text) == (f"{tag('think')}a&lt;b{tag('/think')}{tag('answer')}<b>B</b>{tag('/answer')}")
-    assert visible("a\x00\ud800\tb\r\n<") == "a\ufffd\ufffd\tb\n&lt;"

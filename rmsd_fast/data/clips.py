@@ -251,14 +251,14 @@ def make_question(
     elif task == "temporal":
         text = rng.choice(
             (
-                f"When is the {shape} visible?",
-                f"During which time can you see the {shape}?",
-                f"Find the moment with the {shape}.",
+                "When is the shape visible?",
+                "During which time can you see the shape?",
+                "Find the moment with the shape.",
             )
         )
         answer = f"{content.start}.0 to {content.end}.0"
     elif task == "spatial":
-        text = rng.choice((f"Where is the {shape}?", f"Give the box of the {shape}.", f"Locate the {shape}."))
+        text = rng.choice(("Where is the shape?", "Give the box of the shape.", "Locate the shape."))
         answer = ",".join(map(str, content.box))
     elif task == "numeric":
         text = rng.choice(("How many dots are on the card?", "Count the dots.", "What is the number of dots?"))
@@ -288,13 +288,13 @@ def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str
     if asked == "place" and content.place not in PLACES:
         asked = "color"
     if asked == "color":
-        text = rng.choice((f"Which colour is the {content.shape}?", f"What is the colour of the {content.shape}?"))
+        text = rng.choice(("Which colour is the shape?", "What is the colour of the shape?"))
         right, others = content.color, [name for name in COLORS if name != content.color]
     elif asked == "shape":
-        text = rng.choice((f"Which shape is {content.color}?", f"What is the {content.color} shape?"))
+        text = rng.choice(("Which shape is it?", "What is the form of the shape?"))
         right, others = content.shape, [name for name in SHAPES if name != content.shape]
     else:
-        text = rng.choice((f"In which corner is the {content.shape}?", f"Where is the {content.color} shape?"))
+        text = rng.choice(("In which corner is the shape?", "Where does the shape stand?"))
         right, others = content.place, [name for name in PLACES if name != content.place]
     options = rng.sample(others, 3)
     options.insert("ABCD".index(letter), right)

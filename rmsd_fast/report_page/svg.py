@@ -289,7 +289,7 @@ def curve_chart(
     entries = [(s.name, number(last_smoothed(s) if smoothed else s.values[-1])) for s in series]
     lost = sum(not math.isfinite(v) for s in series for v in s.values)
     if lost:
-        remark += f"{'; ' if remark else ''}{lost} values were not finite"
+        remark += f"{'; ' if remark else ''}{lost} value{'s were' if lost > 1 else ' was'} not finite"
     alarms = []
     for value, _ in warn:
         for s in series:

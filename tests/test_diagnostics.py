@@ -1,0 +1,116 @@
+"""Teacher statistics and constant-answer floors, with numbers worked out by hand."""
+
+import pytest
+
+from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.records import Question
+from rmsd_fast.teacher.diagnostics import best_constant_floor, pool_statistics, score_pool
+from rmsd_fast.teacher.pool import TeacherResponse
+
+
+def question(identity, task, answer, **fields):
+    return Question(identity, "?", task, videos=("v.mp4",), answer=answer, **fields)
+
+
+def said(identity, k, answer, **fields):
+    return TeacherResponse(identity, k, "", f"<think>t</think><answer>{answer}</answer>", **fields)
+
+
+QUESTIONS = [
+    question("m", "mcq", "B", options=("x", "y")),
+    question("t", "temporal", "0 to 4"),
+    question("o", "open", None),
+    question("none", "numeric", "3"),
+]
+POOL = {
+    # 1, 0, invalid letter, 1 -> mean 0.5, sd 0.5
+    "m": [said("m", 0, "B"), said("m", 1, "A"), said("m", 2, "C"), said("m", 3, "(b)")],
+    # IoU 0.25, 1; no format; complete but cut by length -> mean 1.25 / 4
+    "t": [
+        said("t", 0, "0 to 1"),
+        said("t", 1, "0 to 4"),
+        TeacherResponse("t", 2, "", "0 to 4"),
+        said("t", 3, "0 to 4", finish_reason="length", model="simulated"),
+    ],
+    "o": [said("o", 0, "a"), said("o", 1, "")],
+}
+
+
+def test_score_pool():
+    scores = score_pool(POOL, QUESTIONS, TeacherConfig())
+    assert scores == {
+        "m": [(True, 1.0), (True, 0.0), (False, 0.0), (True, 1.0)],
+        "t": [(True, 0.25), (True, 1.0), (False, 0.0), (False, 0.0)],
+        "o": [(True, 1.0), (False, 0.0)],
+        "none": [],
+    }
+    assert score_pool(POOL, QUESTIONS, TeacherConfig(responses=1))["t"] == [(True, 0.25)]
+    uniform = score_pool(POOL, QUESTIONS, TeacherConfig(quality="uniform"))
+    assert uniform["t"] == [(True, 1.0), (True, 1.0), (False, 1.0), (False, 1.0)]
+
+
+def test_metric_settings_are_used():
+    pool = {"n": [said("n", 0, "3.3")]}
+    questions = [question("n", "numeric", "3")]
+    assert score_pool(pool, questions, TeacherConfig())["n"] == [(True, 0.0)]
+    assert score_pool(pool, questions, TeacherConfig(numeric_eps=0.11))["n"] == [(True, 1.0)]
+    # Relative error 0.1 lies below 1 - t for t = 0.50 ... 0.85: 8 of 10 thresholds.
+    assert score_pool(pool, questions, TeacherConfig(numeric_metric="mra"))["n"] == [(True, 0.8)]
+
+
+@pytest.mark.parametrize("quality", ["metric", "uniform"])
+def test_pool_statistics(quality):
+    stats = pool_statistics(POOL, QUESTIONS, TeacherConfig(min_quality=0.3, quality=quality))
+    assert stats["teacher_simulated"] is True
+    assert stats["tasks"]["numeric"] is None and set(stats["tasks"]) == {"mcq", "temporal", "open", "numeric"}
+    mcq, temporal = stats["tasks"]["mcq"], stats["tasks"]["temporal"]
+    assert (mcq["mean"], mcq["sd_across"], mcq["sd_within"]) == (0.5, 0.0, 0.5)
+    assert (mcq["valid_share"], mcq["kept_share"], mcq["truncated_share"]) == (0.75, 0.5, 0.0)
+    # (0.25, 1, 0, 0): mean 0.3125, variance (0.0625 + 1) / 4 - 0.3125^2 = 0.16796875
+    assert temporal["mean"] == 0.3125 and temporal["sd_within"] == pytest.approx(0.16796875**0.5)
+    assert (temporal["valid_share"], temporal["kept_share"], temporal["truncated_share"]) == (0.5, 0.25, 0.25)
+    closed = stats["closed"]
+    assert closed["mean"] == pytest.approx(0.40625) and closed["sd_across"] == pytest.approx(0.09375)
+    assert (closed["low"], closed["high"]) == (0.3125, 0.5)
+    assert closed["questions"] == 3 and closed["responses"] == 8
+    # "none" has no responses at all.
+    assert closed["empty_share"] == pytest.approx(1 / 3) and stats["all"]["empty_share"] == pytest.approx(1 / 4)
+    assert stats["all"]["responses"] == 10 and stats["all"]["valid_share"] == 0.6
+
+
+def test_an_invalid_response_is_never_kept():
+    stats = pool_statistics(POOL, QUESTIONS, TeacherConfig(min_quality=0.0))
+    assert stats["tasks"]["mcq"]["kept_share"] == 0.5 and stats["tasks"]["temporal"]["kept_share"] == 0.5
+
+
+def test_floors():
+    mcq = [question(f"m{i}", "mcq", letter, options=("w", "x", "y", "z")) for i, letter in enumerate("BBAC")]
+    numeric = [question(f"n{i}", "numeric", value) for i, value in enumerate(("3", "3.0", "4", "5", "5"))]
+    ocr = [question("o0", "ocr", "H 4"), question("o1", "ocr", "H 5"), question("o2", "ocr", "L 4")]
+    openness = [question("p", "open", None)]
+    floors = best_constant_floor([*mcq, *numeric, *ocr, *openness])
+    assert floors["mcq"] == (0.5, "B")
+    # "3" and "3.0" are the same number: 2 of 5; so is 5, and "3" comes first in the alphabet.
+    assert floors["numeric"] == (0.4, "3")
+    # "H 4" against itself 1, against "H 5" and "L 4" one word of two.
+    assert floors["ocr"] == (pytest.approx(2 / 3), "H 4")
+    assert floors["open"][0] == 1.0
+
+
+def test_floors_of_graded_tasks_use_answers_that_nobody_has():
+    temporal = [question("a", "temporal", "0 to 6"), question("b", "temporal", "4 to 10")]
+    # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid of tenths "0 to 8"
+    # has 6/8 and 4/10 -> 0.575, "2 to 8" 4/8 and 4/8, so nothing beats 0.6.
+    assert best_constant_floor(temporal)["temporal"][0] == pytest.approx(0.6)
+    spatial = [question("a", "spatial", "0,0,200,200"), question("b", "spatial", "200,0,400,200")]
+    score, answer = best_constant_floor(spatial)["spatial"]
+    assert score == pytest.approx(0.5)
+    wide = [question("a", "spatial", "0,0,300,200"), question("b", "spatial", "100,0,400,200")]
+    # Either truth: (1 + 200/400) / 2 = 0.75; the box around both, on the grid: 300/400 on either side = 0.75.
+    assert best_constant_floor(wide)["spatial"][0] == pytest.approx(0.75)
+    three = [*wide, question("c", "spatial", "0,0,400,200"), question("d", "spatial", "0,0,400,200")]
+    assert best_constant_floor(three)["spatial"] == (pytest.approx(0.875), "0,0,400,200")
+
+
+def test_floors_leave_out_what_cannot_be_scored():
+    assert best_constant_floor([question("n", "numeric", None)]) == {}
