@@ -166,7 +166,7 @@ class DiscriminatorConfig:
     normalizer: str = "pairs"
     """`pairs` = number of pairs (2603.11423, literal reading), `quality` = sum of their qualities (open)."""
     score_l2: float = 1e-3
-    """Weight of the mean squared score, both sides (PRISM 2604.28123); holds the level that the pair loss leaves free."""
+    """Weight of the mean squared score, both sides (2604.28123); holds the level that the pair loss leaves free."""
 
 
 @dataclass
@@ -182,7 +182,7 @@ class RewardConfig:
     delta: float = 0.4
     """Weight of the content metric (2603.11423)."""
     normalization: str = "gn_then_sum"
-    """`gn_then_sum` = each part normalised in its group, then weighted (2604.28123); `sum_then_gn` = literal reading."""
+    """`gn_then_sum` = parts normalised in their group, then weighted (2604.28123); `sum_then_gn` = literal reading."""
     score_clip: float | None = None
     """Clip of the discriminator score inside the reward, e.g. 10 (2604.28123)."""
     kl_in_reward: float = 0.0
@@ -230,6 +230,11 @@ class DistillConfig:
     expectation and is refused here, use `reward.kl_in_reward`."""
     kl_coef: float = 1e-3
     """gamma (open; GAD 2511.10643)."""
+    tis_cap: float | None = None
+    """Truncated importance sampling against trainer/engine mismatch: weight min(trainer/engine probability, cap) per
+    token, e.g. 2.0; null = only logged (open)."""
+    sequence_mask_cap: float | None = None
+    """Leave out responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = "token_mean"
     """`token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
     micro_prompts: int = 1

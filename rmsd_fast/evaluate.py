@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from rmsd_fast.config import RunConfig
 from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.distributed import World, start, stop
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         settings = load_settings(arguments.recipe, arguments.overrides)
+        disable_progress_bar()
         world = start()
         evaluate(settings, world, arguments.output)
         stop()

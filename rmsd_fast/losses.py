@@ -17,13 +17,15 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 - "torch": eager torch in chunks of rows: `memory_budget_bytes` worth of logits at a time (default 1 GiB, at least one
   row), recomputed in backward. Where all rows fit the budget nothing is recomputed.
 - "reference": eager torch, all rows at once (rmsd_kernels.reference): the truth that others are tested against.
-- "auto": the best available for the tensors; today that is "torch" on every device.
+- "native": the compiled CPU op of `rmsd_kernels.native`, for `linear_logprob` without a gradient: one pass over the
+  logits and no copy of them.
+- "auto": "native" where it can serve the call, else "torch".
 
-Any other name raises RuntimeError. Results are float32, or float64 for float64 inputs. Only hidden states, weights,
-biases, norm weights and scores receive gradients; advantages, quality, weights of tokens and pairs, log-probs of other
-policies and everything of a teacher or reference are constants. A normalizer is a plain divisor: give the count over
-all ranks and micro-batches, and the sum of the parts is the loss of the whole. A normalizer of 0 counts as 1, so that
-a batch in which nothing is scored has loss 0 and zero gradients.
+Any other name, and "native" where it cannot serve, raises RuntimeError. Results are float32, or float64 for float64
+inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of
+tokens and pairs, log-probs of other policies and everything of a teacher or reference are constants. A normalizer is a
+plain divisor: give the count over all ranks and micro-batches, and the sum of the parts is the loss of the whole. A
+normalizer of 0 counts as 1, so that a batch in which nothing is scored has loss 0 and zero gradients.
 
 Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalised ratios: GSPO (arXiv 2507.18071);
 generalised JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).

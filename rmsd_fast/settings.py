@@ -277,7 +277,15 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         (["distill."], "distill" not in stages, "stage distill is not in stages; add it to stages"),
         (["rollout.", "reward."], not late, "no stage makes rollouts; add warm_up or distill to stages"),
         (
-            ["reward.", "rollout.", "distill.kl", "distill.aggregation", "distill.micro_prompts"],
+            [
+                "reward.",
+                "rollout.",
+                "distill.kl",
+                "distill.tis_cap",
+                "distill.sequence_mask_cap",
+                "distill.aggregation",
+                "distill.micro_prompts",
+            ],
             control,
             "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
         ),

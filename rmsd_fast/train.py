@@ -7,11 +7,14 @@ torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train --resume runs/quicks
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from rmsd_fast.config import RunConfig
-from rmsd_fast.report import write_report
+from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.settings import describe_settings, load_settings, to_yaml
 from rmsd_fast.stages import distill, sft
@@ -36,6 +39,7 @@ from rmsd_fast.stages.run import (
     restore,
     run_steps,
     stage_steps,
+    write_facts,
 )
 from rmsd_fast.teacher.diagnostics import pool_statistics
 
@@ -44,6 +48,7 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
     """One whole run; returns its folder."""
     material = prepare_material(settings, world)
     run = open_run(settings, world, material, resume, allow_changes)
+    run.metrics.message(f"run folder: {run.folder}")
     on_main(world, lambda: describe_teacher(run))
     evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
@@ -53,8 +58,18 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
         control(run) if settings.distill.objective == "sft" else distillation(run)
         if "distill" in settings.stages:
             evaluate(run, str(run.folder / "export"), "stage2")
-    on_main(world, lambda: write_report(run.folder))
+    run.metrics.close()
+    on_main(world, lambda: finish(run))
     return run.folder
+
+
+def finish(run: Run) -> None:
+    """The report. The run is done at this point: a page that cannot be written is no reason to fail it."""
+    write_facts(run, finished=True)
+    try:
+        write_report(run.folder)
+    except (OSError, ReportError) as error:
+        print(f"report not written: {error}; mend it and call python -m rmsd_fast.report {run.folder}", file=sys.stderr)
 
 
 def imitate(run: Run) -> None:
@@ -133,9 +148,8 @@ def evaluate(run: Run, path: str, name: str) -> None:
 
 
 def describe_teacher(run: Run) -> None:
-    """Write `teacher.json`: how the pool's quality varies across and within questions."""
-    import json
-
+    """Write `run.json`, and `teacher.json`: how the pool's quality varies across and within questions."""
+    write_facts(run, finished=False)
     statistics = pool_statistics(run.material.pool, run.material.train, run.settings.teacher)
     (run.folder / "teacher.json").write_text(json.dumps(statistics, indent=2) + "\n")
 
@@ -157,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             print(describe_plan(settings))
             return 0
+        disable_progress_bar()
         world = start()
         folder = train(settings, world, arguments.resume, arguments.allow_changes)
         if world.is_main:

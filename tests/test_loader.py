@@ -33,8 +33,16 @@ class Builder:
 
 def loader(tmp_path, builder=None, **changes):
     given = {
-        "stage": "sft", "seed": 0, "positions_per_step": 4, "rank": 0, "size": 1, "cache_mib": 1, "threads": 2,
-        "max_prompt_tokens": 10, "max_bad_share": 0.5, "run_folder": tmp_path,
+        "stage": "sft",
+        "seed": 0,
+        "positions_per_step": 4,
+        "rank": 0,
+        "size": 1,
+        "cache_mib": 1,
+        "threads": 2,
+        "max_prompt_tokens": 10,
+        "max_bad_share": 0.5,
+        "run_folder": tmp_path,
     }
     return PromptLoader(builder or Builder(), QUESTIONS, **{**given, **changes})
 

@@ -82,9 +82,7 @@ def test_a_rollout_does_not_depend_on_its_batch(setup):
     together = engine(builder).generate(student.model, prompts, SAMPLING)
     alone = [engine(builder).generate(student.model, [p], SAMPLING)[0] for p in reversed(prompts)][::-1]
     fewer = engine(builder, 2).generate(student.model, prompts, Sampling(2, 0.8, 10, seed=3, step=4))
-    given = engine(builder, 1).generate(
-        student.model, prompts, SAMPLING, features=encode_media(student.model, prompts)
-    )
+    given = engine(builder, 1).generate(student.model, prompts, SAMPLING, features=encode_media(student.model, prompts))
     for a, b, c, d in zip(together, alone, fewer, given, strict=True):
         assert [r.token_ids.tolist() for r in a] == [r.token_ids.tolist() for r in b]
         assert [r.token_ids.tolist() for r in a] == [r.token_ids.tolist() for r in d]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
@@ -114,11 +113,20 @@ def test_dry_run_lists_what_is_missing():
 def test_parameter_count_of_the_4b_student():
     # Shape of Qwen3-VL-4B; the published size is 4.4 billion parameters.
     text = dict(
-        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128,
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
     )
     vision = dict(
-        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560,
+        depth=24,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_heads=16,
+        out_hidden_size=2560,
         deepstack_visual_indexes=[5, 11, 17],
     )
     total, tower = count_parameters({"text_config": text, "vision_config": vision, "tie_word_embeddings": True})

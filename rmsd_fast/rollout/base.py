@@ -59,10 +59,11 @@ class RolloutEngine(Protocol):
 
 
 def sampling_noise(sampling: Sampling, question_id: str, index: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 [max_new_tokens], for one rollout: a function of (seed, step, id, index, position).
+    """Uniform numbers in [0, 1), float64 [max_new_tokens], for one rollout.
 
-    The row's key is a hash of the first four; a position's number is the splitmix64 output at that place of the row's
-    sequence. So a rollout depends neither on what else is in its batch nor on the number of processes.
+    A function of (seed, step, id, index, position) alone: the row has a hash of the first four as its key, a position
+    the splitmix64 output at its place in the sequence of that key. So a rollout depends neither on what else is in its
+    batch nor on the number of processes.
     """
     name = f"{sampling.seed}/{sampling.step}/{question_id}/{index}".encode()
     key = np.uint64(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))

@@ -1,4 +1,4 @@
-"""Rollouts with transformers, in the training process: the prompt is prefilled once for all N, then decoded together."""
+"""Rollouts with transformers in the training process: a prompt is prefilled once for all its N, then decoded."""
 
 from __future__ import annotations
 

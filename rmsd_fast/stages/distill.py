@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import Prompt
@@ -104,7 +105,7 @@ class _PolicyBatch:
 def _policy_batches(
     state: RunState, groups: list[Group], features: MediaFeatures | None, settings: RunConfig
 ) -> list[_PolicyBatch]:
-    """Micro-batches with the reference's log-probs of the sampled tokens, and each group's k1 where the reward takes it."""
+    """Micro-batches with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
     distill, device = settings.distill, state.world.device
     score = partial(linear_logprob, temperature=settings.rollout.temperature)
     batches = []
@@ -132,7 +133,7 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
     token_mean = distill.aggregation == "token_mean"
     normalizer = counts["tokens"] if token_mean else counts["sequences"]
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
-    sums = dict.fromkeys(("p_loss", "p_tokens", "p_kl", "p_entropy", "p_logp", "p_rollout_logp"), 0.0)
+    sums = dict.fromkeys(("p_loss", "p_tokens", *(f"p_{name}" for name in _MEASURED)), 0.0)
     for number, batch in enumerate(batches):
         advantages = torch.cat([group.advantages for group in batch.groups]).to(device)
         each = 1.0 / batch.lengths
@@ -147,6 +148,10 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
             token_weights=None if token_mean else each.repeat_interleave(batch.lengths),
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
+            rollout_logp=batch.rollout_logp,
+            tis_cap=distill.tis_cap,
+            sequence_mask_cap=distill.sequence_mask_cap,
+            cu_seqlens=F.pad(batch.lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
             **kl,
             **reference,
         )
@@ -155,11 +160,14 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
         own = len(batch.rollout_logp)
         sums["p_loss"] += float(result.loss.detach())
         sums["p_tokens"] += own
-        for name in ("kl", "entropy", "logp"):
+        for name in _MEASURED:
             if name in result.metrics:
                 sums[f"p_{name}"] += own * float(result.metrics[name])
-        sums["p_rollout_logp"] += float(batch.rollout_logp.sum())
     return sums
+
+
+# Means over tokens that the loss reports; those that the chosen mode lacks stay 0.
+_MEASURED = ("kl", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction")
 
 
 def _hidden_and_head(hidden, weight, targets):
@@ -167,15 +175,8 @@ def _hidden_and_head(hidden, weight, targets):
 
 
 def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
-    tokens = sums["p_tokens"]
-    return {
-        "policy/loss": sums["p_loss"],
-        "policy/kl": sums["p_kl"] / tokens,
-        "policy/entropy": sums["p_entropy"] / tokens,
-        "policy/logp": sums["p_logp"] / tokens,
-        # Trainer minus engine, mean log-prob of the sampled tokens: 0 where both compute the same.
-        "policy/rollout_log_ratio": (sums["p_logp"] - sums["p_rollout_logp"]) / tokens,
-    }
+    # importance_ratio = trainer's over engine's probability of the sampled tokens: 1 where both compute the same.
+    return {"policy/loss": sums["p_loss"]} | {f"policy/{n}": sums[f"p_{n}"] / sums["p_tokens"] for n in _MEASURED}
 
 
 def _work(groups: list[Group]) -> dict[str, float]:

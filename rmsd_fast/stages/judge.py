@@ -1,4 +1,4 @@
-"""The discriminator's side of stage 2 and its warm-up: one forward gives the rewards and the loss (arXiv 2603.11423)."""
+"""The discriminator in stage 2 and its warm-up: one forward gives the rewards and the loss (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def judge(
             pairs.quality,
             pair_weight=pairs.pair_weight,
             normalizer=normalizer,
+            score_l2=settings.discriminator.score_l2,
+            l2_normalizer=counts["scores"],
         ).loss
-        loss = loss + settings.discriminator.score_l2 * scores.square().sum() / counts["scores"]
         state.discriminator.backward(loss, last=number == len(batches) - 1)
         _hand_out(own, scores.detach()[:students].float().cpu())
         _add_sums(sums, scores.detach(), rows.response_lengths, students, pairs, loss.detach())
@@ -114,7 +115,7 @@ def _add_sums(sums: dict[str, float], scores, lengths, students: int, pairs, los
 
 
 def judge_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the global batch, by the names of metrics.jsonl. Pair accuracy and margin weigh pairs as the loss does."""
+    """Means over the global batch, by the names of metrics.jsonl; pairs weigh as much as in the loss."""
     weight, n = max(sums["d_weight"], 1e-12), sums["d_n"]
     covariance = sums["d_xy"] / n - sums["d_x"] / n * sums["d_y"] / n
     spread = (sums["d_xx"] / n - (sums["d_x"] / n) ** 2) * (sums["d_yy"] / n - (sums["d_y"] / n) ** 2)

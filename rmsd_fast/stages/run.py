@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from rmsd_fast.config import STAGES, RunConfig, SettingsError
 from rmsd_fast.data.loader import PromptLoader
@@ -23,8 +28,12 @@ from rmsd_fast.runtime.checkpoint import (
 from rmsd_fast.runtime.distributed import Engine, World, global_max, global_sum
 from rmsd_fast.runtime.metrics import MetricsLog, peak_mib
 from rmsd_fast.settings import save_settings, settings_as_dict
+from rmsd_fast.stages.evaluation import write_whole
 from rmsd_fast.stages.material import Material, on_main
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
+from rmsd_kernels import native
+
+PACKAGES = ("rmsd-fast", "torch", "transformers", "deepspeed", "torchcodec")
 
 
 class Stopped(Exception):
@@ -80,6 +89,41 @@ def _new_folder(settings: RunConfig) -> Path:
     folder.mkdir(parents=True)
     save_settings(settings, folder / "config.yaml")
     return folder
+
+
+def write_facts(run: Run, *, finished: bool) -> None:
+    """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
+    path = run.folder / "run.json"
+    facts = json.loads(path.read_text()) if path.is_file() else {"started": _now()}
+    facts |= {
+        "recipe": run.settings.name,
+        "world_size": run.world.size,
+        "hardware": _hardware(run.world),
+        "versions": {
+            name: _version(name) for name in ("rmsd-fast", "torch", "transformers", "deepspeed", "torchcodec")
+        },
+        "log_probs": "native" if native.available() else f"torch ({native.why_not()})",
+    }
+    if finished:
+        facts["finished"] = _now()
+    write_whole(path, json.dumps(facts, indent=2) + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _hardware(world: World) -> str:
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
 
 
 def stage_steps(settings: RunConfig, stage: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -28,9 +29,7 @@ class RunState:
     discriminator: Engine | None = None
     reference: torch.nn.Module | None = None
     rollouts: RolloutEngine | None = None
-    steps_done: dict[str, int] = field(default_factory=dict)
     skipped_in_a_row: int = 0
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,13 @@ def apply_or_discard(state: RunState, engines: list[Engine], settings: RunConfig
         Gradient norms in the order of the engines, and whether the step was skipped.
     """
     if all([engine.gradients_finite() for engine in engines]):
-        state.skipped_in_a_row = 0
-        return [engine.step() for engine in engines], False
+        norms = [engine.step() for engine in engines]
+        # The squared norm of finite gradients can overflow; that engine has then thrown its gradients away.
+        overflowed = not all(map(math.isfinite, norms))
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflowed else 0
+        return norms, overflowed
     for engine in engines:
         engine.discard()
-    state.skipped += 1
     state.skipped_in_a_row += 1
     if state.skipped_in_a_row >= settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
