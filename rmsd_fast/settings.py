@@ -16,6 +16,7 @@ from rmsd_fast import config as config_module
 from rmsd_fast.config import RECIPES, STAGES, RunConfig, SettingsError
 
 CHOICES = {
+    "made.source": ("clips", "real_clips"),
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "data.format": ("auto", "rmsd", "ms-swift", "llava", "video-r1"),
@@ -296,6 +297,11 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
             not settings.made.enabled,
             "nothing is made; write made.enabled=true",
+        ),
+        (
+            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip"],
+            settings.made.source != "clips",
+            "the real clips are what they are; write made.source=clips",
         ),
         (
             ["video.min_frames", "video.max_frames"],

@@ -99,11 +99,11 @@ def test_floors():
 
 def test_floors_of_graded_tasks_use_answers_that_nobody_has():
     temporal = [question("a", "temporal", "0 to 6"), question("b", "temporal", "4 to 10")]
-    # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid of tenths "0 to 8"
+    # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid "0 to 8"
     # has 6/8 and 4/10 -> 0.575, "2 to 8" 4/8 and 4/8, so nothing beats 0.6.
     assert best_constant_floor(temporal)["temporal"][0] == pytest.approx(0.6)
     spatial = [question("a", "spatial", "0,0,200,200"), question("b", "spatial", "200,0,400,200")]
-    score, answer = best_constant_floor(spatial)["spatial"]
+    score, _ = best_constant_floor(spatial)["spatial"]
     assert score == pytest.approx(0.5)
     wide = [question("a", "spatial", "0,0,300,200"), question("b", "spatial", "100,0,400,200")]
     # Either truth: (1 + 200/400) / 2 = 0.75; the box around both, on the grid: 300/400 on either side = 0.75.

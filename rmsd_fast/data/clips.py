@@ -1,16 +1,17 @@
 """Made clips: small real h264 files whose content is known, with questions of all six task types.
 
 A clip has 8 frames of 64x64 at 1 fps. For 2 s, at its start or its end, it shows a card: a sign of one letter and one
-digit, each 32x32 pixels, above up to seven dots. In the other 6 s one coloured shape is visible during some interval
-on black. Everything stands on the 16-pixel grid of a vision tower with patches of 16 and 2x2 merging, so that the
-card is 2x2 vision tokens; pixels are clean, since a student of half a million parameters learned nothing from noisy
-ones.
+digit, each 32x32 pixels, above up to seven dots. In the other 6 s it shows one coloured shape on black, and during some
+interval of them a light is on: the background turns grey. Everything stands on the 16-pixel grid of a vision tower with
+patches of 16 and 2x2 merging, so that the card is 2x2 vision tokens; pixels are clean, since a student of half a
+million parameters learned nothing from noisy ones.
 
 Contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
 for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, (letter, digit)
 for ocr. The rule is fixed and balanced, so that every single attribute occurs on both sides whatever the seed.
-Temporal and spatial questions name colour and shape: no held-out (question, answer) pair of theirs occurs in
-training.
+
+Multiple choice with shuffled options is by far the hardest kind for a tiny student, who has to find the option and then
+its letter: it is asked 2.5 times as often as any other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from rmsd_fast.config import NotInstalled
 from rmsd_fast.data.records import Question, write_questions
 from rmsd_fast.method.answers import TASK_TYPES
 
@@ -37,7 +39,7 @@ FRAMES = 8
 PATCH = 16
 CARD_FRAMES = 2
 # Raised whenever the same settings would give other files.
-VERSION = 1
+VERSION = 2
 
 COLORS = {
     "red": (230, 30, 30),
@@ -69,9 +71,12 @@ GLYPHS = {
 }
 LETTERS, DIGITS = "HLTXZC", "124578"
 CARD_COLOR = (70, 70, 70)
+LIGHT = 90
+# How often a kind of question is asked, relative to the others.
+SHARES = {"mcq": 2.5}
 
-# Along each axis: (first patch, patches).
-_SPANS = [(start, length) for length in (1, 2) for start in range(4 - length + 1)]
+# Along each axis: (first patch, patches); a shape takes a quarter of the frame.
+_SPANS = [(0, 2), (1, 2), (2, 2)]
 # 18 intervals of 1 to 4 s within the 6 s beside the card, for each of its two positions.
 _INTERVALS = [
     (first + start, first + start + length)
@@ -91,9 +96,9 @@ class Content:
     box: tuple[int, int, int, int]
     """x1, y1, x2, y2 in 0-1000."""
     start: int
-    """First second in which the shape is visible."""
+    """First second in which the light is on."""
     end: int
-    """Second at which it is gone."""
+    """Second at which it goes out."""
     card_first: bool
     """The card stands at the start (else at the end)."""
     sign: str
@@ -132,7 +137,7 @@ def make_clips(
 
     Raises:
         ValueError: a number out of range.
-        RuntimeError: torchcodec or FFmpeg is missing, or the folder belongs to something else.
+        NotInstalled: torchcodec or FFmpeg is missing, or the folder belongs to something else.
     """
     for name, value, low, high in (
         ("train_clips", train_clips, 1, None),
@@ -176,10 +181,13 @@ def render_clip(content: Content) -> torch.Tensor:
     frames = torch.zeros(FRAMES, 3, SIZE, SIZE, dtype=torch.uint8)
     cards = slice(0, CARD_FRAMES) if content.card_first else slice(FRAMES - CARD_FRAMES, FRAMES)
     frames[cards] = _card(content)
+    frames[content.start : content.end] = LIGHT
     x1, y1, x2, y2 = (value * SIZE // 1000 for value in content.box)
     mask = _shape_mask(content.shape, y2 - y1, x2 - x1)
-    patch = mask * torch.tensor(COLORS[content.color], dtype=torch.uint8)[:, None, None]
-    frames[content.start : content.end, :, y1:y2, x1:x2] = patch
+    color = torch.tensor(COLORS[content.color], dtype=torch.uint8)[:, None, None]
+    shown = slice(CARD_FRAMES, FRAMES) if content.card_first else slice(0, FRAMES - CARD_FRAMES)
+    region = frames[shown, :, y1:y2, x1:x2]
+    frames[shown, :, y1:y2, x1:x2] = torch.where(mask, color, region)
     return frames
 
 
@@ -187,12 +195,12 @@ def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
     """Write frames uint8 [F, 3, H, W] as h264 in mp4 at 1 fps.
 
     Raises:
-        RuntimeError: torchcodec or its FFmpeg libraries cannot be loaded.
+        NotInstalled: torchcodec or its FFmpeg libraries cannot be loaded.
     """
     try:
         from torchcodec.encoders import VideoEncoder
     except (ImportError, RuntimeError, OSError) as error:
-        raise RuntimeError(
+        raise NotInstalled(
             "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
             f"{str(error).strip().splitlines()[0]}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
         ) from error
@@ -214,12 +222,9 @@ def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None
 
 
 def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
-    """7 of 49 boxes per (colour, shape), one per row span and one per column span."""
-    x, y = (
-        _SPANS.index((box[0] // 250, (box[2] - box[0]) // 250)),
-        _SPANS.index((box[1] // 250, (box[3] - box[1]) // 250)),
-    )
-    return (x + 3 * y + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 7 == 0
+    """2 of 9 boxes per (colour, shape)."""
+    column, row = box[0] // 250, box[1] // 250
+    return (column + 3 * row + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 9 in (0, 4)
 
 
 def is_heldout_interval(color: str, shape: str, interval: tuple[int, int, bool]) -> bool:
@@ -251,9 +256,9 @@ def make_question(
     elif task == "temporal":
         text = rng.choice(
             (
-                "When is the shape visible?",
-                "During which time can you see the shape?",
-                "Find the moment with the shape.",
+                "When is the light on?",
+                "During which time is the light on?",
+                "Find the moment with the light on.",
             )
         )
         answer = f"{content.start}.0 to {content.end}.0"
@@ -283,7 +288,7 @@ def make_question(
 
 def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str, tuple[str, ...], str]:
     """An mcq: what is asked, question, options in random order, letter of the right one."""
-    asked = rng.choice(("color", "color", "shape", "place"))
+    asked = rng.choice(("color", "shape", "place"))
     # A box across the middle has no corner: its colour is asked instead.
     if asked == "place" and content.place not in PLACES:
         asked = "color"
@@ -315,7 +320,7 @@ def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) 
     questions = []
     for index in range(clips):
         # The types asked least so far, ties at random: balanced to one question, and no type twice about a clip.
-        tasks = sorted(TASK_TYPES, key=lambda name: (asked[name], rng.random()))[:per_clip]
+        tasks = sorted(TASK_TYPES, key=lambda name: (asked[name] / SHARES.get(name, 1), rng.random()))[:per_clip]
         content = sample_content(
             rng,
             heldout=heldout,
@@ -359,7 +364,7 @@ def _card(content: Content) -> torch.Tensor:
 
 
 def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
-    """uint8 [H, W] of 0 and 1; the shape touches all four sides of its box."""
+    """bool [H, W]; the shape touches all four sides of its box."""
     y = ((torch.arange(height) + 0.5) / height * 2 - 1)[:, None].expand(height, width)
     x = ((torch.arange(width) + 0.5) / width * 2 - 1)[None, :].expand(height, width)
     if shape == "block":
@@ -370,7 +375,7 @@ def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
         mask = x.abs() <= (y + 1) / 2 + 1 / width
     else:
         mask = (x.abs() < 0.3) | (y.abs() < 0.3)
-    return mask.to(torch.uint8)
+    return mask
 
 
 def _boxes() -> list[tuple[int, int, int, int]]:
@@ -400,4 +405,4 @@ def _check_made(folder: Path, settings: dict[str, Any]) -> None:
     missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
     if found != settings or missing:
         got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
-        raise RuntimeError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")
+        raise NotInstalled(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")

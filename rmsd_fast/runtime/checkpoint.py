@@ -356,7 +356,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
         raise ValueError(
             "this run differs from the checkpoint that it should continue:\n  "
             + "\n  ".join(changes)
-            + "\ngo back to the former settings and data, or allow it with checkpoint.allow_changes=true"
+            + "\ngo back to the former settings and data, or continue all the same with --allow-changes"
         )
     return changes
 

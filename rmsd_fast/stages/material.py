@@ -8,19 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
+from rmsd_fast.data.loader import TooManyBadSamples
 from rmsd_fast.data.prompts import question_text
+from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, broadcast_object
+from rmsd_fast.stages.state import NonFiniteRun
 from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool, write_pool
 from rmsd_fast.teacher.simulated import simulate_teacher
 
 Result = TypeVar("Result")
 
 # What the user can mend; the programs print it and exit with 2. Faults of the program itself keep their traceback.
-USER_ERRORS = (SettingsError, DataError, ValueError, FileNotFoundError, PermissionError)
+USER_ERRORS = (
+    SettingsError,
+    DataError,
+    ValueError,
+    NotInstalled,
+    TooManyBadSamples,
+    NonFiniteRun,
+    FileNotFoundError,
+    PermissionError,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,10 @@ def prepare_material(settings: RunConfig, world: World) -> Material:
     """
     files = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     model_path = settings.model.path
+    root = settings.data.media_root or None
     if settings.made.enabled:
         made = on_main(world, lambda: _make(settings))
+        root = root or made["media_root"]
         files = {role: path or made[role] for role, path in files.items()}
         model_path = model_path or made["student"]
     for key, path in (("data.train", files["train"]), ("teacher.pool", files["pool"]), ("model.path", model_path)):
@@ -56,7 +70,6 @@ def prepare_material(settings: RunConfig, world: World) -> Material:
             raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
     files = {role: path for role, path in files.items() if path}
     data = settings.data
-    root = data.media_root or None
     train = load_questions(files["train"], media_root=root, format=data.format)
     heldout = load_questions(files["heldout"], media_root=root, format=data.format) if "heldout" in files else []
     if settings.evaluate.max_questions:
@@ -84,15 +97,20 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
 def _make(settings: RunConfig) -> dict[str, str]:
     """Make what is not there yet; paths by role. Names carry a hash of what determines the content."""
     made = settings.made
-    clips = make_clips(
-        made.folder,
-        train_clips=made.train_clips,
-        heldout_clips=made.heldout_clips,
-        questions_per_clip=made.questions_per_clip,
-        seed=made.seed,
-    )
-    questions = load_questions(clips.train)
-    pool_path = clips.folder / f"pool-k{made.responses}-error{made.teacher_error_rate}.jsonl"
+    if made.source == "clips":
+        clips = make_clips(
+            made.folder,
+            train_clips=made.train_clips,
+            heldout_clips=made.heldout_clips,
+            questions_per_clip=made.questions_per_clip,
+            seed=made.seed,
+        )
+        folder, train, heldout, root = clips.folder, clips.train, clips.heldout, clips.folder
+    else:
+        folder = Path(made.folder).absolute() / f"real-clips-{made.seed}"
+        train, heldout, root = write_real_questions(folder)
+    questions = load_questions(train, media_root=root)
+    pool_path = folder / f"pool-k{made.responses}-error{made.teacher_error_rate}.jsonl"
     if not pool_path.is_file():
         write_pool(
             pool_path,
@@ -100,9 +118,10 @@ def _make(settings: RunConfig) -> dict[str, str]:
         )
     texts = [question_text(question) for question in questions[:2000]]
     texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
-    student = clips.folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
+    student = folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
     build_tiny_student(student, texts=texts, seed=made.seed, hidden=made.student_hidden, layers=made.student_layers)
-    return {"train": str(clips.train), "heldout": str(clips.heldout), "pool": str(pool_path), "student": str(student)}
+    paths = {"train": train, "heldout": heldout, "pool": pool_path, "student": student, "media_root": root}
+    return {role: str(path) for role, path in paths.items()}
 
 
 def _digest(path: Path) -> str:

@@ -30,7 +30,7 @@ from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, w
 
 MODEL = "simulated"
 # Raised whenever the same settings would give other responses.
-VERSION = 1
+VERSION = 2
 
 # Exponents f of 1 - (1 - error_rate)**f, the share of wrong answers; their mean over the closed tasks is 1.
 ERROR_FACTORS = {"mcq": 0.7, "temporal": 1.1, "spatial": 1.1, "numeric": 1.0, "ocr": 1.1, "open": 1.0}
@@ -243,10 +243,13 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         chosen = question.options[option_letters(question.options).index(answer)]
         claimed = replace(content, **{question.meta["asked"]: chosen}) if question.meta["asked"] != "place" else content
         place = chosen if question.meta["asked"] == "place" else content.place
-        return f"{_seen(claimed, place)}. So {chosen}.", answer
+        # The options again with their letters behind them: the way from an option to its letter is then one that a
+        # tiny student can learn to copy.
+        listed = ", ".join(f"{option} {letter}" for option, letter in zip(question.options, "ABCD", strict=True))
+        return f"{listed}. {_seen(claimed, place)}. So {chosen} {answer}.", answer
     if task == "temporal":
         start, end = parse_answer_body(answer, task)
-        return f"{_seen(content, content.place)} from {start:g} to {end:g}.", answer
+        return f"The light is on from {start:g} to {end:g}.", answer
     if task == "spatial":
         box = tuple(int(value) for value in parse_answer_body(answer, task))
         return f"{_seen(content, replace(content, box=box).place)}.", answer
