@@ -25,17 +25,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="recipe with the held-out questions and settings")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         settings = load_settings(arguments.recipe, arguments.overrides)
         disable_progress_bar()
         world = start()
         evaluate(settings, world, arguments.output)
-        stop()
         return 0
     except USER_ERRORS as error:
         print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
         return 2
+    finally:
+        stop()
 
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:

@@ -207,6 +207,9 @@ def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
             raise SettingsError(f"{where}: unknown setting {key}{hint}")
+        # `data.heldout=` and `data.heldout: null` both mean: none given.
+        if OmegaConf.select(given, key) is None and isinstance(OmegaConf.select(schema, key), str):
+            OmegaConf.update(given, key, "")
     try:
         return OmegaConf.merge(schema, given)
     except OmegaConfBaseException as error:

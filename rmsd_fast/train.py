@@ -176,7 +176,6 @@ def main(argv: list[str] | None = None) -> int:
         folder = train(settings, world, arguments.resume, arguments.allow_changes)
         if world.is_main:
             print(f"done: {folder}\nreport: {folder / 'report.html'}")
-        stop()
         return 0
     except Stopped as stopped:
         print(f"stopped by SIGTERM, state saved; continue with --resume {stopped}", file=sys.stderr)
@@ -184,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"rmsd_fast.train: {error}", file=sys.stderr)
         return 2
+    finally:
+        stop()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -199,7 +200,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--allow-changes", action="store_true", help="resume although settings or data differ")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
     parser.add_argument("--dry-run", action="store_true", help="check settings and inputs, print the plan and stop")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

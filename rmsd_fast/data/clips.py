@@ -1,7 +1,7 @@
 """Made clips: small real h264 files whose content is known, with questions of all six task types.
 
-A clip has 8 frames of 64x64 at 1 fps. For 2 s, at its start or its end, it shows a card: a sign of one letter and one
-digit, each 32x32 pixels, above up to seven dots. In the other 6 s it shows one coloured shape on black, and during some
+A clip has 8 frames of 64x64 at 1 fps. For 2 s it shows a card: a sign of one letter and one digit, each 32x32 pixels,
+above up to seven dots. In the other 6 s it shows one coloured shape on black, and during some
 interval of them a light is on: the background turns grey. Everything stands on the 16-pixel grid of a vision tower with
 patches of 16 and 2x2 merging, so that the card is 2x2 vision tokens; pixels are clean, since a student of half a
 million parameters learned nothing from noisy ones.
@@ -39,7 +39,7 @@ FRAMES = 8
 PATCH = 16
 CARD_FRAMES = 2
 # Raised whenever the same settings would give other files.
-VERSION = 2
+VERSION = 3
 
 COLORS = {
     "red": (230, 30, 30),
@@ -77,13 +77,8 @@ SHARES = {"mcq": 2.5}
 
 # Along each axis: (first patch, patches); a shape takes a quarter of the frame.
 _SPANS = [(0, 2), (1, 2), (2, 2)]
-# 18 intervals of 1 to 4 s within the 6 s beside the card, for each of its two positions.
-_INTERVALS = [
-    (first + start, first + start + length)
-    for first in (CARD_FRAMES, 0)
-    for length in (1, 2, 3, 4)
-    for start in range(FRAMES - CARD_FRAMES - length + 1)
-]
+# 18 intervals of 1 to 4 s within the 6 s after the card.
+_INTERVALS = [(start, start + length) for length in (1, 2, 3, 4) for start in range(CARD_FRAMES, FRAMES - length + 1)]
 _PATTERNS = {count: [p for p in range(1, 256) if p.bit_count() == count] for count in range(1, 8)}
 
 
@@ -99,8 +94,6 @@ class Content:
     """First second in which the light is on."""
     end: int
     """Second at which it goes out."""
-    card_first: bool
-    """The card stands at the start (else at the end)."""
     sign: str
     """Letter and digit, "H 4"."""
     dots: int
@@ -179,15 +172,13 @@ def make_clips(
 def render_clip(content: Content) -> torch.Tensor:
     """The clip's frames, uint8 [F=8, 3, 64, 64]; frame i is shown from second i to i + 1."""
     frames = torch.zeros(FRAMES, 3, SIZE, SIZE, dtype=torch.uint8)
-    cards = slice(0, CARD_FRAMES) if content.card_first else slice(FRAMES - CARD_FRAMES, FRAMES)
-    frames[cards] = _card(content)
+    frames[:CARD_FRAMES] = _card(content)
     frames[content.start : content.end] = LIGHT
     x1, y1, x2, y2 = (value * SIZE // 1000 for value in content.box)
     mask = _shape_mask(content.shape, y2 - y1, x2 - x1)
     color = torch.tensor(COLORS[content.color], dtype=torch.uint8)[:, None, None]
-    shown = slice(CARD_FRAMES, FRAMES) if content.card_first else slice(0, FRAMES - CARD_FRAMES)
-    region = frames[shown, :, y1:y2, x1:x2]
-    frames[shown, :, y1:y2, x1:x2] = torch.where(mask, color, region)
+    region = frames[CARD_FRAMES:, :, y1:y2, x1:x2]
+    frames[CARD_FRAMES:, :, y1:y2, x1:x2] = torch.where(mask, color, region)
     return frames
 
 
@@ -214,11 +205,11 @@ def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None
     """A random content of one side of the split; `dots` and `sign` are drawn too where they are not given."""
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
     box = rng.choice([box for box in _boxes() if is_heldout_box(color, shape, box) == heldout])
-    start, end, card_first = rng.choice([i for i in _intervals() if is_heldout_interval(color, shape, i) == heldout])
+    start, end = rng.choice([i for i in _INTERVALS if is_heldout_interval(color, shape, i) == heldout])
     dot_color, dots = rng.choice(DOT_COLORS), dots or rng.choice(list(_PATTERNS))
     pattern = rng.choice([p for p in _PATTERNS[dots] if is_heldout_pattern(dot_color, p) == heldout])
     sign = sign or rng.choice(_signs(heldout))
-    return Content(color, shape, box, start, end, card_first, sign, dots, dot_color, pattern)
+    return Content(color, shape, box, start, end, sign, dots, dot_color, pattern)
 
 
 def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
@@ -227,9 +218,9 @@ def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bo
     return (column + 3 * row + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 9 in (0, 4)
 
 
-def is_heldout_interval(color: str, shape: str, interval: tuple[int, int, bool]) -> bool:
-    """About one of 6 (start, end) per (colour, shape), whatever the card's position."""
-    start, end, _ = interval
+def is_heldout_interval(color: str, shape: str, interval: tuple[int, int]) -> bool:
+    """About one of 6 (start, end) per (colour, shape)."""
+    start, end = interval
     return (start + 2 * (end - start) + list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 6 == 0
 
 
@@ -380,10 +371,6 @@ def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
 
 def _boxes() -> list[tuple[int, int, int, int]]:
     return [(250 * x, 250 * y, 250 * (x + w), 250 * (y + h)) for (x, w), (y, h) in product(_SPANS, _SPANS)]
-
-
-def _intervals() -> list[tuple[int, int, bool]]:
-    return [(start, end, index < len(_INTERVALS) // 2) for index, (start, end) in enumerate(_INTERVALS)]
 
 
 def _move_into_place(temporary: Path, final: Path, settings: dict[str, Any]) -> None:

@@ -119,9 +119,11 @@ def build_tiny_student(
     try:
         export_student(student, staged)
         (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        staged.rename(folder)
+        try:
+            staged.rename(folder)
+        except OSError:
+            # Another process built the same student meanwhile: its copy is as good.
+            _check_same(folder, settings)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

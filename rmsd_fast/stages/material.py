@@ -14,6 +14,7 @@ from rmsd_fast.data.loader import TooManyBadSamples
 from rmsd_fast.data.prompts import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
+from rmsd_fast.models.folders import check_family, resolve_folder
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, broadcast_object
 from rmsd_fast.stages.state import NonFiniteRun
@@ -76,6 +77,8 @@ def prepare_material(settings: RunConfig, world: World) -> Material:
         heldout = heldout[: settings.evaluate.max_questions]
     pool = load_pool(files["pool"])
     check_pool(pool, train)
+    # Before a run folder is made; the main process fetches a hub model, the others find it.
+    on_main(world, lambda: check_family(resolve_folder(model_path)))
     simulated = any(response.model == "simulated" for responses in pool.values() for response in responses)
     return Material(train, heldout, pool, model_path, simulated, files)
 

@@ -9,9 +9,10 @@ import torch
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.data.records import Question
-from rmsd_fast.method.answers import CLOSED_TASKS, parse_answer
+from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import best_response, matching_probabilities, uniform
 from rmsd_fast.method.quality import quality_score
+from rmsd_fast.teacher.diagnostics import score_pool
 from rmsd_fast.teacher.pool import TeacherResponse
 
 
@@ -85,26 +86,22 @@ def _targets_of(
 ) -> Targets:
     closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
     token_ids, quality, valid = [], [], []
-    for response in responses:
+    for response, (is_valid, score) in zip(responses, _scores(question, responses, teacher), strict=True):
         try:
             ids = builder.encode_response(response.text)
         except ResponseError:
-            ids = None
-        usable = ids is not None
-        valid.append(usable and parse_answer(response.text, question.task_type, question.options) is not None)
+            # A vision token in a response would be taken for pixels: such a text is never shown to a model.
+            ids, is_valid, score = None, False, 0.0
         token_ids.append(ids)
-        quality.append(_quality(response.text, question, teacher) if usable else 0.0)
+        valid.append(is_valid)
+        quality.append(score)
     q = torch.tensor(quality, dtype=torch.float32)
     p = matching_probabilities(q, closed_ended=closed, min_quality=teacher.min_quality)
     return Targets(tuple(token_ids), q, p, tuple(valid), _imitated(token_ids, q, closed, question.id, seed, imitate))
 
 
-def _quality(text: str, question: Question, teacher: TeacherConfig) -> float:
-    if teacher.quality == "uniform":
-        return 1.0
-    return quality_score(
-        text, question.task_type, question.answer, options=question.options, **quality_settings(teacher)
-    )
+def _scores(question: Question, responses: list[TeacherResponse], teacher: TeacherConfig) -> list[tuple[bool, float]]:
+    return score_pool({question.id: responses}, [question], teacher)[question.id]
 
 
 def _imitated(token_ids, quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str) -> int | None:

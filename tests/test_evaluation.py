@@ -1,0 +1,80 @@
+"""Intervals, differences and the files of the run folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.records import Question
+from rmsd_fast.stages.evaluation import (
+    compare,
+    format_table,
+    read_predictions,
+    summarise,
+    write_evaluation,
+    write_predictions,
+)
+
+
+def records(scores, task="mcq"):
+    return [
+        {"id": f"{task}{i}", "task_type": task, "response": "", "score": s, "valid": s > 0, "truncated": False}
+        for i, s in enumerate(scores)
+    ]
+
+
+def test_wilson_interval_by_hand():
+    result = summarise(records([1.0] * 8 + [0.0] * 2))["tasks"]["mcq"]
+    # Wilson score interval of 8 in 10 at 95%: 0.490 to 0.943.
+    assert (result["mean"], result["n"], result["valid_share"]) == (0.8, 10, 0.8)
+    assert result["low"] == pytest.approx(0.4902, abs=1e-4)
+    assert result["high"] == pytest.approx(0.9433, abs=1e-4)
+
+
+def test_an_interval_never_has_no_width():
+    none, all_right = (summarise(records([s] * 20))["tasks"]["mcq"] for s in (0.0, 1.0))
+    assert none["low"] == 0 and none["high"] == pytest.approx(0.1611, abs=1e-4)
+    assert all_right["high"] == 1 and all_right["low"] == pytest.approx(0.8389, abs=1e-4)
+
+
+def test_closed_leaves_out_open_questions():
+    result = summarise(records([1.0, 0.0]) + records([1.0, 1.0], "open"))
+    assert result["closed"]["mean"] == 0.5 and result["closed"]["n"] == 2
+    assert result["all"]["mean"] == 0.75
+    assert "closed" not in summarise(records([1.0], "open"))
+
+
+def test_paired_difference():
+    before, after = records([0.0, 0.5, 1.0] * 30), records([0.5, 1.0, 1.0] * 30)
+    result = compare(after, list(reversed(before)))["tasks"]["mcq"]
+    assert result["mean"] == pytest.approx(1 / 3)
+    # Standard error of the mean of (0.5, 0.5, 0) x 30: 0.2357 / sqrt(90) = 0.0248.
+    assert result["low"] == pytest.approx(1 / 3 - 1.96 * 0.0248, abs=0.01)
+    assert result["high"] == pytest.approx(1 / 3 + 1.96 * 0.0248, abs=0.01)
+    assert compare(before, before)["closed"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 90}
+
+
+def test_files_of_the_run_folder(tmp_path):
+    questions = [
+        Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
+        for i in range(4)
+    ]
+    settings = RunConfig()
+    settings.evaluate.samples = 2
+    write_predictions(tmp_path, "stage1", records([0.0, 1.0, 1.0, 0.0]))
+    assert read_predictions(tmp_path, "stage2") is None
+    first = write_evaluation(tmp_path, questions, settings, simulated=True)
+    assert first["differences"] == {} and first["floors"]["mcq"] == {"score": 1.0, "answer": "A", "n": 4}
+    write_predictions(tmp_path, "stage2", records([1.0, 1.0, 1.0, 0.0]))
+    write_evaluation(tmp_path, questions, settings, simulated=True)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(result["students"]) == ["stage1", "stage2"] and result["teacher_simulated"] is True
+    assert result["differences"]["stage2-stage1"]["closed"]["mean"] == 0.25
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [s["student"] for s in samples] == ["stage1"] * 2 + ["stage2"] * 2
+    assert samples[0]["videos"] == ["v.mp4"] and samples[0]["options"] == ["a", "b"]
+    table = format_table(result)
+    assert "0.500" in table and "stage2-stage1, closed tasks: +0.250" in table
+    assert not list(tmp_path.rglob("*.tmp"))

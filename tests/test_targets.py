@@ -1,0 +1,93 @@
+"""What training takes from a pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.prompts import ResponseError
+from rmsd_fast.data.records import Question
+from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.targets import build_targets, content_score
+
+QUESTION = Question(id="q", question="When?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
+
+
+class Builder:
+    def encode_response(self, text):
+        if "<|video_pad|>" in text:
+            raise ResponseError("special token")
+        return torch.arange(len(text))
+
+
+def answer(text):
+    return f"<think>a</think><answer>{text}</answer>"
+
+
+def targets(texts, question=QUESTION, imitate="best", reasons=None, **teacher):
+    reasons = reasons or ["stop"] * len(texts)
+    pool = {
+        question.id: [
+            TeacherResponse(question.id, k, "", text, finish_reason=reason)
+            for k, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+    }
+    return build_targets([question], pool, TeacherConfig(**teacher), Builder(), seed=0, imitate=imitate)[question.id]
+
+
+def test_quality_filter_and_matching_by_hand():
+    t = targets([answer("0.0 to 10.0"), answer("0.0 to 5.0"), answer("0.0 to 2.0"), answer("nonsense")])
+    assert t.quality.tolist() == pytest.approx([1.0, 0.5, 0.2, 0.0])
+    # tau = 0.3 keeps the first two: p = q / 1.5.
+    assert t.p.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert t.valid == (True, True, True, False) and t.imitate == 0 and t.has_teacher
+
+
+def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
+    t = targets(
+        [answer("0.0 to 10.0<|video_pad|>"), answer("0.0 to 10.0"), answer("0.0 to 5.0")],
+        reasons=["stop", "length", "stop"],
+    )
+    assert t.token_ids[0] is None and t.quality.tolist() == pytest.approx([0, 0, 0.5])
+    assert t.valid == (False, False, True) and t.imitate == 2
+
+
+def test_an_empty_pool_gives_no_teacher():
+    t = targets([answer("nonsense")] * 4)
+    assert not t.has_teacher and t.imitate is None
+    none = build_targets([QUESTION], {}, TeacherConfig(), Builder(), seed=0, imitate="best")["q"]
+    assert not none.has_teacher and none.imitate is None and none.quality.shape == (0,)
+
+
+def test_open_questions_match_uniformly_and_imitate_a_valid_one():
+    picked = Counter()
+    for number in range(60):
+        question = Question(id=f"o{number}", question="?", task_type="open", videos=("v",))
+        t = targets([answer("x"), "no format", answer("y"), answer("z")], question)
+        assert t.p.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+        picked[t.imitate] += 1
+    assert set(picked) == {0, 2, 3}
+
+
+def test_k_and_uniform_quality():
+    texts = [answer("0.0 to 1.0"), answer("0.0 to 10.0")]
+    assert targets(texts, responses=1).quality.shape == (1,)
+    gad = targets(texts, responses=1, quality="uniform", min_quality=0.0)
+    assert gad.quality.tolist() == [1.0] and gad.p.tolist() == [1.0] and gad.imitate == 0
+
+
+def test_random_imitation_takes_any_response_whatever_its_quality():
+    picked = Counter()
+    for number in range(80):
+        question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
+        picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate] += 1
+    assert set(picked) == {0, 1} and min(picked.values()) > 20
+
+
+def test_content_is_zero_for_open_questions():
+    question = Question(id="o", question="?", task_type="open", videos=("v",))
+    assert content_score(answer("x"), question, TeacherConfig()) == 0.0
+    assert content_score(answer("0.0 to 5.0"), QUESTION, TeacherConfig()) == pytest.approx(0.5)

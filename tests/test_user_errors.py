@@ -1,0 +1,116 @@
+"""What a user can get wrong: a message with what, where and what to do, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from material import tiny_material
+
+from rmsd_fast import evaluate, train
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return tiny_material(tmp_path_factory.mktemp("errors"))
+
+
+def fails(capsys, tmp_path, *arguments: str, program=train) -> str:
+    assert program.main(list(arguments)) == 2
+    assert not (tmp_path / "runs").exists()
+    return capsys.readouterr().err
+
+
+def arguments(material, tmp_path, **changes) -> list[str]:
+    given = {
+        "data.train": material.files["train"],
+        "teacher.pool": material.files["pool"],
+        "model.path": material.model_path,
+        "model.dtype": "float32",
+        "output": tmp_path / "runs",
+    }
+    return ["rmsd_qwen3vl_4b", *(f"{key}={value}" for key, value in {**given, "data.heldout": "", **changes}.items())]
+
+
+def read(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_unknown_setting(capsys, tmp_path):
+    assert "did you mean sft.steps" in fails(capsys, tmp_path, "quickstart", "sft.stepz=3")
+
+
+def test_no_such_questions(capsys, tmp_path, material):
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}))
+    assert "nowhere.jsonl: cannot be read" in error
+
+
+def test_question_without_its_ground_truth(capsys, tmp_path, material):
+    lines = read(material.files["train"])
+    next(line for line in lines if line["task_type"] == "mcq").pop("answer")
+    number = 1 + next(i for i, line in enumerate(lines) if "answer" not in line)
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": path}))
+    assert f"train.jsonl:{number}" in error and "answer" in error
+
+
+def test_media_outside_the_root(capsys, tmp_path, material):
+    line = read(material.files["train"])[0]
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({**line, "videos": ["../../etc/passwd"]}) + "\n")
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": path}))
+    assert "train.jsonl:1" in error and "data.media_root" in error
+
+
+def test_pool_of_other_questions(capsys, tmp_path, material):
+    lines = read(material.files["pool"])
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps({**line, "id": f"other-{line['id']}"}) + "\n" for line in lines))
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"teacher.pool": path}))
+    assert "other questions" in error or "no response" in error or "pool" in error
+
+
+def test_model_of_another_family(capsys, tmp_path, material):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"model.path": folder}))
+    assert "llama" in error and "qwen3_vl" in error
+
+
+def test_no_ffmpeg(capsys, tmp_path, material, monkeypatch):
+    # What an import of torchcodec without FFmpeg's libraries ends in.
+    for name in ("torchcodec", "torchcodec.decoders", "torchcodec.encoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    error = fails(
+        capsys, tmp_path, "quickstart", f"output={tmp_path / 'runs'}", f"made.folder={tmp_path / 'made'}",
+        "made.train_clips=2", "made.heldout_clips=1",
+    )  # fmt: skip
+    assert "ffmpeg" in error.lower() and "install" in error
+    assert not list((tmp_path / "made").glob("*"))
+
+
+def test_nothing_to_evaluate(capsys, tmp_path, material):
+    given = arguments(material, tmp_path)
+    error = fails(capsys, tmp_path, *given, "--output", str(tmp_path / "x.json"), program=evaluate)
+    assert "data.heldout" in error
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_batch_that_the_processes_cannot_share(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "multiple of 3 processes" in fails(capsys, tmp_path, "quickstart", "--dry-run")
+
+
+def test_resume_of_a_folder_that_is_no_run(capsys, tmp_path):
+    assert "config.yaml" in fails(capsys, tmp_path, "--resume", str(tmp_path / "nothing"))
+
+
+def test_print_config_and_dry_run(capsys):
+    assert train.main(["quickstart", "--print-config", "seed=5"]) == 0
+    assert "seed: 5" in capsys.readouterr().out
+    assert train.main(["distill.steps=7", "--dry-run"]) == 0
+    assert "distill: 7 steps" in capsys.readouterr().out
