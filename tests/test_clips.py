@@ -195,10 +195,10 @@ def test_a_damaged_folder_is_refused(tmp_path):
     settings = {"train_clips": 1, "heldout_clips": 1, "questions_per_clip": 1, "seed": 0}
     folder = make_clips(tmp_path, **settings).folder
     (folder / "heldout.jsonl").unlink()
-    with pytest.raises(RuntimeError, match=r"without heldout\.jsonl; remove the folder"):
+    with pytest.raises(ValueError, match=r"without heldout\.jsonl; remove the folder"):
         make_clips(tmp_path, **settings)
     (folder / "made.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="expected made clips with the settings"):
+    with pytest.raises(ValueError, match="expected made clips with the settings"):
         make_clips(tmp_path, **settings)
 
 

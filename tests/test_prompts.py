@@ -153,6 +153,14 @@ def test_special_tokens_in_responses_are_refused_by_name(builder: PromptBuilder,
     assert token in str(caught.value)
 
 
+def test_lone_surrogates_are_refused(builder: PromptBuilder) -> None:
+    with pytest.raises(ResponseError, match="surrogate"):
+        builder.encode_response("a\ud800b")
+    question = Question(id="q", question="a\ud800b", task_type="open")
+    with pytest.raises(PromptError, match="surrogate"):
+        builder.build_from_media(question, ())
+
+
 def test_banned_ids_are_all_special_ids_but_the_end(student: Student, builder: PromptBuilder) -> None:
     banned = set(builder.banned_ids.tolist())
     names = ["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]

@@ -130,7 +130,7 @@ def make_clips(
 
     Raises:
         ValueError: a number out of range.
-        NotInstalled: torchcodec or FFmpeg is missing, or the folder belongs to something else.
+        NotInstalled: torchcodec or FFmpeg is missing.
     """
     for name, value, low, high in (
         ("train_clips", train_clips, 1, None),
@@ -392,4 +392,4 @@ def _check_made(folder: Path, settings: dict[str, Any]) -> None:
     missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
     if found != settings or missing:
         got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
-        raise NotInstalled(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")
+        raise ValueError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")

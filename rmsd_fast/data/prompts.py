@@ -127,6 +127,8 @@ class PromptBuilder:
         Raises:
             ResponseError: the text holds a special token; vision tokens in it would be taken for pixels.
         """
+        if not _is_unicode(text):
+            raise ResponseError("a response must be Unicode text, got a lone surrogate; leave the response out")
         ids = self._encode(text)
         for index in ids.tolist():
             if index in self._special:
@@ -147,6 +149,8 @@ class PromptBuilder:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
     def _refuse_special(self, question: Question, text: str) -> None:
+        if not _is_unicode(text):
+            raise PromptError(f"question {question.id!r}: expected Unicode text, got a lone surrogate; mend the question")
         for token in self._special.values():
             if token in text:
                 raise PromptError(
@@ -168,6 +172,15 @@ class PromptBuilder:
             )
         marks = [media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can carry lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def question_text(question: Question) -> str:

@@ -68,6 +68,7 @@ def _hand_out(groups: list[Group], scores: torch.Tensor) -> None:
         start += len(group.rollouts)
 
 
+TIE = 1e-5
 _SUMS = [
     "d_loss",
     "d_students",
@@ -99,7 +100,8 @@ def _add_sums(sums: dict[str, float], scores, lengths, students: int, pairs, los
             scores[:students].sum(),
             scores[students:].sum(),
             weight.sum(),
-            (weight * (margin > 0)).sum(),
+            # Equal texts score the same up to rounding: a tie counts half, as in the area under a ROC curve.
+            (weight * ((margin > TIE) + 0.5 * (margin.abs() <= TIE))).sum(),
             (weight * margin).sum(),
             scores.new_tensor(len(scores)),
             lengths.sum(),

@@ -18,8 +18,8 @@ from rmsd_fast.models.folders import check_family, resolve_folder
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, broadcast_object
 from rmsd_fast.stages.state import NonFiniteRun
-from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool, write_pool
-from rmsd_fast.teacher.simulated import simulate_teacher
+from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
+from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
 
 Result = TypeVar("Result")
 
@@ -79,8 +79,7 @@ def prepare_material(settings: RunConfig, world: World) -> Material:
     check_pool(pool, train)
     # Before a run folder is made; the main process fetches a hub model, the others find it.
     on_main(world, lambda: check_family(resolve_folder(model_path)))
-    simulated = any(response.model == "simulated" for responses in pool.values() for response in responses)
-    return Material(train, heldout, pool, model_path, simulated, files)
+    return Material(train, heldout, pool, model_path, is_simulated(pool), files)
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
@@ -113,12 +112,9 @@ def _make(settings: RunConfig) -> dict[str, str]:
         folder = Path(made.folder).absolute() / f"real-clips-{made.seed}"
         train, heldout, root = write_real_questions(folder)
     questions = load_questions(train, media_root=root)
-    pool_path = folder / f"pool-k{made.responses}-error{made.teacher_error_rate}.jsonl"
-    if not pool_path.is_file():
-        write_pool(
-            pool_path,
-            simulate_teacher(questions, k=made.responses, seed=made.seed, error_rate=made.teacher_error_rate),
-        )
+    pool_path = write_simulated_pool(
+        folder, questions, k=made.responses, seed=made.seed, error_rate=made.teacher_error_rate
+    )
     texts = [question_text(question) for question in questions[:2000]]
     texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
     student = folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
