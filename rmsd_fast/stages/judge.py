@@ -84,7 +84,6 @@ _SUMS = [
     "d_xx",
     "d_yy",
     "d_xy",
-    "d_tokens",
 ]
 
 
@@ -109,7 +108,6 @@ def _add_sums(sums: dict[str, float], scores, lengths, students: int, pairs, los
             lengths.square().sum(),
             scores.square().sum(),
             (lengths * scores).sum(),
-            lengths.sum(),
         ]
     ).tolist()
     for name, value in zip(_SUMS, found, strict=True):

@@ -1,0 +1,23 @@
+"""What the README says can be done."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from rmsd_fast.config import RECIPES
+
+
+def test_the_example_of_the_losses_runs(repository):
+    (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
+    checks = "\nassert hidden.grad is not None and head.grad is not None and student.grad is not None"
+    subprocess.run([sys.executable, "-c", code + checks], check=True)
+
+
+def test_recipes_and_files_it_names_exist(repository):
+    text = (repository / "README.md").read_text()
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        assert (repository / path).exists(), path
+    for recipe in RECIPES.glob("*.yaml"):
+        assert f"`{recipe.stem}`" in text, recipe.stem
