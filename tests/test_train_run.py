@@ -91,8 +91,9 @@ def test_export_gives_the_same_logits_in_plain_transformers(whole):
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path):
-    done = run_train(mini_arguments(tmp_path, made), processes=2)
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage):
+    done = run_train(mini_arguments(tmp_path, made, f"runtime.zero_stage={zero_stage}"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = metrics(whole), metrics(only_run(tmp_path))
     assert len(one) == len(two) == 9
