@@ -13,12 +13,24 @@ RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("sft", "warm_up", "distill")
 
 
-class SettingsError(ValueError):
-    """A setting that the user can mend. The message says which, what was expected, what it was and what to write."""
+class UserError(Exception):
+    """What the user can mend: the programs print its message, without a traceback, and exit with 2."""
 
 
-class NotInstalled(RuntimeError):
-    """Something that this machine lacks or holds in another state. The message says what to install or remove."""
+class SettingsError(UserError, ValueError):
+    """A setting. The message says which, what was expected, what it was and what to write."""
+
+
+class NotInstalled(UserError, RuntimeError):
+    """Something that this machine lacks. The message says what to install."""
+
+
+class ModelError(UserError, ValueError):
+    """A model directory that cannot be used."""
+
+
+class CheckpointError(UserError, ValueError):
+    """A checkpoint that is damaged or belongs to another run."""
 
 
 @dataclass
@@ -158,10 +170,8 @@ class SftConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """The co-evolving judge."""
+    """The co-evolving judge: its own copy of the stage-1 student with a scalar head (2603.11423)."""
 
-    mode: str = "separate"
-    """`separate`: its own copy of the stage-1 student with a scalar head (2603.11423)."""
     lr: float = 1e-6
     """AdamW learning rate (open; GAD 2511.10643)."""
     warm_up_steps: int = 40
@@ -198,10 +208,8 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student."""
+    """Online responses of the student, by transformers in the training process."""
 
-    engine: str = "hf"
-    """`hf`: transformers in the training process, prompt prefilled once for all N."""
     n: int = 8
     """N, rollouts per question (2603.11423: 8)."""
     temperature: float = 0.8

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from rmsd_fast.config import RunConfig
-from rmsd_fast.models.students import load_student
+from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise, write_whole
-from rmsd_fast.stages.material import USER_ERRORS, prepare_material
+from rmsd_fast.stages.material import prepare_material
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="recipe with the held-out questions and settings")
+    parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
     arguments = parser.parse_intermixed_args(argv)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         world = start()
         evaluate(settings, world, arguments.output)
         return 0
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
         return 2
     finally:
@@ -41,13 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
-    material = prepare_material(settings, world)
-    if not material.heldout:
-        raise ValueError("data.heldout: expected a file with questions to evaluate on, got none")
-    student = load_student(
-        material.model_path, dtype=settings.model.dtype, attn_implementation=settings.model.attention
-    )
-    student.model.to(world.device)
+    material = prepare_material(settings, world, training=False)
+    student = load(material.model_path, settings, world)
     records = answer_questions(student, material.heldout, settings, world, name=material.model_path)
     if not world.is_main:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import textwrap
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -26,65 +27,33 @@ CHOICES = {
     "teacher.spatial_format": ("relative", "pixel"),
     "sft.schedule": ("cosine", "constant"),
     "sft.target": ("best", "random"),
-    "discriminator.mode": ("separate",),
     "discriminator.pairing": ("expected", "sampled"),
     "discriminator.normalizer": ("pairs", "quality"),
     "reward.normalization": ("gn_then_sum", "sum_then_gn"),
-    "rollout.engine": ("hf",),
     "distill.schedule": ("cosine", "constant"),
     "distill.objective": ("policy", "sft"),
     "distill.kl": ("k2", "k3", "full"),
     "distill.aggregation": ("token_mean", "sequence_mean"),
     "runtime.zero_stage": (0, 1, 2, 3),
 }
-AT_LEAST_ONE = [
-    "sft.steps",
-    "sft.batch_size",
-    "sft.micro_batch",
-    "distill.steps",
-    "distill.batch_size",
-    "distill.micro_prompts",
-    "rollout.n",
-    "rollout.max_new_tokens",
-    "rollout.prompts_per_batch",
-    "teacher.responses",
-    "evaluate.max_new_tokens",
-    "evaluate.prompts_per_batch",
-    "data.decode_threads",
-    "data.max_prompt_tokens",
-    "checkpoint.keep",
-    "runtime.max_skipped_steps",
-    "made.train_clips",
-    "made.heldout_clips",
-    "made.questions_per_clip",
-    "made.responses",
-]
-NOT_NEGATIVE = [
-    "sft.lr",
-    "sft.warmup_steps",
-    "sft.weight_decay",
-    "discriminator.lr",
-    "discriminator.warm_up_steps",
-    "discriminator.warm_up_lr",
-    "discriminator.score_l2",
-    "distill.lr",
-    "distill.warmup_steps",
-    "distill.weight_decay",
-    "distill.kl_coef",
-    "reward.alpha",
-    "reward.beta",
-    "reward.eta",
-    "reward.delta",
-    "reward.kl_in_reward",
-    "runtime.grad_clip",
-    "teacher.min_quality",
-    "teacher.numeric_eps",
-    "data.cache_mib",
-    "data.max_bad_share",
-    "checkpoint.every_steps",
-    "evaluate.max_questions",
-    "evaluate.samples",
-]
+# Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
+COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
+RANGES = {
+    COUNT: "sft.steps sft.batch_size sft.micro_batch distill.steps distill.batch_size distill.micro_prompts rollout.n "
+    "rollout.max_new_tokens rollout.prompts_per_batch teacher.responses evaluate.max_new_tokens "
+    "evaluate.prompts_per_batch data.decode_threads data.max_prompt_tokens checkpoint.keep runtime.max_skipped_steps "
+    "made.train_clips made.heldout_clips made.responses made.student_layers video.min_frames video.max_frames "
+    "video.min_video_pixels video.max_video_pixels video.max_frame_pixels video.min_image_pixels "
+    "video.max_image_pixels",
+    NUMBER: "sft.lr sft.warmup_steps sft.weight_decay discriminator.lr discriminator.warm_up_steps "
+    "discriminator.warm_up_lr discriminator.score_l2 distill.lr distill.warmup_steps distill.weight_decay "
+    "distill.kl_coef reward.alpha reward.beta reward.eta reward.delta reward.kl_in_reward runtime.grad_clip "
+    "teacher.numeric_eps data.cache_mib checkpoint.every_steps evaluate.max_questions evaluate.samples",
+    SHARE: "teacher.min_quality data.max_bad_share made.teacher_error_rate",
+    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
+    (2, None): "video.num_frames evaluate.num_frames",
+    (1, 6): "made.questions_per_clip",
+}
 
 
 def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -134,6 +103,12 @@ def settings_as_dict(settings: RunConfig) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
+def uses_reference(settings: RunConfig) -> bool:
+    """Whether stage 2 scores its rollouts with the stage-1 student."""
+    policy = "distill" in settings.stages and settings.distill.objective == "policy"
+    return policy and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
+
+
 def uses_discriminator(settings: RunConfig) -> bool:
     """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
     late = "warm_up" in settings.stages or "distill" in settings.stages
@@ -155,10 +130,20 @@ def _describe_fields(cls: type, prefix: str) -> list[str]:
     documents = _field_documents()[cls.__name__]
     default = cls()
     return [
-        f"  {prefix}{f.name} = {getattr(default, f.name)}\n      {documents[f.name]}"
+        f"  {prefix}{f.name}={_as_yaml(getattr(default, f.name))}\n"
+        + textwrap.fill(documents[f.name], 110, initial_indent="      ", subsequent_indent="      ")
         for f in fields(cls)
         if f.name in documents
     ]
+
+
+def _as_yaml(value: object) -> str:
+    """A default as it would be written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _field_documents() -> dict[str, dict[str, str]]:
@@ -243,14 +228,13 @@ def _check(settings: RunConfig) -> None:
                 )
             allowed = ", ".join(map(str, choices))
             raise SettingsError(f"{key}: expected one of {allowed}, got {_value(settings, key)!r}")
-    for key in AT_LEAST_ONE:
-        if _value(settings, key) < 1:
-            raise SettingsError(f"{key}: expected at least 1, got {_value(settings, key)}")
-    for key in NOT_NEGATIVE:
-        if not _value(settings, key) >= 0:
-            raise SettingsError(f"{key}: expected a number >= 0, got {_value(settings, key)}")
-    if not settings.rollout.temperature > 0:
-        raise SettingsError(f"rollout.temperature: expected > 0, got {settings.rollout.temperature}")
+    for (low, high), keys in RANGES.items():
+        for key in keys.split():
+            value = _value(settings, key)
+            # Written so that NaN fails too.
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                expected = f"at least {low}" if high is None else f"{low} to {high}"
+                raise SettingsError(f"{key}: expected {expected if low != 1e-12 else 'a number above 0'}, got {value}")
     if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
         raise SettingsError(
             f"stages: expected a part of {list(STAGES)} in this order, got {settings.stages}; e.g. stages=[sft]"
@@ -292,6 +276,12 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             ],
             control,
             "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
+        ),
+        (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
+        (
+            [f"sft.{f.name}" for f in fields(settings.sft) if f.name not in ("target", "micro_batch")],
+            "sft" not in stages,
+            "stage sft is not in stages; the control takes distill.* for it",
         ),
         (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
         (["discriminator.warm_up"], "warm_up" not in stages, "stage warm_up is not in stages; add it to stages"),

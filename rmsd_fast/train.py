@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.settings import describe_settings, load_settings, to_yaml
@@ -26,7 +26,7 @@ from rmsd_fast.stages.evaluation import (
     write_evaluation,
     write_predictions,
 )
-from rmsd_fast.stages.material import USER_ERRORS, on_main, prepare_material
+from rmsd_fast.stages.material import on_main, prepare_material
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.run import (
     Run,
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"stopped by SIGTERM, state saved; continue with --resume {stopped}", file=sys.stderr)
         return 0
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"rmsd_fast.train: {error}", file=sys.stderr)
         return 2
     finally:

@@ -134,14 +134,14 @@ def test_a_question_without_teacher_gives_no_pair_and_no_d_reward(folder, materi
         targets = state.targets[prompt.question.id]
         state.targets[prompt.question.id] = replace(targets, p=torch.zeros_like(targets.p))
     metrics = distill.step(state, prompts, settings, rollout_step=0).metrics
-    assert metrics["teacher/empty_groups"] == 2
+    assert metrics["teacher/empty_share"] == 0.5
     groups, _ = distill._roll_out(state, prompts, settings, 0)
     assert make_pairs(groups, settings).normalizer == 2 * settings.rollout.n
     for prompt in prompts[2:]:
         targets = state.targets[prompt.question.id]
         state.targets[prompt.question.id] = replace(targets, p=torch.zeros_like(targets.p))
     none = distill.step(state, prompts, settings, rollout_step=1).metrics
-    assert none["teacher/empty_groups"] == 4 and none["reward/discriminator/raw"] == 0
+    assert none["teacher/empty_share"] == 1 and none["reward/discriminator/raw"] == 0
     assert none["discriminator/loss"] == pytest.approx(
         settings.discriminator.score_l2 * none["discriminator/score_student"] ** 2, rel=1.0, abs=1e-2
     )

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, environment, metrics, mini_arguments, only_run, run_train
 from safetensors.torch import load_file
+
+from runs import command, environment, metrics, mini_arguments, only_run, run_train
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import NotInstalled
+from rmsd_fast.config import NotInstalled, SettingsError
 from rmsd_fast.data.records import Question, write_questions
 from rmsd_fast.method.answers import TASK_TYPES
 
@@ -139,7 +139,7 @@ def make_clips(
     ):
         if value < low or (high is not None and value > high):
             limit = f"{low} to {high}" if high else f"at least {low}"
-            raise ValueError(f"made.{name}: expected {limit}, got {value}; change the setting")
+            raise SettingsError(f"made.{name}: expected {limit}, got {value}; change the setting")
     settings = {
         "version": VERSION,
         "train_clips": train_clips,
@@ -392,4 +392,4 @@ def _check_made(folder: Path, settings: dict[str, Any]) -> None:
     missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
     if found != settings or missing:
         got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
-        raise ValueError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")
+        raise SettingsError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")

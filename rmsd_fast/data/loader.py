@@ -6,6 +6,7 @@ there is to save.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rmsd_fast.config import SettingsError, UserError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import MediaError
@@ -22,7 +24,7 @@ from rmsd_fast.data.video import MediaError
 ATTEMPTS = 20
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(UserError, RuntimeError):
     """More samples than `data.max_bad_share` could not be used."""
 
 
@@ -32,16 +34,9 @@ def order_position(n: int, position: int, *, seed: int, stage: str) -> int:
     return int(_permutation(n, seed, stage, epoch)[place])
 
 
+@functools.lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
-    key = (n, seed, stage, epoch)
-    if key not in _PERMUTATIONS:
-        _PERMUTATIONS.clear()
-        _PERMUTATIONS[key] = np.random.default_rng(_hash(f"order/{seed}/{stage}/{epoch}")).permutation(n)
-    return _PERMUTATIONS[key]
-
-
-# The last permutation used; a cache, not state.
-_PERMUTATIONS: dict[tuple, np.ndarray] = {}
+    return np.random.default_rng(_hash(f"order/{seed}/{stage}/{epoch}")).permutation(n)
 
 
 def _hash(text: str) -> int:
@@ -76,7 +71,7 @@ class PromptLoader:
         run_folder: Path,
     ):
         if positions_per_step % size:
-            raise ValueError(
+            raise SettingsError(
                 f"batch_size of stage {stage}: expected a multiple of the {size} processes, got {positions_per_step}"
             )
         self.builder, self.questions, self.stage, self.seed = builder, questions, stage, seed

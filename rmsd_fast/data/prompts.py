@@ -150,7 +150,7 @@ class PromptBuilder:
 
     def _refuse_special(self, question: Question, text: str) -> None:
         if not _is_unicode(text):
-            raise PromptError(f"question {question.id!r}: expected Unicode text, got a lone surrogate; mend the question")
+            raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; mend the text")
         for token in self._special.values():
             if token in text:
                 raise PromptError(

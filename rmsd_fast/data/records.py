@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.config import SettingsError, UserError
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 _FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "duration", "meta")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that the user can mend: `<file>:<line>: field 'x': expected …, got …; what to do`."""
 
     @classmethod
@@ -77,7 +78,7 @@ def load_questions(
     from rmsd_fast.data import converters
 
     if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        raise SettingsError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     path = Path(path)
     root = Path(media_root) if media_root else path.parent
     # absolute() first: resolve() of a relative path that does not exist would still be right, its message would not.

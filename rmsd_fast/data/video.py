@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rmsd_fast.config import NotInstalled, VideoConfig
+from rmsd_fast.config import ModelError, NotInstalled, SettingsError, VideoConfig
 
 # Longest side over shortest side that the family's processors accept.
 MAX_ASPECT_RATIO = 200
@@ -93,12 +93,12 @@ def load_preprocessor(folder: str | Path) -> Preprocessor:
     image = _read_json(folder / "preprocessor_config.json") or joint.get("image_processor")
     found = [_parse_preprocessor(settings, folder) for settings in (video, image) if settings]
     if not found:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: expected video_preprocessor_config.json or preprocessor_config.json, found neither; "
             "copy them from the original model folder"
         )
     if found[0] != found[-1]:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: images and videos are preprocessed differently ({found[-1]} and {found[0]}); "
             "models of the Qwen3-VL family share these settings, so check the two JSON files"
         )
@@ -111,18 +111,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise ModelError(
             f"{path}: not readable as JSON ({error}); restore it from the original model folder"
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
 def _parse_preprocessor(settings: dict[str, Any], folder: Path) -> Preprocessor:
     for key, needed in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if settings.get(key, needed) not in (needed, None):
-            raise ValueError(f"{folder}: preprocessing with {key}={settings[key]!r} is not supported, only {needed!r}")
+            raise ModelError(f"{folder}: preprocessing with {key}={settings[key]!r} is not supported, only {needed!r}")
     try:
         return Preprocessor(
             patch_size=int(settings["patch_size"]),
@@ -132,7 +132,7 @@ def _parse_preprocessor(settings: dict[str, Any], folder: Path) -> Preprocessor:
             image_std=tuple(float(value) for value in settings["image_std"]),
         )
     except KeyError as error:
-        raise ValueError(f"{folder}: the preprocessor settings lack {error.args[0]!r}") from error
+        raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}") from error
 
 
 def frame_indices(total: int, fps: float, settings: VideoConfig) -> list[int]:
@@ -159,7 +159,7 @@ def frame_indices(total: int, fps: float, settings: VideoConfig) -> list[int]:
         count = int(total / fps * settings.fps)
         count = min(max(count, settings.min_frames), settings.max_frames, total)
     if count < 1:
-        raise ValueError(f"expected at least one frame per video, got {count}; raise video.num_frames or video.fps")
+        raise SettingsError(f"expected at least one frame per video, got {count}; raise video.num_frames or video.fps")
     # float64 and rounding half to even are what numpy's linspace().round() gives, which the processor uses.
     return torch.linspace(0, total - 1, count, dtype=torch.float64).round().to(torch.int64).tolist()
 
@@ -263,7 +263,7 @@ def decode_video(path: str | Path, settings: VideoConfig, preprocessor: Preproce
         )
     indices = frame_indices(total, fps, settings)
     if len(indices) < needed:
-        raise ValueError(f"expected at least {needed} frames per video, got {len(indices)}; raise video.num_frames")
+        raise SettingsError(f"expected at least {needed} frames per video, got {len(indices)}; raise video.num_frames")
     try:
         pixels = decoder.get_frames_at(indices=indices).data
         height, width = video_size(len(indices), *pixels.shape[-2:], settings, preprocessor)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from rmsd_fast.config import ModelError
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.video import Preprocessor
 
@@ -24,7 +25,7 @@ def resolve_folder(path: str | Path) -> Path:
         return folder
     name = str(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(
+        raise ModelError(
             f"model.path: expected a model directory or a hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
             "which does not exist here"
         )
@@ -36,7 +37,7 @@ def resolve_folder(path: str | Path) -> Path:
     # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors (FileNotFoundError, ConnectionError).
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         offline = " HF_HUB_OFFLINE is set: unset it to download." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ValueError(
+        raise ModelError(
             f"model.path: {name!r} is no local directory and could not be fetched from the hub "
             f"({first_line(error)}).{offline} Without a network, copy the model here and give its directory"
         ) from error
@@ -46,13 +47,13 @@ def check_family(folder: Path) -> None:
     """Raise ValueError, naming the family found, unless config.json is that of a supported family."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: expected a model directory with config.json, found none; check model.path")
+        raise ModelError(f"{folder}: expected a model directory with config.json, found none; check model.path")
     try:
         family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as a model configuration ({first_line(error)})") from error
+        raise ModelError(f"{path}: not readable as a model configuration ({first_line(error)})") from error
     if family not in FAMILIES:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: expected a model of family {' or '.join(FAMILIES)}, got {family!r}; "
             "give model.path a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
         )
@@ -62,14 +63,14 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer with chat template and padding token. Raises ValueError naming what is missing."""
     # Without these files transformers builds a tokenizer that knows no words, and says nothing.
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ValueError(
+        raise ModelError(
             f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, found neither; restore them"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # tokenizers raises bare Exception for a damaged tokenizer.json.
     except Exception as error:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); "
             "restore tokenizer.json and tokenizer_config.json"
         ) from error
@@ -78,7 +79,7 @@ def load_tokenizer(folder: Path) -> Any:
         token for token in (END_TOKEN, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token not in vocabulary
     ]
     if missing:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: the tokenizer lacks {', '.join(missing)}; use the tokenizer of the Qwen3-VL family"
         )
     # Processors keep their template in these files; where a tokenizer carries another one, theirs counts.
@@ -86,7 +87,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not (folder / "chat_template.jinja").is_file() and legacy.is_file():
         tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: the tokenizer has no chat template; copy chat_template.jinja from the original model"
         )
     if tokenizer.pad_token_id is None:

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from rmsd_fast.config import NotInstalled
+from rmsd_fast.config import ModelError, NotInstalled
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
 from rmsd_fast.data.video import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
@@ -117,7 +117,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         NotInstalled: the attention implementation is not installed.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
+        raise ModelError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     folder = resolve_folder(path)
     check_family(folder)
     preprocessor = load_preprocessor(folder)
@@ -137,13 +137,13 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         ) from error
     # safetensors reports damaged files with an exception type of its own, derived from Exception alone.
     except Exception as error:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: the weights cannot be loaded ({first_line(error)}); "
             "expected *.safetensors that fit config.json: fetch or export the model again"
         ) from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
-        raise ValueError(
+        raise ModelError(
             f"{folder}: {len(names)} weights are missing or of another shape, the first is {names[0]}; "
             "fetch or export the model again"
         )
@@ -301,12 +301,12 @@ def _check_agreement(student: Student, folder: Path) -> None:
         (f"the ids of {IMAGE_PAD} and {VIDEO_PAD}", (config.image_token_id, config.video_token_id), ids),
     ):
         if wanted != found:
-            raise ValueError(
+            raise ModelError(
                 f"{folder}: {what} are {wanted} in config.json and {found} in the preprocessor or tokenizer files; "
                 "restore the files of one model"
             )
     if len(tokenizer) > config.text_config.vocab_size:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
             "restore the files of one model"
         )

@@ -17,6 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.prompts import ANSWER_FORMAT, END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.video import Preprocessor
 from rmsd_fast.models.students import Student, export_student
@@ -103,7 +104,7 @@ def build_tiny_student(
     texts = list(texts)
     smallest = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or vocab_size < smallest:
-        raise ValueError(
+        raise SettingsError(
             f"expected hidden a multiple of {HEAD_DIM}, layers >= 1 and vocab_size >= {smallest}, "
             f"got hidden={hidden}, layers={layers}, vocab_size={vocab_size}"
         )
@@ -238,7 +239,7 @@ def _check_same(folder: Path, settings: dict[str, object]) -> None:
     except ValueError:
         found = None
     if found != settings:
-        raise ValueError(
+        raise ModelError(
             f"{folder}: expected no folder or the tiny student with settings {settings}, "
             f"found {found or 'other files'}; choose another folder or remove this one"
         )

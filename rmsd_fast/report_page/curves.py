@@ -118,7 +118,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Groups without a signal",
                 "share of questions whose rollouts were all worth the same",
-                (("advantage/zero_groups", "groups"),),
+                (("advantage/zero_share", "groups"),),
                 include=(0.0,),
             ),
         ),
@@ -127,7 +127,12 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         "Policy",
         (
             Chart("Policy loss", "its level says little; jumps do", (("policy/loss", "loss"),)),
-            Chart("KL to the stage-1 student", "nats per token", (("policy/kl", "KL"),), include=(0.0,)),
+            Chart(
+                "KL to the stage-1 student",
+                "nats per token",
+                (("policy/kl", "KL"), ("policy/kl_k1", "k1 estimate")),
+                include=(0.0,),
+            ),
             Chart(
                 "Entropy",
                 "nats per token; a fall to 0 means collapse",
@@ -137,11 +142,14 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Importance ratio",
                 "trainer against rollout engine; 1 when both agree",
-                (("policy/ratio", "ratio"),),
+                (("policy/importance_ratio", "ratio"),),
                 include=(0.99, 1.01),
             ),
             Chart(
-                "Clipped tokens", "share outside the clip range", (("policy/clip_fraction", "clipped"),), include=(0.0,)
+                "Corrected for mismatch",
+                "shares of tokens capped and of responses left out",
+                (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "left out")),
+                include=(0.0,),
             ),
             Chart("Log-probability", "mean of the rollouts' tokens", (("policy/logp", "log-probability"),)),
             Chart("Gradient norm, policy", "before clipping", (("policy/grad_norm", "norm"),), include=(0.0,)),
@@ -163,17 +171,16 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart(
                 "Questions without a teacher",
                 "no response passed the filter",
-                (("teacher/empty_groups", "questions"),),
+                (("teacher/empty_share", "questions"),),
                 include=(0.0,),
             ),
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
             Chart(
                 "Rollouts",
-                "share cut at the limit, share with valid format, content score",
+                "share cut at the limit, share with valid format",
                 (
                     ("rollout/truncated_share", "truncated"),
                     ("rollout/valid_share", "valid"),
-                    ("rollout/content", "content"),
                 ),
                 y_range=(0.0, 1.0),
             ),

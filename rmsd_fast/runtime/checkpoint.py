@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rmsd_fast.config import CheckpointError, SettingsError
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -77,7 +78,7 @@ def save_checkpoint(
         RuntimeError: any other failure of one rank, on all ranks.
     """
     if keep < 1:
-        raise ValueError(f"checkpoint.keep: expected 1 or more, got {keep}")
+        raise SettingsError(f"checkpoint.keep: expected 1 or more, got {keep}")
     text = json.dumps(dict(state), indent=1, allow_nan=False)
     root = Path(run_folder) / "checkpoints"
     tmp = root / f"step_{tag}.tmp"
@@ -235,7 +236,7 @@ def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | Non
             return Checkpoint(root / name, int(_NAME.fullmatch(name)[1]), state, damaged)  # type: ignore[index]
         damaged.append(f"{name} is damaged ({'; '.join(problems[:3])})")
     if damaged:
-        raise ValueError(f"no checkpoint of {root} can be loaded: {'; '.join(damaged)}; start the run anew")
+        raise CheckpointError(f"no checkpoint of {root} can be loaded: {'; '.join(damaged)}; start the run anew")
     return None
 
 
@@ -290,24 +291,24 @@ def load_checkpoint(
     for name, engine in engines.items():
         if not (folder / "engines" / name).is_dir():
             have = sorted(p.name for p in (folder / "engines").glob("*"))
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder} has no engine '{name}', only {have}; resume with the settings it was saved with"
             )
         engine.load(folder / "engines" / name)
     for name, module in (extra_modules or {}).items():
         path = folder / f"module_{name}.safetensors"
         if not path.is_file():
-            raise ValueError(f"{folder} has no module '{name}'; resume with the settings it was saved with")
+            raise CheckpointError(f"{folder} has no module '{name}'; resume with the settings it was saved with")
         saved, now = read_tensors(path), _module_tensors(module)
         if saved.keys() != now.keys() or any(saved[k].shape != now[k].shape for k in now):
-            raise ValueError(f"{path} holds another model: expected the names and shapes of this run's '{name}'")
+            raise CheckpointError(f"{path} holds another model: expected the names and shapes of this run's '{name}'")
         with torch.no_grad():
             for key, value in saved.items():
                 now[key].copy_(value)
     path = folder / f"rng_{world.rank:05d}.json"
     if rng:
         if not path.is_file():
-            raise ValueError(f"{folder} was saved by fewer processes than the {world.size} of this run; use as many")
+            raise CheckpointError(f"{folder} was saved by fewer processes than {world.size}; use as many as then")
         _restore_rng(json.loads(path.read_text(encoding="utf-8")))
     return checkpoint.state
 
@@ -353,7 +354,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
         if old.get(key, missing) != new.get(key, missing)
     ]
     if changes and not allow_changes:
-        raise ValueError(
+        raise CheckpointError(
             "this run differs from the checkpoint that it should continue:\n  "
             + "\n  ".join(changes)
             + "\ngo back to the former settings and data, or continue all the same with --allow-changes"

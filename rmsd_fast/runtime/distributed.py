@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmsd_fast.config import CheckpointError, SettingsError
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -277,7 +278,7 @@ class Engine:
                 got = saved.get(key)
                 if key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
-                raise ValueError(
+                raise CheckpointError(
                     f"{folder}: {key} differs: saved with {got}, this run has {value}; resume with the same number of "
                     "processes, ZeRO stage, dtype and trained parameters, or start a run from the exported model"
                 )
@@ -357,13 +358,13 @@ def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:
 
 def _check(zero_stage: int, dtype: str, offload_optimizer: bool, trainable: int) -> None:
     if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"runtime.zero_stage: expected 0, 1, 2 or 3, got {zero_stage!r}")
+        raise SettingsError(f"runtime.zero_stage: expected 0, 1, 2 or 3, got {zero_stage!r}")
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype: expected float32 or bfloat16, got {dtype!r}")
+        raise SettingsError(f"model.dtype: expected float32 or bfloat16, got {dtype!r}")
     if offload_optimizer and zero_stage == 0:
-        raise ValueError("runtime.offload_optimizer needs runtime.zero_stage 1, 2 or 3, got 0")
+        raise SettingsError("runtime.offload_optimizer needs runtime.zero_stage 1, 2 or 3, got 0")
     if trainable == 0:
-        raise ValueError("no parameter of the model has requires_grad: expected one or more to train")
+        raise SettingsError("no parameter of the model has requires_grad: expected one or more to train")
 
 
 def _config(numel: int, zero_stage: int, grad_clip: float, dtype: str, offload_optimizer: bool) -> dict[str, Any]:

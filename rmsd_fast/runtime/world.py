@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rmsd_fast.config import NotInstalled
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,7 +56,7 @@ def start(timeout_s: float = 1800.0) -> World:
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
+            raise NotInstalled(
                 f"process {local_rank} of this node has no GPU: expected {local_rank + 1} or more, got "
                 f"{torch.cuda.device_count()}; start fewer with --nproc-per-node"
             )

@@ -10,7 +10,7 @@ from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.distributed import Engine, World
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.settings import uses_discriminator
+from rmsd_fast.settings import uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState
 from rmsd_fast.teacher.targets import build_targets
@@ -39,7 +39,7 @@ def build_distillation(path: str, settings: RunConfig, world: World, material: M
     """State of warm-up and stage 2: policy, discriminator and reference, all starting from the stage-1 student."""
     state = build_imitation(path, settings, world, material, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
-    if (settings.distill.kl_coef or settings.reward.kl_in_reward) and "distill" in settings.stages:
+    if uses_reference(settings):
         state.reference = Policy(load(path, settings, world).model).eval().requires_grad_(False)
     if uses_discriminator(settings):
         backbone = load(path, settings, world).model

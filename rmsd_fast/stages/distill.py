@@ -30,8 +30,6 @@ def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
         sums = judge(state, groups, features, settings)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard(state, [state.discriminator], settings)
-    for group in groups:
-        set_advantages(group, settings)
     sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups)}, state.world)
     metrics = {**judge_metrics(sums), **group_metrics(sums), **_work_metrics(sums), "discriminator/grad_norm": norm}
     return StepResult(metrics, skipped)
@@ -98,7 +96,6 @@ class _PolicyBatch:
         self.rollout_logp = torch.cat([r.logp for g in groups for r in g.rollouts]).to(device)
         self.lengths = torch.tensor([len(r.token_ids) for g in groups for r in g.rollouts], device=device)
         self.ref_logp: torch.Tensor | None = None
-        self.ref_head: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @torch.no_grad()
@@ -124,7 +121,7 @@ def _policy_batches(
     return batches
 
 
-def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, float]:
+def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, torch.Tensor]:
     """Forward and backward of the policy loss; the gradients are complete afterwards and not applied."""
     distill, device = settings.distill, state.world.device
     tokens = sum(int(batch.lengths.sum()) for batch in batches)
@@ -132,12 +129,14 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
     counts = global_sum({"tokens": tokens, "sequences": sequences}, state.world)
     token_mean = distill.aggregation == "token_mean"
     normalizer = counts["tokens"] if token_mean else counts["sequences"]
+    # With kl_coef = 0 k3 is only measured; "full" would need the reference's hidden states for that.
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
-    sums = dict.fromkeys(("p_loss", "p_tokens", *(f"p_{name}" for name in _MEASURED)), 0.0)
+    sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
         advantages = torch.cat([group.advantages for group in batch.groups]).to(device)
         each = 1.0 / batch.lengths
-        reference = {"ref_logp": batch.ref_logp} if kl else {}
+        # A reference that was scored for the reward is measured too, also where the loss has no KL.
+        reference = {} if batch.ref_logp is None else {"ref_logp": batch.ref_logp}
         if kl and distill.kl == "full":
             with torch.no_grad():
                 hidden, weight = state.reference(batch.prompts, batch.rows, batch.features, _hidden_and_head)
@@ -157,17 +156,15 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
         )
         result = state.policy(batch.prompts, batch.rows, batch.features, head)
         state.policy.backward(result.loss, last=number == len(batches) - 1)
-        own = len(batch.rollout_logp)
-        sums["p_loss"] += float(result.loss.detach())
-        sums["p_tokens"] += own
-        for name in _MEASURED:
-            if name in result.metrics:
-                sums[f"p_{name}"] += own * float(result.metrics[name])
+        measured = {"loss": result.loss.detach(), "tokens": batch.lengths.sum()}
+        measured |= {name: value * len(batch.rollout_logp) for name, value in result.metrics.items() if name in _MEANS}
+        for name, value in measured.items():
+            sums[f"p_{name}"] = sums.get(f"p_{name}", 0) + value
     return sums
 
 
-# Means over tokens that the loss reports; those that the chosen mode lacks stay 0.
-_MEASURED = ("kl", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction")
+# Means over tokens that the loss reports, those of them that the chosen mode has.
+_MEANS = ("kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction")
 
 
 def _hidden_and_head(hidden, weight, targets):
@@ -176,7 +173,8 @@ def _hidden_and_head(hidden, weight, targets):
 
 def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     # importance_ratio = trainer's over engine's probability of the sampled tokens: 1 where both compute the same.
-    return {"policy/loss": sums["p_loss"]} | {f"policy/{n}": sums[f"p_{n}"] / sums["p_tokens"] for n in _MEASURED}
+    means = {f"policy/{name}": sums[f"p_{name}"] / sums["p_tokens"] for name in _MEANS if f"p_{name}" in sums}
+    return {"policy/loss": sums["p_loss"], **means}
 
 
 def _work(groups: list[Group]) -> dict[str, float]:

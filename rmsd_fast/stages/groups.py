@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rmsd_fast.config import RunConfig
-from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.method.advantages import degenerate_groups, group_advantages
 from rmsd_fast.method.answers import has_outer_format, has_task_format, parse_answer
 from rmsd_fast.method.matching import Pairs, expected_pairs, sample_matches, sampled_pairs
@@ -83,7 +83,7 @@ def judged_rows(groups: list[Group], builder: PromptBuilder) -> tuple[RowBatch, 
     responses, owners = [], []
     for owner, group in enumerate(groups):
         for rollout in group.rollouts:
-            responses.append(builder.encode_response(rollout.text))
+            responses.append(_canonical_ids(rollout, builder))
             owners.append(owner)
     students = len(responses)
     for owner, group in enumerate(groups):
@@ -92,6 +92,16 @@ def judged_rows(groups: list[Group], builder: PromptBuilder) -> tuple[RowBatch, 
             owners.append(owner)
     rows = make_rows([group.prompt for group in groups], responses, owners, pad_id=builder.eos_id)
     return rows, students
+
+
+def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
+    """A rollout encoded as a teacher's text would be."""
+    try:
+        return builder.encode_response(rollout.text)
+    except ResponseError:
+        # The text spells a special token out of plain pieces. Its own ids hold no special one, generation bans them.
+        ids = rollout.token_ids
+        return torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
 
 
 def sampled_rows(groups: list[Group], *, pad_id: int) -> RowBatch:
@@ -136,6 +146,7 @@ def group_sums(groups: list[Group], settings: RunConfig) -> dict[str, float]:
     sums["discriminator_raw"] = sum(float(group.d_score.sum()) for group in groups)
     sums["discriminator_weighted"] = weights.alpha * sums["discriminator_raw"]
     sums["total"] = sum(float(group.reward.sum()) for group in groups)
+    sums["with_advantages"] = sum(len(group.advantages) > 0 for group in groups)
     sums["flat_groups"] = sum(float(degenerate_groups(group.advantages)) for group in groups if len(group.advantages))
     responses = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]
     sums["teacher_responses"] = len(responses)
@@ -153,14 +164,14 @@ def group_metrics(sums: dict[str, float]) -> dict[str, float]:
         "rollout/tokens_mean": sums["rollout_tokens"] / rollouts,
         "rollout/truncated_share": sums["truncated"] / rollouts,
         "rollout/valid_share": sums["valid"] / rollouts,
-        "rollout/content": sums["content_raw"] / rollouts,
-        "reward/total": sums["total"] / rollouts,
-        "advantage/zero_groups": sums["flat_groups"],
         "teacher/quality": sums["teacher_quality"] / responses,
         "teacher/valid_share": sums["teacher_valid"] / responses,
         "teacher/kept_share": sums["teacher_kept"] / responses,
-        "teacher/empty_groups": sums["empty_groups"],
+        "teacher/empty_share": sums["empty_groups"] / sums["groups"],
     }
+    if sums["with_advantages"]:
+        metrics["advantage/zero_share"] = sums["flat_groups"] / sums["with_advantages"]
+        metrics["reward/total"] = sums["total"] / rollouts
     for name in ("discriminator", "outer", "task", "content"):
         metrics[f"reward/{name}/raw"] = sums[f"{name}_raw"] / rollouts
         metrics[f"reward/{name}/weighted"] = sums[f"{name}_weighted"] / rollouts

@@ -8,37 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
+from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
-from rmsd_fast.data.loader import TooManyBadSamples
 from rmsd_fast.data.prompts import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, broadcast_object
-from rmsd_fast.stages.state import NonFiniteRun
 from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
 from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
+from rmsd_fast.teacher.targets import content_score
 
 Result = TypeVar("Result")
-
-# What the user can mend; the programs print it and exit with 2. Faults of the program itself keep their traceback.
-USER_ERRORS = (
-    SettingsError,
-    DataError,
-    ValueError,
-    NotInstalled,
-    TooManyBadSamples,
-    NonFiniteRun,
-    FileNotFoundError,
-    PermissionError,
-)
 
 
 @dataclass(frozen=True)
 class Material:
-    """Inputs of a run. `simulated` = the pool was written by the simulated teacher."""
+    """Inputs of a run. `simulated` = the pool was written by the simulated teacher. files: paths by role."""
 
     train: list[Question]
     heldout: list[Question]
@@ -52,34 +39,59 @@ class Material:
         return {role: _digest(Path(path)) for role, path in self.files.items()}
 
 
-def prepare_material(settings: RunConfig, world: World) -> Material:
-    """Read and check everything a run needs. With `made.enabled`, the main process makes what is not there yet.
+def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
+    """Read and check what a run needs. With `made.enabled`, the main process makes what is not there yet.
+
+    training=False asks for held-out questions and a model alone.
 
     Raises:
-        SettingsError: a needed path is not given. DataError: a file is damaged, or the pool belongs to other questions.
+        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions, or the model is
+            of another family.
     """
-    files = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
-    model_path = settings.model.path
-    root = settings.data.media_root or None
-    if settings.made.enabled:
-        made = on_main(world, lambda: _make(settings))
-        root = root or made["media_root"]
-        files = {role: path or made[role] for role, path in files.items()}
-        model_path = model_path or made["student"]
-    for key, path in (("data.train", files["train"]), ("teacher.pool", files["pool"]), ("model.path", model_path)):
+    made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
+    given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
+    files = {role: path or made.get(role, "") for role, path in given.items()}
+    model_path = settings.model.path or made.get("student", "")
+    needed = {"model.path": model_path}
+    needed |= {"data.train": files["train"], "teacher.pool": files["pool"]} if training else {}
+    needed |= {} if training else {"data.heldout": files["heldout"]}
+    for key, path in needed.items():
         if not path:
             raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
-    files = {role: path for role, path in files.items() if path}
-    data = settings.data
-    train = load_questions(files["train"], media_root=root, format=data.format)
-    heldout = load_questions(files["heldout"], media_root=root, format=data.format) if "heldout" in files else []
+    files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
+
+    def read(role: str) -> list[Question]:
+        if role not in files:
+            return []
+        root = settings.data.media_root or (None if given[role] else made["media_root"])
+        questions = load_questions(files[role], media_root=root, format=settings.data.format)
+        _check_ground_truths(questions, settings, files[role])
+        return questions
+
+    train, heldout = read("train"), read("heldout")
     if settings.evaluate.max_questions:
         heldout = heldout[: settings.evaluate.max_questions]
-    pool = load_pool(files["pool"])
-    check_pool(pool, train)
+    pool = load_pool(files["pool"]) if "pool" in files else {}
+    if training:
+        check_pool(pool, train)
+        most = max(len(responses) for responses in pool.values())
+        if settings.teacher.responses > most:
+            raise SettingsError(
+                f"teacher.responses={settings.teacher.responses}: {files['pool']} holds at most {most} responses to "
+                f"a question; write teacher.responses={most} or collect more"
+            )
     # Before a run folder is made; the main process fetches a hub model, the others find it.
     on_main(world, lambda: check_family(resolve_folder(model_path)))
     return Material(train, heldout, pool, model_path, is_simulated(pool), files)
+
+
+def _check_ground_truths(questions: list[Question], settings: RunConfig, path: str) -> None:
+    """What only the metric's settings can judge: e.g. a box beyond 1000 without teacher.spatial_format=pixel."""
+    for question in questions:
+        try:
+            content_score("", question, settings.teacher)
+        except ValueError as error:
+            raise DataError(f"{path}: question {question.id!r}: {error}") from None
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.records import load_questions
-from rmsd_fast.settings import uses_discriminator
+from rmsd_fast.settings import uses_discriminator, uses_reference
 from rmsd_fast.teacher.pool import check_pool, load_pool
 
 GIB = 2**30
@@ -46,7 +46,9 @@ def _stage_lines(settings: RunConfig, processes: int) -> list[str]:
         if stage not in settings.stages:
             continue
         if batch % processes:
-            raise ValueError(f"batch_size of stage {stage}: expected a multiple of {processes} processes, got {batch}")
+            raise SettingsError(
+                f"batch_size of stage {stage}: expected a multiple of {processes} (processes), got {batch}"
+            )
         what = f"{steps} steps of {batch} questions"
         if stage != "sft" and late.objective == "policy":
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
@@ -105,18 +107,17 @@ def _memory_lines(settings: RunConfig, processes: int) -> list[str]:
     total, vision = count_parameters(json.loads(path.read_text()))
     trained = total if settings.distill.train_vision or settings.sft.train_vision else total - vision
     width = 2 if settings.model.dtype == "bfloat16" else 4
-    zero, stages = settings.runtime.zero_stage, settings.stages
-    late = bool({"warm_up", "distill"} & set(stages)) and settings.distill.objective == "policy"
-    engines = 1 + (late and uses_discriminator(settings))
+    zero = settings.runtime.zero_stage
+    engines = 1 + uses_discriminator(settings)
     weights = total * width / (processes if zero == 3 else 1)
     gradients = trained * 4 / (processes if zero >= 2 else 1)
     optimizer = trained * (12 if width == 2 else 8) / (processes if zero >= 1 else 1)
     host = " (optimiser states in host memory)" if settings.runtime.offload_optimizer else ""
-    reference = total * width if late and (settings.distill.kl_coef or settings.reward.kl_in_reward) else 0
+    reference = total * width if uses_reference(settings) else 0
     states = engines * (weights + gradients + (0 if host else optimizer)) + reference
     return [
         f"  memory per process, estimated: {states / GIB:.1f} GiB for {engines} trained model(s) of {total / 1e6:.1f}M "
-        f"parameters and the reference{host}; activations come on top"
+        f"parameters{' and the reference' if reference else ''}{host}; activations come on top"
     ]
 
 

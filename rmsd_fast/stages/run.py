@@ -86,7 +86,10 @@ def _new_folder(settings: RunConfig) -> Path:
     while folder.exists():
         number += 1
         folder = folder.with_name(f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"output: cannot make {folder} ({error.strerror}); choose another folder") from error
     save_settings(settings, folder / "config.yaml")
     return folder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import MediaFeatures, Student
 from rmsd_fast.rollout.base import RolloutEngine
@@ -40,7 +40,7 @@ class StepResult:
     skipped: bool
 
 
-class NonFiniteRun(RuntimeError):
+class NonFiniteRun(UserError, RuntimeError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
@@ -57,24 +57,28 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedu
 def apply_or_discard(state: RunState, engines: list[Engine], settings: RunConfig) -> tuple[list[float], bool]:
     """One optimiser step of every engine, or of none where a gradient of any is not finite on any process.
 
+    Gradients that are finite one by one can still overflow in their squared norm: that engine then throws its own away,
+    the others have stepped, and the step counts as skipped as well.
+
     Returns:
         Gradient norms in the order of the engines, and whether the step was skipped.
+    Raises:
+        NonFiniteRun: this was the `runtime.max_skipped_steps`-th in a row.
     """
+    norms = [float("nan")] * len(engines)
     if all([engine.gradients_finite() for engine in engines]):
         norms = [engine.step() for engine in engines]
-        # The squared norm of finite gradients can overflow; that engine has then thrown its gradients away.
-        overflowed = not all(map(math.isfinite, norms))
-        state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflowed else 0
-        return norms, overflowed
-    for engine in engines:
-        engine.discard()
-    state.skipped_in_a_row += 1
+    else:
+        for engine in engines:
+            engine.discard()
+    skipped = not all(map(math.isfinite, norms))
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if state.skipped_in_a_row >= settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
             f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row; the weights are those of the "
             "last good step. Lower the learning rate, or use model.dtype=float32 to look for the cause"
         )
-    return [float("nan")] * len(engines), True
+    return norms, skipped
 
 
 def micro_batches(items: list, size: int) -> list[list]:
