@@ -109,7 +109,7 @@ $(PACKAGE_STAMP): $(TORCH_STAMP)
 # The quickstart needs nothing from a hub; your own ARGS may.
 demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", default: the quickstart)
 	@$(RUN_ENV) $(if $(ARGS),,HF_HUB_OFFLINE=1) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
-		$(BIN)/torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train $(ARGS)
+		$(BIN)/python -m rmsd_fast.train $(ARGS)
 
 test: setup ## set up, then run the test suite
 	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 $(or $(ARGS),tests)

@@ -9,7 +9,7 @@ Variants, per seed (clips, teacher, initial weights and order all change with it
 - single: stage 1 alone on one response per question, taken as it comes (`teacher.responses=1 sft.target=random`).
 
 Runs go one after the other and are kept: an interrupted call goes on where it was. The output folder gets `table.md`,
-`accuracy.json` and every answer (`predictions/<student>.jsonl`).
+`accuracy.json`, every answer (`predictions/<student>.jsonl`) and `picture.svg` of the first seed's run.
 """
 
 from __future__ import annotations
@@ -24,19 +24,26 @@ import sys
 from pathlib import Path
 
 from rmsd_fast.data.records import TASK_TYPES
+from rmsd_fast.report import write_picture
+from rmsd_fast.settings import load_settings, settings_as_dict
 from rmsd_fast.stages.evaluation import compare, summarise
 
 
 def run(recipe: str, folder: Path, overrides: list[str]) -> Path:
     """The folder of a finished run with these settings, made if there is none."""
-    finished = [path for path in folder.glob("*/run.json") if "finished" in json.loads(path.read_text())]
-    if not finished:
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "rmsd_fast.train", recipe, f"output={folder}", *overrides]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        finished = list(folder.glob("*/run.json"))
-    return finished[0].parent
+    wanted = settings_as_dict(load_settings(recipe, [f"output={folder}", *overrides]))
+    for path in folder.glob("*/run.json"):
+        done = "finished" in json.loads(path.read_text())
+        if done and settings_as_dict(load_settings(str(path.parent / "config.yaml"))) == wanted:
+            return path.parent
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "rmsd_fast.train", recipe, f"output={folder}", *overrides]
+    print(" ".join(command), flush=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    (path,) = (found.parent for found in folder.glob("*/run.json"))
+    (path / "commit.txt").write_text(commit + "\n")
+    return path
 
 
 def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variants: list[str]) -> dict[str, list[dict]]:
@@ -101,19 +108,20 @@ def main() -> None:
     floors = [json.loads((path.parent / "evaluation.json").read_text())["floors"] for path in runs]
     mean_floors = {task: sum(f[task]["score"] for f in floors) / len(floors) for task in floors[0]}
     text, numbers = table(records, mean_floors)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commits = sorted({path.read_text().strip() for path in work.glob("*/*/commit.txt")})
     facts = {
         "recipe": given.recipe,
         "seeds": given.seeds,
         "overrides": given.overrides,
         "teacher": "simulated",
-        "commit": commit,
+        "commits": commits,
         "machine": platform.machine(),
         "run": json.loads(runs[0].read_text()),
     }
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "accuracy.json").write_text(json.dumps({**facts, **numbers}, indent=1) + "\n")
     (given.output / "table.md").write_text(text)
+    write_picture(runs[0].parent, given.output / "picture.svg")
     (given.output / "predictions").mkdir(exist_ok=True)
     for name, rows in records.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)

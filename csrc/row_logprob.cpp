@@ -1,4 +1,4 @@
-// Log-probability of one target per row, and entropy of the row, from logits: the CPU op behind the score mode.
+// Log-probability of one target per row, and entropy of the row, from logits: the CPU op behind linear_logprob without a gradient.
 //
 //   z = logits[t] / temperature[t]        m = max z,  s = sum exp(z - m),  w = sum exp(z - m) (z - m)
 //   logp[t] = (z[target] - m) - log s     entropy[t] = log s - w / s

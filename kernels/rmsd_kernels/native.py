@@ -24,7 +24,7 @@ def _load() -> str:
     if not LIBRARY.is_file():
         return (
             f"{LIBRARY} was not built (no C++ compiler or no torch at build time); install g++ and run "
-            "`RMSD_FAST_NATIVE=1 pip install --no-build-isolation --no-deps .` in the source folder"
+            "`RMSD_FAST_NATIVE=1 pip install --no-build-isolation --no-deps -e .` in the source folder"
         )
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
@@ -87,7 +87,7 @@ def row_logprob(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1
             raise ValueError(f"row_logprob: {name}: expected shape [{logits.shape[0]}], got {list(vector.shape)}")
     if not (logits.device == targets.device == temperature.device) or logits.device.type not in ("cpu", "meta"):
         devices = f"{logits.device}, {targets.device}, {temperature.device}"
-        raise RuntimeError(f"row_logprob: expected all inputs on CPU, got {devices}; move them, or use the Triton path")
+        raise RuntimeError(f"row_logprob: expected all inputs on CPU, got {devices}; move them, or use impl='torch'")
     if torch.is_grad_enabled() and (logits.requires_grad or temperature.requires_grad):
         raise RuntimeError("row_logprob has no gradient; call it under torch.no_grad(), or use the torch form to train")
     try:

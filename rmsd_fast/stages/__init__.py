@@ -1,1 +1,1 @@
-"""The stages of a run, each a `step(state, prompts, step, settings) -> StepResult`."""
+"""The stages of a run, each with a `step(state, prompts, settings, …) -> StepResult`, and what surrounds them."""

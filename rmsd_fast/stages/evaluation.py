@@ -31,8 +31,8 @@ def answer_questions(
 ) -> list[dict]:
     """Greedy answers of a student, one record per question, the same list on every process.
 
-    Every process generates equally often, so that a sharded model's collectives agree. A question whose media cannot
-    be used is recorded with `error` and counts as 0.
+    Every process holds the whole model and answers its share. A question whose media cannot be used is recorded with
+    `error` and counts as 0.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -82,13 +82,13 @@ def _record(
     return {**record, "error": error} if error else record
 
 
-def summarise(records: list[dict], *, seed: int = 0) -> dict:
+def summarise(records: list[dict]) -> dict:
     """Means with 95% intervals: per task type, over the closed ones, and over all.
 
     The interval is Wilson's, which for graded scores in [0, 1] is on the safe side (their variance is at most that of
     a 0/1 score of the same mean). Open questions have no metric: their score is the share of valid answers.
     """
-    return _by_task(records, lambda rows: _mean_with_interval(rows))
+    return _by_task(records, _mean_with_interval)
 
 
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:

@@ -26,7 +26,7 @@ from rmsd_fast.runtime.checkpoint import (
     save_checkpoint,
 )
 from rmsd_fast.runtime.distributed import Engine, World, global_max, global_sum
-from rmsd_fast.runtime.metrics import MetricsLog, peak_mib
+from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.settings import save_settings, settings_as_dict
 from rmsd_fast.stages.evaluation import write_whole
 from rmsd_fast.stages.material import Material, on_main
@@ -71,7 +71,9 @@ def open_run(settings: RunConfig, world: World, material: Material, resume: Path
         folder = resume
         checkpoint = find_checkpoint(folder, world=world)
         if checkpoint is not None:
-            compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
+            changes = compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
+            if changes:
+                on_main(world, lambda: _replace_settings(settings, folder))
     lines = 0 if resume is not None else None
     metrics = MetricsLog(folder, world, resume_lines=checkpoint.state["metrics_lines"] if checkpoint else lines)
     run = Run(settings, world, folder, material, metrics, StopSignal(), fingerprints, checkpoint)
@@ -94,6 +96,13 @@ def _new_folder(settings: RunConfig) -> Path:
     return folder
 
 
+def _replace_settings(settings: RunConfig, folder: Path) -> None:
+    """The settings from here on; those before stay beside them."""
+    number = len(list(folder.glob("config.before-*.yaml"))) + 1
+    (folder / "config.yaml").rename(folder / f"config.before-{number}.yaml")
+    save_settings(settings, folder / "config.yaml")
+
+
 def write_facts(run: Run, *, finished: bool) -> None:
     """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
     path = run.folder / "run.json"
@@ -102,9 +111,7 @@ def write_facts(run: Run, *, finished: bool) -> None:
         "recipe": run.settings.name,
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
-        "versions": {
-            name: _version(name) for name in ("rmsd-fast", "torch", "transformers", "deepspeed", "torchcodec")
-        },
+        "versions": {name: _version(name) for name in PACKAGES},
         "log_probs": "native" if native.available() else f"torch ({native.why_not()})",
     }
     if finished:
@@ -195,6 +202,7 @@ def run_steps(
     total = stage_steps(run.settings, stage)
     every = run.settings.checkpoint.every_steps
     first = first_step(run, stage)
+    state.timer = PhaseTimer(run.world.device, run.metrics)
     run.metrics.begin(stage, total, first)
     try:
         for number in range(first, total):
