@@ -31,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         disable_progress_bar()
         world = start()
         evaluate(settings, world, arguments.output)
-        return 0
+        code = 0
     except UserError as error:
         print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
-        return 2
-    finally:
-        stop()
+        code = 2
+    stop()
+    return code
 
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:

@@ -259,16 +259,45 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
     stages, distill = settings.stages, settings.distill
     late = "warm_up" in stages or "distill" in stages
     control = distill.objective == "sft"
-    # (prefixes of settings, whether they have no effect, why and what to write)
+    warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
+    own_clips = settings.made.enabled and settings.made.source == "clips"
+    # (settings, whether they have no effect, why and what to write); a name that ends in "." is a whole section
     rules = [
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
-        (["distill."], "distill" not in stages, "stage distill is not in stages; add it to stages"),
+        (
+            [
+                f"distill.{f.name}"
+                for f in fields(distill)
+                if f.name not in ("batch_size", "micro_prompts", "train_vision")
+            ],
+            "distill" not in stages,
+            "stage distill is not in stages; add it to stages",
+        ),
+        (["distill."], not late, "no stage uses it; add warm_up or distill to stages"),
+        (["reward."], late and "distill" not in stages, "the warm-up pays no rewards; add distill to stages"),
+        (["reward.score_clip"], not judged, "no discriminator is trained; give reward.alpha > 0"),
+        (
+            ["teacher.min_quality"],
+            not judged or settings.teacher.quality == "uniform",
+            "it filters what the discriminator is matched with, by a quality that is not uniform",
+        ),
+        (
+            ["made.student_hidden", "made.student_layers"],
+            bool(settings.model.path),
+            "model.path names the student",
+        ),
+        (
+            ["made.responses", "made.teacher_error_rate"],
+            bool(settings.teacher.pool),
+            "teacher.pool names the pool",
+        ),
         (["rollout.", "reward."], not late, "no stage makes rollouts; add warm_up or distill to stages"),
         (
             [
                 "reward.",
                 "rollout.",
                 "distill.kl",
+                "distill.kl_coef",
                 "distill.tis_cap",
                 "distill.sequence_mask_cap",
                 "distill.aggregation",
@@ -284,7 +313,11 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             "stage sft is not in stages; the control takes distill.* for it",
         ),
         (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
-        (["discriminator.warm_up"], "warm_up" not in stages, "stage warm_up is not in stages; add it to stages"),
+        (
+            ["discriminator.warm_up_steps", "discriminator.warm_up_lr"],
+            not warm_up,
+            "stage warm_up is not in stages; add it to stages",
+        ),
         (["discriminator.lr"], "distill" not in stages, "stage distill is not in stages; add it to stages"),
         (
             [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
@@ -293,7 +326,7 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         ),
         (
             ["made.train_clips", "made.heldout_clips", "made.questions_per_clip"],
-            settings.made.source != "clips",
+            not own_clips,
             "the real clips are what they are; write made.source=clips",
         ),
         (
@@ -311,7 +344,7 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
     ]
     for prefixes, useless, reason in rules:
         for key in given:
-            if useless and any(key.startswith(prefix) for prefix in prefixes):
+            if useless and any(key == name or (name.endswith(".") and key.startswith(name)) for name in prefixes):
                 raise SettingsError(f"{where}: {key} has no effect: {reason}, or leave {key} out")
 
 

@@ -7,13 +7,15 @@ torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train --resume runs/quicks
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.config import CheckpointError, RunConfig, UserError
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.settings import describe_settings, load_settings, to_yaml
@@ -53,9 +55,11 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
     evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
         imitate(run)
+        release_memory()
         evaluate(run, run.stage1, "stage1")
     if set(settings.stages) & {"warm_up", "distill"}:
         control(run) if settings.distill.objective == "sft" else distillation(run)
+        release_memory()
         if "distill" in settings.stages:
             evaluate(run, str(run.folder / "export"), "stage2")
     run.metrics.close()
@@ -77,6 +81,8 @@ def imitate(run: Run) -> None:
     settings, final = run.settings, run.folder / "stage1"
     if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
         return
+    if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
+        raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, stage="sft")
     _imitation_steps(run, state, "sft", settings.sft, final)
 
@@ -89,7 +95,7 @@ def control(run: Run) -> None:
 
 def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
     engines = {"policy": state.policy}
-    restore(run, (stage,), engines)
+    restore(run, (stage,), state, engines)
     questions = [q for q in run.material.train if state.targets[q.id].imitate is not None]
     loader = open_loader(run, state, stage, questions, training.batch_size)
     rates = {"policy": rate_of(training, steps=training.steps)}
@@ -105,7 +111,7 @@ def distillation(run: Run) -> None:
     engines = {"policy": state.policy}
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
-    restore(run, ("warm_up", "distill"), engines)
+    restore(run, ("warm_up", "distill"), state, engines)
     offset = 0
     if "warm_up" in settings.stages:
         _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
@@ -130,6 +136,13 @@ def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) 
         return step(state, prompts, settings, rollout_step=offset + number)
 
     run_steps(run, stage, state, loader, engines, one, rates)
+
+
+def release_memory() -> None:
+    """Collect the stage's engines: DeepSpeed's hold references in circles, and the next stage needs the memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def evaluate(run: Run, path: str, name: str) -> None:
@@ -176,15 +189,16 @@ def main(argv: list[str] | None = None) -> int:
         folder = train(settings, world, arguments.resume, arguments.allow_changes)
         if world.is_main:
             print(f"done: {folder}\nreport: {folder / 'report.html'}")
-        return 0
+        code = 0
     except Stopped as stopped:
-        print(f"stopped by SIGTERM, state saved; continue with --resume {stopped}", file=sys.stderr)
-        return 0
+        print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
+        code = 0
     except UserError as error:
         print(f"rmsd_fast.train: {error}", file=sys.stderr)
-        return 2
-    finally:
-        stop()
+        code = 2
+    # Not after other errors: they may be of one process alone, and leaving the group would wait for the others.
+    stop()
+    return code
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

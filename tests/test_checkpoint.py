@@ -265,7 +265,7 @@ def test_compare_fingerprints():
     assert compare_fingerprints(saved, now, allow_changes=True) == expected
     with pytest.raises(ValueError) as caught:
         compare_fingerprints(saved, now)
-    assert all(line in str(caught.value) for line in expected) and "allow_changes=true" in str(caught.value)
+    assert all(line in str(caught.value) for line in expected) and "--allow-changes" in str(caught.value)
 
 
 def test_stop_signal():

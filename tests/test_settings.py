@@ -68,6 +68,11 @@ def test_help_documents_every_field():
         (["evaluate.num_frames=1"], "evaluate.num_frames: expected at least 2"),
         (["made.questions_per_clip=9"], "expected 1 to 6"),
         (["distill.kl=full", "distill.kl_coef=0"], "distill.kl_coef is 0"),
+        (["stages=[sft,warm_up]", "reward.normalization=sum_then_gn"], "the warm-up pays no rewards"),
+        (["stages=[sft]", "distill.batch_size=4"], "no stage uses it"),
+        (["stages=[sft]", "teacher.min_quality=0.5"], "it filters what the discriminator is matched with"),
+        (["model.path=x", "made.student_hidden=96"], "model.path names the student"),
+        (["reward.alpha=0", "stages=[sft,distill]", "reward.score_clip=3"], "reward.alpha > 0"),
         (["stages=[distill]", "distill.objective=sft", "sft.lr=1"], "the control takes distill.*"),
         (["rollout.n=0"], "at least 1"),
         (["rollout.temperature=0"], "rollout.temperature"),
@@ -89,6 +94,20 @@ def test_help_documents_every_field():
 def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
     with pytest.raises(SettingsError, match=re.escape(says)):
         load_settings("quickstart", overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["distill.kl_coef=0"],
+        ["distill.kl_coef=0", "reward.kl_in_reward=0.1"],
+        ["stages=[sft,warm_up]", "distill.batch_size=8", "distill.micro_prompts=2"],
+        ["stages=[distill]", "distill.objective=sft", "sft.micro_batch=4"],
+        ["data.heldout="],
+    ],
+)
+def test_what_has_an_effect_is_accepted(overrides):
+    load_settings("quickstart", overrides)
 
 
 def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):

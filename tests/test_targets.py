@@ -55,6 +55,13 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == 2
 
 
+def test_a_text_that_may_not_enter_a_model_is_never_matched():
+    open_question = Question(id="o", question="?", task_type="open", videos=("v",))
+    for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
+        t = targets([answer("x<|video_pad|>")], open_question, **settings)
+        assert t.p.tolist() == [0] and not t.has_teacher
+
+
 def test_an_empty_pool_gives_no_teacher():
     t = targets([answer("nonsense")] * 4)
     assert not t.has_teacher and t.imitate is None

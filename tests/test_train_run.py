@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -139,6 +141,66 @@ def test_sigterm_saves_and_ends_with_0(whole, made, tmp_path):
     assert process.returncode == 0
     assert "--resume" in errors
     assert list((only_run(tmp_path) / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_continued_run_is_evaluated_again(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = metrics(run)
+    done = run_train(["--resume", str(run), "--allow-changes", "distill.steps=6"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(run)[:-1] == before and metrics(run)[-1]["step"] == 6
+    assert (run / "config.before-1.yaml").read_text() == (whole / "config.yaml").read_text()
+    assert "steps: 6" in (run / "config.yaml").read_text()
+    old, new = ((folder / "predictions" / "stage2.jsonl").stat().st_mtime_ns for folder in (whole, run))
+    assert new > old
+    expected, got = weights(whole), weights(run)
+    assert any(not torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_evaluate_gives_the_scores_of_the_run(whole, made, tmp_path):
+    arguments = [a for a in mini_arguments(tmp_path, made) if not a.startswith("output=")]
+    output = tmp_path / "evaluation.json"
+    arguments += [f"model.path={whole / 'export'}", "made.enabled=true", "--output", str(output)]
+    arguments = [a for a in arguments if a not in ("made.student_layers=2",)]
+    done = subprocess.run(
+        [sys.executable, "-m", "rmsd_fast.evaluate", *arguments], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = json.loads((whole / "evaluation.json").read_text())
+    assert json.loads(output.read_text())["students"]["model"] == expected["students"]["stage2"]
+    assert "closed" in done.stdout
+
+
+def test_bad_videos_do_not_end_a_run(tmp_path):
+    made = tmp_path / "made"
+    late = ("rollout.", "distill.", "discriminator.", "sft.steps")
+    mini = [a for a in mini_arguments(tmp_path / "first", made) if not a.startswith(late)] + ["stages=[sft]"]
+    first = run_train([*mini, "sft.steps=1"])
+    assert first.returncode == 0, first.stderr[-3000:]
+    clips = sorted(made.glob("*/clips/train-*.mp4"))
+    assert len(clips) == 24
+    clips[0].write_bytes(b"no video")
+    clips[1].unlink()
+    clips[2].write_bytes(clips[2].read_bytes()[:700])
+    arguments = [*mini, "sft.steps=9"]
+    stopped = run_train(arguments)
+    assert stopped.returncode == 2 and "data.max_bad_share" in stopped.stderr
+    done = run_train([*arguments, "data.max_bad_share=0.5", f"output={tmp_path / 'third'}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(tmp_path / "third")
+    listed = [json.loads(line) for line in (run / "bad_media.jsonl").read_text().splitlines()]
+    # Nine steps of eight questions are one epoch: each of the three clips' three questions was met once.
+    assert {line["id"][:11] for line in listed} == {"train-00000", "train-00001", "train-00002"}
+    assert metrics(run)[-1]["samples/bad"] >= 9
+    assert len(metrics(run)) == 9
+
+
+def test_a_users_mistake_ends_with_2_and_one_line(tmp_path):
+    done = run_train(["quickstart", "sft.stepz=3"])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("rmsd_fast.train: override: unknown setting sft.stepz")
+    assert "Traceback" not in done.stderr
 
 
 def _wait_for_lines(process, folder: Path, lines: int) -> None:

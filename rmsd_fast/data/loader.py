@@ -47,7 +47,7 @@ class PromptLoader:
     """Prompts of a stage's steps, in an order that depends on nothing but settings.
 
     A question whose media cannot be used is replaced by another one, chosen by a hash of its position, counted in
-    `bad`, and listed in `bad_media.jsonl` of the run folder.
+    `bad_in_step`, and listed in `bad_media.jsonl` of the run folder.
 
     Args:
         positions_per_step: questions per step over all processes.
@@ -67,7 +67,6 @@ class PromptLoader:
         cache_mib: int,
         threads: int,
         max_prompt_tokens: int,
-        max_bad_share: float,
         run_folder: Path,
     ):
         if positions_per_step % size:
@@ -77,16 +76,14 @@ class PromptLoader:
         self.builder, self.questions, self.stage, self.seed = builder, questions, stage, seed
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
         self.rank = rank
-        self.max_prompt_tokens, self.max_bad_share = max_prompt_tokens, max_bad_share
+        self.max_prompt_tokens = max_prompt_tokens
         self.bad_list = run_folder / "bad_media.jsonl"
         self.cache = _PromptCache(cache_mib * 2**20)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.ahead: tuple[int, list[Future]] | None = None
-        self.bad = 0
         self.bad_in_step = 0
         self.lock = threading.Lock()
-        self.seen = 0
-        self.failures: dict[str, str] = {}
+        self.listed: set[str] = set()
 
     def step(self, step: int, last_step: int) -> list[Prompt]:
         """This process's prompts of a step (counted from 0); starts decoding those of the next one."""
@@ -94,17 +91,9 @@ class PromptLoader:
         if step + 1 < last_step:
             self.ahead = (step + 1, self._submit(step + 1))
         results = [future.result() for future in futures]
-        prompts = [prompt for prompt, _ in results]
         # Counted when a step takes them, not when they are decoded ahead: the count is part of what a resume repeats.
         self.bad_in_step = sum(bad for _, bad in results)
-        self.bad += self.bad_in_step
-        self.seen += len(prompts)
-        if self.bad > self.max_bad_share * max(self.seen, 50):
-            raise TooManyBadSamples(
-                f"{self.bad} of {self.seen} samples of stage {self.stage} could not be used (data.max_bad_share="
-                f"{self.max_bad_share}); see {self.bad_list}, mend the files or raise the share"
-            )
-        return prompts
+        return [prompt for prompt, _ in results]
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -134,8 +123,6 @@ class PromptLoader:
         )
 
     def _prompt(self, question: Question) -> Prompt:
-        if question.id in self.failures:
-            raise MediaError(self.failures[question.id])
         prompt = self.cache.get(question.id)
         if prompt is None:
             prompt = self.builder.build(question)
@@ -149,9 +136,9 @@ class PromptLoader:
 
     def _note(self, question: Question, reason: str) -> None:
         with self.lock:
-            if question.id in self.failures:
+            if question.id in self.listed:
                 return
-            self.failures[question.id] = reason
+            self.listed.add(question.id)
             with self.bad_list.open("a") as file:
                 file.write(json.dumps({"id": question.id, "stage": self.stage, "reason": reason}) + "\n")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,9 +335,15 @@ def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch
 
 def _require_file(path: str | Path) -> None:
     path = Path(path)
-    if not path.is_file():
+    try:
+        found, size = path.is_file(), path.stat().st_size if path.is_file() else 0
+        with open(path, "rb") if found else nullcontext():
+            pass
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question") from error
+    if not found:
         raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
 
 

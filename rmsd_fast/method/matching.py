@@ -35,12 +35,12 @@ class Pairs(NamedTuple):
 def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: bool, min_quality: float) -> Tensor:
     """Probabilities with which the K teacher responses of one question are matched.
 
-    Responses with quality below min_quality are dropped. Closed-ended: p_k = q_k / sum of kept q. Open-ended: uniform
-    over the kept ones. All zero where nothing is kept, or where all that is kept has quality 0 (closed-ended).
+    Responses with quality below min_quality, and those of quality 0 (invalid), are dropped. Closed-ended: p_k = q_k /
+    sum of kept q. Open-ended: uniform over the kept ones. All zero where nothing is kept.
 
     Args:
         quality: [K], each in [0, 1].
-        min_quality: tau, in [0, 1]; 0 drops nothing.
+        min_quality: tau, in [0, 1].
     Returns:
         [K], in the dtype of quality (float32 for half precision and integers, float64 for a plain list).
     Raises:
@@ -52,7 +52,8 @@ def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: b
     if not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"quality: expected values in [0, 1], got {quality.tolist()}")
     # Compared in quality's own dtype: torch rounds the threshold to it, so float32 0.7 is not below 0.7.
-    kept = (quality >= min_quality).double()
+    # Quality 0 means invalid: such a response is never matched, also where nothing is dropped (min_quality 0).
+    kept = ((quality >= min_quality) & (quality > 0)).double()
     weight = quality.double() * kept if closed_ended else kept
     total = weight.sum()
     return (weight / torch.where(total > 0, total, torch.ones_like(total))).to(quality.dtype)

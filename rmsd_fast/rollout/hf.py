@@ -21,6 +21,7 @@ class HfRollout:
         self.builder = builder
         self.prompts_per_batch = prompts_per_batch
         self.device = device
+        self.banned_ids = builder.banned_ids.to(device)
 
     @torch.no_grad()
     def generate(
@@ -109,7 +110,7 @@ class HfRollout:
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor, temperature: float):
         """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64."""
         logits = logits.float()
-        logits[:, self.builder.banned_ids.to(logits.device)] = -torch.inf
+        logits[:, self.banned_ids] = -torch.inf
         if temperature == 0:
             chosen = logits.argmax(-1)
             return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]

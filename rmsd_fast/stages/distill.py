@@ -30,7 +30,7 @@ def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
         sums = judge(state, groups, features, settings)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard(state, [state.discriminator], settings)
-    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups)}, state.world)
+    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups, settings)}, state.world)
     metrics = {**judge_metrics(sums), **group_metrics(sums), **_work_metrics(sums), "discriminator/grad_norm": norm}
     return StepResult(metrics, skipped)
 
@@ -52,7 +52,7 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout
         sums |= _policy_pass(state, batches, settings)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(state, engines, settings)
-    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups)}, state.world)
+    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups, settings)}, state.world)
     metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work_metrics(sums), "policy/grad_norm": norms[0]}
     if uses_discriminator(settings):
         metrics |= {**judge_metrics(sums), "discriminator/grad_norm": norms[1]}
@@ -177,11 +177,14 @@ def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {"policy/loss": sums["p_loss"], **means}
 
 
-def _work(groups: list[Group]) -> dict[str, float]:
+def _work(groups: list[Group], settings: RunConfig) -> dict[str, float]:
     """Tokens that went through a model as padded rows count them, and those that are distinct."""
-    judged = sum(len(g.targets.token_ids[k]) for g in groups for k in g.kept)
+    judged_of = [group.kept if uses_discriminator(settings) else [] for group in groups]
+    judged = sum(len(g.targets.token_ids[k]) for g, kept in zip(groups, judged_of, strict=True) for k in kept)
     sampled = sum(len(r.token_ids) for g in groups for r in g.rollouts)
-    prompts = sum(len(g.prompt.input_ids) * (len(g.rollouts) + len(g.kept)) for g in groups)
+    prompts = sum(
+        len(g.prompt.input_ids) * (len(g.rollouts) + len(kept)) for g, kept in zip(groups, judged_of, strict=True)
+    )
     return {
         "work": prompts + sampled + judged,
         "unique": judged + sampled + sum(len(g.prompt.input_ids) for g in groups),

@@ -35,8 +35,11 @@ class Material:
     files: dict[str, str]
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every input file, by role."""
-        return {role: _digest(Path(path)) for role, path in self.files.items()}
+        """sha256 of every input file, by role; of the model its configuration and the sizes of its weights."""
+        found = {role: _digest(Path(path)) for role, path in self.files.items()}
+        folder = resolve_folder(self.model_path)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        return {**found, "model": f"{_digest(folder / 'config.json')} {sizes}"}
 
 
 def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:

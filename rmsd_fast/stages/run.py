@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import STAGES, RunConfig, SettingsError
-from rmsd_fast.data.loader import PromptLoader
+from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
+from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
 from rmsd_fast.models.students import Student, export_student
@@ -25,9 +26,9 @@ from rmsd_fast.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from rmsd_fast.runtime.distributed import Engine, World, global_max, global_sum
+from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
-from rmsd_fast.settings import save_settings, settings_as_dict
+from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.evaluation import write_whole
 from rmsd_fast.stages.material import Material, on_main
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
@@ -54,6 +55,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     skipped: int = 0
     bad: float = 0.0
+    seen: float = 0.0
 
     @property
     def stage1(self) -> str:
@@ -73,12 +75,12 @@ def open_run(settings: RunConfig, world: World, material: Material, resume: Path
         if checkpoint is not None:
             changes = compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
             if changes:
-                on_main(world, lambda: _replace_settings(settings, folder))
+                on_main(world, lambda: _take_changes(settings, folder))
     lines = 0 if resume is not None else None
     metrics = MetricsLog(folder, world, resume_lines=checkpoint.state["metrics_lines"] if checkpoint else lines)
     run = Run(settings, world, folder, material, metrics, StopSignal(), fingerprints, checkpoint)
     if checkpoint:
-        run.skipped, run.bad = checkpoint.state["skipped"], checkpoint.state["bad"]
+        run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
 
 
@@ -96,11 +98,12 @@ def _new_folder(settings: RunConfig) -> Path:
     return folder
 
 
-def _replace_settings(settings: RunConfig, folder: Path) -> None:
-    """The settings from here on; those before stay beside them."""
+def _take_changes(settings: RunConfig, folder: Path) -> None:
+    """The settings from here on; those before stay beside them. Answers to the questions so far are asked for again."""
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
-    (folder / "config.yaml").rename(folder / f"config.before-{number}.yaml")
-    save_settings(settings, folder / "config.yaml")
+    shutil.copy(folder / "config.yaml", folder / f"config.before-{number}.yaml")
+    write_whole(folder / "config.yaml", to_yaml(settings))
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
 def write_facts(run: Run, *, finished: bool) -> None:
@@ -154,10 +157,11 @@ def first_step(run: Run, stage: str) -> int:
     return saved["step"] if saved["stage"] == stage else stage_steps(run.settings, stage)
 
 
-def restore(run: Run, stages: tuple[str, ...], engines: dict[str, Engine]) -> None:
-    """Load the continued run's checkpoint into the engines, if it was written in one of these stages."""
+def restore(run: Run, stages: tuple[str, ...], state: RunState, engines: dict[str, Engine]) -> None:
+    """Load the continued run's checkpoint, if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
+        state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
 
 
 def open_loader(run: Run, state: RunState, stage: str, questions: list[Question], batch_size: int) -> PromptLoader:
@@ -178,7 +182,6 @@ def open_loader(run: Run, state: RunState, stage: str, questions: list[Question]
         cache_mib=data.cache_mib,
         threads=data.decode_threads,
         max_prompt_tokens=data.max_prompt_tokens,
-        max_bad_share=data.max_bad_share,
         run_folder=run.folder,
     )
 
@@ -208,21 +211,52 @@ def run_steps(
         for number in range(first, total):
             state.timer.take()
             with state.timer("data"):
-                prompts = loader.step(number, total)
+                prompts = _next_prompts(run, loader, number, total)
             for name, rate in rates.items():
                 engines[name].set_lr(rate(number))
             result = step(state, prompts, number)
             run.skipped += result.skipped
-            run.bad += global_sum({"bad": loader.bad_in_step}, run.world)["bad"]
+            if result.skipped:
+                _note_skipped(run, stage, number + 1, prompts)
             metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
             run.metrics.log(stage, number + 1, metrics)
             stopping = run.stop.requested(run.world)
+            saved = False
             if number + 1 == total or stopping or (every and (number + 1) % every == 0):
-                save(run, stage, number + 1, state, engines)
+                saved = save(run, stage, number + 1, state, engines)
             if stopping:
-                raise Stopped(str(run.folder))
+                done = f"step {number + 1} of {stage} is saved" if saved else "the last step could not be saved"
+                raise Stopped(f"{done}; continue with --resume {run.folder}")
     finally:
         loader.close()
+
+
+def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
+    """This process's prompts of a step. A fault of one process, or too many bad samples, ends all of them together."""
+    prompts, fault = [], None
+    try:
+        prompts = loader.step(number, total)
+    except UserError as error:
+        fault = error
+    if any_rank(fault is not None, run.world):
+        raise fault or TooManyBadSamples("another process could not load its samples; see its message above")
+    counts = global_sum({"bad": loader.bad_in_step, "seen": len(prompts)}, run.world)
+    run.bad, run.seen = run.bad + counts["bad"], run.seen + counts["seen"]
+    share = run.settings.data.max_bad_share
+    if run.bad > share * max(run.seen, 50):
+        raise TooManyBadSamples(
+            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); see "
+            f"{run.folder / 'bad_media.jsonl'}, mend the files or raise the share"
+        )
+    return prompts
+
+
+def _note_skipped(run: Run, stage: str, step: int, prompts: list[Prompt]) -> None:
+    """List the questions of a step whose loss or gradient was not finite."""
+    ids = [i for part in all_gather_objects([prompt.question.id for prompt in prompts], run.world) for i in part]
+    if run.world.is_main:
+        with (run.folder / "skipped.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "questions": ids}) + "\n")
 
 
 def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
@@ -245,12 +279,12 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
     }
 
 
-def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> None:
-    """One checkpoint unit, with an export of the student in it."""
+def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> bool:
+    """One checkpoint unit, with an export of the student in it; False where the disk is full."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
     with state.policy.full_weights():
-        save_checkpoint(
+        return save_checkpoint(
             run.folder,
             before + step,
             engines=engines,
@@ -259,6 +293,8 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "step": step,
                 "skipped": run.skipped,
                 "bad": run.bad,
+                "seen": run.seen,
+                "skipped_in_a_row": state.skipped_in_a_row,
                 "metrics_lines": run.metrics.lines,
                 "fingerprints": run.fingerprints,
             },
