@@ -13,10 +13,11 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import load
-from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise, write_whole
+from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
 from rmsd_fast.stages.material import prepare_material
 
 
@@ -55,8 +56,8 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_whole(output.with_suffix(".predictions.jsonl"), lines)
-    write_whole(output, json.dumps(result, indent=2) + "\n")
+    write_text_atomic(output.with_suffix(".predictions.jsonl"), lines)
+    write_text_atomic(output, json.dumps(result, indent=2) + "\n")
     print(format_table(result))
 
 

@@ -7,10 +7,10 @@ python -m rmsd_fast.report runs/quickstart-20260101-120000 --picture accuracy.sv
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report_page.evaluation import evaluation_picture
 from rmsd_fast.report_page.page import render
 from rmsd_fast.report_page.run_folder import ReportError, load_run
@@ -46,12 +46,7 @@ def write_picture(run_folder: str | Path, output: str | Path) -> Path:
 def _write(path: Path, text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise ReportError(f"{path}: expected a file name in a folder that exists; make the folder or name another file")
-    staged = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_text_atomic(path, text)
     return path
 
 

@@ -16,8 +16,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rmsd_fast.config import CheckpointError, RunConfig, UserError
+from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.distributed import World, start, stop
+from rmsd_fast.runtime.distributed import World, on_main, start, stop
 from rmsd_fast.settings import describe_settings, load_settings, to_yaml
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
@@ -28,7 +29,7 @@ from rmsd_fast.stages.evaluation import (
     write_evaluation,
     write_predictions,
 )
-from rmsd_fast.stages.material import on_main, prepare_material
+from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan
 from rmsd_fast.stages.run import (
     Run,
@@ -51,7 +52,7 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
     material = prepare_material(settings, world)
     run = open_run(settings, world, material, resume, allow_changes)
     run.metrics.message(f"run folder: {run.folder}")
-    on_main(world, lambda: describe_teacher(run))
+    on_main(world, lambda: describe_run(run))
     evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
         imitate(run)
@@ -160,11 +161,11 @@ def evaluate(run: Run, path: str, name: str) -> None:
     on_main(run.world, write)
 
 
-def describe_teacher(run: Run) -> None:
+def describe_run(run: Run) -> None:
     """Write `run.json`, and `teacher.json`: how the pool's quality varies across and within questions."""
     write_facts(run, finished=False)
     statistics = pool_statistics(run.material.pool, run.material.train, run.settings.teacher)
-    (run.folder / "teacher.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    write_text_atomic(run.folder / "teacher.json", json.dumps(statistics, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

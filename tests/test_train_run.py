@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import command, environment, metrics, mini_arguments, only_run, run_train
+from rmsd_fast.report_page.curves import GROUPS
+from runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -53,6 +54,16 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert evaluation["teacher_simulated"] is True
     assert set(evaluation["differences"]) == {"stage1-untrained", "stage2-stage1"}
     assert not list(whole.rglob("*.tmp"))
+
+
+def test_every_chart_of_the_report_has_its_metric(whole):
+    logged = {key for line in metrics(whole) for key in line}
+    drawn = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
+    # Those of settings that are off here: corrections for mismatch.
+    off = {"policy/tis_capped_fraction", "policy/sequence_masked_fraction"}
+    machine = {key for key in drawn if key.startswith(MACHINE)}
+    assert drawn - machine - off <= logged
+    assert logged - drawn <= {"stage", "step", "tokens_unique"}
 
 
 def test_training_changed_the_student(whole):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-# Names that impl= accepts besides "auto"; "auto" is the best of them for the given tensors.
+# Names that impl= accepts besides "auto" everywhere; linear_logprob takes "native" too.
 IMPLEMENTATIONS = ("torch", "reference")
 
 

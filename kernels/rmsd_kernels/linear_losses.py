@@ -4,7 +4,6 @@ The formulas are in `reference`; `rmsd_fast.losses` re-exports these functions a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, native, reference
@@ -44,11 +43,12 @@ def linear_logprob(
         TypeError: dtypes do not fit. RuntimeError: impl is not available.
     """
     _check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    unfit = _why_not_native(hidden, weight, bias, temperature, softcap)
+    unfit = native.why_not_logprob(hidden, weight, bias, temperature, softcap)
     if impl == "native" and unfit:
         raise RuntimeError(f"impl: 'native' cannot serve this call: {unfit}; use 'auto' or 'torch'")
     if impl == "native" or (impl == "auto" and not unfit):
-        logp, entropy = _native_logprob(hidden, weight, targets, temperature, ignore_index, memory_budget_bytes)
+        budget = DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
+        logp, entropy = native.linear_logprob(hidden, weight, targets, temperature, ignore_index, budget)
         return (logp, entropy) if return_entropy else logp
     return reference.linear_logprob(
         hidden,
@@ -61,40 +61,6 @@ def linear_logprob(
         return_entropy=return_entropy,
         chunk_rows=_chunk_rows(impl, memory_budget_bytes, hidden, weight),
     )
-
-
-def _why_not_native(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None
-) -> str:
-    """Why the compiled CPU op cannot score this call; empty where it can."""
-    if hidden.device.type != "cpu" or hidden.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16 on CPU, got {hidden.dtype} on {hidden.device}"
-    if bias is not None or softcap is not None:
-        return "it has no bias and no softcap"
-    inputs = [t for t in (hidden, weight, temperature) if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return "it has no gradient, and an input needs one"
-    return native.why_not()
-
-
-@torch.no_grad()
-def _native_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor,
-    ignore_index: int,
-    memory_budget_bytes: int | None,
-) -> tuple[Tensor, Tensor]:
-    """(logp [T], entropy [T]): a GEMM in the input's dtype, then one pass over its rows; no copy of the logits."""
-    keep = torch.nonzero(targets != ignore_index).flatten()
-    scale = torch.as_tensor(temperature, dtype=torch.float32).expand(len(targets))
-    logp, entropy = torch.zeros(len(targets)), torch.zeros(len(targets))
-    budget = DEFAULT_MEMORY_BUDGET_BYTES if memory_budget_bytes is None else memory_budget_bytes
-    for rows in keep.split(max(1, int(budget // (weight.shape[0] * weight.element_size())))):
-        logits = F.linear(hidden[rows], weight)
-        logp[rows], entropy[rows] = native.row_logprob(logits, targets[rows], scale[rows])
-    return logp, entropy
 
 
 def linear_cross_entropy(

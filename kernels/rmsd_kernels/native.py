@@ -12,6 +12,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.abi3.so")
@@ -98,3 +99,36 @@ def row_logprob(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1
         if "row_logprob: targets[" in message or "row_logprob: temperature[" in message:
             raise ValueError(message[message.rindex("row_logprob: t") :].splitlines()[0]) from None
         raise
+
+
+def why_not_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None
+) -> str:
+    """Why the compiled CPU op cannot score this call; empty where it can."""
+    if hidden.device.type != "cpu" or hidden.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16 on CPU, got {hidden.dtype} on {hidden.device}"
+    if bias is not None or softcap is not None:
+        return "it has no bias and no softcap"
+    inputs = [t for t in (hidden, weight, temperature) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return "it has no gradient, and an input needs one"
+    return why_not()
+
+
+@torch.no_grad()
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    memory_budget_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """(logp [T], entropy [T]): a GEMM in the input's dtype, then one pass over its rows; no copy of the logits."""
+    keep = torch.nonzero(targets != ignore_index).flatten()
+    scale = torch.as_tensor(temperature, dtype=torch.float32).expand(len(targets))
+    logp, entropy = torch.zeros(len(targets)), torch.zeros(len(targets))
+    for rows in keep.split(max(1, int(memory_budget_bytes // (weight.shape[0] * weight.element_size())))):
+        logits = F.linear(hidden[rows], weight)
+        logp[rows], entropy[rows] = row_logprob(logits, targets[rows], scale[rows])
+    return logp, entropy

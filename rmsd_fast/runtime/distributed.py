@@ -31,6 +31,7 @@ from rmsd_fast.runtime.world import (
     global_max,
     global_sum,
     mean_over_global,
+    on_main,
     read_tensors,
     start,
     stop,
@@ -47,6 +48,7 @@ __all__ = [
     "global_max",
     "global_sum",
     "mean_over_global",
+    "on_main",
     "start",
     "stop",
 ]

@@ -9,18 +9,20 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rmsd_fast.config import NotInstalled
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,20 @@ def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
     if world.size > 1:
         dist.broadcast_object_list(box, src=source, device=world.device if world.device.type == "cuda" else None)
     return box[0]
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """Do something on the main process and give its result, or its error, to all."""
+    outcome: tuple[bool, object] = (False, None)
+    if world.is_main:
+        try:
+            outcome = (True, work())
+        except Exception as error:
+            outcome = (False, error)
+    done, value = broadcast_object(outcome, world)
+    if not done:
+        raise value
+    return value
 
 
 def all_gather_objects(value: Any, world: World) -> list[Any]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import PromptBuilder, PromptError
-from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
+from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question, write_text_atomic
 from rmsd_fast.data.video import MediaError
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.quality import quality_score
@@ -139,7 +139,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
             for before, after in zip(names, names[1:], strict=False)
         },
     }
-    write_whole(run_folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text_atomic(run_folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     by_id = {question.id: question for question in questions}
     lines = []
     for name, records in predictions.items():
@@ -148,7 +148,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
             media = {"videos": list(question.videos), "images": list(question.images)}
             asked = {"question": question.question, "options": question.options, "answer": question.answer}
             lines.append(json.dumps({"student": name, **record, **asked, **media}))
-    write_whole(run_folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    write_text_atomic(run_folder / "samples.jsonl", "".join(line + "\n" for line in lines))
     return result
 
 
@@ -178,14 +178,7 @@ def read_predictions(run_folder: Path, name: str) -> list[dict] | None:
 def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:
     path = predictions_path(run_folder, name)
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    staged = path.with_name(path.name + ".tmp")
-    staged.write_text(text)
-    staged.replace(path)
+    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def format_table(result: dict) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
@@ -15,12 +13,10 @@ from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder
 from rmsd_fast.models.tiny import build_tiny_student
-from rmsd_fast.runtime.distributed import World, broadcast_object
+from rmsd_fast.runtime.distributed import World, on_main
 from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
 from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
 from rmsd_fast.teacher.targets import content_score
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -95,20 +91,6 @@ def _check_ground_truths(questions: list[Question], settings: RunConfig, path: s
             content_score("", question, settings.teacher)
         except ValueError as error:
             raise DataError(f"{path}: question {question.id!r}: {error}") from None
-
-
-def on_main(world: World, work: Callable[[], Result]) -> Result:
-    """Do something on the main process and give its result, or its error, to all."""
-    outcome: tuple[bool, object] = (False, None)
-    if world.is_main:
-        try:
-            outcome = (True, work())
-        except Exception as error:
-            outcome = (False, error)
-    done, value = broadcast_object(outcome, world)
-    if not done:
-        raise value
-    return value
 
 
 def _make(settings: RunConfig) -> dict[str, str]:

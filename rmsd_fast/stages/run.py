@@ -16,7 +16,7 @@ import torch
 from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.data.records import Question
+from rmsd_fast.data.records import Question, write_text_atomic
 from rmsd_fast.models.students import Student, export_student
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
@@ -26,11 +26,10 @@ from rmsd_fast.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum
+from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
-from rmsd_fast.stages.evaluation import write_whole
-from rmsd_fast.stages.material import Material, on_main
+from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
 from rmsd_kernels import native
 
@@ -102,7 +101,7 @@ def _take_changes(settings: RunConfig, folder: Path) -> None:
     """The settings from here on; those before stay beside them. Answers to the questions so far are asked for again."""
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
     shutil.copy(folder / "config.yaml", folder / f"config.before-{number}.yaml")
-    write_whole(folder / "config.yaml", to_yaml(settings))
+    write_text_atomic(folder / "config.yaml", to_yaml(settings))
     shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
@@ -119,7 +118,7 @@ def write_facts(run: Run, *, finished: bool) -> None:
     }
     if finished:
         facts["finished"] = _now()
-    write_whole(path, json.dumps(facts, indent=2) + "\n")
+    write_text_atomic(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _now() -> str:
