@@ -164,13 +164,11 @@ def check_helpers(world) -> dict:
         broadcast_object,
         global_max,
         global_sum,
-        mean_over_global,
     )
 
     return {
         "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
         "max": global_max({"a": -float(world.rank)}, world),
-        "mean": mean_over_global({"x": 3.0 * (world.rank + 1)}, {"x": 1 + 2 * world.rank}, world),
         "any": [any_rank(world.rank == world.size - 1, world), any_rank(False, world)],
         "broadcast": broadcast_object(f"from {world.rank}", world),
         "gather": all_gather_objects(world.rank, world),
@@ -203,6 +201,8 @@ def check_refusals(world, folder: Path) -> dict:
         "dtype": message(lambda: make(world, 2, "float16")),
         "offload": message(lambda: make(world, 0, "float32", offload_optimizer=True)),
     }
+    # The other rank may still be reading what is changed next.
+    torch.distributed.barrier()
     if world.rank == 0:
         saved = json.loads(meta.read_text())
         meta.write_text(json.dumps(saved | {"world_size": 8}))
@@ -316,7 +316,6 @@ def test_helpers(outcome):
         got = outcome[1][2][rank]["helpers"]
         assert got["sum"] == {"a": 1.0, "b": 3.0}
         assert got["max"] == {"a": 0.0}
-        assert got["mean"] == {"x": 9 / 4}  # (3 + 6) / (1 + 3)
         assert got["any"] == [True, False]
         assert got["broadcast"] == "from 0"
         assert got["gather"] == [0, 1]

@@ -39,6 +39,10 @@ class World:
         return self.rank == 0
 
 
+# Variables that `start` made up for a process without a launcher.
+_SET_HERE: dict[str, str] = {}
+
+
 def start(timeout_s: float = 1800.0) -> World:
     """Join the process group that torchrun described in the environment, or make one of a single process.
 
@@ -52,7 +56,15 @@ def start(timeout_s: float = 1800.0) -> World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+        _SET_HERE.update(alone)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
@@ -88,6 +100,9 @@ def stop() -> None:
     """Leave the process group. Safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Processes started later would take them for a launcher's.
+    while _SET_HERE:
+        os.environ.pop(_SET_HERE.popitem()[0], None)
 
 
 def global_sum(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
@@ -98,12 +113,6 @@ def global_sum(values: Mapping[str, float | Tensor], world: World) -> dict[str, 
 def global_max(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
     """Largest of each value over all ranks, in float64. Keys must be the same on every rank."""
     return _reduce(values, world, dist.ReduceOp.MAX)
-
-
-def mean_over_global(sums: Mapping[str, float | Tensor], counts: Mapping[str, float], world: World) -> dict[str, float]:
-    """Sum of each value over all ranks, divided by the sum of its count over all ranks; 0/0 is NaN."""
-    both = global_sum({**{f"s/{k}": sums[k] for k in sums}, **{f"c/{k}": counts[k] for k in sums}}, world)
-    return {k: both[f"s/{k}"] / both[f"c/{k}"] if both[f"c/{k}"] else float("nan") for k in sums}
 
 
 def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict[str, float]:
