@@ -197,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"rmsd_fast.train: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume <run folder> continues from the last checkpoint", file=sys.stderr)
+        return 130
     # Not after other errors: they may be of one process alone, and leaving the group would wait for the others.
     stop()
     return code
