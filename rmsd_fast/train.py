@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rmsd_fast.config import CheckpointError, RunConfig, UserError
+from rmsd_fast.config import CheckpointError, RunConfig, SettingsError, UserError
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, on_main, start, stop
@@ -51,7 +51,9 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
     """One whole run; returns its folder."""
     material = prepare_material(settings, world)
     run = open_run(settings, world, material, resume, allow_changes)
-    run.metrics.message(f"run folder: {run.folder}")
+    saved = run.checkpoint.state if run.checkpoint else None
+    where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
+    run.metrics.message(f"run folder: {run.folder}{where}")
     on_main(world, lambda: describe_run(run))
     evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
     if "sft" in settings.stages:
@@ -172,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         if arguments.resume:
+            if not (arguments.resume / "config.yaml").is_file():
+                raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, found none")
             recipe = str(arguments.resume / "config.yaml")
             overrides = [o for o in (arguments.recipe, *arguments.overrides) if o]
         else:

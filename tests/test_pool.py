@@ -39,6 +39,14 @@ def test_write_append_load(tmp_path):
     assert pool == {"q1": [second, first], "q2": [TeacherResponse("q2", 0, "", "")]}
 
 
+def test_a_line_needs_no_more_than_id_k_and_text(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0, "text": "x"}) + "\n")
+    assert load_pool(tmp_path / "p.jsonl")["q1"] == [TeacherResponse("q1", 0, "", "x")]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0}) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl:1: field 'text'.*needs id, k, text"):
+        load_pool(tmp_path / "p.jsonl")
+
+
 def test_nulls_of_servers_are_defaults(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"finish_reason": None, "usage": None, "quality": None}) + "\n")
     assert load_pool(tmp_path / "p.jsonl")["q1"][0] == TeacherResponse(**LINE)
@@ -52,7 +60,7 @@ def test_nulls_of_servers_are_defaults(tmp_path):
         ({"k": True}, "field 'k'"),
         ({"k": 1.0}, "field 'k'"),
         ({"text": None}, "field 'text': expected text, got nothing"),
-        ({"key": None}, "field 'key'"),
+        ({"key": 3}, "field 'key': expected text"),
         ({"usage": []}, "field 'usage': expected a JSON object"),
         ({"valid": "yes"}, "field 'valid': expected true or false"),
         ({"quality": 1.5}, r"field 'quality': expected a number in \[0, 1\], got 1.5"),
@@ -68,7 +76,7 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
 
 def test_a_question_file_is_no_pool(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
-    with pytest.raises(DataError, match="field 'k': expected a value, got nothing; is this a pool"):
+    with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text"):
         load_pool(tmp_path / "p.jsonl")
 
 
@@ -132,7 +140,8 @@ def test_check_pool(question, tmp_path, caplog):
 
     check_pool(pool(key_of(question)), [question], check_media=True)
     assert not caplog.records
-    check_pool(pool(""), [question])
+    with caplog.at_level("INFO"):
+        check_pool(pool(""), [question])
     assert "1 questions have responses without a key" in caplog.text
     with pytest.raises(DataError, match=r"got them for 1 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"):
         check_pool(pool(""), [question, replace(question, id="q2")])

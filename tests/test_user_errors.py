@@ -73,6 +73,20 @@ def test_pool_of_other_questions(capsys, tmp_path, material):
     assert "expected responses to all" in error and "teacher.pool" in error
 
 
+def test_pool_without_a_usable_response(capsys, tmp_path, material):
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps({**line, "text": "B"}) + "\n" for line in read(material.files["pool"])))
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"teacher.pool": path}))
+    assert "no response to any of the 36 questions" in error and "<answer>" in error
+
+
+def test_media_that_are_not_there(capsys, tmp_path, material):
+    path = tmp_path / "train.jsonl"
+    path.write_text(Path(material.files["train"]).read_text())
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": path}))
+    assert "12 of 12 files are missing, for 36 of 36 questions" in error and "data.media_root" in error
+
+
 def test_model_of_another_family(capsys, tmp_path, material):
     folder = tmp_path / "model"
     folder.mkdir()
@@ -106,7 +120,7 @@ def test_batch_that_the_processes_cannot_share(monkeypatch, capsys, tmp_path):
 
 
 def test_resume_of_a_folder_that_is_no_run(capsys, tmp_path):
-    assert "config.yaml" in fails(capsys, tmp_path, "--resume", str(tmp_path / "nothing"))
+    assert "expected a run folder" in fails(capsys, tmp_path, "--resume", str(tmp_path / "nothing"))
 
 
 def test_print_config_and_dry_run(capsys):

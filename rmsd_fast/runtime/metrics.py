@@ -98,7 +98,7 @@ class MetricsLog:
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage of `total` steps starts, or continues after `done` of them."""
-        self._stage, self._total = stage, total
+        self._stage, self._total, self._line = stage, total, f"{stage} {done}/{total}"
         self._ends.clear()
         self._ends.append((done, time.monotonic()))
         self._shown_step, self._shown_at = done, -math.inf
@@ -205,15 +205,12 @@ class MetricsLog:
 
 
 def progress_line(stage: str, step: int, total: int, values: Mapping[str, Any], ends: list[tuple[int, float]]) -> str:
-    """`distill 37/468  KL 0.012  3.20 s/step  left 0:22:59`.
+    """`distill 37/468  3.20 s/step  left 0:22:59  KL 0.012`.
 
     `ends` are (step, seconds) of the ends of the last steps; a total of 0 is unknown.
     """
     parts = [f"{stage} {step}/{total}" if total else f"{stage} {step}"]
-    for key, name in MAIN_NUMBERS.items():
-        value = values.get(key)
-        if isinstance(value, (int, float)):
-            parts.append(f"{name} {value:.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}")
+    # First what a narrow terminal must not cut off.
     (first, began), (last, ended) = ends[0], ends[-1]
     if last > first:
         each = (ended - began) / (last - first)
@@ -221,6 +218,10 @@ def progress_line(stage: str, step: int, total: int, values: Mapping[str, Any], 
         parts.append(f"{each:.2f} s/step")
         if total:
             parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+    for key, name in MAIN_NUMBERS.items():
+        value = values.get(key)
+        if isinstance(value, (int, float)):
+            parts.append(f"{name} {value:.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}")
     return "  ".join(parts)
 
 

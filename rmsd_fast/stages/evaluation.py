@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,16 @@ def answer_questions(
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
     own = questions[world.rank :: world.size]
     records = []
-    progress = tqdm(total=len(own), desc=f"evaluate {name}", unit="question", disable=None if world.is_main else True)
+    # Without a terminal a line every ten seconds, so that a long evaluation is seen to move.
+    live = sys.stderr.isatty()
+    progress = tqdm(
+        total=len(own),
+        desc=f"evaluate {name}",
+        unit="question",
+        disable=not world.is_main,
+        mininterval=0.1 if live else 10,
+        leave=live,
+    )
     for start in range(0, len(own), batch_size):
         prompts, failed = [], []
         for question in own[start : start + batch_size]:

@@ -14,6 +14,7 @@ from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.teacher.diagnostics import score_pool
 from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
 from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
 from rmsd_fast.teacher.targets import content_score
@@ -79,9 +80,33 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
                 f"teacher.responses={settings.teacher.responses}: {files['pool']} holds at most {most} responses to "
                 f"a question; write teacher.responses={most} or collect more"
             )
+        check_usable(pool, train, settings)
     # Before a run folder is made; the main process fetches a hub model, the others find it.
     on_main(world, lambda: check_family(resolve_folder(model_path)))
     return Material(train, heldout, pool, model_path, is_simulated(pool), files)
+
+
+def check_usable(pool: dict[str, list[TeacherResponse]], questions: list[Question], settings: RunConfig) -> None:
+    """Refuse what would only fail hours later: no response that can be imitated, too many media files missing.
+
+    Raises:
+        DataError: says what is missing and where to look.
+    """
+    scores = score_pool(pool, questions, settings.teacher)
+    if not any(quality > 0 for rows in scores.values() for _, quality in rows):
+        raise DataError(
+            f"teacher pool: no response to any of the {len(questions)} questions is valid and of quality above 0; "
+            "expected whole texts <think>…</think><answer>…</answer> whose answer has the task's format"
+        )
+    media = {path for question in questions for path in (*question.videos, *question.images)}
+    missing = sorted(path for path in media if not Path(path).exists())
+    gone = set(missing)
+    affected = sum(any(path in gone for path in (*q.videos, *q.images)) for q in questions)
+    if affected > settings.data.max_bad_share * len(questions):
+        raise DataError(
+            f"media: {len(missing)} of {len(media)} files are missing, for {affected} of {len(questions)} questions "
+            f"(first: {', '.join(missing[:3])}); check data.media_root, or raise data.max_bad_share"
+        )
 
 
 def _check_ground_truths(questions: list[Question], settings: RunConfig, path: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.settings import uses_discriminator, uses_reference
+from rmsd_fast.stages.material import check_usable
 from rmsd_fast.teacher.pool import check_pool, load_pool
 
 GIB = 2**30
@@ -73,8 +74,9 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         else:
             read = load_questions(path, media_root=root, format=settings.data.format)
             questions = read if key == "data.train" else questions
-            absent = sum(not Path(p).exists() for q in read for p in (*q.videos, *q.images))
-            found.append(f"{key}: {len(read)} questions" + (f", {absent} media files missing" if absent else ""))
+            absent = sorted({p for q in read for p in (*q.videos, *q.images) if not Path(p).exists()})
+            missing_media = f", {len(absent)} media files missing, first {absent[0]}" if absent else ""
+            found.append(f"{key}: {len(read)} questions{missing_media}")
     if not settings.teacher.pool:
         (found if made else missing).append(
             "teacher.pool: " + ("made by the run, simulated" if made else "expected JSONL")
@@ -86,6 +88,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         found.append(f"teacher.pool: {sum(map(len, pool.values()))} responses to {len(pool)} questions")
     if pool is not None and questions is not None:
         check_pool(pool, questions)
+        check_usable(pool, questions, settings)
     if not settings.model.path:
         (found if made else missing).append(
             "model.path: " + ("a tiny student made by the run" if made else "expected one")

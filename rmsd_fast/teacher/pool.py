@@ -28,8 +28,8 @@ from rmsd_fast.data.records import DataError, Question, parse_record, write_text
 logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
-_REQUIRED = ("id", "k", "key", "text")
-_FIELDS = (*_REQUIRED, "finish_reason", "usage", "model", "sampling", "valid", "quality")
+_REQUIRED = ("id", "k", "text")
+_FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TeacherResponse:
     k: int
     """Number of the response, from 0."""
     key: str
-    """What request_key gave for the request; "" = not known."""
+    """What request_key gave for the request; "" = not known, the line is matched by id alone."""
     text: str
     """The whole response, as sent."""
     finish_reason: str = "stop"
@@ -207,7 +207,7 @@ def check_pool(
         if ids:
             raise DataError(f"teacher pool: expected {what}, got {len(ids)} others (ids: {_some(ids)}); {todo}")
     if unknown:
-        logger.warning("teacher pool: %d questions have responses without a key; they are matched by id only", unknown)
+        logger.info("teacher pool: %d questions have responses without a key; they are matched by id alone", unknown)
 
 
 def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
@@ -216,7 +216,13 @@ def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
             raise DataError.at(where, name, f"one of the fields {', '.join(_FIELDS)}", name, "remove it")
     for name in _REQUIRED:
         if name not in record:
-            raise DataError.at(where, name, "a value", "nothing", "is this a pool and not a question file? Then add it")
+            raise DataError.at(
+                where,
+                name,
+                "a value",
+                "nothing",
+                f"a pool line needs {', '.join(_REQUIRED)}; or is this a question file?",
+            )
     if not isinstance(record["id"], str) or not record["id"]:
         raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
     if type(record["k"]) is not int or record["k"] < 0:
@@ -237,7 +243,7 @@ def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
     quality = record.get("quality")
     if quality is not None and not (type(quality) in (int, float) and math.isfinite(quality) and 0 <= quality <= 1):
         raise DataError.at(where, "quality", "a number in [0, 1]", quality, "mend the line")
-    return TeacherResponse(**{name: value for name, value in record.items() if value is not None})
+    return TeacherResponse(**{"key": "", **{name: value for name, value in record.items() if value is not None}})
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:
