@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.report_page.curves import GROUPS
-from runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
 
 pytestmark = pytest.mark.timeout(900)
 
