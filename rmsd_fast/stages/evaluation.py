@@ -52,7 +52,7 @@ def answer_questions(
         unit="question",
         disable=not world.is_main,
         mininterval=0.1 if live else 10,
-        leave=live,
+        leave=True,
     )
     for start in range(0, len(own), batch_size):
         prompts, failed = [], []
