@@ -5,7 +5,7 @@
 Variants, per seed (clips, teacher, initial weights and order all change with it):
 
 - full: the recipe as it is (untrained, stage 1, stage 2);
-- control: from the full run's stage 1, as many further steps with the same batches and learning rate, imitating T_best;
+- control: from the full run's stage 1, as many further steps of the same size and learning rate, imitating T_best;
 - single: stage 1 alone on one response per question, taken as it comes (`teacher.responses=1 sft.target=random`).
 
 Runs go one after the other and are kept: an interrupted call goes on where it was. The output folder gets `table.md`,

@@ -119,7 +119,7 @@ class DataConfig:
     decode_threads: int = 2
     """Threads that decode ahead of the step."""
     max_bad_share: float = 0.05
-    """Abort when more than this share of the samples seen could not be used."""
+    """Abort when more than this share of the samples seen could not be used, or of the questions lack their files."""
 
 
 @dataclass
@@ -239,7 +239,7 @@ class DistillConfig:
     train_vision: bool = False
     """Also train vision tower and mergers (open; off = peers' norm)."""
     objective: str = "policy"
-    """`policy` = R-MSD; `sft` = the control: the same steps, batches and learning rate with imitation of T_best."""
+    """`policy` = R-MSD; `sft` = the control: imitation of T_best in as many equal steps."""
     kl: str = "k3"
     """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary); `k1` has no gradient in
     expectation and is refused here, use `reward.kl_in_reward`."""

@@ -331,7 +331,7 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         ),
         (
             ["video.min_frames", "video.max_frames"],
-            video_counts_frames(settings),
+            settings.video.num_frames is not None,
             "they bound video.fps, and video.num_frames is given",
         ),
         (
@@ -346,7 +346,3 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         for key in given:
             if useless and any(key == name or (name.endswith(".") and key.startswith(name)) for name in prefixes):
                 raise SettingsError(f"{where}: {key} has no effect: {reason}, or leave {key} out")
-
-
-def video_counts_frames(settings: RunConfig) -> bool:
-    return settings.video.num_frames is not None

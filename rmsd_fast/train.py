@@ -91,7 +91,7 @@ def imitate(run: Run) -> None:
 
 
 def control(run: Run) -> None:
-    """The control of stage 2: the same steps, batches and learning rate with imitation."""
+    """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
     state = build_imitation(run.stage1, run.settings, run.world, run.material, stage="distill")
     _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
 

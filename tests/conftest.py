@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: one thread per process, since tests start several processes on few cores, and no look-ups of
@@ -59,15 +58,6 @@ def _seeded() -> None:
     torch.manual_seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
-
-
-@pytest.fixture
-def free_port() -> Iterator[int]:
-    """A TCP port on loopback that nothing listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    yield port
 
 
 @pytest.fixture(scope="session")

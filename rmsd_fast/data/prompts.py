@@ -70,7 +70,6 @@ class PromptBuilder:
         video: frames and pixel budgets.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
-        pad_id: id for padding.
         banned_ids: int64, ids that generation must never choose: every special token but the end token, and ids of the
             embedding beyond the tokenizer's.
     """
@@ -83,7 +82,6 @@ class PromptBuilder:
         config = student.model.config
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
-        self.pad_id: int = self.tokenizer.pad_token_id
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }

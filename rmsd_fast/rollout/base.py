@@ -30,7 +30,7 @@ class Rollout:
 
     token_ids: int64 [R], the end token included if the response ended by itself. logp: float32 [R], of the distribution
     that was sampled from (temperature applied, banned ids left out). truncated: cut at `max_new_tokens`.
-    policy_version: optimiser step of the weights that wrote it.
+    policy_version: the rollout step it was written in; the weights change at most once per step.
     """
 
     question_id: str
