@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.runtime.distributed import World, start, stop
+from rmsd_fast.runtime.world import exit_process
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
@@ -62,4 +63,4 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

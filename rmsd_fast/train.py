@@ -19,6 +19,7 @@ from rmsd_fast.config import CheckpointError, RunConfig, SettingsError, UserErro
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, on_main, start, stop
+from rmsd_fast.runtime.world import exit_process
 from rmsd_fast.settings import describe_settings, load_settings, to_yaml
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
@@ -51,21 +52,23 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
     """One whole run; returns its folder."""
     material = prepare_material(settings, world)
     run = open_run(settings, world, material, resume, allow_changes)
-    saved = run.checkpoint.state if run.checkpoint else None
-    where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
-    run.metrics.message(f"run folder: {run.folder}{where}")
-    on_main(world, lambda: describe_run(run))
-    evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
-    if "sft" in settings.stages:
-        imitate(run)
-        release_memory()
-        evaluate(run, run.stage1, "stage1")
-    if set(settings.stages) & {"warm_up", "distill"}:
-        control(run) if settings.distill.objective == "sft" else distillation(run)
-        release_memory()
-        if "distill" in settings.stages:
-            evaluate(run, str(run.folder / "export"), "stage2")
-    run.metrics.close()
+    try:
+        saved = run.checkpoint.state if run.checkpoint else None
+        where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
+        run.metrics.message(f"run folder: {run.folder}{where}")
+        on_main(world, lambda: describe_run(run))
+        evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
+        if "sft" in settings.stages:
+            imitate(run)
+            release_memory()
+            evaluate(run, run.stage1, "stage1")
+        if set(settings.stages) & {"warm_up", "distill"}:
+            control(run) if settings.distill.objective == "sft" else distillation(run)
+            release_memory()
+            if "distill" in settings.stages:
+                evaluate(run, str(run.folder / "export"), "stage2")
+    finally:
+        run.metrics.close()
     on_main(world, lambda: finish(run))
     return run.folder
 
@@ -226,4 +229,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

@@ -215,7 +215,7 @@ def check_refusals(world, folder: Path) -> dict:
 
 def program(folder: Path) -> None:
     torch.set_num_threads(1)
-    from rmsd_fast.runtime.distributed import all_gather_objects, start, stop
+    from rmsd_fast.runtime.distributed import all_gather_objects, barrier, start, stop
 
     world = start(timeout_s=60)
     results = {"helpers": check_helpers(world), "refusals": check_refusals(world, folder)}
@@ -224,12 +224,16 @@ def program(folder: Path) -> None:
     gathered = all_gather_objects(results, world)
     if world.is_main:
         (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
+    # Nobody leaves while the other still writes.
+    barrier(world)
     stop()
 
 
 if __name__ == "__main__":
+    from rmsd_fast.runtime.world import exit_process
+
     program(Path(sys.argv[1]))
-    sys.exit(0)
+    exit_process(0)
 
 
 @pytest.fixture(scope="module")
