@@ -72,7 +72,13 @@ def native_extensions() -> list[Extension]:
     return [
         Extension(
             "rmsd_kernels._native",
-            sources=["csrc/row_logprob.cpp"],
+            sources=[
+                "csrc/register.cpp",
+                "csrc/head_rows.cpp",
+                "csrc/divergence_rows.cpp",
+                "csrc/row_kernels.cpp",
+            ],
+            depends=["csrc/head_rows.h", "csrc/row_common.h", "csrc/row_kernels.h"],
             include_dirs=[str(torch_folder / "include")],
             library_dirs=[str(torch_folder / "lib")],
             # The stable ABI's symbols live in libtorch_cpu; the loader finds it in the running process.

@@ -72,6 +72,9 @@ class ModelConfig:
     """`bfloat16` or `float32`: the dtype in which student, discriminator and reference compute."""
     attention: str = "sdpa"
     """Attention of transformers: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn)."""
+    liger: str = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU in policy, reference and discriminator: `on`, `off`, or `auto` = on where there
+    are CUDA and liger-kernel."""
     gradient_checkpointing: bool = True
     """Recompute decoder layers in backward instead of keeping their activations."""
 

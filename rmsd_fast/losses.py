@@ -14,14 +14,20 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 
 `impl` chooses how a loss is computed, with the same numbers:
 
-- "torch": eager torch in chunks of rows: `memory_budget_bytes` worth of logits at a time (default 1 GiB, at least one
-  row), recomputed in backward. Where all rows fit the budget nothing is recomputed.
+- "triton": CUDA. GEMMs of torch over chunks of tokens, and one Triton kernel per chunk that reads its logits and leaves
+  their gradient in their place. The discriminator losses are one kernel forward and one backward.
+- "native": CPU, float32 and bfloat16: the same loop with the compiled row functions of csrc/.
+- "torch": any device and dtype: the same loop in eager torch.
 - "reference": eager torch, all rows at once (rmsd_kernels.reference): the truth that others are tested against.
-- "native": the compiled CPU op of `rmsd_kernels.native`, for `linear_logprob` without a gradient: one pass over the
-  logits and no copy of them.
-- "auto": "native" where it can serve the call, else "torch".
+- "auto": "triton" for CUDA tensors (float64: "torch"); for CPU tensors "native" where that was built, else "torch".
 
-Any other name, and "native" where it cannot serve, raises RuntimeError. Results are float32, or float64 for float64
+`memory_budget_bytes` bounds the logits that exist at once (default 512 MiB; at least one row). What it means for the
+work is in rmsd_kernels.engine: more chunks, and for losses whose gradient is known only in backward a second GEMM where
+all logits do not fit. On CUDA, rows that are to be ignored are looked up on the device, which waits for it once per
+call; `ignore_index=None` says that every row is scored and waits for nothing. Losses of linear heads can be
+backpropagated once: their gradients are made in forward and used up.
+
+An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64
 inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of
 tokens and pairs, log-probs of other policies and everything of a teacher or reference are constants. A normalizer is a
 plain divisor: give the count over all ranks and micro-batches, and the sum of the parts is the loss of the whole. A

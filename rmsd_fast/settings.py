@@ -20,6 +20,7 @@ CHOICES = {
     "made.source": ("clips", "real_clips"),
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "model.liger": ("auto", "on", "off"),
     "data.format": ("auto", "rmsd", "ms-swift", "llava", "video-r1"),
     "teacher.quality": ("metric", "uniform"),
     "teacher.numeric_metric": ("epsilon", "mra"),
@@ -195,6 +196,10 @@ def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
         # `data.heldout=` and `data.heldout: null` both mean: none given.
         if OmegaConf.select(given, key) is None and isinstance(OmegaConf.select(schema, key), str):
             OmegaConf.update(given, key, "")
+        # YAML reads a bare `on` or `off` as true or false.
+        value = OmegaConf.select(given, key)
+        if isinstance(value, bool) and "on" in CHOICES.get(key, ()):
+            OmegaConf.update(given, key, "on" if value else "off")
     try:
         return OmegaConf.merge(schema, given)
     except OmegaConfBaseException as error:

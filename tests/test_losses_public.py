@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmsd_fast import losses
-from rmsd_kernels import linear_losses
+from rmsd_kernels import engine
 
 T, D, V = 23, 8, 37
 
@@ -33,7 +33,7 @@ def gradients(value, inputs):
 
 
 # Scored rows per chunk of the 20 with one head: 5 = full chunks, 7 = a ragged last one; 1 byte = single rows.
-BUDGETS = [rows * 8 * V * linear_losses._LIVE_COPIES for rows in (5, 7)] + [1, None]
+BUDGETS = [rows * 8 * V for rows in (5, 7)] + [1, None]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -101,7 +101,7 @@ def largest_saved(function) -> int:
 def test_the_budget_bounds_what_is_kept(head):
     hidden, weight, targets = head
     rows = 4
-    budget = rows * 8 * V * linear_losses._LIVE_COPIES
+    budget = rows * 8 * V
     call = lambda **kw: losses.linear_logprob(hidden, weight, targets, **kw)  # noqa: E731
     assert largest_saved(lambda: call(impl="reference")) >= 20 * V
     assert largest_saved(lambda: call(memory_budget_bytes=budget)) <= max(rows * V, D * V, T * D)
@@ -159,9 +159,9 @@ def test_an_implementation_that_is_not_there_is_refused(impl, head):
             head[0], torch.tensor([0, 1]), head[1][0], index, index, scores.double(), num_students=1, impl=impl
         ),
     ]
-    # "native" exists, for log-probs alone (test_native_logprob).
-    for call in calls[impl == "native" :]:
-        with pytest.raises(RuntimeError, match=f"'{impl}' is not available.*'auto', 'torch', 'reference'"):
+    expected = f"expected one of 'auto', .*got '{impl}'" if impl == "fastest" else f"'{impl}' cannot serve.*use 'auto'"
+    for call in calls:
+        with pytest.raises(RuntimeError, match=expected):
             call()
 
 
@@ -172,10 +172,26 @@ def test_a_budget_without_effect_is_refused(head):
         losses.linear_logprob(*head, memory_budget_bytes=0)
 
 
+def partitioned():
+    """What ZeRO-3 leaves of a parameter outside a forward."""
+    weight = torch.nn.Parameter(torch.zeros(0))
+    weight.ds_id = 0
+    return weight
+
+
+def test_a_head_sharded_by_dtensor_is_refused(head):
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    with pytest.raises(ValueError, match=r"weight: .*DTensor; pass weight.full_tensor\(\)"):
+        losses.linear_logprob(head[0], head[1].detach().as_subclass(Sharded), head[2])
+
+
 BAD_SCORING = [
     ({"hidden": torch.zeros(2, 3, D)}, ValueError, "hidden: expected shape \\[T, D\\]"),
-    ({"weight": torch.zeros(V, D + 1)}, ValueError, f"weight: expected shape \\[V, {D}\\].*gathered"),
-    ({"weight": torch.zeros(0)}, ValueError, "ZeRO-3"),
+    ({"weight": torch.zeros(V, D + 1)}, ValueError, f"weight: expected shape \\[V, {D}\\] with V >= 1"),
+    ({"weight": partitioned()}, ValueError, "ZeRO-3 has partitioned.*GatheredParameters"),
     ({"weight": torch.zeros(V, D)}, TypeError, "dtype of hidden, torch.float64, got torch.float32"),
     ({"hidden": [[1.0]]}, TypeError, "hidden: expected a torch.Tensor, got list"),
     ({"targets": torch.zeros(T + 1, dtype=torch.int64)}, ValueError, f"targets: expected shape \\[{T}\\]"),

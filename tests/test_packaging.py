@@ -89,14 +89,15 @@ def test_wheel_with_a_compiler_carries_a_library_that_works(tmp_path: Path) -> N
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
     code = (
-        "import torch; from rmsd_kernels import native; print(native.__file__)\n"
-        "print(native.row_logprob(torch.zeros(1, 4), torch.tensor([2]))[1].exp().item())"
+        "import torch; from rmsd_kernels import linear_logprob, native; print(native.__file__)\n"
+        "logp = linear_logprob(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([2]), impl='native')\n"
+        "print(logp.exp().item())"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     path, value = ran.stdout.split()
     assert Path(path).is_relative_to(tmp_path / "site")
-    assert float(value) == pytest.approx(4.0)
+    assert float(value) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

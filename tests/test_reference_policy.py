@@ -7,11 +7,8 @@ import torch
 from loss_rows import IGNORED, D, T, V, probabilities_by_loop, row_vector, tensors
 from torch.autograd import gradcheck
 
-from rmsd_kernels.reference import (
-    kl_estimate,
-    linear_logprob,
-    linear_policy_loss,
-)
+from rmsd_kernels.policy_formula import kl_estimate
+from rmsd_kernels.reference import linear_logprob, linear_policy_loss
 
 
 def policy_by_loop(logp, advantages, old, *, clip=0.2, weights=None, scored=None):

@@ -4,8 +4,12 @@ Depends on torch, never on rmsd_fast; nothing compiled is loaded on import. `rms
 """
 
 from .discriminator import discriminator_loss, last_token_values, pairwise_discriminator_loss
-from .linear_losses import linear_cross_entropy, linear_divergence, linear_logprob, linear_policy_loss
-from .reference import DiscriminatorLoss, DiscriminatorOutput, PolicyLoss
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_divergence import linear_divergence
+from .linear_logprob import linear_logprob
+from .linear_policy_loss import linear_policy_loss
+from .policy_formula import PolicyLoss
+from .reference import DiscriminatorLoss, DiscriminatorOutput
 
 __all__ = [
     "DiscriminatorLoss",

@@ -1,27 +1,15 @@
 """Argument checks of the public losses. A message says what, expected, got, and where useful what to do.
 
-Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are read for CPU tensors only:
-on an accelerator that would wait for the device in every step. There a bad target gives NaN and a bad index is an error
-of torch's own indexing.
+Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are read for CPU tensors only,
+and not inside torch.compile: on an accelerator that would wait for the device in every step. There a bad target gives
+NaN and a bad index is an error of torch's own indexing; RMSD_FAST_DEBUG=1 adds an assertion on the device.
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor
-
-# Names that impl= accepts besides "auto" everywhere; linear_logprob takes "native" too.
-IMPLEMENTATIONS = ("torch", "reference")
-
-
-def resolve_impl(impl: str) -> str:
-    """The implementation that runs for impl; RuntimeError where it is not available."""
-    if impl == "auto":
-        return "torch"
-    if impl not in IMPLEMENTATIONS:
-        available = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))
-        raise RuntimeError(f"impl: {impl!r} is not available; use one of {available}")
-    return impl
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefix: str = "") -> None:
@@ -30,11 +18,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefi
     _is_tensor(f"{prefix}weight", weight)
     if hidden.ndim != 2:
         raise ValueError(f"{prefix}hidden: expected shape [T, D], got {list(hidden.shape)}; flatten batch and length")
+    _refuse_sharded(f"{prefix}weight", weight)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{prefix}weight: expected shape [V, {hidden.shape[1]}], got {list(weight.shape)}; "
-            "a head that is sharded over ranks (ZeRO-3, DTensor) has to be gathered first"
-        )
+        raise ValueError(f"{prefix}weight: expected shape [V, {hidden.shape[1]}] with V >= 1, got {list(weight.shape)}")
     if not hidden.is_floating_point():
         raise TypeError(f"{prefix}hidden: expected a floating dtype, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
@@ -76,7 +62,7 @@ def check_index(name: str, index: Tensor, length: int | None, limit: int, like: 
         raise ValueError(f"{name}: expected values in 0..{limit - 1}, got {_extremes(index)}")
 
 
-def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int | None) -> None:
     """int64 [T] in 0..V-1, or ignore_index."""
     _is_tensor("targets", targets)
     if targets.shape != hidden.shape[:1]:
@@ -91,6 +77,8 @@ def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index
                 f"targets: expected values in 0..{vocabulary - 1} or ignore_index={ignore_index}, "
                 f"got {_extremes(scored)}"
             )
+    elif os.environ.get("RMSD_FAST_DEBUG") == "1":
+        torch._assert_async(((targets >= 0) & (targets < vocabulary) | (targets == ignore_index)).all())
 
 
 def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
@@ -142,10 +130,56 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
             raise ValueError(f"cu_seqlens: expected edges from 0 to T={len(hidden)} that never fall, got {edges}")
 
 
+def check_scored(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int | None,
+) -> None:
+    check_head(hidden, weight, bias)
+    check_targets(targets, hidden, weight.shape[0], ignore_index)
+    check_temperature(temperature, hidden)
+    if softcap is not None:
+        check_number("softcap", softcap, above=0.0)
+
+
+def check_weights(token_weights: Tensor | None, normalizer: float | Tensor | None, hidden: Tensor) -> None:
+    if token_weights is not None:
+        check_vector("token_weights", token_weights, len(hidden), hidden)
+    check_normalizer(normalizer)
+
+
+def check_other_head(
+    prefix: str, other: Tensor, other_weight: Tensor, other_bias: Tensor | None, hidden: Tensor, weight: Tensor
+) -> None:
+    """A second model's hidden states and head: its own D, the same T, V and device."""
+    check_head(other, other_weight, other_bias, prefix=prefix)
+    if len(other) != len(hidden) or len(other_weight) != len(weight):
+        raise ValueError(
+            f"{prefix}hidden and {prefix}weight: expected T={len(hidden)} rows and V={len(weight)}, "
+            f"got {len(other)} and {len(other_weight)}"
+        )
+    check_device(f"{prefix}hidden", other, hidden)
+
+
 def check_unit_interval(name: str, values: Tensor) -> None:
     """All values in [0, 1], NaN refused (CPU tensors)."""
     if _readable(values) and not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"{name}: expected values in [0, 1], got {_extremes(values)}")
+
+
+def _refuse_sharded(name: str, weight: Tensor) -> None:
+    """A head of which this process holds a part: its rows would be taken for the whole vocabulary."""
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name}: expected a whole tensor, got a DTensor; pass {name}.full_tensor()")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{name}: expected a whole tensor, got a parameter that ZeRO-3 has partitioned; call the loss inside the "
+            "module's forward, or inside deepspeed.zero.GatheredParameters"
+        )
 
 
 def _is_tensor(name: str, value: object) -> None:
@@ -160,7 +194,7 @@ def check_device(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def _readable(values: Tensor) -> bool:
-    return values.device.type == "cpu"
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _extremes(values: Tensor) -> str:

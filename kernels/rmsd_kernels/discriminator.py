@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
+from .implementations import resolve_impl
 from .reference import DiscriminatorLoss, DiscriminatorOutput
 
 
@@ -35,7 +36,7 @@ def last_token_values(
         RuntimeError: impl is not available.
     Source: R-MSD (arXiv 2603.11423), discriminator on the last response token.
     """
-    checks.resolve_impl(impl)
+    chosen = resolve_impl(impl, hidden, native_form=False)
     _check_values(hidden, last_index, weight, bias, norm_weight, norm_eps)
     return reference.last_token_values(
         hidden, last_index, weight, bias=_scalar(bias), norm_weight=norm_weight, norm_eps=norm_eps
@@ -77,7 +78,7 @@ def pairwise_discriminator_loss(
             negative pair_weight. TypeError: dtypes. RuntimeError: impl is not available.
     Source: R-MSD (arXiv 2603.11423), discriminator loss; score L2: PRISM (arXiv 2604.28123).
     """
-    checks.resolve_impl(impl)
+    chosen = resolve_impl(impl, student_scores, native_form=False)
     for name, scores in (("student_scores", student_scores), ("teacher_scores", teacher_scores)):
         checks.check_vector(name, scores, scores.shape[0] if getattr(scores, "ndim", 0) else 0, student_scores)
     _check_pairs(student_scores, len(student_scores), len(teacher_scores), student_index, teacher_index, quality)
@@ -122,7 +123,7 @@ def discriminator_loss(
         rewards of the rollouts.
     Raises: as the two; ValueError also for num_students outside 0..S+R.
     """
-    checks.resolve_impl(impl)
+    chosen = resolve_impl(impl, hidden, native_form=False)
     _check_values(hidden, last_index, head, bias, norm_weight, norm_eps)
     if not 0 <= num_students <= len(last_index):
         raise ValueError(f"num_students: expected 0..{len(last_index)}, the length of last_index, got {num_students}")

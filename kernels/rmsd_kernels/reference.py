@@ -7,8 +7,7 @@ within one row of logits is in `rows`.
 Rows that carry no loss (target = ignore_index, weight 0 in a divergence) are taken out before the GEMM, so what stands
 in them, NaN included, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN, never a wild read.
 
-`chunk_rows` bounds the memory: rows are scored that many at a time and recomputed in backward (8TDV instead of 6TDV of
-work), with at most one chunk's logits alive. None: all at once. Arguments are checked by `rmsd_fast.losses`, not here.
+All rows at once: the memory is that of eager code. Arguments are checked by the public functions, not here.
 
 Symbols: T tokens, D hidden, V vocabulary, B sequences, S rollout scores, R teacher scores, P pairs.
 """
@@ -19,17 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import accumulation_dtype, divergence_of_rows, head_logits, in_chunks, score_rows, temperature_rows
-
-# exp(80) = 5.5e34 is finite in float32, and so is its product with an advantage.
-EXP_LIMIT = 80.0
-
-
-class PolicyLoss(NamedTuple):
-    """loss: scalar with a gradient. metrics: detached scalars on the loss's device, by name."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
+from .policy_formula import PolicyLoss, PolicySettings, policy_loss, row_weights, scored_of
+from .rows import accumulation_dtype, divergence_of_rows, head_logits, score_rows, temperature_rows
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -57,15 +47,12 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     return_entropy: bool = False,
-    chunk_rows: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log pi(target) [T], and the entropy of pi [T] on request; ignored rows give 0. See rmsd_fast.losses."""
-    keep = torch.nonzero(targets != ignore_index).flatten()
-    scores = score_rows(
-        hidden, weight, targets, keep, bias, temperature, softcap, return_entropy, chunk_rows=chunk_rows
-    )
+    keep = _scored_rows(targets, ignore_index)
+    scores = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, return_entropy)
     zeros = torch.zeros(targets.shape, dtype=scores.logp.dtype, device=hidden.device)
     logp = zeros.index_copy(0, keep, scores.logp)
     return (logp, zeros.index_copy(0, keep, scores.entropy)) if return_entropy else logp
@@ -79,14 +66,13 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    chunk_rows: int | None = None,
 ) -> Tensor:
     """sum of token_weights * -log pi(target) over the scored rows / normalizer. See rmsd_fast.losses."""
-    keep = torch.nonzero(targets != ignore_index).flatten()
-    logp = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, False, chunk_rows=chunk_rows).logp
+    keep = _scored_rows(targets, ignore_index)
+    logp = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, False).logp
     return _weighted_sum(-logp, _rows(token_weights, keep, logp.dtype), normalizer)
 
 
@@ -99,7 +85,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     ref_hidden: Tensor | None = None,
@@ -118,53 +104,20 @@ def linear_policy_loss(
     sequence_mask_cap: float | None = None,
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
-    chunk_rows: int | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss with a KL and an entropy term, from hidden states. See rmsd_fast.losses."""
-    keep = torch.nonzero(targets != ignore_index).flatten()
-    ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    scores = score_rows(
-        hidden, weight, targets, keep, bias, temperature, softcap, entropy_coef != 0, ref, kl == "full", chunk_rows
+    settings = PolicySettings(
+        kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, importance_level, tis_cap, sequence_mask_cap, entropy_coef
     )
-    logp, dtype = scores.logp, scores.logp.dtype
-    old = logp.detach() if old_logp is None else _rows(old_logp, keep, dtype)
-    sequences = None
-    if cu_seqlens is not None:
-        sequences = _Sequences(_sequence_of_rows(cu_seqlens, targets)[keep], len(cu_seqlens) - 1)
-    log_ratio = logp - old if importance_level == "token" else _sequence_mean(logp - old, sequences)
-    objective, metrics = _clipped_objective(log_ratio, _rows(advantages, keep, dtype), clip_low, clip_high)
-    metrics |= {"logp": _mean(logp), "entropy": _mean(scores.entropy), "rows": logp.new_tensor(len(keep))}
-    if rollout_logp is not None:
-        mismatch = _guarded_exp(old - _rows(rollout_logp, keep, dtype))
-        correction, importance = _importance_correction(mismatch, sequences, tis_cap, sequence_mask_cap)
-        objective = objective * correction
-        metrics |= importance
-
-    per_row = -objective
-    reference = scores.ref_logp if ref_logp is None else _rows(ref_logp, keep, dtype)
-    if reference is not None:
-        divergence = scores.full_kl if kl == "full" else kl_estimate(logp, reference, kl, kl_log_ratio_clip)
-        metrics |= {"kl": _mean(divergence), "kl_k1": _mean(logp - reference)}
-        # A coefficient of 0 adds nothing at all: 0 * inf would be NaN.
-        per_row = per_row + kl_coef * divergence if kl_coef else per_row
-    per_row = per_row - entropy_coef * scores.entropy if entropy_coef else per_row
-    return PolicyLoss(_weighted_sum(per_row, _rows(token_weights, keep, dtype), normalizer), metrics)
-
-
-def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_clip: float | None = None) -> Tensor:
-    """Per-token estimators of KL(pi || ref) from samples of pi, with d = log ref - log pi: k1 = -d, k2 = d²/2,
-    k3 = exp(d) - d - 1. log_ratio_clip clamps d to [-c, c]; exp's argument stays below 80 either way."""
-    d = ref_logp - logp
-    if log_ratio_clip is not None:
-        d = d.clamp(-log_ratio_clip, log_ratio_clip)
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return 0.5 * d * d
-    if kind == "k3":
-        # expm1 keeps the digits that exp(d) - 1 loses near d = 0.
-        return torch.expm1(d.clamp(max=EXP_LIMIT)) - d
-    raise ValueError(f"kl: expected 'k1', 'k2', 'k3' or 'full', got {kind!r}")
+    keep = _scored_rows(targets, ignore_index)
+    ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
+    found = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, entropy_coef != 0, ref, kl == "full")
+    zeros = torch.zeros(targets.shape, dtype=found.logp.dtype, device=hidden.device)
+    logp, entropy, head_ref_logp, full_kl = (None if t is None else zeros.index_copy(0, keep, t) for t in found)
+    scored = scored_of(targets, ignore_index, cu_seqlens, zeros.dtype)
+    weights = row_weights(scored, token_weights, normalizer, zeros.dtype)
+    known = head_ref_logp if ref_logp is None else ref_logp
+    return policy_loss(logp, entropy, known, full_kl, advantages, old_logp, rollout_logp, weights, scored, settings)
 
 
 def linear_divergence(
@@ -180,7 +133,6 @@ def linear_divergence(
     temperature: float | Tensor = 1.0,
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    chunk_rows: int | None = None,
 ) -> Tensor:
     """sum of token_weights * divergence(teacher, student) over rows / normalizer. See rmsd_fast.losses."""
     every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -191,21 +143,17 @@ def linear_divergence(
         teacher, ids = teacher_topk
     teacher_head = None if teacher_weight is None else teacher_weight.detach()
 
-    def block(rows: Tensor, teacher_rows: Tensor, ids_rows: Tensor | None, scale: Tensor | None) -> tuple[Tensor]:
-        student_logits = head_logits(rows, weight, None, scale, None)
-        if ids_rows is not None:
-            # Both sides become distributions over the teacher's k ids alone.
-            student_logits = student_logits.gather(1, ids_rows)
-        if teacher_head is not None:
-            teacher_logits = head_logits(teacher_rows, teacher_head, None, scale, None)
-        else:
-            teacher_logits = teacher_rows.to(student_logits.dtype)
-            teacher_logits = teacher_logits if scale is None else teacher_logits / scale.unsqueeze(1)
-        return (divergence_of_rows(teacher_logits.log_softmax(-1), student_logits.log_softmax(-1), kind, alpha),)
-
     scale = temperature_rows(temperature, keep, hidden)
-    ids_rows = None if ids is None else ids[keep]
-    (divergence,) = in_chunks(block, (hidden[keep], teacher.detach()[keep], ids_rows, scale), chunk_rows)
+    student_z, teacher_rows = head_logits(hidden[keep], weight, None, scale, None), teacher.detach()[keep]
+    if ids is not None:
+        # Both sides become distributions over the teacher's k ids alone.
+        student_z = student_z.gather(1, ids[keep])
+    if teacher_head is not None:
+        teacher_z = head_logits(teacher_rows, teacher_head, None, scale, None)
+    else:
+        teacher_z = teacher_rows.to(student_z.dtype)
+        teacher_z = teacher_z if scale is None else teacher_z / scale.unsqueeze(1)
+    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha)
     return _weighted_sum(divergence, _rows(token_weights, keep, divergence.dtype), normalizer)
 
 
@@ -287,49 +235,9 @@ def discriminator_loss(
     return DiscriminatorOutput(*result, scores.detach())
 
 
-class _Sequences(NamedTuple):
-    """Sequence number of each scored row, and how many sequences there are."""
-
-    of_row: Tensor
-    count: int
-
-
-def _clipped_objective(
-    log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """min(r*A, clip(r)*A) per row; a row counts as clipped where that minimum has no gradient."""
-    ratio = _guarded_exp(log_ratio)
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    is_clipped = ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
-    return objective, {"mean_ratio": _mean(ratio), "clip_fraction": _mean(is_clipped.to(ratio.dtype))}
-
-
-def _importance_correction(
-    mismatch: Tensor, sequences: _Sequences | None, tis_cap: float | None, mask_cap: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights of the policy term against trainer/engine mismatch, and what is to be logged about it."""
-    correction = torch.ones_like(mismatch)
-    metrics = {"importance_ratio": _mean(mismatch)}
-    if tis_cap is not None:
-        correction = mismatch.clamp(max=tis_cap)
-        metrics["tis_capped_fraction"] = _mean((mismatch > tis_cap).to(mismatch.dtype))
-    if mask_cap is not None:
-        left_out = _sequence_mean(mismatch, sequences) > mask_cap
-        correction = correction.masked_fill(left_out, 0.0)
-        metrics["sequence_masked_fraction"] = _mean(left_out.to(mismatch.dtype))
-    return correction.detach(), metrics
-
-
-def _sequence_of_rows(cu_seqlens: Tensor, targets: Tensor) -> Tensor:
-    rows = torch.arange(len(targets), device=targets.device, dtype=cu_seqlens.dtype)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-
-
-def _sequence_mean(values: Tensor, sequences: _Sequences) -> Tensor:
-    """Each row's mean over the scored rows of its own sequence."""
-    zeros = torch.zeros(sequences.count, dtype=values.dtype, device=values.device)
-    counts = zeros.index_add(0, sequences.of_row, torch.ones_like(values))
-    return (zeros.index_add(0, sequences.of_row, values) / counts.clamp(min=1))[sequences.of_row]
+def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor:
+    every = torch.ones_like(targets, dtype=torch.bool)
+    return torch.nonzero(every if ignore_index is None else targets != ignore_index).flatten()
 
 
 def _weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
@@ -343,11 +251,3 @@ def _weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Te
 
 def _rows(values: Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if values is None else values.detach()[keep].to(dtype)
-
-
-def _guarded_exp(values: Tensor) -> Tensor:
-    return values.clamp(max=EXP_LIMIT).exp()
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.detach().sum() / max(len(values), 1)

@@ -1,4 +1,4 @@
-"""What the reference losses compute per row of logits, and the loop that bounds how many rows are alive at once.
+"""What the reference losses compute per row of logits.
 
     z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature        (each part only where given)
     log pi = log_softmax(z)
@@ -6,13 +6,11 @@
 Logits are a GEMM in the input's dtype; everything after it is float64 for float64 inputs and float32 otherwise.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 class RowScores(NamedTuple):
@@ -35,39 +33,19 @@ def score_rows(
     entropy_grad: bool,
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None,
     full_kl: bool = False,
-    chunk_rows: int | None = None,
 ) -> RowScores:
     """RowScores of the rows `keep`. The entropy carries a gradient only on request; the reference never does."""
-    ref_hidden, ref_weight, ref_bias = (None,) * 3 if ref is None else (t if t is None else t.detach() for t in ref)
-
-    def block(rows: Tensor, target: Tensor, scale: Tensor | None, ref_rows: Tensor | None) -> RowScores:
-        logp_V = head_logits(rows, weight, bias, scale, softcap).log_softmax(dim=-1)
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = -expectation(logp_V, logp_V)
-        if ref_rows is None:
-            return RowScores(_pick(logp_V, target), entropy, None, None)
-        with torch.no_grad():
-            ref_V = head_logits(ref_rows, ref_weight, ref_bias, scale, softcap).log_softmax(dim=-1)
-        full = expectation(logp_V, logp_V - ref_V) if full_kl else None
-        return RowScores(_pick(logp_V, target), entropy, _pick(ref_V, target), full)
-
-    scale = temperature_rows(temperature, keep, hidden)
-    ref_rows = None if ref_hidden is None else ref_hidden[keep]
-    return RowScores(*in_chunks(block, (hidden[keep], targets[keep], scale, ref_rows), chunk_rows))
-
-
-def in_chunks(
-    block: Callable[..., tuple[Tensor | None, ...]], rows: tuple[Tensor | None, ...], chunk_rows: int | None
-) -> tuple[Tensor | None, ...]:
-    """block(*rows), at most chunk_rows leading rows at a time; each chunk is recomputed in backward."""
-    count = len(rows[0])
-    if chunk_rows is None or count <= chunk_rows:
-        return block(*rows)
-    parts = []
-    for start in range(0, count, chunk_rows):
-        chunk = [t if t is None else t[start : start + chunk_rows] for t in rows]
-        parts.append(checkpoint(block, *chunk, use_reentrant=False, preserve_rng_state=False))
-    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+    scale, target = temperature_rows(temperature, keep, hidden), targets[keep]
+    logp_V = head_logits(hidden[keep], weight, bias, scale, softcap).log_softmax(dim=-1)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        entropy = -expectation(logp_V, logp_V)
+    if ref is None:
+        return RowScores(_pick(logp_V, target), entropy, None, None)
+    with torch.no_grad():
+        ref_hidden, ref_weight, ref_bias = ref
+        ref_V = head_logits(ref_hidden[keep], ref_weight, ref_bias, scale, softcap).log_softmax(dim=-1)
+    full = expectation(logp_V, logp_V - ref_V) if full_kl else None
+    return RowScores(_pick(logp_V, target), entropy, _pick(ref_V, target), full)
 
 
 def head_logits(

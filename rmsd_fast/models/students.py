@@ -17,6 +17,7 @@ from rmsd_fast.config import ModelError, NotInstalled
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
 from rmsd_fast.data.video import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
+from rmsd_fast.models.liger import apply_liger
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,16 +106,17 @@ class RowBatch:
         return RowBatch(**moved, prompt_index=self.prompt_index)
 
 
-def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa") -> Student:
+def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa", liger: bool = False) -> Student:
     """Load a student with its tokenizer and preprocessor.
 
     Args:
         path: local directory, or name of a model on the hub.
         dtype: "float32" or "bfloat16".
         attn_implementation: attention of transformers: "sdpa", "eager" or "flash_attention_2".
+        liger: with Liger's RMSNorm, RoPE and SwiGLU, for CUDA.
     Raises:
         ValueError: no such model, a model of another family, or a folder that lacks something; says what to do.
-        NotInstalled: the attention implementation is not installed.
+        NotInstalled: the attention implementation, or liger-kernel, is not installed.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
@@ -149,6 +151,8 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         )
     student = Student(model, tokenizer, preprocessor)
     _check_agreement(student, folder)
+    if liger:
+        apply_liger(model)
     return student
 
 

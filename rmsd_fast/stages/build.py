@@ -5,6 +5,7 @@ from __future__ import annotations
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.models.discriminator import Discriminator
+from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
@@ -18,7 +19,12 @@ from rmsd_fast.teacher.targets import build_targets
 
 def load(path: str, settings: RunConfig, world: World) -> Student:
     """A student on this process's device."""
-    student = load_student(path, dtype=settings.model.dtype, attn_implementation=settings.model.attention)
+    student = load_student(
+        path,
+        dtype=settings.model.dtype,
+        attn_implementation=settings.model.attention,
+        liger=use_liger(settings.model.liger, world.device),
+    )
     student.model.to(world.device)
     return student
 

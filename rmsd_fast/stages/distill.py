@@ -104,7 +104,7 @@ def _policy_batches(
 ) -> list[_PolicyBatch]:
     """Micro-batches with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
     distill, device = settings.distill, state.world.device
-    score = partial(linear_logprob, temperature=settings.rollout.temperature)
+    score = partial(linear_logprob, temperature=settings.rollout.temperature, ignore_index=None)
     batches = []
     for indices in micro_batches(list(range(len(groups))), distill.micro_prompts):
         own = [groups[i] for i in indices]
@@ -147,6 +147,7 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
             token_weights=None if token_mean else each.repeat_interleave(batch.lengths),
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
+            ignore_index=None,
             rollout_logp=batch.rollout_logp,
             tis_cap=distill.tis_cap,
             sequence_mask_cap=distill.sequence_mask_cap,

@@ -12,6 +12,7 @@ from rmsd_fast.data.prompts import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder
+from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, on_main
 from rmsd_fast.teacher.diagnostics import score_pool
@@ -45,9 +46,10 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     training=False asks for held-out questions and a model alone.
 
     Raises:
-        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions, or the model is
-            of another family.
+        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions, the model is of
+            another family, or model.liger=on cannot be here.
     """
+    use_liger(settings.model.liger, world.device)
     made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
     given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     files = {role: path or made.get(role, "") for role, path in given.items()}

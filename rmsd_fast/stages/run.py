@@ -17,6 +17,7 @@ from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question, write_text_atomic
+from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student, export_student
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
@@ -32,6 +33,7 @@ from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
 from rmsd_kernels import native
+from rmsd_kernels.implementations import resolve_impl
 
 PACKAGES = ("rmsd-fast", "torch", "transformers", "deepspeed", "torchcodec")
 
@@ -114,11 +116,19 @@ def write_facts(run: Run, *, finished: bool) -> None:
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
         "versions": {name: _version(name) for name in PACKAGES},
-        "log_probs": "native" if native.available() else f"torch ({native.why_not()})",
+        "liger": describe_liger(run.settings.model.liger, run.world.device),
+        "losses": _losses(run),
     }
     if finished:
         facts["finished"] = _now()
     write_text_atomic(path, json.dumps(facts, indent=2) + "\n")
+
+
+def _losses(run: Run) -> str:
+    """Which implementation `auto` takes for the heads, and where it is the slow one on CPU, why."""
+    dtype = getattr(torch, run.settings.model.dtype)
+    chosen = resolve_impl("auto", torch.empty(0, dtype=dtype, device=run.world.device))
+    return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
 
 
 def _now() -> str:

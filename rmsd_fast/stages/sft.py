@@ -18,7 +18,7 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig) -> StepRes
     tokens = sum(len(response) for response in responses)
     counts = global_sum({"response": tokens, "all": tokens + prompt_tokens(prompts)}, state.world)
     batches = micro_batches(list(zip(prompts, responses, strict=True)), settings.sft.micro_batch)
-    head = partial(linear_cross_entropy, normalizer=counts["response"])
+    head = partial(linear_cross_entropy, normalizer=counts["response"], ignore_index=None)
     total = 0.0
     with state.timer("forward_backward"):
         for number, batch in enumerate(batches):

@@ -1,0 +1,54 @@
+"""Mean cross entropy from hidden states: ours against eager, torch.compile, torch's own, Liger, CCE and QuACK.
+
+GEMM flop: 6TDV over the scored rows. TFLOP/s = flop / time. See README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, HeadInputs
+from heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
+from peers import CROSS_ENTROPY, eager_cross_entropy
+from torch import Tensor
+
+from rmsd_fast.losses import linear_cross_entropy
+
+
+def ours(x: HeadInputs) -> Tensor:
+    return linear_cross_entropy(x.hidden, x.weight, x.targets)
+
+
+def eager(x: HeadInputs) -> Tensor:
+    return eager_cross_entropy(x.hidden, x.weight, x.targets)
+
+
+BENCH = HeadBench("linear_cross_entropy", ours, ours, eager, CROSS_ENTROPY)
+
+
+def cases(quick: bool, device: str) -> list[Case]:
+    return [*base_cases(quick, device), *condition_cases(quick, device)]
+
+
+def conditions(quick: bool, device: str) -> list[Case]:
+    if device == "cuda":
+        return [Case(512 if quick else 8192, 2560, torch.bfloat16, device=device)]
+    return [Case(128, 256, torch.float32)] if quick else [Case(2048, 2560, torch.bfloat16)]
+
+
+@pytest.mark.timeout(1800)
+def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
+    skip = {}
+    if case.device == "cpu" and (case.mask or case.softmax != "random"):
+        # Compilation alone takes half a minute, and the other forms stand for these.
+        skip = dict.fromkeys(("CCE torch_compile", "torch l.c.e. chunked"), "left out under conditions, to save time")
+    if quick and case.device == "cpu":
+        skip = {"torch l.c.e. chunked": "--quick leaves it out: many seconds a call"}
+        if case.dtype is torch.bfloat16:
+            skip |= dict.fromkeys(("torch.compile", "CCE torch_compile"), "--quick leaves out its compilation here")
+    report(run_case(BENCH, case, effort, skip))
+
+
+@pytest.mark.timeout(1800)
+def test_linear_cross_entropy_conditions(condition_case: Case, effort, report) -> None:
+    report(run_conditions(BENCH, condition_case, effort))

@@ -1,0 +1,77 @@
+"""Divergence between a student's and a teacher's head, straight from hidden states; the teacher is a constant.
+
+GEMM flop: 8TDV = the student's 6TDV and 2TDV for the teacher's logits of the same width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from cases import GATE_TOKENS, Case, HeadInputs, checked, head_inputs
+from heads import OURS, Outcome
+from measure import GEMMS, Variant, bare_gemms, differences, gemm_flop, main_time, measure, numbers_of
+from peers import as_variant, divergence_peers, eager_divergence, gather
+from torch import Tensor
+
+from rmsd_fast.losses import linear_divergence
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Hidden states and head of the teacher, from those of the student: nearby, as in distillation."""
+
+    kind: str
+
+    def of(self, x: HeadInputs) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return x.hidden.roll(1, 0) * 0.3 + x.hidden, x.weight.detach()
+
+    def ours(self, x: HeadInputs) -> Tensor:
+        hidden, weight = self.of(x)
+        return linear_divergence(x.hidden, x.weight, teacher_hidden=hidden, teacher_weight=weight, kind=self.kind)
+
+    def eager(self, x: HeadInputs) -> Tensor:
+        return eager_divergence(x.hidden, x.weight, *self.of(x), self.kind)
+
+
+def cases(quick: bool, device: str) -> list[Case]:
+    if device == "cuda":
+        return [Case(512 if quick else 8192, 2560, torch.bfloat16, device=device)]
+    return [Case(128 if quick else 512, 256, torch.float32)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_linear_divergence(case: Case, kind: str, effort, report, quick: bool) -> None:
+    side = Teacher(kind)
+    errors = checked(f"linear_divergence {kind}", replace(case, tokens=GATE_TOKENS), side.ours, side.eager)
+    x = head_inputs(case)
+    teacher = side.of(x)
+    loss = lambda: linear_divergence(  # noqa: E731
+        x.hidden, x.weight, teacher_hidden=teacher[0], teacher_weight=teacher[1], kind=kind
+    )
+    names = ("torch.compile", "Liger chunked JSD") if quick and case.device == "cpu" else ()
+    peers, not_run = gather(
+        divergence_peers(*teacher, kind), x, skip=dict.fromkeys(names, "--quick leaves out its compilation")
+    )
+    variants = [_gemms(x, teacher), as_variant(OURS, loss, x, False), *peers]
+    samples = measure(variants, effort, x.hidden.device, not_run)
+    numbers = numbers_of(samples, variants)
+    flop = gemm_flop(case.tokens, case.hidden, case.vocabulary, "trainable") * 8 // 6
+    record = {"bench": "linear_divergence", **case.facts(), "kind": kind, "gemm_flop": flop, "baseline": OURS}
+    record["case"] += f"-{kind}"
+    record |= {"variants": numbers, "differences": differences(samples, OURS), "not_run": not_run}
+    record["errors"] = errors._asdict()
+    report(Outcome(record, variants[1], main_time(numbers[OURS]) / 1e3))
+
+
+def _gemms(x: HeadInputs, teacher: tuple[Tensor, Tensor]) -> Variant:
+    student, score = bare_gemms(x.hidden, x.weight, "trainable"), bare_gemms(*teacher, "score")
+
+    def forward() -> Tensor:
+        score.forward()
+        return student.forward()
+
+    return replace(student, name=GEMMS, forward=forward)

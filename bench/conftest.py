@@ -1,0 +1,92 @@
+"""Options, device and reporting of the benchmarks. What is measured and how stands in measure.py and memory.py."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from heads import Outcome
+from measure import Effort
+from memory import keep_freed_memory
+from records import save, table
+
+QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
+FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0)
+# pytest-benchmark repeats our call, for its own JSON and comparison, about so long.
+PEDANTIC_S = {True: 1.0, False: 3.0}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary, under 3 minutes")
+    parser.addoption("--record", metavar="FOLDER", type=Path, help="append each record to FOLDER/<bench>.jsonl")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # For all variants alike, as if each had its buffers allocated beforehand.
+    keep_freed_memory()
+    # torch's own compiler imports what torch deprecates.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`cases(quick, device)` of the bench file gives the cases of every test that asks for one."""
+    name = {"case": "cases", "condition_case": "conditions"}
+    for argument, function in name.items():
+        if argument in metafunc.fixturenames:
+            cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
+            metafunc.parametrize(argument, cases, ids=[case.name for case in cases])
+
+
+def device_name() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("quick")
+
+
+@pytest.fixture
+def effort(quick: bool) -> Effort:
+    effort = QUICK if quick else FULL
+    # Calls take milliseconds there.
+    return replace(effort, most_rounds=30) if device_name() == "cuda" else effort
+
+
+@pytest.fixture(autouse=True)
+def _free() -> None:
+    """Tensors of the case before are gone, and compiled graphs that hold some."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    gc.collect()
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, benchmark, capsys, quick: bool) -> Callable[[Outcome], None]:
+    """Prints and saves the record, then lets pytest-benchmark time our call for its own JSON."""
+
+    def run(outcome: Outcome) -> None:
+        record = {**outcome.record, "quick": quick}
+        with capsys.disabled():
+            print(table(record), flush=True)
+        if request.config.getoption("record"):
+            save(record, request.config.getoption("record"))
+        benchmark.extra_info.update(record)
+        rounds = max(1, min(5, int(PEDANTIC_S[quick] / max(outcome.seconds, 1e-6))))
+        device = torch.device(record["device"])
+
+        def call() -> None:
+            outcome.ours()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        benchmark.pedantic(call, rounds=rounds)
+
+    return run

@@ -1,0 +1,149 @@
+"""What the benchmarks of the linear losses share: which cases run, one case against all peers, ours by condition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
+from measure import OURS, Effort, Variant, bare_gemms, differences, gemm_flop, main_time, measure, numbers_of
+from peers import COMPILES, Build, as_variant, gather
+from torch import Tensor
+
+# Beyond this relative difference to ours a peer is named in the record: a filter or rounding of its own.
+_NOTABLE = 0.05
+
+
+@dataclass(frozen=True)
+class HeadBench:
+    """One public loss: `ours` gives the scalar that is timed, `gate_*` what is compared with float64."""
+
+    name: str
+    ours: Callable[[HeadInputs], Tensor]
+    gate_ours: Callable[[HeadInputs], Tensor]
+    gate_eager: Callable[[HeadInputs], Tensor]
+    peers: dict[str, Build]
+
+
+class Outcome(NamedTuple):
+    """The record to print and save, and our variant for pytest-benchmark."""
+
+    record: dict
+    ours: Variant
+    seconds: float
+
+
+def base_cases(quick: bool, device: str) -> list[Case]:
+    """Shapes with nothing masked and a random softmax."""
+    if device == "cuda":
+        widths, lengths = ((2560,), (512, 2048)) if quick else ((2560, 4096), (512, 2048, 8192, 32768))
+        return [Case(t, d, torch.bfloat16, device=device) for d in widths for t in lengths]
+    narrow, wide = ((128,), (128,)) if quick else ((512, 2048), (512, 2048))
+    return [Case(t, 256, torch.float32) for t in narrow] + [Case(t, 2560, torch.bfloat16) for t in wide]
+
+
+def condition_cases(quick: bool, device: str) -> list[Case]:
+    """One condition changed at a time, on one shape."""
+    if quick:
+        return []
+    shape = Case(8192, 2560, torch.bfloat16, device=device) if device == "cuda" else Case(512, 256, torch.float32)
+    return [replace(shape, mask=50), replace(shape, mask=90), replace(shape, softmax="peaked")]
+
+
+def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> Outcome:
+    """Gate, then the bare GEMMs of the scored rows, ours and every peer."""
+    errors = gate(bench, case, effort)
+    inputs = head_inputs(case)
+    score = case.head == "score"
+    device = inputs.hidden.device
+    ours = as_variant(OURS, lambda: bench.ours(inputs), inputs, score)
+    skip = skip or {}
+    skip = {**too_slow(bench, case, effort, skip), **skip}
+    others, not_run = gather(bench.peers, inputs, score=score, skip=skip)
+    variants = [bare_gemms(inputs.hidden[inputs.scored], inputs.weight, case.head), ours, *others]
+    samples = measure(variants, effort, device, not_run)
+    numbers = numbers_of(samples, variants)
+    far = differences(samples, OURS)
+    notable = {name: f"differs from ours by {d}" for name, d in far.items() if max(d.values()) > _NOTABLE}
+    flop = gemm_flop(int(inputs.scored.sum()), case.hidden, case.vocabulary, case.head)
+    for own in numbers.values():
+        own["tflop_per_s"] = flop / main_time(own) / 1e9
+    record = {"bench": bench.name, **case.facts(), "gemm_flop": flop, "baseline": OURS, "variants": numbers}
+    record |= {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
+    return Outcome(record, ours, main_time(numbers[OURS]) / 1e3)
+
+
+def too_slow(bench: HeadBench, case: Case, effort: Effort, skip: Collection[str]) -> dict[str, str]:
+    """Peers whose call would take longer than effort.limit_s, by a straight line through calls on 16 and 64 tokens.
+
+    Some libraries' paths for CPU take minutes here. Not tried: those of `skip`, compiled ones (they would compile once
+    more), and short cases.
+    """
+    found: dict[str, str] = {}
+    if case.device != "cpu" or case.tokens <= 128:
+        return found
+    tried = tuple(name for name in bench.peers if name not in COMPILES and name not in skip)
+    seconds = _trial_seconds(bench, case, tried, effort.limit_s)
+    for name, (first, last) in seconds.items():
+        expected = last + max(0.0, last - first) / 48 * max(0, case.tokens - 64)
+        # 16 tokens that take an eighth of the limit are not tried with more: the time grows with them.
+        if expected > effort.limit_s or (last == first and first >= effort.limit_s / 8):
+            text = f"64 tokens take {last:.1f} s" if last != first else f"16 tokens take {first:.1f} s"
+            found[name] = f"{text}, {case.tokens} too long (the limit of a call is {effort.limit_s:.0f} s)"
+    return found
+
+
+_TRIALS: dict[tuple, dict[str, tuple[float, float]]] = {}
+
+
+def _trial_seconds(
+    bench: HeadBench, case: Case, tried: tuple[str, ...], limit_s: float
+) -> dict[str, tuple[float, float]]:
+    """Seconds of one call on 16 and on 64 tokens (the same number twice where 16 are too slow already)."""
+    key = (bench.name, replace(case, tokens=0, mask=0), tried)
+    if key not in _TRIALS:
+        seconds: dict[str, list[float]] = {}
+        for tokens in (16, 64):
+            inputs = head_inputs(replace(case, tokens=tokens, mask=0))
+            builds = {n: bench.peers[n] for n in tried if tokens == 16 or max(seconds.get(n, [0.0])) < limit_s / 8}
+            for variant in gather(builds, inputs, score=case.head == "score")[0]:
+                start = time.perf_counter()
+                variant()
+                seconds.setdefault(variant.name, []).append(time.perf_counter() - start)
+        _TRIALS[key] = {name: (own[0], own[-1]) for name, own in seconds.items()}
+    return _TRIALS[key]
+
+
+def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> Outcome:
+    """Ours alone under each condition, interleaved: what masked rows and a frozen head save, what a peak costs."""
+    conditions = {
+        OURS: case,
+        "50% masked": replace(case, mask=50),
+        "90% masked": replace(case, mask=90),
+        "peaked": replace(case, softmax="peaked"),
+        "frozen head": replace(case, head="frozen"),
+    }
+    errors = {name: gate(bench, own, effort)._asdict() for name, own in conditions.items()}
+    inputs = {name: head_inputs(own) for name, own in conditions.items()}
+    variants = [as_variant(name, lambda x=x: bench.ours(x), x, False) for name, x in inputs.items()]
+    samples = measure(variants, replace(effort, least_rounds=3), inputs[OURS].hidden.device)
+    numbers = numbers_of(samples, variants, baseline=OURS)
+    for own in numbers.values():
+        # The same ratio the other way round: time under the condition / time without it.
+        own["times_base"] = 1 / own.pop("share_of_gemms")
+        by_round = own.pop("share_of_gemms_by_round")
+        own["times_base_by_round"] = None if by_round is None else 1 / by_round
+    record = {"bench": bench.name, **case.facts(), "baseline": OURS, "variants": numbers, "errors": errors}
+    record["case"] += "-conditions"
+    return Outcome(record, variants[0], main_time(numbers[OURS]) / 1e3)
+
+
+def gate(bench: HeadBench, case: Case, effort: Effort) -> Errors:
+    """The error gate of a case on few tokens, once for all lengths; scoring stands before that of the frozen head."""
+    if effort.gate_vocabulary and case.hidden > 1024:
+        case = replace(case, vocabulary=effort.gate_vocabulary)
+    head = "frozen" if case.head == "score" else case.head
+    return checked(bench.name, replace(case, head=head, tokens=GATE_TOKENS), bench.gate_ours, bench.gate_eager)

@@ -1,0 +1,90 @@
+"""Records of the benchmarks: JSON lines, and the table on the terminal."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from measure import main_time
+
+ROOT = Path(__file__).resolve().parent
+_PEERS = ("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "triton", "transformers")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@functools.cache
+def surroundings() -> dict[str, object]:
+    """Hardware, versions and commit of this process."""
+    facts: dict[str, object] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    for name in _PEERS:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return facts | {"python": platform.python_version(), "commit": commit.stdout.strip() or "unknown"}
+
+
+def save(record: dict[str, object], folder: Path) -> Path:
+    """Append the record and the surroundings to <folder>/<bench>.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['bench']}.jsonl"
+    with path.open("a") as out:
+        out.write(json.dumps(record | surroundings()) + "\n")
+    return path
+
+
+def load(folder: Path) -> list[dict]:
+    """The newest record of each case of the fused losses, in the order of the files.
+
+    A case is a benchmark, its name, device and hardware: the numbers of another machine stand beside these.
+    """
+    newest: dict[tuple, dict] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if "case" in record:
+                key = (record["bench"], record["case"], record["device"], record.get("gpu") or record["cpu"])
+                newest[key] = record
+    return list(newest.values())
+
+
+def table(record: dict) -> str:
+    """Text for the terminal: one line per variant, then those that did not run, with their reasons."""
+    threads = surroundings()["threads"]
+    lines = [
+        f"\n{record['bench']} {record['case']} ({record['device']}, {threads} threads), base: {record['baseline']}",
+        f"  {'':26s}{'forward':>10s}{'backward':>10s}{'both ms':>10s}{'p20..p80':>18s}"
+        f"{'GEMMs':>7s}{'/base':>7s}{'peak MiB':>10s}{'-grads':>8s}{'rounds':>7s}",
+    ]
+    base = record["variants"][record["baseline"]]
+    for name, own in record["variants"].items():
+        total = own.get("both") or own["forward"]
+        parts = (own.get("forward"), own.get("backward"))
+        cells = [f"{part['median_ms']:10.1f}" if part else f"{'-':>10s}" for part in parts]
+        spread = f"{total['p20_ms']:.1f}..{total['p80_ms']:.1f}"
+        cells += [f"{total['median_ms']:10.1f}{spread:>18s}"]
+        cells += [f"{own['share_of_gemms']:7.0%}" if "share_of_gemms" in own else f"{'-':>7s}"]
+        cells += [f"{total['median_ms'] / main_time(base):7.2f}"]
+        cells += [f"{own[k]:{w}.0f}" if k in own else f"{'-':>{w}s}" for k, w in _MEMORY]
+        note = " (one call, the memory pass)" if own.get("memory_pass_only") else ""
+        lines.append(f"  {name:26s}" + "".join(cells) + f"{own['rounds']:7d}{note}")
+    lines += [f"  {name}: not run: {reason}" for name, reason in record.get("not_run", {}).items()]
+    lines += [f"  {name}: {text}" for name, text in record.get("remarks", {}).items()]
+    return "\n".join(lines)
+
+
+_MEMORY = (("peak_mib", 10), ("peak_beyond_gradients_mib", 8))

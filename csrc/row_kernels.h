@@ -1,0 +1,105 @@
+// Loops over one block of a row of logits, each in three builds (AVX512, AVX2 with FMA, portable) chosen at run time.
+//
+// A block is up to kBlock columns; sums are float32 over kPiece or kShort of them and double beyond. Symbols:
+//
+//   u = cap(logit + bias)    z = u / temperature    base = a value of u near its maximum    inverse = 1 / temperature
+//   exp((u - base) * inverse) is exactly 0 below e^-87; NaN goes through everything.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace rmsd {
+
+constexpr int64_t kBlock = 2048;  // 8 KB of float32: three such buffers stay in L1
+constexpr int64_t kPiece = 512;   // at most 128 numbers are added up one after another in float32 (4 lanes)
+constexpr int64_t kShort = 128;   // the same, where large parts of a sum cancel later
+
+// What the loops run on; also the argument and result of the op cpu_level.
+enum CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// Use at most `limit` from now on, never more than the processor has; returns what is used.
+int limit_cpu_level(int limit);
+
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline void from_float(float x, float* to) { *to = x; }
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+inline void from_float(float x, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *to = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+struct Sums {
+  float top;  // max of u; NaN is passed over
+  double s;   // sum of e = exp((u - base) * inverse), right only when top <= base
+  double w;   // sum of e * (u - base) * inverse
+  double k;   // sum of e * ((u - base) * inverse - other - shift), where there is an other; e = 0 counts 0
+};
+
+struct PairSums {
+  float top_a, top_b;
+  double s_a, s_b;
+  double k;  // sum of e_a * (z_a - base_a - (z_b - base_b)); e_a = 0 counts 0
+};
+
+// exp(z) * (slope_of_log * log p + constant - other_coef * log r) with z = (u - c) * inverse, log p = z + log_offset.
+// The coefficients carry 1/sum and 1/temperature.
+struct GradientTerms {
+  float c, inverse, log_offset, slope_of_log, constant, other_coef;
+};
+
+// Two distributions over a block: log q = (u_q - c_q) * inverse + d_q, and p alike.
+struct Mixture {
+  float c_q, d_q, c_p, d_p, inverse;
+  float share;  // M = share * p + (1 - share) * q, 0 < share < 1
+};
+
+struct MixtureSums {
+  double p_log_ratio;  // sum of p * log(p / M)
+  double q_log_ratio;  // sum of q * log(q / M)
+  double overlap;      // sum of q * p / M
+};
+
+void load_bf16(const uint16_t* x, int64_t n, float* u);
+void store_bf16(const float* u, int64_t n, uint16_t* x);
+// out = u + bias; out may be u.
+void add_bias(const float* u, const float* bias, int64_t n, float* out);
+// out = softcap * tanh(u / softcap), and slope, if not null, = 1 - tanh^2; out may be u.
+void cap(const float* u, int64_t n, float softcap, float* out, float* slope);
+// log_r = (u - c) * inverse + d.
+void log_ratios(const float* u, int64_t n, float c, float inverse, float d, float* log_r);
+
+Sums sums(const float* u, int64_t n, float base, float inverse);
+Sums sums(const uint16_t* u, int64_t n, float base, float inverse);
+Sums sums_against(const float* u, const float* other, int64_t n, float base, float inverse, float shift);
+PairSums pair_sums(const float* a, const float* b, int64_t n, float base_a, float base_b, float inverse);
+MixtureSums mixture_sums(const float* q, const float* p, int64_t n, const Mixture& m);
+
+// x = factor * exp((x - c) * inverse), in place.
+void scaled_exp(float* x, int64_t n, float c, float inverse, float factor);
+void scaled_exp(uint16_t* x, int64_t n, float c, float inverse, float factor);
+// The same with GradientTerms, without log r.
+void entropy_gradient(float* x, int64_t n, const GradientTerms& t);
+void entropy_gradient(uint16_t* x, int64_t n, const GradientTerms& t);
+// g = GradientTerms of u and log_r (null: without), times slope (null: 1). g may be u.
+void general_gradient(const float* u, const float* log_r, const float* slope, int64_t n, const GradientTerms& t,
+                      float* g);
+
+// Gradients of divergences; g may be q.
+void forward_kl_gradient(const float* q, const float* p, int64_t n, const Mixture& m, float factor, float* g);
+void reverse_kl_gradient(const float* q, const float* p, int64_t n, const Mixture& m, float value, float factor,
+                         float* g);
+// factor * q * (log(q / M) - mean), and factor * q * (mean - p / M).
+void jsd_gradient(const float* q, const float* p, int64_t n, const Mixture& m, float mean, float factor, float* g);
+void skew_gradient(const float* q, const float* p, int64_t n, const Mixture& m, float mean, float factor, float* g);
+
+}  // namespace rmsd

@@ -1,0 +1,54 @@
+"""Which implementation serves a call. `auto` never trades a compiled path for a slow one without saying so: on CUDA a
+missing triton is an error; on CPU, where the library of csrc/ was not built, the torch loop gives the same numbers, and
+`native.why_not()` says why."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from . import native
+
+IMPLEMENTATIONS = ("triton", "native", "torch", "reference")
+
+
+def resolve_impl(impl: str, tensor: Tensor, *, native_form: bool = True) -> str:
+    """One of IMPLEMENTATIONS for a call on `tensor`; RuntimeError where the asked one cannot serve it.
+
+    native_form: whether the loss has a form in csrc/.
+    """
+    device, dtype = tensor.device.type, tensor.dtype
+    if impl == "auto" and device == "cuda" and dtype != torch.float64:
+        reason = _why_not_triton(device, dtype)
+        if reason:
+            raise RuntimeError(f"impl='auto' means triton for CUDA tensors, but {reason}; or ask for impl='torch'")
+        return "triton"
+    if impl == "auto":
+        return "native" if native_form and not _why_not_native(device, dtype) else "torch"
+    if impl not in IMPLEMENTATIONS:
+        raise RuntimeError(f"impl: expected one of {', '.join(map(repr, ('auto', *IMPLEMENTATIONS)))}, got {impl!r}")
+    reason = ""
+    if impl == "triton":
+        reason = _why_not_triton(device, dtype)
+    elif impl == "native":
+        reason = _why_not_native(device, dtype) if native_form else "this loss has no form in csrc/"
+    if reason:
+        raise RuntimeError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
+    return impl
+
+
+def _why_not_triton(device: str, dtype: torch.dtype) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton, in the version your torch names)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take float32, bfloat16 and float16, got {dtype}"
+    # The interpreter runs the kernels on CPU tensors; triton reads the variable when it is imported.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if device == "cuda" or interpreted else f"the kernels run on CUDA, got a tensor on {device}"
+
+
+def _why_not_native(device: str, dtype: torch.dtype) -> str:
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"the ops take float32 and bfloat16 on CPU, got {dtype} on {device}"
+    return native.why_not()

@@ -1,0 +1,175 @@
+"""The policy loss from per-row numbers [T]: log-probs, entropy, exact KL. Used by the reference and by the fused head.
+
+Rows that are not scored count nowhere, whatever stands in them. See `linear_policy_loss` for the formula.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .torch_rows import EXP_LIMIT
+
+
+class PolicyLoss(NamedTuple):
+    """loss: scalar with a gradient. metrics: detached scalars on the loss's device, by name."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class PolicySettings(NamedTuple):
+    """The arguments of linear_policy_loss that are not tensors."""
+
+    kl: str
+    kl_coef: float
+    kl_log_ratio_clip: float | None
+    clip_low: float
+    clip_high: float
+    importance_level: str
+    tis_cap: float | None
+    sequence_mask_cap: float | None
+    entropy_coef: float
+
+
+class Scored(NamedTuple):
+    """Which rows count: mask [T] (None: all), their number, and the sequence that each row belongs to."""
+
+    mask: Tensor | None
+    count: Tensor
+    sequence: Tensor | None
+    sequences: int
+
+    def clean(self, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Constants [T], 0 in rows that are not scored."""
+        if values is None:
+            return None
+        values = values.detach().to(dtype)
+        return values if self.mask is None else torch.where(self.mask, values, 0.0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Detached mean over scored rows, 0 without any."""
+        values = values.detach()
+        total = (values if self.mask is None else torch.where(self.mask, values, 0.0)).sum()
+        return total / self.count.clamp(min=1)
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Each row's mean over the scored rows of its own sequence; values are 0 in other rows."""
+        zeros = torch.zeros(self.sequences, dtype=values.dtype, device=values.device)
+        ones = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
+        counts = zeros.index_add(0, self.sequence, ones)
+        return (zeros.index_add(0, self.sequence, values) / counts.clamp(min=1))[self.sequence]
+
+
+def scored_of(targets: Tensor, ignore_index: int | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Scored:
+    """Which of the rows count, found without waiting for the device."""
+    mask = None if ignore_index is None else targets != ignore_index
+    count = torch.full((), len(targets), dtype=dtype, device=targets.device) if mask is None else mask.sum().to(dtype)
+    if cu_seqlens is None:
+        return Scored(mask, count, None, 0)
+    rows = torch.arange(len(targets), device=targets.device, dtype=cu_seqlens.dtype)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return Scored(mask, count, sequence, len(cu_seqlens) - 1)
+
+
+def row_weights(
+    scored: Scored, token_weights: Tensor | None, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """token_weights / normalizer [T], 0 in rows that are not scored; a normalizer of 0 counts as 1."""
+    length = len(scored.mask) if scored.mask is not None else None
+    weights = scored.clean(token_weights, dtype)
+    if normalizer is None:
+        normalizer = scored.count if weights is None else weights.sum()
+    normalizer = torch.as_tensor(normalizer, dtype=dtype, device=scored.count.device).detach().reshape(())
+    if weights is None and length is not None:
+        weights = scored.mask.to(dtype)
+    divisor = torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+    return 1.0 / divisor if weights is None else weights / divisor
+
+
+def importance_correction(
+    mismatch: Tensor, scored: Scored, settings: PolicySettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights of the policy term against trainer/engine mismatch exp(old - rollout), and what is to be logged."""
+    correction = torch.ones_like(mismatch)
+    metrics = {"importance_ratio": scored.mean(mismatch)}
+    if settings.tis_cap is not None:
+        correction = mismatch.clamp(max=settings.tis_cap)
+        metrics["tis_capped_fraction"] = scored.mean((mismatch > settings.tis_cap).to(mismatch.dtype))
+    if settings.sequence_mask_cap is not None:
+        own = mismatch if scored.mask is None else torch.where(scored.mask, mismatch, 0.0)
+        left_out = scored.sequence_mean(own) > settings.sequence_mask_cap
+        correction = correction.masked_fill(left_out, 0.0)
+        metrics["sequence_masked_fraction"] = scored.mean(left_out.to(mismatch.dtype))
+    return correction.detach(), metrics
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_clip: float | None = None) -> Tensor:
+    """Per-token estimators of KL(pi || ref) from samples of pi, with d = log ref - log pi: k1 = -d, k2 = d²/2,
+    k3 = exp(d) - d - 1. log_ratio_clip clamps d to [-c, c]; exp's argument stays below 80 either way."""
+    d = ref_logp - logp
+    if log_ratio_clip is not None:
+        d = d.clamp(-log_ratio_clip, log_ratio_clip)
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return 0.5 * d * d
+    if kind == "k3":
+        # expm1 keeps the digits that exp(d) - 1 loses near d = 0.
+        return torch.expm1(d.clamp(max=EXP_LIMIT)) - d
+    raise ValueError(f"kl: expected 'k1', 'k2', 'k3' or 'full', got {kind!r}")
+
+
+def guarded_exp(values: Tensor) -> Tensor:
+    """exp with its argument kept at or below EXP_LIMIT."""
+    return values.clamp(max=EXP_LIMIT).exp()
+
+
+def policy_loss(
+    logp: Tensor,
+    entropy: Tensor,
+    ref_logp: Tensor | None,
+    full_kl: Tensor | None,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    rollout_logp: Tensor | None,
+    weights: Tensor,
+    scored: Scored,
+    settings: PolicySettings,
+) -> PolicyLoss:
+    """sum of weights * (policy term + kl_coef * KL - entropy_coef * H) over scored rows, and metrics.
+
+    logp, entropy, ref_logp and full_kl are 0 in rows that are not scored; weights come from row_weights.
+    """
+    dtype = logp.dtype
+    old = logp.detach() if old_logp is None else scored.clean(old_logp, dtype)
+    log_ratio = logp - old
+    if settings.importance_level == "sequence":
+        log_ratio = scored.sequence_mean(log_ratio)
+    ratio, advantage = guarded_exp(log_ratio), scored.clean(advantages, dtype)
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    # A row counts as clipped where that minimum has no gradient.
+    is_clipped = ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+    metrics = {
+        "mean_ratio": scored.mean(ratio),
+        "clip_fraction": scored.mean(is_clipped.to(dtype)),
+        "logp": scored.mean(logp),
+        "entropy": scored.mean(entropy),
+        "rows": scored.count,
+    }
+    if rollout_logp is not None:
+        mismatch = guarded_exp(old - scored.clean(rollout_logp, dtype))
+        correction, importance = importance_correction(mismatch, scored, settings)
+        objective = objective * correction
+        metrics |= importance
+    per_row = -objective
+    if ref_logp is not None:
+        reference = scored.clean(ref_logp, dtype)
+        kind, clip = settings.kl, settings.kl_log_ratio_clip
+        divergence = full_kl if kind == "full" else kl_estimate(logp, reference, kind, clip)
+        metrics |= {"kl": scored.mean(divergence), "kl_k1": scored.mean(logp - reference)}
+        # A coefficient of 0 adds nothing at all: 0 * inf would be NaN.
+        per_row = per_row + settings.kl_coef * divergence if settings.kl_coef else per_row
+    per_row = per_row - settings.entropy_coef * entropy if settings.entropy_coef else per_row
+    return PolicyLoss((per_row * weights).sum(), metrics)

@@ -1,0 +1,178 @@
+"""Compiles every Triton kernel for compute capability 9.0 and reads what the binaries need. No GPU is involved.
+
+`python -m rmsd_kernels.triton_compile` prints the table: registers per thread, bytes of stack (spilled registers live
+there) and of shared memory, warps per program, and whether global memory is read by vector and asynchronous loads.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import triton_discriminator_kernels as discriminator
+from . import triton_divergence as divergence
+from . import triton_launch as launch
+from . import triton_rows as rows
+
+TARGET = GPUTarget("cuda", 90, 32)
+VOCAB = 151936
+_FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Variant(NamedTuple):
+    """A kernel with a choice of its arguments: Triton's type names of those given, values of constexpr ones."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+
+class Report(NamedTuple):
+    """What a compiled kernel needs. shared_bytes counts what is asked for at launch too."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    warps: int
+    ttir: str
+    ptx: str
+
+
+def row_variants(dtype: str) -> Iterator[Variant]:
+    """The row kernels with everything off and with everything on."""
+    shape = {"stride": "i32", "vocab": "i32"}
+    common = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "target_logit_ptr": "*fp32", **shape}
+    stats = dict.fromkeys(("logp_ptr", "entropy_ptr", "lse_ptr"), "*fp32")
+    head = {"temperature_ptr": "*fp32", "bias_ptr": "*fp32", "softcap": "fp32"}
+    ref = dict.fromkeys(("ref_bias_ptr", "ref_lse_ptr", "ref_logp_ptr", "full_kl_ptr"), "*fp32")
+    ref |= {"ref_ptr": f"*{dtype}", "ref_stride": "i32"}
+    terms = dict.fromkeys(("scale_ptr", "advantage_ptr", "old_logp_ptr", "kl_ref_logp_ptr"), "*fp32")
+    terms |= dict.fromkeys(("kl_coef", "log_ratio_clip", "ratio_low", "ratio_high", "entropy_coef"), "fp32")
+    one, two = (
+        {"BLOCK": launch.block_of(VOCAB, _FLOATS[dtype], two_rows), "STAGES": launch.STAGES}
+        for two_rows in (False, True)
+    )
+
+    def variant(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Variant:
+        return Variant(f"{name} {dtype}", kernel, types, constants, launch.WARPS)
+
+    plain, everything = common | stats, common | stats | head | ref
+    yield variant("score", rows._score_kernel, plain, {"ref_stride": 0, **one})
+    yield variant("score full_kl head", rows._score_kernel, everything, two)
+    constants = {"KL": "k3", "ref_stride": 0, "HAS_ENTROPY": True, **one}
+    yield variant("policy k3", rows._policy_kernel, plain | terms, constants | {"HAS_ENTROPY": False})
+    yield variant("policy k3 entropy", rows._policy_kernel, plain | terms, constants)
+    yield variant("policy k3 entropy head", rows._policy_kernel, plain | terms | head, constants)
+    constants = {"KL": "full", "HAS_ENTROPY": True, **two}
+    yield variant("policy full_kl entropy head", rows._policy_kernel, everything | terms, constants)
+    grads = {"g_logp_ptr": "*fp32"}
+    off = {"HAS_FULL_KL": False, "HAS_ENTROPY": False, "ref_stride": 0, **one}
+    yield variant("gradient", rows._gradient_kernel, plain | grads, off)
+    grads |= {"g_entropy_ptr": "*fp32", "g_full_kl_ptr": "*fp32"}
+    on = {"HAS_FULL_KL": True, "HAS_ENTROPY": True, **two}
+    yield variant("gradient full_kl entropy head", rows._gradient_kernel, everything | grads, on)
+    types = shape | dict.fromkeys(("logits_ptr", "teacher_ptr"), f"*{dtype}") | {"teacher_stride": "i32"}
+    types |= dict.fromkeys(("temperature_ptr", "scale_ptr", "value_ptr"), "*fp32")
+    types |= dict.fromkeys(("share", "log_share", "log_rest"), "fp32")
+    for kind in ("reverse_kl", "jsd"):
+        yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind, **two})
+    types = {"values_ptr": f"*{dtype}", "scalar_ptr": "*fp32", "numel": "i64"}
+    yield Variant(f"scale {dtype}", rows._scale_kernel, types, {"BLOCK": rows.SCALE_BLOCK}, rows.SCALE_WARPS)
+
+
+def discriminator_variants(dtype: str) -> Iterator[Variant]:
+    """The discriminator's kernels with everything on, hidden and head in dtype."""
+    d = discriminator
+    sizes = dict.fromkeys(("count", "tokens", "stride", "dim", "students", "teachers", "pairs"), "i32") | {
+        "eps": "fp32"
+    }
+    head = dict.fromkeys(("hidden_ptr", "head_ptr", "bias_ptr", "norm_ptr"), f"*{dtype}") | {"last_index_ptr": "*i64"}
+    saved = dict.fromkeys(("scores_ptr", "saved_ptr"), "*fp32")
+    pairs = dict.fromkeys(("student_index_ptr", "teacher_index_ptr"), "*i64")
+    pairs |= dict.fromkeys(("student_ptr", "teacher_ptr", "quality_ptr", "pair_weight_ptr", "normalizer_ptr"), "*fp32")
+    pairs |= dict.fromkeys(("loss_ptr", "accuracy_ptr", "margin_ptr", "score_grad_ptr"), "*fp32")
+    pairs |= {"score_l2": "fp32", "l2_normalizer": "fp32"}
+    gradient = dict.fromkeys(("d_hidden_ptr", "d_head_ptr", "d_bias_ptr", "d_norm_ptr"), f"*{dtype}")
+    gradient |= dict.fromkeys(("score_grad_ptr", "grad_loss_ptr"), "*fp32")
+    blocks = {"SCORE_BLOCK": d.SCORE_BLOCK, "PAIR_BLOCK": d.PAIR_BLOCK}
+    tile = {"ROWS": d.TILE_ROWS, "BLOCK_D": d.ROW_BLOCK_D}
+    types = sizes | head | saved
+    yield Variant(f"discriminator {dtype}", d._forward_kernel, types | pairs, tile | blocks, d.WARPS)
+    yield Variant(f"discriminator rows {dtype}", d._rows_kernel, types, tile | {"ROWS": 1}, d.ROWS_WARPS)
+    if dtype == "fp32":
+        yield Variant("discriminator pairs", d._pairs_kernel, sizes | pairs, blocks, d.WARPS)
+    tile = {"ROWS": d.GRAD_ROWS, "BLOCK_D": d.GRAD_BLOCK_D}
+    types |= gradient
+    yield Variant(f"discriminator gradient {dtype}", d._row_gradient_kernel, types, tile, d.GRAD_WARPS)
+
+
+def compile_variant(variant: Variant) -> Report:
+    """Compile for TARGET; pointers and sizes count as divisible by 16, as they are at V = 151936."""
+    if not hasattr(variant.kernel, "arg_names") or not hasattr(variant.kernel, "cache_key"):
+        raise RuntimeError("TRITON_INTERPRET is set: the kernels cannot be compiled in this process")
+    names = variant.kernel.arg_names
+    signature = {name: variant.types.get(name, "constexpr") for name in names}
+    constants = {name: variant.constants.get(name) for name in names if signature[name] == "constexpr"}
+    attributes = {}
+    for i, parameter in enumerate(variant.kernel.params):
+        special = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if signature[parameter.name][0] in "*i" and not special:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": variant.warps})
+    usage = _resource_usage(compiled.asm["cubin"])
+    shared = max(compiled.metadata.shared, usage["SHARED"])
+    return Report(
+        variant.name,
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        shared,
+        variant.warps,
+        compiled.asm["ttir"],
+        compiled.asm["ptx"],
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        raise RuntimeError(f"{tool} is missing: this triton comes without NVIDIA's tools")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as text."""
+    lines = [f"{'kernel':34} {'registers':>9} {'stack':>6} {'local':>6} {'shared':>7} {'warps':>6}  loads"]
+    for r in reports:
+        wide = sorted(set(re.findall(r"ld\.global[.\w]*\.v\d\.b\d+|cp\.async\.c[ag]\.shared\.global", r.ptx)))
+        numbers = f"{r.registers:9} {r.stack_bytes:6} {r.local_bytes:6} {r.shared_bytes:7} {r.warps:6}"
+        lines.append(f"{r.name:34} {numbers}  {' '.join(wide)}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table for the dtypes named, or for all."""
+    dtypes = arguments or list(_FLOATS)
+    variants = [v for dtype in dtypes for v in (*row_variants(dtype), *discriminator_variants(dtype))]
+    print(table([compile_variant(variant) for variant in variants]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

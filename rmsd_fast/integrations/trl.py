@@ -1,0 +1,298 @@
+"""TRL's GRPOTrainer with the fused head.
+
+    from rmsd_fast.integrations.trl import FusedGRPOTrainer     # in place of trl.GRPOTrainer
+    class MyTrainer(FusedGRPOMixin, SomeGRPOTrainer): ...        # for a subclass of it
+
+Two objectives, chosen by `fused_objective`:
+
+- "policy": the whole loss from hidden states in one pass (6TDV of work, no logits kept), where TRL's settings are those
+  of a clipped ratio with a k3 KL. Prompt, padding, tool and masked tokens never meet the head.
+- "log_prob": TRL's own loss on log-probs and entropies of the fused head; exact for every loss_type.
+- "auto" (default): "policy" where every setting allows it, else "log_prob". `trainer.fused_objective` says which.
+
+Both give TRL's loss, and take old and reference log-probs from the fused head too. With "policy" TRL's metrics are
+logged except clip_ratio/low_* and high_* of off-policy steps, whose per-token values are never formed, and
+clip_ratio/region_mean is a mean over tokens. Written for TRL 1.16, whose trainers call their model with
+`fused_lm_head=True`; a TRL that does otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsd_fast.integrations.head import Head, add_head_call, base_of, same_dtype, shifted_rows
+from rmsd_fast.losses import linear_logprob, linear_policy_loss
+
+try:
+    import trl
+    from trl import GRPOTrainer
+    from trl.trainer import utils as trl_utils
+except ImportError as error:
+    raise ImportError(
+        f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0 with the torch that is installed"
+    ) from error
+
+OBJECTIVES = ("auto", "policy", "log_prob")
+# Loss types that are a clipped ratio and differ in how tokens are weighted.
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+USED = (
+    "model",
+    "accelerator",
+    "args",
+    "temperature",
+    "beta",
+    "epsilon_low",
+    "epsilon_high",
+    "loss_type",
+    "importance_sampling_level",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "aux_loss_enabled",
+    "max_completion_length",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
+    "_metrics",
+    "_entropy_bonus_enabled",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+)
+
+
+class FusedGRPOMixin:
+    """Put before a GRPOTrainer class.
+
+    fused_objective: see the module. memory_budget_bytes: of the logits alive at a time (rmsd_fast.losses).
+
+    Raises:
+        RuntimeError: this TRL lacks what the integration hooks into, or a setting or the model cannot be carried over.
+    """
+
+    def __init__(
+        self, *args: Any, fused_objective: str = "auto", memory_budget_bytes: int | None = None, **kwargs: Any
+    ) -> None:
+        if fused_objective not in OBJECTIVES:
+            raise ValueError(f"fused_objective: expected one of {', '.join(OBJECTIVES)}, got {fused_objective!r}")
+        super().__init__(*args, **kwargs)
+        _check_version(self)
+        if self.aux_loss_enabled or getattr(self.args, "torch_compile", False):
+            raise RuntimeError(
+                "the fused head cannot carry over router_aux_loss_coef (mixture-of-experts models) or torch_compile; "
+                "leave them out"
+            )
+        unmapped = unmapped_settings(self)
+        if fused_objective == "policy" and unmapped:
+            raise RuntimeError(
+                f"fused_objective='policy' cannot carry over {', '.join(unmapped)}; use 'log_prob' or 'auto'"
+            )
+        if fused_objective == "auto":
+            fused_objective = "log_prob" if unmapped else "policy"
+        self.fused_objective = fused_objective
+        self.memory_budget_bytes = memory_budget_bytes
+        self._fused_calls = 0
+        self._fuse(self.model, with_entropy=True)
+        if getattr(self, "ref_model", None) is not None:
+            self._fuse(self.accelerator.unwrap_model(self.ref_model), with_entropy=False)
+
+    def _fuse(self, model: nn.Module, *, with_entropy: bool) -> None:
+        """Answer `fused_lm_head=True` on this one model with the fused head; other calls go where they went."""
+        model = base_of(model)
+        add_head_call(model)
+        inner = model.forward
+
+        @functools.wraps(type(model).forward)
+        def forward(_: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            if fused_lm_head:
+                kwargs.setdefault("head_call", functools.partial(self._log_probs, with_entropy=with_entropy))
+            return inner(*args, **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        calls = self._fused_calls
+        loss = (
+            super()._compute_loss(model, inputs) if self.fused_objective == "log_prob" else self._policy(model, inputs)
+        )
+        if self._fused_calls == calls:
+            raise RuntimeError(
+                f"trl {trl.__version__}: the loss was computed without the fused head; looked for a call of the model "
+                "with fused_lm_head=True"
+            )
+        return loss
+
+    def _dtyped(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+        self._fused_calls += 1
+        return same_dtype(hidden, head, float32=self.args.cast_lm_head_to_fp32)
+
+    def _log_probs(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        with_entropy: bool,
+    ) -> Any:
+        """What TRL's own fused head returns: log_probs and entropy [B, L-1], 0 where there is no label."""
+        hidden, head = self._dtyped(hidden, head)
+        rows, targets = shifted_rows(hidden, labels, shift_labels)
+        with torch.autocast(rows.device.type, enabled=False):
+            logp, entropy = linear_logprob(
+                rows,
+                head.weight,
+                targets,
+                return_entropy=True,
+                memory_budget_bytes=self.memory_budget_bytes,
+                **head.arguments(self.temperature),
+            )
+        shape = (len(hidden), -1)
+        scored = targets != -100
+        normalizer = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return trl_utils.FusedCausalLMOutput(
+            loss=-logp.sum() / normalizer,
+            log_probs=logp.view(shape),
+            entropy=entropy.view(shape) if with_entropy else None,
+            label_mask=scored.view(shape),
+        )
+
+    def _policy(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of a micro-batch in one pass over the head."""
+        completion = inputs["completion_ids"]
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -completion.shape[1] :] = completion.masked_fill(~mask, -100)
+        with self.accelerator.autocast():
+            result = model(
+                input_ids=ids,
+                attention_mask=attention,
+                labels=labels,
+                fused_lm_head=True,
+                head_call=functools.partial(self._policy_head, inputs=inputs, mask=mask),
+            )
+        self._log_policy(result["metrics"], inputs)
+        return result["loss"]
+
+    def _policy_head(
+        self, hidden: Tensor, head: Head, labels: Tensor, *, inputs: dict[str, Any], mask: Tensor
+    ) -> dict[str, Any]:
+        hidden, head = self._dtyped(hidden, head)
+        rows, targets = shifted_rows(hidden, labels, None)
+        scored = targets != -100
+        lengths = mask.sum(1)
+
+        def per_row(values: Tensor | None) -> Tensor | None:
+            """[B, C] or [B, 1] as one value per scored row; rows and mask run in the same order."""
+            return None if values is None else values.expand(mask.shape)[mask].float()
+
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            # A factor >= 0 on the advantage is a factor on the policy term alone, as TRL applies it.
+            advantages = advantages * inputs["importance_sampling_ratio"]
+        weights, normalizer = self._normalisation(inputs, lengths)
+        edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        with torch.autocast(rows.device.type, enabled=False):
+            loss, metrics = linear_policy_loss(
+                rows[scored],
+                head.weight,
+                targets[scored],
+                per_row(advantages),
+                old_logp=per_row(inputs.get("old_per_token_logps")),
+                ref_logp=per_row(inputs["ref_per_token_logps"]) if self.beta else None,
+                kl_coef=float(self.beta),
+                clip_low=float(self.epsilon_low),
+                clip_high=float(self.epsilon_high),
+                importance_level=self.importance_sampling_level,
+                cu_seqlens=edges,
+                token_weights=per_row(weights),
+                normalizer=normalizer,
+                memory_budget_bytes=self.memory_budget_bytes,
+                **head.arguments(self.temperature),
+            )
+        return {"loss": loss, "metrics": metrics}
+
+    def _normalisation(self, inputs: dict[str, Any], lengths: Tensor) -> tuple[Tensor | None, Any]:
+        """Weight of each sequence's tokens [B, 1] and divisor, by loss_type; lengths [B] are its scored tokens."""
+        batch = len(lengths)
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.loss_type == "grpo":
+            return 1 / lengths.clamp(min=1).unsqueeze(1), batch * steps
+        if self.loss_type == "bnpo":
+            return None, lengths.sum().clamp(min=1) * steps
+        if self.loss_type == "dr_grpo":
+            return None, batch * self.max_completion_length * steps
+        if self.loss_type == "luspo":
+            return None, batch * steps
+        # dapo: tokens of the whole generation batch, brought down to one optimiser step's share in training.
+        normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return None, normalizer * steps / self.args.steps_per_generation if self.model.training else normalizer
+
+    def _log_policy(self, metrics: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """TRL's metrics: means over the scored tokens of all processes."""
+        log = self._metrics["train" if self.model.training else "eval"]
+        names = {"entropy": "entropy"} | ({"kl": "kl"} if self.beta else {})
+        if inputs.get("old_per_token_logps") is None:
+            # The ratio is 1 everywhere: nothing is clipped.
+            for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"):
+                log[f"clip_ratio/{name}"].append(0.0)
+        else:
+            names["clip_fraction"] = "clip_ratio/region_mean"
+        rows = metrics["rows"].float()
+        sums = self.accelerator.reduce(torch.stack([rows, *(metrics[name] * rows for name in names)]), reduction="sum")
+        for name, total in zip(names.values(), (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True):
+            log[name].append(total)
+
+
+class FusedGRPOTrainer(FusedGRPOMixin, GRPOTrainer):
+    """trl.GRPOTrainer with the fused head."""
+
+
+def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
+    """Settings, with their values, that the one-pass policy loss does not have; needs fused_objective='log_prob'."""
+    arguments = trainer.args
+    found = {
+        f"loss_type={trainer.loss_type!r}": trainer.loss_type not in CLIPPED,
+        f"delta={arguments.delta}": arguments.delta is not None,
+        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
+        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
+        "entropy_coef or use_adaptive_entropy": trainer._entropy_bonus_enabled,
+        "use_bias_correction_kl": arguments.use_bias_correction_kl and trainer.beta != 0,
+        f"beta={trainer.beta}": trainer.beta < 0,
+        f"epsilon={trainer.epsilon_low}": trainer.epsilon_low < 0 or trainer.epsilon_high < 0,
+        f"importance_sampling_level={trainer.importance_sampling_level!r}": trainer.importance_sampling_level
+        not in ("token", "sequence"),
+        "a model with a vision tower": hasattr(base_of(trainer.model).config, "vision_config"),
+        "_compute_loss of a subclass": _owner_of_loss(trainer) is not GRPOTrainer,
+    }
+    return [name for name, on in found.items() if on]
+
+
+def _owner_of_loss(trainer: GRPOTrainer) -> type:
+    after = type(trainer).__mro__[type(trainer).__mro__.index(FusedGRPOMixin) + 1 :]
+    return next(cls for cls in after if "_compute_loss" in vars(cls))
+
+
+def _check_version(trainer: GRPOTrainer) -> None:
+    missing = [name for name in USED if not hasattr(trainer, name)]
+    options = ("delta", "use_bias_correction_kl", "cast_lm_head_to_fp32", "steps_per_generation")
+    missing += [f"args.{name}" for name in options if not hasattr(trainer.args, name)]
+    if not hasattr(trl_utils, "FusedCausalLMOutput"):
+        missing.append("trl.trainer.utils.FusedCausalLMOutput")
+    forward = vars(base_of(trainer.model)).get("forward")
+    if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+        missing.append("a fused_lm_head argument on the model's forward")
+    if missing:
+        raise RuntimeError(
+            f"trl {trl.__version__}: looked for {', '.join(missing)} and did not find it; this integration is written "
+            "for trl 1.16"
+        )

@@ -1,0 +1,262 @@
+"""verl with the fused head, a clipped policy loss and log-ratio distillation losses.
+
+    from rmsd_fast.integrations import verl as fused
+    fused.register_policy_loss("rmsd")                  # actor.policy_loss.loss_mode=rmsd
+    fused.register_distillation_loss("rmsd_k3", kl="k3")   # distillation_loss.loss_mode=rmsd_k3
+    with fused.fused_head():                            # actor's use_fused_kernels=True, whatever its backend
+        ...                                             # forward and backward passes of verl's models
+
+verl's workers are processes of their own: name a module that makes these calls as model.external_lib, or in the
+environment variable VERL_USE_EXTERNAL_MODULES. Nothing here happens on import.
+
+verl adds its KL and entropy terms to a policy loss itself, so the registered one has none. Written for verl 0.9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmsd_fast.losses import linear_logprob
+from rmsd_kernels.policy_formula import guarded_exp, kl_estimate
+
+try:
+    from verl.trainer.ppo import core_algos
+except ImportError as error:
+    raise ImportError(f"rmsd_fast.integrations.verl needs verl ({error}); pip install verl") from error
+
+POLICY_ARGUMENTS = (
+    "old_log_prob",
+    "log_prob",
+    "advantages",
+    "response_mask",
+    "loss_agg_mode",
+    "config",
+    "rollout_is_weights",
+)
+DISTILLATION_ARGUMENTS = ("config", "distillation_config", "model_output", "data")
+# Where verl's models look up their fused head, at each forward pass.
+HEADS = (
+    ("verl.utils.experimental.torch_functional", "FusedLinearForPPO"),
+    ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"),
+)
+
+
+class FusedLinear(nn.Module):
+    """Log-probs and entropies of hidden states and head: verl's FusedLinearForPPO, on the fused losses.
+
+    chunk_size, impl_backend: verl's arguments, without a meaning here: memory_budget_bytes bounds the logits alive at a
+    time (rmsd_fast.losses).
+    """
+
+    def __init__(
+        self, chunk_size: int = 512, impl_backend: str = "torch", *, memory_budget_bytes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.memory_budget_bytes = memory_budget_bytes
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(log_probs, entropy), both float32 of the shape of input_ids.
+
+        Args:
+            hidden_states: [..., D]. vocab_weights: [V, D], a DTensor is gathered. input_ids: [...], the token that each
+                position predicts. temperature: one for all, or one per position in the shape of input_ids.
+        """
+        if input_ids.shape != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"input_ids: expected shape {list(hidden_states.shape[:-1])}, that of hidden_states without its last "
+                f"axis, got {list(input_ids.shape)}"
+            )
+        if hasattr(vocab_weights, "full_tensor"):
+            vocab_weights = vocab_weights.full_tensor()
+        dtype = vocab_weights.dtype
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            temperature = temperature.expand(input_ids.shape).flatten()
+        with torch.autocast(device, enabled=False):
+            logp, entropy = linear_logprob(
+                hidden_states.flatten(0, -2).to(dtype),
+                vocab_weights.to(dtype),
+                input_ids.flatten().to(torch.int64),
+                temperature=temperature,
+                return_entropy=True,
+                memory_budget_bytes=self.memory_budget_bytes,
+            )
+        return logp.view(input_ids.shape), entropy.view(input_ids.shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's function of this name: (log_probs, entropy), both float32 [T] whatever the shape of labels.
+
+    Raises:
+        RuntimeError: a head that is split over a tensor-parallel group, or a reduction.
+    """
+    if reduction != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
+        raise RuntimeError(
+            f"the fused head has no reduction={reduction!r} and no vocabulary split over {dist_process_group}; "
+            "expected reduction='none' and no tensor-parallel group"
+        )
+    logp, entropy = FusedLinear()(hidden, weight, labels, temperature)
+    return logp.flatten(), entropy.flatten()
+
+
+@contextlib.contextmanager
+def fused_head() -> Iterator[None]:
+    """While open, verl's models take the fused head in place of verl's, whichever backend they were set to.
+
+    verl offers a module-level name only: it is exchanged here and put back at the end. Models of verl's Megatron engine
+    took theirs when they were imported and are not reached.
+
+    Raises:
+        RuntimeError: this verl lacks what is to be replaced; names it.
+    """
+    ours = {"FusedLinearForPPO": FusedLinear, "linear_cross_entropy": linear_cross_entropy}
+    places = [(_module(path, name), name) for path, name in HEADS]
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    for module, name in places:
+        setattr(module, name, ours[name])
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token") -> Callable[..., Any]:
+    """Register the clipped policy loss of rmsd_fast.losses with verl; returns it.
+
+    loss = -w * min(r*A, clip(r, 1-clip_ratio_low, 1+clip_ratio_high)*A), aggregated by verl's loss_agg_mode. Unlike
+    verl's "vanilla" it has no second clip for negative advantages (clip_ratio_c), and its log-ratio is clamped at 80
+    above only, where exp would overflow.
+
+    Args:
+        importance_level: "token", or "sequence": r is the exponential of the response's mean log-ratio, as in gspo.
+    Raises:
+        ValueError: the name is taken. RuntimeError: this verl calls its policy losses in another way.
+    """
+    if importance_level not in ("token", "sequence"):
+        raise ValueError(f"importance_level: expected 'token' or 'sequence', got {importance_level!r}")
+    registry = _module("verl.trainer.ppo.core_algos", "POLICY_LOSS_REGISTRY").POLICY_LOSS_REGISTRY
+    _check_free(name, registry)
+    _check_arguments(registry.get("vanilla"), POLICY_ARGUMENTS, "the policy loss 'vanilla'")
+
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        mask = response_mask.bool()
+        # Padding may hold anything, NaN included, and must not reach a gradient.
+        log_ratio = torch.where(mask, log_prob - old_log_prob, torch.zeros_like(log_prob))
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        level = log_ratio if importance_level == "token" else (log_ratio.sum(-1, keepdim=True) / count)
+        ratio = guarded_exp(level)
+        low, high = (config.clip_ratio if bound is None else bound for bound in _clip(config))
+        objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+        if rollout_is_weights is not None:
+            objective = objective * rollout_is_weights
+        loss = core_algos.agg_loss(
+            loss_mat=-objective, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
+        )
+        tokens = mask.sum().clamp(min=1)
+        # Numbers, as verl's own policy losses return them; verl reads tensors one by one right after.
+        return loss, {
+            "actor/pg_clipfrac": ((clipped & mask).sum() / tokens).item(),
+            "actor/ppo_kl": (-log_ratio.detach().sum() / tokens).item(),
+            "actor/pg_clipfrac_lower": 0.0,
+        }
+
+    return core_algos.register_policy_loss(name)(policy_loss)
+
+
+def register_distillation_loss(
+    name: str = "rmsd_k3", *, kl: str = "k3", kl_log_ratio_clip: float | None = None
+) -> Callable[..., Any]:
+    """Register an estimator of KL(student || teacher) from the teacher's log-probs of the sampled tokens; returns it.
+
+    With d = teacher - student: "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1, exact where verl's own clamp d at 20 and
+    the value at 10; kl_log_ratio_clip clamps d to [-c, c].
+
+    Raises:
+        ValueError: the name is taken, or kl is none of these. RuntimeError: this verl has no such registry.
+    """
+    if kl not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl: expected 'k1', 'k2' or 'k3', got {kl!r}; the full KL needs the teacher's vocabulary")
+    losses = _module("verl.trainer.distillation.losses", "register_distillation_loss")
+    metrics = _module("verl.utils.metric", "Metric")
+    to_padded = _module("verl.workers.utils.padding", "no_padding_2_padding").no_padding_2_padding
+    _check_free(name, losses.DISTILLATION_LOSS_REGISTRY)
+    _check_arguments(losses.DISTILLATION_LOSS_REGISTRY.get("k3"), DISTILLATION_ARGUMENTS, "the distillation loss 'k3'")
+
+    def distillation_loss(
+        config: Any, distillation_config: Any, model_output: dict[str, Tensor], data: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if kl == "k1" and not distillation_config.distillation_loss.use_policy_gradient:
+            raise ValueError(
+                f"{name}: k1 as a loss has a gradient of zero in expectation; set use_policy_gradient, or register k2 "
+                "or k3"
+            )
+        student = to_padded(model_output["log_probs"], data)
+        teacher = to_padded(data["teacher_logprobs"], data).squeeze(-1)
+        mask = data["response_mask"]
+        mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
+        # Padding gives 0 and no gradient.
+        losses_BL = kl_estimate(student, torch.where(mask, teacher.detach(), student.detach()), kl, kl_log_ratio_clip)
+        losses_BL = torch.where(mask, losses_BL, torch.zeros_like(losses_BL))
+        mean = losses_BL.detach().abs().sum() / mask.sum().clamp(min=1)
+        return losses_BL, {"distillation/abs_loss": metrics.Metric(metrics.AggregationType.MEAN, mean)}
+
+    settings = losses.DistillationLossSettings(names=[name], use_estimator=True)
+    return losses.register_distillation_loss(settings)(distillation_loss)
+
+
+def _clip(config: Any) -> tuple[float | None, float | None]:
+    return config.clip_ratio_low, config.clip_ratio_high
+
+
+def _module(path: str, name: str) -> ModuleType:
+    """A module of verl that has to have this name in it."""
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise RuntimeError(f"this verl has no module {path} ({error}); written for verl 0.9") from error
+    if not hasattr(module, name):
+        raise RuntimeError(f"this verl has no {path}.{name}; written for verl 0.9")
+    return module
+
+
+def _check_free(name: str, registry: dict[str, Any]) -> None:
+    if name in registry:
+        raise ValueError(f"name: {name!r} is taken; verl has {', '.join(registry)}")
+
+
+def _check_arguments(function: Callable[..., Any] | None, expected: tuple[str, ...], what: str) -> None:
+    found = tuple(inspect.signature(function).parameters) if function is not None else ()
+    if found != expected:
+        raise RuntimeError(
+            f"this verl calls its losses in another way: looked for {what} with arguments {', '.join(expected)}, found "
+            f"{', '.join(found) or 'none'}; written for verl 0.9"
+        )

@@ -1,0 +1,139 @@
+"""Liger's RMSNorm, RoPE and SwiGLU in one student; its losses are not used, ours are.
+
+Applied to the model at hand, never to classes of transformers: `liger_kernel`'s own patch exchanges names in
+transformers' module for every model of the process, and leaves the family's SwiGLU out without a word.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl import modeling_qwen3_vl as family
+
+from rmsd_fast.config import NotInstalled, SettingsError
+
+# Attention layers and the function of their module that rotates queries and keys.
+ROTATIONS = {
+    family.Qwen3VLTextAttention: "apply_rotary_pos_emb",
+    family.Qwen3VLVisionAttention: "apply_rotary_pos_emb_vision",
+}
+
+
+def use_liger(setting: str, device: torch.device) -> bool:
+    """Whether `model.liger` means Liger's kernels here.
+
+    Args:
+        setting: "auto", "on" or "off". device: where the student runs.
+    Raises:
+        SettingsError: "on" where it cannot be.
+    """
+    obstacle = _obstacle(device)
+    if setting == "on" and obstacle:
+        raise SettingsError(f"model.liger=on: {obstacle}; write model.liger=auto or model.liger=off")
+    return setting != "off" and not obstacle
+
+
+def describe_liger(setting: str, device: torch.device) -> str:
+    """For the run's log: which kernels the run's students have, or why none."""
+    if use_liger(setting, device):
+        return f"rms_norm, rope, swiglu (liger-kernel {importlib.metadata.version('liger-kernel')})"
+    return f"off ({'model.liger=off' if setting == 'off' else _obstacle(device)})"
+
+
+def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
+    """Give the model Liger's kernels; parameters, their names and the state dict stay what they are.
+
+    Returns:
+        How many layers got each kernel.
+    Raises:
+        RuntimeError: a layer was left without. NotInstalled: this liger-kernel lacks a kernel.
+    """
+    try:
+        from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
+    except ImportError as error:
+        raise NotInstalled(
+            f"model.liger: {error}; pip install 'liger-kernel>=0.8.5' or write model.liger=off"
+        ) from error
+    rotations = {
+        family.Qwen3VLTextAttention: liger_rotary_pos_emb,
+        family.Qwen3VLVisionAttention: liger_rotary_pos_emb_vision,
+    }
+    before = _layers(model)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is family.Qwen3VLTextRMSNorm:
+                setattr(parent, name, _norm(layer, LigerRMSNorm))
+            elif type(layer) is family.Qwen3VLTextMLP:
+                setattr(parent, name, _mlp(layer, LigerSwiGLUMLP))
+            elif type(layer) in rotations:
+                layer.forward = types.MethodType(_with_rotation(type(layer), rotations[type(layer)]), layer)
+    after = {
+        "rms_norm": sum(type(layer) is LigerRMSNorm for layer in model.modules()),
+        "rope": sum(_rotation(layer) in rotations.values() for layer in model.modules()),
+        "swiglu": sum(type(layer) is LigerSwiGLUMLP for layer in model.modules()),
+    }
+    if after != before or not all(after.values()):
+        raise RuntimeError(
+            f"model.liger: expected Liger's kernels in {before} layers, they are in {after}; write model.liger=off"
+        )
+    return after
+
+
+def _obstacle(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, and this run is on {device.type}"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed (pip install 'liger-kernel>=0.8.5')"
+    return ""
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """Layers of the family's own classes that Liger has a kernel for."""
+    kinds = {
+        "rms_norm": family.Qwen3VLTextRMSNorm,
+        "rope": tuple(ROTATIONS),
+        "swiglu": family.Qwen3VLTextMLP,
+    }
+    return {name: sum(isinstance(layer, kind) for layer in model.modules()) for name, kind in kinds.items()}
+
+
+def _norm(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        # "llama": the sum of squares in float32, the weight applied in the input's dtype, as the family does.
+        norm = cls(layer.weight.shape[0], eps=layer.variance_epsilon, casting_mode="llama")
+    norm.weight = layer.weight
+    return norm.train(layer.training)
+
+
+def _mlp(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        mlp = cls(layer.config)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        setattr(mlp, name, getattr(layer, name))
+    return mlp.train(layer.training)
+
+
+def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
+    """The attention's own forward, looking up another rotation under the name that it calls."""
+    forward, name = cls.forward, ROTATIONS[cls]
+    if name not in forward.__code__.co_names:
+        raise RuntimeError(
+            f"model.liger: {cls.__name__}.forward does not call {name} in this version of transformers, so RoPE cannot "
+            "be exchanged; write model.liger=off"
+        )
+    names = {**forward.__globals__, name: rotation}
+    return types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+def _rotation(layer: nn.Module) -> Callable | None:
+    """The function that rotates in an attention layer as it is now; None in other layers."""
+    if type(layer) not in ROTATIONS:
+        return None
+    return layer.forward.__func__.__globals__[ROTATIONS[type(layer)]]

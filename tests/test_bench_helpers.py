@@ -1,0 +1,275 @@
+"""The benchmark suite's own arithmetic and bookkeeping: what is claimed from its records rests on these."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bench_on_path():
+    """The files of bench/ import each other by name, as pytest runs them."""
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def _variant(name, calls, seconds=0.0):
+    import time
+
+    from measure import Variant
+
+    def forward():
+        calls.append(name)
+        time.sleep(seconds)
+        return torch.zeros(())
+
+    return Variant(name, forward)
+
+
+def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
+    from measure import Effort, interleaved
+
+    calls = []
+    variants = [_variant("a", calls), _variant("b", calls, 0.02), _variant("c", calls)]
+    effort = Effort(seconds=0.03, most_rounds=4, slow_s=1.0, limit_s=1.0, least_rounds=2)
+    timings = interleaved(variants, effort, CPU)
+    # "b" has used 0.04 s after its two least rounds.
+    assert calls == ["a", "b", "c", "b", "c", "a", "c", "a", "a", "c"]
+    assert {name: sorted(own) for name, own in timings.items()} == {"a": [0, 1, 2, 3], "b": [0, 1], "c": [0, 1, 2, 3]}
+    assert all(t.forward_ms >= 20 and t.backward_ms == 0 for t in timings["b"].values())
+
+
+def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
+    from measure import GEMMS, Effort, measure, numbers_of
+
+    calls = []
+    # The baseline is timed properly however long it takes.
+    variants = [_variant("quick", calls), _variant("slow", calls, 0.05), _variant(GEMMS, calls, 0.05)]
+    effort = Effort(seconds=0.01, most_rounds=3, slow_s=0.04, limit_s=1.0, least_rounds=3)
+    numbers = numbers_of(measure(variants, effort, CPU), variants, baseline="quick")
+    assert calls.count("slow") == 1 and calls.count("quick") == 4 and calls.count(GEMMS) == 4
+    assert numbers["slow"]["memory_pass_only"] and numbers["slow"]["rounds"] == 1
+    assert numbers["slow"]["forward"]["median_ms"] >= 50
+    assert numbers["slow"]["share_of_gemms_by_round"] is None
+    assert numbers["quick"]["share_of_gemms"] == 1.0
+
+
+def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
+    from measure import OURS, Effort, Variant, measure
+
+    def broken():
+        raise RuntimeError("not enough memory\nmore")
+
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
+    not_run = {}
+    samples = measure([_variant(OURS, []), Variant("peer", broken)], effort, CPU, not_run)
+    assert list(samples) == [OURS] and not_run == {"peer": "RuntimeError: not enough memory"}
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        measure([Variant(OURS, broken)], effort, CPU, not_run)
+
+
+def test_ratios_of_medians_and_by_round():
+    from measure import quantiles, ratio
+
+    totals = {"gemms": {0: 10.0, 1: 20.0, 2: 30.0}, "ours": {0: 20.0, 1: 25.0, 2: 30.0}, "alone": {-1: 40.0}}
+    assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 20.0 / 25.0)
+    totals["ours"] = {0: 20.0, 2: 30.0}
+    # Medians 20 and 25; common rounds 0 and 2 with ratios 0.5 and 1.
+    assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 0.75)
+    assert ratio(totals, "gemms", "alone") == (0.5, None)
+    assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx({"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0})
+
+
+def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off():
+    from measure import Effort, measure, numbers_of, with_gradients
+    from memory import peak_extra_bytes
+
+    if peak_extra_bytes(lambda: None, CPU)[0] is None:
+        pytest.skip("peak memory is counted on Linux with glibc only")
+    weight = torch.ones(8 * MIB, requires_grad=True)
+
+    def loss():
+        # 64 MiB that are gone before the next 32 MiB come, and the gradient of 32 MiB is there: the peak is 64.
+        torch.ones(16 * MIB).mul_(2.0)
+        return (weight * 2.0).sum()
+
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
+    variant = with_gradients("it", loss, (weight,))
+    numbers = numbers_of(measure([variant], effort, CPU), [variant], baseline=None)["it"]
+    assert 63 <= numbers["peak_mib"] <= 72
+    assert numbers["peak_beyond_gradients_mib"] == pytest.approx(numbers["peak_mib"] - 32, abs=0.01)
+
+
+def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
+    from memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
+
+    def faults_of_a_block():
+        fill_thread_cache()
+        before = page_faults()
+        torch.ones(4 * MIB)
+        return page_faults() - before
+
+    pages = 16 * MIB // 4096
+    with plain_malloc() as is_plain:
+        if not is_plain:
+            pytest.skip("malloc is set up for glibc only")
+        assert all(faults_of_a_block() >= 0.9 * pages for _ in range(4))
+    try:
+        assert keep_freed_memory(128 * MIB)
+        # The first calls may leave gaps (see fill_thread_cache).
+        assert max([faults_of_a_block() for _ in range(20)][10:]) < 0.1 * pages
+        with plain_malloc():
+            # Freed blocks of the heap are not taken, though they are there.
+            assert all(faults_of_a_block() >= 0.9 * pages for _ in range(4))
+    finally:
+        with plain_malloc():
+            pass
+
+
+@pytest.mark.parametrize(("passes", "products"), [("score", 1), ("frozen", 2), ("trainable", 3)])
+def test_bare_gemms_are_those_of_the_loss(passes, products):
+    from measure import bare_gemms, gemm_flop
+
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    gemms = bare_gemms(hidden, weight, passes)
+    logits = gemms.forward()
+    assert torch.equal(logits, hidden @ weight.T)
+    assert (gemms.backward is None) == (passes == "score")
+    assert gemm_flop(3, 4, 5, passes) == 2 * products * 60
+
+
+def test_inputs_follow_the_case():
+    from cases import Case, head_inputs
+
+    small = {"hidden": 64, "dtype": torch.float32, "vocabulary": 500}
+    plain = head_inputs(Case(40, **small))
+    assert plain.weight.requires_grad and plain.scored.all() and plain.sequences == 2
+    logits = plain.hidden @ plain.weight.T
+    assert 0.8 < logits.std() < 1.2
+    masked = head_inputs(Case(40, **small, mask=90, head="frozen"))
+    assert masked.scored.sum() == 4 and not masked.weight.requires_grad
+    peaked = head_inputs(Case(40, **small, softmax="peaked"))
+    logp = (peaked.hidden @ peaked.weight.T).log_softmax(-1)
+    assert 0.3 < (-(logp.exp() * logp).sum(-1)).mean() < 2
+    assert 0.75 <= (logp.argmax(-1) == peaked.targets).float().mean() <= 0.8
+    assert torch.equal(plain.advantages[:20], plain.advantages[:1].expand(20))
+
+
+def test_gate_accepts_eager_itself_and_refuses_what_is_off():
+    from cases import Case, checked
+    from peers import eager_cross_entropy
+
+    def eager(x):
+        return eager_cross_entropy(x.hidden, x.weight, x.targets)
+
+    def off(x):
+        return F.cross_entropy(x.hidden @ x.weight.T * 1.001, x.targets)
+
+    case = Case(16, 64, torch.float32, vocabulary=500)
+    errors = checked("eager", case, eager, eager)
+    assert errors.ours == errors.eager and set(errors.bound) == {"value", "hidden gradient", "weight gradient"}
+    with pytest.raises(AssertionError, match="too far from float64"):
+        checked("off", case, off, eager)
+
+
+def test_peers_agree_and_those_that_do_not_run_are_named():
+    from cases import Case, head_inputs
+    from peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
+
+    x = head_inputs(Case(32, 64, torch.float32, mask=50, vocabulary=500))
+    for peers in (CROSS_ENTROPY, LOGPROB, POLICY):
+        skip = {"torch.compile": "slow", **{name: "slow" for name in peers if "CCE" in name or "GRPO" in name}}
+        variants, not_run = gather(peers, x, skip=skip)
+        assert {variant.name for variant in variants} | set(not_run) == set(peers)
+        assert all(not_run.values())
+        values = {variant.name: variant.forward().item() for variant in variants}
+        assert values == pytest.approx(dict.fromkeys(values, values["eager"]), rel=1e-4)
+    # These need CUDA tensors, whatever is installed.
+    assert "QuACK" in gather(CROSS_ENTROPY, x, skip={"torch.compile": "slow"})[1]
+
+
+def _record(bench="linear_policy_loss", ours_ms=5.0, **changes):
+    times = {"bare GEMMs": 4.6, "ours": ours_ms, "eager": 7.0, "a peer": 61.0}
+    variants = {
+        name: {
+            "both": {"median_ms": ms, "p20_ms": ms, "p80_ms": ms},
+            "rounds": 3,
+            "share_of_gemms": 4.6 / ms,
+            "share_of_gemms_by_round": 4.6 / ms,
+            "peak_mib": 1500.0,
+            "peak_beyond_gradients_mib": 900.0 if name == "eager" else 100.0,
+        }
+        for name, ms in times.items()
+    }
+    record = {
+        "bench": bench,
+        "case": "T2048-D2560-bfloat16-mask0-random-trainable",
+        "shape": {"T": 2048, "D": 2560, "V": 151936},
+        "dtype": "bfloat16",
+        "mask_percent": 0,
+        "softmax": "random",
+        "head": "trainable",
+        "device": "cpu",
+        "baseline": "ours",
+        "variants": variants,
+        "not_run": {"QuACK": "CuTe kernels for CUDA only"},
+    }
+    return record | changes
+
+
+def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
+    from records import load, save, table
+
+    save(_record(ours_ms=6.0), tmp_path)
+    path = save(_record(), tmp_path)
+    save(_record(bench="linear_cross_entropy"), tmp_path)
+    assert len(path.read_text().splitlines()) == 2
+    found = load(tmp_path)
+    assert [record["bench"] for record in found] == ["linear_cross_entropy", "linear_policy_loss"]
+    assert found[1]["variants"]["ours"]["both"]["median_ms"] == 5.0
+    assert {"cpu", "threads", "torch", "python", "commit"} <= set(found[1])
+    text = table(_record())
+    assert "QuACK: not run: CuTe kernels for CUDA only" in text and "92%" in text
+
+
+def test_chart_draws_what_the_records_hold(tmp_path):
+    from chart import chosen, draw
+    from records import load, save
+
+    shorter = _record(shape={"T": 512, "D": 2560, "V": 151936}, case="T512")
+    for record in (_record(), shorter, _record(mask_percent=50, case="masked"), _record(case="x-conditions")):
+        save(record, tmp_path)
+    picked = chosen(load(tmp_path))
+    assert [record["shape"]["T"] for record in picked] == [2048]
+    root = ElementTree.fromstring(draw(picked))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    # 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number.
+    assert {"ours", "eager", "a peer", "1.09", "13", "900"} <= set(words)
+    with pytest.raises(ValueError, match="at least one plain case"):
+        draw([])
+
+
+def test_claims_are_checked_against_the_records():
+    from claims import verdicts
+
+    found = list(verdicts([_record()]))
+    assert [verdict.met for verdict in found] == [False, True, True, True]
+    assert "92.0%" in found[0].what and "0.111 of eager's" in found[3].what
+    slower = list(verdicts([_record(ours_ms=7.5)]))
+    assert [verdict.met for verdict in slower] == [False, False, True, True]
+    assert not list(verdicts([_record(quick=True)]))
+    conditions = _record(case="x-conditions")
+    conditions["variants"] = {"frozen head": {"times_base": 0.7}, "90% masked": {"times_base": 0.25}}
+    assert [verdict.met for verdict in verdicts([conditions])] == [True, False]

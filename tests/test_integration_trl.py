@@ -1,0 +1,382 @@
+"""FusedGRPOTrainer against TRL's own GRPOTrainer: loss of every step, metrics and final weights, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs trl (extra: test)")
+from datasets import Dataset
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from rmsd_fast.integrations.trl import FusedGRPOMixin, FusedGRPOTrainer
+from rmsd_fast.models.tiny import build_tokenizer
+
+VOCABULARY = 400
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    # Logits wide enough that temperature, softcap and scale matter.
+    "initializer_range": 0.3,
+    "vocab_size": VOCABULARY,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+FAMILIES = {
+    "qwen3": (Qwen3ForCausalLM, lambda: Qwen3Config(**SHAPE, tie_word_embeddings=True)),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        lambda: Gemma2Config(**SHAPE, final_logit_softcapping=2.0, attn_implementation="eager"),
+    ),
+    "cohere2": (Cohere2ForCausalLM, lambda: Cohere2Config(**SHAPE, logit_scale=0.25)),
+}
+
+
+def make_tokenizer():
+    built = build_tokenizer(["the red square moves left and right of the blue one"] * 20, VOCABULARY)
+    built.padding_side = "left"
+    return built
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> dict[str, Path]:
+    """A tiny model of each family on disk: TRL loads the reference from where the policy came from."""
+    made = {}
+    for name, (cls, config) in FAMILIES.items():
+        torch.manual_seed(5)
+        made[name] = tmp_path_factory.mktemp("trl") / name
+        cls(config()).save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+def reward(completion_ids: list[list[int]], **_) -> list[float]:
+    """Something that differs within a group and follows from the tokens alone."""
+    return [sum(token % 7 == 1 for token in ids) + 0.1 * len(ids) for ids in completion_ids]
+
+
+def settings(folder: Path, **options) -> GRPOConfig:
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 0.05,
+        # Plain SGD: weights differ as gradients do. Adam would blow up rounding where a gradient is near zero.
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 11,
+    }
+    return GRPOConfig(output_dir=str(folder / "out"), **{**defaults, **options})
+
+
+def prompts(count: int = 16) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"the red square {i}" if i % 2 else f"moves {i}" for i in range(count)]})
+
+
+def build(cls, folder: Path, tokenizer, *, options: dict | None = None, **extra) -> GRPOTrainer:
+    arguments = settings(folder, **(options or {}))
+    family = folder.name
+    model = FAMILIES[family][0].from_pretrained(folder, dtype=torch.float32)
+    model.config._name_or_path = str(folder)
+    return cls(
+        model=model,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=prompts(),
+        processing_class=tokenizer,
+        **extra,
+    )
+
+
+def trained(cls, folder: Path, tokenizer, **extra) -> GRPOTrainer:
+    trainer = build(cls, folder, tokenizer, **extra)
+    trainer.train()
+    return trainer
+
+
+def history(trainer: GRPOTrainer, name: str) -> list[float]:
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def assert_same(own: GRPOTrainer, fused: GRPOTrainer, start: Path, *, tolerance: float = 1e-5) -> None:
+    """float32 with sums in another order: 1e-5 relative to the largest value, as the bound of the task says."""
+    losses, fused_losses = torch.tensor(history(own, "loss")), torch.tensor(history(fused, "loss"))
+    assert len(losses) == own.args.max_steps
+    assert (losses - fused_losses).abs().max() <= tolerance * losses.abs().max() + 1e-6
+    before = FAMILIES[start.name][0].from_pretrained(start, dtype=torch.float32).state_dict()
+    after, fused_after = own.model.state_dict(), fused.model.state_dict()
+    moved = max((after[name] - before[name]).abs().max() for name in before)
+    apart = max((after[name] - fused_after[name]).abs().max() for name in before)
+    assert moved > 1e-3, "nothing was learnt, so nothing was compared"
+    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
+
+
+CASES = {
+    # name: (family, GRPOConfig options, objective that "auto" chooses)
+    "dapo on-policy": ("qwen3", {"loss_type": "dapo"}, "policy"),
+    "grpo with kl, off-policy": (
+        "qwen3",
+        {
+            "loss_type": "grpo",
+            "beta": 0.1,
+            "use_bias_correction_kl": False,
+            "num_iterations": 2,
+            "temperature": 0.8,
+            "epsilon": 0.02,
+            "epsilon_high": 0.03,
+        },
+        "policy",
+    ),
+    "grpo, kl weighted by the ratio": ("qwen3", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}, "log_prob"),
+    "sequence ratios": (
+        "qwen3",
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2, "epsilon": 0.02},
+        "policy",
+    ),
+    "bnpo, softcap": (
+        "gemma2",
+        {"loss_type": "bnpo", "beta": 0.05, "use_bias_correction_kl": False, "temperature": 0.7},
+        "policy",
+    ),
+    "dr_grpo, logit scale": ("cohere2", {"loss_type": "dr_grpo", "steps_per_generation": 4}, "policy"),
+    "luspo, truncated masked": (
+        "qwen3",
+        {
+            "loss_type": "luspo",
+            "importance_sampling_level": "sequence",
+            "mask_truncated_completions": True,
+            "learning_rate": 0.01,
+        },
+        "policy",
+    ),
+    "cispo": ("qwen3", {"loss_type": "cispo", "epsilon_high": 2.0, "num_iterations": 2}, "log_prob"),
+    "sapo, softcap": ("gemma2", {"loss_type": "sapo", "num_iterations": 2}, "log_prob"),
+    "entropy bonus": ("cohere2", {"loss_type": "dapo", "entropy_coef": 0.02, "beta": 0.1}, "log_prob"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_trl(case: str, folders, tokenizer) -> None:
+    family, options, objective = CASES[case]
+    own = trained(GRPOTrainer, folders[family], tokenizer, options=options)
+    fused = trained(FusedGRPOTrainer, folders[family], tokenizer, options=options)
+    assert fused.fused_objective == objective
+    assert_same(own, fused, folders[family])
+    for name in ("reward", "entropy", "kl", "clip_ratio/region_mean"):
+        if name == "clip_ratio/region_mean" and options.get("importance_sampling_level") == "sequence":
+            continue
+        ours, theirs = history(fused, name), history(own, name)
+        assert len(ours) == len(theirs), name
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), name
+
+
+def test_the_clip_has_work_to_do(folders, tokenizer) -> None:
+    """Guards the off-policy cases above: with their settings some tokens are clipped and some are not."""
+    for case in ("grpo with kl, off-policy", "sequence ratios"):
+        family, options, _ = CASES[case]
+        clipped = history(
+            trained(FusedGRPOTrainer, folders[family], tokenizer, options=options), "clip_ratio/region_mean"
+        )
+        assert any(0 < share < 1 for share in clipped), (case, clipped)
+
+
+def micro_batch(steps: int = 2) -> dict[str, torch.Tensor]:
+    """What TRL hands to its loss: 4 rows, ragged, tool tokens, one row without a single scored token."""
+    generator = torch.Generator().manual_seed(9)
+    completion_mask = (torch.arange(7) < torch.tensor([7, 4, 1, 0]).unsqueeze(1)).long()
+    return {
+        "prompt_ids": torch.randint(4, 300, (4, 5), generator=generator),
+        "prompt_mask": (torch.arange(5) >= torch.tensor([0, 2, 1, 3]).unsqueeze(1)).long(),
+        "completion_ids": torch.randint(4, 300, (4, 7), generator=generator),
+        "completion_mask": completion_mask,
+        "tool_mask": torch.tensor([[1, 1, 0, 0, 1, 1, 1]] * 4),
+        "advantages": torch.randn(4, generator=generator),
+        "old_per_token_logps": -5 + 0.3 * torch.randn(4, 7, generator=generator),
+        "ref_per_token_logps": -5 + 0.3 * torch.randn(4, 7, generator=generator),
+        "importance_sampling_ratio": torch.rand(4, 7, generator=generator) * 2,
+        "num_items_in_batch": completion_mask.sum() * steps,
+    }
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
+@pytest.mark.parametrize("training", [True, False])
+def test_tool_tokens_and_engine_mismatch(loss_type: str, training: bool, folders, tokenizer) -> None:
+    """Settings that need vLLM or tools to run whole: one micro-batch through both losses, gradients compared."""
+    options = {"loss_type": loss_type, "beta": 0.1, "use_bias_correction_kl": False, "steps_per_generation": 4}
+    results = []
+    for cls in (GRPOTrainer, FusedGRPOTrainer):
+        trainer = build(cls, folders["qwen3"], tokenizer, options=options)
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+        trainer.current_gradient_accumulation_steps = 2
+        trainer.model.train(training)
+        loss = trainer.compute_loss(trainer.model, micro_batch())
+        loss.backward()
+        log = trainer._metrics["train" if training else "eval"]
+        results.append((loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}, log))
+    (loss, gradients, log), (fused_loss, fused_gradients, fused_log) = results
+    assert trainer.fused_objective == "policy"
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    assert scale > 1e-3
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).abs().max() <= 1e-5 * scale, name
+    for name in ("kl", "entropy", "clip_ratio/region_mean"):
+        assert fused_log[name] == pytest.approx(log[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("objective", ["policy", "log_prob"])
+def test_autocast_and_a_float32_head(objective: str, folders, tokenizer) -> None:
+    """16-bit training: both libraries round in another order, so the bound is that of bfloat16."""
+    options = {"bf16": True, "loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}
+    for head_in_float32 in (False, True):
+        losses = []
+        for cls, extra in ((GRPOTrainer, {}), (FusedGRPOTrainer, {"fused_objective": objective})):
+            trainer = build(
+                cls,
+                folders["qwen3"],
+                tokenizer,
+                options={**options, "cast_lm_head_to_fp32": head_in_float32},
+                **extra,
+            )
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.model = trainer.accelerator.prepare_model(trainer.model).train()
+            losses.append(trainer.compute_loss(trainer.model, micro_batch()).detach())
+        assert losses[1].dtype == torch.float32
+        torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
+
+
+def test_evaluation_loss(folders, tokenizer) -> None:
+    values = []
+    for cls in (GRPOTrainer, FusedGRPOTrainer):
+        trainer = build(cls, folders["qwen3"], tokenizer, options={"per_device_eval_batch_size": 4})
+        torch.manual_seed(3)
+        values.append(trainer.evaluate(prompts(4))["eval_loss"])
+    assert values[1] == pytest.approx(values[0], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss_type": "cispo", "epsilon_high": 2.0}, "loss_type='cispo'"),
+        ({"delta": 1.5}, "delta=1.5"),
+        ({"beta": 0.1}, "use_bias_correction_kl"),
+        ({"entropy_coef": 0.1}, "entropy_coef"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
+        ({"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold=1.0"),
+    ],
+)
+def test_policy_objective_names_what_it_cannot_carry_over(options: dict, named: str, folders, tokenizer) -> None:
+    with pytest.raises(RuntimeError, match="fused_objective='policy'") as caught:
+        build(FusedGRPOTrainer, folders["qwen3"], tokenizer, options=options, fused_objective="policy")
+    assert named in str(caught.value)
+
+
+def test_other_refusals(folders, tokenizer) -> None:
+    with pytest.raises(ValueError, match="fused_objective: expected one of auto, policy, log_prob"):
+        build(FusedGRPOTrainer, folders["qwen3"], tokenizer, fused_objective="fast")
+    with pytest.raises(RuntimeError, match="torch_compile"):
+        build(FusedGRPOTrainer, folders["qwen3"], tokenizer, options={"torch_compile": True})
+
+    class Adapted(GRPOTrainer):
+        """An adapter on the head, as PEFT puts one: another type with another forward."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            adapter = type("LoraLinear", (torch.nn.Linear,), {"forward": lambda self, x: 2 * x @ self.weight.T})
+            self.model.lm_head.__class__ = adapter
+
+    with pytest.raises(RuntimeError, match="LoraLinear, expected torch.nn.Linear"):
+        build(type("Mixed", (FusedGRPOMixin, Adapted), {}), folders["qwen3"], tokenizer)
+
+
+def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> None:
+    class Other(GRPOTrainer):
+        """A version whose model knows no fused_lm_head."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model.forward = types.MethodType(lambda self, **kwargs: None, self.model)
+            del self.epsilon_high
+
+    with pytest.raises(RuntimeError, match="looked for epsilon_high, a fused_lm_head argument on the model's forward"):
+        build(type("Mixed", (FusedGRPOMixin, Other), {}), folders["qwen3"], tokenizer)
+
+    class Elsewhere(GRPOTrainer):
+        """A subclass that takes its log-probs from logits."""
+
+        def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **_):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+            logp = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0][:, -logits_to_keep:]
+            return logp, torch.zeros_like(logp), None
+
+    trainer = build(
+        type("Mixed", (FusedGRPOMixin, Elsewhere), {}), folders["qwen3"], tokenizer, fused_objective="log_prob"
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    with pytest.raises(RuntimeError, match="without the fused head"):
+        trainer.compute_loss(trainer.model, micro_batch())
+
+
+def test_sharded_weights(folders, tmp_path: Path) -> None:
+    """ZeRO-3 on two processes, here and in transformers' Trainer, and FSDP2: the same bounds as on one process."""
+    pytest.importorskip("deepspeed", reason="needs deepspeed (extra: train)")
+    shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in drop}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(Path(__file__).parent / "sharded_trainers.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 5
+    for case, result in results.items():
+        assert result["moved"] > 2e-3 and result["apart"] <= 1e-4 * result["moved"], (case, result)
+        assert result.get("losses", 0.0) <= 1e-5, (case, result)
+
+
+def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "rmsd_fast.integrations.trl", raising=False)
+    with pytest.raises(ImportError, match=r"rmsd_fast\.integrations\.trl needs trl .*pip install trl"):
+        importlib.import_module("rmsd_fast.integrations.trl")
