@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rmsd_fast import losses
-from rmsd_kernels import engine
 
 T, D, V = 23, 8, 37
 

@@ -210,8 +210,8 @@ def _saved(ctx) -> tuple[Tensor, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "backward through a fused loss ran a second time, but the first has used its gradients up in place; call the "
-            "loss again, or add the losses up and call backward once"
+            "backward through a fused loss ran a second time, but the first has used its gradients up in place; call "
+            "the loss again, or add the losses up and call backward once"
         ) from None
 
 

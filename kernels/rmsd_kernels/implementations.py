@@ -10,6 +10,9 @@ from torch import Tensor
 
 from . import native
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The interpreter runs the kernels on CPU tensors; triton reads the variable when it is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ("triton", "native", "torch", "reference")
 
 
@@ -39,13 +42,11 @@ def resolve_impl(impl: str, tensor: Tensor, *, native_form: bool = True) -> str:
 
 
 def _why_not_triton(device: str, dtype: torch.dtype) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed (pip install triton, in the version your torch names)"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels take float32, bfloat16 and float16, got {dtype}"
-    # The interpreter runs the kernels on CPU tensors; triton reads the variable when it is imported.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "" if device == "cuda" or interpreted else f"the kernels run on CUDA, got a tensor on {device}"
+    return "" if device == "cuda" or _INTERPRETED else f"the kernels run on CUDA, got a tensor on {device}"
 
 
 def _why_not_native(device: str, dtype: torch.dtype) -> str:

@@ -2,8 +2,8 @@
 
 Advantages, old and reference log-probs and the normalizer are known before the head runs, so the row pass that finds a
 row's log-prob also turns its logits into their gradient: 6TDV of work (4TDV with a frozen head, 2TDV more for a
-reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only after
-all of their rows: there log-probs are made first and the gradient in backward, from logits kept or computed again.
+reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only
+after all of their rows: there log-probs come first and the gradient in backward, from logits kept or computed again.
 """
 
 from torch import Tensor

@@ -244,7 +244,7 @@ def _weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Te
     """sum(weights * values) / normalizer, where a normalizer of 0 (nothing scored anywhere) counts as 1."""
     if normalizer is None:
         normalizer = float(len(values)) if weights is None else weights.sum()
-    normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device).detach()
+    normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device).detach().reshape(())
     total = values.sum() if weights is None else (values * weights).sum()
     return total / torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
 
