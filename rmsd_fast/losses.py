@@ -21,11 +21,14 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 - "reference": eager torch, all rows at once (rmsd_kernels.reference): the truth that others are tested against.
 - "auto": "triton" for CUDA tensors (float64: "torch"); for CPU tensors "native" where that was built, else "torch".
 
-`memory_budget_bytes` bounds the logits that exist at once (default 512 MiB; at least one row). What it means for the
-work is in rmsd_kernels.engine: more chunks, and for losses whose gradient is known only in backward a second GEMM where
-all logits do not fit. On CUDA, rows that are to be ignored are looked up on the device, which waits for it once per
-call; `ignore_index=None` says that every row is scored and waits for nothing. Losses of linear heads can be
-backpropagated once: their gradients are made in forward and used up.
+`memory_budget_bytes` bounds the logits that exist at once (at least one row). Each chunk more than the default's costs
+a little time; losses whose gradient is known only in backward keep all logits where they fit it, else make them again.
+Default: 512 MiB on CUDA, 256 MiB on CPU, up to 512 MiB kept; with a 16-bit trained head more, so that its gradient is
+summed over at most 5 chunks (beyond that it is summed in float32, which takes 4*V*D bytes).
+
+On CUDA, rows that are to be ignored are looked up on the device, which waits for it once per call; `ignore_index=None`
+says that every row is scored and waits for nothing. Losses of linear heads can be backpropagated once: their gradients
+are made in forward and used up.
 
 An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64
 inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of

@@ -9,7 +9,7 @@ import torch
 from head_cases import CASES, D, Inputs, T, V, run
 
 from rmsd_fast import losses
-from rmsd_kernels import engine, native
+from rmsd_kernels import chunks, engine, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Several chunks (8 of 33 rows with one head, ragged), more chunks than 16-bit sums take, and one.
@@ -236,8 +236,8 @@ def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
     x.targets = x.targets.clamp(min=0)
     ours = run("policy_on", x, impl=impl)
     seen = []
-    add = engine._Gradients.add
-    monkeypatch.setattr(engine._Gradients, "add", lambda self, *a: (seen.append(len(a[2])), add(self, *a)))
+    add = chunks.Gradients.add
+    monkeypatch.setattr(chunks.Gradients, "add", lambda self, *a: (seen.append(len(a[2])), add(self, *a)))
     for ignore_index in (-100, None):
         seen.clear()
         again = run("policy_on", x, impl=impl, ignore_index=ignore_index, memory_budget_bytes=SMALL[torch.float32])

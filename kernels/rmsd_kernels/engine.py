@@ -10,31 +10,19 @@ whose gradient is 0 beforehand (advantage 0 without KL and entropy terms) enter 
 
 Each loop is one torch.library op, so torch.compile and autograd see a call without a gradient; `head_autograd` gives it
 one. Per-row results are one tensor [len(Stat), T] in float32 (float64 for float64), 0 in ignored rows. Empty tensors
-stand for what was not asked for, as an op cannot return None.
+stand for what was not asked for, as an op cannot return None. budget: bytes of logits at once, 0 = default_budget.
 """
 
 import importlib
-import math
-from collections.abc import Iterator
 from enum import IntEnum
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import torch_rows
-from .implementations import resolve_impl
+from .chunks import Gradients, Loop, chunk_buffers, live_first, scored_rows, target_logit
 from .rows import accumulation_dtype
 from .torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
-
-# On an H200 the GEMM for d_hidden fills 98.5% of the tiles at 1664 rows of V = 151936 in bf16, which are 506 MB.
-DEFAULT_MEMORY_BUDGET_BYTES = 512 << 20
-# A 16-bit d_weight may be rounded once per chunk without leaving the error of a single GEMM behind (measured in the
-# tests); with more chunks it is summed in float32.
-MAX_ROUNDINGS = 5
-_CUDA_TILE_ROWS = 128
-_CPU_TILE_ROWS = 32
-_WEIGHT_BLOCK_BYTES = 32 << 20
 
 
 class Stat(IntEnum):
@@ -46,98 +34,6 @@ class Stat(IntEnum):
     REF_LOGP = 3
     REF_LSE = 4
     FULL_KL = 5
-
-
-class _Loop:
-    """The arguments every loop shares, and the chunks it walks through."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: Tensor | None,
-        rows: Tensor | None,
-        impl: str,
-        budget: int,
-        buffers: int = 1,
-        live: int | None = None,
-    ) -> None:
-        self.hidden, self.weight, self.temperature = hidden, weight.contiguous(), temperature
-        self.dtype = accumulation_dtype(hidden)
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.backend = _backend(impl, hidden)
-        self.rows = rows
-        self.count = len(hidden) if rows is None else len(rows)
-        # The first `live` of them carry a gradient; no chunk holds both kinds.
-        self.live = self.count if live is None else live
-        vocabulary = weight.shape[0]
-        self.step = chunk_rows(self.count, buffers * vocabulary * hidden.element_size(), budget, hidden.device.type)
-        self.chunks = math.ceil(self.live / self.step)
-
-    def workspace(self) -> Tensor:
-        return self.hidden.new_empty(self.step if self.count else 0, self.weight.shape[0])
-
-    def __iter__(self) -> Iterator[tuple[int, slice | Tensor]]:
-        """(first row among the scored ones, where the chunk's rows stand in hidden)."""
-        for first, end in ((0, self.live), (self.live, self.count)):
-            for start in range(first, end, self.step):
-                chosen = slice(start, min(start + self.step, end))
-                yield start, chosen if self.rows is None else self.rows[chosen]
-
-    def inputs(self, rows: Tensor, targets: Tensor, index: slice | Tensor, softcap: float | None) -> RowInputs:
-        temperature = None if self.temperature is None else self.temperature[index]
-        target = targets[index]
-        return RowInputs(target, target_logit(rows, self.weight, target), self.bias, temperature, softcap)
-
-
-class _Gradients:
-    """d_hidden, d_weight and d_bias, summed over chunks; empty where not needed."""
-
-    def __init__(self, loop: _Loop, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        self.loop = loop
-        hidden, weight = loop.hidden, loop.weight
-        # Every row is written where none is left out.
-        make = torch.empty_like if loop.rows is None else torch.zeros_like
-        self.hidden = make(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-        self.in_float32 = weight.element_size() == 2 and loop.chunks > MAX_ROUNDINGS
-        self.weight = weight.new_empty(0)
-        if need_weight:
-            dtype = torch.float32 if self.in_float32 else weight.dtype
-            start = torch.zeros if self.in_float32 or not loop.live else torch.empty
-            self.weight = start(weight.shape, dtype=dtype, device=weight.device)
-        self.bias = torch.zeros(len(weight) if need_bias else 0, dtype=loop.dtype, device=weight.device)
-        self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
-
-    def exact(self, logits: Tensor, ref: RowReference | None) -> tuple[Tensor, RowReference | None]:
-        """Logits as the row function gets them: d_bias is a sum of gradients that must not be rounded before."""
-        if not self.need_bias or logits.dtype == self.loop.dtype:
-            return logits, ref
-        other = None if ref is None else ref._replace(logits=ref.logits.to(self.loop.dtype))
-        return logits.to(self.loop.dtype), other
-
-    def add(self, start: int, index: slice | Tensor, rows: Tensor, d_logits: Tensor) -> None:
-        if self.need_bias:
-            self.bias += d_logits.sum(dim=0)
-            d_logits = d_logits.to(rows.dtype)
-        if self.need_hidden:
-            if isinstance(index, slice):
-                torch.mm(d_logits, self.loop.weight, out=self.hidden[index])
-            else:
-                self.hidden.index_copy_(0, index, torch.mm(d_logits, self.loop.weight))
-        if self.need_weight and self.in_float32:
-            step = max(1, _WEIGHT_BLOCK_BYTES // (2 * rows.shape[1]))
-            for first in range(0, len(self.weight), step):
-                block = slice(first, first + step)
-                self.weight[block] += torch.mm(d_logits[:, block].t(), rows)
-        elif self.need_weight and start == 0:
-            torch.mm(d_logits.t(), rows, out=self.weight)
-        elif self.need_weight:
-            self.weight.addmm_(d_logits.t(), rows)
-
-    def result(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.weight.to(self.loop.weight.dtype)
-        return self.hidden, weight, self.bias if bias is None else self.bias.to(bias.dtype)
 
 
 @torch.library.custom_op("rmsd_kernels::head_score", mutates_args=())
@@ -159,7 +55,7 @@ def head_score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(statistics, logits, reference's logits); logits [T, V] are kept on request, the scored rows first."""
     buffers = 1 + full_kl
-    loop = _Loop(hidden, weight, bias, temperature, scored_rows(targets, ignore_index), impl, budget, buffers)
+    loop = Loop(hidden, weight, bias, temperature, scored_rows(targets, ignore_index), impl, budget, buffers)
     stats = torch.zeros(len(Stat), len(hidden), dtype=loop.dtype, device=hidden.device)
     kept = hidden.new_empty(len(hidden) if keep else 0, len(weight))
     ref_kept = hidden.new_empty(len(hidden) if keep and full_kl else 0, len(weight))
@@ -211,10 +107,20 @@ def head_gradient(
     budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) of the sum of g_* times statistics. Kept logits are used up, else computed again."""
-    buffers = _buffers(hidden, g_full_kl is not None, need_bias)
-    loop = _Loop(hidden, weight, bias, temperature, scored_rows(targets, ignore_index), impl, budget, buffers)
+    buffers = chunk_buffers(hidden, g_full_kl is not None, need_bias)
+    loop = Loop(
+        hidden,
+        weight,
+        bias,
+        temperature,
+        scored_rows(targets, ignore_index),
+        impl,
+        budget,
+        buffers,
+        need_weight=need_weight,
+    )
     kept = logits.shape[0] > 0
-    gradients = _Gradients(loop, need_hidden, need_weight, need_bias)
+    gradients = Gradients(loop, need_hidden, need_weight, need_bias)
     space = None if kept else loop.workspace()
     ref_space = loop.workspace() if g_full_kl is not None and not kept else None
     ref_matrix = None if ref_weight is None else ref_weight.t()
@@ -284,12 +190,12 @@ def head_policy(
     is known only when a row is scored; else it is part of advantage.
     """
     scored, live = scored_rows(targets, ignore_index), None
-    buffers = _buffers(hidden, full_kl, need_bias)
+    buffers = chunk_buffers(hidden, full_kl, need_bias)
     if kl == "none" and not entropy_coef and (ignore_index is not None or hidden.device.type == "cpu"):
-        scored, live = _live_first(scored, scale * advantage)
-    loop = _Loop(hidden, weight, bias, temperature, scored, impl, budget, buffers, live)
+        scored, live = live_first(scored, scale * advantage)
+    loop = Loop(hidden, weight, bias, temperature, scored, impl, budget, buffers, live, need_weight)
     stats = torch.zeros(len(Stat), len(hidden), dtype=loop.dtype, device=hidden.device)
-    gradients = _Gradients(loop, need_hidden, need_weight, need_bias)
+    gradients = Gradients(loop, need_hidden, need_weight, need_bias)
     space = loop.workspace()
     reference = _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl, space)
     for start, index in loop:
@@ -361,9 +267,10 @@ def head_divergence(
     teacher: logits [T, V], or [T, k] with topk_ids, or hidden states where teacher_weight is given.
     """
     rows_scored = torch.nonzero(scale).flatten() if skip_zero_scale else None
-    loop = _Loop(hidden, weight, None, temperature, rows_scored, impl, budget, 1 + (teacher_weight is not None))
+    buffers = 1 + (teacher_weight is not None)
+    loop = Loop(hidden, weight, None, temperature, rows_scored, impl, budget, buffers, need_weight=need_weight)
     values = torch.zeros(len(hidden), dtype=loop.dtype, device=hidden.device)
-    gradients = _Gradients(loop, need_hidden, need_weight, False)
+    gradients = Gradients(loop, need_hidden, need_weight, False)
     space = loop.workspace()
     teacher_space = space if teacher_weight is None else loop.workspace()
     need = need_hidden or need_weight
@@ -409,51 +316,6 @@ def scale_(values: Tensor, factor: Tensor) -> None:
 @scale_.register_fake
 def _(values, factor):
     return None
-
-
-def chunk_rows(rows: int, row_bytes: int, budget: int, device: str) -> int:
-    """Rows per chunk: as many as the budget holds, cut to whole GEMM tiles, and on CPU into chunks of equal size."""
-    most = max(1, budget // row_bytes)
-    if rows <= most:
-        return max(1, rows)
-    if device == "cuda":
-        return max(most // _CUDA_TILE_ROWS * _CUDA_TILE_ROWS, min(most, _CUDA_TILE_ROWS))
-    even = math.ceil(rows / math.ceil(rows / most))
-    return min(most, math.ceil(even / _CPU_TILE_ROWS) * _CPU_TILE_ROWS)
-
-
-def scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Indices of the rows whose target is not ignore_index; None: all. Finding them waits for an accelerator."""
-    if ignore_index is None:
-        return None
-    rows = torch.nonzero(targets != ignore_index).flatten()
-    return None if len(rows) == len(targets) else rows
-
-
-def _buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
-    """[n, V] in the input's dtype that a chunk needs: logits, the reference's, and for d_bias float32 forms of both."""
-    heads = 1 + full_kl
-    return heads + 2 * heads + 1 if need_bias and hidden.element_size() == 2 else heads
-
-
-def _live_first(rows: Tensor | None, coefficient: Tensor) -> tuple[Tensor | None, int]:
-    """The rows, those with a coefficient other than 0 first, and how many these are."""
-    every = torch.arange(len(coefficient), device=coefficient.device) if rows is None else rows
-    carries = coefficient[every] != 0
-    live = int(carries.sum())
-    return (rows, live) if live == len(every) else (torch.cat([every[carries], every[~carries]]), live)
-
-
-def target_logit(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden @ weight[target] of each row in the accumulation dtype, [n]; a target out of range takes a nearby row."""
-    dtype = accumulation_dtype(rows)
-    chosen = weight[targets.clamp(0, len(weight) - 1)]
-    return (rows.to(dtype) * chosen.to(dtype)).sum(dim=-1)
-
-
-def _backend(impl: str, hidden: Tensor) -> ModuleType:
-    """The row back end that serves `hidden`; triton is imported here, on first use."""
-    return importlib.import_module(f".{resolve_impl(impl, hidden)}_rows", __package__)
 
 
 def _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl: bool, space: Tensor | None):

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .engine import DEFAULT_MEMORY_BUDGET_BYTES
 from .head_autograd import HeadCall
 from .rows import accumulation_dtype
 
@@ -34,10 +33,10 @@ def temperature_of_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor |
 
 
 def budget_bytes(memory_budget_bytes: int | None, impl: str) -> int:
-    """Bytes of logits that may exist at once."""
+    """Bytes of logits that may exist at once, 0 = the engine's default."""
     if memory_budget_bytes is None:
-        return DEFAULT_MEMORY_BUDGET_BYTES
+        return 0
     checks.check_number("memory_budget_bytes", memory_budget_bytes, above=0.0)
     if impl == "reference":
         raise ValueError("memory_budget_bytes: has no effect with impl='reference'; leave it out or use 'torch'")
-    return int(memory_budget_bytes)
+    return max(1, int(memory_budget_bytes))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from . import engine
+from .chunks import DEFAULT_KEPT_BYTES
 from .engine import Stat
+from .rows import accumulation_dtype
 
 
 class HeadCall(NamedTuple):
@@ -84,7 +86,7 @@ def score(call: HeadCall, impl: str, budget: int, entropy_grad: bool = True) -> 
         stats, logp = _FrozenHead.apply(*call, impl, budget)
         return _detached(stats, call)._replace(logp=logp)
     row_bytes = len(call.weight) * call.hidden.element_size() * (1 + call.full_kl)
-    keep = len(call.hidden) * row_bytes <= budget
+    keep = len(call.hidden) * row_bytes <= (budget or DEFAULT_KEPT_BYTES)
     stats, logp, entropy, full_kl = _Scores.apply(*call, keep, *needs, impl, budget)
     ref_logp = _detached(stats, call).ref_logp
     return HeadScores(logp, entropy, ref_logp, full_kl if call.full_kl else None)
@@ -144,7 +146,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         call, (impl, budget) = HeadCall(*arguments[:-2]), arguments[-2:]
-        ones = torch.ones(len(call.hidden), dtype=engine.accumulation_dtype(call.hidden), device=call.hidden.device)
+        ones = torch.ones(len(call.hidden), dtype=accumulation_dtype(call.hidden), device=call.hidden.device)
         terms = RowTerms(scale=ones, advantage=-ones)
         stats, d_hidden, _, _ = engine.head_policy(*call, *terms, True, False, False, impl, budget)
         ctx.save_for_backward(d_hidden)
