@@ -23,12 +23,14 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 
 `memory_budget_bytes` bounds the logits that exist at once (at least one row). Each chunk more than the default's costs
 a little time; losses whose gradient is known only in backward keep all logits where they fit it, else make them again.
-Default: 512 MiB on CUDA, 256 MiB on CPU, up to 512 MiB kept; with a 16-bit trained head more, so that its gradient is
-summed over at most 5 chunks (beyond that it is summed in float32, which takes 4*V*D bytes).
+Default: 512 MiB on CUDA, 256 MiB on CPU; kept up to 512 MiB and 1 GiB. A 16-bit trained head gets more, so that its
+gradient is summed over at most 5 chunks (beyond that it is summed in float32: 4*V*D bytes, and 6*V*D at its end).
 
-On CUDA, rows that are to be ignored are looked up on the device, which waits for it once per call; `ignore_index=None`
-says that every row is scored and waits for nothing. Losses of linear heads can be backpropagated once: their gradients
-are made in forward and used up.
+On CUDA, rows that are to be ignored are looked up on the device, which waits for it up to three times per call;
+`ignore_index=None` says that every row is scored and waits for nothing. Cross entropy, policy loss and divergence make
+their gradients in forward. That costs its work also where backward never comes, twice under activation checkpointing,
+and holds the gradients of hidden states and head until backward, which uses them up: one backward per loss. Autocast
+has no effect: the losses compute in the dtype of their inputs.
 
 An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64
 inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of

@@ -299,3 +299,21 @@ def test_no_rows():
     stats = native_rows.score(logits, inputs)
     native_rows.gradient_(logits, inputs, stats, torch.empty(0))
     assert native_rows.divergence_(logits, logits, None, "jsd", None, torch.empty(0)).shape == (0,)
+
+
+def test_offsets_beyond_2_to_the_31():
+    """Rows 2^30 apart: only the pages that rows stand on are touched."""
+    vocab, apart = 300, 2**30 + 8
+    try:
+        room = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4.3 GB of address space are not to be had")
+    x = make(torch.bfloat16, vocab, False)
+    inputs = x.inputs._replace(targets=x.inputs.targets[:3], target_logit=x.inputs.target_logit[:3])
+    far = room.as_strided((3, vocab), (apart, 1)).copy_(x.logits[:3])
+    near = x.logits[:3].clone()
+    assert all(torch.equal(a, b) for a, b in zip(*(native_rows.score(t, inputs)[:3] for t in (far, near)), strict=True))
+    stats = native_rows.score(near, inputs)
+    for logits in (far, near):
+        native_rows.gradient_(logits, inputs, stats, torch.ones(3))
+    assert torch.equal(far, near) and not torch.equal(near, x.logits[:3])

@@ -1,8 +1,8 @@
 """Argument checks of the public losses. A message says what, expected, got, and where useful what to do.
 
 Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are read for CPU tensors only,
-and not inside torch.compile: on an accelerator that would wait for the device in every step. There a bad target gives
-NaN and a bad index is an error of torch's own indexing; RMSD_FAST_DEBUG=1 adds an assertion on the device.
+and not inside torch.compile: on an accelerator that would wait for the device in every step. There a bad target or a
+bad index gives NaN and is never followed; RMSD_FAST_DEBUG=1 asserts on the device that there is none.
 """
 
 import math
@@ -18,7 +18,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefi
     _is_tensor(f"{prefix}weight", weight)
     if hidden.ndim != 2:
         raise ValueError(f"{prefix}hidden: expected shape [T, D], got {list(hidden.shape)}; flatten batch and length")
-    _refuse_sharded(f"{prefix}weight", weight)
+    refuse_sharded(f"{prefix}hidden", hidden)
+    refuse_sharded(f"{prefix}weight", weight)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight: expected shape [V, {hidden.shape[1]}] with V >= 1, got {list(weight.shape)}")
     if not hidden.is_floating_point():
@@ -33,6 +34,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefi
 def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
     """A floating tensor of shape [length] on the device of `like`."""
     _is_tensor(name, values)
+    refuse_sharded(name, values)
     if values.shape != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(values.shape)}")
     if not values.is_floating_point():
@@ -60,6 +62,8 @@ def check_index(name: str, index: Tensor, length: int | None, limit: int, like: 
     check_device(name, index, like)
     if _readable(index) and not bool(((index >= 0) & (index < limit)).all()):
         raise ValueError(f"{name}: expected values in 0..{limit - 1}, got {_extremes(index)}")
+    if not _readable(index) and os.environ.get("RMSD_FAST_DEBUG") == "1":
+        torch._assert_async(((index >= 0) & (index < limit)).all(), f"{name}: expected values in 0..{limit - 1}")
 
 
 def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int | None) -> None:
@@ -78,7 +82,9 @@ def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index
                 f"got {_extremes(scored)}"
             )
     elif os.environ.get("RMSD_FAST_DEBUG") == "1":
-        torch._assert_async(((targets >= 0) & (targets < vocabulary) | (targets == ignore_index)).all())
+        fits = (targets >= 0) & (targets < vocabulary)
+        fits = fits if ignore_index is None else fits | (targets == ignore_index)
+        torch._assert_async(fits.all(), f"targets: expected values in 0..{vocabulary - 1} or ignore_index")
 
 
 def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
@@ -93,7 +99,9 @@ def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
 
 
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
-    """A finite number, above one bound or at least another."""
+    """A finite number, above one bound or at least another. Inside torch.compile it may be a symbol without a value."""
+    if torch.compiler.is_compiling():
+        return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
@@ -162,7 +170,15 @@ def check_other_head(
             f"{prefix}hidden and {prefix}weight: expected T={len(hidden)} rows and V={len(weight)}, "
             f"got {len(other)} and {len(other_weight)}"
         )
+    if other.dtype not in (hidden.dtype, torch.float32, torch.bfloat16):
+        raise TypeError(f"{prefix}hidden: expected {hidden.dtype}, float32 or bfloat16, got {other.dtype}; cast it")
     check_device(f"{prefix}hidden", other, hidden)
+
+
+def check_not_negative(name: str, values: Tensor) -> None:
+    """All values finite and >= 0 (CPU tensors)."""
+    if _readable(values) and not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"{name}: expected finite values >= 0, got {_extremes(values)}")
 
 
 def check_unit_interval(name: str, values: Tensor) -> None:
@@ -171,14 +187,14 @@ def check_unit_interval(name: str, values: Tensor) -> None:
         raise ValueError(f"{name}: expected values in [0, 1], got {_extremes(values)}")
 
 
-def _refuse_sharded(name: str, weight: Tensor) -> None:
+def refuse_sharded(name: str, weight: Tensor) -> None:
     """A head of which this process holds a part: its rows would be taken for the whole vocabulary."""
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"{name}: expected a whole tensor, got a DTensor; pass {name}.full_tensor()")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
             f"{name}: expected a whole tensor, got a parameter that ZeRO-3 has partitioned; call the loss inside the "
-            "module's forward, or inside deepspeed.zero.GatheredParameters"
+            "module's forward, or inside deepspeed.zero.GatheredParameters until backward is done"
         )
 
 

@@ -15,16 +15,16 @@ from .torch_rows import RowInputs, RowReference
 # Bytes of logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden has tiles
 # for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above about 1000
 # rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
-DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20}
-DEFAULT_CPU_BUDGET_BYTES = 256 << 20
+DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 # Up to these all logits are kept for a backward that is not known in forward, which saves their second GEMM.
-DEFAULT_KEPT_BYTES = 512 << 20
+DEFAULT_KEPT_BYTES = {"cuda": 512 << 20, "cpu": 1 << 30}
 # A 16-bit d_weight may be rounded once per chunk without leaving the error of a single GEMM behind (measured in the
 # tests); with more chunks it is summed in float32.
 MAX_ROUNDINGS = 5
 _CUDA_TILE_ROWS = 128
 _CPU_TILE_ROWS = 32
 _WEIGHT_BLOCK_BYTES = 32 << 20
+_TARGET_BLOCK_BYTES = 16 << 20
 
 
 class Loop:
@@ -43,9 +43,9 @@ class Loop:
         live: int | None = None,
         need_weight: bool = False,
     ) -> None:
-        self.hidden, self.weight, self.temperature = hidden, weight.contiguous(), temperature
+        self.hidden, self.weight, self.temperature = hidden, weight, temperature
         self.dtype = accumulation_dtype(hidden)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        self.bias = self.bias_of(bias)
         self.backend = _backend(impl, hidden)
         self.rows = rows
         self.count = len(hidden) if rows is None else len(rows)
@@ -56,8 +56,13 @@ class Loop:
         self.step = chunk_rows(self.count, row_bytes, budget, hidden.device.type)
         self.chunks = math.ceil(self.live / self.step)
 
-    def workspace(self) -> Tensor:
-        return self.hidden.new_empty(self.step if self.count else 0, self.weight.shape[0])
+    def workspace(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for a chunk's logits, in the input's dtype where none is named."""
+        return self.hidden.new_empty(self.step if self.count else 0, self.weight.shape[0], dtype=dtype)
+
+    def bias_of(self, bias: Tensor | None) -> Tensor | None:
+        """A head's bias as the row functions take it."""
+        return None if bias is None else bias.to(self.dtype).contiguous()
 
     def __iter__(self) -> Iterator[tuple[int, slice | Tensor]]:
         """(first row among the scored ones, where the chunk's rows stand in hidden)."""
@@ -108,9 +113,11 @@ class Gradients:
                 self.hidden.index_copy_(0, index, torch.mm(d_logits, self.loop.weight))
         if self.need_weight and self.in_float32:
             step = max(1, _WEIGHT_BLOCK_BYTES // (2 * rows.shape[1]))
+            # On CPU a GEMM of 16-bit matrices has a 16-bit result; what it rounds is one chunk's share.
+            wide = {"out_dtype": torch.float32} if rows.device.type == "cuda" else {}
             for first in range(0, len(self.weight), step):
                 block = slice(first, first + step)
-                self.weight[block] += torch.mm(d_logits[:, block].t(), rows)
+                self.weight[block] += torch.mm(d_logits[:, block].t(), rows, **wide)
         elif self.need_weight and start == 0:
             torch.mm(d_logits.t(), rows, out=self.weight)
         elif self.need_weight:
@@ -126,7 +133,7 @@ def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool)
 
     A 16-bit d_weight gets chunks large enough for MAX_ROUNDINGS, unless these take more than its float32 form would.
     """
-    usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_CPU_BUDGET_BYTES)
+    usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_BUDGET_BYTES["cpu"])
     if not need_weight or weight.element_size() != 2:
         return usual
     few = _whole_tiles(math.ceil(rows / MAX_ROUNDINGS), weight.device.type) * row_bytes
@@ -157,11 +164,13 @@ def scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
 
 
 def live_first(rows: Tensor | None, coefficient: Tensor) -> tuple[Tensor | None, int]:
-    """The rows, those with a coefficient other than 0 first, and how many these are."""
-    every = torch.arange(len(coefficient), device=coefficient.device) if rows is None else rows
-    carries = coefficient[every] != 0
-    live = int(carries.sum())
-    return (rows, live) if live == len(every) else (torch.cat([every[carries], every[~carries]]), live)
+    """The rows, those with a coefficient other than 0 first, and how many these are: one wait for an accelerator."""
+    idle = (coefficient if rows is None else coefficient[rows]) == 0
+    live = len(idle) - int(idle.sum())
+    if live == len(idle):
+        return rows, live
+    order = torch.argsort(idle.to(torch.uint8), stable=True)
+    return (order if rows is None else rows[order]), live
 
 
 def chunk_buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
@@ -172,9 +181,10 @@ def chunk_buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
 
 def target_logit(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """hidden @ weight[target] of each row in the accumulation dtype, [n]; a target out of range takes a nearby row."""
-    dtype = accumulation_dtype(rows)
-    chosen = weight[targets.clamp(0, len(weight) - 1)]
-    return (rows.to(dtype) * chosen.to(dtype)).sum(dim=-1)
+    dtype, index = accumulation_dtype(rows), targets.clamp(0, len(weight) - 1)
+    step = max(1, _TARGET_BLOCK_BYTES // (8 * rows.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
+    return torch.cat([(rows[b].to(dtype) * weight[index[b]].to(dtype)).sum(dim=-1) for b in blocks])
 
 
 def _backend(impl: str, hidden: Tensor) -> ModuleType:

@@ -6,7 +6,6 @@ On CUDA one launch each way (`triton_discriminator`) replaces about 25 of eager 
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from . import checks, reference
@@ -204,8 +203,7 @@ def _check_reduction(
 ) -> None:
     if pair_weight is not None:
         checks.check_vector("pair_weight", pair_weight, len(student_index), quality)
-        if pair_weight.device.type == "cpu" and not bool(((pair_weight >= 0) & torch.isfinite(pair_weight)).all()):
-            raise ValueError("pair_weight: expected finite values >= 0")
+        checks.check_not_negative("pair_weight", pair_weight)
     checks.check_number("score_l2", score_l2, least=0.0)
     checks.check_normalizer(normalizer)
     checks.check_normalizer(l2_normalizer, "l2_normalizer")

@@ -6,14 +6,17 @@
 Logits exist for one chunk at a time and in the input's dtype; the row function turns them into their own gradient.
 Work with T scored tokens: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained one, 2TDV more with a
 reference head, and 2TDV more where backward has to compute the logits again. Ignored rows never enter a GEMM, and rows
-whose gradient is 0 beforehand (advantage 0 without KL and entropy terms) enter the first alone.
+whose gradient is 0 beforehand (advantage 0 without KL and entropy terms) enter the first alone; on CUDA not where
+ignore_index is None, as finding them would wait for the device.
 
 Each loop is one torch.library op, so torch.compile and autograd see a call without a gradient; `head_autograd` gives it
 one. Per-row results are one tensor [len(Stat), T] in float32 (float64 for float64), 0 in ignored rows. Empty tensors
 stand for what was not asked for, as an op cannot return None. budget: bytes of logits at once, 0 = default_budget.
 """
 
+import functools
 import importlib
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -21,8 +24,20 @@ from torch import Tensor
 
 from . import torch_rows
 from .chunks import Gradients, Loop, chunk_buffers, live_first, scored_rows, target_logit
+from .implementations import can_run_triton
 from .rows import accumulation_dtype
 from .torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+
+
+def _without_autocast(op: Callable) -> Callable:
+    """An op that computes in the dtypes it is given: autocast would send some of its GEMMs to another one."""
+
+    @functools.wraps(op)
+    def run(hidden: Tensor, *arguments):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return op(hidden, *arguments)
+
+    return run
 
 
 class Stat(IntEnum):
@@ -37,6 +52,7 @@ class Stat(IntEnum):
 
 
 @torch.library.custom_op("rmsd_kernels::head_score", mutates_args=())
+@_without_autocast
 def head_score(
     hidden: Tensor,
     weight: Tensor,
@@ -60,7 +76,7 @@ def head_score(
     kept = hidden.new_empty(len(hidden) if keep else 0, len(weight))
     ref_kept = hidden.new_empty(len(hidden) if keep and full_kl else 0, len(weight))
     space = None if keep else loop.workspace()
-    reference = _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl, None if keep else space)
+    reference = _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl, space, own=not (keep and full_kl))
     for start, index in loop:
         rows = hidden[index]
         inputs = loop.inputs(rows, targets, index, softcap)
@@ -83,6 +99,7 @@ def _(
 
 
 @torch.library.custom_op("rmsd_kernels::head_gradient", mutates_args=("logits",))
+@_without_autocast
 def head_gradient(
     hidden: Tensor,
     weight: Tensor,
@@ -122,8 +139,7 @@ def head_gradient(
     kept = logits.shape[0] > 0
     gradients = Gradients(loop, need_hidden, need_weight, need_bias)
     space = None if kept else loop.workspace()
-    ref_space = loop.workspace() if g_full_kl is not None and not kept else None
-    ref_matrix = None if ref_weight is None else ref_weight.t()
+    ref_space = loop.workspace(ref_hidden.dtype) if g_full_kl is not None and not kept else None
     for start, index in loop:
         rows = hidden[index]
         inputs = loop.inputs(rows, targets, index, softcap)
@@ -134,9 +150,8 @@ def head_gradient(
         if g_full_kl is not None:
             other = ref_logits[place]
             if not kept:
-                other = torch.mm(ref_hidden[index], ref_matrix, out=ref_space[: len(rows)])
-            other_bias = None if ref_bias is None else ref_bias.to(loop.dtype)
-            ref = RowReference(other, other_bias, of_rows[Stat.REF_LSE], of_rows[Stat.REF_LOGP])
+                other = torch.mm(ref_hidden[index], ref_weight.t(), out=ref_space[: len(rows)]).to(hidden.dtype)
+            ref = RowReference(other, loop.bias_of(ref_bias), of_rows[Stat.REF_LSE], of_rows[Stat.REF_LOGP])
         given = RowStats(*(of_rows[i] for i in (Stat.LOGP, Stat.ENTROPY, Stat.LSE, Stat.FULL_KL)))
         chunk, ref = gradients.exact(chunk, ref)
         coefficients = [None if g is None else g[index].contiguous() for g in (g_logp, g_entropy, g_full_kl)]
@@ -154,6 +169,7 @@ def _(
 
 
 @torch.library.custom_op("rmsd_kernels::head_policy", mutates_args=())
+@_without_autocast
 def head_policy(
     hidden: Tensor,
     weight: Tensor,
@@ -178,6 +194,7 @@ def head_policy(
     clip_low: float,
     clip_high: float,
     entropy_coef: float,
+    skip_idle: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -191,7 +208,7 @@ def head_policy(
     """
     scored, live = scored_rows(targets, ignore_index), None
     buffers = chunk_buffers(hidden, full_kl, need_bias)
-    if kl == "none" and not entropy_coef and (ignore_index is not None or hidden.device.type == "cpu"):
+    if skip_idle and kl == "none" and not entropy_coef and (ignore_index is not None or hidden.device.type == "cpu"):
         scored, live = live_first(scored, scale * advantage)
     loop = Loop(hidden, weight, bias, temperature, scored, impl, budget, buffers, live, need_weight)
     stats = torch.zeros(len(Stat), len(hidden), dtype=loop.dtype, device=hidden.device)
@@ -238,14 +255,14 @@ def head_policy(
 def _(
     hidden, weight, bias, targets, temperature, softcap, ignore_index, ref_hidden, ref_weight, ref_bias, full_kl,
     scale, advantage, old_logp, ref_logp, rollout_logp, tis_cap, kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high,
-    entropy_coef,
-    need_hidden, need_weight, need_bias, impl, budget,
+    entropy_coef, skip_idle, need_hidden, need_weight, need_bias, impl, budget,
 ):  # fmt: skip
     stats = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulation_dtype(hidden))
     return stats, *_fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 @torch.library.custom_op("rmsd_kernels::head_divergence", mutates_args=())
+@_without_autocast
 def head_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -272,13 +289,16 @@ def head_divergence(
     values = torch.zeros(len(hidden), dtype=loop.dtype, device=hidden.device)
     gradients = Gradients(loop, need_hidden, need_weight, False)
     space = loop.workspace()
-    teacher_space = space if teacher_weight is None else loop.workspace()
+    teacher_space = space if teacher_weight is None else loop.workspace(teacher.dtype)
     need = need_hidden or need_weight
     for start, index in loop:
         rows, other = hidden[index], teacher[index]
         logits = torch.mm(rows, loop.weight.t(), out=space[: len(rows)])
         if teacher_weight is not None:
             other = torch.mm(other, teacher_weight.t(), out=teacher_space[: len(rows)])
+        elif other.stride(1) != 1 or other.stride(0) < other.shape[1] or other.dtype == torch.float64:
+            # The row functions take adjacent columns, rows that do not overlap, and no more digits than they use.
+            other = other.to(loop.dtype).contiguous()
         heat = None if temperature is None else temperature[index]
         weights = scale[index] if need else None
         if topk_ids is None:
@@ -307,9 +327,9 @@ def _(
 @torch.library.custom_op("rmsd_kernels::scale_", mutates_args=("values",))
 def scale_(values: Tensor, factor: Tensor) -> None:
     """values *= factor, one number on the same device; where it is 1, the usual case, values are not touched."""
-    if values.device.type == "cuda":
+    if values.device.type == "cuda" and can_run_triton(values) and factor.dtype == torch.float32:
         importlib.import_module(".triton_rows", __package__).scale_unless_one_(values, factor)
-    elif factor.item() != 1.0:
+    elif values.device.type != "cpu" or factor.item() != 1.0:
         values.mul_(factor)
 
 
@@ -318,22 +338,31 @@ def _(values, factor):
     return None
 
 
-def _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl: bool, space: Tensor | None):
-    """A function that scores a chunk's reference into stats, and gives the RowReference that the exact KL needs."""
+def _reference(loop, ref_hidden, ref_weight, ref_bias, full_kl: bool, space: Tensor | None, own: bool = True):
+    """A function that scores a chunk's reference into stats, and gives the RowReference that the exact KL needs.
+
+    space: a chunk's room that the policy's logits take afterwards; own: room of the reference's own may be made.
+    """
     if ref_hidden is None:
         return lambda index, inputs, stats, out: None
-    matrix = ref_weight.contiguous()
-    bias = None if ref_bias is None else ref_bias.to(loop.dtype)
+    bias = loop.bias_of(ref_bias)
+    same = ref_hidden.dtype == loop.hidden.dtype
     # Only the exact KL needs both heads' logits at once.
-    own = loop.workspace() if full_kl or space is None else space
+    if space is None or full_kl or not same:
+        space = loop.workspace(ref_hidden.dtype) if own or not same else None
 
     def reference(index, inputs: RowInputs, stats: Tensor, out: Tensor | None) -> RowReference | None:
         rows = ref_hidden[index]
-        logits = torch.mm(rows, matrix.t(), out=own[: len(rows)] if out is None else out)
-        exact = target_logit(rows, matrix, inputs.targets)
+        room = out if out is not None and same else space[: len(rows)]
+        logits = torch.mm(rows, ref_weight.t(), out=room)
+        exact = target_logit(rows, ref_weight, inputs.targets).to(loop.dtype)
         found = loop.backend.score(logits, inputs._replace(target_logit=exact, bias=bias))
         stats[Stat.REF_LOGP, index], stats[Stat.REF_LSE, index] = found.logp, found.lse
-        return RowReference(logits, bias, found.lse, found.logp) if full_kl else None
+        if not full_kl:
+            return None
+        if not same:
+            logits = logits.to(loop.hidden.dtype) if out is None else out.copy_(logits)
+        return RowReference(logits, bias, stats[Stat.REF_LSE, index], stats[Stat.REF_LOGP, index])
 
     return reference
 

@@ -19,7 +19,9 @@ def head_call(
 ) -> HeadCall:
     """A HeadCall without a reference."""
     heat = temperature_of_rows(temperature, hidden)
-    return HeadCall(hidden, weight, bias, targets, heat, None if softcap is None else float(softcap), ignore_index)
+    return HeadCall(
+        hidden, weight, bias, targets.contiguous(), heat, None if softcap is None else float(softcap), ignore_index
+    )
 
 
 def temperature_of_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import engine
+from . import checks, engine
 from .chunks import DEFAULT_KEPT_BYTES
 from .engine import Stat
 from .rows import accumulation_dtype
@@ -60,6 +61,7 @@ class RowTerms(NamedTuple):
     clip_low: float = 0.0
     clip_high: float = 0.0
     entropy_coef: float = 0.0
+    skip_idle: bool = False  # look for rows whose gradient is 0 beforehand
 
 
 def one_pass(call: HeadCall, terms: RowTerms, impl: str, budget: int) -> tuple[HeadScores, Tensor]:
@@ -67,10 +69,8 @@ def one_pass(call: HeadCall, terms: RowTerms, impl: str, budget: int) -> tuple[H
     needs = _needs(call)
     if not any(needs):
         return score(call, impl, budget), call.hidden.new_zeros((), dtype=terms.scale.dtype)
-    unit = None
-    if call.hidden.dtype == torch.float16:
-        # Gradients of a mean over many tokens are too small for float16 before the loss scale has multiplied them.
-        unit = terms.scale.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    unit = _unit(call.hidden, terms.scale)
+    if unit is not None:
         terms = terms._replace(scale=terms.scale / unit)
     stats, carrier = _OnePass.apply(*call, *terms, *needs, impl, budget)
     return _detached(stats, call), carrier if unit is None else carrier * unit
@@ -86,7 +86,8 @@ def score(call: HeadCall, impl: str, budget: int, entropy_grad: bool = True) -> 
         stats, logp = _FrozenHead.apply(*call, impl, budget)
         return _detached(stats, call)._replace(logp=logp)
     row_bytes = len(call.weight) * call.hidden.element_size() * (1 + call.full_kl)
-    keep = len(call.hidden) * row_bytes <= (budget or DEFAULT_KEPT_BYTES)
+    kept_bytes = budget or DEFAULT_KEPT_BYTES.get(call.hidden.device.type, DEFAULT_KEPT_BYTES["cpu"])
+    keep = len(call.hidden) * row_bytes <= kept_bytes
     stats, logp, entropy, full_kl = _Scores.apply(*call, keep, *needs, impl, budget)
     ref_logp = _detached(stats, call).ref_logp
     return HeadScores(logp, entropy, ref_logp, full_kl if call.full_kl else None)
@@ -109,9 +110,12 @@ def divergence(
     """sum of scale * divergence over rows: a scalar with a gradient. Arguments as engine.head_divergence."""
     grad = torch.is_grad_enabled()
     needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    arguments = (teacher, teacher_weight, topk_ids, temperature, kind, alpha, scale, skip_zero_scale)
+    unit = _unit(hidden, scale) if any(needs) else None
+    row_scale = scale if unit is None else scale / unit
+    arguments = (teacher, teacher_weight, topk_ids, temperature, kind, alpha, row_scale, skip_zero_scale)
     if any(needs):
         values, carrier = _Divergence.apply(hidden, weight, *arguments, *needs, impl, budget)
+        carrier = carrier if unit is None else carrier * unit
     else:
         values, _, _ = engine.head_divergence(hidden.detach(), weight.detach(), *arguments, False, False, impl, budget)
         carrier = 0.0
@@ -125,6 +129,7 @@ class _OnePass(torch.autograd.Function):
         return _save_gradients(ctx, stats, gradients, len(arguments))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, g):
         return _used_up(ctx, g)
 
@@ -136,6 +141,7 @@ class _Divergence(torch.autograd.Function):
         return _save_gradients(ctx, values, gradients, len(arguments))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, g):
         return _used_up(ctx, g)
 
@@ -149,14 +155,18 @@ class _FrozenHead(torch.autograd.Function):
         ones = torch.ones(len(call.hidden), dtype=accumulation_dtype(call.hidden), device=call.hidden.device)
         terms = RowTerms(scale=ones, advantage=-ones)
         stats, d_hidden, _, _ = engine.head_policy(*call, *terms, True, False, False, impl, budget)
-        ctx.save_for_backward(d_hidden)
-        ctx.arguments = len(arguments)
+        ctx.save_for_backward(d_hidden, call.targets)
+        ctx.ignore_index, ctx.arguments = call.ignore_index, len(arguments)
         ctx.mark_non_differentiable(stats)
         return stats, stats[Stat.LOGP].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, g_logp):
-        (d_hidden,) = ctx.saved_tensors
+        d_hidden, targets = ctx.saved_tensors
+        if ctx.ignore_index is not None:
+            # What reaches an ignored row may be NaN, and 0 times it would be too.
+            g_logp = torch.where(targets == ctx.ignore_index, 0.0, g_logp)
         return (d_hidden * g_logp.unsqueeze(1)).to(d_hidden.dtype), *(None,) * (ctx.arguments - 1)
 
 
@@ -172,16 +182,23 @@ class _Scores(torch.autograd.Function):
         ctx.settings = (*needs, impl, budget)
         ctx.arguments = len(arguments)
         ctx.mark_non_differentiable(stats)
+        # What the loss does not use costs nothing in backward.
+        ctx.set_materialize_grads(False)
         return stats, stats[Stat.LOGP].clone(), stats[Stat.ENTROPY].clone(), stats[Stat.FULL_KL].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _, g_logp, g_entropy, g_full_kl):
-        saved = list(_saved(ctx))
+        if ctx.keep:
+            _once(ctx)
+        saved = list(ctx.saved_tensors)
         kept = [saved.pop(0), saved.pop(0)] if ctx.keep else None
         stats, *tensors = saved
         rest = iter(tensors)
         call = HeadCall(*(next(rest) if isinstance(t, str) else t for t in ctx.layout))
         logits, ref_logits = kept or (call.hidden.new_empty(0, len(call.weight)) for _ in range(2))
+        checks.refuse_sharded("weight", call.weight)
+        g_logp = torch.zeros_like(stats[Stat.LOGP]) if g_logp is None else g_logp
         g_full_kl = g_full_kl if call.full_kl else None
         gradients = engine.head_gradient(
             *call[:10], stats, g_logp, g_entropy, g_full_kl, logits, ref_logits, *ctx.settings
@@ -198,23 +215,35 @@ def _save_gradients(ctx, values: Tensor, gradients: list[Tensor], arguments: int
 
 def _used_up(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of forward times g, in place."""
-    gradients = _saved(ctx)
+    _once(ctx)
+    gradients = ctx.saved_tensors
     for gradient in gradients:
         if gradient.numel():
             engine.scale_(gradient, g)
     return *_present(gradients), *(None,) * (ctx.arguments - len(gradients))
 
 
-def _saved(ctx) -> tuple[Tensor, ...]:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
+def _once(ctx) -> None:
+    """What backward uses up in place can serve one backward. A compiled graph has no state to ask."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "used_up", False):
         raise RuntimeError(
             "backward through a fused loss ran a second time, but the first has used its gradients up in place; call "
             "the loss again, or add the losses up and call backward once"
-        ) from None
+        )
+    ctx.used_up = True
+
+
+def _unit(hidden: Tensor, scale: Tensor) -> Tensor | None:
+    """What float16 gradients are divided by in forward, as their factors come later; None for other dtypes.
+
+    Gradients of a mean over T tokens are too small for float16 before a loss scale has multiplied them, and sums of T
+    gradients of size 1 may be too large: sqrt(T) lies between.
+    """
+    if hidden.dtype != torch.float16 or not scale.numel():
+        return None
+    return scale.abs().max().clamp(min=torch.finfo(torch.float32).tiny) * scale.numel() ** 0.5
 
 
 def _present(gradients: tuple[Tensor, ...]) -> list[Tensor | None]:

@@ -41,6 +41,11 @@ def resolve_impl(impl: str, tensor: Tensor, *, native_form: bool = True) -> str:
     return impl
 
 
+def can_run_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take this tensor."""
+    return not _why_not_triton(tensor.device.type, tensor.dtype)
+
+
 def _why_not_triton(device: str, dtype: torch.dtype) -> str:
     if not _HAS_TRITON:
         return "triton is not installed (pip install triton, in the version your torch names)"

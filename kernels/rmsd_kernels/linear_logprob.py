@@ -2,8 +2,9 @@
 
     logp[t] = z[y_t] - log sum_v exp z_v,  z = softcapped (hidden[t] @ weight.T + bias) / temperature[t]
 
-Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained one, 8TDV where the logits do not fit the
-budget. The loop is in `engine`, its gradient in `head_autograd`, the formula in `reference`.
+Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained one; where the logits do not fit the budget,
+8TDV with a trained head and 6TDV with a frozen one whose entropy is differentiated too. The loop is in `engine`, its
+gradient in `head_autograd`, the formula in `reference`.
 """
 
 from torch import Tensor

@@ -4,6 +4,8 @@ Advantages, old and reference log-probs and the normalizer are known before the 
 row's log-prob also turns its logits into their gradient: 6TDV of work (4TDV with a frozen head, 2TDV more for a
 reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only
 after all of their rows: there log-probs come first and the gradient in backward, from logits kept or computed again.
+What tis_cap does without old_logp is known only after the row's own log-prob: there a second pass over the chunk makes
+the gradient.
 """
 
 from torch import Tensor
@@ -68,7 +70,7 @@ def linear_policy_loss(
             is that of KL(pi||ref), k1's is zero in expectation. With kl_coef = 0 a given reference is only measured.
         kl_log_ratio_clip: clamps d to [-c, c] (k1, k2, k3). None is exact; exp's argument is guarded at 80 either way.
         importance_level: "sequence" takes as r the exponential of the mean log-ratio over the scored rows of the row's
-            sequence. cu_seqlens: edges of the packed sequences, int [B+1]; needed for it and for sequence_mask_cap.
+            sequence. cu_seqlens: edges of the packed sequences, int [B+1]; used for it and for sequence_mask_cap alone.
         rollout_logp: log-probs as the rollout engine gave them. w = min(exp(old_logp - rollout_logp), tis_cap), and 0
             for sequences whose mean of exp(old_logp - rollout_logp) is above sequence_mask_cap; detached. w acts on the
             policy term alone; the rows stay in the normalizer.
@@ -156,6 +158,7 @@ def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, se
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         entropy_coef=settings.entropy_coef,
+        skip_idle=True,
     )
 
 

@@ -7,6 +7,7 @@ The library is optional: a wheel built without a C++ compiler lacks it. Nothing 
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 
 import torch
@@ -16,9 +17,17 @@ LIBRARY = Path(__file__).with_name("_native.abi3.so")
 OLDEST_TORCH = (2, 11)
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def _load() -> str:
     """Load the library once. Returns "" or the reason why it is not there."""
+    with _LOCK:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> str:
     if not LIBRARY.is_file():
         return (
             f"{LIBRARY} was not built (no C++ compiler or no torch at build time); install g++ and run "

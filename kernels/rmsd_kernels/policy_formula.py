@@ -33,19 +33,19 @@ class PolicySettings(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Which rows count: mask [T] (None: all), their number, and the sequence that each row belongs to."""
+    """Which rows count: mask [T] (None: all), their number, the sequence of each row [T], lengths of sequences [B]."""
 
     mask: Tensor | None
     count: Tensor
     sequence: Tensor | None
-    sequences: int
+    lengths: Tensor | None
 
     def clean(self, values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Constants [T], 0 in rows that are not scored."""
         if values is None:
             return None
         values = values.detach().to(dtype)
-        return values if self.mask is None else torch.where(self.mask, values, 0.0)
+        return values.contiguous() if self.mask is None else torch.where(self.mask, values, 0.0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Detached mean over scored rows, 0 without any."""
@@ -55,10 +55,12 @@ class Scored(NamedTuple):
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Each row's mean over the scored rows of its own sequence; values are 0 in other rows."""
-        zeros = torch.zeros(self.sequences, dtype=values.dtype, device=values.device)
         ones = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
-        counts = zeros.index_add(0, self.sequence, ones)
-        return (zeros.index_add(0, self.sequence, values) / counts.clamp(min=1))[self.sequence]
+        # Sums by segments, as index_add has no fixed order on CUDA. "unsafe" leaves out checks that wait for the device.
+        sums, counts = (
+            torch.segment_reduce(t.contiguous(), "sum", lengths=self.lengths, unsafe=True) for t in (values, ones)
+        )
+        return (sums / counts.clamp(min=1))[self.sequence]
 
 
 def scored_of(targets: Tensor, ignore_index: int | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Scored:
@@ -66,10 +68,12 @@ def scored_of(targets: Tensor, ignore_index: int | None, cu_seqlens: Tensor | No
     mask = None if ignore_index is None else targets != ignore_index
     count = torch.full((), len(targets), dtype=dtype, device=targets.device) if mask is None else mask.sum().to(dtype)
     if cu_seqlens is None:
-        return Scored(mask, count, None, 0)
+        return Scored(mask, count, None, None)
     rows = torch.arange(len(targets), device=targets.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return Scored(mask, count, sequence, len(cu_seqlens) - 1)
+    # Edges that end before T are refused where they can be read; elsewhere the rows beyond join the last sequence.
+    sequence = sequence.clamp(max=len(cu_seqlens) - 2)
+    return Scored(mask, count, sequence, cu_seqlens.diff().long())
 
 
 def row_weights(
@@ -80,7 +84,10 @@ def row_weights(
     weights = scored.clean(token_weights, dtype)
     if normalizer is None:
         normalizer = scored.count if weights is None else weights.sum()
-    normalizer = torch.as_tensor(normalizer, dtype=dtype, device=scored.count.device).detach().reshape(())
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().to(dtype=dtype, device=scored.count.device).reshape(())
+    else:
+        normalizer = torch.full((), normalizer, dtype=dtype, device=scored.count.device)
     if weights is None and length is not None:
         weights = scored.mask.to(dtype)
     divisor = torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
@@ -120,6 +127,13 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_clip: float
     raise ValueError(f"kl: expected 'k1', 'k2', 'k3' or 'full', got {kind!r}")
 
 
+def clipped_objective(ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A), and where that has no gradient."""
+    low, high = 1 - clip_low, 1 + clip_high
+    objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    return objective, ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+
+
 def guarded_exp(values: Tensor) -> Tensor:
     """exp with its argument kept at or below EXP_LIMIT."""
     return values.clamp(max=EXP_LIMIT).exp()
@@ -147,10 +161,7 @@ def policy_loss(
     if settings.importance_level == "sequence":
         log_ratio = scored.sequence_mean(log_ratio)
     ratio, advantage = guarded_exp(log_ratio), scored.clean(advantages, dtype)
-    low, high = 1 - settings.clip_low, 1 + settings.clip_high
-    objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    # A row counts as clipped where that minimum has no gradient.
-    is_clipped = ((ratio > high) & (advantage > 0)) | ((ratio < low) & (advantage < 0))
+    objective, is_clipped = clipped_objective(ratio, advantage, settings.clip_low, settings.clip_high)
     metrics = {
         "mean_ratio": scored.mean(ratio),
         "clip_fraction": scored.mean(is_clipped.to(dtype)),

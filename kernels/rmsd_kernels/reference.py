@@ -7,7 +7,9 @@ within one row of logits is in `rows`.
 Rows that carry no loss (target = ignore_index, weight 0 in a divergence) are taken out before the GEMM, so what stands
 in them, NaN included, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN, never a wild read.
 
-All rows at once: the memory is that of eager code. Arguments are checked by the public functions, not here.
+What happens to the per-row numbers of the policy loss (ratio, clip, correction, masks, normalizer, metrics) is in
+`policy_formula`, which the fused head shares: hand-worked tests stand for it. All rows at once: the memory is that of
+eager code. Arguments are checked by the public functions, not here.
 
 Symbols: T tokens, D hidden, V vocabulary, B sequences, S rollout scores, R teacher scores, P pairs.
 """
@@ -71,6 +73,8 @@ def linear_cross_entropy(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """sum of token_weights * -log pi(target) over the scored rows / normalizer. See rmsd_fast.losses."""
+    if token_weights is not None and ignore_index is not None:
+        targets = torch.where(token_weights == 0, ignore_index, targets)
     keep = _scored_rows(targets, ignore_index)
     logp = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, False).logp
     return _weighted_sum(-logp, _rows(token_weights, keep, logp.dtype), normalizer)
