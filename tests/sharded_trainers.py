@@ -1,4 +1,4 @@
-"""A program for two processes: trainings with sharded weights, the library's own loss beside the fused one.
+"""A program for two processes: trainings with DDP and sharded weights, the library's own loss beside the fused one.
 
 Writes results.json to the folder it is given: by case, how far losses and weights (or gradients) are apart, and how far
 the weights went.
@@ -25,6 +25,9 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     parameters = dict(model.named_parameters())
+    if not trainer.is_deepspeed_enabled:
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel", "DDP did not wrap the model"
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
     assert all(hasattr(parameter, "ds_id") for parameter in parameters.values()), "ZeRO-3 did not shard the model"
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -35,7 +38,8 @@ def apart(own: dict[str, torch.Tensor], fused: dict[str, torch.Tensor]) -> float
 
 
 def fully_sharded(folder: Path, family: str) -> dict[str, float]:
-    """FSDP2: gradients of one step on two ranks against plain torch on both batches."""
+    """FSDP2: gradients of one step on two ranks against plain torch on both batches; a head of its own is refused."""
+    import pytest
     import test_integration_hf as hf
     from torch.distributed.fsdp import fully_shard
 
@@ -55,6 +59,13 @@ def fully_sharded(folder: Path, family: str) -> dict[str, float]:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     sharded(**batches[rank], num_items_in_batch=tokens, head_call=loss_of)["loss"].backward()
+    if family == "own head":
+        alone = hf.model(family)
+        add_head_call(alone)
+        fully_shard(alone.lm_head, mesh=mesh)
+        fully_shard(alone, mesh=mesh)
+        with pytest.raises(RuntimeError, match="the head is trained and sharded over DeviceMesh"):
+            alone(**batches[rank], num_items_in_batch=tokens, head_call=loss_of)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     found = {name: parameter.grad.full_tensor() for name, parameter in sharded.named_parameters()}
     return {"apart": apart(expected, found), "moved": max(float(grad.abs().max()) for grad in expected.values())}
@@ -67,6 +78,7 @@ def trained(build, own_class, fused_class, before: dict[str, torch.Tensor], loss
     own_weights = whole_weights(own)
     fused = build(fused_class)
     fused.train()
+    assert fused.accelerator.unwrap_model(fused.model)._head_is_checked
     return {
         "apart": apart(own_weights, whole_weights(fused)),
         "moved": apart(own_weights, before),
@@ -89,10 +101,13 @@ def main(folder: Path) -> None:
 
     before = hf.model("own head").state_dict()
 
-    def build_trainer(cls):
-        return hf.build(cls, folder, family="own head", deepspeed=zero3(**BATCH), max_steps=3)
+    # DDP first: a ZeRO-3 setting stays alive.
+    for name, setting in (("DDP", None), ("ZeRO-3", zero3(**BATCH))):
 
-    results["ZeRO-3, Trainer"] = trained(build_trainer, Trainer, FusedTrainer, before, hf.losses)
+        def build_trainer(cls, setting=setting):
+            return hf.build(cls, folder, family="own head", deepspeed=setting, max_steps=3)
+
+        results[f"{name}, Trainer"] = trained(build_trainer, Trainer, FusedTrainer, before, hf.losses)
 
     import test_integration_trl as grpo
     from safetensors.torch import load_file

@@ -21,6 +21,16 @@ def _bench_on_path():
     sys.path.remove(str(BENCH))
 
 
+@pytest.fixture(autouse=True)
+def _malloc_restored():
+    """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
+    yield
+    from memory import plain_malloc
+
+    with plain_malloc():
+        pass
+
+
 CPU = torch.device("cpu")
 MIB = 2**20
 
@@ -49,6 +59,10 @@ def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
     assert calls == ["a", "b", "c", "b", "c", "a", "c", "a", "a", "c"]
     assert {name: sorted(own) for name, own in timings.items()} == {"a": [0, 1, 2, 3], "b": [0, 1], "c": [0, 1, 2, 3]}
     assert all(t.forward_ms >= 20 and t.backward_ms == 0 for t in timings["b"].values())
+    # Claims rest on ours, eager and the GEMMs: they have a least number of their own.
+    effort = Effort(seconds=0.0, most_rounds=9, slow_s=1.0, limit_s=1.0, least_rounds=2, always_rounds=7)
+    rounds = interleaved([_variant(name, []) for name in ("bare GEMMs", "ours", "eager", "peer")], effort, CPU)
+    assert {name: len(own) for name, own in rounds.items()} == {"bare GEMMs": 7, "ours": 7, "eager": 7, "peer": 2}
 
 
 def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
@@ -80,6 +94,29 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
         measure([Variant(OURS, broken)], effort, CPU, not_run)
 
 
+def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
+    from measure import EAGER, OURS, Effort, difference, measure, with_gradients
+
+    weight, bias = torch.ones(100, requires_grad=True), torch.ones(4, requires_grad=True)
+
+    def variant(name, factor):
+        return with_gradients(name, lambda: weight.sum() + factor * bias.sum(), (weight, bias))
+
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0)
+    variants = [variant(OURS, 2.0), variant(EAGER, 2.0), variant("peer", 3.0)]
+    found = {name: s.differences for name, s in measure(variants, effort, CPU, base=OURS).items()}
+    assert found[OURS] == {} and found["peer"] == {
+        "value": pytest.approx(4 / 108),
+        "gradient 0": 0.0,
+        "gradient 1": 0.5,
+    }
+    # The second gradient alone is off.
+    with pytest.raises(AssertionError, match="gradient 1"):
+        measure([variant(OURS, 2.0), variant(EAGER, 2.01)], effort, CPU, base=OURS)
+    assert difference(torch.tensor([3.0, 4.0]), torch.zeros(2)) == float("inf")
+    assert not difference(torch.tensor([float("nan")]), torch.ones(1)) <= 1.0
+
+
 def test_ratios_of_medians_and_by_round():
     from measure import quantiles, ratio
 
@@ -108,7 +145,8 @@ def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off()
     effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
     variant = with_gradients("it", loss, (weight,))
     numbers = numbers_of(measure([variant], effort, CPU), [variant], baseline=None)["it"]
-    assert 63 <= numbers["peak_mib"] <= 72
+    # Between that and the two next sums, 32 and 96; machines round resident pages to their own sizes.
+    assert 48 < numbers["peak_mib"] < 80
     assert numbers["peak_beyond_gradients_mib"] == pytest.approx(numbers["peak_mib"] - 32, abs=0.01)
 
 
@@ -125,17 +163,15 @@ def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
     with plain_malloc() as is_plain:
         if not is_plain:
             pytest.skip("malloc is set up for glibc only")
+        plain = min(faults_of_a_block() for _ in range(4))
+    if plain < 0.9 * pages:
+        pytest.skip("large blocks have pages beyond 4 KiB here")
+    assert keep_freed_memory(128 * MIB)
+    # The first calls may leave gaps (see fill_thread_cache).
+    assert max([faults_of_a_block() for _ in range(20)][10:]) < 0.1 * pages
+    with plain_malloc():
+        # Freed blocks of the heap are not taken, though they are there.
         assert all(faults_of_a_block() >= 0.9 * pages for _ in range(4))
-    try:
-        assert keep_freed_memory(128 * MIB)
-        # The first calls may leave gaps (see fill_thread_cache).
-        assert max([faults_of_a_block() for _ in range(20)][10:]) < 0.1 * pages
-        with plain_malloc():
-            # Freed blocks of the heap are not taken, though they are there.
-            assert all(faults_of_a_block() >= 0.9 * pages for _ in range(4))
-    finally:
-        with plain_malloc():
-            pass
 
 
 @pytest.mark.parametrize(("passes", "products"), [("score", 1), ("frozen", 2), ("trainable", 3)])
@@ -174,14 +210,22 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
     def eager(x):
         return eager_cross_entropy(x.hidden, x.weight, x.targets)
 
-    def off(x):
+    def same(x, budget):
+        return eager(x)
+
+    def off(x, budget):
         return F.cross_entropy(x.hidden @ x.weight.T * 1.001, x.targets)
 
+    def off_in_chunks(x, budget):
+        return off(x, budget) if budget else eager(x)
+
     case = Case(16, 64, torch.float32, vocabulary=500)
-    errors = checked("eager", case, eager, eager)
+    errors = checked("eager", case, same, eager)
     assert errors.ours == errors.eager and set(errors.bound) == {"value", "hidden gradient", "weight gradient"}
-    with pytest.raises(AssertionError, match="too far from float64"):
+    with pytest.raises(AssertionError, match="in one chunk.*too far from float64"):
         checked("off", case, off, eager)
+    with pytest.raises(AssertionError, match="in chunks of 4 rows.*too far from float64"):
+        checked("off in chunks", case, off_in_chunks, eager)
 
 
 def test_peers_agree_and_those_that_do_not_run_are_named():
@@ -198,6 +242,17 @@ def test_peers_agree_and_those_that_do_not_run_are_named():
         assert values == pytest.approx(dict.fromkeys(values, values["eager"]), rel=1e-4)
     # These need CUDA tensors, whatever is installed.
     assert "QuACK" in gather(CROSS_ENTROPY, x, skip={"torch.compile": "slow"})[1]
+
+
+def test_both_forms_of_the_discriminator_pass_its_gate():
+    from bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
+
+    case = Case(torch.float32, "train", batch=3, length=5, hidden=64)
+    assert set(gate(case)) == set(FORMS) == {"ours", "ours in one call"}
+    # Rows gathered beforehand are batches of length 1.
+    rows = make_inputs(Case(torch.float32, "rows", batch=3, length=1, hidden=64))
+    values = {name: loss(rows).item() for name, loss in (FORMS | {EAGER: eager}).items()}
+    assert values == pytest.approx(dict.fromkeys(values, values[EAGER]), rel=1e-5)
 
 
 def _record(bench="linear_policy_loss", ours_ms=5.0, **changes):
@@ -249,27 +304,96 @@ def test_chart_draws_what_the_records_hold(tmp_path):
     from records import load, save
 
     shorter = _record(shape={"T": 512, "D": 2560, "V": 151936}, case="T512")
-    for record in (_record(), shorter, _record(mask_percent=50, case="masked"), _record(case="x-conditions")):
+    cold = _record()
+    cold["variants"]["a peer"]["memory_pass_only"] = True
+    for record in (cold, shorter, _record(mask_percent=50, case="masked"), _record(case="x-conditions")):
         save(record, tmp_path)
     picked = chosen(load(tmp_path))
     assert [record["shape"]["T"] for record in picked] == [2048]
     root = ElementTree.fromstring(draw(picked))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    # 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number.
-    assert {"ours", "eager", "a peer", "1.09", "13", "900"} <= set(words)
+    # 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number; a star for its one cold call.
+    assert {"ours", "eager", "a peer *", "1.09", "13", "900"} <= set(words)
     with pytest.raises(ValueError, match="at least one plain case"):
         draw([])
 
 
-def test_claims_are_checked_against_the_records():
-    from claims import verdicts
+def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
+    import json
 
-    found = list(verdicts([_record()]))
-    assert [verdict.met for verdict in found] == [False, True, True, True]
-    assert "92.0%" in found[0].what and "0.111 of eager's" in found[3].what
-    slower = list(verdicts([_record(ours_ms=7.5)]))
-    assert [verdict.met for verdict in slower] == [False, False, True, True]
-    assert not list(verdicts([_record(quick=True)]))
-    conditions = _record(case="x-conditions")
-    conditions["variants"] = {"frozen head": {"times_base": 0.7}, "90% masked": {"times_base": 0.25}}
-    assert [verdict.met for verdict in verdicts([conditions])] == [True, False]
+    from records import hardware_of, load, sources
+
+    def line(case, **changes):
+        facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
+        return json.dumps(_record(case=case) | facts | changes) + "\n"
+
+    file = tmp_path / "linear_policy_loss.jsonl"
+    file.write_text(line("x") + line("y") + line("z") + line("y", commit="b" * 40 + "-dirty") + line("x", quick=True))
+    found = load(tmp_path)
+    assert [record["case"] for record in found] == ["x", "y", "z"] and not any(r.get("quick") for r in found)
+    assert sources(found) == "one, 2 threads, torch 2.13.0, commits aaaaaaaaaa (2 cases), bbbbbbbbbb-dirty (1 cases)"
+    with file.open("a") as out:
+        out.write(line("x", threads=16) + line("x", device="cuda", gpu="big"))
+    with pytest.raises(ValueError, match="several machines"):
+        load(tmp_path)
+    assert [record["threads"] for record in load(tmp_path, hardware="16 threads")] == [16]
+    assert [hardware_of(record) for record in load(tmp_path, "cuda")] == ["big"]
+
+
+def test_table_holds_ratios_and_leaves_cold_calls_out():
+    from chart import markdown
+
+    facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
+    record = _record() | facts
+    conditions = {name: {"times_base": 0.5} for name in ("50% masked", "90% masked", "peaked", "frozen head")}
+    conditions["ours"] = {"rounds": 7}
+    text = markdown([record, _record(case="x-conditions", variants=conditions) | facts])
+    assert "| policy loss | bfloat16, T 2048, D 2560 | 92% | 1.40 | 12.20 (a peer) | 1,500 / 1,500 (1.00) |" in text
+    assert "| 0.50 | 0.50 | 0.50 | 0.50 | 7 |" in text and "commit aaaaaaaaaa." in text
+    record["variants"]["a peer"]["memory_pass_only"] = True
+    assert "| 1.40 | - |" in markdown([record])
+
+
+def test_claims_are_checked_against_the_records():
+    from claims import CASES, CONDITIONS, GOALS, ON_CUDA, verdicts
+
+    def of(*records):
+        return [v for v in verdicts(list(records)) if v.where == f"linear_policy_loss {_record()['case']}"]
+
+    found = of(_record())
+    # Rate; whole peak and peak beyond gradients; eager and the peer.
+    assert [verdict.status for verdict in found] == ["MISSED", "MISSED", "met", "met", "met"]
+    assert "92.0%" in found[0].what and "n = 3" in found[0].what
+    assert "1.0000 of eager's" in found[1].what and "0.1111 of eager's" in found[2].what
+    assert [verdict.status for verdict in of(_record(ours_ms=7.5))] == ["MISSED", "MISSED", "met", "MISSED", "met"]
+    cold = _record()
+    cold["variants"]["a peer"]["memory_pass_only"] = True
+    assert not any("a peer" in verdict.what for verdict in of(cold))
+    without = _record()
+    del without["variants"]["eager"]
+    assert [verdict.status for verdict in of(without)] == ["MISSED", *["NOT MEASURED"] * 3, "met"]
+    # Without any record every goal is there all the same.
+    assert [verdict.status for verdict in verdicts([])] == ["NOT MEASURED"] * len(GOALS) and ON_CUDA
+    conditions = _record(case=CONDITIONS["linear_policy_loss"][1])
+    conditions["variants"] = {
+        "ours": {"rounds": 7},
+        "frozen head": {"times_base": 0.7, "rounds": 7},
+        "90% masked": {"times_base": 0.25, "rounds": 8},
+    }
+    found = [verdict for verdict in verdicts([conditions]) if verdict.status != "NOT MEASURED"]
+    assert [verdict.status for verdict in found] == ["met", "MISSED"]
+    assert set(CASES) >= set(CONDITIONS)
+
+
+def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
+    import importlib
+
+    from claims import CASES, CLAIM_CASES, CONDITIONS
+
+    for bench, names in CASES.items():
+        module = importlib.import_module(f"bench_{bench}")
+        assert sorted(case.name for case in module.cases(False, "cpu")) == sorted(names)
+        conditions = module.conditions(False, "cpu") if hasattr(module, "conditions") else []
+        assert tuple(f"{case.name}-conditions" for case in conditions) == CONDITIONS.get(bench, ())
+    every = {(bench, name) for cases in (CASES, CONDITIONS) for bench, names in cases.items() for name in names}
+    assert every > CLAIM_CASES

@@ -22,7 +22,8 @@ def budget_of(name, dtype):
 
 
 # The interpreter is slow: one case per kernel, with all of its options.
-ERROR_CASES = ["logprob_shaped", "cross_entropy", "policy_full", "policy_tis_on", "jsd"] if INTERPRETED else list(CASES)
+INTERPRETER_CASES = ["logprob_shaped", "logprob_frozen", "cross_entropy", "policy_full", "policy_tis_on", "jsd"]
+ERROR_CASES = INTERPRETER_CASES if INTERPRETED else list(CASES)
 SEEDS = 2 if INTERPRETED else 5
 
 

@@ -133,11 +133,11 @@ def history(trainer: GRPOTrainer, name: str) -> list[float]:
     return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
-def assert_same(own: GRPOTrainer, fused: GRPOTrainer, start: Path, *, tolerance: float = 1e-5) -> None:
-    """float32 with sums in another order: 1e-5 relative to the largest value, as the bound of the task says."""
+def assert_same(own: GRPOTrainer, fused: GRPOTrainer, start: Path) -> None:
+    """float32 with sums in another order: 1e-5 relative to the largest value, 1e-4 of the way that the weights went."""
     losses, fused_losses = torch.tensor(history(own, "loss")), torch.tensor(history(fused, "loss"))
     assert len(losses) == own.args.max_steps
-    assert (losses - fused_losses).abs().max() <= tolerance * losses.abs().max() + 1e-6
+    assert (losses - fused_losses).abs().max() <= 1e-5 * losses.abs().max() + 1e-6
     before = FAMILIES[start.name][0].from_pretrained(start, dtype=torch.float32).state_dict()
     after, fused_after = own.model.state_dict(), fused.model.state_dict()
     moved = max((after[name] - before[name]).abs().max() for name in before)
@@ -203,16 +203,9 @@ def test_training_is_that_of_trl(case: str, folders, tokenizer) -> None:
         ours, theirs = history(fused, name), history(own, name)
         assert len(ours) == len(theirs), name
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), name
-
-
-def test_the_clip_has_work_to_do(folders, tokenizer) -> None:
-    """Guards the off-policy cases above: with their settings some tokens are clipped and some are not."""
-    for case in ("grpo with kl, off-policy", "sequence ratios"):
-        family, options, _ = CASES[case]
-        clipped = history(
-            trained(FusedGRPOTrainer, folders[family], tokenizer, options=options), "clip_ratio/region_mean"
-        )
-        assert any(0 < share < 1 for share in clipped), (case, clipped)
+    if "epsilon" in options:
+        clipped = history(fused, "clip_ratio/region_mean")
+        assert any(0 < share < 1 for share in clipped), f"the clip had nothing to do: {clipped}"
 
 
 def micro_batch(steps: int = 2) -> dict[str, torch.Tensor]:
@@ -233,17 +226,26 @@ def micro_batch(steps: int = 2) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
-@pytest.mark.parametrize("training", [True, False])
-def test_tool_tokens_and_engine_mismatch(loss_type: str, training: bool, folders, tokenizer) -> None:
-    """Settings that need vLLM or tools to run whole: one micro-batch through both losses, gradients compared."""
-    options = {"loss_type": loss_type, "beta": 0.1, "use_bias_correction_kl": False, "steps_per_generation": 4}
-    results = []
-    for cls in (GRPOTrainer, FusedGRPOTrainer):
-        trainer = build(cls, folders["qwen3"], tokenizer, options=options)
+@pytest.fixture(scope="module")
+def pair(folders, tokenizer) -> tuple[GRPOTrainer, FusedGRPOTrainer]:
+    """Both trainers with the settings of a run with vLLM."""
+    options = {"beta": 0.1, "use_bias_correction_kl": False, "steps_per_generation": 4}
+    made = tuple(build(cls, folders["qwen3"], tokenizer, options=options) for cls in (GRPOTrainer, FusedGRPOTrainer))
+    for trainer in made:
         trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
         trainer.current_gradient_accumulation_steps = 2
-        trainer.model.train(training)
+    return made
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
+@pytest.mark.parametrize("training", [True, False])
+def test_tool_tokens_and_engine_mismatch(loss_type: str, training: bool, pair) -> None:
+    """Settings that need vLLM or tools to run whole: one micro-batch through both losses, gradients compared."""
+    results = []
+    for trainer in pair:
+        trainer.loss_type = loss_type
+        trainer._metrics["train" if training else "eval"].clear()
+        trainer.model.train(training).zero_grad()
         loss = trainer.compute_loss(trainer.model, micro_batch())
         loss.backward()
         log = trainer._metrics["train" if training else "eval"]
@@ -260,9 +262,41 @@ def test_tool_tokens_and_engine_mismatch(loss_type: str, training: bool, folders
 
 
 @pytest.mark.parametrize("objective", ["policy", "log_prob"])
-def test_autocast_and_a_float32_head(objective: str, folders, tokenizer) -> None:
-    """16-bit training: both libraries round in another order, so the bound is that of bfloat16."""
+def test_a_batch_without_a_scored_token(objective: str, pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = pair[1]
+    monkeypatch.setattr(trainer, "fused_objective", objective)
+    batch = micro_batch()
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    trainer.model.train().zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    # A gradient of zeros, not none: other processes wait for it.
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_inputs_beside_text_are_not_dropped(pair) -> None:
+    trainer = pair[1]
+    assert trainer.fused_objective == "policy"
+    with pytest.raises(RuntimeError, match="reads text alone, and the batch holds input_features; use 'log_prob'"):
+        trainer.compute_loss(trainer.model, micro_batch() | {"input_features": torch.zeros(4, 2), "num_images": None})
+
+
+@pytest.mark.parametrize("objective", ["policy", "log_prob"])
+def test_autocast_and_a_float32_head(objective: str, folders, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit training: both libraries round in another order, so the bound is that of bfloat16; dtypes are exact."""
     options = {"bf16": True, "loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}
+    dtypes = []
+
+    def noting(function):
+        def noted(hidden, weight, *args, **kwargs):
+            dtypes.append({hidden.dtype, weight.dtype})
+            return function(hidden, weight, *args, **kwargs)
+
+        return noted
+
+    module = sys.modules[FusedGRPOMixin.__module__]
+    for name in ("linear_logprob", "linear_policy_loss"):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
     for head_in_float32 in (False, True):
         losses = []
         for cls, extra in ((GRPOTrainer, {}), (FusedGRPOTrainer, {"fused_objective": objective})):
@@ -277,13 +311,20 @@ def test_autocast_and_a_float32_head(objective: str, folders, tokenizer) -> None
             trainer.model = trainer.accelerator.prepare_model(trainer.model).train()
             losses.append(trainer.compute_loss(trainer.model, micro_batch()).detach())
         assert losses[1].dtype == torch.float32
+        assert dtypes == [{torch.float32 if head_in_float32 else torch.bfloat16}]
+        dtypes.clear()
         torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
 
 
 def test_evaluation_loss(folders, tokenizer) -> None:
+    """With a KL term: on-policy, the rest of the loss is the same whatever the log-probs are."""
+    options = {"per_device_eval_batch_size": 4, "beta": 0.1, "use_bias_correction_kl": False}
     values = []
     for cls in (GRPOTrainer, FusedGRPOTrainer):
-        trainer = build(cls, folders["qwen3"], tokenizer, options={"per_device_eval_batch_size": 4})
+        trainer = build(cls, folders["qwen3"], tokenizer, options=options)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.1)
         torch.manual_seed(3)
         values.append(trainer.evaluate(prompts(4))["eval_loss"])
     assert values[1] == pytest.approx(values[0], rel=1e-5, abs=1e-6)
@@ -324,6 +365,14 @@ def test_other_refusals(folders, tokenizer) -> None:
         build(type("Mixed", (FusedGRPOMixin, Adapted), {}), folders["qwen3"], tokenizer)
 
 
+def test_a_loss_of_another_version_stays_with_trl(folders, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy objective writes out the loss of TRL 1.16; a later one may have a term more."""
+    monkeypatch.setattr("trl.__version__", "1.17.0")
+    assert build(FusedGRPOTrainer, folders["qwen3"], tokenizer).fused_objective == "log_prob"
+    with pytest.raises(RuntimeError, match=r"cannot carry over trl 1\.17\.0, whose loss may have terms"):
+        build(FusedGRPOTrainer, folders["qwen3"], tokenizer, fused_objective="policy")
+
+
 def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> None:
     class Other(GRPOTrainer):
         """A version whose model knows no fused_lm_head."""
@@ -344,16 +393,15 @@ def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> No
             logp = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0][:, -logits_to_keep:]
             return logp, torch.zeros_like(logp), None
 
-    trainer = build(
-        type("Mixed", (FusedGRPOMixin, Elsewhere), {}), folders["qwen3"], tokenizer, fused_objective="log_prob"
-    )
+    trainer = build(type("Mixed", (FusedGRPOMixin, Elsewhere), {}), folders["qwen3"], tokenizer)
     trainer.current_gradient_accumulation_steps = 1
     with pytest.raises(RuntimeError, match="without the fused head"):
         trainer.compute_loss(trainer.model, micro_batch())
 
 
-def test_sharded_weights(folders, tmp_path: Path) -> None:
-    """ZeRO-3 on two processes, here and in transformers' Trainer, and FSDP2: the same bounds as on one process."""
+@pytest.mark.slow
+def test_several_processes(folders, tmp_path: Path) -> None:
+    """Two: ZeRO-3 here and in transformers' Trainer, DDP and FSDP2 in the latter: the same bounds as on one process."""
     pytest.importorskip("deepspeed", reason="needs deepspeed (extra: train)")
     shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -369,7 +417,7 @@ def test_sharded_weights(folders, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 5
+    assert len(results) == 6
     for case, result in results.items():
         assert result["moved"] > 2e-3 and result["apart"] <= 1e-4 * result["moved"], (case, result)
         assert result.get("losses", 0.0) <= 1e-5, (case, result)

@@ -398,9 +398,12 @@ def test_steps_of_an_actor(verl) -> None:
     verl.ours.register_policy_loss("rmsd")
     own_losses, own = steps_of_an_actor(verl, "vanilla")
     theirs = verl.head.FusedLinearForPPO
-    with verl.ours.fused_head():
+    restore = verl.ours.install_fused_head()
+    try:
         assert verl.head.FusedLinearForPPO is verl.ours.FusedLinear
         losses, fused = steps_of_an_actor(verl, "rmsd")
+    finally:
+        restore()
     assert verl.head.FusedLinearForPPO is theirs
     assert losses == pytest.approx(own_losses, rel=1e-5, abs=1e-6)
     before = actor().state_dict()
@@ -409,11 +412,39 @@ def test_steps_of_an_actor(verl) -> None:
     assert moved > 1e-2 and apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
 
 
-def test_the_head_is_put_back_after_an_error(verl) -> None:
+def test_a_module_that_is_imported_once_installs_the_head(verl, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verl's workers do with model.external_lib: the head stays after the import ends."""
+    lines = "from rmsd_fast.integrations import verl as fused\nrestore = fused.install_fused_head()\n"
+    (tmp_path / "rmsd_external_lib.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
     theirs = verl.head.FusedLinearForPPO
-    with pytest.raises(KeyError), verl.ours.fused_head():
-        raise KeyError("step")
+    module = importlib.import_module("rmsd_external_lib")
+    try:
+        assert verl.head.FusedLinearForPPO is verl.ours.FusedLinear
+    finally:
+        module.restore()
+        del sys.modules["rmsd_external_lib"]
     assert verl.head.FusedLinearForPPO is theirs
+
+
+class Sharded(Tensor):
+    """A parameter as FSDP2 leaves it outside its module's forward."""
+
+    device_mesh = "mesh"
+
+    def full_tensor(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_a_sharded_head_is_refused_where_it_is_trained(verl) -> None:
+    hidden, ids = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    weight = torch.randn(11, 8).as_subclass(Sharded).requires_grad_()
+    with pytest.raises(RuntimeError, match="the head is trained and sharded over mesh"):
+        verl.ours.FusedLinear()(hidden, weight, ids)
+    with torch.no_grad():
+        log_probs, _ = verl.ours.FusedLinear()(hidden, weight, ids)
+    expected, _ = verl.ours.FusedLinear()(hidden, weight.detach().as_subclass(Tensor), ids)
+    torch.testing.assert_close(log_probs, expected)
 
 
 def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +462,7 @@ def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.Monk
         verl.ours.register_policy_loss("rmsd2")
     monkeypatch.delattr(verl.head, "FusedLinearForPPO")
     with pytest.raises(RuntimeError, match=r"no verl\.utils\.experimental\.torch_functional\.FusedLinearForPPO"):
-        verl.ours.fused_head().__enter__()
+        verl.ours.install_fused_head()
 
 
 def test_without_verl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from media_files import noise_frames
 
 from rmsd_fast import train
 from rmsd_fast.config import NotInstalled, SettingsError
-from rmsd_fast.models.liger import apply_liger, describe_liger, use_liger
+from rmsd_fast.models.liger import _with_rotation, apply_liger, describe_liger, use_liger
 from rmsd_fast.models.students import load_student
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.settings import load_settings, save_settings
@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
 LAYERS = 2
 needs_liger = pytest.mark.skipif(
-    importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel (extra: gpu)"
+    importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel (extra: test)"
 )
 
 
@@ -134,78 +134,30 @@ def test_a_layer_left_out_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPa
         apply_liger(model)
 
 
+def test_the_exchanged_forward_keeps_its_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as family
+
+    def forward(self, hidden, *, scale=2):
+        return apply_rotary_pos_emb(hidden) * scale  # noqa: F821
+
+    monkeypatch.setattr(family.Qwen3VLTextAttention, "forward", forward)
+    assert _with_rotation(family.Qwen3VLTextAttention, lambda hidden: hidden)(None, 3) == 6
+
+
 def test_without_the_package_the_student_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(NotInstalled, match="pip install 'liger-kernel>=0.8.5' or write model.liger=off"):
         load_student(folder / "student", dtype="float32", liger=True)
 
 
-INTERPRETED = """
-import json, sys
-import numpy, torch, triton.language as tl
-from triton.runtime import interpreter
-
-# A launch hands a Python float to a kernel as a float32 scalar; the interpreter leaves it a Python float, which has no
-# `.to`. This makes it what a launch makes it.
-convert = interpreter._implicit_cvt
-def with_floats(argument):
-    if isinstance(argument, float):
-        handle = interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32)
-        return tl.tensor(handle, tl.float32)
-    return convert(argument)
-interpreter._implicit_cvt = with_floats
-# libdevice is CUDA's library, so its rsqrt is empty here; triton's own one stands in.
-import liger_kernel.ops.rms_norm
-liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)
-
-kernels = set()
-launch = interpreter.GridExecutor.__call__
-def counted(self, *arguments, **named):
-    kernels.add(self.fn.__name__)
-    return launch(self, *arguments, **named)
-interpreter.GridExecutor.__call__ = counted
-
-from rmsd_fast.config import VideoConfig
-from rmsd_fast.data.prompts import PromptBuilder
-from rmsd_fast.data.records import Question
-from rmsd_fast.models.students import encode_media, forward_hidden, load_student, make_rows
-
-folder = sys.argv[1]
-logits, gradients = [], []
-for liger in (False, True):
-    torch.manual_seed(0)
-    student = load_student(folder + "/student", dtype="float32", liger=liger)
-    student.model.train().requires_grad_(True)
-    builder = PromptBuilder(student, VideoConfig(max_image_pixels=4096))
-    question = Question(id="q", question="What colour?", task_type="open", videos=(), images=(folder + "/a.png",))
-    prompt = builder.build(question)
-    responses = [builder.encode_response("<answer>B</answer>"), builder.encode_response("A red")]
-    rows = make_rows([prompt], responses, prompt_index=[0, 0], pad_id=student.pad_id)
-    hidden = forward_hidden(student.model, rows, encode_media(student.model, [prompt]))
-    found = student.model.lm_head(hidden)[rows.attention_mask.bool()]
-    (found * torch.linspace(-1, 1, found.numel()).view_as(found)).sum().backward()
-    logits.append(found.detach())
-    gradients.append({name: p.grad for name, p in student.model.named_parameters() if p.grad is not None})
-apart = [float((gradients[1][name] - plain).abs().max() / plain.abs().max()) for name, plain in gradients[0].items()]
-same = gradients[0].keys() == gradients[1].keys()
-print("RESULT " + json.dumps({
-    "tokens": len(logits[0]),
-    "spread": float(logits[0].std()),
-    "logits": float((logits[1] - logits[0]).abs().max()),
-    "gradients": max(apart),
-    "same_parameters": same,
-    "kernels": sorted(kernels),
-}))
-"""
-
-
+@pytest.mark.slow
 @needs_liger
 def test_logits_and_gradients_are_those_of_the_plain_student(folder: Path) -> None:
     """float32, picture and two responses. Bounds: sums in another order, 1e-5 of the spread; gradients 1e-4."""
     pytest.importorskip("triton", reason="needs triton (extra: test)")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(folder)],
+        [sys.executable, str(Path(__file__).parent / "liger_interpreted.py"), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -213,7 +165,7 @@ def test_logits_and_gradients_are_those_of_the_plain_student(folder: Path) -> No
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.split("RESULT ")[1])
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["tokens"] > 20 and result["same_parameters"], result
     assert result["logits"] <= 1e-5 * max(result["spread"], 1.0), result
     assert result["gradients"] <= 1e-4, result

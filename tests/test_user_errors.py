@@ -42,6 +42,17 @@ def test_unknown_setting(capsys, tmp_path):
     assert "did you mean sft.steps" in fails(capsys, tmp_path, "quickstart", "sft.stepz=3")
 
 
+def test_losses_that_this_machine_cannot_compute(capsys, tmp_path, material, monkeypatch):
+    """CUDA without triton, say."""
+
+    def missing(*_, **__):
+        raise RuntimeError("triton is not installed (pip install triton)")
+
+    monkeypatch.setattr("rmsd_fast.stages.material.resolve_impl", missing)
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path))
+    assert error.strip().splitlines()[-1].endswith("losses: triton is not installed (pip install triton)")
+
+
 def test_no_such_questions(capsys, tmp_path, material):
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}))
     assert "nowhere.jsonl: cannot be read" in error

@@ -56,7 +56,7 @@ class Scored(NamedTuple):
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Each row's mean over the scored rows of its own sequence; values are 0 in other rows."""
         ones = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
-        # Sums by segments, as index_add has no fixed order on CUDA. "unsafe" leaves out checks that wait for the device.
+        # By segments, as index_add has no fixed order on CUDA. "unsafe" leaves out checks that wait for the device.
         sums, counts = (
             torch.segment_reduce(t.contiguous(), "sum", lengths=self.lengths, unsafe=True) for t in (values, ones)
         )

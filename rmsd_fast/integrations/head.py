@@ -11,6 +11,7 @@ import types
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What a loss takes and a model's body does not.
@@ -41,32 +42,36 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": softcap, "temperature": temperature / self.scale}
 
 
-def add_head_call(model: nn.Module) -> None:
+def add_head_call(model: nn.Module, *, check_loss: bool = False) -> None:
     """Give this one model `model(..., head_call=f)`: its body runs, the result is f(hidden, head, **loss inputs).
 
     hidden is [B, L, D]; loss inputs are those of LOSS_INPUTS that the caller gave. Without head_call the model is what
-    it was. A second call for the same model does nothing.
+    it was. Its first head_call compares its logits, and with check_loss its loss for labels, with what stands for them:
+    there weights are whole and autocast is on, if ever. A second call for the same model asks for that check again.
 
     Raises:
-        RuntimeError: the model's head is nothing that a fused loss may replace; says what it found.
+        RuntimeError: the model's head is nothing that a fused loss may replace; says what it found. Also by that check.
     """
-    if getattr(model, "_has_head_call", False):
-        return
     _check_model(model)
-    _check_logits(model)
-    original = model.forward
+    model._head_is_checked, model._check_loss = False, check_loss
+    if hasattr(model, "_forward_without_head"):
+        return
+    # An attribute, not a closure: copy.deepcopy then binds the copy's own.
+    model._forward_without_head = model.forward
 
     # The signature stays that of the class: trainers read from it which inputs the model takes.
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, head_call: Any = None, **kwargs: Any) -> Any:
         if head_call is None:
-            return original(*args, **kwargs)
+            return self._forward_without_head(*args, **kwargs)
+        if not self._head_is_checked:
+            _check_logits(self, next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+            self._head_is_checked = True
         for_loss = {name: kwargs.pop(name) for name in LOSS_INPUTS if name in kwargs}
         body = self.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
         return head_call(body.last_hidden_state, read_head(self), **for_loss)
 
     model.forward = types.MethodType(forward, model)
-    model._has_head_call = True
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -77,11 +82,11 @@ def base_of(model: nn.Module) -> nn.Module:
 def read_head(model: nn.Module) -> Head:
     """Head of a model, gathered where it is sharded. To be called inside the model's forward.
 
-    ZeRO-3 gathers a parameter that is read inside its model's forward, and again for backward; a DTensor (FSDP2, tensor
-    parallelism) is gathered here, and its gradient flows back into the shards.
+    ZeRO-3 gathers a parameter that is read inside its model's forward, and again for backward; FSDP2 has gathered those
+    of its root module there.
     """
     layer = model.get_output_embeddings()
-    weight, bias = _whole(layer.weight), _whole(layer.bias)
+    weight, bias = whole(layer.weight), whole(layer.bias)
     if weight.numel() == 0:
         raise RuntimeError(
             f"{type(model).__name__}: the head's weight is empty, as ZeRO-3 leaves parameters outside their model's "
@@ -89,6 +94,23 @@ def read_head(model: nn.Module) -> Head:
         )
     text = _text_config(model)
     return Head(weight, bias, getattr(text, "final_logit_softcapping", None), _logit_scale(text))
+
+
+def whole(parameter: Tensor | None) -> Tensor | None:
+    """A head's parameter, gathered where it is a DTensor that is not trained.
+
+    Raises:
+        RuntimeError: it is trained. Outside its own module's forward nobody reduces its gradient over the processes.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    if parameter.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the head is trained and sharded over {parameter.device_mesh}, as FSDP2 leaves an output embedding that "
+            "is a unit of its own, and tensor parallelism any; its gradient would not be reduced. Leave it in the root "
+            "unit (no fully_shard on it), or freeze it"
+        )
+    return parameter.full_tensor()
 
 
 def shifted_rows(hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,51 +165,48 @@ def _check_model(model: nn.Module) -> None:
     _logit_scale(text)
 
 
-def _check_logits(model: nn.Module) -> None:
-    """Two tokens through the model's own forward and through body and head: families differ in what follows a head.
-
-    Not done for a model whose weights are not all here (ZeRO-3, DTensor, meta): no head exists outside its forward.
-    """
-    parameters = list(model.parameters())
-    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in parameters):
-        return
-    seen: dict[str, Tensor] = {}
-
-    def at_head(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["input"], seen["output"] = inputs[0], output
-
-    def at_body(_: nn.Module, __: Any, output: Any) -> None:
-        seen["hidden"] = output[0]
-
-    hooks = [
-        model.get_output_embeddings().register_forward_hook(at_head),
-        model.base_model.register_forward_hook(at_body),
-    ]
-    tokens = torch.tensor([[1, 2]], device=model.get_input_embeddings().weight.device)
+def _check_logits(model: nn.Module, device: torch.device) -> None:
+    """Four tokens through the model's own forward, and through body and head: families differ in what follows a head,
+    and in the loss that they make of it."""
+    # Once more: adapters and wrappers may have come since.
+    _check_model(model)
+    name = type(model).__name__
+    # The last label stands at a masked position: causal losses count it all the same.
+    labels = torch.tensor([[-100, 2, -100, 1]], device=device)
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 1, 2]], device=device),
+        "attention_mask": torch.tensor([[1, 1, 1, 0]], device=device),
+        "use_cache": False,
+    }
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=tokens, use_cache=False).logits.float()
+            own = model._forward_without_head(**batch, **({"labels": labels} if model._check_loss else {}))
+            body = model.base_model(**batch, return_dict=True)
+            hidden, head = same_dtype(body.last_hidden_state, read_head(model))
+            with torch.autocast(device.type, enabled=False):
+                expected = head.scale * F.linear(hidden, head.weight, head.bias).float()
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in training:
             module.training = mode
-    head = read_head(model)
-    fits = "output" in seen and seen["hidden"].shape == seen["input"].shape and seen["output"].shape == logits.shape
-    if fits:
-        expected = head.scale * seen["output"].float()
-        expected = expected if head.softcap is None else head.softcap * torch.tanh(expected / head.softcap)
-        # Loose enough for 16-bit rounding, tight for a factor or a term that is missing.
-        tolerance = 0.01 * float(logits.abs().max())
-        fits = torch.allclose(logits, expected, rtol=0.01, atol=tolerance)
-        fits = fits and torch.allclose(seen["input"].float(), seen["hidden"].float(), rtol=0.01)
-    if not fits:
+    expected = expected if head.softcap is None else head.softcap * torch.tanh(expected / head.softcap)
+    logits = own.logits.float()
+    # Loose enough for 16-bit rounding, tight for a factor or a term that is missing.
+    if logits.shape != expected.shape or not torch.allclose(
+        logits, expected, rtol=0.01, atol=0.01 * float(logits.abs().max())
+    ):
         raise RuntimeError(
-            f"{type(model).__name__}: its logits are not its head on its body's last hidden states, followed by the "
-            f"factors of its configuration ({', '.join(LOGIT_FACTORS)}, final_logit_softcapping); it cannot be fused"
+            f"{name}: its logits are not its head's weight on its body's last hidden states, followed by the factors "
+            f"of its configuration ({', '.join(LOGIT_FACTORS)}, final_logit_softcapping); it cannot be fused"
         )
+    if model._check_loss:
+        shifted = F.cross_entropy(logits[0, :-1], labels[0, 1:])
+        if not torch.allclose(own.loss.float(), shifted, rtol=1e-4):
+            raise RuntimeError(
+                f"{name}: its loss for labels is not the mean cross entropy of labels shifted by one (four tokens gave "
+                f"{float(own.loss):.6g}, expected {float(shifted):.6g}), which the fused loss stands for"
+            )
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -205,7 +224,3 @@ def _logit_scale(text: Any) -> float:
     if not scale > 0:
         raise RuntimeError(f"the model's configuration multiplies its logits by {scale}; expected a factor above 0")
     return float(scale)
-
-
-def _whole(parameter: Tensor | None) -> Tensor | None:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

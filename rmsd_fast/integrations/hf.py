@@ -31,7 +31,8 @@ class FusedLossMixin:
     """Put before a Trainer class. memory_budget_bytes: of the logits that are alive at a time (rmsd_fast.losses).
 
     Raises:
-        RuntimeError: a setting of the trainer, or the model, that the fused loss cannot carry over; names it.
+        RuntimeError: a setting of the trainer, or the model, that the fused loss cannot carry over; names it. What
+            only a forward pass can show (see add_head_call) is raised at the first step.
     """
 
     def __init__(self, *args: Any, memory_budget_bytes: int | None = None, **kwargs: Any) -> None:
@@ -99,7 +100,7 @@ class FusedTrainer(FusedLossMixin, Trainer):
 
 def _prepare(model: nn.Module) -> None:
     base = base_of(model)
-    add_head_call(base)
+    add_head_call(base, check_loss=True)
     if getattr(base, "loss_function", None) is not ForCausalLMLoss:
         raise RuntimeError(
             f"{type(base).__name__}: its loss is {getattr(base, 'loss_function', None)}, expected transformers' "

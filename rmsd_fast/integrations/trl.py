@@ -12,8 +12,9 @@ Two objectives, chosen by `fused_objective`:
 
 Both give TRL's loss, and take old and reference log-probs from the fused head too. With "policy" TRL's metrics are
 logged except clip_ratio/low_* and high_* of off-policy steps, whose per-token values are never formed, and
-clip_ratio/region_mean is a mean over tokens. Written for TRL 1.16, whose trainers call their model with
-`fused_lm_head=True`; a TRL that does otherwise is refused.
+clip_ratio/region_mean is a mean over tokens, in which those that vLLM's importance ratio sets to 0 are never clipped
+(TRL counts them like others). Written for TRL 1.16, whose trainers call their model with `fused_lm_head=True`; a TRL
+that does otherwise is refused, and "policy" is for 1.16 alone.
 """
 
 from __future__ import annotations
@@ -35,12 +36,27 @@ try:
     from trl.trainer import utils as trl_utils
 except ImportError as error:
     raise ImportError(
-        f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0 with the torch that is installed"
+        f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0 with the torch that is installed "
+        "(Python 3.11 or later)"
     ) from error
 
 OBJECTIVES = ("auto", "policy", "log_prob")
 # Loss types that are a clipped ratio and differ in how tokens are weighted.
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+# All that a batch of text holds in TRL 1.16. sampling_per_token_logps has entered importance_sampling_ratio.
+TEXT_INPUTS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "advantages",
+    "num_items_in_batch",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
 USED = (
     "model",
     "accelerator",
@@ -103,13 +119,14 @@ class FusedGRPOMixin:
         """Answer `fused_lm_head=True` on this one model with the fused head; other calls go where they went."""
         model = base_of(model)
         add_head_call(model)
-        inner = model.forward
+        # Not bound: a deep copy of the model calls it with itself.
+        inner = model.forward.__func__
 
         @functools.wraps(type(model).forward)
-        def forward(_: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        def forward(this: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if fused_lm_head:
                 kwargs.setdefault("head_call", functools.partial(self._log_probs, with_entropy=with_entropy))
-            return inner(*args, **kwargs)
+            return inner(this, *args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
@@ -142,27 +159,37 @@ class FusedGRPOMixin:
         """What TRL's own fused head returns: log_probs and entropy [B, L-1], 0 where there is no label."""
         hidden, head = self._dtyped(hidden, head)
         rows, targets = shifted_rows(hidden, labels, shift_labels)
+        scored = targets != -100
         with torch.autocast(rows.device.type, enabled=False):
-            logp, entropy = linear_logprob(
-                rows,
+            found = linear_logprob(
+                rows[scored],
                 head.weight,
-                targets,
-                return_entropy=True,
+                targets[scored],
+                ignore_index=None,
+                return_entropy=with_entropy,
                 memory_budget_bytes=self.memory_budget_bytes,
                 **head.arguments(self.temperature),
             )
-        shape = (len(hidden), -1)
-        scored = targets != -100
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(scored.shape).masked_scatter(scored, values).view(len(hidden), -1)
+
+        logp, entropy = found if with_entropy else (found, None)
         normalizer = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return trl_utils.FusedCausalLMOutput(
             loss=-logp.sum() / normalizer,
-            log_probs=logp.view(shape),
-            entropy=entropy.view(shape) if with_entropy else None,
-            label_mask=scored.view(shape),
+            log_probs=spread(logp),
+            entropy=None if entropy is None else spread(entropy),
+            label_mask=scored.view(len(hidden), -1),
         )
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of a micro-batch in one pass over the head."""
+        others = [name for name, value in inputs.items() if value is not None and name not in TEXT_INPUTS]
+        if others:
+            raise RuntimeError(
+                f"fused_objective='policy' reads text alone, and the batch holds {', '.join(others)}; use 'log_prob'"
+            )
         completion = inputs["completion_ids"]
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
@@ -212,6 +239,8 @@ class FusedGRPOMixin:
                 kl_coef=float(self.beta),
                 clip_low=float(self.epsilon_low),
                 clip_high=float(self.epsilon_high),
+                # The rows above are the scored ones.
+                ignore_index=None,
                 importance_level=self.importance_sampling_level,
                 cu_seqlens=edges,
                 token_weights=per_row(weights),
@@ -272,14 +301,15 @@ def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
         f"importance_sampling_level={trainer.importance_sampling_level!r}": trainer.importance_sampling_level
         not in ("token", "sequence"),
         "a model with a vision tower": hasattr(base_of(trainer.model).config, "vision_config"),
-        "_compute_loss of a subclass": _owner_of_loss(trainer) is not GRPOTrainer,
+        f"trl {trl.__version__}, whose loss may have terms that 1.16 has not": not trl.__version__.startswith("1.16."),
     }
+    # Where "policy" would not call what a subclass has put in place of TRL's own.
+    mro = type(trainer).__mro__
+    after = mro[mro.index(FusedGRPOMixin) + 1 :]
+    for method, classes in (("_compute_loss", after), ("_get_per_token_logps_and_entropies", mro)):
+        owner = next(cls for cls in classes if method in vars(cls))
+        found[f"{owner.__name__}.{method}"] = owner is not GRPOTrainer
     return [name for name, on in found.items() if on]
-
-
-def _owner_of_loss(trainer: GRPOTrainer) -> type:
-    after = type(trainer).__mro__[type(trainer).__mro__.index(FusedGRPOMixin) + 1 :]
-    return next(cls for cls in after if "_compute_loss" in vars(cls))
 
 
 def _check_version(trainer: GRPOTrainer) -> None:

@@ -3,29 +3,29 @@
     from rmsd_fast.integrations import verl as fused
     fused.register_policy_loss("rmsd")                  # actor.policy_loss.loss_mode=rmsd
     fused.register_distillation_loss("rmsd_k3", kl="k3")   # distillation_loss.loss_mode=rmsd_k3
-    with fused.fused_head():                            # actor's use_fused_kernels=True, whatever its backend
-        ...                                             # forward and backward passes of verl's models
+    fused.install_fused_head()                          # actor's use_fused_kernels=True, whatever its backend
 
-verl's workers are processes of their own: name a module that makes these calls as model.external_lib, or in the
-environment variable VERL_USE_EXTERNAL_MODULES. Nothing here happens on import.
+verl's workers are processes of their own, each of which imports what model.external_lib or the environment variable
+VERL_USE_EXTERNAL_MODULES names, once: put these calls at the top level of a module and name it there. Nothing happens
+on import of this module itself.
 
 verl adds its KL and entropy terms to a policy loss itself, so the registered one has none. Written for verl 0.9.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rmsd_fast.integrations.head import whole
 from rmsd_fast.losses import linear_logprob
-from rmsd_kernels.policy_formula import guarded_exp, kl_estimate
+from rmsd_kernels.policy_formula import clipped_objective, guarded_exp, kl_estimate
 
 try:
     from verl.trainer.ppo import core_algos
@@ -68,16 +68,17 @@ class FusedLinear(nn.Module):
         """(log_probs, entropy), both float32 of the shape of input_ids.
 
         Args:
-            hidden_states: [..., D]. vocab_weights: [V, D], a DTensor is gathered. input_ids: [...], the token that each
-                position predicts. temperature: one for all, or one per position in the shape of input_ids.
+            hidden_states: [..., D]. vocab_weights: [V, D]. input_ids: [...], the token that each position predicts.
+            temperature: one for all, or one per position in the shape of input_ids.
+        Raises:
+            RuntimeError: vocab_weights is a DTensor and trained.
         """
         if input_ids.shape != hidden_states.shape[:-1]:
             raise ValueError(
                 f"input_ids: expected shape {list(hidden_states.shape[:-1])}, that of hidden_states without its last "
                 f"axis, got {list(input_ids.shape)}"
             )
-        if hasattr(vocab_weights, "full_tensor"):
-            vocab_weights = vocab_weights.full_tensor()
+        vocab_weights = whole(vocab_weights)
         dtype = vocab_weights.dtype
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
@@ -90,6 +91,8 @@ class FusedLinear(nn.Module):
                 vocab_weights.to(dtype),
                 input_ids.flatten().to(torch.int64),
                 temperature=temperature,
+                # Every position is scored; verl leaves out padding afterwards.
+                ignore_index=None,
                 return_entropy=True,
                 memory_budget_bytes=self.memory_budget_bytes,
             )
@@ -118,13 +121,14 @@ def linear_cross_entropy(
     return logp.flatten(), entropy.flatten()
 
 
-@contextlib.contextmanager
-def fused_head() -> Iterator[None]:
-    """While open, verl's models take the fused head in place of verl's, whichever backend they were set to.
+def install_fused_head() -> Callable[[], None]:
+    """From here on verl's models in this process take the fused head, whichever backend they were set to.
 
-    verl offers a module-level name only: it is exchanged here and put back at the end. Models of verl's Megatron engine
-    took theirs when they were imported and are not reached.
+    verl offers a module-level name only, and that is exchanged. Models of verl's Megatron engine took theirs when they
+    were imported and are not reached.
 
+    Returns:
+        A function that puts verl's own back.
     Raises:
         RuntimeError: this verl lacks what is to be replaced; names it.
     """
@@ -133,11 +137,12 @@ def fused_head() -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:
         setattr(module, name, ours[name])
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, name, value in before:
             setattr(module, name, value)
+
+    return restore
 
 
 def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token") -> Callable[..., Any]:
@@ -173,9 +178,9 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
         count = mask.sum(-1, keepdim=True).clamp(min=1)
         level = log_ratio if importance_level == "token" else (log_ratio.sum(-1, keepdim=True) / count)
         ratio = guarded_exp(level)
-        low, high = (config.clip_ratio if bound is None else bound for bound in _clip(config))
-        objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-        clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+        low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+        high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+        objective, clipped = clipped_objective(ratio, advantages, low, high)
         if rollout_is_weights is not None:
             objective = objective * rollout_is_weights
         loss = core_algos.agg_loss(
@@ -231,10 +236,6 @@ def register_distillation_loss(
 
     settings = losses.DistillationLossSettings(names=[name], use_estimator=True)
     return losses.register_distillation_loss(settings)(distillation_loss)
-
-
-def _clip(config: Any) -> tuple[float | None, float | None]:
-    return config.clip_ratio_low, config.clip_ratio_high
 
 
 def _module(path: str, name: str) -> ModuleType:

@@ -18,11 +18,18 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as family
 
 from rmsd_fast.config import NotInstalled, SettingsError
 
-# Attention layers and the function of their module that rotates queries and keys.
+# Attention layers, the function of their module that rotates queries and keys, and Liger's one for it.
 ROTATIONS = {
-    family.Qwen3VLTextAttention: "apply_rotary_pos_emb",
-    family.Qwen3VLVisionAttention: "apply_rotary_pos_emb_vision",
+    family.Qwen3VLTextAttention: ("apply_rotary_pos_emb", "liger_rotary_pos_emb"),
+    family.Qwen3VLVisionAttention: ("apply_rotary_pos_emb_vision", "liger_rotary_pos_emb_vision"),
 }
+
+
+def check_liger(setting: str, device: torch.device) -> None:
+    """Raises SettingsError where `model.liger` is "on" and cannot be."""
+    obstacle = _obstacle(device)
+    if setting == "on" and obstacle:
+        raise SettingsError(f"model.liger=on: {obstacle}; write model.liger=auto or model.liger=off")
 
 
 def use_liger(setting: str, device: torch.device) -> bool:
@@ -33,10 +40,8 @@ def use_liger(setting: str, device: torch.device) -> bool:
     Raises:
         SettingsError: "on" where it cannot be.
     """
-    obstacle = _obstacle(device)
-    if setting == "on" and obstacle:
-        raise SettingsError(f"model.liger=on: {obstacle}; write model.liger=auto or model.liger=off")
-    return setting != "off" and not obstacle
+    check_liger(setting, device)
+    return setting != "off" and not _obstacle(device)
 
 
 def describe_liger(setting: str, device: torch.device) -> str:
@@ -55,16 +60,13 @@ def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
         RuntimeError: a layer was left without. NotInstalled: this liger-kernel lacks a kernel.
     """
     try:
-        from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
-        from liger_kernel.transformers.rope import liger_rotary_pos_emb_vision
-    except ImportError as error:
+        from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, rope
+
+        rotations = {cls: getattr(rope, name) for cls, (_, name) in ROTATIONS.items()}
+    except (ImportError, AttributeError) as error:
         raise NotInstalled(
             f"model.liger: {error}; pip install 'liger-kernel>=0.8.5' or write model.liger=off"
         ) from error
-    rotations = {
-        family.Qwen3VLTextAttention: liger_rotary_pos_emb,
-        family.Qwen3VLVisionAttention: liger_rotary_pos_emb_vision,
-    }
     before = _layers(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -122,18 +124,20 @@ def _mlp(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
     """The attention's own forward, looking up another rotation under the name that it calls."""
-    forward, name = cls.forward, ROTATIONS[cls]
+    forward, (name, _) = cls.forward, ROTATIONS[cls]
     if name not in forward.__code__.co_names:
         raise RuntimeError(
             f"model.liger: {cls.__name__}.forward does not call {name} in this version of transformers, so RoPE cannot "
             "be exchanged; write model.liger=off"
         )
     names = {**forward.__globals__, name: rotation}
-    return types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
 
 
 def _rotation(layer: nn.Module) -> Callable | None:
     """The function that rotates in an attention layer as it is now; None in other layers."""
     if type(layer) not in ROTATIONS:
         return None
-    return layer.forward.__func__.__globals__[ROTATIONS[type(layer)]]
+    return layer.forward.__func__.__globals__[ROTATIONS[type(layer)][0]]

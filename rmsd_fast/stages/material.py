@@ -6,19 +6,23 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmsd_fast.config import RunConfig, SettingsError
+import torch
+
+from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.prompts import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder
-from rmsd_fast.models.liger import use_liger
+from rmsd_fast.models.liger import check_liger
+from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, on_main
 from rmsd_fast.teacher.diagnostics import score_pool
 from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
 from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
 from rmsd_fast.teacher.targets import content_score
+from rmsd_kernels.implementations import resolve_impl
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
 
     Raises:
         UserError: a needed path is not given, a file is damaged, the pool belongs to other questions, the model is of
-            another family, or model.liger=on cannot be here.
+            another family, or model.liger=on or the losses cannot be here.
     """
-    use_liger(settings.model.liger, world.device)
+    check_liger(settings.model.liger, world.device)
+    if training:
+        losses_of(settings, world)
     made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
     given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     files = {role: path or made.get(role, "") for role, path in given.items()}
@@ -86,6 +92,18 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     # Before a run folder is made; the main process fetches a hub model, the others find it.
     on_main(world, lambda: check_family(resolve_folder(model_path)))
     return Material(train, heldout, pool, model_path, is_simulated(pool), files)
+
+
+def losses_of(settings: RunConfig, world: World) -> str:
+    """Which implementation `auto` takes for the heads on this device.
+
+    Raises:
+        NotInstalled: on CUDA without triton.
+    """
+    try:
+        return resolve_impl("auto", torch.empty(0, dtype=DTYPES[settings.model.dtype], device=world.device))
+    except RuntimeError as error:
+        raise NotInstalled(f"losses: {error}") from None
 
 
 def check_usable(pool: dict[str, list[TeacherResponse]], questions: list[Question], settings: RunConfig) -> None:

@@ -30,12 +30,11 @@ from rmsd_fast.runtime.checkpoint import (
 from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
-from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
 from rmsd_kernels import native
-from rmsd_kernels.implementations import resolve_impl
 
-PACKAGES = ("rmsd-fast", "torch", "transformers", "deepspeed", "torchcodec")
+PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
 class Stopped(Exception):
@@ -126,8 +125,7 @@ def write_facts(run: Run, *, finished: bool) -> None:
 
 def _losses(run: Run) -> str:
     """Which implementation `auto` takes for the heads, and where it is the slow one on CPU, why."""
-    dtype = getattr(torch, run.settings.model.dtype)
-    chosen = resolve_impl("auto", torch.empty(0, dtype=dtype, device=run.world.device))
+    chosen = losses_of(run.settings, run.world)
     return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
 
 
