@@ -1,32 +1,35 @@
 """Discriminator step on the last response tokens: ours against eager code that scores every token of padded batches.
 
 Eager: student and teacher batches [B, L, D], RMSNorm and the value head on all tokens, then a gather of the last one,
-then the pair loss. Ours: `last_token_values` gathers first. Both differentiate hidden states, norm weight and head; a
-gradient [B, L, D] of the hidden states has to be written by both. `score`: forward without gradients (rewards).
+then the pair loss. Ours: `last_token_values` of either batch and the pair loss; "ours in one call": both batches' last
+rows gathered, then `discriminator_loss`. All differentiate hidden states, norm weight and head; a gradient [B, L, D] of
+the hidden states has to be written by all. `score`: forward without gradients (rewards). `rows` (CUDA, where launches
+count): from rows gathered beforehand, L = 1, so that no gradient of padded batches hides the difference.
 Bytes that eager has to move at least: hidden states read forward and backward and written as gradient, 3 * 2BLD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from heads import Outcome
-from measure import Variant, differences, main_time, measure, numbers_of, with_gradients
+from measure import EAGER, OURS, Variant, differences_of, main_time, measure, numbers_of, with_gradients
 from torch import Tensor
 
-from rmsd_fast.losses import last_token_values, pairwise_discriminator_loss
+from rmsd_fast.losses import discriminator_loss, last_token_values, pairwise_discriminator_loss
 
 EPS = 1e-6
+ONE_CALL = "ours in one call"
 
 
 @dataclass(frozen=True)
 class Case:
-    """B pairs of padded length L."""
+    """B pairs of padded length L; mode: train, score or rows."""
 
     dtype: torch.dtype
     mode: str
@@ -63,7 +66,10 @@ def make_inputs(case: Case, dtype: torch.dtype | None = None) -> Inputs:
         return values.to(dtype or case.dtype)
 
     student, teacher, norm, head = draw(*shape), draw(*shape), draw(case.hidden) * 0.1 + 1, draw(case.hidden) * 0.02
-    last = [torch.randint(1, case.length, (case.batch,), generator=generator, device=case.device) for _ in range(2)]
+    last = [
+        torch.randint(min(1, case.length - 1), case.length, (case.batch,), generator=generator, device=case.device)
+        for _ in range(2)
+    ]
     quality = torch.rand(case.batch, generator=generator, device=case.device).to(student.dtype)
     return Inputs(*(t.requires_grad_() for t in (student, teacher, norm, head)), *last, quality)
 
@@ -90,9 +96,22 @@ def ours(x: Inputs) -> Tensor:
     return pairwise_discriminator_loss(student, teacher, rows, rows, x.quality).loss
 
 
-def gate(case: Case) -> dict[str, list[float]]:
-    """Errors [ours, eager] of the loss and the small gradients to float64, on a shorter batch."""
-    small = Case(case.dtype, case.mode, case.batch, 16, case.hidden, case.device)
+def ours_in_one_call(x: Inputs) -> Tensor:
+    pairs, length = torch.arange(len(x.quality), device=x.quality.device), x.student.shape[1]
+    sides = ((x.student, x.last_student), (x.teacher, x.last_teacher))
+    rows = torch.cat([hidden.flatten(0, 1).index_select(0, pairs * length + last) for hidden, last in sides])
+    every = torch.arange(len(rows), device=rows.device)
+    return discriminator_loss(
+        rows, every, x.head, pairs, pairs, x.quality, num_students=len(pairs), norm_weight=x.norm, norm_eps=EPS
+    ).loss
+
+
+FORMS = {OURS: ours, ONE_CALL: ours_in_one_call}
+
+
+def gate(case: Case) -> dict[str, dict[str, list[float]]]:
+    """Of each form of ours, errors [ours, eager] of the loss and the small gradients to float64, on a shorter batch."""
+    small = replace(case, length=min(case.length, 16))
 
     def outputs(loss: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, Tensor]:
         value = loss(x)
@@ -103,12 +122,14 @@ def gate(case: Case) -> dict[str, list[float]]:
 
     x = make_inputs(small)
     exact = outputs(eager, make_inputs(small, torch.float64))
-    got, other = outputs(ours, x), outputs(eager, x)
-    errors = {}
-    for name, truth in exact.items():
-        own, bar = ((side[name].double() - truth).abs().max().item() for side in (got, other))
-        assert own <= 2 * bar + 1e-6 * truth.abs().max().item(), f"{case.name} {name}: {own}, eager {bar}"
-        errors[name] = [own, bar]
+    other = outputs(eager, x)
+    errors: dict[str, dict[str, list[float]]] = {}
+    for form, loss in FORMS.items():
+        got = outputs(loss, x)
+        for name, truth in exact.items():
+            own, bar = ((side[name].double() - truth).abs().max().item() for side in (got, other))
+            assert own <= 2 * bar + 1e-6 * truth.abs().max().item(), f"{form} {case.name} {name}: {own}, eager {bar}"
+            errors.setdefault(form, {})[name] = [own, bar]
     return errors
 
 
@@ -118,7 +139,8 @@ def _grad(value: Tensor, x: Inputs) -> tuple[Tensor, ...]:
 
 def cases(quick: bool, device: str) -> list[Case]:
     dtypes = [torch.bfloat16] if quick or device == "cuda" else [torch.bfloat16, torch.float32]
-    return [Case(dtype, mode, device=device) for dtype in dtypes for mode in ("train", "score")]
+    found = [Case(dtype, mode, device=device) for dtype in dtypes for mode in ("train", "score")]
+    return found + ([Case(torch.bfloat16, "rows", length=1, device=device)] if device == "cuda" else [])
 
 
 @pytest.mark.timeout(900)
@@ -127,14 +149,15 @@ def test_discriminator(case: Case, effort, report) -> None:
     x = make_inputs(case)
     compiled = torch.compile(eager, dynamic=False)
     variants = []
-    for name, function in (("ours", ours), ("eager", eager), ("torch.compile", compiled)):
+    for name, function in (FORMS | {EAGER: eager, "torch.compile": compiled}).items():
         compiles = name == "torch.compile"
         if case.mode == "score":
             variants.append(Variant(name, torch.no_grad()(lambda f=function: f(x)), compiles=compiles))
         else:
             variants.append(with_gradients(name, lambda f=function: f(x), x[:4], compiles=compiles))
     device = x.student.device
-    samples = measure(variants, effort, device)
+    not_run = {"other libraries": "none has a fused form of this loss"}
+    samples = measure(variants, effort, device, not_run, base=OURS)
     numbers = numbers_of(samples, variants, baseline=None)
     item = x.student.element_size()
     record = {
@@ -142,12 +165,13 @@ def test_discriminator(case: Case, effort, report) -> None:
         "case": case.name,
         "shape": {"B": case.batch, "L": case.length, "D": case.hidden},
         "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": case.mode,
         "device": case.device,
-        "baseline": "ours",
-        "least_bytes_eager": (3 if case.mode == "train" else 1) * 2 * x.student.numel() * item,
+        "baseline": OURS,
+        "least_bytes_eager": (1 if case.mode == "score" else 3) * 2 * x.student.numel() * item,
         "variants": numbers,
-        "differences": differences(samples, "ours"),
+        "differences": differences_of(samples),
         "errors": errors,
-        "not_run": {"other libraries": "none has a fused form of this loss"},
+        "not_run": not_run,
     }
-    report(Outcome(record, variants[0], main_time(numbers["ours"]) / 1e3))
+    report(Outcome(record, variants[0], main_time(numbers[OURS]) / 1e3))

@@ -15,8 +15,8 @@ from torch import Tensor
 from rmsd_fast.losses import linear_cross_entropy
 
 
-def ours(x: HeadInputs) -> Tensor:
-    return linear_cross_entropy(x.hidden, x.weight, x.targets)
+def ours(x: HeadInputs, budget: int | None = None) -> Tensor:
+    return linear_cross_entropy(x.hidden, x.weight, x.targets, memory_budget_bytes=budget)
 
 
 def eager(x: HeadInputs) -> Tensor:
@@ -39,9 +39,12 @@ def conditions(quick: bool, device: str) -> list[Case]:
 @pytest.mark.timeout(1800)
 def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
     skip = {}
+    slow = ("CCE torch_compile", "torch l.c.e. chunked")
     if case.device == "cpu" and (case.mask or case.softmax != "random"):
         # Compilation alone takes half a minute, and the other forms stand for these.
-        skip = dict.fromkeys(("CCE torch_compile", "torch l.c.e. chunked"), "left out under conditions, to save time")
+        skip = dict.fromkeys(slow, "left out under conditions, to save time")
+    if case.device == "cpu" and case.tokens > 512 and case.dtype is torch.float32:
+        skip = dict.fromkeys(slow, "left out at this length, to save time: see T = 512")
     if quick and case.device == "cpu":
         skip = {"torch l.c.e. chunked": "--quick leaves it out: many seconds a call"}
         if case.dtype is torch.bfloat16:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rmsd_fast.losses import linear_policy_loss
 
 
-def ours(x: HeadInputs) -> Tensor:
+def ours(x: HeadInputs, budget: int | None = None) -> Tensor:
     return linear_policy_loss(
         x.hidden,
         x.weight,
@@ -26,6 +26,7 @@ def ours(x: HeadInputs) -> Tensor:
         kl_coef=KL_COEF,
         clip_low=CLIP,
         clip_high=CLIP,
+        memory_budget_bytes=budget,
     ).loss
 
 

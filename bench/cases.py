@@ -23,6 +23,9 @@ IGNORED = -100
 _PEAK_MARGIN = 3.0
 _SEQUENCE = 256
 GATE_TOKENS = 16
+# Rows of a chunk in the gate: all at once (the default budget), 4 chunks whose sum of d_weight is rounded each time,
+# and 8, which are summed in float32. The two small budgets also make log-probs compute their logits twice.
+_GATE_CHUNK_ROWS = (None, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,10 @@ def target_logp(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 256
 
 
 class Errors(NamedTuple):
-    """Largest absolute difference to float64 of the values and of each gradient, ours and eager's, and the bound."""
+    """Largest absolute difference to float64 of the values and of each gradient, and the bound.
+
+    Ours: the largest of all chunk sizes.
+    """
 
     ours: dict[str, float]
     eager: dict[str, float]
@@ -135,14 +141,17 @@ class Errors(NamedTuple):
 
 
 Loss = Callable[[HeadInputs], Tensor]
+# Ours, with memory_budget_bytes.
+BudgetedLoss = Callable[[HeadInputs, int | None], Tensor]
 
 
 @functools.cache
-def checked(bench: str, case: Case, ours: Loss, eager: Loss) -> Errors:
+def checked(bench: str, case: Case, ours: BudgetedLoss, eager: Loss, buffers: int = 1) -> Errors:
     """The gate, for a case with few tokens: ours is at most twice as far from float64 as eager in the same dtype.
 
-    `ours` and `eager` give values per row, or a scalar; their sum is differentiated. The float64 side is `eager` in
-    float64 on the same rounded inputs. A floor for numbers that eager hits by luck: 1e-6 of the largest value in
+    Ours in one chunk and in several, as the long shapes run (_GATE_CHUNK_ROWS; buffers: heads whose logits share the
+    budget). `ours` and `eager` give values per row, or a scalar; their sum is differentiated. The float64 side is
+    `eager` on the same rounded inputs. A floor for numbers that eager hits by luck: 1e-6 of the largest value in
     float32; in 16 bits, for the values alone, their rounding unit / 32 (means and sums of rounded logits).
     Raises: AssertionError with the numbers.
     """
@@ -153,14 +162,20 @@ def checked(bench: str, case: Case, ours: Loss, eager: Loss) -> Errors:
         advantages=small.advantages.double(),
         ref_logp=small.ref_logp.double(),
     )
-    truth, got, other = (_outputs(loss, inputs) for loss, inputs in ((eager, wide), (ours, small), (eager, small)))
-    ours_err, eager_err, bound = {}, {}, {}
+    truth, other = _outputs(eager, wide), _outputs(eager, small)
+    ours_err, eager_err, bound = dict.fromkeys(truth, 0.0), {}, {}
     for name, exact in truth.items():
-        ours_err[name], eager_err[name] = (_distance(side[name], exact) for side in (got, other))
+        eager_err[name] = _distance(other[name], exact)
         unit = torch.finfo(case.dtype).eps / 32 if name == "value" else 0.0
         bound[name] = 2 * eager_err[name] + max(1e-6, unit) * exact.abs().max().item()
-    faults = [name for name in bound if not ours_err[name] <= bound[name]]
-    assert not faults, f"{bench} {case.name}: {faults} too far from float64: {ours_err}, bound {bound}"
+    for rows in _GATE_CHUNK_ROWS:
+        budget = None if rows is None else rows * buffers * case.vocabulary * case.dtype.itemsize
+        got = _outputs(lambda x, budget=budget: ours(x, budget), small)
+        found = {name: _distance(got[name], exact) for name, exact in truth.items()}
+        faults = [name for name in bound if not found[name] <= bound[name]]
+        chunk = "in one chunk" if rows is None else f"in chunks of {rows} rows"
+        assert not faults, f"{bench} {case.name} {chunk}: {faults} too far from float64: {found}, bound {bound}"
+        ours_err = {name: max(ours_err[name], found[name]) for name in found}
     return Errors(ours_err, eager_err, bound)
 
 

@@ -1,9 +1,11 @@
-"""Chart of the fused losses from the JSON lines in a folder: time against the bare GEMMs, and peak extra memory.
+"""Chart and table of the fused losses from the JSON lines in a folder: time against the bare GEMMs, and peak memory.
 
     python bench/chart.py [--results bench/results] [--output bench/results/fused-losses.svg]
+    python bench/chart.py --table      # Markdown on the terminal, times as ratios alone
 
-Shown: of each loss and dtype the longest case with a trainable head, nothing masked and a random softmax, forward and
-backward. Bars that would not fit are cut and carry their number. Nothing is drawn that is not in the records.
+The chart shows of each loss and dtype the longest case with a trainable head, nothing masked and a random softmax,
+forward and backward; the table all cases. Bars that would not fit are cut and carry their number. Nothing is drawn that
+is not in the records.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ import argparse
 from html import escape
 from pathlib import Path
 
-from measure import GEMMS, main_time
-from records import ROOT, load
+from measure import EAGER, GEMMS, OURS, main_time
+from records import ROOT, load, sources
 
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import number, ticks
 
 BENCHES = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
-_WIDTH, _LABEL, _BAR, _ROW, _GAP, _TOP = 880, 190, 300, 19, 46, 92
+_WIDTH, _LABEL, _BAR, _ROW, _GAP, _TOP = 880, 190, 300, 19, 46, 108
 _RIGHT = _LABEL + _BAR + 60
 # Times beyond this multiple of the bare GEMMs are cut.
 _MOST_TIMES = 4.0
@@ -44,8 +46,6 @@ def draw(records: list[dict]) -> str:
     """SVG text; records as `chosen` gives them, at least one."""
     if not records:
         raise ValueError("records: expected at least one plain case of a linear loss; run pytest bench/ --record first")
-    first = records[0]
-    where = first.get("gpu") or f"{first['cpu']}, {first['threads']} threads"
     body, y = [], _TOP
     for record in records:
         body.append(_group(record, y))
@@ -54,10 +54,10 @@ def draw(records: list[dict]) -> str:
     head = [
         f'<rect class="board" x="0.5" y="0.5" width="{_WIDTH - 1}" height="{height - 1}" rx="10"/>',
         '<text class="th" x="18" y="30">Fused losses: forward and backward, V = 151,936</text>',
-        f'<text class="t" x="18" y="48">{escape(where)}, torch {escape(first["torch"])}; medians, lower is better'
-        "</text>",
-        f'<text class="tb" x="{_LABEL}" y="72">time, bare GEMMs = 1</text>',
-        f'<text class="tb" x="{_RIGHT}" y="72">peak memory beyond gradients, MiB</text>',
+        f'<text class="t" x="18" y="48">{escape(sources(records))}</text>',
+        '<text class="t" x="18" y="64">medians, lower is better; * one call without warm-up</text>',
+        f'<text class="tb" x="{_LABEL}" y="88">time, bare GEMMs = 1</text>',
+        f'<text class="tb" x="{_RIGHT}" y="88">peak memory beyond gradients, MiB</text>',
     ]
     label = "; ".join(_sentence(record) for record in records)
     return (
@@ -67,11 +67,11 @@ def draw(records: list[dict]) -> str:
 
 
 def _bars(record: dict) -> list[tuple[str, float, float | None]]:
-    """(name, time / bare GEMMs, MiB), ours first, then by time."""
+    """(name, time / bare GEMMs, MiB), ours first, then by time; a star at the name where that is one cold call."""
     variants = record["variants"]
     base = main_time(variants[GEMMS])
     rows = [
-        (name, main_time(own) / base, own.get("peak_beyond_gradients_mib"))
+        (name + " *" * own.get("memory_pass_only", False), main_time(own) / base, own.get("peak_beyond_gradients_mib"))
         for name, own in variants.items()
         if name != GEMMS
     ]
@@ -127,13 +127,91 @@ def _sentence(record: dict) -> str:
     return f"{record['bench']} {record['dtype']} T={record['shape']['T']}: time over bare GEMMs: " + ", ".join(parts)
 
 
+_HEADINGS = (
+    ("loss", "case", "GEMMs' rate", "eager", "fastest peer", "peak, ours / eager MiB", "beyond gradients", "rounds"),
+    ("loss", "case", "50% masked", "90% masked", "peaked", "frozen head", "rounds"),
+)
+
+
+def markdown(records: list[dict]) -> str:
+    """Two tables, all cases and ours by condition, and the line that says what the numbers are."""
+    compared = [_compared(record) for record in records if not record["case"].endswith("-conditions")]
+    conditions = [_conditions(record) for record in records if record["case"].endswith("-conditions")]
+    lines = []
+    for headings, rows in zip(_HEADINGS, (compared, conditions), strict=True):
+        lines += [_line(headings), _line(["---"] * len(headings)), *map(_line, rows), ""]
+    legend = (
+        "GEMMs' rate: share of the rate of the bare matrix products in the same rounds (8TDV for divergences: the "
+        "teacher has a head too). Eager and the fastest peer (torch.compile or a library; one cold call does not "
+        "count): their time, ours = 1. Peak: memory that a call adds, then the same less the gradients that both "
+        "sides produce. Conditions: time, without = 1. Rounds: of ours. Medians: forward and backward, or scoring. "
+    )
+    lines.append(f"{legend}{sources(records)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _compared(record: dict) -> list[str]:
+    variants = record["variants"]
+    ours = variants[OURS]
+    peers = {
+        name: main_time(own) / main_time(ours)
+        for name, own in variants.items()
+        if name not in (GEMMS, EAGER) and not name.startswith(OURS) and not own.get("memory_pass_only")
+    }
+    fastest = min(peers, key=peers.get, default=None)
+    eager = variants.get(EAGER)
+    memory = [
+        f"{ours[key]:,.0f} / {eager[key]:,.0f} ({ours[key] / max(eager[key], 1e-9):.2f})"
+        if eager and key in ours and key in eager
+        else "-"
+        for key in ("peak_mib", "peak_beyond_gradients_mib")
+    ]
+    return [
+        *_names(record),
+        f"{ours['share_of_gemms']:.0%}" if "share_of_gemms" in ours else "-",
+        f"{main_time(eager) / main_time(ours):.2f}" if eager else "-",
+        f"{peers[fastest]:.2f} ({fastest})" if fastest else "-",
+        *memory,
+        str(ours["rounds"]),
+    ]
+
+
+def _conditions(record: dict) -> list[str]:
+    variants = record["variants"]
+    times = [f"{variants[name]['times_base']:.2f}" for name in _HEADINGS[1][2:-1]]
+    return [*_names(record), *times, str(variants[OURS]["rounds"])]
+
+
+def _names(record: dict) -> tuple[str, str]:
+    """Loss and case in words; what is usual (nothing masked, random softmax, trainable head) is not said."""
+    words = [record["dtype"], *(f"{axis} {size}" for axis, size in record["shape"].items() if axis != "V")]
+    words += [f"{record['mask_percent']}% masked"] if record.get("mask_percent") else []
+    words += [record["softmax"]] if record.get("softmax", "random") != "random" else []
+    words += (
+        [{"frozen": "frozen head", "score": "scoring"}[record["head"]]]
+        if record.get("head", "trainable") != "trainable"
+        else []
+    )
+    words += [record[key] for key in ("kind", "mode") if key in record]
+    return record["bench"].removeprefix("linear_").replace("_", " "), ", ".join(words)
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "fused-losses.svg")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--hardware", help="part of the name of the machine whose records count")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table instead of drawing")
     given = parser.parse_args()
-    records = [record for record in load(given.results) if record["device"] == given.device]
+    records = load(given.results, given.device, given.hardware)
+    if given.table:
+        print(markdown(records), end="")
+        return
     given.output.write_text(draw(chosen(records)))
     print(given.output)
 

@@ -12,20 +12,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from claims import CLAIM_CASES
 from heads import Outcome
 from measure import Effort
 from memory import keep_freed_memory
 from records import save, table
 
 QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
-FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0)
+FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
 # pytest-benchmark repeats our call, for its own JSON and comparison, about so long.
 PEDANTIC_S = {True: 1.0, False: 3.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary, under 3 minutes")
-    parser.addoption("--record", metavar="FOLDER", type=Path, help="append each record to FOLDER/<bench>.jsonl")
+    parser.addoption("--claims", action="store_true", help="only the cases whose numbers claims.py judges")
+    parser.addoption(
+        "--record",
+        metavar="FOLDER",
+        type=Path,
+        help="append each record to FOLDER/<bench>.jsonl, where the newest counts",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,10 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`cases(quick, device)` of the bench file gives the cases of every test that asks for one."""
-    name = {"case": "cases", "condition_case": "conditions"}
-    for argument, function in name.items():
+    bench = metafunc.module.__name__.removeprefix("bench_")
+    for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
             cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
+            if metafunc.config.getoption("claims"):
+                cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
             metafunc.parametrize(argument, cases, ids=[case.name for case in cases])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
-from measure import OURS, Effort, Variant, bare_gemms, differences, gemm_flop, main_time, measure, numbers_of
+from measure import OURS, Effort, Variant, bare_gemms, differences_of, gemm_flop, main_time, measure, numbers_of
 from peers import COMPILES, Build, as_variant, gather
 from torch import Tensor
 
@@ -17,13 +18,14 @@ from torch import Tensor
 _NOTABLE = 0.05
 
 
-@dataclass(frozen=True)
+# Compared by identity, so that it may be a key.
+@dataclass(frozen=True, eq=False)
 class HeadBench:
     """One public loss: `ours` gives the scalar that is timed, `gate_*` what is compared with float64."""
 
     name: str
     ours: Callable[[HeadInputs], Tensor]
-    gate_ours: Callable[[HeadInputs], Tensor]
+    gate_ours: Callable[[HeadInputs, int | None], Tensor]
     gate_eager: Callable[[HeadInputs], Tensor]
     peers: dict[str, Build]
 
@@ -64,9 +66,9 @@ def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] 
     skip = {**too_slow(bench, case, effort, skip), **skip}
     others, not_run = gather(bench.peers, inputs, score=score, skip=skip)
     variants = [bare_gemms(inputs.hidden[inputs.scored], inputs.weight, case.head), ours, *others]
-    samples = measure(variants, effort, device, not_run)
+    samples = measure(variants, effort, device, not_run, base=OURS)
     numbers = numbers_of(samples, variants)
-    far = differences(samples, OURS)
+    far = differences_of(samples)
     notable = {name: f"differs from ours by {d}" for name, d in far.items() if max(d.values()) > _NOTABLE}
     flop = gemm_flop(int(inputs.scored.sum()), case.hidden, case.vocabulary, case.head)
     for own in numbers.values():
@@ -86,35 +88,36 @@ def too_slow(bench: HeadBench, case: Case, effort: Effort, skip: Collection[str]
     if case.device != "cpu" or case.tokens <= 128:
         return found
     tried = tuple(name for name in bench.peers if name not in COMPILES and name not in skip)
-    seconds = _trial_seconds(bench, case, tried, effort.limit_s)
-    for name, (first, last) in seconds.items():
-        expected = last + max(0.0, last - first) / 48 * max(0, case.tokens - 64)
-        # 16 tokens that take an eighth of the limit are not tried with more: the time grows with them.
-        if expected > effort.limit_s or (last == first and first >= effort.limit_s / 8):
-            text = f"64 tokens take {last:.1f} s" if last != first else f"16 tokens take {first:.1f} s"
-            found[name] = f"{text}, {case.tokens} too long (the limit of a call is {effort.limit_s:.0f} s)"
+    trials = _trial_seconds(bench, replace(case, tokens=0, mask=0), tried, effort.limit_s)
+    too_long = f"{case.tokens} too long (the limit of a call is {effort.limit_s:.0f} s)"
+    for name, (first, last) in trials.items():
+        if last is None:
+            # Not tried with more: the time grows with them.
+            found[name] = f"16 tokens take {first:.1f} s, {too_long}"
+        elif last + max(0.0, last - first) / 48 * max(0, case.tokens - 64) > effort.limit_s:
+            found[name] = f"64 tokens take {last:.1f} s, {too_long}"
     return found
 
 
-_TRIALS: dict[tuple, dict[str, tuple[float, float]]] = {}
-
-
+@functools.cache
 def _trial_seconds(
     bench: HeadBench, case: Case, tried: tuple[str, ...], limit_s: float
-) -> dict[str, tuple[float, float]]:
-    """Seconds of one call on 16 and on 64 tokens (the same number twice where 16 are too slow already)."""
-    key = (bench.name, replace(case, tokens=0, mask=0), tried)
-    if key not in _TRIALS:
-        seconds: dict[str, list[float]] = {}
-        for tokens in (16, 64):
-            inputs = head_inputs(replace(case, tokens=tokens, mask=0))
-            builds = {n: bench.peers[n] for n in tried if tokens == 16 or max(seconds.get(n, [0.0])) < limit_s / 8}
-            for variant in gather(builds, inputs, score=case.head == "score")[0]:
-                start = time.perf_counter()
-                variant()
-                seconds.setdefault(variant.name, []).append(time.perf_counter() - start)
-        _TRIALS[key] = {name: (own[0], own[-1]) for name, own in seconds.items()}
-    return _TRIALS[key]
+) -> dict[str, tuple[float, float | None]]:
+    """Seconds of one call on 16 and on 64 tokens; None where 16 take an eighth of the limit already."""
+    first = _one_call(bench, replace(case, tokens=16), tried)
+    last = _one_call(bench, replace(case, tokens=64), tuple(n for n, s in first.items() if s < limit_s / 8))
+    return {name: (seconds, last.get(name)) for name, seconds in first.items()}
+
+
+def _one_call(bench: HeadBench, case: Case, names: tuple[str, ...]) -> dict[str, float]:
+    """Seconds of one call of each of these peers that runs here."""
+    seconds = {}
+    builds = {name: bench.peers[name] for name in names}
+    for variant in gather(builds, head_inputs(case), score=case.head == "score")[0]:
+        start = time.perf_counter()
+        variant()
+        seconds[variant.name] = time.perf_counter() - start
+    return seconds
 
 
 def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> Outcome:
@@ -129,7 +132,7 @@ def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> Outcome:
     errors = {name: gate(bench, own, effort)._asdict() for name, own in conditions.items()}
     inputs = {name: head_inputs(own) for name, own in conditions.items()}
     variants = [as_variant(name, lambda x=x: bench.ours(x), x, False) for name, x in inputs.items()]
-    samples = measure(variants, replace(effort, least_rounds=3), inputs[OURS].hidden.device)
+    samples = measure(variants, replace(effort, least_rounds=effort.always_rounds), inputs[OURS].hidden.device)
     numbers = numbers_of(samples, variants, baseline=OURS)
     for own in numbers.values():
         # The same ratio the other way round: time under the condition / time without it.

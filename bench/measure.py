@@ -23,9 +23,12 @@ from memory import fill_thread_cache, keep_freed_memory, page_faults, peak_extra
 from torch import Tensor
 
 GEMMS, OURS, EAGER = "bare GEMMs", "ours", "eager"
-# Timed in rounds however long they take: every claim rests on these.
+# Timed in rounds however long they take.
 ALWAYS = (GEMMS, OURS, EAGER)
 _SWEEP_MIB = 256
+# Most that a gradient of ours may differ from eager's in the timed shape, in norm: both are rounded to 16 bits a few
+# times (0.1% each), and one chunk left out of five would make 45%.
+_MOST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Effort:
     limit_s: float
     # Rows of the head with which a wide one (D > 1024) stands before the gate; None: all.
     gate_vocabulary: int | None = None
-    # One more for those of ALWAYS.
+    # Rounds that peers take part in at least, and those of ALWAYS, on which every claim rests.
     least_rounds: int = 2
+    always_rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,8 @@ class Samples:
     timings: dict[int, Timing] = field(default_factory=dict)
     peak_bytes: int | None = None
     gradient_bytes: int = 0
-    # Of the memory pass: the value and the gradient of the first input, to see that all variants compute the same.
-    value: Tensor | None = None
-    first_gradient: Tensor | None = None
+    # Of the memory pass, relative to the variant it is compared with (see difference).
+    differences: dict[str, float] = field(default_factory=dict)
 
 
 def time_once(variant: Variant, device: torch.device) -> Timing:
@@ -122,7 +125,7 @@ def interleaved(variants: list[Variant], effort: Effort, device: torch.device) -
         turn = index % max(len(variants), 1)
         for variant in variants[turn:] + variants[:turn]:
             own = found[variant.name]
-            least = effort.least_rounds + (variant.name in ALWAYS)
+            least = effort.always_rounds if variant.name in ALWAYS else effort.least_rounds
             if index < least or sum(t.total_ms for t in own.values()) < effort.seconds * 1e3:
                 sweep.add_(1.0)
                 own[index] = time_once(variant, device)
@@ -130,22 +133,38 @@ def interleaved(variants: list[Variant], effort: Effort, device: torch.device) -
 
 
 def measure(
-    variants: list[Variant], effort: Effort, device: torch.device, not_run: dict[str, str] | None = None
+    variants: list[Variant],
+    effort: Effort,
+    device: torch.device,
+    not_run: dict[str, str] | None = None,
+    base: str | None = None,
 ) -> dict[str, Samples]:
     """Peak memory of each variant, then interleaved rounds.
 
-    not_run: peers that fail at this shape are added to it, with the error, instead of raising.
+    not_run: peers that fail at this shape are added to it, with the error, instead of raising. base: the variant that
+    those after it are compared with; AssertionError where one of its gradients is far from eager's.
     """
     samples: dict[str, Samples] = {}
     first: dict[str, float] = {}
+    expected: dict[str, Tensor] = {}
     for variant in variants:
         try:
-            samples[variant.name], first[variant.name] = _memory_pass(variant, device)
+            samples[variant.name], first[variant.name], found = _memory_pass(variant, device)
         except Exception as error:
             # Ours and the GEMMs have to work; eager may be out of memory where ours is not.
             if not_run is None or variant.name in (GEMMS, OURS):
                 raise
             not_run[variant.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        own = samples[variant.name].differences
+        own |= {name: difference(found[name], expected[name]) for name in expected.keys() & found.keys()}
+        if variant.name == EAGER:
+            far = {n: d for n, d in own.items() if n != "value" and not d <= _MOST_DIFFERENCE[expected[n].dtype]}
+            assert not far, f"gradients of {base} and eager differ in the timed shape: {far}"
+        if variant.name == base:
+            expected = found
+        del found
+    expected.clear()
     variants = [variant for variant in variants if variant.name in samples]
     if device.type == "cpu":
         keep_freed_memory(2 * max((s.peak_bytes or 0 for s in samples.values()), default=0))
@@ -155,8 +174,8 @@ def measure(
     return samples
 
 
-def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float]:
-    """Peak, value and gradients of one call, and its seconds."""
+def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float, dict[str, Tensor]]:
+    """Peak of one call, its seconds, and what it computed: a scalar value and the gradients."""
     if variant.compiles or device.type == "cuda":
         # Libraries allocate workspaces and compile kernels at their first call.
         variant()
@@ -165,9 +184,22 @@ def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float
     seconds = time.perf_counter() - start
     held = gradients if isinstance(gradients, tuple) else ()
     own = Samples(peak_bytes=peak, gradient_bytes=sum(t.numel() * t.element_size() for t in held))
-    if value.ndim == 0:
-        own.value, own.first_gradient = value.detach(), held[0] if held else None
-    return own, seconds
+    if value.ndim:
+        # The logits of the bare GEMMs.
+        return own, seconds, {}
+    return own, seconds, {"value": value.detach()} | {f"gradient {i}": tensor for i, tensor in enumerate(held)}
+
+
+def difference(values: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in blocks: a head in float32 is gigabytes."""
+    far = base = 0.0
+    for own, other in zip(*(t.reshape(-1).split(1 << 24) for t in (values, expected)), strict=True):
+        wide = other.float()
+        far += torch.linalg.vector_norm(own.float() - wide, dtype=torch.float64).item() ** 2
+        base += torch.linalg.vector_norm(wide, dtype=torch.float64).item() ** 2
+    if far == 0:
+        return 0.0
+    return (far / base) ** 0.5 if base else float("inf")
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -207,16 +239,9 @@ def numbers_of(samples: dict[str, Samples], variants: list[Variant], baseline: s
     return numbers
 
 
-def differences(samples: dict[str, Samples], base: str) -> dict[str, dict[str, float]]:
-    """Relative differences of value and first gradient to those of the base (largest entry over largest entry)."""
-    found: dict[str, dict[str, float]] = {}
-    for name, own in samples.items():
-        for part in ("value", "first_gradient"):
-            theirs, ours = getattr(own, part), getattr(samples[base], part)
-            if name != base and theirs is not None and ours is not None:
-                far = (theirs.double() - ours.double()).abs().max() / ours.double().abs().max()
-                found.setdefault(name, {})[part] = far.item()
-    return found
+def differences_of(samples: dict[str, Samples]) -> dict[str, dict[str, float]]:
+    """Differences of those variants that were compared."""
+    return {name: own.differences for name, own in samples.items() if own.differences}
 
 
 def ratio(totals: dict[str, dict[int, float]], over: str, under: str) -> tuple[float, float | None]:

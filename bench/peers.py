@@ -164,9 +164,11 @@ def _logprob_compiled(x: HeadInputs) -> Loss:
     return _compiled(_eager_logprob_sum, x.hidden, x.weight, x.targets, *logprob_weights(x))
 
 
-def _logprob_from(scores: Callable[[], tuple[Tensor, Tensor]], x: HeadInputs) -> Loss:
-    """Peers without ignore_index score every row; the weights of ignored rows are 0."""
-    for_logp, for_entropy = logprob_weights(x)
+def _logprob_from(
+    scores: Callable[[], tuple[Tensor, Tensor]], x: HeadInputs, rows: slice | Tensor = slice(None)
+) -> Loss:
+    """rows: those that are scored. Peers that have no ignored rows score all; the weights of ignored ones are 0."""
+    for_logp, for_entropy = (weights[rows] for weights in logprob_weights(x))
 
     def loss() -> Tensor:
         logp, entropy = scores()
@@ -176,9 +178,10 @@ def _logprob_from(scores: Callable[[], tuple[Tensor, Tensor]], x: HeadInputs) ->
 
 
 def _logprob_trl(x: HeadInputs) -> Loss:
-    apply, targets = _trl_function(), x.targets.clamp(min=0)
+    apply, rows = _trl_function(), _scored_rows(x)
+    targets = x.targets[rows]
     return _logprob_from(
-        lambda: apply(x.hidden, x.weight, None, targets, 1.0, _TRL_CHUNK, None, 1.0, ("entropy",))[:2], x
+        lambda: apply(x.hidden[rows], x.weight, None, targets, 1.0, _TRL_CHUNK, None, 1.0, ("entropy",))[:2], x, rows
     )
 
 
@@ -203,6 +206,11 @@ def _logprob_verl_kernel(x: HeadInputs) -> Loss:
 def _logprob_verl_torch(x: HeadInputs) -> Loss:
     head, targets = need("verl.utils.experimental.torch_functional").FusedLinearForPPO(), x.targets.clamp(min=0)
     return _logprob_from(lambda: head(x.hidden, x.weight, targets), x)
+
+
+def _scored_rows(x: HeadInputs) -> slice | Tensor:
+    """Rows that a trainer gathers before it calls a function without ignored rows, as TRL does on CUDA."""
+    return slice(None) if bool(x.scored.all()) else torch.nonzero(x.scored).flatten()
 
 
 def _trl_function() -> Callable[..., tuple[Tensor, ...]]:
@@ -248,12 +256,12 @@ def _policy_compiled(x: HeadInputs) -> Loss:
 
 
 def _policy_trl(x: HeadInputs) -> Loss:
-    apply, targets = _trl_function(), x.targets.clamp(min=0)
-    scored = x.scored.float()
+    apply, rows = _trl_function(), _scored_rows(x)
+    targets, advantages, ref_logp, scored = (t[rows] for t in (x.targets, x.advantages, x.ref_logp, x.scored.float()))
 
     def loss() -> Tensor:
-        logp = apply(x.hidden, x.weight, None, targets, 1.0, _TRL_CHUNK, None, 1.0, ())[0]
-        return grpo_of_logp(logp, x.advantages, x.ref_logp, scored)
+        logp = apply(x.hidden[rows], x.weight, None, targets, 1.0, _TRL_CHUNK, None, 1.0, ())[0]
+        return grpo_of_logp(logp, advantages, ref_logp, scored)
 
     return loss
 

@@ -6,6 +6,7 @@ import functools
 import json
 import platform
 import subprocess
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -33,9 +34,20 @@ def surroundings() -> dict[str, object]:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return facts | {"python": platform.python_version(), "commit": commit.stdout.strip() or "unknown"}
+    return facts | {"python": platform.python_version(), "commit": _commit()}
+
+
+def _commit() -> str:
+    """Commit of the measured code, with -dirty where that differs from it; new results alone do not count."""
+    commands = (
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"],
+    )
+    outputs = []
+    for command in commands:
+        done = subprocess.run(["git", *command], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+        outputs.append(done.stdout.strip() if done.returncode == 0 else "")
+    return outputs[0] + "-dirty" * bool(outputs[1]) if outputs[0] else "unknown"
 
 
 def save(record: dict[str, object], folder: Path) -> Path:
@@ -47,19 +59,39 @@ def save(record: dict[str, object], folder: Path) -> Path:
     return path
 
 
-def load(folder: Path) -> list[dict]:
-    """The newest record of each case of the fused losses, in the order of the files.
+def load(folder: Path, device: str = "cpu", hardware: str | None = None) -> list[dict]:
+    """The newest record of each case of the fused losses on one machine, in the order of the files.
 
-    A case is a benchmark, its name, device and hardware: the numbers of another machine stand beside these.
+    A later measurement of some cases so replaces these alone; those of --quick never count. hardware: part of the name
+    that hardware_of gives. Raises: ValueError where records of several machines are left.
     """
-    newest: dict[tuple, dict] = {}
+    newest: dict[tuple[str, str], dict] = {}
+    machines: set[str] = set()
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            if "case" in record:
-                key = (record["bench"], record["case"], record["device"], record.get("gpu") or record["cpu"])
-                newest[key] = record
+            if "case" not in record or record.get("quick") or record["device"] != device:
+                continue
+            if (hardware or "") not in hardware_of(record):
+                continue
+            machines.add(hardware_of(record))
+            newest[record["bench"], record["case"]] = record
+    if len(machines) > 1:
+        raise ValueError(f"records of several machines in {folder}: {sorted(machines)}; name one with --hardware")
     return list(newest.values())
+
+
+def hardware_of(record: dict) -> str:
+    return record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+
+
+def sources(records: list[dict]) -> str:
+    """Hardware, torch and commit, one line; several commits each with their number of cases."""
+    commits = Counter(record["commit"] for record in records)
+    short = {commit: commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits}
+    named = [short[commit] + (f" ({count} cases)" if len(commits) > 1 else "") for commit, count in commits.items()]
+    torches = ", ".join(sorted({record["torch"] for record in records}))
+    return f"{hardware_of(records[0])}, torch {torches}, commit{'s' * (len(commits) > 1)} {', '.join(named)}"
 
 
 def table(record: dict) -> str:

@@ -23,8 +23,8 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 
 `memory_budget_bytes` bounds the logits that exist at once (at least one row). Each chunk more than the default's costs
 a little time; losses whose gradient is known only in backward keep all logits where they fit it, else make them again.
-Default: 512 MiB on CUDA, 256 MiB on CPU; kept up to 512 MiB and 1 GiB. A 16-bit trained head gets more, so that its
-gradient is summed over at most 5 chunks (beyond that it is summed in float32: 4*V*D bytes, and 6*V*D at its end).
+Default: 512 MiB for each head on CUDA, 256 MiB on CPU; kept up to 512 MiB and 1 GiB. A 16-bit trained head gets more,
+so that its gradient is summed over at most 5 chunks (beyond that in float32: 4*V*D bytes, 6*V*D at its end).
 
 On CUDA, rows that are to be ignored are looked up on the device, which waits for it up to three times per call;
 `ignore_index=None` says that every row is scored and waits for nothing. Cross entropy, policy loss and divergence make

@@ -12,9 +12,9 @@ from .implementations import resolve_impl
 from .rows import accumulation_dtype
 from .torch_rows import RowInputs, RowReference
 
-# Bytes of logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden has tiles
-# for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above about 1000
-# rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
+# Bytes of a head's logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden has
+# tiles for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above about
+# 1000 rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
 DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 # Up to these all logits are kept for a backward that is not known in forward, which saves their second GEMM.
 DEFAULT_KEPT_BYTES = {"cuda": 512 << 20, "cpu": 1 << 30}
@@ -51,9 +51,9 @@ class Loop:
         self.count = len(hidden) if rows is None else len(rows)
         # The first `live` of them carry a gradient; no chunk holds both kinds.
         self.live = self.count if live is None else live
-        row_bytes = buffers * weight.shape[0] * hidden.element_size()
-        budget = budget or default_budget(self.live, row_bytes, weight, need_weight)
-        self.step = chunk_rows(self.count, row_bytes, budget, hidden.device.type)
+        row_bytes = weight.shape[0] * hidden.element_size()
+        budget = budget or buffers * default_budget(self.live, row_bytes, weight, need_weight)
+        self.step = chunk_rows(self.count, buffers * row_bytes, budget, hidden.device.type)
         self.chunks = math.ceil(self.live / self.step)
 
     def workspace(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -129,7 +129,7 @@ class Gradients:
 
 
 def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool) -> int:
-    """Bytes of logits where the caller names none.
+    """Bytes of one head's logits where the caller names none.
 
     A 16-bit d_weight gets chunks large enough for MAX_ROUNDINGS, unless these take more than its float32 form would.
     """
