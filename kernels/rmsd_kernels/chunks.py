@@ -12,9 +12,9 @@ from .implementations import resolve_impl
 from .rows import accumulation_dtype
 from .torch_rows import RowInputs, RowReference
 
-# Bytes of a head's logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden has
-# tiles for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above about
-# 1000 rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
+# Bytes of a head's logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden
+# has tiles for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above
+# about 1000 rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
 DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 # Up to these all logits are kept for a backward that is not known in forward, which saves their second GEMM.
 DEFAULT_KEPT_BYTES = {"cuda": 512 << 20, "cpu": 1 << 30}
