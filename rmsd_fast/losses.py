@@ -29,8 +29,10 @@ so that its gradient is summed over at most 5 chunks (beyond that in float32: 4*
 On CUDA, rows that are to be ignored are looked up on the device, which waits for it up to three times per call;
 `ignore_index=None` says that every row is scored and waits for nothing. Cross entropy, policy loss and divergence make
 their gradients in forward. That costs its work also where backward never comes, twice under activation checkpointing,
-and holds the gradients of hidden states and head until backward, which uses them up: one backward per loss. Autocast
-has no effect: the losses compute in the dtype of their inputs.
+and holds the gradients of hidden states and head until backward, which uses them up: one backward per loss, and no
+second derivatives (impl="reference" has both). Autocast has no effect: the losses compute in the dtype of their inputs.
+torch.compile takes them whole (fullgraph), with lengths that change; its dynamic=True, which makes symbols of Python
+floats too, fails on the policy loss in torch 2.13.
 
 An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64
 inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of

@@ -38,7 +38,7 @@ def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
     if values.shape != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(values.shape)}")
     if not values.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}")
+        raise TypeError(f"{name}: expected a floating dtype, got {values.dtype}; convert it with .float()")
     check_device(name, values, like)
 
 
@@ -120,6 +120,7 @@ def check_normalizer(normalizer: float | Tensor | None, name: str = "normalizer"
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {list(normalizer.shape)}")
+        check_not_negative(name, normalizer)
     elif normalizer is not None:
         check_number(name, normalizer, least=0.0)
 

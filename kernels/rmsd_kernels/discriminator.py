@@ -9,7 +9,7 @@ from types import ModuleType
 from torch import Tensor
 
 from . import checks, reference
-from .implementations import resolve_impl
+from .implementations import IMPLEMENTATIONS, resolve_impl
 from .reference import DiscriminatorLoss, DiscriminatorOutput
 
 
@@ -152,6 +152,7 @@ def discriminator_loss(
 
 def _form(impl: str, tensor: Tensor) -> ModuleType:
     """The module whose functions of the same names serve the call; triton is imported on first use."""
+    checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if resolve_impl(impl, tensor, native_form=False) != "triton":
         return reference
     from . import triton_discriminator
@@ -172,7 +173,8 @@ def _check_values(
     norm_eps: float,
 ) -> None:
     if not isinstance(hidden, Tensor) or hidden.ndim != 2:
-        raise ValueError(f"hidden: expected a tensor [T, D], got {getattr(hidden, 'shape', type(hidden).__name__)}")
+        found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: expected a tensor [T, D], got {found}; flatten batch and length (row b*L + i)")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: expected a floating dtype, got {hidden.dtype}")
     checks.check_vector("weight", weight, hidden.shape[1], hidden)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import checks
 from .head_autograd import HeadCall
+from .implementations import IMPLEMENTATIONS
 from .rows import accumulation_dtype
 
 
@@ -35,7 +36,8 @@ def temperature_of_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor |
 
 
 def budget_bytes(memory_budget_bytes: int | None, impl: str) -> int:
-    """Bytes of logits that may exist at once, 0 = the engine's default."""
+    """Bytes of logits that may exist at once, 0 = the engine's default; impl is checked too."""
+    checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if memory_budget_bytes is None:
         return 0
     checks.check_number("memory_budget_bytes", memory_budget_bytes, above=0.0)

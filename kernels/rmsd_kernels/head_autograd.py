@@ -9,11 +9,12 @@
 Gradients made in forward and kept logits are used up in place by the first backward; a second one raises.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks, engine
 from .chunks import DEFAULT_KEPT_BYTES
@@ -122,6 +123,21 @@ def divergence(
     return torch.where(scale == 0, 0.0, values * scale).sum() + carrier
 
 
+def first_order(backward: Callable) -> Callable:
+    """A backward whose result must not be differentiated: it is a constant to autograd, so terms would be lost."""
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        # Autograd records a backward exactly where create_graph asks for it; a trace for torch.compile always does.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fused losses have no second derivatives (create_graph=True); use impl='reference' for these"
+            )
+        return backward(ctx, *gradients)
+
+    return run
+
+
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
@@ -129,7 +145,7 @@ class _OnePass(torch.autograd.Function):
         return _save_gradients(ctx, stats, gradients, len(arguments))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _, g):
         return _used_up(ctx, g)
 
@@ -141,7 +157,7 @@ class _Divergence(torch.autograd.Function):
         return _save_gradients(ctx, values, gradients, len(arguments))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _, g):
         return _used_up(ctx, g)
 
@@ -161,7 +177,7 @@ class _FrozenHead(torch.autograd.Function):
         return stats, stats[Stat.LOGP].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _, g_logp):
         d_hidden, targets = ctx.saved_tensors
         if ctx.ignore_index is not None:
@@ -187,7 +203,7 @@ class _Scores(torch.autograd.Function):
         return stats, stats[Stat.LOGP].clone(), stats[Stat.ENTROPY].clone(), stats[Stat.FULL_KL].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _, g_logp, g_entropy, g_full_kl):
         if ctx.keep:
             _once(ctx)

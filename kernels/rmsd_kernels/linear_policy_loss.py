@@ -61,7 +61,8 @@ def linear_policy_loss(
     loss = sum over scored rows of token_weights * (-w * min(r*A, clip(r, 1-clip_low, 1+clip_high)*A)
            + kl_coef * KL - entropy_coef * H) / normalizer
 
-    Args beyond linear_cross_entropy (per-row tensors are float [T]; what stands in ignored rows has no effect):
+    Args beyond linear_cross_entropy (per-row tensors are float [T]; what stands in ignored rows has no effect, whereas
+    rows with a token weight of 0 are scored and count in the metrics):
         advantages: A. old_logp: log-probs of the sampling policy in this trainer, r = exp(logp - old_logp); None =
             on-policy: r is 1 and its gradient stays.
         ref_logp, or ref_hidden [T, D'] + ref_weight [V, D'] (+ ref_bias [V]): the reference policy.

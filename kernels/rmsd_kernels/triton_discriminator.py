@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .head_autograd import first_order
 from .reference import DiscriminatorLoss, DiscriminatorOutput
 from .triton_discriminator_kernels import (
     GRAD_BLOCK_D,
@@ -117,7 +117,7 @@ class _LastTokenValues(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_values):
         needed = ctx.needs_input_grad
         hidden, head, bias, norm = _head_gradients(ctx.saved_tensors, grad_values, None, needed[0], *needed[2:5])
@@ -136,7 +136,7 @@ class _Discriminator(torch.autograd.Function):
         return loss, accuracy, margin, scores
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss, *_):
         needed = ctx.needs_input_grad
         *saved, score_grad = ctx.saved_tensors
@@ -156,7 +156,7 @@ class _Pairwise(torch.autograd.Function):
         return loss, accuracy, margin
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss, *_):
         gradient = ctx.saved_tensors[0] * grad_loss
         parts = (gradient[: ctx.split], gradient[ctx.split :])

@@ -96,11 +96,14 @@ class FusedGRPOMixin:
             raise ValueError(f"fused_objective: expected one of {', '.join(OBJECTIVES)}, got {fused_objective!r}")
         super().__init__(*args, **kwargs)
         _check_version(self)
-        if self.aux_loss_enabled or getattr(self.args, "torch_compile", False):
-            raise RuntimeError(
-                "the fused head cannot carry over router_aux_loss_coef (mixture-of-experts models) or torch_compile; "
-                "leave them out"
-            )
+        refused = {
+            "router_aux_loss_coef (mixture-of-experts models)": self.aux_loss_enabled,
+            "torch_compile": getattr(self.args, "torch_compile", False),
+            "use_liger_kernel (its own loss)": getattr(self.args, "use_liger_kernel", False),
+        }
+        if any(refused.values()):
+            names = ", ".join(name for name, given in refused.items() if given)
+            raise RuntimeError(f"the fused head cannot carry over {names}; leave it out")
         unmapped = unmapped_settings(self)
         if fused_objective == "policy" and unmapped:
             raise RuntimeError(
