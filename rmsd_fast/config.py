@@ -71,7 +71,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """`bfloat16` or `float32`: the dtype in which student, discriminator and reference compute."""
     attention: str = "sdpa"
-    """Attention of transformers: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn)."""
+    """Attention of transformers with packing=padded: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn).
+    Shared prompts have an attention of their own."""
     liger: str = "auto"
     """Liger's RMSNorm, RoPE and SwiGLU in policy, reference and discriminator: `on`, `off`, or `auto` = on where there
     are CUDA and liger-kernel."""
@@ -149,7 +150,7 @@ class TeacherConfig:
 
 @dataclass
 class SftConfig:
-    """Stage 1: imitation of T_best."""
+    """Stage 1: imitation of teacher responses."""
 
     steps: int = 390
     """Optimiser steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
@@ -165,10 +166,9 @@ class SftConfig:
     """AdamW weight decay (open)."""
     train_vision: bool = False
     """Also train vision tower and mergers."""
-    target: str = "best"
-    """`best` = argmax quality, ties and open questions a seeded uniform choice; `random` = one response of the pool."""
-    micro_batch: int = 8
-    """Rows per forward pass on one process."""
+    responses: str = "best"
+    """`best` = T_best, argmax quality, ties and open questions a seeded uniform choice; `all` = every response of
+    quality above 0; `random` = one response of the pool."""
 
 
 @dataclass
@@ -255,8 +255,6 @@ class DistillConfig:
     """Leave out responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = "token_mean"
     """`token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
-    micro_prompts: int = 1
-    """Questions per forward pass on one process, each with its N rollouts (and K teacher responses in D)."""
 
 
 @dataclass
@@ -311,6 +309,12 @@ class RunConfig:
     """Seed of order, matching, rollouts and heads."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     """Stages to run, in this order: any of sft, warm_up, distill."""
+    packing: str = "shared"
+    """`shared` = a prompt is computed once for all its responses, in policy, reference and discriminator; `padded` =
+    once for each response, in rows `[prompt | response | padding]` with transformers' attention: slower, to compare."""
+    micro_tokens: int = 32768
+    """Most tokens of one forward pass on one process, padding included. A question's responses are spread over several
+    passes only where they do not fit one; the longest prompt and the longest response must fit together."""
     made: MadeConfig = field(default_factory=MadeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

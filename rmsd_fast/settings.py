@@ -17,6 +17,7 @@ from rmsd_fast import config as config_module
 from rmsd_fast.config import RECIPES, STAGES, RunConfig, SettingsError
 
 CHOICES = {
+    "packing": ("shared", "padded"),
     "made.source": ("clips", "real_clips"),
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
@@ -27,7 +28,7 @@ CHOICES = {
     "teacher.ocr_metric": ("wer", "anls"),
     "teacher.spatial_format": ("relative", "pixel"),
     "sft.schedule": ("cosine", "constant"),
-    "sft.target": ("best", "random"),
+    "sft.responses": ("best", "all", "random"),
     "discriminator.pairing": ("expected", "sampled"),
     "discriminator.normalizer": ("pairs", "quality"),
     "reward.normalization": ("gn_then_sum", "sum_then_gn"),
@@ -40,7 +41,7 @@ CHOICES = {
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
-    COUNT: "sft.steps sft.batch_size sft.micro_batch distill.steps distill.batch_size distill.micro_prompts rollout.n "
+    COUNT: "sft.steps sft.batch_size distill.steps distill.batch_size rollout.n micro_tokens "
     "rollout.max_new_tokens rollout.prompts_per_batch teacher.responses evaluate.max_new_tokens "
     "evaluate.prompts_per_batch data.decode_threads data.max_prompt_tokens checkpoint.keep runtime.max_skipped_steps "
     "made.train_clips made.heldout_clips made.responses made.student_layers video.min_frames video.max_frames "
@@ -114,6 +115,16 @@ def uses_discriminator(settings: RunConfig) -> bool:
     """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
     late = "warm_up" in settings.stages or "distill" in settings.stages
     return late and settings.reward.alpha > 0 and settings.distill.objective == "policy"
+
+
+def check_room(settings: RunConfig, response: int, what: str) -> None:
+    """Raise SettingsError where the longest prompt and a response of so many tokens do not fit one forward pass."""
+    longest = settings.data.max_prompt_tokens + response
+    if settings.micro_tokens < longest:
+        raise SettingsError(
+            f"micro_tokens: expected room for data.max_prompt_tokens={settings.data.max_prompt_tokens} and {what} "
+            f"({response} tokens) together, {longest}, got {settings.micro_tokens}; raise it, or lower these"
+        )
 
 
 def describe_settings() -> str:
@@ -255,6 +266,9 @@ def _check(settings: RunConfig) -> None:
             "video.num_frames and video.fps exclude each other: write video.num_frames=null with video.fps=2, "
             f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
         )
+    if {"warm_up", "distill"} & set(settings.stages) and settings.distill.objective == "policy":
+        # The discriminator reads rollouts that were cut with an end token.
+        check_room(settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end")
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
 
@@ -270,17 +284,14 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
     rules = [
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
         (
-            [
-                f"distill.{f.name}"
-                for f in fields(distill)
-                if f.name not in ("batch_size", "micro_prompts", "train_vision")
-            ],
+            [f"distill.{f.name}" for f in fields(distill) if f.name not in ("batch_size", "train_vision")],
             "distill" not in stages,
             "stage distill is not in stages; add it to stages",
         ),
         (["distill."], not late, "no stage uses it; add warm_up or distill to stages"),
         (["reward."], late and "distill" not in stages, "the warm-up pays no rewards; add distill to stages"),
         (["reward.score_clip"], not judged, "no discriminator is trained; give reward.alpha > 0"),
+        (["model.attention"], settings.packing == "shared", "shared prompts have their own; write packing=padded"),
         (
             ["teacher.min_quality"],
             not judged or settings.teacher.quality == "uniform",
@@ -306,14 +317,13 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
                 "distill.tis_cap",
                 "distill.sequence_mask_cap",
                 "distill.aggregation",
-                "distill.micro_prompts",
             ],
             control,
             "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
         (
-            [f"sft.{f.name}" for f in fields(settings.sft) if f.name not in ("target", "micro_batch")],
+            [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],
             "sft" not in stages,
             "stage sft is not in stages; the control takes distill.* for it",
         ),

@@ -83,7 +83,7 @@ def finish(run: Run) -> None:
 
 
 def imitate(run: Run) -> None:
-    """Stage 1: SFT on T_best, ends with `stage1/`."""
+    """Stage 1: SFT on teacher responses, ends with `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
     if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
         return
@@ -102,10 +102,14 @@ def control(run: Run) -> None:
 def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
     engines = {"policy": state.policy}
     restore(run, (stage,), state, engines)
-    questions = [q for q in run.material.train if state.targets[q.id].imitate is not None]
+    questions = [q for q in run.material.train if state.targets[q.id].imitate]
     loader = open_loader(run, state, stage, questions, training.batch_size)
     rates = {"policy": rate_of(training, steps=training.steps)}
-    run_steps(run, stage, state, loader, engines, lambda s, p, _: sft.step(s, p, run.settings), rates)
+
+    def one(state, prompts, _):
+        return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
+
+    run_steps(run, stage, state, loader, engines, one, rates)
     export(run, state.student, state.policy, final)
     state.policy.close()
 

@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.packing import make_rows
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.data.records import Question
-from rmsd_fast.models.students import encode_media, forward_hidden, load_student, make_rows
+from rmsd_fast.models.students import encode_media, forward_hidden, load_student
 
 
 def prepare_interpreter() -> set[str]:
@@ -53,7 +54,7 @@ def logits_and_gradients(folder: Path, *, liger: bool) -> tuple[torch.Tensor, di
     picture = str(folder / "a.png")
     prompt = builder.build(Question(id="q", question="What colour?", task_type="open", videos=(), images=(picture,)))
     responses = [builder.encode_response("<answer>B</answer>"), builder.encode_response("A red")]
-    rows = make_rows([prompt], responses, prompt_index=[0, 0], pad_id=student.pad_id)
+    rows = make_rows("padded", [prompt], [responses], pad_id=student.pad_id)
     hidden = forward_hidden(student.model, rows, encode_media(student.model, [prompt]))
     logits = student.model.lm_head(hidden)[rows.attention_mask.bool()]
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()

@@ -88,6 +88,10 @@ def test_help_documents_every_field():
         (["distill.objective=sft", "stages=[sft,distill]", "rollout.n=3"], "distill.objective=policy"),
         (["teacher.numeric_metric=mra", "teacher.numeric_eps=0.1"], "teacher.numeric_metric is mra"),
         (["runtime.zero_stage=0", "runtime.offload_optimizer=true"], "runtime.zero_stage=2"),
+        (["packing=flat"], "packing: expected one of shared, padded"),
+        (["model.attention=eager"], "write packing=padded"),
+        (["micro_tokens=0"], "micro_tokens: expected at least 1"),
+        (["data.max_prompt_tokens=1000", "rollout.max_new_tokens=99", "micro_tokens=1099"], "together, 1100, got 1099"),
         (["steps"], "expected section.field=value"),
     ],
 )
@@ -101,8 +105,10 @@ def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
     [
         ["distill.kl_coef=0"],
         ["distill.kl_coef=0", "reward.kl_in_reward=0.1"],
-        ["stages=[sft,warm_up]", "distill.batch_size=8", "distill.micro_prompts=2"],
-        ["stages=[distill]", "distill.objective=sft", "sft.micro_batch=4"],
+        ["stages=[sft,warm_up]", "distill.batch_size=8", "micro_tokens=20000"],
+        ["stages=[distill]", "distill.objective=sft", "sft.responses=all"],
+        ["packing=padded", "model.attention=eager"],
+        ["stages=[sft]", "micro_tokens=16385"],
         ["data.heldout="],
     ],
 )

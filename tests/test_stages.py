@@ -9,15 +9,15 @@ import pytest
 import torch
 from material import tiny_material, tiny_settings
 
+from rmsd_fast.data.packing import make_rows
 from rmsd_fast.losses import linear_logprob
-from rmsd_fast.models.students import make_rows
 from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.groups import judged_rows, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.groups import judged_responses, make_group, make_pairs, set_advantages
 from rmsd_fast.stages.state import NonFiniteRun
 
-SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "distill.micro_prompts=2", "sft.micro_batch=2")
+SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def material(folder):
 def build(folder, material, world, *overrides):
     settings = tiny_settings(folder, *SMALL, *overrides)
     state = build_distillation(material.model_path, settings, world, material)
-    prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].imitate is not None][:4]
+    prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].imitate][:4]
     return settings, state, prompts
 
 
@@ -51,34 +51,42 @@ def same(a, b, tolerance=0.0):
     return all(float((a[name] - b[name]).abs().max()) <= tolerance for name in a)
 
 
-def test_micro_batches_do_not_change_a_step(folder, material, world):
+def test_micro_batches_and_packing_do_not_change_a_step(folder, material, world):
     results = []
-    for size in (1, 4):
-        settings, state, prompts = build(folder, material, world, f"distill.micro_prompts={size}")
+    # Several groups in a forward pass, one, and parts of one; with a padded row for each response.
+    for overrides in (("micro_tokens=4000",), ("micro_tokens=600",), ("SPLIT",), ("packing=padded",)):
+        settings, state, prompts = build(folder, material, world, *(o for o in overrides if o != "SPLIT"))
+        longest = max(len(p.input_ids) for p in prompts)
+        if overrides == ("SPLIT",):
+            settings.micro_tokens = longest + 90
         settings.rollout.prompts_per_batch = 4
         first = distill.step(state, prompts, settings, rollout_step=0)
         second = distill.step(state, prompts, settings, rollout_step=1)
         results.append((first.metrics, second.metrics, weights(state)))
-    (a1, a2, a), (b1, b2, b) = results
-    for one, other in ((a1, b1), (a2, b2)):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
-    # AdamW's first steps have the size of the learning rate whatever the gradient: the few weights with a gradient of
-    # rounding size may differ by that.
-    moved = [float((a[name] - b[name]).abs().mean()) for name in a]
-    assert max(moved) < 1e-5
+    (a1, a2, a), *others = results
+    for b1, b2, b in others:
+        for one, other in ((a1, b1), (a2, b2)):
+            assert one.keys() == other.keys()
+            for key in one:
+                assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
+        # AdamW's first steps have the size of the learning rate whatever the gradient: the few weights with a gradient
+        # of rounding size may differ by that.
+        moved = [float((a[name] - b[name]).abs().mean()) for name in a]
+        assert max(moved) < 1e-5
 
 
-def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+@pytest.mark.parametrize("imitated", ["best", "all"])
+def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, packing, imitated):
+    settings, state, prompts = build(folder, material, world, f"packing={packing}", f"sft.responses={imitated}")
     own = [state.targets[p.question.id] for p in prompts]
-    responses = [t.token_ids[t.imitate] for t in own]
-    rows = make_rows(prompts, responses, [0, 1, 2, 3], pad_id=0)
+    responses = [[t.token_ids[k] for k in t.imitate] for t in own]
+    assert (max(map(len, responses)) > 1) == (imitated == "all")
+    rows = make_rows(packing, prompts, responses, pad_id=0)
     with torch.no_grad():
         logp = state.policy.module(prompts, rows, None, linear_logprob)
     before = weights(state)
-    result = sft.step(state, prompts, settings)
+    result = sft.step(state, prompts, settings, train_vision=False)
     assert result.metrics["loss"] == pytest.approx(-float(logp.mean()), rel=1e-5)
     assert not same(before, weights(state))
 
@@ -152,11 +160,22 @@ def test_cut_rollouts_look_like_any_other_to_the_discriminator(folder, material,
     settings, state, prompts = build(folder, material, world)
     groups, _ = distill._roll_out(state, prompts, settings, 0)
     assert any(r.truncated for g in groups for r in g.rollouts)
-    rows, students = judged_rows(groups, state.builder)
-    last = rows.attention_mask.sum(1) - 1
-    assert (rows.input_ids[torch.arange(len(last)), last] == state.builder.eos_id).all()
-    assert students == sum(len(g.rollouts) for g in groups)
-    assert len(rows.input_ids) == students + sum(len(g.kept) for g in groups)
+    for group in groups:
+        judged = judged_responses(group, state.builder)
+        assert all(ids[-1] == state.builder.eos_id for ids in judged.responses)
+        assert len(judged.students) == len(group.rollouts) and len(judged.teachers) == len(group.kept)
+
+
+def test_equal_texts_are_judged_once(folder, material, world):
+    settings, state, prompts = build(folder, material, world)
+    groups, _ = distill._roll_out(state, prompts[:1], settings, 0)
+    one, *_, last = groups[0].rollouts
+    targets = state.targets[prompts[0].question.id]
+    twice = replace(targets, token_ids=(targets.token_ids[0],) * 2, quality=torch.ones(2), p=torch.full((2,), 0.5))
+    group = make_group(prompts[0], [one, last, one], replace(twice, valid=(True, True)), settings, step=0)
+    judged = judged_responses(group, state.builder)
+    assert judged.students == [0, 1, 0] and judged.teachers == [2, 2] and len(judged.responses) == 3
+    assert torch.equal(judged.responses[2], targets.token_ids[0])
 
 
 def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, material, world):
@@ -164,8 +183,7 @@ def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, 
     groups, _ = distill._roll_out(state, prompts[:1], settings, 0)
     spelled = [replace(groups[0].rollouts[0], text="a <|video_pad|>")]
     group = make_group(prompts[0], spelled, replace(groups[0].targets, p=torch.zeros(4)), settings, step=0)
-    rows, _ = judged_rows([group], state.builder)
-    ids = rows.input_ids[0][rows.response_mask[0]].tolist()
+    ids = judged_responses(group, state.builder).responses[0].tolist()
     sampled = spelled[0].token_ids.tolist()
     assert ids == sampled + [state.builder.eos_id] * spelled[0].truncated
 

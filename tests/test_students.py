@@ -1,4 +1,4 @@
-"""The student: loading, refusals, padded rows against plain transformers, gradients, export."""
+"""The student: loading, refusals, packed and padded rows against plain transformers, gradients, export."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from media_files import noise_frames, write_clip
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import load_preprocessor, video_patches
+from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import (
     Student,
     encode_media,
@@ -23,7 +25,6 @@ from rmsd_fast.models.students import (
     forward_hidden,
     freeze,
     load_student,
-    make_rows,
 )
 from rmsd_fast.models.tiny import build_tiny_student
 
@@ -85,56 +86,68 @@ def _plain_hidden(student: Student, prompt: Prompt, response: torch.Tensor) -> t
     return output.last_hidden_state[0]
 
 
-def test_padded_rows_equal_single_rows_of_plain_transformers(ask: Callable[[str], Prompt], student: Student) -> None:
-    # A video, two videos, an image, videos and an image, no media; in rows that repeat, leave out and mix up prompts.
+def _set_packing(student: Student, packing: str) -> None:
+    if packing == "shared":
+        enable_shared_prefix(student.model)
+
+
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+def test_rows_equal_single_rows_of_plain_transformers(
+    ask: Callable[[str], Prompt], student: Student, packing: str
+) -> None:
+    # A video, two videos, an image, videos and an image, no media.
     prompts = [ask("a"), ask("ab"), ask("c"), ask("bc"), ask("")]
-    responses = _responses(student, "red", "a much longer answer", "", "<answer>B</answer>", "x", "blue", "12.5")
-    index = [3, 0, 1, 0, 2, 4, 1]
-    rows = make_rows(prompts, responses, index, pad_id=student.pad_id)
+    texts = [("red", "a much longer answer"), ("", "x"), ("<answer>B</answer>",), ("blue",), ("12.5", "13", "red")]
+    responses = [_responses(student, *own) for own in texts]
+    flat = [(prompt, response) for prompt, own in zip(prompts, responses, strict=True) for response in own]
     with torch.no_grad():
-        hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
-        for row, (prompt, response) in enumerate(zip(index, responses, strict=True)):
-            expected = _plain_hidden(student, prompts[prompt], response)
-            length = int(rows.prompt_lengths[row] + rows.response_lengths[row])
-            assert length == len(expected) == int(rows.attention_mask[row].sum())
-            assert (hidden[row, :length] - expected).abs().max() < 1e-5
-    # The features matter: other pixels, other states.
-    other = _plain_hidden(student, ask("b"), responses[1])
-    assert (hidden[1, -1] - other[-1]).abs().max() > 1e-2
+        expected = [_plain_hidden(student, prompt, response) for prompt, response in flat]
+        # The features matter: other pixels, other states.
+        other = _plain_hidden(student, ask("b"), responses[0][0])
+        assert (expected[0][-1] - other[-1]).abs().max() > 1e-2
+        rows = make_rows(packing, prompts, responses, pad_id=student.pad_id)
+        features = encode_media(student.model, prompts)
+        _set_packing(student, packing)
+        hidden = forward_hidden(student.model, rows, features).flatten(0, 1)
+    predicting = gather_rows(hidden, rows).split(rows.lengths_list)
+    for own, whole, last, (_, response) in zip(predicting, expected, rows.last, flat, strict=True):
+        assert (own - whole[-len(response) - 1 : -1]).abs().max() < 1e-5
+        assert (hidden[last] - whole[-1]).abs().max() < 1e-5
 
 
-def test_rows_layout(ask: Callable[[str], Prompt], student: Student) -> None:
-    prompts = [ask("a"), ask("c")]
-    first, second = torch.tensor([5, 6, 7]), torch.tensor([8])
-    rows = make_rows(prompts, [first, second], [1, 0], pad_id=student.pad_id)
-    lengths = [len(prompts[1].input_ids), len(prompts[0].input_ids)]
-    assert rows.prompt_lengths.tolist() == lengths and rows.response_lengths.tolist() == [3, 1]
-    assert rows.prompt_index.tolist() == [1, 0]
-    assert rows.input_ids.shape == (2, max(lengths[0] + 3, lengths[1] + 1))
-    assert rows.input_ids[rows.response_mask].tolist() == [5, 6, 7, 8]
-    assert rows.attention_mask.sum(1).tolist() == [lengths[0] + 3, lengths[1] + 1]
-    assert rows.input_ids[rows.attention_mask == 0].unique().tolist() == [student.pad_id]
-    start = prompts[1].next_position
-    assert rows.position_ids[:, 0, lengths[0] : lengths[0] + 3].tolist() == [[start, start + 1, start + 2]] * 3
-    moved = rows.to("cpu")
-    assert torch.equal(moved.position_ids, rows.position_ids)
-    with pytest.raises(ValueError, match="got 1 and 2"):
-        make_rows(prompts, [first], [0, 1], pad_id=0)
-
-
-def test_states_do_not_depend_on_padding_or_neighbours(ask: Callable[[str], Prompt], student: Student) -> None:
+def test_padding_does_not_matter(ask: Callable[[str], Prompt], student: Student) -> None:
     prompts = [ask("a"), ask("b")]
     short, long = _responses(student, "red", "a very much longer answer " * 8)
     features = encode_media(student.model, prompts)
+    rows = make_rows("padded", prompts, [[long, short], [long]], pad_id=student.pad_id)
     with torch.no_grad():
-        alone = forward_hidden(student.model, make_rows(prompts, [short], [0], pad_id=student.pad_id), features)
-        rows = make_rows(prompts, [long, short, long], [1, 0, 0], pad_id=student.pad_id)
         together = forward_hidden(student.model, rows, features)
         rows.input_ids[rows.attention_mask == 0] = 7
         repadded = forward_hidden(student.model, rows, features)
-    length = alone.shape[1]
-    assert (together[1, :length] - alone[0]).abs().max() < 1e-5
-    assert torch.equal(together[1, :length], repadded[1, :length])
+    real = rows.attention_mask.bool()
+    assert not real.all() and torch.equal(together[real], repadded[real])
+
+
+def test_rows_of_the_other_packing_are_refused(ask: Callable[[str], Prompt], student: Student) -> None:
+    prompts, responses = [ask("a")], [_responses(student, "red")]
+    features = encode_media(student.model, prompts)
+    with pytest.raises(RuntimeError, match="enable_shared_prefix"):
+        forward_hidden(student.model, make_rows("shared", prompts, responses, pad_id=0), features)
+    enable_shared_prefix(student.model)
+    with pytest.raises(RuntimeError, match="disable_shared_prefix"):
+        forward_hidden(student.model, make_rows("padded", prompts, responses, pad_id=0), features)
+
+
+def test_a_video_that_several_prompts_show_is_encoded_once(ask: Callable[[str], Prompt], student: Student) -> None:
+    prompts = [ask("ab"), ask("b"), ask("a"), ask("c")]
+    tokens = []
+    student.model.model.visual.register_forward_hook(lambda _, args, output: tokens.append(len(output.pooler_output)))
+    features = encode_media(student.model, prompts)
+    assert tokens == [12 + 8 + 4]
+    assert [len(pooled) for pooled in features.pooled] == [12, 8, 8, 12, 4]
+    alone = encode_media(student.model, [prompts[1]])
+    assert (features.pooled[2] - alone.pooled[0]).abs().max() < 1e-5
+    assert (features.deepstack[0][2] - alone.deepstack[0][0]).abs().max() < 1e-5
 
 
 def test_one_vision_call_for_all_media_and_none_for_the_rows(
@@ -149,7 +162,9 @@ def test_one_vision_call_for_all_media_and_none_for_the_rows(
     # 4 frames: 2 steps of 2x3 tokens and of 2x2; an image of 2x2.
     assert [len(pooled) for pooled in features.pooled] == [12, 8, 4]
     assert [[len(layer) for layer in depth] for depth in features.deepstack] == [[12, 8, 4]]
-    forward_hidden(student.model, make_rows(prompts, _responses(student, *"xyz"), [0, 0, 1], pad_id=0), features)
+    responses = [_responses(student, *"xy"), _responses(student, "z"), _responses(student, "w")]
+    enable_shared_prefix(student.model)
+    forward_hidden(student.model, make_rows("shared", prompts, responses, pad_id=0), features)
     assert calls == [1]
     empty = encode_media(student.model, [prompts[2]])
     assert calls == [1] and empty.pooled == [] and empty.deepstack == [[]]
@@ -159,21 +174,25 @@ def _gradients(student: Student) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
 
 
-def test_gradients_equal_those_of_plain_transformers(ask: Callable[[str], Prompt], student: Student) -> None:
+@pytest.mark.parametrize("packing", ["shared", "padded"])
+def test_gradients_equal_those_of_plain_transformers(
+    ask: Callable[[str], Prompt], student: Student, packing: str
+) -> None:
     freeze(student.model, train_vision=True)
     prompts = [ask("ab"), ask("c")]
-    responses = _responses(student, "red", "a longer answer", "blue")
-    index = [0, 0, 1]
+    responses = [_responses(student, "red", "a longer answer"), _responses(student, "blue")]
     weight = torch.randn(student.model.config.text_config.hidden_size)
-    rows = make_rows(prompts, responses, index, pad_id=student.pad_id)
-    hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
-    (hidden[rows.response_mask] @ weight).sum().backward()
-    ours = _gradients(student)
-    student.model.zero_grad()
-    for prompt, response in zip(index, responses, strict=True):
-        expected = _plain_hidden(student, prompts[prompt], response)
-        (expected[len(prompts[prompt].input_ids) :] @ weight).sum().backward()
+    for prompt, own in zip(prompts, responses, strict=True):
+        for response in own:
+            expected = _plain_hidden(student, prompt, response)
+            (expected[-len(response) - 1 : -1] @ weight).sum().backward()
     theirs = _gradients(student)
+    student.model.zero_grad()
+    rows = make_rows(packing, prompts, responses, pad_id=student.pad_id)
+    _set_packing(student, packing)
+    hidden = forward_hidden(student.model, rows, encode_media(student.model, prompts))
+    (gather_rows(hidden.flatten(0, 1), rows) @ weight).sum().backward()
+    ours = _gradients(student)
     assert ours.keys() == theirs.keys() and "model.visual.patch_embed.proj.weight" in ours
     for name, gradient in theirs.items():
         scale = gradient.abs().max()
@@ -188,7 +207,7 @@ def test_frozen_vision_gets_no_gradient_and_no_graph(ask: Callable[[str], Prompt
     assert any("deepstack_merger_list" in name for name in frozen) and any(".merger." in name for name in frozen)
     features = encode_media(student.model, [ask("a")])
     assert not features.pooled[0].requires_grad
-    rows = make_rows([ask("a")], _responses(student, "red"), [0], pad_id=student.pad_id)
+    rows = make_rows("padded", [ask("a")], [_responses(student, "red")], pad_id=student.pad_id)
     forward_hidden(student.model, rows, features).sum().backward()
     assert set(_gradients(student)) == {name for name, p in student.model.named_parameters() if p.requires_grad}
     freeze(student.model, train_vision=True)
@@ -200,7 +219,7 @@ def test_frozen_vision_gets_no_gradient_and_no_graph(ask: Callable[[str], Prompt
 def test_gradient_checkpointing_changes_nothing(ask: Callable[[str], Prompt], student: Student) -> None:
     freeze(student.model, train_vision=True)
     prompts = [ask("a")]
-    rows = make_rows(prompts, _responses(student, "red"), [0], pad_id=student.pad_id)
+    rows = make_rows("padded", prompts, [_responses(student, "red")], pad_id=student.pad_id)
     results = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -218,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(ask: Callable[[str], Prompt], st
 def test_bfloat16_student_computes_in_bfloat16(folder: Path, ask: Callable[[str], Prompt], student: Student) -> None:
     low = load_student(folder / "student", dtype="bfloat16")
     prompts = [ask("a")]
-    rows = make_rows(prompts, _responses(student, "red"), [0], pad_id=student.pad_id)
+    rows = make_rows("padded", prompts, [_responses(student, "red")], pad_id=student.pad_id)
     with torch.no_grad():
         exact = forward_hidden(student.model, rows, encode_media(student.model, prompts))
         rounded = forward_hidden(low.model, rows, encode_media(low.model, prompts))

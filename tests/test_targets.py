@@ -43,7 +43,13 @@ def test_quality_filter_and_matching_by_hand():
     assert t.quality.tolist() == pytest.approx([1.0, 0.5, 0.2, 0.0])
     # tau = 0.3 keeps the first two: p = q / 1.5.
     assert t.p.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert t.valid == (True, True, True, False) and t.imitate == 0 and t.has_teacher
+    assert t.valid == (True, True, True, False) and t.imitate == (0,) and t.has_teacher
+
+
+def test_stage_1_may_imitate_every_response_of_quality_above_0():
+    texts = [answer("0.0 to 10.0"), answer("nonsense"), answer("0.0 to 2.0<|video_pad|>"), answer("0.0 to 5.0")]
+    assert targets(texts, imitate="all").imitate == (0, 3)
+    assert targets(["nonsense"], imitate="all").imitate == ()
 
 
 def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
@@ -52,7 +58,7 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
         reasons=["stop", "length", "stop"],
     )
     assert t.token_ids[0] is None and t.quality.tolist() == pytest.approx([0, 0, 0.5])
-    assert t.valid == (False, False, True) and t.imitate == 2
+    assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
 def test_a_text_that_may_not_enter_a_model_is_never_matched():
@@ -64,9 +70,9 @@ def test_a_text_that_may_not_enter_a_model_is_never_matched():
 
 def test_an_empty_pool_gives_no_teacher():
     t = targets([answer("nonsense")] * 4)
-    assert not t.has_teacher and t.imitate is None
+    assert not t.has_teacher and t.imitate == ()
     none = build_targets([QUESTION], {}, TeacherConfig(), Builder(), seed=0, imitate="best")["q"]
-    assert not none.has_teacher and none.imitate is None and none.quality.shape == (0,)
+    assert not none.has_teacher and none.imitate == () and none.quality.shape == (0,)
 
 
 def test_open_questions_match_uniformly_and_imitate_a_valid_one():
@@ -75,7 +81,7 @@ def test_open_questions_match_uniformly_and_imitate_a_valid_one():
         question = Question(id=f"o{number}", question="?", task_type="open", videos=("v",))
         t = targets([answer("x"), "no format", answer("y"), answer("z")], question)
         assert t.p.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
-        picked[t.imitate] += 1
+        picked[t.imitate[0]] += 1
     assert set(picked) == {0, 2, 3}
 
 
@@ -83,14 +89,14 @@ def test_k_and_uniform_quality():
     texts = [answer("0.0 to 1.0"), answer("0.0 to 10.0")]
     assert targets(texts, responses=1).quality.shape == (1,)
     gad = targets(texts, responses=1, quality="uniform", min_quality=0.0)
-    assert gad.quality.tolist() == [1.0] and gad.p.tolist() == [1.0] and gad.imitate == 0
+    assert gad.quality.tolist() == [1.0] and gad.p.tolist() == [1.0] and gad.imitate == (0,)
 
 
 def test_random_imitation_takes_any_response_whatever_its_quality():
     picked = Counter()
     for number in range(80):
         question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
-        picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate] += 1
+        picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate[0]] += 1
     assert set(picked) == {0, 1} and min(picked.values()) > 20
 
 

@@ -80,17 +80,19 @@ def test_export_gives_the_same_logits_in_plain_transformers(whole):
     from transformers import AutoModelForImageTextToText
 
     from rmsd_fast.config import VideoConfig
+    from rmsd_fast.data.packing import make_rows
     from rmsd_fast.data.prompts import PromptBuilder
     from rmsd_fast.data.records import load_questions
     from rmsd_fast.data.video import video_patches
-    from rmsd_fast.models.students import encode_media, forward_hidden, load_student, make_rows
+    from rmsd_fast.models.students import encode_media, forward_hidden, load_student
 
     student = load_student(whole / "export", dtype="float32")
     plain = AutoModelForImageTextToText.from_pretrained(whole / "export", dtype=torch.float32)
     question = load_questions(next(whole.parent.parent.glob("made*/*/heldout.jsonl")))[0]
     builder = PromptBuilder(student, VideoConfig(num_frames=8))
     prompt = builder.build(question)
-    rows = make_rows([prompt], [builder.encode_response("<think>a</think><answer>B</answer>")], [0], pad_id=0)
+    responses = [[builder.encode_response("<think>a</think><answer>B</answer>")]]
+    rows = make_rows("padded", [prompt], responses, pad_id=0)
     with torch.no_grad():
         ours = student.model.lm_head(forward_hidden(student.model, rows, encode_media(student.model, [prompt])))
         types = torch.zeros_like(rows.input_ids)

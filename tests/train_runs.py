@@ -15,7 +15,6 @@ MINI = [
     "made.student_layers=2",
     "sft.steps=3",
     "sft.batch_size=8",
-    "sft.micro_batch=4",
     "sft.warmup_steps=1",
     "discriminator.warm_up_steps=1",
     "rollout.n=3",
@@ -23,11 +22,12 @@ MINI = [
     "rollout.prompts_per_batch=2",
     "distill.steps=5",
     "distill.batch_size=4",
-    "distill.micro_prompts=1",
     "evaluate.max_new_tokens=8",
     "evaluate.samples=6",
     "evaluate.prompts_per_batch=12",
     "data.cache_mib=16",
+    "data.max_prompt_tokens=500",
+    "micro_tokens=600",
 ]
 # Numbers that measure the machine and not the run.
 MACHINE = ("seconds/", "rate/", "memory/")

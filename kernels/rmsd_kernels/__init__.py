@@ -1,4 +1,4 @@
-"""Fused losses: public functions, their reference forms (`reference`) and compiled ops (`native`).
+"""Fused losses (with their reference forms, `reference`, and compiled ops, `native`) and shared-prefix attention.
 
 Depends on torch, never on rmsd_fast; nothing compiled is loaded on import. `rmsd_fast.losses` documents them.
 """
@@ -10,11 +10,17 @@ from .linear_logprob import linear_logprob
 from .linear_policy_loss import linear_policy_loss
 from .policy_formula import PolicyLoss
 from .reference import DiscriminatorLoss, DiscriminatorOutput
+from .shared_prefix import SharedPrefixPlan, shared_prefix_attention
+from .shared_prefix_backends import attention_calls
+from .shared_prefix_decode import DecodePlan, shared_prefix_decode
 
 __all__ = [
+    "DecodePlan",
     "DiscriminatorLoss",
     "DiscriminatorOutput",
     "PolicyLoss",
+    "SharedPrefixPlan",
+    "attention_calls",
     "discriminator_loss",
     "last_token_values",
     "linear_cross_entropy",
@@ -22,4 +28,6 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "pairwise_discriminator_loss",
+    "shared_prefix_attention",
+    "shared_prefix_decode",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import last_token_values
-from rmsd_fast.models.students import MediaFeatures, RowBatch, encode_media, forward_hidden
+from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 
 class Discriminator(nn.Module):
@@ -29,11 +30,9 @@ class Discriminator(nn.Module):
         self.value_weight = nn.Parameter(weight.to(reference))
         self.value_bias = nn.Parameter(torch.zeros(1, dtype=reference.dtype, device=reference.device))
 
-    def forward(self, prompts: list[Prompt], rows: RowBatch, features: MediaFeatures | None) -> torch.Tensor:
-        """Scores [B] of the rows, float32. features=None encodes the media here."""
+    def forward(self, prompts: list[Prompt], rows: Rows, features: MediaFeatures | None) -> torch.Tensor:
+        """Scores [M] of the responses of the rows, float32. features=None encodes the media here."""
         if features is None:
             features = encode_media(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)
-        length = hidden.shape[1]
-        last = rows.attention_mask.sum(1) - 1 + torch.arange(len(hidden), device=hidden.device) * length
-        return last_token_values(hidden.flatten(0, 1), last, self.value_weight, bias=self.value_bias[0])
+        return last_token_values(hidden.flatten(0, 1), rows.last, self.value_weight, bias=self.value_bias[0])

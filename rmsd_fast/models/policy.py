@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from rmsd_fast.data.packing import Rows, gather_rows
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.models.students import MediaFeatures, RowBatch, encode_media, forward_hidden
+from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 Result = TypeVar("Result")
 
@@ -28,17 +29,16 @@ class Policy(nn.Module):
     def forward(
         self,
         prompts: list[Prompt],
-        rows: RowBatch,
+        rows: Rows,
         features: MediaFeatures | None,
         head: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Result],
     ) -> Result:
-        """Apply `head(hidden [T, D], weight [V, D], targets [T])` to the positions that predict a response token.
+        """Apply `head(hidden [S, D], weight [V, D], targets [S])` to the positions that predict a response token.
 
-        T runs over the rows in order, and over each row's response tokens in order. features=None encodes the media
+        S runs over the responses of the rows in order, and over each one's tokens. features=None encodes the media
         here, with a gradient where the vision tower is trained.
         """
         if features is None:
             features = encode_media(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)
-        predicts = rows.response_mask[:, 1:]
-        return head(hidden[:, :-1][predicts], self.model.lm_head.weight, rows.input_ids[:, 1:][predicts])
+        return head(gather_rows(hidden.flatten(0, 1), rows), self.model.lm_head.weight, rows.targets)

@@ -1,4 +1,4 @@
-"""The student: a model of the Qwen3-VL family with its tokenizer and preprocessor; forward passes on padded rows."""
+"""The student: a model of the Qwen3-VL family with its tokenizer and preprocessor; its forward passes on rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from rmsd_fast.config import ModelError, NotInstalled
+from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
-from rmsd_fast.data.video import Preprocessor, load_preprocessor, video_patches
+from rmsd_fast.data.video import Frames, Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
 from rmsd_fast.models.liger import apply_liger
+from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,32 +81,6 @@ class MediaFeatures:
         return range(start, start + self.counts[prompt])
 
 
-@dataclass
-class RowBatch:
-    """Rows `[prompt | response | padding]`, B rows padded on the right to L tokens.
-
-    Fields:
-        input_ids, attention_mask: int64 [B, L].
-        position_ids: int64 [3, B, L]; 0 on padding.
-        response_mask: bool [B, L], true on response tokens.
-        prompt_index: int64 [B], which prompt of the list a row belongs to; stays on the CPU, where it is read.
-        prompt_lengths, response_lengths: int64 [B].
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    response_mask: torch.Tensor
-    prompt_index: torch.Tensor
-    prompt_lengths: torch.Tensor
-    response_lengths: torch.Tensor
-
-    def to(self, device: torch.device | str) -> RowBatch:
-        """The same rows on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if name != "prompt_index"}
-        return RowBatch(**moved, prompt_index=self.prompt_index)
-
-
 def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sdpa", liger: bool = False) -> Student:
     """Load a student with its tokenizer and preprocessor.
 
@@ -162,16 +137,24 @@ def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> Non
     model.model.visual.requires_grad_(train_vision)
 
 
-def encode_media(model: Qwen3VLForConditionalGeneration, prompts: list[Prompt]) -> MediaFeatures:
+def encode_media(
+    model: Qwen3VLForConditionalGeneration, prompts: list[Prompt], *, distinct: bool = True
+) -> MediaFeatures:
     """Vision features of all media of the prompts, in one call of the vision tower.
 
-    The features carry a graph where the vision tower is trainable.
+    The features carry a graph where the vision tower is trainable. distinct=False encodes equal media as often as they
+    come, as trainers do that know samples and no groups; for comparison.
+
+    Raises:
+        RuntimeError: the tower gave another number of features than a prompt has places for.
     """
     media = [frames for prompt in prompts for frames in prompt.media]
     counts = [len(prompt.media) for prompt in prompts]
     if not media:
         layers = len(model.config.vision_config.deepstack_visual_indexes)
         return MediaFeatures([], [[] for _ in range(layers)], [], counts)
+    kinds = [frames.kind for frames in media]
+    media, place = _distinct_media(media) if distinct else (media, range(len(media)))
     visual = model.model.visual
     # Pixels stay uint8 until they are on the device: a quarter of the bytes.
     patches = [
@@ -180,85 +163,82 @@ def encode_media(model: Qwen3VLForConditionalGeneration, prompts: list[Prompt]) 
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
     # Images and videos take the same way through the tower, so one call serves both.
     output = model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
-    deepstack = [list(layer) for layer in output.deepstack_features]
-    return MediaFeatures(list(output.pooler_output), deepstack, [frames.kind for frames in media], counts)
+    pooled = [output.pooler_output[index] for index in place]
+    _check_places(prompts, pooled)
+    deepstack = [[layer[index] for index in place] for layer in output.deepstack_features]
+    return MediaFeatures(pooled, deepstack, kinds, counts)
 
 
-def make_rows(
-    prompts: list[Prompt], responses: list[torch.Tensor], prompt_index: list[int], *, pad_id: int
-) -> RowBatch:
-    """Pad `[prompt | response]` rows on the right.
+def _check_places(prompts: list[Prompt], pooled: list[torch.Tensor]) -> None:
+    """Raise RuntimeError where features would be put into other places than their own."""
+    lengths = iter([len(feature) for feature in pooled])
+    for prompt in prompts:
+        places, found = int((prompt.mm_token_type_ids != 0).sum()), sum(next(lengths) for _ in prompt.media)
+        if places != found:
+            raise RuntimeError(
+                f"question {prompt.question.id!r}: the vision tower gave {found} features for {places} places in the "
+                "prompt; the folder's config.json and preprocessor files belong to different models"
+            )
+
+
+def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
+    """The media without repetitions, and the place of each in them: several questions are asked of one video."""
+    distinct, place = [], []
+    by_shape: dict[tuple[int, int, int], list[int]] = {}
+    for frames in media:
+        same_shape = by_shape.setdefault(frames.grid_thw, [])
+        found = next((index for index in same_shape if torch.equal(distinct[index].pixels, frames.pixels)), None)
+        if found is None:
+            found = len(distinct)
+            distinct.append(frames)
+            same_shape.append(found)
+        place.append(found)
+    return distinct, place
+
+
+def embed(
+    model: Qwen3VLForConditionalGeneration, input_ids: torch.Tensor, features: MediaFeatures, order: list[int]
+) -> dict[str, torch.Tensor | list[torch.Tensor] | None]:
+    """Arguments of `model.model.language_model` in place of `input_ids`: embeddings with the features in their places.
+
+    The whole model takes features only since transformers 5.18, and ignores them before; its language model always did.
 
     Args:
-        prompts: prompts of the batch.
-        responses: int64 [R_b] for each row, the end token included where there is one; may be empty.
-        prompt_index: for each row, its prompt in `prompts`.
-        pad_id: id written on padding.
-    Raises:
-        ValueError: lists of different length, or no rows.
+        input_ids: int64 [B, L].
+        features: of a list of prompts.
+        order: the prompts of that list whose placeholders stand in `input_ids`, from row to row and left to right.
     """
-    if len(responses) != len(prompt_index) or not responses:
-        raise ValueError(
-            f"expected as many responses as prompt indices, at least one, got {len(responses)} and {len(prompt_index)}"
-        )
-    rows = len(responses)
-    prompt_lengths = torch.tensor([len(prompts[index].input_ids) for index in prompt_index])
-    response_lengths = torch.tensor([len(response) for response in responses])
-    length = int((prompt_lengths + response_lengths).max())
-    input_ids = torch.full((rows, length), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(rows, length, dtype=torch.int64)
-    position_ids = torch.zeros(3, rows, length, dtype=torch.int64)
-    response_mask = torch.zeros(rows, length, dtype=torch.bool)
-    for row, (response, index) in enumerate(zip(responses, prompt_index, strict=True)):
-        prompt = prompts[index]
-        start = len(prompt.input_ids)
-        end = start + len(response)
-        input_ids[row, :start] = prompt.input_ids
-        input_ids[row, start:end] = response
-        attention_mask[row, :end] = 1
-        position_ids[:, row, :start] = prompt.position_ids
-        position_ids[:, row, start:end] = prompt.next_position + torch.arange(len(response))
-        response_mask[row, start:end] = True
-    return RowBatch(
-        input_ids,
-        attention_mask,
-        position_ids,
-        response_mask,
-        torch.tensor(prompt_index),
-        prompt_lengths,
-        response_lengths,
-    )
+    embeddings = model.get_input_embeddings()(input_ids)
+    media = [medium for index in order for medium in features.media_of(index)]
+    if not media:
+        return {"inputs_embeds": embeddings}
+    config = model.config
+    places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    pooled = torch.cat([features.pooled[medium] for medium in media]).to(embeddings.dtype)
+    return {
+        "inputs_embeds": embeddings.masked_scatter(places[..., None], pooled),
+        "visual_pos_masks": places,
+        "deepstack_visual_embeds": [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack],
+    }
 
 
-def gather_features(
-    features: MediaFeatures, prompt_index: list[int]
-) -> dict[str, BaseModelOutputWithDeepstackFeatures] | None:
-    """Features of each row's prompt, in row order, as the model's `mm_encoder_outputs`; None without media."""
-    order = [medium for index in prompt_index for medium in features.media_of(index)]
-    outputs = {}
-    for kind in ("image", "video"):
-        chosen = [medium for medium in order if features.kinds[medium] == kind]
-        if chosen:
-            outputs[kind] = BaseModelOutputWithDeepstackFeatures(
-                pooler_output=[features.pooled[medium] for medium in chosen],
-                deepstack_features=[[layer[medium] for medium in chosen] for layer in features.deepstack],
-            )
-    return outputs or None
-
-
-def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: RowBatch, features: MediaFeatures) -> torch.Tensor:
+def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features: MediaFeatures) -> torch.Tensor:
     """Hidden states after the final norm, [B, L, D]; those on padding mean nothing.
 
-    A prompt used in several rows brings its features along without a second vision call; gradients flow into them.
+    Gradients flow into the features, from every row that carries them.
+
+    Raises:
+        RuntimeError: packed rows for a model without shared-prefix attention, or padded rows for one with it.
     """
-    output = model.model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        position_ids=rows.position_ids,
-        mm_encoder_outputs=gather_features(features, rows.prompt_index.tolist()),
-        use_cache=False,
-    )
-    return output.last_hidden_state
+    if rows.plan is None and is_shared_prefix(model):
+        raise RuntimeError("padded rows need the model's own attention; call disable_shared_prefix(model) first")
+    inputs = embed(model, rows.input_ids, features, rows.media_order)
+    language_model = model.model.language_model
+    if rows.plan is not None:
+        return run_shared_prefix(language_model, rows.plan, position_ids=rows.position_ids, **inputs)
+    return language_model(
+        position_ids=rows.position_ids, attention_mask=rows.attention_mask, use_cache=False, **inputs
+    ).last_hidden_state
 
 
 def export_student(student: Student, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:

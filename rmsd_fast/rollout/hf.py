@@ -1,14 +1,18 @@
-"""Rollouts with transformers in the training process: a prompt is prefilled once for all its N, then decoded."""
+"""Rollouts with transformers in the training process, on shared prefixes.
+
+The prompts of a batch are prefilled in one packed row; their K/V are kept once and read by all N responses of each.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
-from rmsd_fast.models.students import MediaFeatures, encode_media, gather_features
+from rmsd_fast.models.shared_prefix import run_shared_prefix, shared_prefix_enabled
+from rmsd_fast.models.students import MediaFeatures, embed, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling, sampling_noise
+from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
 
 
 class HfRollout:
@@ -33,16 +37,20 @@ class HfRollout:
         features: MediaFeatures | None = None,
         policy_version: int = 0,
     ) -> list[list[Rollout]]:
-        """N rollouts per prompt; see `RolloutEngine`. The model is put in eval mode and back."""
+        """N rollouts per prompt; see `RolloutEngine`.
+
+        Eval mode and shared prefixes are switched on for the call; afterwards the model is as it was.
+        """
         was_training = model.training
         model.eval()
         try:
             rollouts = []
-            for start in range(0, len(prompts), self.prompts_per_batch):
-                batch = prompts[start : start + self.prompts_per_batch]
-                own = None if features is None else features.select(range(start, start + len(batch)))
-                tokens, logp = self._decode(model, batch, own or encode_media(model, batch), sampling)
-                rollouts += self._collect(batch, tokens, logp, sampling, policy_version)
+            with shared_prefix_enabled(model):
+                for start in range(0, len(prompts), self.prompts_per_batch):
+                    batch = prompts[start : start + self.prompts_per_batch]
+                    own = None if features is None else features.select(range(start, start + len(batch)))
+                    tokens, logp = self._decode(model, batch, own or encode_media(model, batch), sampling)
+                    rollouts += self._collect(batch, tokens, logp, sampling, policy_version)
             return rollouts
         finally:
             model.train(was_training)
@@ -51,61 +59,55 @@ class HfRollout:
         self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sampled ids [B*N, R] and their log-probs [B*N, R]; after a row's end token the ids are -1."""
-        cache, mask, logits = self._prefill(model, prompts, features)
-        rows = len(prompts) * sampling.n
-        cache.batch_repeat_interleave(sampling.n)
-        mask = mask.repeat_interleave(sampling.n, 0)
+        prefix, logits = self._prefill(model, prompts, features)
+        cache = DecodeCache(prefix, [sampling.n] * len(prompts))
         logits = logits.repeat_interleave(sampling.n, 0)
         next_position = torch.tensor([p.next_position for p in prompts], device=self.device)
         next_position = next_position.repeat_interleave(sampling.n)
         noise = np.stack([sampling_noise(sampling, p.question.id, i) for p in prompts for i in range(sampling.n)])
         noise = torch.from_numpy(noise).to(self.device)
 
-        tokens = torch.full((rows, sampling.max_new_tokens), -1, dtype=torch.long, device=self.device)
-        logps = torch.zeros(rows, sampling.max_new_tokens, device=self.device)
-        active = torch.ones(rows, dtype=torch.bool, device=self.device)
+        tokens = torch.full(noise.shape, -1, dtype=torch.long, device=self.device)
+        logps = torch.zeros(noise.shape, device=self.device)
+        # The rows of `tokens` that are still in the batch, and which of them have not ended.
+        rows = torch.arange(len(tokens), device=self.device)
+        active = torch.ones_like(rows, dtype=torch.bool)
         for t in range(sampling.max_new_tokens):
-            chosen, logp = self._choose(logits, noise[:, t], sampling.temperature)
-            tokens[:, t] = torch.where(active, chosen, -1)
-            logps[:, t] = torch.where(active, logp, 0.0)
+            chosen, logp = self._choose(logits, noise[rows, t], sampling.temperature)
+            tokens[rows, t] = torch.where(active, chosen, -1)
+            logps[rows, t] = torch.where(active, logp, 0.0)
             active = active & (chosen != self.builder.eos_id)
-            if t + 1 == sampling.max_new_tokens or not bool(active.any()):
+            # The one synchronisation of a step.
+            left = 0 if t + 1 == sampling.max_new_tokens else int(active.sum())
+            if left == 0:
                 break
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
-            hidden = model.model(
+            if 2 * left <= len(rows):
+                # One long response must not drag the ended ones along.
+                kept = active.nonzero()[:, 0]
+                cache.keep(kept)
+                rows, active, chosen = rows[kept], active[kept], chosen[kept]
+            hidden = run_shared_prefix(
+                model.model.language_model,
+                cache,
                 input_ids=chosen[:, None],
-                attention_mask=mask,
-                position_ids=(next_position + t)[None, :, None].expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+                position_ids=(next_position[rows] + t)[None, :, None].expand(3, -1, -1),
+            )
             logits = model.lm_head(hidden[:, -1])
         return tokens, logps
 
-    def _prefill(
-        self, model, prompts: list[Prompt], features: MediaFeatures
-    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-        """One forward over the left-padded prompts; each video is encoded once."""
-        longest = max(len(p.input_ids) for p in prompts)
-        input_ids = torch.full((len(prompts), longest), self.builder.eos_id)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-        positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            start = longest - len(prompt.input_ids)
-            input_ids[row, start:] = prompt.input_ids
-            mask[row, start:] = 1
-            positions[:, row, start:] = prompt.position_ids
-        cache = DynamicCache(config=model.config.text_config)
-        mask = mask.to(self.device)
-        hidden = model.model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask,
-            position_ids=positions.to(self.device),
-            mm_encoder_outputs=gather_features(features, list(range(len(prompts)))),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return cache, mask, model.lm_head(hidden[:, -1])
+    def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
+        """One forward over the packed prompts; their K/V, and the logits [B, V] that follow each."""
+        lengths = [len(p.input_ids) for p in prompts]
+        cache = PrefixCache(lengths, device=self.device)
+        input_ids = torch.cat([p.input_ids for p in prompts])[None].to(self.device)
+        hidden = run_shared_prefix(
+            model.model.language_model,
+            cache,
+            position_ids=torch.cat([p.position_ids for p in prompts], 1)[:, None].to(self.device),
+            **embed(model, input_ids, features, list(range(len(prompts)))),
+        )
+        last = torch.tensor(lengths).cumsum(0) - 1
+        return cache, model.lm_head(hidden[0, last.to(self.device)])
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor, temperature: float):
         """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64."""

@@ -7,11 +7,12 @@ from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
+from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.distributed import Engine, World
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.settings import uses_discriminator, uses_reference
+from rmsd_fast.settings import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState
 from rmsd_fast.teacher.targets import build_targets
@@ -25,6 +26,8 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
         attn_implementation=settings.model.attention,
         liger=use_liger(settings.model.liger, world.device),
     )
+    if settings.packing == "shared":
+        enable_shared_prefix(student.model)
     student.model.to(world.device)
     return student
 
@@ -35,8 +38,10 @@ def build_imitation(path: str, settings: RunConfig, world: World, material: Mate
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video)
     targets = build_targets(
-        material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.target
+        material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.responses
     )
+    longest = max((len(ids) for one in targets.values() for ids in one.token_ids if ids is not None), default=0)
+    check_room(settings, longest, "the longest teacher response")
     policy = _engine(_policy(student, settings, training.train_vision), settings, world, training)
     return RunState(world, student, builder, targets, PhaseTimer(world.device), policy)
 

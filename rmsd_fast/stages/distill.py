@@ -6,21 +6,31 @@ log-probs -> policy forward and backward -> both optimiser steps, or none.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from rmsd_fast.config import RunConfig
+from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
-from rmsd_fast.models.students import MediaFeatures, encode_media
+from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.runtime.distributed import global_sum
 from rmsd_fast.settings import uses_discriminator
-from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, sampled_rows, set_advantages
+from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, set_advantages
 from rmsd_fast.stages.judge import judge, judge_metrics
-from rmsd_fast.stages.state import RunState, StepResult, apply_or_discard, micro_batches, select_features
+from rmsd_fast.stages.state import (
+    RunState,
+    StepResult,
+    apply_or_discard,
+    encode_step,
+    micro_batches,
+    rows_of,
+    select_features,
+)
 
 
 def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
@@ -73,8 +83,7 @@ def _roll_out(
     )
     model = state.student.model
     with state.policy.full_weights():
-        with state.timer("vision"), torch.no_grad():
-            features = encode_media(model, prompts)
+        features = encode_step(state, prompts)
         with state.timer("rollout"):
             responses = state.rollouts.generate(
                 model, prompts, sampling, features=features, policy_version=rollout_step
@@ -87,15 +96,17 @@ def _roll_out(
     return groups, None if settings.distill.train_vision else features
 
 
+@dataclass
 class _PolicyBatch:
-    """One micro-batch of the policy loss: its groups, rows and what the reference says of them."""
+    """One micro-batch of the policy loss; log-probs [S] over the tokens of `rows`, in their order."""
 
-    def __init__(self, groups: list[Group], prompts: list[Prompt], features: MediaFeatures | None, pad_id: int, device):
-        self.groups, self.prompts, self.features = groups, prompts, features
-        self.rows = sampled_rows(groups, pad_id=pad_id).to(device)
-        self.rollout_logp = torch.cat([r.logp for g in groups for r in g.rollouts]).to(device)
-        self.lengths = torch.tensor([len(r.token_ids) for g in groups for r in g.rollouts], device=device)
-        self.ref_logp: torch.Tensor | None = None
+    parts: list[tuple[Group, list[int]]]
+    prompts: list[Prompt]
+    features: MediaFeatures | None
+    rows: Rows
+    rollout_logp: torch.Tensor
+    filler: bool
+    ref_logp: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -105,18 +116,27 @@ def _policy_batches(
     """Micro-batches with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
     distill, device = settings.distill, state.world.device
     score = partial(linear_logprob, temperature=settings.rollout.temperature, ignore_index=None)
+    prompts = [group.prompt for group in groups]
+    responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+    for group in groups:
+        group.log_ratio = torch.zeros(len(group.rollouts))
     batches = []
-    for indices in micro_batches(list(range(len(groups))), distill.micro_prompts):
-        own = [groups[i] for i in indices]
+    for planned in micro_batches(state, prompts, responses, settings):
+        parts = [(groups[i], own) for i, own in zip(planned.prompts, planned.responses, strict=True)]
         batch = _PolicyBatch(
-            own, [g.prompt for g in own], select_features(features, indices), state.builder.eos_id, device
+            parts=parts,
+            prompts=[prompts[i] for i in planned.prompts],
+            features=select_features(features, planned.prompts),
+            rows=rows_of(state, planned, prompts, responses, settings),
+            rollout_logp=torch.cat([group.rollouts[r].logp for group, own in parts for r in own]).to(device),
+            filler=planned.filler,
         )
         if (distill.kl_coef and distill.kl != "full") or settings.reward.kl_in_reward:
             batch.ref_logp = state.reference(batch.prompts, batch.rows, batch.features, score)
-            log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.lengths.tolist())
+            log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.rows.lengths_list)
             means = torch.stack([part.mean() for part in log_ratio]).cpu()
-            for group, mean in zip(own, means.split([len(g.rollouts) for g in own]), strict=True):
-                group.log_ratio = mean
+            for (group, own), mean in zip(parts, means.split([len(own) for _, own in parts]), strict=True):
+                group.log_ratio[own] = mean
         batches.append(batch)
     return batches
 
@@ -124,8 +144,9 @@ def _policy_batches(
 def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, torch.Tensor]:
     """Forward and backward of the policy loss; the gradients are complete afterwards and not applied."""
     distill, device = settings.distill, state.world.device
-    tokens = sum(int(batch.lengths.sum()) for batch in batches)
-    sequences = sum(len(batch.lengths) for batch in batches)
+    real = [batch for batch in batches if not batch.filler]
+    tokens = sum(len(batch.rows.targets) for batch in real)
+    sequences = sum(len(batch.rows.lengths_list) for batch in real)
     counts = global_sum({"tokens": tokens, "sequences": sequences}, state.world)
     token_mean = distill.aggregation == "token_mean"
     normalizer = counts["tokens"] if token_mean else counts["sequences"]
@@ -133,8 +154,9 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
-        advantages = torch.cat([group.advantages for group in batch.groups]).to(device)
-        each = 1.0 / batch.lengths
+        lengths = batch.rows.lengths
+        advantages = torch.cat([group.advantages[own] for group, own in batch.parts]).to(device)
+        each = 1.0 / lengths
         # A reference that was scored for the reward is measured too, also where the loss has no KL.
         reference = {} if batch.ref_logp is None else {"ref_logp": batch.ref_logp}
         if kl and distill.kl == "full":
@@ -143,21 +165,23 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
             reference = {"ref_hidden": hidden, "ref_weight": weight}
         head = partial(
             linear_policy_loss,
-            advantages=advantages.repeat_interleave(batch.lengths),
-            token_weights=None if token_mean else each.repeat_interleave(batch.lengths),
+            advantages=advantages.repeat_interleave(lengths, output_size=len(batch.rows.targets)),
+            token_weights=None if token_mean else each.repeat_interleave(lengths, output_size=len(batch.rows.targets)),
             normalizer=normalizer,
             temperature=settings.rollout.temperature,
             ignore_index=None,
             rollout_logp=batch.rollout_logp,
             tis_cap=distill.tis_cap,
             sequence_mask_cap=distill.sequence_mask_cap,
-            cu_seqlens=F.pad(batch.lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
             **kl,
             **reference,
         )
         result = state.policy(batch.prompts, batch.rows, batch.features, head)
-        state.policy.backward(result.loss, last=number == len(batches) - 1)
-        measured = {"loss": result.loss.detach(), "tokens": batch.lengths.sum()}
+        state.policy.backward(0.0 * result.loss if batch.filler else result.loss, last=number == len(batches) - 1)
+        if batch.filler:
+            continue
+        measured = {"loss": result.loss.detach(), "tokens": len(batch.rollout_logp)}
         measured |= {name: value * len(batch.rollout_logp) for name, value in result.metrics.items() if name in _MEANS}
         for name, value in measured.items():
             sums[f"p_{name}"] = sums.get(f"p_{name}", 0) + value

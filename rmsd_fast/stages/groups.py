@@ -12,7 +12,6 @@ from rmsd_fast.method.advantages import degenerate_groups, group_advantages
 from rmsd_fast.method.answers import has_outer_format, has_task_format, parse_answer
 from rmsd_fast.method.matching import Pairs, expected_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
-from rmsd_fast.models.students import RowBatch, make_rows
 from rmsd_fast.rollout.base import Rollout
 from rmsd_fast.teacher.targets import Targets, content_score
 
@@ -57,7 +56,7 @@ def make_group(prompt: Prompt, rollouts: list[Rollout], targets: Targets, settin
 
 
 def make_pairs(groups: list[Group], settings: RunConfig) -> Pairs:
-    """Pairs over the rows of `judged_rows`: students in order, and the kept teacher responses in order."""
+    """Pairs over the rollouts of the groups in order, and over their kept teacher responses in order."""
     counts = [len(group.rollouts) for group in groups]
     quality = [group.targets.quality[group.kept] for group in groups]
     if settings.discriminator.pairing == "expected":
@@ -73,42 +72,47 @@ def _among_kept(group: Group) -> torch.Tensor | None:
     return torch.tensor([place[int(k)] for k in group.matches])
 
 
-def judged_rows(groups: list[Group], builder: PromptBuilder) -> tuple[RowBatch, int]:
-    """Rows that the discriminator reads: all rollouts of the groups, then all kept teacher responses.
+@dataclass(frozen=True)
+class Judged:
+    """What the discriminator reads of a group: each distinct text once.
 
-    Returns:
-        The rows, and how many of them are rollouts. Both sides are the encoding of their text with the end token, also
-        where a rollout was cut: neither tokenisation nor a missing end token can tell them apart.
+    responses: int64 [R] each. students: for each rollout, its place in `responses`; teachers: the same for each kept
+    teacher response.
     """
-    responses, owners = [], []
-    for owner, group in enumerate(groups):
-        for rollout in group.rollouts:
-            responses.append(_canonical_ids(rollout, builder))
-            owners.append(owner)
-    students = len(responses)
-    for owner, group in enumerate(groups):
-        for k in group.kept:
-            responses.append(group.targets.token_ids[k])
-            owners.append(owner)
-    rows = make_rows([group.prompt for group in groups], responses, owners, pad_id=builder.eos_id)
-    return rows, students
+
+    responses: list[torch.Tensor]
+    students: list[int]
+    teachers: list[int]
+
+
+def judged_responses(group: Group, builder: PromptBuilder) -> Judged:
+    """Rollouts and kept teacher responses as the discriminator reads them.
+
+    Both sides are the encoding of their text with the end token, also where a rollout was cut: neither tokenisation nor
+    a missing end token can tell them apart.
+    """
+    place: dict[tuple[int, ...], int] = {}
+    students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
+    teachers = [group.targets.token_ids[k] for k in group.kept]
+    responses: list[torch.Tensor] = []
+    for ids in (*students, *teachers):
+        if place.setdefault(tuple(ids.tolist()), len(responses)) == len(responses):
+            responses.append(ids)
+    places = [place[tuple(ids.tolist())] for ids in (*students, *teachers)]
+    return Judged(responses, places[: len(students)], places[len(students) :])
 
 
 def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
-    """A rollout encoded as a teacher's text would be."""
+    """A rollout encoded as a teacher's text would be; at most one token longer than it was sampled."""
+    ids = rollout.token_ids
+    own = torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
     try:
-        return builder.encode_response(rollout.text)
+        canonical = builder.encode_response(rollout.text)
     except ResponseError:
         # The text spells a special token out of plain pieces. Its own ids hold no special one, generation bans them.
-        ids = rollout.token_ids
-        return torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
-
-
-def sampled_rows(groups: list[Group], *, pad_id: int) -> RowBatch:
-    """Rows of the policy loss: the ids exactly as they were sampled."""
-    responses = [rollout.token_ids for group in groups for rollout in group.rollouts]
-    owners = [owner for owner, group in enumerate(groups) for _ in group.rollouts]
-    return make_rows([group.prompt for group in groups], responses, owners, pad_id=pad_id)
+        return own
+    # Bytes that are no text become replacement characters, of three tokens each: a longest response would not fit.
+    return canonical if len(canonical) <= len(own) else own
 
 
 def set_advantages(group: Group, settings: RunConfig) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
+from rmsd_fast.data.packing import Rows, make_rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
-from rmsd_fast.models.students import MediaFeatures, Student
+from rmsd_fast.models.cost import balance_weights
+from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.distributed import Engine, World, global_max
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.teacher.targets import Targets
 
@@ -81,12 +84,38 @@ def apply_or_discard(state: RunState, engines: list[Engine], settings: RunConfig
     return norms, skipped
 
 
-def micro_batches(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def micro_batches(
+    state: RunState, prompts: list[Prompt], responses: list[list[torch.Tensor]], settings: RunConfig
+) -> list[MicroBatch]:
+    """Micro-batches of the prompts with their responses, as many on every process."""
+    return plan_micro_batches(
+        [len(prompt.input_ids) for prompt in prompts],
+        [[len(ids) for ids in own] for own in responses],
+        packing=settings.packing,
+        micro_tokens=settings.micro_tokens,
+        weights=balance_weights(state.student.model.config),
+        ids=[prompt.question.id for prompt in prompts],
+        agree=lambda count: int(global_max({"count": count}, state.world)["count"]),
+    )
 
 
-def prompt_tokens(prompts: list[Prompt]) -> int:
-    return sum(len(prompt.input_ids) for prompt in prompts)
+def rows_of(
+    state: RunState,
+    batch: MicroBatch,
+    prompts: list[Prompt],
+    responses: list[list[torch.Tensor]],
+    settings: RunConfig,
+) -> Rows:
+    """The rows of a micro-batch on this process's device; responses in the order of the batch."""
+    chosen = [[responses[i][r] for r in own] for i, own in zip(batch.prompts, batch.responses, strict=True)]
+    rows = make_rows(settings.packing, [prompts[i] for i in batch.prompts], chosen, pad_id=state.builder.eos_id)
+    return rows.to(state.world.device)
+
+
+def encode_step(state: RunState, prompts: list[Prompt]) -> MediaFeatures:
+    """Vision features of a step's prompts without a graph, each video once."""
+    with state.timer("vision"), torch.no_grad():
+        return encode_media(state.student.model, prompts)
 
 
 def select_features(features: MediaFeatures | None, indices: list[int]) -> MediaFeatures | None:

@@ -21,15 +21,15 @@ class Targets:
     """Teacher side of one question.
 
     token_ids: K tensors int64 [R_k], end token included; None where the text may not enter the model. quality, p:
-    float32 [K], p = matching probabilities, all zero where nothing is kept. valid: K flags. imitate: index of the
-    response that stage 1 imitates; None where there is none.
+    float32 [K], p = matching probabilities, all zero where nothing is kept. valid: K flags. imitate: indices of the
+    responses that stage 1 imitates; empty where there is none.
     """
 
     token_ids: tuple[torch.Tensor | None, ...]
     quality: torch.Tensor
     p: torch.Tensor
     valid: tuple[bool, ...]
-    imitate: int | None
+    imitate: tuple[int, ...]
 
     @property
     def has_teacher(self) -> bool:
@@ -66,7 +66,7 @@ def build_targets(
 ) -> dict[str, Targets]:
     """Targets of every question; a question that the pool does not know gets empty ones.
 
-    imitate: `best` or `random`, see `sft.target`.
+    imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
         question.id: _targets_of(
@@ -104,10 +104,15 @@ def _scores(question: Question, responses: list[TeacherResponse], teacher: Teach
     return score_pool({question.id: responses}, [question], teacher)[question.id]
 
 
-def _imitated(token_ids, quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str) -> int | None:
+def _imitated(
+    token_ids, quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str
+) -> tuple[int, ...]:
+    if imitate == "all":
+        return tuple(k for k, ids in enumerate(token_ids) if ids is not None and quality[k] > 0)
     if imitate == "best":
-        return best_response(quality, closed_ended=closed, seed=seed, question_id=question_id)
+        best = best_response(quality, closed_ended=closed, seed=seed, question_id=question_id)
+        return () if best is None else (best,)
     usable = [k for k, ids in enumerate(token_ids) if ids is not None]
     if not usable:
-        return None
-    return usable[int(uniform("imitate", seed, 0, question_id, index=0) * len(usable))]
+        return ()
+    return (usable[int(uniform("imitate", seed, 0, question_id, index=0) * len(usable))],)

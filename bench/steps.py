@@ -1,0 +1,131 @@
+"""Whole stage-2 steps of a small student for bench_step: the state, and the step of trainers that copy prompts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from groups import HIDDEN, LAYERS, make_prompt, make_responses, media_each, student_folder
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.packing import pad
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.losses import linear_logprob, linear_policy_loss, pairwise_discriminator_loss
+from rmsd_fast.models.students import encode_media
+from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.runtime.distributed import World
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.build import build_distillation
+from rmsd_fast.stages.groups import Group, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.material import Material
+from rmsd_fast.stages.state import RunState, apply_or_discard
+from rmsd_fast.teacher.targets import Targets
+
+_encode_each = partial(encode_media, distinct=False)
+
+
+def settings_of(packing: str, response: int, n: int, dtype: str) -> RunConfig:
+    """Stage 2 with all its parts: discriminator on all pairs, k3 against the reference."""
+    return load_settings(
+        "quickstart",
+        [
+            f"packing={packing}",
+            f"model.dtype={dtype}",
+            f"rollout.n={n}",
+            f"rollout.max_new_tokens={response}",
+            "data.max_prompt_tokens=8192",
+            "micro_tokens=65536",
+        ],
+    )
+
+
+def make_state(settings: RunConfig, world: World) -> RunState:
+    """Policy, discriminator and reference. No rollout ends by itself: each has `max_new_tokens` tokens."""
+    folder = str(student_folder(HIDDEN, LAYERS))
+    state = build_distillation(folder, settings, world, Material([], [], {}, folder, True, {}))
+    banned = state.rollouts.banned_ids
+    state.rollouts.banned_ids = torch.cat([banned, banned.new_tensor([state.builder.eos_id])])
+    return state
+
+
+def make_prompts(state: RunState, prefix: int, groups: int) -> list[Prompt]:
+    return [make_prompt(state.builder, prefix, number) for number in range(groups)]
+
+
+def set_teacher(state: RunState, prompts: list[Prompt], response: int, k: int) -> None:
+    """K responses for each prompt, all of quality 1, where the step looks for them."""
+    for number, prompt in enumerate(prompts):
+        ids = tuple(make_responses(state.builder, k, response, seed=100 + number))
+        ones = torch.ones(k)
+        state.targets[prompt.question.id] = Targets(ids, ones, ones / k, (True,) * k, (0,))
+
+
+def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> None:
+    """The step with a copy of prompt and video for each response, in generation and in all three models.
+
+    The same objective, losses and optimisers as `stages.distill.step`; what differs is that a batch is a list of
+    samples. One group per forward pass. The discriminator reads N + K rows; one pair per rollout would be 2N.
+    """
+    n, temperature = settings.rollout.n, settings.rollout.temperature
+    copies = [prompt for prompt in prompts for _ in range(n)]
+    sampling = Sampling(n=1, temperature=temperature, max_new_tokens=settings.rollout.max_new_tokens)
+    with state.timer("vision"), torch.no_grad():
+        features = _encode_each(state.student.model, copies)
+    with state.timer("rollout"):
+        rollouts = [one for (one,) in state.rollouts.generate(state.student.model, copies, sampling, features=features)]
+    groups = [
+        make_group(p, rollouts[i * n : (i + 1) * n], state.targets[p.question.id], settings, step=rollout_step)
+        for i, p in enumerate(prompts)
+    ]
+    with state.timer("discriminator"):
+        for number, group in enumerate(groups):
+            state.discriminator.backward(_judge(state, group, len(groups), settings), last=number == len(groups) - 1)
+    for group in groups:
+        set_advantages(group, settings)
+    rows = [media_each(pad([g.prompt], [[r.token_ids for r in g.rollouts]], pad_id=0)) for g in groups]
+    with state.timer("reference"), torch.no_grad():
+        score = partial(linear_logprob, temperature=temperature, ignore_index=None)
+        reference = [
+            state.reference([g.prompt] * n, own, _encode_each(state.reference.model, [g.prompt] * n), score)
+            for g, own in zip(groups, rows, strict=True)
+        ]
+    with state.timer("policy"):
+        for number, (group, own, logp) in enumerate(zip(groups, rows, reference, strict=True)):
+            head = partial(
+                linear_policy_loss,
+                advantages=group.advantages.repeat_interleave(own.lengths),
+                normalizer=sum(len(r.targets) for r in rows),
+                temperature=temperature,
+                ignore_index=None,
+                rollout_logp=torch.cat([r.logp for r in group.rollouts]),
+                kl=settings.distill.kl,
+                kl_coef=settings.distill.kl_coef,
+                ref_logp=logp,
+            )
+            features = _encode_each(state.student.model, [group.prompt] * n)
+            loss = state.policy([group.prompt] * n, own, features, head).loss
+            state.policy.backward(loss, last=number == len(groups) - 1)
+    with state.timer("optimizer"):
+        apply_or_discard(state, [state.policy, state.discriminator], settings)
+
+
+def _judge(state: RunState, group: Group, groups: int, settings: RunConfig) -> torch.Tensor:
+    """L_D of a group; leaves the scores in it."""
+    n = len(group.rollouts)
+    texts = [r.token_ids for r in group.rollouts] + [group.targets.token_ids[k] for k in group.kept]
+    copies = [group.prompt] * len(texts)
+    rows = media_each(pad([group.prompt], [texts], pad_id=0))
+    scores = state.discriminator(copies, rows, _encode_each(state.discriminator.module.model, copies))
+    group.d_score = scores.detach()[:n].float()
+    pairs = make_pairs([group], settings)
+    return pairwise_discriminator_loss(
+        scores[:n],
+        scores[n:],
+        pairs.student_index,
+        pairs.teacher_index,
+        pairs.quality,
+        pair_weight=pairs.pair_weight,
+        normalizer=n * groups,
+        score_l2=settings.discriminator.score_l2,
+        l2_normalizer=len(texts) * groups,
+    ).loss

@@ -1,0 +1,168 @@
+"""Groups to micro-batches of balanced cost, as many on every rank. A group = one prompt and all its responses.
+
+A group is split only where it exceeds the budget: each part of a packed group computes the prompt again.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from rmsd_fast.config import SettingsError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass reads.
+
+    Fields:
+        prompts: places of its prompts in the step, ascending.
+        responses: for each of them, places of its responses among that prompt's responses, ascending.
+        filler: it repeats work of another micro-batch so that ranks make equally many; multiply its loss by 0.
+    """
+
+    prompts: list[int]
+    responses: list[list[int]]
+    filler: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some responses of one prompt: tokens and attended pairs as a packed row, tokens of the longest padded row."""
+
+    prompt: int
+    responses: list[int]
+    tokens: int
+    pairs: int
+    longest: int
+
+
+def plan_micro_batches(
+    prefix_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    *,
+    packing: str,
+    micro_tokens: int,
+    weights: tuple[float, float] = (1.0, 0.0),
+    agree: Callable[[int], int] = lambda count: count,
+    ids: Sequence[str] | None = None,
+) -> list[MicroBatch]:
+    """Share out this rank's responses, each once, over micro-batches of similar cost within a budget of tokens.
+
+    The dearest come first, so that ranks in lockstep do similar work and memory runs out at once or never.
+
+    Args:
+        prefix_lengths, response_lengths: tokens of each prompt and of each of its responses, of which it may have none.
+        packing: "shared": tokens of a micro-batch = its prompts once + its responses. "padded": rows x longest row.
+        micro_tokens: most tokens of a micro-batch.
+        weights: cost of a token and of an attended (query, key) pair, e.g. `rmsd_fast.models.cost.balance_weights`.
+        agree: from the number this rank needs to the number all ranks make, the maximum over ranks; called once.
+        ids: names of the questions, for messages.
+    Returns:
+        As many micro-batches as agreed on. The last are fillers where needed: the cheapest prompt with one response.
+    Raises:
+        SettingsError: a prompt with one response exceeds `micro_tokens`.
+        ValueError: bad packing, lengths or weights; fewer micro-batches agreed on than needed; nothing to repeat.
+    """
+    check_packing(packing)
+    _check(prefix_lengths, response_lengths, micro_tokens, weights, ids)
+    lengths = zip(prefix_lengths, response_lengths, strict=True)
+    groups = [(prompt, prefix, own) for prompt, (prefix, own) in enumerate(lengths) if own]
+    size = partial(_size, padded=packing == "padded", weights=weights)
+    parts = [part for group in groups for part in _split(*group, size, micro_tokens)]
+    tokens = [size([part])[0] for part in parts]
+    # Parts above half the budget never stand together: fewer micro-batches than these need not be tried.
+    needed = max(math.ceil(sum(tokens) / micro_tokens), sum(2 * own > micro_tokens for own in tokens))
+    while (fewest := _place(parts, needed, size, micro_tokens)) is None:
+        needed += 1
+    count = agree(needed)
+    if count < needed:
+        raise ValueError(f"agree: expected at least {needed} micro-batches, got {count}; give the maximum over ranks")
+    if count and not parts:
+        raise ValueError("this rank has no responses to repeat and other ranks have some; give each rank a response")
+    # With more micro-batches than needed the placement can still fail, though rarely.
+    plan = _place(parts, count, size, micro_tokens) or fewest
+    if len(plan) < count:
+        singles = [_part(*group, [response]) for group in groups for response in range(len(group[2]))]
+        cheapest = min(singles, key=lambda part: size([part])[1])
+        plan += [MicroBatch([cheapest.prompt], [cheapest.responses], filler=True)] * (count - len(plan))
+    return plan
+
+
+def check_packing(packing: str) -> None:
+    if packing not in ("shared", "padded"):
+        raise ValueError(f"packing: expected 'shared' or 'padded', got {packing!r}")
+
+
+def _check(prefix_lengths, response_lengths, micro_tokens, weights, ids) -> None:
+    if len(prefix_lengths) != len(response_lengths):
+        raise ValueError(f"expected a list per prompt, got {len(response_lengths)} for {len(prefix_lengths)} prompts")
+    if min(weights) < 0 or max(weights) <= 0:
+        raise ValueError(f"weights: expected (per_token, per_pair), none negative, one positive, got {weights}")
+    for place, (prefix, own) in enumerate(zip(prefix_lengths, response_lengths, strict=True)):
+        if min([prefix, *own]) < 1:
+            raise ValueError(f"prompt {place}: expected lengths of at least 1, got {prefix} and responses {own}")
+        if own and prefix + max(own) > micro_tokens:
+            name = f"number {place} of the step" if ids is None else repr(ids[place])
+            raise SettingsError(
+                f"micro_tokens: question {name} has {prefix} prompt tokens and a response of {max(own)}, "
+                f"{prefix + max(own)} in all, got micro_tokens={micro_tokens}; "
+                f"set it to at least {prefix + max(own)}, or allow fewer prompt or response tokens"
+            )
+
+
+def _causal_pairs(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
+
+
+def _part(prompt: int, prefix: int, lengths: Sequence[int], responses: list[int]) -> _Part:
+    own = [lengths[response] for response in responses]
+    pairs = _causal_pairs(prefix) + sum(_causal_pairs(length) + length * prefix for length in own)
+    return _Part(prompt, responses, prefix + sum(own), pairs, prefix + max(own))
+
+
+def _size(parts: list[_Part], *, padded: bool, weights: tuple[float, float]) -> tuple[int, float]:
+    """Tokens and cost of a micro-batch."""
+    if padded:
+        rows = sum(len(part.responses) for part in parts)
+        longest = max((part.longest for part in parts), default=0)
+        tokens, pairs = rows * longest, rows * _causal_pairs(longest)
+    else:
+        tokens, pairs = sum(part.tokens for part in parts), sum(part.pairs for part in parts)
+    return tokens, weights[0] * tokens + weights[1] * pairs
+
+
+def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, micro_tokens: int) -> list[_Part]:
+    """The whole group if it fits, else as few even parts as fit: each response, longest first, to the smallest."""
+    order = sorted(range(len(lengths)), key=lambda response: -lengths[response])
+    for count in range(1, len(order) + 1):
+        parts = [_part(prompt, prefix, lengths, [response]) for response in order[:count]]
+        for response in order[count:]:
+            smallest = min(range(count), key=lambda place: size([parts[place]])[0])
+            parts[smallest] = _part(prompt, prefix, lengths, [*parts[smallest].responses, response])
+        if all(size([part])[0] <= micro_tokens for part in parts):
+            break
+    return parts
+
+
+def _place(parts: list[_Part], count: int, size: Callable, micro_tokens: int) -> list[MicroBatch] | None:
+    """Each part, dearest first, into the cheapest of `count` micro-batches where it fits; None: it fits in none."""
+    # (cost, number, parts), ascending: the first where a part fits is the cheapest.
+    batches: list[tuple[float, int, list[_Part]]] = [(0.0, number, []) for number in range(count)]
+    for part in sorted(parts, key=lambda part: -size([part])[1]):
+        place = next((i for i, (_, _, own) in enumerate(batches) if size([*own, part])[0] <= micro_tokens), None)
+        if place is None:
+            return None
+        _, number, own = batches.pop(place)
+        insort(batches, (size([*own, part])[1], number, [*own, part]))
+    return [_micro_batch(own) for _, _, own in reversed(batches) if own]
+
+
+def _micro_batch(parts: list[_Part]) -> MicroBatch:
+    merged: dict[int, list[int]] = {}
+    for part in sorted(parts, key=lambda part: part.prompt):
+        merged.setdefault(part.prompt, []).extend(part.responses)
+    return MicroBatch(list(merged), [sorted(own) for own in merged.values()], filler=False)

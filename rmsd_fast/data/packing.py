@@ -1,0 +1,223 @@
+"""Groups to rows. A group = one prompt and all its responses; `plan_micro_batches` says which stand in one pass.
+
+Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once. Padded: `[prompt | response | pad]`
+per response, the oracle that packed rows are tested against. Both say in the same way which hidden states predict which
+tokens: a loss need not know what it was given. Responses are numbered group by group throughout ("group-major").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rmsd_fast.data.micro_batches import check_packing
+from rmsd_fast.data.prompts import Prompt
+from rmsd_kernels.shared_prefix import SharedPrefixPlan
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one forward pass reads: B rows of L tokens, S response tokens in M responses.
+
+    Fields:
+        input_ids: int64 [B, L].
+        position_ids: int64 [3, B, L]; 0 on padding.
+        attention_mask: int64 [B, L]; None: packed, B = 1 and no padding.
+        plan: which tokens of a packed row are which; None: padded.
+        predicts: int64 [S], response by response: the row of `hidden.flatten(0, 1)` that predicts the token. The first
+            token of a response is predicted by the last row of its prompt.
+        targets: int64 [S], these tokens.
+        last: int64 [M], the row of each response's last token.
+        lengths: int64 [M], tokens of each response.
+        owner: int64 [M], place of each response's prompt among the prompts given.
+        media_order: places of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
+            prompt once; padded: one per row.
+        lengths_list: `lengths` for the host, to be read without waiting for a device.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    plan: SharedPrefixPlan | None
+    predicts: torch.Tensor
+    targets: torch.Tensor
+    last: torch.Tensor
+    lengths: torch.Tensor
+    owner: torch.Tensor
+    media_order: list[int]
+    lengths_list: list[int]
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        movable = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | SharedPrefixPlan)}
+        return replace(self, **{name: value.to(device) for name, value in movable.items()})
+
+
+def make_rows(packing: str, prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
+    """`pack` for packing="shared", `pad` for "padded".
+
+    Raises:
+        ValueError: another packing, or what those two raise.
+    """
+    check_packing(packing)
+    return pack(prompts, responses) if packing == "shared" else pad(prompts, responses, pad_id=pad_id)
+
+
+def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
+    """One packed row of all prompts and responses.
+
+    Args:
+        prompts: G prompts.
+        responses: the responses of each prompt, int64 [R] each, the end token included where there is one. A prompt may
+            have none.
+    Raises:
+        ValueError: no prompts, lists of different length, an empty response, a response with an id that marks media in
+            any of the prompts.
+        TypeError: a response that is not a one-dimensional int64 tensor.
+    """
+    flat, owner = _flatten(prompts, responses)
+    prefix_lengths = [len(prompt.input_ids) for prompt in prompts]
+    lengths = [len(response) for response in flat]
+    ends = list(accumulate(prefix_lengths))
+    starts = list(accumulate(lengths, initial=ends[-1]))
+    parts = [prompt.position_ids for prompt in prompts]
+    predicts = []
+    following = [prompt.next_position for prompt in prompts]
+    for place, start, length in zip(owner, starts, lengths, strict=False):
+        parts.append((following[place] + torch.arange(length)).expand(3, length))
+        predicts.append(torch.arange(start - 1, start - 1 + length))
+        predicts[-1][0] = ends[place] - 1
+    return Rows(
+        input_ids=torch.cat([prompt.input_ids for prompt in prompts] + flat)[None],
+        position_ids=torch.cat(parts, dim=1)[:, None],
+        attention_mask=None,
+        plan=SharedPrefixPlan.from_lengths(prefix_lengths, [[len(one) for one in own] for own in responses]),
+        predicts=_joined(predicts),
+        targets=_joined(flat),
+        last=torch.tensor(starts[1:], dtype=torch.int64) - 1,
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        owner=torch.tensor(owner, dtype=torch.int64),
+        media_order=list(range(len(prompts))),
+        lengths_list=lengths,
+    )
+
+
+def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
+    """A row `[prompt | response]` per response, padded on the right with `pad_id`. Arguments and errors as `pack`;
+    no response at all is an error here.
+    """
+    flat, owner = _flatten(prompts, responses)
+    if not flat:
+        raise ValueError("expected at least one response, got none; padded rows are made of responses")
+    lengths = [len(response) for response in flat]
+    starts = [len(prompts[place].input_ids) for place in owner]
+    length = max(start + own for start, own in zip(starts, lengths, strict=True))
+    input_ids = torch.full((len(flat), length), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(flat), length, dtype=torch.int64)
+    position_ids = torch.zeros(3, len(flat), length, dtype=torch.int64)
+    following = [prompt.next_position for prompt in prompts]
+    predicts, last = [], []
+    for row, (response, place, start) in enumerate(zip(flat, owner, starts, strict=True)):
+        end = start + len(response)
+        input_ids[row, :start] = prompts[place].input_ids
+        input_ids[row, start:end] = response
+        attention_mask[row, :end] = 1
+        position_ids[:, row, :start] = prompts[place].position_ids
+        position_ids[:, row, start:end] = following[place] + torch.arange(len(response))
+        predicts.append(row * length + torch.arange(start - 1, end - 1))
+        last.append(row * length + end - 1)
+    return Rows(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        plan=None,
+        predicts=_joined(predicts),
+        targets=_joined(flat),
+        last=torch.tensor(last, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        owner=torch.tensor(owner, dtype=torch.int64),
+        media_order=owner,
+        lengths_list=lengths,
+    )
+
+
+def gather_rows(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """`hidden[rows.predicts]`, with a backward that is exact where one row predicts several tokens.
+
+    Responses of one packed prompt have their first tokens predicted by the same row. Its gradient is their sum, taken
+    in float32 (float64 for float64), in the order of the responses, and rounded once. Plain indexing would round after
+    each addition.
+
+    Args:
+        hidden: [B * L, D], any floating dtype.
+        rows: the rows it was computed from, on its device.
+    Returns:
+        [S, D], dtype of `hidden`.
+    Raises:
+        ValueError: `hidden` has another number of rows.
+    """
+    if hidden.dim() != 2 or len(hidden) != rows.input_ids.numel():
+        raise ValueError(
+            f"hidden: expected [{rows.input_ids.numel()}, D], one row per token, got {list(hidden.shape)}; "
+            "give hidden.flatten(0, 1) of the forward pass that read these rows"
+        )
+    return _GatherRows.apply(hidden, rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, rows):
+        ctx.rows, ctx.shape = rows, hidden.shape
+        return hidden[rows.predicts]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows = ctx.rows
+        grad_hidden = grad.new_zeros(ctx.shape)
+        # The shared rows come several times here, in any order; they are written again below.
+        grad_hidden[rows.predicts] = grad
+        if rows.plan is None:
+            return grad_hidden, None
+        precision = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        firsts = grad[rows.lengths.cumsum(0) - rows.lengths]
+        done = 0
+        # Lengths are read from the host: no wait for the device.
+        for end, own in zip(accumulate(rows.plan.prefix_lengths), rows.plan.response_lengths, strict=True):
+            if len(own) > 1:
+                grad_hidden[end - 1] = firsts[done : done + len(own)].sum(0, dtype=precision)
+            done += len(own)
+        return grad_hidden, None
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[int]]:
+    """Responses group-major and the place of each one's prompt, after checks."""
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(
+            f"expected a list of responses for each prompt, at least one prompt, got {len(responses)} lists "
+            f"and {len(prompts)} prompts"
+        )
+    marks = torch.cat([prompt.input_ids[prompt.mm_token_type_ids != 0] for prompt in prompts]).unique()
+    for prompt, own in zip(prompts, responses, strict=True):
+        for place, response in enumerate(own):
+            name = f"response {place} of question {prompt.question.id!r}"
+            if response.dtype != torch.int64 or response.dim() != 1:
+                raise TypeError(f"{name}: expected int64 [R], got {response.dtype} {list(response.shape)}")
+            if not len(response):
+                raise ValueError(f"{name} is empty; leave it out, or end it with the end token")
+            if torch.isin(response, marks).any():
+                raise ValueError(
+                    f"{name} holds one of the vision tokens {marks.tolist()}, which the model would take for a medium; "
+                    "ban them in generation, or leave the response out"
+                )
+    flat = [response for own in responses for response in own]
+    owner = [place for place, own in enumerate(responses) for _ in own]
+    return flat, owner

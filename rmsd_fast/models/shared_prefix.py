@@ -1,0 +1,321 @@
+"""Shared prompts in a transformers model: its decoder layers run on packed rows, no model code copied or patched.
+
+A packed row `[P_1 | ... | P_G | R_11 R_12 ... | R_21 ...]` holds every prompt once and all its responses; a response
+sees its prompt and itself. transformers lets an attention be registered by name; ours reads the layout from the keyword
+`shared_prefix=`, which travels through the model's forward to every attention layer. No mask function is registered, so
+that transformers builds no mask. It drops a 2-D mask then, silently: hence the checks here, at the text model's door.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rmsd_fast.config import ModelError
+from rmsd_fast.models.vision_attention import vision_implementation
+from rmsd_kernels import SharedPrefixPlan, attention_calls, shared_prefix_attention
+
+SHARED_PREFIX = "rmsd_shared_prefix"
+# Families proven against separate rows, with the language models that were.
+FAMILIES = {
+    "qwen3_vl": ("qwen3_vl_text",),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "internvl": ("qwen2", "qwen3", "llama"),
+    "llava_onevision": ("qwen2",),
+    "smolvlm": ("llama",),
+}
+# Rotary scalings whose frequencies follow from the longest row of a batch: packing would change them.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_ADVICE = (
+    "run rows through run_shared_prefix(model.model, plan, ...), which takes no mask and no cache; "
+    "for anything else, e.g. generate(), call disable_shared_prefix(model) first"
+)
+
+
+class AttendsItself(Protocol):
+    """What may stand in place of a plan: an object that holds keys and values of its own, such as a cache for decoding.
+
+    attend: receives the layer's index, query [B, H, L, d], key and value [B, Hkv, L, d] as transformers has them, and
+    the scale of the scores; returns [B, L, H, d].
+    """
+
+    def attend(
+        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor: ...
+
+
+def enable_shared_prefix(model: nn.Module) -> None:
+    """Let the decoder layers attend by a plan, and the vision tower over all frames at once. Twice is once.
+
+    From here on the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting lives
+    in the model's config: models built on one config object are enabled together.
+
+    Args:
+        model: a transformers model of one of `FAMILIES`, or a module that wraps one.
+    Raises:
+        ModelError: another family, layers that the op cannot serve, or a model that did not take the setting. The
+            message names which and why; the model is as it was.
+    """
+    model = _transformers_model(model)
+    if is_shared_prefix(model):
+        return
+    reason = unsupported(model)
+    if reason:
+        raise ModelError(
+            f"{model.config.model_type}: cannot share prompts, {reason}; "
+            f"it works with {', '.join(FAMILIES)}: use one of them, or packing=padded"
+        )
+    text, config = _text_model(model), model.config
+    before = (config.text_config._attn_implementation, config.vision_config._attn_implementation)
+    wanted = (SHARED_PREFIX, vision_implementation(model) or before[1])
+    _set_attention(model, wanted)
+    found = {layer.self_attn.config._attn_implementation for layer in text.layers}
+    vision = config.vision_config._attn_implementation
+    if (found, vision) != ({wanted[0]}, wanted[1]):
+        _set_attention(model, before)
+        raise ModelError(
+            f"{config.model_type}: asked for attention {wanted} in text and vision, found {sorted(map(str, found))} "
+            f"and {vision}: {type(model).__name__} does not take it; use packing=padded"
+        )
+    text.attention_before_shared_prefix = before
+    if _check_inputs not in text._forward_pre_hooks.values():
+        # Stays when disabled: then it refuses a plan, which the model's own attention would ignore.
+        text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+
+
+def disable_shared_prefix(model: nn.Module) -> None:
+    """Bring back the attention, of text and vision, that the model had before it was enabled.
+
+    Raises:
+        ModelError: the model was enabled through another one that shares its config, so that is not known here.
+    """
+    model = _transformers_model(model)
+    if not is_shared_prefix(model):
+        return
+    text = _text_model(model)
+    before = getattr(text, "attention_before_shared_prefix", None)
+    if before is None:
+        raise ModelError(
+            f"{model.config.model_type}: shared prompts were enabled on another model built on the same config; "
+            "disable them there"
+        )
+    _set_attention(model, before)
+    del text.attention_before_shared_prefix
+
+
+@contextmanager
+def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
+    """Shared prompts enabled inside, as before outside."""
+    if is_shared_prefix(model):
+        yield
+        return
+    enable_shared_prefix(model)
+    try:
+        yield
+    finally:
+        disable_shared_prefix(model)
+
+
+def is_shared_prefix(model: nn.Module) -> bool:
+    """Whether the model's decoder layers attend by a plan."""
+    return _transformers_model(model).config.get_text_config()._attn_implementation == SHARED_PREFIX
+
+
+def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, **inputs: Any) -> torch.Tensor:
+    """Hidden states after the final norm, of a packed row [1, T, D] or of what a cache decodes [B, L, D].
+
+    Args:
+        body: the model without its head, `model.model`.
+        plan: the row's layout, on the row's device; or an object that attends itself.
+        inputs: what `body` takes: `input_ids` [1, T], `position_ids` ([3, 1, T] where positions have three rows, else
+            [1, T]), pixels or `mm_encoder_outputs`.
+    Raises:
+        RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
+            transformers would drop `mm_encoder_outputs`.
+        ValueError: a mask, a cache, or rows that do not fit the plan.
+    """
+    config = body.config.get_text_config()
+    if config._attn_implementation != SHARED_PREFIX:
+        raise RuntimeError(
+            f"{config.model_type}: a plan for shared prompts, but attention is {config._attn_implementation}, which "
+            "ignores plans; call enable_shared_prefix(model) first"
+        )
+    if inputs.get("mm_encoder_outputs") is not None:
+        forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
+        if "mm_encoder_outputs" not in forward.parameters:
+            raise RuntimeError(
+                f"{config.model_type}: transformers {transformers.__version__} ignores mm_encoder_outputs, so the "
+                "model would see no video; install transformers>=5.18"
+            )
+    cache = None if isinstance(plan, SharedPrefixPlan) else _CountedCache(plan)
+    calls = attention_calls()
+    hidden = body(**inputs, shared_prefix=plan if cache is None else cache, use_cache=False).last_hidden_state
+    ran = attention_calls() - calls if cache is None else cache.calls
+    if ran != config.num_hidden_layers:
+        raise RuntimeError(
+            f"{config.model_type}: shared-prompt attention ran {ran} times in {config.num_hidden_layers} decoder "
+            "layers, so the hidden states are wrong; use packing=padded"
+        )
+    return hidden
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why the model's layers cannot work on packed rows; None where they can. Reads its config and its modules."""
+    config = model.config
+    text_config = config.get_text_config()
+    text = next((part for part in model.modules() if _is_text_model(part, text_config)), None)
+    reason = _config_reason(config, text_config) or (_module_reason(text) if text else None)
+    if reason:
+        return reason
+    if config.model_type not in FAMILIES:
+        return "since it was not tested with this family"
+    if text_config.model_type not in FAMILIES[config.model_type]:
+        return f"since it was not tested with {text_config.model_type} as the language model of this family"
+    if text is None or len(text.layers) != text_config.num_hidden_layers:
+        return "since no module holds the decoder layers that config.text_config describes"
+    return None
+
+
+def _config_reason(config: Any, text_config: Any) -> str | None:
+    layer_types = getattr(text_config, "layer_types", None) or []
+    others = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
+    if others:
+        return f"since it has layers of other kinds than attention to all tokens ({', '.join(others)})"
+    sliding = "sliding_attention" in layer_types or (
+        getattr(text_config, "use_sliding_window", False) and not layer_types
+    )
+    if sliding:
+        return "since it has sliding-window layers"
+    for name in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(text_config, name, None):
+            return f"since its attention scores are capped ({name})"
+    if getattr(text_config, "use_bidirectional_attention", None) or config.model_type == "paligemma":
+        return "since its attention is not causal over images"
+    if getattr(text_config, "cross_attention_layers", None):
+        return "since it has cross-attention layers"
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    for kind in LENGTH_DEPENDENT_ROPE:
+        if kind in kinds:
+            return f"since its rotary frequencies depend on the longest row (rope_type={kind})"
+    return None
+
+
+def _module_reason(text: nn.Module) -> str | None:
+    for index, layer in enumerate(getattr(text, "layers", ())):
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            return f"since decoder layer {index} ({type(layer).__name__}) has no self-attention"
+        if not getattr(attention, "is_causal", False):
+            return f"since decoder layer {index} does not attend causally"
+        if getattr(attention, "sliding_window", None):
+            return f"since decoder layer {index} has a sliding window"
+        if getattr(attention, "sinks", None) is not None:
+            return f"since decoder layer {index} has attention sinks"
+        if getattr(attention, "attention_dropout", 0.0):
+            return "since it has attention dropout (set attention_dropout to 0 in config.json)"
+    return None
+
+
+def _shared_prefix_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    shared_prefix: SharedPrefixPlan | AttendsItself | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """One layer's attention, as transformers calls it: [B, H, L, d] in, [B, L, H, d] out."""
+    what = _refused(attention_mask, dropout, kwargs)
+    if what:
+        raise ValueError(f"{type(module).__name__}: shared-prompt attention cannot take {what}; {_ADVICE}")
+    if shared_prefix is None:
+        raise RuntimeError(f"{type(module).__name__}: shared-prompt attention without a plan; {_ADVICE}")
+    if not isinstance(shared_prefix, SharedPrefixPlan):
+        return shared_prefix.attend(module.layer_idx, query, key, value, scaling), None
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__}: a plan describes one packed row without a cache, got query "
+            f"{list(query.shape)} and key {list(key.shape)}; {_ADVICE}"
+        )
+    rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    return shared_prefix_attention(*rows, shared_prefix, scale=scaling).unsqueeze(0), None
+
+
+def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """What of a layer's arguments the op cannot do."""
+    given = {
+        "an attention mask": attention_mask is not None,
+        "dropout": dropout > 0.0,
+        "a sliding window": kwargs.get("sliding_window") is not None,
+        "a cap on the scores": kwargs.get("softcap") is not None,
+        "attention sinks": kwargs.get("s_aux") is not None,
+        "attention that is not causal": kwargs.get("is_causal") is False,
+        "a cache": kwargs.get("past_key_values") is not None,
+        "output_attentions": bool(kwargs.get("output_attentions")),
+    }
+    return next((name for name, present in given.items() if present), None)
+
+
+def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what transformers drops before it reaches attention: a 2-D mask, a plan that nobody reads, a cache."""
+    plan = kwargs.get("shared_prefix")
+    name = type(text).__name__
+    if text.config._attn_implementation != SHARED_PREFIX:
+        if plan is not None:
+            raise RuntimeError(
+                f"{name}: a plan for shared prompts, but attention is {text.config._attn_implementation}, which "
+                "ignores plans; call enable_shared_prefix(model) first"
+            )
+        return
+    if plan is None:
+        raise RuntimeError(f"{name}: shared-prompt attention without a plan; {_ADVICE}")
+    for what in ("attention_mask", "past_key_values"):
+        if kwargs.get(what) is not None:
+            raise ValueError(f"{name}: shared-prompt attention cannot take {what}; {_ADVICE}")
+
+
+class _CountedCache:
+    """Counts the layers that attend through an object."""
+
+    def __init__(self, cache: AttendsItself):
+        self.cache = cache
+        self.calls = 0
+
+    def attend(
+        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.calls += 1
+        return self.cache.attend(layer_idx, query, key, value, scale)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise ModelError(f"{type(model).__name__}: expected a transformers model, or a module that holds one")
+
+
+def _is_text_model(part: nn.Module, text_config: Any) -> bool:
+    return isinstance(part, PreTrainedModel) and part.config is text_config and hasattr(part, "layers")
+
+
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    return next(part for part in model.modules() if _is_text_model(part, model.config.get_text_config()))
+
+
+def _set_attention(model: PreTrainedModel, implementations: tuple[str, str]) -> None:
+    model.set_attn_implementation({"text_config": implementations[0], "vision_config": implementations[1]})
+
+
+AttentionInterface.register(SHARED_PREFIX, _shared_prefix_forward)
