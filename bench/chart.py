@@ -20,6 +20,8 @@ from records import ROOT, load, sources
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import number, ticks
 
+# Benches that chart_sharing.py draws.
+SHARING = ("shared_prefix", "step")
 BENCHES = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
 _WIDTH, _LABEL, _BAR, _ROW, _GAP, _TOP = 880, 190, 300, 19, 46, 108
 _RIGHT = _LABEL + _BAR + 60
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--hardware", help="part of the name of the machine whose records count")
     parser.add_argument("--table", action="store_true", help="print the Markdown table instead of drawing")
     given = parser.parse_args()
-    records = load(given.results, given.device, given.hardware)
+    records = [r for r in load(given.results, given.device, given.hardware) if r["bench"] not in SHARING]
     if given.table:
         print(markdown(records), end="")
         return

@@ -1,4 +1,4 @@
-"""What the records say about each number that the losses promise: one line for each goal and case.
+"""What the records say about each number that losses and shared prefixes promise: one line for each goal and case.
 
 met, MISSED: with n, the rounds of the side that took part in fewer. NOT MEASURED: no record of the case, or it lacks a
 side. Exit code 1 where a goal on CPU is missed or not measured. Goals on CUDA are listed as not measurable without one.
@@ -55,7 +55,15 @@ ON_CUDA = (
     "at least 5 times faster than the GRPO paths of Liger and TRL",
     "workspace at most 0.6 GB beside d_weight",
     "discriminator: at most 20 µs of device time and 2 launches",
+    "stage-2 step: K=4, N=8 at most 1.15 times K=1, N=8",
+    "stage-2 step: at least 5 times faster than padded at a prompt of 8k and responses of 512",
+    "stage-2 step: within 1.15 of the cost model",
 )
+LEAST_OVER_PADDED, MOST_OF_PADDED, MOST_FOR_K, MOST_OFF_MODEL = 4.0, 0.25, 1.15, 1.25
+SHARED_CASES = tuple(
+    f"P{p}-R{r}-float32" for p, r in ((1024, 64), (1024, 128), (2048, 64), (2048, 128), (2048, 256), (4096, 128))
+)
+STEP_CASES = tuple(f"P{p}-R{r}-float32" for p, r in ((1024, 64), (2048, 64), (2048, 128), (4096, 128)))
 MET, MISSED, NOT_MEASURED = "met", "MISSED", "NOT MEASURED"
 
 # (reached or not, None: a side is missing; what was found)
@@ -106,6 +114,66 @@ def _discriminator(variants: dict) -> Iterator[Finding]:
     yield _faster(variants, EAGER, LEAST_DISCRIMINATOR)
 
 
+def _sharing(variants: dict) -> Iterator[Finding]:
+    """One pass over a group of 12 responses: time against padded rows."""
+    yield _at_least(variants, "padded M=12", LEAST_OVER_PADDED)
+
+
+def _sharing_memory(variants: dict) -> Iterator[Finding]:
+    sides = [variants.get(name, {}).get("peak_beyond_gradients_mib") for name in ("shared M=12", "padded M=12")]
+    if None in sides:
+        yield None, "peak memory of shared and padded"
+        return
+    share = sides[0] / sides[1]
+    yield share <= MOST_OF_PADDED, f"peak beyond gradients {share:.3f} of padded rows', at most {MOST_OF_PADDED}"
+
+
+def _sharing_model(variants: dict) -> Iterator[Finding]:
+    """Ratios of times against the ratios that the cost model predicts."""
+    for name in ("shared M=9", "shared M=1", "padded M=12", "copies M=12"):
+        yield _predicted(variants, name, "shared M=12", main_time)
+
+
+def _step(variants: dict) -> Iterator[Finding]:
+    yield _k_times(variants, main_time, "whole step")
+    yield _k_times(variants, _training, "training")
+
+
+def _step_model(variants: dict) -> Iterator[Finding]:
+    for name in ("shared K=4 N=8", "shared K=8 N=8", "padded K=4 N=8", "copies K=4 N=8"):
+        yield _predicted(variants, name, "shared K=1 N=8", _training)
+
+
+def _k_times(variants: dict, time: Callable[[dict], float], what: str) -> Finding:
+    four, one = (variants.get(f"shared K={k} N=8") for k in (4, 1))
+    if four is None or one is None:
+        return None, f"{what} at K=4 and K=1"
+    times = time(four) / time(one)
+    return times <= MOST_FOR_K, f"{what}: K=4 takes {times:.3f} of K=1, at most {MOST_FOR_K}" + _rounds(four, one)
+
+
+def _predicted(variants: dict, name: str, base: str, time: Callable[[dict], float]) -> Finding:
+    if name not in variants or base not in variants:
+        return None, f"{name} and {base}"
+    own, other = variants[name], variants[base]
+    measured, predicted = time(own) / time(other), own["predicted_s"] / other["predicted_s"]
+    off = max(measured / predicted, predicted / measured)
+    what = f"{name} over {base}: {measured:.2f}, predicted {predicted:.2f}, apart {off:.2f}, at most {MOST_OFF_MODEL}"
+    return off <= MOST_OFF_MODEL, what + _rounds(own, other)
+
+
+def _training(own: dict) -> float:
+    return own["training"]["median_ms"]
+
+
+def _at_least(variants: dict, name: str, least: float) -> Finding:
+    if name not in variants or "shared M=12" not in variants:
+        return None, name
+    own, base = variants[name], variants["shared M=12"]
+    times = main_time(own) / main_time(base)
+    return times >= least, f"{times:.2f} times faster than {name}, at least {least:g}" + _rounds(own, base)
+
+
 def _no_slower(variants: dict) -> Iterator[Finding]:
     """Against eager and every peer. One cold call of a peer is no measurement to be faster than."""
     if EAGER not in variants:
@@ -135,6 +203,10 @@ NUMBERS: tuple[tuple[str, str, Judge], ...] = (
     *((bench, case, _memory) for case in LEAST_SHARE for bench in HEADS),
     *((bench, case, _conditions) for bench, cases in CONDITIONS.items() for case in cases),
     *(("discriminator", case, _discriminator) for case in _DISCRIMINATOR),
+    ("shared_prefix", "P2048-R128-float32", _sharing),
+    ("shared_prefix", "P2048-R128-float32", _sharing_memory),
+    *(("shared_prefix", case, _sharing_model) for case in SHARED_CASES),
+    *(("step", case, judge) for case in STEP_CASES for judge in (_step, _step_model)),
 )
 GOALS = (*NUMBERS, *((bench, case, _no_slower) for bench, cases in CASES.items() for case in cases))
 # What `pytest bench/ --claims` measures.

@@ -388,7 +388,7 @@ def test_claims_are_checked_against_the_records():
 def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
     import importlib
 
-    from claims import CASES, CLAIM_CASES, CONDITIONS
+    from claims import CASES, CLAIM_CASES, CONDITIONS, SHARED_CASES, STEP_CASES
 
     for bench, names in CASES.items():
         module = importlib.import_module(f"bench_{bench}")
@@ -396,4 +396,5 @@ def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed()
         conditions = module.conditions(False, "cpu") if hasattr(module, "conditions") else []
         assert tuple(f"{case.name}-conditions" for case in conditions) == CONDITIONS.get(bench, ())
     every = {(bench, name) for cases in (CASES, CONDITIONS) for bench, names in cases.items() for name in names}
+    every |= {("shared_prefix", name) for name in SHARED_CASES} | {("step", name) for name in STEP_CASES}
     assert every > CLAIM_CASES

@@ -44,21 +44,33 @@ def _random_groups(seed: int) -> tuple[list[Prompt], list[list[torch.Tensor]]]:
 
 def test_packed_row_by_hand() -> None:
     prompts = [_prompt([1, 9, 9]), _prompt([2, 3])]
-    rows = pack(prompts, [[_ids(21, 22), _ids(23)], [_ids(31, 32, 33)]])
-    assert rows.input_ids.tolist() == [[1, 9, 9, 2, 3, 21, 22, 23, 31, 32, 33]]
+    rows = pack(prompts, [[_ids(21, 22), _ids(23)], [_ids(31, 32, 33), _ids(34)]])
+    assert rows.input_ids.tolist() == [[1, 9, 9, 2, 3, 21, 22, 23, 31, 32, 33, 34]]
     # The first prompt's largest position is 4 (2 in time, 2 + 2 in height and width), the second's 1.
-    assert rows.position_ids[0].tolist() == [[0, 1, 2, 0, 1, 5, 6, 5, 2, 3, 4]]
-    assert rows.position_ids[1].tolist() == rows.position_ids[2].tolist() == [[0, 3, 4, 0, 1, 5, 6, 5, 2, 3, 4]]
+    assert rows.position_ids[0].tolist() == [[0, 1, 2, 0, 1, 5, 6, 5, 2, 3, 4, 2]]
+    assert rows.position_ids[1].tolist() == rows.position_ids[2].tolist() == [[0, 3, 4, 0, 1, 5, 6, 5, 2, 3, 4, 2]]
     assert rows.attention_mask is None
     assert rows.plan.prefix_lengths == (3, 2)
-    assert rows.plan.response_lengths == ((2, 1), (3,))
-    assert rows.plan.tokens == 11
-    assert rows.predicts.tolist() == [2, 5, 2, 4, 8, 9]
-    assert rows.targets.tolist() == [21, 22, 23, 31, 32, 33]
-    assert rows.last.tolist() == [6, 7, 10]
-    assert rows.lengths.tolist() == rows.lengths_list == [2, 1, 3]
-    assert rows.owner.tolist() == [0, 0, 1]
+    assert rows.plan.response_lengths == ((2, 1), (3, 1))
+    assert rows.plan.tokens == 12
+    assert rows.predicts.tolist() == [2, 5, 2, 4, 8, 9, 4]
+    assert rows.targets.tolist() == [21, 22, 23, 31, 32, 33, 34]
+    assert rows.last.tolist() == [6, 7, 10, 11]
+    assert rows.lengths.tolist() == rows.lengths_list == [2, 1, 3, 1]
+    assert rows.forks == [(2, 0, 2), (4, 2, 2)]
     assert rows.media_order == [0, 1]
+
+
+def test_a_lone_response_continues_its_prompt() -> None:
+    prompts = [_prompt([1, 9]), _prompt([2, 3]), _prompt([4])]
+    rows = pack(prompts, [[_ids(21, 22)], [_ids(31), _ids(32, 33)], [_ids(41)]])
+    assert rows.input_ids.tolist() == [[1, 9, 21, 22, 2, 3, 4, 41, 31, 32, 33]]
+    assert rows.plan.prefix_lengths == (4, 2, 2) and rows.plan.response_lengths == ((), (1, 2), ())
+    assert rows.predicts.tolist() == [1, 2, 5, 5, 9, 6]
+    assert rows.targets.tolist() == [21, 22, 31, 32, 33, 41]
+    assert rows.last.tolist() == [3, 8, 10, 7]
+    assert rows.forks == [(5, 1, 2)]
+    assert rows.position_ids[0].tolist()[0][:8] == [0, 1, 4, 5, 0, 1, 0, 1]
 
 
 def test_padded_rows_by_hand() -> None:
@@ -73,14 +85,14 @@ def test_padded_rows_by_hand() -> None:
     assert rows.targets.tolist() == [21, 22, 23, 31, 32, 33]
     assert rows.last.tolist() == [4, 8, 14]
     assert rows.lengths_list == [2, 1, 3]
-    assert rows.owner.tolist() == rows.media_order == [0, 0, 1]
+    assert rows.media_order == [0, 0, 1] and rows.forks == []
 
 
 def test_packed_and_padded_rows_say_the_same() -> None:
     for seed in range(20):
         prompts, responses = _random_groups(seed)
         packed, padded = (make_rows(name, prompts, responses, pad_id=0) for name in ("shared", "padded"))
-        for name in ("targets", "lengths", "owner"):
+        for name in ("targets", "lengths"):
             assert torch.equal(getattr(packed, name), getattr(padded, name))
         for rows in (packed, padded):
             assert rows.targets.dtype == rows.predicts.dtype == rows.last.dtype == rows.input_ids.dtype == torch.int64
@@ -111,7 +123,7 @@ def test_rows_move_as_a_whole() -> None:
         rows = make_rows(name, [_prompt([1, 2])], [[_ids(3), _ids(4, 5)]], pad_id=0)
         moved = rows.to("meta")
         tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == (7 if name == "shared" else 8)
+        assert len(tensors) == (6 if name == "shared" else 7)
         assert all(tensor.is_meta for tensor in tensors)
         assert moved.lengths_list == [1, 2]
         assert moved.media_order == rows.media_order
@@ -166,9 +178,9 @@ def test_gather_rows_rounds_the_shared_row_once() -> None:
     upstream = torch.tensor([256, 1, 50, 1, 1, 5], dtype=torch.bfloat16)[:, None]
     found = _gather_gradient(rows, 1, upstream)
     assert found.dtype == torch.bfloat16
-    # Rows: prefix 1, prefix 2 (two tokens), responses 3 | 4 5 | 6 | 7 | 8. 259 rounds to the even neighbour, 260.
-    assert found.flatten().tolist() == [260, 0, 5, 0, 50, 0, 0, 0, 0]
-    assert _gather_gradient(rows, 1, upstream.float()).flatten().tolist() == [259, 0, 5, 0, 50, 0, 0, 0, 0]
+    # Rows: prefix 1, prefix 2 (two tokens) with response 8, responses 3 | 4 5 | 6 | 7. 259 rounds to the even 260.
+    assert found.flatten().tolist() == [260, 0, 5, 0, 0, 50, 0, 0, 0]
+    assert _gather_gradient(rows, 1, upstream.float()).flatten().tolist() == [259, 0, 5, 0, 0, 50, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,14 +1,14 @@
 """Groups to rows. A group = one prompt and all its responses; `plan_micro_batches` says which stand in one pass.
 
-Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once. Padded: `[prompt | response | pad]`
-per response, the oracle that packed rows are tested against. Both say in the same way which hidden states predict which
-tokens: a loss need not know what it was given. Responses are numbered group by group throughout ("group-major").
+Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once; a lone response stands in its prompt's
+own segment. Padded: `[prompt | response | pad]` per response, the oracle that packed rows are tested against. Both say
+in the same way which hidden states predict which tokens: a loss need not know what it was given. Responses are numbered
+group by group throughout ("group-major").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -32,10 +32,10 @@ class Rows:
         targets: int64 [S], these tokens.
         last: int64 [M], the row of each response's last token.
         lengths: int64 [M], tokens of each response.
-        owner: int64 [M], place of each response's prompt among the prompts given.
         media_order: places of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
             prompt once; padded: one per row.
         lengths_list: `lengths` for the host, to be read without waiting for a device.
+        forks: (row, first, count): the row predicts the first tokens of `count` responses from `first` on.
     """
 
     input_ids: torch.Tensor
@@ -46,9 +46,9 @@ class Rows:
     targets: torch.Tensor
     last: torch.Tensor
     lengths: torch.Tensor
-    owner: torch.Tensor
     media_order: list[int]
     lengths_list: list[int]
+    forks: list[tuple[int, int, int]]
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on a device."""
@@ -79,30 +79,43 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
             any of the prompts.
         TypeError: a response that is not a one-dimensional int64 tensor.
     """
-    flat, owner = _flatten(prompts, responses)
-    prefix_lengths = [len(prompt.input_ids) for prompt in prompts]
+    flat, _ = _flatten(prompts, responses)
+    # A lone response continues its prompt's own segment: plain causal attention, in one call instead of three.
+    heads = [own if len(own) == 1 else [] for own in responses]
+    tails = [own if len(own) != 1 else [] for own in responses]
+    prefix_lengths = [len(prompt.input_ids) + sum(map(len, head)) for prompt, head in zip(prompts, heads, strict=True)]
+    ids, positions, tail_ids, tail_positions, predicts, last, forks = [], [], [], [], [], [], []
+    row, tail_row = 0, sum(prefix_lengths)
+    for prompt, own, length in zip(prompts, responses, prefix_lengths, strict=True):
+        ids.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        end = row + len(prompt.input_ids)
+        lone = len(own) == 1
+        if len(own) > 1:
+            forks.append((end - 1, len(last), len(own)))
+        for response in own:
+            start = end if lone else tail_row
+            (ids if lone else tail_ids).append(response)
+            following = (prompt.next_position + torch.arange(len(response))).expand(3, len(response))
+            (positions if lone else tail_positions).append(following)
+            predicts.append(torch.arange(start - 1, start - 1 + len(response)))
+            predicts[-1][0] = end - 1
+            last.append(start + len(response) - 1)
+            tail_row += 0 if lone else len(response)
+        row += length
     lengths = [len(response) for response in flat]
-    ends = list(accumulate(prefix_lengths))
-    starts = list(accumulate(lengths, initial=ends[-1]))
-    parts = [prompt.position_ids for prompt in prompts]
-    predicts = []
-    following = [prompt.next_position for prompt in prompts]
-    for place, start, length in zip(owner, starts, lengths, strict=False):
-        parts.append((following[place] + torch.arange(length)).expand(3, length))
-        predicts.append(torch.arange(start - 1, start - 1 + length))
-        predicts[-1][0] = ends[place] - 1
     return Rows(
-        input_ids=torch.cat([prompt.input_ids for prompt in prompts] + flat)[None],
-        position_ids=torch.cat(parts, dim=1)[:, None],
+        input_ids=torch.cat(ids + tail_ids)[None],
+        position_ids=torch.cat(positions + tail_positions, dim=1)[:, None],
         attention_mask=None,
-        plan=SharedPrefixPlan.from_lengths(prefix_lengths, [[len(one) for one in own] for own in responses]),
+        plan=SharedPrefixPlan.from_lengths(prefix_lengths, [[len(one) for one in own] for own in tails]),
         predicts=_joined(predicts),
         targets=_joined(flat),
-        last=torch.tensor(starts[1:], dtype=torch.int64) - 1,
+        last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        owner=torch.tensor(owner, dtype=torch.int64),
         media_order=list(range(len(prompts))),
         lengths_list=lengths,
+        forks=forks,
     )
 
 
@@ -139,9 +152,9 @@ def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: i
         targets=_joined(flat),
         last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        owner=torch.tensor(owner, dtype=torch.int64),
         media_order=owner,
         lengths_list=lengths,
+        forks=[],
     )
 
 
@@ -181,16 +194,12 @@ class _GatherRows(torch.autograd.Function):
         grad_hidden = grad.new_zeros(ctx.shape)
         # The shared rows come several times here, in any order; they are written again below.
         grad_hidden[rows.predicts] = grad
-        if rows.plan is None:
-            return grad_hidden, None
-        precision = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        firsts = grad[rows.lengths.cumsum(0) - rows.lengths]
-        done = 0
-        # Lengths are read from the host: no wait for the device.
-        for end, own in zip(accumulate(rows.plan.prefix_lengths), rows.plan.response_lengths, strict=True):
-            if len(own) > 1:
-                grad_hidden[end - 1] = firsts[done : done + len(own)].sum(0, dtype=precision)
-            done += len(own)
+        if rows.forks:
+            precision = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            firsts = grad[rows.lengths.cumsum(0) - rows.lengths]
+            # Read from the host: no wait for the device.
+            for row, first, count in rows.forks:
+                grad_hidden[row] = firsts[first : first + count].sum(0, dtype=precision)
         return grad_hidden, None
 
 
