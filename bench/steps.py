@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,20 +13,21 @@ from rmsd_fast.data.packing import pad
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob, linear_policy_loss, pairwise_discriminator_loss
 from rmsd_fast.models.students import encode_media
-from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.models.vision_attention import vision_implementation
+from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.distributed import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.groups import Group, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.groups import Group, judged_responses, make_group, make_pairs, set_advantages
 from rmsd_fast.stages.material import Material
-from rmsd_fast.stages.state import RunState, apply_or_discard
+from rmsd_fast.stages.state import RunState, StepResult, apply_or_discard
 from rmsd_fast.teacher.targets import Targets
 
 _encode_each = partial(encode_media, distinct=False)
 
 
-def settings_of(packing: str, response: int, n: int, dtype: str) -> RunConfig:
-    """Stage 2 with all its parts: discriminator on all pairs, k3 against the reference."""
+def settings_of(packing: str, prefix: int, response: int, n: int, dtype: str) -> RunConfig:
+    """Stage 2 with all its parts: discriminator on all pairs, k3 against the reference; no group is split."""
     return load_settings(
         "quickstart",
         [
@@ -33,8 +35,8 @@ def settings_of(packing: str, response: int, n: int, dtype: str) -> RunConfig:
             f"model.dtype={dtype}",
             f"rollout.n={n}",
             f"rollout.max_new_tokens={response}",
-            "data.max_prompt_tokens=8192",
-            "micro_tokens=65536",
+            f"data.max_prompt_tokens={prefix + 512}",
+            f"micro_tokens={40 * (prefix + 512 + response)}",
         ],
     )
 
@@ -43,6 +45,10 @@ def make_state(settings: RunConfig, world: World) -> RunState:
     """Policy, discriminator and reference. No rollout ends by itself: each has `max_new_tokens` tokens."""
     folder = str(student_folder(HIDDEN, LAYERS))
     state = build_distillation(folder, settings, world, Material([], [], {}, folder, True, {}))
+    if settings.packing == "padded":
+        # The tower's attention is the same in all variants; what is compared is the sharing.
+        for module in (state.student.model, state.reference.model, state.discriminator.module.model):
+            module.set_attn_implementation({"vision_config": vision_implementation(module)})
     banned = state.rollouts.banned_ids
     state.rollouts.banned_ids = torch.cat([banned, banned.new_tensor([state.builder.eos_id])])
     return state
@@ -60,18 +66,37 @@ def set_teacher(state: RunState, prompts: list[Prompt], response: int, k: int) -
         state.targets[prompt.question.id] = Targets(ids, ones, ones / k, (True,) * k, (0,))
 
 
-def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> None:
+class Given:
+    """A rollout engine that returns the same random responses whatever the model, by the question's name."""
+
+    def __init__(self, builder, response: int):
+        self.builder, self.response = builder, response
+
+    def generate(self, model, prompts, sampling, *, features=None, policy_version=0) -> list[list[Rollout]]:
+        groups = []
+        for prompt in prompts:
+            name, _, copy = prompt.question.id.partition("/")
+            ids = make_responses(self.builder, 8, self.response, seed=int(name.removeprefix("q")))
+            chosen = [int(copy)] if copy else range(sampling.n)
+            groups.append([self._rollout(prompt, i, ids[i]) for i in chosen])
+        return groups
+
+    def _rollout(self, prompt: Prompt, index: int, ids: torch.Tensor) -> Rollout:
+        logp = torch.full((len(ids),), -6.0)
+        return Rollout(prompt.question.id, index, ids, self.builder.decode_response(ids), logp, False, 0)
+
+
+def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
     """The step with a copy of prompt and video for each response, in generation and in all three models.
 
     The same objective, losses and optimisers as `stages.distill.step`; what differs is that a batch is a list of
     samples. One group per forward pass. The discriminator reads N + K rows; one pair per rollout would be 2N.
     """
-    n, temperature = settings.rollout.n, settings.rollout.temperature
-    copies = [prompt for prompt in prompts for _ in range(n)]
+    n, temperature, device = settings.rollout.n, settings.rollout.temperature, state.world.device
+    copies = [_renamed(prompt, i) for prompt in prompts for i in range(n)]
     sampling = Sampling(n=1, temperature=temperature, max_new_tokens=settings.rollout.max_new_tokens)
-    with state.timer("vision"), torch.no_grad():
+    with state.timer("rollout"), torch.no_grad():
         features = _encode_each(state.student.model, copies)
-    with state.timer("rollout"):
         rollouts = [one for (one,) in state.rollouts.generate(state.student.model, copies, sampling, features=features)]
     groups = [
         make_group(p, rollouts[i * n : (i + 1) * n], state.targets[p.question.id], settings, step=rollout_step)
@@ -79,10 +104,11 @@ def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
     ]
     with state.timer("discriminator"):
         for number, group in enumerate(groups):
-            state.discriminator.backward(_judge(state, group, len(groups), settings), last=number == len(groups) - 1)
+            loss = _judge(state, group, len(groups), settings)
+            state.discriminator.backward(loss, last=number == len(groups) - 1)
     for group in groups:
         set_advantages(group, settings)
-    rows = [media_each(pad([g.prompt], [[r.token_ids for r in g.rollouts]], pad_id=0)) for g in groups]
+    rows = [media_each(pad([g.prompt], [[r.token_ids for r in g.rollouts]], pad_id=0)).to(device) for g in groups]
     with state.timer("reference"), torch.no_grad():
         score = partial(linear_logprob, temperature=temperature, ignore_index=None)
         reference = [
@@ -93,11 +119,11 @@ def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
         for number, (group, own, logp) in enumerate(zip(groups, rows, reference, strict=True)):
             head = partial(
                 linear_policy_loss,
-                advantages=group.advantages.repeat_interleave(own.lengths),
+                advantages=group.advantages.to(device).repeat_interleave(own.lengths),
                 normalizer=sum(len(r.targets) for r in rows),
                 temperature=temperature,
                 ignore_index=None,
-                rollout_logp=torch.cat([r.logp for r in group.rollouts]),
+                rollout_logp=torch.cat([r.logp for r in group.rollouts]).to(device),
                 kl=settings.distill.kl,
                 kl_coef=settings.distill.kl_coef,
                 ref_logp=logp,
@@ -106,25 +132,31 @@ def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
             loss = state.policy([group.prompt] * n, own, features, head).loss
             state.policy.backward(loss, last=number == len(groups) - 1)
     with state.timer("optimizer"):
-        apply_or_discard(state, [state.policy, state.discriminator], settings)
+        norms, skipped = apply_or_discard(state, [state.policy, state.discriminator], settings)
+    return StepResult({"policy/grad_norm": norms[0], "discriminator/grad_norm": norms[1]}, skipped)
+
+
+def _renamed(prompt: Prompt, index: int) -> Prompt:
+    """A copy under a name of its own, from which its sampling noise is drawn."""
+    return replace(prompt, question=replace(prompt.question, id=f"{prompt.question.id}/{index}"))
 
 
 def _judge(state: RunState, group: Group, groups: int, settings: RunConfig) -> torch.Tensor:
     """L_D of a group; leaves the scores in it."""
     n = len(group.rollouts)
-    texts = [r.token_ids for r in group.rollouts] + [group.targets.token_ids[k] for k in group.kept]
+    judged = judged_responses(group, state.builder)
+    texts = [judged.responses[place] for place in (*judged.students, *judged.teachers)]
     copies = [group.prompt] * len(texts)
-    rows = media_each(pad([group.prompt], [texts], pad_id=0))
+    rows = media_each(pad([group.prompt], [texts], pad_id=0)).to(state.world.device)
     scores = state.discriminator(copies, rows, _encode_each(state.discriminator.module.model, copies))
-    group.d_score = scores.detach()[:n].float()
+    group.d_score = scores.detach()[:n].float().cpu()
     pairs = make_pairs([group], settings)
+    on_device = [field.to(scores.device) for field in pairs[:4]]
     return pairwise_discriminator_loss(
         scores[:n],
         scores[n:],
-        pairs.student_index,
-        pairs.teacher_index,
-        pairs.quality,
-        pair_weight=pairs.pair_weight,
+        *on_device[:3],
+        pair_weight=on_device[3],
         normalizer=n * groups,
         score_l2=settings.discriminator.score_l2,
         l2_normalizer=len(texts) * groups,

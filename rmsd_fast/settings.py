@@ -38,6 +38,8 @@ CHOICES = {
     "distill.aggregation": ("token_mean", "sequence_mean"),
     "runtime.zero_stage": (0, 1, 2, 3),
 }
+# Settings of earlier versions and what to write instead.
+RENAMED = {"sft.micro_batch": "micro_tokens", "distill.micro_prompts": "micro_tokens", "sft.target": "sft.responses"}
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
@@ -201,7 +203,7 @@ def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
     known = set(_keys(schema))
     for key in _keys(given):
         if key not in known and not any(name.startswith(key + ".") for name in known):
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
             raise SettingsError(f"{where}: unknown setting {key}{hint}")
         # `data.heldout=` and `data.heldout: null` both mean: none given.

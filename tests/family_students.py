@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class FamilyPrompt:
     kind: str
     pixels: torch.Tensor
     grid_thw: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> FamilyPrompt:
+        """The same prompt on a device."""
+        tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 def _qwen3_vl(text: dict[str, Any]) -> nn.Module:
@@ -241,6 +246,17 @@ def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
     return outputs
 
 
+def pixels_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, torch.Tensor]:
+    """The same media as pixels, which a Qwen model encodes within its forward in every version of transformers."""
+    inputs = {}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        chosen = [prompt for prompt in prompts if prompt.kind == kind]
+        if chosen:
+            inputs[f"pixel_values{suffix}"] = torch.cat([prompt.pixels for prompt in chosen]).to(model.dtype)
+            inputs[f"{kind}_grid_thw"] = torch.cat([prompt.grid_thw for prompt in chosen])
+    return inputs
+
+
 def pack_inputs(prompts: list[FamilyPrompt], responses: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     """`input_ids` [1, T] and `position_ids` ([3, 1, T] or [1, T]) of `[P_1 | ... | R_11 R_12 ... | R_21 ...]`."""
     ids = [prompt.input_ids for prompt in prompts]
@@ -248,6 +264,6 @@ def pack_inputs(prompts: list[FamilyPrompt], responses: list[list[torch.Tensor]]
     for prompt, group in zip(prompts, responses, strict=True):
         for response in group:
             ids.append(response)
-            steps = prompt.next_position + torch.arange(len(response))
+            steps = prompt.next_position + torch.arange(len(response), device=prompt.position_ids.device)
             positions.append(steps.expand(*prompt.position_ids.shape[:-1], -1))
     return {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, -1).unsqueeze(-2)}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rmsd_kernels import SharedPrefixPlan
+from rmsd_kernels.rows import accumulation_dtype
 from rmsd_kernels.shared_prefix_cuda import Lengths, Varlen
 
 # prefix lengths, response lengths. One per way through the code: neighbours of equal length (one batched call) and
@@ -82,28 +83,34 @@ def _softmax(q: Tensor, k: Tensor, causal: bool, scale: float, lse: Tensor | Non
 
 
 def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """A variable-length kernel with plain mathematics, as particular about its input as the CUDA ones."""
+    """A variable-length kernel with plain mathematics, as particular about its input as the CUDA ones.
+
+    In 16 bit it rounds what they round: probabilities before a product, and the result.
+    """
+    dtype, (q, k, v) = q.dtype, _accumulated(q, k, v)
     if lengths is None:
         assert q.ndim == 4 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and not causal
         repeat = q.shape[2] // k.shape[2]
         pairs = [_softmax(a, b.repeat_interleave(repeat, 1), causal, scale) for a, b in zip(q, k, strict=True)]
         out = [
-            torch.einsum("hrp,phd->rhd", p, c.repeat_interleave(repeat, 1)) for (p, _), c in zip(pairs, v, strict=True)
+            torch.einsum("hrp,phd->rhd", _rounded(p, dtype), c.repeat_interleave(repeat, 1))
+            for (p, _), c in zip(pairs, v, strict=True)
         ]
-        return torch.stack(out), torch.stack([lse for _, lse in pairs])
+        return torch.stack(out).to(dtype), torch.stack([lse for _, lse in pairs])
     repeat = q.shape[1] // k.shape[1]
     # As the kernels: the result follows the strides of q.
     out = torch.full_like(q, float("nan"))
     lse = q.new_full((q.shape[1], len(q)), float("nan"))
     for queries, keys in _segments(lengths, q, k):
         p, lse[:, queries] = _softmax(q[queries], k[keys].repeat_interleave(repeat, 1), causal, scale)
-        out[queries] = torch.einsum("hrp,phd->rhd", p, v[keys].repeat_interleave(repeat, 1))
-    return out, lse
+        out[queries] = torch.einsum("hrp,phd->rhd", _rounded(p, dtype), v[keys].repeat_interleave(repeat, 1))
+    return out.to(dtype), lse
 
 
 def stand_in_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, scale: float):
     """Its backward: from the out and lse that it is given; gradients of keys that no query sees stay unwritten."""
     assert all(t.is_contiguous() for t in (d_out, out, lse)) and lse.shape == (q.shape[1], len(q))
+    dtype, (d_out, q, k, v, out) = q.dtype, _accumulated(d_out, q, k, v, out)
     repeat = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.full_like(t, float("nan")) for t in (q, k, v))
     for queries, keys in _segments(lengths, q, k):
@@ -113,10 +120,47 @@ def stand_in_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, 
         p, _ = _softmax(q[queries], key, causal, scale, lse[:, queries])
         delta = (d_out[queries] * out[queries]).sum(-1).t().unsqueeze(-1)
         ds = p * (torch.einsum("rhd,phd->hrp", d_out[queries], value) - delta) * scale
+        p, ds = _rounded(p, dtype), _rounded(ds, dtype)
         dq[queries] = torch.einsum("hrp,phd->rhd", ds, key)
         of_heads = torch.einsum("hrp,rhd->phd", ds, q[queries]), torch.einsum("hrp,rhd->phd", p, d_out[queries])
         dk[keys], dv[keys] = (t.unflatten(1, (-1, repeat)).sum(2) for t in of_heads)
-    return dq, dk, dv
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _accumulated(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(accumulation_dtype(t)) for t in tensors]
+
+
+def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).to(t.dtype)
+
+
+def one_call_per_response(
+    kernel: Varlen, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, plan: SharedPrefixPlan
+) -> list[Tensor]:
+    """out, dq, dk, dv of the packed row, from a call per `[prefix | response]`; every prefix has responses.
+
+    A prefix's gradients are added up over its responses in the accumulation dtype, and rounded once.
+    """
+    out, sums = torch.empty_like(q), [torch.zeros_like(t) for t in _accumulated(q, k, v)]
+    key, row = 0, plan.prefix_tokens
+    for prefix, responses in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
+        for place, response in enumerate(responses):
+            rows = torch.cat([torch.arange(key, key + prefix), torch.arange(row, row + response)]).to(q.device)
+            of_row = [t[rows] for t in (q, k, v)]
+            edges = torch.tensor([0, len(rows)], dtype=torch.int32, device=q.device)
+            own = Lengths(edges, edges, len(rows), len(rows))
+            scale = q.shape[-1] ** -0.5
+            out[rows], lse = kernel.attend(*of_row, own, True, scale)
+            gradient = d_out[rows]
+            # The prefix's own outputs count once.
+            gradient[: prefix if place else 0] = 0
+            parts = kernel.attend_backward(gradient, *of_row, out[rows], lse, own, True, scale)
+            for total, part in zip(sums, parts, strict=True):
+                total.index_add_(0, rows, part.to(total.dtype))
+            row += response
+        key += prefix
+    return [out, *(total.to(q.dtype) for total in sums)]
 
 
 STAND_IN = Varlen(stand_in_attend, stand_in_backward)

@@ -16,6 +16,8 @@ from rmsd_fast.data.packing import gather_rows, make_rows, pack, pad
 from rmsd_fast.data.prompts import VIDEO_TYPE, Prompt
 
 VIDEO_ID = 9
+# Images, videos, start and end of either.
+VISION_IDS = (62, VIDEO_ID, 60, 61)
 
 
 def _prompt(ids: list[int], name: str = "q") -> Prompt:
@@ -24,7 +26,7 @@ def _prompt(ids: list[int], name: str = "q") -> Prompt:
     types = torch.where(input_ids == VIDEO_ID, VIDEO_TYPE, 0)
     positions = torch.arange(len(ids)).expand(3, -1).clone()
     positions[1:] += types
-    return Prompt(SimpleNamespace(id=name), input_ids, types, positions, ())
+    return Prompt(SimpleNamespace(id=name), input_ids, types, positions, (), VISION_IDS)
 
 
 def _ids(*values: int) -> torch.Tensor:
@@ -141,9 +143,10 @@ def test_bad_responses_are_named() -> None:
             make_rows(name, prompts, [[_ids(3).float()], [_ids(3)]], pad_id=0)
         with pytest.raises(TypeError, match="response 0 of question 'a': expected int64"):
             make_rows(name, prompts, [[_ids(3)[None]], [_ids(3)]], pad_id=0)
-        # The id that marks media in one prompt is refused in the responses of all.
-        with pytest.raises(ValueError, match=rf"response 0 of question 'a' .* vision tokens \[{VIDEO_ID}\]"):
-            make_rows(name, prompts, [[_ids(3, VIDEO_ID)], [_ids(3)]], pad_id=0)
+        # No prompt holds an image, and only one a video.
+        for index in VISION_IDS:
+            with pytest.raises(ValueError, match=rf"response 1 of question 'a' holds the vision token {index}, which"):
+                make_rows(name, prompts, [[_ids(3), _ids(3, index)], [_ids(3)]], pad_id=0)
         with pytest.raises(ValueError, match="a list of responses for each prompt"):
             make_rows(name, prompts, [[_ids(3)]], pad_id=0)
         with pytest.raises(ValueError, match="a list of responses for each prompt"):

@@ -112,6 +112,13 @@ def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder,
     assert prompt.input_ids.dtype == prompt.position_ids.dtype == torch.int64
 
 
+def test_prompts_name_all_vision_ids(folder: Path, builder: PromptBuilder, student: Student) -> None:
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    # Whatever they hold themselves.
+    for question in (_question(folder), _question(folder, videos="")):
+        assert builder.build(question).vision_ids == tuple(student.tokenizer.convert_tokens_to_ids(names))
+
+
 def test_prompt_is_the_same_from_media_decoded_before(folder: Path, builder: PromptBuilder) -> None:
     prompt = builder.build(_question(folder, "ab", "c"))
     again = builder.build_from_media(prompt.question, prompt.media)

@@ -9,14 +9,28 @@ import sys
 from rmsd_fast.config import RECIPES
 
 
-def test_the_example_of_the_losses_runs(repository):
-    (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
-    checks = "\nassert hidden.grad is not None and head.grad is not None and student.grad is not None"
-    subprocess.run([sys.executable, "-c", code + checks], check=True)
+def _blocks(repository, kind: str) -> list[str]:
+    text = (repository / "README.md").read_text()
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_examples_run(repository):
+    sharing, losses = _blocks(repository, "python")
+    for code, names in ((sharing, ("q", "k", "v")), (losses, ("hidden", "head", "student"))):
+        checks = "".join(f"\nassert {name}.grad is not None" for name in names)
+        subprocess.run([sys.executable, "-c", code + checks], check=True)
+
+
+def test_the_wiring_it_names_exists(repository):
+    code = _blocks(repository, "python no-run")[0]
+    (names,) = re.findall(r"from rmsd_fast.models.shared_prefix import (.*)", code)
+    source = (repository / "rmsd_fast" / "models" / "shared_prefix.py").read_text()
+    for name in names.split(", "):
+        assert re.search(rf"^def {name}\b", source, flags=re.MULTILINE), name
 
 
 def test_the_integrations_it_names_exist(repository):
-    (code,) = re.findall(r"```python no-run\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
+    code = _blocks(repository, "python no-run")[1]
     names = set(re.findall(r"import (Fused\w+)|fused\.(\w+)\(", code))
     folder = repository / "rmsd_fast" / "integrations"
     source = "".join(path.read_text() for path in folder.glob("*.py"))

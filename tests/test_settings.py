@@ -88,6 +88,7 @@ def test_help_documents_every_field():
         (["distill.objective=sft", "stages=[sft,distill]", "rollout.n=3"], "distill.objective=policy"),
         (["teacher.numeric_metric=mra", "teacher.numeric_eps=0.1"], "teacher.numeric_metric is mra"),
         (["runtime.zero_stage=0", "runtime.offload_optimizer=true"], "runtime.zero_stage=2"),
+        (["sft.micro_batch=4"], "did you mean micro_tokens?"),
         (["packing=flat"], "packing: expected one of shared, padded"),
         (["model.attention=eager"], "write packing=padded"),
         (["micro_tokens=0"], "micro_tokens: expected at least 1"),

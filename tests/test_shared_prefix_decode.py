@@ -173,6 +173,12 @@ def test_bad_plans(prefixes, rows, message):
         DecodePlan.from_counts(prefixes, rows)
 
 
+def test_counts_are_integers():
+    for prefixes, rows, name in (([3.5], [2], "prefix_lengths"), ([3], [1.9], "rows")):
+        with pytest.raises(TypeError, match=f"{name}: expected integers"):
+            DecodePlan.from_counts(prefixes, rows)
+
+
 @pytest.mark.parametrize(
     ("place", "change", "kind", "message"),
     [

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
 from family_students import (
     BUILDERS,
+    MROPE,
     FamilyPrompt,
     build_family,
     compute_in_float64,
     encode,
     family_prompts,
     pack_inputs,
+    pixels_of,
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -52,26 +55,38 @@ def make_responses(lengths: list[list[int]] = LENGTHS) -> Responses:
 
 def plan_of(prompts: list[FamilyPrompt], responses: Responses) -> SharedPrefixPlan:
     lengths = [[len(response) for response in group] for group in responses]
-    return SharedPrefixPlan.from_lengths([len(prompt.input_ids) for prompt in prompts], lengths)
+    device = prompts[0].input_ids.device
+    return SharedPrefixPlan.from_lengths([len(prompt.input_ids) for prompt in prompts], lengths, device=device)
 
 
-def packed_rows(model: nn.Module, prompts: list[FamilyPrompt], responses: Responses) -> list[torch.Tensor]:
+def encoded(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
+    return {"mm_encoder_outputs": encode(model, prompts)}
+
+
+Media = Callable[[nn.Module, list[FamilyPrompt]], dict]
+
+
+def packed_rows(
+    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
+) -> list[torch.Tensor]:
     """Hidden states [P + R, D] of every `[prefix | response]`, cut out of one packed pass."""
     inputs = pack_inputs(prompts, responses)
     plan = plan_of(prompts, responses)
-    hidden = run_shared_prefix(model.model, plan, **inputs, mm_encoder_outputs=encode(model, prompts))[0]
+    hidden = run_shared_prefix(model.model, plan, **inputs, **media(model, prompts))[0]
     prefixes = hidden[: plan.prefix_tokens].split(plan.prefix_lengths)
     parts = iter(hidden[plan.prefix_tokens :].split([len(response) for group in responses for response in group]))
     return [torch.cat([prefix, next(parts)]) for prefix, group in zip(prefixes, responses, strict=True) for _ in group]
 
 
-def separate_rows(model: nn.Module, prompts: list[FamilyPrompt], responses: Responses) -> list[torch.Tensor]:
+def separate_rows(
+    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
+) -> list[torch.Tensor]:
     """The same from one stock pass per response."""
     assert not is_shared_prefix(model)
     return [
-        model.model(
-            **pack_inputs([prompt], [[response]]), mm_encoder_outputs=encode(model, [prompt]), use_cache=False
-        ).last_hidden_state[0]
+        model.model(**pack_inputs([prompt], [[response]]), **media(model, [prompt]), use_cache=False).last_hidden_state[
+            0
+        ]
         for prompt, group in zip(prompts, responses, strict=True)
         for response in group
     ]
@@ -127,22 +142,47 @@ def test_packed_pass_equals_separate_rows_in_float64_throughout(
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_bfloat16_is_as_close_to_the_truth_as_separate_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    low = build_family(name).bfloat16()
+    check_as_close_as_separate_rows(build_family(name).bfloat16(), encoded, "cpu", monkeypatch)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_32_from_pixels_are_as_close_to_the_truth_as_separate_rows(
+    dtype: torch.dtype, checkpointed: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {**MROPE, "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    model = build_family("qwen3_vl", head_dim=32, rope_parameters=rope).to(dtype)
+    if checkpointed:
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Sums of a few float32 numbers in another order err more or less by chance: 0.9 to 1.14 times with other weights.
+    bound = 1.2 if dtype == torch.bfloat16 else 2.0
+    check_as_close_as_separate_rows(model, pixels_of, device, monkeypatch, bound)
+
+
+def check_as_close_as_separate_rows(
+    low: nn.Module, media: Media, device: str, monkeypatch: pytest.MonkeyPatch, bound: float = 1.2
+) -> None:
+    """Hidden states and the gradients of all weights, with errors as large as those of one stock pass per response."""
     exact = compute_in_float64(copy.deepcopy(low), monkeypatch)
-    prompts, responses = family_prompts(name, low), make_responses([[24, 17, 9], [16, 16]])
-    truth = separate_rows(exact, prompts, responses)
+    prompts, responses = family_prompts(low.config.model_type, low), make_responses([[24, 17, 9], [16, 16]])
+    truth = separate_rows(exact, prompts, responses, media)
     truth_gradients = gradients(exact, truth)
+    low.to(device)
+    prompts = [prompt.to(device) for prompt in prompts]
+    responses = [[response.to(device) for response in group] for group in responses]
 
     def errors(rows: list[torch.Tensor]) -> tuple[float, float]:
         grads = gradients(low, rows)
-        differences = [(grads[key].double() - grad).flatten() for key, grad in truth_gradients.items()]
-        return (torch.cat(rows).double() - torch.cat(truth)).norm().item(), torch.cat(differences).norm().item()
+        differences = [(grads[key].cpu().double() - grad).flatten() for key, grad in truth_gradients.items()]
+        hidden = torch.cat(rows).cpu().double() - torch.cat(truth)
+        return hidden.norm().item(), torch.cat(differences).norm().item()
 
-    separate = errors(separate_rows(low, prompts, responses))
+    separate = errors(separate_rows(low, prompts, responses, media))
     with shared_prefix_enabled(low):
-        packed = errors(packed_rows(low, prompts, responses))
-    assert packed[0] <= 1.2 * separate[0]
-    assert packed[1] <= 1.2 * separate[1]
+        packed = errors(packed_rows(low, prompts, responses, media))
+    assert packed[0] <= bound * separate[0]
+    assert packed[1] <= bound * separate[1]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -303,7 +343,7 @@ def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: s
     model = transformers.AutoModel.from_config(other_config(model_type, **text))
     with pytest.raises(ModelError, match=f"{model_type}: cannot share prompts, .*{reason}.*") as caught:
         enable_shared_prefix(model)
-    assert all(family in str(caught.value) for family in FAMILIES)
+    assert all(family in str(caught.value) for family in FAMILIES) and "padded" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +364,38 @@ def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict
     with pytest.raises(ModelError, match=rf"{name}: cannot share prompts, .*{reason}"):
         enable_shared_prefix(model)
     assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = build_family("internvl", rope_parameters=rope)
+    model.set_attn_implementation({"text_config": SHARED_PREFIX})
+    for enable in (enable_shared_prefix, lambda model: shared_prefix_enabled(model).__enter__()):
+        with pytest.raises(ModelError, match="longest row"):
+            enable(model)
+    prompts, responses = family_prompts("internvl", model), make_responses()
+    with pytest.raises(RuntimeError, match="this model was never checked; call enable_shared_prefix"):
+        packed_rows(model, prompts, responses)
+
+
+def test_models_on_one_config_are_enabled_one_by_one() -> None:
+    first = build_family("qwen3_vl")
+    second = type(first)(first.config).eval()
+    prompts, responses = family_prompts("qwen3_vl", first), make_responses()
+    enable_shared_prefix(first)
+    with pytest.raises(RuntimeError, match="this model was never checked"):
+        packed_rows(second, prompts, responses)
+    with shared_prefix_enabled(second):
+        packed_rows(second, prompts, responses)
+    assert is_shared_prefix(second)
+    inputs = {**pack_inputs(prompts, responses), "shared_prefix": plan_of(prompts, responses), "use_cache": False}
+    ids = inputs.pop("input_ids")
+    with pytest.raises(ValueError, match="cannot take attention_mask"):
+        second.model.language_model(ids, attention_mask=torch.ones_like(ids), **inputs)
+    with pytest.raises(ModelError, match="not switched on here.*switch them off there"):
+        disable_shared_prefix(second)
+    disable_shared_prefix(first)
+    assert not is_shared_prefix(second)
 
 
 def test_a_module_without_a_transformers_model_is_refused() -> None:
@@ -362,16 +434,41 @@ class TestRefusedInputs:
         with pytest.raises(RuntimeError, match=r"generate\(\), call disable_shared_prefix"):
             model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2)
 
-    @pytest.mark.parametrize("mask", [torch.ones(1, 74, dtype=torch.int64), torch.ones(1, 1, 74, 74).bool()])
+    @pytest.mark.parametrize("mask", [torch.ones(1, 67, dtype=torch.int64), torch.ones(1, 1, 67, 67).bool()])
     def test_mask(self, case, mask: torch.Tensor) -> None:
         model, inputs, plan = case
-        with pytest.raises(ValueError, match="cannot take attention_mask"):
+        with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take attention_mask"):
             run_shared_prefix(model.model, plan, **inputs, attention_mask=mask)
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take attention_mask"):
+            model.model(**inputs, shared_prefix=plan, attention_mask=mask, use_cache=False)
+
+    def test_mask_by_place(self, case) -> None:
+        model, inputs, plan = case
+        ids = inputs["input_ids"]
+        with pytest.raises(ValueError, match="expected keywords behind the first input, got 2"):
+            model.model.language_model(ids, torch.ones_like(ids), shared_prefix=plan, use_cache=False)
 
     def test_cache(self, case) -> None:
         model, inputs, plan = case
-        with pytest.raises(ValueError, match="cannot take past_key_values"):
-            run_shared_prefix(model.model, plan, **inputs, past_key_values=transformers.DynamicCache())
+        for cache in (transformers.DynamicCache(), ()):
+            with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take past_key_values"):
+                run_shared_prefix(model.model, plan, **inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take past_key_values"):
+            model.model(**inputs, shared_prefix=plan, past_key_values=transformers.DynamicCache(), use_cache=False)
+
+    @pytest.mark.parametrize("setting", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
+    def test_a_cache_by_default(self, case, setting: dict) -> None:
+        model, inputs, plan = case
+        with pytest.raises(ValueError, match="expected use_cache=False, got"):
+            model.model(**inputs, shared_prefix=plan, **setting)
+
+    def test_no_positions(self, case) -> None:
+        model, inputs, plan = case
+        for positions in ({}, {"position_ids": None}):
+            with pytest.raises(ValueError, match="position_ids: expected those of 67 tokens, .* got none"):
+                run_shared_prefix(model.model, plan, input_ids=inputs["input_ids"], **positions)
+        with pytest.raises(ValueError, match="position_ids: expected those of all tokens, .* got none"):
+            run_shared_prefix(model.model, CausalCache(), input_ids=inputs["input_ids"])
 
     def test_two_rows(self, case) -> None:
         model, inputs, plan = case
@@ -387,8 +484,11 @@ class TestRefusedInputs:
 
     def test_plan_of_other_lengths(self, case) -> None:
         model, inputs, _ = case
+        plan = SharedPrefixPlan.from_lengths([10], [[2]])
+        with pytest.raises(ValueError, match="position_ids: expected those of 12 tokens, .* got 67"):
+            run_shared_prefix(model.model, plan, **inputs)
         with pytest.raises(ValueError, match="T=12"):
-            run_shared_prefix(model.model, SharedPrefixPlan.from_lengths([10], [[2]]), **inputs)
+            model.model(**inputs, shared_prefix=plan, use_cache=False)
 
     def test_dropout_switched_on_later(self, case) -> None:
         model, inputs, plan = case
@@ -438,21 +538,3 @@ def test_an_object_that_attends_itself_takes_the_place_of_a_plan() -> None:
         found = run_shared_prefix(model.model, cache, input_ids=ids, position_ids=positions)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     assert cache.seen == [(layer, (2, 4, 3, 8), (2, 2, 3, 8), 8**-0.5) for layer in range(3)]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_pass_equals_separate_rows_on_cuda(dtype: torch.dtype) -> None:
-    model = build_family("qwen3_vl").to("cuda", dtype)
-    exact = copy.deepcopy(model).cpu().double()
-    prompts, responses = family_prompts("qwen3_vl", exact), make_responses()
-    truth = separate_rows(exact, prompts, responses)[0]
-    inputs = {key: value.cuda() for key, value in pack_inputs(prompts, responses).items()}
-    for prompt in prompts:
-        prompt.pixels, prompt.grid_thw = prompt.pixels.cuda(), prompt.grid_thw.cuda()
-    plan = plan_of(prompts, responses).to("cuda")
-    enable_shared_prefix(model)
-    hidden = run_shared_prefix(model.model, plan, **inputs, mm_encoder_outputs=encode(model, prompts))[0].cpu().double()
-    start, end = plan.prefix_tokens, plan.prefix_tokens + LENGTHS[0][0]
-    found = torch.cat([hidden[: plan.prefix_lengths[0]], hidden[start:end]])
-    assert (found - truth).norm() <= (2e-5 if dtype == torch.float32 else 5e-2) * truth.norm()

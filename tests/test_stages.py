@@ -51,28 +51,55 @@ def same(a, b, tolerance=0.0):
     return all(float((a[name] - b[name]).abs().max()) <= tolerance for name in a)
 
 
-def test_micro_batches_and_packing_do_not_change_a_step(folder, material, world):
-    results = []
-    # Several groups in a forward pass, one, and parts of one; with a padded row for each response.
-    for overrides in (("micro_tokens=4000",), ("micro_tokens=600",), ("SPLIT",), ("packing=padded",)):
-        settings, state, prompts = build(folder, material, world, *(o for o in overrides if o != "SPLIT"))
-        longest = max(len(p.input_ids) for p in prompts)
-        if overrides == ("SPLIT",):
-            settings.micro_tokens = longest + 90
-        settings.rollout.prompts_per_batch = 4
-        first = distill.step(state, prompts, settings, rollout_step=0)
-        second = distill.step(state, prompts, settings, rollout_step=1)
-        results.append((first.metrics, second.metrics, weights(state)))
-    (a1, a2, a), *others = results
-    for b1, b2, b in others:
-        for one, other in ((a1, b1), (a2, b2)):
-            assert one.keys() == other.keys()
-            for key in one:
-                assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
-        # AdamW's first steps have the size of the learning rate whatever the gradient: the few weights with a gradient
-        # of rounding size may differ by that.
-        moved = [float((a[name] - b[name]).abs().mean()) for name in a]
-        assert max(moved) < 1e-5
+MODES = [
+    (),
+    ("distill.kl=full", "reward.kl_in_reward=0.1"),
+    # Caps that bite: the engine leaves out banned ids, so the ratio lies a little below 1.
+    ("distill.kl=k2", "distill.aggregation=sequence_mean", "distill.tis_cap=0.98", "distill.sequence_mask_cap=0.985"),
+    ("discriminator.pairing=sampled", "discriminator.normalizer=quality"),
+    ("reward.kl_in_reward=0.1", "reward.normalization=sum_then_gn", "distill.kl_coef=0"),
+    ("distill.train_vision=true",),
+]
+
+
+def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
+    """Metrics and the gradients of policy and discriminator of one step, and nothing applied."""
+    overrides = ("runtime.zero_stage=0", "rollout.max_new_tokens=30", *overrides)
+    settings, state, prompts = build(folder, material, world, *overrides)
+    if room is not None:
+        settings.micro_tokens = max(len(p.input_ids) for p in prompts) + room
+    found = {}
+
+    def keep(state, engines, settings):
+        for engine in engines:
+            found.update(
+                {(len(found), n): p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+            )
+        for engine in engines:
+            engine.discard()
+        return [0.0] * len(engines), False
+
+    monkeypatch.setattr(distill, "apply_or_discard", keep)
+    metrics = distill.step(state, prompts, settings, rollout_step=0).metrics
+    return metrics, found
+
+
+@pytest.mark.parametrize("overrides", MODES, ids=" ".join)
+def test_packing_and_micro_batches_do_not_change_a_step(folder, material, world, monkeypatch, overrides):
+    """Several groups in a forward pass; parts of one; a padded row for each response."""
+    expected, gradients = step_gradients(folder, material, world, monkeypatch, *overrides, "micro_tokens=4000")
+    if "distill.tis_cap=0.98" in overrides:
+        assert 0.1 < expected["policy/tis_capped_fraction"] < 0.95
+        assert 0.1 < expected["policy/sequence_masked_fraction"] < 0.9
+    # Rollouts have 30 tokens, of which three do not fit; teacher responses have at most 35.
+    for other, room in ((("micro_tokens=4000",), 36), (("micro_tokens=4000", "packing=padded"), None)):
+        metrics, found = step_gradients(folder, material, world, monkeypatch, *overrides, *other, room=room)
+        assert metrics["tokens_computed"] > 1.3 * expected["tokens_computed"]
+        assert metrics.keys() == expected.keys() and found.keys() == gradients.keys()
+        for key in metrics.keys() - {"tokens_computed"}:
+            assert metrics[key] == pytest.approx(expected[key], rel=2e-4, abs=2e-5), key
+        for name, gradient in gradients.items():
+            assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7, name
 
 
 @pytest.mark.parametrize("packing", ["shared", "padded"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,37 @@ def test_a_video_that_several_prompts_show_is_encoded_once(ask: Callable[[str], 
     alone = encode_media(student.model, [prompts[1]])
     assert (features.pooled[2] - alone.pooled[0]).abs().max() < 1e-5
     assert (features.deepstack[0][2] - alone.deepstack[0][0]).abs().max() < 1e-5
+
+
+def test_features_are_split_by_medium_whatever_the_version_gives(
+    ask: Callable[[str], Prompt], student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [ask("ab"), ask("c")]
+    expected = encode_media(student.model, prompts)
+    given = student.model.model.get_image_features
+
+    def unsplit(*arguments, **options):
+        output = given(*arguments, **options)
+        output.deepstack_features = [torch.cat(list(layer)) for layer in output.deepstack_features]
+        return output
+
+    # As transformers 5.17 does.
+    monkeypatch.setattr(student.model.model, "get_image_features", unsplit)
+    found = encode_media(student.model, prompts)
+    for own, layer in zip(found.deepstack, expected.deepstack, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own, layer, strict=True)) and len(own) == 3
+    # Several calls of the tower, each of one medium.
+    parts = encode_media(student.model, prompts, tokens_per_call=12)
+    for own, whole in zip((parts.pooled, *parts.deepstack), (expected.pooled, *expected.deepstack), strict=True):
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(own, whole, strict=True)) and len(own) == 3
+
+
+def test_features_that_do_not_fit_their_places_are_refused(ask: Callable[[str], Prompt], student: Student) -> None:
+    prompt = ask("a")
+    types = prompt.mm_token_type_ids.clone()
+    types[-1] = 2
+    with pytest.raises(RuntimeError, match="12 features for 13 places"):
+        encode_media(student.model, [replace(prompt, mm_token_type_ids=types)])
 
 
 def test_one_vision_call_for_all_media_and_none_for_the_rows(

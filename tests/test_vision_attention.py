@@ -76,6 +76,12 @@ def test_edges_that_do_not_end_at_the_last_patch_are_refused() -> None:
         frame_attention(*make_rows([6], torch.float32), edges([3, 2]), 3)
 
 
+@pytest.mark.parametrize("sizes", [[], [0, 0]])
+def test_no_patches(sizes: list[int]) -> None:
+    output = frame_attention(*make_rows([], torch.float32), edges(sizes), 0)
+    assert output.shape == (0, 2, 8) and output.dtype == torch.float32
+
+
 def tower_output(model: nn.Module, pixels: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
     """Features of the tower, deepstack included, and the gradient of each of its weights."""
     model.zero_grad()
@@ -147,7 +153,7 @@ def test_equals_one_call_per_frame_on_cuda(sizes: list[int], dtype: torch.dtype,
 
 
 @pytest.mark.cuda
-def test_half_precision_on_cuda_does_not_wait_for_the_device() -> None:
+def test_half_precision_on_cuda_by_a_known_max_seqlen_uses_no_synchronising_op_of_torch() -> None:
     rows = [part.detach().cuda() for part in make_rows([6, 6, 4], torch.bfloat16)]
     starts = edges([6, 6, 4]).cuda()
     torch.cuda.synchronize()

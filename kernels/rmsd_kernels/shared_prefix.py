@@ -12,7 +12,7 @@ kernel's lse is dropped everywhere.
 
 Work with M responses of R tokens on P tokens: P²/2 + M (R²/2 + R P) pairs of query and key, against M (P + R)²/2 in
 separate rows. Each direction is one torch.library op, so autograd, both kinds of checkpointing and torch.compile see
-one call. Lengths reach it as tensors: compiled code serves every plan. Nothing waits for the device.
+one call. Lengths reach it as tensors: compiled code serves every plan. Nothing but making a plan waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from torch import Tensor
 from . import checks
 from .rows import accumulation_dtype
 from .shared_prefix_backends import IMPLEMENTATIONS, backend_of, count_call
-from .shared_prefix_layout import cumulative, layout_of
+from .shared_prefix_layout import cumulative, integers, layout_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +57,15 @@ class SharedPrefixPlan:
         """The plan of a row with these segments.
 
         Args:
-            prefix_lengths: tokens of each prefix, [G], each >= 1.
-            response_lengths: for each prefix the tokens of its responses, each >= 1. A prefix may have no responses.
+            prefix_lengths: tokens of each prefix, [G], integers >= 1.
+            response_lengths: for each prefix the tokens of its responses, integers >= 1; a prefix may have none.
             device: where the attention runs.
         Raises:
             ValueError: no prefix, an empty prefix or response, not one list of responses per prefix.
+            TypeError: a length that is no integer.
         """
-        prefixes = tuple(int(length) for length in prefix_lengths)
-        responses = tuple(tuple(int(length) for length in group) for group in response_lengths)
+        prefixes = integers("prefix_lengths", prefix_lengths)
+        responses = tuple(integers(f"response_lengths[{g}]", group) for g, group in enumerate(response_lengths))
         if not prefixes:
             raise ValueError("prefix_lengths: expected at least one prefix, got none")
         if len(responses) != len(prefixes):
@@ -131,7 +132,8 @@ def shared_prefix_attention(
         scale: of the scores; None: d ** -0.5.
         impl: "flash": on CUDA flash-attn 3 where it is installed and the device is of compute capability 9.0, else
             torch's own flash kernels (bfloat16 and float16, d a multiple of 8 up to 256); on CPU torch's CPU flash, in
-            16 bit with float32 inside where parts are added up.
+            16 bit with float32 inside where parts are added up. On CUDA the two parts are rounded to 16 bit before they
+            are merged: on response rows, out and dq may err up to 1.25 times as much as from one flash call.
             "torch": explicit mathematics in float32 (float64 for float64), any device and floating dtype.
             "auto": flash where it can serve the call, else torch.
     Returns:

@@ -84,12 +84,16 @@ class Varlen(NamedTuple):
         return out.transpose(1, 2).flatten(1, 2), lse.flatten(1, 2).t()
 
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
-        """The same of each group's rows over its prefix, k, v [Tp, Hkv, d]."""
+        """The same of each group's rows over its prefix, k, v [Tp, Hkv, d].
+
+        Prompts of one length with equally many rows are one dense call, for which FlashAttention-2 divides the keys
+        among thread blocks. Its variable-length call, which all others take, does not: each block then reads a whole
+        prefix, and few groups leave most of a device idle.
+        """
         k, v = map(adjacent, (k, v))
         batch, _, fold, _ = q.shape
         query = q.transpose(1, 2).flatten(0, 1)  # [B r, Hkv, d]
         if len(set(prefixes)) == 1 and len(set(rows)) == 1:
-            # A dense call may divide the keys among blocks, of which a few sequences leave many idle.
             of_groups = (t.unflatten(0, (len(prefixes), -1)) for t in (query, k, v))
             out, lse = self.attend(*of_groups, None, False, scale)
             out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1, 2)
@@ -121,6 +125,8 @@ def _joined(groups: tuple[Group, ...]) -> list[slice]:
 
 def why_not(q: Tensor) -> str:
     """Why the flash kernels do not take queries like q on CUDA, "" where they do."""
+    if torch.version.hip:
+        return "the lse of ROCm's flash kernels has another layout than is read here"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA flash kernels take bfloat16 and float16, got {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:

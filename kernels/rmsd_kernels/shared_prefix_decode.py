@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .shared_prefix import autocast, check_heads, check_query
 from .shared_prefix_backends import IMPLEMENTATIONS, backend_of, count_call
-from .shared_prefix_layout import cumulative
+from .shared_prefix_layout import cumulative, integers
 from .shared_prefix_merge import adjacent, merge_
 
 
@@ -39,12 +39,12 @@ class DecodePlan:
         """rows[g] sequences decode on prefix g.
 
         Args:
-            prefix_lengths: tokens of each prefix, [G], each >= 1. rows: [G], each >= 0, together >= 1.
+            prefix_lengths: tokens of each prefix, [G], integers >= 1. rows: [G], integers >= 0, together >= 1.
             device: where the attention runs.
         Raises:
-            ValueError: the lists differ in length or hold other numbers.
+            ValueError: the lists differ in length or hold other numbers. TypeError: a number that is no integer.
         """
-        prefixes, counts = (tuple(int(n) for n in numbers) for numbers in (prefix_lengths, rows))
+        prefixes, counts = integers("prefix_lengths", prefix_lengths), integers("rows", rows)
         if not prefixes or len(prefixes) != len(counts):
             raise ValueError(
                 f"rows: expected one number per prefix, {len(prefixes)} and at least one, got {len(counts)}"

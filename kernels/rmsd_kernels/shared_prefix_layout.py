@@ -1,8 +1,9 @@
 """Where the segments of a packed row lie, read from the length tensor that travels through the ops."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,14 @@ class Layout(NamedTuple):
     longest_segment: int
     longest_queries: int  # tokens of one group's responses
     longest_keys: int
+
+
+def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """The values as Python's integers; TypeError for others, of which int() would drop a part."""
+    try:
+        return tuple(map(index, values))
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got {values!r}") from None
 
 
 def cumulative(lengths: Iterable[int], device: torch.device | str) -> Tensor:

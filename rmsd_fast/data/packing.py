@@ -75,8 +75,8 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
         responses: the responses of each prompt, int64 [R] each, the end token included where there is one. A prompt may
             have none.
     Raises:
-        ValueError: no prompts, lists of different length, an empty response, a response with an id that marks media in
-            any of the prompts.
+        ValueError: no prompts, lists of different length, an empty response, a response with one of the prompts'
+            `vision_ids`.
         TypeError: a response that is not a one-dimensional int64 tensor.
     """
     flat, _ = _flatten(prompts, responses)
@@ -214,7 +214,7 @@ def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tupl
             f"expected a list of responses for each prompt, at least one prompt, got {len(responses)} lists "
             f"and {len(prompts)} prompts"
         )
-    marks = torch.cat([prompt.input_ids[prompt.mm_token_type_ids != 0] for prompt in prompts]).unique()
+    vision_ids = {index for prompt in prompts for index in prompt.vision_ids}
     for prompt, own in zip(prompts, responses, strict=True):
         for place, response in enumerate(own):
             name = f"response {place} of question {prompt.question.id!r}"
@@ -222,10 +222,11 @@ def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tupl
                 raise TypeError(f"{name}: expected int64 [R], got {response.dtype} {list(response.shape)}")
             if not len(response):
                 raise ValueError(f"{name} is empty; leave it out, or end it with the end token")
-            if torch.isin(response, marks).any():
+            found = vision_ids.intersection(response.tolist())
+            if found:
                 raise ValueError(
-                    f"{name} holds one of the vision tokens {marks.tolist()}, which the model would take for a medium; "
-                    "ban them in generation, or leave the response out"
+                    f"{name} holds the vision token {min(found)}, which the model would take for a medium or its edge; "
+                    "ban it in generation, or leave the response out"
                 )
     flat = [response for own in responses for response in own]
     owner = [place for place, own in enumerate(responses) for _ in own]

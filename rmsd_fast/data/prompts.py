@@ -49,6 +49,7 @@ class Prompt:
         mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
         position_ids: int64 [3, P]: time, height, width. The first response token stands at `next_position` on each.
         media: decoded media in the order of their placeholders: videos, then images.
+        vision_ids: the ids that a model takes for media or their edges, whether this prompt holds them or not.
     """
 
     question: Question
@@ -56,6 +57,7 @@ class Prompt:
     mm_token_type_ids: torch.Tensor
     position_ids: torch.Tensor
     media: tuple[Frames, ...]
+    vision_ids: tuple[int, ...] = ()
 
     @property
     def next_position(self) -> int:
@@ -81,6 +83,8 @@ class PromptBuilder:
         self._rope_index = student.model.model.get_rope_index
         config = student.model.config
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
+        edges = (config.vision_start_token_id, config.vision_end_token_id)
+        self._vision_ids = (self._image_id, self._video_id, *edges)
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
@@ -117,7 +121,7 @@ class PromptBuilder:
             grid = [frames.grid_thw for frames in media if frames.kind == kind]
             grids[f"{kind}_grid_thw"] = torch.tensor(grid) if grid else None
         positions, _ = self._rope_index(ids[None], types[None], **grids)
-        return Prompt(question, ids, types, positions[:, 0], media)
+        return Prompt(question, ids, types, positions[:, 0], media, self._vision_ids)
 
     def encode_response(self, text: str) -> torch.Tensor:
         """Token ids of a response, int64 [R], the end token included.

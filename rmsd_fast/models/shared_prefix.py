@@ -55,7 +55,7 @@ def enable_shared_prefix(model: nn.Module) -> None:
     """Let the decoder layers attend by a plan, and the vision tower over all frames at once. Twice is once.
 
     From here on the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting lives
-    in the model's config: models built on one config object are enabled together.
+    in the model's config, which models may share, the checks in the model: enable each of them.
 
     Args:
         model: a transformers model of one of `FAMILIES`, or a module that wraps one.
@@ -64,13 +64,13 @@ def enable_shared_prefix(model: nn.Module) -> None:
             message names which and why; the model is as it was.
     """
     model = _transformers_model(model)
-    if is_shared_prefix(model):
+    if is_shared_prefix(model) and _checks_inputs(model):
         return
     reason = unsupported(model)
     if reason:
         raise ModelError(
-            f"{model.config.model_type}: cannot share prompts, {reason}; "
-            f"it works with {', '.join(FAMILIES)}: use one of them, or packing=padded"
+            f"{model.config.model_type}: cannot share prompts, {reason}; use a model of a family that can: "
+            f"{', '.join(FAMILIES)}"
         )
     text, config = _text_model(model), model.config
     before = (config.text_config._attn_implementation, config.vision_config._attn_implementation)
@@ -82,10 +82,11 @@ def enable_shared_prefix(model: nn.Module) -> None:
         _set_attention(model, before)
         raise ModelError(
             f"{config.model_type}: asked for attention {wanted} in text and vision, found {sorted(map(str, found))} "
-            f"and {vision}: {type(model).__name__} does not take it; use packing=padded"
+            f"and {vision}: {type(model).__name__} does not take it; use the class of transformers for this family"
         )
-    text.attention_before_shared_prefix = before
-    if _check_inputs not in text._forward_pre_hooks.values():
+    if before[0] != SHARED_PREFIX:
+        text.attention_before_shared_prefix = before
+    if not _checks_inputs(model):
         # Stays when disabled: then it refuses a plan, which the model's own attention would ignore.
         text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
@@ -94,7 +95,8 @@ def disable_shared_prefix(model: nn.Module) -> None:
     """Bring back the attention, of text and vision, that the model had before it was enabled.
 
     Raises:
-        ModelError: the model was enabled through another one that shares its config, so that is not known here.
+        ModelError: the setting came from elsewhere, a model that shares the config or `set_attn_implementation`, so
+            that what was there before is not known here.
     """
     model = _transformers_model(model)
     if not is_shared_prefix(model):
@@ -103,8 +105,8 @@ def disable_shared_prefix(model: nn.Module) -> None:
     before = getattr(text, "attention_before_shared_prefix", None)
     if before is None:
         raise ModelError(
-            f"{model.config.model_type}: shared prompts were enabled on another model built on the same config; "
-            "disable them there"
+            f"{model.config.model_type}: shared prompts were not switched on here, but on another model built on the "
+            "same config or by set_attn_implementation; switch them off there"
         )
     _set_attention(model, before)
     del text.attention_before_shared_prefix
@@ -113,14 +115,13 @@ def disable_shared_prefix(model: nn.Module) -> None:
 @contextmanager
 def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
     """Shared prompts enabled inside, as before outside."""
-    if is_shared_prefix(model):
-        yield
-        return
+    before = is_shared_prefix(model)
     enable_shared_prefix(model)
     try:
         yield
     finally:
-        disable_shared_prefix(model)
+        if not before:
+            disable_shared_prefix(model)
 
 
 def is_shared_prefix(model: nn.Module) -> bool:
@@ -135,17 +136,32 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
         body: the model without its head, `model.model`.
         plan: the row's layout, on the row's device; or an object that attends itself.
         inputs: what `body` takes: `input_ids` [1, T], `position_ids` ([3, 1, T] where positions have three rows, else
-            [1, T]), pixels or `mm_encoder_outputs`.
+            [1, T]), pixels or `mm_encoder_outputs`. These need transformers 5.18; before it, features that are encoded
+            already can only be embedded outside, for a text model as `body`, as it is done for Qwen3-VL students.
     Raises:
         RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
             transformers would drop `mm_encoder_outputs`.
-        ValueError: a mask, a cache, or rows that do not fit the plan.
+        ValueError: a mask, a cache, no positions, or rows that do not fit the plan.
     """
     config = body.config.get_text_config()
     if config._attn_implementation != SHARED_PREFIX:
         raise RuntimeError(
             f"{config.model_type}: a plan for shared prompts, but attention is {config._attn_implementation}, which "
             "ignores plans; call enable_shared_prefix(model) first"
+        )
+    if not _checks_inputs(body):
+        raise RuntimeError(
+            f"{config.model_type}: shared prompts were switched on elsewhere, and this model was never checked; call "
+            "enable_shared_prefix(model) first"
+        )
+    _refuse_mask_and_cache(type(body).__name__, inputs)
+    positions = inputs.get("position_ids")
+    tokens = plan.tokens if isinstance(plan, SharedPrefixPlan) else None
+    if positions is None or tokens not in (None, positions.shape[-1]):
+        # Without them transformers counts through the row as if it were one text.
+        raise ValueError(
+            f"position_ids: expected those of {tokens or 'all'} tokens, each response counted on from its own prompt, "
+            f"got {'none' if positions is None else positions.shape[-1]}"
         )
     if inputs.get("mm_encoder_outputs") is not None:
         forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
@@ -161,7 +177,7 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     if ran != config.num_hidden_layers:
         raise RuntimeError(
             f"{config.model_type}: shared-prompt attention ran {ran} times in {config.num_hidden_layers} decoder "
-            "layers, so the hidden states are wrong; use packing=padded"
+            "layers, so the hidden states are wrong; use the unchanged decoder layers of transformers"
         )
     return hidden
 
@@ -268,7 +284,7 @@ def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str
 
 
 def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what transformers drops before it reaches attention: a 2-D mask, a plan that nobody reads, a cache."""
+    """Refuse what never reaches attention: a 2-D mask, a cache given or made on the way, a plan that nobody reads."""
     plan = kwargs.get("shared_prefix")
     name = type(text).__name__
     if text.config._attn_implementation != SHARED_PREFIX:
@@ -280,8 +296,19 @@ def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     if plan is None:
         raise RuntimeError(f"{name}: shared-prompt attention without a plan; {_ADVICE}")
+    if len(args) > 1:
+        raise ValueError(
+            f"{name}: expected keywords behind the first input, got {len(args)} inputs by place; {_ADVICE}"
+        )
+    _refuse_mask_and_cache(name, kwargs)
+    # Left out, or None, it is the config's, which makes a cache.
+    if kwargs.get("use_cache") is not False:
+        raise ValueError(f"{name}: expected use_cache=False, got {kwargs.get('use_cache')}; {_ADVICE}")
+
+
+def _refuse_mask_and_cache(name: str, inputs: dict[str, Any]) -> None:
     for what in ("attention_mask", "past_key_values"):
-        if kwargs.get(what) is not None:
+        if inputs.get(what) is not None:
             raise ValueError(f"{name}: shared-prompt attention cannot take {what}; {_ADVICE}")
 
 
@@ -312,6 +339,11 @@ def _is_text_model(part: nn.Module, text_config: Any) -> bool:
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return next(part for part in model.modules() if _is_text_model(part, model.config.get_text_config()))
+
+
+def _checks_inputs(model: nn.Module) -> bool:
+    """Whether the model carries the hook, hence was found fit by `unsupported`."""
+    return any(_check_inputs in part._forward_pre_hooks.values() for part in model.modules())
 
 
 def _set_attention(model: PreTrainedModel, implementations: tuple[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -138,12 +139,17 @@ def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> Non
 
 
 def encode_media(
-    model: Qwen3VLForConditionalGeneration, prompts: list[Prompt], *, distinct: bool = True
+    model: Qwen3VLForConditionalGeneration,
+    prompts: list[Prompt],
+    *,
+    distinct: bool = True,
+    tokens_per_call: int | None = None,
 ) -> MediaFeatures:
     """Vision features of all media of the prompts, in one call of the vision tower.
 
     The features carry a graph where the vision tower is trainable. distinct=False encodes equal media as often as they
-    come, as trainers do that know samples and no groups; for comparison.
+    come, as trainers do that know samples and no groups; for comparison. tokens_per_call: several calls of the tower,
+    each of at most so many tokens or one medium; not within an engine's forward, where ranks have to make equally many.
 
     Raises:
         RuntimeError: the tower gave another number of features than a prompt has places for.
@@ -155,6 +161,23 @@ def encode_media(
         return MediaFeatures([], [[] for _ in range(layers)], [], counts)
     kinds = [frames.kind for frames in media]
     media, place = _distinct_media(media) if distinct else (media, range(len(media)))
+    pooled: list[torch.Tensor] = []
+    deepstack: list[list[torch.Tensor]] = [[] for _ in model.config.vision_config.deepstack_visual_indexes]
+    for part in _parts_of(media, tokens_per_call):
+        found = _run_tower(model, part)
+        pooled += found.pooler_output
+        sizes = [len(own) for own in found.pooler_output]
+        for layer, own in zip(deepstack, found.deepstack_features, strict=True):
+            # Until transformers 5.17 the tower's own tensors came through, of all media together.
+            layer += own.split(sizes) if isinstance(own, torch.Tensor) else own
+    pooled = [pooled[index] for index in place]
+    deepstack = [[layer[index] for index in place] for layer in deepstack]
+    for features in (pooled, *deepstack):
+        _check_places(prompts, features)
+    return MediaFeatures(pooled, deepstack, kinds, counts)
+
+
+def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
     visual = model.model.visual
     # Pixels stay uint8 until they are on the device: a quarter of the bytes.
     patches = [
@@ -162,16 +185,26 @@ def encode_media(
     ]
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
     # Images and videos take the same way through the tower, so one call serves both.
-    output = model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
-    pooled = [output.pooler_output[index] for index in place]
-    _check_places(prompts, pooled)
-    deepstack = [[layer[index] for index in place] for layer in output.deepstack_features]
-    return MediaFeatures(pooled, deepstack, kinds, counts)
+    return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 
-def _check_places(prompts: list[Prompt], pooled: list[torch.Tensor]) -> None:
+def _parts_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]]:
+    """The media in order, in parts of at most so many vision tokens, or of one medium."""
+    parts: list[list[Frames]] = []
+    tokens = 0
+    for frames in media:
+        own = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
+        if not parts or (most_tokens is not None and tokens + own > most_tokens):
+            parts.append([])
+            tokens = 0
+        parts[-1].append(frames)
+        tokens += own
+    return parts
+
+
+def _check_places(prompts: list[Prompt], features: list[torch.Tensor]) -> None:
     """Raise RuntimeError where features would be put into other places than their own."""
-    lengths = iter([len(feature) for feature in pooled])
+    lengths = iter([len(feature) for feature in features])
     for prompt in prompts:
         places, found = int((prompt.mm_token_type_ids != 0).sum()), sum(next(lengths) for _ in prompt.media)
         if places != found:

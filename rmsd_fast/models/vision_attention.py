@@ -47,17 +47,19 @@ def frame_attention(
     """Attention in which every frame sees all of itself and nothing else. Differentiable.
 
     Args:
-        query, key, value: patches of all frames one after the other, [S, H, d].
+        query, key, value: patches of all frames one after the other, [S, H, d]; S may be 0.
         cu_seqlens: where frames start, and S at the end, int32 [F + 1]. Its values are read on the host (a device sync
             on CUDA) only where `varlen_attn` does not serve: fp32 or fp64, a head size that is no multiple of 8 or
             above 256, or a scale other than 1 / sqrt(d).
-        max_seqlen: patches of the largest frame.
+        max_seqlen: patches of the largest frame. A tensor is read on the host.
         scale: factor of the scores; None means 1 / sqrt(d).
     Returns:
         [S, H, d].
     Raises:
-        ValueError: `cu_seqlens` does not end at S.
+        ValueError: `cu_seqlens` does not end at S. Not where `varlen_attn` serves, since its values stay unread there.
     """
+    if not len(query):
+        return torch.empty_like(query)
     size = query.shape[-1]
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     if half and size % 8 == 0 and size <= 256 and (scale is None or math.isclose(scale, size**-0.5)):

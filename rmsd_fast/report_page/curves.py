@@ -191,19 +191,19 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         (
             Chart(
                 "Throughput",
-                "tokens per second; unique counts a shared prompt once",
-                (("rate/tokens_per_s", "tokens/s"), ("rate/unique_tokens_per_s", "unique tokens/s")),
+                "tokens per second, each response with its prompt; computed: what went through the models",
+                (("rate/tokens_per_s", "tokens/s"), ("rate/computed_tokens_per_s", "computed tokens/s")),
                 include=(0.0,),
             ),
             Chart(
                 "Tokens per step",
-                "over all processes; unique counts a shared prompt once",
-                (("tokens", "tokens"), ("tokens_unique", "unique tokens")),
+                "over all processes, each response with its prompt; computed: what went through the models",
+                (("tokens", "tokens"), ("tokens_computed", "computed tokens")),
                 include=(0.0,),
             ),
             Chart(
                 "Shared-prefix ratio",
-                "tokens per unique token",
+                "tokens per computed token: 1 without shared prompts",
                 (("rate/shared_prefix_ratio", "ratio"),),
                 include=(1.0,),
             ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
-from rmsd_fast.models.shared_prefix import enable_shared_prefix
+from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.distributed import Engine, World
@@ -26,9 +26,13 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
         attn_implementation=settings.model.attention,
         liger=use_liger(settings.model.liger, world.device),
     )
+    # On the device first: which attention serves the vision tower depends on it.
+    student.model.to(world.device)
+    reason = unsupported(student.model)
+    if reason:
+        raise ModelError(f"{path}: prompts cannot be shared, which rollouts need, {reason}; use another model")
     if settings.packing == "shared":
         enable_shared_prefix(student.model)
-    student.model.to(world.device)
     return student
 
 
@@ -40,7 +44,8 @@ def build_imitation(path: str, settings: RunConfig, world: World, material: Mate
     targets = build_targets(
         material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.responses
     )
-    longest = max((len(ids) for one in targets.values() for ids in one.token_ids if ids is not None), default=0)
+    read = [(one, k) for one in targets.values() for k in range(len(one.token_ids)) if one.p[k] > 0 or k in one.imitate]
+    longest = max((len(one.token_ids[k]) for one, k in read), default=0)
     check_room(settings, longest, "the longest teacher response")
     policy = _engine(_policy(student, settings, training.train_vision), settings, world, training)
     return RunState(world, student, builder, targets, PhaseTimer(world.device), policy)

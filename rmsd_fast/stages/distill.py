@@ -16,7 +16,7 @@ from rmsd_fast.config import RunConfig
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
-from rmsd_fast.models.students import MediaFeatures
+from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.runtime.distributed import global_sum
 from rmsd_fast.settings import uses_discriminator
@@ -40,8 +40,9 @@ def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
         sums = judge(state, groups, features, settings)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard(state, [state.discriminator], settings)
-    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups, settings)}, state.world)
-    metrics = {**judge_metrics(sums), **group_metrics(sums), **_work_metrics(sums), "discriminator/grad_norm": norm}
+    samples = _samples(groups, judged=True, trained=False)
+    sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
+    metrics = {**judge_metrics(sums), **group_metrics(sums), **_work(sums), "discriminator/grad_norm": norm}
     return StepResult(metrics, skipped)
 
 
@@ -62,8 +63,9 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout
         sums |= _policy_pass(state, batches, settings)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(state, engines, settings)
-    sums = global_sum({**sums, **group_sums(groups, settings), **_work(groups, settings)}, state.world)
-    metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work_metrics(sums), "policy/grad_norm": norms[0]}
+    samples = _samples(groups, judged=uses_discriminator(settings), trained=True)
+    sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
+    metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work(sums), "policy/grad_norm": norms[0]}
     if uses_discriminator(settings):
         metrics |= {**judge_metrics(sums), "discriminator/grad_norm": norms[1]}
     return StepResult(metrics, skipped)
@@ -83,7 +85,7 @@ def _roll_out(
     )
     model = state.student.model
     with state.policy.full_weights():
-        features = encode_step(state, prompts)
+        features = encode_step(state, prompts, settings)
         with state.timer("rollout"):
             responses = state.rollouts.generate(
                 model, prompts, sampling, features=features, policy_version=rollout_step
@@ -98,11 +100,15 @@ def _roll_out(
 
 @dataclass
 class _PolicyBatch:
-    """One micro-batch of the policy loss; log-probs [S] over the tokens of `rows`, in their order."""
+    """One micro-batch of the policy loss; log-probs [S] over the tokens of `rows`, in their order.
+
+    features, ref_features: of policy and reference, the same while the tower is frozen; None: the policy encodes.
+    """
 
     parts: list[tuple[Group, list[int]]]
     prompts: list[Prompt]
     features: MediaFeatures | None
+    ref_features: MediaFeatures | None
     rows: Rows
     rollout_logp: torch.Tensor
     filler: bool
@@ -118,8 +124,6 @@ def _policy_batches(
     score = partial(linear_logprob, temperature=settings.rollout.temperature, ignore_index=None)
     prompts = [group.prompt for group in groups]
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    for group in groups:
-        group.log_ratio = torch.zeros(len(group.rollouts))
     batches = []
     for planned in micro_batches(state, prompts, responses, settings):
         parts = [(groups[i], own) for i, own in zip(planned.prompts, planned.responses, strict=True)]
@@ -127,18 +131,34 @@ def _policy_batches(
             parts=parts,
             prompts=[prompts[i] for i in planned.prompts],
             features=select_features(features, planned.prompts),
+            ref_features=select_features(features, planned.prompts),
             rows=rows_of(state, planned, prompts, responses, settings),
             rollout_logp=torch.cat([group.rollouts[r].logp for group, own in parts for r in own]).to(device),
             filler=planned.filler,
         )
+        if state.reference is not None and batch.ref_features is None:
+            batch.ref_features = encode_media(state.reference.model, batch.prompts)
         if (distill.kl_coef and distill.kl != "full") or settings.reward.kl_in_reward:
-            batch.ref_logp = state.reference(batch.prompts, batch.rows, batch.features, score)
-            log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.rows.lengths_list)
-            means = torch.stack([part.mean() for part in log_ratio]).cpu()
-            for (group, own), mean in zip(parts, means.split([len(own) for _, own in parts]), strict=True):
-                group.log_ratio[own] = mean
+            batch.ref_logp = state.reference(batch.prompts, batch.rows, batch.ref_features, score)
         batches.append(batch)
+    if settings.reward.kl_in_reward:
+        _set_log_ratios(groups, batches)
     return batches
+
+
+def _set_log_ratios(groups: list[Group], batches: list[_PolicyBatch]) -> None:
+    """k1 of each rollout, mean over its tokens."""
+    found = []
+    for batch in batches:
+        log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.rows.lengths_list)
+        found.append(torch.stack([part.mean() for part in log_ratio]))
+    means = iter(torch.cat(found).cpu())
+    for group in groups:
+        group.log_ratio = torch.zeros(len(group.rollouts))
+    for batch in batches:
+        for group, own in batch.parts:
+            for rollout in own:
+                group.log_ratio[rollout] = next(means)
 
 
 def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, torch.Tensor]:
@@ -161,7 +181,7 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
         reference = {} if batch.ref_logp is None else {"ref_logp": batch.ref_logp}
         if kl and distill.kl == "full":
             with torch.no_grad():
-                hidden, weight = state.reference(batch.prompts, batch.rows, batch.features, _hidden_and_head)
+                hidden, weight = state.reference(batch.prompts, batch.rows, batch.ref_features, _hidden_and_head)
             reference = {"ref_hidden": hidden, "ref_weight": weight}
         head = partial(
             linear_policy_loss,
@@ -179,6 +199,7 @@ def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConf
         )
         result = state.policy(batch.prompts, batch.rows, batch.features, head)
         state.policy.backward(0.0 * result.loss if batch.filler else result.loss, last=number == len(batches) - 1)
+        sums["p_computed"] = sums.get("p_computed", 0) + batch.rows.input_ids.numel()
         if batch.filler:
             continue
         measured = {"loss": result.loss.detach(), "tokens": len(batch.rollout_logp)}
@@ -202,19 +223,18 @@ def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {"policy/loss": sums["p_loss"], **means}
 
 
-def _work(groups: list[Group], settings: RunConfig) -> dict[str, float]:
-    """Tokens that went through a model as padded rows count them, and those that are distinct."""
-    judged_of = [group.kept if uses_discriminator(settings) else [] for group in groups]
-    judged = sum(len(g.targets.token_ids[k]) for g, kept in zip(groups, judged_of, strict=True) for k in kept)
-    sampled = sum(len(r.token_ids) for g in groups for r in g.rollouts)
-    prompts = sum(
-        len(g.prompt.input_ids) * (len(g.rollouts) + len(kept)) for g, kept in zip(groups, judged_of, strict=True)
-    )
-    return {
-        "work": prompts + sampled + judged,
-        "unique": judged + sampled + sum(len(g.prompt.input_ids) for g in groups),
-    }
+def _samples(groups: list[Group], *, judged: bool, trained: bool) -> dict[str, float]:
+    """Tokens of the step as a list of samples: each response with a prompt of its own, in each model with gradients."""
+    tokens = 0
+    for group in groups:
+        prompt = len(group.prompt.input_ids)
+        tokens += (judged + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
+        tokens += judged * sum(prompt + len(group.targets.token_ids[k]) for k in group.kept)
+    return {"samples": tokens}
 
 
-def _work_metrics(sums: dict[str, float]) -> dict[str, float]:
-    return {"tokens": sums["work"], "tokens_unique": sums["unique"]}
+def _work(sums: dict[str, float]) -> dict[str, float]:
+    """`tokens` as samples; `tokens_computed` went through policy and discriminator, also those of fillers and of the
+    pass that precedes where a group was split.
+    """
+    return {"tokens": sums["samples"], "tokens_computed": sums.get("computed", 0) + sums.get("p_computed", 0)}

@@ -103,7 +103,7 @@ def judged_responses(group: Group, builder: PromptBuilder) -> Judged:
 
 
 def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
-    """A rollout encoded as a teacher's text would be; at most one token longer than it was sampled."""
+    """A rollout encoded as a teacher's text would be, cut to one token more than were sampled."""
     ids = rollout.token_ids
     own = torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
     try:
@@ -112,7 +112,7 @@ def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
         # The text spells a special token out of plain pieces. Its own ids hold no special one, generation bans them.
         return own
     # Bytes that are no text become replacement characters, of three tokens each: a longest response would not fit.
-    return canonical if len(canonical) <= len(own) else own
+    return canonical if len(canonical) <= len(own) else torch.cat([canonical[: len(own) - 1], canonical[-1:]])
 
 
 def set_advantages(group: Group, settings: RunConfig) -> None:

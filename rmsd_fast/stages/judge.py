@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -12,7 +13,7 @@ from rmsd_fast.losses import pairwise_discriminator_loss
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.runtime.distributed import any_rank, global_sum
 from rmsd_fast.stages.groups import Group, Judged, judged_responses, make_pairs
-from rmsd_fast.stages.state import RunState, micro_batches, rows_of, select_features
+from rmsd_fast.stages.state import RunState, is_split, micro_batches, rows_of, select_features
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class _PairLoss:
     normalizer: float
     scores_in_all: float
 
-    def __call__(self, scores: list[torch.Tensor], chosen: list[int]) -> torch.Tensor:
-        """scores: of the chosen groups, [distinct responses] each."""
+    def __call__(self, scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+        """scores: of the distinct responses of the chosen groups, group after group."""
         students, teachers = self.sides(scores, chosen)
         pairs = make_pairs([self.groups[i] for i in chosen], self.settings)
-        device = students.device
+        device = scores.device
         return pairwise_discriminator_loss(
             students,
             teachers,
@@ -42,13 +43,15 @@ class _PairLoss:
             l2_normalizer=self.scores_in_all,
         ).loss
 
-    def sides(self, scores: list[torch.Tensor], chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of the rollouts and of the kept teacher responses, group after group."""
-        judged = [self.judged[i] for i in chosen]
-        return (
-            torch.cat([own[one.students] for own, one in zip(scores, judged, strict=True)]),
-            torch.cat([own[one.teachers] for own, one in zip(scores, judged, strict=True)]),
-        )
+    def sides(self, scores: torch.Tensor, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was found for each distinct response, for the rollouts and for the kept teacher responses."""
+        students, teachers, start = [], [], 0
+        for own in (self.judged[i] for i in chosen):
+            students += [start + place for place in own.students]
+            teachers += [start + place for place in own.teachers]
+            start += len(own.responses)
+        index = torch.tensor(students + teachers, dtype=torch.int64).to(scores.device)
+        return scores[index].split([len(students), len(teachers)])
 
 
 def judge(
@@ -57,10 +60,11 @@ def judge(
     """Score every distinct response of the step once, back-propagate L_D, leave the scores in the groups as rewards.
 
     The engine's gradients are complete afterwards and not applied. Scores are those before the update. Where a group
-    did not fit one micro-batch its pairs meet only after all of it is scored: then a pass without gradient comes first.
+    did not fit one micro-batch its pairs meet only after all of it is scored: then a pass without gradient comes first,
+    on all processes.
 
     Returns:
-        Sums over this process for `judge_metrics`.
+        Sums over this process for `judge_metrics`, and `computed`, the tokens that went through the model.
     """
     judged = [judged_responses(group, state.builder) for group in groups]
     prompts, responses = [group.prompt for group in groups], [one.responses for one in judged]
@@ -76,70 +80,65 @@ def judge(
     )
     normalizer = max(counts[settings.discriminator.normalizer], 1e-12)
     pair_loss = _PairLoss(groups, judged, settings, normalizer, counts["scores"])
+    computed = 0
 
-    def forward(batch: MicroBatch) -> list[torch.Tensor]:
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        nonlocal computed
         rows = rows_of(state, batch, prompts, responses, settings)
-        scores = state.discriminator(
-            [prompts[i] for i in batch.prompts], rows, select_features(features, batch.prompts)
-        )
-        return list(scores.split([len(own) for own in batch.responses]))
+        computed += rows.input_ids.numel()
+        own = [prompts[i] for i in batch.prompts]
+        return state.discriminator(own, rows, select_features(features, batch.prompts))
 
-    whole = [len(own) for own in responses]
-    split = any_rank(any(len(r) < whole[i] for b in batches if not b.filler for i, r in _parts(b)), state.world)
-    gradients = _score_gradients(pair_loss, batches, forward, whole) if split else None
-    found: list[list[torch.Tensor]] = []
-    for number, batch in enumerate(batches):
+    places = [_places(batch, responses) for batch in batches]
+    everything = list(range(len(groups)))
+    gradient = None
+    if any_rank(is_split(batches, responses), state.world):
+        with torch.no_grad():
+            scores = _in_order(batches, places, [forward(batch) for batch in batches])
+        scores.requires_grad_()
+        (gradient,) = torch.autograd.grad(pair_loss(scores, everything), scores)
+    found = []
+    for number, (batch, place) in enumerate(zip(batches, places, strict=True)):
         scores = forward(batch)
         if batch.filler:
-            loss = 0.0 * torch.cat(scores).sum()
-        elif gradients is None:
+            loss = 0.0 * scores.sum()
+        elif gradient is None:
             loss = pair_loss(scores, batch.prompts)
         else:
-            # Its value means nothing; its gradient is that of the whole group's loss.
-            loss = sum((s * gradients[i][r]).sum() for s, (i, r) in zip(scores, _parts(batch), strict=True))
+            # Its value means nothing; its gradient is that of the loss of whole groups.
+            loss = (scores * gradient[place.to(scores.device)]).sum()
         state.discriminator.backward(loss, last=number == len(batches) - 1)
-        found.append([one.detach() for one in scores])
-    scores = _together(batches, found, whole)
-    return _hand_out(pair_loss, scores, responses)
+        found.append(scores.detach())
+    scores = _in_order(batches, places, found).cpu()
+    return {**_hand_out(pair_loss, scores), "computed": computed}
 
 
-def _parts(batch: MicroBatch) -> list[tuple[int, list[int]]]:
-    return list(zip(batch.prompts, batch.responses, strict=True))
+def _places(batch: MicroBatch, responses: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Where a micro-batch's responses stand among those of the whole step, group after group."""
+    starts = list(accumulate((len(own) for own in responses), initial=0))
+    pairs = zip(batch.prompts, batch.responses, strict=True)
+    return torch.tensor([starts[i] + r for i, own in pairs for r in own])
 
 
-def _together(batches: list[MicroBatch], found: list[list[torch.Tensor]], whole: list[int]) -> list[torch.Tensor]:
-    """Scores of each group, put together from the micro-batches."""
-    scores = [found[0][0].new_zeros(count) for count in whole]
-    for batch, own in zip(batches, found, strict=True):
-        if not batch.filler:
-            for (group, responses), part in zip(_parts(batch), own, strict=True):
-                scores[group][responses] = part
-    return scores
+def _in_order(batches: list[MicroBatch], places: list[torch.Tensor], found: list[torch.Tensor]) -> torch.Tensor:
+    """Scores of the whole step, group after group."""
+    real = [number for number, batch in enumerate(batches) if not batch.filler]
+    scores = torch.cat([found[number] for number in real])
+    order = torch.cat([places[number] for number in real]).to(scores.device)
+    return torch.empty_like(scores).index_copy_(0, order, scores)
 
 
-def _score_gradients(pair_loss: _PairLoss, batches: list[MicroBatch], forward, whole: list[int]) -> list[torch.Tensor]:
-    """dL_D/dscore of every response, from a pass without gradient."""
-    with torch.no_grad():
-        scores = _together(batches, [forward(batch) for batch in batches], whole)
-    scores = [own.requires_grad_() for own in scores]
-    return list(torch.autograd.grad(pair_loss(scores, list(range(len(scores)))), scores))
-
-
-def _hand_out(
-    pair_loss: _PairLoss, scores: list[torch.Tensor], responses: list[list[torch.Tensor]]
-) -> dict[str, float]:
+def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor) -> dict[str, float]:
     """Rewards of the rollouts, and the sums for the metrics; a question without a teacher has no D reward."""
-    everything = list(range(len(scores)))
-    loss = pair_loss(scores, everything)
-    students, teachers = pair_loss.sides([own.cpu() for own in scores], everything)
-    lengths = [torch.tensor([len(ids) for ids in own]) for own in responses]
-    start = 0
-    for group in pair_loss.groups:
-        own = students[start : start + len(group.rollouts)]
+    groups = pair_loss.groups
+    everything = list(range(len(groups)))
+    students, teachers = pair_loss.sides(scores, everything)
+    for group, own in zip(groups, students.split([len(group.rollouts) for group in groups]), strict=True):
         group.d_score = own.float() if group.kept else torch.zeros(len(own))
-        start += len(own)
-    pairs = make_pairs(pair_loss.groups, pair_loss.settings)
-    return _sums(students, teachers, torch.cat(pair_loss.sides(lengths, everything)), pairs, float(loss))
+    lengths = torch.tensor([len(ids) for one in pair_loss.judged for ids in one.responses])
+    lengths = torch.cat(pair_loss.sides(lengths, everything))
+    pairs = make_pairs(groups, pair_loss.settings)
+    return _sums(students, teachers, lengths, pairs, float(pair_loss(scores, everything)))
 
 
 TIE = 1e-5

@@ -269,15 +269,15 @@ def _note_skipped(run: Run, stage: str, step: int, prompts: list[Prompt]) -> Non
 def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
     """Time, rates, memory and faults of a step."""
     cost = global_max(state.timer.take(), run.world)
-    seconds, tokens, unique = (
+    seconds, tokens, computed = (
         cost["seconds/step"],
         result.metrics["tokens"],
-        result.metrics.get("tokens_unique"),
+        result.metrics.get("tokens_computed"),
     )
     cost["rate/tokens_per_s"] = tokens / seconds
-    if unique:
-        cost["rate/unique_tokens_per_s"] = unique / seconds
-        cost["rate/shared_prefix_ratio"] = tokens / unique
+    if computed:
+        cost["rate/computed_tokens_per_s"] = computed / seconds
+        cost["rate/shared_prefix_ratio"] = tokens / computed
     return {
         **cost,
         "memory/peak_mib": peak_mib(run.world.device),

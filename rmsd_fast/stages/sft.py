@@ -23,22 +23,13 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, train_v
     """One optimiser step on this process's prompts: mean cross entropy over all response tokens of the global batch."""
     responses = [_imitated(state, prompt) for prompt in prompts]
     tokens = sum(len(ids) for own in responses for ids in own)
-    rows_tokens = sum(len(prompt.input_ids) * len(own) for prompt, own in zip(prompts, responses, strict=True))
-    counts = global_sum(
-        {
-            "response": tokens,
-            "all": tokens + rows_tokens,
-            "unique": tokens + sum(len(prompt.input_ids) for prompt in prompts),
-        },
-        state.world,
-    )
-    features = None
-    if not train_vision:
-        with state.policy.full_weights():
-            features = encode_step(state, prompts)
+    samples = tokens + sum(len(prompt.input_ids) * len(own) for prompt, own in zip(prompts, responses, strict=True))
+    counts = global_sum({"response": tokens, "samples": samples}, state.world)
+    # Under ZeRO-3 the tower's weights are there within the engine's forward alone.
+    features = None if train_vision or settings.runtime.zero_stage == 3 else encode_step(state, prompts, settings)
     batches = micro_batches(state, prompts, responses, settings)
     head = partial(linear_cross_entropy, normalizer=counts["response"], ignore_index=None)
-    total = 0.0
+    total, computed = 0.0, 0
     with state.timer("forward_backward"):
         for number, batch in enumerate(batches):
             rows = rows_of(state, batch, prompts, responses, settings)
@@ -47,10 +38,16 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, train_v
             loss = 0.0 * loss if batch.filler else loss
             state.policy.backward(loss, last=number == len(batches) - 1)
             total += loss.detach()
+            computed += rows.input_ids.numel()
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard(state, [state.policy], settings)
-    loss = global_sum({"loss": float(total)}, state.world)["loss"]
-    metrics = {"loss": loss, "grad_norm": norm, "tokens": counts["all"], "tokens_unique": counts["unique"]}
+    sums = global_sum({"loss": float(total), "computed": computed}, state.world)
+    metrics = {
+        "loss": sums["loss"],
+        "grad_norm": norm,
+        "tokens": counts["samples"],
+        "tokens_computed": sums["computed"],
+    }
     return StepResult(metrics, skipped)
 
 

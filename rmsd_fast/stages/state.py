@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
 from rmsd_fast.data.packing import Rows, make_rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
@@ -87,16 +87,35 @@ def apply_or_discard(state: RunState, engines: list[Engine], settings: RunConfig
 def micro_batches(
     state: RunState, prompts: list[Prompt], responses: list[list[torch.Tensor]], settings: RunConfig
 ) -> list[MicroBatch]:
-    """Micro-batches of the prompts with their responses, as many on every process."""
-    return plan_micro_batches(
-        [len(prompt.input_ids) for prompt in prompts],
-        [[len(ids) for ids in own] for own in responses],
-        packing=settings.packing,
-        micro_tokens=settings.micro_tokens,
-        weights=balance_weights(state.student.model.config),
-        ids=[prompt.question.id for prompt in prompts],
-        agree=lambda count: int(global_max({"count": count}, state.world)["count"]),
-    )
+    """Micro-batches of the prompts with their responses, as many on every process.
+
+    Raises:
+        SettingsError: on all processes, where a prompt with one response exceeds `micro_tokens` on any.
+    """
+    planned = False
+
+    def agree(count: int) -> int:
+        nonlocal planned
+        planned = True
+        found = global_max({"count": count, "fault": 0}, state.world)
+        if found["fault"]:
+            raise SettingsError("another process has a prompt that exceeds micro_tokens; see its message above")
+        return int(found["count"])
+
+    try:
+        return plan_micro_batches(
+            [len(prompt.input_ids) for prompt in prompts],
+            [[len(ids) for ids in own] for own in responses],
+            packing=settings.packing,
+            micro_tokens=settings.micro_tokens,
+            weights=balance_weights(state.student.model.config),
+            ids=[prompt.question.id for prompt in prompts],
+            agree=agree,
+        )
+    except SettingsError:
+        if not planned:
+            global_max({"count": 0, "fault": 1}, state.world)
+        raise
 
 
 def rows_of(
@@ -112,10 +131,22 @@ def rows_of(
     return rows.to(state.world.device)
 
 
-def encode_step(state: RunState, prompts: list[Prompt]) -> MediaFeatures:
-    """Vision features of a step's prompts without a graph, each video once."""
+def is_split(batches: list[MicroBatch], responses: list[list[torch.Tensor]]) -> bool:
+    """Whether any group did not fit one micro-batch."""
+    return any(
+        len(own) < len(responses[i])
+        for batch in batches
+        if not batch.filler
+        for i, own in zip(batch.prompts, batch.responses, strict=True)
+    )
+
+
+def encode_step(state: RunState, prompts: list[Prompt], settings: RunConfig) -> MediaFeatures:
+    """Vision features of a step's prompts without a graph, each video once. No collective: not under ZeRO-3, unless
+    within `full_weights`.
+    """
     with state.timer("vision"), torch.no_grad():
-        return encode_media(state.student.model, prompts)
+        return encode_media(state.student.model, prompts, tokens_per_call=settings.micro_tokens)
 
 
 def select_features(features: MediaFeatures | None, indices: list[int]) -> MediaFeatures | None:
