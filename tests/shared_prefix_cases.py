@@ -1,4 +1,4 @@
-"""What tests of shared-prefix attention share: the dense oracle, rows of every kind, and stand-ins for CUDA kernels."""
+"""What tests of shared-prefix attention share: the dense oracle, rows of every kind, errors, stand-in kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ ROWS = {
     "single tokens": ([1, 1], [[1], [1, 1]]),
     "single tokens, one group empty": ([1, 1, 1], [[1, 1], [], [1]]),
 }
+PLAN = SharedPrefixPlan.from_lengths(*ROWS["uneven groups"])
 # Heads of queries and keys.
 HEADS = [(2, 2), (4, 2), (3, 1)]
 
@@ -55,6 +56,26 @@ def random_rows(
         torch.randn(plan.tokens, n, size).to(device=plan.device, dtype=dtype).requires_grad_()
         for n in (queries, keys, keys)
     ]
+
+
+def with_gradients(function, inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
+
+
+def largest_error(ours: list[Tensor], truth: list[Tensor]) -> float:
+    return max(float((a - b).detach().abs().max()) for a, b in zip(ours, truth, strict=True))
+
+
+def error(values: Tensor, exact: Tensor) -> float:
+    return float((values.double() - exact).norm())
+
+
+def check_errors(ours: list[Tensor], others: list[Tensor], truth: list[Tensor], plan, bound: float) -> None:
+    # Prefixes and responses apart, as the errors of one could hide behind the other's.
+    for part in (slice(0, plan.prefix_tokens), slice(plan.prefix_tokens, None)):
+        for a, b, exact in zip(ours, others, truth, strict=True):
+            assert error(a[part], exact[part]) <= bound * error(b[part], exact[part])
 
 
 def _segments(lengths: Lengths, q: Tensor, k: Tensor):

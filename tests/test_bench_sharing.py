@@ -46,7 +46,8 @@ def test_claims_on_sharing_by_hand():
     assert [reached for reached, _ in claims._sharing_model(variants)] == [False, True, False, None]
     steps = {"shared K=1 N=8": _side(100, 1.0, training=50), "shared K=4 N=8": _side(114, 1.1, training=58)}
     assert [reached for reached, _ in claims._step(steps)] == [True, False]
-    assert [reached for reached, _ in claims._step_model(steps)] == [True, None, None, None]
+    assert [reached for reached, _ in claims._step_model(steps)] == [True, None, None]
+    assert [reached for reached, _ in claims._step_sweep(steps)] == [None]
 
 
 def test_every_shape_on_cpu_is_claimed():
@@ -55,7 +56,10 @@ def test_every_shape_on_cpu_is_claimed():
     import claims
 
     assert [case.name for case in bench_shared_prefix.cases(False, "cpu")] == list(claims.SHARED_CASES)
-    assert [case.name for case in bench_step.cases(False, "cpu")] == list(claims.STEP_CASES)
+    cases = bench_step.cases(False, "cpu")
+    assert [case.name for case in cases] == list(claims.STEP_CASES)
+    swept = [case.name for case in cases if (case.prefix, case.response) in bench_step.SWEPT]
+    assert swept == list(claims.SWEPT_CASES)
 
 
 def test_chart_and_table_hold_what_the_records_say():

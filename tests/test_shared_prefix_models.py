@@ -1,30 +1,29 @@
-"""Shared prompts in transformers models: one packed pass against separate rows through the model's stock attention."""
+"""Shared prompts in transformers models: one packed pass against separate rows through the model's stock attention.
+
+Also switching them on and off, checkpointed and compiled layers. What they refuse is in test_shared_prefix_refusals.py.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-import transformers
 from family_students import (
     BUILDERS,
     MROPE,
     FamilyPrompt,
     build_family,
     compute_in_float64,
-    encode,
     family_prompts,
     pack_inputs,
     pixels_of,
 )
+from shared_prefix_students import LENGTHS, CausalCache, Media, Responses, encoded, make_responses, packed_rows
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rmsd_fast.config import ModelError
 from rmsd_fast.models.shared_prefix import (
-    FAMILIES,
     SHARED_PREFIX,
     disable_shared_prefix,
     enable_shared_prefix,
@@ -32,10 +31,7 @@ from rmsd_fast.models.shared_prefix import (
     run_shared_prefix,
     shared_prefix_enabled,
 )
-from rmsd_kernels import SharedPrefixPlan
 
-# Two groups; lengths apart, so that a mix-up of segments shows; one response of a single token.
-LENGTHS = [[5, 3, 1], [4, 2]]
 STUDENTS = [(name, {}) for name in BUILDERS] + [
     ("internvl", {"model_type": "qwen3", "head_dim": 8}),
     ("internvl", {"model_type": "llama"}),
@@ -43,39 +39,8 @@ STUDENTS = [(name, {}) for name in BUILDERS] + [
 students = pytest.mark.parametrize(
     ("name", "text"), STUDENTS, ids=[f"{name}-{text.get('model_type', 'default')}" for name, text in STUDENTS]
 )
-Responses = list[list[torch.Tensor]]
 # LLaVA-OneVision reads the tower's last layer before the norm that follows it.
 UNUSED = {"llava_onevision": {f"model.vision_tower.post_layernorm.{kind}" for kind in ("weight", "bias")}}
-
-
-def make_responses(lengths: list[list[int]] = LENGTHS) -> Responses:
-    generator = torch.Generator().manual_seed(1)
-    return [[torch.randint(3, 80, (length,), generator=generator) for length in group] for group in lengths]
-
-
-def plan_of(prompts: list[FamilyPrompt], responses: Responses) -> SharedPrefixPlan:
-    lengths = [[len(response) for response in group] for group in responses]
-    device = prompts[0].input_ids.device
-    return SharedPrefixPlan.from_lengths([len(prompt.input_ids) for prompt in prompts], lengths, device=device)
-
-
-def encoded(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
-    return {"mm_encoder_outputs": encode(model, prompts)}
-
-
-Media = Callable[[nn.Module, list[FamilyPrompt]], dict]
-
-
-def packed_rows(
-    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
-) -> list[torch.Tensor]:
-    """Hidden states [P + R, D] of every `[prefix | response]`, cut out of one packed pass."""
-    inputs = pack_inputs(prompts, responses)
-    plan = plan_of(prompts, responses)
-    hidden = run_shared_prefix(model.model, plan, **inputs, **media(model, prompts))[0]
-    prefixes = hidden[: plan.prefix_tokens].split(plan.prefix_lengths)
-    parts = iter(hidden[plan.prefix_tokens :].split([len(response) for group in responses for response in group]))
-    return [torch.cat([prefix, next(parts)]) for prefix, group in zip(prefixes, responses, strict=True) for _ in group]
 
 
 def separate_rows(
@@ -308,224 +273,6 @@ def test_the_setting_is_not_exported(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     assert "rmsd" not in (tmp_path / "config.json").read_text()
     assert not is_shared_prefix(type(model).from_pretrained(tmp_path, local_files_only=True))
-
-
-def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_family("qwen3_vl")
-    # transformers skips such a part with a warning only.
-    text = type(model.model.language_model)
-    monkeypatch.setattr(text, "_can_set_attn_implementation", classmethod(lambda _: False))
-    with pytest.raises(ModelError, match=r"asked for attention .* found \['sdpa'\]"):
-        enable_shared_prefix(model)
-    assert model.config.vision_config._attn_implementation == "sdpa" and not is_shared_prefix(model)
-
-
-def other_config(model_type: str, **text):
-    """A model of another family: its config and, where a decoder layer decides, a small body of it."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": 0, **text}
-    return transformers.AutoConfig.for_model(model_type, **small)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "text", "reason"),
-    [
-        ("qwen3_next", {"num_hidden_layers": 4}, "linear_attention"),
-        ("gemma3_text", {}, "sliding-window layers"),
-        ("gemma2", {"layer_types": ["full_attention"] * 2}, "scores are capped"),
-        ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "attention sinks"),
-        ("llama", {"attention_dropout": 0.1}, "attention dropout"),
-        ("llama", {}, "not tested with this family"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window layers"),
-    ],
-)
-def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: str) -> None:
-    model = transformers.AutoModel.from_config(other_config(model_type, **text))
-    with pytest.raises(ModelError, match=f"{model_type}: cannot share prompts, .*{reason}.*") as caught:
-        enable_shared_prefix(model)
-    assert all(family in str(caught.value) for family in FAMILIES) and "padded" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("qwen2_5_vl", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window"),
-        ("qwen3_vl", {"attention_dropout": 0.1}, "attention dropout"),
-        (
-            "internvl",
-            {"model_type": "mistral", "sliding_window": None},
-            "not tested with mistral as the language",
-        ),
-        ("internvl", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest row"),
-    ],
-)
-def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict, reason: str) -> None:
-    model = build_family(name, **text)
-    with pytest.raises(ModelError, match=rf"{name}: cannot share prompts, .*{reason}"):
-        enable_shared_prefix(model)
-    assert model.config.text_config._attn_implementation == "sdpa"
-
-
-def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    model = build_family("internvl", rope_parameters=rope)
-    model.set_attn_implementation({"text_config": SHARED_PREFIX})
-    for enable in (enable_shared_prefix, lambda model: shared_prefix_enabled(model).__enter__()):
-        with pytest.raises(ModelError, match="longest row"):
-            enable(model)
-    prompts, responses = family_prompts("internvl", model), make_responses()
-    with pytest.raises(RuntimeError, match="this model was never checked; call enable_shared_prefix"):
-        packed_rows(model, prompts, responses)
-
-
-def test_models_on_one_config_are_enabled_one_by_one() -> None:
-    first = build_family("qwen3_vl")
-    second = type(first)(first.config).eval()
-    prompts, responses = family_prompts("qwen3_vl", first), make_responses()
-    enable_shared_prefix(first)
-    with pytest.raises(RuntimeError, match="this model was never checked"):
-        packed_rows(second, prompts, responses)
-    with shared_prefix_enabled(second):
-        packed_rows(second, prompts, responses)
-    assert is_shared_prefix(second)
-    inputs = {**pack_inputs(prompts, responses), "shared_prefix": plan_of(prompts, responses), "use_cache": False}
-    ids = inputs.pop("input_ids")
-    with pytest.raises(ValueError, match="cannot take attention_mask"):
-        second.model.language_model(ids, attention_mask=torch.ones_like(ids), **inputs)
-    with pytest.raises(ModelError, match="not switched on here.*switch them off there"):
-        disable_shared_prefix(second)
-    disable_shared_prefix(first)
-    assert not is_shared_prefix(second)
-
-
-def test_a_module_without_a_transformers_model_is_refused() -> None:
-    with pytest.raises(ModelError, match="Linear: expected a transformers model"):
-        enable_shared_prefix(nn.Linear(2, 2))
-
-
-def test_a_layer_that_skips_attention_is_noticed() -> None:
-    model = build_family("qwen3_vl")
-    enable_shared_prefix(model)
-    prompts, responses = family_prompts("qwen3_vl", model), make_responses()
-    attention = model.model.language_model.layers[1].self_attn
-    attention.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(RuntimeError, match="ran 2 times in 3 decoder layers"):
-        packed_rows(model, prompts, responses)
-
-
-class TestRefusedInputs:
-    """What an enabled model must not compute."""
-
-    @pytest.fixture
-    def case(self) -> tuple[nn.Module, dict, SharedPrefixPlan]:
-        model = build_family("qwen2_5_vl")
-        prompts, responses = family_prompts("qwen2_5_vl", model), make_responses()
-        enable_shared_prefix(model)
-        inputs = {**pack_inputs(prompts, responses), "mm_encoder_outputs": encode(model, prompts)}
-        return model, inputs, plan_of(prompts, responses)
-
-    def test_no_plan(self, case) -> None:
-        model, inputs, _ = case
-        with pytest.raises(RuntimeError, match=r"without a plan; .*run_shared_prefix"):
-            model.model(**inputs, use_cache=False)
-
-    def test_generate(self, case) -> None:
-        model, _, _ = case
-        with pytest.raises(RuntimeError, match=r"generate\(\), call disable_shared_prefix"):
-            model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2)
-
-    @pytest.mark.parametrize("mask", [torch.ones(1, 67, dtype=torch.int64), torch.ones(1, 1, 67, 67).bool()])
-    def test_mask(self, case, mask: torch.Tensor) -> None:
-        model, inputs, plan = case
-        with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take attention_mask"):
-            run_shared_prefix(model.model, plan, **inputs, attention_mask=mask)
-        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take attention_mask"):
-            model.model(**inputs, shared_prefix=plan, attention_mask=mask, use_cache=False)
-
-    def test_mask_by_place(self, case) -> None:
-        model, inputs, plan = case
-        ids = inputs["input_ids"]
-        with pytest.raises(ValueError, match="expected keywords behind the first input, got 2"):
-            model.model.language_model(ids, torch.ones_like(ids), shared_prefix=plan, use_cache=False)
-
-    def test_cache(self, case) -> None:
-        model, inputs, plan = case
-        for cache in (transformers.DynamicCache(), ()):
-            with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take past_key_values"):
-                run_shared_prefix(model.model, plan, **inputs, past_key_values=cache)
-        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take past_key_values"):
-            model.model(**inputs, shared_prefix=plan, past_key_values=transformers.DynamicCache(), use_cache=False)
-
-    @pytest.mark.parametrize("setting", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
-    def test_a_cache_by_default(self, case, setting: dict) -> None:
-        model, inputs, plan = case
-        with pytest.raises(ValueError, match="expected use_cache=False, got"):
-            model.model(**inputs, shared_prefix=plan, **setting)
-
-    def test_no_positions(self, case) -> None:
-        model, inputs, plan = case
-        for positions in ({}, {"position_ids": None}):
-            with pytest.raises(ValueError, match="position_ids: expected those of 67 tokens, .* got none"):
-                run_shared_prefix(model.model, plan, input_ids=inputs["input_ids"], **positions)
-        with pytest.raises(ValueError, match="position_ids: expected those of all tokens, .* got none"):
-            run_shared_prefix(model.model, CausalCache(), input_ids=inputs["input_ids"])
-
-    def test_two_rows(self, case) -> None:
-        model, inputs, plan = case
-        ids, positions = inputs["input_ids"].clamp(max=80), inputs["position_ids"]
-        with pytest.raises(ValueError, match="one packed row"):
-            run_shared_prefix(model.model, plan, input_ids=ids.expand(2, -1), position_ids=positions.expand(3, 2, -1))
-
-    def test_vision_features_that_the_model_would_ignore(self, case) -> None:
-        model, inputs, plan = case
-        model.model.forward = lambda input_ids, position_ids, **_: pytest.fail("ran without vision")
-        with pytest.raises(RuntimeError, match="ignores mm_encoder_outputs"):
-            run_shared_prefix(model.model, plan, **inputs)
-
-    def test_plan_of_other_lengths(self, case) -> None:
-        model, inputs, _ = case
-        plan = SharedPrefixPlan.from_lengths([10], [[2]])
-        with pytest.raises(ValueError, match="position_ids: expected those of 12 tokens, .* got 67"):
-            run_shared_prefix(model.model, plan, **inputs)
-        with pytest.raises(ValueError, match="T=12"):
-            model.model(**inputs, shared_prefix=plan, use_cache=False)
-
-    def test_dropout_switched_on_later(self, case) -> None:
-        model, inputs, plan = case
-        model.model.language_model.layers[0].self_attn.attention_dropout = 0.1
-        model.train()
-        with pytest.raises(ValueError, match="cannot take dropout"):
-            run_shared_prefix(model.model, plan, **inputs)
-
-    def test_sliding_window_switched_on_later(self, case) -> None:
-        model, inputs, plan = case
-        model.model.language_model.layers[0].self_attn.sliding_window = 8
-        with pytest.raises(ValueError, match="cannot take a sliding window"):
-            run_shared_prefix(model.model, plan, **inputs)
-
-    def test_model_that_is_not_enabled(self, case) -> None:
-        model, inputs, plan = case
-        disable_shared_prefix(model)
-        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
-            run_shared_prefix(model.model, plan, **inputs)
-        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
-            model.model(**inputs, shared_prefix=plan, use_cache=False)
-
-
-class CausalCache:
-    """Attends each row causally by itself, as a cache would that has seen nothing; notes what it was given."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, tuple[int, ...], tuple[int, ...], float]] = []
-
-    def attend(
-        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        self.seen.append((layer_idx, tuple(query.shape), tuple(key.shape), scale))
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return output.transpose(1, 2)
 
 
 def test_an_object_that_attends_itself_takes_the_place_of_a_plan() -> None:

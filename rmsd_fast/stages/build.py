@@ -30,7 +30,10 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
     student.model.to(world.device)
     reason = unsupported(student.model)
     if reason:
-        raise ModelError(f"{path}: prompts cannot be shared, which rollouts need, {reason}; use another model")
+        raise ModelError(
+            f"{path}: prompts cannot be shared, {reason}; rollouts and evaluation need that with any packing: change "
+            "config.json or use another model"
+        )
     if settings.packing == "shared":
         enable_shared_prefix(student.model)
     return student

@@ -1,0 +1,60 @@
+"""What tests of shared prompts in models share: responses, the rows of a packed pass, an object that attends itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from family_students import FamilyPrompt, encode, pack_inputs
+from torch import nn
+
+from rmsd_fast.models.shared_prefix import run_shared_prefix
+from rmsd_kernels import SharedPrefixPlan
+
+# Two groups; lengths apart, so that a mix-up of segments shows; one response of a single token.
+LENGTHS = [[5, 3, 1], [4, 2]]
+Responses = list[list[torch.Tensor]]
+Media = Callable[[nn.Module, list[FamilyPrompt]], dict]
+
+
+def make_responses(lengths: list[list[int]] = LENGTHS) -> Responses:
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randint(3, 80, (length,), generator=generator) for length in group] for group in lengths]
+
+
+def plan_of(prompts: list[FamilyPrompt], responses: Responses) -> SharedPrefixPlan:
+    lengths = [[len(response) for response in group] for group in responses]
+    device = prompts[0].input_ids.device
+    return SharedPrefixPlan.from_lengths([len(prompt.input_ids) for prompt in prompts], lengths, device=device)
+
+
+def encoded(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
+    return {"mm_encoder_outputs": encode(model, prompts)}
+
+
+def packed_rows(
+    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
+) -> list[torch.Tensor]:
+    """Hidden states [P + R, D] of every `[prefix | response]`, cut out of one packed pass."""
+    inputs = pack_inputs(prompts, responses)
+    plan = plan_of(prompts, responses)
+    hidden = run_shared_prefix(model.model, plan, **inputs, **media(model, prompts))[0]
+    prefixes = hidden[: plan.prefix_tokens].split(plan.prefix_lengths)
+    parts = iter(hidden[plan.prefix_tokens :].split([len(response) for group in responses for response in group]))
+    return [torch.cat([prefix, next(parts)]) for prefix, group in zip(prefixes, responses, strict=True) for _ in group]
+
+
+class CausalCache:
+    """Attends each row causally by itself, as a cache would that has seen nothing; notes what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[int, ...], tuple[int, ...], float]] = []
+
+    def attend(
+        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.seen.append((layer_idx, tuple(query.shape), tuple(key.shape), scale))
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return output.transpose(1, 2)

@@ -1,0 +1,224 @@
+"""Which models, settings and inputs shared prompts refuse, and that each refusal says why; nothing computes wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from family_students import build_family, encode, family_prompts, pack_inputs
+from shared_prefix_students import CausalCache, make_responses, packed_rows, plan_of
+from torch import nn
+
+from rmsd_fast.config import ModelError
+from rmsd_fast.models.shared_prefix import (
+    FAMILIES,
+    SHARED_PREFIX,
+    disable_shared_prefix,
+    enable_shared_prefix,
+    is_shared_prefix,
+    run_shared_prefix,
+    shared_prefix_enabled,
+)
+from rmsd_kernels import SharedPrefixPlan
+
+
+def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_family("qwen3_vl")
+    # transformers skips such a part with a warning only.
+    text = type(model.model.language_model)
+    monkeypatch.setattr(text, "_can_set_attn_implementation", classmethod(lambda _: False))
+    with pytest.raises(ModelError, match=r"asked for attention .* found \['sdpa'\]"):
+        enable_shared_prefix(model)
+    assert model.config.vision_config._attn_implementation == "sdpa" and not is_shared_prefix(model)
+
+
+def other_config(model_type: str, **text):
+    """A model of another family: its config and, where a decoder layer decides, a small body of it."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": 0, **text}
+    return transformers.AutoConfig.for_model(model_type, **small)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "reason"),
+    [
+        ("qwen3_next", {"num_hidden_layers": 4}, "linear_attention"),
+        ("gemma3_text", {}, "sliding-window layers"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "scores are capped"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "attention sinks"),
+        ("llama", {"attention_dropout": 0.1}, "attention dropout"),
+        ("llama", {}, "not tested with this family"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window layers"),
+    ],
+)
+def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: str) -> None:
+    model = transformers.AutoModel.from_config(other_config(model_type, **text))
+    with pytest.raises(ModelError, match=f"{model_type}: cannot share prompts, .*{reason}.*") as caught:
+        enable_shared_prefix(model)
+    assert all(family in str(caught.value) for family in FAMILIES) and "padded" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("qwen2_5_vl", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window"),
+        ("qwen3_vl", {"attention_dropout": 0.1}, "attention dropout"),
+        (
+            "internvl",
+            {"model_type": "mistral", "sliding_window": None},
+            "not tested with mistral as the language",
+        ),
+        ("internvl", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest row"),
+    ],
+)
+def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict, reason: str) -> None:
+    model = build_family(name, **text)
+    with pytest.raises(ModelError, match=rf"{name}: cannot share prompts, .*{reason}"):
+        enable_shared_prefix(model)
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = build_family("internvl", rope_parameters=rope)
+    model.set_attn_implementation({"text_config": SHARED_PREFIX})
+    for enable in (enable_shared_prefix, lambda model: shared_prefix_enabled(model).__enter__()):
+        with pytest.raises(ModelError, match="longest row"):
+            enable(model)
+    prompts, responses = family_prompts("internvl", model), make_responses()
+    with pytest.raises(RuntimeError, match="this model was never checked; call enable_shared_prefix"):
+        packed_rows(model, prompts, responses)
+
+
+def test_models_on_one_config_are_enabled_one_by_one() -> None:
+    first = build_family("qwen3_vl")
+    second = type(first)(first.config).eval()
+    prompts, responses = family_prompts("qwen3_vl", first), make_responses()
+    enable_shared_prefix(first)
+    with pytest.raises(RuntimeError, match="this model was never checked"):
+        packed_rows(second, prompts, responses)
+    with shared_prefix_enabled(second):
+        packed_rows(second, prompts, responses)
+    assert is_shared_prefix(second)
+    inputs = {**pack_inputs(prompts, responses), "shared_prefix": plan_of(prompts, responses), "use_cache": False}
+    ids = inputs.pop("input_ids")
+    with pytest.raises(ValueError, match="cannot take attention_mask"):
+        second.model.language_model(ids, attention_mask=torch.ones_like(ids), **inputs)
+    with pytest.raises(ModelError, match="not switched on here.*switch them off there"):
+        disable_shared_prefix(second)
+    disable_shared_prefix(first)
+    assert not is_shared_prefix(second)
+
+
+def test_a_module_without_a_transformers_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="Linear: expected a transformers model"):
+        enable_shared_prefix(nn.Linear(2, 2))
+
+
+def test_a_layer_that_skips_attention_is_noticed() -> None:
+    model = build_family("qwen3_vl")
+    enable_shared_prefix(model)
+    prompts, responses = family_prompts("qwen3_vl", model), make_responses()
+    attention = model.model.language_model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RuntimeError, match="ran 2 times in 3 decoder layers"):
+        packed_rows(model, prompts, responses)
+
+
+class TestRefusedInputs:
+    """What an enabled model must not compute."""
+
+    @pytest.fixture
+    def case(self) -> tuple[nn.Module, dict, SharedPrefixPlan]:
+        model = build_family("qwen2_5_vl")
+        prompts, responses = family_prompts("qwen2_5_vl", model), make_responses()
+        enable_shared_prefix(model)
+        inputs = {**pack_inputs(prompts, responses), "mm_encoder_outputs": encode(model, prompts)}
+        return model, inputs, plan_of(prompts, responses)
+
+    def test_no_plan(self, case) -> None:
+        model, inputs, _ = case
+        with pytest.raises(RuntimeError, match=r"without a plan; .*run_shared_prefix"):
+            model.model(**inputs, use_cache=False)
+
+    def test_generate(self, case) -> None:
+        model, _, _ = case
+        with pytest.raises(RuntimeError, match=r"generate\(\), call disable_shared_prefix"):
+            model.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=2)
+
+    @pytest.mark.parametrize("mask", [torch.ones(1, 67, dtype=torch.int64), torch.ones(1, 1, 67, 67).bool()])
+    def test_mask(self, case, mask: torch.Tensor) -> None:
+        model, inputs, plan = case
+        with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take attention_mask"):
+            run_shared_prefix(model.model, plan, **inputs, attention_mask=mask)
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take attention_mask"):
+            model.model(**inputs, shared_prefix=plan, attention_mask=mask, use_cache=False)
+
+    def test_mask_by_place(self, case) -> None:
+        model, inputs, plan = case
+        ids = inputs["input_ids"]
+        with pytest.raises(ValueError, match="expected keywords behind the first input, got 2"):
+            model.model.language_model(ids, torch.ones_like(ids), shared_prefix=plan, use_cache=False)
+
+    def test_cache(self, case) -> None:
+        model, inputs, plan = case
+        for cache in (transformers.DynamicCache(), ()):
+            with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take past_key_values"):
+                run_shared_prefix(model.model, plan, **inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take past_key_values"):
+            model.model(**inputs, shared_prefix=plan, past_key_values=transformers.DynamicCache(), use_cache=False)
+
+    @pytest.mark.parametrize("setting", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
+    def test_a_cache_by_default(self, case, setting: dict) -> None:
+        model, inputs, plan = case
+        with pytest.raises(ValueError, match="expected use_cache=False, got"):
+            model.model(**inputs, shared_prefix=plan, **setting)
+
+    def test_no_positions(self, case) -> None:
+        model, inputs, plan = case
+        for positions in ({}, {"position_ids": None}):
+            with pytest.raises(ValueError, match="position_ids: expected those of 67 tokens, .* got none"):
+                run_shared_prefix(model.model, plan, input_ids=inputs["input_ids"], **positions)
+        with pytest.raises(ValueError, match="position_ids: expected those of all tokens, .* got none"):
+            run_shared_prefix(model.model, CausalCache(), input_ids=inputs["input_ids"])
+
+    def test_two_rows(self, case) -> None:
+        model, inputs, plan = case
+        ids, positions = inputs["input_ids"].clamp(max=80), inputs["position_ids"]
+        with pytest.raises(ValueError, match="one packed row"):
+            run_shared_prefix(model.model, plan, input_ids=ids.expand(2, -1), position_ids=positions.expand(3, 2, -1))
+
+    def test_vision_features_that_the_model_would_ignore(self, case) -> None:
+        model, inputs, plan = case
+        model.model.forward = lambda input_ids, position_ids, **_: pytest.fail("ran without vision")
+        with pytest.raises(RuntimeError, match="ignores mm_encoder_outputs"):
+            run_shared_prefix(model.model, plan, **inputs)
+
+    def test_plan_of_other_lengths(self, case) -> None:
+        model, inputs, _ = case
+        plan = SharedPrefixPlan.from_lengths([10], [[2]])
+        with pytest.raises(ValueError, match="position_ids: expected those of 12 tokens, .* got 67"):
+            run_shared_prefix(model.model, plan, **inputs)
+        with pytest.raises(ValueError, match="T=12"):
+            model.model(**inputs, shared_prefix=plan, use_cache=False)
+
+    def test_dropout_switched_on_later(self, case) -> None:
+        model, inputs, plan = case
+        model.model.language_model.layers[0].self_attn.attention_dropout = 0.1
+        model.train()
+        with pytest.raises(ValueError, match="cannot take dropout"):
+            run_shared_prefix(model.model, plan, **inputs)
+
+    def test_sliding_window_switched_on_later(self, case) -> None:
+        model, inputs, plan = case
+        model.model.language_model.layers[0].self_attn.sliding_window = 8
+        with pytest.raises(ValueError, match="cannot take a sliding window"):
+            run_shared_prefix(model.model, plan, **inputs)
+
+    def test_model_that_is_not_enabled(self, case) -> None:
+        model, inputs, plan = case
+        disable_shared_prefix(model)
+        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
+            run_shared_prefix(model.model, plan, **inputs)
+        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
+            model.model(**inputs, shared_prefix=plan, use_cache=False)
