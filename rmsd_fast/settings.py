@@ -39,7 +39,12 @@ CHOICES = {
     "runtime.zero_stage": (0, 1, 2, 3),
 }
 # Settings of earlier versions and what to write instead.
-RENAMED = {"sft.micro_batch": "micro_tokens", "distill.micro_prompts": "micro_tokens", "sft.target": "sft.responses"}
+RENAMED = {
+    "sft.micro_batch": "micro_tokens",
+    "distill.micro_batch": "micro_tokens",
+    "distill.micro_prompts": "micro_tokens",
+    "sft.target": "sft.responses=best, all or random",
+}
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {

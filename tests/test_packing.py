@@ -75,6 +75,14 @@ def test_a_lone_response_continues_its_prompt() -> None:
     assert rows.position_ids[0].tolist()[0][:8] == [0, 1, 4, 5, 0, 1, 0, 1]
 
 
+def test_a_plan_says_which_rows_predict() -> None:
+    for seed in range(20):
+        prompts, responses = _random_groups(seed)
+        responses = [own if len(own) != 1 else [] for own in responses]
+        rows = pack(prompts, responses)
+        assert torch.equal(rows.plan.predicting_rows(), rows.predicts)
+
+
 def test_padded_rows_by_hand() -> None:
     prompts = [_prompt([1, 9, 9]), _prompt([2, 3])]
     rows = pad(prompts, [[_ids(21, 22), _ids(23)], [_ids(31, 32, 33)]], pad_id=7)

@@ -175,7 +175,7 @@ def test_bad_plans(prefixes, rows, message):
 
 def test_counts_are_integers():
     for prefixes, rows, name in (([3.5], [2], "prefix_lengths"), ([3], [1.9], "rows")):
-        with pytest.raises(TypeError, match=f"{name}: expected integers"):
+        with pytest.raises(TypeError, match=f"{name}: expected a list of integers"):
             DecodePlan.from_counts(prefixes, rows)
 
 

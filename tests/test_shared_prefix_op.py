@@ -326,7 +326,7 @@ def test_bad_plans(prefixes, responses, message):
 
 def test_lengths_are_integers():
     for prefixes, responses, name in (([3.5], [[2]], "prefix_lengths"), ([3], [[2, 1.9]], r"response_lengths\[0\]")):
-        with pytest.raises(TypeError, match=rf"{name}: expected integers, got \[.*\.\d\]"):
+        with pytest.raises(TypeError, match=rf"{name}: expected a list of integers, got \[.*\.\d\]"):
             SharedPrefixPlan.from_lengths(prefixes, responses)
     plan = SharedPrefixPlan.from_lengths(torch.tensor([3]), [torch.tensor([2, 1])])
     assert (plan.prefix_lengths, plan.response_lengths) == ((3,), ((2, 1),))

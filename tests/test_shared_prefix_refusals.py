@@ -136,6 +136,34 @@ class TestRefusedInputs:
         inputs = {**pack_inputs(prompts, responses), "mm_encoder_outputs": encode(model, prompts)}
         return model, inputs, plan_of(prompts, responses)
 
+    def test_what_transformers_would_leave_aside(self, case) -> None:
+        model, inputs, plan = case
+        features = inputs.pop("mm_encoder_outputs")
+        # The output of get_image_features is a mapping itself.
+        for wrong in (next(iter(features.values())), {"image_features": 1}, [1], {}):
+            with pytest.raises(ValueError, match='mm_encoder_outputs: expected {"image": features}'):
+                run_shared_prefix(model.model, plan, **inputs, mm_encoder_outputs=wrong)
+
+    def test_slips(self, case) -> None:
+        model, inputs, plan = case
+        with pytest.raises(ValueError, match="pass model.model"):
+            run_shared_prefix(model, plan, **inputs)
+        with pytest.raises(ValueError, match="plan: expected a SharedPrefixPlan, got NoneType"):
+            run_shared_prefix(model.model, None, **inputs)
+        with pytest.raises(ValueError, match="cannot take use_cache"):
+            run_shared_prefix(model.model, plan, **inputs, use_cache=True)
+        hidden = run_shared_prefix(model.model, plan, **inputs, use_cache=False)
+        assert torch.equal(hidden, run_shared_prefix(model.model, plan, **inputs))
+        ids = inputs.pop("input_ids")
+        for wrong in (ids[0], ids[:, :-1]):
+            with pytest.raises(ValueError, match=rf"input_ids: expected \[1, {plan.tokens}\]"):
+                run_shared_prefix(model.model, plan, **inputs, input_ids=wrong)
+        positions = inputs.pop("position_ids")
+        with pytest.raises(ValueError, match="position_ids: expected those of"):
+            run_shared_prefix(
+                model.model, plan, **inputs, input_ids=ids, position_ids=positions.flatten()[: ids.numel()]
+            )
+
     def test_no_plan(self, case) -> None:
         model, inputs, _ = case
         with pytest.raises(RuntimeError, match=r"without a plan; .*run_shared_prefix"):
@@ -185,7 +213,7 @@ class TestRefusedInputs:
     def test_two_rows(self, case) -> None:
         model, inputs, plan = case
         ids, positions = inputs["input_ids"].clamp(max=80), inputs["position_ids"]
-        with pytest.raises(ValueError, match="one packed row"):
+        with pytest.raises(ValueError, match=r"the plan's tokens in one row, got \[2, 67\]"):
             run_shared_prefix(model.model, plan, input_ids=ids.expand(2, -1), position_ids=positions.expand(3, 2, -1))
 
     def test_vision_features_that_the_model_would_ignore(self, case) -> None:
@@ -197,7 +225,9 @@ class TestRefusedInputs:
     def test_plan_of_other_lengths(self, case) -> None:
         model, inputs, _ = case
         plan = SharedPrefixPlan.from_lengths([10], [[2]])
-        with pytest.raises(ValueError, match="position_ids: expected those of 12 tokens, .* got 67"):
+        with pytest.raises(
+            ValueError, match=r"input_ids: expected \[1, 12\], the plan's tokens in one row, got \[1, 67\]"
+        ):
             run_shared_prefix(model.model, plan, **inputs)
         with pytest.raises(ValueError, match="T=12"):
             model.model(**inputs, shared_prefix=plan, use_cache=False)

@@ -107,6 +107,19 @@ class SharedPrefixPlan:
         """Where attention with this plan runs."""
         return self.segments.device
 
+    def predicting_rows(self) -> Tensor:
+        """For each response token, response by response, the row of the packed row that predicts it: int64 [S], CPU.
+
+        The first token of a response is predicted by its prefix's last row, every other by the row before it.
+        """
+        found, start, end = [], self.prefix_tokens, 0
+        for prefix, group in zip(self.prefix_lengths, self.response_lengths, strict=True):
+            end += prefix
+            for length in group:
+                found += [end - 1, *range(start, start + length - 1)]
+                start += length
+        return torch.tensor(found, dtype=torch.int64)
+
     def to(self, device: torch.device | str) -> "SharedPrefixPlan":
         """The same plan for another device."""
         edges = (t.to(device, non_blocking=True) for t in (self.segments, self.group_queries, self.group_keys))

@@ -42,7 +42,7 @@ def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     try:
         return tuple(map(index, values))
     except TypeError:
-        raise TypeError(f"{name}: expected integers, got {values!r}") from None
+        raise TypeError(f"{name}: expected a list of integers, got {values!r}") from None
 
 
 def cumulative(lengths: Iterable[int], device: torch.device | str) -> Tensor:

@@ -136,13 +136,19 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
         body: the model without its head, `model.model`.
         plan: the row's layout, on the row's device; or an object that attends itself.
         inputs: what `body` takes: `input_ids` [1, T], `position_ids` ([3, 1, T] where positions have three rows, else
-            [1, T]), pixels or `mm_encoder_outputs`. These need transformers 5.18; before it, features that are encoded
-            already can only be embedded outside, for a text model as `body`, as it is done for Qwen3-VL students.
+            [1, T]), pixels, or features as `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which
+            need transformers 5.18; before it, they can only be embedded outside, for a text model as `body`, as it is
+            done for Qwen3-VL students.
     Raises:
         RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
             transformers would drop `mm_encoder_outputs`.
-        ValueError: a mask, a cache, no positions, or rows that do not fit the plan.
+        ValueError: a mask, a cache, no positions, rows that do not fit the plan, features in another form, or a model
+            with its head.
     """
+    if not isinstance(plan, SharedPrefixPlan) and not hasattr(plan, "attend"):
+        raise ValueError(f"plan: expected a SharedPrefixPlan, got {type(plan).__name__}; see its from_lengths")
+    if body.get_output_embeddings() is not None:
+        raise ValueError(f"{type(body).__name__}: expected the model without its head; pass model.model")
     config = body.config.get_text_config()
     if config._attn_implementation != SHARED_PREFIX:
         raise RuntimeError(
@@ -155,21 +161,11 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
             "enable_shared_prefix(model) first"
         )
     _refuse_mask_and_cache(type(body).__name__, inputs)
-    positions = inputs.get("position_ids")
-    tokens = plan.tokens if isinstance(plan, SharedPrefixPlan) else None
-    if positions is None or tokens not in (None, positions.shape[-1]):
-        # Without them transformers counts through the row as if it were one text.
-        raise ValueError(
-            f"position_ids: expected those of {tokens or 'all'} tokens, each response counted on from its own prompt, "
-            f"got {'none' if positions is None else positions.shape[-1]}"
-        )
+    if inputs.pop("use_cache", False):
+        raise ValueError(f"{type(body).__name__}: shared-prompt attention cannot take use_cache; {_ADVICE}")
+    _check_rows(plan, inputs)
     if inputs.get("mm_encoder_outputs") is not None:
-        forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
-        if "mm_encoder_outputs" not in forward.parameters:
-            raise RuntimeError(
-                f"{config.model_type}: transformers {transformers.__version__} ignores mm_encoder_outputs, so the "
-                "model would see no video; install transformers>=5.18"
-            )
+        _check_features(body, inputs["mm_encoder_outputs"])
     cache = None if isinstance(plan, SharedPrefixPlan) else _CountedCache(plan)
     calls = attention_calls()
     hidden = body(**inputs, shared_prefix=plan if cache is None else cache, use_cache=False).last_hidden_state
@@ -180,6 +176,37 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
             "layers, so the hidden states are wrong; use the unchanged decoder layers of transformers"
         )
     return hidden
+
+
+def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) -> None:
+    """One position per token, and the plan's tokens where there is a plan."""
+    tokens = plan.tokens if isinstance(plan, SharedPrefixPlan) else None
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if tokens is not None and ids is not None and tuple(ids.shape) != (1, tokens):
+        raise ValueError(f"input_ids: expected [1, {tokens}], the plan's tokens in one row, got {list(ids.shape)}")
+    if positions is None or positions.dim() < 2 or tokens not in (None, positions.shape[-1]):
+        # Without them transformers counts through the row as if it were one text.
+        raise ValueError(
+            f"position_ids: expected those of {tokens or 'all'} tokens, [1, T] or [3, 1, T], each response counted on "
+            f"from its prompt, got {'none' if positions is None else list(positions.shape)}"
+        )
+
+
+def _check_features(body: nn.Module, features: Any) -> None:
+    """Features that transformers would leave aside without a word: the model would see no video."""
+    forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
+    if "mm_encoder_outputs" not in forward.parameters:
+        raise RuntimeError(
+            f"{body.config.model_type}: transformers {transformers.__version__} ignores mm_encoder_outputs, so the "
+            "model would see no video; install transformers>=5.18"
+        )
+    # A model's output is a mapping too, of other names.
+    if type(features) is not dict or not features or features.keys() - {"image", "video"}:
+        got = list(features) if isinstance(features, dict) else type(features).__name__
+        raise ValueError(
+            f'mm_encoder_outputs: expected {{"image": features}}, {{"video": features}} or both, with what '
+            f"model.model.get_image_features or get_video_features returns, got {got}"
+        )
 
 
 def unsupported(model: PreTrainedModel) -> str | None:

@@ -10,7 +10,7 @@ from html import escape
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
 
 STAGE_TITLES = {
-    "sft": "Stage 1: imitation of the best teacher response",
+    "sft": "Stage 1: imitation of teacher responses",
     "warm_up": "Discriminator warm-up",
     "distill": "Stage 2: adversarial distillation",
 }
@@ -191,19 +191,19 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         (
             Chart(
                 "Throughput",
-                "tokens per second, each response with its prompt; computed: what went through the models",
+                "per second, each response with its prompt; computed: through policy and discriminator, padding too",
                 (("rate/tokens_per_s", "tokens/s"), ("rate/computed_tokens_per_s", "computed tokens/s")),
                 include=(0.0,),
             ),
             Chart(
                 "Tokens per step",
-                "over all processes, each response with its prompt; computed: what went through the models",
+                "each response with its prompt; computed: through policy and discriminator, padding too",
                 (("tokens", "tokens"), ("tokens_computed", "computed tokens")),
                 include=(0.0,),
             ),
             Chart(
                 "Shared-prefix ratio",
-                "tokens per computed token: 1 without shared prompts",
+                "tokens per computed token: 1 = nothing shared, below 1 = padding",
                 (("rate/shared_prefix_ratio", "ratio"),),
                 include=(1.0,),
             ),

@@ -28,6 +28,8 @@ def describe_plan(settings: RunConfig) -> str:
         f"run {settings.name}: settings are consistent; {processes} process(es), ZeRO-{settings.runtime.zero_stage}"
     ]
     lines += _stage_lines(settings, processes)
+    if "sft" in settings.stages or settings.distill.objective == "sft":
+        lines.append(f"  imitated responses: {settings.sft.responses}")
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     found, missing = _inputs(settings)
     lines += [f"  {line}" for line in found]
