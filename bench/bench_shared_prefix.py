@@ -14,12 +14,12 @@ were measured in the same process (`rates`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from groups import HIDDEN, LAYERS, load, make_builder, make_prompt, make_responses, media_each
+from groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
 from heads import Outcome
 from measure import Variant, differences_of, main_time, measure, numbers_of
 from rates import predicted_seconds, rates
@@ -34,18 +34,6 @@ from rmsd_fast.models.students import encode_media, freeze
 BASE = "shared M=12"
 WAYS = (("shared", 12), ("padded", 12), ("copies", 12), ("shared", 9), ("shared", 1), ("copies", 1))
 FLOPS = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}
-
-
-@dataclass(frozen=True)
-class Case:
-    prefix: int
-    response: int
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    @property
-    def name(self) -> str:
-        return f"P{self.prefix}-R{self.response}-{self.dtype}"
 
 
 def cases(quick: bool, device: str) -> list[Case]:

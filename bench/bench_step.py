@@ -24,7 +24,7 @@ from statistics import median
 
 import pytest
 import torch
-from groups import HIDDEN, LAYERS
+from groups import HIDDEN, LAYERS, Case
 from heads import Outcome
 from measure import Variant, quantiles
 from memory import keep_freed_memory, peak_extra_bytes
@@ -46,18 +46,6 @@ ALL_WAYS = {
 SWEPT = ((1024, 64), (2048, 128))
 PASSES = ("vision", "discriminator", "reference", "policy")
 GROUPS = 1
-
-
-@dataclass(frozen=True)
-class Case:
-    prefix: int
-    response: int
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    @property
-    def name(self) -> str:
-        return f"P{self.prefix}-R{self.response}-{self.dtype}"
 
 
 @dataclass

@@ -25,7 +25,7 @@ PEDANTIC_S = {True: 1.0, False: 3.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary, under 3 minutes")
+    parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary")
     parser.addoption("--claims", action="store_true", help="only the cases whose numbers claims.py judges")
     parser.addoption(
         "--record",

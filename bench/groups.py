@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,20 @@ GRIDS = {512: (4, 8, 8), 1024: (8, 8, 15), 2048: (8, 16, 15), 4096: (16, 16, 15)
 # The small student: 4 layers of 8 heads of 32, 3 million parameters.
 HIDDEN, LAYERS = 256, 4
 TEXTS = ("What happens in the video?", "<think>A red square moves.</think><answer>0.0 to 10.0</answer>")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape: about `prefix` tokens of a prompt, exactly `response` of each response."""
+
+    prefix: int
+    response: int
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"P{self.prefix}-R{self.response}-{self.dtype}"
 
 
 @functools.cache

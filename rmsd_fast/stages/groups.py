@@ -94,11 +94,8 @@ def judged_responses(group: Group, builder: PromptBuilder) -> Judged:
     place: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
     teachers = [group.targets.token_ids[k] for k in group.kept]
-    responses: list[torch.Tensor] = []
-    for ids in (*students, *teachers):
-        if place.setdefault(tuple(ids.tolist()), len(responses)) == len(responses):
-            responses.append(ids)
-    places = [place[tuple(ids.tolist())] for ids in (*students, *teachers)]
+    places = [place.setdefault(tuple(ids.tolist()), len(place)) for ids in (*students, *teachers)]
+    responses = [torch.tensor(ids) for ids in place]
     return Judged(responses, places[: len(students)], places[len(students) :])
 
 

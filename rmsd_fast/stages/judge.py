@@ -10,6 +10,7 @@ import torch
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.micro_batches import MicroBatch
 from rmsd_fast.losses import pairwise_discriminator_loss
+from rmsd_fast.method.matching import Pairs
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.runtime.distributed import any_rank, global_sum
 from rmsd_fast.stages.groups import Group, Judged, judged_responses, make_pairs
@@ -110,7 +111,7 @@ def judge(
         state.discriminator.backward(loss, last=number == len(batches) - 1)
         found.append(scores.detach())
     scores = _in_order(batches, places, found).cpu()
-    return {**_hand_out(pair_loss, scores), "computed": computed}
+    return {**_hand_out(pair_loss, scores, pairs), "computed": computed}
 
 
 def _places(batch: MicroBatch, responses: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -128,7 +129,7 @@ def _in_order(batches: list[MicroBatch], places: list[torch.Tensor], found: list
     return torch.empty_like(scores).index_copy_(0, order, scores)
 
 
-def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor) -> dict[str, float]:
+def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor, pairs: Pairs) -> dict[str, float]:
     """Rewards of the rollouts, and the sums for the metrics; a question without a teacher has no D reward."""
     groups = pair_loss.groups
     everything = list(range(len(groups)))
@@ -137,7 +138,6 @@ def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor) -> dict[str, float]:
         group.d_score = own.float() if group.kept else torch.zeros(len(own))
     lengths = torch.tensor([len(ids) for one in pair_loss.judged for ids in one.responses])
     lengths = torch.cat(pair_loss.sides(lengths, everything))
-    pairs = make_pairs(groups, pair_loss.settings)
     return _sums(students, teachers, lengths, pairs, float(pair_loss(scores, everything)))
 
 
