@@ -77,8 +77,13 @@ def native_extensions() -> list[Extension]:
                 "csrc/head_rows.cpp",
                 "csrc/divergence_rows.cpp",
                 "csrc/row_kernels.cpp",
+                "csrc/video_frames.cpp",
+                "csrc/video_kernels.cpp",
             ],
-            depends=["csrc/head_rows.h", "csrc/row_common.h", "csrc/row_kernels.h"],
+            depends=[
+                *("csrc/head_rows.h", "csrc/row_common.h", "csrc/row_kernels.h"),
+                *("csrc/video_frames.h", "csrc/video_kernels.h", "csrc/video_loops.inl"),
+            ],
             include_dirs=[str(torch_folder / "include")],
             library_dirs=[str(torch_folder / "lib")],
             # The stable ABI's symbols live in libtorch_cpu; the loader finds it in the running process.

@@ -1,9 +1,11 @@
-// Schemas of the CPU row ops, against torch's stable ABI (torch >= 2.11); no Python headers. Python forms: native_rows.
+// Schemas of the CPU ops, against torch's stable ABI (torch >= 2.11); no Python headers. Python forms: native_rows,
+// native_video.
 
 #include <torch/csrc/stable/library.h>
 
 #include "head_rows.h"
 #include "row_kernels.h"
+#include "video_frames.h"
 
 namespace {
 
@@ -61,6 +63,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rmsd_kernels, m) {
   m.def(
       "row_divergence_(Tensor(a!) logits, Tensor teacher_logits, Tensor? temperature, int kind, float alpha, "
       "Tensor? scale) -> Tensor");
+  m.def("resize_frames_(Tensor(a!) out, Tensor frames) -> ()");
+  m.def(
+      "video_patches(Tensor frames, int height, int width, int patch, int temporal, int merge, Tensor mean, Tensor std, "
+      "ScalarType dtype) -> Tensor");
   // For tests: use at most this instruction set (0 portable, 1 AVX2, 2 AVX512) from now on; returns the one in use.
   m.def("cpu_level(int limit) -> int");
 }
@@ -70,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(rmsd_kernels, CPU, m) {
   m.impl("row_gradient_", TORCH_BOX(&gradient_));
   m.impl("row_policy_", TORCH_BOX(&policy_));
   m.impl("row_divergence_", TORCH_BOX(&rmsd::row_divergence_));
+  m.impl("resize_frames_", TORCH_BOX(&rmsd::resize_frames_));
+  m.impl("video_patches", TORCH_BOX(&rmsd::video_patches));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rmsd_kernels, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }

@@ -375,6 +375,8 @@ INLINE void skew_gradient_body(const float* q, const float* p, int64_t n, const 
 
 int limit_cpu_level(int limit) { return level = std::clamp(limit, static_cast<int>(kPortable), kDetected); }
 
+int cpu_level() { return level; }
+
 // Defines the function in three builds and the one of row_kernels.h that chooses among them.
 #define DISPATCH(returns, name, label, body, parameters, arguments)                                    \
   namespace {                                                                                          \

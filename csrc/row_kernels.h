@@ -20,6 +20,7 @@ constexpr int64_t kShort = 128;   // the same, where large parts of a sum cancel
 enum CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 // Use at most `limit` from now on, never more than the processor has; returns what is used.
 int limit_cpu_level(int limit);
+int cpu_level();
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t bf16) {

@@ -93,7 +93,7 @@ class VideoConfig:
     max_frames: int = 768
     """Most frames with `fps` (Qwen3-VL's processor: 768)."""
     min_video_pixels: int = 4096
-    """Lower pixel budget of a whole clip, T*H*W after resizing."""
+    """Lower pixel budget of a whole clip, T*H*W after resizing (Qwen2.5-VL: of each frame)."""
     max_video_pixels: int = 25165824
     """Upper pixel budget of a whole clip, T*H*W after resizing; 24 Mi pixels = 12,288 vision tokens at T even."""
     max_frame_pixels: int = 786432
@@ -118,10 +118,29 @@ class DataConfig:
     """Folder that every media path must lie in; empty = the folder of the question file."""
     max_prompt_tokens: int = 16384
     """Longer prompts are bad samples (replaced, counted and listed)."""
-    cache_mib: int = 1024
-    """Host memory for decoded frames (uint8, resized), MiB; 0 = decode every time."""
+    decoder: str = "auto"
+    """What decodes videos: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda where a test video of the
+    program's own can be decoded so."""
     decode_threads: int = 2
-    """Threads that decode ahead of the step."""
+    """Threads that decode ahead of the step, each with a process of its own for the CPU's decoders."""
+    decode_ahead: int = 1
+    """Steps whose media are decoded while an earlier one is computed; 0 = decode when the step asks."""
+    decode_timeout_s: float = 120.0
+    """A file that takes longer is a bad sample; its decoder is ended."""
+    max_file_mib: int = 16384
+    """Larger media files are bad samples, not opened."""
+    check_frames: bool = True
+    """Refuse videos whose chosen frames are all the same, all of a single colour, or partly the grey that decoders put
+    in place of lost pictures."""
+    cache_mib: int = 1024
+    """Memory for decoded frames (uint8, resized) of each process, MiB: the host's, the GPU's with `decoder=cuda`;
+    0 = none."""
+    disk_cache: str = ""
+    """Folder in which decoded frames are kept between runs and shared by processes; empty = none."""
+    disk_cache_gib: float = 64.0
+    """Most that `disk_cache` may hold, GiB."""
+    embedding_cache_mib: int = 0
+    """Host memory for vision embeddings of each process, MiB, in stages with a frozen tower; 0 = encode each time."""
     max_bad_share: float = 0.05
     """Abort when more than this share of the samples seen could not be used, or of the questions lack their files."""
 

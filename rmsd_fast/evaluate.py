@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.runtime.distributed import World, start, stop
 from rmsd_fast.runtime.world import exit_process
@@ -45,7 +46,8 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
     material = prepare_material(settings, world, training=False)
     student = load(material.model_path, settings, world)
-    records = answer_questions(student, material.heldout, settings, world, name=material.model_path)
+    with MediaReader(settings.data, world.device) as media:
+        records = answer_questions(student, material.heldout, settings, world, media, name=material.model_path)
     if not world.is_main:
         return
     result = {

@@ -22,6 +22,7 @@ CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "model.liger": ("auto", "on", "off"),
+    "data.decoder": ("auto", "cpu", "cuda"),
     "data.format": ("auto", "rmsd", "ms-swift", "llava", "video-r1"),
     "teacher.quality": ("metric", "uniform"),
     "teacher.numeric_metric": ("epsilon", "mra"),
@@ -50,16 +51,19 @@ COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
     COUNT: "sft.steps sft.batch_size distill.steps distill.batch_size rollout.n micro_tokens "
     "rollout.max_new_tokens rollout.prompts_per_batch teacher.responses evaluate.max_new_tokens "
-    "evaluate.prompts_per_batch data.decode_threads data.max_prompt_tokens checkpoint.keep runtime.max_skipped_steps "
+    "evaluate.prompts_per_batch data.decode_threads data.max_file_mib data.max_prompt_tokens checkpoint.keep "
+    "runtime.max_skipped_steps "
     "made.train_clips made.heldout_clips made.responses made.student_layers video.min_frames video.max_frames "
     "video.min_video_pixels video.max_video_pixels video.max_frame_pixels video.min_image_pixels "
     "video.max_image_pixels",
     NUMBER: "sft.lr sft.warmup_steps sft.weight_decay discriminator.lr discriminator.warm_up_steps "
     "discriminator.warm_up_lr discriminator.score_l2 distill.lr distill.warmup_steps distill.weight_decay "
     "distill.kl_coef reward.alpha reward.beta reward.eta reward.delta reward.kl_in_reward runtime.grad_clip "
-    "teacher.numeric_eps data.cache_mib checkpoint.every_steps evaluate.max_questions evaluate.samples",
+    "teacher.numeric_eps data.cache_mib data.decode_ahead data.embedding_cache_mib checkpoint.every_steps "
+    "evaluate.max_questions evaluate.samples",
     SHARE: "teacher.min_quality data.max_bad_share made.teacher_error_rate",
-    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
+    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps "
+    "data.decode_timeout_s data.disk_cache_gib",
     (2, None): "video.num_frames evaluate.num_frames",
     (1, 6): "made.questions_per_clip",
 }
@@ -122,6 +126,15 @@ def uses_discriminator(settings: RunConfig) -> bool:
     """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
     late = "warm_up" in settings.stages or "distill" in settings.stages
     return late and settings.reward.alpha > 0 and settings.distill.objective == "policy"
+
+
+def uses_frozen_tower(settings: RunConfig) -> bool:
+    """Whether any stage encodes media apart from the training passes, with a tower that does not change."""
+    late = {"warm_up", "distill"} & set(settings.stages)
+    imitates = {"sft": settings.sft} if "sft" in settings.stages else {}
+    imitates |= {"distill": settings.distill} if late and settings.distill.objective == "sft" else {}
+    frozen = [not stage.train_vision and settings.runtime.zero_stage < 3 for stage in imitates.values()]
+    return any(frozen) or bool(late and settings.distill.objective == "policy" and not settings.distill.train_vision)
 
 
 def check_room(settings: RunConfig, response: int, what: str) -> None:
@@ -360,6 +373,13 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             ["evaluate."],
             not settings.data.heldout and not settings.made.enabled,
             "there is nothing to evaluate on; give data.heldout",
+        ),
+        (["data.disk_cache_gib"], not settings.data.disk_cache, "there is no data.disk_cache; name a folder"),
+        (
+            ["data.embedding_cache_mib"],
+            not uses_frozen_tower(settings),
+            "embeddings are kept only where the vision tower is frozen, and not in stage 1 under ZeRO-3; set "
+            "distill.train_vision=false or sft.train_vision=false",
         ),
         (["teacher.numeric_eps"], settings.teacher.numeric_metric != "epsilon", "teacher.numeric_metric is mra"),
         (["runtime.offload_optimizer"], settings.runtime.zero_stage == 0, "ZeRO-0 keeps it; use runtime.zero_stage=2"),

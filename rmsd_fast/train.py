@@ -16,6 +16,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rmsd_fast.config import CheckpointError, RunConfig, SettingsError, UserError
+from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, on_main, start, stop
@@ -51,13 +52,24 @@ from rmsd_fast.teacher.diagnostics import pool_statistics
 def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
     """One whole run; returns its folder."""
     material = prepare_material(settings, world)
-    run = open_run(settings, world, material, resume, allow_changes)
+    with MediaReader(settings.data, world.device) as media:
+        run = open_run(settings, world, material, media, resume, allow_changes)
+        run_stages(run)
+    on_main(world, lambda: finish(run))
+    return run.folder
+
+
+def run_stages(run: Run) -> None:
+    """Every stage of a run, each followed by its evaluation."""
+    settings = run.settings
     try:
         saved = run.checkpoint.state if run.checkpoint else None
         where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
         run.metrics.message(f"run folder: {run.folder}{where}")
-        on_main(world, lambda: describe_run(run))
-        evaluate(run, material.model_path, "untrained" if "sft" in settings.stages else "stage1")
+        if run.media.decoder_reason:
+            run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
+        on_main(run.world, lambda: describe_run(run))
+        evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
         if "sft" in settings.stages:
             imitate(run)
             release_memory()
@@ -69,8 +81,6 @@ def train(settings: RunConfig, world: World, resume: Path | None = None, allow_c
                 evaluate(run, str(run.folder / "export"), "stage2")
     finally:
         run.metrics.close()
-    on_main(world, lambda: finish(run))
-    return run.folder
 
 
 def finish(run: Run) -> None:
@@ -89,13 +99,13 @@ def imitate(run: Run) -> None:
         return
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
         raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
-    state = build_imitation(run.material.model_path, settings, run.world, run.material, stage="sft")
+    state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
     _imitation_steps(run, state, "sft", settings.sft, final)
 
 
 def control(run: Run) -> None:
     """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
-    state = build_imitation(run.stage1, run.settings, run.world, run.material, stage="distill")
+    state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
     _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
 
 
@@ -117,7 +127,7 @@ def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None
 def distillation(run: Run) -> None:
     """Discriminator warm-up and stage 2, ends with `export/`."""
     settings = run.settings
-    state = build_distillation(run.stage1, settings, run.world, run.material)
+    state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
@@ -160,7 +170,7 @@ def evaluate(run: Run, path: str, name: str) -> None:
     if not run.material.heldout or predictions_path(run.folder, name).is_file():
         return
     student = load(path, run.settings, run.world)
-    records = answer_questions(student, run.material.heldout, run.settings, run.world, name=name)
+    records = answer_questions(student, run.material.heldout, run.settings, run.world, run.media, name=name)
 
     def write() -> None:
         write_predictions(run.folder, name, records)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples, order_position
-from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.prompts import Prompt, PromptError
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import MediaError
 
@@ -23,10 +24,12 @@ class Builder:
     def __init__(self, bad=(), tokens=3):
         self.bad, self.tokens, self.built = set(bad), tokens, Counter()
 
-    def build(self, question):
+    def build(self, question, *, max_tokens):
         self.built[question.id] += 1
         if question.id in self.bad:
             raise MediaError(f"{question.videos[0]}: broken")
+        if self.tokens > max_tokens:
+            raise PromptError("exceeds data.max_prompt_tokens")
         ids = torch.zeros(self.tokens, dtype=torch.long)
         return Prompt(question, ids, ids, ids.expand(3, -1), ())
 
@@ -38,8 +41,8 @@ def loader(tmp_path, builder=None, **changes):
         "positions_per_step": 4,
         "rank": 0,
         "size": 1,
-        "cache_mib": 1,
         "threads": 2,
+        "ahead": 1,
         "max_prompt_tokens": 10,
         "run_folder": tmp_path,
     }
@@ -96,19 +99,47 @@ def test_too_long_prompts_are_bad_samples(tmp_path):
     assert "max_prompt_tokens" in (tmp_path / "bad_media.jsonl").read_text()
 
 
-def test_cache_is_bounded_and_spares_decoding(tmp_path):
-    from rmsd_fast.data.loader import _PromptCache
+class SlowBuilder(Builder):
+    """Builds only as many prompts as it was given permits for."""
 
-    class Media:
-        pixels = torch.zeros(400, dtype=torch.uint8)
+    def __init__(self):
+        super().__init__()
+        self.permits = threading.Semaphore(0)
 
-    cache = _PromptCache(1000)
-    prompt = Builder().build(QUESTIONS[0])
-    for name in "abc":
-        cache.put(name, replace(prompt, media=(Media(),)))
-    assert cache.bytes == 800 and cache.get("a") is None and cache.get("c") is not None
-    builder = Builder()
+    def build(self, question, *, max_tokens):
+        self.permits.acquire()
+        return super().build(question, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_so_many_steps_are_decoded_ahead_and_no_more(tmp_path, ahead):
+    builder = SlowBuilder()
+    used = loader(tmp_path, builder, ahead=ahead)
+    for _ in range(100):
+        builder.permits.release()
+    used.step(0, 10)
+    used.pool.shutdown(wait=True)
+    assert sum(builder.built.values()) == 4 * (1 + ahead)
+
+
+def test_order_does_not_depend_on_timing(tmp_path):
+    class Uneven(Builder):
+        def build(self, question, *, max_tokens):
+            time.sleep(0.02 if question.id in ("q1", "q4") else 0.0)
+            return super().build(question, max_tokens=max_tokens)
+
+    expected = [ids(loader(tmp_path, ahead=0, threads=1).step(step, 4)) for step in range(4)]
+    uneven = loader(tmp_path, Uneven(), ahead=2, threads=3)
+    assert [ids(uneven.step(step, 4)) for step in range(4)] == expected
+
+
+def test_closing_begins_no_more_prompts_and_waits_for_none(tmp_path):
+    builder = SlowBuilder()
     used = loader(tmp_path, builder)
-    for step in range(10):
-        used.step(step, 10)
-    assert max(builder.built.values()) <= 2  # two threads may build one at the same time, never more
+    used._submit(0)
+    used.close()
+    for _ in range(10):
+        builder.permits.release()
+    used.pool.shutdown(wait=True)
+    # Two threads were at work already.
+    assert sum(builder.built.values()) <= 2

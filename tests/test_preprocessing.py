@@ -10,19 +10,23 @@ import torch
 from media_files import noise_frames, write_images
 
 from rmsd_fast.config import VideoConfig
-from rmsd_fast.data.video import (
+from rmsd_fast.data.preprocess import (
     Preprocessor,
-    decode_image,
     frame_indices,
     image_size,
     load_preprocessor,
-    resize_frames,
     smart_resize,
     video_patches,
     video_size,
 )
+from rmsd_fast.data.video import decode_image
+from rmsd_kernels import resize_frames
 
 PREPROCESSOR = Preprocessor()
+# Means and deviations of CLIP, patches of 14.
+QWEN2 = Preprocessor(
+    14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), family="qwen2_vl"
+)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +47,30 @@ PREPROCESSOR = Preprocessor()
     ],
 )
 def test_frame_indices(total: int, fps: float, settings: VideoConfig, expected: list[int]) -> None:
-    assert frame_indices(total, fps, settings) == expected
+    assert frame_indices(total, fps, settings, PREPROCESSOR) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "settings", "expected"),
+    [
+        # The first frame of four equal parts, not the last of all.
+        (10, 10.0, VideoConfig(num_frames=4), [0, 2, 5, 7]),
+        # An even count; where the file has fewer, as many as it has.
+        (10, 10.0, VideoConfig(num_frames=3), [0, 2, 5, 7]),
+        (5, 10.0, VideoConfig(num_frames=8), [0, 1, 2, 3]),
+        # 4 s at 1.3 per second are 5.2 frames: 4.
+        (100, 25.0, VideoConfig(num_frames=None, fps=1.3), [0, 25, 50, 75]),
+        (100, 100.0, VideoConfig(num_frames=None, fps=2.0), [0, 25, 50, 75]),
+    ],
+)
+def test_frame_indices_of_qwen2(total: int, fps: float, settings: VideoConfig, expected: list[int]) -> None:
+    assert frame_indices(total, fps, settings, QWEN2) == expected
 
 
 @pytest.mark.parametrize("settings", [VideoConfig(num_frames=4, fps=1.0), VideoConfig(num_frames=None)])
 def test_frame_indices_wants_one_of_count_and_rate(settings: VideoConfig) -> None:
     with pytest.raises(ValueError, match="exactly one of them has to be set"):
-        frame_indices(10, 10.0, settings)
+        frame_indices(10, 10.0, settings, PREPROCESSOR)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +108,9 @@ def test_frame_cap_binds_short_videos_and_the_shared_budget_long_ones() -> None:
     # 4 frames could have 128x128 each, the cap leaves 96x96; 16 frames share the budget: 64x64 each.
     assert video_size(4, 320, 320, settings, PREPROCESSOR) == (96, 96)
     assert video_size(16, 320, 320, settings, PREPROCESSOR) == (64, 64)
+    # Qwen2-VL's sizes are those of a frame: the lower budget is each frame's, 4 frames of 56x56 are enlarged.
+    few = VideoConfig(min_video_pixels=84 * 84, max_video_pixels=4 * 112 * 112, max_frame_pixels=10**6)
+    assert video_size(4, 56, 56, few, QWEN2) == (84, 84) and video_size(4, 280, 280, few, QWEN2) == (112, 112)
     # Images have budgets of their own.
     settings = VideoConfig(min_image_pixels=1024, max_image_pixels=64 * 64)
     assert image_size(320, 320, settings, PREPROCESSOR) == (64, 64)
@@ -144,6 +168,17 @@ def test_load_preprocessor_reads_either_layout(tmp_path: Path) -> None:
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
     assert load_preprocessor(tmp_path) == expected
     assert expected.factor == 28
+    # The family: by the processors' names, else by the model's; an image processor's name tells nothing.
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**settings, "image_processor_type": "Qwen2VLImageProcessorFast"})
+    )
+    assert load_preprocessor(tmp_path).family == "qwen3_vl"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    assert load_preprocessor(tmp_path).family == "qwen2_vl"
+    (tmp_path / "video_preprocessor_config.json").write_text(
+        json.dumps({**settings, "video_processor_type": "Qwen3VLVideoProcessor"})
+    )
+    assert load_preprocessor(tmp_path).family == "qwen3_vl"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +211,9 @@ VIDEO_CASES = [
     (7, 180, 320, 4096, 25165824, 30),
 ]
 IMAGE_CASES = [(64, 96, 1024, 10**8), (70, 111, 1024, 10**8), (20, 45, 64 * 64, 10**8), (300, 201, 1024, 96 * 96)]
+# Frames, height, width, lower budget of a frame, tokens that all frames share, cap of a frame in pixels.
+QWEN2_CASES = [(4, 84, 112, 784, 10**6, 10**8), (5, 90, 70, 112 * 112, 10**6, 10**8), (6, 200, 300, 784, 200, 10**8)]
+QWEN2_CASES += [(2, 200, 300, 784, 10**6, 112 * 112), (4, 20, 300, 784, 10**6, 10**8)]
 # Frames in the video, its rate, frames asked for or frames per second.
 RATES = [
     (132, 25.0, 16, None),
@@ -187,14 +225,14 @@ RATES = [
 
 ORACLE = """
 import warnings; warnings.filterwarnings("ignore")
-from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
+from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 from transformers.image_utils import load_image
 from transformers.video_utils import VideoMetadata
 job = torch.load(sys.argv[1])
 half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 video = Qwen3VLVideoProcessor(**half)
 image = Qwen2VLImageProcessor(patch_size=16, merge_size=2, temporal_patch_size=2, **half)
-out = {"videos": [], "images": [], "files": [], "indices": []}
+out = {"videos": [], "images": [], "files": [], "indices": [], "videos2": [], "indices2": []}
 for pixels, low, high, cap in job["videos"]:
     video.max_video_tokens = cap
     got = video(videos=[pixels], do_sample_frames=False, cap_pixels_per_frame=True,
@@ -210,6 +248,17 @@ for total, fps, count, rate in job["rates"]:
     video.fps = None if count else rate
     metadata = VideoMetadata(total_num_frames=total, fps=fps)
     out["indices"].append(video.sample_frames(metadata, num_frames=count, fps=rate).tolist())
+video = Qwen2VLVideoProcessor()
+for pixels, low, share, cap in job["videos2"]:
+    video.max_video_tokens = share
+    got = video(videos=[pixels], do_sample_frames=False, cap_pixels_per_frame=True,
+                size={"shortest_edge": low, "longest_edge": cap}, return_tensors="pt")
+    out["videos2"].append((got["pixel_values_videos"], got["video_grid_thw"]))
+for total, fps, count, rate in job["rates"]:
+    video.fps = None if count else rate
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    enough = count is None or count <= total
+    out["indices2"].append(video.sample_frames(metadata, num_frames=count, fps=rate).tolist() if enough else None)
 torch.save(out, sys.argv[2])
 """
 
@@ -220,7 +269,9 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
     images = [(noise_frames(1, h, w, seed=h)[0], low, high) for h, w, low, high in IMAGE_CASES]
     (tmp_path / "images").mkdir()
     files = [str(path) for path in write_images(tmp_path / "images").values()]
-    torch.save({"videos": videos, "images": images, "files": files, "rates": RATES}, tmp_path / "job.pt")
+    videos2 = [(noise_frames(f, h, w, seed=f), low, share, cap) for f, h, w, low, share, cap in QWEN2_CASES]
+    job = {"videos": videos, "images": images, "files": files, "rates": RATES, "videos2": videos2}
+    torch.save(job, tmp_path / "job.pt")
     run_with_torchvision(ORACLE, str(tmp_path / "job.pt"), str(tmp_path / "out.pt"))
     theirs = torch.load(tmp_path / "out.pt")
 
@@ -228,17 +279,27 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
         settings = VideoConfig(min_video_pixels=low, max_video_pixels=high, max_frame_pixels=cap * 32 * 32)
         height, width = video_size(len(pixels), *pixels.shape[-2:], settings, PREPROCESSOR)
         assert grid.tolist() == [[-(-len(pixels) // 2), height // 16, width // 16]]
-        ours = video_patches(resize_frames(pixels, height, width), PREPROCESSOR)
+        ours = video_patches(resize_frames(pixels, height=height, width=width), PREPROCESSOR)
         assert (ours - patches).abs().max() == 0.0
+    for (pixels, low, share, cap), (patches, grid) in zip(videos2, theirs["videos2"], strict=True):
+        whole = int(share * 28 * 28 * 0.9) * 2
+        settings = VideoConfig(min_video_pixels=low, max_video_pixels=whole, max_frame_pixels=cap)
+        height, width = video_size(len(pixels), *pixels.shape[-2:], settings, QWEN2)
+        assert grid.tolist() == [list(QWEN2.grid(len(pixels), height, width))]
+        ours = video_patches(resize_frames(pixels, height=height, width=width), QWEN2)
+        # The processor multiplies where we divide: one unit in the last place of values up to 2.7.
+        assert (ours - patches).abs().max() < 1e-6
     for (pixels, low, high), (patches, grid) in zip(images, theirs["images"], strict=True):
         settings = VideoConfig(min_image_pixels=low, max_image_pixels=high)
         height, width = image_size(*pixels.shape[-2:], settings, PREPROCESSOR)
         assert grid.tolist() == [[1, height // 16, width // 16]]
-        ours = video_patches(resize_frames(pixels[None], height, width), PREPROCESSOR)
+        ours = video_patches(resize_frames(pixels[None], height=height, width=width), PREPROCESSOR)
         assert (ours - patches).abs().max() == 0.0
     for path, (patches, grid) in zip(files, theirs["files"], strict=True):
         frames = decode_image(path, VideoConfig(), PREPROCESSOR)
         assert [list(frames.grid_thw)] == grid.tolist()
         assert (video_patches(frames.pixels, PREPROCESSOR) - patches).abs().max() == 0.0
-    for (total, fps, count, rate), indices in zip(RATES, theirs["indices"], strict=True):
-        assert frame_indices(total, fps, VideoConfig(num_frames=count, fps=rate)) == indices
+    for (total, fps, count, rate), indices, indices2 in zip(RATES, theirs["indices"], theirs["indices2"], strict=True):
+        settings = VideoConfig(num_frames=count, fps=rate)
+        assert frame_indices(total, fps, settings, PREPROCESSOR) == indices
+        assert indices2 is None or frame_indices(total, fps, settings, QWEN2) == indices2

@@ -12,6 +12,7 @@ import torch
 from media_files import noise_frames, write_clip
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import (
     ANSWER_FORMAT,
     PromptBuilder,
@@ -21,7 +22,7 @@ from rmsd_fast.data.prompts import (
     question_text,
 )
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import Frames, MediaError, Preprocessor
+from rmsd_fast.data.video import Frames, MediaError, MediaRequest, inspect_media, read_media
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.models.students import Student, load_student
 from rmsd_fast.models.tiny import build_tiny_student
@@ -133,6 +134,39 @@ def test_unusable_media_and_texts_are_refused(folder: Path, builder: PromptBuild
         builder.build(_question(folder, question="Is <|video_pad|> here?"))
     with pytest.raises(PromptError, match=r"<\|im_end\|>"):
         builder.build(_question(folder, options=("red<|im_end|>", "blue")))
+
+
+def test_long_prompts_are_refused_without_decoding(folder: Path, student: Student) -> None:
+    class Media:
+        """Counts what is decoded."""
+
+        def __init__(self) -> None:
+            self.decoded, self.inspect = 0, inspect_media
+
+        def read(self, request: MediaRequest) -> Frames:
+            self.decoded += 1
+            return read_media(request)
+
+    media = Media()
+    builder = PromptBuilder(student, VideoConfig(num_frames=3), media)
+    question = _question(folder, "ab", "c")
+    length = len(builder.build(question).input_ids)
+    assert len(builder.build(question, max_tokens=length).input_ids) == length and media.decoded == 6
+    # 12 vision tokens of each video, 4 of the image; the rest is text, which only the whole prompt tells.
+    with pytest.raises(PromptError, match=rf"a prompt of {length} tokens or more exceeds data\.max_prompt_tokens"):
+        builder.build(question, max_tokens=length - 1)
+    assert media.decoded == 9
+    vision = int((builder.build(question).mm_token_type_ids > 0).sum())
+    with pytest.raises(PromptError, match=rf"a prompt of {vision} tokens or more exceeds"):
+        builder.build(question, max_tokens=vision - 1)
+    assert media.decoded == 12
+
+
+def test_parts_of_videos_keep_the_times_of_the_file(folder: Path, builder: PromptBuilder) -> None:
+    prompt = builder.build(_question(folder, "aa", spans=(None, (1.0, None))))
+    # 9 frames at 4 Hz; the part from 1 s has frames 4 to 8, of which 4, 6 and 8 are taken.
+    assert [frames.timestamps_s for frames in prompt.media] == [(0.0, 1.0, 2.0), (1.0, 1.5, 2.0)]
+    assert torch.equal(prompt.media[0].pixels[2], prompt.media[1].pixels[2])
 
 
 def test_template_without_media_marks_is_refused(folder: Path, student: Student) -> None:

@@ -15,8 +15,8 @@ def _blocks(repository, kind: str) -> list[str]:
 
 
 def test_the_examples_run(repository):
-    sharing, losses = _blocks(repository, "python")
-    for code, names in ((sharing, ("q", "k", "v")), (losses, ("hidden", "head", "student"))):
+    media, sharing, losses = _blocks(repository, "python")
+    for code, names in ((media, ()), (sharing, ("q", "k", "v")), (losses, ("hidden", "head", "student"))):
         checks = "".join(f"\nassert {name}.grad is not None" for name in names)
         subprocess.run([sys.executable, "-c", code + checks], check=True)
 

@@ -88,6 +88,11 @@ def test_ground_truths_are_normalised(tmp_path):
         ({"videos": []}, r"either 'videos' or 'images'"),
         ({"images": ["b.png"]}, r"either 'videos' or 'images'"),
         ({"videos": ["https://x.org/a.mp4"]}, r"expected a local path"),
+        ({"videos": [{"start": 1}]}, r"expected paths \(text\), got nothing"),
+        ({"videos": [{"path": "a.mp4", "begin": 1}]}, r"field 'videos': expected path, start and end, got 'begin'"),
+        ({"videos": [{"path": "a.mp4", "start": -1}]}, r"expected start and end in seconds from 0, got -1"),
+        ({"videos": [{"path": "a.mp4", "end": True}]}, r"expected start and end in seconds from 0, got True"),
+        ({"videos": [{"path": "a.mp4", "start": 3, "end": 3}]}, r"expected an end after the start, got \[3, 3\]"),
         ({"options": ["red"]}, r"field 'options': expected 2 to 26 choices"),
         ({"options": "red"}, r"field 'options': expected a list of texts"),
         ({"options": ["red", ""]}, r"field 'options'"),
@@ -111,6 +116,22 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
     path = write(tmp_path / "q.jsonl", GOOD, GOOD | {"id": "q2"} | change)
     with pytest.raises(DataError, match=r"q\.jsonl:2: .*" + message):
         load_questions(path)
+
+
+def test_parts_of_videos_are_read_and_written(tmp_path):
+    part = {"path": "a.mp4", "start": 3.5, "end": 10}
+    path = write(
+        tmp_path / "q.jsonl",
+        GOOD | {"videos": ["b.mp4", part]},
+        GOOD | {"id": "q2", "videos": [{"path": "a.mp4", "start": 2}]},
+        GOOD | {"id": "q3", "videos": [{"path": "a.mp4"}]},
+    )
+    questions = load_questions(path)
+    assert [q.spans for q in questions] == [(None, (3.5, 10.0)), ((2.0, None),), (None,)]
+    assert [Path(one).name for one in questions[0].videos] == ["b.mp4", "a.mp4"]
+    write_questions(tmp_path / "again.jsonl", questions, media_root=tmp_path)
+    again = load_questions(tmp_path / "again.jsonl")
+    assert again[:2] == questions[:2] and again[2].spans == () and again[2].videos == questions[2].videos
 
 
 def test_duplicate_id_names_both_lines(tmp_path):

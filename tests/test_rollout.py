@@ -135,7 +135,7 @@ def test_greedy_equals_transformers_generate(setup):
     (ours,) = zip(*engine(builder).generate(student.model, prompts, Sampling(1, 0.0, 8)), strict=True)
     banned = [[int(i)] for i in builder.banned_ids]
     for prompt, rollout in zip(prompts, ours, strict=True):
-        from rmsd_fast.data.video import video_patches
+        from rmsd_fast.data.preprocess import video_patches
 
         media = prompt.media[0]
         theirs = student.model.generate(

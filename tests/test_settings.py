@@ -77,6 +77,15 @@ def test_help_documents_every_field():
         (["rollout.n=0"], "at least 1"),
         (["rollout.temperature=0"], "rollout.temperature"),
         (["video.fps=2"], "exclude each other"),
+        (["data.decoder=gpu"], "data.decoder: expected one of auto, cpu, cuda"),
+        (["data.decode_timeout_s=0"], "a number above 0"),
+        (["data.disk_cache_gib=8"], "there is no data.disk_cache"),
+        (["data.embedding_cache_mib=8", "distill.train_vision=true"], "the vision tower is frozen"),
+        (["data.embedding_cache_mib=8", "stages=[sft]"], "the vision tower is frozen"),
+        (
+            ["data.embedding_cache_mib=8", "stages=[sft]", "sft.train_vision=false", "runtime.zero_stage=3"],
+            "not in stage 1 under ZeRO-3",
+        ),
         (["video.min_frames=2"], "has no effect"),
         (["stages=[distill,sft]"], "in this order"),
         (["stages=[]"], "stages"),
@@ -111,6 +120,10 @@ def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
         ["packing=padded", "model.attention=eager"],
         ["stages=[sft]", "micro_tokens=16385"],
         ["data.heldout="],
+        ["data.embedding_cache_mib=8"],
+        ["data.embedding_cache_mib=8", "stages=[sft]", "sft.train_vision=false"],
+        ["data.embedding_cache_mib=8", "runtime.zero_stage=3"],
+        ["data.disk_cache=x", "data.disk_cache_gib=0.5"],
     ],
 )
 def test_what_has_an_effect_is_accepted(overrides):

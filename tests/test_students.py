@@ -14,10 +14,12 @@ from media_files import noise_frames, write_clip
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.packing import gather_rows, make_rows
+from rmsd_fast.data.preprocess import load_preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import load_preprocessor, video_patches
+from rmsd_fast.models import students
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import (
     Student,
@@ -90,6 +92,39 @@ def _plain_hidden(student: Student, prompt: Prompt, response: torch.Tensor) -> t
 def _set_packing(student: Student, packing: str) -> None:
     if packing == "shared":
         enable_shared_prefix(student.model)
+
+
+def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], student: Student, monkeypatch) -> None:
+    prompts = [ask("ab"), ask("c"), ask(""), ask("a")]
+    prompts = [replace(p, media=tuple(replace(m, key=f"{m.kind}{m.pixels.sum()}") for m in p.media)) for p in prompts]
+    calls = []
+    run = students._run_tower
+    monkeypatch.setattr(students, "_run_tower", lambda model, media: calls.append(len(media)) or run(model, media))
+    with torch.no_grad():
+        expected = encode_media(student.model, prompts)
+        assert calls == [3]
+        cache = ByteLru(2**20)
+        first, again = (encode_media(student.model, prompts, cache=cache) for _ in range(2))
+        # Each medium by itself the first time, none the second.
+        assert calls == [3, 1, 1, 1]
+        other = encode_media(student.model, [prompts[3]], cache=cache)
+        # Without a key nothing is kept.
+        encode_media(student.model, [ask("a")], cache=cache)
+        assert calls == [3, 1, 1, 1, 1]
+    assert cache.bytes == sum(t.nbytes for t in first.pooled[:3]) * (1 + len(first.deepstack))
+    for features in (first, again):
+        assert (features.counts, features.kinds) == (expected.counts, expected.kinds)
+        for one, two in zip(features.pooled, expected.pooled, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    flat = [[f.pooled, *f.deepstack] for f in (first, again)]
+    assert all(torch.equal(a, b) for x, y in zip(*flat, strict=True) for a, b in zip(x, y, strict=True))
+    assert torch.equal(other.pooled[0], first.pooled[0]) and torch.equal(first.pooled[3], first.pooled[0])
+    # The least recently used leave: with room for one video the first of two is encoded again.
+    small = ByteLru(first.pooled[0].nbytes * (1 + len(first.deepstack)))
+    with torch.no_grad():
+        encode_media(student.model, prompts[:1], cache=small)
+        encode_media(student.model, prompts[:1], cache=small)
+    assert calls[5:] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("packing", ["shared", "padded"])

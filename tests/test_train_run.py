@@ -81,9 +81,9 @@ def test_export_gives_the_same_logits_in_plain_transformers(whole):
 
     from rmsd_fast.config import VideoConfig
     from rmsd_fast.data.packing import make_rows
+    from rmsd_fast.data.preprocess import video_patches
     from rmsd_fast.data.prompts import PromptBuilder
     from rmsd_fast.data.records import load_questions
-    from rmsd_fast.data.video import video_patches
     from rmsd_fast.models.students import encode_media, forward_hidden, load_student
 
     student = load_student(whole / "export", dtype="float32")

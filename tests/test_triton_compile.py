@@ -12,7 +12,13 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from rmsd_kernels import torch_rows, triton_compile, triton_discriminator, triton_rows  # noqa: E402
+from rmsd_kernels import (  # noqa: E402
+    torch_rows,
+    triton_compile,
+    triton_discriminator,
+    triton_rows,
+    triton_video_patches,
+)
 
 REGISTERS_OF_AN_SM = 65536
 SHARED_BYTES_OF_A_PROGRAM = 227 * 1024
@@ -24,7 +30,7 @@ ROW_KERNELS = ("score", "policy", "gradient", "divergence")
 def reports() -> dict[str, triton_compile.Report]:
     if not sys.platform.startswith("linux"):
         pytest.skip("triton's compiler comes for Linux alone")
-    variants = [v for d in DTYPES for v in (*triton_compile.row_variants(d), *triton_compile.discriminator_variants(d))]
+    variants = [v for d in DTYPES for v in triton_compile.variants(d)]
     return {variant.name: triton_compile.compile_variant(variant) for variant in variants}
 
 
@@ -39,9 +45,9 @@ def test_nothing_spills_and_every_program_fits(reports):
 
 
 def test_all_kernels_are_in_the_report(reports):
-    names = {name.rpartition(" ")[0] for name in reports}
-    assert {name.split()[0] for name in names} == {*ROW_KERNELS, "scale", "discriminator"}
-    assert len(reports) == 30 - 1  # "discriminator pairs" knows no 16-bit tensor
+    assert {name.split()[0] for name in reports} == {*ROW_KERNELS, "scale", "discriminator", "patches", "resize"}
+    # "discriminator pairs" and "resize" know no 16-bit tensor.
+    assert len(reports) == 36 - 2
 
 
 def test_rows_are_found_with_64_bit_offsets(reports):
@@ -52,6 +58,21 @@ def test_rows_are_found_with_64_bit_offsets(reports):
             (wide,) = re.findall(rf"(%\S+) = arith\.extsi {re.escape(row)} : i32 to i64", report.ttir)
             assert re.search(rf"arith\.muli {re.escape(wide)}, %\S+ : i64", report.ttir), name
             assert not re.search(rf"arith\.muli {re.escape(row)},", report.ttir), name
+
+
+def test_frames_are_found_with_64_bit_offsets(reports):
+    """Frames, channels, rows and columns are widened before they meet a stride: nothing is multiplied in 32 bit."""
+    for name in ("patches 16 bf16", "patches 14 fp32", "resize"):
+        widened = re.findall(r"arith\.extsi (%stride_\w) : i32 to i64", reports[name].ttir)
+        assert set(widened) == {"%stride_f", "%stride_c", "%stride_y", "%stride_x"}, name
+        assert not re.search(r"arith\.muli [^:]*%stride_", reports[name].ttir), name
+
+
+def test_patches_are_divided_with_ieee_rounding(reports):
+    """div.full is up to 2 units in the last place off; results are to be those of the torch form."""
+    for name in ("patches 16 bf16", "patches 14 bf16"):
+        ptx = reports[name].ptx
+        assert "div.rn.f32" in ptx and "div.full" not in ptx and re.search(r"cvt\.rn\.bf16", ptx), name
 
 
 def test_no_float64_and_no_atomics(reports):
@@ -130,6 +151,24 @@ def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
     for i, kernel in enumerate(launched):
         assert "fp64" not in kernel.src.signature.values(), kernel.src.signature
         assert kernel is launched[i % 9], f"{kernel.name} is compiled again for another batch"
+
+
+def test_media_kernels_compile_once_for_all_videos(launched):
+    """Sizes of one pixel and of any multiple, both layouts, and slices that begin anywhere."""
+    source, room = (torch.zeros(3 * 5 * 90 * 160 + 1, dtype=torch.uint8) for _ in range(2))
+    numbers = torch.ones(3)
+    for count, in_height, in_width, height, width in ((5, 90, 160, 32, 64), (1, 1, 1, 64, 32), (2, 32, 48, 32, 96)):
+        for start in (0, 1):
+            flat = source[start : start + 3 * count * in_height * in_width]
+            out = room[start : start + 3 * count * height * width].view(count, 3, height, width)
+            rows_last = flat.view(count, in_height, in_width, 3).permute(0, 3, 1, 2)
+            for frames in (flat.view(count, 3, in_height, in_width), rows_last):
+                sizes = (height, width, 16, 2, 2, numbers, numbers, torch.bfloat16)
+                triton_video_patches.video_patches(frames, *sizes)
+                triton_video_patches.resize_frames_(out, frames)
+    assert len(launched) == 2 * 3 * 2 * 2
+    for i, kernel in enumerate(launched):
+        assert kernel is launched[i % 2], f"{kernel.name} is compiled again for another video"
 
 
 def test_the_table_is_printed(capsys):

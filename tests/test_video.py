@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_files import FAULTS, Fault, encoded, flip, make, turn
 from media_files import noise_frames, write_clip, write_images
 
 from rmsd_fast.config import VideoConfig
-from rmsd_fast.data.video import MediaError, Preprocessor, decode_image, decode_video, video_patches
+from rmsd_fast.data.preprocess import Preprocessor, video_patches
+from rmsd_fast.data.video import MediaError, MediaRequest, decode_image, decode_video, inspect_media, read_media
 
 PREPROCESSOR = Preprocessor()
 
@@ -21,7 +23,7 @@ PREPROCESSOR = Preprocessor()
 def test_decode_video_takes_the_right_frames(tmp_path: Path) -> None:
     levels = torch.arange(10).mul(25).to(torch.uint8).view(10, 1, 1, 1).expand(10, 3, 64, 96).contiguous()
     clip = write_clip(tmp_path / "levels.mp4", levels, fps=5.0)
-    frames = decode_video(clip, VideoConfig(num_frames=4), PREPROCESSOR)
+    frames = decode_video(clip, VideoConfig(num_frames=4), PREPROCESSOR, check_frames=False)
     assert frames.kind == "video" and frames.grid_thw == (2, 4, 6)
     assert frames.pixels.dtype == torch.uint8 and frames.pixels.shape == (4, 3, 64, 96)
     assert frames.timestamps_s == (0.0, 0.6, 1.2, 1.8)
@@ -41,13 +43,13 @@ def test_rotation_in_the_file_is_applied(tmp_path: Path) -> None:
     pixels = torch.zeros(4, 3, 64, 96, dtype=torch.uint8)
     pixels[:, :, :, :32] = 255
     data = bytearray(write_clip(tmp_path / "clip.mp4", pixels).read_bytes())
-    # Display matrix of the track header (version 0: 40 bytes behind the box type): a quarter turn clockwise.
-    start = data.index(b"tkhd") + 44
-    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    turn(data, 64)
     rotated = tmp_path / "rotated.mp4"
     rotated.write_bytes(data)
-    frames = decode_video(rotated, VideoConfig(num_frames=2), PREPROCESSOR)
+    request = MediaRequest(str(rotated), "video", VideoConfig(num_frames=2), PREPROCESSOR, check_frames=False)
+    frames = read_media(request)
     assert frames.pixels.shape[-2:] == (96, 64)
+    assert inspect_media(request).grid_thw == frames.grid_thw == (1, 6, 4)
     # The white third, left before, is on top.
     assert frames.pixels[:, :, :28].float().mean() > 245 and frames.pixels[:, :, 36:].float().mean() < 10
 
@@ -61,52 +63,82 @@ def test_threads_decode_the_same_file_at_once(tmp_path: Path) -> None:
     assert all(torch.equal(pixels, alone) for pixels in together)
 
 
-def _damaged(folder: Path, kind: str) -> Path:
-    path = folder / f"{kind}.mp4"
-    if kind == "missing":
-        return path
-    if kind == "folder":
-        path.mkdir()
-        return path
-    if kind == "audio only":
-        from torchcodec.encoders import AudioEncoder
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faulty_files(tmp_path: Path, fault: Fault) -> None:
+    path = make(fault, tmp_path)
+    request = MediaRequest(str(path), "video", VideoConfig(num_frames=4), PREPROCESSOR)
+    if not fault.message:
+        frames = read_media(request)
+        assert len(frames.pixels) == 4 and inspect_media(request).grid_thw == frames.grid_thw
+        return
+    with pytest.raises(MediaError) as caught:
+        read_media(request)
+    assert str(caught.value).startswith(f"{path}: ") and fault.message in str(caught.value)
+    assert ".cpp" not in str(caught.value)
+    if fault.in_pixels:
+        return
+    with pytest.raises(MediaError, match=re.escape(str(caught.value))):
+        inspect_media(request)
 
-        AudioEncoder(torch.zeros(1, 8000), sample_rate=8000).to_file(path)
-        return path
-    if kind == "garbage":
-        path.write_bytes(bytes(range(256)) * 20)
-        return path
-    if kind == "empty":
-        path.touch()
-        return path
-    frames = 1 if kind == "one frame" else 20
-    data = write_clip(path, noise_frames(frames, 64, 64), faststart=kind == "truncated fast-start").read_bytes()
-    if kind.startswith("truncated"):
-        # The fast-start file keeps its index and half of its pictures: a decoder alone takes it for a shorter video.
-        start = data.index(b"mdat") if kind == "truncated fast-start" else 0
-        path.write_bytes(data[: start + (len(data) - start) // 2])
-    return path
+
+def test_frames_that_look_damaged_can_be_allowed(tmp_path: Path) -> None:
+    still = next(fault for fault in FAULTS if fault.name == "frozen picture")
+    frames = decode_video(make(still, tmp_path), VideoConfig(num_frames=4), PREPROCESSOR, check_frames=False)
+    assert torch.equal(frames.pixels[0], frames.pixels[3])
+
+
+def test_flipped_bytes_give_whole_frames_or_a_media_error(tmp_path: Path) -> None:
+    data, outcomes = bytes(encoded(tmp_path / "clip.mp4")), set()
+    for seed in range(40):
+        path = tmp_path / "flipped.mp4"
+        path.write_bytes(flip(data, 30, seed))
+        try:
+            frames = decode_video(path, VideoConfig(num_frames=6), PREPROCESSOR)
+            assert frames.pixels.shape == (6, 3, 64, 96) and len(frames.timestamps_s) == 6
+            outcomes.add("used")
+        except MediaError as error:
+            outcomes.add("grey" if "plain grey" in str(error) else "decoder")
+    assert outcomes == {"used", "grey", "decoder"}
+
+
+def test_a_variable_frame_rate_gives_true_times(tmp_path: Path) -> None:
+    variable = next(fault for fault in FAULTS if fault.name == "variable frame rate")
+    path = make(variable, tmp_path)
+    # Ten frames of 0.1 s, then ten of 0.5 s: frames 0, 6, 13 and 19 begin at 0, 0.6, 1 + 3*0.5 and 1 + 9*0.5 s.
+    frames = decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR)
+    assert frames.timestamps_s == pytest.approx((0.0, 0.6, 2.5, 5.5), abs=1e-3)
+    # In a part of it frames are taken at even times of the average rate, 20 frames in the 5.6 s that FFmpeg counts:
+    # numbers 11 to 17, so at 3.2, 3.8 (shown since 3.5), 4.3 (since 4.0) and 4.9 s (since 4.5).
+    frames = decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(3.0, 5.0))
+    assert frames.timestamps_s == pytest.approx((3.0, 3.5, 4.0, 4.5), abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing", "no such file"),
-        ("folder", "no such file"),
-        ("empty", "the file is empty"),
-        ("garbage", "cannot be decoded"),
-        ("truncated", "truncated: expected at least"),
-        ("truncated fast-start", "truncated: expected at least"),
-        ("audio only", "cannot be decoded"),
-        ("one frame", "too few frames: expected at least 2, got 1"),
-    ],
+    ("span", "expected"),
+    [((0.4, 1.0), [4, 6, 8, 10]), ((1.6, None), [16, 17, 18, 19]), ((None, 0.25), [0, 1, 1, 2]), ((1.0, 9.0), None)],
 )
-def test_unusable_videos_name_path_and_reason(tmp_path: Path, kind: str, message: str) -> None:
-    path = _damaged(tmp_path, kind)
-    with pytest.raises(MediaError) as caught:
-        decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR)
-    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
-    assert ".cpp" not in str(caught.value)
+def test_a_part_of_a_video_keeps_the_times_of_the_whole(tmp_path: Path, span, expected: list[int] | None) -> None:
+    path = tmp_path / "clip.mp4"
+    encoded(path)
+    whole = decode_video(path, VideoConfig(num_frames=20), PREPROCESSOR)
+    frames = decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=span)
+    expected = expected or [10, 13, 16, 19]
+    assert torch.equal(frames.pixels, whole.pixels[expected])
+    assert frames.timestamps_s == pytest.approx([index / 10 for index in expected])
+    assert frames.duration_s == pytest.approx(2.0, abs=0.01)
+    with pytest.raises(MediaError, match=r"too few frames between 3 s and 4 s: expected at least 2, got 0"):
+        decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(3.0, 4.0))
+
+
+def test_large_videos_are_resized_in_parts(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "clip.mp4"
+    encoded(path)
+    settings = VideoConfig(num_frames=7, max_frame_pixels=32 * 64)
+    at_once = decode_video(path, settings, PREPROCESSOR)
+    monkeypatch.setattr("rmsd_fast.data.video.RAW_BYTES", 2 * 3 * 64 * 96)
+    in_parts = decode_video(path, settings, PREPROCESSOR)
+    assert at_once.pixels.shape == (7, 3, 32, 64) and torch.equal(at_once.pixels, in_parts.pixels)
+    assert at_once.timestamps_s == in_parts.timestamps_s
 
 
 def test_settings_that_leave_too_few_frames_are_no_fault_of_the_file(tmp_path: Path) -> None:
@@ -125,7 +157,8 @@ import sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(repository)!r}]
 {"sys.modules['torchcodec'] = None" if module is None else ""}
 from rmsd_fast.config import VideoConfig
-from rmsd_fast.data.video import MediaError, Preprocessor, decode_video
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaError, decode_video
 try:
     decode_video({str(tmp_path / "clip.mp4")!r}, VideoConfig(), Preprocessor())
 except RuntimeError as error:
@@ -148,6 +181,7 @@ def test_images_become_rgb_and_upright(tmp_path: Path) -> None:
         assert frames.kind == "image" and frames.timestamps_s == ()
         assert frames.pixels.shape == (1, 3, height, width) and frames.grid_thw == (1, height // 16, width // 16)
         assert len(video_patches(frames.pixels, PREPROCESSOR)) == height // 16 * width // 16
+        assert inspect_media(MediaRequest(str(path), "image", settings, PREPROCESSOR)).grid_thw == frames.grid_thw
     grey = decode_image(images["grey"], settings, PREPROCESSOR).pixels
     assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
     upright = decode_image(images["rgb"], settings, PREPROCESSOR).pixels.float()

@@ -30,7 +30,7 @@ MINI = [
     "micro_tokens=600",
 ]
 # Numbers that measure the machine and not the run.
-MACHINE = ("seconds/", "rate/", "memory/")
+MACHINE = ("seconds/", "rate/", "memory/", "media/")
 
 
 def command(arguments: list[str], *, processes: int = 1) -> list[str]:

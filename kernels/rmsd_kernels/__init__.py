@@ -1,4 +1,5 @@
-"""Fused losses (with their reference forms, `reference`, and compiled ops, `native`) and shared-prefix attention.
+"""Fused losses (with their reference forms, `reference`, and compiled ops, `native`), shared-prefix attention, patches
+of video frames.
 
 Depends on torch, never on rmsd_fast; nothing compiled is loaded on import. `rmsd_fast.losses` documents them.
 """
@@ -13,6 +14,7 @@ from .reference import DiscriminatorLoss, DiscriminatorOutput
 from .shared_prefix import SharedPrefixPlan, shared_prefix_attention
 from .shared_prefix_backends import attention_calls
 from .shared_prefix_decode import DecodePlan, shared_prefix_decode
+from .video_patches import resize_frames, video_patches
 
 __all__ = [
     "DecodePlan",
@@ -28,6 +30,8 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "pairwise_discriminator_loss",
+    "resize_frames",
     "shared_prefix_attention",
     "shared_prefix_decode",
+    "video_patches",
 ]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefix: str = "") -> None:
     """hidden [T, D] and weight [V, D] of one floating dtype on one device; bias [V]."""
-    _is_tensor(f"{prefix}hidden", hidden)
-    _is_tensor(f"{prefix}weight", weight)
+    check_tensor(f"{prefix}hidden", hidden)
+    check_tensor(f"{prefix}weight", weight)
     if hidden.ndim != 2:
         raise ValueError(f"{prefix}hidden: expected shape [T, D], got {list(hidden.shape)}; flatten batch and length")
     refuse_sharded(f"{prefix}hidden", hidden)
@@ -33,7 +33,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefi
 
 def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
     """A floating tensor of shape [length] on the device of `like`."""
-    _is_tensor(name, values)
+    check_tensor(name, values)
     refuse_sharded(name, values)
     if values.shape != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(values.shape)}")
@@ -44,7 +44,7 @@ def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
 
 def check_matrix(name: str, values: Tensor, shape: tuple[int, int], like: Tensor) -> None:
     """A floating tensor of the given shape on the device of `like`."""
-    _is_tensor(name, values)
+    check_tensor(name, values)
     if values.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}")
     if not values.is_floating_point():
@@ -54,7 +54,7 @@ def check_matrix(name: str, values: Tensor, shape: tuple[int, int], like: Tensor
 
 def check_index(name: str, index: Tensor, length: int | None, limit: int, like: Tensor) -> None:
     """int64 [length] (None: any length) with values in 0..limit-1."""
-    _is_tensor(name, index)
+    check_tensor(name, index)
     if index.ndim != 1 or (length is not None and len(index) != length):
         raise ValueError(f"{name}: expected shape [{'P' if length is None else length}], got {list(index.shape)}")
     if index.dtype != torch.int64:
@@ -68,7 +68,7 @@ def check_index(name: str, index: Tensor, length: int | None, limit: int, like: 
 
 def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int | None) -> None:
     """int64 [T] in 0..V-1, or ignore_index."""
-    _is_tensor("targets", targets)
+    check_tensor("targets", targets)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets: expected shape [{len(hidden)}], one per row of hidden, got {list(targets.shape)}")
     if targets.dtype != torch.int64:
@@ -109,6 +109,31 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
         raise ValueError(f"{name}: expected a finite number{bound}, got {value!r}")
 
 
+def check_count(name: str, value: int, most: int | None = None) -> None:
+    """An integer of at least 1, and at most `most`. Inside torch.compile it may be a symbol without a value."""
+    if torch.compiler.is_compiling():
+        return
+    bound = "an integer >= 1" if most is None else f"an integer in 1..{most}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {bound}, got {type(value).__name__} {value!r}")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {bound}, got {value}")
+
+
+def check_frames(name: str, frames: Tensor, channels: int) -> None:
+    """uint8 [F, C, H, W] with C in 1..channels and no empty axis."""
+    check_tensor(name, frames)
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected uint8, got {frames.dtype}; pass the frames as they were decoded")
+    if frames.ndim != 4 or not 1 <= frames.shape[1] <= channels:
+        raise ValueError(
+            f"{name}: expected shape [F, C, H, W] with C in 1..{channels}, got {list(frames.shape)}; "
+            "permute frames that have their channels last"
+        )
+    if 0 in frames.shape:
+        raise ValueError(f"{name}: expected at least one frame and one pixel, got shape {list(frames.shape)}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """One of the choices."""
     if value not in choices:
@@ -127,7 +152,7 @@ def check_normalizer(normalizer: float | Tensor | None, name: str = "normalizer"
 
 def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     """int32 or int64 [B+1] that starts at 0, never falls and ends at T."""
-    _is_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: expected shape [B+1] with B >= 1, got {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -199,7 +224,8 @@ def refuse_sharded(name: str, weight: Tensor) -> None:
         )
 
 
-def _is_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
+    """A tensor at all."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 

@@ -1,4 +1,5 @@
-"""The library of csrc/, CPU row ops: loading it, and whether it is there. `native_rows` has the ops' Python forms.
+"""The library of csrc/, CPU ops: loading it, and whether it is there. `native_rows` and `native_video` have the ops'
+Python forms.
 
 The library is optional: a wheel built without a C++ compiler lacks it. Nothing here falls back by itself; callers ask
 `available()` and say in their log which path runs, or call an op and get a RuntimeError that says why it is missing.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.abi3.so")
 OLDEST_TORCH = (2, 11)
-
+BUILD = "run `RMSD_FAST_NATIVE=1 pip install --no-build-isolation --no-deps -e .` in the source folder"
 
 _LOCK = threading.Lock()
 
@@ -29,10 +30,7 @@ def _load() -> str:
 @functools.cache
 def _load_once() -> str:
     if not LIBRARY.is_file():
-        return (
-            f"{LIBRARY} was not built (no C++ compiler or no torch at build time); install g++ and run "
-            "`RMSD_FAST_NATIVE=1 pip install --no-build-isolation --no-deps -e .` in the source folder"
-        )
+        return f"{LIBRARY} was not built (no C++ compiler or no torch at build time); install g++ and {BUILD}"
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
         return f"torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} is needed by {LIBRARY}, found {torch.__version__}"
@@ -40,10 +38,14 @@ def _load_once() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} could not be loaded ({error}); rebuild it for this machine and this torch"
+    if not hasattr(torch.ops.rmsd_kernels, "video_patches"):
+        return f"{LIBRARY} comes from an older version and lacks the media ops; {BUILD}"
     torch.library.register_fake("rmsd_kernels::row_score", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_policy_", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_gradient_", lambda *arguments: None)
     torch.library.register_fake("rmsd_kernels::row_divergence_", _row_divergence_fake)
+    torch.library.register_fake("rmsd_kernels::resize_frames_", lambda out, frames: None)
+    torch.library.register_fake("rmsd_kernels::video_patches", _video_patches_fake)
     return ""
 
 
@@ -64,6 +66,22 @@ def _head_stats_fake(
 
 def _row_divergence_fake(logits: Tensor, *others: Tensor | float | None) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _video_patches_fake(
+    frames: Tensor,
+    height: int,
+    width: int,
+    patch: int,
+    temporal: int,
+    merge: int,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    groups = (frames.shape[0] + temporal - 1) // temporal
+    shape = (groups * (height // patch) * (width // patch), frames.shape[1] * temporal * patch * patch)
+    return frames.new_empty(shape, dtype=dtype)
 
 
 def available() -> bool:

@@ -20,6 +20,7 @@ from . import triton_discriminator_kernels as discriminator
 from . import triton_divergence as divergence
 from . import triton_launch as launch
 from . import triton_rows as rows
+from . import triton_video_patches as video
 
 TARGET = GPUTarget("cuda", 90, 32)
 VOCAB = 151936
@@ -117,6 +118,27 @@ def discriminator_variants(dtype: str) -> Iterator[Variant]:
     yield Variant(f"discriminator gradient {dtype}", d._row_gradient_kernel, types, tile, d.GRAD_WARPS)
 
 
+def video_variants(dtype: str) -> Iterator[Variant]:
+    """The media kernels: patches of Qwen3-VL's and Qwen2.5-VL's size in dtype, and the resize alone, once."""
+    types = {"frames_ptr": "*u8"} | dict.fromkeys(("start_x_ptr", "start_y_ptr"), "*i32")
+    types |= dict.fromkeys(("mean_ptr", "std_ptr", "weight_x_ptr", "weight_y_ptr"), "*fp32")
+    types |= dict.fromkeys(video.SIZES, "i32")
+    for patch in (16, 14):
+        constants = {"PATCH": patch, "BLOCK": triton.next_power_of_2(patch)}
+        name = f"patches {patch} {dtype}"
+        yield Variant(name, video._patches_kernel, types | {"out_ptr": f"*{dtype}"}, constants, video.WARPS)
+    if dtype == "fp32":
+        constants = {"ROWS": video.TILE_ROWS, "COLUMNS": video.TILE_COLUMNS}
+        yield Variant("resize", video._resize_kernel, types | {"out_ptr": "*u8"}, constants, video.WARPS)
+
+
+def variants(dtype: str) -> Iterator[Variant]:
+    """All kernels for tensors of dtype."""
+    yield from row_variants(dtype)
+    yield from discriminator_variants(dtype)
+    yield from video_variants(dtype)
+
+
 def compile_variant(variant: Variant) -> Report:
     """Compile for TARGET; pointers and sizes count as divisible by 16, as they are at V = 151936."""
     if not hasattr(variant.kernel, "arg_names") or not hasattr(variant.kernel, "cache_key"):
@@ -170,8 +192,7 @@ def table(reports: list[Report]) -> str:
 def main(arguments: list[str]) -> None:
     """Print the table for the dtypes named, or for all."""
     dtypes = arguments or list(_FLOATS)
-    variants = [v for dtype in dtypes for v in (*row_variants(dtype), *discriminator_variants(dtype))]
-    print(table([compile_variant(variant) for variant in variants]))
+    print(table([compile_variant(variant) for dtype in dtypes for variant in variants(dtype)]))
 
 
 if __name__ == "__main__":

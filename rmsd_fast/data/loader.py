@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,12 +45,20 @@ def _hash(text: str) -> int:
 class PromptLoader:
     """Prompts of a stage's steps, in an order that depends on nothing but settings.
 
-    A question whose media cannot be used is replaced by another one, chosen by a hash of its position, counted in
+    A question that cannot be used is replaced by another one, chosen by a hash of its position, counted in
     `bad_in_step`, and listed in `bad_media.jsonl` of the run folder.
 
+    Threads decode the prompts of the next `ahead` steps while a step is computed, and no more than these: memory is
+    bounded by their frames, and a slow step holds decoding up. Results are taken in order, so timing changes nothing.
+
     Args:
+        builder: `PromptBuilder`; its media reader caches frames.
         positions_per_step: questions per step over all processes.
         rank, size: this process takes the rank-th contiguous share of each step.
+        threads: how many prompts are built at once.
+        ahead: steps; 0 = a step's prompts are built when it asks for them.
+        max_prompt_tokens: longer prompts are unusable.
+        run_folder: gets `bad_media.jsonl`.
     """
 
     def __init__(
@@ -64,8 +71,8 @@ class PromptLoader:
         positions_per_step: int,
         rank: int,
         size: int,
-        cache_mib: int,
         threads: int,
+        ahead: int,
         max_prompt_tokens: int,
         run_folder: Path,
     ):
@@ -75,37 +82,33 @@ class PromptLoader:
             )
         self.builder, self.questions, self.stage, self.seed = builder, questions, stage, seed
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
-        self.rank = rank
+        self.rank, self.ahead = rank, ahead
         self.max_prompt_tokens = max_prompt_tokens
         self.bad_list = run_folder / "bad_media.jsonl"
-        self.cache = _PromptCache(cache_mib * 2**20)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self.ahead: tuple[int, list[Future]] | None = None
+        self.submitted: dict[int, list[Future[tuple[Prompt, int]]]] = {}
         self.bad_in_step = 0
         self.lock = threading.Lock()
         self.listed: set[str] = set()
 
     def step(self, step: int, last_step: int) -> list[Prompt]:
-        """This process's prompts of a step (counted from 0); starts decoding those of the next one."""
-        futures = self._futures(step)
-        if step + 1 < last_step:
-            self.ahead = (step + 1, self._submit(step + 1))
-        results = [future.result() for future in futures]
+        """This process's prompts of a step (counted from 0); starts those of the steps after it, before last_step."""
+        self._submit(step)
+        for later in range(step + 1, min(step + 1 + self.ahead, last_step)):
+            self._submit(later)
+        results = [future.result() for future in self.submitted.pop(step)]
         # Counted when a step takes them, not when they are decoded ahead: the count is part of what a resume repeats.
         self.bad_in_step = sum(bad for _, bad in results)
         return [prompt for prompt, _ in results]
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        """Begin no more prompts. Those that are being built are not waited for: a file may hang."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _futures(self, step: int) -> list[Future[tuple[Prompt, int]]]:
-        if self.ahead is not None and self.ahead[0] == step:
-            return self.ahead[1]
-        return self._submit(step)
-
-    def _submit(self, step: int) -> list[Future]:
-        first = step * self.positions_per_step + self.rank * self.share
-        return [self.pool.submit(self._prompt_at, first + i) for i in range(self.share)]
+    def _submit(self, step: int) -> None:
+        if step not in self.submitted:
+            first = step * self.positions_per_step + self.rank * self.share
+            self.submitted[step] = [self.pool.submit(self._prompt_at, first + i) for i in range(self.share)]
 
     def _prompt_at(self, position: int) -> tuple[Prompt, int]:
         """The prompt of a position, and how many unusable questions were passed over for it."""
@@ -113,59 +116,23 @@ class PromptLoader:
         index = order_position(n, position, seed=self.seed, stage=self.stage)
         for attempt in range(ATTEMPTS):
             question = self.questions[index]
-            try:
-                return self._prompt(question), attempt
-            except (MediaError, PromptError) as error:
-                self._note(question, str(error))
+            prompt = self._prompt(question)
+            if prompt is not None:
+                return prompt, attempt
             index = _hash(f"replace/{self.seed}/{self.stage}/{position}/{attempt}") % n
         raise TooManyBadSamples(
             f"no usable question found in {ATTEMPTS} tries at position {position}; see {self.bad_list}"
         )
 
-    def _prompt(self, question: Question) -> Prompt:
-        prompt = self.cache.get(question.id)
-        if prompt is None:
-            prompt = self.builder.build(question)
-            if len(prompt.input_ids) > self.max_prompt_tokens:
-                raise MediaError(
-                    f"question {question.id}: prompt of {len(prompt.input_ids)} tokens exceeds data.max_prompt_tokens="
-                    f"{self.max_prompt_tokens}; lower video.max_video_pixels or video.num_frames"
-                )
-            self.cache.put(question.id, prompt)
-        return prompt
-
-    def _note(self, question: Question, reason: str) -> None:
+    def _prompt(self, question: Question) -> Prompt | None:
+        """The question's prompt; None where it is unusable, which is listed once."""
+        try:
+            return self.builder.build(question, max_tokens=self.max_prompt_tokens)
+        except (MediaError, PromptError) as error:
+            reason = str(error)
         with self.lock:
-            if question.id in self.listed:
-                return
-            self.listed.add(question.id)
-            with self.bad_list.open("a") as file:
-                file.write(json.dumps({"id": question.id, "stage": self.stage, "reason": reason}) + "\n")
-
-
-class _PromptCache:
-    """Prompts with their frames by question id; the least recently used leave when the bytes exceed the budget."""
-
-    def __init__(self, budget_bytes: int):
-        self.budget = budget_bytes
-        self.bytes = 0
-        self.entries: OrderedDict[str, Prompt] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: str) -> Prompt | None:
-        with self.lock:
-            prompt = self.entries.get(key)
-            if prompt is not None:
-                self.entries.move_to_end(key)
-            return prompt
-
-    def put(self, key: str, prompt: Prompt) -> None:
-        size = sum(frames.pixels.nbytes for frames in prompt.media)
-        with self.lock:
-            if size > self.budget or key in self.entries:
-                return
-            self.entries[key] = prompt
-            self.bytes += size
-            while self.bytes > self.budget:
-                _, old = self.entries.popitem(last=False)
-                self.bytes -= sum(frames.pixels.nbytes for frames in old.media)
+            if question.id not in self.listed:
+                self.listed.add(question.id)
+                with self.bad_list.open("a") as file:
+                    file.write(json.dumps({"id": question.id, "stage": self.stage, "reason": reason}) + "\n")
+        return None

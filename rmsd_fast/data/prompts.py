@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import Frames, Preprocessor, decode_image, decode_video
+from rmsd_fast.data.video import Frames, MediaRequest, inspect_media, read_media
 
 END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -70,16 +72,18 @@ class PromptBuilder:
     Args:
         student: `rmsd_fast.models.students.Student`, or anything with its `model`, `tokenizer` and `preprocessor`.
         video: frames and pixel budgets.
+        media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
         banned_ids: int64, ids that generation must never choose: every special token but the end token, and ids of the
             embedding beyond the tokenizer's.
     """
 
-    def __init__(self, student: Any, video: VideoConfig) -> None:
+    def __init__(self, student: Any, video: VideoConfig, media: Any = None) -> None:
         self.tokenizer = student.tokenizer
         self.preprocessor = student.preprocessor
         self.video = video
+        self._read, self._inspect = (media.read, media.inspect) if media else (read_media, inspect_media)
         self._rope_index = student.model.model.get_rope_index
         config = student.model.config
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
@@ -93,16 +97,35 @@ class PromptBuilder:
         beyond = range(len(self.tokenizer), config.text_config.vocab_size)
         self.banned_ids = torch.tensor(sorted({*special, *beyond} - {self.eos_id}), dtype=torch.int64)
 
-    def build(self, question: Question) -> Prompt:
+    def build(self, question: Question, *, max_tokens: int | None = None) -> Prompt:
         """Decode the question's media and build its prompt.
 
+        Args:
+            max_tokens: longest prompt. Where the vision tokens alone exceed it, which headers tell, nothing is decoded.
         Raises:
             MediaError: a media file cannot be used.
-            PromptError: the text holds a special token.
+            PromptError: the text holds a special token, or the prompt is longer than max_tokens.
         """
-        videos = [decode_video(path, self.video, self.preprocessor) for path in question.videos]
-        images = [decode_image(path, self.video, self.preprocessor) for path in question.images]
-        return self.build_from_media(question, tuple(videos + images))
+        requests = self.media_requests(question)
+        if max_tokens is not None:
+            grids = [self._inspect(request).grid_thw for request in requests]
+            _refuse_long(question, sum(self._vision_tokens(grid) for grid in grids), max_tokens)
+        prompt = self.build_from_media(question, tuple(self._read(request) for request in requests))
+        if max_tokens is not None:
+            _refuse_long(question, len(prompt.input_ids), max_tokens)
+        return prompt
+
+    def media_requests(self, question: Question) -> list[MediaRequest]:
+        """The question's media in the order of their placeholders: videos, then images."""
+        spans = question.spans or (None,) * len(question.videos)
+        videos = [("video", path, span) for path, span in zip(question.videos, spans, strict=True)]
+        return [
+            MediaRequest(path, kind, self.video, self.preprocessor, span)
+            for kind, path, span in [*videos, *(("image", path, None) for path in question.images)]
+        ]
+
+    def _vision_tokens(self, grid_thw: tuple[int, int, int]) -> int:
+        return math.prod(grid_thw) // self.preprocessor.merge_size**2
 
     def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
         """The same with media decoded before: videos, then images, in the order of the question."""
@@ -174,6 +197,14 @@ class PromptBuilder:
             )
         marks = [media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
+
+
+def _refuse_long(question: Question, tokens: int, most: int) -> None:
+    if tokens > most:
+        raise PromptError(
+            f"question {question.id!r}: a prompt of {tokens} tokens or more exceeds data.max_prompt_tokens={most}; "
+            "lower video.max_video_pixels or video.num_frames, or raise the limit"
+        )
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 One JSON object per line:
 ``{"id", "videos": [path] | "images": [path], "question", "task_type", "options"?, "answer"?, "duration"?, "meta"?}``
+A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` in place of the path (seconds; either may be
+left out): frames are taken from it, and stamps and answers keep the times of the whole file.
 Files of other trainers are read through `converters`. Relative paths start at the media root, and every path has to
 lie in it after symbolic links are followed. A media file that is missing or damaged is no error here: that is found,
 replaced and counted per sample while training.
@@ -46,6 +48,8 @@ class Question:
     """Absolute paths inside the media root once loaded."""
     images: tuple[str, ...] = ()
     """Absolute paths inside the media root once loaded."""
+    spans: tuple[tuple[float | None, float | None] | None, ...] = ()
+    """Per video the start and end in seconds (None = open) of the part that is shown, None = all of it; () = all."""
     options: tuple[str, ...] | None = None
     """Choices of an mcq question in order, bare or written `A. x`; None = letters stand in the question text."""
     answer: str | None = None
@@ -179,7 +183,8 @@ def parse_question(
     task = raw.get("task_type")
     if task not in TASK_TYPES:
         raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, "name the type that the answer has")
-    videos, images = (_media(raw.get(name), name, media_root, fail) for name in ("videos", "images"))
+    listed, spans = _split_spans(raw.get("videos"), fail)
+    videos, images = _media(listed, "videos", media_root, fail), _media(raw.get("images"), "images", media_root, fail)
     if bool(videos) == bool(images):
         raise fail(
             "videos", "paths under either 'videos' or 'images'", raw.get("videos"), "give exactly one of the two"
@@ -195,6 +200,7 @@ def parse_question(
         task_type=task,
         videos=videos,
         images=images,
+        spans=spans,
         options=options,
         answer=answer,
         duration=_duration(raw.get("duration"), fail),
@@ -211,6 +217,8 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
         for name in ("videos", "images"):
             if paths := getattr(question, name):
                 record[name] = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+        if any(question.spans):
+            record["videos"] = [_with_span(*one) for one in zip(record["videos"], question.spans, strict=True)]
         record |= {"question": question.question, "task_type": question.task_type}
         for name in ("options", "answer", "duration"):
             if (value := getattr(question, name)) is not None:
@@ -249,6 +257,33 @@ def normalize_answer(value: object, task_type: str) -> str | None:
     if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
         return None
     return (" to " if task_type == "temporal" else ",").join(repr(item) for item in value)
+
+
+def _split_spans(value: object, fail) -> tuple[object, tuple[tuple[float | None, float | None] | None, ...]]:
+    """The paths alone, and the span of each where any is given; what is no list is left to `_media`."""
+    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
+        return value, ()
+    paths, spans = [], []
+    for item in value:
+        given = item if isinstance(item, dict) else {"path": item}
+        if unknown := sorted(set(given) - {"path", "start", "end"}):
+            raise fail("videos", "path, start and end", unknown[0], 'write {"path": "a.mp4", "start": 3.5, "end": 10}')
+        start, end = given.get("start"), given.get("end")
+        for bound in (start, end):
+            if bound is not None and not (_is_number(bound) and bound >= 0):
+                raise fail("videos", "start and end in seconds from 0", bound, "mend it or leave it out")
+        if end is not None and end <= (start or 0):
+            raise fail("videos", "an end after the start", [start, end], "mend it")
+        paths.append(given.get("path"))
+        times = tuple(None if bound is None else float(bound) for bound in (start, end))
+        spans.append(None if times == (None, None) else times)
+    return paths, tuple(spans)
+
+
+def _with_span(path: str, span: tuple[float | None, float | None] | None) -> object:
+    if span is None:
+        return path
+    return {"path": path} | {name: at for name, at in zip(("start", "end"), span, strict=True) if at is not None}
 
 
 def _media(value: object, name: str, root: Path, fail) -> tuple[str, ...]:
@@ -306,9 +341,13 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
 def _duration(value: object, fail) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or value <= 0:
         raise fail("duration", "seconds above 0", value, "mend it or leave it out")
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,7 @@
-"""Media files to vision patches: decoding, frame choice, resizing and patch order of the Qwen3-VL family.
+"""Media files to resized uint8 frames: checks of the file, decoding, frame choice, resizing, checks of the frames.
 
-The numbers are those of transformers' Qwen3-VL video processor and Qwen2-VL image processor (difference 0.0 on CPU, see
-tests/test_video.py), in plain torch: neither torchvision nor transformers is needed. torchcodec and Pillow are imported
-when a file is decoded.
+Here a file is read in the calling thread. A run reads its files through `rmsd_fast.data.media`, which adds caches and
+processes that can be killed. torchcodec and Pillow are imported when a file is opened.
 
 A file that cannot be used raises `MediaError`: one bad sample, which the caller may replace. A machine that cannot
 decode at all raises a plain `RuntimeError`.
@@ -10,24 +9,32 @@ decode at all raises a plain `RuntimeError`.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+import os
 import re
-from contextlib import nullcontext
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from rmsd_fast.config import ModelError, NotInstalled, SettingsError, VideoConfig
+import rmsd_kernels
+from rmsd_fast.config import NotInstalled, SettingsError, VideoConfig
+from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 
-# Longest side over shortest side that the family's processors accept.
-MAX_ASPECT_RATIO = 200
-# The per-frame cap never falls below this multiple of the lower budget (as in the family's processor).
-FRAME_CAP_FLOOR = 1.05
+# Raised whenever the same file and settings would give other pixels or stamps: part of every cache key.
+VERSION = 1
+# Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
+RAW_BYTES = 32 * 2**20
+# The grey (YUV 128, 128, 128) with which FFmpeg fills pictures whose references are lost is 128 or 130 in RGB.
+LOST_GREY = range(127, 133)
 
+# Values of EXIF's orientation that exchange height and width.
+_EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 # torchcodec's messages begin with the C++ function and file they come from.
 _SOURCE_LINE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
 NO_TORCHCODEC = (
@@ -42,22 +49,33 @@ class MediaError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Preprocessor:
-    """What a model expects of its pixels; read from the model's own folder by `load_preprocessor`.
+class MediaRequest:
+    """A file, or a part of it, and what to make of it.
 
-    Means and deviations are per RGB channel on the 0-1 scale. Resizing is always bicubic and antialiased.
+    Fields:
+        path: the file.
+        kind: "video" or "image".
+        settings: frame choice and pixel budgets.
+        preprocessor: of the model.
+        span: start and end in seconds of the file's own time, None = open; None as a whole = the whole video.
+        check_frames: refuse videos whose frames show damage (see `check_frames`).
+        max_file_mib: refuse larger files.
     """
 
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    path: str
+    kind: str
+    settings: VideoConfig
+    preprocessor: Preprocessor
+    span: tuple[float | None, float | None] | None = None
+    check_frames: bool = True
+    max_file_mib: int = 16384
 
-    @property
-    def factor(self) -> int:
-        """Pixels of one vision token's side; heights and widths are multiples of it."""
-        return self.patch_size * self.merge_size
+    def key(self, digest: str, device: str) -> str:
+        """Hash of everything that determines the pixels, given the file's content and the device that decodes."""
+        prefix = "min_image_ max_image_" if self.kind == "image" else "num_ fps min_frames max_frames min_v max_v max_f"
+        chosen = {n: v for n, v in sorted(vars(self.settings).items()) if n.startswith(tuple(prefix.split()))}
+        what = (VERSION, digest, device, self.kind, self.span, chosen, self.preprocessor)
+        return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,290 +84,271 @@ class Frames:
 
     Fields:
         pixels: uint8 [F, 3, H, W], resized. An image has F = 1.
-        timestamps_s: time of each frame in seconds, F values; empty for an image.
+        timestamps_s: time of each frame in seconds of the file, F values; empty for an image.
         grid_thw: patches along time, height and width.
         kind: "video" or "image".
         preprocessor: what they were resized for; `video_patches` needs it to cut them.
+        duration_s: length of the whole video in seconds; None for an image.
+        key: what caches know them by; empty where they were not read through one.
+        decoder: "cpu", "cuda", or "cpu fallback" where CUDA was asked for and could not decode this video.
     """
 
     pixels: torch.Tensor
     timestamps_s: tuple[float, ...]
     grid_thw: tuple[int, int, int]
     kind: str
-    preprocessor: Preprocessor = Preprocessor()
+    preprocessor: Preprocessor = field(default_factory=Preprocessor)
+    duration_s: float | None = None
+    key: str = ""
+    decoder: str = "cpu"
 
 
-def load_preprocessor(folder: str | Path) -> Preprocessor:
-    """Read patch sizes and normalisation from a model folder.
+@dataclass(frozen=True)
+class Inspection:
+    """What a file's content hash and headers say, no pixel decoded. grid_thw is that of the frames to come."""
 
-    Looks at `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
-    `preprocessor_config.json`; the image settings, where given, have to agree with those of videos.
-
-    Raises:
-        ValueError: no such file, a file that is no JSON object, a missing key, settings that this code does not follow.
-    """
-    folder = Path(folder)
-    joint = _read_json(folder / "processor_config.json")
-    video = _read_json(folder / "video_preprocessor_config.json") or joint.get("video_processor")
-    image = _read_json(folder / "preprocessor_config.json") or joint.get("image_processor")
-    found = [_parse_preprocessor(settings, folder) for settings in (video, image) if settings]
-    if not found:
-        raise ModelError(
-            f"{folder}: expected video_preprocessor_config.json or preprocessor_config.json, found neither; "
-            "copy them from the original model folder"
-        )
-    if found[0] != found[-1]:
-        raise ModelError(
-            f"{folder}: images and videos are preprocessed differently ({found[-1]} and {found[0]}); "
-            "models of the Qwen3-VL family share these settings, so check the two JSON files"
-        )
-    return found[0]
+    digest: str
+    grid_thw: tuple[int, int, int]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: not readable as JSON ({error}); restore it from the original model folder"
-        ) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def inspect_media(request: MediaRequest) -> Inspection:
+    """Hash the file and read its headers. Raises as `read_media`."""
+    check_file(request)
+    if request.kind == "image":
+        with _opened_image(request.path) as image:
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _QUARTER_TURNS
+            size = image.size if turned else image.size[::-1]
+        (height, width), frames = _sized(request, *size), 1
+    else:
+        decoder = _open_video(request.path, seek_mode="approximate")
+        indices = _choose(request, decoder.metadata)
+        frames = len(indices)
+        height, width = _sized(request, decoder.metadata.height, decoder.metadata.width, frames)
+    return Inspection(file_digest(request.path), request.preprocessor.grid(frames, height, width))
 
 
-def _parse_preprocessor(settings: dict[str, Any], folder: Path) -> Preprocessor:
-    for key, needed in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
-        if settings.get(key, needed) not in (needed, None):
-            raise ModelError(f"{folder}: preprocessing with {key}={settings[key]!r} is not supported, only {needed!r}")
-    try:
-        return Preprocessor(
-            patch_size=int(settings["patch_size"]),
-            temporal_patch_size=int(settings["temporal_patch_size"]),
-            merge_size=int(settings["merge_size"]),
-            image_mean=tuple(float(value) for value in settings["image_mean"]),
-            image_std=tuple(float(value) for value in settings["image_std"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}") from error
-
-
-def frame_indices(total: int, fps: float, settings: VideoConfig) -> list[int]:
-    """Indices of the frames taken from a video: evenly spaced, first and last included.
+def read_media(
+    request: MediaRequest, *, device: str = "cpu", allocate: Callable[[tuple[int, ...]], torch.Tensor] | None = None
+) -> Frames:
+    """Decode the chosen frames of a file and resize them. Opens its own decoder, so threads may call it at once.
 
     Args:
-        total: frames in the video.
-        fps: its frame rate in Hz.
-        settings: `num_frames` takes exactly that many (indices repeat in a shorter video); `fps` takes that many per
-            second, within [min_frames, max_frames] and at most `total`.
+        device: "cuda:0" decodes videos with NVDEC and leaves the pixels there. Images are decoded on the CPU.
+        allocate: makes the uint8 tensor of a shape that the resized frames go into; torch.empty by default.
     Raises:
-        ValueError: neither or both of `num_frames` and `fps` are set, or the counts are not positive.
+        MediaError: the file is missing, empty, damaged, too large, no plain file, or holds too few frames.
+        NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
+        SettingsError: the settings ask for fewer frames than one temporal patch has.
     """
-    if (settings.num_frames is None) == (settings.fps is None):
-        raise ValueError(
-            f"video.num_frames={settings.num_frames} and video.fps={settings.fps}: exactly one of them has to be set; "
-            "give the other as null"
-        )
-    if total < 1 or fps <= 0:
-        raise ValueError(f"expected a video with frames and a frame rate, got {total} frames at {fps} Hz")
-    if settings.num_frames is not None:
-        count = settings.num_frames
-    else:
-        count = int(total / fps * settings.fps)
-        count = min(max(count, settings.min_frames), settings.max_frames, total)
-    if count < 1:
-        raise SettingsError(f"expected at least one frame per video, got {count}; raise video.num_frames or video.fps")
-    # float64 and rounding half to even are what numpy's linspace().round() gives, which the processor uses.
-    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().to(torch.int64).tolist()
+    check_file(request)
+    allocate = allocate or (lambda shape: torch.empty(shape, dtype=torch.uint8, device=device))
+    return _read_image(request, allocate) if request.kind == "image" else _read_video(request, device, allocate)
 
 
-def smart_resize(
-    num_frames: int, height: int, width: int, *, factor: int, temporal_factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """Height and width nearest to the given ones that are multiples of `factor` and keep T*H*W within the budgets.
-
-    `temporal_factor` 1 with `num_frames` 1 is the rule for images: there a side below `factor` is not enlarged first.
-
-    Raises:
-        ValueError: fewer frames than `temporal_factor`, an empty frame, or an aspect ratio above 200.
-    """
-    if num_frames < temporal_factor:
-        raise ValueError(f"expected at least {temporal_factor} frames, got {num_frames}")
-    if height < 1 or width < 1:
-        raise ValueError(f"expected frames of at least 1x1 pixel, got {width}x{height}")
-    if temporal_factor > 1 and min(height, width) < factor:
-        scale = max(factor / height, factor / width)
-        height, width = int(height * scale), int(width * scale)
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.0f} ({width}x{height})")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    volume = round(num_frames / temporal_factor) * temporal_factor * new_height * new_width
-    pixels = num_frames * height * width
-    if volume > max_pixels:
-        shrink = math.sqrt(pixels / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif volume < min_pixels:
-        grow = math.sqrt(min_pixels / pixels)
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
-
-
-def video_size(
-    num_frames: int, height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor
-) -> tuple[int, int]:
-    """Height and width of a video after resizing, with the cap per frame. Raises ValueError as `smart_resize`."""
-    share = min(settings.max_frame_pixels, settings.max_video_pixels // num_frames)
-    per_frame = max(share, int(settings.min_video_pixels * FRAME_CAP_FLOOR))
-    return smart_resize(
-        num_frames,
-        height,
-        width,
-        factor=preprocessor.factor,
-        temporal_factor=preprocessor.temporal_patch_size,
-        min_pixels=settings.min_video_pixels,
-        max_pixels=per_frame * num_frames,
-    )
-
-
-def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor) -> tuple[int, int]:
-    """Height and width of an image after resizing. Raises ValueError as `smart_resize`."""
-    return smart_resize(
-        1,
-        height,
-        width,
-        factor=preprocessor.factor,
-        temporal_factor=1,
-        min_pixels=settings.min_image_pixels,
-        max_pixels=settings.max_image_pixels,
-    )
-
-
-def resize_frames(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic, antialiased resize of uint8 frames [F, C, H, W], rounded to uint8."""
-    if pixels.shape[-2:] == (height, width):
-        return pixels.contiguous()
-    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-
-
-def decode_video(path: str | Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
-    """Decode the chosen frames of a video and resize them. Opens its own decoder, so threads may call it at once.
-
-    Rotation stored in the file is applied.
-
-    Raises:
-        MediaError: the file is missing, empty, damaged, holds no video or too few frames.
-        NotInstalled: torchcodec or FFmpeg is not installed.
-    """
-    _require_file(path)
-    _refuse_truncated(path)
-    decoder_class = _video_decoder()
-    try:
-        decoder = decoder_class(str(path), dimension_order="NCHW", num_ffmpeg_threads=1)
-        total, fps = decoder.metadata.num_frames, decoder.metadata.average_fps
-    # torchcodec raises RuntimeError for damaged files, ValueError for files without a video stream.
-    except (RuntimeError, ValueError) as error:
-        raise _media_error(path, error) from error
-    needed = preprocessor.temporal_patch_size
-    if not total or not fps:
-        raise MediaError(f"{path}: no video frames were found; replace the file or drop the question")
-    if total < needed:
-        raise MediaError(
-            f"{path}: too few frames: expected at least {needed}, got {total}; "
-            "ask about it as an image, or drop the question"
-        )
-    indices = frame_indices(total, fps, settings)
-    if len(indices) < needed:
-        raise SettingsError(f"expected at least {needed} frames per video, got {len(indices)}; raise video.num_frames")
-    try:
-        pixels = decoder.get_frames_at(indices=indices).data
-        height, width = video_size(len(indices), *pixels.shape[-2:], settings, preprocessor)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise _media_error(path, error) from error
-    grid = (-(-len(indices) // needed), height // preprocessor.patch_size, width // preprocessor.patch_size)
-    timestamps_s = tuple(index / fps for index in indices)
-    return Frames(resize_frames(pixels, height, width), timestamps_s, grid, "video", preprocessor)
+def decode_video(path: str | Path, settings: VideoConfig, preprocessor: Preprocessor, **options: Any) -> Frames:
+    """`read_media` of a whole video. options: further fields of MediaRequest."""
+    return read_media(MediaRequest(str(path), "video", settings, preprocessor, **options))
 
 
 def decode_image(path: str | Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
-    """Read an image (EXIF orientation applied, converted to RGB) and resize it.
+    """`read_media` of an image: EXIF orientation applied, converted to RGB."""
+    return read_media(MediaRequest(str(path), "image", settings, preprocessor))
+
+
+def stat_file(request: MediaRequest) -> os.stat_result:
+    """State of a file. Opens nothing, so no pipe or device can hold it up.
 
     Raises:
-        MediaError: the file is missing, empty or damaged, or no image.
-        NotInstalled: Pillow is not installed.
+        MediaError: it is missing, no plain file, empty, or larger than `max_file_mib`.
     """
-    _require_file(path)
+    path = request.path
     try:
-        from PIL import Image, ImageOps
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise MediaError(f"{path}: expected a file, got {what}; check the path in the question file")
+    if found.st_size == 0:
+        raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
+    if found.st_size > request.max_file_mib * 2**20:
+        raise MediaError(
+            f"{path}: expected at most data.max_file_mib={request.max_file_mib}, got {found.st_size / 2**20:.0f} MiB; "
+            "cut it, or raise the limit"
+        )
+    return found
+
+
+def check_file(request: MediaRequest) -> None:
+    """Raise MediaError unless this is a plain, readable, complete file of a sensible size."""
+    size = stat_file(request).st_size
+    try:
+        _refuse_truncated(request.path, size)
+    except OSError as error:
+        raise _unreadable(request.path, error) from error
+
+
+def file_digest(path: str) -> str:
+    """Hash of a file's content."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_frames(path: str, pixels: torch.Tensor, distinct: bool) -> None:
+    """Raise MediaError where frames look like what decoders make of damaged streams, mostly without an error.
+
+    Args:
+        pixels: uint8 [F, C, H, W]. distinct: whether the file's frames that they come from are not all the same one.
+    """
+    if len(pixels) < 2 or not distinct:
+        return
+    low, high = pixels.amin((2, 3)), pixels.amax((2, 3))
+    flat = (low == high).all(1)
+    meant = "if that is meant, set data.check_frames=false"
+    if flat.all():
+        raise MediaError(f"{path}: each of the {len(pixels)} frames is of a single colour; fetch it again, or {meant}")
+    lost = flat & (low >= LOST_GREY.start).all(1) & (low < LOST_GREY.stop).all(1)
+    if lost.any():
+        raise MediaError(
+            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that stands for lost pictures; the "
+            f"file is damaged, fetch it again, or {meant}"
+        )
+    if all(torch.equal(pixels[0], frame) for frame in pixels[1:]):
+        raise MediaError(f"{path}: the {len(pixels)} frames are all the same; fetch it again, or {meant}")
+
+
+def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
+    path = request.path
+    decoder = _open_video(path, device=device)
+    metadata = decoder.metadata
+    indices = _choose(request, metadata)
+    count = len(indices)
+    height, width = _sized(request, metadata.height, metadata.width, count)
+    pixels = allocate((count, 3, height, width))
+    per_call = max(1, RAW_BYTES // (3 * metadata.height * metadata.width))
+    times: list[float] = []
+    for start in range(0, count, per_call):
+        chosen = indices[start : start + per_call]
+        batch = _decode(request, decoder, chosen)
+        if batch.data.shape[-2:] != (metadata.height, metadata.width):
+            raise MediaError(
+                f"{path}: expected frames of {metadata.width}x{metadata.height} as in its header, got "
+                f"{batch.data.shape[-1]}x{batch.data.shape[-2]}; re-encode it or drop the question"
+            )
+        out = pixels[start : start + len(chosen)]
+        rmsd_kernels.resize_frames(batch.data, height=height, width=width, out=out)
+        times += batch.pts_seconds.tolist()
+    if request.check_frames:
+        check_frames(path, pixels, distinct=len(set(indices)) > 1)
+    fallback = device != "cpu" and bool(decoder.cpu_fallback)
+    return Frames(
+        pixels,
+        _timestamps(request, indices, times, metadata),
+        request.preprocessor.grid(count, height, width),
+        "video",
+        request.preprocessor,
+        duration_s=metadata.duration_seconds,
+        decoder="cpu fallback" if fallback else device.split(":")[0],
+    )
+
+
+def _choose(request: MediaRequest, metadata: Any) -> list[int]:
+    """Indices of the frames that are taken; with a span, of the frames in it."""
+    path, needed = request.path, request.preprocessor.temporal_patch_size
+    total, fps = metadata.num_frames, metadata.average_fps
+    if not total or not fps or not metadata.height or not metadata.width:
+        raise MediaError(f"{path}: no video frames were found; replace the file or drop the question")
+    first, where = 0, ""
+    if request.span is not None:
+        start, end = request.span
+        first = max(0, math.ceil((start or 0.0) * fps - 1e-6))
+        last = total - 1 if end is None else min(total - 1, math.floor(end * fps + 1e-6))
+        total, where = (
+            max(0, last - first + 1),
+            f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}",
+        )
+    if total < needed:
+        raise MediaError(
+            f"{path}: too few frames{where}: expected at least {needed}, got {total}; "
+            "ask about it as an image, or drop the question"
+        )
+    chosen = frame_indices(total, fps, request.settings, request.preprocessor)
+    if len(chosen) < needed:
+        raise SettingsError(f"expected at least {needed} frames per video, got {len(chosen)}; raise video.num_frames")
+    return [first + index for index in chosen]
+
+
+def _decode(request: MediaRequest, decoder: Any, indices: list[int]) -> Any:
+    """torchcodec's FrameBatch."""
+    try:
+        if request.span is None:
+            return decoder.get_frames_at(indices=indices)
+        # By time: with a variable frame rate the frame number says little. The middle of a frame is safe of rounding.
+        metadata = decoder.metadata
+        begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
+        middles = [begin + (index + 0.5) / metadata.average_fps for index in indices]
+        return decoder.get_frames_played_at(seconds=[min(middle, math.nextafter(end, begin)) for middle in middles])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _media_error(request.path, error) from error
+
+
+def _timestamps(request: MediaRequest, indices: list[int], times: list[float], metadata: Any) -> tuple[float, ...]:
+    """Frame number over frame rate, as the family's processors stamp frames; with a variable rate the true times."""
+    fps = metadata.average_fps
+    if any(later < earlier for earlier, later in zip(times, times[1:], strict=False)):
+        raise MediaError(f"{request.path}: frame times run backwards; re-encode the file or drop the question")
+    begin = metadata.begin_stream_seconds or 0.0
+    if any(abs(time - begin - index / fps) > 0.5 / fps + 1e-3 for index, time in zip(indices, times, strict=True)):
+        return tuple(time - begin for time in times)
+    return tuple(index / fps for index in indices)
+
+
+def _sized(request: MediaRequest, height: int, width: int, frames: int = 0) -> tuple[int, int]:
+    """Height and width after resizing."""
+    try:
+        if request.kind == "image":
+            return image_size(height, width, request.settings, request.preprocessor)
+        return video_size(frames, height, width, request.settings, request.preprocessor)
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise _media_error(request.path, error) from error
+
+
+def _read_image(request: MediaRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
+    from PIL import ImageOps
+
+    with _opened_image(request.path) as image:
+        rgb = ImageOps.exif_transpose(image).convert("RGB")
+    height, width = _sized(request, rgb.height, rgb.width)
+    raw = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(1, rgb.height, rgb.width, 3)
+    pixels = allocate((1, 3, height, width))
+    pixels.copy_(rmsd_kernels.resize_frames(raw.permute(0, 3, 1, 2), height=height, width=width))
+    return Frames(pixels, (), request.preprocessor.grid(1, height, width), "image", request.preprocessor)
+
+
+@contextmanager
+def _opened_image(path: str) -> Iterator[Any]:
+    """A Pillow image, its pixels not read yet; damage found while it is open becomes a MediaError."""
+    try:
+        from PIL import Image
     except ImportError as error:
         raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        height, width = image_size(image.height, image.width, settings, preprocessor)
+        with Image.open(path) as image:
+            yield image
     # Pillow reports damage with several types, among them SyntaxError and its own decompression-bomb error.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _media_error(path, error) from error
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
-    pixels = resize_frames(pixels.permute(0, 3, 1, 2).contiguous(), height, width)
-    grid = (1, height // preprocessor.patch_size, width // preprocessor.patch_size)
-    return Frames(pixels, (), grid, "image", preprocessor)
 
 
-def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normalised patches in the order of the vision tower: (t, h, w, merge_h, merge_w) by (channel, time, y, x).
-
-    Args:
-        pixels: uint8 [F, C, H, W]; H and W are multiples of `preprocessor.factor`. A last frame without a partner
-            (and the one frame of an image) is repeated.
-        dtype: of the result; the arithmetic is float32.
-    Returns:
-        [T * H/patch * W/patch, C * temporal_patch * patch * patch] on the device of `pixels`.
-    Raises:
-        TypeError: pixels are not uint8. ValueError: another shape.
-    """
-    if pixels.dtype != torch.uint8:
-        raise TypeError(f"expected uint8 pixels, got {pixels.dtype}")
-    patch, merge, span = preprocessor.patch_size, preprocessor.merge_size, preprocessor.temporal_patch_size
-    if pixels.ndim != 4 or pixels.shape[-2] % preprocessor.factor or pixels.shape[-1] % preprocessor.factor:
-        raise ValueError(
-            f"expected frames [F, C, H, W] with H and W multiples of {preprocessor.factor}, got {tuple(pixels.shape)}"
-        )
-    if missing := -pixels.shape[0] % span:
-        pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
-    frames, channels, height, width = pixels.shape
-    # 0-1 scale and normalisation in one step: (x/255 - mean)/std = (x - 255 mean)/(255 std).
-    mean = torch.tensor(preprocessor.image_mean, device=pixels.device).mul(255).view(-1, 1, 1)
-    std = torch.tensor(preprocessor.image_std, device=pixels.device).mul(255).view(-1, 1, 1)
-    grid = pixels.float().sub_(mean).div_(std).to(dtype)
-    grid = grid.view(
-        frames // span, span, channels, height // (merge * patch), merge, patch, width // (merge * patch), merge, patch
-    )
-    grid = grid.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return grid.reshape(-1, channels * span * patch * patch)
-
-
-def _require_file(path: str | Path) -> None:
-    path = Path(path)
-    try:
-        found, size = path.is_file(), path.stat().st_size if path.is_file() else 0
-        with open(path, "rb") if found else nullcontext():
-            pass
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question") from error
-    if not found:
-        raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root")
-    if size == 0:
-        raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
-
-
-def _refuse_truncated(path: str | Path) -> None:
+def _refuse_truncated(path: str, size: int) -> None:
     """Refuse an MP4 or MOV file that ends before its last box does: decoders take what is left as a shorter video."""
-    size = Path(path).stat().st_size
     with open(path, "rb") as file:
         head = file.read(8)
         if head[4:] != b"ftyp":
@@ -372,16 +371,25 @@ def _refuse_truncated(path: str | Path) -> None:
             head = file.read(8)
 
 
-def _media_error(path: str | Path, error: Exception) -> MediaError:
+def _unreadable(path: str, error: OSError) -> MediaError:
+    return MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question")
+
+
+def _media_error(path: str, error: Exception) -> MediaError:
     reason = _SOURCE_LINE.sub("", str(error).strip().split("\n", 1)[0]).strip() or type(error).__name__
     return MediaError(f"{path}: cannot be decoded ({reason}); fetch it again, re-encode it or drop the question")
 
 
-def _video_decoder() -> type:
+def _open_video(path: str, *, device: str = "cpu", seek_mode: str = "exact") -> Any:
     # torchcodec raises RuntimeError or OSError on import where the FFmpeg libraries are missing.
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise NotInstalled(NO_TORCHCODEC.format(reason=reason)) from error
-    return VideoDecoder
+    try:
+        # Exact: the whole file is scanned for frames, so that counts and times are those of the content.
+        return VideoDecoder(path, dimension_order="NCHW", num_ffmpeg_threads=1, device=device, seek_mode=seek_mode)
+    # torchcodec raises RuntimeError for damaged files, ValueError for files without a video stream.
+    except (RuntimeError, ValueError) as error:
+        raise _media_error(path, error) from error

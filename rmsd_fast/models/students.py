@@ -14,9 +14,11 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled
+from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.packing import Rows
+from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
-from rmsd_fast.data.video import Frames, Preprocessor, load_preprocessor, video_patches
+from rmsd_fast.data.video import Frames
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
@@ -144,12 +146,15 @@ def encode_media(
     *,
     distinct: bool = True,
     tokens_per_call: int | None = None,
+    cache: ByteLru[list[torch.Tensor]] | None = None,
 ) -> MediaFeatures:
     """Vision features of all media of the prompts, in one call of the vision tower.
 
     The features carry a graph where the vision tower is trainable. distinct=False encodes equal media as often as they
     come, as trainers do that know samples and no groups; for comparison. tokens_per_call: several calls of the tower,
-    each of at most so many tokens or one medium; not within an engine's forward, where ranks have to make equally many.
+    each of at most so many tokens or one medium; not within an engine's forward, where ranks must make equally many.
+    cache: features by `Frames.key`, in host memory, for a tower that does not change. Each medium then has a call of
+    its own, so that its features do not depend on which others were found.
 
     Raises:
         RuntimeError: the tower gave another number of features than a prompt has places for.
@@ -161,28 +166,58 @@ def encode_media(
         return MediaFeatures([], [[] for _ in range(layers)], [], counts)
     kinds = [frames.kind for frames in media]
     media, place = _distinct_media(media) if distinct else (media, range(len(media)))
-    pooled: list[torch.Tensor] = []
-    deepstack: list[list[torch.Tensor]] = [[] for _ in model.config.vision_config.deepstack_visual_indexes]
+    if cache is None:
+        layers = _encode(model, media, tokens_per_call)
+    else:
+        each = [_encode_cached(model, frames, cache) for frames in media]
+        layers = [[own[layer] for own in each] for layer in range(len(each[0]))]
+    layers = [[layer[index] for index in place] for layer in layers]
+    for features in layers:
+        _check_places(prompts, features)
+    return MediaFeatures(layers[0], layers[1:], kinds, counts)
+
+
+def _encode(
+    model: Qwen3VLForConditionalGeneration, media: list[Frames], tokens_per_call: int | None
+) -> list[list[torch.Tensor]]:
+    """Pooled features of each medium, then those of each deepstack layer."""
+    layers: list[list[torch.Tensor]] = [[] for _ in range(1 + len(model.config.vision_config.deepstack_visual_indexes))]
     for part in _parts_of(media, tokens_per_call):
         found = _run_tower(model, part)
-        pooled += found.pooler_output
+        layers[0] += found.pooler_output
         sizes = [len(own) for own in found.pooler_output]
-        for layer, own in zip(deepstack, found.deepstack_features, strict=True):
+        for layer, own in zip(layers[1:], found.deepstack_features, strict=True):
             # Until transformers 5.17 the tower's own tensors came through, of all media together.
             layer += own.split(sizes) if isinstance(own, torch.Tensor) else own
-    pooled = [pooled[index] for index in place]
-    deepstack = [[layer[index] for index in place] for layer in deepstack]
-    for features in (pooled, *deepstack):
-        _check_places(prompts, features)
-    return MediaFeatures(pooled, deepstack, kinds, counts)
+    return layers
+
+
+def _encode_cached(
+    model: Qwen3VLForConditionalGeneration, frames: Frames, cache: ByteLru[list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Features of one medium, layer by layer; kept in host memory, pinned where the model is on a GPU."""
+    device = model.model.visual.device
+    found = cache.get(frames.key) if frames.key else None
+    if found is not None:
+        return [own.to(device, non_blocking=True) for own in found]
+    layers = [own for (own,) in _encode(model, [frames], None)]
+    if frames.key:
+        kept = [own.detach().cpu() for own in layers]
+        kept = [own.pin_memory() if device.type == "cuda" else own for own in kept]
+        cache.put(frames.key, kept, sum(own.nbytes for own in kept))
+    return layers
 
 
 def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
     visual = model.model.visual
-    # Pixels stay uint8 until they are on the device: a quarter of the bytes.
-    patches = [
-        video_patches(frames.pixels.to(visual.device), frames.preprocessor, dtype=visual.dtype) for frames in media
-    ]
+    # Pixels stay uint8 until they are on the device: a quarter of the bytes. Pinned ones are copied without waiting.
+    patches = []
+    for frames in media:
+        pixels = frames.pixels.to(visual.device, non_blocking=True)
+        if pixels.is_cuda:
+            # Frames from NVDEC were allocated on the decoder's stream.
+            pixels.record_stream(torch.cuda.current_stream(pixels.device))
+        patches.append(video_patches(pixels, frames.preprocessor, dtype=visual.dtype))
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
     # Images and videos take the same way through the tower, so one call serves both.
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
@@ -220,7 +255,7 @@ def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
     candidates: dict[tuple, list[int]] = {}
     for frames in media:
         alike = candidates.setdefault(_sample(frames), [])
-        found = next((index for index in alike if torch.equal(distinct[index].pixels, frames.pixels)), None)
+        found = next((index for index in alike if _same(distinct[index], frames)), None)
         if found is None:
             found = len(distinct)
             distinct.append(frames)
@@ -229,8 +264,15 @@ def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
     return distinct, place
 
 
+def _same(one: Frames, other: Frames) -> bool:
+    # A key stands for all that determines the pixels.
+    return bool(one.key and one.key == other.key) or torch.equal(one.pixels, other.pixels)
+
+
 def _sample(frames: Frames) -> tuple:
-    """Shape and some pixels: media that differ hardly ever agree in them, so whole videos are seldom compared."""
+    """Key or some pixels: media that differ hardly ever agree in them, so whole videos are seldom compared."""
+    if frames.key:
+        return frames.grid_thw, frames.key
     pixels = frames.pixels.flatten()
     return frames.grid_thw, bytes(pixels[:: max(1, len(pixels) // 997)].tolist())
 

@@ -207,6 +207,28 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 (("rate/shared_prefix_ratio", "ratio"),),
                 include=(1.0,),
             ),
+            Chart(
+                "Media files per step",
+                "over all processes: decoded, found in memory, found on disk",
+                (
+                    ("media/decoded", "decoded"),
+                    ("media/memory_hits", "from memory"),
+                    ("media/disk_hits", "from disk"),
+                ),
+                include=(0.0,),
+            ),
+            Chart(
+                "Trouble with media",
+                "files per step",
+                (
+                    ("media/timeouts", "timed out"),
+                    ("media/crashes", "crashed the decoder"),
+                    ("media/cpu_fallbacks", "on the CPU in place of NVDEC"),
+                    ("media/disk_rebuilt", "damaged cache entries"),
+                ),
+                skip_zero=True,
+                smoothed=False,
+            ),
             Chart("Learning rate", "of what the stage trains", (("lr", "rate"),), include=(0.0,), smoothed=False),
             Chart("Peak memory", "MiB on one process", (("memory/peak_mib", "MiB"),), include=(0.0,), smoothed=False),
             Chart(

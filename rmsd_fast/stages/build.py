@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
@@ -39,11 +41,19 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
     return student
 
 
-def build_imitation(path: str, settings: RunConfig, world: World, material: Material, *, stage: str) -> RunState:
-    """State of stage 1, or of the control of stage 2: the student and its engine."""
+def build_imitation(
+    path: str,
+    settings: RunConfig,
+    world: World,
+    material: Material,
+    media: MediaReader | None = None,
+    *,
+    stage: str,
+) -> RunState:
+    """State of stage 1, or of the control of stage 2: the student and its engine. media: what reads the videos."""
     training = settings.sft if stage == "sft" else settings.distill
     student = load(path, settings, world)
-    builder = PromptBuilder(student, settings.video)
+    builder = PromptBuilder(student, settings.video, media)
     targets = build_targets(
         material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.responses
     )
@@ -51,12 +61,16 @@ def build_imitation(path: str, settings: RunConfig, world: World, material: Mate
     longest = max((len(one.token_ids[k]) for one, k in read), default=0)
     check_room(settings, longest, "the longest teacher response")
     policy = _engine(_policy(student, settings, training.train_vision), settings, world, training)
-    return RunState(world, student, builder, targets, PhaseTimer(world.device), policy)
+    room = 0 if training.train_vision else settings.data.embedding_cache_mib * 2**20
+    features = ByteLru(room) if room else None
+    return RunState(world, student, builder, targets, PhaseTimer(world.device), policy, features=features)
 
 
-def build_distillation(path: str, settings: RunConfig, world: World, material: Material) -> RunState:
+def build_distillation(
+    path: str, settings: RunConfig, world: World, material: Material, media: MediaReader | None = None
+) -> RunState:
     """State of warm-up and stage 2: policy, discriminator and reference, all starting from the stage-1 student."""
-    state = build_imitation(path, settings, world, material, stage="distill")
+    state = build_imitation(path, settings, world, material, media, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
         state.reference = Policy(load(path, settings, world).model).eval().requires_grad_(False)

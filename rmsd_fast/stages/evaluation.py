@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from rmsd_fast.config import RunConfig
-from rmsd_fast.data.prompts import PromptBuilder, PromptError
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question, write_text_atomic
 from rmsd_fast.data.video import MediaError
 from rmsd_fast.method.answers import parse_answer
@@ -28,17 +31,23 @@ RESAMPLES = 2000
 
 
 def answer_questions(
-    student: Student, questions: list[Question], settings: RunConfig, world: World, *, name: str
+    student: Student,
+    questions: list[Question],
+    settings: RunConfig,
+    world: World,
+    media: MediaReader | None = None,
+    *,
+    name: str,
 ) -> list[dict]:
     """Greedy answers of a student, one record per question, the same list on every process.
 
-    Every process holds the whole model and answers its share. A question whose media cannot be used is recorded with
-    `error` and counts as 0.
+    Every process holds the whole model and answers its share; the next batch is decoded meanwhile. A question whose
+    media cannot be used is recorded with `error` and counts as 0.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
         video = dataclasses.replace(video, num_frames=settings.evaluate.num_frames, fps=None)
-    builder = PromptBuilder(student, video)
+    builder = PromptBuilder(student, video, media)
     batch_size = settings.evaluate.prompts_per_batch
     engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device)
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
@@ -54,13 +63,9 @@ def answer_questions(
         mininterval=0.1 if live else 10,
         leave=True,
     )
-    for start in range(0, len(own), batch_size):
-        prompts, failed = [], []
-        for question in own[start : start + batch_size]:
-            try:
-                prompts.append(builder.build(question))
-            except (MediaError, PromptError) as error:
-                failed.append(_record(question, "", settings, error=str(error)))
+    for batch in _prompts_ahead(builder, own, batch_size, settings.data.decode_threads):
+        prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
+        failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
         if prompts:
             answers = engine.generate(student.model, prompts, sampling)
             records += [
@@ -73,6 +78,28 @@ def answer_questions(
     order = {question.id: number for number, question in enumerate(questions)}
     everything = [record for part in all_gather_objects(records, world) for record in part]
     return sorted(everything, key=lambda record: order[record["id"]])
+
+
+def _prompts_ahead(
+    builder: PromptBuilder, questions: list[Question], batch_size: int, threads: int
+) -> Iterator[list[tuple[Question, Prompt | Exception]]]:
+    """Batches of questions, each with its prompt or the reason why it has none; the next batch is built meanwhile."""
+
+    def build(question: Question) -> tuple[Question, Prompt | Exception]:
+        try:
+            return question, builder.build(question)
+        except (MediaError, PromptError) as error:
+            return question, error
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        ahead: list[Future] = []
+        for start in range(0, len(questions) + batch_size, batch_size):
+            building, ahead = ahead, [pool.submit(build, q) for q in questions[start : start + batch_size]]
+            if building:
+                yield [future.result() for future in building]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _record(

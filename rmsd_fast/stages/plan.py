@@ -30,6 +30,12 @@ def describe_plan(settings: RunConfig) -> str:
     lines += _stage_lines(settings, processes)
     if "sft" in settings.stages or settings.distill.objective == "sft":
         lines.append(f"  imitated responses: {settings.sft.responses}")
+    data = settings.data
+    caches = f"{data.cache_mib} MiB of frames in memory" + (f", {data.disk_cache}" if data.disk_cache else "")
+    lines.append(
+        f"  media: decoder {data.decoder}, {data.decode_threads} threads, {data.decode_ahead} step(s) ahead; kept per "
+        f"process: {caches}"
+    )
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     found, missing = _inputs(settings)
     lines += [f"  {line}" for line in found]

@@ -15,6 +15,7 @@ import torch
 
 from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
+from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question, write_text_atomic
 from rmsd_fast.models.liger import describe_liger
@@ -49,6 +50,7 @@ class Run:
     world: World
     folder: Path
     material: Material
+    media: MediaReader
     metrics: MetricsLog
     stop: StopSignal
     fingerprints: dict
@@ -63,7 +65,14 @@ class Run:
         return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
 
 
-def open_run(settings: RunConfig, world: World, material: Material, resume: Path | None, allow_changes: bool) -> Run:
+def open_run(
+    settings: RunConfig,
+    world: World,
+    material: Material,
+    media: MediaReader,
+    resume: Path | None,
+    allow_changes: bool,
+) -> Run:
     """Make the run folder, or check and reopen the one to continue."""
     fingerprints = {"settings": settings_as_dict(settings), "files": material.fingerprints()}
     checkpoint = None
@@ -78,7 +87,7 @@ def open_run(settings: RunConfig, world: World, material: Material, resume: Path
                 on_main(world, lambda: _take_changes(settings, folder))
     lines = 0 if resume is not None else None
     metrics = MetricsLog(folder, world, resume_lines=checkpoint.state["metrics_lines"] if checkpoint else lines)
-    run = Run(settings, world, folder, material, metrics, StopSignal(), fingerprints, checkpoint)
+    run = Run(settings, world, folder, material, media, metrics, StopSignal(), fingerprints, checkpoint)
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
@@ -115,6 +124,7 @@ def write_facts(run: Run, *, finished: bool) -> None:
         "world_size": run.world.size,
         "hardware": _hardware(run.world),
         "versions": {name: _version(name) for name in PACKAGES},
+        "decoder": run.media.decoder + (f" ({run.media.decoder_reason})" if run.media.decoder_reason else ""),
         "liger": describe_liger(run.settings.model.liger, run.world.device),
         "losses": _losses(run),
     }
@@ -186,8 +196,8 @@ def open_loader(run: Run, state: RunState, stage: str, questions: list[Question]
         positions_per_step=batch_size,
         rank=world.rank,
         size=world.size,
-        cache_mib=data.cache_mib,
         threads=data.decode_threads,
+        ahead=data.decode_ahead,
         max_prompt_tokens=data.max_prompt_tokens,
         run_folder=run.folder,
     )
@@ -283,6 +293,7 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
         "memory/peak_mib": peak_mib(run.world.device),
         "samples/bad": run.bad,
         "samples/skipped_steps": run.skipped,
+        **{f"media/{name}": count for name, count in global_sum(run.media.take_counts(), run.world).items()},
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rmsd_fast.config import RunConfig, SettingsError, UserError
+from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
 from rmsd_fast.data.packing import Rows, make_rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
@@ -33,6 +34,8 @@ class RunState:
     reference: torch.nn.Module | None = None
     rollouts: RolloutEngine | None = None
     skipped_in_a_row: int = 0
+    features: ByteLru[list[torch.Tensor]] | None = None
+    """Vision features of a frozen tower by medium, where `data.embedding_cache_mib` gives room."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def encode_step(state: RunState, prompts: list[Prompt], settings: RunConfig) -> 
     within `full_weights`.
     """
     with state.timer("vision"), torch.no_grad():
-        return encode_media(state.student.model, prompts, tokens_per_call=settings.micro_tokens)
+        return encode_media(state.student.model, prompts, tokens_per_call=settings.micro_tokens, cache=state.features)
 
 
 def select_features(features: MediaFeatures | None, indices: list[int]) -> MediaFeatures | None:

@@ -262,14 +262,14 @@ def _line(response: TeacherResponse) -> str:
 
 
 def _question_digest(question: Question) -> str:
-    return _digest(
-        {
-            "question": question.question,
-            "task_type": question.task_type,
-            "options": question.options,
-            "media": [len(question.videos), len(question.images)],
-        }
-    )
+    asked = {
+        "question": question.question,
+        "task_type": question.task_type,
+        "options": question.options,
+        "media": [len(question.videos), len(question.images)],
+    }
+    # Only where there are any: keys made before spans existed stay valid.
+    return _digest(asked | ({"spans": question.spans} if any(question.spans) else {}))
 
 
 def _digest(value: object) -> str:

@@ -1,0 +1,255 @@
+"""What a model family does to its pixels: which frames, how large, how normalised, in which patch order.
+
+The numbers are those of transformers' Qwen3-VL and Qwen2-VL video processors and of its Qwen2-VL image processor
+(tests/test_preprocessing.py), without torchvision or transformers. The pixels themselves go through
+`rmsd_kernels.resize_frames` and `rmsd_kernels.video_patches`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rmsd_kernels
+from rmsd_fast.config import ModelError, SettingsError, VideoConfig
+
+# Longest side over shortest side that the family's processors accept.
+MAX_ASPECT_RATIO = 200
+# The per-frame cap never falls below this multiple of the lower budget (as in the family's processor).
+FRAME_CAP_FLOOR = 1.05
+# Whose video processor a name in a model folder stands for: Qwen3-VL's, or that of Qwen2-VL and Qwen2.5-VL.
+FAMILIES = {"qwen3_vl": ("qwen3vl", "qwen3_vl"), "qwen2_vl": ("qwen2vl", "qwen2_vl", "qwen2_5_vl", "qwen25vl")}
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """What a model expects of its pixels; read from the model's own folder by `load_preprocessor`.
+
+    Means and deviations are per RGB channel on the 0-1 scale. Resizing is always bicubic and antialiased. family: whose
+    rules choose frames and sizes, one of FAMILIES.
+    """
+
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    family: str = "qwen3_vl"
+
+    @property
+    def factor(self) -> int:
+        """Pixels of one vision token's side; heights and widths are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Patches along time, height and width of so many resized frames."""
+        return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+
+
+def load_preprocessor(folder: str | Path) -> Preprocessor:
+    """Read patch sizes and normalisation from a model folder.
+
+    Looks at `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
+    `preprocessor_config.json`; the image settings, where given, have to agree with those of videos.
+
+    Raises:
+        ModelError: no such file, a file that is no JSON object, a missing key, settings that this code does not follow.
+    """
+    folder = Path(folder)
+    joint = _read_json(folder / "processor_config.json")
+    video = _read_json(folder / "video_preprocessor_config.json") or joint.get("video_processor")
+    image = _read_json(folder / "preprocessor_config.json") or joint.get("image_processor")
+    family = _family([video or {}, image or {}, joint, _read_json(folder / "config.json")])
+    found = [_parse_preprocessor(settings, folder, family) for settings in (video, image) if settings]
+    if not found:
+        raise ModelError(
+            f"{folder}: expected video_preprocessor_config.json or preprocessor_config.json, found neither; "
+            "copy them from the original model folder"
+        )
+    if found[0] != found[-1]:
+        raise ModelError(
+            f"{folder}: images and videos are preprocessed differently ({found[-1]} and {found[0]}); "
+            "models of the Qwen-VL families share these settings, so check the two JSON files"
+        )
+    return found[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: not readable as JSON ({error}); restore it from the original model folder"
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _family(files: list[dict[str, Any]]) -> str:
+    """Family by the first name that tells; image processors do not, Qwen3-VL uses that of Qwen2-VL."""
+    for settings in files:
+        for key in ("video_processor_type", "processor_class", "model_type"):
+            name = str(settings.get(key, "")).lower()
+            for family, starts in FAMILIES.items():
+                if name.startswith(starts):
+                    return family
+    return "qwen3_vl"
+
+
+def _parse_preprocessor(settings: dict[str, Any], folder: Path, family: str) -> Preprocessor:
+    for key, needed in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+        if settings.get(key, needed) not in (needed, None):
+            raise ModelError(f"{folder}: preprocessing with {key}={settings[key]!r} is not supported, only {needed!r}")
+    try:
+        return Preprocessor(
+            patch_size=int(settings["patch_size"]),
+            temporal_patch_size=int(settings["temporal_patch_size"]),
+            merge_size=int(settings["merge_size"]),
+            image_mean=tuple(float(value) for value in settings["image_mean"]),
+            image_std=tuple(float(value) for value in settings["image_std"]),
+            family=family,
+        )
+    except KeyError as error:
+        raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}") from error
+
+
+def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: Preprocessor) -> list[int]:
+    """Indices of the frames taken from a video: evenly spaced, as the model family spaces them.
+
+    Qwen3-VL takes the first and the last frame and repeats some where `num_frames` asks for more than there are.
+    Qwen2-VL and 2.5 take the first of equal parts, and a multiple of `temporal_patch_size` (where there are fewer than
+    `num_frames`, as many as there are; transformers refuses such videos).
+
+    Args:
+        total: frames in the video.
+        fps: its frame rate in Hz.
+        settings: `num_frames` takes exactly that many; `fps` takes that many per second, within
+            [min_frames, max_frames] and at most `total`.
+    Raises:
+        ValueError: neither or both of `num_frames` and `fps` are set, or the counts are not positive.
+    """
+    if (settings.num_frames is None) == (settings.fps is None):
+        raise ValueError(
+            f"video.num_frames={settings.num_frames} and video.fps={settings.fps}: exactly one of them has to be set; "
+            "give the other as null"
+        )
+    if total < 1 or fps <= 0:
+        raise ValueError(f"expected a video with frames and a frame rate, got {total} frames at {fps} Hz")
+    choose = _spread_qwen3 if preprocessor.family == "qwen3_vl" else _spread_qwen2
+    indices = choose(total, fps, settings, preprocessor.temporal_patch_size)
+    if not indices:
+        raise SettingsError("expected at least one frame per video, got 0; raise video.num_frames or video.fps")
+    return indices
+
+
+def _spread_qwen3(total: int, fps: float, settings: VideoConfig, span: int) -> list[int]:
+    if settings.num_frames is not None:
+        count = settings.num_frames
+    else:
+        count = int(total / fps * settings.fps)
+        count = min(max(count, settings.min_frames), settings.max_frames, total)
+    # float64 and rounding half to even are what numpy's linspace().round() gives, which the processor uses.
+    return torch.linspace(0, total - 1, count, dtype=torch.float64).round().to(torch.int64).tolist()
+
+
+def _spread_qwen2(total: int, fps: float, settings: VideoConfig, span: int) -> list[int]:
+    if settings.num_frames is not None:
+        count = min(round(settings.num_frames / span), total // span) * span
+    else:
+        most = min(settings.max_frames, total) // span * span
+        count = int(min(max(total / fps * settings.fps, settings.min_frames), most)) // span * span
+    # The processor steps in float32.
+    return torch.arange(0, total, total / count).int().tolist() if count else []
+
+
+def smart_resize(
+    num_frames: int, height: int, width: int, *, factor: int, temporal_factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Height and width nearest to the given ones that are multiples of `factor` and keep T*H*W within the budgets.
+
+    `temporal_factor` 1 with `num_frames` 1 is the rule for images: there a side below `factor` is not enlarged first.
+
+    Raises:
+        ValueError: fewer frames than `temporal_factor`, an empty frame, or an aspect ratio above 200.
+    """
+    if num_frames < temporal_factor:
+        raise ValueError(f"expected at least {temporal_factor} frames, got {num_frames}")
+    if height < 1 or width < 1:
+        raise ValueError(f"expected frames of at least 1x1 pixel, got {width}x{height}")
+    if temporal_factor > 1 and min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.0f} ({width}x{height})")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    volume = round(num_frames / temporal_factor) * temporal_factor * new_height * new_width
+    pixels = num_frames * height * width
+    if volume > max_pixels:
+        shrink = math.sqrt(pixels / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif volume < min_pixels:
+        grow = math.sqrt(min_pixels / pixels)
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def video_size(
+    num_frames: int, height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor
+) -> tuple[int, int]:
+    """Height and width of a video after resizing, with the cap per frame. Raises ValueError as `smart_resize`."""
+    share = min(settings.max_frame_pixels, settings.max_video_pixels // num_frames)
+    per_frame = max(share, int(settings.min_video_pixels * FRAME_CAP_FLOOR))
+    # Qwen2-VL's processor sizes each frame on its own, as an image.
+    whole = preprocessor.family == "qwen3_vl"
+    return smart_resize(
+        num_frames if whole else 1,
+        height,
+        width,
+        factor=preprocessor.factor,
+        temporal_factor=preprocessor.temporal_patch_size if whole else 1,
+        min_pixels=settings.min_video_pixels,
+        max_pixels=per_frame * (num_frames if whole else 1),
+    )
+
+
+def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor) -> tuple[int, int]:
+    """Height and width of an image after resizing. Raises ValueError as `smart_resize`."""
+    return smart_resize(
+        1,
+        height,
+        width,
+        factor=preprocessor.factor,
+        temporal_factor=1,
+        min_pixels=settings.min_image_pixels,
+        max_pixels=settings.max_image_pixels,
+    )
+
+
+def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Patches of resized uint8 frames [F, C, H, W] as the model's vision tower takes them, [N, C * span * patch²].
+
+    The arithmetic is float32 whatever the dtype.
+    """
+    patches = rmsd_kernels.video_patches(
+        pixels,
+        height=pixels.shape[-2],
+        width=pixels.shape[-1],
+        patch_size=preprocessor.patch_size,
+        temporal_patch_size=preprocessor.temporal_patch_size,
+        merge_size=preprocessor.merge_size,
+        mean=preprocessor.image_mean,
+        std=preprocessor.image_std,
+        dtype=torch.float32 if dtype == torch.float64 else dtype,
+    )
+    return patches.to(dtype)

@@ -1,0 +1,260 @@
+"""Media files with each fault that the program promises to survive, made from real encodings.
+
+As a program it reads each of them as a run does and prints what happened, as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from media_files import noise_frames, write_clip
+
+FRAMES, HEIGHT, WIDTH, FPS = 20, 64, 96, 10.0
+
+
+def moving(frames: int = FRAMES) -> torch.Tensor:
+    return noise_frames(frames, HEIGHT, WIDTH)
+
+
+def encoded(path: Path, **options: str) -> bytearray:
+    """A healthy clip's bytes, its index behind the pictures, pictures in the order of display."""
+    from torchcodec.encoders import VideoEncoder
+
+    VideoEncoder(moving(), frame_rate=FPS).to_file(
+        path, codec="libx264", pixel_format="yuv420p", extra_options={"bf": "0", **options}
+    )
+    return bytearray(path.read_bytes())
+
+
+def _one_frame(path: Path) -> None:
+    write_clip(path, moving(1))
+
+
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _garbage(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 20)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _huge(path: Path) -> None:
+    """A sparse file of 32 GiB with a plausible beginning."""
+    path.write_bytes(encoded(path)[:500])
+    os.truncate(path, 32 * 2**30)
+
+
+def _truncated(path: Path) -> None:
+    data = encoded(path)
+    path.write_bytes(data[: len(data) // 2])
+
+
+def _truncated_fast_start(path: Path) -> None:
+    """The index and half of the pictures: a decoder alone takes it for a shorter video."""
+    data = encoded(path, movflags="+faststart")
+    start = data.index(b"mdat")
+    path.write_bytes(data[: start + (len(data) - start) // 2])
+
+
+def _audio_only(path: Path) -> None:
+    from torchcodec.encoders import AudioEncoder
+
+    AudioEncoder(torch.zeros(1, 8000), sample_rate=8000).to_file(path)
+
+
+def flip(data: bytes, count: int, seed: int) -> bytes:
+    """The file with so many bytes of its pictures changed."""
+    start, end = data.index(b"mdat") + 8, data.index(b"moov")
+    generator, flipped = random.Random(seed), bytearray(data)
+    for _ in range(count):
+        flipped[generator.randrange(start, end)] ^= generator.randrange(1, 256)
+    return bytes(flipped)
+
+
+def _flipped(path: Path) -> None:
+    """Many flipped bytes, for which the decoder gives frames and no error, some of them plain grey."""
+    from torchcodec.decoders import VideoDecoder
+
+    data = bytes(encoded(path, g="10"))
+    for seed in range(100):
+        path.write_bytes(flip(data, 40, seed))
+        try:
+            pixels = VideoDecoder(str(path)).get_frames_at(list(range(FRAMES))).data
+        except RuntimeError:
+            continue
+        # Lost at the first frame, so that whatever is chosen shows it.
+        if (pixels[0] == pixels[0, 0, 0, 0]).all() and not (pixels[-1] == pixels[-1, 0, 0, 0]).all():
+            return
+    raise AssertionError("no flip gave a grey frame")
+
+
+def _slightly_flipped(path: Path) -> None:
+    """One flipped byte that the decoder does not notice."""
+    from torchcodec.decoders import VideoDecoder
+
+    data = bytes(encoded(path))
+    for seed in range(100):
+        path.write_bytes(flip(data, 1, seed))
+        try:
+            VideoDecoder(str(path)).get_frames_at(list(range(FRAMES)))
+            return
+        except RuntimeError:
+            continue
+    raise AssertionError("every flip was noticed")
+
+
+def _single_colour(path: Path) -> None:
+    write_clip(path, torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8))
+
+
+def _frozen(path: Path) -> None:
+    """One picture in every frame, each coded alike."""
+    from torchcodec.encoders import VideoEncoder
+
+    still = moving(1).expand(FRAMES, -1, -1, -1).contiguous()
+    VideoEncoder(still, frame_rate=FPS).to_file(
+        path, codec="libx264", pixel_format="yuv420p", extra_options={"g": "1", "qp": "20"}
+    )
+
+
+def _variable_rate(path: Path) -> None:
+    data = encoded(path)
+    path.write_bytes(with_durations(data, [1] * 10 + [5] * 10))
+
+
+def _rotated(path: Path) -> None:
+    data = encoded(path)
+    turn(data, HEIGHT)
+    path.write_bytes(data)
+
+
+def turn(data: bytearray, height: int) -> None:
+    """Let a clip of this height be shown a quarter turned, clockwise."""
+    # Display matrix of the track header (version 0: 40 bytes behind the box type).
+    start = data.index(b"tkhd") + 44
+    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, height << 16, 0, 1 << 30)
+
+
+def with_durations(data: bytes, factors: list[int]) -> bytes:
+    """The clip with each frame shown so many times as long. Its index has to stand behind the pictures."""
+    at = data.index(b"stts")
+    size, _, _, entries, count, delta = struct.unpack(">I4sIIII", data[at - 4 : at + 20])
+    assert entries == 1 and count == len(factors), "expected a constant rate"
+    table = b"".join(struct.pack(">II", 1, factor * delta) for factor in factors)
+    box = struct.pack(">I4sII", 16 + len(table), b"stts", 0, len(factors)) + table
+    out = bytearray(data[: at - 4] + box + data[at - 4 + size :])
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        where = out.index(name) - 4
+        (length,) = struct.unpack(">I", out[where : where + 4])
+        out[where : where + 4] = struct.pack(">I", length + len(box) - size)
+    # Durations of movie, track, media and edit list grow alike; FFmpeg takes those of the frames.
+    where = out.index(b"elst") + 12
+    (length,) = struct.unpack(">I", out[where : where + 4])
+    out[where : where + 4] = struct.pack(">I", length * sum(factors) // len(factors))
+    return bytes(out)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """make: writes the file; None: there is none. message: part of the refusal; "" = the file is used.
+
+    in_pixels: only decoding shows it.
+    """
+
+    name: str
+    make: Callable[[Path], None] | None
+    message: str
+    in_pixels: bool = False
+
+
+FAULTS = (
+    Fault("missing", None, "no such file"),
+    Fault("folder", _folder, "expected a file, got a folder"),
+    Fault("fifo", _fifo, "got a pipe, socket or device"),
+    Fault("empty", _empty, "the file is empty"),
+    Fault("huge (32 GiB, sparse)", _huge, "data.max_file_mib"),
+    Fault("garbage", _garbage, "cannot be decoded"),
+    Fault("truncated", _truncated, "truncated: expected at least"),
+    Fault("truncated fast-start", _truncated_fast_start, "truncated: expected at least"),
+    Fault("audio only", _audio_only, "cannot be decoded"),
+    Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
+    Fault("many flipped bytes", _flipped, "plain grey that stands for lost pictures", True),
+    Fault("one flipped byte", _slightly_flipped, ""),
+    Fault("single colour", _single_colour, "of a single colour", True),
+    Fault("frozen picture", _frozen, "are all the same", True),
+    Fault("variable frame rate", _variable_rate, ""),
+    Fault("rotated", _rotated, ""),
+)
+
+
+def make(fault: Fault, folder: Path) -> Path:
+    """The file with this fault."""
+    path = folder / f"{fault.name.replace(' ', '-').replace(',', '')}.mp4"
+    if fault.make is not None:
+        fault.make(path)
+    return path
+
+
+def main() -> None:
+    import signal
+    import tempfile
+
+    from rmsd_fast.config import DataConfig, VideoConfig
+    from rmsd_fast.data.media import MediaReader
+    from rmsd_fast.data.preprocess import Preprocessor
+    from rmsd_fast.data.records import DataError, load_questions
+    from rmsd_fast.data.video import MediaError, MediaRequest
+
+    print("| file | what happens |\n|---|---|")
+    with tempfile.TemporaryDirectory() as name, MediaReader(DataConfig()) as reader:
+        folder = Path(name)
+
+        def read(path: Path, frames: int = 8) -> str:
+            request = MediaRequest(str(path), "video", VideoConfig(num_frames=frames), Preprocessor())
+            try:
+                found = reader.read(request)
+            except MediaError as error:
+                return str(error).replace(f"{folder}/", "")
+            height, width = found.pixels.shape[-2:]
+            stamps = ", ".join(f"{at:.1f}" for at in found.timestamps_s)
+            return f"used: {len(found.pixels)} frames of {width}x{height} at {stamps} s"
+
+        for fault in FAULTS:
+            print(f"| {fault.name} | {read(make(fault, folder))} |")
+        healthy = folder / "healthy.mp4"
+        encoded(healthy)
+        read(healthy)
+        reader.data.decode_timeout_s = 1.0
+        os.kill(reader._idle[0].pid, signal.SIGSTOP)
+        print(f"| decoder hangs | {read(healthy, 6)} |")
+        reader.data.decode_timeout_s = 60.0
+        read(healthy, 10)
+        os.kill(reader._idle[0].pid, signal.SIGSEGV)
+        print(f"| decoder crashes once | {read(healthy, 4)} |")
+        (folder / "in").mkdir()
+        (folder / "in" / "q.jsonl").write_text(
+            '{"id": "q", "question": "?", "task_type": "open", "videos": ["../healthy.mp4"]}\n'
+        )
+        try:
+            load_questions(folder / "in" / "q.jsonl")
+        except DataError as error:
+            print(f"| outside the media root | the run does not start: {str(error).replace(f'{folder}/', '')} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""The media reader: caches, processes that decode, what it remembers, and faults of decoders."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from damaged_files import encoded
+from media_files import write_images
+
+from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, VideoConfig
+from rmsd_fast.data.decode_worker import Nursery
+from rmsd_fast.data.media import MediaReader, choose_decoder
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaError, MediaRequest, read_media
+
+PREPROCESSOR = Preprocessor()
+NONE = dict.fromkeys(("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks"), 0)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    encoded(path)
+    return path
+
+
+@pytest.fixture
+def reader():
+    with MediaReader(DataConfig(decode_timeout_s=60.0)) as reader:
+        yield reader
+
+
+def request(path: Path, frames: int = 4, **changes) -> MediaRequest:
+    return MediaRequest(str(path), "video", VideoConfig(num_frames=frames), PREPROCESSOR, **changes)
+
+
+def same(one, other) -> bool:
+    fields = [replace(frames, pixels=torch.empty(0), key="") for frames in (one, other)]
+    return torch.equal(one.pixels, other.pixels) and repr(fields[0]) == repr(fields[1])
+
+
+def test_frames_from_a_worker_are_those_of_the_file(clip: Path, tmp_path: Path, reader: MediaReader) -> None:
+    assert same(reader.read(request(clip, span=(0.4, None))), read_media(request(clip, span=(0.4, None))))
+    (tmp_path / "images").mkdir()
+    for path in write_images(tmp_path / "images").values():
+        image = replace(request(path), kind="image")
+        assert same(reader.read(image), read_media(image))
+        assert reader.inspect(image).grid_thw == reader.read(image).grid_thw
+
+
+def test_frames_outlive_the_worker_and_the_reader(clip: Path) -> None:
+    with MediaReader(DataConfig()) as reader:
+        frames = reader.read(request(clip))
+    frames.pixels.add_(1)
+    assert len(frames.pixels) == 4
+
+
+def test_a_file_is_decoded_once_for_all_that_ask(clip: Path, reader: MediaReader) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: reader.read(request(clip)), range(16)))
+    assert all(frames.pixels.data_ptr() == found[0].pixels.data_ptr() for frames in found)
+    counts = reader.take_counts()
+    assert counts["decoded"] == 1 and counts["memory_hits"] <= 15
+    assert reader.take_counts() == NONE
+
+
+def test_what_the_key_depends_on(clip: Path, tmp_path: Path, reader: MediaReader) -> None:
+    wanted = request(clip)
+    key = reader.read(wanted).key
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(clip.read_bytes())
+    # The content counts and not the name; nor do settings of the other kind of medium.
+    for alike in (request(copy), replace(wanted, settings=VideoConfig(num_frames=4, max_image_pixels=4096))):
+        assert reader.read(alike).key == key
+    others = [request(clip, 5), request(clip, span=(0.0, 1.0))]
+    for change in ({"max_frame_pixels": 32 * 32}, {"max_video_pixels": 4096}, {"min_video_pixels": 1024}):
+        others.append(replace(wanted, settings=VideoConfig(num_frames=4, **change)))
+    others.append(replace(wanted, settings=VideoConfig(num_frames=None, fps=2.0)))
+    others.append(replace(wanted, preprocessor=Preprocessor(14)))
+    others.append(replace(wanted, preprocessor=Preprocessor(family="qwen2_vl")))
+    encoded(copy, g="5")
+    others.append(request(copy))
+    keys = [reader.read(other).key for other in others]
+    assert len({key, *keys}) == 1 + len(others)
+
+
+def test_a_changed_file_is_read_again(clip: Path, reader: MediaReader) -> None:
+    before = reader.read(request(clip))
+    encoded(clip, g="3")
+    after = reader.read(request(clip))
+    assert after.key != before.key and reader.take_counts()["decoded"] == 2
+
+
+def test_a_bad_file_is_opened_once_until_it_changes(tmp_path: Path, reader: MediaReader) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"no video at all")
+    for _ in range(2):
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            reader.read(request(path))
+    reader._take_worker = None  # type: ignore[assignment]
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        reader.read(request(path))
+    del reader._take_worker
+    encoded(path)
+    assert len(reader.read(request(path)).pixels) == 4
+
+
+def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) -> None:
+    reader.read(request(clip))
+    (worker,) = reader._idle
+    os.kill(worker.pid, signal.SIGSTOP)
+    reader.data.decode_timeout_s = 0.5
+    with pytest.raises(MediaError, match=r"not decoded within data\.decode_timeout_s=0\.5"):
+        reader.read(request(clip, 5))
+    reader.data.decode_timeout_s = 60.0
+    assert len(reader.read(request(clip, 6)).pixels) == 6
+    _wait_until_gone(worker.pid)
+    assert reader.take_counts() == {**NONE, "decoded": 2, "timeouts": 1}
+
+
+def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaReader) -> None:
+    reader.read(request(clip))
+    os.kill(reader._idle[0].pid, signal.SIGSEGV)
+    assert len(reader.read(request(clip, 5)).pixels) == 5
+    assert reader.take_counts() == {**NONE, "decoded": 2, "crashes": 1}
+
+
+def test_a_file_that_crashes_every_decoder_is_bad(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    def doomed(self: Nursery):
+        worker = original(self)
+        worker.pid = worker._start()
+        os.kill(worker.pid, signal.SIGKILL)
+        return worker
+
+    reader.inspect(request(clip))
+    original = Nursery.worker
+    monkeypatch.setattr(Nursery, "worker", doomed)
+    os.kill(reader._idle[0].pid, signal.SIGKILL)
+    with pytest.raises(MediaError, match="the process that decoded it ended"):
+        reader.read(request(clip))
+    assert reader.take_counts() == {**NONE, "crashes": 2}
+
+
+def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
+    reader = MediaReader(DataConfig(decode_timeout_s=300.0))
+    reader.read(request(clip))
+    pid = reader._idle[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    failure: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            reader.read(request(clip, 5))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not reader._busy:
+        time.sleep(0.01)
+    reader.close()
+    thread.join(timeout=20)
+    # No MediaError: the file is not to blame.
+    assert not thread.is_alive() and str(failure[0]) == "the media reader was closed"
+    assert not isinstance(failure[0], MediaError)
+    _wait_until_gone(pid)
+
+
+def test_workers_end_with_a_program_that_is_killed(clip: Path) -> None:
+    code = f"""
+import sys, time
+from rmsd_fast.config import DataConfig, VideoConfig
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaRequest
+reader = MediaReader(DataConfig())
+reader.read(MediaRequest({str(clip)!r}, "video", VideoConfig(num_frames=4), Preprocessor()))
+print(reader._nursery._process.pid, reader._idle[0].pid, flush=True)
+time.sleep(300)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    for pid in pids:
+        _wait_until_gone(pid)
+
+
+def test_a_user_error_in_a_worker_comes_through(clip: Path, reader: MediaReader) -> None:
+    with pytest.raises(SettingsError, match=r"raise video\.num_frames"):
+        reader.read(request(clip, 1))
+    assert len(reader._idle) == 1
+
+
+def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path) -> None:
+    data = DataConfig(disk_cache=str(tmp_path / "cache"))
+    with MediaReader(data) as first:
+        frames = first.read(request(clip))
+    with MediaReader(data) as second:
+        again = second.read(request(clip))
+        assert same(frames, again) and again.key == frames.key
+        assert second.take_counts() == {**NONE, "disk_hits": 1}
+        second.read(request(clip))
+        assert second.take_counts() == {**NONE, "memory_hits": 1}
+    (entry,) = (tmp_path / "cache").glob("*/*.frames")
+    with entry.open("r+b") as file:
+        file.seek(20000)
+        file.write(b"\xff\x00\xff\x00")
+    with MediaReader(data) as third:
+        assert same(frames, third.read(request(clip)))
+        assert third.take_counts() == {**NONE, "decoded": 1, "disk_rebuilt": 1}
+
+
+def test_which_decoder_is_taken() -> None:
+    assert choose_decoder("cpu", torch.device("cuda")) == ("cpu", "")
+    assert choose_decoder("auto", torch.device("cpu")) == ("cpu", "")
+    with pytest.raises(SettingsError, match=r"data\.decoder=cpu or auto"):
+        choose_decoder("cuda", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines whose torchcodec cannot decode on CUDA")
+def test_auto_says_why_it_is_not_cuda() -> None:
+    decoder, reason = choose_decoder("auto", torch.device("cuda"))
+    assert decoder == "cpu" and "a test video could not be decoded with CUDA" in reason
+    with pytest.raises(NotInstalled, match=r"data\.decoder=cuda: a test video"):
+        choose_decoder("cuda", torch.device("cuda"))
+
+
+@pytest.mark.cuda
+def test_nvdec_leaves_pixels_on_the_gpu(tmp_path: Path) -> None:
+    from media_files import noise_frames
+    from torchcodec.encoders import VideoEncoder
+
+    path = tmp_path / "clip.mp4"
+    VideoEncoder(noise_frames(20, 256, 320), frame_rate=10).to_file(path, pixel_format="yuv420p")
+    with MediaReader(DataConfig(decoder="cuda"), "cuda:0") as reader:
+        frames = reader.read(request(path))
+        assert frames.pixels.is_cuda and frames.decoder == "cuda"
+        # Not bit for bit: another decoder, and a resize in float.
+        expected = read_media(request(path))
+        assert (frames.pixels.cpu().float() - expected.pixels.float()).abs().mean() < 3
+        assert frames.timestamps_s == expected.timestamps_s
+        assert reader.read(request(path)).pixels.data_ptr() == frames.pixels.data_ptr()
+
+
+@pytest.mark.cuda
+def test_frames_for_a_gpu_come_pinned(clip: Path) -> None:
+    with MediaReader(DataConfig(decoder="cpu"), "cuda:0") as reader:
+        assert reader.read(request(clip)).pixels.is_pinned()
+
+
+def _wait_until_gone(pid: int) -> None:
+    for _ in range(400):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")

@@ -1,0 +1,181 @@
+"""Caches of decoded frames: bounds, use by several processes at once, damaged entries, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmsd_fast.data import media_cache
+from rmsd_fast.data.media_cache import HEADER_BYTES, STALE_S, ByteLru, DiskCache
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import Frames
+
+
+def frames_of(seed: int, count: int = 2) -> Frames:
+    pixels = torch.randint(0, 256, (count, 3, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    kind = "video" if count > 1 else "image"
+    stamps = tuple(i / 3 for i in range(count)) if count > 1 else ()
+    return Frames(pixels, stamps, (1, 2, 4), kind, Preprocessor(14, family="qwen2_vl"), duration_s=1.5)
+
+
+SIZE = HEADER_BYTES + 2 * 3 * 32 * 64
+
+
+def key_of(seed: int) -> str:
+    return f"{seed:032x}"
+
+
+def used(cache: DiskCache) -> int:
+    return sum(path.stat().st_size for path in cache.folder.glob("??/*"))
+
+
+def test_lru_is_bounded_and_drops_the_least_recently_used() -> None:
+    cache: ByteLru[str] = ByteLru(1000)
+    for name in "abc":
+        cache.put(name, name.upper(), 400)
+        cache.get("a")
+    assert (cache.bytes, cache.get("a"), cache.get("b"), cache.get("c")) == (800, "A", None, "C")
+    cache.put("large", "", 1001)
+    assert cache.get("large") is None and cache.bytes == 800
+    cache.put("a", "another", 10)
+    assert cache.get("a") == "A" and cache.bytes == 800
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_frames_come_back_as_they_were(tmp_path: Path, count: int) -> None:
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames_of(1, count))
+    found = DiskCache(tmp_path, 2**20).get(key_of(1))
+    expected = frames_of(1, count)
+    assert torch.equal(found.pixels, expected.pixels) and found.key == key_of(1)
+    assert (found.timestamps_s, found.grid_thw, found.kind) == (expected.timestamps_s, (1, 2, 4), expected.kind)
+    assert (found.preprocessor, found.duration_s, found.decoder) == (expected.preprocessor, 1.5, "cpu")
+    assert cache.get(key_of(2)) is None and cache.corrupt == 0
+
+
+def test_disk_is_bounded_and_drops_the_least_recently_used(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 10 * SIZE)
+    for seed in range(10):
+        cache.put(key_of(seed), frames_of(seed))
+        os.utime(cache._path(key_of(seed)), (seed, seed))
+    assert cache.get(key_of(0)) is not None  # used just now
+    cache.put(key_of(10), frames_of(10))
+    assert used(cache) <= 10 * SIZE
+    assert cache.get(key_of(0)) is not None and cache.get(key_of(10)) is not None
+    assert cache.get(key_of(1)) is None
+    assert int((tmp_path / "bytes").read_text()) == used(cache)
+    DiskCache(tmp_path, SIZE - 1).put(key_of(11), frames_of(11))
+    assert cache.get(key_of(11)) is None
+
+
+@pytest.mark.parametrize("damage", ["short", "longer", "flipped", "header", "other key", "no json", "empty"])
+def test_damaged_entries_are_removed_and_counted(tmp_path: Path, damage: str) -> None:
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames_of(1))
+    path = cache._path(key_of(1))
+    data = bytearray(path.read_bytes())
+    if damage == "short":
+        data = data[:-5]
+    elif damage == "longer":
+        data += b"x"
+    elif damage == "flipped":
+        data[-7] ^= 1
+    elif damage == "header":
+        data[:HEADER_BYTES] = b'{"magic": "rmsd-frames-1"}'.ljust(HEADER_BYTES)
+    elif damage == "other key":
+        path.unlink()
+        path = cache._path(key_of(2))
+        path.parent.mkdir(exist_ok=True)
+    elif damage == "no json":
+        data[:50] = b"\xff" * 50
+    else:
+        data = bytearray()
+    path.write_bytes(data)
+    assert cache.get(path.stem) is None
+    assert cache.corrupt == 1 and not path.exists()
+    cache.put(path.stem, frames_of(1))
+    assert cache.get(path.stem) is not None
+
+
+def test_a_full_disk_turns_writing_off(tmp_path: Path, monkeypatch, caplog) -> None:
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames_of(1))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(media_cache, "_write_all", full)
+    cache.put(key_of(2), frames_of(2))
+    cache.put(key_of(3), frames_of(3))
+    monkeypatch.undo()
+    cache.put(key_of(4), frames_of(4))
+    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
+    assert [path.stem for path in tmp_path.glob("??/*")] == [key_of(1)]
+    assert cache.get(key_of(1)) is not None
+
+
+def test_unfinished_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames_of(1))
+    folder = cache._path(key_of(1)).parent
+    old, new = folder / "x.frames.1-1.tmp", folder / "y.frames.1-1.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - STALE_S - 60,) * 2)
+    (tmp_path / "bytes").unlink()
+    cache.put(key_of(2), frames_of(2))
+    assert not old.exists() and new.exists()
+    assert int((tmp_path / "bytes").read_text()) == 2 * SIZE
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[3])
+import torch
+from test_media_cache import SIZE, frames_of, key_of
+from rmsd_fast.data.media_cache import DiskCache
+cache = DiskCache(sys.argv[1], 12 * SIZE)
+for turn in range(3):
+    for seed in range(20):
+        seed = (seed * 7 + int(sys.argv[2])) % 20
+        found = cache.get(key_of(seed))
+        if found is None:
+            cache.put(key_of(seed), frames_of(seed))
+        else:
+            assert torch.equal(found.pixels, frames_of(seed).pixels)
+assert cache.corrupt == 0
+"""
+
+
+def test_several_processes_use_it_at_once(tmp_path: Path) -> None:
+    """More entries than fit, so that processes evict what others read."""
+    here = str(Path(__file__).parent)
+    commands = [[sys.executable, "-c", PROCESS, str(tmp_path), str(start), here] for start in (0, 3)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    cache = DiskCache(tmp_path, 12 * SIZE)
+    assert 0 < used(cache) <= 12 * SIZE
+    assert not list(tmp_path.glob("??/*.tmp"))
+
+
+def test_several_threads_use_it_at_once(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 5 * SIZE)
+
+    def work(seed: int) -> bool:
+        cache.put(key_of(seed % 10), frames_of(seed % 10))
+        found = cache.get(key_of(seed % 10))
+        return found is None or torch.equal(found.pixels, frames_of(seed % 10).pixels)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(60)))
+    assert used(cache) <= 5 * SIZE and cache.corrupt == 0
