@@ -62,8 +62,9 @@ RANGES = {
     "teacher.numeric_eps data.cache_mib data.decode_ahead data.embedding_cache_mib checkpoint.every_steps "
     "evaluate.max_questions evaluate.samples",
     SHARE: "teacher.min_quality data.max_bad_share made.teacher_error_rate",
-    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps "
-    "data.decode_timeout_s data.disk_cache_gib",
+    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
+    (1e-12, 86400): "data.decode_timeout_s",
+    (1e-12, 1e6): "data.disk_cache_gib",
     (2, None): "video.num_frames evaluate.num_frames",
     (1, 6): "made.questions_per_clip",
 }

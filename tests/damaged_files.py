@@ -45,6 +45,11 @@ def _garbage(path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 20)
 
 
+def _playlist(path: Path) -> None:
+    """A playlist, which FFmpeg would follow whatever the file's name, to a video elsewhere."""
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{path.parent.parent}/secret.ts\n#EXT-X-ENDLIST\n")
+
+
 def _folder(path: Path) -> None:
     path.mkdir()
 
@@ -189,6 +194,7 @@ FAULTS = (
     Fault("empty", _empty, "the file is empty"),
     Fault("huge (32 GiB, sparse)", _huge, "data.max_file_mib"),
     Fault("garbage", _garbage, "cannot be decoded"),
+    Fault("playlist of files elsewhere", _playlist, "got text or a playlist"),
     Fault("truncated", _truncated, "truncated: expected at least"),
     Fault("truncated fast-start", _truncated_fast_start, "truncated: expected at least"),
     Fault("audio only", _audio_only, "cannot be decoded"),
@@ -216,9 +222,10 @@ def main() -> None:
 
     from rmsd_fast.config import DataConfig, VideoConfig
     from rmsd_fast.data.media import MediaReader
+    from rmsd_fast.data.media_file import MediaError
     from rmsd_fast.data.preprocess import Preprocessor
     from rmsd_fast.data.records import DataError, load_questions
-    from rmsd_fast.data.video import MediaError, MediaRequest
+    from rmsd_fast.data.video import MediaRequest
 
     print("| file | what happens |\n|---|---|")
     with tempfile.TemporaryDirectory() as name, MediaReader(DataConfig()) as reader:

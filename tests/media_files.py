@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import Frames, MediaRequest, read_media
+
 
 def noise_frames(frames: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
     """uint8 [F, 3, H, W]: smooth random blobs that change from frame to frame."""
@@ -39,3 +43,13 @@ def write_images(folder: Path) -> dict[str, Path]:
         picture.save(folder / f"{name}.png")
     image.save(folder / "turned.jpg", exif=exif, quality=95)
     return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".jpg")}
+
+
+def decode_video(path: Path, settings: VideoConfig, preprocessor: Preprocessor, **options: object) -> Frames:
+    """Frames of a whole video, read in this process. options: further fields of MediaRequest."""
+    return read_media(MediaRequest(str(path), "video", settings, preprocessor, **options))
+
+
+def decode_image(path: Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
+    """The one frame of an image, read in this process."""
+    return read_media(MediaRequest(str(path), "image", settings, preprocessor))

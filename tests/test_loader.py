@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples, order_position
+from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptError
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import MediaError
 
 QUESTIONS = [Question(id=f"q{i}", question="?", task_type="open", videos=(f"{i}.mp4",)) for i in range(10)]
 

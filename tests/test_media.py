@@ -18,13 +18,15 @@ from damaged_files import encoded
 from media_files import write_images
 
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, VideoConfig
-from rmsd_fast.data.decode_worker import Nursery
-from rmsd_fast.data.media import MediaReader, choose_decoder
+from rmsd_fast.data import media
+from rmsd_fast.data.decode_worker import Worker
+from rmsd_fast.data.media import COUNTS, MediaReader, MediaUnreachable, choose_decoder
+from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.video import MediaError, MediaRequest, read_media
+from rmsd_fast.data.video import MediaRequest, read_media
 
 PREPROCESSOR = Preprocessor()
-NONE = dict.fromkeys(("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks"), 0)
+NONE = dict.fromkeys(COUNTS, 0)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_frames_from_a_worker_are_those_of_the_file(clip: Path, tmp_path: Path, 
     for path in write_images(tmp_path / "images").values():
         image = replace(request(path), kind="image")
         assert same(reader.read(image), read_media(image))
-        assert reader.inspect(image).grid_thw == reader.read(image).grid_thw
+        assert reader.layout(image).grid_thw == reader.read(image).grid_thw
 
 
 def test_frames_outlive_the_worker_and_the_reader(clip: Path) -> None:
@@ -87,11 +89,41 @@ def test_what_the_key_depends_on(clip: Path, tmp_path: Path, reader: MediaReader
         others.append(replace(wanted, settings=VideoConfig(num_frames=4, **change)))
     others.append(replace(wanted, settings=VideoConfig(num_frames=None, fps=2.0)))
     others.append(replace(wanted, preprocessor=Preprocessor(14)))
+    reader.data.check_frames = False
+    unchecked = reader.read(wanted).key
+    reader.data.check_frames = True
     others.append(replace(wanted, preprocessor=Preprocessor(family="qwen2_vl")))
     encoded(copy, g="5")
     others.append(request(copy))
     keys = [reader.read(other).key for other in others]
-    assert len({key, *keys}) == 1 + len(others)
+    assert len({key, unchecked, *keys}) == 2 + len(others)
+    assert wanted.key("digest", "cpu") != wanted.key("digest", "cuda")
+
+
+def test_cached_frames_hold_no_descriptors(tmp_path: Path) -> None:
+    """A run keeps thousands of videos in memory; many systems allow 1024 open files."""
+    from PIL import Image
+
+    code = f"""
+import resource
+from pathlib import Path
+from rmsd_fast.config import DataConfig, VideoConfig
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaRequest
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+with MediaReader(DataConfig()) as reader:
+    kept = [
+        reader.read(MediaRequest(str(path), "image", VideoConfig(), Preprocessor()))
+        for path in sorted(Path({str(tmp_path)!r}).glob("*.png"))
+    ]
+assert len({{frames.pixels.data_ptr() for frames in kept}}) == 150
+assert all(frames.pixels.float().mean() == number for number, frames in enumerate(kept))
+"""
+    for number in range(150):
+        Image.new("RGB", (64, 64), (number,) * 3).save(tmp_path / f"{number:03}.png")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_changed_file_is_read_again(clip: Path, reader: MediaReader) -> None:
@@ -101,9 +133,23 @@ def test_a_changed_file_is_read_again(clip: Path, reader: MediaReader) -> None:
     assert after.key != before.key and reader.take_counts()["decoded"] == 2
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    read = Worker.read
+
+    def replaced(self: Worker, request: MediaRequest, timeout_s: float):
+        encoded(clip, g="3")
+        return read(self, request, timeout_s)
+
+    monkeypatch.setattr(Worker, "read", replaced)
+    with pytest.raises(MediaError, match="was changed while it was read"):
+        reader.read(request(clip))
+    monkeypatch.undo()
+    assert same(reader.read(request(clip)), read_media(request(clip)))
+
+
 def test_a_bad_file_is_opened_once_until_it_changes(tmp_path: Path, reader: MediaReader) -> None:
     path = tmp_path / "clip.mp4"
-    path.write_bytes(b"no video at all")
+    path.write_bytes(b"no video \0 at all")
     for _ in range(2):
         with pytest.raises(MediaError, match="cannot be decoded"):
             reader.read(request(path))
@@ -120,7 +166,7 @@ def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) ->
     (worker,) = reader._idle
     os.kill(worker.pid, signal.SIGSTOP)
     reader.data.decode_timeout_s = 0.5
-    with pytest.raises(MediaError, match=r"not decoded within data\.decode_timeout_s=0\.5"):
+    with pytest.raises(MediaError, match=r"not read within data\.decode_timeout_s=0\.5"):
         reader.read(request(clip, 5))
     reader.data.decode_timeout_s = 60.0
     assert len(reader.read(request(clip, 6)).pixels) == 6
@@ -136,19 +182,62 @@ def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaRead
 
 
 def test_a_file_that_crashes_every_decoder_is_bad(clip: Path, reader: MediaReader, monkeypatch) -> None:
-    def doomed(self: Nursery):
-        worker = original(self)
-        worker.pid = worker._start()
-        os.kill(worker.pid, signal.SIGKILL)
-        return worker
+    def doomed(self: Worker, request: MediaRequest, timeout_s: float):
+        if self.pid is None:
+            self.pid = self._connection.recv()
+        os.kill(self.pid, signal.SIGKILL)
+        return read(self, request, timeout_s)
 
-    reader.inspect(request(clip))
-    original = Nursery.worker
-    monkeypatch.setattr(Nursery, "worker", doomed)
-    os.kill(reader._idle[0].pid, signal.SIGKILL)
+    reader.layout(request(clip))
+    read = Worker.read
+    monkeypatch.setattr(Worker, "read", doomed)
     with pytest.raises(MediaError, match="the process that decoded it ended"):
         reader.read(request(clip))
     assert reader.take_counts() == {**NONE, "crashes": 2}
+    monkeypatch.undo()
+    # Remembered, and other files are read.
+    with pytest.raises(MediaError, match="the process that decoded it ended"):
+        reader.read(request(clip))
+    assert len(reader.read(request(clip, 5)).pixels) == 5
+
+
+def test_files_that_hang_one_after_the_other_are_not_to_blame(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    def hanging(self: Worker, request: MediaRequest, timeout_s: float):
+        raise media.WorkerLost(f"{request.path}: not read", timed_out=True)
+
+    reader.read(request(clip))
+    monkeypatch.setattr(Worker, "read", hanging)
+    for frames in (5, 6):
+        with pytest.raises(MediaError):
+            reader.read(request(clip, frames))
+    with pytest.raises(MediaUnreachable, match="3 files in a row were not read in time"):
+        reader.read(request(clip, 7))
+    monkeypatch.undo()
+    # Nor is the last remembered as bad, and one that is read ends the row.
+    assert len(reader.read(request(clip, 7)).pixels) == 7
+    assert reader._hangs_in_a_row == 0
+
+
+def test_a_lost_nursery_is_started_again(clip: Path, reader: MediaReader) -> None:
+    for frames in range(4, 5 + media.MOST_STARTS):
+        assert len(reader.read(request(clip, frames)).pixels) == frames
+        pid = reader._idle[0].pid
+        reader._nursery.process.kill()
+        _wait_until_gone(pid)
+
+
+def test_a_nursery_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path, monkeypatch, capfd) -> None:
+    original = subprocess.Popen
+
+    def broken(command, **options):
+        return original([sys.executable, "-c", "raise SystemExit('no decoder here')"], **options)
+
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.subprocess.Popen", broken)
+    with MediaReader(DataConfig()) as reader:
+        for _ in range(2):
+            with pytest.raises(NotInstalled, match="has ended at its start 3 times"):
+                reader.read(request(clip))
+    assert capfd.readouterr().err.count("no decoder here") == media.MOST_STARTS
 
 
 def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
@@ -166,7 +255,9 @@ def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
 
     thread = threading.Thread(target=read)
     thread.start()
-    while not reader._busy:
+    for _ in range(1000):
+        if reader._busy:
+            break
         time.sleep(0.01)
     reader.close()
     thread.join(timeout=20)
@@ -185,7 +276,7 @@ from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest
 reader = MediaReader(DataConfig())
 reader.read(MediaRequest({str(clip)!r}, "video", VideoConfig(num_frames=4), Preprocessor()))
-print(reader._nursery._process.pid, reader._idle[0].pid, flush=True)
+print(reader._nursery.process.pid, reader._idle[0].pid, flush=True)
 time.sleep(300)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -214,7 +305,7 @@ def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path) -> None:
         assert second.take_counts() == {**NONE, "memory_hits": 1}
     (entry,) = (tmp_path / "cache").glob("*/*.frames")
     with entry.open("r+b") as file:
-        file.seek(20000)
+        file.seek(8000)
         file.write(b"\xff\x00\xff\x00")
     with MediaReader(data) as third:
         assert same(frames, third.read(request(clip)))

@@ -6,15 +6,15 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from rmsd_fast.config import SettingsError
 from rmsd_fast.data import media_cache
-from rmsd_fast.data.media_cache import HEADER_BYTES, STALE_S, ByteLru, DiskCache
+from rmsd_fast.data.media_cache import BLOCK, ByteLru, DiskCache
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import Frames
 
@@ -26,7 +26,7 @@ def frames_of(seed: int, count: int = 2) -> Frames:
     return Frames(pixels, stamps, (1, 2, 4), kind, Preprocessor(14, family="qwen2_vl"), duration_s=1.5)
 
 
-SIZE = HEADER_BYTES + 2 * 3 * 32 * 64
+SIZE = BLOCK + 2 * 3 * 32 * 64
 
 
 def key_of(seed: int) -> str:
@@ -76,7 +76,9 @@ def test_disk_is_bounded_and_drops_the_least_recently_used(tmp_path: Path) -> No
     assert cache.get(key_of(11)) is None
 
 
-@pytest.mark.parametrize("damage", ["short", "longer", "flipped", "header", "other key", "no json", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["short", "longer", "pixel", "stamp", "shape", "length", "magic", "other key", "not ours", "empty"]
+)
 def test_damaged_entries_are_removed_and_counted(tmp_path: Path, damage: str) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
@@ -86,16 +88,25 @@ def test_damaged_entries_are_removed_and_counted(tmp_path: Path, damage: str) ->
         data = data[:-5]
     elif damage == "longer":
         data += b"x"
-    elif damage == "flipped":
+    elif damage == "pixel":
         data[-7] ^= 1
-    elif damage == "header":
-        data[:HEADER_BYTES] = b'{"magic": "rmsd-frames-1"}'.ljust(HEADER_BYTES)
+    elif damage == "stamp":
+        # Still JSON, another number.
+        where = data.index(b"0.333")
+        data[where + 2 : where + 3] = b"9"
+    elif damage == "shape":
+        where = data.index(b"[2, 3, 32")
+        data[where + 1 : where + 2] = b"4"
+    elif damage == "length":
+        data[12:16] = (2**31).to_bytes(4, "little")
+    elif damage == "magic":
+        data[0] ^= 1
     elif damage == "other key":
         path.unlink()
         path = cache._path(key_of(2))
         path.parent.mkdir(exist_ok=True)
-    elif damage == "no json":
-        data[:50] = b"\xff" * 50
+    elif damage == "not ours":
+        data = bytearray(b"\xff" * 5000)
     else:
         data = bytearray()
     path.write_bytes(data)
@@ -105,7 +116,47 @@ def test_damaged_entries_are_removed_and_counted(tmp_path: Path, damage: str) ->
     assert cache.get(path.stem) is not None
 
 
-def test_a_full_disk_turns_writing_off(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_long_videos_have_long_headers(tmp_path: Path) -> None:
+    pixels = torch.zeros(3000, 1, 1, 1, dtype=torch.uint8)
+    frames = Frames(pixels, tuple(i / 7 for i in range(3000)), (1500, 2, 2), "video")
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames)
+    assert cache.get(key_of(1)).timestamps_s == frames.timestamps_s
+
+
+def test_a_disk_that_does_not_answer_is_a_miss_and_no_damage(tmp_path: Path, monkeypatch) -> None:
+    cache = DiskCache(tmp_path, 2**20)
+    cache.put(key_of(1), frames_of(1))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    # An entry that belongs to another user can be read but not touched.
+    monkeypatch.setattr(media_cache.os, "utime", refuse)
+    assert cache.get(key_of(1)) is not None
+    monkeypatch.setattr(media_cache, "_read", refuse)
+    assert cache.get(key_of(1)) is None
+    monkeypatch.undo()
+    assert cache.corrupt == 0 and cache.get(key_of(1)) is not None
+
+
+def test_a_folder_that_cannot_be_made_is_a_setting_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"data\.disk_cache: cannot make"):
+        DiskCache(tmp_path / "file" / "cache", 2**20)
+
+
+def test_a_process_that_keeps_the_lock_stops_no_one(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(media_cache, "LOCK_S", 0.1)
+    holder, waiting = DiskCache(tmp_path, 2**20), DiskCache(tmp_path, 2**20)
+    with holder._locked():
+        waiting.put(key_of(1), frames_of(1))
+    assert waiting.get(key_of(1)) is None and "its frames are not kept" in caplog.text
+    waiting.put(key_of(1), frames_of(1))
+    assert waiting.get(key_of(1)) is not None
+
+
+def test_a_full_disk_costs_entries_and_is_told_once(tmp_path: Path, monkeypatch, caplog) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
 
@@ -116,24 +167,21 @@ def test_a_full_disk_turns_writing_off(tmp_path: Path, monkeypatch, caplog) -> N
     cache.put(key_of(2), frames_of(2))
     cache.put(key_of(3), frames_of(3))
     monkeypatch.undo()
-    cache.put(key_of(4), frames_of(4))
     assert len([record for record in caplog.records if "No space left" in record.message]) == 1
-    assert [path.stem for path in tmp_path.glob("??/*")] == [key_of(1)]
-    assert cache.get(key_of(1)) is not None
+    assert [path.stem for path in tmp_path.glob("??/*.frames")] == [key_of(1)]
+    # There is room again.
+    cache.put(key_of(4), frames_of(4))
+    assert cache.get(key_of(1)) is not None and cache.get(key_of(4)) is not None
 
 
 def test_unfinished_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
-    folder = cache._path(key_of(1)).parent
-    old, new = folder / "x.frames.1-1.tmp", folder / "y.frames.1-1.tmp"
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - STALE_S - 60,) * 2)
+    half = cache._path(key_of(9)).with_suffix(".tmp")
+    half.write_bytes(b"half")
     (tmp_path / "bytes").unlink()
     cache.put(key_of(2), frames_of(2))
-    assert not old.exists() and new.exists()
-    assert int((tmp_path / "bytes").read_text()) == 2 * SIZE
+    assert not half.exists() and int((tmp_path / "bytes").read_text()) == 2 * SIZE
 
 
 PROCESS = """

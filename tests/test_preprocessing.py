@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from media_files import noise_frames, write_images
+from media_files import decode_image, noise_frames, write_images
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import (
@@ -19,7 +19,6 @@ from rmsd_fast.data.preprocess import (
     video_patches,
     video_size,
 )
-from rmsd_fast.data.video import decode_image
 from rmsd_kernels import resize_frames
 
 PREPROCESSOR = Preprocessor()
@@ -65,6 +64,14 @@ def test_frame_indices(total: int, fps: float, settings: VideoConfig, expected: 
 )
 def test_frame_indices_of_qwen2(total: int, fps: float, settings: VideoConfig, expected: list[int]) -> None:
     assert frame_indices(total, fps, settings, QWEN2) == expected
+
+
+def test_frame_indices_of_qwen2_stay_within_the_video() -> None:
+    """Steps rounded down would give one more frame, behind the end."""
+    for total in range(8, 400):
+        for settings in (VideoConfig(num_frames=30), VideoConfig(num_frames=None, fps=2.0)):
+            indices = frame_indices(total, 25.0, settings, QWEN2)
+            assert len(indices) % 2 == 0 and indices[-1] < total
 
 
 @pytest.mark.parametrize("settings", [VideoConfig(num_frames=4, fps=1.0), VideoConfig(num_frames=None)])

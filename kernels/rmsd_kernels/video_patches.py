@@ -187,4 +187,5 @@ def _per_channel(name: str, values: Sequence[float], frames: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected {frames.shape[1]} numbers, one per channel of frames, got {len(values)}")
     for value in values:
         checks.check_number(name, value, above=0.0 if name == "std" else None)
-    return torch.tensor(values, dtype=torch.float32, device=frames.device).mul(255)
+    # Made on the CPU: so few bytes are copied to a GPU without waiting for it.
+    return torch.tensor(values, dtype=torch.float32).mul(255).to(frames.device, non_blocking=True)

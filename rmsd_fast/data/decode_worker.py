@@ -11,24 +11,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import mmap
 import os
-import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from rmsd_fast.config import NotInstalled, UserError
-from rmsd_fast.data.video import Frames, Inspection, MediaError, MediaRequest, inspect_media, read_media
+from rmsd_fast.config import UserError
+from rmsd_fast.data.media_file import MediaError, file_digest
+from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
 from rmsd_kernels import native
 
 # For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
@@ -42,6 +44,10 @@ class WorkerLost(MediaError):
     def __init__(self, message: str, *, timed_out: bool):
         super().__init__(message)
         self.timed_out = timed_out
+
+
+class NotStarted(RuntimeError):
+    """The worker ended before its first answer, or never came: no fault of the file."""
 
 
 class Nursery:
@@ -58,7 +64,7 @@ class Nursery:
             "CUDA_VISIBLE_DEVICES": "",
         }
         path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "rmsd_fast.data.decode_worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -69,49 +75,45 @@ class Nursery:
         theirs.close()
 
     def worker(self) -> Worker:
-        """A new worker, at once; it answers as soon as the nursery has started."""
+        """A new worker, at once; it answers as soon as the nursery has started, or is lost if that has ended."""
         ours, theirs = socket.socketpair()
-        with self._lock:
-            try:
-                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-            except OSError as error:
-                raise NotInstalled("the process that starts decoders has ended; see its message above") from error
-            finally:
-                theirs.close()
-        return Worker(ours)
+        with self._lock, contextlib.suppress(OSError):
+            socket.send_fds(self._control, [b"w"], [theirs.fileno()])
+        theirs.close()
+        return Worker(ours, self)
 
     def close(self) -> None:
-        """End the nursery; its workers end when they are closed."""
+        """End the nursery, and its workers with it."""
         self._control.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 class Worker:
-    """This side of one worker process. For one thread at a time."""
+    """This side of one worker process. For one thread at a time; `kill` may come from any."""
 
-    def __init__(self, ours: socket.socket) -> None:
+    def __init__(self, ours: socket.socket, nursery: Nursery) -> None:
+        self.nursery = nursery
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
         self.pid: int | None = None
         self.lost = False
 
-    def inspect(self, request: MediaRequest, timeout_s: float) -> Inspection:
-        """`inspect_media` there. Raises what it raises, and WorkerLost."""
-        return self._call("inspect", request, timeout_s)
+    def layout(self, request: MediaRequest, timeout_s: float) -> Layout:
+        """`read_layout` there. Raises what it raises, WorkerLost and NotStarted."""
+        return self._call("layout", request, timeout_s)
+
+    def digest(self, request: MediaRequest, timeout_s: float) -> str:
+        """`file_digest` there. Raises as `layout`."""
+        return self._call("digest", request, timeout_s)
 
     def read(self, request: MediaRequest, timeout_s: float) -> Frames:
-        """`read_media` there; the pixels lie in memory that both processes see. Raises as `inspect`."""
-        frames, shape = self._call("read", request, timeout_s)
-        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
-        return replace(frames, pixels=_mapped(descriptors[0], shape))
+        """`read_media` there; the pixels lie in memory that both processes see. Raises as `layout`."""
+        return self._call("read", request, timeout_s)
 
     def kill(self) -> None:
-        """End the process, at once; from any thread. One that waits for it gets a WorkerLost."""
-        if self.pid is not None:
+        """End the process, at once. A thread that waits for it gets a WorkerLost."""
+        if self.pid is not None and not self.lost:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -122,48 +124,69 @@ class Worker:
         self._socket.close()
 
     def _call(self, operation: str, request: MediaRequest, timeout_s: float) -> Any:
+        """The worker's answer. Whatever keeps it from being read whole ends the worker: its next one would be torn."""
         if self.pid is None:
-            self.pid = self._start()
+            self._start()
         try:
+            end = time.monotonic() + timeout_s
             self._connection.send((operation, request))
-            if not self._connection.poll(timeout_s):
-                self.kill()
-                self.close()
-                raise WorkerLost(
-                    f"{request.path}: not decoded within data.decode_timeout_s={timeout_s:g}; re-encode it, drop the "
-                    "question, or raise the limit",
-                    timed_out=True,
-                )
+            self._wait(timeout_s)
             status, value = self._connection.recv()
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            if status == "frames":
+                frames, shape = value
+                self._wait(max(1.0, end - time.monotonic()))
+                _, (descriptor,), _, _ = socket.recv_fds(self._socket, 1, 1)
+                return replace(frames, pixels=_mapped(descriptor, shape))
+        except TimeoutError as error:
+            self.kill()
+            self.close()
+            raise WorkerLost(
+                f"{request.path}: not read within data.decode_timeout_s={timeout_s:g}; re-encode it, drop the "
+                "question, or raise the limit",
+                timed_out=True,
+            ) from error
+        # A closed socket has no descriptor to unpack.
+        except (EOFError, OSError, ValueError) as error:
+            self.kill()
             self.close()
             raise WorkerLost(
                 f"{request.path}: the process that decoded it ended (a crash in the decoder, or out of memory); "
                 "re-encode it or drop the question",
                 timed_out=False,
             ) from error
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
         if status == "bad":
             raise MediaError(value)
         if status == "error":
             raise value
         return value
 
-    def _start(self) -> int:
+    def _start(self) -> None:
         try:
-            if self._connection.poll(START_S):
-                return self._connection.recv()
-        except (EOFError, OSError):
-            pass
-        raise NotInstalled("the process that decodes media did not start; see its message above")
+            self._wait(START_S)
+            self.pid = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise NotStarted("the process that decodes media did not start") from error
+
+    def _wait(self, timeout_s: float) -> None:
+        if not self._connection.poll(timeout_s):
+            raise TimeoutError
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """uint8 tensor over the memory of a descriptor, which is closed; the memory lives as long as tensors over it."""
+    """uint8 tensor over the memory of a descriptor, which is closed; the memory lives as long as tensors over it.
+
+    Not by Python's mmap, which keeps a descriptor open for each mapping: caches hold thousands.
+    """
     try:
-        memory = mmap.mmap(descriptor, math.prod(shape))
+        path = f"/dev/fd/{descriptor}"
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.uint8).view(shape)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
 def _anonymous_memory(size: int) -> int:
@@ -181,6 +204,10 @@ def _serve(ours: socket.socket) -> None:
     """A worker's life: answer requests until the other side closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Where memory runs out, a file is lost rather than the run.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    warnings.simplefilter("ignore")  # what libraries think of a file; what matters comes as an error
     torch.set_num_threads(1)
     connection = Connection(os.dup(ours.fileno()))
     connection.send(os.getpid())
@@ -195,24 +222,31 @@ def _serve(ours: socket.socket) -> None:
             descriptors.append(_anonymous_memory(math.prod(shape)))
             return _mapped(os.dup(descriptors[-1]), shape)
 
-        try:
-            if operation == "inspect":
-                answer = ("ok", inspect_media(request))
-            else:
-                frames = read_media(request, allocate=allocate)
-                answer = ("ok", (replace(frames, pixels=torch.empty(0)), tuple(frames.pixels.shape)))
-                del frames
-        except MediaError as error:
-            answer = ("bad", str(error))
-        except UserError as error:
-            answer = ("error", error)
-        except Exception:
-            answer = ("error", RuntimeError(f"{request.path}: failed while decoding:\n{traceback.format_exc()}"))
+        answer = _answer(operation, request, allocate)
         connection.send(answer)
-        if operation == "read" and answer[0] == "ok":
-            socket.send_fds(ours, [b"p"], descriptors[-1:])
+        if answer[0] == "frames":
+            socket.send_fds(ours, [b"p"], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _answer(operation: str, request: MediaRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> tuple:
+    """What is sent back: ("ok", value), ("frames", (frames without pixels, shape)), ("bad", text) or ("error", it)."""
+    try:
+        if operation == "layout":
+            return "ok", read_layout(request)
+        if operation == "digest":
+            return "ok", file_digest(request.path)
+        frames = read_media(request, allocate=allocate)
+        return "frames", (replace(frames, pixels=torch.empty(0)), tuple(frames.pixels.shape))
+    except MediaError as error:
+        return "bad", str(error)
+    except UserError as error:
+        return "error", error
+    except Exception as error:
+        # Libraries raise all kinds of things at damaged files.
+        traceback.print_exc()
+        return "bad", f"{request.path}: cannot be decoded ({type(error).__name__}: {error}); drop the question"
 
 
 def main(descriptor: int) -> None:
@@ -227,12 +261,18 @@ def main(descriptor: int) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             return
-        if os.fork() == 0:
+        try:
+            child = os.fork() == 0
+        except OSError:
+            child = False  # the other side sees its worker lost
+        if child:
             control.close()
             status = 1
             try:
                 _serve(socket.socket(fileno=descriptors[0]))
                 status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         os.close(descriptors[0])

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from rmsd_fast.config import SettingsError, UserError
+from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import MediaError
 
 ATTEMPTS = 20
 

@@ -17,16 +17,25 @@ from typing import TypeVar
 
 import torch
 
-from rmsd_fast.config import DataConfig, NotInstalled, SettingsError
-from rmsd_fast.data.decode_worker import Nursery, Worker, WorkerLost
-from rmsd_fast.data.media_cache import ByteLru, DiskCache
-from rmsd_fast.data.video import Frames, Inspection, MediaError, MediaRequest, read_media, stat_file
+from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
+from rmsd_fast.data.decode_worker import NotStarted, Nursery, Worker, WorkerLost
+from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
+from rmsd_fast.data.media_file import MediaError, stat_file
+from rmsd_fast.data.video import CpuFallback, Frames, Layout, MediaRequest, read_media
 
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 
-# Decodes on the GPU that never came back. Their threads cannot be ended; so many are no fault of the files.
+# So many files in a row that are not read in time are no fault of theirs.
 MOST_HANGS = 3
+# The process that decodes is started so often without any result.
+MOST_STARTS = 3
+# Since `take_counts` was called last: files decoded, hits of the caches, and what went wrong.
+COUNTS = ("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks")
+
+
+class MediaUnreachable(UserError, RuntimeError):
+    """Files cannot be read in time, one after the other."""
 
 
 class MediaReader:
@@ -37,7 +46,7 @@ class MediaReader:
 
     Args:
         data: decoder, time-out, caches and checks.
-        device: of the model. On CUDA frames that were decoded on the CPU come in pinned memory.
+        device: of the model. Frames come on it where CUDA decodes; where the CPU decodes for it, in pinned memory.
     Attributes:
         decoder: "cpu" or "cuda", what `data.decoder` came to.
         decoder_reason: why `auto` came to "cpu" on a CUDA machine, else "".
@@ -50,14 +59,17 @@ class MediaReader:
         self._disk = DiskCache(data.disk_cache, int(data.disk_cache_gib * 2**30)) if data.disk_cache else None
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._inspected: dict[tuple, Inspection] = {}
+        # A few hundred bytes for each file and way to read it.
+        self._layouts: dict[tuple, Layout] = {}
+        self._digests: dict[tuple, str] = {}
         self._bad: dict[tuple, str] = {}
         self._flights: dict[str, Future[Frames]] = {}
         self._nursery: Nursery | None = None
+        self._starts = 0
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._closed = False
-        self._hangs = 0
+        self._hangs_in_a_row = 0
         self._stream = torch.cuda.Stream(self.device) if self.decoder == "cuda" else None
 
     def __enter__(self) -> MediaReader:
@@ -80,32 +92,34 @@ class MediaReader:
             nursery.close()
 
     def take_counts(self) -> dict[str, int]:
-        """COUNTS since the last call: files decoded, hits of the caches, damaged disk entries, faults of decoders."""
+        """COUNTS since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         if self._disk is not None:
             counts["disk_rebuilt"], self._disk.corrupt = self._disk.corrupt, 0
         return {name: counts[name] for name in COUNTS}
 
-    def inspect(self, request: MediaRequest) -> Inspection:
-        """Content hash and grid of a file, no pixel decoded; remembered until the file changes."""
+    def layout(self, request: MediaRequest) -> Layout:
+        """Stamps and grid of the frames to come, from the file's headers; remembered until the file changes."""
         request = self._complete(request)
-        identity = self._identity(request)
-        if identity not in self._inspected:
-            self._inspected[identity] = self._remember_bad(
-                identity, lambda: self._in_worker(lambda worker, limit: worker.inspect(request, limit))
-            )
-        return self._inspected[identity]
+        state = self._state(request)
+        if state not in self._layouts:
+            self._layouts[state] = self._in_worker(state, lambda worker, limit: worker.layout(request, limit))
+        return self._layouts[state]
 
     def read(self, request: MediaRequest) -> Frames:
         """Frames of a file.
 
         Raises:
             MediaError: the file cannot be used.
-            NotInstalled, SettingsError: nothing can be decoded here, or with these settings.
+            MediaUnreachable, NotInstalled, SettingsError: nothing can be read here, or with these settings.
         """
         request = self._complete(request)
-        key = request.key(self.inspect(request).digest, self.decoder)
+        state = self._state(request)
+        # By content: of the request only the path counts.
+        if state[1:] not in self._digests:
+            self._digests[state[1:]] = self._in_worker(state, lambda worker, limit: worker.digest(request, limit))
+        key = request.key(self._digests[state[1:]], self.decoder)
         with self._lock:
             flight = self._flights.get(key)
             mine = flight is None
@@ -114,7 +128,7 @@ class MediaReader:
         if not mine:
             return flight.result()
         try:
-            flight.set_result(self._load(key, request))
+            flight.set_result(self._load(key, request, state))
         except BaseException as error:
             flight.set_exception(error)
         finally:
@@ -122,7 +136,7 @@ class MediaReader:
                 del self._flights[key]
         return flight.result()
 
-    def _load(self, key: str, request: MediaRequest) -> Frames:
+    def _load(self, key: str, request: MediaRequest, state: tuple) -> Frames:
         frames = self._memory.get(key)
         if frames is not None:
             self._count("memory_hits")
@@ -131,25 +145,30 @@ class MediaReader:
         if frames is not None:
             self._count("disk_hits")
         else:
-            frames = replace(self._remember_bad(self._identity(request), lambda: self._decode(request)), key=key)
+            frames = replace(self._decode(request, state), key=key)
+            if self._state(request) != state:
+                raise MediaError(f"{request.path}: the file was changed while it was read; leave it as it is")
             self._count("decoded")
-            if frames.decoder == "cpu fallback":
-                self._count("cpu_fallbacks")
-                log.warning("%s: NVDEC cannot decode this video, the CPU did", request.path)
             if self._disk is not None:
                 self._disk.put(key, frames)
-        if self.device.type == "cuda" and not frames.pixels.is_cuda:
+        if self.decoder == "cuda":
+            frames = replace(frames, pixels=frames.pixels.to(self.device))
+        elif self.device.type == "cuda":
             # Copies from pinned memory need not be waited for.
             frames = replace(frames, pixels=frames.pixels.pin_memory())
-        self._memory.put(key, frames, frames.pixels.nbytes)
+        self._memory.put(key, frames, held_bytes(frames.pixels))
         return frames
 
-    def _decode(self, request: MediaRequest) -> Frames:
+    def _decode(self, request: MediaRequest, state: tuple) -> Frames:
         if self.decoder == "cuda" and request.kind == "video":
-            return self._on_cuda(request)
-        return self._in_worker(lambda worker, limit: worker.read(request, limit))
+            try:
+                return self._on_cuda(request, state)
+            except CpuFallback as reason:
+                self._count("cpu_fallbacks")
+                log.warning("%s: NVDEC cannot decode this video, the CPU does (%s)", request.path, reason)
+        return self._in_worker(state, lambda worker, limit: worker.read(request, limit))
 
-    def _on_cuda(self, request: MediaRequest) -> Frames:
+    def _on_cuda(self, request: MediaRequest, state: tuple) -> Frames:
         """Decode with NVDEC in a thread of its own: one that hangs is left behind."""
         done: Future[Frames] = Future()
 
@@ -164,46 +183,79 @@ class MediaReader:
                 done.set_exception(error)
 
         threading.Thread(target=work, name="nvdec", daemon=True).start()
+        limit = self.data.decode_timeout_s
         try:
-            return done.result(timeout=self.data.decode_timeout_s)
+            frames = done.result(timeout=limit)
         except NotDone:
-            self._count("timeouts")
-            self._hangs += 1
-            if self._hangs > MOST_HANGS:
-                raise NotInstalled(
-                    f"{self._hangs} videos were not decoded on the GPU within data.decode_timeout_s="
-                    f"{self.data.decode_timeout_s:g}; use data.decoder=cpu, whose processes can be ended"
-                ) from None
-            raise MediaError(
-                f"{request.path}: not decoded on the GPU within data.decode_timeout_s={self.data.decode_timeout_s:g}; "
-                "re-encode it, drop the question, or raise the limit"
-            ) from None
+            text = (
+                f"{request.path}: not decoded on the GPU within data.decode_timeout_s={limit:g}; re-encode it or drop "
+            )
+            raise self._bad_file(state, WorkerLost(f"{text}the question, or raise the limit", timed_out=True)) from None
+        except MediaError as error:
+            raise self._bad_file(state, error) from error
+        self._hangs_in_a_row = 0
+        return frames
 
-    def _in_worker(self, call: Callable[[Worker, float], Result]) -> Result:
+    def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
         """What the call gives in some worker; tried once more after a crash, as memory may have run out by chance."""
-        for last in (False, True):
+        crashed = False
+        while True:
             worker = self._take_worker()
             try:
-                return call(worker, self.data.decode_timeout_s)
-            except WorkerLost as lost:
+                result = call(worker, self.data.decode_timeout_s)
+                self._starts = self._hangs_in_a_row = 0
+                return result
+            except NotStarted:
+                self._drop_nursery(worker.nursery)
+            except MediaError as error:
                 if self._closed:
-                    raise RuntimeError("the media reader was closed") from lost
-                self._count("timeouts" if lost.timed_out else "crashes")
-                if last or lost.timed_out:
-                    raise
+                    raise RuntimeError("the media reader was closed") from error
+                if not isinstance(error, WorkerLost) or error.timed_out or crashed:
+                    raise self._bad_file(state, error) from error
+                self._count("crashes")
+                crashed = True
             finally:
                 self._give_back(worker)
-        raise AssertionError("not reached")
+
+    def _bad_file(self, state: tuple, error: MediaError) -> Exception:
+        """The error to raise: the file is remembered as bad, unless so many hung one after the other."""
+        if isinstance(error, WorkerLost):
+            self._count("timeouts" if error.timed_out else "crashes")
+            self._hangs_in_a_row = self._hangs_in_a_row + 1 if error.timed_out else 0
+            if self._hangs_in_a_row >= MOST_HANGS:
+                return MediaUnreachable(
+                    f"{self._hangs_in_a_row} files in a row were not read in time, the last: {error}. Is their disk "
+                    "reachable, and the machine not overloaded?"
+                )
+        self._bad[state] = str(error)
+        return error
 
     def _take_worker(self) -> Worker:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the media reader was closed")
             if self._nursery is None:
+                if self._starts == MOST_STARTS:
+                    raise NotInstalled(
+                        f"the process that decodes media has ended at its start {self._starts} times; see its messages "
+                        "above"
+                    )
+                self._starts += 1
                 self._nursery = Nursery()
             worker = self._idle.pop() if self._idle else self._nursery.worker()
             self._busy.add(worker)
             return worker
+
+    def _drop_nursery(self, nursery: Nursery) -> None:
+        """Let the next worker come from a new one, unless another thread has seen to it."""
+        with self._lock:
+            if self._nursery is not nursery:
+                return
+            self._nursery = None
+            idle, self._idle = self._idle, []
+        nursery.close()
+        for worker in idle:
+            worker.close()
 
     def _give_back(self, worker: Worker) -> None:
         with self._lock:
@@ -218,28 +270,18 @@ class MediaReader:
     def _complete(self, request: MediaRequest) -> MediaRequest:
         return replace(request, check_frames=self.data.check_frames, max_file_mib=self.data.max_file_mib)
 
-    def _identity(self, request: MediaRequest) -> tuple:
-        """The request and the state of its file; raises MediaError where there is none, or it is known to be bad."""
-        found = stat_file(request)
+    def _state(self, request: MediaRequest) -> tuple:
+        """The request, and its file's state; raises MediaError where there is no file, or it is known to be bad."""
+        found = stat_file(request.path, request.max_file_mib)
         wanted = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
-        identity = (wanted, found.st_size, found.st_mtime_ns, found.st_ino)
-        if identity in self._bad:
-            raise MediaError(self._bad[identity])
-        return identity
-
-    def _remember_bad(self, identity: tuple, call: Callable[[], Result]) -> Result:
-        try:
-            return call()
-        except MediaError as error:
-            self._bad[identity] = str(error)
-            raise
+        state = (wanted, request.path, found.st_size, found.st_mtime_ns, found.st_ino)
+        if state in self._bad:
+            raise MediaError(self._bad[state])
+        return state
 
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
-
-
-COUNTS = ("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks")
 
 
 def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -6,30 +6,34 @@ import fcntl
 import json
 import logging
 import os
+import struct
 import threading
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
+from rmsd_fast.config import SettingsError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import Frames
 
 log = logging.getLogger("rmsd_fast")
 Value = TypeVar("Value")
 
-MAGIC = "rmsd-frames-1"
-HEADER_BYTES = 16384
+# What an entry begins with: a name of the format and the CRC-32 of all behind it, then the length of the header.
+MAGIC = b"rmsdfr02"
+CHECK, LENGTH = struct.Struct("<8sI"), struct.Struct("<I")
+BLOCK = 4096
 # Evicting a little more than is needed spares the next writers a scan of the folder.
 KEEP_SHARE = 0.9
-# Older unfinished files were left by processes that were killed.
-STALE_S = 3600.0
+# Longest wait for other writers; then the frames are not kept.
+LOCK_S = 30.0
 
 
 class ByteLru(Generic[Value]):
@@ -60,20 +64,34 @@ class ByteLru(Generic[Value]):
                 self.bytes -= gone
 
 
+def held_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor holds; torch takes pinned memory in powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_pinned() else tensor.nbytes
+
+
 class DiskCache:
     """Resized frames in a folder, one file each; several processes may use it at once.
 
-    A file is a JSON header with a checksum, padded to 16 KiB, and the pixels. It is written beside its place and
-    renamed, so readers see whole files; one that does not check is removed and counted in `corrupt`, and its frames are
-    made anew. The folder's total stands in `bytes`, changed under a lock; over the budget the files go first that were
-    not used for longest.
+    A file is a checksum of all that follows, the length of a JSON header, the header padded to 4 KiB, and the pixels.
+    It is written beside its place and renamed, so readers see whole files; one that does not check is removed and
+    counted in `corrupt`, and its frames are made anew. One process writes at a time, so the folder's total, which
+    stands in `bytes`, is exact. Over the budget the files go first that were not used for longest. What goes wrong with
+    the disk costs entries, never the run.
+
+    Raises:
+        SettingsError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, budget_bytes: int):
         self.folder, self.budget = Path(folder), budget_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"data.disk_cache: cannot make {self.folder} ({error.strerror}); choose another folder"
+            ) from error
         self.corrupt = 0
-        self._full = False
+        self._told = False
 
     def get(self, key: str) -> Frames | None:
         """The frames of a key, in memory of their own; None where there are none or the file is damaged."""
@@ -81,87 +99,94 @@ class DiskCache:
         try:
             with path.open("rb", buffering=0) as file:
                 frames = _read(file, key)
-            os.utime(path)
-            return frames
-        except FileNotFoundError:
+        except OSError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.corrupt += 1
             log.warning("%s: damaged cache entry (%s), made anew", path, str(error).split("\n", 1)[0])
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
+        with suppress(OSError):
+            os.utime(path)
+        return frames
 
     def put(self, key: str, frames: Frames) -> None:
-        """Write the frames; where the disk is full the cache writes no more, and says so once."""
-        path, size = self._path(key), HEADER_BYTES + frames.pixels.nbytes
-        if self._full or size > self.budget or path.exists():
+        """Write the frames. Where that fails they are not kept, which is said once."""
+        path, header = self._path(key), _header(key, frames)
+        size = CHECK.size + len(header) + frames.pixels.nbytes
+        if size > self.budget or path.exists():
             return
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         try:
-            self._reserve(size)
-            path.parent.mkdir(exist_ok=True)
-            with temporary.open("wb", buffering=0) as file:
-                _write(file, key, frames)
-            temporary.replace(path)
+            with self._locked():
+                self._make_room(size)
+                path.parent.mkdir(exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                with temporary.open("wb", buffering=0) as file:
+                    pixels = frames.pixels.cpu().contiguous().numpy()
+                    crc = zlib.crc32(pixels, zlib.crc32(header))
+                    _write_all(file, CHECK.pack(MAGIC, crc) + header)
+                    _write_all(file, pixels)
+                temporary.replace(path)
         except OSError as error:
-            self._full = True
-            log.warning("%s: cannot be written (%s); frames are not kept on disk any more", path, error.strerror)
-            temporary.unlink(missing_ok=True)
+            if not self._told:
+                self._told = True
+                log.warning("%s: cannot be written (%s); its frames are not kept", path, error.strerror or error)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.frames"
 
-    def _reserve(self, size: int) -> None:
-        """Make room for so many bytes and count them in."""
-        with self._locked():
-            ledger = self.folder / "bytes"
-            try:
-                used = int(ledger.read_text())
-            except (OSError, ValueError):
-                used = sum(found for _, found, _ in self._files())
-            if used + size > self.budget:
-                used = self._evict(KEEP_SHARE * self.budget - size)
-            temporary = ledger.with_name("bytes.tmp")
-            temporary.write_text(str(used + size))
-            temporary.replace(ledger)
+    def _make_room(self, size: int) -> None:
+        """Remove what is in the way of so many bytes, and count them in."""
+        ledger = self.folder / "bytes"
+        try:
+            used = int(ledger.read_text())
+        except (OSError, ValueError):
+            used = self._evict(self.budget)
+        if used + size > self.budget:
+            used = self._evict(max(0, KEEP_SHARE * self.budget - size))
+        temporary = ledger.with_name("bytes.tmp")
+        temporary.write_text(str(used + size))
+        temporary.replace(ledger)
 
     def _evict(self, target: float) -> int:
         """Remove the least recently used files until `target` bytes are left; returns what is left."""
-        files = sorted(self._files())
+        files = []
+        for path in self.folder.glob("??/*"):
+            if path.suffix == ".tmp":
+                path.unlink(missing_ok=True)  # the lock is ours: nobody writes it
+            else:
+                found = path.stat()
+                files.append((found.st_mtime, found.st_size, path))
         used = sum(size for _, size, _ in files)
-        for _, size, path in files:
+        for _, size, path in sorted(files):
             if used <= target:
                 break
             path.unlink(missing_ok=True)
             used -= size
         return used
 
-    def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, size and path of every entry; unfinished ones that nobody writes are removed."""
-        for path in self.folder.glob("??/*"):
-            try:
-                found = path.stat()
-            except FileNotFoundError:
-                continue
-            if path.suffix == ".tmp" and time.time() - found.st_mtime > STALE_S:
-                path.unlink(missing_ok=True)
-            elif path.suffix == ".frames":
-                yield found.st_mtime, found.st_size, path
-
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Hold the folder's lock. OSError where another process does not let go of it."""
         with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            end = time.monotonic() + LOCK_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.01)
             yield
 
 
-def _write(file, key: str, frames: Frames) -> None:
-    pixels = frames.pixels.cpu().contiguous().numpy()
-    header = {
-        "magic": MAGIC,
+def _header(key: str, frames: Frames) -> bytes:
+    """Length and JSON of all but the pixels, with room for the checksum before it a multiple of 4 KiB."""
+    fields = {
         "key": key,
-        "shape": pixels.shape,
-        "crc32": zlib.crc32(pixels),
+        "shape": tuple(frames.pixels.shape),
         "timestamps_s": frames.timestamps_s,
         "grid_thw": frames.grid_thw,
         "kind": frames.kind,
@@ -169,11 +194,9 @@ def _write(file, key: str, frames: Frames) -> None:
         "duration_s": frames.duration_s,
         "decoder": frames.decoder,
     }
-    text = json.dumps(header).encode()
-    if len(text) > HEADER_BYTES:
-        raise OSError(0, f"{len(text)} bytes of header")
-    _write_all(file, text.ljust(HEADER_BYTES))
-    _write_all(file, pixels)
+    text = json.dumps(fields).encode()
+    size = -(-(CHECK.size + LENGTH.size + len(text)) // BLOCK) * BLOCK - CHECK.size
+    return (LENGTH.pack(size) + text).ljust(size)
 
 
 def _write_all(file, data) -> None:
@@ -183,26 +206,32 @@ def _write_all(file, data) -> None:
 
 
 def _read(file, key: str) -> Frames:
-    header = json.loads(_read_exactly(file, bytearray(HEADER_BYTES)))
-    if header["magic"] != MAGIC or header["key"] != key:
-        raise ValueError("another kind of file, or of another key")
-    pixels = torch.empty(header["shape"], dtype=torch.uint8)
+    """ValueError and others: the file is damaged."""
+    magic, crc = CHECK.unpack(_read_exactly(file, bytearray(CHECK.size)))
+    length = _read_exactly(file, bytearray(LENGTH.size))
+    (size,) = LENGTH.unpack(length)
+    total = os.fstat(file.fileno()).st_size
+    if magic != MAGIC or not LENGTH.size <= size <= total - CHECK.size:
+        raise ValueError("another kind of file")
+    text = _read_exactly(file, bytearray(size - LENGTH.size))
+    pixels = torch.empty(total - CHECK.size - size, dtype=torch.uint8)
     view = pixels.numpy()
-    _read_exactly(file, memoryview(view).cast("B"))
-    if file.read(1) or zlib.crc32(view) != header["crc32"]:
+    _read_exactly(file, memoryview(view))
+    if zlib.crc32(view, zlib.crc32(text, zlib.crc32(length))) != crc:
         raise ValueError("the checksum differs")
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in header["preprocessor"].items()
-    }
+    fields = json.loads(text)
+    if fields["key"] != key:
+        raise ValueError("an entry of another key")
+    preprocessor = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["preprocessor"].items()}
     return Frames(
-        pixels,
-        tuple(header["timestamps_s"]),
-        tuple(header["grid_thw"]),
-        header["kind"],
-        Preprocessor(**fields),
-        duration_s=header["duration_s"],
+        pixels.view(fields["shape"]),
+        tuple(fields["timestamps_s"]),
+        tuple(fields["grid_thw"]),
+        fields["kind"],
+        Preprocessor(**preprocessor),
+        duration_s=fields["duration_s"],
         key=key,
-        decoder=header["decoder"],
+        decoder=fields["decoder"],
     )
 
 

@@ -167,7 +167,8 @@ def _spread_qwen2(total: int, fps: float, settings: VideoConfig, span: int) -> l
         most = min(settings.max_frames, total) // span * span
         count = int(min(max(total / fps * settings.fps, settings.min_frames), most)) // span * span
     # The processor steps in float32.
-    return torch.arange(0, total, total / count).int().tolist() if count else []
+    # One too many, behind the end, where the step is rounded down.
+    return torch.arange(0, total, total / count).int().tolist()[:count] if count else []
 
 
 def smart_resize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import Frames, MediaRequest, inspect_media, read_media
+from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
 
 END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -83,7 +84,7 @@ class PromptBuilder:
         self.tokenizer = student.tokenizer
         self.preprocessor = student.preprocessor
         self.video = video
-        self._read, self._inspect = (media.read, media.inspect) if media else (read_media, inspect_media)
+        self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
         self._rope_index = student.model.model.get_rope_index
         config = student.model.config
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
@@ -101,15 +102,14 @@ class PromptBuilder:
         """Decode the question's media and build its prompt.
 
         Args:
-            max_tokens: longest prompt. Where the vision tokens alone exceed it, which headers tell, nothing is decoded.
+            max_tokens: longest prompt. The headers of the media tell its length, so a longer one is not decoded.
         Raises:
             MediaError: a media file cannot be used.
             PromptError: the text holds a special token, or the prompt is longer than max_tokens.
         """
         requests = self.media_requests(question)
         if max_tokens is not None:
-            grids = [self._inspect(request).grid_thw for request in requests]
-            _refuse_long(question, sum(self._vision_tokens(grid) for grid in grids), max_tokens)
+            _refuse_long(question, self._length(question, [self._layout(request) for request in requests]), max_tokens)
         prompt = self.build_from_media(question, tuple(self._read(request) for request in requests))
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
@@ -124,18 +124,25 @@ class PromptBuilder:
             for kind, path, span in [*videos, *(("image", path, None) for path in question.images)]
         ]
 
-    def _vision_tokens(self, grid_thw: tuple[int, int, int]) -> int:
-        return math.prod(grid_thw) // self.preprocessor.merge_size**2
+    def _length(self, question: Question, layouts: list[Layout]) -> int:
+        """Tokens of the prompt. Each temporal patch goes to the tokenizer with one vision token for all of its own."""
+        merge = self.preprocessor.merge_size
+        short = [replace(layout, grid_thw=(layout.grid_thw[0], merge, merge)) for layout in layouts]
+        vision = sum(math.prod(layout.grid_thw) // merge**2 - layout.grid_thw[0] for layout in layouts)
+        return len(self._prompt_ids(question, short)) + vision
 
-    def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
-        """The same with media decoded before: videos, then images, in the order of the question."""
+    def _prompt_ids(self, question: Question, media: Sequence[Frames | Layout]) -> torch.Tensor:
         text = question_text(question)
         self._refuse_special(question, text)
         content = [{"type": frames.kind} for frames in media] + [{"type": "text", "text": text}]
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        ids = self._encode(self._expand(rendered, media, question))
+        return self._encode(self._expand(rendered, media, question))
+
+    def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
+        """The same with media decoded before: videos, then images, in the order of the question."""
+        ids = self._prompt_ids(question, media)
         types = torch.zeros_like(ids)
         types[ids == self._image_id] = IMAGE_TYPE
         types[ids == self._video_id] = VIDEO_TYPE
@@ -183,7 +190,7 @@ class PromptBuilder:
                     "remove it from the question"
                 )
 
-    def _expand(self, rendered: str, media: tuple[Frames, ...], question: Question) -> str:
+    def _expand(self, rendered: str, media: Sequence[Frames | Layout], question: Question) -> str:
         """Put each medium's stamps and placeholder tokens where the chat template left its one pad token.
 
         As the family's processor does since transformers 5.10: the template's own vision start and end stay around the
@@ -202,7 +209,7 @@ class PromptBuilder:
 def _refuse_long(question: Question, tokens: int, most: int) -> None:
     if tokens > most:
         raise PromptError(
-            f"question {question.id!r}: a prompt of {tokens} tokens or more exceeds data.max_prompt_tokens={most}; "
+            f"question {question.id!r}: a prompt of {tokens} tokens exceeds data.max_prompt_tokens={most}; "
             "lower video.max_video_pixels or video.num_frames, or raise the limit"
         )
 
@@ -228,7 +235,7 @@ def question_text(question: Question) -> str:
     return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])
 
 
-def media_text(frames: Frames, preprocessor: Preprocessor) -> str:
+def media_text(frames: Frames | Layout, preprocessor: Preprocessor) -> str:
     """What stands in place of a medium's pad token; each temporal patch of a video is announced by its mean time."""
     steps, height, width = frames.grid_thw
     tokens = height * width // preprocessor.merge_size**2

@@ -9,30 +9,43 @@ decode at all raises a plain `RuntimeError`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import math
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import rmsd_kernels
 from rmsd_fast.config import NotInstalled, SettingsError, VideoConfig
+from rmsd_fast.data.media_file import MediaError, check_file
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 
 # Raised whenever the same file and settings would give other pixels or stamps: part of every cache key.
 VERSION = 1
 # Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
 RAW_BYTES = 32 * 2**20
+# Larger pictures take gigabytes on the way (Pillow's own bound for a warning).
+MOST_IMAGE_PIXELS = 89_478_485
 # The grey (YUV 128, 128, 128) with which FFmpeg fills pictures whose references are lost is 128 or 130 in RGB.
 LOST_GREY = range(127, 133)
 
+# Which fields of VideoConfig the frames of each kind depend on.
+SETTINGS_OF = {
+    "video": (
+        *("num_frames", "fps", "min_frames", "max_frames"),
+        *("min_video_pixels", "max_video_pixels", "max_frame_pixels"),
+    ),
+    "image": ("min_image_pixels", "max_image_pixels"),
+}
+# AVI knows no times of display: with B frames torchcodec takes frames two or three late, which is let pass.
+MOST_DELAY_S = 0.25
 # Values of EXIF's orientation that exchange height and width.
 _EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 # torchcodec's messages begin with the C++ function and file they come from.
@@ -42,10 +55,6 @@ NO_TORCHCODEC = (
     "(`pip install torchcodec==0.13.0` for CPU builds of torch, `torchcodec>=0.17` for CUDA builds) and the shared "
     "libraries of FFmpeg 4 to 8 (Debian and Ubuntu: `apt-get install ffmpeg`)."
 )
-
-
-class MediaError(RuntimeError):
-    """A media file that cannot be used. The message says which file, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,9 @@ class MediaRequest:
 
     def key(self, digest: str, device: str) -> str:
         """Hash of everything that determines the pixels, given the file's content and the device that decodes."""
-        prefix = "min_image_ max_image_" if self.kind == "image" else "num_ fps min_frames max_frames min_v max_v max_f"
-        chosen = {n: v for n, v in sorted(vars(self.settings).items()) if n.startswith(tuple(prefix.split()))}
-        what = (VERSION, digest, device, self.kind, self.span, chosen, self.preprocessor)
+        chosen = [(name, getattr(self.settings, name)) for name in SETTINGS_OF[self.kind]]
+        library = _version("pillow" if self.kind == "image" else "torchcodec")
+        what = (VERSION, library, digest, device, self.kind, self.span, chosen, self.preprocessor, self.check_frames)
         return hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 
@@ -90,7 +99,7 @@ class Frames:
         preprocessor: what they were resized for; `video_patches` needs it to cut them.
         duration_s: length of the whole video in seconds; None for an image.
         key: what caches know them by; empty where they were not read through one.
-        decoder: "cpu", "cuda", or "cpu fallback" where CUDA was asked for and could not decode this video.
+        decoder: "cpu" or "cuda", what decoded them.
     """
 
     pixels: torch.Tensor
@@ -104,27 +113,36 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What a file's content hash and headers say, no pixel decoded. grid_thw is that of the frames to come."""
+class Layout:
+    """What a file's headers say of its `Frames` to come; fields as there. Stamps are those of a constant rate."""
 
-    digest: str
+    timestamps_s: tuple[float, ...]
     grid_thw: tuple[int, int, int]
+    kind: str
 
 
-def inspect_media(request: MediaRequest) -> Inspection:
-    """Hash the file and read its headers. Raises as `read_media`."""
-    check_file(request)
+class CpuFallback(RuntimeError):
+    """NVDEC cannot decode this video. Not a fault of the file: the CPU may."""
+
+
+def read_layout(request: MediaRequest) -> Layout:
+    """Read a file's headers, no pixel. Raises as `read_media`."""
+    check_file(request.path, request.max_file_mib)
     if request.kind == "image":
         with _opened_image(request.path) as image:
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _QUARTER_TURNS
             size = image.size if turned else image.size[::-1]
-        (height, width), frames = _sized(request, *size), 1
-    else:
-        decoder = _open_video(request.path, seek_mode="approximate")
-        indices = _choose(request, decoder.metadata)
-        frames = len(indices)
-        height, width = _sized(request, decoder.metadata.height, decoder.metadata.width, frames)
-    return Inspection(file_digest(request.path), request.preprocessor.grid(frames, height, width))
+        return Layout((), request.preprocessor.grid(1, *_sized(request, *size)), "image")
+    try:
+        metadata = _open_video(request.path, seek_mode="approximate").metadata
+        indices = _choose(request, metadata)
+    except MediaError:
+        # Headers need not tell; the content does, at the price of reading it.
+        metadata = _open_video(request.path).metadata
+        indices = _choose(request, metadata)
+    size = _sized(request, metadata.height, metadata.width, len(indices))
+    stamps = tuple(index / metadata.average_fps for index in indices)
+    return Layout(stamps, request.preprocessor.grid(len(indices), *size), "video")
 
 
 def read_media(
@@ -133,70 +151,18 @@ def read_media(
     """Decode the chosen frames of a file and resize them. Opens its own decoder, so threads may call it at once.
 
     Args:
-        device: "cuda:0" decodes videos with NVDEC and leaves the pixels there. Images are decoded on the CPU.
+        device: "cuda:0" decodes a video with NVDEC and leaves the pixels there; images are read on the CPU, to the CPU.
         allocate: makes the uint8 tensor of a shape that the resized frames go into; torch.empty by default.
     Raises:
         MediaError: the file is missing, empty, damaged, too large, no plain file, or holds too few frames.
+        CpuFallback: device is CUDA, and it cannot decode this video.
         NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
         SettingsError: the settings ask for fewer frames than one temporal patch has.
     """
-    check_file(request)
+    check_file(request.path, request.max_file_mib)
+    device = "cpu" if request.kind == "image" else device
     allocate = allocate or (lambda shape: torch.empty(shape, dtype=torch.uint8, device=device))
     return _read_image(request, allocate) if request.kind == "image" else _read_video(request, device, allocate)
-
-
-def decode_video(path: str | Path, settings: VideoConfig, preprocessor: Preprocessor, **options: Any) -> Frames:
-    """`read_media` of a whole video. options: further fields of MediaRequest."""
-    return read_media(MediaRequest(str(path), "video", settings, preprocessor, **options))
-
-
-def decode_image(path: str | Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
-    """`read_media` of an image: EXIF orientation applied, converted to RGB."""
-    return read_media(MediaRequest(str(path), "image", settings, preprocessor))
-
-
-def stat_file(request: MediaRequest) -> os.stat_result:
-    """State of a file. Opens nothing, so no pipe or device can hold it up.
-
-    Raises:
-        MediaError: it is missing, no plain file, empty, or larger than `max_file_mib`.
-    """
-    path = request.path
-    try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-        raise MediaError(f"{path}: expected a file, got {what}; check the path in the question file")
-    if found.st_size == 0:
-        raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
-    if found.st_size > request.max_file_mib * 2**20:
-        raise MediaError(
-            f"{path}: expected at most data.max_file_mib={request.max_file_mib}, got {found.st_size / 2**20:.0f} MiB; "
-            "cut it, or raise the limit"
-        )
-    return found
-
-
-def check_file(request: MediaRequest) -> None:
-    """Raise MediaError unless this is a plain, readable, complete file of a sensible size."""
-    size = stat_file(request).st_size
-    try:
-        _refuse_truncated(request.path, size)
-    except OSError as error:
-        raise _unreadable(request.path, error) from error
-
-
-def file_digest(path: str) -> str:
-    """Hash of a file's content."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_frames(path: str, pixels: torch.Tensor, distinct: bool) -> None:
@@ -235,6 +201,8 @@ def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[in
     for start in range(0, count, per_call):
         chosen = indices[start : start + per_call]
         batch = _decode(request, decoder, chosen)
+        if device != "cpu" and decoder.cpu_fallback:
+            raise CpuFallback(str(decoder.cpu_fallback))
         if batch.data.shape[-2:] != (metadata.height, metadata.width):
             raise MediaError(
                 f"{path}: expected frames of {metadata.width}x{metadata.height} as in its header, got "
@@ -245,7 +213,6 @@ def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[in
         times += batch.pts_seconds.tolist()
     if request.check_frames:
         check_frames(path, pixels, distinct=len(set(indices)) > 1)
-    fallback = device != "cpu" and bool(decoder.cpu_fallback)
     return Frames(
         pixels,
         _timestamps(request, indices, times, metadata),
@@ -253,7 +220,7 @@ def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[in
         "video",
         request.preprocessor,
         duration_s=metadata.duration_seconds,
-        decoder="cpu fallback" if fallback else device.split(":")[0],
+        decoder=device.split(":")[0],
     )
 
 
@@ -261,7 +228,7 @@ def _choose(request: MediaRequest, metadata: Any) -> list[int]:
     """Indices of the frames that are taken; with a span, of the frames in it."""
     path, needed = request.path, request.preprocessor.temporal_patch_size
     total, fps = metadata.num_frames, metadata.average_fps
-    if not total or not fps or not metadata.height or not metadata.width:
+    if not total or not (fps and 0 < fps < math.inf) or not metadata.height or not metadata.width:
         raise MediaError(f"{path}: no video frames were found; replace the file or drop the question")
     first, where = 0, ""
     if request.span is not None:
@@ -288,21 +255,36 @@ def _decode(request: MediaRequest, decoder: Any, indices: list[int]) -> Any:
     try:
         if request.span is None:
             return decoder.get_frames_at(indices=indices)
-        # By time: with a variable frame rate the frame number says little. The middle of a frame is safe of rounding.
-        metadata = decoder.metadata
-        begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
-        middles = [begin + (index + 0.5) / metadata.average_fps for index in indices]
-        return decoder.get_frames_played_at(seconds=[min(middle, math.nextafter(end, begin)) for middle in middles])
+        return decoder.get_frames_played_at(seconds=_middles(indices, decoder.metadata))
     except (RuntimeError, ValueError, IndexError) as error:
         raise _media_error(request.path, error) from error
 
 
+def _middles(indices: list[int], metadata: Any) -> list[float]:
+    """When the frames of these numbers are shown at a constant rate, in their middle, which is safe of rounding."""
+    begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
+    return [min(begin + (index + 0.5) / metadata.average_fps, math.nextafter(end, begin)) for index in indices]
+
+
 def _timestamps(request: MediaRequest, indices: list[int], times: list[float], metadata: Any) -> tuple[float, ...]:
-    """Frame number over frame rate, as the family's processors stamp frames; with a variable rate the true times."""
-    fps = metadata.average_fps
-    if any(later < earlier for earlier, later in zip(times, times[1:], strict=False)):
-        raise MediaError(f"{request.path}: frame times run backwards; re-encode the file or drop the question")
-    begin = metadata.begin_stream_seconds or 0.0
+    """Frame number over frame rate, as the family's processors stamp frames; with a variable rate the true times.
+
+    Raises:
+        MediaError: these are not the frames that were asked for. In files that cannot be sought in well (transport
+            streams, some AVI) torchcodec then gives the next ones it finds, and no error.
+    """
+    fps, begin = metadata.average_fps, metadata.begin_stream_seconds or 0.0
+    if request.span is not None:
+        wrong = any(time > middle + 1e-3 for time, middle in zip(times, _middles(indices, metadata), strict=True))
+    else:
+        steps = zip(indices, indices[1:], times, times[1:], strict=False)
+        wrong = any((later <= earlier) != (b == a) for a, b, earlier, later in steps)
+        wrong = wrong or (indices[0] == 0 and times[0] - begin > MOST_DELAY_S)
+    if wrong:
+        raise MediaError(
+            f"{request.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others: this file cannot "
+            "be sought in; re-encode it (ffmpeg -i … out.mp4) or drop the question"
+        )
     if any(abs(time - begin - index / fps) > 0.5 / fps + 1e-3 for index, time in zip(indices, times, strict=True)):
         return tuple(time - begin for time in times)
     return tuple(index / fps for index in indices)
@@ -324,11 +306,10 @@ def _read_image(request: MediaRequest, allocate: Callable[[tuple[int, ...]], tor
     from PIL import ImageOps
 
     with _opened_image(request.path) as image:
-        rgb = ImageOps.exif_transpose(image).convert("RGB")
-    height, width = _sized(request, rgb.height, rgb.width)
-    raw = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(1, rgb.height, rgb.width, 3)
-    pixels = allocate((1, 3, height, width))
-    pixels.copy_(rmsd_kernels.resize_frames(raw.permute(0, 3, 1, 2), height=height, width=width))
+        rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    height, width = _sized(request, *rgb.shape[:2])
+    raw = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    pixels = rmsd_kernels.resize_frames(raw, height=height, width=width, out=allocate((1, 3, height, width)))
     return Frames(pixels, (), request.preprocessor.grid(1, height, width), "image", request.preprocessor)
 
 
@@ -341,38 +322,20 @@ def _opened_image(path: str) -> Iterator[Any]:
         raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} are more than {MOST_IMAGE_PIXELS} pixels")
             yield image
-    # Pillow reports damage with several types, among them SyntaxError and its own decompression-bomb error.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # Pillow's plugins report damage with whatever their parsing raises.
+    except Exception as error:
         raise _media_error(path, error) from error
 
 
-def _refuse_truncated(path: str, size: int) -> None:
-    """Refuse an MP4 or MOV file that ends before its last box does: decoders take what is left as a shorter video."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head[4:] != b"ftyp":
-            return
-        offset = 0
-        # A box is 4 bytes of size and 4 of type; size 1 means that 8 bytes of size follow, 0 that it fills the file.
-        while len(head) == 8:
-            length = int.from_bytes(head[:4], "big")
-            if length == 1:
-                length = int.from_bytes(file.read(8), "big")
-            if length == 0:
-                return
-            offset += max(length, 8)
-            if offset > size:
-                raise MediaError(
-                    f"{path}: truncated: expected at least {offset} bytes, got {size}; "
-                    "fetch it again or drop the question"
-                )
-            file.seek(offset)
-            head = file.read(8)
-
-
-def _unreadable(path: str, error: OSError) -> MediaError:
-    return MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question")
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
 
 
 def _media_error(path: str, error: Exception) -> MediaError:

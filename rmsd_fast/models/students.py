@@ -14,7 +14,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled
-from rmsd_fast.data.media_cache import ByteLru
+from rmsd_fast.data.media_cache import ByteLru, held_bytes
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
@@ -204,7 +204,7 @@ def _encode_cached(
     if frames.key:
         kept = [own.detach().cpu() for own in layers]
         kept = [own.pin_memory() if device.type == "cuda" else own for own in kept]
-        cache.put(frames.key, kept, sum(own.nbytes for own in kept))
+        cache.put(frames.key, kept, sum(map(held_bytes, kept)))
     return layers
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question, write_text_atomic
-from rmsd_fast.data.video import MediaError
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student

@@ -31,11 +31,10 @@ def describe_plan(settings: RunConfig) -> str:
     if "sft" in settings.stages or settings.distill.objective == "sft":
         lines.append(f"  imitated responses: {settings.sft.responses}")
     data = settings.data
-    caches = f"{data.cache_mib} MiB of frames in memory" + (f", {data.disk_cache}" if data.disk_cache else "")
-    lines.append(
-        f"  media: decoder {data.decoder}, {data.decode_threads} threads, {data.decode_ahead} step(s) ahead; kept per "
-        f"process: {caches}"
-    )
+    kept = f"{data.cache_mib} MiB of frames and {data.embedding_cache_mib} MiB of embeddings per process"
+    kept += f", {data.disk_cache_gib:g} GiB in {data.disk_cache}" if data.disk_cache else ""
+    lines.append(f"  media: {data.decoder} decoder, {data.decode_threads} threads, {data.decode_ahead} step(s) ahead")
+    lines.append(f"  media kept: {kept}")
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     found, missing = _inputs(settings)
     lines += [f"  {line}" for line in found]

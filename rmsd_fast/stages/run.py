@@ -224,6 +224,7 @@ def run_steps(
     first = first_step(run, stage)
     state.timer = PhaseTimer(run.world.device, run.metrics)
     run.metrics.begin(stage, total, first)
+    run.media.take_counts()  # the evaluation's
     try:
         for number in range(first, total):
             state.timer.take()
