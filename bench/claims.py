@@ -1,4 +1,4 @@
-"""What the records say about each number that losses and shared prefixes promise: one line for each goal and case.
+"""What the records say about each number that losses, shared prefixes and media path promise: a line per goal and case.
 
 met, MISSED: with n, the rounds of the side that took part in fewer. NOT MEASURED: no record of the case, or it lacks a
 side. Exit code 1 where a goal on CPU is missed or not measured. Goals on CUDA are listed as not measurable without one.
@@ -58,6 +58,7 @@ ON_CUDA = (
     "stage-2 step: K=4, N=8 at most 1.15 times K=1, N=8",
     "stage-2 step: at least 5 times faster than padded at a prompt of 8k and responses of 512",
     "stage-2 step: within 1.15 of the cost model",
+    "media: file to patches at least 20 times faster than HF's processor on CPU, no pixels copied to the host",
 )
 LEAST_OVER_PADDED, MOST_OF_PADDED, MOST_FOR_K, MOST_OFF_MODEL = 4.0, 0.25, 1.15, 1.25
 SHARED_CASES = tuple(
@@ -234,12 +235,21 @@ def verdicts(records: list[dict]) -> Iterator[Verdict]:
             yield Verdict(NOT_MEASURED if reached is None else MET if reached else MISSED, where, what)
 
 
+def _media(results: Path, hardware: str | None) -> Iterator[Verdict]:
+    """Goals of the media path, which has records and judges of its own."""
+    # It takes its words for verdicts from here.
+    import video_goals
+
+    for status, name, what in video_goals.verdicts(video_goals.load(results, hardware)):
+        yield Verdict(status, f"media {name}", what)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--hardware", help="part of the name of the machine whose records count")
     given = parser.parse_args()
-    found = list(verdicts(load(given.results, hardware=given.hardware)))
+    found = [*verdicts(load(given.results, hardware=given.hardware)), *_media(given.results, given.hardware)]
     for verdict in found:
         print(f"{verdict.status:12s} {verdict.where}: {verdict.what}")
     for goal in ON_CUDA:

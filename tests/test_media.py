@@ -287,13 +287,23 @@ time.sleep(300)
         _wait_until_gone(pid)
 
 
+def test_workers_are_replaced_after_a_while(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    monkeypatch.setattr(media, "MOST_ANSWERS", 2)
+    pids = set()
+    for frames in range(4, 10):
+        # The hash and the frames of the first, the frames alone of the others.
+        reader.read(request(clip, frames))
+        pids |= {worker.pid for worker in reader._idle}
+    assert len(pids) == 3 and reader.take_counts() == {**NONE, "decoded": 6}
+
+
 def test_a_user_error_in_a_worker_comes_through(clip: Path, reader: MediaReader) -> None:
     with pytest.raises(SettingsError, match=r"raise video\.num_frames"):
         reader.read(request(clip, 1))
     assert len(reader._idle) == 1
 
 
-def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path) -> None:
+def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path, monkeypatch) -> None:
     data = DataConfig(disk_cache=str(tmp_path / "cache"))
     with MediaReader(data) as first:
         frames = first.read(request(clip))
@@ -303,6 +313,11 @@ def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path) -> None:
         assert second.take_counts() == {**NONE, "disk_hits": 1}
         second.read(request(clip))
         assert second.take_counts() == {**NONE, "memory_hits": 1}
+    # A hit opens no decoder, for the layout neither.
+    monkeypatch.setattr(Worker, "layout", None)
+    with MediaReader(data) as second:
+        layout = second.layout(request(clip))
+        assert (layout.timestamps_s, layout.grid_thw, layout.kind) == (frames.timestamps_s, frames.grid_thw, "video")
     (entry,) = (tmp_path / "cache").glob("*/*.frames")
     with entry.open("r+b") as file:
         file.seek(8000)

@@ -59,6 +59,11 @@ def test_frames_come_back_as_they_were(tmp_path: Path, count: int) -> None:
     assert (found.timestamps_s, found.grid_thw, found.kind) == (expected.timestamps_s, (1, 2, 4), expected.kind)
     assert (found.preprocessor, found.duration_s, found.decoder) == (expected.preprocessor, 1.5, "cpu")
     assert cache.get(key_of(2)) is None and cache.corrupt == 0
+    peeked = cache.peek(key_of(1))
+    assert (peeked.timestamps_s, peeked.grid_thw, peeked.kind) == (found.timestamps_s, found.grid_thw, found.kind)
+    assert cache.peek(key_of(2)) is None
+    cache._path(key_of(1)).write_bytes(b"short")
+    assert cache.peek(key_of(1)) is None and cache.corrupt == 0
 
 
 def test_disk_is_bounded_and_drops_the_least_recently_used(tmp_path: Path) -> None:

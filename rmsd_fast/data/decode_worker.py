@@ -35,6 +35,8 @@ from rmsd_kernels import native
 
 # For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
+# A worker is replaced after so many answers: decoders and allocators that hold on to memory stay bounded.
+MOST_ANSWERS = 200
 _PR_SET_PDEATHSIG = 1
 
 
@@ -98,6 +100,7 @@ class Worker:
         self._connection = Connection(os.dup(ours.fileno()))
         self.pid: int | None = None
         self.lost = False
+        self.answers = 0
 
     def layout(self, request: MediaRequest, timeout_s: float) -> Layout:
         """`read_layout` there. Raises what it raises, WorkerLost and NotStarted."""
@@ -132,6 +135,7 @@ class Worker:
             self._connection.send((operation, request))
             self._wait(timeout_s)
             status, value = self._connection.recv()
+            self.answers += 1
             if status == "frames":
                 frames, shape = value
                 self._wait(max(1.0, end - time.monotonic()))
@@ -207,6 +211,7 @@ def _serve(ours: socket.socket) -> None:
         # Where memory runs out, a file is lost rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     warnings.simplefilter("ignore")  # what libraries think of a file; what matters comes as an error
     torch.set_num_threads(1)
     connection = Connection(os.dup(ours.fileno()))
@@ -228,6 +233,9 @@ def _serve(ours: socket.socket) -> None:
             socket.send_fds(ours, [b"p"], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+        # Frames of many sizes leave holes in the heap: 150 MiB after 2,000 videos, given back in 0.2 ms.
+        if trim is not None:
+            trim(0)
 
 
 def _answer(operation: str, request: MediaRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> tuple:

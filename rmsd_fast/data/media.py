@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
-from rmsd_fast.data.decode_worker import NotStarted, Nursery, Worker, WorkerLost
+from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
 from rmsd_fast.data.media_file import MediaError, stat_file
 from rmsd_fast.data.video import CpuFallback, Frames, Layout, MediaRequest, read_media
@@ -100,11 +100,17 @@ class MediaReader:
         return {name: counts[name] for name in COUNTS}
 
     def layout(self, request: MediaRequest) -> Layout:
-        """Stamps and grid of the frames to come, from the file's headers; remembered until the file changes."""
+        """Stamps and grid of the frames to come: of those that are kept, else from the file's headers."""
         request = self._complete(request)
         state = self._state(request)
         if state not in self._layouts:
-            self._layouts[state] = self._in_worker(state, lambda worker, limit: worker.layout(request, limit))
+            key = self._key(request, state)
+            kept = self._memory.get(key) or (self._disk.peek(key) if self._disk is not None else None)
+            self._layouts[state] = (
+                Layout(kept.timestamps_s, kept.grid_thw, kept.kind)
+                if kept is not None
+                else self._in_worker(state, lambda worker, limit: worker.layout(request, limit))
+            )
         return self._layouts[state]
 
     def read(self, request: MediaRequest) -> Frames:
@@ -116,10 +122,7 @@ class MediaReader:
         """
         request = self._complete(request)
         state = self._state(request)
-        # By content: of the request only the path counts.
-        if state[1:] not in self._digests:
-            self._digests[state[1:]] = self._in_worker(state, lambda worker, limit: worker.digest(request, limit))
-        key = request.key(self._digests[state[1:]], self.decoder)
+        key = self._key(request, state)
         with self._lock:
             flight = self._flights.get(key)
             mine = flight is None
@@ -135,6 +138,13 @@ class MediaReader:
             with self._lock:
                 del self._flights[key]
         return flight.result()
+
+    def _key(self, request: MediaRequest, state: tuple) -> str:
+        """The cache key, by the file's content, which is hashed once per file."""
+        file = state[1:]
+        if file not in self._digests:
+            self._digests[file] = self._in_worker(state, lambda worker, limit: worker.digest(request, limit))
+        return request.key(self._digests[file], self.decoder)
 
     def _load(self, key: str, request: MediaRequest, state: tuple) -> Frames:
         frames = self._memory.get(key)
@@ -262,7 +272,7 @@ class MediaReader:
             self._busy.discard(worker)
             if worker.lost:
                 return
-            if not self._closed:
+            if not self._closed and worker.answers < MOST_ANSWERS:
                 self._idle.append(worker)
                 return
         worker.close()

@@ -111,6 +111,15 @@ class DiskCache:
             os.utime(path)
         return frames
 
+    def peek(self, key: str) -> Frames | None:
+        """What `get` would give, without pixels and not checked; None where there is nothing of the kind."""
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                _, _, text = _read_header(file)
+            return _frames(json.loads(text), torch.empty(0), key)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def put(self, key: str, frames: Frames) -> None:
         """Write the frames. Where that fails they are not kept, which is said once."""
         path, header = self._path(key), _header(key, frames)
@@ -207,24 +216,32 @@ def _write_all(file, data) -> None:
 
 def _read(file, key: str) -> Frames:
     """ValueError and others: the file is damaged."""
-    magic, crc = CHECK.unpack(_read_exactly(file, bytearray(CHECK.size)))
-    length = _read_exactly(file, bytearray(LENGTH.size))
-    (size,) = LENGTH.unpack(length)
-    total = os.fstat(file.fileno()).st_size
-    if magic != MAGIC or not LENGTH.size <= size <= total - CHECK.size:
-        raise ValueError("another kind of file")
-    text = _read_exactly(file, bytearray(size - LENGTH.size))
-    pixels = torch.empty(total - CHECK.size - size, dtype=torch.uint8)
+    crc, length, text = _read_header(file)
+    pixels = torch.empty(os.fstat(file.fileno()).st_size - file.tell(), dtype=torch.uint8)
     view = pixels.numpy()
     _read_exactly(file, memoryview(view))
     if zlib.crc32(view, zlib.crc32(text, zlib.crc32(length))) != crc:
         raise ValueError("the checksum differs")
     fields = json.loads(text)
+    return _frames(fields, pixels.view(fields["shape"]), key)
+
+
+def _read_header(file) -> tuple[int, bytes, bytes]:
+    """Checksum of all behind it, the length as it stands there, and the JSON text."""
+    magic, crc = CHECK.unpack(_read_exactly(file, bytearray(CHECK.size)))
+    length = _read_exactly(file, bytearray(LENGTH.size))
+    (size,) = LENGTH.unpack(length)
+    if magic != MAGIC or not LENGTH.size <= size <= os.fstat(file.fileno()).st_size - CHECK.size:
+        raise ValueError("another kind of file")
+    return crc, length, _read_exactly(file, bytearray(size - LENGTH.size))
+
+
+def _frames(fields: dict, pixels: torch.Tensor, key: str) -> Frames:
     if fields["key"] != key:
         raise ValueError("an entry of another key")
     preprocessor = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["preprocessor"].items()}
     return Frames(
-        pixels.view(fields["shape"]),
+        pixels,
         tuple(fields["timestamps_s"]),
         tuple(fields["grid_thw"]),
         fields["kind"],
