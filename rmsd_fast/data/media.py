@@ -70,6 +70,7 @@ class MediaReader:
         self._busy: set[Worker] = set()
         self._closed = False
         self._hangs_in_a_row = 0
+        self._told_fallback = False
         self._stream = torch.cuda.Stream(self.device) if self.decoder == "cuda" else None
 
     def __enter__(self) -> MediaReader:
@@ -175,7 +176,14 @@ class MediaReader:
                 return self._on_cuda(request, state)
             except CpuFallback as reason:
                 self._count("cpu_fallbacks")
-                log.warning("%s: NVDEC cannot decode this video, the CPU does (%s)", request.path, reason)
+                if not self._told_fallback:
+                    self._told_fallback = True
+                    log.warning(
+                        "%s: NVDEC cannot decode this video, the CPU does (%s); further ones are counted in "
+                        "media/cpu_fallbacks",
+                        request.path,
+                        reason,
+                    )
         return self._in_worker(state, lambda worker, limit: worker.read(request, limit))
 
     def _on_cuda(self, request: MediaRequest, state: tuple) -> Frames:
@@ -327,4 +335,5 @@ def why_not_cuda(device: torch.device) -> str:
                 return f"a test video was decoded on the CPU ({decoder.cpu_fallback})"
             return ""
     except Exception as error:
-        return f"a test video could not be decoded with CUDA ({str(error).strip().splitlines()[:1] or [type(error)]})"
+        text = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        return f"a test video could not be decoded with CUDA ({text})"
