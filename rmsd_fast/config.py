@@ -117,7 +117,7 @@ class DataConfig:
     media_root: str = ""
     """Folder that every media path must lie in; empty = the folder of the question file."""
     max_prompt_tokens: int = 16384
-    """Longer prompts are bad samples (replaced, counted and listed)."""
+    """Longer prompts are bad samples (replaced, counted and listed; in evaluation they count 0)."""
     decoder: str = "auto"
     """What decodes videos: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda where a test video of the
     program's own can be decoded so."""
@@ -305,7 +305,7 @@ class EvaluateConfig:
     """Evaluation between the stages."""
 
     num_frames: int | None = None
-    """Frames per video in evaluation instead of `video.num_frames` (2603.11423: 64)."""
+    """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = 0
     """Evaluate the first so many held-out questions; 0 = all."""
     max_new_tokens: int = 1024

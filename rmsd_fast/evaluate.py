@@ -54,6 +54,7 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
         "questions": len(records),
         "model": material.model_path,
         "floors": floors_of(material.heldout, settings),
+        "unusable": {"model": sum("error" in record for record in records)},
         "students": {"model": summarise(records)},
         "differences": {},
     }

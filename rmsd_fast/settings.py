@@ -287,6 +287,14 @@ def _check(settings: RunConfig) -> None:
             "video.num_frames and video.fps exclude each other: write video.num_frames=null with video.fps=2, "
             f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
         )
+    for low, high in (
+        ("min_frames", "max_frames"),
+        ("min_video_pixels", "max_video_pixels"),
+        ("min_image_pixels", "max_image_pixels"),
+    ):
+        least, most = getattr(video, low), getattr(video, high)
+        if least > most:
+            raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of them")
     if {"warm_up", "distill"} & set(settings.stages) and settings.distill.objective == "policy":
         # The discriminator reads rollouts that were cut with an end token.
         check_room(settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end")

@@ -77,6 +77,11 @@ def test_help_documents_every_field():
         (["rollout.n=0"], "at least 1"),
         (["rollout.temperature=0"], "rollout.temperature"),
         (["video.fps=2"], "exclude each other"),
+        (["video.min_video_pixels=10000", "video.max_video_pixels=5000"], "at most video.max_video_pixels=5000"),
+        (
+            ["video.num_frames=null", "video.fps=2", "video.min_frames=9", "video.max_frames=4"],
+            "at most video.max_frames",
+        ),
         (["data.decoder=gpu"], "data.decoder: expected one of auto, cpu, cuda"),
         (["data.decode_timeout_s=0"], "a number above 0"),
         (["data.disk_cache_gib=8"], "there is no data.disk_cache"),

@@ -64,8 +64,9 @@ class MediaReader:
         self._digests: dict[tuple, str] = {}
         self._bad: dict[tuple, str] = {}
         self._flights: dict[str, Future[Frames]] = {}
-        self._nursery: Nursery | None = None
-        self._starts = 0
+        # At once: its imports take two seconds, beside those of the model.
+        self._nursery: Nursery | None = Nursery()
+        self._starts = 1
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._closed = False

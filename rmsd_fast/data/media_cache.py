@@ -123,6 +123,7 @@ class DiskCache:
     def put(self, key: str, frames: Frames) -> None:
         """Write the frames. Where that fails they are not kept, which is said once."""
         path, header = self._path(key), _header(key, frames)
+        temporary = path.with_suffix(".tmp")
         size = CHECK.size + len(header) + frames.pixels.nbytes
         if size > self.budget or path.exists():
             return
@@ -130,7 +131,6 @@ class DiskCache:
             with self._locked():
                 self._make_room(size)
                 path.parent.mkdir(exist_ok=True)
-                temporary = path.with_suffix(".tmp")
                 with temporary.open("wb", buffering=0) as file:
                     pixels = frames.pixels.cpu().contiguous().numpy()
                     crc = zlib.crc32(pixels, zlib.crc32(header))
@@ -138,6 +138,10 @@ class DiskCache:
                     _write_all(file, pixels)
                 temporary.replace(path)
         except OSError as error:
+            # Nothing half is left, and the total is counted anew.
+            for left in (temporary, self.folder / "bytes.tmp", self.folder / "bytes"):
+                with suppress(OSError):
+                    left.unlink()
             if not self._told:
                 self._told = True
                 log.warning("%s: cannot be written (%s); its frames are not kept", path, error.strerror or error)

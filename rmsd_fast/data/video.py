@@ -242,7 +242,7 @@ def _choose(request: MediaRequest, metadata: Any) -> list[int]:
     if total < needed:
         raise MediaError(
             f"{path}: too few frames{where}: expected at least {needed}, got {total}; "
-            "ask about it as an image, or drop the question"
+            f"{'check start and end' if where else 'ask about it as an image'}, or drop the question"
         )
     chosen = frame_indices(total, fps, request.settings, request.preprocessor)
     if len(chosen) < needed:

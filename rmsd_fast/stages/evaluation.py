@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ from rmsd_fast.runtime.distributed import World, all_gather_objects
 from rmsd_fast.teacher.diagnostics import best_constant_floor
 from rmsd_fast.teacher.targets import quality_settings
 
+log = logging.getLogger("rmsd_fast")
+
 STUDENTS = ("untrained", "stage1", "stage2")
 RESAMPLES = 2000
 
@@ -42,7 +45,7 @@ def answer_questions(
     """Greedy answers of a student, one record per question, the same list on every process.
 
     Every process holds the whole model and answers its share; the next batch is decoded meanwhile. A question whose
-    media cannot be used is recorded with `error` and counts as 0.
+    media cannot be used, or whose prompt is too long, is recorded with `error` and counts as 0.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -63,7 +66,7 @@ def answer_questions(
         mininterval=0.1 if live else 10,
         leave=True,
     )
-    for batch in _prompts_ahead(builder, own, batch_size, settings.data.decode_threads):
+    for batch in _prompts_ahead(builder, own, batch_size, settings):
         prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
         failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
         if prompts:
@@ -77,21 +80,30 @@ def answer_questions(
     progress.close()
     order = {question.id: number for number, question in enumerate(questions)}
     everything = [record for part in all_gather_objects(records, world) for record in part]
+    unusable = [record for record in everything if "error" in record]
+    if unusable and world.is_main:
+        log.warning(
+            "evaluate %s: %d of %d questions could not be used and count 0, the first: %s",
+            name,
+            len(unusable),
+            len(everything),
+            unusable[0]["error"],
+        )
     return sorted(everything, key=lambda record: order[record["id"]])
 
 
 def _prompts_ahead(
-    builder: PromptBuilder, questions: list[Question], batch_size: int, threads: int
+    builder: PromptBuilder, questions: list[Question], batch_size: int, settings: RunConfig
 ) -> Iterator[list[tuple[Question, Prompt | Exception]]]:
     """Batches of questions, each with its prompt or the reason why it has none; the next batch is built meanwhile."""
 
     def build(question: Question) -> tuple[Question, Prompt | Exception]:
         try:
-            return question, builder.build(question)
+            return question, builder.build(question, max_tokens=settings.data.max_prompt_tokens)
         except (MediaError, PromptError) as error:
             return question, error
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(settings.data.decode_threads, thread_name_prefix="decode")
     try:
         ahead: list[Future] = []
         for start in range(0, len(questions) + batch_size, batch_size):
@@ -170,6 +182,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
         "seed": settings.seed,
         "teacher_simulated": simulated,
         "floors": floors_of(questions, settings),
+        "unusable": {name: sum("error" in record for record in records) for name, records in predictions.items()},
         "students": {name: summarise(records) for name, records in predictions.items()},
         "differences": {
             f"{after}-{before}": compare(predictions[after], predictions[before])

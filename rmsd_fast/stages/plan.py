@@ -35,6 +35,9 @@ def describe_plan(settings: RunConfig) -> str:
     kept += f", {data.disk_cache_gib:g} GiB in {data.disk_cache}" if data.disk_cache else ""
     lines.append(f"  media: {data.decoder} decoder, {data.decode_threads} threads, {data.decode_ahead} step(s) ahead")
     lines.append(f"  media kept: {kept}")
+    frames = f"{settings.video.num_frames} frames" if settings.video.num_frames else f"{settings.video.fps:g} frames/s"
+    later = settings.evaluate.num_frames
+    lines.append(f"  videos: {frames}" + (f", {later} frames in evaluation" if later else ""))
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     found, missing = _inputs(settings)
     lines += [f"  {line}" for line in found]
@@ -84,6 +87,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
             questions = read if key == "data.train" else questions
             absent = sorted({p for q in read for p in (*q.videos, *q.images) if not Path(p).exists()})
             missing_media = f", {len(absent)} media files missing, first {absent[0]}" if absent else ""
+            missing_media += " (media are not opened)"
             found.append(f"{key}: {len(read)} questions{missing_media}")
     if not settings.teacher.pool:
         (found if made else missing).append(
@@ -97,6 +101,8 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     if pool is not None and questions is not None:
         check_pool(pool, questions)
         check_usable(pool, questions, settings)
+    if settings.data.decoder == "cuda" and not torch.cuda.is_available():
+        missing.append("data.decoder=cuda: a CUDA device")
     if not settings.model.path:
         (found if made else missing).append(
             "model.path: " + ("a tiny student made by the run" if made else "expected one")
