@@ -211,7 +211,7 @@ def _serve(ours: socket.socket) -> None:
         # Where memory runs out, a file is lost rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
-    os.nice(10)  # on a CPU that trains, training goes first: steps were 24 s with decoders as equals, 22 s so
+    os.nice(10)  # where the CPU trains too, training goes first (bench/results/media-demo.md)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     warnings.simplefilter("ignore")  # what libraries think of a file; what matters comes as an error
     torch.set_num_threads(1)
