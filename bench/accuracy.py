@@ -1,6 +1,6 @@
 """Accuracy of the demonstration over several seeds: best-of-K against a single sample, stage 2 against its control.
 
-    python bench/accuracy.py --recipe quickstart --seeds 0 1 2 --output bench/results/quickstart-accuracy
+    python -m bench.accuracy --recipe quickstart --seeds 0 1 2 --output bench/results/quickstart-accuracy
 
 Variants, per seed (clips, teacher, initial weights and order all change with it):
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import Outcome
-from measure import EAGER, OURS, Variant, differences_of, main_time, measure, numbers_of, with_gradients
 from torch import Tensor
 
+from bench.heads import Outcome
+from bench.measure import EAGER, OURS, Variant, differences_of, main_time, measure, numbers_of, with_gradients
 from rmsd_fast.losses import discriminator_loss, last_token_values, pairwise_discriminator_loss
 
 EPS = 1e-6

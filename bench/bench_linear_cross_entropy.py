@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, HeadInputs
-from heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
-from peers import CROSS_ENTROPY, eager_cross_entropy
 from torch import Tensor
 
+from bench.cases import Case, HeadInputs
+from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
+from bench.peers import CROSS_ENTROPY, eager_cross_entropy
 from rmsd_fast.losses import linear_cross_entropy
 
 

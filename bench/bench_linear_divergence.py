@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cases import GATE_TOKENS, Case, HeadInputs, checked, head_inputs
-from heads import OURS, Outcome
-from measure import GEMMS, Variant, bare_gemms, differences_of, gemm_flop, main_time, measure, numbers_of
-from peers import as_variant, divergence_peers, eager_divergence, gather
 from torch import Tensor
 
+from bench.cases import GATE_TOKENS, Case, HeadInputs, checked, head_inputs
+from bench.heads import OURS, Outcome
+from bench.measure import GEMMS, Variant, bare_gemms, differences_of, gemm_flop, main_time, measure, numbers_of
+from bench.peers import as_variant, divergence_peers, eager_divergence, gather
 from rmsd_fast.losses import linear_divergence
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, HeadInputs
-from heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
-from peers import LOGPROB, eager_logprob, logprob_weights
 from torch import Tensor
 
+from bench.cases import Case, HeadInputs
+from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
+from bench.peers import LOGPROB, eager_logprob, logprob_weights
 from rmsd_fast.losses import linear_logprob
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, HeadInputs
-from heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
-from peers import CLIP, KL_COEF, POLICY, eager_policy_loss
 from torch import Tensor
 
+from bench.cases import Case, HeadInputs
+from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
+from bench.peers import CLIP, KL_COEF, POLICY, eager_policy_loss
 from rmsd_fast.losses import linear_policy_loss
 
 

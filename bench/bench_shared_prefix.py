@@ -19,11 +19,11 @@ from functools import partial
 
 import pytest
 import torch
-from groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
-from heads import Outcome
-from measure import Variant, differences_of, main_time, measure, numbers_of
-from rates import predicted_seconds, rates
 
+from bench.groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
+from bench.heads import Outcome
+from bench.measure import Variant, differences_of, main_time, measure, numbers_of
+from bench.rates import predicted_seconds, rates
 from rmsd_fast.data.packing import make_rows
 from rmsd_fast.losses import linear_cross_entropy
 from rmsd_fast.models.cost import Load, copies_flops, packed_flops, padded_flops

@@ -24,13 +24,13 @@ from statistics import median
 
 import pytest
 import torch
-from groups import HIDDEN, LAYERS, Case
-from heads import Outcome
-from measure import Variant, quantiles
-from memory import keep_freed_memory, peak_extra_bytes
-from rates import predicted_seconds, rates
-from steps import Given, copying_step, make_prompts, make_state, set_teacher, settings_of
 
+from bench.groups import HIDDEN, LAYERS, Case
+from bench.heads import Outcome
+from bench.measure import Variant, quantiles
+from bench.memory import keep_freed_memory, peak_extra_bytes
+from bench.rates import predicted_seconds, rates
+from bench.steps import Given, copying_step, make_prompts, make_state, set_teacher, settings_of
 from rmsd_fast.models.cost import StepLoad, step_flops
 from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.stages import distill

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import video_files
-from chart_media import part_table
-from peers import Unavailable
-from records import save
-from video_goals import CUDA_GOALS, GOALS, GOPS, MOST_LEVELS, OURS, SIZES, verdicts
-from video_process import Spec, VariantProcess
-from video_variants import PARTS, cpu_count
 
+from bench import video_files
+from bench.chart_media import part_table
+from bench.peers import Unavailable
+from bench.records import save
+from bench.video_goals import CUDA_GOALS, GOALS, GOPS, MOST_LEVELS, OURS, SIZES, verdicts
+from bench.video_process import Spec, VariantProcess
+from bench.video_variants import PARTS, cpu_count
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices
 

@@ -1,7 +1,7 @@
 """Chart and table of the fused losses from the JSON lines in a folder: time against the bare GEMMs, and peak memory.
 
-    python bench/chart.py [--results bench/results] [--output bench/results/fused-losses.svg]
-    python bench/chart.py --table      # Markdown on the terminal, times as ratios alone
+    python -m bench.chart [--results bench/results] [--output bench/results/fused-losses.svg]
+    python -m bench.chart --table      # Markdown on the terminal, times as ratios alone
 
 The chart shows of each loss and dtype the longest case with a trainable head, nothing masked and a random softmax,
 forward and backward; the table all cases. Bars that would not fit are cut and carry their number. Nothing is drawn that
@@ -14,9 +14,8 @@ import argparse
 from html import escape
 from pathlib import Path
 
-from measure import EAGER, GEMMS, OURS, main_time
-from records import ROOT, load, sources
-
+from bench.measure import EAGER, GEMMS, OURS, main_time
+from bench.records import ROOT, load, sources
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import number, ticks
 

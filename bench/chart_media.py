@@ -1,6 +1,6 @@
 """Table of the media path from the JSON lines in a folder, with every goal and its verdict.
 
-    python bench/chart_media.py --table [--results bench/results]      # Markdown on the terminal
+    python -m bench.chart_media --table [--results bench/results]      # Markdown on the terminal
 
 Nothing is in it that is not in the records.
 """
@@ -11,8 +11,8 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from records import ROOT, sources
-from video_goals import CUDA_GOALS, GOALS, load, verdicts
+from bench.records import ROOT, sources
+from bench.video_goals import CUDA_GOALS, GOALS, load, verdicts
 
 TITLES = {
     "decode": "A file's chosen frames",

@@ -1,7 +1,7 @@
 """Chart and table of shared prefixes from the JSON lines in a folder: cost against K, and measured against predicted.
 
-    python bench/chart_sharing.py [--results bench/results] [--output bench/results/shared-prefix.svg]
-    python bench/chart_sharing.py --table      # Markdown on the terminal
+    python -m bench.chart_sharing [--results bench/results] [--output bench/results/shared-prefix.svg]
+    python -m bench.chart_sharing --table      # Markdown on the terminal
 
 The chart: time of a whole stage-2 step over K, that of ours at K=1, N=8 set to 1, a panel per case. Nothing is drawn
 that is not in the records.
@@ -14,9 +14,8 @@ import re
 from html import escape
 from pathlib import Path
 
-from measure import main_time
-from records import ROOT, load, sources
-
+from bench.measure import main_time
+from bench.records import ROOT, load, sources
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import number, ticks
 

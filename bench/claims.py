@@ -3,7 +3,7 @@
 met, MISSED: with n, the rounds of the side that took part in fewer. NOT MEASURED: no record of the case, or it lacks a
 side. Exit code 1 where a goal on CPU is missed or not measured. Goals on CUDA are listed as not measurable without one.
 
-python bench/claims.py [--results bench/results] [--hardware PART_OF_ITS_NAME]
+python -m bench.claims [--results bench/results] [--hardware PART_OF_ITS_NAME]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import EAGER, GEMMS, OURS, main_time
-from records import ROOT, load
+from bench.measure import EAGER, GEMMS, OURS, main_time
+from bench.records import ROOT, load
 
 HEADS = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
 _NARROW, _WIDE = "D256-float32-mask0-random-trainable", "D2560-bfloat16-mask0-random-trainable"
@@ -238,7 +238,7 @@ def verdicts(records: list[dict]) -> Iterator[Verdict]:
 def _media(results: Path, hardware: str | None) -> Iterator[Verdict]:
     """Goals of the media path, which has records and judges of its own."""
     # It takes its words for verdicts from here.
-    import video_goals
+    from bench import video_goals
 
     for status, name, what in video_goals.verdicts(video_goals.load(results, hardware)):
         yield Verdict(status, f"media {name}", what)

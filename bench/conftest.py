@@ -12,11 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from claims import CLAIM_CASES
-from heads import Outcome
-from measure import Effort
-from memory import keep_freed_memory
-from records import save, table
+
+from bench.claims import CLAIM_CASES
+from bench.heads import Outcome
+from bench.measure import Effort
+from bench.memory import keep_freed_memory
+from bench.records import save, table
 
 QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
 FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`cases(quick, device)` of the bench file gives the cases of every test that asks for one."""
-    bench = metafunc.module.__name__.removeprefix("bench_")
+    bench = metafunc.module.__name__.rpartition("bench_")[2]
     for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
             cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())

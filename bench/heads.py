@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
-from measure import OURS, Effort, Variant, bare_gemms, differences_of, gemm_flop, main_time, measure, numbers_of
-from peers import COMPILES, Build, as_variant, gather
 from torch import Tensor
+
+from bench.cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
+from bench.measure import OURS, Effort, Variant, bare_gemms, differences_of, gemm_flop, main_time, measure, numbers_of
+from bench.peers import COMPILES, Build, as_variant, gather
 
 # Beyond this relative difference to ours a peer is named in the record: a filter or rounding of its own.
 _NOTABLE = 0.05

@@ -19,8 +19,9 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from memory import fill_thread_cache, keep_freed_memory, page_faults, peak_extra_bytes
 from torch import Tensor
+
+from bench.memory import fill_thread_cache, keep_freed_memory, page_faults, peak_extra_bytes
 
 GEMMS, OURS, EAGER = "bare GEMMs", "ours", "eager"
 # Timed in rounds however long they take.

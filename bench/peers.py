@@ -15,9 +15,10 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from cases import IGNORED, HeadInputs
-from measure import Variant, with_gradients
 from torch import Tensor
+
+from bench.cases import IGNORED, HeadInputs
+from bench.measure import Variant, with_gradients
 
 KL_COEF, CLIP = 0.04, 0.2
 # Width of a vocabulary block where TRL calls its function.

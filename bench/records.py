@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from measure import main_time
+
+from bench.measure import main_time
 
 ROOT = Path(__file__).resolve().parent
 _PEERS = ("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "triton", "transformers")

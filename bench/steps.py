@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from groups import HIDDEN, LAYERS, make_prompt, make_responses, media_each, student_folder
 
+from bench.groups import HIDDEN, LAYERS, make_prompt, make_responses, media_each, student_folder
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.packing import pad
 from rmsd_fast.data.prompts import Prompt

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from claims import MET, MISSED, NOT_MEASURED
-from records import hardware_of
+from bench.claims import MET, MISSED, NOT_MEASURED
+from bench.records import hardware_of
 
 OURS, HF = "ours", "HF processor"
 LEAST_FASTER, MOST_MEMORY, MOST_AFTER = 3.0, 1 / 5, 1e-6

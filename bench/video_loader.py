@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from video_process import Work, descendants
 
+from bench.video_process import Work, descendants
 from rmsd_fast.config import DataConfig, VideoConfig
 
 # One product of this side squared in float32, 2 * 1024³ flop.
@@ -30,8 +30,7 @@ def data_config(**changes: Any) -> DataConfig:
 
 
 def _prompt_builder(reader: Any) -> Any:
-    from groups import HIDDEN, LAYERS, load
-
+    from bench.groups import HIDDEN, LAYERS, load
     from rmsd_fast.data.prompts import PromptBuilder
 
     return PromptBuilder(_student(HIDDEN, LAYERS, load), VideoConfig(num_frames=_FRAMES), reader)
@@ -54,8 +53,7 @@ def _warm_reader(data: DataConfig, warm: str) -> Any:
 
 
 def _loader(reader: Any, paths: list[str], *, ahead: int, per_step: int, folder: Path) -> Any:
-    from groups import TEXTS
-
+    from bench.groups import TEXTS
     from rmsd_fast.data.loader import PromptLoader
     from rmsd_fast.data.records import Question
 

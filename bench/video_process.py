@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_extra_bytes
 
-BENCH = Path(__file__).resolve().parent
+from bench.memory import peak_extra_bytes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _MIB = 2**20
 # More than any variant takes.
@@ -172,14 +173,14 @@ class VariantProcess:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(entry for entry in (os.environ.get("PYTHONPATH"), str(BENCH.parent)) if entry)
+        path = os.pathsep.join(entry for entry in (os.environ.get("PYTHONPATH"), str(REPOSITORY)) if entry)
         threads = str(spec.threads)
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
         self._process = subprocess.Popen(
-            [sys.executable, str(BENCH / "video_process.py"), str(theirs.fileno())],
+            [sys.executable, "-m", "bench.video_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            cwd=BENCH.parent,
+            cwd=REPOSITORY,
             env={**os.environ, **limits, "PYTHONPATH": path},
         )
         theirs.close()
@@ -212,7 +213,7 @@ class VariantProcess:
         return self._answer()
 
     def _answer(self) -> Any:
-        from peers import Unavailable
+        from bench.peers import Unavailable
 
         try:
             status, value = self._connection.recv()
@@ -227,12 +228,12 @@ class VariantProcess:
 
 def serve(connection: Connection) -> None:
     """The life of a variant's process."""
-    from peers import Unavailable
+    from bench.peers import Unavailable
 
     spec: Spec = connection.recv()
     torch.set_num_threads(spec.threads)
     try:
-        import video_variants
+        from bench import video_variants
 
         work = video_variants.build(spec)
         connection.send(("ok", work.library))
@@ -255,6 +256,6 @@ def serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     # By its own name, so that what is sent has the same classes on both sides.
-    import video_process
+    from bench import video_process
 
     video_process.serve(Connection(int(sys.argv[1])))

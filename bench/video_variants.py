@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import video_loader
-from peers import Unavailable, need
-from video_process import Spec, Work
 
 import rmsd_kernels
+from bench import video_loader
+from bench.peers import Unavailable, need
+from bench.video_process import Spec, Work
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data import preprocess, video
 from rmsd_fast.data.preprocess import Preprocessor

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    """The files of bench/ import each other by name, as pytest runs them."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
     """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
     yield
-    from memory import plain_malloc
+    from bench.memory import plain_malloc
 
     with plain_malloc():
         pass
@@ -38,7 +26,7 @@ MIB = 2**20
 def _variant(name, calls, seconds=0.0):
     import time
 
-    from measure import Variant
+    from bench.measure import Variant
 
     def forward():
         calls.append(name)
@@ -49,7 +37,7 @@ def _variant(name, calls, seconds=0.0):
 
 
 def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
-    from measure import Effort, interleaved
+    from bench.measure import Effort, interleaved
 
     calls = []
     variants = [_variant("a", calls), _variant("b", calls, 0.02), _variant("c", calls)]
@@ -66,7 +54,7 @@ def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
 
 
 def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
-    from measure import GEMMS, Effort, measure, numbers_of
+    from bench.measure import GEMMS, Effort, measure, numbers_of
 
     calls = []
     # The baseline is timed properly however long it takes.
@@ -81,7 +69,7 @@ def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
-    from measure import OURS, Effort, Variant, measure
+    from bench.measure import OURS, Effort, Variant, measure
 
     def broken():
         raise RuntimeError("not enough memory\nmore")
@@ -95,7 +83,7 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
 
 
 def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
-    from measure import EAGER, OURS, Effort, difference, measure, with_gradients
+    from bench.measure import EAGER, OURS, Effort, difference, measure, with_gradients
 
     weight, bias = torch.ones(100, requires_grad=True), torch.ones(4, requires_grad=True)
 
@@ -118,7 +106,7 @@ def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
 
 
 def test_ratios_of_medians_and_by_round():
-    from measure import quantiles, ratio
+    from bench.measure import quantiles, ratio
 
     totals = {"gemms": {0: 10.0, 1: 20.0, 2: 30.0}, "ours": {0: 20.0, 1: 25.0, 2: 30.0}, "alone": {-1: 40.0}}
     assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 20.0 / 25.0)
@@ -130,8 +118,8 @@ def test_ratios_of_medians_and_by_round():
 
 
 def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off():
-    from measure import Effort, measure, numbers_of, with_gradients
-    from memory import peak_extra_bytes
+    from bench.measure import Effort, measure, numbers_of, with_gradients
+    from bench.memory import peak_extra_bytes
 
     if peak_extra_bytes(lambda: None, CPU)[0] is None:
         pytest.skip("peak memory is counted on Linux with glibc only")
@@ -151,7 +139,7 @@ def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off()
 
 
 def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
-    from memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
+    from bench.memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
 
     def faults_of_a_block():
         fill_thread_cache()
@@ -176,7 +164,7 @@ def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
 
 @pytest.mark.parametrize(("passes", "products"), [("score", 1), ("frozen", 2), ("trainable", 3)])
 def test_bare_gemms_are_those_of_the_loss(passes, products):
-    from measure import bare_gemms, gemm_flop
+    from bench.measure import bare_gemms, gemm_flop
 
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     gemms = bare_gemms(hidden, weight, passes)
@@ -187,7 +175,7 @@ def test_bare_gemms_are_those_of_the_loss(passes, products):
 
 
 def test_inputs_follow_the_case():
-    from cases import Case, head_inputs
+    from bench.cases import Case, head_inputs
 
     small = {"hidden": 64, "dtype": torch.float32, "vocabulary": 500}
     plain = head_inputs(Case(40, **small))
@@ -204,8 +192,8 @@ def test_inputs_follow_the_case():
 
 
 def test_gate_accepts_eager_itself_and_refuses_what_is_off():
-    from cases import Case, checked
-    from peers import eager_cross_entropy
+    from bench.cases import Case, checked
+    from bench.peers import eager_cross_entropy
 
     def eager(x):
         return eager_cross_entropy(x.hidden, x.weight, x.targets)
@@ -229,8 +217,8 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
 
 
 def test_peers_agree_and_those_that_do_not_run_are_named():
-    from cases import Case, head_inputs
-    from peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
+    from bench.cases import Case, head_inputs
+    from bench.peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
 
     x = head_inputs(Case(32, 64, torch.float32, mask=50, vocabulary=500))
     for peers in (CROSS_ENTROPY, LOGPROB, POLICY):
@@ -245,7 +233,7 @@ def test_peers_agree_and_those_that_do_not_run_are_named():
 
 
 def test_both_forms_of_the_discriminator_pass_its_gate():
-    from bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
+    from bench.bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
 
     case = Case(torch.float32, "train", batch=3, length=5, hidden=64)
     assert set(gate(case)) == set(FORMS) == {"ours", "ours in one call"}
@@ -285,7 +273,7 @@ def _record(bench="linear_policy_loss", ours_ms=5.0, **changes):
 
 
 def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
-    from records import load, save, table
+    from bench.records import load, save, table
 
     save(_record(ours_ms=6.0), tmp_path)
     path = save(_record(), tmp_path)
@@ -300,8 +288,8 @@ def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
 
 
 def test_chart_draws_what_the_records_hold(tmp_path):
-    from chart import chosen, draw
-    from records import load, save
+    from bench.chart import chosen, draw
+    from bench.records import load, save
 
     shorter = _record(shape={"T": 512, "D": 2560, "V": 151936}, case="T512")
     cold = _record()
@@ -321,7 +309,7 @@ def test_chart_draws_what_the_records_hold(tmp_path):
 def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
     import json
 
-    from records import hardware_of, load, sources
+    from bench.records import hardware_of, load, sources
 
     def line(case, **changes):
         facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
@@ -341,7 +329,7 @@ def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
 
 
 def test_table_holds_ratios_and_leaves_cold_calls_out():
-    from chart import markdown
+    from bench.chart import markdown
 
     facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
     record = _record() | facts
@@ -355,7 +343,7 @@ def test_table_holds_ratios_and_leaves_cold_calls_out():
 
 
 def test_claims_are_checked_against_the_records():
-    from claims import CASES, CONDITIONS, GOALS, ON_CUDA, verdicts
+    from bench.claims import CASES, CONDITIONS, GOALS, ON_CUDA, verdicts
 
     def of(*records):
         return [v for v in verdicts(list(records)) if v.where == f"linear_policy_loss {_record()['case']}"]
@@ -388,10 +376,10 @@ def test_claims_are_checked_against_the_records():
 def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
     import importlib
 
-    from claims import CASES, CLAIM_CASES, CONDITIONS, SHARED_CASES, STEP_CASES
+    from bench.claims import CASES, CLAIM_CASES, CONDITIONS, SHARED_CASES, STEP_CASES
 
     for bench, names in CASES.items():
-        module = importlib.import_module(f"bench_{bench}")
+        module = importlib.import_module(f"bench.bench_{bench}")
         assert sorted(case.name for case in module.cases(False, "cpu")) == sorted(names)
         conditions = module.conditions(False, "cpu") if hasattr(module, "conditions") else []
         assert tuple(f"{case.name}-conditions" for case in conditions) == CONDITIONS.get(bench, ())

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    """The files of bench/ import each other by name, as pytest runs them."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 def _side(ms: float, predicted: float, mib: float = 1.0, training: float | None = None) -> dict:
@@ -32,7 +20,7 @@ def _record(bench: str, case: str, variants: dict) -> dict:
 
 
 def test_claims_on_sharing_by_hand():
-    import claims
+    from bench import claims
 
     variants = {
         "shared M=12": _side(10, 1.0, mib=24),
@@ -51,9 +39,7 @@ def test_claims_on_sharing_by_hand():
 
 
 def test_every_shape_on_cpu_is_claimed():
-    import bench_shared_prefix
-    import bench_step
-    import claims
+    from bench import bench_shared_prefix, bench_step, claims
 
     assert [case.name for case in bench_shared_prefix.cases(False, "cpu")] == list(claims.SHARED_CASES)
     cases = bench_step.cases(False, "cpu")
@@ -63,7 +49,7 @@ def test_every_shape_on_cpu_is_claimed():
 
 
 def test_chart_and_table_hold_what_the_records_say():
-    import chart_sharing
+    from bench import chart_sharing
 
     step = _record(
         "step",
@@ -92,8 +78,8 @@ def test_chart_and_table_hold_what_the_records_say():
 
 
 def test_variants_of_a_pass_have_equal_gradients():
-    from bench_shared_prefix import Case, make_variant
-    from measure import difference
+    from bench.bench_shared_prefix import Case, make_variant
+    from bench.measure import difference
 
     case = Case(512, 16)
     found = {}
@@ -108,8 +94,7 @@ def test_variants_of_a_pass_have_equal_gradients():
 
 
 def test_predictions_add_what_the_rates_say():
-    from rates import predicted_seconds, rates
-
+    from bench.rates import predicted_seconds, rates
     from rmsd_fast.models.cost import Flops
 
     flops = Flops(dense=600, attention=50, head=100, vision=300, vision_attention=50)

@@ -11,23 +11,14 @@ import pytest
 import torch
 from media_files import noise_frames, write_clip
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 MIB = 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    """The files of bench/ import each other by name, as pytest runs them."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
     """bench/memory.py sets malloc for the whole process; the tests after these shall have its defaults."""
     yield
-    from memory import plain_malloc
+    from bench.memory import plain_malloc
 
     with plain_malloc():
         pass
@@ -73,7 +64,7 @@ def _decode_record(ours: float = 6.0, **changes) -> dict:
 
 
 def _statuses(record: dict) -> list[str]:
-    from video_goals import CUDA_GOALS, GOALS, verdicts
+    from bench.video_goals import CUDA_GOALS, GOALS, verdicts
 
     return [status for status, name, _ in verdicts([record], GOALS + CUDA_GOALS) if name == record["name"]]
 
@@ -129,9 +120,9 @@ def test_epochs_memory_and_cuda_are_judged_by_their_numbers():
 
 
 def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
-    from records import load as load_losses
-    from records import save
-    from video_goals import load
+    from bench.records import load as load_losses
+    from bench.records import save
+    from bench.video_goals import load
 
     path = save(_decode_record(9.0), tmp_path)
     save(_decode_record(5.0), tmp_path)
@@ -152,8 +143,8 @@ def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
 
 
 def test_table_holds_every_case_and_every_goal():
-    from chart_media import markdown
-    from video_goals import GOALS
+    from bench.chart_media import markdown
+    from bench.video_goals import GOALS
 
     waits = {key: _spread(0.25) for key in ("first_wait_s", "epoch_1_wait_s", "epoch_2_wait_s", "compute_s")}
     mark = {"videos": 100, "own_mib": 300.0, "workers_mib": 900.0, "descriptors": 60, "processes": 3}
@@ -182,7 +173,7 @@ def test_table_holds_every_case_and_every_goal():
 
 
 def test_frames_and_patches_are_compared_in_levels():
-    from bench_video import frame_differences, patch_differences
+    from bench.bench_video import frame_differences, patch_differences
 
     ours = np.zeros((2, 4, 4, 3), np.uint8)
     theirs = ours.copy()
@@ -197,7 +188,7 @@ def test_frames_and_patches_are_compared_in_levels():
 
 
 def test_rounds_turn_and_slow_variants_take_part_in_fewer():
-    from bench_video import Pace, interleaved, numbers
+    from bench.bench_video import Pace, interleaved, numbers
 
     order: list[str] = []
 
@@ -218,7 +209,7 @@ def test_rounds_turn_and_slow_variants_take_part_in_fewer():
 def test_cpu_and_memory_of_processes_below_count():
     import subprocess
 
-    from video_process import Work, memory_call, timed_call
+    from bench.video_process import Work, memory_call, timed_call
 
     code = "\n".join(
         (
@@ -255,8 +246,8 @@ def test_cpu_and_memory_of_processes_below_count():
 
 
 def test_a_variant_runs_in_its_process(clip: Path, tmp_path: Path):
-    from bench_video import frame_differences, started
-    from video_process import VariantFailed
+    from bench.bench_video import frame_differences, started
+    from bench.video_process import VariantFailed
 
     arguments = {"path": str(clip), "indices": [0, 5, 11], "warm": str(clip)}
     with started("decode", arguments, names=["ours"]) as (running, not_run):
@@ -275,10 +266,10 @@ def test_a_variant_runs_in_its_process(clip: Path, tmp_path: Path):
 # decord and OpenCV bring FFmpeg libraries of their own, which are kept out of this process.
 @pytest.mark.parametrize("name", ["PyAV sequential", "PyAV seek"])
 def test_peers_find_the_same_frames(name: str, clip: Path, tmp_path: Path):
-    import video_variants
-    from bench_video import frame_differences
-    from peers import Unavailable
-    from video_process import Spec
+    from bench import video_variants
+    from bench.bench_video import frame_differences
+    from bench.peers import Unavailable
+    from bench.video_process import Spec
 
     shown = []
     for variant in ("ours", name):
@@ -293,10 +284,10 @@ def test_peers_find_the_same_frames(name: str, clip: Path, tmp_path: Path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes variants for CUDA as those that cannot run")
 def test_what_cannot_run_here_is_named(clip: Path):
-    import video_variants
-    from bench_video import started
-    from peers import Unavailable
-    from video_process import Spec
+    from bench import video_variants
+    from bench.bench_video import started
+    from bench.peers import Unavailable
+    from bench.video_process import Spec
 
     arguments = {"path": str(clip), "indices": [0, 1], "warm": str(clip)}
     with started("cuda", arguments, names=["ours, decode alone"]) as (running, not_run):
@@ -307,8 +298,7 @@ def test_what_cannot_run_here_is_named(clip: Path):
 
 
 def test_copies_differ_in_content_but_not_in_frames(clip: Path, tmp_path: Path):
-    from video_files import copies
-
+    from bench.video_files import copies
     from rmsd_fast.config import VideoConfig
     from rmsd_fast.data.preprocess import Preprocessor
     from rmsd_fast.data.video import MediaRequest, read_media
@@ -320,7 +310,7 @@ def test_copies_differ_in_content_but_not_in_frames(clip: Path, tmp_path: Path):
 
 
 def test_the_scene_goes_on_where_it_was_cut(tmp_path: Path):
-    from video_files import encoded, scene
+    from bench.video_files import encoded, scene
 
     assert torch.equal(scene(0, 4, 48, 64)[2:], scene(2, 2, 48, 64))
     path = encoded(tmp_path / "made.mp4", frames=10, height=48, width=64, gop=5)
@@ -334,8 +324,8 @@ def test_the_scene_goes_on_where_it_was_cut(tmp_path: Path):
 def test_every_goal_has_its_case():
     import inspect
 
-    import bench_video
-    from video_goals import CUDA_GOALS, GOALS, GOPS, SIZES
+    from bench import bench_video
+    from bench.video_goals import CUDA_GOALS, GOALS, GOPS, SIZES
 
     names = {"epochs-720p", "flat"} | {f"preprocess-720p-{frames}f" for frames in SIZES}
     names |= {f"decode-720p-{frames}f-gop{gop}" for frames in SIZES for gop in GOPS}

@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench/`, and `python -m bench.cuda` on a CUDA machine. Nothing imports them."""
