@@ -6,6 +6,10 @@ rows gathered, then `discriminator_loss`. All differentiate hidden states, norm 
 the hidden states has to be written by all. `score`: forward without gradients (rewards). `rows` (CUDA, where launches
 count): from rows gathered beforehand, L = 1, so that no gradient of padded batches hides the difference.
 Bytes that eager has to move at least: hidden states read forward and backward and written as gradient, 3 * 2BLD.
+
+On CUDA `launches` says of each form how many kernels a call launches, forward and backward, and their time on the
+device, autograd's own fills included. Two more forms are counted there and not timed: `discriminator_loss`, and eager
+code, on last rows in one tensor [2B, D], indices and the gradient of the loss made beforehand: the op alone.
 """
 
 from __future__ import annotations
@@ -20,11 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.heads import Outcome
+from bench.launches import launches_of
 from bench.measure import EAGER, OURS, Variant, differences_of, main_time, measure, numbers_of, with_gradients
+from bench.section_log import seconds_left
 from rmsd_fast.losses import discriminator_loss, last_token_values, pairwise_discriminator_loss
 
 EPS = 1e-6
 ONE_CALL = "ours in one call"
+ALONE, EAGER_ALONE = "ours, all prepared", "eager, all prepared"
+# The first compilation of a process takes about so long.
+_COMPILE_S = 12.0
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,16 @@ def gathered_eager(x: Inputs) -> Tensor:
     """The careful eager form: the last rows alone go through norm and head. Ours on the CPU is torch code like this."""
 
     def last_scores(hidden: Tensor, last: Tensor) -> Tensor:
-        rows = hidden[torch.arange(len(last), device=last.device), last].float()
-        normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + EPS) * x.norm.float()
-        return (normed * x.head.float()).sum(-1)
+        return _row_scores(hidden[torch.arange(len(last), device=last.device), last], x)
 
     student, teacher = last_scores(x.student, x.last_student), last_scores(x.teacher, x.last_teacher)
     return (x.quality * F.softplus(student - teacher)).mean()
+
+
+def _row_scores(rows: Tensor, x: Inputs) -> Tensor:
+    rows = rows.float()
+    normed = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + EPS) * x.norm.float()
+    return (normed * x.head.float()).sum(-1)
 
 
 def ours(x: Inputs) -> Tensor:
@@ -145,32 +158,68 @@ def gate(case: Case) -> dict[str, dict[str, list[float]]]:
     return errors
 
 
+def prepared(x: Inputs, score: bool) -> dict[str, Callable[[], object]]:
+    """Calls of the op alone and of eager code on the last rows [2B, D], with gradients unless `score`."""
+    pairs = torch.arange(len(x.quality), device=x.quality.device)
+    sides = ((x.student, x.last_student), (x.teacher, x.last_teacher))
+    rows = torch.cat([hidden.detach()[pairs, last] for hidden, last in sides]).requires_grad_()
+    every = torch.arange(len(rows), device=rows.device)
+    one = torch.ones((), device=rows.device)
+    settings = {"num_students": len(pairs), "norm_weight": x.norm, "norm_eps": EPS}
+
+    def alone() -> Tensor:
+        return discriminator_loss(rows, every, x.head, pairs, pairs, x.quality, **settings).loss
+
+    def eager_alone() -> Tensor:
+        scores = _row_scores(rows, x)
+        return (x.quality * F.softplus(scores[: len(pairs)] - scores[len(pairs) :])).mean()
+
+    def call(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        if score:
+            return torch.no_grad()(loss)
+        return lambda: torch.autograd.grad(loss(), [rows, x.norm, x.head], one)
+
+    return {ALONE: call(alone), EAGER_ALONE: call(eager_alone)}
+
+
 def _grad(value: Tensor, x: Inputs) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value, [x.student, x.teacher, x.norm, x.head])
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    dtypes = [torch.bfloat16] if quick or device == "cuda" else [torch.bfloat16, torch.float32]
-    found = [Case(dtype, mode, device=device) for dtype in dtypes for mode in ("train", "score")]
-    return found + ([Case(torch.bfloat16, "rows", length=1, device=device)] if device == "cuda" else [])
+    if device == "cuda":
+        # The one that carries claims first.
+        shapes = (("rows", 1), ("train", 512), ("score", 512))
+        return [Case(torch.bfloat16, mode, length=length, device=device) for mode, length in shapes]
+    dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]
+    return [Case(dtype, mode, device=device) for dtype in dtypes for mode in ("train", "score")]
+
+
+def toy_cases(device: str) -> list[Case]:
+    small = {"batch": 3, "hidden": 64, "device": device}
+    return [Case(torch.bfloat16, "rows", length=1, **small), Case(torch.float32, "score", length=5, **small)]
 
 
 @pytest.mark.timeout(900)
 def test_discriminator(case: Case, effort, report) -> None:
     errors = gate(case)
     x = make_inputs(case)
-    compiled = torch.compile(eager, dynamic=False)
+    forms = FORMS | {EAGER: eager, "eager, gathered": gathered_eager}
+    not_run = {"other libraries": "none has a fused form of this loss"}
+    if case.device == "cpu" and case.hidden < 1024:
+        not_run["torch.compile"] = "a rehearsal leaves out its compilation"
+    elif seconds_left() < _COMPILE_S:
+        not_run["torch.compile"] = f"no time left to compile: {seconds_left():.0f} s"
+    else:
+        forms["torch.compile"] = torch.compile(eager, dynamic=False)
     variants = []
-    for name, function in (
-        FORMS | {EAGER: eager, "eager, gathered": gathered_eager, "torch.compile": compiled}
-    ).items():
+    for name, function in forms.items():
         compiles = name == "torch.compile"
         if case.mode == "score":
             variants.append(Variant(name, torch.no_grad()(lambda f=function: f(x)), compiles=compiles))
         else:
             variants.append(with_gradients(name, lambda f=function: f(x), x[:4], compiles=compiles))
     device = x.student.device
-    not_run = {"other libraries": "none has a fused form of this loss"}
     samples = measure(variants, effort, device, not_run, base=OURS)
     numbers = numbers_of(samples, variants, baseline=None)
     item = x.student.element_size()
@@ -188,4 +237,6 @@ def test_discriminator(case: Case, effort, report) -> None:
         "errors": errors,
         "not_run": not_run,
     }
+    counted = {variant.name: variant for variant in variants if variant.name in numbers}
+    record |= launches_of(prepared(x, case.mode == "score") | counted, device)
     report(Outcome(record, variants[0], main_time(numbers[OURS]) / 1e3))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import heads
 from bench.cases import Case, HeadInputs
 from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
 from bench.peers import CROSS_ENTROPY, eager_cross_entropy
@@ -28,6 +29,10 @@ BENCH = HeadBench("linear_cross_entropy", ours, ours, eager, CROSS_ENTROPY)
 
 def cases(quick: bool, device: str) -> list[Case]:
     return [*base_cases(quick, device), *condition_cases(quick, device)]
+
+
+def toy_cases(device: str) -> list[Case]:
+    return heads.toy_cases(device)
 
 
 def conditions(quick: bool, device: str) -> list[Case]:

@@ -58,6 +58,10 @@ def cases(quick: bool, device: str) -> list[DivergenceCase]:
     return [narrow, replace(narrow, kind="jsd"), *wide]
 
 
+def toy_cases(device: str) -> list[DivergenceCase]:
+    return [DivergenceCase(64, 64, torch.bfloat16, device=device, vocabulary=512)]
+
+
 @pytest.mark.timeout(900)
 def test_linear_divergence(case: DivergenceCase, effort, report, quick: bool) -> None:
     side = Teacher(case.kind)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import heads
 from bench.cases import Case, HeadInputs
 from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
 from bench.peers import LOGPROB, eager_logprob, logprob_weights
@@ -45,10 +46,14 @@ def cases(quick: bool, device: str) -> list[Case]:
     if quick:
         return [base[0], replace(base[-1], head="frozen")]
     if device == "cuda":
-        extra = [replace(base[2], head=head) for head in ("frozen", "score")]
-        return [*base, *extra, *condition_cases(quick, device)]
+        long, *others = base
+        return [long, *(replace(long, head=h) for h in ("frozen", "score")), *others, *condition_cases(quick, device)]
     short, _, medium, long = base
     return [*base, *(replace(case, head="frozen") for case in (short, medium)), replace(long, head="score")]
+
+
+def toy_cases(device: str) -> list[Case]:
+    return heads.toy_cases(device)
 
 
 def conditions(quick: bool, device: str) -> list[Case]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import heads
 from bench.cases import Case, HeadInputs
 from bench.heads import HeadBench, base_cases, condition_cases, run_case, run_conditions
 from bench.peers import CLIP, KL_COEF, POLICY, eager_policy_loss
@@ -41,6 +42,10 @@ BENCH = HeadBench("linear_policy_loss", ours, ours, eager, POLICY)
 def cases(quick: bool, device: str) -> list[Case]:
     base = base_cases(quick, device)
     return base if quick else [*base, *(condition_cases(quick, device) if device == "cuda" else [])]
+
+
+def toy_cases(device: str) -> list[Case]:
+    return heads.toy_cases(device)
 
 
 def conditions(quick: bool, device: str) -> list[Case]:

@@ -61,7 +61,8 @@ class Way:
 
 def cases(quick: bool, device: str) -> list[Case]:
     if device == "cuda":
-        return [Case(p, r, "bfloat16", device) for p, r in ((2048, 128), (8192, 512))]
+        # So small a student leaves a GPU waiting for launches: bench_step_4b measures there.
+        return []
     return [Case(512, 32)] if quick else [Case(1024, 64), Case(2048, 64), Case(2048, 128), Case(4096, 128)]
 
 

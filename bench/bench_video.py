@@ -52,6 +52,8 @@ class Pace:
 # Left out by --quick.
 SLOW = ("PyAV sequential", "OpenCV grab", "PyAV, HF processor")
 FULL, QUICK = Pace(15.0, 4, 9), Pace(0.5, 1, 3, least_slow=1)
+# Time on a GPU is scarce, and what is compared differs by a factor.
+ON_CUDA = Pace(4.0, 3, 9)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -311,9 +313,20 @@ def test_flat(quick: bool, finish, warm: str, tmp_path: Path) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; prepared, nothing is claimed without")
-def test_cuda(quick: bool, pace: Pace, finish, raw_frames, warm: str) -> None:
+def test_cuda(toy: bool, finish, raw_frames, warm: str) -> None:
+    if toy:
+        pytest.skip("--toy: see test_toy")
     path = read_once(video_files.long_video(30))
     arguments = {"path": path, "indices": chosen(64), "warm": warm, "raw": raw_frames(64)}
     # The CPU route may have all cores.
-    found = measured("cuda", arguments, pace, patch_differences, warm_up=True, threads=cpu_count())
+    found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=cpu_count())
     finish("cuda-720p-64f-gop30", "cuda", {"frames": 64, "GOP": 30}, found, device="cuda")
+
+
+def test_toy(toy: bool, finish, warm: str) -> None:
+    """What `test_cuda` does, with a tiny file and on the CPU."""
+    if not toy:
+        pytest.skip("a rehearsal, with --toy alone")
+    indices = frame_indices(8, video_files.FPS, VideoConfig(num_frames=4), Preprocessor())
+    found = measured("file", {"path": warm, "indices": indices, "warm": warm}, QUICK, patch_differences)
+    finish("toy", "file", {"frames": 4, "GOP": 8}, found)

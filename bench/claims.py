@@ -1,7 +1,7 @@
 """What the records say about each number that losses, shared prefixes and media path promise: a line per goal and case.
 
 met, MISSED: with n, the rounds of the side that took part in fewer. NOT MEASURED: no record of the case, or it lacks a
-side. Exit code 1 where a goal on CPU is missed or not measured. Goals on CUDA are listed as not measurable without one.
+side. Exit code 1 where a goal on CPU is missed or not measured. Goals on CUDA follow, by the results of bench.cuda.
 
 python -m bench.claims [--results bench/results] [--hardware PART_OF_ITS_NAME]
 """
@@ -12,10 +12,11 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from bench import cuda_goals, video_goals
 from bench.measure import EAGER, GEMMS, OURS, main_time
-from bench.records import ROOT, load
+from bench.records import RECORDS, ROOT, load, load_run
+from bench.verdicts import MET, MISSED, NOT_MEASURED, Finding, Verdict, rounds_of
 
 HEADS = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
 _NARROW, _WIDE = "D256-float32-mask0-random-trainable", "D2560-bfloat16-mask0-random-trainable"
@@ -48,37 +49,14 @@ CONDITIONS = {
 }
 LEAST_SHARE = {_LONG: 0.93, _SHORT: 0.88}
 MOST_FROZEN, MOST_MASKED_90, MOST_MEMORY, LEAST_DISCRIMINATOR = 0.72, 0.2, 0.2, 5.0
-ON_CUDA = (
-    "T = 8192, forward and backward: at most 1.15 times 6TDV at the measured GEMM rate",
-    "T = 8192, frozen head: at most 1.15 times 4TDV at the measured GEMM rate",
-    "at least 1.3 times faster than the best exact per-token peer",
-    "at least 5 times faster than the GRPO paths of Liger and TRL",
-    "workspace at most 0.6 GB beside d_weight",
-    "discriminator: at most 20 µs of device time and 2 launches",
-    "stage-2 step: K=4, N=8 at most 1.15 times K=1, N=8",
-    "stage-2 step: at least 5 times faster than padded at a prompt of 8k and responses of 512",
-    "stage-2 step: within 1.15 of the cost model",
-    "media: file to patches at least 20 times faster than HF's processor on CPU, no pixels copied to the host",
-)
 LEAST_OVER_PADDED, MOST_OF_PADDED, MOST_FOR_K, MOST_OFF_MODEL = 4.0, 0.25, 1.15, 1.25
 SHARED_CASES = tuple(
     f"P{p}-R{r}-float32" for p, r in ((1024, 64), (1024, 128), (2048, 64), (2048, 128), (2048, 256), (4096, 128))
 )
 SWEPT_CASES = ("P1024-R64-float32", "P2048-R128-float32")
 STEP_CASES = tuple(f"P{p}-R{r}-float32" for p, r in ((1024, 64), (2048, 64), (2048, 128), (4096, 128)))
-MET, MISSED, NOT_MEASURED = "met", "MISSED", "NOT MEASURED"
 
-# (reached or not, None: a side is missing; what was found)
-Finding = tuple[bool | None, str]
 Judge = Callable[[dict], Iterator[Finding]]
-
-
-class Verdict(NamedTuple):
-    """One goal against one case."""
-
-    status: str
-    where: str
-    what: str
 
 
 def _share(least: float) -> Judge:
@@ -86,7 +64,7 @@ def _share(least: float) -> Judge:
         ours = variants[OURS]
         share, by_round = ours["share_of_gemms"], ours["share_of_gemms_by_round"]
         what = f"{share:.1%} of the bare GEMMs' rate (by round {by_round:.1%}), at least {least:.0%}"
-        yield share >= least, what + _rounds(ours, variants[GEMMS])
+        yield share >= least, what + rounds_of(ours, variants[GEMMS])
 
     return judge
 
@@ -109,7 +87,7 @@ def _conditions(variants: dict) -> Iterator[Finding]:
     for name, most in (("frozen head", MOST_FROZEN), ("90% masked", MOST_MASKED_90)):
         times = variants[name]["times_base"]
         what = f"{name}: {times:.3f} of the time without, at most {most}"
-        yield times <= most, what + _rounds(variants[name], variants[OURS])
+        yield times <= most, what + rounds_of(variants[name], variants[OURS])
 
 
 def _discriminator(variants: dict) -> Iterator[Finding]:
@@ -155,7 +133,7 @@ def _k_times(variants: dict, time: Callable[[dict], float], what: str) -> Findin
     if four is None or one is None:
         return None, f"{what} at K=4 and K=1"
     times = time(four) / time(one)
-    return times <= MOST_FOR_K, f"{what}: K=4 takes {times:.3f} of K=1, at most {MOST_FOR_K}" + _rounds(four, one)
+    return times <= MOST_FOR_K, f"{what}: K=4 takes {times:.3f} of K=1, at most {MOST_FOR_K}" + rounds_of(four, one)
 
 
 def _predicted(variants: dict, name: str, base: str, time: Callable[[dict], float]) -> Finding:
@@ -165,7 +143,7 @@ def _predicted(variants: dict, name: str, base: str, time: Callable[[dict], floa
     measured, predicted = time(own) / time(other), own["predicted_s"] / other["predicted_s"]
     off = max(measured / predicted, predicted / measured)
     what = f"{name} over {base}: {measured:.2f}, predicted {predicted:.2f}, apart {off:.2f}, at most {MOST_OFF_MODEL}"
-    return off <= MOST_OFF_MODEL, what + _rounds(own, other)
+    return off <= MOST_OFF_MODEL, what + rounds_of(own, other)
 
 
 def _training(own: dict) -> float:
@@ -177,7 +155,7 @@ def _at_least(variants: dict, name: str, least: float) -> Finding:
         return None, name
     own, base = variants[name], variants["shared M=12"]
     times = main_time(own) / main_time(base)
-    return times >= least, f"{times:.2f} times faster than {name}, at least {least:g}" + _rounds(own, base)
+    return times >= least, f"{times:.2f} times faster than {name}, at least {least:g}" + rounds_of(own, base)
 
 
 def _no_slower(variants: dict) -> Iterator[Finding]:
@@ -194,13 +172,9 @@ def _faster(variants: dict, name: str, least: float) -> Finding:
     if name not in variants:
         return None, name
     times = main_time(variants[name]) / main_time(variants[OURS])
-    return times >= least, f"{times:.2f} times faster than {name}, at least {least:g}" + _rounds(
+    return times >= least, f"{times:.2f} times faster than {name}, at least {least:g}" + rounds_of(
         variants[name], variants[OURS]
     )
-
-
-def _rounds(*sides: dict) -> str:
-    return f" (n = {min(side['rounds'] for side in sides)})"
 
 
 # (benchmark, case, judge), those with a number of their own first.
@@ -235,13 +209,14 @@ def verdicts(records: list[dict]) -> Iterator[Verdict]:
             yield Verdict(NOT_MEASURED if reached is None else MET if reached else MISSED, where, what)
 
 
-def _media(results: Path, hardware: str | None) -> Iterator[Verdict]:
-    """Goals of the media path, which has records and judges of its own."""
-    # It takes its words for verdicts from here.
-    from bench import video_goals
-
-    for status, name, what in video_goals.verdicts(video_goals.load(results, hardware)):
-        yield Verdict(status, f"media {name}", what)
+def _on_cuda(results: Path) -> Iterator[Verdict]:
+    """Of each folder that bench.cuda has left; without any, what it would measure."""
+    runs = sorted(results.glob(f"*/{RECORDS}"))
+    if not runs:
+        yield from cuda_goals.verdicts([])
+    for run in runs:
+        for verdict in cuda_goals.verdicts(load_run(run)):
+            yield verdict._replace(where=f"{run.parent.name} {verdict.where}")
 
 
 def main() -> int:
@@ -249,13 +224,17 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--hardware", help="part of the name of the machine whose records count")
     given = parser.parse_args()
-    found = [*verdicts(load(given.results, hardware=given.hardware)), *_media(given.results, given.hardware)]
+    media = video_goals.verdicts(video_goals.load(given.results, given.hardware))
+    found = [
+        *verdicts(load(given.results, hardware=given.hardware)),
+        *(Verdict(status, f"media {name}", what) for status, name, what in media),
+    ]
     for verdict in found:
         print(f"{verdict.status:12s} {verdict.where}: {verdict.what}")
-    for goal in ON_CUDA:
-        print(f"not measurable without a GPU: {goal}")
     counts = {status: sum(v.status == status for v in found) for status in (MET, MISSED, NOT_MEASURED)}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    for verdict in _on_cuda(given.results):
+        print(f"on CUDA: {verdict.status:12s} {verdict.where}: {verdict.what}")
+    print("on CPU: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     return int(counts[MET] < len(found))
 
 

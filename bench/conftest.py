@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,18 +20,22 @@ from bench.records import save, table
 
 QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
 FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
+# Calls take milliseconds there.
+ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, limit_s=60.0, least_rounds=3, always_rounds=10)
+TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, limit_s=5.0, always_rounds=2)
 # pytest-benchmark repeats our call, for its own JSON and comparison, about so long.
 PEDANTIC_S = {True: 1.0, False: 3.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary")
+    parser.addoption("--toy", action="store_true", help="tiny shapes on any device: a rehearsal, no measurement")
     parser.addoption("--claims", action="store_true", help="only the cases whose numbers claims.py judges")
     parser.addoption(
         "--record",
-        metavar="FOLDER",
+        metavar="PLACE",
         type=Path,
-        help="append each record to FOLDER/<bench>.jsonl, where the newest counts",
+        help="append each record to PLACE/<bench>.jsonl, or to PLACE where it is a .jsonl file; the newest counts",
     )
 
 
@@ -44,11 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`cases(quick, device)` of the bench file gives the cases of every test that asks for one."""
-    bench = metafunc.module.__name__.rpartition("bench_")[2]
+    """`cases(quick, device)` of the bench file gives the cases of every test that asks for one, with --toy
+    `toy_cases(device)`.
+    """
+    bench, toy = metafunc.module.__name__.rpartition("bench_")[2], metafunc.config.getoption("toy")
     for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
-            cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
+            if toy:
+                make = getattr(metafunc.module, "toy_cases", None)
+                cases = make(device_name()) if make and argument == "case" else []
+            else:
+                cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
             if metafunc.config.getoption("claims"):
                 cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
             metafunc.parametrize(argument, cases, ids=[case.name for case in cases])
@@ -59,15 +68,24 @@ def device_name() -> str:
 
 
 @pytest.fixture
-def quick(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("quick")
+def toy(request: pytest.FixtureRequest) -> bool:
+    """A rehearsal."""
+    return request.config.getoption("toy")
 
 
 @pytest.fixture
-def effort(quick: bool) -> Effort:
-    effort = QUICK if quick else FULL
-    # Calls take milliseconds there.
-    return replace(effort, most_rounds=30) if device_name() == "cuda" else effort
+def quick(request: pytest.FixtureRequest, toy: bool) -> bool:
+    """Small shapes, whose records make no claims."""
+    return request.config.getoption("quick") or toy
+
+
+@pytest.fixture
+def effort(request: pytest.FixtureRequest, toy: bool) -> Effort:
+    if toy:
+        return TOY
+    if device_name() == "cuda":
+        return ON_CUDA
+    return QUICK if request.config.getoption("quick") else FULL
 
 
 @pytest.fixture(autouse=True)

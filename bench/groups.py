@@ -22,7 +22,7 @@ from rmsd_fast.models.students import Student, load_student
 from rmsd_fast.models.tiny import build_tiny_student
 
 # Grid of 32-pixel tokens of a frame and temporal steps that make a prompt of about so many tokens.
-GRIDS = {512: (4, 8, 8), 1024: (8, 8, 15), 2048: (8, 16, 15), 4096: (16, 16, 15), 8192: (16, 22, 22)}
+GRIDS = {128: (4, 4, 4), 512: (4, 8, 8), 1024: (8, 8, 15), 2048: (8, 16, 15), 4096: (16, 16, 15), 8192: (16, 22, 22)}
 # The small student: 4 layers of 8 heads of 32, 3 million parameters.
 HIDDEN, LAYERS = 256, 4
 TEXTS = ("What happens in the video?", "<think>A red square moves.</think><answer>0.0 to 10.0</answer>")

@@ -1,12 +1,32 @@
-"""What this machine gives for the two kinds of work that the cost model counts, measured beside the benchmark."""
+"""What this machine gives for the two kinds of work that the cost model counts, measured beside the benchmark.
+
+And what a GPU's datasheet says, for its share of the peak.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from statistics import median
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+# Dense bfloat16 FLOP/s of datasheets, by what stands in the device's name. NVL cards have other values, and a GH200 or
+# GB200 is a word of its own.
+_PEAKS = (
+    (r"\bH100\b.*\bPCIe\b", 756e12),
+    (r"\b(H100|H200)\b(?!.*\b(NVL|PCIe)\b)", 989.4e12),
+    (r"\bA100\b", 312e12),
+    (r"\bB200\b", 2250e12),
+)
+# Calls between two events on CUDA: the host runs ahead, so that launches are hidden as they are in a step.
+_CALLS = 10
+
+
+def datasheet_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s by the datasheet of a device with this name; None where none is known."""
+    return next((value for pattern, value in _PEAKS if re.search(pattern, name)), None)
 
 
 def rates(config, prefix: int, dtype: torch.dtype, device: torch.device, rounds: int = 7) -> dict[str, float]:
@@ -35,7 +55,8 @@ def rates(config, prefix: int, dtype: torch.dtype, device: torch.device, rounds:
     }
     found = {}
     for name, run in (("matmul", products), ("attention", attention)):
-        run()
+        # Compiles, chooses kernels, and brings the clock up.
+        _seconds(run, device)
         found[name] = flop[name] / median(_seconds(run, device) for _ in range(rounds))
     return found
 
@@ -47,10 +68,16 @@ def predicted_seconds(flops, rate: dict[str, float]) -> float:
 
 
 def _seconds(run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    """Of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize(device)
+    marks[0].record()
+    for _ in range(_CALLS):
+        run()
+    marks[1].record()
+    torch.cuda.synchronize(device)
+    return marks[0].elapsed_time(marks[1]) / 1e3 / _CALLS

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
+import shutil
 import subprocess
 from collections import Counter
 from importlib import metadata
@@ -15,7 +17,12 @@ import torch
 from bench.measure import main_time
 
 ROOT = Path(__file__).resolve().parent
-_PEERS = ("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "triton", "transformers")
+# The file of all records of one run of bench.cuda.
+RECORDS = "results.jsonl"
+_PACKAGES = (
+    *("triton", "transformers", "deepspeed", "torchcodec", "vllm"),
+    *("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "flash-attn"),
+)
 
 
 def cpu_name() -> str:
@@ -30,7 +37,7 @@ def surroundings() -> dict[str, object]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
-    for name in _PEERS:
+    for name in _PACKAGES:
         try:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -39,22 +46,28 @@ def surroundings() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """Commit of the measured code, with -dirty where that differs from it; new results alone do not count."""
+    """Commit of the measured code, with -dirty where that differs from it; new results alone do not count.
+
+    A copy without git may be told in RMSD_BENCH_COMMIT what it is a copy of.
+    """
     commands = (
         ["rev-parse", "HEAD"],
         ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"],
     )
+    told = os.environ.get("RMSD_BENCH_COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return told
     outputs = []
     for command in commands:
         done = subprocess.run(["git", *command], cwd=ROOT.parent, capture_output=True, text=True, check=False)
         outputs.append(done.stdout.strip() if done.returncode == 0 else "")
-    return outputs[0] + "-dirty" * bool(outputs[1]) if outputs[0] else "unknown"
+    return outputs[0] + "-dirty" * bool(outputs[1]) if outputs[0] else told
 
 
-def save(record: dict[str, object], folder: Path) -> Path:
-    """Append the record and the surroundings to <folder>/<bench>.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['bench']}.jsonl"
+def save(record: dict[str, object], place: Path) -> Path:
+    """Append the record and the surroundings to <place>/<bench>.jsonl, or to `place` where it is a .jsonl file."""
+    path = place if place.suffix == ".jsonl" else place / f"{record['bench']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.write(json.dumps(record | surroundings()) + "\n")
     return path
@@ -80,6 +93,20 @@ def load(folder: Path, device: str = "cpu", hardware: str | None = None) -> list
     if len(machines) > 1:
         raise ValueError(f"records of several machines in {folder}: {sorted(machines)}; name one with --hardware")
     return list(newest.values())
+
+
+def load_run(path: Path) -> list[dict]:
+    """The newest record of each case in the results.jsonl of a run of bench.cuda; of media the case is its `name`."""
+    newest: dict[tuple[str, str], dict] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "variants" in record:
+            newest[record["bench"], case_of(record)] = record
+    return list(newest.values())
+
+
+def case_of(record: dict) -> str:
+    return record["case"] if "case" in record else record["name"]
 
 
 def hardware_of(record: dict) -> str:

@@ -76,10 +76,13 @@ class Given:
         groups = []
         for prompt in prompts:
             name, _, copy = prompt.question.id.partition("/")
-            ids = make_responses(self.builder, 8, self.response, seed=int(name.removeprefix("q")))
             chosen = [int(copy)] if copy else range(sampling.n)
+            ids = self.responses(max(8, len(chosen)), seed=int(name.removeprefix("q")))
             groups.append([self._rollout(prompt, i, ids[i]) for i in chosen])
         return groups
+
+    def responses(self, count: int, seed: int) -> list[torch.Tensor]:
+        return make_responses(self.builder, count, self.response, seed)
 
     def _rollout(self, prompt: Prompt, index: int, ids: torch.Tensor) -> Rollout:
         logp = torch.full((len(ids),), -6.0)

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.claims import MET, MISSED, NOT_MEASURED
 from bench.records import hardware_of
+from bench.verdicts import MET, MISSED, NOT_MEASURED, Finding, rounds_of
 
 OURS, HF = "ours", "HF processor"
 LEAST_FASTER, MOST_MEMORY, MOST_AFTER = 3.0, 1 / 5, 1e-6
@@ -27,8 +27,6 @@ MOST_MORE_DESCRIPTORS = 8
 LEAST_CUDA, MOST_TO_HOST_MIB = 20.0, 1.0
 SIZES, GOPS = (16, 64), (30, 250)
 
-# (name of the case, reached or not, what was found)
-Finding = tuple[bool | None, str]
 Judge = Callable[[dict], Iterator[Finding]]
 
 
@@ -70,7 +68,7 @@ def _preprocess(record: dict) -> Iterator[Finding]:
     seconds = f"{ours['cpu_s']['median']:.3f} and {theirs['cpu_s']['median']:.3f} s of CPU"
     yield (
         times >= LEAST_FASTER,
-        f"{times:.1f} times faster than {peer} ({seconds}), at least {LEAST_FASTER:g}" + rounds(ours, theirs),
+        f"{times:.1f} times faster than {peer} ({seconds}), at least {LEAST_FASTER:g}" + rounds_of(ours, theirs),
     )
     if "beyond_output_mib" not in ours:
         yield None, "peak memory, which is counted on Linux with glibc"
@@ -93,7 +91,7 @@ def _decode(record: dict) -> Iterator[Finding]:
     share = ours["cpu_s"]["median"] / theirs["cpu_s"]["median"]
     yield (
         share <= MOST_OF_PEER,
-        f"{share:.2f} of the CPU seconds of the best, {peer}, at most {MOST_OF_PEER:g}" + rounds(ours, theirs),
+        f"{share:.2f} of the CPU seconds of the best, {peer}, at most {MOST_OF_PEER:g}" + rounds_of(ours, theirs),
     )
     far = {name: own["worst_frame"] for name, own in record["differences"].items()}
     worst = max(far, key=far.get)
@@ -143,10 +141,6 @@ def _cuda(record: dict) -> Iterator[Finding]:
     yield ours["decoder"] == "cuda", f"decoded by {ours['decoder']}, cuda wanted"
     copied = variants["ours, copies counted"]["to_host_mib"]
     yield copied <= MOST_TO_HOST_MIB, f"{copied:.2f} MiB copied to the host, at most {MOST_TO_HOST_MIB:g}"
-
-
-def rounds(*sides: dict) -> str:
-    return f" (n = {min(side['rounds'] for side in sides)})"
 
 
 # Name of the case, judge.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from damaged_files import encoded
 from media_files import write_images
+from processes import wait_until_gone
 
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, VideoConfig
 from rmsd_fast.data import media
@@ -170,7 +171,7 @@ def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) ->
         reader.read(request(clip, 5))
     reader.data.decode_timeout_s = 60.0
     assert len(reader.read(request(clip, 6)).pixels) == 6
-    _wait_until_gone(worker.pid)
+    wait_until_gone(worker.pid)
     assert reader.take_counts() == {**NONE, "decoded": 2, "timeouts": 1}
 
 
@@ -223,7 +224,7 @@ def test_a_lost_nursery_is_started_again(clip: Path, reader: MediaReader) -> Non
         assert len(reader.read(request(clip, frames)).pixels) == frames
         pid = reader._idle[0].pid
         reader._nursery.process.kill()
-        _wait_until_gone(pid)
+        wait_until_gone(pid)
 
 
 def test_a_nursery_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path, monkeypatch, capfd) -> None:
@@ -264,7 +265,7 @@ def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
     # No MediaError: the file is not to blame.
     assert not thread.is_alive() and str(failure[0]) == "the media reader was closed"
     assert not isinstance(failure[0], MediaError)
-    _wait_until_gone(pid)
+    wait_until_gone(pid)
 
 
 def test_workers_end_with_a_program_that_is_killed(clip: Path) -> None:
@@ -284,7 +285,7 @@ time.sleep(300)
     process.kill()
     process.wait()
     for pid in pids:
-        _wait_until_gone(pid)
+        wait_until_gone(pid)
 
 
 def test_workers_are_replaced_after_a_while(clip: Path, reader: MediaReader, monkeypatch) -> None:
@@ -363,15 +364,3 @@ def test_nvdec_leaves_pixels_on_the_gpu(tmp_path: Path) -> None:
 def test_frames_for_a_gpu_come_pinned(clip: Path) -> None:
     with MediaReader(DataConfig(decoder="cpu"), "cuda:0") as reader:
         assert reader.read(request(clip)).pixels.is_pinned()
-
-
-def _wait_until_gone(pid: int) -> None:
-    for _ in range(400):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} is still there")

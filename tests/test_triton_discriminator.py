@@ -200,6 +200,44 @@ def check_pairwise(setup: Setup, scores: list[Tensor], dtype: torch.dtype, **opt
 
 
 @case
+def every_row_is_written(device, dtype):
+    """Rows without a response get 0, in whichever tile they are; what is not written would stay NaN here."""
+    from rmsd_kernels import triton_discriminator
+
+    tokens = 150
+    hidden = torch.randn(tokens, 72, device=device).to(dtype)
+    index = torch.tensor([149, 3, 64, 3], device=device)
+    head = torch.randn(72, device=device).to(dtype)
+    results = []
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for functions in (triton_discriminator, reference):
+            leaf = hidden.clone().requires_grad_()
+            functions.last_token_values(leaf, index, head).sum().backward()
+            results.append(leaf.grad)
+    finally:
+        torch.use_deterministic_algorithms(was)
+    assert results[0].ne(0).any(dim=1).nonzero()[:, 0].tolist() == [3, 64, 149]
+    return compare("hidden", *(t.reshape(-1) for t in (results[0], results[1], results[1].double())))
+
+
+@case
+def what_nobody_differentiates(device, dtype):
+    """accuracy, margin and scores are constants; a loss that is left out of the sum has no gradient."""
+    from rmsd_kernels import triton_discriminator
+
+    setup = Setup(device, dtype, dim=40)
+    pairs = (setup.student_index, setup.teacher_index, setup.quality)
+    leaf = setup.hidden.requires_grad_()
+    out = triton_discriminator.discriminator_loss(leaf, setup.last_index, setup.head, *pairs, num_students=STUDENTS)
+    assert out.loss.requires_grad and not any(t.requires_grad for t in out[1:])
+    (found,) = torch.autograd.grad(out.loss * 0 + leaf.sum() * 2, leaf)
+    assert torch.equal(found, torch.full_like(leaf, 2))
+    return 0.0
+
+
+@case
 def pairwise_scores(device, dtype):
     """Scores as they are, and margins of ±2e4, of which the loss is the margin or exactly 0."""
     setup, worst = Setup(device, dtype), []

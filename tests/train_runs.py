@@ -40,20 +40,28 @@ def command(arguments: list[str], *, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "rmsd_fast.train", *arguments]
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Of a process that shall run on this device, also where there is another."""
     # Without what a process group of the test's own process has set.
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    own = {name: value for name, value in os.environ.items() if name not in launcher}
-    return {**own, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    own = {name: value for name, value in os.environ.items() if name not in others}
+    chosen = {} if device == "cuda" else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **chosen}
 
 
 def mini_arguments(folder: Path, made: Path, *overrides: str) -> list[str]:
     return ["quickstart", *MINI, f"output={folder}", f"made.folder={made}", *overrides]
 
 
-def run_train(arguments: list[str], *, processes: int = 1, timeout_s: float = 400) -> subprocess.CompletedProcess:
+def run_train(
+    arguments: list[str], *, processes: int = 1, timeout_s: float = 400, device: str = "cpu"
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(arguments, processes=processes), env=environment(), capture_output=True, text=True, timeout=timeout_s
+        command(arguments, processes=processes),
+        env=environment(device),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
 
 

@@ -226,11 +226,15 @@ def _save_gradients(ctx, values: Tensor, gradients: list[Tensor], arguments: int
     ctx.save_for_backward(*gradients)
     ctx.arguments = arguments
     ctx.mark_non_differentiable(values)
+    # No zeros for the gradient of `values`: a launch each.
+    ctx.set_materialize_grads(False)
     return values, values.new_zeros(())
 
 
-def _used_up(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of forward times g, in place."""
+def _used_up(ctx, g: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of forward times g, in place; none without one."""
+    if g is None:
+        return (None,) * ctx.arguments
     _once(ctx)
     gradients = ctx.saved_tensors
     for gradient in gradients:

@@ -5,9 +5,10 @@
     loss = sum(w * q * softplus(S - T)) / normalizer + score_l2 * sum(score^2) / l2_normalizer
 
 Forward of up to ONE_PROGRAM_ROWS responses is one launch of one program: scores, then pairs, and with them the gradient
-of the loss by each score, which needs the pairs anyway. Backward is one launch over blocks of D beside the zero fill of
-d_hidden. Sums run in float32 and in a fixed order; there are no atomics. Two responses that end at the same row share
-its gradient: each writes their sum. This is a matter of latency: some 2*(S+R)*D*itemsize bytes move.
+of the loss by each score, which needs the pairs anyway. Backward is one launch over blocks of D, which also sets the
+rows of d_hidden at which no response ends to 0. Sums run in float32 and in a fixed order; there are no atomics. Two
+responses that end at the same row share its gradient: each writes their sum. This is a matter of latency: some
+2*(S+R)*D*itemsize bytes move, and T*D*itemsize of d_hidden.
 
 An index out of range gives NaN and is never followed. Importing this module imports triton; with TRITON_INTERPRET=1 set
 before that, the kernels run on CPU tensors.
@@ -39,6 +40,8 @@ from .triton_discriminator_kernels import (
 )
 from .triton_launch import DTYPES, device_of
 
+# Second axis of a launch grid: CUDA takes up to 65535.
+_MOST_TILES = 32768
 _LIBRARY = torch.library.Library("rmsd_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor last_index, Tensor head"
 _PAIRS = "Tensor student_index, Tensor teacher_index, Tensor quality, Tensor? pair_weight, float score_l2, "
@@ -133,12 +136,16 @@ class _Discriminator(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, last_index, head, bias, norm_weight, saved, score_grad)
         ctx.mark_non_differentiable(accuracy, margin, scores)
+        # No zeros for the gradients of the other three: a launch each.
+        ctx.set_materialize_grads(False)
         return loss, accuracy, margin, scores
 
     @staticmethod
     @first_order
     def backward(ctx, grad_loss, *_):
         needed = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needed)
         *saved, score_grad = ctx.saved_tensors
         hidden, head, bias, norm = _head_gradients(saved, score_grad, grad_loss, needed[0], *needed[2:5])
         return hidden, None, head, bias, norm, *([None] * 11)
@@ -153,11 +160,14 @@ class _Pairwise(torch.autograd.Function):
         ctx.save_for_backward(score_grad)
         ctx.dtypes, ctx.split = (student_scores.dtype, teacher_scores.dtype), student_scores.shape[0]
         ctx.mark_non_differentiable(accuracy, margin)
+        ctx.set_materialize_grads(False)
         return loss, accuracy, margin
 
     @staticmethod
     @first_order
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         gradient = ctx.saved_tensors[0] * grad_loss
         parts = (gradient[: ctx.split], gradient[ctx.split :])
         wanted = zip(parts, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
@@ -279,13 +289,15 @@ def discriminator_backward(
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden [T, D], head, bias and norm_weight from those of the scores [B], times grad_loss where given.
-    Empty where not needed. One launch and a zero fill."""
+    Empty where not needed. One launch."""
     hidden, vectors = _head_arguments(hidden, last_index, head, bias, norm_weight)
     outputs = _gradient_outputs(hidden, head, bias, norm_weight, need_hidden, need_head, need_bias, need_norm)
     dim, given = hidden.shape[1], [g if g.numel() else None for g in outputs]
     block = min(GRAD_BLOCK_D, triton.next_power_of_2(dim))
+    # Of the rows that are set to 0 each program takes one tile, or several in turn.
+    tiles = min(max(triton.cdiv(len(hidden), GRAD_ROWS), 1), _MOST_TILES) if need_hidden else 1
     with device_of(hidden):
-        _row_gradient_kernel[(triton.cdiv(dim, block),)](
+        _row_gradient_kernel[(triton.cdiv(dim, block), tiles)](
             hidden,
             *vectors[:2],
             norm_weight if norm_weight is None else vectors[3],
@@ -372,7 +384,7 @@ def _pair_outputs(like: Tensor, scores: int, need_grad: bool) -> tuple[tuple[Ten
 
 
 def _gradient_outputs(hidden, head, bias, norm_weight, *needed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_hidden = hidden.new_zeros(hidden.shape) if needed[0] else hidden.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape) if needed[0] else hidden.new_empty(0)
     pairs = zip((head, bias, norm_weight), needed[1:], strict=True)
     rest = (t.new_empty(t.shape) if t is not None and need else hidden.new_empty(0) for t, need in pairs)
     return d_hidden, *rest

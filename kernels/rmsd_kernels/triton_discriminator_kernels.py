@@ -357,6 +357,80 @@ def _forward_kernel(
     )
 
 
+@triton.jit
+def _clear_rows(out_ptr, index_ptr, count, tokens, dim, d, inside, ROWS: tl.constexpr):
+    """0 into columns d of the rows at which no response ends, shared out among the programs of the second axis."""
+    for first in range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        ends = tl.zeros([ROWS], tl.int32)
+        for begin in range(0, count, ROWS):
+            j = begin + tl.arange(0, ROWS)
+            index = tl.load(index_ptr + j, mask=j < count, other=-1)
+            ends += tl.sum((row[:, None] == index[None, :]).to(tl.int32), 1)
+        empty = (row < tokens) & (ends == 0)
+        out = out_ptr + row.to(tl.int64)[:, None] * dim + d[None, :]
+        zero = tl.zeros([ROWS, 1], tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out, zero, mask=empty[:, None] & inside[None, :])
+
+
+@triton.jit
+def _row_gradients(
+    head,
+    saved_ptr,
+    score_grad_ptr,
+    grad_loss_ptr,
+    d_hidden_ptr,
+    d_head_ptr,
+    d_bias_ptr,
+    d_norm_ptr,
+    d,
+    inside,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients by the rows at which responses end, and by head, bias and norm; columns d."""
+    factor = 1.0
+    if grad_loss_ptr is not None:
+        factor = tl.load(grad_loss_ptr).to(tl.float32)
+    weight = _load_float(head.weight_ptr, d, inside)
+    norm = tl.full([BLOCK_D], 1.0, tl.float32)
+    if head.norm_ptr is not None:
+        norm = _load_float(head.norm_ptr, d, inside)
+    sum_gx = tl.zeros([BLOCK_D], tl.float32)
+    sum_g = tl.zeros([ROWS], tl.float32)
+    for first in range(0, head.count, ROWS):
+        i = first + tl.arange(0, ROWS)
+        index, valid, start = _row_starts(head.index_ptr, i, head.count, head.tokens, head.stride)
+        g = _load_float(score_grad_ptr, i, i < head.count) * factor
+        sum_g += g
+        x = _load_float(head.hidden_ptr, start[:, None] + d[None, :], valid[:, None] & inside[None, :])
+        rstd = tl.full([ROWS], 1.0, tl.float32)
+        if head.norm_ptr is not None:
+            rstd = _load_float(saved_ptr, i, i < head.count)
+        sum_gx += tl.sum((g * rstd)[:, None] * x, 0)
+        if d_hidden_ptr is not None:
+            # Responses that end at the same row all write that row's whole gradient.
+            shared = tl.zeros([ROWS], tl.float32)
+            for begin in range(0, head.count, ROWS):
+                j = begin + tl.arange(0, ROWS)
+                others = tl.load(head.index_ptr + j, mask=j < head.count, other=-1)
+                g_others = _load_float(score_grad_ptr, j, j < head.count) * factor
+                shared += tl.sum(tl.where(index[:, None] == others[None, :], g_others[None, :], 0.0), 1)
+            row = rstd[:, None] * (norm * weight)[None, :]
+            if head.norm_ptr is not None:
+                row -= x * _load_float(saved_ptr, head.count + i, i < head.count)[:, None]
+            # hidden has gaps between its rows where it is a view; d_hidden has none.
+            out = d_hidden_ptr + tl.where(valid, index, 0)[:, None] * head.dim + d[None, :]
+            row = (shared[:, None] * row).to(d_hidden_ptr.dtype.element_ty)
+            tl.store(out, row, mask=valid[:, None] & inside[None, :])
+    if d_head_ptr is not None:
+        tl.store(d_head_ptr + d, (sum_gx * norm).to(d_head_ptr.dtype.element_ty), mask=inside)
+    if d_norm_ptr is not None:
+        tl.store(d_norm_ptr + d, (sum_gx * weight).to(d_norm_ptr.dtype.element_ty), mask=inside)
+    if d_bias_ptr is not None and tl.program_id(0) == 0:
+        tl.store(d_bias_ptr, tl.sum(sum_g, 0).to(d_bias_ptr.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def _row_gradient_kernel(
     hidden_ptr,
@@ -377,46 +451,23 @@ def _row_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients for BLOCK_D columns from those of the scores, all rows in order; d_hidden was filled with 0."""
+    """Gradients for BLOCK_D columns from those of the scores, all responses in order; rows without a response get 0."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < dim
-    factor = 1.0
-    if grad_loss_ptr is not None:
-        factor = tl.load(grad_loss_ptr).to(tl.float32)
-    weight = _load_float(head_ptr, d, inside)
-    norm = tl.full([BLOCK_D], 1.0, tl.float32)
-    if norm_ptr is not None:
-        norm = _load_float(norm_ptr, d, inside)
-    sum_gx = tl.zeros([BLOCK_D], tl.float32)
-    sum_g = tl.zeros([ROWS], tl.float32)
-    for first in range(0, count, ROWS):
-        i = first + tl.arange(0, ROWS)
-        index, valid, start = _row_starts(last_index_ptr, i, count, tokens, stride)
-        g = _load_float(score_grad_ptr, i, i < count) * factor
-        sum_g += g
-        x = _load_float(hidden_ptr, start[:, None] + d[None, :], valid[:, None] & inside[None, :])
-        rstd = tl.full([ROWS], 1.0, tl.float32)
-        if norm_ptr is not None:
-            rstd = _load_float(saved_ptr, i, i < count)
-        sum_gx += tl.sum((g * rstd)[:, None] * x, 0)
-        if d_hidden_ptr is not None:
-            # Responses that end at the same row all write that row's whole gradient.
-            shared = tl.zeros([ROWS], tl.float32)
-            for begin in range(0, count, ROWS):
-                j = begin + tl.arange(0, ROWS)
-                others = tl.load(last_index_ptr + j, mask=j < count, other=-1)
-                g_others = _load_float(score_grad_ptr, j, j < count) * factor
-                shared += tl.sum(tl.where(index[:, None] == others[None, :], g_others[None, :], 0.0), 1)
-            row = rstd[:, None] * (norm * weight)[None, :]
-            if norm_ptr is not None:
-                row -= x * _load_float(saved_ptr, count + i, i < count)[:, None]
-            # hidden has gaps between its rows where it is a view; d_hidden has none.
-            out = d_hidden_ptr + tl.where(valid, index, 0)[:, None] * dim + d[None, :]
-            row = (shared[:, None] * row).to(d_hidden_ptr.dtype.element_ty)
-            tl.store(out, row, mask=valid[:, None] & inside[None, :])
-    if d_head_ptr is not None:
-        tl.store(d_head_ptr + d, (sum_gx * norm).to(d_head_ptr.dtype.element_ty), mask=inside)
-    if d_norm_ptr is not None:
-        tl.store(d_norm_ptr + d, (sum_gx * weight).to(d_norm_ptr.dtype.element_ty), mask=inside)
-    if d_bias_ptr is not None and tl.program_id(0) == 0:
-        tl.store(d_bias_ptr, tl.sum(sum_g, 0).to(d_bias_ptr.dtype.element_ty))
+    if d_hidden_ptr is not None:
+        _clear_rows(d_hidden_ptr, last_index_ptr, count, tokens, dim, d, inside, ROWS)
+    if tl.program_id(1) == 0:
+        _row_gradients(
+            _Head(hidden_ptr, last_index_ptr, head_ptr, None, norm_ptr, 0.0, count, tokens, stride, dim),
+            saved_ptr,
+            score_grad_ptr,
+            grad_loss_ptr,
+            d_hidden_ptr,
+            d_head_ptr,
+            d_bias_ptr,
+            d_norm_ptr,
+            d,
+            inside,
+            ROWS,
+            BLOCK_D,
+        )

@@ -28,6 +28,11 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
         attn_implementation=settings.model.attention,
         liger=use_liger(settings.model.liger, world.device),
     )
+    return prepare(student, path, settings, world)
+
+
+def prepare(student: Student, path: str, settings: RunConfig, world: World) -> Student:
+    """A student, loaded or made, on this process's device with the attention that the settings ask for."""
     # On the device first: which attention serves the vision tower depends on it.
     student.model.to(world.device)
     reason = unsupported(student.model)
@@ -60,7 +65,8 @@ def build_imitation(
     read = [(one, k) for one in targets.values() for k in range(len(one.token_ids)) if one.p[k] > 0 or k in one.imitate]
     longest = max((len(one.token_ids[k]) for one, k in read), default=0)
     check_room(settings, longest, "the longest teacher response")
-    policy = _engine(_policy(student, settings, training.train_vision), settings, world, training)
+    policy = make_policy(student, settings, training.train_vision)
+    policy = make_engine(policy, settings, world, training.lr, training.weight_decay)
     room = 0 if training.train_vision else settings.data.embedding_cache_mib * 2**20
     features = ByteLru(room) if room else None
     return RunState(world, student, builder, targets, PhaseTimer(world.device), policy, features=features)
@@ -73,28 +79,30 @@ def build_distillation(
     state = build_imitation(path, settings, world, material, media, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
-        state.reference = Policy(load(path, settings, world).model).eval().requires_grad_(False)
+        state.reference = make_reference(load(path, settings, world))
     if uses_discriminator(settings):
-        backbone = load(path, settings, world).model
-        freeze(backbone, train_vision=settings.distill.train_vision)
-        _checkpoint_layers(backbone, settings)
-        judge = Discriminator(backbone, seed=settings.seed).train()
-        state.discriminator = Engine(
-            judge,
-            lr=settings.discriminator.lr,
-            zero_stage=settings.runtime.zero_stage,
-            grad_clip=settings.runtime.grad_clip,
-            dtype=settings.model.dtype,
-            offload_optimizer=settings.runtime.offload_optimizer,
-            world=world,
-        )
+        judge = make_discriminator(load(path, settings, world), settings)
+        state.discriminator = make_engine(judge, settings, world, settings.discriminator.lr)
     return state
 
 
-def _policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:
+def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:
+    """What the policy's engine trains."""
     freeze(student.model, train_vision=train_vision)
     _checkpoint_layers(student.model, settings)
     return Policy(student.model).train()
+
+
+def make_reference(student: Student) -> Policy:
+    """What the reference's log-probs come from."""
+    return Policy(student.model).eval().requires_grad_(False)
+
+
+def make_discriminator(student: Student, settings: RunConfig) -> Discriminator:
+    """What the discriminator's engine trains."""
+    freeze(student.model, train_vision=settings.distill.train_vision)
+    _checkpoint_layers(student.model, settings)
+    return Discriminator(student.model, seed=settings.seed).train()
 
 
 def _checkpoint_layers(model, settings: RunConfig) -> None:
@@ -102,11 +110,13 @@ def _checkpoint_layers(model, settings: RunConfig) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _engine(policy: Policy, settings: RunConfig, world: World, training) -> Engine:
+def make_engine(
+    module: Policy | Discriminator, settings: RunConfig, world: World, lr: float, weight_decay: float = 0.0
+) -> Engine:
     return Engine(
-        policy,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
+        module,
+        lr=lr,
+        weight_decay=weight_decay,
         zero_stage=settings.runtime.zero_stage,
         grad_clip=settings.runtime.grad_clip,
         dtype=settings.model.dtype,

@@ -1,0 +1,215 @@
+"""A whole stage-2 step of R-MSD at the shape of Qwen3-VL-4B with random weights, on one CUDA GPU.
+
+The trainer's own step (`stages.distill.step`) on one group: vision, discriminator forward and backward on N + K
+responses, reference, policy forward and backward, optimisers. Rollouts are given, not generated, and their time is left
+out; learning rates are 0. The ways to make it run on the same three models: `shared` prompts, `padded` rows, `copies` of
+prompt and video per response (`steps.copying_step`). micro_tokens is what the shared group takes as one micro-batch of
+the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a group in more than one
+are read twice by the trainer, first without gradient.
+
+A way that runs out of memory is in `not_run`, and comes again as a variant of its own whose decoder layers are recomputed
+in backward ("..., checkpointing"). In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time); ways beyond
+the first `ESSENTIAL` ones may use half of the time that their case finds. A case is recorded as soon as it is measured.
+
+Times of a variant are medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by the
+trainer's PhaseTimer (CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without rollouts,
+with both optimisers. Where two full optimisers do not fit (`student_4b.fits`) the passes run on `student_4b.Passes`; at
+the end one real engine is timed on an empty device, twice its step is added, and all records are written once more. Until
+then, or where that fails, `whole_s` has no optimisers and there is no utilisation of it; `optimizer` says which. Not in
+it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward (`accumulation_s` for one backward), and its
+hooks. Never in it: data loading, checkpoints, other GPUs.
+
+`utilisation`: FLOPs of `rmsd_fast.models.cost.step_flops`, none counted twice, over time and the datasheet's dense bf16
+peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of the passes: all FLOPs that run,
+recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and what it adds. `device_allocs`: blocks that a
+timed step had to ask the device for and so waited; a shared one is then timed again at once, since in training the
+allocator's cache has its shapes. Before anything is timed, gradient norms of a shared and a padded step have to agree.
+
+Where to look should utilisation stay below 45%, by counts per token and layer (its GEMMs, forward and backward: 0.61
+GFLOP, 0.8 us at 750 TFLOP/s):
+- attention: 31% of all FLOPs at (8192, 512), 10% at (2048, 128). At 330 TFLOP/s, less than half of the GEMMs' rate, it
+  alone bounds the passes to 55% and 67% of an H100's peak;
+- norms, rotation, SwiGLU, sums: 0.4 MB read and written, 0.1 us at 4 TB/s; without Liger's kernels (`liger`) thrice that;
+- two optimisers: some 130 bytes per parameter each, 0.25 s at 4 TB/s; recomputed layers: a third of the passes;
+- the host: 25 launches per layer forward, 0.3 to 0.6 ms of Python; it leads at 3,000 tokens or fewer, most in the
+  reference, and each pass waits for it at six boolean indices of deepstack;
+- vision: one Conv3d in bf16, for which some versions of cuDNN have no fast kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from bench.measure import quantiles
+from bench.rates import datasheet_peak
+from bench.records import save, table
+from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of
+from bench.sweep_4b import NO_TIME, WAYS, Measured, Rig, StepCase, Way, measure_optimizer, sweep, time_left
+from rmsd_fast.models.cost import step_flops
+from rmsd_fast.runtime.distributed import start, stop
+
+BASE = Way(*WAYS[0]).name
+SHAPES = ((8192, 512), (2048, 128), (2048, 512), (8192, 128))
+PASSES = ("vision", "discriminator", "reference", "policy")
+
+
+def cases(quick: bool, device: str) -> list[StepCase]:
+    """By importance; none on CPU, where one such step takes an hour."""
+    return [StepCase(p, r, "bfloat16", device) for p, r in SHAPES[: 2 if quick else None]] if device == "cuda" else []
+
+
+def toy_cases(device: str) -> list[StepCase]:
+    """A rehearsal of both modes: with optimisers in the step, and apart, where not all layers fit with one."""
+    counts = counts_of(CONFIG_TOY)
+    return [
+        StepCase(128, 16, "bfloat16", device, toy=True),
+        StepCase(128, 16, "bfloat16", device, toy=True, room=24 * (counts.trained - counts.layer)),
+    ]
+
+
+def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None, optimizer_s: float | None) -> dict[str, Any]:
+    """A variant of the record. peak: FLOP/s. optimizer_s: of both together where timed apart, None: not known."""
+    rounds, load, response = found.rounds[way], found.load(way), found.case.response
+    flop = step_flops(rig.config, [load], way.mode, teacher_per_rollout=False).total
+    passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
+    whole = [phases["step"] - phases["rollout"] for phases in rounds]
+    if rig.apart:
+        whole = [s - phases["optimizer"] + (optimizer_s or 0.0) for s, phases in zip(whole, rounds, strict=True)]
+    spent = {"passes": median(passes), "whole": None if rig.apart and optimizer_s is None else median(whole)}
+
+    def rate_over(unit: float | None) -> dict[str, float | None]:
+        return {name: None if unit is None or s is None else flop / s / unit for name, s in spent.items()}
+
+    tokens = found.prefix + (way.k + way.n) * response
+    return {
+        "rounds": len(rounds),
+        "forward": quantiles([1e3 * seconds for seconds in whole]),
+        "training": quantiles([1e3 * seconds for seconds in passes]),
+        "passes_s": median(passes),
+        "whole_s": median(whole),
+        "optimizer_s": optimizer_s if rig.apart else median(phases["optimizer"] for phases in rounds),
+        "phases_s": {name: median(phases.get(name, 0.0) for phases in rounds) for name in (*PASSES, "matching")},
+        "predicted_s": found.predicted_s(rig.config, way),
+        "model_flop": flop,
+        "tflop_per_s": rate_over(1e12),
+        "utilisation": rate_over(peak),
+        "utilisation_of_measured_gemm": rate_over(found.rate["matmul"]),
+        "peak_mib": found.peaks[way.name] / 2**20,
+        "tokens_computed": rounds[-1]["tokens_computed"],
+        "device_allocs": [phases["device_allocs"] for phases in rounds],
+    } | (
+        {"activations_estimated_mib": activation_bytes(rig.sizes, tokens, checkpointing=way.checkpointing) / 2**20}
+        if way.mode == "shared"
+        else {}
+    )
+
+
+def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """optimizer: of `measure_optimizer`, where it was measured apart."""
+    case, text = found.case, rig.sizes.text
+    device = torch.cuda.get_device_name(rig.world.device) if case.device == "cuda" else case.device
+    peak = datasheet_peak(device)
+    optimizer_s = None if optimizer is None else 2 * optimizer["seconds"]
+    variants = {way.name: numbers_of(rig, found, way, peak, optimizer_s) for way in found.rounds}
+    if not rig.apart:
+        optimizer = {"how": "in the step"}
+    elif optimizer is None:
+        optimizer = {"how": "not measured; whole_s is without"}
+    else:
+        optimizer = {"how": "apart" + ", scaled by parameters" * optimizer["scaled"]} | optimizer
+    remarks = {"optimizer": optimizer["how"]}
+    if peak is None:
+        remarks["utilisation"] = f"no datasheet's peak is known for {device}"
+    if BASE not in variants:
+        remarks[BASE] = f"not as it is ({found.not_run[BASE]}); all ratios are to another variant"
+    shape = {"P": found.prefix, "R": case.response, "groups": 1, "D": text["hidden_size"]}
+    counts = {"parameters": rig.counts.total, "trained": rig.counts.trained}
+    return {
+        "bench": "step_4b",
+        "case": case.name,
+        "shape": shape | {"layers": text["num_hidden_layers"], **counts},
+        "student": f"{rig.sizes.name}, random weights",
+        "dtype": case.dtype,
+        "device": case.device,
+        "baseline": BASE if BASE in variants else next(iter(variants)),
+        "rates": found.rate,
+        "peak_flop_per_s": peak,
+        "differences": rig.differences,
+        "liger": rig.liger,
+        "held_mib": found.held / 2**20,
+        "optimizer": optimizer,
+        "variants": variants,
+        "not_run": found.not_run,
+        "remarks": remarks,
+    }
+
+
+class Bench:
+    """The models of the case at hand, and what was found on them so far."""
+
+    def __init__(self) -> None:
+        self.rig: Rig | None = None
+        self.kind: tuple | None = None
+        self.found: list[Measured] = []
+
+    def rig_of(self, case: StepCase) -> Rig:
+        """Made once for all cases of a kind."""
+        if self.rig is None or self.kind != (case.sizes, case.room):
+            self.close()
+            self.kind, self.found = (case.sizes, case.room), []
+            self.rig = Rig(case, start())
+        return self.rig
+
+    def close(self) -> None:
+        if self.rig is not None:
+            self.rig.close()
+        self.rig = None
+
+
+@pytest.fixture(scope="module")
+def bench():
+    bench = Bench()
+    yield bench
+    bench.close()
+    stop()
+
+
+@pytest.fixture
+def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[dict], None]:
+    """Prints and saves a record. Not `report`: pytest-benchmark would pay for more steps."""
+
+    def run(record: dict) -> None:
+        record = {**record, "quick": quick}
+        with capsys.disabled():
+            print(table(record), flush=True)
+        if request.config.getoption("record"):
+            save(record, request.config.getoption("record"))
+
+    return run
+
+
+@pytest.mark.timeout(1200)
+def test_step(case: StepCase, bench: Bench, publish) -> None:
+    if time_left() <= 0:
+        pytest.skip(NO_TIME)
+    rig = bench.rig_of(case)
+    found = sweep(rig, case)
+    if not found.rounds:
+        pytest.skip(f"nothing ran: {found.not_run}")
+    bench.found.append(found)
+    publish(record_of(rig, found))
+
+
+@pytest.mark.timeout(600)
+def test_optimizer(bench: Bench, publish) -> None:
+    """Where it was not in the steps: measured apart, and the records again with whole steps."""
+    if not bench.found or not bench.rig.apart:
+        pytest.skip("the steps had their optimisers" if bench.found else "no step was measured")
+    optimizer = measure_optimizer(bench.rig, 128 if bench.found[0].case.toy else 512)
+    for found in bench.found:
+        publish(record_of(bench.rig, found, optimizer))

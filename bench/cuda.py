@@ -1,0 +1,233 @@
+"""One command that proves and measures everything on a CUDA machine, and says what it reached and missed.
+
+    python -m bench.cuda [--minutes 8] [--only SECTION ...] [--wheels DIR] [--output FOLDER] [--list]
+    python -m bench.cuda --device cpu        # a rehearsal at toy sizes: everything runs, nothing is measured
+
+Facts and ceilings of the machine, correctness on CUDA, then benchmarks, most important first, in so many minutes at
+most. What has been found is on disk after each section, however the run ends:
+
+    results.jsonl    a line per measured case, and per section how it went
+    summary.md       goals reached and missed, tables, and what was left out with the reason
+    output.log       what all sections printed
+
+in bench/results/<gpu>-<date>/ (of a rehearsal: runs/bench-cuda-rehearsal/). It installs nothing. --wheels: a folder
+made by bench.cuda_wheels, from which the run takes the packages and FFmpeg libraries that the machine lacks.
+Exit code 1: a section failed, or whole steps were not measured, which is never optional; 2: it cannot run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+from bench import cuda_packages, cuda_summary
+from bench.cuda_sections import (
+    FAILED,
+    LEFT_OUT,
+    MINUTES,
+    ROOT,
+    SECTIONS,
+    Result,
+    Run,
+    Section,
+    child,
+    ends_of,
+    run_section,
+    wait_for,
+)
+from bench.records import RECORDS
+
+# Kept for the last summary.
+CLOSING_S = 4.0
+REHEARSAL = ROOT / "runs" / "bench-cuda-rehearsal"
+NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "pytest_benchmark", "pytest_timeout")
+NEEDED_FROM_FOLDER = ("deepspeed", "omegaconf")
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--minutes", type=float, default=8.0, help="most that the whole run takes (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help="these alone: " + ", ".join(names))
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder made by python -m bench.cuda_wheels")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go; must be empty or not there")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at toy sizes")
+    parser.add_argument("--list", action="store_true", help="list the sections and end")
+    own = parser.parse_args(given)
+    if not own.minutes > 0:
+        parser.error(f"--minutes: expected a number above 0, got {own.minutes:g}")
+    if own.output is not None and own.output.exists() and (not own.output.is_dir() or any(own.output.iterdir())):
+        parser.error(f"--output: expected an empty or new folder, {own.output} holds something")
+    return own
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    own = arguments(given)
+    if own.list:
+        for section in SECTIONS:
+            print(f"{section.name:17s}{section.seconds:4.0f} s of {60 * MINUTES:.0f}  {section.what}")
+        return 0
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="bench-cuda-") as unpacked:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        packages = cuda_packages.Packages({}, {}, {}, {}, "")
+        if own.wheels is not None:
+            try:
+                packages = cuda_packages.prepare(own.wheels, Path(unpacked))
+            except (OSError, ValueError) as error:
+                print(f"bench.cuda: --wheels {own.wheels}: {error}", file=sys.stderr)
+                return 2
+            environment |= packages.environment
+        # What is measured is this checkout, whatever is installed.
+        sources = [str(ROOT), str(ROOT / "kernels")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sources, environment.get("PYTHONPATH", "")]))
+        if own.device == "cpu":
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        name, obstacle = probe(own.device, environment)
+        if obstacle:
+            print(f"bench.cuda: {obstacle}", file=sys.stderr)
+            return 2
+        folder = own.output or (new_folder(name) if own.device == "cuda" else emptied(REHEARSAL))
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(folder / RECORDS, folder / "output.log", own.device == "cpu", environment)
+        sections = [section for section in SECTIONS if not own.only or section.name in own.only]
+        not_chosen = [section.name for section in SECTIONS if section not in sections]
+        taken = {field: getattr(packages, field) for field in ("taken", "skipped", "left_out", "native")}
+        write_line(run, {"bench": "run", "minutes": own.minutes, "packages": taken, "not_chosen": not_chosen})
+        print("\n".join(described(packages)))
+        return run_sections(run, sections, began, began + 60 * own.minutes - CLOSING_S)
+
+
+def run_sections(run: Run, sections: list[Section], began: float, deadline: float) -> int:
+    """Run them, and write the summary after each; the exit code of the command."""
+    results: list[Result] = []
+    faults: list[str] = []
+    # As Ctrl-C: what runs is ended, and what was found is summed up.
+    signal.signal(signal.SIGTERM, _interrupt)
+    with ExitStack() as stack:
+        try:
+            ahead = {
+                section.name: stack.enter_context(child(section.ahead(run), run.environment, lowest_priority=True))
+                for section in sections
+                if section.ahead is not None and not run.toy
+            }
+            for section, until in zip(sections, ends_of(sections, began, deadline), strict=True):
+                print(f"\n=== {section.name}: {section.what}, until second {until - began:.0f}", flush=True)
+                if section.name in ahead:
+                    wait_for(ahead[section.name], until - section.least_s)
+                result = run_section(section, run, until, deadline)
+                print(f"=== {section.name}: {result.outcome} {result.reason} ({result.seconds:.0f} s)", flush=True)
+                results.append(result)
+                write_line(run, {"bench": "section", **asdict(result)})
+                summarise(run)
+        except KeyboardInterrupt:
+            faults.append("interrupted")
+            for section in sections[len(results) :]:
+                results.append(Result(section.name, LEFT_OUT, reason="interrupted"))
+                write_line(run, {"bench": "section", **asdict(results[-1])})
+    faults = [f"{r.section}: {r.reason}" for r in results if r.outcome == FAILED] + missing_steps(run) + faults
+    write_line(run, {"bench": "end", "seconds": round(time.time() - began, 1), "faults": faults})
+    print("\n" + summarise(run))
+    print(f"{run.records.parent}: {RECORDS}, summary.md, output.log")
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    return int(bool(faults))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def missing_steps(run: Run) -> list[str]:
+    """Why whole steps count as missing; nothing where they were measured."""
+    for line in run.records.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["bench"] == "step_4b" and record["baseline"] in record["variants"]:
+            return []
+    return ["whole steps were not measured, and they are never optional (section step)"]
+
+
+def summarise(run: Run) -> str:
+    """Write summary.md from results.jsonl and return it."""
+    try:
+        text = cuda_summary.markdown(run.records)
+    except Exception:
+        # A record of a form that it does not know must not cost the rest of the run.
+        text = f"No summary of {run.records.name}:\n\n```\n{traceback.format_exc()}```\n"
+    run.records.with_name("summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def write_line(run: Run, record: dict) -> None:
+    with run.records.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def probe(device: str, environment: dict[str, str]) -> tuple[str, str]:
+    """Name of the device, and why it cannot be used or what is missing; "" where all is well."""
+    code = (
+        "import importlib.util as u, sys, torch\n"
+        f"missing = [n for n in {(*NEEDED, *NEEDED_FROM_FOLDER)!r} if u.find_spec(n) is None]\n"
+        "print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')\n"
+        "print(' '.join(missing))\n"
+    )
+    if importlib.util.find_spec("torch") is None:
+        return "", f"torch is not installed for {sys.executable}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        return "", f"torch does not load:\n{done.stderr.strip()}"
+    name, missing, *_ = [*done.stdout.splitlines(), "", ""]
+    if device == "cuda" and not name:
+        return "", "torch sees no CUDA device; to rehearse without one: python -m bench.cuda --device cpu"
+    if missing:
+        return name, (
+            f"not installed: {missing}. Install them (make setup), or take them along: python -m bench.cuda_wheels DIR "
+            "where there is a network, then --wheels DIR here"
+        )
+    return name, ""
+
+
+def described(packages: cuda_packages.Packages) -> list[str]:
+    """What became of the folder of packages, a line for each."""
+    lines = [f"taken: {name} {version}" for name, version in packages.taken.items()]
+    lines += [f"not taken: {name}: {why}" for name, why in packages.skipped.items()]
+    lines += [f"not in the folder: {name}: {why}" for name, why in packages.left_out.items()]
+    return [*lines, *[f"native library: {packages.native}"] * bool(packages.native)]
+
+
+def new_folder(name: str) -> Path:
+    """bench/results/<gpu>-<date>, with a number where that is there already."""
+    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{date.today().isoformat()}"
+    folder, number = ROOT / "bench" / "results" / stem, 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{stem}-{number}")
+    return folder
+
+
+def emptied(folder: Path) -> Path:
+    for name in (RECORDS, "summary.md", "output.log"):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

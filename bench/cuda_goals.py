@@ -1,0 +1,143 @@
+"""What the records of a CUDA machine say about each number that losses, shared prefixes, step and media promise there.
+
+Read by bench.cuda for its summary and by bench.claims. `records`: as records.load_run gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from bench import video_goals
+from bench.measure import GEMMS, OURS, main_time
+from bench.records import case_of
+from bench.verdicts import MET, MISSED, NOT_MEASURED, Finding, Verdict, rounds_of
+
+LONG = "T8192-D2560-bfloat16-mask0-random"
+MOST_OF_FLOOR, LEAST_OVER_PER_TOKEN, LEAST_OVER_GRPO = 1.15, 1.3, 5.0
+MOST_WORKSPACE_MIB = 0.6e9 / 2**20
+MOST_DEVICE_US, MOST_LAUNCHES = 20.0, 2
+MOST_FOR_K, LEAST_OVER_PADDED, MOST_OFF_MODEL, LEAST_UTILISATION = 1.15, 5.0, 1.15, 0.45
+# Those whose log-prob of each token is exact; a filtered one skips work.
+GRPO_PEERS = ("Liger chunked GRPO", "TRL chunked log-prob")
+STEPS = tuple(f"P{p}-R{r}-bfloat16" for p, r in ((8192, 512), (2048, 128), (2048, 512), (8192, 128)))
+# The op on rows gathered beforehand: what stands around it is no part of the promise.
+PREPARED = "ours, all prepared"
+STEP_BASE, STEP_ONE, STEP_PADDED = "shared K=4 N=8", "shared K=1 N=8", "padded K=4 N=8"
+
+Judge = Callable[[dict], Iterator[Finding]]
+
+
+def _floor(record: dict) -> Iterator[Finding]:
+    variants = record["variants"]
+    times = 1 / variants[OURS]["share_of_gemms"]
+    flop = {"trainable": "6TDV", "frozen": "4TDV", "score": "2TDV"}[record["head"]]
+    yield (
+        times <= MOST_OF_FLOOR,
+        f"{times:.3f} times the bare GEMMs ({flop}), at most {MOST_OF_FLOOR}"
+        + rounds_of(variants[OURS], variants[GEMMS]),
+    )
+
+
+def _workspace(record: dict) -> Iterator[Finding]:
+    found = record["variants"][OURS]["peak_beyond_gradients_mib"]
+    yield found <= MOST_WORKSPACE_MIB, f"{found:.0f} MiB beside the gradients, at most {MOST_WORKSPACE_MIB:.0f}"
+
+
+def _per_token(record: dict) -> Iterator[Finding]:
+    """Against the fastest peer that gives an exact log-prob per token."""
+    variants = record["variants"]
+    peers = [name for name in variants if name not in (GEMMS, OURS)]
+    if not peers:
+        yield None, "no peer ran"
+        return
+    best = min(peers, key=lambda name: main_time(variants[name]))
+    yield _faster(variants, best, LEAST_OVER_PER_TOKEN, "the best exact per-token peer, ")
+
+
+def _grpo(record: dict) -> Iterator[Finding]:
+    for name in GRPO_PEERS:
+        yield _faster(record["variants"], name, LEAST_OVER_GRPO)
+
+
+def _faster(variants: dict, name: str, least: float, what: str = "") -> Finding:
+    if name not in variants:
+        return None, f"{name} did not run"
+    times = main_time(variants[name]) / main_time(variants[OURS])
+    found = f"{times:.2f} times faster than {what}{name}, at least {least:g}"
+    return times >= least, found + rounds_of(variants[OURS], variants[name])
+
+
+def _launches(record: dict) -> Iterator[Finding]:
+    own = record.get("launches", {}).get(PREPARED)
+    if own is None:
+        yield None, f"device time: {record.get('profiler', 'not counted')}"
+        return
+    yield own["device_us"] <= MOST_DEVICE_US, f"{own['device_us']:.1f} µs on the device, at most {MOST_DEVICE_US:g}"
+    yield own["count"] <= MOST_LAUNCHES, f"{own['count']} kernels launched, at most {MOST_LAUNCHES}"
+
+
+def _step(record: dict) -> Iterator[Finding]:
+    variants = record["variants"]
+    base, one = (_as_it_ran(variants, name) for name in (STEP_BASE, STEP_ONE))
+    if base is None:
+        yield None, f"{STEP_BASE}: {record['not_run'].get(STEP_BASE, 'did not run')}"
+        return
+    own, optimizer = variants[base], record["optimizer"]["how"]
+    if one is None:
+        yield None, f"{STEP_ONE}: {record['not_run'].get(STEP_ONE, 'did not run')}"
+    else:
+        times = own["whole_s"] / variants[one]["whole_s"]
+        found = f"{base} takes {times:.3f} of {one}, at most {MOST_FOR_K}"
+        yield times <= MOST_FOR_K, found + rounds_of(own, variants[one])
+    used = own["utilisation"]["whole"]
+    if used is None:
+        yield None, f"utilisation of the whole step: {record['remarks'].get('utilisation', f'optimiser {optimizer}')}"
+    else:
+        found = f"{base}: {used:.1%} of the datasheet's peak in the whole step (optimiser {optimizer})"
+        yield used >= LEAST_UTILISATION, f"{found}, at least {LEAST_UTILISATION:.0%}" + rounds_of(own)
+    off = max(own["passes_s"] / own["predicted_s"], own["predicted_s"] / own["passes_s"])
+    yield off <= MOST_OFF_MODEL, f"{base}: passes {off:.2f} apart from the cost model, at most {MOST_OFF_MODEL}"
+
+
+def _over_padded(record: dict) -> Iterator[Finding]:
+    variants = record["variants"]
+    base, padded = (_as_it_ran(variants, name) for name in (STEP_BASE, STEP_PADDED))
+    if base is None or padded is None:
+        yield None, f"{STEP_PADDED}: {record['not_run'].get(STEP_PADDED, 'did not run')}"
+        return
+    times = variants[padded]["passes_s"] / variants[base]["passes_s"]
+    found = f"passes of {base} {times:.2f} times faster than {padded}, at least {LEAST_OVER_PADDED:g}"
+    yield times >= LEAST_OVER_PADDED, found + rounds_of(variants[base], variants[padded])
+
+
+def _as_it_ran(variants: dict, name: str) -> str | None:
+    """The variant, or the one that recomputes layers since it did not fit as it is."""
+    return next((own for own in (name, f"{name}, checkpointing") if own in variants), None)
+
+
+# (benchmark, case, judge)
+GOALS: tuple[tuple[str, str, Judge], ...] = (
+    *(("step_4b", case, _step) for case in STEPS),
+    ("step_4b", STEPS[0], _over_padded),
+    *((f"linear_{bench}", f"{LONG}-trainable", _floor) for bench in ("policy_loss", "cross_entropy", "logprob")),
+    ("linear_logprob", f"{LONG}-frozen", _floor),
+    ("linear_policy_loss", f"{LONG}-trainable", _workspace),
+    ("linear_logprob", f"{LONG}-trainable", _per_token),
+    ("linear_policy_loss", f"{LONG}-trainable", _grpo),
+    ("discriminator", "B16-L1-D2560-bfloat16-rows", _launches),
+)
+
+
+def verdicts(records: list[dict]) -> Iterator[Verdict]:
+    """Of every goal on CUDA, in the order of GOALS."""
+    found = {(record["bench"], case_of(record)): record for record in records if not record["quick"]}
+    for bench, case, judge in GOALS:
+        where = f"{bench} {case}"
+        if (bench, case) not in found:
+            yield Verdict(NOT_MEASURED, where, f"no record ({judge.__name__.strip('_').replace('_', ' ')})")
+            continue
+        for reached, what in judge(found[bench, case]):
+            yield Verdict(NOT_MEASURED if reached is None else MET if reached else MISSED, where, what)
+    media = [record for (bench, _), record in found.items() if bench == "media"]
+    for status, name, what in video_goals.verdicts(media, video_goals.CUDA_GOALS):
+        yield Verdict(status, f"media {name}", what)

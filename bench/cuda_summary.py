@@ -1,0 +1,166 @@
+"""The Markdown summary of a run of bench.cuda: goals, sections, failures, a table per case, what was left out.
+
+python -m bench.cuda_summary bench/results/<gpu>-<date>      # writes its summary.md anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import cuda_goals
+from bench.chart_media import part_table
+from bench.measure import GEMMS, main_time
+from bench.records import RECORDS, case_of, load_run, sources
+from bench.verdicts import MET, MISSED, NOT_MEASURED
+
+PHASES = ("vision", "discriminator", "reference", "policy")
+
+
+def markdown(records: Path) -> str:
+    """Of a results.jsonl, complete or not."""
+    lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    of: dict[str, list[dict]] = defaultdict(list)
+    for line in lines:
+        of[line["bench"]].append(line)
+    rehearsal = any(line.get("quick") for line in lines)
+    cases = load_run(records)
+    parts = [_head(of["machine"], rehearsal), _sections(of["section"], of["end"])]
+    if not rehearsal:
+        parts.insert(1, _goals(cases))
+    parts += [_tests(of["section"]), *(_case(case) for case in cases), _left_out(of, cases)]
+    if cases:
+        parts.append(f"Measured on {sources(cases)}.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(*head: str, rows: Iterator[tuple] | list[tuple]) -> str:
+    rows = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _head(machines: list[dict], rehearsal: bool) -> str:
+    title = "# Rehearsal at toy sizes: nothing here is a measurement" if rehearsal else "# Measured on CUDA"
+    if not machines:
+        return f"{title}\n\nNo facts about the machine: its section did not end."
+    record = machines[-1]
+    versions = ("torch", "cuda", "triton", "transformers", "deepspeed", "python", "commit")
+    facts = record["machine"] | {name: record[name] for name in versions if name in record}
+    found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+    ceilings = record["ceilings"]
+    rates = ", ".join(f"{name.replace('_', ' ').replace(' per ', '/')} {value:.0f}" for name, value in ceilings.items())
+    return f"{title}\n\n{found}.\n\nCeilings, measured first: {rates}."
+
+
+def _goals(cases: list[dict]) -> str:
+    found = list(cuda_goals.verdicts(cases))
+    counts = Counter(verdict.status for verdict in found)
+    rows = sorted(found, key=lambda verdict: (MISSED, NOT_MEASURED, MET).index(verdict.status))
+    total = ", ".join(f"{counts[status]} {status}" for status in (MET, MISSED, NOT_MEASURED))
+    return f"## Goals: {total}\n\n" + _table("verdict", "case", "found", rows=rows)
+
+
+def _sections(sections: list[dict], ends: list[dict]) -> str:
+    rows = []
+    for section in sections:
+        tests = Counter(test["outcome"] for test in section["tests"])
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in tests.items())
+        rows.append((section["section"], section["outcome"], f"{section['seconds']:.0f}", counts, section["reason"]))
+    text = "## Sections\n\n" + _table("section", "outcome", "s", "tests", "remark", rows=rows)
+    for last in ends[-1:]:
+        text += f"\n\nWhole run: {last['seconds']:.0f} s."
+        text += "".join(f"\n\n**FAILED**: {fault}" for fault in last["faults"])
+    return text if ends else text + "\n\nThe run has not ended."
+
+
+def _tests(sections: list[dict]) -> str:
+    """Failures one by one; skipped ones by reason."""
+    failed = [(s["section"], t["test"], t["reason"]) for s in sections for t in s["tests"] if t["outcome"] == "failed"]
+    skipped = Counter((s["section"], t["reason"]) for s in sections for t in s["tests"] if t["outcome"] == "skipped")
+    parts = []
+    if failed:
+        parts.append("## Failed\n\n" + _table("section", "test", "reason", rows=failed))
+    if skipped:
+        rows = [(section, count, reason) for (section, reason), count in skipped.items()]
+        parts.append("## Skipped\n\n" + _table("section", "tests", "reason", rows=rows))
+    return "\n\n".join(parts)
+
+
+def _case(record: dict) -> str:
+    """A case of a benchmark: a line per variant."""
+    bench = record["bench"]
+    if bench == "media":
+        return f"## media {record['name']}\n\n" + "\n".join(part_table(record["part"], [record]))
+    title = f"## {bench} {record['case']}"
+    if bench == "step_4b":
+        return f"{title}\n\n{_steps(record)}"
+    base = main_time(record["variants"][record["baseline"]])
+    rows = []
+    for name, own in record["variants"].items():
+        total = own.get("both") or own["forward"]
+        share = f"{own['share_of_gemms']:.0%}" if "share_of_gemms" in own and name != GEMMS else ""
+        rate = own.get("tflop_per_s")
+        rows.append(
+            (
+                name,
+                f"{total['median_ms']:.3f}",
+                f"{total['p20_ms']:.3f}..{total['p80_ms']:.3f}",
+                f"{total['median_ms'] / base:.2f}",
+                share,
+                f"{rate:.0f}" if rate else "",
+                *(f"{own[key]:,.0f}" if key in own else "" for key in ("peak_mib", "peak_beyond_gradients_mib")),
+                own["rounds"],
+            )
+        )
+    head = ("variant", "ms", "p20..p80", f"/ {record['baseline']}", "of GEMMs", "TFLOP/s", "peak MiB")
+    return f"{title}\n\n{_table(*head, 'less gradients', 'n', rows=rows)}"
+
+
+def _steps(record: dict) -> str:
+    rows = []
+    for name, own in record["variants"].items():
+        whole = own["utilisation"]["whole"]
+        rows.append(
+            (
+                name,
+                *(f"{own['phases_s'].get(phase, 0.0):.3f}" for phase in PHASES),
+                f"{own['passes_s']:.3f}",
+                f"{own['whole_s']:.3f}",
+                "" if whole is None else f"{whole:.1%}",
+                f"{own['predicted_s']:.3f}",
+                f"{own['peak_mib']:,.0f}",
+                own["rounds"],
+            )
+        )
+    head = ("variant", *(f"{phase} s" for phase in PHASES), "passes", "whole step", "of peak", "predicted")
+    return _table(*head, "peak MiB", "n", rows=rows)
+
+
+def _left_out(of: dict[str, list[dict]], cases: list[dict]) -> str:
+    """Sections, packages, and variants of any case that did not run, each with its reason."""
+    rows = [("section", s["section"], s["reason"]) for s in of["section"] if s["outcome"] == "left out"]
+    for run in of["run"]:
+        rows += [("section", name, "not among --only") for name in run["not_chosen"]]
+        rows += [("package", name, f"not in the folder: {why}") for name, why in run["packages"]["left_out"].items()]
+    for machine in of["machine"][-1:]:
+        rows += [("package", name, f"not installed: {why}") for name, why in machine["not_installed"].items()]
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for case in cases:
+        for name, why in case.get("not_run", {}).items():
+            reasons[f"{case['bench']}: {name}", why].append(case_of(case))
+    rows += [(f"variant ({len(where)} cases)", name, why) for (name, why), where in reasons.items()]
+    return "## Left out\n\n" + _table("what", "name", "reason", rows=rows) if rows else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    given.folder.joinpath("summary.md").write_text(markdown(given.folder / RECORDS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Ways of making a stage-2 step on the same three models, tried and timed within a deadline; for bench_step_4b.
+
+Each way has a warm-up step, which finds out whether it fits and measures its memory; then come rounds in turned order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.groups import Case
+from bench.memory import peak_extra_bytes
+from bench.rates import predicted_seconds, rates
+from bench.steps import Given, copying_step, make_prompts, set_teacher
+from bench.student_4b import (
+    CONFIG_4B,
+    CONFIG_TOY,
+    Sizes,
+    counts_of,
+    fits,
+    free_bytes,
+    layers_that_fit,
+    make_state,
+    settings_of,
+    switch,
+    time_optimizer,
+)
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.models.cost import Flops, Load, StepLoad, padded_flops, step_flops
+from rmsd_fast.models.liger import describe_liger
+from rmsd_fast.runtime.distributed import World
+from rmsd_fast.stages import distill
+from rmsd_fast.stages.state import RunState
+
+# (way, K, N) by importance. The first ESSENTIAL ones may use all the time there is.
+WAYS = (
+    ("shared", 4, 8),
+    ("shared", 1, 8),
+    ("padded", 4, 8),
+    ("shared", 1, 1),
+    ("shared", 8, 8),
+    ("shared", 4, 16),
+    ("copies", 4, 8),
+)
+ESSENTIAL = 3
+ROUNDS = {"shared": 3, "padded": 2, "copies": 2}
+# Steps predicted to take longer are timed once.
+SLOW_S = 3.0
+# Of the time given, what is kept for the optimiser where it is timed apart.
+OPTIMIZER_S = 25.0
+NO_TIME = "no time left"
+# Of the gate, with K=2 and N=3.
+GATE_RESPONSE, MOST_DIFFERENCE = 32, 5e-2
+# As libraries below torch's allocator say that there is no memory left.
+_EXHAUSTED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class StepCase(Case):
+    """room: bytes of memory to plan with in place of the device's."""
+
+    toy: bool = False
+    room: int | None = None
+
+    @property
+    def name(self) -> str:
+        kind = "" if not self.toy else "toy-" if self.room is None else "toy-apart-"
+        return kind + super().name
+
+    @property
+    def sizes(self) -> Sizes:
+        return CONFIG_TOY if self.toy else CONFIG_4B
+
+
+@dataclass(frozen=True)
+class Way:
+    mode: str
+    k: int
+    n: int
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode} K={self.k} N={self.n}" + ", checkpointing" * self.checkpointing
+
+    @property
+    def packing(self) -> str:
+        return "shared" if self.mode == "shared" else "padded"
+
+
+@dataclass
+class Measured:
+    """What a case gave; nothing in it holds a model.
+
+    rate: of `rates`. held: bytes before a step; peaks: at a step's highest, by name. rounds: seconds by phase.
+    """
+
+    case: StepCase
+    prefix: int
+    grid: tuple[int, int, int]
+    rate: dict[str, float]
+    held: int
+    peaks: dict[str, int] = field(default_factory=dict)
+    rounds: dict[Way, list[dict[str, float]]] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    def load(self, way: Way) -> StepLoad:
+        response = self.case.response
+        return StepLoad(self.prefix, [response] * way.n, [response] * way.k, [self.grid])
+
+    def predicted_s(self, config: Any, way: Way) -> float:
+        """Of the passes, at the measured rates: all that runs, whether it is needed or not."""
+        load = self.load(way)
+        flops = step_flops(config, [load], way.mode, teacher_per_rollout=False, checkpointing=way.checkpointing)
+        if way.mode == "padded":
+            # The discriminator's rows come in several micro-batches, so they are read without gradient first.
+            judged = [Load(load.prefix, [*load.rollouts, *load.teachers])]
+            flops += padded_flops(config, judged, head=False, vision=False)
+        return predicted_seconds(flops, self.rate)
+
+
+class Rig:
+    """The three models of some cases, and how steps are made on them."""
+
+    def __init__(self, case: StepCase, world: World):
+        self.sizes, self.world, self.room = case.sizes, world, case.room or free_bytes(world.device)
+        # The longest row of the first way.
+        self.apart = not fits(self.sizes, self.room, case.prefix + 12 * case.response)
+        settings = settings_of("shared", case.prefix, case.response, 4, 8)
+        self.state: RunState | None = make_state(self.sizes, settings, world, apart=self.apart)
+        self.config = self.state.student.model.config
+        self.liger, self.counts = describe_liger(settings.model.liger, world.device), counts_of(self.sizes)
+        self.differences = self.check(128 if case.toy else 512)
+
+    def prompts(self, prefix: int) -> list[Prompt]:
+        prompts = make_prompts(self.state, prefix, 1)
+        if self.world.device.type == "cuda":
+            # As the media reader does.
+            media = [tuple(replace(one, pixels=one.pixels.pin_memory()) for one in p.media) for p in prompts]
+            prompts = [replace(p, media=own) for p, own in zip(prompts, media, strict=True)]
+        return prompts
+
+    def prepare(
+        self, way: Way, prompts: list[Prompt], response: int, *overrides: str
+    ) -> Callable[[], dict[str, float]]:
+        """Set everything up for steps of this way; the call makes one and returns its metrics."""
+        state, prefix = self.state, len(prompts[0].input_ids)
+        settings = settings_of(way.packing, prefix, response, way.k, way.n, *overrides)
+        switch(state, way.packing, way.checkpointing)
+        set_teacher(state, prompts, response, way.k)
+        state.rollouts = Given(state.builder, response)
+        step = copying_step if way.mode == "copies" else distill.step
+
+        def run() -> dict[str, float]:
+            result = step(state, prompts, settings, rollout_step=0)
+            bad = {name: value for name, value in result.metrics.items() if not math.isfinite(value)}
+            assert not result.skipped and not bad, f"{way.name}: a step that is not finite: {bad}"
+            if way.mode == "shared":
+                # Another micro-batch would read the prompt once more.
+                more = result.metrics["tokens_computed"] - 2 * prefix - (way.k + 2 * way.n) * response
+                assert abs(more) < prefix / 2, f"{way.name}: {more} tokens more than its group has"
+            return result.metrics
+
+        return run
+
+    def check(self, prefix: int) -> dict[str, float]:
+        """Relative differences of gradient norms between padded and shared prompts, on the same rollouts.
+
+        One rollout of three is formatted, and the discriminator's reward hardly counts: its 16-bit scores of random
+        texts err by a fifth of their spread, which advantages would hand on to the policy (5% of the norm, found on 36
+        layers of width 512; so it is 0.1%, and 0.5% in the discriminator).
+        """
+        prompts, norms = self.prompts(prefix), {}
+        for mode in ("shared", "padded"):
+            way = Way(mode, 2, 3)
+            run = self.prepare(way, prompts, GATE_RESPONSE, "reward.alpha=1e-3")
+            self.state.rollouts = Formatted(self.state.builder, GATE_RESPONSE)
+            metrics = run()
+            norms[mode] = {name: metrics[f"{name}/grad_norm"] for name in ("policy", "discriminator")}
+        found = {name: abs(norms["padded"][name] / own - 1) for name, own in norms["shared"].items()}
+        assert max(found.values()) < MOST_DIFFERENCE, f"gradient norms differ: {norms}"
+        return found
+
+    def held_bytes(self) -> int:
+        """What is there before a step; on CPU the weights."""
+        free_bytes(self.world.device)
+        if self.world.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.world.device)
+        return 3 * 2 * self.counts.total
+
+    def release(self) -> None:
+        """Forget a step that did not end, and give its memory back to the device."""
+        for engine in (self.state.policy, self.state.discriminator):
+            engine.discard()
+        self.state.timer.take()
+        free_bytes(self.world.device)
+
+    def close(self) -> None:
+        """Free the models."""
+        if self.state is not None:
+            self.state.policy.close()
+            self.state.discriminator.close()
+            self.state = None
+        free_bytes(self.world.device)
+
+
+class Formatted(Given):
+    """The first response is a right answer in the right format."""
+
+    def responses(self, count: int, seed: int) -> list[Tensor]:
+        start, filler, end = (
+            self.builder.encode_response(text) for text in ("<think>", " video", "</think><answer>0.0 to 1.0</answer>")
+        )
+        filler = filler[:1].repeat(self.response - 1 - len(end))
+        return [torch.cat([start[:1], filler, end]), *super().responses(count, seed)[1:]]
+
+
+def time_left() -> float:
+    """Seconds until RMSD_BENCH_UNTIL; without end where that is not set."""
+    return float(os.environ.get("RMSD_BENCH_UNTIL", "inf")) - time.time()
+
+
+def guarded(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, str]:
+    """What it returns and "", or None and why memory ran out; `free` then gives back what is left of it."""
+    try:
+        return call(), ""
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not any(part in text for part in _EXHAUSTED):
+            raise
+        reason = f"out of memory: {text.splitlines()[0][:200] if text else type(error).__name__}"
+    # The error is gone here, and with it the frames of its traceback, which held what had filled the device.
+    free()
+    return None, reason
+
+
+def sweep(rig: Rig, case: StepCase) -> Measured:
+    """Warm up each way that there is time for, then time them in rounds."""
+    device, config, prompts = rig.world.device, rig.config, rig.prompts(case.prefix)
+    rate = rates(config, case.prefix, torch.bfloat16, device)
+    found = Measured(case, len(prompts[0].input_ids), prompts[0].media[0].grid_thw, rate, rig.held_bytes())
+    left = time_left() - OPTIMIZER_S * rig.apart
+    ends = {True: time.time() + left, False: time.time() + left / 2}
+    # Seconds of a step over those predicted; seconds of rounds to come.
+    pace, promised = 0.0, 0.0
+    for place, (mode, k, n) in enumerate(WAYS):
+        for checkpointing in (False, True):
+            way = Way(mode, k, n, checkpointing)
+            predicted, steps = found.predicted_s(config, way), 1 + _rounds_of(found, config, way)
+            if time.time() + promised + predicted * pace * steps >= ends[place < ESSENTIAL]:
+                found.not_run[way.name] = NO_TIME
+                break
+            run, began = rig.prepare(way, prompts, case.response), time.perf_counter()
+            peak, reason = guarded(lambda run=run: peak_extra_bytes(run, device)[0] or 0, rig.release)
+            if not reason:
+                seconds = time.perf_counter() - began
+                # The first step of a process compiles.
+                pace = min(pace or math.inf, seconds / predicted)
+                promised += seconds * (steps - 1)
+                found.peaks[way.name], found.rounds[way] = found.held + peak, []
+                break
+            found.not_run[way.name] = reason
+    _time_rounds(rig, found, prompts)
+    return found
+
+
+def _time_rounds(rig: Rig, found: Measured, prompts: list[Prompt]) -> None:
+    for number in range(max(ROUNDS.values())):
+        ways = list(found.rounds)
+        turn = number % max(1, len(ways))
+        for way in ways[turn:] + ways[:turn]:
+            if number >= _rounds_of(found, rig.config, way) or (found.rounds[way] and time_left() < 0):
+                continue
+            run = rig.prepare(way, prompts, found.case.response)
+            numbers, reason = guarded(lambda run=run, way=way: timed(rig, way, run), rig.release)
+            if not reason:
+                found.rounds[way].append(numbers)
+            elif not found.rounds[way]:
+                found.not_run[way.name] = reason
+                del found.rounds[way]
+
+
+def _rounds_of(found: Measured, config: Any, way: Way) -> int:
+    return 1 if found.predicted_s(config, way) > SLOW_S else ROUNDS[way.mode]
+
+
+def timed(rig: Rig, way: Way, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Seconds of a step by phase and in all (`step`), `device_allocs` and `tokens_computed`."""
+    for _ in range(2):
+        rig.state.timer.take()
+        blocks, began = _device_allocs(rig.world.device), time.perf_counter()
+        metrics = run()
+        phases = {name.removeprefix("seconds/"): seconds for name, seconds in rig.state.timer.take().items()}
+        phases["step"] = time.perf_counter() - began
+        phases["device_allocs"] = _device_allocs(rig.world.device) - blocks
+        phases["tokens_computed"] = metrics.get("tokens_computed", 0.0)
+        # Where the allocator's cache lacked a block, the device was waited for; now it has it.
+        if not phases["device_allocs"] or way.mode != "shared":
+            break
+    return phases
+
+
+def _device_allocs(device: torch.device) -> int:
+    return torch.cuda.memory_stats(device).get("num_device_alloc", 0) if device.type == "cuda" else 0
+
+
+def measure_optimizer(rig: Rig, prefix: int) -> dict[str, Any]:
+    """`time_optimizer` of as many layers as fit, fewer where that count was too hopeful. Frees the rig's models."""
+    rig.close()
+    layers = layers_that_fit(rig.sizes, rig.room)
+    while True:
+        found, reason = guarded(
+            lambda: time_optimizer(rig.sizes, rig.world, layers, prefix), lambda: free_bytes(rig.world.device)
+        )
+        if not reason:
+            return found
+        if layers == 1:
+            raise RuntimeError(f"one layer and its optimiser: {reason}")
+        layers = max(1, layers * 3 // 4)

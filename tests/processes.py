@@ -1,0 +1,19 @@
+"""Processes that tests have started."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+def wait_until_gone(pid: int) -> None:
+    """Until the process has ended, whether or not its parent has taken note; AssertionError after 20 s."""
+    for _ in range(400):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")

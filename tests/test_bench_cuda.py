@@ -1,0 +1,292 @@
+"""The command that measures everything on a CUDA machine: its time, its processes, what it says, and a rehearsal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import wait_until_gone
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run_of(folder: Path, **environment: str):
+    from bench.cuda_sections import Run
+
+    own = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return Run(folder / "results.jsonl", folder / "output.log", True, own)
+
+
+def section(code: str, name: str = "one", *, seconds: float = 10, least_s: float = 0.1, required: bool = False):
+    from bench.cuda_sections import Section
+
+    return Section(name, "a test", seconds, least_s, lambda run: [sys.executable, "-c", code], required)
+
+
+def test_time_is_shared_out_and_the_required_section_keeps_its_least():
+    from bench.cuda_sections import ends_of
+
+    first, needed, last = (
+        section("", "a", seconds=50),
+        section("", "b", seconds=25, least_s=20, required=True),
+        section(""),
+    )
+    sections = [first, needed, last]
+    assert ends_of(sections, 0, 85) == [50, 75, 85]
+    # Of 25 seconds the first may take 5, though its share is 14.7.
+    assert ends_of(sections, 0, 25) == [5, 25, 25]
+    # What does not even hold the required one is all for it.
+    assert ends_of(sections, 100, 110) == [100, 110, 110]
+
+
+def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
+    from bench.cuda_sections import FAILED, PASSED, run_section
+
+    deadline = time.time() + 60
+    fine = run_section(section("print('hello')"), run_of(tmp_path), deadline, deadline)
+    died = run_section(section("import os; os.abort()"), run_of(tmp_path), deadline, deadline)
+    wrong = run_section(section("raise SystemExit(3)"), run_of(tmp_path), deadline, deadline)
+    assert (fine.outcome, died.outcome, wrong.outcome) == (PASSED, FAILED, FAILED)
+    assert died.reason.startswith("signal SIGABRT") and wrong.reason.startswith("exit code 3")
+    assert b"hello" in (tmp_path / "output.log").read_bytes() and b"hello" in capfdbinary.readouterr().out
+
+
+def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path):
+    from bench import cuda_sections
+
+    child = tmp_path / "child"
+    hang = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({str(child)!r}, "w").write(str(started.pid))
+print("before", flush=True)
+time.sleep(100)
+"""
+    began = time.time()
+    found = cuda_sections.run_section(section(hang), run_of(tmp_path), began + 30, began + 3)
+    assert found.outcome == cuda_sections.STOPPED and time.time() - began < 20
+    assert b"before" in (tmp_path / "output.log").read_bytes()
+    wait_until_gone(int(child.read_text()))
+
+
+def test_a_section_without_time_is_left_out(tmp_path):
+    from bench.cuda_sections import LEFT_OUT, run_section
+
+    found = run_section(section("", least_s=20), run_of(tmp_path), time.time() + 5, time.time() + 60)
+    assert found.outcome == LEFT_OUT and found.reason.startswith("no time left: ")
+
+
+TESTS = """
+import os, time
+import pytest
+
+def test_right(): pass
+
+def test_wrong(): assert 1 == 2, "one is not two"
+
+@pytest.mark.skip(reason="for a reason")
+def test_skipped(): pass
+
+@pytest.fixture
+def broken(): raise ValueError("no fixture")
+
+def test_broken(broken): pass
+
+def test_slow(): time.sleep(float(os.environ["SLOW_S"]))
+
+def test_late(): pass
+"""
+
+
+def logged(folder: Path, until_s: float, slow_s: float) -> dict[str, tuple[str, str]]:
+    """Outcome and reason of each of TESTS, run with bench.section_log."""
+    from bench.cuda_sections import Section, run_section
+
+    path = folder / "test_made.py"
+    path.write_text(TESTS)
+    # -c: this project's settings would have it collected from the repository.
+    options = ["-p", "bench.section_log", "-p", "no:cacheprovider", "-q", "-c", "/dev/null", "--rootdir", str(folder)]
+    made = Section("made", "", 1, 0, lambda run: [sys.executable, "-m", "pytest", *options, str(path)])
+    until = time.time() + until_s
+    result = run_section(made, run_of(folder, SLOW_S=str(slow_s)), until, time.time() + 60)
+    assert (result.outcome, not list(folder.glob(".*.tests"))) == ("FAILED", True)
+    return {test["test"].rpartition("::")[2]: (test["outcome"], test["reason"]) for test in result.tests}
+
+
+def test_each_test_of_a_section_is_logged_and_none_begun_too_late(tmp_path):
+    found = logged(tmp_path, 60, 0)
+    assert found["test_right"] == ("passed", "") and found["test_skipped"] == ("skipped", "for a reason")
+    assert found["test_wrong"][0] == "failed" and "one is not two" in found["test_wrong"][1]
+    assert found["test_broken"] == ("failed", "ValueError: no fixture")
+    assert found["test_late"] == ("passed", "")
+    late = logged(tmp_path, 6, 8)
+    assert late["test_slow"] == ("passed", "") and late["test_late"] == ("skipped", "no time left")
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.cuda", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        **options,
+    )
+
+
+def test_without_a_device_it_says_how_to_rehearse(tmp_path):
+    done = command("--output", str(tmp_path / "results"))
+    assert done.returncode == 2 and "python -m bench.cuda --device cpu" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "0"], "--minutes: expected a number above 0"),
+        (["--only", "stepp"], "invalid choice: 'stepp'"),
+        (["--wheels", "/nowhere", "--device", "cpu"], "/nowhere"),
+        (["--output", str(REPOSITORY)], "expected an empty or new folder"),
+    ],
+)
+def test_wrong_arguments(arguments, said):
+    done = command(*arguments)
+    assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_it_sums_up_what_it_has(tmp_path):
+    folder = tmp_path / "results"
+    arguments = ["--device", "cpu", "--output", str(folder), "--only", "machine", "correctness", "policy_loss"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.cuda", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("=== correctness:"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "FAILED: interrupted" in rest
+    summary = (folder / "summary.md").read_text()
+    assert "| machine | passed |" in summary and "| policy_loss | left out | 0 |  | interrupted |" in summary
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rehearsal(tmp_path):
+    """All sections at toy sizes; what needs a device is left out with its reason."""
+    from bench.cuda_sections import SECTIONS
+
+    folder = tmp_path / "results"
+    done = command("--device", "cpu", "--output", str(folder), "--minutes", "8")
+    lines = lines_of(folder)
+    outcomes = {line["section"]: line["outcome"] for line in lines if line["bench"] == "section"}
+    assert list(outcomes) == [section.name for section in SECTIONS]
+    assert outcomes.pop("correctness") == "left out"
+    assert set(outcomes.values()) == {"passed"}, outcomes
+    assert done.returncode == 0, done.stdout[-3000:]
+    measured = [line for line in lines if "variants" in line]
+    assert all(line["quick"] and line["device"] == "cpu" for line in measured)
+    summary = (folder / "summary.md").read_text()
+    assert done.stdout.count(summary) == 1
+    for line in measured:
+        assert f"## {line['bench']} " in summary
+
+
+def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
+    """Variants by name (_ for a space); a GEMM takes 20 ms."""
+    variants = {"bare GEMMs": {"both": {"median_ms": 20.0}, "rounds": 10}}
+    for name, ms in {"ours": 22.0, **times_ms}.items():
+        own = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}
+        variants[name.replace("_", " ")] = own
+    case = f"T8192-D2560-bfloat16-mask0-random-{head}"
+    return {"bench": bench, "case": case, "head": head, "quick": False, "variants": variants}
+
+
+def step_record(case: str, **seconds: float) -> dict:
+    """Variants by a short name; the model predicts a second."""
+    names = {"k4": "shared K=4 N=8", "k1": "shared K=1 N=8", "padded": "padded K=4 N=8"}
+    variants = {}
+    for name, s in seconds.items():
+        own = {"passes_s": s, "whole_s": s + 0.5, "predicted_s": 1.0, "rounds": 3, "utilisation": {"whole": 0.5 / s}}
+        variants[names[name.removesuffix("_again")] + ", checkpointing" * name.endswith("_again")] = own
+    record = {"bench": "step_4b", "case": case, "quick": False, "variants": variants, "not_run": {}, "remarks": {}}
+    return record | {"optimizer": {"how": "apart"}}
+
+
+def verdicts_of(record: dict) -> list[tuple[str, str]]:
+    from bench.cuda_goals import verdicts
+
+    own = f"{record['bench']} {record['case']}"
+    return [(v.status, v.what) for v in verdicts([record]) if v.where == own]
+
+
+def statuses(record: dict) -> list[str]:
+    return [status for status, _ in verdicts_of(record)]
+
+
+def test_goals_of_the_heads():
+    loss = head_record("linear_policy_loss", Liger_chunked_GRPO=220.0, **{"TRL_chunked_log-prob": 105.0})
+    # 1.1 of the GEMMs; 500 of 572 MiB; 10 and 4.8 times faster.
+    assert statuses(loss) == ["met", "met", "met", "MISSED"]
+    assert "1.100 times the bare GEMMs (6TDV), at most 1.15 (n = 9)" in verdicts_of(loss)[0][1]
+    assert statuses(head_record("linear_policy_loss", ours=23.1)) == ["MISSED", "met", "NOT MEASURED", "NOT MEASURED"]
+    # The best peer counts.
+    assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=28.0)) == ["met", "MISSED"]
+    assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=29.0)) == ["met", "met"]
+    assert statuses(head_record("linear_logprob", "frozen")) == ["met"]
+
+
+def test_goals_of_the_step():
+    found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
+    # 1.5 / 1.4 = 1.07 of K=1; half of the peak; as predicted; 4.9 times.
+    assert statuses(found) == ["met", "met", "met", "MISSED"]
+    slow = step_record("P8192-R512-bfloat16", k4=1.2, k1=0.9, padded=6.0)
+    assert statuses(slow) == ["MISSED", "MISSED", "MISSED", "met"]
+    recomputed = step_record("P8192-R512-bfloat16", k4_again=1.0, k1=0.9, padded_again=6.0)
+    assert statuses(recomputed) == ["met", "met", "met", "met"]
+    assert "shared K=4 N=8, checkpointing takes 1.071 of shared K=1 N=8" in verdicts_of(recomputed)[0][1]
+    alone = step_record("P2048-R128-bfloat16", k4=1.0)
+    alone["variants"]["shared K=4 N=8"]["utilisation"]["whole"] = None
+    alone["not_run"]["shared K=1 N=8"] = "no time left"
+    assert verdicts_of(alone)[:2] == [
+        ("NOT MEASURED", "shared K=1 N=8: no time left"),
+        ("NOT MEASURED", "utilisation of the whole step: optimiser apart"),
+    ]
+
+
+def test_goals_of_the_discriminator():
+    record = {"bench": "discriminator", "case": "B16-L1-D2560-bfloat16-rows", "quick": False, "variants": {}}
+    counted = record | {"launches": {"ours, all prepared": {"count": 3, "device_us": 12.0}}}
+    assert statuses(counted) == ["met", "MISSED"]
+    assert verdicts_of(record | {"launches": {}, "profiler": "no CUPTI"}) == [("NOT MEASURED", "device time: no CUPTI")]
+
+
+def test_every_goal_has_a_case_that_is_measured():
+    import importlib
+
+    from bench import bench_discriminator
+    from bench.cuda_goals import GOALS, PREPARED, verdicts
+
+    for bench, case, _ in GOALS:
+        module = importlib.import_module(f"bench.bench_{bench}")
+        assert case in [own.name for own in module.cases(False, "cuda")], (bench, case)
+    assert bench_discriminator.ALONE == PREPARED
+    # Without a record every goal is there; so it is with one of a rehearsal.
+    rehearsed = head_record("linear_logprob") | {"quick": True}
+    for records in ([], [rehearsed]):
+        assert {verdict.status for verdict in verdicts(records)} == {"NOT MEASURED"}
+        assert len(list(verdicts(records))) == len(GOALS) + 1
