@@ -222,39 +222,41 @@ def _image_prompts(name: str, model: nn.Module, generator: torch.Generator) -> l
     return prompts
 
 
-def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
-    """The model's `mm_encoder_outputs` for the media of the prompts, in their order and with a graph."""
-    body, family, outputs = model.model, model.config.model_type, {}
-    for kind in ("image", "video"):
+def pixels_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, torch.Tensor]:
+    """The media of the prompts, in their order, as the model takes them in every version of transformers."""
+    family, inputs = model.config.model_type, {}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
         chosen = [prompt for prompt in prompts if prompt.kind == kind]
         if not chosen:
             continue
         pixels = torch.cat([prompt.pixels for prompt in chosen]).to(model.dtype)
         if family in ("qwen3_vl", "qwen2_5_vl"):
-            grids = torch.cat([prompt.grid_thw for prompt in chosen])
-            features = body.get_image_features(pixels, grids, return_dict=True)
+            inputs[f"{kind}_grid_thw"] = torch.cat([prompt.grid_thw for prompt in chosen])
+        elif family == "llava_onevision":
+            pixels = pixels.unflatten(0, (len(chosen), 2))
+        elif family == "smolvlm":
+            pixels = pixels[None]
+        inputs[f"pixel_values{suffix}"] = pixels
+    return inputs
+
+
+def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
+    """The model's `mm_encoder_outputs` for the same media, with a graph."""
+    body, inputs, outputs = model.model, pixels_of(model, prompts), {}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        pixels = inputs.get(f"pixel_values{suffix}")
+        if pixels is None:
+            continue
+        if f"{kind}_grid_thw" in inputs:
+            features = body.get_image_features(pixels, inputs[f"{kind}_grid_thw"], return_dict=True)
             deepstack = getattr(features, "deepstack_features", None)
             outputs[kind] = BaseModelOutputWithDeepstackFeatures(
                 pooler_output=features.pooler_output, deepstack_features=deepstack
             )
             continue
-        if family == "llava_onevision":
-            features = body.get_video_features(pixels.unflatten(0, (len(chosen), 2)), return_dict=True)
-        else:
-            features = body.get_image_features(pixels[None] if family == "smolvlm" else pixels, return_dict=True)
-        outputs[kind] = BaseModelOutputWithPooling(pooler_output=features.pooler_output)
+        encoder = body.get_image_features if kind == "image" else body.get_video_features
+        outputs[kind] = BaseModelOutputWithPooling(pooler_output=encoder(pixels, return_dict=True).pooler_output)
     return outputs
-
-
-def pixels_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, torch.Tensor]:
-    """The same media as pixels, which a Qwen model encodes within its forward in every version of transformers."""
-    inputs = {}
-    for kind, suffix in (("image", ""), ("video", "_videos")):
-        chosen = [prompt for prompt in prompts if prompt.kind == kind]
-        if chosen:
-            inputs[f"pixel_values{suffix}"] = torch.cat([prompt.pixels for prompt in chosen]).to(model.dtype)
-            inputs[f"{kind}_grid_thw"] = torch.cat([prompt.grid_thw for prompt in chosen])
-    return inputs
 
 
 def pack_inputs(prompts: list[FamilyPrompt], responses: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:

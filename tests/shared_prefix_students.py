@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from family_students import FamilyPrompt, encode, pack_inputs
+from family_students import FamilyPrompt, encode, pack_inputs, pixels_of
 from torch import nn
 
 from rmsd_fast.models.shared_prefix import run_shared_prefix
@@ -28,12 +29,18 @@ def plan_of(prompts: list[FamilyPrompt], responses: Responses) -> SharedPrefixPl
     return SharedPrefixPlan.from_lengths([len(prompt.input_ids) for prompt in prompts], lengths, device=device)
 
 
-def encoded(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
-    return {"mm_encoder_outputs": encode(model, prompts)}
+def takes_features(model: nn.Module) -> bool:
+    """Whether the model takes `mm_encoder_outputs`, as all families do since transformers 5.18."""
+    return "mm_encoder_outputs" in inspect.signature(model.model.forward).parameters
+
+
+def media_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
+    """Features of the prompts' media where the model takes them, else their pixels."""
+    return {"mm_encoder_outputs": encode(model, prompts)} if takes_features(model) else pixels_of(model, prompts)
 
 
 def packed_rows(
-    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
+    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = media_of
 ) -> list[torch.Tensor]:
     """Hidden states [P + R, D] of every `[prefix | response]`, cut out of one packed pass."""
     inputs = pack_inputs(prompts, responses)

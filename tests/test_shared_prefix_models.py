@@ -19,7 +19,7 @@ from family_students import (
     pack_inputs,
     pixels_of,
 )
-from shared_prefix_students import LENGTHS, CausalCache, Media, Responses, encoded, make_responses, packed_rows
+from shared_prefix_students import LENGTHS, CausalCache, Media, Responses, make_responses, media_of, packed_rows
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -44,7 +44,7 @@ UNUSED = {"llava_onevision": {f"model.vision_tower.post_layernorm.{kind}" for ki
 
 
 def separate_rows(
-    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = encoded
+    model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = media_of
 ) -> list[torch.Tensor]:
     """The same from one stock pass per response."""
     assert not is_shared_prefix(model)
@@ -78,12 +78,12 @@ def check_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tens
         assert (found[name] - grad).norm() <= tolerance * scale, name
 
 
-def check_against_separate_rows(model: nn.Module, tolerance: float) -> None:
+def check_against_separate_rows(model: nn.Module, tolerance: float, media: Media = media_of) -> None:
     prompts, responses = family_prompts(model.config.model_type, model), make_responses()
-    wanted = separate_rows(model, prompts, responses)
+    wanted = separate_rows(model, prompts, responses, media)
     wanted_gradients = gradients(model, wanted)
     with shared_prefix_enabled(model):
-        found = packed_rows(model, prompts, responses)
+        found = packed_rows(model, prompts, responses, media)
         found_gradients = gradients(model, found)
     for row, oracle in zip(found, wanted, strict=True):
         assert (row - oracle).abs().max() <= tolerance * oracle.abs().max()
@@ -94,8 +94,8 @@ def check_against_separate_rows(model: nn.Module, tolerance: float) -> None:
 
 
 @students
-def test_packed_pass_equals_separate_rows(name: str, text: dict) -> None:
-    check_against_separate_rows(build_family(name, **text).double(), 1e-6)
+def test_packed_pass_from_pixels_equals_separate_rows(name: str, text: dict) -> None:
+    check_against_separate_rows(build_family(name, **text).double(), 1e-6, pixels_of)
 
 
 @students
@@ -107,7 +107,7 @@ def test_packed_pass_equals_separate_rows_in_float64_throughout(
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_bfloat16_is_as_close_to_the_truth_as_separate_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_as_close_as_separate_rows(build_family(name).bfloat16(), encoded, "cpu", monkeypatch)
+    check_as_close_as_separate_rows(build_family(name).bfloat16(), media_of, "cpu", monkeypatch)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

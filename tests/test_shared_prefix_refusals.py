@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from family_students import build_family, encode, family_prompts, pack_inputs
-from shared_prefix_students import CausalCache, make_responses, packed_rows, plan_of
+from family_students import build_family, family_prompts, pack_inputs
+from shared_prefix_students import CausalCache, make_responses, media_of, packed_rows, plan_of, takes_features
 from torch import nn
 
 from rmsd_fast.config import ModelError
@@ -133,11 +133,13 @@ class TestRefusedInputs:
         model = build_family("qwen2_5_vl")
         prompts, responses = family_prompts("qwen2_5_vl", model), make_responses()
         enable_shared_prefix(model)
-        inputs = {**pack_inputs(prompts, responses), "mm_encoder_outputs": encode(model, prompts)}
+        inputs = {**pack_inputs(prompts, responses), **media_of(model, prompts)}
         return model, inputs, plan_of(prompts, responses)
 
     def test_what_transformers_would_leave_aside(self, case) -> None:
         model, inputs, plan = case
+        if not takes_features(model):
+            pytest.skip("transformers takes features of media since 5.18")
         features = inputs.pop("mm_encoder_outputs")
         # The output of get_image_features is a mapping itself.
         for wrong in (next(iter(features.values())), {"image_features": 1}, [1], {}):
@@ -220,7 +222,7 @@ class TestRefusedInputs:
         model, inputs, plan = case
         model.model.forward = lambda input_ids, position_ids, **_: pytest.fail("ran without vision")
         with pytest.raises(RuntimeError, match="ignores mm_encoder_outputs"):
-            run_shared_prefix(model.model, plan, **inputs)
+            run_shared_prefix(model.model, plan, **inputs | {"mm_encoder_outputs": {"image": torch.ones(6, 32)}})
 
     def test_plan_of_other_lengths(self, case) -> None:
         model, inputs, _ = case

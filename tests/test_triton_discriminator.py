@@ -204,9 +204,9 @@ def every_row_is_written(device, dtype):
     """Rows without a response get 0, in whichever tile they are; what is not written would stay NaN here."""
     from rmsd_kernels import triton_discriminator
 
-    tokens = 150
+    tokens = 64 * 16 + 150
     hidden = torch.randn(tokens, 72, device=device).to(dtype)
-    index = torch.tensor([149, 3, 64, 3], device=device)
+    index = torch.tensor([1173, 3, 64, 3], device=device)
     head = torch.randn(72, device=device).to(dtype)
     results = []
     was = torch.are_deterministic_algorithms_enabled()
@@ -218,7 +218,7 @@ def every_row_is_written(device, dtype):
             results.append(leaf.grad)
     finally:
         torch.use_deterministic_algorithms(was)
-    assert results[0].ne(0).any(dim=1).nonzero()[:, 0].tolist() == [3, 64, 149]
+    assert results[0].ne(0).any(dim=1).nonzero()[:, 0].tolist() == [3, 64, 1173]
     return compare("hidden", *(t.reshape(-1) for t in (results[0], results[1], results[1].double())))
 
 

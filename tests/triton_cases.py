@@ -46,8 +46,27 @@ def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor, floor: floa
     return errors[0] / max(errors[1] + floor, 1e-300)
 
 
+def mend_interpreter() -> None:
+    """Let triton 3.6's interpreter run loops up to a number that a launch passes, as it does with numpy before 2.4."""
+    import triton
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope) -> None:
+        patch(tensor, scope)
+        # A scalar is an array of one element here, which numpy turns into an int no longer. triton 3.7 does the same.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = with_index
+
+
 def main(cases: dict[str, Case]) -> None:
     """Run every case on CPU and print a record of each: case, dtype, error ratio, and the traceback of a failure."""
+    mend_interpreter()
     # The interpreter's numpy speaks of inf - inf, which is in the cases on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for dtype in ("float32", "bfloat16"):

@@ -40,8 +40,9 @@ from .triton_discriminator_kernels import (
 )
 from .triton_launch import DTYPES, device_of
 
-# Second axis of a launch grid: CUDA takes up to 65535.
-_MOST_TILES = 32768
+# Programs beside each other that set rows to 0, each several tiles in turn: with the 40 blocks of columns of D = 2560 some
+# 5 for each SM. With a program for each tile, each would wait for its indices before the only store it makes.
+_MOST_TILES = 16
 _LIBRARY = torch.library.Library("rmsd_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor last_index, Tensor head"
 _PAIRS = "Tensor student_index, Tensor teacher_index, Tensor quality, Tensor? pair_weight, float score_l2, "
@@ -294,7 +295,6 @@ def discriminator_backward(
     outputs = _gradient_outputs(hidden, head, bias, norm_weight, need_hidden, need_head, need_bias, need_norm)
     dim, given = hidden.shape[1], [g if g.numel() else None for g in outputs]
     block = min(GRAD_BLOCK_D, triton.next_power_of_2(dim))
-    # Of the rows that are set to 0 each program takes one tile, or several in turn.
     tiles = min(max(triton.cdiv(len(hidden), GRAD_ROWS), 1), _MOST_TILES) if need_hidden else 1
     with device_of(hidden):
         _row_gradient_kernel[(triton.cdiv(dim, block), tiles)](
