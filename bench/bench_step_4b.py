@@ -2,36 +2,40 @@
 
 The trainer's own step (`stages.distill.step`) on one group: vision, discriminator forward and backward on N + K
 responses, reference, policy forward and backward, optimisers. Rollouts are given, not generated, and their time is left
-out; learning rates are 0. The ways to make it run on the same three models: `shared` prompts, `padded` rows, `copies` of
-prompt and video per response (`steps.copying_step`). micro_tokens is what the shared group takes as one micro-batch of
-the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a group in more than one
-are read twice by the trainer, first without gradient.
+out; learning rates are 0. The ways to make it run on the same three models: `shared` prompts, `padded` rows, `copies`
+of prompt and video per response (`steps.copying_step`). micro_tokens is what the shared group takes as one micro-batch
+of the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a group in more than
+one are read twice by the trainer, first without gradient.
 
-A way that runs out of memory is in `not_run`, and comes again as a variant of its own whose decoder layers are recomputed
-in backward ("..., checkpointing"). In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time); ways beyond
-the first `ESSENTIAL` ones may use half of the time that their case finds. A case is recorded as soon as it is measured.
+A way that runs out of memory is in `not_run`, and comes again as a variant of its own whose decoder layers are
+recomputed in backward ("..., checkpointing"). In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time);
+ways beyond the first `ESSENTIAL` ones may use half of the time that their case finds. A case is recorded as soon as it
+is measured.
 
-Times of a variant are medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by the
-trainer's PhaseTimer (CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without rollouts,
-with both optimisers. Where two full optimisers do not fit (`student_4b.fits`) the passes run on `student_4b.Passes`; at
-the end one real engine is timed on an empty device, twice its step is added, and all records are written once more. Until
-then, or where that fails, `whole_s` has no optimisers and there is no utilisation of it; `optimizer` says which. Not in
-it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward (`accumulation_s` for one backward), and its
-hooks. Never in it: data loading, checkpoints, other GPUs.
+Times of a variant are medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by
+the trainer's PhaseTimer (CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without
+rollouts, with both optimisers. Where two full optimisers do not fit (`student_4b.fits`) the passes run on
+`student_4b.Passes`; at the end one real engine is timed on an empty device, twice its step is added, and all records
+are written once more. Until then, or where that fails, `whole_s` has no optimisers and there is no utilisation of it;
+`optimizer` says which. Not in it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward
+(`accumulation_s` for one backward), and its hooks. Never in it: data loading, checkpoints, other GPUs.
 
 `utilisation`: FLOPs of `rmsd_fast.models.cost.step_flops`, none counted twice, over time and the datasheet's dense bf16
-peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of the passes: all FLOPs that run,
-recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and what it adds. `device_allocs`: blocks that a
-timed step had to ask the device for and so waited; a shared one is then timed again at once, since in training the
-allocator's cache has its shapes. Before anything is timed, gradient norms of a shared and a padded step have to agree.
+peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of the passes: all FLOPs that
+run, recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and what it adds. `device_allocs`: blocks
+that a timed step had to ask the device for and so waited; a shared one is then timed again at once, since in training
+the allocator's cache has its shapes. Before anything is timed, gradient norms of a shared and a padded step have to
+agree.
 
 Where to look should utilisation stay below 45%, by counts per token and layer (its GEMMs, forward and backward: 0.61
 GFLOP, 0.8 us at 750 TFLOP/s):
-- attention: 31% of all FLOPs at (8192, 512), 10% at (2048, 128). At 330 TFLOP/s, less than half of the GEMMs' rate, it
-  alone bounds the passes to 55% and 67% of an H100's peak;
-- norms, rotation, SwiGLU, sums: 0.4 MB read and written, 0.1 us at 4 TB/s; without Liger's kernels (`liger`) thrice that;
-- two optimisers: some 130 bytes per parameter each, 0.25 s at 4 TB/s; recomputed layers: a third of the passes;
-- the host: 25 launches per layer forward, 0.3 to 0.6 ms of Python; it leads at 3,000 tokens or fewer, most in the
+- attention: 31% of all FLOPs at (8192, 512), 10% at (2048, 128). At 330 TFLOP/s, less than half of the GEMMs' rate,
+  it alone bounds the passes to 55% and 67% of an H100's peak;
+- norms, rotation, SwiGLU, sums: 0.4 MB read and written, 0.1 us at 4 TB/s; without Liger's kernels (`liger`) thrice
+  that;
+- two optimisers: some 130 bytes per parameter each, 0.25 s at 4 TB/s together. They weigh much here: with the recipe a
+  GPU has 16 groups per step and an eighth of the states. Recomputed layers: a third of the passes;
+- the host: 25 launches per layer forward, 0.5 to 1 ms of Python; it leads at 3,000 tokens or fewer, most in the
   reference, and each pass waits for it at six boolean indices of deepstack;
 - vision: one Conv3d in bf16, for which some versions of cuDNN have no fast kernel.
 """
@@ -39,6 +43,7 @@ GFLOP, 0.8 us at 750 TFLOP/s):
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -48,8 +53,8 @@ import torch
 from bench.measure import quantiles
 from bench.rates import datasheet_peak
 from bench.records import save, table
-from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of
-from bench.sweep_4b import NO_TIME, WAYS, Measured, Rig, StepCase, Way, measure_optimizer, sweep, time_left
+from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of, free_bytes, layers_that_fit, time_optimizer
+from bench.sweep_4b import NO_TIME, WAYS, Measured, Rig, StepCase, Way, guarded, sweep, time_left
 from rmsd_fast.models.cost import step_flops
 from rmsd_fast.runtime.distributed import start, stop
 
@@ -147,6 +152,19 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
         "not_run": found.not_run,
         "remarks": remarks,
     }
+
+
+def measure_optimizer(rig: Rig, prefix: int) -> dict[str, Any]:
+    """`time_optimizer` of as many layers as fit, fewer where that count was too hopeful. Frees the rig's models."""
+    rig.close()
+    device, layers, reason = rig.world.device, layers_that_fit(rig.sizes, rig.room), ""
+    while layers:
+        run = partial(time_optimizer, rig.sizes, rig.world, layers, prefix)
+        found, reason = guarded(run, partial(free_bytes, device))
+        if not reason:
+            return found
+        layers = layers * 3 // 4
+    raise RuntimeError(f"the optimiser of one layer: {reason}")
 
 
 class Bench:

@@ -18,6 +18,13 @@ from bench.records import RECORDS, case_of, load_run, sources
 from bench.verdicts import MET, MISSED, NOT_MEASURED
 
 PHASES = ("vision", "discriminator", "reference", "policy")
+# Of a variant, where it has them.
+_NUMBERS = {
+    "tflop_per_s": "TFLOP/s",
+    "gb_per_s": "GB/s",
+    "peak_mib": "peak MiB",
+    "peak_beyond_gradients_mib": "less gradients",
+}
 
 
 def markdown(records: Path) -> str:
@@ -102,7 +109,6 @@ def _case(record: dict) -> str:
     for name, own in record["variants"].items():
         total = own.get("both") or own["forward"]
         share = f"{own['share_of_gemms']:.0%}" if "share_of_gemms" in own and name != GEMMS else ""
-        rate = own.get("tflop_per_s")
         rows.append(
             (
                 name,
@@ -110,33 +116,55 @@ def _case(record: dict) -> str:
                 f"{total['p20_ms']:.3f}..{total['p80_ms']:.3f}",
                 f"{total['median_ms'] / base:.2f}",
                 share,
-                f"{rate:.0f}" if rate else "",
-                *(f"{own[key]:,.0f}" if key in own else "" for key in ("peak_mib", "peak_beyond_gradients_mib")),
+                *(f"{own[key]:,.0f}" if key in own else "" for key in _NUMBERS),
                 own["rounds"],
             )
         )
-    head = ("variant", "ms", "p20..p80", f"/ {record['baseline']}", "of GEMMs", "TFLOP/s", "peak MiB")
-    return f"{title}\n\n{_table(*head, 'less gradients', 'n', rows=rows)}"
+    head = ("variant", "ms", "p20..p80", f"/ {record['baseline']}", "of GEMMs", *_NUMBERS.values(), "n")
+    return "\n\n".join([title, _table(*head, rows=rows), *_findings(record)])
+
+
+def _findings(record: dict) -> list[str]:
+    """What some records say beside times: launches, parts of a call, a floor."""
+    found = []
+    for name, own in record.get("launches", {}).items():
+        found.append(f"{name}: {own['count']} kernels, {own['device_us']:.1f} µs on the device.")
+    for name, own in record.get("parts", {}).items():
+        facts = ", ".join(f"{key} {value:.3g}" for key, value in own.items())
+        found.append(f"{name}: {facts}.")
+    if record.get("floor"):
+        found.append("floor: " + ", ".join(f"{key} {value:.3f}" for key, value in record["floor"].items()) + ".")
+    if record.get("ended", "complete") != "complete":
+        found.append(f"Ended early: {record['ended']}.")
+    return found
 
 
 def _steps(record: dict) -> str:
     rows = []
     for name, own in record["variants"].items():
-        whole = own["utilisation"]["whole"]
+        shares = (
+            own["utilisation"]["passes"],
+            own["utilisation"]["whole"],
+            own["utilisation_of_measured_gemm"]["whole"],
+        )
         rows.append(
             (
                 name,
                 *(f"{own['phases_s'].get(phase, 0.0):.3f}" for phase in PHASES),
                 f"{own['passes_s']:.3f}",
-                f"{own['whole_s']:.3f}",
-                "" if whole is None else f"{whole:.1%}",
                 f"{own['predicted_s']:.3f}",
+                f"{own['whole_s']:.3f}",
+                *("" if share is None else f"{share:.1%}" for share in shares),
                 f"{own['peak_mib']:,.0f}",
                 own["rounds"],
             )
         )
-    head = ("variant", *(f"{phase} s" for phase in PHASES), "passes", "whole step", "of peak", "predicted")
-    return _table(*head, "peak MiB", "n", rows=rows)
+    head = ("variant", *(f"{phase} s" for phase in PHASES), "passes", "predicted", "whole step")
+    used = ("passes of peak", "whole of peak", "whole of GEMM rate")
+    facts = {"Optimiser": record["optimizer"]["how"], **record["remarks"], "Liger": record["liger"]}
+    facts["GEMM and attention"] = ", ".join(f"{rate / 1e12:.3g} TFLOP/s" for rate in record["rates"].values())
+    text = "\n\n".join(f"{name}: {value}." for name, value in facts.items() if name != "optimizer")
+    return _table(*head, *used, "peak MiB", "n", rows=rows) + "\n\n" + text
 
 
 def _left_out(of: dict[str, list[dict]], cases: list[dict]) -> str:

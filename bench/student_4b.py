@@ -1,4 +1,4 @@
-"""Three students of the shape of Qwen3-VL-4B with random weights, made on the device, as policy, reference, discriminator.
+"""Policy, reference and discriminator of the shape of Qwen3-VL-4B with random weights, made on the device.
 
 Nothing is read from disk: a model is made in its dtype on its device, within a second or two on a GPU. Ids of special
 tokens are those of the tiny student's tokenizer, whose 600 tokens at most are the only ids that occur; embedding and
@@ -8,19 +8,19 @@ start with the same weights, as in stage 2.
 Memory, counted: 4.02e9 parameters of the decoder are trained, 0.42e9 of the vision tower are not. In GB, bf16:
 
 - weights 26.6 for the three; gradients 8.0 each for policy and discriminator, both held until both step;
-- what a forward keeps for its backward, with Liger's kernels: `activation_bytes`, 3.9 MB per token over 36 layers. The
-  discriminator's row at a prompt of 8192, K=4, N=8 and responses of 512 (14,336 tokens) keeps 56.5, the policy's
-  (12,288) 48.5; at (2048, 512) 32.3 and 24.2, at (8192, 128) 38.4 and 36.4, at (2048, 128) 14.1 and 12.1. Recomputed
-  layers keep 0.18 MB per token, and one whole layer at a time;
-- the head's float32 or bf16 d_weight, 1.6 or 0.8, and chunks of logits, 0.5.
+- what a forward keeps for its backward, with Liger's kernels: `activation_bytes`, 3.94 MB per token. K=4, N=8: in the
+  discriminator and the policy 55.4 and 47.4 at (8192, 512), 37.3 and 35.2 at (8192, 128), 32.2 and 24.1 at (2048, 512),
+  14.0 and 12.0 at (2048, 128). Recomputed layers keep 0.18 MB per token, and one whole layer at a time;
+- the head's d_weight, 0.8 or 1.6 in float32, and 0.5 of logits.
 
-So (8192, 512) peaks at about 86 in the discriminator and 87 in the policy: an H200 (150) holds that, an H100 (85) does
-not and has to recompute there; the other three cases fit both. Two full optimisers would add 16 bytes per trained
-parameter each, 129: more than either has, see `fits`.
+So (8192, 512) peaks at about 84 in both: an H200 (150) holds that, an H100 (85) does not and has to recompute there;
+the other three cases fit both. Two full optimisers would add 16 bytes per trained parameter each, 129: more than either
+has.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import os
@@ -69,38 +69,17 @@ class Sizes:
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_interleaved": True}
+_VISION = dict(hidden_act="gelu_pytorch_tanh", patch_size=16, temporal_patch_size=2, spatial_merge_size=2)
 # config.json of Qwen/Qwen3-VL-4B-Instruct, but for the ids.
 CONFIG_4B = Sizes(
     "Qwen3-VL-4B",
-    text=dict(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        hidden_act="silu",
-        max_position_embeddings=262144,
-        initializer_range=0.02,
-        rms_norm_eps=1e-6,
-        attention_bias=False,
-        rope_parameters=_ROPE | {"mrope_section": [24, 20, 20]},
-    ),
-    vision=dict(
-        depth=24,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_heads=16,
-        hidden_act="gelu_pytorch_tanh",
-        patch_size=16,
-        temporal_patch_size=2,
-        spatial_merge_size=2,
-        out_hidden_size=2560,
-        num_position_embeddings=2304,
-        deepstack_visual_indexes=[5, 11, 17],
-        initializer_range=0.02,
-    ),
+    text=dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, hidden_act="silu")
+    | dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, attention_bias=False, rms_norm_eps=1e-6)
+    | dict(max_position_embeddings=262144, rope_parameters=_ROPE | {"mrope_section": [24, 20, 20]})
+    | dict(initializer_range=0.02),
+    vision=_VISION
+    | dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560)
+    | dict(num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17], initializer_range=0.02),
 )
 # For rehearsals, the same structure: grouped heads, interleaved sections, three deepstack layers, more embeddings than
 # tokens. Its initializer_range keeps the size of what a layer reads, as 0.02 does at a width of 2560.
@@ -125,10 +104,12 @@ def make_config(sizes: Sizes, layers: int | None = None) -> Qwen3VLConfig:
     """layers: of the decoder, where not all of them."""
     special = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END, END_TOKEN)
     image, video, start, end, eos = (_tokenizer().convert_tokens_to_ids(token) for token in special)
-    text = sizes.text | {"tie_word_embeddings": True, "eos_token_id": eos}
+    # Configs write into what they are given.
+    text, vision = copy.deepcopy((sizes.text, sizes.vision))
+    text |= {"tie_word_embeddings": True, "eos_token_id": eos}
     return Qwen3VLConfig(
         text_config=text | ({} if layers is None else {"num_hidden_layers": layers}),
-        vision_config=dict(sizes.vision),
+        vision_config=vision,
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,
@@ -232,8 +213,8 @@ def activation_bytes(sizes: Sizes, tokens: int, *, checkpointing: bool = False) 
     """Bytes that a forward of the decoder keeps for its backward: 16-bit tensors of fused norms, rotation and SwiGLU.
 
     A layer and token keeps: the residual stream before either norm and the outputs of both (4D), queries and keys
-    before and after norm and rotation, values and the attention's output (3 x heads x size, 3 x key heads x size), gate,
-    up and their product (3 x intermediate). Without Liger's kernels it is about twice that.
+    before and after norm and rotation, values and the attention's output (3 times all heads), gate, up and their
+    product (3 times the intermediate size). Without Liger's kernels it is about twice that.
     """
     text = sizes.text
     heads = text["num_attention_heads"] + text["num_key_value_heads"]

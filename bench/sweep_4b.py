@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,14 +27,12 @@ from bench.student_4b import (
     counts_of,
     fits,
     free_bytes,
-    layers_that_fit,
     make_state,
     settings_of,
     switch,
-    time_optimizer,
 )
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.models.cost import Flops, Load, StepLoad, padded_flops, step_flops
+from rmsd_fast.models.cost import Load, StepLoad, padded_flops, step_flops
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.runtime.distributed import World
 from rmsd_fast.stages import distill
@@ -51,7 +50,7 @@ WAYS = (
 )
 ESSENTIAL = 3
 ROUNDS = {"shared": 3, "padded": 2, "copies": 2}
-# Steps predicted to take longer are timed once.
+# Others than shared ones that are predicted to take longer are timed once.
 SLOW_S = 3.0
 # Of the time given, what is kept for the optimiser where it is timed apart.
 OPTIMIZER_S = 25.0
@@ -60,6 +59,8 @@ NO_TIME = "no time left"
 GATE_RESPONSE, MOST_DIFFERENCE = 32, 5e-2
 # As libraries below torch's allocator say that there is no memory left.
 _EXHAUSTED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Makes a step and returns its metrics.
+Step = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class Rig:
             prompts = [replace(p, media=own) for p, own in zip(prompts, media, strict=True)]
         return prompts
 
-    def prepare(
-        self, way: Way, prompts: list[Prompt], response: int, *overrides: str
-    ) -> Callable[[], dict[str, float]]:
+    def prepare(self, way: Way, prompts: list[Prompt], response: int, *overrides: str) -> Step:
         """Set everything up for steps of this way; the call makes one and returns its metrics."""
         state, prefix = self.state, len(prompts[0].input_ids)
         settings = settings_of(way.packing, prefix, response, way.k, way.n, *overrides)
@@ -234,6 +233,8 @@ def guarded(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, s
     except Exception as error:
         text = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not any(part in text for part in _EXHAUSTED):
+            # pytest keeps the error to the end.
+            traceback.clear_frames(error.__traceback__)
             raise
         reason = f"out of memory: {text.splitlines()[0][:200] if text else type(error).__name__}"
     # The error is gone here, and with it the frames of its traceback, which held what had filled the device.
@@ -246,15 +247,16 @@ def sweep(rig: Rig, case: StepCase) -> Measured:
     device, config, prompts = rig.world.device, rig.config, rig.prompts(case.prefix)
     rate = rates(config, case.prefix, torch.bfloat16, device)
     found = Measured(case, len(prompts[0].input_ids), prompts[0].media[0].grid_thw, rate, rig.held_bytes())
-    left = time_left() - OPTIMIZER_S * rig.apart
-    ends = {True: time.time() + left, False: time.time() + left / 2}
-    # Seconds of a step over those predicted; seconds of rounds to come.
+    begin, left = time.time(), time_left() - OPTIMIZER_S * rig.apart
+    # Seconds of a step over those predicted, 0 until one is known: the first way is begun with any time at all. And
+    # seconds of rounds to come.
     pace, promised = 0.0, 0.0
     for place, (mode, k, n) in enumerate(WAYS):
         for checkpointing in (False, True):
             way = Way(mode, k, n, checkpointing)
             predicted, steps = found.predicted_s(config, way), 1 + _rounds_of(found, config, way)
-            if time.time() + promised + predicted * pace * steps >= ends[place < ESSENTIAL]:
+            share = left if place < ESSENTIAL else left / 2
+            if time.time() - begin + promised + predicted * pace * steps >= share:
                 found.not_run[way.name] = NO_TIME
                 break
             run, began = rig.prepare(way, prompts, case.response), time.perf_counter()
@@ -267,16 +269,17 @@ def sweep(rig: Rig, case: StepCase) -> Measured:
                 found.peaks[way.name], found.rounds[way] = found.held + peak, []
                 break
             found.not_run[way.name] = reason
-    _time_rounds(rig, found, prompts)
+    _time_rounds(rig, found, prompts, begin + left)
     return found
 
 
-def _time_rounds(rig: Rig, found: Measured, prompts: list[Prompt]) -> None:
+def _time_rounds(rig: Rig, found: Measured, prompts: list[Prompt], until: float) -> None:
+    """Each way once, then further rounds as long as there is time."""
     for number in range(max(ROUNDS.values())):
         ways = list(found.rounds)
         turn = number % max(1, len(ways))
         for way in ways[turn:] + ways[:turn]:
-            if number >= _rounds_of(found, rig.config, way) or (found.rounds[way] and time_left() < 0):
+            if number >= _rounds_of(found, rig.config, way) or (found.rounds[way] and time.time() > until):
                 continue
             run = rig.prepare(way, prompts, found.case.response)
             numbers, reason = guarded(lambda run=run, way=way: timed(rig, way, run), rig.release)
@@ -288,10 +291,10 @@ def _time_rounds(rig: Rig, found: Measured, prompts: list[Prompt]) -> None:
 
 
 def _rounds_of(found: Measured, config: Any, way: Way) -> int:
-    return 1 if found.predicted_s(config, way) > SLOW_S else ROUNDS[way.mode]
+    return 1 if way.mode != "shared" and found.predicted_s(config, way) > SLOW_S else ROUNDS[way.mode]
 
 
-def timed(rig: Rig, way: Way, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+def timed(rig: Rig, way: Way, run: Step) -> dict[str, float]:
     """Seconds of a step by phase and in all (`step`), `device_allocs` and `tokens_computed`."""
     for _ in range(2):
         rig.state.timer.take()
@@ -309,18 +312,3 @@ def timed(rig: Rig, way: Way, run: Callable[[], dict[str, float]]) -> dict[str, 
 
 def _device_allocs(device: torch.device) -> int:
     return torch.cuda.memory_stats(device).get("num_device_alloc", 0) if device.type == "cuda" else 0
-
-
-def measure_optimizer(rig: Rig, prefix: int) -> dict[str, Any]:
-    """`time_optimizer` of as many layers as fit, fewer where that count was too hopeful. Frees the rig's models."""
-    rig.close()
-    layers = layers_that_fit(rig.sizes, rig.room)
-    while True:
-        found, reason = guarded(
-            lambda: time_optimizer(rig.sizes, rig.world, layers, prefix), lambda: free_bytes(rig.world.device)
-        )
-        if not reason:
-            return found
-        if layers == 1:
-            raise RuntimeError(f"one layer and its optimiser: {reason}")
-        layers = max(1, layers * 3 // 4)

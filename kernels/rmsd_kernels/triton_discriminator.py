@@ -40,8 +40,8 @@ from .triton_discriminator_kernels import (
 )
 from .triton_launch import DTYPES, device_of
 
-# Programs beside each other that set rows to 0, each several tiles in turn: with the 40 blocks of columns of D = 2560 some
-# 5 for each SM. With a program for each tile, each would wait for its indices before the only store it makes.
+# Programs beside each other that set rows to 0, each several tiles in turn: with 40 blocks of columns (D = 2560) some 5
+# for each SM. With a program for each tile, each would wait for its indices before the only store it makes.
 _MOST_TILES = 16
 _LIBRARY = torch.library.Library("rmsd_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor last_index, Tensor head"

@@ -98,7 +98,13 @@ def _prepare_deepspeed(cuda: bool) -> None:
 
 
 def stop() -> None:
-    """Leave the process group. Safe to call twice."""
+    """Leave the process group; `start` may follow. Safe to call twice."""
+    if dist.is_initialized():
+        import deepspeed
+
+        if deepspeed.comm.is_initialized():
+            # It keeps groups of its own, which the next engine would take for living ones.
+            deepspeed.comm.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
     # Processes started later would take them for a launcher's.

@@ -1,0 +1,244 @@
+"""The benchmark of whole steps at the shape of Qwen3-VL-4B: its counts, and its way through on a toy."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+import weakref
+
+import pytest
+import torch
+
+from bench import bench_step_4b, cuda_goals, rates, sweep_4b
+from bench.records import table
+from bench.student_4b import (
+    CONFIG_4B,
+    CONFIG_TOY,
+    Passes,
+    activation_bytes,
+    counts_of,
+    fits,
+    layers_that_fit,
+    make_config,
+    make_state,
+    settings_of,
+)
+from bench.sweep_4b import NO_TIME, Measured, Rig, StepCase, Way, guarded, sweep
+from bench.verdicts import NOT_MEASURED
+from rmsd_fast.models.cost import step_flops
+from rmsd_fast.runtime import distributed
+from rmsd_fast.runtime.distributed import start, stop
+
+H100, H200 = 85e9, 150e9
+ENGINES, APART = bench_step_4b.toy_cases("cpu")
+FEW = (("shared", 4, 8), ("padded", 4, 8), ("copies", 2, 3))
+
+
+@pytest.fixture(scope="module")
+def world():
+    yield start()
+    stop()
+
+
+@pytest.fixture(scope="module")
+def rig(world):
+    """Passes without optimisers."""
+    rig = Rig(APART, world)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(sweep_4b, "WAYS", FEW)
+
+
+def test_the_student_has_the_size_of_qwen3_vl_4b():
+    counts = counts_of(CONFIG_4B)
+    # 4.44B, of which the decoder 4.02B: 151,936 x 2560 tied embeddings and 36 layers, and the last norm.
+    assert counts.total == 4_437_815_808
+    assert counts.layer == 2560 * 128 * (32 + 8 + 8 + 32) + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    assert counts.trained == 151_936 * 2560 + 36 * counts.layer + 2560
+
+
+def test_bytes_by_hand():
+    # 16-bit numbers of a token and layer: 4 x 2560, 3 x 32 x 128, 3 x 8 x 128, 3 x 9728.
+    assert activation_bytes(CONFIG_4B, 10) == 2 * 10 * 36 * (10240 + 12288 + 3072 + 29184)
+    assert activation_bytes(CONFIG_4B, 10, checkpointing=True) == 2 * 10 * (36 * 2560 + 54784)
+    assert not fits(CONFIG_4B, H200, 3584) and fits(CONFIG_4B, 2 * H200, 3584)
+    assert [layers_that_fit(CONFIG_4B, room) for room in (H200, H100, 1e9)] == [36, 30, 1]
+
+
+def test_model_flops_of_a_load_by_hand():
+    # A prompt of 100 tokens with 16 patches, K=1, N=2, responses of 10.
+    load = Measured(StepCase(128, 10), 100, (1, 4, 4), {}, 0).load(Way("shared", 1, 2))
+    weights = 36 * (2560 * 128 * (32 + 8 + 8 + 32) + 3 * 2560 * 9728)
+    # Policy forward and backward, reference forward: 120 tokens; discriminator forward and backward: 130.
+    dense = 2 * weights * (120 * 3 + 120 + 130 * 3)
+    pairs = 100 * 101 // 2 + 2 * (55 + 1000), 100 * 101 // 2 + 3 * (55 + 1000)
+    attention = 4 * 36 * 32 * 128 * (4 * pairs[0] + 3 * pairs[1])
+    head = 2 * 2560 * 151_936 * 20 * 4
+    patch = 2 * 3 * 2 * 16 * 16 * 1024 + 2 * 24 * (4 * 1024**2 + 2 * 1024 * 4096)
+    vision = 16 * patch + 4 * 2 * 4 * (4096**2 + 4096 * 2560) + 4 * 24 * 1024 * 16**2
+    found = step_flops(make_config(CONFIG_4B), [load], "shared", teacher_per_rollout=False)
+    assert found.total == dense + attention + head + vision
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_peaks_of_datasheets(name, peak):
+    assert rates.datasheet_peak(name) == peak
+
+
+def test_calls_on_a_gpu_are_timed_together_by_its_events(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.calls = len(calls)
+
+        def elapsed_time(self, other) -> float:
+            return 4.0 * (other.calls - self.calls)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert rates._seconds(lambda: calls.append(1), torch.device("cuda")) == pytest.approx(4e-3)
+    assert len(calls) > 1
+
+
+def test_cases_of_a_gpu_and_their_names():
+    assert [case.name for case in bench_step_4b.cases(False, "cuda")] == list(cuda_goals.STEPS)
+    assert bench_step_4b.cases(False, "cpu") == []
+    assert bench_step_4b.BASE == cuda_goals.STEP_BASE
+
+
+def check_record(record: dict, names: set[str]) -> None:
+    """Complete, of sane numbers, and of the form that table, goals and summary read."""
+    assert set(record["variants"]) == names and record["baseline"] in names
+    for name, own in record["variants"].items():
+        assert 0 < own["passes_s"] < own["whole_s"] < 60 and own["rounds"] >= 1, name
+        assert own["passes_s"] == pytest.approx(own["training"]["median_ms"] / 1e3)
+        assert own["passes_s"] <= sum(own["phases_s"].values()) * 1.5
+        assert own["predicted_s"] > 0 and own["peak_mib"] > record["held_mib"] > 0
+        assert own["tflop_per_s"]["passes"] == pytest.approx(own["model_flop"] / own["passes_s"] / 1e12)
+        assert 0 < own["utilisation_of_measured_gemm"]["passes"] < 10
+        # What a CPU could do at most is not known.
+        assert own["utilisation"] == {"passes": None, "whole": None}
+    assert max(record["differences"].values()) < sweep_4b.MOST_DIFFERENCE
+    assert "shared K=4 N=8" in table(record) and json.dumps(record)
+    verdicts = cuda_goals.verdicts([record | {"case": cuda_goals.STEPS[0], "quick": False}])
+    found = [verdict for verdict in verdicts if verdict.where == f"step_4b {cuda_goals.STEPS[0]}"]
+    assert any("cost model" in verdict.what for verdict in found)
+    assert [verdict.status for verdict in found if "utilisation" in verdict.what] == [NOT_MEASURED]
+
+
+def test_toy_with_optimizers_in_the_step(world, few):
+    rig = Rig(ENGINES, world)
+    try:
+        assert not rig.apart
+        found = sweep(rig, ENGINES)
+        record = bench_step_4b.record_of(rig, found)
+    finally:
+        rig.close()
+    check_record(record, {"shared K=4 N=8", "padded K=4 N=8", "copies K=2 N=3"})
+    assert record["optimizer"] == {"how": "in the step"} and not record["not_run"]
+    prefix = record["shape"]["P"]
+    assert record["variants"]["shared K=4 N=8"]["tokens_computed"] == 2 * prefix + 20 * 16
+    # Rows of one prompt and one response, 8 in the policy; 12 in the discriminator, read twice.
+    assert record["variants"]["padded K=4 N=8"]["tokens_computed"] == (8 + 2 * 12) * (prefix + 16)
+
+
+def test_toy_with_the_optimizer_apart(world, few):
+    rig = Rig(APART, world)
+    models = [weakref.ref(model) for model in (rig.state.student.model, rig.state.discriminator.module)]
+    found = sweep(rig, APART)
+    record = bench_step_4b.record_of(rig, found)
+    check_record(record, {"shared K=4 N=8", "padded K=4 N=8", "copies K=2 N=3"})
+    assert "not measured" in record["optimizer"]["how"]
+    assert record["variants"]["shared K=4 N=8"]["tflop_per_s"]["whole"] is None
+    optimizer = bench_step_4b.measure_optimizer(rig, 128)
+    gc.collect()
+    assert rig.state is None and not any(model() for model in models)
+    # Not all of the toy's 4 layers fit with their optimiser.
+    assert optimizer["scaled"] and optimizer["layers"] < 4
+    assert optimizer["seconds"] == pytest.approx(optimizer["measured_s"] * rig.counts.trained / optimizer["parameters"])
+    whole = bench_step_4b.record_of(rig, found, optimizer)
+    check_record(whole, set(record["variants"]))
+    for name, own in whole["variants"].items():
+        assert own["whole_s"] == pytest.approx(record["variants"][name]["whole_s"] + 2 * optimizer["seconds"])
+        assert own["tflop_per_s"]["whole"] < own["tflop_per_s"]["passes"]
+
+
+def test_out_of_memory_is_recorded_and_tried_again_with_checkpointing(rig, monkeypatch):
+    step, lost = sweep_4b.distill.step, []
+
+    def too_much(state, prompts, settings, *, rollout_step):
+        if settings.packing == "shared" and not state.student.model.is_gradient_checkpointing:
+            activations = torch.zeros(10)
+            lost.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return step(state, prompts, settings, rollout_step=rollout_step)
+
+    monkeypatch.setattr(sweep_4b, "WAYS", FEW[:2])
+    monkeypatch.setattr(sweep_4b.distill, "step", too_much)
+    found = sweep(rig, APART)
+    assert [way.name for way in found.rounds] == ["shared K=4 N=8, checkpointing", "padded K=4 N=8"]
+    assert found.not_run == {"shared K=4 N=8": "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
+    assert lost and lost[0]() is None
+    record = bench_step_4b.record_of(rig, found)
+    assert record["baseline"] == "shared K=4 N=8, checkpointing"
+    assert "another variant" in record["remarks"]["shared K=4 N=8"] and "out of memory" in table(record)
+    # What runs is predicted with the recomputed layers, utilisation counts without them.
+    plain, recomputed = Way("shared", 4, 8), Way("shared", 4, 8, checkpointing=True)
+    assert found.predicted_s(rig.config, recomputed) > 1.15 * found.predicted_s(rig.config, plain)
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0, rig.release)
+
+
+def test_no_way_is_begun_that_would_end_too_late(rig, monkeypatch):
+    monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() - 1))
+    found = sweep(rig, APART)
+    assert not found.rounds and set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == 7
+    # The first is begun with any time at all; what it promises to take leaves none for the others.
+    for name, value in (("OPTIMIZER_S", 0.0), ("ROUNDS", {"shared": 1000, "padded": 1, "copies": 1})):
+        monkeypatch.setattr(sweep_4b, name, value)
+    monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() + 3))
+    found = sweep(rig, APART)
+    assert [way.name for way in found.rounds] == ["shared K=4 N=8"] and set(found.not_run.values()) == {NO_TIME}
+    assert 1 <= len(found.rounds[Way("shared", 4, 8)]) < 1000 and sweep_4b.time_left() < 0
+
+
+def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
+    # As in the real size, the embedding is larger than DeepSpeed's bucket.
+    monkeypatch.setattr(distributed, "LARGEST_BUCKET", 100_000)
+    norms = {}
+    for apart in (True, False):
+        settings = settings_of("shared", 127, 16, 4, 8)
+        rig = object.__new__(Rig)
+        rig.world, rig.state = world, make_state(CONFIG_TOY, settings, world, apart=apart)
+        assert isinstance(rig.state.policy, Passes) == apart
+        run = rig.prepare(Way("padded", 2, 3), rig.prompts(128), 16)
+        first, second = run(), run()
+        norms[apart] = [first["policy/grad_norm"], first["discriminator/grad_norm"]]
+        # lr is 0, and no gradient is left over.
+        assert [second["policy/grad_norm"], second["discriminator/grad_norm"]] == norms[apart]
+        rig.close()
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms[True])
+    # Sums of eight micro-batches in bf16 and in float32.
+    assert norms[True] == pytest.approx(norms[False], rel=1e-2)
