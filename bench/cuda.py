@@ -164,14 +164,14 @@ def missing_steps(run: Run) -> list[str]:
 
 
 def summarise(run: Run) -> str:
-    """Write summary.md from results.jsonl and return it."""
+    """Write summary.md from results.jsonl, and return the part of it that is for the terminal."""
     try:
-        text = cuda_summary.markdown(run.records)
+        text, short = (cuda_summary.markdown(run.records, tables=tables) for tables in (True, False))
     except Exception:
         # A record of a form that it does not know must not cost the rest of the run.
-        text = f"No summary of {run.records.name}:\n\n```\n{traceback.format_exc()}```\n"
+        text = short = f"No summary of {run.records.name}:\n\n```\n{traceback.format_exc()}```\n"
     run.records.with_name("summary.md").write_text(text, encoding="utf-8")
-    return text
+    return short
 
 
 def write_line(run: Run, record: dict) -> None:

@@ -22,6 +22,8 @@ GRPO_PEERS = ("Liger chunked GRPO", "TRL chunked log-prob")
 STEPS = tuple(f"P{p}-R{r}-bfloat16" for p, r in ((8192, 512), (2048, 128), (2048, 512), (8192, 128)))
 # The op on rows gathered beforehand: what stands around it is no part of the promise.
 PREPARED = "ours, all prepared"
+# What is measured has one group; rmsd_qwen3vl_4b has 128 on 8 GPUs, and an optimiser step costs the same for all.
+RECIPE_GROUPS = 16
 STEP_BASE, STEP_ONE, STEP_PADDED = "shared K=4 N=8", "shared K=1 N=8", "padded K=4 N=8"
 
 Judge = Callable[[dict], Iterator[Finding]]
@@ -95,6 +97,10 @@ def _step(record: dict) -> Iterator[Finding]:
     else:
         found = f"{base}: {used:.1%} of the datasheet's peak in the whole step (optimiser {optimizer})"
         yield used >= LEAST_UTILISATION, f"{found}, at least {LEAST_UTILISATION:.0%}" + rounds_of(own)
+        others = own["whole_s"] - own["optimizer_s"]
+        used *= RECIPE_GROUPS * own["whole_s"] / (RECIPE_GROUPS * others + own["optimizer_s"])
+        found = f"{base}: {used:.1%} computed from that for the recipe's {RECIPE_GROUPS} groups to an optimiser step"
+        yield used >= LEAST_UTILISATION, f"{found}, at least {LEAST_UTILISATION:.0%}"
     off = max(own["passes_s"] / own["predicted_s"], own["predicted_s"] / own["passes_s"])
     yield off <= MOST_OFF_MODEL, f"{base}: passes {off:.2f} apart from the cost model, at most {MOST_OFF_MODEL}"
 

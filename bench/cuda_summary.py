@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import cuda_goals
 from bench.chart_media import part_table
 from bench.measure import GEMMS, main_time
-from bench.records import RECORDS, case_of, load_run, sources
+from bench.records import RECORDS, load_run, sources
 from bench.verdicts import MET, MISSED, NOT_MEASURED
 
 PHASES = ("vision", "discriminator", "reference", "policy")
@@ -27,18 +27,19 @@ _NUMBERS = {
 }
 
 
-def markdown(records: Path) -> str:
-    """Of a results.jsonl, complete or not."""
+def markdown(records: Path, *, tables: bool = True) -> str:
+    """Of a results.jsonl, complete or not; without tables what fits a terminal: goals, sections, failures, steps."""
     lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     of: dict[str, list[dict]] = defaultdict(list)
     for line in lines:
         of[line["bench"]].append(line)
     rehearsal = any(line.get("quick") for line in lines)
     cases = load_run(records)
-    parts = [_head(of["machine"], rehearsal), _sections(of["section"], of["end"])]
-    if not rehearsal:
-        parts.insert(1, _goals(cases))
-    parts += [_tests(of["section"]), *(_case(case) for case in cases), _left_out(of, cases)]
+    parts = [_head(of["machine"], rehearsal)]
+    parts += [] if rehearsal else [_goals(cases)]
+    parts += [_sections(of["section"], of["end"]), _tests(of["section"])]
+    parts += [_case(case) for case in cases if tables or case["bench"] == "step_4b"]
+    parts += [_left_out(of, cases)] if tables else []
     if cases:
         parts.append(f"Measured on {sources(cases)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -175,11 +176,11 @@ def _left_out(of: dict[str, list[dict]], cases: list[dict]) -> str:
         rows += [("package", name, f"not in the folder: {why}") for name, why in run["packages"]["left_out"].items()]
     for machine in of["machine"][-1:]:
         rows += [("package", name, f"not installed: {why}") for name, why in machine["not_installed"].items()]
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    reasons: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for case in cases:
         for name, why in case.get("not_run", {}).items():
-            reasons[f"{case['bench']}: {name}", why].append(case_of(case))
-    rows += [(f"variant ({len(where)} cases)", name, why) for (name, why), where in reasons.items()]
+            reasons[case["bench"], why][name] = None
+    rows += [(bench, "; ".join(names), why) for (bench, why), names in reasons.items()]
     return "## Left out\n\n" + _table("what", "name", "reason", rows=rows) if rows else ""
 
 

@@ -201,9 +201,10 @@ def test_rehearsal(tmp_path):
     measured = [line for line in lines if "variants" in line]
     assert all(line["quick"] and line["device"] == "cpu" for line in measured)
     summary = (folder / "summary.md").read_text()
-    assert done.stdout.count(summary) == 1
     for line in measured:
         assert f"## {line['bench']} " in summary
+    # On the terminal without the tables of all cases.
+    assert "## Sections" in done.stdout and "## step_4b " in done.stdout and "## discriminator " not in done.stdout
 
 
 def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
@@ -221,7 +222,8 @@ def step_record(case: str, **seconds: float) -> dict:
     names = {"k4": "shared K=4 N=8", "k1": "shared K=1 N=8", "padded": "padded K=4 N=8"}
     variants = {}
     for name, s in seconds.items():
-        own = {"passes_s": s, "whole_s": s + 0.5, "predicted_s": 1.0, "rounds": 3, "utilisation": {"whole": 0.5 / s}}
+        own = {"passes_s": s, "whole_s": s + 0.5, "optimizer_s": 0.5, "predicted_s": 1.0, "rounds": 3}
+        own["utilisation"] = {"whole": 0.6 / (s + 0.5)}
         variants[names[name.removesuffix("_again")] + ", checkpointing" * name.endswith("_again")] = own
     record = {"bench": "step_4b", "case": case, "quick": False, "variants": variants, "not_run": {}, "remarks": {}}
     return record | {"optimizer": {"how": "apart"}}
@@ -252,12 +254,13 @@ def test_goals_of_the_heads():
 
 def test_goals_of_the_step():
     found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
-    # 1.5 / 1.4 = 1.07 of K=1; half of the peak; as predicted; 4.9 times.
-    assert statuses(found) == ["met", "met", "met", "MISSED"]
-    slow = step_record("P8192-R512-bfloat16", k4=1.2, k1=0.9, padded=6.0)
-    assert statuses(slow) == ["MISSED", "MISSED", "MISSED", "met"]
+    # 1.5 / 1.4 = 1.07 of K=1; 0.6 / 1.5 of the peak, with 16 groups 9.6 / 16.5; as predicted; 4.9 times.
+    assert statuses(found) == ["met", "MISSED", "met", "met", "MISSED"]
+    assert [text.partition(":")[2][:6] for _, text in verdicts_of(found)[1:3]] == [" 40.0%", " 58.2%"]
+    slow = step_record("P8192-R512-bfloat16", k4=1.4, k1=0.9, padded=7.0)
+    assert statuses(slow) == ["MISSED", "MISSED", "MISSED", "MISSED", "met"]
     recomputed = step_record("P8192-R512-bfloat16", k4_again=1.0, k1=0.9, padded_again=6.0)
-    assert statuses(recomputed) == ["met", "met", "met", "met"]
+    assert statuses(recomputed) == ["met", "MISSED", "met", "met", "met"]
     assert "shared K=4 N=8, checkpointing takes 1.071 of shared K=1 N=8" in verdicts_of(recomputed)[0][1]
     alone = step_record("P2048-R128-bfloat16", k4=1.0)
     alone["variants"]["shared K=4 N=8"]["utilisation"]["whole"] = None
