@@ -1,11 +1,11 @@
 """A whole stage-2 step of R-MSD at the shape of Qwen3-VL-4B with random weights, on one CUDA GPU.
 
-The trainer's own step (`stages.distill.step`) on one group: vision, discriminator forward and backward on N + K
-responses, reference, policy forward and backward, optimisers. Rollouts are given, not generated, and their time is left
-out; learning rates are 0. The ways to make it run on the same three models: `shared` prompts, `padded` rows, `copies`
-of prompt and video per response (`steps.copying_step`). micro_tokens is what the shared group takes as one micro-batch
-of the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a group in more than
-one are read twice by the trainer, first without gradient.
+The trainer's own step (`stages.distill.step`) on one group, or on several: vision, discriminator forward and backward
+on N + K responses, reference, policy forward and backward, optimisers. Rollouts are given, not generated, and their
+time is left out; learning rates are 0. The ways to make it run on the same three models: `shared` prompts, `padded`
+rows, `copies` of prompt and video per response (`steps.copying_step`). micro_tokens is what the shared groups take as
+one micro-batch of the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a
+group in more than one are read twice by the trainer, first without gradient.
 
 A way that runs out of memory is in `not_run`, and comes again as a variant of its own whose decoder layers are
 recomputed in backward ("..., checkpointing"). In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time);
@@ -58,7 +58,7 @@ from bench.sweep_4b import NO_TIME, WAYS, Measured, Rig, StepCase, Way, guarded,
 from rmsd_fast.models.cost import step_flops
 from rmsd_fast.runtime.distributed import start, stop
 
-BASE = Way(*WAYS[0]).name
+BASE = WAYS[0].name
 SHAPES = ((8192, 512), (2048, 128), (2048, 512), (8192, 128))
 PASSES = ("vision", "discriminator", "reference", "policy")
 
@@ -79,8 +79,8 @@ def toy_cases(device: str) -> list[StepCase]:
 
 def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None, optimizer_s: float | None) -> dict[str, Any]:
     """A variant of the record. peak: FLOP/s. optimizer_s: of both together where timed apart, None: not known."""
-    rounds, load, response = found.rounds[way], found.load(way), found.case.response
-    flop = step_flops(rig.config, [load], way.mode, teacher_per_rollout=False).total
+    rounds, response = found.rounds[way], found.case.response
+    flop = step_flops(rig.config, found.loads(way), way.mode, teacher_per_rollout=False).total
     passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
     whole = [phases["step"] - phases["rollout"] for phases in rounds]
     if rig.apart:
@@ -90,7 +90,7 @@ def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None, optimize
     def rate_over(unit: float | None) -> dict[str, float | None]:
         return {name: None if unit is None or s is None else flop / s / unit for name, s in spent.items()}
 
-    tokens = found.prefix + (way.k + way.n) * response
+    tokens = way.groups * (found.prefix + (way.k + way.n) * response)
     return {
         "rounds": len(rounds),
         "forward": quantiles([1e3 * seconds for seconds in whole]),
@@ -132,7 +132,7 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
         remarks["utilisation"] = f"no datasheet's peak is known for {device}"
     if BASE not in variants:
         remarks[BASE] = f"not as it is ({found.not_run[BASE]}); all ratios are to another variant"
-    shape = {"P": found.prefix, "R": case.response, "groups": 1, "D": text["hidden_size"]}
+    shape = {"P": found.prefix, "R": case.response, "D": text["hidden_size"]}
     counts = {"parameters": rig.counts.total, "trained": rig.counts.trained}
     return {
         "bench": "step_4b",

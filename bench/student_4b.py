@@ -135,14 +135,16 @@ def make_student(sizes: Sizes, settings: RunConfig, device: torch.device | str, 
 
 
 @functools.cache
-def settings_of(packing: str, prefix: int, response: int, k: int, n: int, *overrides: str) -> RunConfig:
+def settings_of(
+    packing: str, prefix: int, response: int, k: int, n: int, *overrides: str, groups: int = 1
+) -> RunConfig:
     """The recipe for this model, bf16, nothing recomputed, learning rates of 0: all steps meet the same weights.
 
-    prefix: tokens of the prompt, exactly. micro_tokens: what the group takes as one shared row of the discriminator;
-    the same budget makes several micro-batches of padded rows.
+    prefix: tokens of a prompt, exactly. micro_tokens: what the groups take as one shared row of the discriminator; the
+    same budget makes several micro-batches of padded rows.
     """
     sizes = (f"rollout.n={n}", f"rollout.max_new_tokens={response}", f"data.max_prompt_tokens={prefix}")
-    budget = f"micro_tokens={prefix + (k + n) * response}"
+    budget = f"micro_tokens={groups * (prefix + (k + n) * response)}"
     choices = (f"packing={packing}", "model.gradient_checkpointing=false", "distill.lr=0", "discriminator.lr=0")
     return load_settings("rmsd_qwen3vl_4b", [*sizes, budget, *choices, *overrides])
 

@@ -38,16 +38,40 @@ from rmsd_fast.runtime.distributed import World
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.state import RunState
 
-# (way, K, N) by importance. The first ESSENTIAL ones may use all the time there is.
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is made: shared, padded or copies; K teacher responses and N rollouts of each group."""
+
+    mode: str
+    k: int
+    n: int
+    groups: int = 1
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.mode} K={self.k} N={self.n}{groups}" + ", checkpointing" * self.checkpointing
+
+    @property
+    def packing(self) -> str:
+        return "shared" if self.mode == "shared" else "padded"
+
+
+# By importance. The first ESSENTIAL ones may use all the time there is.
 WAYS = (
-    ("shared", 4, 8),
-    ("shared", 1, 8),
-    ("padded", 4, 8),
-    ("shared", 1, 1),
-    ("shared", 8, 8),
-    ("shared", 4, 16),
-    ("copies", 4, 8),
+    Way("shared", 4, 8),
+    Way("shared", 1, 8),
+    Way("padded", 4, 8),
+    Way("shared", 4, 8, groups=4),
+    Way("shared", 1, 1),
+    Way("shared", 8, 8),
+    Way("shared", 4, 16),
+    Way("copies", 4, 8),
 )
+# Several groups are for prompts up to here: then they fill a micro-batch as one group with a long prompt does.
+LONGEST_OF_SEVERAL = 2048
 ESSENTIAL = 3
 ROUNDS = {"shared": 3, "padded": 2, "copies": 2}
 # Others than shared ones that are predicted to take longer are timed once.
@@ -80,22 +104,6 @@ class StepCase(Case):
         return CONFIG_TOY if self.toy else CONFIG_4B
 
 
-@dataclass(frozen=True)
-class Way:
-    mode: str
-    k: int
-    n: int
-    checkpointing: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.mode} K={self.k} N={self.n}" + ", checkpointing" * self.checkpointing
-
-    @property
-    def packing(self) -> str:
-        return "shared" if self.mode == "shared" else "padded"
-
-
 @dataclass
 class Measured:
     """What a case gave; nothing in it holds a model.
@@ -112,17 +120,18 @@ class Measured:
     rounds: dict[Way, list[dict[str, float]]] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
 
-    def load(self, way: Way) -> StepLoad:
+    def loads(self, way: Way) -> list[StepLoad]:
+        """Of each group."""
         response = self.case.response
-        return StepLoad(self.prefix, [response] * way.n, [response] * way.k, [self.grid])
+        return [StepLoad(self.prefix, [response] * way.n, [response] * way.k, [self.grid])] * way.groups
 
     def predicted_s(self, config: Any, way: Way) -> float:
         """Of the passes, at the measured rates: all that runs, whether it is needed or not."""
-        load = self.load(way)
-        flops = step_flops(config, [load], way.mode, teacher_per_rollout=False, checkpointing=way.checkpointing)
+        loads = self.loads(way)
+        flops = step_flops(config, loads, way.mode, teacher_per_rollout=False, checkpointing=way.checkpointing)
         if way.mode == "padded":
             # The discriminator's rows come in several micro-batches, so they are read without gradient first.
-            judged = [Load(load.prefix, [*load.rollouts, *load.teachers])]
+            judged = [Load(load.prefix, [*load.rollouts, *load.teachers]) for load in loads]
             flops += padded_flops(config, judged, head=False, vision=False)
         return predicted_seconds(flops, self.rate)
 
@@ -140,8 +149,8 @@ class Rig:
         self.liger, self.counts = describe_liger(settings.model.liger, world.device), counts_of(self.sizes)
         self.differences = self.check(128 if case.toy else 512)
 
-    def prompts(self, prefix: int) -> list[Prompt]:
-        prompts = make_prompts(self.state, prefix, 1)
+    def prompts(self, prefix: int, groups: int = 1) -> list[Prompt]:
+        prompts = make_prompts(self.state, prefix, groups)
         if self.world.device.type == "cuda":
             # As the media reader does.
             media = [tuple(replace(one, pixels=one.pixels.pin_memory()) for one in p.media) for p in prompts]
@@ -149,9 +158,9 @@ class Rig:
         return prompts
 
     def prepare(self, way: Way, prompts: list[Prompt], response: int, *overrides: str) -> Step:
-        """Set everything up for steps of this way; the call makes one and returns its metrics."""
-        state, prefix = self.state, len(prompts[0].input_ids)
-        settings = settings_of(way.packing, prefix, response, way.k, way.n, *overrides)
+        """Set everything up for steps of this way on the first prompts; the call makes one and returns its metrics."""
+        state, prompts, prefix = self.state, prompts[: way.groups], len(prompts[0].input_ids)
+        settings = settings_of(way.packing, prefix, response, way.k, way.n, *overrides, groups=way.groups)
         switch(state, way.packing, way.checkpointing)
         set_teacher(state, prompts, response, way.k)
         state.rollouts = Given(state.builder, response)
@@ -163,7 +172,8 @@ class Rig:
             assert not result.skipped and not bad, f"{way.name}: a step that is not finite: {bad}"
             if way.mode == "shared":
                 # Another micro-batch would read the prompt once more.
-                more = result.metrics["tokens_computed"] - 2 * prefix - (way.k + 2 * way.n) * response
+                group = 2 * prefix + (way.k + 2 * way.n) * response
+                more = result.metrics["tokens_computed"] - way.groups * group
                 assert abs(more) < prefix / 2, f"{way.name}: {more} tokens more than its group has"
             return result.metrics
 
@@ -242,18 +252,22 @@ def guarded(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, s
     return None, reason
 
 
+def ways_of(case: StepCase) -> tuple[Way, ...]:
+    return tuple(way for way in WAYS if way.groups == 1 or case.prefix <= LONGEST_OF_SEVERAL)
+
+
 def sweep(rig: Rig, case: StepCase) -> Measured:
     """Warm up each way that there is time for, then time them in rounds."""
-    device, config, prompts = rig.world.device, rig.config, rig.prompts(case.prefix)
+    device, config, ways = rig.world.device, rig.config, ways_of(case)
+    prompts = rig.prompts(case.prefix, max(way.groups for way in ways))
     rate = rates(config, case.prefix, torch.bfloat16, device)
     found = Measured(case, len(prompts[0].input_ids), prompts[0].media[0].grid_thw, rate, rig.held_bytes())
     begin, left = time.time(), time_left() - OPTIMIZER_S * rig.apart
     # Seconds of a step over those predicted, 0 until one is known: the first way is begun with any time at all. And
     # seconds of rounds to come.
     pace, promised = 0.0, 0.0
-    for place, (mode, k, n) in enumerate(WAYS):
-        for checkpointing in (False, True):
-            way = Way(mode, k, n, checkpointing)
+    for place, plain in enumerate(ways):
+        for way in (plain, replace(plain, checkpointing=True)):
             predicted, steps = found.predicted_s(config, way), 1 + _rounds_of(found, config, way)
             share = left if place < ESSENTIAL else left / 2
             if time.time() - begin + promised + predicted * pace * steps >= share:

@@ -33,7 +33,7 @@ from rmsd_fast.runtime.distributed import start, stop
 
 H100, H200 = 85e9, 150e9
 ENGINES, APART = bench_step_4b.toy_cases("cpu")
-FEW = (("shared", 4, 8), ("padded", 4, 8), ("copies", 2, 3))
+FEW = (Way("shared", 4, 8), Way("padded", 4, 8), Way("shared", 2, 3, groups=2), Way("copies", 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_bytes_by_hand():
 
 def test_model_flops_of_a_load_by_hand():
     # A prompt of 100 tokens with 16 patches, K=1, N=2, responses of 10.
-    load = Measured(StepCase(128, 10), 100, (1, 4, 4), {}, 0).load(Way("shared", 1, 2))
+    (load,) = Measured(StepCase(128, 10), 100, (1, 4, 4), {}, 0).loads(Way("shared", 1, 2))
     weights = 36 * (2560 * 128 * (32 + 8 + 8 + 32) + 3 * 2560 * 9728)
     # Policy forward and backward, reference forward: 120 tokens; discriminator forward and backward: 130.
     dense = 2 * weights * (120 * 3 + 120 + 130 * 3)
@@ -156,10 +156,11 @@ def test_toy_with_optimizers_in_the_step(world, few):
         record = bench_step_4b.record_of(rig, found)
     finally:
         rig.close()
-    check_record(record, {"shared K=4 N=8", "padded K=4 N=8", "copies K=2 N=3"})
+    check_record(record, {way.name for way in FEW})
     assert record["optimizer"] == {"how": "in the step"} and not record["not_run"]
     prefix = record["shape"]["P"]
     assert record["variants"]["shared K=4 N=8"]["tokens_computed"] == 2 * prefix + 20 * 16
+    assert record["variants"]["shared K=2 N=3, 2 groups"]["tokens_computed"] == 2 * (2 * prefix + 8 * 16)
     # Rows of one prompt and one response, 8 in the policy; 12 in the discriminator, read twice.
     assert record["variants"]["padded K=4 N=8"]["tokens_computed"] == (8 + 2 * 12) * (prefix + 16)
 
@@ -169,7 +170,7 @@ def test_toy_with_the_optimizer_apart(world, few):
     models = [weakref.ref(model) for model in (rig.state.student.model, rig.state.discriminator.module)]
     found = sweep(rig, APART)
     record = bench_step_4b.record_of(rig, found)
-    check_record(record, {"shared K=4 N=8", "padded K=4 N=8", "copies K=2 N=3"})
+    check_record(record, {way.name for way in FEW})
     assert "not measured" in record["optimizer"]["how"]
     assert record["variants"]["shared K=4 N=8"]["tflop_per_s"]["whole"] is None
     optimizer = bench_step_4b.measure_optimizer(rig, 128)
@@ -214,7 +215,7 @@ def test_out_of_memory_is_recorded_and_tried_again_with_checkpointing(rig, monke
 def test_no_way_is_begun_that_would_end_too_late(rig, monkeypatch):
     monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() - 1))
     found = sweep(rig, APART)
-    assert not found.rounds and set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == 7
+    assert not found.rounds and set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == 8
     # The first is begun with any time at all; what it promises to take leaves none for the others.
     for name, value in (("OPTIMIZER_S", 0.0), ("ROUNDS", {"shared": 1000, "padded": 1, "copies": 1})):
         monkeypatch.setattr(sweep_4b, name, value)
