@@ -255,7 +255,7 @@ def test_goals_of_the_heads():
 
 def test_goals_of_the_step():
     found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
-    # 1.5 / 1.4 of K=1, 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, with 16 groups 9.6 / 16.5; as predicted; 4.9 times.
+    # 1.5 / 1.4 of K=1, 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, with 16 groups 9.6 / 16.5; as predicted; 4.9.
     assert statuses(found) == ["met", "met", "MISSED", "met", "met", "MISSED"]
     assert [text.partition(":")[2][:6] for _, text in verdicts_of(found)[2:4]] == [" 40.0%", " 58.2%"]
     slow = step_record("P8192-R512-bfloat16", k4=1.4, k1=0.9, padded=7.0)
