@@ -51,9 +51,9 @@ def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
     if case.device == "cpu" and case.tokens > 512 and case.dtype is torch.float32:
         skip = dict.fromkeys(slow, "left out at this length, to save time: see T = 512")
     if quick and case.device == "cpu":
-        skip = {"torch l.c.e. chunked": "--quick leaves it out: many seconds a call"}
+        skip = {"torch l.c.e. chunked": "quick: many seconds a call, left out"}
         if case.dtype is torch.bfloat16:
-            skip |= dict.fromkeys(("torch.compile", "CCE torch_compile"), "--quick leaves out its compilation here")
+            skip |= dict.fromkeys(("torch.compile", "CCE torch_compile"), "quick: its compilation is left out")
     report(run_case(BENCH, case, effort, skip))
 
 

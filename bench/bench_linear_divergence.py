@@ -73,7 +73,7 @@ def test_linear_divergence(case: DivergenceCase, effort, report, quick: bool) ->
     )
     names = ("torch.compile", "Liger chunked JSD") if quick and case.device == "cpu" else ()
     peers, not_run = gather(
-        divergence_peers(*teacher, case.kind), x, skip=dict.fromkeys(names, "--quick leaves out its compilation")
+        divergence_peers(*teacher, case.kind), x, skip=dict.fromkeys(names, "quick: its compilation is left out")
     )
     variants = [_gemms(x, teacher), as_variant(OURS, loss, x, False), *peers]
     samples = measure(variants, effort, x.hidden.device, not_run, base=OURS)

@@ -66,7 +66,7 @@ def conditions(quick: bool, device: str) -> list[Case]:
 def test_linear_logprob(case: Case, effort, report, quick: bool) -> None:
     skip = {}
     if quick and case.device == "cpu":
-        skip = {"torch.compile": "--quick leaves out its compilation"}
+        skip = {"torch.compile": "quick: its compilation is left out"}
     elif case.device == "cpu" and case.tokens > 512 and case.head == "trainable":
         skip = dict.fromkeys(("Liger scaled CE", "verl torch"), "left out at this length, to save time: see T = 512")
     report(run_case(BENCH, case, effort, skip))

@@ -58,9 +58,9 @@ def conditions(quick: bool, device: str) -> list[Case]:
 def test_linear_policy_loss(case: Case, effort, report, quick: bool) -> None:
     skip = {}
     if quick and case.device == "cpu":
-        skip = {"torch.compile": "--quick leaves out its compilation"}
+        skip = {"torch.compile": "quick: its compilation is left out"}
         if case.dtype is torch.bfloat16:
-            skip["Liger chunked GRPO"] = "--quick leaves out its compilation here"
+            skip["Liger chunked GRPO"] = "quick: its compilation is left out"
     report(run_case(BENCH, case, effort, skip))
 
 

@@ -7,28 +7,28 @@ rows, `copies` of prompt and video per response (`steps.copying_step`). micro_to
 one micro-batch of the discriminator. The same budget splits padded rows over many; and the discriminator's rows of a
 group in more than one are read twice by the trainer, first without gradient.
 
+Parts of the cases are measured by importance, and the record of a case is written anew after each part. Times are
+medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by the trainer's PhaseTimer
+(CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without rollouts, with both optimisers.
+Where two full optimisers do not fit (`student_4b.fits`) the passes run on `student_4b.Passes`, and twice the step that
+bench_optimizer_4b has recorded is added; without such a record `whole_s` has no optimisers. `optimizer` says which. Not
+in it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward (`accumulation_s` for one backward), and
+its hooks. Never in it: data loading, checkpoints, other GPUs.
+
 A way that runs out of memory is in `not_run`, and comes again as a variant of its own whose decoder layers are
-recomputed in backward ("..., checkpointing"). In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time);
-ways beyond the first `ESSENTIAL` ones may use half of the time that their case finds. A case is recorded as soon as it
-is measured.
+recomputed in backward ("..., checkpointing"); where that is the base, all ways of the case recompute, so that like is
+compared with like. In `not_run` is also what would not end by RMSD_BENCH_UNTIL (unix time), and what fails: then the
+benchmark fails as well, once the rest is written. So it does where gradient norms of a shared and a padded step differ
+(`gate`).
 
-Times of a variant are medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by
-the trainer's PhaseTimer (CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without
-rollouts, with both optimisers. Where two full optimisers do not fit (`student_4b.fits`) the passes run on
-`student_4b.Passes`; at the end one real engine is timed on an empty device, twice its step is added, and all records
-are written once more. Until then, or where that fails, `whole_s` has no optimisers and there is no utilisation of it;
-`optimizer` says which. Not in it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward
-(`accumulation_s` for one backward), and its hooks. Never in it: data loading, checkpoints, other GPUs.
+`utilisation`: FLOPs of `rmsd_fast.models.cost.step_flops` for shared prompts, whatever the way computes, over time and
+the datasheet's dense bf16 peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of
+the passes: all FLOPs that run, repeated and recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and
+what it adds. `device_allocs`: blocks that a timed step had to ask the device for and so waited; a shared one is then
+timed again at once, since in training the allocator's cache has its shapes.
 
-`utilisation`: FLOPs of `rmsd_fast.models.cost.step_flops`, none counted twice, over time and the datasheet's dense bf16
-peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of the passes: all FLOPs that
-run, recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and what it adds. `device_allocs`: blocks
-that a timed step had to ask the device for and so waited; a shared one is then timed again at once, since in training
-the allocator's cache has its shapes. Before anything is timed, gradient norms of a shared and a padded step have to
-agree.
-
-Where to look should utilisation stay below 45%, by counts per token and layer (its GEMMs, forward and backward: 0.61
-GFLOP, 0.8 us at 750 TFLOP/s):
+Where to look should utilisation stay below 45%, by counts and not measured, per token and layer (its GEMMs, forward and
+backward: 0.61 GFLOP, 0.8 us at 750 TFLOP/s):
 - attention: 31% of all FLOPs at (8192, 512), 10% at (2048, 128). At 330 TFLOP/s, less than half of the GEMMs' rate,
   it alone bounds the passes to 55% and 67% of an H100's peak;
 - norms, rotation, SwiGLU, sums: 0.4 MB read and written, 0.1 us at 4 TB/s; without Liger's kernels (`liger`) thrice
@@ -42,8 +42,9 @@ GFLOP, 0.8 us at 750 TFLOP/s):
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -52,35 +53,51 @@ import torch
 
 from bench.measure import quantiles
 from bench.rates import datasheet_peak
-from bench.records import save, table
-from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of, free_bytes, layers_that_fit, time_optimizer
-from bench.sweep_4b import NO_TIME, WAYS, Measured, Rig, StepCase, Way, guarded, sweep, time_left
+from bench.records import hardware_of, read_lines, save, surroundings, table
+from bench.section_log import NO_TIME, seconds_left
+from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of
+from bench.sweep_4b import BASE, COPIES, COUNTS, PADDED, PAIR, SEVERAL, Measured, Rig, StepCase, Way, begin, sweep
 from rmsd_fast.models.cost import step_flops
 from rmsd_fast.runtime.distributed import start, stop
 
-BASE = WAYS[0].name
-SHAPES = ((8192, 512), (2048, 128), (2048, 512), (8192, 128))
+LONG, SHORT, MIDDLE, FLAT = (8192, 512), (2048, 128), (2048, 512), (8192, 128)
+SHAPES = (LONG, SHORT, MIDDLE, FLAT)
+# By importance: a run may end before the last. Several groups are for short rows, which they fill up.
+PLAN = (
+    *((shape, PAIR) for shape in SHAPES),
+    (LONG, PADDED),
+    (SHORT, SEVERAL),
+    *((shape, COUNTS) for shape in SHAPES),
+    *((shape, PADDED) for shape in (SHORT, MIDDLE, FLAT)),
+    *((shape, COPIES) for shape in SHAPES),
+)
 PASSES = ("vision", "discriminator", "reference", "policy")
 
 
 def cases(quick: bool, device: str) -> list[StepCase]:
-    """By importance; none on CPU, where one such step takes an hour."""
-    return [StepCase(p, r, "bfloat16", device) for p, r in SHAPES[: 2 if quick else None]] if device == "cuda" else []
+    """None on CPU, where one such step takes an hour."""
+    plan = PLAN[:2] if quick else PLAN
+    return [StepCase(*shape, "bfloat16", device, ways=ways) for shape, ways in plan] if device == "cuda" else []
 
 
 def toy_cases(device: str) -> list[StepCase]:
-    """A rehearsal of both modes: with optimisers in the step, and apart, where not all layers fit with one."""
+    """A rehearsal of both modes: with optimisers in the step, and apart."""
+    toy = {"dtype": "bfloat16", "device": device, "toy": True}
+    parts = (PAIR, (*PADDED, *SEVERAL[1:]), (*COUNTS, *COPIES[1:]))
+    found = [StepCase(128, 16, ways=ways, **toy) for ways in parts]
+    return [*found, StepCase(128, 16, ways=PAIR, room=room_for_apart(), **toy)]
+
+
+def room_for_apart() -> int:
+    """Bytes in which the toy's optimisers do not fit, and not all of its layers with one."""
     counts = counts_of(CONFIG_TOY)
-    return [
-        StepCase(128, 16, "bfloat16", device, toy=True),
-        StepCase(128, 16, "bfloat16", device, toy=True, room=24 * (counts.trained - counts.layer)),
-    ]
+    return 24 * (counts.trained - counts.layer)
 
 
 def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None, optimizer_s: float | None) -> dict[str, Any]:
     """A variant of the record. peak: FLOP/s. optimizer_s: of both together where timed apart, None: not known."""
     rounds, response = found.rounds[way], found.case.response
-    flop = step_flops(rig.config, found.loads(way), way.mode, teacher_per_rollout=False).total
+    flop = step_flops(rig.config, found.loads(way), "shared", teacher_per_rollout=False).total
     passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
     whole = [phases["step"] - phases["rollout"] for phases in rounds]
     if rig.apart:
@@ -115,7 +132,7 @@ def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None, optimize
 
 
 def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None) -> dict[str, Any]:
-    """optimizer: of `measure_optimizer`, where it was measured apart."""
+    """optimizer: of `optimizer_of`, where it was measured apart."""
     case, text = found.case, rig.sizes.text
     device = torch.cuda.get_device_name(rig.world.device) if case.device == "cuda" else case.device
     peak = datasheet_peak(device)
@@ -130,8 +147,11 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
     remarks = {"optimizer": optimizer["how"]}
     if peak is None:
         remarks["utilisation"] = f"no datasheet's peak is known for {device}"
-    if BASE not in variants:
-        remarks[BASE] = f"not as it is ({found.not_run[BASE]}); all ratios are to another variant"
+    if rig.gate:
+        remarks["gate"] = rig.gate
+    if BASE.name not in variants:
+        why = found.not_run.get(BASE.name, "not tried")
+        remarks[BASE.name] = f"not as it is ({why}); all ratios are to another variant"
     shape = {"P": found.prefix, "R": case.response, "D": text["hidden_size"]}
     counts = {"parameters": rig.counts.total, "trained": rig.counts.trained}
     return {
@@ -141,7 +161,7 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
         "student": f"{rig.sizes.name}, random weights",
         "dtype": case.dtype,
         "device": case.device,
-        "baseline": BASE if BASE in variants else next(iter(variants)),
+        "baseline": BASE.name if BASE.name in variants else next(iter(variants)),
         "rates": found.rate,
         "peak_flop_per_s": peak,
         "differences": rig.differences,
@@ -154,17 +174,15 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
     }
 
 
-def measure_optimizer(rig: Rig, prefix: int) -> dict[str, Any]:
-    """`time_optimizer` of as many layers as fit, fewer where that count was too hopeful. Frees the rig's models."""
-    rig.close()
-    device, layers, reason = rig.world.device, layers_that_fit(rig.sizes, rig.room), ""
-    while layers:
-        run = partial(time_optimizer, rig.sizes, rig.world, layers, prefix)
-        found, reason = guarded(run, partial(free_bytes, device))
-        if not reason:
-            return found
-        layers = layers * 3 // 4
-    raise RuntimeError(f"the optimiser of one layer: {reason}")
+def optimizer_of(place: Path | None, rig: Rig, toy: bool) -> dict[str, Any] | None:
+    """What bench_optimizer_4b has recorded of this student on this hardware, where these records go."""
+    path = None if place is None else place if place.suffix == ".jsonl" else place / "optimizer_4b.jsonl"
+    found = None
+    for record in read_lines(path) if path is not None and path.exists() else ():
+        same = record["bench"] == "optimizer_4b" and hardware_of(record) == hardware_of(surroundings())
+        if same and record["case"] == rig.sizes.name and record["quick"] == toy:
+            found = record["optimizer"]
+    return found
 
 
 class Bench:
@@ -173,15 +191,30 @@ class Bench:
     def __init__(self) -> None:
         self.rig: Rig | None = None
         self.kind: tuple | None = None
-        self.found: list[Measured] = []
+        self.found: dict[str, Measured] = {}
+        self.failed: dict[tuple, str] = {}
 
     def rig_of(self, case: StepCase) -> Rig:
         """Made once for all cases of a kind."""
-        if self.rig is None or self.kind != (case.sizes, case.room):
+        kind = (case.sizes, case.room)
+        if kind in self.failed:
+            pytest.skip(f"its models could not be made: {self.failed[kind]}")
+        if self.rig is None or self.kind != kind:
             self.close()
-            self.kind, self.found = (case.sizes, case.room), []
-            self.rig = Rig(case, start())
+            self.kind = kind
+            try:
+                self.rig = Rig(case, start())
+            except Exception as error:
+                self.failed[kind] = f"{type(error).__name__}: {error}"
+                # pytest keeps the error to the end, and its frames what was made of the models.
+                traceback.clear_frames(error.__traceback__)
+                raise
         return self.rig
+
+    def found_of(self, rig: Rig, case: StepCase) -> Measured:
+        if case.name not in self.found:
+            self.found[case.name] = begin(rig, case)
+        return self.found[case.name]
 
     def close(self) -> None:
         if self.rig is not None:
@@ -211,23 +244,16 @@ def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[di
     return run
 
 
-@pytest.mark.timeout(1200)
-def test_step(case: StepCase, bench: Bench, publish) -> None:
-    if time_left() <= 0:
+@pytest.mark.timeout(600)
+def test_step(case: StepCase, bench: Bench, publish, request: pytest.FixtureRequest) -> None:
+    if seconds_left() <= 0:
         pytest.skip(NO_TIME)
     rig = bench.rig_of(case)
-    found = sweep(rig, case)
+    found = bench.found_of(rig, case)
+    faults = sweep(rig, found, case.ways)
     if not found.rounds:
+        assert not faults, faults
         pytest.skip(f"nothing ran: {found.not_run}")
-    bench.found.append(found)
-    publish(record_of(rig, found))
-
-
-@pytest.mark.timeout(600)
-def test_optimizer(bench: Bench, publish) -> None:
-    """Where it was not in the steps: measured apart, and the records again with whole steps."""
-    if not bench.found or not bench.rig.apart:
-        pytest.skip("the steps had their optimisers" if bench.found else "no step was measured")
-    optimizer = measure_optimizer(bench.rig, 128 if bench.found[0].case.toy else 512)
-    for found in bench.found:
-        publish(record_of(bench.rig, found, optimizer))
+    optimizer = optimizer_of(request.config.getoption("record"), rig, case.toy) if rig.apart else None
+    publish(record_of(rig, found, optimizer))
+    assert not faults and not rig.gate, [*faults, rig.gate]

@@ -13,6 +13,7 @@ are timed. Files are made once (video_files.py). Goals and verdicts: video_goals
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -236,21 +237,22 @@ def warm() -> str:
     return str(video_files.encoded(video_files.FOLDER / "64x64.mp4", frames=8, height=64, width=64, gop=8))
 
 
-@pytest.fixture(scope="session")
-def raw_frames() -> Callable[[int], str]:
-    """The chosen frames of the 60 s video, decoded once and kept in a file."""
+def decoded(frames: int) -> str:
+    """A file of the chosen frames of the 60 s video; made where it is not there yet."""
+    path = video_files.FOLDER / f"720p-{frames}-frames.npy"
+    if not path.exists():
+        arguments = {"path": str(video_files.long_video(30)), "indices": chosen(frames)}
+        with started("decode", arguments, names=[OURS]) as (running, _):
+            unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
+            running[OURS].memory(unfinished)
+            unfinished.replace(path)
+    return str(path)
 
-    def make(frames: int) -> str:
-        path = video_files.FOLDER / f"720p-{frames}-frames.npy"
-        if not path.exists():
-            arguments = {"path": str(video_files.long_video(30)), "indices": chosen(frames)}
-            with started("decode", arguments, names=[OURS]) as (running, _):
-                unfinished = path.with_name(f"unfinished-{path.name}")
-                running[OURS].memory(unfinished)
-                unfinished.replace(path)
-        return str(path)
 
-    return make
+def make_files() -> None:
+    """What `test_cuda` reads; bench.cuda has it made beside its first sections."""
+    video_files.long_video(30)
+    decoded(64)
 
 
 @pytest.mark.parametrize("gop", GOPS)
@@ -267,9 +269,9 @@ def test_decode(frames: int, gop: int, quick: bool, pace: Pace, finish) -> None:
 
 
 @pytest.mark.parametrize("frames", SIZES)
-def test_preprocess(frames: int, quick: bool, pace: Pace, finish, raw_frames) -> None:
+def test_preprocess(frames: int, quick: bool, pace: Pace, finish) -> None:
     skip_large(frames, quick)
-    found = measured("preprocess", {"raw": raw_frames(frames)}, pace, patch_differences, warm_up=True)
+    found = measured("preprocess", {"raw": decoded(frames)}, pace, patch_differences, warm_up=True)
     finish(f"preprocess-720p-{frames}f", "preprocess", {"frames": frames}, found)
 
 
@@ -313,11 +315,11 @@ def test_flat(quick: bool, finish, warm: str, tmp_path: Path) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; prepared, nothing is claimed without")
-def test_cuda(toy: bool, finish, raw_frames, warm: str) -> None:
+def test_cuda(toy: bool, finish, warm: str) -> None:
     if toy:
         pytest.skip("--toy: see test_toy")
     path = read_once(video_files.long_video(30))
-    arguments = {"path": path, "indices": chosen(64), "warm": warm, "raw": raw_frames(64)}
+    arguments = {"path": path, "indices": chosen(64), "warm": warm, "raw": decoded(64)}
     # The CPU route may have all cores.
     found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=cpu_count())
     finish("cuda-720p-64f-gop30", "cuda", {"frames": 64, "GOP": 30}, found, device="cuda")

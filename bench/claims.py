@@ -219,11 +219,17 @@ def _on_cuda(results: Path) -> Iterator[Verdict]:
             yield verdict._replace(where=f"{run.parent.name} {verdict.where}")
 
 
+def _counts(found: list[Verdict]) -> dict[str, int]:
+    return {status: sum(v.status == status for v in found) for status in (MET, MISSED, NOT_MEASURED)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--hardware", help="part of the name of the machine whose records count")
     given = parser.parse_args()
+    if not any(given.results.glob("*.jsonl")):
+        parser.error(f"--results: no records (*.jsonl) in {given.results}")
     media = video_goals.verdicts(video_goals.load(given.results, given.hardware))
     found = [
         *verdicts(load(given.results, hardware=given.hardware)),
@@ -231,10 +237,12 @@ def main() -> int:
     ]
     for verdict in found:
         print(f"{verdict.status:12s} {verdict.where}: {verdict.what}")
-    counts = {status: sum(v.status == status for v in found) for status in (MET, MISSED, NOT_MEASURED)}
-    for verdict in _on_cuda(given.results):
+    counts = _counts(found)
+    on_cuda = list(_on_cuda(given.results))
+    for verdict in on_cuda:
         print(f"on CUDA: {verdict.status:12s} {verdict.where}: {verdict.what}")
-    print("on CPU: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    for where, own in (("CUDA", _counts(on_cuda)), ("CPU", counts)):
+        print(f"on {where}: " + ", ".join(f"{count} {status}" for status, count in own.items()))
     return int(counts[MET] < len(found))
 
 

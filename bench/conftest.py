@@ -60,7 +60,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
             if metafunc.config.getoption("claims"):
                 cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
-            metafunc.parametrize(argument, cases, ids=[case.name for case in cases])
+            none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no case for this device and size"))
+            metafunc.parametrize(argument, cases or [none], ids=lambda case: getattr(case, "name", None))
 
 
 def device_name() -> str:

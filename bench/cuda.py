@@ -1,7 +1,7 @@
 """One command that proves and measures everything on a CUDA machine, and says what it reached and missed.
 
     python -m bench.cuda [--minutes 8] [--only SECTION ...] [--wheels DIR] [--output FOLDER] [--list]
-    python -m bench.cuda --device cpu        # a rehearsal at toy sizes: everything runs, nothing is measured
+    python -m bench.cuda --device cpu        # a rehearsal at toy sizes: no CUDA, and nothing is measured
 
 Facts and ceilings of the machine, correctness on CUDA, then benchmarks, most important first, in so many minutes at
 most. What has been found is on disk after each section, however the run ends:
@@ -10,8 +10,9 @@ most. What has been found is on disk after each section, however the run ends:
     summary.md       goals reached and missed, tables, and what was left out with the reason
     output.log       what all sections printed
 
-in bench/results/<gpu>-<date>/ (of a rehearsal: runs/bench-cuda-rehearsal/). It installs nothing. --wheels: a folder
-made by bench.cuda_wheels, from which the run takes the packages and FFmpeg libraries that the machine lacks.
+in bench/results/<gpu>-<date>/ (of a rehearsal: runs/bench-cuda-rehearsal-<date>/). --wheels: a folder made by
+bench.cuda_wheels, from which the run takes the packages and FFmpeg libraries that the machine lacks. Nothing is
+installed; but a native library of that folder is put into this checkout, where git ignores it.
 Exit code 1: a section failed, or whole steps were not measured, which is never optional; 2: it cannot run here.
 """
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -29,14 +29,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-from bench import cuda_packages, cuda_summary
+from bench import cuda_goals, cuda_packages, cuda_summary
 from bench.cuda_sections import (
     FAILED,
+    INTERRUPTED,
     LEFT_OUT,
     MINUTES,
     ROOT,
@@ -44,18 +45,25 @@ from bench.cuda_sections import (
     Result,
     Run,
     Section,
-    child,
+    beside,
     ends_of,
     run_section,
     wait_for,
 )
-from bench.records import RECORDS
+from bench.records import RECORDS, append_line, read_lines
 
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 # Kept for the last summary.
 CLOSING_S = 4.0
-REHEARSAL = ROOT / "runs" / "bench-cuda-rehearsal"
+# Looking for the device and unpacking, about.
+START_S = 10.0
 NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "pytest_benchmark", "pytest_timeout")
 NEEDED_FROM_FOLDER = ("deepspeed", "omegaconf")
+# Settings for other programs, which would change what is measured.
+NOT_PASSED_ON = (
+    *("DS_ACCELERATOR", "TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("RMSD_BENCH_UNTIL", "RMSD_BENCH_LOG"),
+)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,8 +71,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [section.name for section in SECTIONS]
-    parser.add_argument("--minutes", type=float, default=8.0, help="most that the whole run takes (default: 8)")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help="these alone: " + ", ".join(names))
+    text = f"most that the whole run takes (default: {MINUTES:g})"
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=text)
+    text = f"these alone: {', '.join(names)}; without step the exit code is 1, since whole steps are never optional"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=text)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder made by python -m bench.cuda_wheels")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go; must be empty or not there")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at toy sizes")
@@ -74,6 +84,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--minutes: expected a number above 0, got {own.minutes:g}")
     if own.output is not None and own.output.exists() and (not own.output.is_dir() or any(own.output.iterdir())):
         parser.error(f"--output: expected an empty or new folder, {own.output} holds something")
+    chosen = [section for section in SECTIONS if not own.only or section.name in own.only]
+    needed = START_S + CLOSING_S + sum(section.least_s for section in chosen if section.required)
+    if 60 * own.minutes < needed:
+        parser.error(f"--minutes: these sections need at least {needed / 60:.1f}, got {own.minutes:g}")
+    # Sections run elsewhere than where this was started.
+    own.output = None if own.output is None else own.output.resolve()
     return own
 
 
@@ -85,7 +101,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 0
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="bench-cuda-") as unpacked:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = environment_of(own.device)
         packages = cuda_packages.Packages({}, {}, {}, {}, "")
         if own.wheels is not None:
             try:
@@ -97,69 +113,101 @@ def main(given: Sequence[str] | None = None) -> int:
         # What is measured is this checkout, whatever is installed.
         sources = [str(ROOT), str(ROOT / "kernels")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sources, environment.get("PYTHONPATH", "")]))
-        if own.device == "cpu":
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         name, obstacle = probe(own.device, environment)
         if obstacle:
             print(f"bench.cuda: {obstacle}", file=sys.stderr)
             return 2
-        folder = own.output or (new_folder(name) if own.device == "cuda" else emptied(REHEARSAL))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = own.output or new_folder(name if own.device == "cuda" else "")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "output.log").touch()
+        except OSError as error:
+            print(f"bench.cuda: {folder}: cannot be written ({error.strerror}); name another --output", file=sys.stderr)
+            return 2
         run = Run(folder / RECORDS, folder / "output.log", own.device == "cpu", environment)
         sections = [section for section in SECTIONS if not own.only or section.name in own.only]
         not_chosen = [section.name for section in SECTIONS if section not in sections]
         taken = {field: getattr(packages, field) for field in ("taken", "skipped", "left_out", "native")}
-        write_line(run, {"bench": "run", "minutes": own.minutes, "packages": taken, "not_chosen": not_chosen})
-        print("\n".join(described(packages)))
-        return run_sections(run, sections, began, began + 60 * own.minutes - CLOSING_S)
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(began))
+        facts = {"device": own.device, "name": name, "started": started, "minutes": own.minutes}
+        say("\n".join([*described(packages), f"results: {folder}"]))
+        try:
+            write_line(run, {"bench": "run", **facts, "packages": taken, "not_chosen": not_chosen})
+            return run_sections(run, sections, began, began + 60 * own.minutes - CLOSING_S)
+        except OSError as error:
+            # A full disk, most likely: there is nowhere to write what else would be found.
+            print(f"bench.cuda: {folder}: {error.strerror}; the run ends here", file=sys.stderr)
+            return 1
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """Of all sections."""
+    own = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
+    own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return own | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 
 def run_sections(run: Run, sections: list[Section], began: float, deadline: float) -> int:
     """Run them, and write the summary after each; the exit code of the command."""
     results: list[Result] = []
     faults: list[str] = []
-    # As Ctrl-C: what runs is ended, and what was found is summed up.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in INTERRUPTIONS:
+        signal.signal(number, _interrupt)
     with ExitStack() as stack:
         try:
             ahead = {
-                section.name: stack.enter_context(child(section.ahead(run), run.environment, lowest_priority=True))
+                section.name: stack.enter_context(beside(section, run))
                 for section in sections
                 if section.ahead is not None and not run.toy
             }
-            for section, until in zip(sections, ends_of(sections, began, deadline), strict=True):
-                print(f"\n=== {section.name}: {section.what}, until second {until - began:.0f}", flush=True)
+            # Start-up is at the cost of all.
+            for section, until in zip(sections, ends_of(sections, time.time(), deadline), strict=True):
+                say(f"\n=== {section.name}: {section.what}, until second {until - began:.0f}")
                 if section.name in ahead:
                     wait_for(ahead[section.name], until - section.least_s)
                 result = run_section(section, run, until, deadline)
-                print(f"=== {section.name}: {result.outcome} {result.reason} ({result.seconds:.0f} s)", flush=True)
+                reason = f": {result.reason}" if result.reason else ""
+                say(f"=== {section.name}: {result.outcome} in {result.seconds:.0f} s{reason}")
                 results.append(result)
                 write_line(run, {"bench": "section", **asdict(result)})
                 summarise(run)
+                if result.reason == INTERRUPTED:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
-            faults.append("interrupted")
+            faults.append(INTERRUPTED)
             for section in sections[len(results) :]:
-                results.append(Result(section.name, LEFT_OUT, reason="interrupted"))
+                results.append(Result(section.name, LEFT_OUT, reason=INTERRUPTED))
                 write_line(run, {"bench": "section", **asdict(results[-1])})
     faults = [f"{r.section}: {r.reason}" for r in results if r.outcome == FAILED] + missing_steps(run) + faults
     write_line(run, {"bench": "end", "seconds": round(time.time() - began, 1), "faults": faults})
-    print("\n" + summarise(run))
-    print(f"{run.records.parent}: {RECORDS}, summary.md, output.log")
+    say("\n" + summarise(run))
+    say(f"{run.records.parent}: {RECORDS}, summary.md, output.log")
     for fault in faults:
-        print(f"FAILED: {fault}")
+        say(f"FAILED: {fault}")
     return int(bool(faults))
 
 
 def _interrupt(number: int, frame: object) -> None:
+    """What runs is ended, and what was found is summed up, which a second signal shall not prevent."""
+    for number in INTERRUPTIONS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
+def say(text: str) -> None:
+    """To the terminal, which may be gone: the results are on disk."""
+    with suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
 def missing_steps(run: Run) -> list[str]:
-    """Why whole steps count as missing; nothing where they were measured."""
-    for line in run.records.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["bench"] == "step_4b" and record["baseline"] in record["variants"]:
-            return []
+    """Why whole steps count as missing; nothing where those with shared prompts were measured, optimisers and all."""
+    names = (cuda_goals.STEP_BASE, f"{cuda_goals.STEP_BASE}, checkpointing")
+    for record in read_lines(run.records):
+        if record["bench"] == "step_4b" and (run.toy or not record["quick"]):
+            own = [record["variants"][name] for name in names if name in record["variants"]]
+            if any(variant["optimizer_s"] is not None for variant in own):
+                return []
     return ["whole steps were not measured, and they are never optional (section step)"]
 
 
@@ -175,8 +223,7 @@ def summarise(run: Run) -> str:
 
 
 def write_line(run: Run, record: dict) -> None:
-    with run.records.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(record) + "\n")
+    append_line(record, run.records)
 
 
 def probe(device: str, environment: dict[str, str]) -> tuple[str, str]:
@@ -213,19 +260,14 @@ def described(packages: cuda_packages.Packages) -> list[str]:
     return [*lines, *[f"native library: {packages.native}"] * bool(packages.native)]
 
 
-def new_folder(name: str) -> Path:
-    """bench/results/<gpu>-<date>, with a number where that is there already."""
-    stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + f"-{date.today().isoformat()}"
-    folder, number = ROOT / "bench" / "results" / stem, 1
+def new_folder(gpu: str) -> Path:
+    """bench/results/<gpu>-<date>, or runs/bench-cuda-rehearsal-<date>; with a number where that is there already."""
+    parent, stem = (ROOT / "bench" / "results", gpu) if gpu else (ROOT / "runs", "bench-cuda-rehearsal")
+    stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") + f"-{date.today().isoformat()}"
+    folder, number = parent / stem, 1
     while folder.exists():
         number += 1
-        folder = folder.with_name(f"{stem}-{number}")
-    return folder
-
-
-def emptied(folder: Path) -> Path:
-    for name in (RECORDS, "summary.md", "output.log"):
-        (folder / name).unlink(missing_ok=True)
+        folder = parent / f"{stem}-{number}"
     return folder
 
 

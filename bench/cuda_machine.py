@@ -4,7 +4,8 @@
 
 GEMM: 2 n³ flop for n = 8192. Copy: bytes read and bytes written, 4 GiB each. Attention: torch's causal
 scaled_dot_product_attention, forward, 32 heads of 128 with 8 key heads over 8192 tokens, 4 * 128 flop per head and
-pair. Random data, since zeros run faster; medians of single calls between CUDA events.
+pair. Random data, since zeros run faster. On CUDA each is called for a second, since a power limit acts only after a
+while: medians of single calls between CUDA events, of the last half. sm_clock_after_products: while products go on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.records import cpu_name, save
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
+LEAST_CALLS = 20
+# Beyond about a thousand launches the host waits for the device.
+MOST_QUEUED = 500
 # What the run would use where it is installed: peers, and what a part of the package needs.
 OPTIONAL = {
     "torchcodec": "decoding, and a whole run, are not tested",
@@ -41,55 +46,71 @@ OPTIONAL = {
 }
 
 
-def call_seconds(run: Callable[[], object], device: torch.device, calls: int = 20) -> float:
-    """Median seconds of one call, after three that do not count."""
-    for _ in range(3):
-        run()
+def call_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, of the last half of those that fill `seconds`, or of `LEAST_CALLS`."""
+    # Those that load and choose kernels.
+    _timed(run, device, 3)
+    count = max(LEAST_CALLS, int(seconds / median(_timed(run, device, 3))))
+    return median(_timed(run, device, count)[count // 2 :])
+
+
+def _timed(run: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """Seconds of each call."""
     if device.type != "cuda":
         found = []
         for _ in range(calls):
             start = time.perf_counter()
             run()
             found.append(time.perf_counter() - start)
-        return median(found)
+        return found
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
     torch.cuda.synchronize(device)
-    return median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def ceilings(device: torch.device, toy: bool) -> dict[str, float]:
-    """TFLOP/s and GB/s."""
+def ceilings(device: torch.device, toy: bool) -> tuple[dict[str, float], dict[str, str]]:
+    """TFLOP/s and GB/s; and on CUDA the clock that was left for products, a fact of the machine."""
     size, copied, tokens = (256, 2**22, 256) if toy else (8192, 2**32, 8192)
-    return {
-        "gemm_tflop_per_s": _gemm(size, device) / 1e12,
-        "causal_attention_tflop_per_s": _causal_attention(tokens, device) / 1e12,
-        "copy_gb_per_s": _copy(copied, device) / 1e9,
+    seconds = 1.0 if device.type == "cuda" and not toy else 0.0
+    gemm, facts = _gemm(size, device, seconds)
+    rates = {
+        "gemm_tflop_per_s": gemm / 1e12,
+        "causal_attention_tflop_per_s": _causal_attention(tokens, device, seconds) / 1e12,
+        "copy_gb_per_s": _copy(copied, device, seconds) / 1e9,
     }
+    return rates, facts
 
 
 def _draw(device: torch.device, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=device).to(torch.bfloat16)
 
 
-def _gemm(size: int, device: torch.device) -> float:
+def _gemm(size: int, device: torch.device, seconds: float) -> tuple[float, dict[str, str]]:
     a, b, out = (_draw(device, size, size) for _ in range(3))
-    return 2 * size**3 / call_seconds(lambda: torch.mm(a, b, out=out), device)
+    found, facts = call_seconds(lambda: torch.mm(a, b, out=out), device, seconds), {}
+    if device.type == "cuda":
+        # More of them in the queue: the clock rises again as soon as they end.
+        for _ in range(min(MOST_QUEUED, int(0.5 * seconds / found))):
+            torch.mm(a, b, out=out)
+        facts["sm_clock_after_products"] = _nvidia_smi("clocks.sm")
+        torch.cuda.synchronize(device)
+    return 2 * size**3 / found, facts
 
 
-def _causal_attention(tokens: int, device: torch.device) -> float:
+def _causal_attention(tokens: int, device: torch.device, seconds: float) -> float:
     q, k, v = (_draw(device, 1, heads, tokens, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
-    seconds = call_seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), device)
-    return 4 * HEADS * HEAD_DIM * (tokens * (tokens + 1) // 2) / seconds
+    attention = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+    return 4 * HEADS * HEAD_DIM * (tokens * (tokens + 1) // 2) / call_seconds(attention, device, seconds)
 
 
-def _copy(count: int, device: torch.device) -> float:
+def _copy(count: int, device: torch.device, seconds: float) -> float:
     source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * count / call_seconds(lambda: target.copy_(source), device)
+    return 2 * count / call_seconds(lambda: target.copy_(source), device, seconds)
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -108,14 +129,16 @@ def machine(device: torch.device) -> dict[str, object]:
             "multiprocessors": own.multi_processor_count,
             "gpu_memory_gib": round(own.total_memory / 2**30, 1),
             "l2_mib": round(getattr(own, "L2_cache_size", 0) / 2**20, 1),
-            "driver": _last_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-            "clocks_and_power": _last_line(
-                ["nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"]
-            ),
+            "driver": _nvidia_smi("driver_version"),
+            "clocks_and_power": _nvidia_smi("clocks.max.sm,clocks.max.mem,power.limit"),
         }
     else:
         facts["name"] = cpu_name()
     return facts
+
+
+def _nvidia_smi(what: str) -> str:
+    return _last_line(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
 
 
 def _last_line(command: list[str]) -> str:
@@ -134,7 +157,8 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = {"bench": "machine", "device": device.type, "quick": given.toy}
-    record |= {"machine": machine(device), "ceilings": ceilings(device, given.toy)}
+    rates, facts = ceilings(device, given.toy)
+    record |= {"machine": machine(device) | facts, "ceilings": rates}
     record["not_installed"] = {name: why for name, why in OPTIONAL.items() if find_spec(name) is None}
     for part in ("machine", "ceilings"):
         for name, value in record[part].items():

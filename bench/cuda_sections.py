@@ -7,7 +7,6 @@ until then is there, since results are written as they come.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from bench.records import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a section may overrun, to write what it has.
@@ -26,6 +27,13 @@ GRACE_S = 15.0
 # Processes for tests that wait for compilers more than for the device.
 TEST_PROCESSES = 8
 PASSED, FAILED, STOPPED, LEFT_OUT = "passed", "FAILED", "stopped", "left out"
+# The reason of a section in which the run was, or that is left out since.
+INTERRUPTED = "interrupted"
+# The suite's tests for CUDA that say most, first. Others follow by name.
+FIRST_TESTS = (
+    *("stages_cuda", "triton_discriminator", "triton_rows", "shared_prefix_cuda"),
+    *("fused_heads", "video_patches", "media"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,19 @@ def _machine(run: Run) -> list[str]:
 
 def _correctness(run: Run) -> list[str]:
     options = ["-m", "cuda or vllm", "-p", "bench.section_log", "-p", "no:cacheprovider", "--timeout=150", "-q"]
+    # One file that does not load must not cost the others.
+    options += ["--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None and not run.toy:
-        options += ["-n", str(TEST_PROCESSES), "--dist", "worksteal"]
-    # Those alone have such tests; the others take a while to import.
-    marked = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if _has_mark(p)]
-    return _python("pytest", *options, *marked)
+        # Of those that share tests out the one that keeps their order: one by one, to whoever is free.
+        options += ["-n", str(TEST_PROCESSES), "--dist", "loadgroup"]
+    return _python("pytest", *options, *(str(path.relative_to(ROOT)) for path in test_files()))
+
+
+def test_files() -> list[Path]:
+    """Those with tests for CUDA or vLLM; the others take a while to import."""
+    first = [ROOT / "tests" / f"test_{name}.py" for name in FIRST_TESTS]
+    others = sorted(set((ROOT / "tests").glob("test_*.py")) - set(first))
+    return [path for path in (*first, *others) if _has_mark(path)]
 
 
 def _has_mark(path: Path) -> bool:
@@ -104,19 +120,20 @@ def _media(run: Run) -> list[str]:
 
 
 def _media_files(run: Run) -> list[str]:
-    return _python("bench.video_files")
+    return [sys.executable, "-c", "from bench import bench_video; bench_video.make_files()"]
 
 
 SECTIONS = (
-    Section("machine", "what the machine is, and its ceilings", 20, 5, _machine),
-    Section("correctness", "the suite's tests for CUDA and vLLM", 105, 20, _correctness),
-    Section("step", "whole stage-2 steps at the shape of Qwen3-VL-4B", 135, 60, _benchmark("step_4b"), required=True),
-    Section("policy_loss", "fused GRPO loss", 35, 15, _benchmark("linear_policy_loss")),
-    Section("logprob", "fused log-probs and entropy", 35, 15, _benchmark("linear_logprob")),
-    Section("prefix_attention", "attention over a shared prefix", 60, 15, _benchmark("prefix_attention")),
-    Section("discriminator", "discriminator loss", 25, 10, _benchmark("discriminator")),
+    Section("machine", "what the machine is, and its ceilings", 15, 5, _machine, required=True),
+    Section("correctness", "the suite's tests for CUDA and vLLM", 80, 20, _correctness),
+    Section("optimizer", "a full optimiser at the shape of Qwen3-VL-4B", 20, 12, _benchmark("optimizer_4b"), True),
+    Section("step", "whole stage-2 steps at that shape, rollouts given", 130, 45, _benchmark("step_4b"), True),
+    Section("policy_loss", "fused GRPO loss", 30, 15, _benchmark("linear_policy_loss")),
+    Section("logprob", "fused log-probs and entropy", 30, 15, _benchmark("linear_logprob")),
+    Section("prefix_attention", "attention over a shared prefix", 50, 15, _benchmark("prefix_attention")),
+    Section("discriminator", "discriminator loss", 20, 10, _benchmark("discriminator")),
     Section("media", "decoding and preprocessing", 35, 20, _media, ahead=_media_files),
-    Section("cross_entropy", "fused cross entropy", 30, 15, _benchmark("linear_cross_entropy")),
+    Section("cross_entropy", "fused cross entropy", 25, 15, _benchmark("linear_cross_entropy")),
     Section("head_profile", "where a fused head's time goes; chunks and warps", 35, 10, _benchmark("head_profile")),
     Section("divergence", "fused divergence between two heads", 10, 10, _benchmark("linear_divergence")),
 )
@@ -142,7 +159,10 @@ def ends_of(sections: list[Section], begin: float, deadline: float) -> list[floa
 
 
 def run_section(section: Section, run: Run, until: float, deadline: float) -> Result:
-    """Run one; it is told `until`, and killed GRACE_S later or, if that is sooner, at the deadline (unix times)."""
+    """Run one; it is told `until`, and killed GRACE_S later or, if that is sooner, at the deadline (unix times).
+
+    A KeyboardInterrupt ends it at once; what it has found is in the result, whose reason is INTERRUPTED.
+    """
     left = until - time.time()
     if left < section.least_s:
         reason = f"no time left: {max(left, 0):.0f} s, {section.least_s:.0f} needed"
@@ -150,20 +170,28 @@ def run_section(section: Section, run: Run, until: float, deadline: float) -> Re
     tests = run.log.with_name(f".{section.name}.tests")
     tests.unlink(missing_ok=True)
     environment = run.environment | {"RMSD_BENCH_UNTIL": f"{until:.3f}", "RMSD_BENCH_LOG": str(tests)}
-    began = time.time()
-    with run.log.open("ab") as log, child(section.command(run), environment) as process:
-        copier = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
-        copier.start()
-        try:
-            code = process.wait(timeout=max(1.0, min(until + GRACE_S, deadline) - time.time()))
-        except subprocess.TimeoutExpired:
-            code = None
-        # What it left running would keep the pipe open.
-        end(process)
-        copier.join(timeout=5)
-    result = Result(section.name, PASSED, time.time() - began, tests=_lines(tests))
-    tests.unlink(missing_ok=True)
-    _judge(result, code)
+    began, code, interrupted = time.time(), None, False
+    try:
+        # Without a buffer, whose rest would be written, or fail to be, when it is closed.
+        with run.log.open("ab", buffering=0) as log, child(section.command(run), environment) as process:
+            copier = threading.Thread(target=_copy, args=(process.stdout, log, terminal()), daemon=True)
+            copier.start()
+            try:
+                code = process.wait(timeout=max(1.0, min(until + GRACE_S, deadline) - time.time()))
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:
+                interrupted = True
+            # What it left running would keep the pipe open.
+            end(process)
+            copier.join(timeout=5)
+        result = Result(section.name, PASSED, time.time() - began, tests=read_lines(tests))
+    finally:
+        tests.unlink(missing_ok=True)
+    if interrupted:
+        result.outcome, result.reason = STOPPED, INTERRUPTED
+    else:
+        _judge(result, code)
     return result
 
 
@@ -185,31 +213,17 @@ def _judge(result: Result, code: int | None) -> None:
         result.outcome, result.reason = LEFT_OUT, "; ".join(sorted(reasons))[:300]
 
 
-def _lines(path: Path) -> list[dict]:
-    """Without a last line that a kill cut."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 @contextmanager
 def child(
-    command: list[str], environment: dict[str, str], *, lowest_priority: bool = False
+    command: list[str], environment: dict[str, str], output: IO[bytes] | int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen]:
-    """A process with a group of its own, which does not outlive the block.
-
-    Output and errors are one pipe; of one that runs beside others, at the lowest priority, they are dropped.
-    """
+    """A process with a group of its own, which does not outlive the block. Its errors go where its output goes."""
     process = subprocess.Popen(
-        ["nice", "-n", "19", *command] if lowest_priority else command,
+        command,
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if lowest_priority else subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
@@ -219,6 +233,14 @@ def child(
         end(process)
 
 
+@contextmanager
+def beside(section: Section, run: Run) -> Iterator[subprocess.Popen]:
+    """What makes a section's files beside other sections, at the lowest priority; what it prints goes to the log."""
+    command = ["nice", "-n", "19", *section.ahead(run)]
+    with run.log.open("ab") as log, child(command, run.environment, log) as process:
+        yield process
+
+
 def wait_for(process: subprocess.Popen, until: float) -> None:
     """Until it has ended, or the time has come (unix time)."""
     with suppress(subprocess.TimeoutExpired):
@@ -226,24 +248,35 @@ def wait_for(process: subprocess.Popen, until: float) -> None:
 
 
 def end(process: subprocess.Popen, patience_s: float = 3.0) -> None:
-    """End a process and those it started: asked first, then killed."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        if process.poll() is None and number is signal.SIGTERM:
-            try:
-                process.wait(timeout=patience_s)
-            except subprocess.TimeoutExpired:
-                continue
+    """End a process and those it started: all are asked, and those that are left when patience is over are killed."""
+    until = time.monotonic() + patience_s
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while _runs(process.pid) and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _copy(source: IO[bytes], log: IO[bytes]) -> None:
-    """Line by line to the log and to the terminal."""
+def _runs(group: int) -> bool:
+    """Whether a process of the group has not ended; in a container one that has may wait for ever to be noted."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
+            if int(found) == group and state not in "XZ":
+                return True
+    return False
+
+
+def terminal() -> Any:
+    """Where bytes for the terminal go; None where it was closed from the start."""
+    return getattr(sys.stdout, "buffer", None)
+
+
+def _copy(source: IO[bytes], *sinks: IO[bytes] | None) -> None:
+    """Line by line to each. One that cannot be written, a closed terminal or a full disk, must not stall the source."""
     for line in source:
-        log.write(line)
-        log.flush()
-        sys.stdout.buffer.write(line)
-        sys.stdout.flush()
+        for sink in filter(None, sinks):
+            with suppress(OSError, ValueError):
+                sink.write(line)
+                sink.flush()

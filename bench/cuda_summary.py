@@ -6,7 +6,6 @@ python -m bench.cuda_summary bench/results/<gpu>-<date>      # writes its summar
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from bench import cuda_goals
 from bench.chart_media import part_table
 from bench.measure import GEMMS, main_time
-from bench.records import RECORDS, load_run, sources
+from bench.records import RECORDS, load_run, read_lines, sources
 from bench.verdicts import MET, MISSED, NOT_MEASURED
 
 PHASES = ("vision", "discriminator", "reference", "policy")
@@ -27,22 +26,30 @@ _NUMBERS = {
 }
 
 
+LEGEND = """## Legend
+
+K teacher responses and N rollouts of R tokens each to a prompt of P tokens; M responses; T tokens, D hidden; B pairs of
+length L. n: rounds; times are medians, p20..p80 their spread. of GEMMs: time of the bare matrix products over the time
+of the variant. less gradients: peak memory beyond the gradients that all have to write.
+
+step_4b: random weights, one GPU, rollouts given and not in the time. passes: vision, discriminator, reference, policy;
+predicted: the passes, by counted FLOPs at the measured rates; of peak: FLOPs of shared prompts, each counted once, over
+the datasheet's dense bf16 rate; peak GiB: weights, gradients and activations of all three models."""
+
+
 def markdown(records: Path, *, tables: bool = True) -> str:
     """Of a results.jsonl, complete or not; without tables what fits a terminal: goals, sections, failures, steps."""
-    lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     of: dict[str, list[dict]] = defaultdict(list)
-    for line in lines:
+    for line in read_lines(records):
         of[line["bench"]].append(line)
-    rehearsal = any(line.get("quick") for line in lines)
     cases = load_run(records)
-    parts = [_head(of["machine"], rehearsal)]
+    rehearsal = any(run["device"] != "cuda" for run in of["run"])
+    parts = [_head(of, cases, rehearsal)]
     parts += [] if rehearsal else [_goals(cases)]
     parts += [_sections(of["section"], of["end"]), _tests(of["section"])]
     parts += [_case(case) for case in cases if tables or case["bench"] == "step_4b"]
     parts += [_left_out(of, cases)] if tables else []
-    if cases:
-        parts.append(f"Measured on {sources(cases)}.")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join([*(part for part in parts if part), LEGEND]) + "\n"
 
 
 def _table(*head: str, rows: Iterator[tuple] | list[tuple]) -> str:
@@ -50,17 +57,20 @@ def _table(*head: str, rows: Iterator[tuple] | list[tuple]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _head(machines: list[dict], rehearsal: bool) -> str:
-    title = "# Rehearsal at toy sizes: nothing here is a measurement" if rehearsal else "# Measured on CUDA"
-    if not machines:
-        return f"{title}\n\nNo facts about the machine: its section did not end."
-    record = machines[-1]
-    versions = ("torch", "cuda", "triton", "transformers", "deepspeed", "python", "commit")
-    facts = record["machine"] | {name: record[name] for name in versions if name in record}
-    found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
-    ceilings = record["ceilings"]
-    rates = ", ".join(f"{name.replace('_', ' ').replace(' per ', '/')} {value:.0f}" for name, value in ceilings.items())
-    return f"{title}\n\n{found}.\n\nCeilings, measured first: {rates}."
+def _head(of: dict[str, list[dict]], cases: list[dict], rehearsal: bool) -> str:
+    parts = ["# Rehearsal at toy sizes: nothing here is a measurement" if rehearsal else "# Measured on CUDA"]
+    for run in of["run"][-1:]:
+        parts.append(f"{run['name'] or 'CPU'}, {run['started']}, {run['minutes']:g} minutes at most.")
+    for record in of["machine"][-1:]:
+        versions = ("torch", "cuda", "triton", "transformers", "deepspeed", "python", "commit")
+        facts = record["machine"] | {name: record[name] for name in versions if name in record}
+        parts.append(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()) + ".")
+        rates = record["ceilings"].items()
+        found = ", ".join(f"{name.replace('_', ' ').replace(' per ', '/')} {value:.3g}" for name, value in rates)
+        parts.append(f"Ceilings, measured first: {found}.")
+    if not of["machine"] and cases:
+        parts.append(f"Measured on {sources(cases)}.")
+    return "\n\n".join(parts)
 
 
 def _goals(cases: list[dict]) -> str:
@@ -134,13 +144,15 @@ def _findings(record: dict) -> list[str]:
         facts = ", ".join(f"{key} {value:.3g}" for key, value in own.items())
         found.append(f"{name}: {facts}.")
     if record.get("floor"):
-        found.append("floor: " + ", ".join(f"{key} {value:.3f}" for key, value in record["floor"].items()) + ".")
+        floor = ", ".join(f"{key} {value:.3f}" for key, value in record["floor"].items())
+        found.append(f"Our pairs at the rate of causal flash take ..._ms; ours takes ..._times that: {floor}.")
     if record.get("ended", "complete") != "complete":
         found.append(f"Ended early: {record['ended']}.")
     return found
 
 
 def _steps(record: dict) -> str:
+    base = record["variants"][record["baseline"]]
     rows = []
     for name, own in record["variants"].items():
         shares = (
@@ -148,24 +160,27 @@ def _steps(record: dict) -> str:
             own["utilisation"]["whole"],
             own["utilisation_of_measured_gemm"]["whole"],
         )
+        optimizer = own["optimizer_s"]
         rows.append(
             (
                 name,
                 *(f"{own['phases_s'].get(phase, 0.0):.3f}" for phase in PHASES),
                 f"{own['passes_s']:.3f}",
+                f"{own['passes_s'] / base['passes_s']:.2f}",
                 f"{own['predicted_s']:.3f}",
+                "?" if optimizer is None else f"{optimizer:.3f}",
                 f"{own['whole_s']:.3f}",
                 *("" if share is None else f"{share:.1%}" for share in shares),
-                f"{own['peak_mib']:,.0f}",
+                f"{own['peak_mib'] / 1024:.1f}",
                 own["rounds"],
             )
         )
-    head = ("variant", *(f"{phase} s" for phase in PHASES), "passes", "predicted", "whole step")
-    used = ("passes of peak", "whole of peak", "whole of GEMM rate")
-    facts = {"Optimiser": record["optimizer"]["how"], **record["remarks"], "Liger": record["liger"]}
+    head = ("variant", *(f"{phase} s" for phase in PHASES), "passes s", f"/ {record['baseline']}", "predicted s")
+    used = ("both optimisers s", "whole s", "passes of peak", "whole of peak", "whole of GEMM rate", "peak GiB", "n")
+    facts = {"Optimisers": record["optimizer"]["how"], **record["remarks"], "Liger": record["liger"]}
     facts["GEMM and attention"] = ", ".join(f"{rate / 1e12:.3g} TFLOP/s" for rate in record["rates"].values())
     text = "\n\n".join(f"{name}: {value}." for name, value in facts.items() if name != "optimizer")
-    return _table(*head, *used, "peak MiB", "n", rows=rows) + "\n\n" + text
+    return f"{_table(*head, *used, rows=rows)}\n\n{text}"
 
 
 def _left_out(of: dict[str, list[dict]], cases: list[dict]) -> str:
@@ -188,7 +203,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     given = parser.parse_args()
-    given.folder.joinpath("summary.md").write_text(markdown(given.folder / RECORDS), encoding="utf-8")
+    if not (given.folder / RECORDS).is_file():
+        parser.error(f"{given.folder}: expected a folder of bench.cuda, with {RECORDS}")
+    target = given.folder / "summary.md"
+    target.write_text(markdown(given.folder / RECORDS), encoding="utf-8")
+    print(target)
 
 
 if __name__ == "__main__":

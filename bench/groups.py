@@ -6,7 +6,9 @@ responses of exactly so many tokens each.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +47,9 @@ class Case:
 @functools.cache
 def student_folder(hidden: int, layers: int) -> Path:
     """A student with random weights, written once per process."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-student-")) / "student"
+    made = tempfile.mkdtemp(prefix="bench-student-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    folder = Path(made) / "student"
     build_tiny_student(folder, texts=TEXTS, hidden=hidden, layers=layers)
     return folder
 

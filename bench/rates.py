@@ -29,14 +29,18 @@ def datasheet_peak(name: str) -> float | None:
     return next((value for pattern, value in _PEAKS if re.search(pattern, name)), None)
 
 
-def rates(config, prefix: int, dtype: torch.dtype, device: torch.device, rounds: int = 7) -> dict[str, float]:
+def rates(
+    config, prefix: int, dtype: torch.dtype, device: torch.device, rounds: int = 7, *, rows: int | None = None
+) -> dict[str, float]:
     """FLOP/s of matrix products and of attention at the sizes of one decoder layer, forward and backward.
 
+    rows: of the products, where there are others than the prefix has.
     FLOPs are counted as `rmsd_fast.models.cost` counts them: 6TMN for a product with its two gradients, 12 per pair,
     head and size for attention (a backward of two forwards).
     """
     text = config.text_config
-    x = torch.randn(prefix, text.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    rows = rows or prefix
+    x = torch.randn(rows, text.hidden_size, dtype=dtype, device=device, requires_grad=True)
     w = torch.randn(text.intermediate_size, text.hidden_size, dtype=dtype, device=device, requires_grad=True)
     heads, kv, size = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     q, k, v = (torch.randn(1, h, prefix, size, dtype=dtype, device=device, requires_grad=True) for h in (heads, kv, kv))
@@ -50,7 +54,7 @@ def rates(config, prefix: int, dtype: torch.dtype, device: torch.device, rounds:
         return torch.autograd.grad(out, (q, k, v), out)
 
     flop = {
-        "matmul": 6 * prefix * text.hidden_size * text.intermediate_size,
+        "matmul": 6 * rows * text.hidden_size * text.intermediate_size,
         "attention": 12 * heads * size * (prefix * (prefix + 1) // 2),
     }
     found = {}

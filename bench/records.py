@@ -64,12 +64,32 @@ def _commit() -> str:
     return outputs[0] + "-dirty" * bool(outputs[1]) if outputs[0] else told
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file, none where there is no file; without those that a kill has cut."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append_line(record: dict[str, object], path: Path) -> None:
+    """A JSON line at the end of a file: on a line of its own, even where a kill has cut the last one."""
+    line = json.dumps(record).encode() + b"\n"
+    with path.open("a+b") as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+            line = line if out.read() == b"\n" else b"\n" + line
+        out.write(line)
+
+
 def save(record: dict[str, object], place: Path) -> Path:
     """Append the record and the surroundings to <place>/<bench>.jsonl, or to `place` where it is a .jsonl file."""
     path = place if place.suffix == ".jsonl" else place / f"{record['bench']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write(json.dumps(record | surroundings()) + "\n")
+    append_line(record | surroundings(), path)
     return path
 
 
@@ -82,8 +102,7 @@ def load(folder: Path, device: str = "cpu", hardware: str | None = None) -> list
     newest: dict[tuple[str, str], dict] = {}
     machines: set[str] = set()
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_lines(path):
             if "case" not in record or record.get("quick") or record["device"] != device:
                 continue
             if (hardware or "") not in hardware_of(record):
@@ -98,8 +117,7 @@ def load(folder: Path, device: str = "cpu", hardware: str | None = None) -> list
 def load_run(path: Path) -> list[dict]:
     """The newest record of each case in the results.jsonl of a run of bench.cuda; of media the case is its `name`."""
     newest: dict[tuple[str, str], dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_lines(path):
         if "variants" in record:
             newest[record["bench"], case_of(record)] = record
     return list(newest.values())

@@ -1,12 +1,12 @@
 """Ways of making a stage-2 step on the same three models, tried and timed within a deadline; for bench_step_4b.
 
-Each way has a warm-up step, which finds out whether it fits and measures its memory; then come rounds in turned order.
+Ways of one part of a case are timed in the same rounds, beside the base. Each has a warm-up step first, which finds out
+whether it fits and measures its memory.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.groups import Case
 from bench.memory import peak_extra_bytes
 from bench.rates import predicted_seconds, rates
+from bench.section_log import NO_TIME, seconds_left
 from bench.steps import Given, copying_step, make_prompts, set_teacher
 from bench.student_4b import (
     CONFIG_4B,
@@ -59,26 +60,17 @@ class Way:
         return "shared" if self.mode == "shared" else "padded"
 
 
-# By importance. The first ESSENTIAL ones may use all the time there is.
-WAYS = (
-    Way("shared", 4, 8),
-    Way("shared", 1, 8),
-    Way("padded", 4, 8),
-    Way("shared", 4, 8, groups=4),
-    Way("shared", 1, 1),
-    Way("shared", 8, 8),
-    Way("shared", 4, 16),
-    Way("copies", 4, 8),
-)
-# Several groups are for prompts up to here: then they fill a micro-batch as one group with a long prompt does.
-LONGEST_OF_SEVERAL = 2048
-ESSENTIAL = 3
+BASE = Way("shared", 4, 8)
+PAIR = (BASE, Way("shared", 1, 8))
+PADDED = (BASE, Way("padded", 4, 8))
+SEVERAL = (BASE, Way("shared", 4, 8, groups=4))
+COUNTS = (BASE, Way("shared", 1, 1), Way("shared", 8, 8), Way("shared", 4, 16))
+COPIES = (BASE, Way("copies", 4, 8))
 ROUNDS = {"shared": 3, "padded": 2, "copies": 2}
 # Others than shared ones that are predicted to take longer are timed once.
 SLOW_S = 3.0
-# Of the time given, what is kept for the optimiser where it is timed apart.
-OPTIMIZER_S = 25.0
-NO_TIME = "no time left"
+# Seconds of a step over those predicted, until one was timed.
+FIRST_PACE = 2.0
 # Of the gate, with K=2 and N=3.
 GATE_RESPONSE, MOST_DIFFERENCE = 32, 5e-2
 # As libraries below torch's allocator say that there is no memory left.
@@ -89,8 +81,9 @@ Step = Callable[[], dict[str, float]]
 
 @dataclass(frozen=True)
 class StepCase(Case):
-    """room: bytes of memory to plan with in place of the device's."""
+    """A part of a case: its ways. room: bytes of memory to plan with in place of the device's."""
 
+    ways: tuple[Way, ...] = PAIR
     toy: bool = False
     room: int | None = None
 
@@ -106,9 +99,10 @@ class StepCase(Case):
 
 @dataclass
 class Measured:
-    """What a case gave; nothing in it holds a model.
+    """What the parts of a case gave; nothing in it holds a model.
 
     rate: of `rates`. held: bytes before a step; peaks: at a step's highest, by name. rounds: seconds by phase.
+    recompute: the base does not fit as it is, so that all ways recompute layers and are compared like with like.
     """
 
     case: StepCase
@@ -116,9 +110,10 @@ class Measured:
     grid: tuple[int, int, int]
     rate: dict[str, float]
     held: int
-    peaks: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
     rounds: dict[Way, list[dict[str, float]]] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
+    recompute: bool = False
 
     def loads(self, way: Way) -> list[StepLoad]:
         """Of each group."""
@@ -140,14 +135,17 @@ class Rig:
     """The three models of some cases, and how steps are made on them."""
 
     def __init__(self, case: StepCase, world: World):
-        self.sizes, self.world, self.room = case.sizes, world, case.room or free_bytes(world.device)
-        # The longest row of the first way.
-        self.apart = not fits(self.sizes, self.room, case.prefix + 12 * case.response)
+        self.sizes, self.world = case.sizes, world
+        self.apart = is_apart(case, world.device)
         settings = settings_of("shared", case.prefix, case.response, 4, 8)
         self.state: RunState | None = make_state(self.sizes, settings, world, apart=self.apart)
         self.config = self.state.student.model.config
         self.liger, self.counts = describe_liger(settings.model.liger, world.device), counts_of(self.sizes)
-        self.differences = self.check(128 if case.toy else 512)
+        self.pace = FIRST_PACE
+        # What is wrong with the steps; their times are taken all the same, and the benchmark fails.
+        self.differences, self.gate, _ = attempt(lambda: self.check(128 if case.toy else 512), self.release)
+        if not self.gate and max(self.differences.values()) >= MOST_DIFFERENCE:
+            self.gate = f"gradient norms of padded and shared steps differ: {self.differences}"
 
     def prompts(self, prefix: int, groups: int = 1) -> list[Prompt]:
         prompts = make_prompts(self.state, prefix, groups)
@@ -193,9 +191,7 @@ class Rig:
             self.state.rollouts = Formatted(self.state.builder, GATE_RESPONSE)
             metrics = run()
             norms[mode] = {name: metrics[f"{name}/grad_norm"] for name in ("policy", "discriminator")}
-        found = {name: abs(norms["padded"][name] / own - 1) for name, own in norms["shared"].items()}
-        assert max(found.values()) < MOST_DIFFERENCE, f"gradient norms differ: {norms}"
-        return found
+        return {name: abs(norms["padded"][name] / own - 1) for name, own in norms["shared"].items()}
 
     def held_bytes(self) -> int:
         """What is there before a step; on CPU the weights."""
@@ -231,80 +227,105 @@ class Formatted(Given):
         return [torch.cat([start[:1], filler, end]), *super().responses(count, seed)[1:]]
 
 
-def time_left() -> float:
-    """Seconds until RMSD_BENCH_UNTIL; without end where that is not set."""
-    return float(os.environ.get("RMSD_BENCH_UNTIL", "inf")) - time.time()
+def is_apart(case: StepCase, device: torch.device) -> bool:
+    """Whether the optimisers do not fit beside the models; asked while the device is empty."""
+    room = case.room or free_bytes(device)
+    return not fits(case.sizes, room, case.prefix + (BASE.k + BASE.n) * case.response)
 
 
-def guarded(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, str]:
-    """What it returns and "", or None and why memory ran out; `free` then gives back what is left of it."""
+def attempt(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, str, bool]:
+    """What it returns, "" and False; or None, why it failed, and whether for want of memory. `free` then gives back
+    what is left of it.
+    """
     try:
-        return call(), ""
+        return call(), "", False
     except Exception as error:
         text = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not any(part in text for part in _EXHAUSTED):
-            # pytest keeps the error to the end.
-            traceback.clear_frames(error.__traceback__)
-            raise
-        reason = f"out of memory: {text.splitlines()[0][:200] if text else type(error).__name__}"
-    # The error is gone here, and with it the frames of its traceback, which held what had filled the device.
+        memory = isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _EXHAUSTED)
+        kind = "out of memory" if memory else type(error).__name__
+        reason = f"{kind}: {text.splitlines()[0][:300] if text else type(error).__name__}"
+        # Frames hold what has filled the device.
+        traceback.clear_frames(error.__traceback__)
     free()
-    return None, reason
+    return None, reason, memory
 
 
-def ways_of(case: StepCase) -> tuple[Way, ...]:
-    return tuple(way for way in WAYS if way.groups == 1 or case.prefix <= LONGEST_OF_SEVERAL)
+def begin(rig: Rig, case: StepCase) -> Measured:
+    """Nothing of the case is measured but the rates."""
+    (prompt,) = rig.prompts(case.prefix)
+    tokens = case.prefix + (BASE.k + BASE.n) * case.response
+    rate = rates(rig.config, case.prefix, torch.bfloat16, rig.world.device, rows=tokens)
+    return Measured(case, len(prompt.input_ids), prompt.media[0].grid_thw, rate, rig.held_bytes())
 
 
-def sweep(rig: Rig, case: StepCase) -> Measured:
-    """Warm up each way that there is time for, then time them in rounds."""
-    device, config, ways = rig.world.device, rig.config, ways_of(case)
-    prompts = rig.prompts(case.prefix, max(way.groups for way in ways))
-    rate = rates(config, case.prefix, torch.bfloat16, device)
-    found = Measured(case, len(prompts[0].input_ids), prompts[0].media[0].grid_thw, rate, rig.held_bytes())
-    begin, left = time.time(), time_left() - OPTIMIZER_S * rig.apart
-    # Seconds of a step over those predicted, 0 until one is known: the first way is begun with any time at all. And
-    # seconds of rounds to come.
-    pace, promised = 0.0, 0.0
-    for place, plain in enumerate(ways):
-        for way in (plain, replace(plain, checkpointing=True)):
-            predicted, steps = found.predicted_s(config, way), 1 + _rounds_of(found, config, way)
-            share = left if place < ESSENTIAL else left / 2
-            if time.time() - begin + promised + predicted * pace * steps >= share:
-                found.not_run[way.name] = NO_TIME
-                break
-            run, began = rig.prepare(way, prompts, case.response), time.perf_counter()
-            peak, reason = guarded(lambda run=run: peak_extra_bytes(run, device)[0] or 0, rig.release)
+def sweep(rig: Rig, found: Measured, ways: tuple[Way, ...]) -> list[str]:
+    """Add what these ways give to what was found; returns what failed, but for want of memory or time."""
+    free_bytes(rig.world.device)
+    prompts = rig.prompts(found.case.prefix, max(way.groups for way in ways))
+    warm, faults = [], []
+    for plain in ways:
+        recomputing = replace(plain, checkpointing=True)
+        for way in (recomputing,) if found.recompute else (plain, recomputing):
+            steps = 1 + _rounds_of(rig.config, found, way)
+            if seconds_left() < found.predicted_s(rig.config, way) * rig.pace * steps:
+                reason, memory = NO_TIME, False
+            else:
+                reason, memory = _warm_up(rig, found, way, prompts)
             if not reason:
-                seconds = time.perf_counter() - began
-                # The first step of a process compiles.
-                pace = min(pace or math.inf, seconds / predicted)
-                promised += seconds * (steps - 1)
-                found.peaks[way.name], found.rounds[way] = found.held + peak, []
+                warm.append(way)
                 break
-            found.not_run[way.name] = reason
-    _time_rounds(rig, found, prompts, begin + left)
-    return found
-
-
-def _time_rounds(rig: Rig, found: Measured, prompts: list[Prompt], until: float) -> None:
-    """Each way once, then further rounds as long as there is time."""
-    for number in range(max(ROUNDS.values())):
-        ways = list(found.rounds)
-        turn = number % max(1, len(ways))
-        for way in ways[turn:] + ways[:turn]:
-            if number >= _rounds_of(found, rig.config, way) or (found.rounds[way] and time.time() > until):
-                continue
-            run = rig.prepare(way, prompts, found.case.response)
-            numbers, reason = guarded(lambda run=run, way=way: timed(rig, way, run), rig.release)
-            if not reason:
-                found.rounds[way].append(numbers)
-            elif not found.rounds[way]:
+            if way not in found.rounds:
                 found.not_run[way.name] = reason
-                del found.rounds[way]
+            if not memory:
+                faults += [f"{way.name}: {reason}"] * (reason != NO_TIME)
+                break
+            found.recompute = found.recompute or way == BASE
+    return faults + _time_rounds(rig, found, warm, prompts)
 
 
-def _rounds_of(found: Measured, config: Any, way: Way) -> int:
+def _warm_up(rig: Rig, found: Measured, way: Way, prompts: list[Prompt]) -> tuple[str, bool]:
+    device = rig.world.device
+
+    def first() -> int:
+        run = rig.prepare(way, prompts, found.case.response)
+        return peak_extra_bytes(run, device)[0] or 0
+
+    peak, reason, memory = attempt(first, rig.release)
+    if not reason:
+        # The least: an engine's first step makes its optimiser states, which are none of the step's own memory.
+        found.peaks[way.name] = min(found.peaks.get(way.name, math.inf), found.held + peak)
+    return reason, memory
+
+
+def _time_rounds(rig: Rig, found: Measured, ways: list[Way], prompts: list[Prompt]) -> list[str]:
+    """Each way once, then further rounds as long as there is time; returns what failed."""
+    failed: dict[Way, str] = {}
+    # The base comes in every part: as often as what it stands beside.
+    others = [way for way in ways if replace(way, checkpointing=False) != BASE] or ways
+    for number in range(max((_rounds_of(rig.config, found, way) for way in others), default=0)):
+        turn = number % len(ways)
+        for way in ways[turn:] + ways[:turn]:
+            predicted = found.predicted_s(rig.config, way)
+            late = number > 0 and seconds_left() < predicted * rig.pace
+            if number >= _rounds_of(rig.config, found, way) or late or way in failed:
+                continue
+
+            def one(way: Way = way) -> dict[str, float]:
+                return timed(rig, way, rig.prepare(way, prompts, found.case.response))
+
+            numbers, reason, _ = attempt(one, rig.release)
+            if reason:
+                failed[way] = reason
+                if way not in found.rounds:
+                    found.not_run[way.name] = reason
+            else:
+                found.rounds.setdefault(way, []).append(numbers)
+                found.not_run.pop(way.name, None)
+                rig.pace = numbers["step"] / predicted
+    return [f"{way.name}: {reason}" for way, reason in failed.items()]
+
+
+def _rounds_of(config: Any, found: Measured, way: Way) -> int:
     return 1 if way.mode != "shared" and found.predicted_s(config, way) > SLOW_S else ROUNDS[way.mode]
 
 

@@ -1,8 +1,6 @@
 """The files that the benchmark of the media path reads: made once, from frames computed here, and reused.
 
 They lie in runs/made/bench-video, which git ignores; delete the folder to have them made anew.
-
-    python -m bench.video_files      # makes those that are read on CUDA
 """
 
 from __future__ import annotations
@@ -86,11 +84,6 @@ def short_video(seconds: int) -> Path:
     return encoded(FOLDER / f"720p-{seconds}s.mp4", frames=int(seconds * FPS), height=720, width=1280, gop=30)
 
 
-def main() -> None:
-    """Make what the benchmark reads on CUDA."""
-    long_video(30)
-
-
 def copies(path: Path, folder: Path, count: int) -> list[Path]:
     """Files of the same video with different content hashes: each ends with a `free` box of its own."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +93,3 @@ def copies(path: Path, folder: Path, count: int) -> list[Path]:
         made.append(folder / f"{path.stem}-{number}.mp4")
         made[-1].write_bytes(content + (8 + len(free)).to_bytes(4, "big") + b"free" + free)
     return made
-
-
-if __name__ == "__main__":
-    main()

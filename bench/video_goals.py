@@ -7,11 +7,10 @@ Its `name` tells the cases apart; of each the newest counts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.records import hardware_of
+from bench.records import hardware_of, read_lines
 from bench.verdicts import MET, MISSED, NOT_MEASURED, Finding, rounds_of
 
 OURS, HF = "ours", "HF processor"
@@ -35,10 +34,8 @@ def load(folder: Path, hardware: str | None = None, *, quick: bool = False) -> l
 
     Raises: ValueError where records of several machines are left; hardware names a part of one.
     """
-    path = folder / "media.jsonl"
     newest: dict[str, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        record = json.loads(line)
+    for record in read_lines(folder / "media.jsonl"):
         if record["quick"] == quick and (hardware or "") in hardware_of(record):
             newest[record["name"]] = record
     machines = sorted({hardware_of(record) for record in newest.values()})
@@ -47,9 +44,9 @@ def load(folder: Path, hardware: str | None = None, *, quick: bool = False) -> l
     return list(newest.values())
 
 
-def fastest(variants: dict[str, dict], among: Callable[[str], bool]) -> str | None:
-    """The variant of the least CPU seconds."""
-    chosen = {name: own["cpu_s"]["median"] for name, own in variants.items() if among(name)}
+def fastest(variants: dict[str, dict], among: Callable[[str], bool], by: str = "cpu_s") -> str | None:
+    """The variant of the least CPU seconds, or of the least `by`."""
+    chosen = {name: own[by]["median"] for name, own in variants.items() if among(name)}
     return min(chosen, key=chosen.get, default=None)
 
 
@@ -132,7 +129,7 @@ def _flat(record: dict) -> Iterator[Finding]:
 
 def _cuda(record: dict) -> Iterator[Finding]:
     variants = record["variants"]
-    ours, peer = variants[OURS], fastest(variants, is_peer)
+    ours, peer = variants[OURS], fastest(variants, is_peer, by="wall_s")
     if peer is None:
         yield None, f"{HF} on CPU: " + "; ".join(sorted(set(record["not_run"].values())))
         return

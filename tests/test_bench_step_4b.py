@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import time
@@ -11,8 +10,9 @@ import weakref
 import pytest
 import torch
 
-from bench import bench_step_4b, cuda_goals, rates, sweep_4b
-from bench.records import table
+from bench import bench_optimizer_4b, bench_step_4b, cuda_goals, rates, sweep_4b
+from bench.records import save, table
+from bench.section_log import NO_TIME
 from bench.student_4b import (
     CONFIG_4B,
     CONFIG_TOY,
@@ -25,14 +25,14 @@ from bench.student_4b import (
     make_state,
     settings_of,
 )
-from bench.sweep_4b import NO_TIME, Measured, Rig, StepCase, Way, guarded, sweep
+from bench.sweep_4b import BASE, Measured, Rig, StepCase, Way, attempt, begin, sweep
 from bench.verdicts import NOT_MEASURED
 from rmsd_fast.models.cost import step_flops
 from rmsd_fast.runtime import distributed
 from rmsd_fast.runtime.distributed import start, stop
 
 H100, H200 = 85e9, 150e9
-ENGINES, APART = bench_step_4b.toy_cases("cpu")
+ENGINES, *_, APART = bench_step_4b.toy_cases("cpu")
 FEW = (Way("shared", 4, 8), Way("padded", 4, 8), Way("shared", 2, 3, groups=2), Way("copies", 2, 3))
 
 
@@ -48,11 +48,6 @@ def rig(world):
     rig = Rig(APART, world)
     yield rig
     rig.close()
-
-
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(sweep_4b, "WAYS", FEW)
 
 
 def test_the_student_has_the_size_of_qwen3_vl_4b():
@@ -123,9 +118,13 @@ def test_calls_on_a_gpu_are_timed_together_by_its_events(monkeypatch):
 
 
 def test_cases_of_a_gpu_and_their_names():
-    assert [case.name for case in bench_step_4b.cases(False, "cuda")] == list(cuda_goals.STEPS)
-    assert bench_step_4b.cases(False, "cpu") == []
-    assert bench_step_4b.BASE == cuda_goals.STEP_BASE
+    cases = bench_step_4b.cases(False, "cuda")
+    # Those that carry goals first, and of all shapes.
+    assert [case.name for case in cases[:4]] == list(cuda_goals.STEPS) and bench_step_4b.cases(False, "cpu") == []
+    assert all(case.ways[0] == BASE for case in cases) and BASE.name == cuda_goals.STEP_BASE
+    ways = {case.name: {way.name for other in cases if other.name == case.name for way in other.ways} for case in cases}
+    assert {cuda_goals.STEP_ONE, cuda_goals.STEP_PADDED} <= set.intersection(*ways.values())
+    assert cuda_goals.STEP_SEVERAL in ways["P2048-R128-bfloat16"]
 
 
 def check_record(record: dict, names: set[str]) -> None:
@@ -148,81 +147,148 @@ def check_record(record: dict, names: set[str]) -> None:
     assert [verdict.status for verdict in found if "utilisation" in verdict.what] == [NOT_MEASURED]
 
 
-def test_toy_with_optimizers_in_the_step(world, few):
+def test_toy_with_optimizers_in_the_step(world):
     rig = Rig(ENGINES, world)
     try:
-        assert not rig.apart
-        found = sweep(rig, ENGINES)
+        assert not rig.apart and not rig.gate
+        found = begin(rig, ENGINES)
+        # In two parts, as in a run: the base is in both.
+        assert sweep(rig, found, FEW[:2]) == [] and sweep(rig, found, (BASE, *FEW[2:])) == []
         record = bench_step_4b.record_of(rig, found)
     finally:
         rig.close()
     check_record(record, {way.name for way in FEW})
+    assert record["variants"]["shared K=4 N=8"]["rounds"] == 5
     assert record["optimizer"] == {"how": "in the step"} and not record["not_run"]
     prefix = record["shape"]["P"]
     assert record["variants"]["shared K=4 N=8"]["tokens_computed"] == 2 * prefix + 20 * 16
     assert record["variants"]["shared K=2 N=3, 2 groups"]["tokens_computed"] == 2 * (2 * prefix + 8 * 16)
     # Rows of one prompt and one response, 8 in the policy; 12 in the discriminator, read twice.
     assert record["variants"]["padded K=4 N=8"]["tokens_computed"] == (8 + 2 * 12) * (prefix + 16)
+    # What is repeated is no use.
+    flops = {own["model_flop"] for name, own in record["variants"].items() if name.endswith("K=4 N=8")}
+    assert len(flops) == 1
 
 
-def test_toy_with_the_optimizer_apart(world, few):
-    rig = Rig(APART, world)
-    models = [weakref.ref(model) for model in (rig.state.student.model, rig.state.discriminator.module)]
-    found = sweep(rig, APART)
+def test_the_optimizer_apart(world, rig, tmp_path):
+    found = begin(rig, APART)
+    assert sweep(rig, found, FEW[:1]) == []
     record = bench_step_4b.record_of(rig, found)
-    check_record(record, {way.name for way in FEW})
+    check_record(record, {BASE.name})
     assert "not measured" in record["optimizer"]["how"]
-    assert record["variants"]["shared K=4 N=8"]["tflop_per_s"]["whole"] is None
-    optimizer = bench_step_4b.measure_optimizer(rig, 128)
-    gc.collect()
-    assert rig.state is None and not any(model() for model in models)
+    assert record["variants"][BASE.name]["tflop_per_s"]["whole"] is record["variants"][BASE.name]["optimizer_s"] is None
+    optimizer = bench_optimizer_4b.measure_optimizer(APART, world)
     # Not all of the toy's 4 layers fit with their optimiser.
     assert optimizer["scaled"] and optimizer["layers"] < 4
     assert optimizer["seconds"] == pytest.approx(optimizer["measured_s"] * rig.counts.trained / optimizer["parameters"])
+    # Found where the records go, if it is of this student.
+    places = (tmp_path, tmp_path / "all.jsonl")
+    for place in places:
+        assert bench_step_4b.optimizer_of(place, rig, True) is None
+        for case in ("toy", "another"):
+            own = {"bench": "optimizer_4b", "case": case, "quick": True, "optimizer": optimizer | {"of": case}}
+            save(own, place)
+        assert bench_step_4b.optimizer_of(place, rig, True) == optimizer | {"of": "toy"}
+        assert bench_step_4b.optimizer_of(place, rig, False) is None
+    assert bench_step_4b.optimizer_of(None, rig, True) is None
     whole = bench_step_4b.record_of(rig, found, optimizer)
-    check_record(whole, set(record["variants"]))
-    for name, own in whole["variants"].items():
-        assert own["whole_s"] == pytest.approx(record["variants"][name]["whole_s"] + 2 * optimizer["seconds"])
-        assert own["tflop_per_s"]["whole"] < own["tflop_per_s"]["passes"]
+    check_record(whole, {BASE.name})
+    ours, before = (one["variants"][BASE.name] for one in (whole, record))
+    assert ours["whole_s"] == pytest.approx(before["whole_s"] + 2 * optimizer["seconds"])
+    assert ours["tflop_per_s"]["whole"] < ours["tflop_per_s"]["passes"]
 
 
-def test_out_of_memory_is_recorded_and_tried_again_with_checkpointing(rig, monkeypatch):
+def failing(monkeypatch, error: Exception, which) -> list:
+    """Steps of these settings and models fail; returns weak references to what they had made."""
     step, lost = sweep_4b.distill.step, []
 
-    def too_much(state, prompts, settings, *, rollout_step):
-        if settings.packing == "shared" and not state.student.model.is_gradient_checkpointing:
+    def fail(state, prompts, settings, *, rollout_step):
+        if which(settings, state.student.model):
             activations = torch.zeros(10)
             lost.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+            raise error
         return step(state, prompts, settings, rollout_step=rollout_step)
 
-    monkeypatch.setattr(sweep_4b, "WAYS", FEW[:2])
-    monkeypatch.setattr(sweep_4b.distill, "step", too_much)
-    found = sweep(rig, APART)
-    assert [way.name for way in found.rounds] == ["shared K=4 N=8, checkpointing", "padded K=4 N=8"]
+    monkeypatch.setattr(sweep_4b.distill, "step", fail)
+    return lost
+
+
+def test_a_base_that_does_not_fit_has_all_ways_recompute(rig, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+    shared = failing(
+        monkeypatch, error, lambda settings, model: settings.packing == "shared" and not model.is_gradient_checkpointing
+    )
+    found = begin(rig, APART)
+    assert sweep(rig, found, FEW[:2]) == []
+    assert [way.name for way in found.rounds] == ["shared K=4 N=8, checkpointing", "padded K=4 N=8, checkpointing"]
     assert found.not_run == {"shared K=4 N=8": "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
-    assert lost and lost[0]() is None
+    assert shared and all(reference() is None for reference in shared)
     record = bench_step_4b.record_of(rig, found)
     assert record["baseline"] == "shared K=4 N=8, checkpointing"
     assert "another variant" in record["remarks"]["shared K=4 N=8"] and "out of memory" in table(record)
     # What runs is predicted with the recomputed layers, utilisation counts without them.
-    plain, recomputed = Way("shared", 4, 8), Way("shared", 4, 8, checkpointing=True)
+    plain, recomputed = BASE, Way("shared", 4, 8, checkpointing=True)
     assert found.predicted_s(rig.config, recomputed) > 1.15 * found.predicted_s(rig.config, plain)
-    with pytest.raises(ZeroDivisionError):
-        guarded(lambda: 1 / 0, rig.release)
+
+
+def test_a_way_that_fails_costs_no_other(rig, monkeypatch):
+    lost = failing(monkeypatch, ValueError("wrong"), lambda settings, model: settings.packing == "padded")
+    found = begin(rig, APART)
+    faults = sweep(rig, found, FEW[:3])
+    assert faults == ["padded K=4 N=8: ValueError: wrong"] and found.not_run == {"padded K=4 N=8": "ValueError: wrong"}
+    assert [way.name for way in found.rounds] == ["shared K=4 N=8", "shared K=2 N=3, 2 groups"]
+    assert len(found.rounds[BASE]) == 3 and all(reference() is None for reference in lost)
+    assert attempt(lambda: 1, rig.release) == (1, "", False)
+
+
+def test_a_gate_that_fails_is_told_and_steps_are_timed_all_the_same(world, monkeypatch):
+    monkeypatch.setattr(sweep_4b, "MOST_DIFFERENCE", -1.0)
+    rig = Rig(APART, world)
+    try:
+        found = begin(rig, APART)
+        assert sweep(rig, found, FEW[:1]) == [] and rig.gate.startswith("gradient norms of padded and shared")
+        record = bench_step_4b.record_of(rig, found)
+    finally:
+        rig.close()
+    assert record["remarks"]["gate"] == rig.gate and BASE.name in record["variants"]
+    verdicts = cuda_goals.verdicts([record | {"case": cuda_goals.STEPS[0], "quick": False}])
+    assert [v.status for v in verdicts if "gradient norms" in v.what] == ["MISSED"]
+
+
+def test_models_that_cannot_be_made_are_not_tried_again(world, monkeypatch):
+    made = []
+
+    def fail(case, world):
+        made.append(case)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(bench_step_4b, "Rig", fail)
+    bench = bench_step_4b.Bench()
+    with pytest.raises(RuntimeError, match="no room"):
+        bench.rig_of(ENGINES)
+    with pytest.raises(pytest.skip.Exception, match="no room"):
+        bench.rig_of(ENGINES)
+    assert len(made) == 1
 
 
 def test_no_way_is_begun_that_would_end_too_late(rig, monkeypatch):
     monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() - 1))
-    found = sweep(rig, APART)
-    assert not found.rounds and set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == 8
-    # The first is begun with any time at all; what it promises to take leaves none for the others.
-    for name, value in (("OPTIMIZER_S", 0.0), ("ROUNDS", {"shared": 1000, "padded": 1, "copies": 1})):
-        monkeypatch.setattr(sweep_4b, name, value)
-    monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() + 3))
-    found = sweep(rig, APART)
-    assert [way.name for way in found.rounds] == ["shared K=4 N=8"] and set(found.not_run.values()) == {NO_TIME}
-    assert 1 <= len(found.rounds[Way("shared", 4, 8)]) < 1000 and sweep_4b.time_left() < 0
+    found = begin(rig, APART)
+    assert sweep(rig, found, FEW) == [] and not found.rounds
+    assert set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == len(FEW)
+    # Each is timed once where it was begun; then there is no more time.
+    monkeypatch.setattr(rig, "pace", 0.0)
+    step = sweep_4b.timed
+
+    def late(*arguments):
+        numbers = step(*arguments)
+        monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() - 1))
+        return numbers
+
+    monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() + 60))
+    monkeypatch.setattr(sweep_4b, "timed", late)
+    assert sweep(rig, found, FEW[:2]) == []
+    assert {way.name: len(rounds) for way, rounds in found.rounds.items()} == {"shared K=4 N=8": 1, "padded K=4 N=8": 1}
 
 
 def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):

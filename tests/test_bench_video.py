@@ -115,6 +115,13 @@ def test_epochs_memory_and_cuda_are_judged_by_their_numbers():
     ours = _side(0.1, decoder="cuda")
     variants = {"ours": ours, "ours, copies counted": _side(0.1, to_host_mib=0.01), "decord, HF processor": _side(2.1)}
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
+    # The peer of the least wall time, whatever its CPU time.
+    variants["another, HF processor"] = _side(1.0) | {"wall_s": _spread(2.2)}
+    assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
+    variants["decord, HF processor"]["wall_s"] = _spread(1.9)
+    variants["another, HF processor"]["cpu_s"] = _spread(0.1)
+    assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["MISSED", "met", "met"]
+    variants["decord, HF processor"] = _side(2.1)
     ours["decoder"], variants["ours, copies counted"]["to_host_mib"] = "cpu fallback", 72.0
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "MISSED", "MISSED"]
 
@@ -261,6 +268,21 @@ def test_a_variant_runs_in_its_process(clip: Path, tmp_path: Path):
     # The content is known: smooth frames survive the encoding.
     expected = noise_frames(12, 64, 96)[[0, 5, 11]].permute(0, 2, 3, 1).numpy()
     assert frame_differences(np.load(tmp_path / "ours.npy"), expected)["worst_frame"] < 8
+
+
+def test_files_for_cuda_are_made_ahead_and_once(clip: Path, tmp_path: Path, monkeypatch):
+    from bench import bench_video, video_files
+
+    asked = []
+    monkeypatch.setattr(video_files, "FOLDER", tmp_path)
+    monkeypatch.setattr(video_files, "long_video", lambda gop: asked.append(gop) or clip)
+    monkeypatch.setattr(bench_video, "chosen", lambda frames: [0, 5, 11])
+    bench_video.make_files()
+    path = Path(bench_video.decoded(64))
+    changed = path.stat().st_mtime_ns
+    assert np.load(path).shape[0] == 3 and asked == [30, 30] and not list(tmp_path.glob("unfinished*"))
+    bench_video.make_files()
+    assert path.stat().st_mtime_ns == changed
 
 
 # decord and OpenCV bring FFmpeg libraries of their own, which are kept out of this process.

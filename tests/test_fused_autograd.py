@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from head_cases import CASES, REF_HEAD, D, Inputs, T, V, run
 from torch.utils.checkpoint import checkpoint
+from undefined_gradient import Drop
 
 from rmsd_fast import losses
 from rmsd_kernels import native
@@ -172,6 +173,18 @@ def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="ran a second time.*call the loss again"):
             loss.backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", ["cross_entropy_plain", "policy_k3", "jsd"])
+def test_an_undefined_gradient_of_the_loss_gives_none_and_uses_nothing_up(case, impl):
+    x = Inputs(torch.float32)
+    x.hidden.requires_grad_(), x.weight.requires_grad_()
+    loss = CASES[case](x, impl=impl)[0]
+    (found,) = torch.autograd.grad(Drop.apply(loss) + x.hidden.sum() * 2, x.hidden, retain_graph=True)
+    assert torch.equal(found, torch.full_like(found, 2))
+    loss.backward()
+    assert x.hidden.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

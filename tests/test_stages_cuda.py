@@ -5,7 +5,9 @@ python tests/test_stages_cuda.py PACKING DTYPE      # metrics of the step as JSO
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +55,18 @@ def close(found: dict[str, float], expected: dict[str, float], relative: float, 
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> dict[str, float]:
-    return in_a_process("shared", "float32", "cpu")
+def on_cpu(tmp_path_factory) -> dict[str, float]:
+    """Computed once, also for all processes of pytest-xdist together."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Each has a folder in that of the run.
+        folder = folder.parent
+    found = folder / "step-on-cpu.json"
+    with (folder / "step-on-cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(json.dumps(in_a_process("shared", "float32", "cpu")))
+    return json.loads(found.read_text())
 
 
 def test_the_step_itself(on_cpu) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton_cases import DTYPES, Case, as_stored, compare, interpret, main
+from undefined_gradient import Drop
 
 from rmsd_kernels import reference
 
@@ -224,7 +225,7 @@ def every_row_is_written(device, dtype):
 
 @case
 def what_nobody_differentiates(device, dtype):
-    """accuracy, margin and scores are constants; a loss that is left out of the sum has no gradient."""
+    """accuracy, margin and scores are constants; a loss whose gradient is undefined gives none."""
     from rmsd_kernels import triton_discriminator
 
     setup = Setup(device, dtype, dim=40)
@@ -232,8 +233,11 @@ def what_nobody_differentiates(device, dtype):
     leaf = setup.hidden.requires_grad_()
     out = triton_discriminator.discriminator_loss(leaf, setup.last_index, setup.head, *pairs, num_students=STUDENTS)
     assert out.loss.requires_grad and not any(t.requires_grad for t in out[1:])
-    (found,) = torch.autograd.grad(out.loss * 0 + leaf.sum() * 2, leaf)
-    assert torch.equal(found, torch.full_like(leaf, 2))
+    scores = torch.zeros(STUDENTS, device=device, requires_grad=True)
+    pairwise = triton_discriminator.pairwise_discriminator_loss(scores, torch.zeros(TEACHERS, device=device), *pairs)
+    for loss, of in ((out.loss, leaf), (pairwise.loss, scores)):
+        (found,) = torch.autograd.grad(Drop.apply(loss) + of.sum() * 2, of)
+        assert torch.equal(found, torch.full_like(of, 2))
     return 0.0
 
 

@@ -454,8 +454,6 @@ def _row_gradient_kernel(
     """Gradients for BLOCK_D columns from those of the scores, all responses in order; rows without a response get 0."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < dim
-    if d_hidden_ptr is not None:
-        _clear_rows(d_hidden_ptr, last_index_ptr, count, tokens, dim, d, inside, ROWS)
     if tl.program_id(1) == 0:
         _row_gradients(
             _Head(hidden_ptr, last_index_ptr, head_ptr, None, norm_ptr, 0.0, count, tokens, stride, dim),
@@ -471,3 +469,5 @@ def _row_gradient_kernel(
             ROWS,
             BLOCK_D,
         )
+    if d_hidden_ptr is not None:
+        _clear_rows(d_hidden_ptr, last_index_ptr, count, tokens, dim, d, inside, ROWS)
