@@ -52,7 +52,7 @@ from bench.cuda_sections import (
 )
 from bench.records import RECORDS, append_line, read_lines
 
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Kept for the last summary.
 CLOSING_S = 4.0
 # Looking for the device and unpacking, about.
@@ -162,6 +162,9 @@ def run_sections(run: Run, sections: list[Section], began: float, deadline: floa
             }
             # Start-up is at the cost of all.
             for section, until in zip(sections, ends_of(sections, time.time(), deadline), strict=True):
+                if section.required:
+                    # Those before it may have overrun, to end.
+                    until = min(max(until, time.time() + section.least_s), deadline)
                 say(f"\n=== {section.name}: {section.what}, until second {until - began:.0f}")
                 if section.name in ahead:
                     wait_for(ahead[section.name], until - section.least_s)

@@ -27,6 +27,8 @@ STEP_SEVERAL, SEVERAL = "shared K=4 N=8, 4 groups", 4
 RECIPE_GROUPS = 16
 STEP_BASE, STEP_ONE, STEP_PADDED = "shared K=4 N=8", "shared K=1 N=8", "padded K=4 N=8"
 
+_KINDS = ("", ", checkpointing")
+
 Judge = Callable[[dict], Iterator[Finding]]
 
 
@@ -94,11 +96,17 @@ def _step(record: dict) -> Iterator[Finding]:
         # Passes as well: an optimiser step that is the same for both hides what K costs.
         for key, what in (("whole_s", "whole step"), ("passes_s", "passes")):
             times = own[key] / variants[one][key]
+            if key == "whole_s" and own["optimizer_s"] is None:
+                yield None, f"whole step: optimisers {record['optimizer']['how']}"
+                continue
             found = f"{what}: {base} takes {times:.3f} of {one}, at most {MOST_FOR_K}"
             yield times <= MOST_FOR_K, found + rounds_of(own, variants[one])
+    yield from _utilisation(record, base, 1)
     several = _alike(record, STEP_SEVERAL)[0]
-    for name in filter(None, (base, several)):
-        yield from _utilisation(record, name, 1 if name == base else SEVERAL)
+    if several is not None:
+        yield from _utilisation(record, several, SEVERAL)
+    elif record["case"] == STEPS[1]:
+        yield None, _why_not(record, STEP_SEVERAL)
     off = max(own["passes_s"] / own["predicted_s"], own["predicted_s"] / own["passes_s"])
     yield off <= MOST_OFF_MODEL, f"{base}: passes {off:.2f} apart from the cost model, at most {MOST_OFF_MODEL}"
 
@@ -130,10 +138,9 @@ def _over_padded(record: dict) -> Iterator[Finding]:
 
 
 def _alike(record: dict, *names: str) -> list[str | None]:
-    """These variants as they are, or all of them with recomputed layers where the first does not fit without."""
-    variants = record["variants"]
-    kind = "" if names[0] in variants else ", checkpointing"
-    return [name + kind if name + kind in variants else None for name in names]
+    """These variants as they are, or all of them with recomputed layers: whichever has more of them."""
+    kinds = [[name + kind if name + kind in record["variants"] else None for name in names] for kind in _KINDS]
+    return max(kinds, key=lambda found: (found[0] is not None, len(found) - found.count(None)))
 
 
 def _why_not(record: dict, name: str) -> str:

@@ -125,17 +125,17 @@ def _media_files(run: Run) -> list[str]:
 
 SECTIONS = (
     Section("machine", "what the machine is, and its ceilings", 15, 5, _machine, required=True),
-    Section("correctness", "the suite's tests for CUDA and vLLM", 80, 20, _correctness),
-    Section("optimizer", "a full optimiser at the shape of Qwen3-VL-4B", 20, 12, _benchmark("optimizer_4b"), True),
-    Section("step", "whole stage-2 steps at that shape, rollouts given", 130, 45, _benchmark("step_4b"), True),
+    Section("correctness", "the suite's tests for CUDA and vLLM", 75, 20, _correctness),
+    Section("optimizer", "a full optimiser at the shape of Qwen3-VL-4B", 30, 20, _benchmark("optimizer_4b"), True),
+    Section("step", "whole stage-2 steps at that shape, rollouts given", 135, 45, _benchmark("step_4b"), True),
     Section("policy_loss", "fused GRPO loss", 30, 15, _benchmark("linear_policy_loss")),
     Section("logprob", "fused log-probs and entropy", 30, 15, _benchmark("linear_logprob")),
-    Section("prefix_attention", "attention over a shared prefix", 50, 15, _benchmark("prefix_attention")),
+    Section("prefix_attention", "attention over a shared prefix", 45, 15, _benchmark("prefix_attention")),
     Section("discriminator", "discriminator loss", 20, 10, _benchmark("discriminator")),
     Section("media", "decoding and preprocessing", 35, 20, _media, ahead=_media_files),
     Section("cross_entropy", "fused cross entropy", 25, 15, _benchmark("linear_cross_entropy")),
-    Section("head_profile", "where a fused head's time goes; chunks and warps", 35, 10, _benchmark("head_profile")),
-    Section("divergence", "fused divergence between two heads", 10, 10, _benchmark("linear_divergence")),
+    Section("head_profile", "where a fused head's time goes; chunks and warps", 30, 10, _benchmark("head_profile")),
+    Section("divergence", "fused divergence between two heads", 10, 6, _benchmark("linear_divergence")),
 )
 MINUTES = sum(section.seconds for section in SECTIONS) / 60
 

@@ -25,7 +25,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -287,11 +287,12 @@ def switch(state: RunState, packing: str, checkpointing: bool) -> None:
             model.gradient_checkpointing_disable()
 
 
-def time_optimizer(sizes: Sizes, world: World, layers: int, prefix: int, rounds: int = 3) -> dict[str, Any]:
+def time_optimizer(sizes: Sizes, world: World, layers: int, prefix: int, rounds: int = 3) -> Iterator[dict[str, Any]]:
     """Seconds of `Engine.step` of one full model of so many layers, after real backwards; of all layers by parameters.
 
-    The device has to be empty. accumulation_s: what a backward through DeepSpeed takes longer than a plain one, which
-    is the time it needs to add 16-bit gradients to its float32 ones; of the layers measured.
+    The device has to be empty. Given twice: as soon as it is known, and again with accumulation_s: what a backward
+    through DeepSpeed takes longer than a plain one, which is the time it needs to add 16-bit gradients to its float32
+    ones; of the layers measured.
     """
     settings = settings_of("shared", 2 * prefix, 32, 1, 2)
     student = prepare(make_student(sizes, settings, world.device, layers), sizes.name, settings, world)
@@ -316,20 +317,24 @@ def time_optimizer(sizes: Sizes, world: World, layers: int, prefix: int, rounds:
         assert engine.gradients_finite()
         engine.step()
 
-    found = {}
-    for name in ("plain", "full"):
-        engine = Passes(policy, world=world) if name == "plain" else make_engine(policy, settings, world, 0.0)
-        times = [(seconds(partial(backward, engine)), seconds(partial(step, engine))) for _ in range(1 + rounds)]
+    def medians(engine: Engine) -> list[float]:
+        """Seconds of a backward and of a step."""
+        try:
+            times = [(seconds(partial(backward, engine)), seconds(partial(step, engine))) for _ in range(1 + rounds)]
+        finally:
+            engine.close()
         # The first makes the moments, and compiles kernels.
-        found[name] = [median(own) for own in zip(*times[1:], strict=True)]
-        engine.close()
+        return [median(own) for own in zip(*times[1:], strict=True)]
+
     trained, counts = sum(p.numel() for p in policy.parameters() if p.requires_grad), counts_of(sizes)
-    return {
-        "seconds": found["full"][1] * counts.trained / trained,
+    spent = medians(make_engine(policy, settings, world, 0.0))
+    found = {
+        "seconds": spent[1] * counts.trained / trained,
         "scaled": trained != counts.trained,
-        "measured_s": found["full"][1],
-        "accumulation_s": found["full"][0] - found["plain"][0],
+        "measured_s": spent[1],
         "layers": layers,
         "parameters": trained,
         "rounds": rounds,
     }
+    yield found
+    yield found | {"accumulation_s": spent[0] - medians(Passes(policy, world=world))[0]}

@@ -66,11 +66,14 @@ PADDED = (BASE, Way("padded", 4, 8))
 SEVERAL = (BASE, Way("shared", 4, 8, groups=4))
 COUNTS = (BASE, Way("shared", 1, 1), Way("shared", 8, 8), Way("shared", 4, 16))
 COPIES = (BASE, Way("copies", 4, 8))
+# Rounds; of shared ways that are predicted to take less than QUICK_S twice as many.
 ROUNDS = {"shared": 3, "padded": 2, "copies": 2}
-# Others than shared ones that are predicted to take longer are timed once.
+QUICK_S = 0.7
+# Others than shared ones that are predicted to take longer are timed once, and that is their first step: their many
+# micro-batches are alike, so that what the first one loads is a few per cent.
 SLOW_S = 3.0
-# Seconds of a step over those predicted, until one was timed.
-FIRST_PACE = 2.0
+# Seconds of a step over those predicted: until one of its mode was timed in this case, and bounds after that.
+FIRST_PACE, PACES = 2.0, (0.8, 3.0)
 # Of the gate, with K=2 and N=3.
 GATE_RESPONSE, MOST_DIFFERENCE = 32, 5e-2
 # As libraries below torch's allocator say that there is no memory left.
@@ -114,6 +117,11 @@ class Measured:
     rounds: dict[Way, list[dict[str, float]]] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
     recompute: bool = False
+    pace: dict[str, float] = field(default_factory=dict)
+
+    def expected_s(self, config: Any, way: Way) -> float:
+        """Of one step."""
+        return self.predicted_s(config, way) * self.pace.get(way.mode, FIRST_PACE)
 
     def loads(self, way: Way) -> list[StepLoad]:
         """Of each group."""
@@ -141,7 +149,8 @@ class Rig:
         self.state: RunState | None = make_state(self.sizes, settings, world, apart=self.apart)
         self.config = self.state.student.model.config
         self.liger, self.counts = describe_liger(settings.model.liger, world.device), counts_of(self.sizes)
-        self.pace = FIRST_PACE
+        # Why the device can no longer be used.
+        self.lost = ""
         # What is wrong with the steps; their times are taken all the same, and the benchmark fails.
         self.differences, self.gate, _ = attempt(lambda: self.check(128 if case.toy else 512), self.release)
         if not self.gate and max(self.differences.values()) >= MOST_DIFFERENCE:
@@ -202,10 +211,14 @@ class Rig:
 
     def release(self) -> None:
         """Forget a step that did not end, and give its memory back to the device."""
-        for engine in (self.state.policy, self.state.discriminator):
-            engine.discard()
-        self.state.timer.take()
-        free_bytes(self.world.device)
+        try:
+            for engine in (self.state.policy, self.state.discriminator):
+                engine.discard()
+            self.state.timer.take()
+            free_bytes(self.world.device)
+        except Exception as error:
+            # After an illegal access every call fails; what was found before shall be written.
+            self.lost = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
     def close(self) -> None:
         """Free the models."""
@@ -262,75 +275,116 @@ def sweep(rig: Rig, found: Measured, ways: tuple[Way, ...]) -> list[str]:
     """Add what these ways give to what was found; returns what failed, but for want of memory or time."""
     free_bytes(rig.world.device)
     prompts = rig.prompts(found.case.prefix, max(way.groups for way in ways))
-    warm, faults = [], []
+    new = [way for way in ways if _variant(found, way) not in found.rounds]
+    warm: list[Way] = []
+    faults: list[str] = []
     for plain in ways:
         recomputing = replace(plain, checkpointing=True)
         for way in (recomputing,) if found.recompute else (plain, recomputing):
-            steps = 1 + _rounds_of(rig.config, found, way)
-            if seconds_left() < found.predicted_s(rig.config, way) * rig.pace * steps:
-                reason, memory = NO_TIME, False
-            else:
-                reason, memory = _warm_up(rig, found, way, prompts)
+            # What is owed: to this way, to those that are warm, and where it is not new, to what it is there for.
+            others = [*warm, *(_variant(found, other) for other in new[:1] if plain not in new)]
+            owed = [way, *(own for own in others if own != way)]
+            if rig.lost or seconds_left() < sum(_cost_s(rig, found, own) for own in owed):
+                found.not_run.setdefault(way.name, rig.lost or NO_TIME)
+                break
+            reason, memory = _first_step(rig, found, way, prompts)
             if not reason:
                 warm.append(way)
                 break
             if way not in found.rounds:
                 found.not_run[way.name] = reason
             if not memory:
-                faults += [f"{way.name}: {reason}"] * (reason != NO_TIME)
+                faults.append(f"{way.name}: {reason}")
                 break
             found.recompute = found.recompute or way == BASE
-    return faults + _time_rounds(rig, found, warm, prompts)
+    if any(way in [_variant(found, own) for own in new] for way in warm):
+        faults += _time_rounds(rig, found, warm, prompts)
+    for way in found.rounds:
+        found.not_run.pop(way.name, None)
+    if found.recompute and BASE in warm and not rig.lost:
+        # It fitted once, and then not with what the allocator held: from the start, with recomputed layers.
+        return faults + sweep(rig, found, ways)
+    return faults
 
 
-def _warm_up(rig: Rig, found: Measured, way: Way, prompts: list[Prompt]) -> tuple[str, bool]:
-    device = rig.world.device
+def _variant(found: Measured, way: Way) -> Way:
+    return replace(way, checkpointing=True) if found.recompute else way
 
-    def first() -> int:
+
+def _cost_s(rig: Rig, found: Measured, way: Way) -> float:
+    """Of its first step, and of all rounds that it has not had."""
+    rounds = max(1, _rounds_of(rig.config, found, way) - len(found.rounds.get(way, ())))
+    return found.expected_s(rig.config, way) * (rounds + (not _is_slow(rig.config, found, way)))
+
+
+def _first_step(rig: Rig, found: Measured, way: Way, prompts: list[Prompt]) -> tuple[str, bool]:
+    """Its peak; of a slow way its one round. Why it failed, and whether for want of memory."""
+
+    def first() -> tuple[int, dict[str, float]]:
         run = rig.prepare(way, prompts, found.case.response)
-        return peak_extra_bytes(run, device)[0] or 0
+        peak, numbers = peak_extra_bytes(lambda: timed(rig, way, run, again=False), rig.world.device)
+        return peak or 0, numbers
 
-    peak, reason, memory = attempt(first, rig.release)
+    result, reason, memory = attempt(first, rig.release)
     if not reason:
         # The least: an engine's first step makes its optimiser states, which are none of the step's own memory.
-        found.peaks[way.name] = min(found.peaks.get(way.name, math.inf), found.held + peak)
+        found.peaks[way.name] = min(found.peaks.get(way.name, math.inf), found.held + result[0])
+        if _is_slow(rig.config, found, way):
+            _add(rig, found, way, result[1])
     return reason, memory
 
 
+def _add(rig: Rig, found: Measured, way: Way, numbers: dict[str, float]) -> None:
+    found.rounds.setdefault(way, []).append(numbers)
+    least, most = PACES
+    found.pace[way.mode] = min(most, max(least, numbers["step"] / found.predicted_s(rig.config, way)))
+
+
 def _time_rounds(rig: Rig, found: Measured, ways: list[Way], prompts: list[Prompt]) -> list[str]:
-    """Each way once, then further rounds as long as there is time; returns what failed."""
+    """Each way once, then further rounds as long as there is time; returns what failed, but for want of memory."""
     failed: dict[Way, str] = {}
     # The base comes in every part: as often as what it stands beside.
     others = [way for way in ways if replace(way, checkpointing=False) != BASE] or ways
     for number in range(max((_rounds_of(rig.config, found, way) for way in others), default=0)):
         turn = number % len(ways)
         for way in ways[turn:] + ways[:turn]:
-            predicted = found.predicted_s(rig.config, way)
-            late = number > 0 and seconds_left() < predicted * rig.pace
-            if number >= _rounds_of(rig.config, found, way) or late or way in failed:
+            late = seconds_left() < found.expected_s(rig.config, way) and way in found.rounds
+            enough = number >= _rounds_of(rig.config, found, way) or _is_slow(rig.config, found, way)
+            if late or enough or rig.lost or way in failed:
                 continue
 
             def one(way: Way = way) -> dict[str, float]:
                 return timed(rig, way, rig.prepare(way, prompts, found.case.response))
 
-            numbers, reason, _ = attempt(one, rig.release)
-            if reason:
-                failed[way] = reason
-                if way not in found.rounds:
-                    found.not_run[way.name] = reason
-            else:
-                found.rounds.setdefault(way, []).append(numbers)
-                found.not_run.pop(way.name, None)
-                rig.pace = numbers["step"] / predicted
-    return [f"{way.name}: {reason}" for way, reason in failed.items()]
+            numbers, reason, memory = attempt(one, rig.release)
+            if not reason:
+                _add(rig, found, way, numbers)
+                continue
+            if memory and way == BASE:
+                found.recompute = True
+                return []
+            if way not in found.rounds:
+                found.not_run[way.name] = reason
+            failed[way] = "" if memory else f"{way.name}: {reason}"
+    return [fault for fault in failed.values() if fault]
+
+
+def _is_slow(config: Any, found: Measured, way: Way) -> bool:
+    return way.mode != "shared" and found.predicted_s(config, way) > SLOW_S
 
 
 def _rounds_of(config: Any, found: Measured, way: Way) -> int:
-    return 1 if way.mode != "shared" and found.predicted_s(config, way) > SLOW_S else ROUNDS[way.mode]
+    if _is_slow(config, found, way):
+        return 1
+    return ROUNDS[way.mode] * (2 if way.mode == "shared" and found.predicted_s(config, way) < QUICK_S else 1)
 
 
-def timed(rig: Rig, way: Way, run: Step) -> dict[str, float]:
-    """Seconds of a step by phase and in all (`step`), `device_allocs` and `tokens_computed`."""
+def timed(rig: Rig, way: Way, run: Step, *, again: bool = True) -> dict[str, float]:
+    """Seconds of a step by phase and in all (`step`), `device_allocs` and `tokens_computed`.
+
+    again: a shared one for which the allocator's cache lacked a block, so that the device was waited for, is timed once
+    more.
+    """
     for _ in range(2):
         rig.state.timer.take()
         blocks, began = _device_allocs(rig.world.device), time.perf_counter()
@@ -339,8 +393,7 @@ def timed(rig: Rig, way: Way, run: Step) -> dict[str, float]:
         phases["step"] = time.perf_counter() - began
         phases["device_allocs"] = _device_allocs(rig.world.device) - blocks
         phases["tokens_computed"] = metrics.get("tokens_computed", 0.0)
-        # Where the allocator's cache lacked a block, the device was waited for; now it has it.
-        if not phases["device_allocs"] or way.mode != "shared":
+        if not (again and phases["device_allocs"] and way.mode == "shared" and seconds_left() > 2 * phases["step"]):
             break
     return phases
 

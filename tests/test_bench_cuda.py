@@ -290,7 +290,7 @@ def test_without_a_device_it_says_how_to_rehearse(tmp_path):
     ("arguments", "said"),
     [
         (["--minutes", "0"], "--minutes: expected a number above 0"),
-        (["--minutes", "1"], "--minutes: these sections need at least 1.3"),
+        (["--minutes", "1"], "--minutes: these sections need at least 1.4"),
         (["--only", "stepp"], "invalid choice: 'stepp'"),
         (["--wheels", "/nowhere", "--device", "cpu"], "/nowhere"),
         (["--output", str(REPOSITORY)], "expected an empty or new folder"),
