@@ -72,8 +72,9 @@ QUICK_S = 0.7
 # Others than shared ones that are predicted to take longer are timed once, and that is their first step: their many
 # micro-batches are alike, so that what the first one loads is a few per cent.
 SLOW_S = 3.0
-# Seconds of a step over those predicted: until one of its mode was timed in this case, and bounds after that.
-FIRST_PACE, PACES = 2.0, (0.8, 3.0)
+# Seconds of a step over those predicted: until one was timed in this case, and bounds after that; until one of its mode
+# was timed, so many times those of the others.
+FIRST_PACE, PACES, UNKNOWN_MODE = 2.0, (0.8, 3.0), 1.3
 # Of the gate, with K=2 and N=3.
 GATE_RESPONSE, MOST_DIFFERENCE = 32, 5e-2
 # As libraries below torch's allocator say that there is no memory left.
@@ -121,7 +122,8 @@ class Measured:
 
     def expected_s(self, config: Any, way: Way) -> float:
         """Of one step."""
-        return self.predicted_s(config, way) * self.pace.get(way.mode, FIRST_PACE)
+        unknown = UNKNOWN_MODE * max(self.pace.values()) if self.pace else FIRST_PACE
+        return self.predicted_s(config, way) * self.pace.get(way.mode, unknown)
 
     def loads(self, way: Way) -> list[StepLoad]:
         """Of each group."""
