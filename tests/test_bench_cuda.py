@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cuda_records import step_record
 from processes import wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -369,29 +370,6 @@ def test_rehearsal(tmp_path):
     assert "## Sections" in done.stdout and "## step_4b " in done.stdout and "## discriminator " not in done.stdout
 
 
-def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
-    """Variants by name (_ for a space); a GEMM takes 20 ms."""
-    variants = {"bare GEMMs": {"both": {"median_ms": 20.0}, "rounds": 10}}
-    for name, ms in {"ours": 22.0, **times_ms}.items():
-        own = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}
-        variants[name.replace("_", " ")] = own
-    case = f"T8192-D2560-bfloat16-mask0-random-{head}"
-    return {"bench": bench, "case": case, "head": head, "quick": False, "variants": variants}
-
-
-def step_record(case: str, **seconds: float) -> dict:
-    """Variants by a short name; the model predicts a second."""
-    names = {"k4": "shared K=4 N=8", "k1": "shared K=1 N=8", "padded": "padded K=4 N=8"}
-    names["several"] = "shared K=4 N=8, 4 groups"
-    variants = {}
-    for name, s in seconds.items():
-        own = {"passes_s": s, "whole_s": s + 0.5, "optimizer_s": 0.5, "predicted_s": 1.0, "rounds": 3}
-        own["utilisation"] = {"whole": 0.6 / (s + 0.5)}
-        variants[names[name.removesuffix("_again")] + ", checkpointing" * name.endswith("_again")] = own
-    record = {"bench": "step_4b", "case": case, "quick": False, "variants": variants, "not_run": {}, "remarks": {}}
-    return record | {"optimizer": {"how": "apart"}}
-
-
 def missing(folder: Path, *records: dict, toy: bool = False) -> bool:
     from bench.cuda import missing_steps
     from bench.records import append_line
@@ -473,78 +451,3 @@ def test_a_ceiling_is_the_median_of_the_last_half(monkeypatch):
     cuda_machine.call_seconds(None, torch.device("cpu"), 0.0)
     # A second of calls that take 10 ms each; where no time is given, few.
     assert counts == [3, 3, 100, 3, 3, cuda_machine.LEAST_CALLS]
-
-
-def verdicts_of(record: dict) -> list[tuple[str, str]]:
-    from bench.cuda_goals import verdicts
-
-    own = f"{record['bench']} {record['case']}"
-    return [(v.status, v.what) for v in verdicts([record]) if v.where == own]
-
-
-def statuses(record: dict) -> list[str]:
-    return [status for status, _ in verdicts_of(record)]
-
-
-def test_goals_of_the_heads():
-    loss = head_record("linear_policy_loss", Liger_chunked_GRPO=220.0, **{"TRL_chunked_log-prob": 105.0})
-    # 1.1 of the GEMMs; 500 of 572 MiB; 10 and 4.8 times faster.
-    assert statuses(loss) == ["met", "met", "met", "MISSED"]
-    assert "1.100 times the bare GEMMs (6TDV), at most 1.15 (n = 9)" in verdicts_of(loss)[0][1]
-    assert statuses(head_record("linear_policy_loss", ours=23.1)) == ["MISSED", "met", "NOT MEASURED", "NOT MEASURED"]
-    # The best peer counts.
-    assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=28.0)) == ["met", "MISSED"]
-    assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=29.0)) == ["met", "met"]
-    assert statuses(head_record("linear_logprob", "frozen")) == ["met"]
-
-
-def test_goals_of_the_step():
-    found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
-    # 1.5 / 1.4 of K=1, 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, with 16 groups 9.6 / 16.5; as predicted; 4.9.
-    assert statuses(found) == ["met", "met", "MISSED", "met", "met", "MISSED"]
-    assert [text.partition(":")[2][:6] for _, text in verdicts_of(found)[2:4]] == [" 40.0%", " 58.2%"]
-    slow = step_record("P8192-R512-bfloat16", k4=1.4, k1=0.9, padded=7.0)
-    assert statuses(slow) == ["MISSED", "MISSED", "MISSED", "MISSED", "MISSED", "met"]
-    # Recomputed layers are compared with such alone.
-    recomputed = step_record("P8192-R512-bfloat16", k4_again=1.0, k1=0.5, k1_again=0.9, padded_again=6.0)
-    assert statuses(recomputed) == ["met", "met", "MISSED", "met", "met", "met"]
-    assert "shared K=4 N=8, checkpointing takes 1.071 of shared K=1 N=8, checkpoint" in verdicts_of(recomputed)[0][1]
-    other = step_record("P8192-R512-bfloat16", k4_again=1.0, k1=0.9, padded=6.0)
-    assert statuses(other) == ["NOT MEASURED", "MISSED", "met", "met", "NOT MEASURED"]
-    wrong = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=6.0)
-    wrong["remarks"]["gate"] = "gradient norms differ"
-    assert verdicts_of(wrong)[0] == ("MISSED", "gradient norms differ")
-    alone = step_record("P2048-R128-bfloat16", k4=1.0)
-    alone["variants"]["shared K=4 N=8"]["utilisation"]["whole"] = None
-    alone["not_run"]["shared K=1 N=8"] = "no time left"
-    assert verdicts_of(alone)[:2] == [
-        ("NOT MEASURED", "shared K=1 N=8: no time left"),
-        ("NOT MEASURED", "shared K=4 N=8: utilisation: optimiser apart"),
-    ]
-    # With four groups 0.6 / 1.9 of the peak; 16 of them are 4 of these with one optimiser step: 2.4 / 6.1.
-    several = verdicts_of(step_record("P2048-R128-bfloat16", k4=1.0, several=1.4))
-    assert [text.partition("groups: ")[2][:5] for _, text in several[3:5]] == ["31.6%", "39.3%"]
-
-
-def test_goals_of_the_discriminator():
-    record = {"bench": "discriminator", "case": "B16-L1-D2560-bfloat16-rows", "quick": False, "variants": {}}
-    counted = record | {"launches": {"ours, all prepared": {"count": 3, "device_us": 12.0}}}
-    assert statuses(counted) == ["met", "MISSED"]
-    assert verdicts_of(record | {"launches": {}, "profiler": "no CUPTI"}) == [("NOT MEASURED", "device time: no CUPTI")]
-
-
-def test_every_goal_has_a_case_that_is_measured():
-    import importlib
-
-    from bench import bench_discriminator
-    from bench.cuda_goals import GOALS, PREPARED, verdicts
-
-    for bench, case, _, _ in GOALS:
-        module = importlib.import_module(f"bench.bench_{bench}")
-        assert case in [own.name for own in module.cases(False, "cuda")], (bench, case)
-    assert bench_discriminator.ALONE == PREPARED
-    # Without a record every goal is there; so it is with one of a rehearsal.
-    rehearsed = head_record("linear_logprob") | {"quick": True}
-    for records in ([], [rehearsed]):
-        assert {verdict.status for verdict in verdicts(records)} == {"NOT MEASURED"}
-        assert len(list(verdicts(records))) == len(GOALS) + 1

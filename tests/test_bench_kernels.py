@@ -450,8 +450,14 @@ def test_rehearsal_of_the_head_profile(effort):
 
 
 INTERPRETED = """
+import sys
 import torch
 from bench import row_settings as own
+
+sys.path.append("tests")
+from triton_cases import mend_interpreter
+
+mend_interpreter()
 
 rows = own.PolicyRows(3, 700, torch.float32, "cpu")
 rows.by_the_package()
