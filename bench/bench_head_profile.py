@@ -30,7 +30,7 @@ from bench.launches import COUNTED, copy_gb_per_s, count_launches, device_ms, de
 from bench.measure import OURS, Effort, Variant, difference, main_time, measure, numbers_of, quantiles, with_gradients
 from bench.peers import Unavailable, logprob_weights
 from bench.row_settings import FIRST, MEDIA_WARPS, OTHER_STAGES, Media, PolicyRows, Setting, default_setting, registers
-from bench.section_log import seconds_left
+from bench.section_log import NO_TIME, seconds_left
 from rmsd_fast.losses import linear_logprob
 from rmsd_kernels.chunks import chunk_rows, default_budget
 
@@ -38,7 +38,7 @@ _CHUNKS = (512, 1024, 1664, 2048, 3328, 4096, 8192)
 # A point of a sweep takes less, compilation included.
 _POINT_S = 3.0
 _CHUNK_OF_ROWS = 1664
-COMPLETE, NO_TIME, INTERRUPTED = "complete", "no time left", "interrupted"
+COMPLETE, INTERRUPTED = "complete", "interrupted"
 
 
 @dataclass(frozen=True)

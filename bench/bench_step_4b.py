@@ -8,8 +8,9 @@ one micro-batch of the discriminator. The same budget splits padded rows over ma
 group in more than one are read twice by the trainer, first without gradient.
 
 Parts of the cases are measured by importance, and the record of a case is written anew after each part. Times are
-medians over rounds in turned order, after a warm-up step each: `passes_s`, the four passes by the trainer's PhaseTimer
-(CUDA events: waiting for the host counts), and `whole_s`, the step by the clock without rollouts, with both optimisers.
+medians over rounds in turned order, after a warm-up step each; of a slow way that is not shared the first step is the
+only round. `passes_s`, the four passes by the trainer's PhaseTimer (CUDA events: waiting for the host counts), and
+`whole_s`, the step by the clock without rollouts, with both optimisers.
 Where two full optimisers do not fit (`student_4b.fits`) the passes run on `student_4b.Passes`, and twice the step that
 bench_optimizer_4b has recorded is added; without such a record `whole_s` has no optimisers. `optimizer` says which. Not
 in it then: how DeepSpeed adds 16-bit gradients to its float32 ones in backward (`accumulation_s` for one backward), and
@@ -150,6 +151,8 @@ def record_of(rig: Rig, found: Measured, optimizer: dict[str, Any] | None = None
         remarks["utilisation"] = f"no datasheet's peak is known for {device}"
     if rig.gate:
         remarks["gate"] = rig.gate
+    if case.device == "cuda" and "attention as torch chooses" not in found.rate:
+        remarks["attention"] = "no flash kernel takes these sizes; predicted at the rate of what torch chooses"
     if BASE.name not in variants:
         why = found.not_run.get(BASE.name, "not tried")
         remarks[BASE.name] = f"not as it is ({why}); all ratios are to another variant"

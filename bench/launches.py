@@ -169,19 +169,7 @@ def device_timings(
     for _ in range(calls):
         if prepare is not None:
             prepare()
-        if device.type != "cuda":
-            found.append(time_once(variant, device))
-            continue
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        torch.cuda._sleep(_AHEAD)
-        marks[0].record()
-        value = variant.forward()
-        marks[1].record()
-        gradients = variant.backward(value) if variant.backward else None
-        marks[2].record()
-        torch.cuda.synchronize(device)
-        del value, gradients
-        found.append(Timing(marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2]), 0))
+        found.append(time_once(variant, device, lambda: torch.cuda._sleep(_AHEAD)))
     return found
 
 
