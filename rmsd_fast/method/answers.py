@@ -23,6 +23,7 @@ Source: R-MSD (arXiv 2603.11423), response format and task types.
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 TASK_TYPES = ("mcq", "temporal", "spatial", "numeric", "ocr", "open")
@@ -40,6 +41,10 @@ EXPECTED_FORMAT = {
 }
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# How an option's own letter is written: "A. x", "A) x", "(A) x", "[A] x", "A: x", "A - x", "A、x", "a) x".
+_OPTION_LABEL = re.compile(
+    r"\s*(?:[(\[（【]\s*([A-Za-zＡ-Ｚ])\s*[)\]）】]|([A-Za-zＡ-Ｚ])\s*(?:[.．。:：、)）]|[-–—]\s))\s*"
+)
 # [A-Za-z] and [0-9] are spelled out: re.IGNORECASE would let the Kelvin sign pass as K, and \d other scripts' digits.
 _LETTER = re.compile(r"([A-Za-z])\.?|\(([A-Za-z])\)|\[([A-Za-z])\]")
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -121,6 +126,20 @@ def option_letters(options: Sequence[str]) -> str:
     if not 1 <= len(options) <= 26:
         raise ValueError(f"options: expected 1 to 26 choices (letters A to Z), got {len(options)}")
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+
+
+def bare_options(options: Sequence[str]) -> list[str]:
+    """The texts of the options without their letters.
+
+    Letters are taken off only where every option carries its own, in order and behind it a text: "I. Newton" alone is
+    a text, and so are the options "A", "B".
+    """
+    labels = [_OPTION_LABEL.match(option) for option in options]
+    letters = [unicodedata.normalize("NFKC", label[1] or label[2]).upper() if label else "" for label in labels]
+    if "".join(letters) != option_letters(options):
+        return [option.strip() for option in options]
+    texts = [option[label.end() :].strip() for option, label in zip(options, labels, strict=True)]
+    return texts if all(texts) else [option.strip() for option in options]
 
 
 def _answer_body(text: str) -> str | None:

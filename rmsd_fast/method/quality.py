@@ -11,6 +11,8 @@ Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Be
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
@@ -19,6 +21,13 @@ from .answers import CLOSED_TASKS, EXPECTED_FORMAT, ParsedAnswer, option_letters
 
 GroundTruth = str | float | Sequence[float]
 
+_QUOTES = str.maketrans("\u2018\u2019\u201b\u2032\u201c\u201d\u201e\u201f\u2033", "''''" + '"""""')
+# Thai, Lao, Burmese, Khmer, kana and Han are written without blanks between words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 # Thresholds of mean relative accuracy: 0.50, 0.55, … 0.95.
 _MRA_THRESHOLDS = tuple(Fraction(step, 20) for step in range(10, 20))
 _LIST_LENGTHS = {"temporal": 2, "spatial": 4}
@@ -48,8 +57,9 @@ def quality_score(
         numeric_metric: "epsilon" (1 where abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
             in 0.50, 0.55, … 0.95 with abs(a-b)/abs(b) < 1-t; for b = 0 only a = 0 counts).
         numeric_eps: tolerance of "epsilon"; the paper leaves it open.
-        ocr_metric: "wer" (clip(1 - word error rate, 0, 1)) or "anls" (1 - edit distance / longer length over
-            characters, 0 where that ratio reaches anls_threshold). Both ignore case and the amount of white space.
+        ocr_metric: "wer" (clip(1 - word error rate, 0, 1); in scripts without blanks, such as Chinese, each character
+            is a word) or "anls" (1 - edit distance / longer length over characters, 0 where that ratio reaches
+            anls_threshold). Both ignore case, full width, the kind of quotes, the amount of white space, a final stop.
         anls_threshold: in (0, 1].
         spatial_format: "relative" (coordinates 0-1000) or "pixel"; holds for the response and the ground truth, so
             the IoU needs no conversion. A ground truth outside the range is refused.
@@ -153,8 +163,19 @@ def _mra(predicted: float, truth: float) -> float:
     return sum(error < 1 - threshold for threshold in _MRA_THRESHOLDS) / len(_MRA_THRESHOLDS)
 
 
+def _comparable(text: str) -> str:
+    """A text that was read without what no reader calls an error: case, width, kind of quotes, blanks, a final stop."""
+    text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
+    return text.rstrip(".。") or text
+
+
+def _words(text: str) -> list[str]:
+    """Words, and each character of scripts that put no blanks between words."""
+    return _WORD.findall(_comparable(text))
+
+
 def _word_accuracy(predicted: str, truth: str) -> float:
-    words, reference = predicted.casefold().split(), truth.casefold().split()
+    words, reference = _words(predicted), _words(truth)
     # The distance is at least the difference in length: an endless response costs no quadratic time.
     if len(words) >= 2 * len(reference):
         return 0.0
@@ -162,7 +183,7 @@ def _word_accuracy(predicted: str, truth: str) -> float:
 
 
 def _anls(predicted: str, truth: str, threshold: float) -> float:
-    a, b = " ".join(predicted.casefold().split()), " ".join(truth.casefold().split())
+    a, b = _comparable(predicted), _comparable(truth)
     longest = max(len(a), len(b))
     if abs(len(a) - len(b)) >= threshold * longest:
         return 0.0

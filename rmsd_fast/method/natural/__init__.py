@@ -1,0 +1,16 @@
+"""Natural answers of a teacher in the canonical form `<think>…</think><answer>…</answer>`.
+
+API models seldom keep to a format. `canonical_response` rewrites a response whose answer is clear to a careful reader
+and refuses every other one; `invalid_reason` says why. What could be read in two ways is refused, and nothing here
+knows a ground truth. The rewards of training stay strict (`method.answers`); this reads teachers, ground truths in
+other spellings (`canonical_body`) and, on request, evaluations.
+
+Files: `response` finds the answer in a response; `body` rewrites the answer of one task type, with `options` for
+letters and `numbers` for intervals, boxes and numbers; `text` removes markup; `reasons` names what is refused.
+"""
+
+from .body import canonical_body
+from .reasons import REASONS, Unreadable
+from .response import canonical_response, invalid_reason
+
+__all__ = ["REASONS", "Unreadable", "canonical_body", "canonical_response", "invalid_reason"]
