@@ -44,13 +44,86 @@ def test_ms_swift(tmp_path):
     (question,) = load(tmp_path, SWIFT | {"task_type": "numeric"})
     assert (question.id, question.question, question.task_type) == ("data-0", "How many cars?", "numeric")
     assert question.answer == "2" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
-    assert question.meta == {"format": "ms-swift", "system": "Be brief."}
+    assert question.meta == {"format": "ms-swift"} and question.system == "Be brief."
 
 
-def test_without_a_task_type_nothing_is_graded(tmp_path):
-    letter = {"role": "assistant", "content": "B"}
-    (question,) = load(tmp_path, SWIFT | {"messages": [SWIFT["messages"][1], letter]})
-    assert question.task_type == "open" and question.answer == "B"
+@pytest.mark.parametrize(
+    ("answer", "task", "truth"),
+    [
+        ("B", "mcq", "B"),
+        ("(B)", "mcq", "B"),
+        ("3.5 to 10", "temporal", "3.5 to 10"),
+        ("<answer>3.5 to 10</answer>", "temporal", "3.5 to 10"),
+        ('{"time": [3.5, 10]}', "temporal", "3.5 to 10"),
+        ("[10, 20, 30, 40]", "spatial", "10,20,30,40"),
+        ("3", "numeric", "3"),
+        ("1,200", "open", "1,200"),
+        ("three", "open", "three"),
+        ("3 cups", "open", "3 cups"),
+        ("b", "open", "b"),
+        ("I", "mcq", "I"),
+        ("yes", "open", "yes"),
+    ],
+)
+def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
+    record = SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": answer}]}
+    (question,) = load(tmp_path, record)
+    assert (question.task_type, question.answer, question.meta["inferred"]) == (task, truth, True)
+    # One that is named counts, by the record or by the setting.
+    (question,) = load(tmp_path, record | {"task_type": "open"})
+    assert question.task_type == "open" and "inferred" not in question.meta
+    (question,) = load(tmp_path, record, task_type="ocr")
+    assert (question.task_type, question.answer) == ("ocr", truth if task == "open" else question.answer)
+
+
+def test_options_make_it_multiple_choice(tmp_path):
+    record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["1", "2", "3"]}
+    (question,) = load(tmp_path, record)
+    # "2" is the text of the second option.
+    assert (question.task_type, question.answer) == ("mcq", "B")
+
+
+def test_content_parts_solution_query_and_other_keys(tmp_path):
+    parts = [
+        {"type": "text", "text": "Is "},
+        {"type": "image", "image": "p.png"},
+        {"type": "text", "text": " in "},
+        {"type": "video", "video": "v.mp4", "video_start": 3, "video_end": 10},
+    ]
+    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "solution": "<answer>A</answer>"})
+    assert question.question == "Is <image> in <video>" and question.answer == "A"
+    assert [(kind, span) for kind, _, span in question.media] == [("image", None), ("video", (3.0, 10.0))]
+    (question,) = load(tmp_path, {"query": "<video>How many?", "response": "3", "videos": ["v.mp4"], "source": "x"})
+    assert (question.question, question.task_type, question.answer) == ("How many?", "numeric", "3")
+    assert question.meta["source"] == {"source": "x"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "task", "truth"),
+    [
+        ("temporal grounding", '<answer>{"time": [12.3, 25.7]}</answer>', "temporal", "12.3 to 25.7"),
+        ("spatial grounding", '{"boxes": [1, 2, 30, 40]}', "spatial", "1,2,30,40"),
+        ("boolean", "Yes", "mcq", "A"),
+        ("boolean", "no", "mcq", "B"),
+        ("math", "42", "numeric", "42"),
+        ("math", "B", "mcq", "B"),
+        ("multiple_choice", "B", "mcq", "B"),
+        ("open-ended", "a dog", "open", "a dog"),
+        (None, "3", "numeric", "3"),
+    ],
+)
+def test_easyr1_and_easyvideor1(tmp_path, kind, answer, task, truth):
+    record = {"problem": "<video>What?", "answer": answer, "videos": ["v.mp4"], "problem_type": kind}
+    (question,) = load(tmp_path, record)
+    assert (question.question, question.task_type, question.answer) == ("What?", task, truth)
+    assert question.options == (("Yes", "No") if kind == "boolean" else None)
+
+
+def test_the_image_beside_a_video_is_shown(tmp_path):
+    (question,) = load(tmp_path, VIDEO_R1 | {"image_path": "q.png"})
+    assert [kind for kind, _, _ in question.media] == ["video", "image"]
+    (question,) = load(tmp_path, VIDEO_R1 | {"path": ["v.mp4", "w.mp4"], "options": [], "problem_type": "ocr"})
+    assert len(question.videos) == 2
 
 
 def test_ms_swift_images_options_and_a_key_for_the_answer(tmp_path):
@@ -72,7 +145,7 @@ def test_video_r1(tmp_path):
     assert (question.id, question.task_type, question.answer) == ("12", "mcq", "B")
     assert question.options == ("A. cat", "B. dog")
     assert question.videos == (str(tmp_path.resolve() / "clips" / "v.mp4"),)
-    assert question.meta["problem_type"] == "multiple choice" and question.meta["data_source"] == "some set"
+    assert question.meta["source"] == {"problem_type": "multiple choice", "data_source": "some set"}
 
 
 @pytest.mark.parametrize(
@@ -99,13 +172,25 @@ def test_video_r1_types(tmp_path, kind, solution, task, answer):
         (SWIFT | {"messages": [{"role": "tool", "content": "x"}]}, r"field 'messages\[0\]\.role'.*got 'tool'"),
         (SWIFT | {"messages": SWIFT["messages"][1:] * 2}, r"expected one user turn.*got 2 user and 2 assistant turns"),
         (
-            SWIFT | {"messages": SWIFT["messages"][1:], "task_type": "mcq"},
+            SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": "two"}], "task_type": "mcq"},
             r"field 'messages': expected one option letter",
         ),
-        (SWIFT | {"videos": []}, r"either 'videos' or 'images'"),
+        (SWIFT | {"videos": []}, r"at least one path under 'videos' or 'images'"),
+        (SWIFT | {"audios": ["a.wav"]}, r"field 'audios': expected videos and images only"),
+        (SWIFT | {"videos": [["1.jpg", "2.jpg"]]}, r"field 'videos': expected paths of files, got 'a list of frames'"),
+        (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images"),
+        (SWIFT | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\]': expected a part"),
+        (
+            SWIFT | {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4", "fps": 2}]}]},
+            r"content\[0\]\.fps'.*set frames and pixels for the whole run",
+        ),
+        (SWIFT | {"messages": [{"role": "user", "content": "<video>Where? <bbox>"}]}, r"boxes as numbers"),
+        ({"query": "<video>Q", "history": [["a", "b"]], "videos": ["v.mp4"]}, r"field 'history'"),
+        (VIDEO_R1 | {"problem_type": "tracking"}, r"field 'problem_type': expected one of.*got 'tracking'"),
+        (VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$x^2$"}, r"field 'problem_type'"),
+        (VIDEO_R1 | {"problem_type": "OCR", "solution": "<answer></answer>"}, r"field 'solution'.*got nothing"),
         (LLAVA | {"video": "../v.mp4"}, r"field 'video': expected a path inside the media root"),
         (VIDEO_R1 | {"problem_type": "riddle"}, r"field 'problem_type': expected one of multiple choice"),
-        (VIDEO_R1 | {"problem_type": None}, r"field 'problem_type'"),
         (VIDEO_R1 | {"data_type": "audio"}, r"field 'data_type': expected 'video' or 'image', got 'audio'"),
         (VIDEO_R1 | {"solution": "<answer>C</answer>"}, r"field 'solution': expected one option letter.*among AB"),
         (VIDEO_R1 | {"solution": None}, r"field 'solution': .*got nothing"),

@@ -11,17 +11,16 @@ import pytest
 import torch
 from media_files import noise_frames, write_clip
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import (
-    ANSWER_FORMAT,
     PromptBuilder,
     PromptError,
     ResponseError,
     media_text,
-    question_text,
 )
+from rmsd_fast.data.question_text import ANSWER_FORMAT, question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaRequest, read_layout, read_media
 from rmsd_fast.method.answers import TASK_TYPES
@@ -167,11 +166,76 @@ def test_parts_of_videos_keep_the_times_of_the_file(folder: Path, builder: Promp
     assert torch.equal(prompt.media[0].pixels[2], prompt.media[1].pixels[2])
 
 
-def test_template_without_media_marks_is_refused(folder: Path, student: Student) -> None:
-    stripped = load_student(folder / "student", dtype="float32")
-    stripped.tokenizer.chat_template = "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}"
-    with pytest.raises(PromptError, match="expected the chat template to mark 1 media, got 0"):
-        PromptBuilder(stripped, VideoConfig(num_frames=2)).build(_question(folder))
+WHOLE = """{%- for m in messages -%}<|im_start|>{{ m.role }}
+{% for part in m.content -%}
+{%- if part.type == 'text' -%}{{ part.text }}
+{%- else -%}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{%- endif -%}
+{%- endfor -%}<|im_end|>
+{% endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant
+OPENING{%- endif -%}"""
+
+
+def _with_template(folder: Path, template: str) -> Student:
+    student = load_student(folder / "student", dtype="float32")
+    student.tokenizer.chat_template = template
+    return student
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "got it 0 times"),
+        (WHOLE.replace("OPENING", "<think>\\n\\n</think>\\n\\n"), "expected a response to begin empty or with <think>"),
+        (WHOLE.replace("OPENING", "Sure! "), "expected a response to begin empty or with <think>"),
+        (WHOLE.replace("<|im_end|>", "</s>").replace("OPENING", ""), "expected it to end a response with <|im_end|>"),
+        (WHOLE.replace("OPENING", "{{ strftime_now('%Y') }}"), "it writes the current date"),
+        ("{{ raise_exception('text only') }}", "it cannot render a question (text only"),
+        (WHOLE.replace("OPENING", "").replace("m.content", "m.content | sort(attribute='type')"), "it moves media"),
+    ],
+)
+def test_templates_that_cannot_be_right_are_refused_by_name(folder: Path, template: str, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        PromptBuilder(_with_template(folder, template), VideoConfig(num_frames=2))
+    assert message in str(caught.value) and "Qwen3-VL" in str(caught.value)
+
+
+def test_a_template_that_opens_the_reasoning_owns_its_tag(folder: Path, builder: PromptBuilder) -> None:
+    """Thinking models: the prompt ends with <think>, so a response begins behind it and is taught only once."""
+    assert builder.opening == ""
+    thinking = PromptBuilder(
+        _with_template(folder, WHOLE.replace("OPENING", "{{ '<think>\\n' }}")), VideoConfig(num_frames=3)
+    )
+    assert thinking.opening == "<think>\n"
+    prompt = thinking.build(_question(folder))
+    assert thinking.tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant\n<think>\n")
+    text = "<think>\nIt is red.\n</think>\n<answer>A</answer>"
+    ids = thinking.encode_response(text)
+    assert thinking.tokenizer.decode(ids) == "It is red.\n</think>\n<answer>A</answer><|im_end|>"
+    # Texts of responses stay whole, so that formats, scores and files do not depend on the template.
+    assert thinking.decode_response(ids) == text
+    joined = thinking.tokenizer.decode(torch.cat([prompt.input_ids, ids]))
+    assert joined.count("<think>") == joined.count("Reply as <think>") + 1
+    # Without the line break nothing is lost either.
+    ids = thinking.encode_response("<think>It is red.</think><answer>A</answer>")
+    assert thinking.tokenizer.decode(ids) == "It is red.</think><answer>A</answer><|im_end|>"
+    with pytest.raises(ResponseError, match="does not begin with it"):
+        thinking.encode_response("<answer>A</answer>")
+
+
+def test_media_stand_at_their_marks_and_system_texts_in_front(folder: Path, builder: PromptBuilder) -> None:
+    question = _question(folder, "a", "cc", question="Is <image> in <video> or in <image>?", system="Be brief.")
+    prompt = builder.build(question)
+    text = builder.tokenizer.decode(prompt.input_ids)
+    image = "<|vision_start|>" + "<|image_pad|>" * int((prompt.mm_token_type_ids == 1).sum() // 2) + "<|vision_end|>"
+    start, middle, end = text.split(image)
+    assert start == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs "
+    assert middle.startswith(" in <|vision_start|><") and middle.endswith("<|vision_end|> or in ")
+    assert end.startswith("?\nA. red\nB. blue\nReply as")
+    assert [frames.kind for frames in prompt.media] == ["image", "video", "image"]
+    # Marks in options count too.
+    shown = _question(folder, "", "cc", question="Which?", options=("<image>", "<image>"))
+    text = builder.tokenizer.decode(builder.build(shown).input_ids)
+    assert text.startswith("<|im_start|>user\nWhich?\nA. <|vision_start|>") and "<|vision_end|>\nB. <|vision" in text
 
 
 def test_responses_end_with_the_end_token_and_come_back(builder: PromptBuilder) -> None:
@@ -226,8 +290,7 @@ job = torch.load(sys.argv[1])
 processor = AutoProcessor.from_pretrained(job["folder"])
 out = []
 for case in job["cases"]:
-    kinds = [{"type": "video"}] * len(case["videos"]) + [{"type": "image"}] * len(case["images"])
-    messages = [{"role": "user", "content": [*kinds, {"type": "text", "text": case["text"]}]}]
+    messages = case["messages"]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     metadata = [VideoMetadata(total_num_frames=total, fps=fps, frames_indices=list(indices))
                 for total, fps, indices in case["metadata"]]
@@ -238,6 +301,20 @@ print(json.dumps(out))
 """
 
 
+def _messages(question: Question) -> list[dict]:
+    text = question_text(question)
+    if question.system:
+        before, after = text.split("<image> in <video>")
+        content = [before, "image", " in ", "video", after]
+        parts = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in content]
+        return [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "user", "content": parts},
+        ]
+    kinds = [{"type": "video"}] * len(question.videos) + [{"type": "image"}] * len(question.images)
+    return [{"role": "user", "content": [*kinds, {"type": "text", "text": text}]}]
+
+
 def test_equal_to_the_processor_of_transformers(
     folder: Path, builder: PromptBuilder, tmp_path: Path, run_with_torchvision
 ) -> None:
@@ -245,6 +322,7 @@ def test_equal_to_the_processor_of_transformers(
         _question(folder),
         _question(folder, "", "c", task_type="spatial", options=None),
         _question(folder, "ab", "cc", task_type="temporal", options=None),
+        _question(folder, "b", "c", question="Is <image> in <video>?", system="Be brief."),
     ]
     sources = {"a": (9, 4.0, (0, 4, 8)), "b": (6, 3.0, (0, 2, 5))}
     prompts, cases = [], []
@@ -253,7 +331,7 @@ def test_equal_to_the_processor_of_transformers(
         prompts.append(prompt)
         cases.append(
             {
-                "text": question_text(question),
+                "messages": _messages(question),
                 "videos": [frames.pixels for frames in prompt.media if frames.kind == "video"],
                 "images": [frames.pixels[0] for frames in prompt.media if frames.kind == "image"],
                 "metadata": [sources[Path(path).stem] for path in question.videos],

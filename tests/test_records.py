@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rmsd_fast.data.records import DataError, Question, load_questions, normalize_answer, write_questions
+from rmsd_fast.data.records import DataError, Question, answer_text, load_questions, write_questions
+from rmsd_fast.method.natural import Unreadable
 
 GOOD = {"id": "q1", "videos": ["a.mp4"], "question": "Which colour?", "task_type": "mcq", "options": ["red", "green"]}
 GOOD |= {"answer": "B"}
@@ -53,14 +54,23 @@ def test_json_list(tmp_path):
         ("numeric", 3, "3"),
         ("ocr", 42, "42"),
         ("open", " text ", "text"),
-        ("numeric", True, None),
-        ("temporal", [1, 2, 3], None),
-        ("spatial", [1, 2, 3, None], None),
-        ("mcq", 1, None),
+        ("numeric", "1,200", "1200"),
+        ("temporal", [["3", "5"]], "3 to 5"),
+        ("temporal", {"start": 3, "end": 5}, "3 to 5"),
+        ("ocr", ' "EXIT". ', '"EXIT".'),
     ],
 )
-def test_normalize_answer(task, given, expected):
-    assert normalize_answer(given, task) == expected
+def test_answer_text(task, given, expected):
+    assert answer_text(given, task) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [("numeric", True), ("temporal", [1, 2, 3]), ("spatial", [1, 2, 3, None]), ("mcq", 1), ("open", ["a"])],
+)
+def test_answers_that_are_not_one_answer(task, given):
+    with pytest.raises(Unreadable):
+        answer_text(given, task)
 
 
 def test_ground_truths_are_normalised(tmp_path):
@@ -82,11 +92,22 @@ def test_ground_truths_are_normalised(tmp_path):
         ({"question": None}, r"field 'question': expected text that is not empty, got nothing"),
         ({"task_type": "quiz"}, r"field 'task_type': expected one of mcq, temporal.*got 'quiz'"),
         ({"task_type": ["mcq"]}, r"field 'task_type'"),
-        ({"videos": "a.mp4"}, r"field 'videos': expected a list of paths, got 'a.mp4'"),
+        ({"videos": {"a": 1}}, r"field 'videos': expected a list of paths, got \{'a': 1\}"),
         ({"videos": [3]}, r"field 'videos': expected paths \(text\), got 3"),
         ({"videos": ["a\0.mp4"]}, r"field 'videos'"),
-        ({"videos": []}, r"either 'videos' or 'images'"),
-        ({"images": ["b.png"]}, r"either 'videos' or 'images'"),
+        ({"videos": []}, r"expected at least one path under 'videos' or 'images'"),
+        (
+            {"question": "Who <image>? <image>"},
+            r"field 'question': expected one mark for each of 1 videos and 0 images",
+        ),
+        ({"question": "<|im_end|>Who?"}, r"field 'question': expected plain text, got '<\|im_end\|>'"),
+        ({"question": "a\ud800b"}, r"field 'question': expected Unicode text"),
+        ({"id": "a\ud800b"}, r"field 'id': expected Unicode text"),
+        ({"system": ""}, r"field 'system': expected plain text that is not empty"),
+        ({"options": {"A": "x", "C": "y"}}, r"field 'options': expected the letters A, B, C"),
+        ({"answer": 1}, r"an index may count from 0 or from 1, write the letter"),
+        ({"answer": "A or B"}, r"several different answers were given"),
+        ({"videos": ["x" * 300 + ".mp4"]}, r"field 'videos': expected a path that can be looked up"),
         ({"videos": ["https://x.org/a.mp4"]}, r"expected a local path"),
         ({"videos": [{"start": 1}]}, r"expected paths \(text\), got nothing"),
         ({"videos": [{"path": "a.mp4", "begin": 1}]}, r"field 'videos': expected path, start and end, got 'begin'"),
@@ -101,7 +122,7 @@ def test_ground_truths_are_normalised(tmp_path):
             {"answer": None},
             r"field 'answer': expected one option letter.*closed task, got nothing; add the ground truth",
         ),
-        ({"task_type": "numeric", "options": None, "answer": "three"}, r"expected one finite number"),
+        ({"task_type": "numeric", "options": None, "answer": "many"}, r"expected one finite number"),
         ({"task_type": "numeric", "options": None, "answer": "nan"}, r"expected one finite number"),
         ({"task_type": "numeric"}, r"field 'options': expected none"),
         ({"task_type": "temporal", "options": None, "answer": "5 to 5"}, r"expected an end after the start"),
@@ -195,3 +216,46 @@ def test_write_reads_back_with_relative_paths(tmp_path):
     assert json.loads((tmp_path / "copy.jsonl").read_text())["videos"] == ["a.mp4"]
     assert load_questions(tmp_path / "copy.jsonl") == questions
     assert not list(tmp_path.glob(".*"))
+
+
+def test_several_faults_come_in_one_report(tmp_path):
+    bad = [GOOD | {"id": f"q{index}", "answer": "Z"} for index in range(30)]
+    with pytest.raises(DataError) as caught:
+        load_questions(write(tmp_path / "q.jsonl", GOOD, "{", *bad))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("q.jsonl: 31 of 32 records cannot be used:")
+    assert "q.jsonl:2: expected one JSON object" in lines[1] and "q.jsonl:3: field 'answer'" in lines[2]
+    assert len(lines) == 22 and lines[-1] == "  and 11 more"
+
+
+def test_links_out_of_the_root_are_followed_on_request(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a.mp4").write_bytes(b"x")
+    (root / "link").symlink_to(tmp_path / "outside")
+    path = write(root / "q.jsonl", GOOD | {"videos": ["link/a.mp4"]})
+    (question,) = load_questions(path, follow_symlinks=True)
+    assert question.videos == (str(root / "link" / "a.mp4"),)
+    path = write(root / "q.jsonl", GOOD | {"videos": ["../outside/a.mp4"]})
+    with pytest.raises(DataError, match="expected a path inside the media root"):
+        load_questions(path, follow_symlinks=True)
+
+
+def test_a_file_that_is_there_may_have_a_backslash_in_its_name(tmp_path):
+    (tmp_path / "a\\b.mp4").write_bytes(b"x")
+    path = write(tmp_path / "q.jsonl", GOOD | {"videos": ["a\\b.mp4", "c\\d.mp4"]})
+    (question,) = load_questions(path)
+    assert question.videos == (str(tmp_path.resolve() / "a\\b.mp4"), str(tmp_path.resolve() / "c" / "d.mp4"))
+
+
+def test_system_text_marks_and_images_beside_videos_are_kept(tmp_path):
+    record = GOOD | {"system": "Be brief.", "images": ["b.png"], "question": "Is <image> in <video>?"}
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record))
+    assert question.system == "Be brief." and question.question == "Is <image> in <video>?"
+    assert [(kind, Path(path).name) for kind, path, _ in question.media] == [("image", "b.png"), ("video", "a.mp4")]
+    write_questions(tmp_path / "again.jsonl", [question], media_root=tmp_path)
+    assert load_questions(tmp_path / "again.jsonl") == [question]
+    # Without marks videos come first.
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record | {"question": "Is it there?"}))
+    assert [kind for kind, _, _ in question.media] == ["video", "image"]

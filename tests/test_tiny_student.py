@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rmsd_fast.data.prompts import ANSWER_FORMAT
+from rmsd_fast.data.question_text import ANSWER_FORMAT
 from rmsd_fast.models import tiny
 from rmsd_fast.models.students import load_student
 from rmsd_fast.models.tiny import SPECIAL_TOKENS, TAGS, build_tiny_student, build_tokenizer

@@ -11,27 +11,23 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.chat_template import (
+    END_TOKEN,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    render,
+    response_opening,
+)
+from rmsd_fast.data.marks import MARK
 from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
 
-END_TOKEN = "<|im_end|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 # Values of `mm_token_type_ids`, as the model's get_rope_index reads them.
 IMAGE_TYPE, VIDEO_TYPE = 1, 2
-
-_REPLY = "Reply as <think>reasoning</think><answer>{answer}</answer>"
-# The last line of each prompt. Short on purpose: every rollout of every question carries it.
-ANSWER_FORMAT = {
-    "mcq": _REPLY.format(answer="option letter"),
-    "temporal": _REPLY.format(answer="start to end") + ", in seconds",
-    "spatial": _REPLY.format(answer="x1,y1,x2,y2") + ", from 0 to 1000",
-    "numeric": _REPLY.format(answer="number"),
-    "ocr": _REPLY.format(answer="text read"),
-    "open": _REPLY.format(answer="text"),
-}
-_OPTION_LABEL = re.compile(r"\s*([A-Z])[.):]\s+")
 
 
 class PromptError(ValueError):
@@ -51,7 +47,7 @@ class Prompt:
         input_ids: int64 [P].
         mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
         position_ids: int64 [3, P]: time, height, width. The first response token stands at `next_position` on each.
-        media: decoded media in the order of their placeholders: videos, then images.
+        media: decoded media in the order of their placeholders, that of `question.media`.
         vision_ids: the ids that a model takes for media or their edges, whether this prompt holds them or not.
     """
 
@@ -76,6 +72,8 @@ class PromptBuilder:
         media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
+        opening: what the chat template opens a response with: "", or `<think>` and a line break for Thinking models. It
+            belongs to the prompt: texts of responses are whole, their ids begin behind it.
         banned_ids: int64, ids that generation must never choose: every special token but the end token, and ids of the
             embedding beyond the tokenizer's.
     """
@@ -90,11 +88,12 @@ class PromptBuilder:
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         edges = (config.vision_start_token_id, config.vision_end_token_id)
         self._vision_ids = (self._image_id, self._video_id, *edges)
+        self.opening = response_opening(self.tokenizer)
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        self._special = special
+        self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
         beyond = range(len(self.tokenizer), config.text_config.vocab_size)
         self.banned_ids = torch.tensor(sorted({*special, *beyond} - {self.eos_id}), dtype=torch.int64)
 
@@ -116,13 +115,8 @@ class PromptBuilder:
         return prompt
 
     def media_requests(self, question: Question) -> list[MediaRequest]:
-        """The question's media in the order of their placeholders: videos, then images."""
-        spans = question.spans or (None,) * len(question.videos)
-        videos = [("video", path, span) for path, span in zip(question.videos, spans, strict=True)]
-        return [
-            MediaRequest(path, kind, self.video, self.preprocessor, span)
-            for kind, path, span in [*videos, *(("image", path, None) for path in question.images)]
-        ]
+        """The question's media in the order of their placeholders."""
+        return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in question.media]
 
     def _length(self, question: Question, layouts: list[Layout]) -> int:
         """Tokens of the prompt. Each temporal patch goes to the tokenizer with one vision token for all of its own."""
@@ -133,15 +127,12 @@ class PromptBuilder:
 
     def _prompt_ids(self, question: Question, media: Sequence[Frames | Layout]) -> torch.Tensor:
         text = question_text(question)
-        self._refuse_special(question, text)
-        content = [{"type": frames.kind} for frames in media] + [{"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        self._refuse_special(question, f"{question.system or ''}{text}")
+        rendered = render(self.tokenizer, _content(text, media), question.system)
         return self._encode(self._expand(rendered, media, question))
 
     def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
-        """The same with media decoded before: videos, then images, in the order of the question."""
+        """The same with media decoded before, in the order of `question.media`."""
         ids = self._prompt_ids(question, media)
         types = torch.zeros_like(ids)
         types[ids == self._image_id] = IMAGE_TYPE
@@ -157,38 +148,52 @@ class PromptBuilder:
         """Token ids of a response, int64 [R], the end token included.
 
         Raises:
-            ResponseError: the text holds a special token; vision tokens in it would be taken for pixels.
+            ResponseError: as `check_response`.
+        """
+        self.check_response(text)
+        if self.opening:
+            text = text.removeprefix(self.opening) if text.startswith(self.opening) else text.removeprefix("<think>")
+        return torch.cat([self._encode(text), torch.tensor([self.eos_id])])
+
+    def check_response(self, text: str) -> None:
+        """Refuse a text that cannot be taught, without encoding it.
+
+        Raises:
+            ResponseError: the text holds a special token (vision tokens in it would be taken for pixels), is not
+                Unicode, or does not begin with the `<think>` that the prompt ends with.
         """
         if not _is_unicode(text):
             raise ResponseError("a response must be Unicode text, got a lone surrogate; leave the response out")
-        ids = self._encode(text)
-        for index in ids.tolist():
-            if index in self._special:
-                raise ResponseError(
-                    f"a response must be plain text, got the special token {self._special[index]}; "
-                    "remove it from the teacher pool, or leave the response out"
-                )
-        return torch.cat([ids, torch.tensor([self.eos_id])])
+        if found := self._special.search(text):
+            raise ResponseError(
+                f"a response must be plain text, got the special token {found[0]}; "
+                "remove it from the teacher pool, or leave the response out"
+            )
+        if self.opening and not text.startswith("<think>"):
+            raise ResponseError(
+                "the student's chat template opens a response with <think>, and this one does not begin with it; "
+                "leave the response out"
+            )
 
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
-        """Text of response ids: up to the first end token, without special tokens."""
+        """Whole text of a response: the template's opening, then its ids up to the first end token, no special ones."""
         ids = [int(index) for index in ids]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.opening + text
 
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
     def _refuse_special(self, question: Question, text: str) -> None:
         if not _is_unicode(text):
-            raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; mend the text")
-        for token in self._special.values():
-            if token in text:
-                raise PromptError(
-                    f"question {question.id!r}: expected plain text, got the special token {token}; "
-                    "remove it from the question"
-                )
+            raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; fix the text")
+        if found := self._special.search(text):
+            raise PromptError(
+                f"question {question.id!r}: expected plain text, got the special token {found[0]}; "
+                "remove it from the question"
+            )
 
     def _expand(self, rendered: str, media: Sequence[Frames | Layout], question: Question) -> str:
         """Put each medium's stamps and placeholder tokens where the chat template left its one pad token.
@@ -206,6 +211,16 @@ class PromptBuilder:
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
 
 
+def _content(text: str, media: Sequence[Frames | Layout]) -> list[dict[str, str]]:
+    """Content parts of the user's turn: media at their marks, or in front where there are none."""
+    if not MARK.search(text):
+        return [*({"type": frames.kind} for frames in media), {"type": "text", "text": text}]
+    # MARK.split gives text, kind, text, …
+    pieces = enumerate(MARK.split(text))
+    parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in pieces]
+    return [part for part in parts if part.get("text") != ""]
+
+
 def _refuse_long(question: Question, tokens: int, most: int) -> None:
     if tokens > most:
         raise PromptError(
@@ -221,18 +236,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def question_text(question: Question) -> str:
-    """The text of a prompt: question, one line per option (`A. text`), answer format."""
-    options = question.options or ()
-    letters = [chr(ord("A") + index) for index in range(len(options))]
-    labels = [_OPTION_LABEL.match(option) for option in options]
-    # A label is taken off only where all options carry their own letter: "I. Newton" alone is a text.
-    if all(label and label[1] == letter for label, letter in zip(labels, letters, strict=True)):
-        options = [option[label.end() :] for option, label in zip(options, labels, strict=True)]
-    lines = [f"{letter}. {option.strip()}" for letter, option in zip(letters, options, strict=True)]
-    return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])
 
 
 def media_text(frames: Frames | Layout, preprocessor: Preprocessor) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from rmsd_fast.config import ModelError
+from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 
 FAMILIES = ("qwen3_vl",)
 # What a folder has to hold; weights as safetensors only, so that nothing is unpickled.

@@ -14,10 +14,11 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled
+from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD
 from rmsd_fast.data.media_cache import ByteLru, held_bytes
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor, video_patches
-from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, Prompt
+from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
 from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
 from rmsd_fast.models.liger import apply_liger

@@ -18,8 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, SettingsError
+from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.prompts import ANSWER_FORMAT, END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from rmsd_fast.data.question_text import ANSWER_FORMAT
 from rmsd_fast.models.students import Student, export_student
 
 SETTINGS_FILE = "tiny_student.json"

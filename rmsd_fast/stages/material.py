@@ -10,7 +10,7 @@ import torch
 
 from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
-from rmsd_fast.data.prompts import question_text
+from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
 from rmsd_fast.models.folders import check_family, resolve_folder

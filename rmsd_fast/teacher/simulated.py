@@ -25,7 +25,7 @@ from typing import Any
 
 from rmsd_fast.data.clips import COLORS, DIGITS, LETTERS, Content, article
 from rmsd_fast.data.records import Question
-from rmsd_fast.method.answers import CLOSED_TASKS, option_letters, parse_answer_body
+from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters, parse_answer_body
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
 MODEL = "simulated"
@@ -226,8 +226,8 @@ def _reasoning(question: Question, answer: str | None, rng: random.Random) -> tu
     if answer is None:
         return "I look at the clip.", "I cannot tell."
     if task == "mcq" and question.options:
-        chosen = question.options[option_letters(question.options).index(answer)]
-        return f"I see {_bare(chosen)}.", answer
+        chosen = bare_options(question.options)[option_letters(question.options).index(answer)]
+        return f"I see {chosen}.", answer
     words = {
         "temporal": f"It is seen from {answer}.",
         "spatial": "I see where it is.",
@@ -292,12 +292,6 @@ def _violate(think: str, answer: str, task: str, rng: random.Random) -> tuple[st
 def _content(record: dict[str, Any]) -> Content:
     fields = {name: value for name, value in record.items() if name != "place"}
     return Content(**fields | {"box": tuple(fields["box"])})
-
-
-def _bare(option: str) -> str:
-    """The option's text without its letter ("A. red" -> "red")."""
-    letter, dot, text = option.partition(". ")
-    return text if dot and len(letter.strip()) == 1 else option
 
 
 def _interval(start: float, end: float) -> str:
