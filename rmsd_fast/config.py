@@ -11,6 +11,7 @@ from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("sft", "warm_up", "distill")
+FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 
 
 class UserError(Exception):
@@ -113,9 +114,13 @@ class DataConfig:
     heldout: str = ""
     """Evaluation questions, JSONL; empty = no evaluation."""
     format: str = "auto"
-    """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1`."""
+    """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1` (EasyR1 and EasyVideoR1 too)."""
+    task_type: str = "auto"
+    """Task type of records of other trainers that name none: `auto` = by their options and answers, or one of the types."""
     media_root: str = ""
     """Folder that every media path must lie in; empty = the folder of the question file."""
+    follow_symlinks: bool = False
+    """Let symbolic links in the media root lead out of it, as data folders of clusters do."""
     max_prompt_tokens: int = 16384
     """Longer prompts are bad samples (replaced, counted and listed; in evaluation they count 0)."""
     decoder: str = "auto"
@@ -153,6 +158,11 @@ class TeacherConfig:
     """Teacher responses, JSONL (format in README)."""
     responses: int = 4
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
+    parse: str = "natural"
+    """`natural` = an answer whose meaning is clear is brought into the format <think>…</think><answer>…</answer>; `strict`
+    = it counts only where it was sent in that format (2603.11423). What was sent otherwise is counted either way."""
+    max_unanswered_share: float = 0.05
+    """Questions without any response are left out of training, up to this share of them; more is an error."""
     min_quality: float = 0.3
     """tau: responses of lower quality are left out of matching (2603.11423: 0.3)."""
     quality: str = "metric"
@@ -310,6 +320,8 @@ class EvaluateConfig:
     """Evaluate the first so many held-out questions; 0 = all."""
     max_new_tokens: int = 1024
     """Longest response; decoding is greedy."""
+    parse: str = "strict"
+    """`strict` = an answer counts only in the format; `natural` = whatever states it clearly (`teacher.parse`)."""
     prompts_per_batch: int = 16
     """Questions generated at once on one process."""
     samples: int = 24

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmsd_fast import config as config_module
-from rmsd_fast.config import RECIPES, STAGES, RunConfig, SettingsError
+from rmsd_fast.config import FORMATS, RECIPES, STAGES, RunConfig, SettingsError
+from rmsd_fast.method.answers import TASK_TYPES
 
 CHOICES = {
     "packing": ("shared", "padded"),
@@ -23,11 +24,14 @@ CHOICES = {
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
     "model.liger": ("auto", "on", "off"),
     "data.decoder": ("auto", "cpu", "cuda"),
-    "data.format": ("auto", "rmsd", "ms-swift", "llava", "video-r1"),
+    "data.format": FORMATS,
+    "data.task_type": ("auto", *TASK_TYPES),
+    "teacher.parse": ("strict", "natural"),
     "teacher.quality": ("metric", "uniform"),
     "teacher.numeric_metric": ("epsilon", "mra"),
     "teacher.ocr_metric": ("wer", "anls"),
     "teacher.spatial_format": ("relative", "pixel"),
+    "evaluate.parse": ("strict", "natural"),
     "sft.schedule": ("cosine", "constant"),
     "sft.responses": ("best", "all", "random"),
     "discriminator.pairing": ("expected", "sampled"),
@@ -61,7 +65,7 @@ RANGES = {
     "distill.kl_coef reward.alpha reward.beta reward.eta reward.delta reward.kl_in_reward runtime.grad_clip "
     "teacher.numeric_eps data.cache_mib data.decode_ahead data.embedding_cache_mib checkpoint.every_steps "
     "evaluate.max_questions evaluate.samples",
-    SHARE: "teacher.min_quality data.max_bad_share made.teacher_error_rate",
+    SHARE: "teacher.min_quality teacher.max_unanswered_share data.max_bad_share made.teacher_error_rate",
     ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
     (1e-12, 86400): "data.decode_timeout_s",
     (1e-12, 1e6): "data.disk_cache_gib",
@@ -383,6 +387,7 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             not settings.data.heldout and not settings.made.enabled,
             "there is nothing to evaluate on; give data.heldout",
         ),
+        (["data.task_type"], settings.data.format == "rmsd", "records of the own format name their task type"),
         (["data.disk_cache_gib"], not settings.data.disk_cache, "there is no data.disk_cache; name a folder"),
         (
             ["data.embedding_cache_mib"],

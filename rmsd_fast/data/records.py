@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from rmsd_fast.config import SettingsError, UserError
+from rmsd_fast.config import FORMATS, SettingsError, UserError
 from rmsd_fast.data.marks import MARK, MarkError, place_marks
 from rmsd_fast.method.answers import (
     CLOSED_TASKS,
@@ -38,7 +38,6 @@ from rmsd_fast.method.answers import (
 )
 from rmsd_fast.method.natural import Unreadable, canonical_body
 
-FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 _FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration", "meta")
 # Faults of one file that a report lists.
 SHOWN_FAULTS = 20
@@ -153,13 +152,13 @@ def load_questions(
         seen[question.id] = where
         questions.append(question)
     if faults:
-        raise _several(path, faults, len(questions) + len(faults))
+        raise several_faults(path, faults, len(questions) + len(faults))
     if not questions:
         raise DataError(f"{path}: expected at least one question, got an empty file; check that the path is right")
     return questions
 
 
-def _several(path: Path, faults: list[DataError], records: int) -> DataError:
+def several_faults(path: Path, faults: list[DataError], records: int) -> DataError:
     """One error for all that is wrong with a file."""
     if len(faults) == 1:
         return faults[0]

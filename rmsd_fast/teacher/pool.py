@@ -1,12 +1,13 @@
 """The teacher pool: JSONL, one line per (question id, k), appended to and never rewritten in place.
 
-``{"id","k","key","text","finish_reason","usage","model","sampling","valid"?,"quality"?}``
+``{"id","k","key","text","finish_reason","usage","model","sampling","valid"?,"quality"?,"raw"?,"reason"?}``
 
 `key` names everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
 made by `request_key`. A pool is checked against its questions by the first part (and the second on request), so a
 pool that was collected for other questions, or before a question was edited, is seen. The third part tells a
 collection that goes on whether sampling or frames have changed. An empty key means that the origin is not known: such
-a line is matched by id only. Invalid and truncated responses are lines like any other (their quality is 0).
+a line is matched by id only. Invalid and truncated responses are lines like any other (their quality is 0). A pool that
+was repaired keeps the text as it was sent under `raw`, and under `reason` why an answer cannot be used.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.data.records import DataError, Question, parse_record, write_text_atomic
+from rmsd_fast.data.records import DataError, Question, parse_id, parse_record, several_faults, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
 _REQUIRED = ("id", "k", "text")
-_FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality")
+_FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality", "raw", "reason")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TeacherResponse:
     """One response of the teacher to one question."""
 
@@ -56,6 +57,10 @@ class TeacherResponse:
     """Validity as seen at collection; training computes its own."""
     quality: float | None = None
     """Quality as seen at collection; training computes its own."""
+    raw: str | None = None
+    """The text as sent, where `text` is a canonical form of it."""
+    reason: str | None = None
+    """Why the answer was found invalid, a key of `method.natural.REASONS`."""
 
 
 def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict[str, list[TeacherResponse]]:
@@ -68,37 +73,46 @@ def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict
         DataError: names file, line, field, what was expected, what was found.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check teacher.pool") from error
-    lines = data.split(b"\n")
     pool: dict[str, list[TeacherResponse]] = {}
-    places: dict[tuple[str, int], str] = {}
-    for number, line in enumerate(lines, start=1):
+    places: dict[tuple[str, int], int] = {}
+    faults: list[DataError] = []
+    number = 0
+    # The same few settings stand in every line: kept once.
+    shared: dict[str, Any] = {}
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            response = _parse_response(_decode(line, where), where)
+            response = _parse_response(_decode(line, where), where, shared)
+            first = places.setdefault((response.id, response.k), number)
+            if first != number:
+                todo = f"it stands at {path}:{first} already, remove one of the two lines"
+                raise DataError.at(where, "k", f"every (id, k) once, here id {response.id!r}", response.k, todo)
         except DataError as error:
             # Only the last line can be torn, and only one that was never ended by its newline.
-            if number < len(lines):
-                raise
-            if not allow_torn_tail:
-                raise DataError(
-                    f"{error} (the last line has no newline: an append was interrupted, remove it)"
-                ) from error
-            logger.warning("%s: left out a torn last line of %d bytes", path, len(line))
+            if line.endswith(b"\n"):
+                faults.append(error)
+            elif allow_torn_tail:
+                logger.warning("%s: left out a torn last line of %d bytes", path, len(line))
+            else:
+                torn = "the last line has no newline: an append was interrupted, remove it"
+                faults.append(DataError(f"{error} ({torn})"))
             continue
-        place = places.setdefault((response.id, response.k), where)
-        if place != where:
-            todo = f"it stands at {place} already, remove one of the two lines"
-            raise DataError.at(where, "k", f"every (id, k) once, here id {response.id!r}", response.k, todo)
         pool.setdefault(response.id, []).append(response)
+    if faults:
+        raise several_faults(path, faults, number)
     if not pool:
         raise DataError(f"{path}: expected at least one teacher response, got an empty file; check teacher.pool")
     return {identity: sorted(responses, key=lambda response: response.k) for identity, responses in pool.items()}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check teacher.pool") from error
 
 
 def write_pool(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
@@ -164,29 +178,37 @@ def media_digest(question: Question) -> str:
 
 
 def check_pool(
-    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
-) -> None:
+    pool: dict[str, list[TeacherResponse]],
+    questions: Sequence[Question],
+    *,
+    max_unanswered_share: float = 0.0,
+    check_media: bool = False,
+) -> list[str]:
     """Refuse a pool that belongs to other questions. Ids that only the pool has are fine (a subset is trained on).
 
     Args:
         pool: from load_pool.
         questions: those to be trained on.
+        max_unanswered_share: largest share of the questions that may have no response.
         check_media: also compare the contents of the media files (reads them all).
+    Returns:
+        Ids of the questions that have no response.
     Raises:
         DataError: says which ids, and what to do.
     """
     missing = [question.id for question in questions if question.id not in pool]
-    if missing:
+    if len(missing) > max_unanswered_share * len(questions):
         common = len(questions) - len(missing)
         raise DataError(
             f"teacher pool: expected responses to all {len(questions)} questions, got them for {common} "
-            f"(missing: {_some(missing)}; the pool has {_some(list(pool))}); "
-            "set teacher.pool to the pool of these questions, or collect the missing ones"
+            f"(missing: {_some(missing)}; the pool has {_some(list(pool))}); set teacher.pool to the pool of these "
+            "questions, collect the missing ones, or leave them out with teacher.max_unanswered_share (now "
+            f"{max_unanswered_share:g})"
         )
     changed, foreign, moved, unknown = [], [], [], 0
     for question in questions:
         expected = _question_digest(question)
-        keys = {response.key for response in pool[question.id]}
+        keys = {response.key for response in pool.get(question.id, [])}
         unknown += "" in keys
         for key in sorted(keys - {""}):
             if not _KEY.fullmatch(key):
@@ -208,9 +230,10 @@ def check_pool(
             raise DataError(f"teacher pool: expected {what}, got {len(ids)} others (ids: {_some(ids)}); {todo}")
     if unknown:
         logger.info("teacher pool: %d questions have responses without a key; they are matched by id alone", unknown)
+    return missing
 
 
-def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
+def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) -> TeacherResponse:
     for name in record:
         if name not in _FIELDS:
             raise DataError.at(where, name, f"one of the fields {', '.join(_FIELDS)}", name, "remove it")
@@ -223,6 +246,7 @@ def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
                 "nothing",
                 f"a pool line needs {', '.join(_REQUIRED)}; or is this a question file?",
             )
+    record["id"] = parse_id(record["id"])
     if not isinstance(record["id"], str) or not record["id"]:
         raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
     if type(record["k"]) is not int or record["k"] < 0:
@@ -235,22 +259,28 @@ def _parse_response(record: dict[str, Any], where: str) -> TeacherResponse:
         ("model", str, "text"),
         ("sampling", dict, "a JSON object"),
         ("valid", bool, "true or false"),
+        ("raw", str, "text"),
+        ("reason", str, "text"),
     ):
         value = record.get(name)
         # Servers write null for what they do not report; the required ones have to be there.
         if not isinstance(value, kind) and (value is not None or name in _REQUIRED):
-            raise DataError.at(where, name, shown, value, "mend the line")
+            raise DataError.at(where, name, shown, value, "fix the line")
     quality = record.get("quality")
     if quality is not None and not (type(quality) in (int, float) and math.isfinite(quality) and 0 <= quality <= 1):
-        raise DataError.at(where, "quality", "a number in [0, 1]", quality, "mend the line")
-    return TeacherResponse(**{"key": "", **{name: value for name, value in record.items() if value is not None}})
+        raise DataError.at(where, "quality", "a number in [0, 1]", quality, "fix the line")
+    known = {name: value for name, value in record.items() if value is not None}
+    for name in ("finish_reason", "model", "sampling"):
+        if name in known:
+            known[name] = shared.setdefault(repr(known[name]), known[name])
+    return TeacherResponse(**{"key": "", **known})
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: expected UTF-8 text, got {error.reason} at byte {error.start}; mend it") from error
+        raise DataError(f"{where}: expected UTF-8 text, got {error.reason} at byte {error.start}; fix it") from error
     return parse_record(text, where)
 
 
@@ -268,8 +298,10 @@ def _question_digest(question: Question) -> str:
         "options": question.options,
         "media": [len(question.videos), len(question.images)],
     }
-    # Only where there are any: keys made before spans existed stay valid.
-    return _digest(asked | ({"spans": question.spans} if any(question.spans) else {}))
+    # Only where there are any: keys made before these existed stay valid.
+    asked |= {"spans": question.spans} if any(question.spans) else {}
+    asked |= {"system": question.system} if question.system else {}
+    return _digest(asked)
 
 
 def _digest(value: object) -> str:

@@ -11,6 +11,6 @@ letters and `numbers` for intervals, boxes and numbers; `text` removes markup; `
 
 from .body import canonical_body
 from .reasons import REASONS, Unreadable
-from .response import canonical_response, invalid_reason
+from .response import canonical_response, invalid_reason, read_response
 
-__all__ = ["REASONS", "Unreadable", "canonical_body", "canonical_response", "invalid_reason"]
+__all__ = ["REASONS", "Unreadable", "canonical_body", "canonical_response", "invalid_reason", "read_response"]

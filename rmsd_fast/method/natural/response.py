@@ -30,6 +30,8 @@ _TAGS = [
     (re.compile(rf"<\s*{_ANSWER}\s*>|\[\s*answer\s*\]|<\|begin_of_box\|>", re.IGNORECASE), "<answer>"),
     (re.compile(rf"<\s*/\s*{_ANSWER}\s*>|\[\s*/\s*answer\s*\]|<\|end_of_box\|>", re.IGNORECASE), "</answer>"),
 ]
+# Qwen's marks of boxes in the reasoning are special tokens of the student too; what stands between them stays.
+_REGION_MARKS = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
 # GLM's marks of an answer, where they stand inside an answer block.
 _BOX_MARKS = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _ANY_TAG = re.compile(r"</?(?:think|answer)>")
@@ -108,7 +110,7 @@ def canonical_response(
         ValueError: unknown task type, or a number of options outside 1..26.
     """
     try:
-        return _canonical(text, task_type, options, finish_reason)
+        return read_response(text, task_type, options, finish_reason)
     except Unreadable:
         return None
 
@@ -118,13 +120,14 @@ def invalid_reason(
 ) -> str | None:
     """Why `canonical_response` gives None, as a key of REASONS; None where it gives a text."""
     try:
-        _canonical(text, task_type, options, finish_reason)
+        read_response(text, task_type, options, finish_reason)
     except Unreadable as error:
         return error.reason
     return None
 
 
-def _canonical(text: str, task: str, options: Options, finish_reason: str | None) -> str:
+def read_response(text: str, task: str, options: Options, finish_reason: str | None) -> str:
+    """`canonical_response` and `invalid_reason` in one pass: raises Unreadable, with the reason, in place of None."""
     if finish_reason in ("length", "max_tokens"):
         raise Unreadable("truncated")
     if finish_reason in ("content_filter", "safety"):
@@ -141,8 +144,8 @@ def _canonical(text: str, task: str, options: Options, finish_reason: str | None
         lead, body = _untagged(final, task, options, reasoned=reasoning is not None)
     # What is in order already stays as it was written, line breaks and all.
     if ordered and text.partition("<answer>")[2].partition("</answer>")[0].strip() == body:
-        return text
-    think = _ANY_TAG.sub("", lead if reasoning is None else reasoning).strip()
+        return _REGION_MARKS.sub("", text)
+    think = _REGION_MARKS.sub("", _ANY_TAG.sub("", lead if reasoning is None else reasoning)).strip()
     result = f"<think>{think}</think><answer>{body}</answer>"
     if parse_answer(result, task, options) is None:
         raise Unreadable("no_answer")

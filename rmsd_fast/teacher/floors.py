@@ -1,0 +1,118 @@
+"""What one and the same best answer to every question scores: the floor that a student has to beat.
+
+A search over every answer would cost the square of the number of questions. Candidates are therefore bounded (the most
+frequent ground truths, and a grid), graded tasks are scored as matrices, and only the best candidate is scored exactly.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.records import Question
+from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, option_letters, parse_answer_body
+from rmsd_fast.method.quality import quality_score
+from rmsd_fast.teacher.scores import quality_settings
+
+# Ground truths that are tried, the most frequent first. Texts are compared pair by pair: fewer, on a sample.
+MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS = 1000, 50, 500
+
+
+def best_constant_floor(
+    questions: Sequence[Question], cfg: TeacherConfig | None = None
+) -> dict[str, tuple[float, str]]:
+    """By task type, the best mean score found for one and the same answer to all questions, and that answer.
+
+    Tried are every letter (mcq), the most frequent ground truths, a grid of intervals (temporal: tenths of the latest
+    end) and of boxes (spatial: fifths of the picture). The score of the answer that is returned is exact. Open
+    questions score 1 for any text. Questions without ground truth are left out.
+
+    Args:
+        questions: those that are evaluated.
+        cfg: metric settings; None = the defaults.
+    """
+    cfg = cfg or TeacherConfig()
+    floors = {}
+    for task in TASK_TYPES:
+        members = [q for q in questions if q.task_type == task and (q.answer is not None or task not in CLOSED_TASKS)]
+        if not members:
+            continue
+        if task == "open":
+            floors[task] = (1.0, "any text")
+            continue
+        candidates = sorted(_candidates(task, members))
+        scores = np.round(_mean_scores(task, candidates, members, cfg), 9)
+        # Of equals the one first in the alphabet, whatever the order of the questions.
+        answer = candidates[int(scores.argmax())]
+        floors[task] = (_constant_score(answer, members, cfg), answer)
+    return floors
+
+
+def _candidates(task: str, questions: Sequence[Question]) -> set[str]:
+    counts = Counter(question.answer for question in questions)
+    most = MOST_TEXTS if task == "ocr" else MOST_TRUTHS
+    truths = {answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]}
+    if task == "mcq":
+        return set("".join(option_letters(q.options) if q.options else q.answer for q in questions))
+    if task == "temporal":
+        longest = max(parse_answer_body(question.answer, task)[1] for question in questions)
+        ends = [longest * step / 10 for step in range(11)]
+        return truths | {f"{a:.2f} to {b:.2f}" for a, b in product(ends, ends) if a < b}
+    if task == "spatial":
+        boxes = [parse_answer_body(question.answer, task) for question in questions]
+        sides = [max(1000.0, *(max(box[axis], box[axis + 2]) for box in boxes)) for axis in (0, 1)]
+        lines = [(a, b) for a, b in product(range(0, 11, 2), range(0, 11, 2)) if a < b]
+        return truths | {
+            ",".join(
+                f"{edge / 10 * side:.0f}"
+                for edge, side in ((x1, sides[0]), (y1, sides[1]), (x2, sides[0]), (y2, sides[1]))
+            )
+            for (x1, x2), (y1, y2) in product(lines, lines)
+        }
+    return truths
+
+
+def _mean_scores(task: str, candidates: list[str], questions: Sequence[Question], cfg: TeacherConfig) -> np.ndarray:
+    """Mean score of each candidate, in floating point; texts on an even sample of the questions."""
+    if task in ("mcq", "ocr"):
+        sample = questions[:: max(1, len(questions) // MOST_QUESTIONS)] if task == "ocr" else questions
+        if task == "mcq":
+            counts = Counter(question.answer for question in sample)
+            return np.array([counts[letter] / len(sample) for letter in candidates])
+        return np.array([_constant_score(text, sample, cfg) for text in candidates])
+    truths = np.array([np.atleast_1d(parse_answer_body(q.answer, task)) for q in questions], dtype=np.float64)
+    values = np.array([np.atleast_1d(parse_answer_body(text, task)) for text in candidates], dtype=np.float64)
+    score = _number_scores if task == "numeric" else _overlaps
+    return np.array([score(value, truths, cfg).mean() for value in values])
+
+
+def _overlaps(value: np.ndarray, truths: np.ndarray, cfg: TeacherConfig) -> np.ndarray:
+    """Intersection over union of one interval or box with each truth."""
+    axes = len(value) // 2
+    low, high = np.maximum(value[:axes], truths[:, :axes]), np.minimum(value[axes:], truths[:, axes:])
+    overlap = np.clip(high - low, 0, None).prod(1)
+    size, sizes = (value[axes:] - value[:axes]).clip(0).prod(), (truths[:, axes:] - truths[:, :axes]).clip(0).prod(1)
+    union = size + sizes - overlap
+    return np.where((size > 0) & (sizes > 0), overlap / np.where(union > 0, union, 1), 0.0)
+
+
+def _number_scores(value: np.ndarray, truths: np.ndarray, cfg: TeacherConfig) -> np.ndarray:
+    """Epsilon accuracy, or mean relative accuracy, of one number for each truth."""
+    error, size = np.abs(truths[:, 0] - value[0]), np.abs(truths[:, 0])
+    if cfg.numeric_metric == "epsilon":
+        return (error <= cfg.numeric_eps * np.maximum(1, size) + 1e-12).astype(np.float64)
+    relative = np.where(size > 0, error / np.where(size > 0, size, 1), np.where(error > 0, np.inf, 0))
+    return np.mean([relative < 1 - step / 20 for step in range(10, 20)], axis=0)
+
+
+def _constant_score(answer: str, questions: Sequence[Question], cfg: TeacherConfig) -> float:
+    text, settings = f"<think>-</think><answer>{answer}</answer>", quality_settings(cfg)
+    return statistics.fmean(
+        quality_score(text, question.task_type, question.answer, options=question.options, **settings)
+        for question in questions
+    )
