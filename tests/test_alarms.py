@@ -94,10 +94,13 @@ def test_seeing_kept_steps_again_leaves_an_alarm_raised():
 def test_text_by_hand():
     (alarm,) = find_alarms(rows("rollout/truncated_share", [0.25] * 10))
     assert alarm.text() == (
-        "ALARM: many rollouts are cut (distill step 10)\n"
+        "ALARM: many rollouts are truncated (distill step 10)\n"
         "  rollout/truncated_share: expected at most 0.2, got 0.25, the mean of 10 steps\n"
         "  They reach rollout.max_new_tokens before they end, so they have no answer.\n"
         "  What to do: raise rollout.max_new_tokens, or train stage 1 for longer so that answers end."
+    )
+    assert all(
+        len(row) <= 100 for c in CONDITIONS for row in dataclasses.replace(alarm, condition=c).text().splitlines()
     )
     assert [c.expected for c in CONDITIONS if c.metric in (LENGTH, "rollout/valid_share")] == [
         "-0.3 to 0.3",

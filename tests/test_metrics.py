@@ -94,7 +94,8 @@ def test_an_alarm_is_printed_once_per_run(tmp_path):
     steps(whole, 10, 12)
     after = whole.lines
     steps(whole, 13, 40)
-    assert streams[0].getvalue().count("ALARM: many rollouts are cut (distill step 10)") == 1
+    assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 10)") == 1
+    assert f"python -m rmsd_fast.report {tmp_path}" in streams[0].getvalue()
     # A run that is continued from a checkpoint after the alarm is silent; one from before it raises it again.
     steps(make(tmp_path, stream=streams[1], resume_lines=after), 13, 40)
     assert "ALARM" not in streams[1].getvalue()

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from report_files import Page, made_run
-from test_report import EVIL, assert_nothing_is_fetched, read
+from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips

@@ -51,7 +51,7 @@ def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
     for mark in marks:
         if len(mark.values) == values:
             names.setdefault((mark.colour, mark.values), []).append(mark.name)
-    return [Mark(", ".join(found), *key) for key, found in names.items()]
+    return [Mark(", ".join(agreeing), *key) for key, agreeing in names.items()]
 
 
 def box_overlay(marks: Sequence[Mark], size: tuple[int, int]) -> str:

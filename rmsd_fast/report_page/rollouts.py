@@ -123,8 +123,8 @@ def _answers(named: Sequence[tuple[str, _Answer]]) -> str:
     for name, answer in named:
         names.setdefault(answer, []).append(name)
     cards = "".join(
-        f'<div class="answer {answer.kind}"><header><b>{", ".join(found)}</b><span>{answer.facts}</span></header>'
+        f'<div class="answer {answer.kind}"><header><b>{", ".join(agreeing)}</b><span>{answer.facts}</span></header>'
         f'<p class="hint">{answer.details}</p><pre class="text">{response_html(answer.text) or "(empty)"}</pre></div>'
-        for answer, found in names.items()
+        for answer, agreeing in names.items()
     )
     return f'<div class="answers short">{cards or "none"}</div>'

@@ -97,14 +97,14 @@ def read_film(path: str, *, is_video: bool) -> Film:
         return Film(shots)
 
 
-def _picture_header(path: str) -> tuple[tuple[int, int]]:
-    """Width and height as the picture is shown."""
+def _picture_header(path: str) -> tuple[tuple[int, int], None]:
+    """Width and height as the picture is shown; it has no length."""
     from PIL import Image
 
     with Image.open(path) as image:
         # Values of EXIF's orientation that exchange width and height.
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.size[::-1] if turned else image.size,)
+        return (image.size[::-1] if turned else image.size), None
 
 
 def _video_header(path: str) -> tuple[tuple[int, int] | None, float | None]:

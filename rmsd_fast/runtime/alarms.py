@@ -6,6 +6,7 @@ Training prints each alarm once per run; the report finds the same ones in metri
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Condition:
     stages: tuple[str, ...] = ("warm_up", "distill")
 
     def is_broken(self, window: Sequence[float]) -> bool:
+        """Return whether the mean of these steps is out of bounds beyond doubt."""
         slack = 2 * stdev(window) / len(window) ** 0.5
         return fmean(window) + slack < self.low or fmean(window) - slack > self.high
 
@@ -66,13 +68,14 @@ class Alarm:
     def text(self) -> str:
         """Lines for a terminal."""
         condition = self.condition
-        return (
-            f"ALARM: {condition.title} ({self.stage} step {self.step})\n"
-            f"  {condition.metric}: expected {condition.expected}, got {self.value:.3g}, "
-            f"the mean of {condition.window} steps\n"
-            f"  {condition.meaning}\n"
-            f"  What to do: {condition.advice}"
-        )
+        lines = [
+            f"{condition.metric}: expected {condition.expected}, got {self.value:.3g}, the mean of "
+            f"{condition.window} steps",
+            condition.meaning,
+            f"What to do: {condition.advice}",
+        ]
+        head = f"ALARM: {condition.title} ({self.stage} step {self.step})"
+        return "\n".join([head, *(textwrap.indent(textwrap.fill(line, 98), "  ") for line in lines)])
 
 
 CONDITIONS = (
@@ -112,7 +115,7 @@ CONDITIONS = (
         "discriminator/length_correlation",
         "Among the answers to one question, its score goes with length: above 0 long ones win, below 0 short ones.",
         "compare rollout/tokens_mean with the length of the teacher's answers. Lower discriminator.lr or reward.alpha, "
-        "or raise rollout.max_new_tokens if rollouts are cut.",
+        "or raise rollout.max_new_tokens if rollouts are truncated.",
         low=-LENGTH_BIAS,
         high=LENGTH_BIAS,
     ),
@@ -121,11 +124,11 @@ CONDITIONS = (
         "rollout/valid_share",
         "Their format is broken or their answer does not parse, so they earn no content reward.",
         "read some in the report. Train stage 1 for longer, lower rollout.temperature, or raise rollout.max_new_tokens "
-        "if they are cut.",
+        "if they are truncated.",
         low=0.7,
     ),
     Condition(
-        "many rollouts are cut",
+        "many rollouts are truncated",
         "rollout/truncated_share",
         "They reach rollout.max_new_tokens before they end, so they have no answer.",
         "raise rollout.max_new_tokens, or train stage 1 for longer so that answers end.",

@@ -105,7 +105,7 @@ class MetricsLog:
         clean = {key: _plain(key, value) for key, value in values.items()}
         self._file.append({"stage": stage, "step": step} | clean)
         for alarm in self._alarms.see(stage, step, clean):
-            self.message(alarm.text())
+            self.message(f"{alarm.text()}\n  The report shows more: python -m rmsd_fast.report {self._folder}")
         self._to_tensorboard(stage, step, clean)
         self._progress(stage, step, clean)
 

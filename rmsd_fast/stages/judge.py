@@ -136,9 +136,10 @@ def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor, pairs: Pairs) -> dict[
     students, teachers = pair_loss.sides(scores, everything)
     student_counts = [len(group.rollouts) for group in groups]
     teacher_counts = [len(group.kept) for group in groups]
-    for group, own, theirs in zip(groups, students.split(student_counts), teachers.split(teacher_counts), strict=True):
-        group.d_score = own.float() if group.kept else torch.zeros(len(own))
-        group.teacher_d_score = theirs.float()
+    split = zip(groups, students.split(student_counts), teachers.split(teacher_counts), strict=True)
+    for group, rollout_scores, teacher_scores in split:
+        group.d_score = rollout_scores.float() if group.kept else torch.zeros(len(rollout_scores))
+        group.teacher_d_score = teacher_scores.float()
     lengths = torch.tensor([len(ids) for one in pair_loss.judged for ids in one.responses])
     lengths = torch.cat(pair_loss.sides(lengths, everything))
     question = torch.tensor(everything)

@@ -91,10 +91,10 @@ def open_run(
             changes = compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
             if changes:
                 on_main(world, lambda: _take_changes(settings, folder))
-    lines = checkpoint.state if checkpoint else {}
-    metrics = MetricsLog(folder, world, resume_lines=lines.get("metrics_lines", 0))
+    saved = checkpoint.state if checkpoint else {}
+    metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0))
     # Checkpoints of earlier versions know no rollouts.jsonl.
-    rollouts = JsonLines(folder / "rollouts.jsonl", keep=lines.get("rollout_lines", 0)) if world.is_main else None
+    rollouts = JsonLines(folder / "rollouts.jsonl", keep=saved.get("rollout_lines", 0)) if world.is_main else None
     run = Run(settings, world, folder, material, media, metrics, rollouts, StopSignal(), fingerprints, checkpoint)
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
