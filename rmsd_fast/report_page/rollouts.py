@@ -40,8 +40,8 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: dict[str, Film], 
     out = [
         head,
         '<p class="muted">Questions of the first, a middle and the last logged step of each stage, with the teacher '
-        "answers T and the rollouts R, best first. q = quality, p = probability of being matched, D = score of the "
-        "discriminator before the step. All logged steps are in rollouts.jsonl.</p>",
+        "answers T and the rollouts R, best first; equal answers share a card. q = quality, p = probability of being "
+        "matched, D = score of the discriminator before the step. All logged steps are in rollouts.jsonl.</p>",
     ]
     for stage, steps in stages.items():
         out.append(f"<h3>{visible(STAGE_TITLES.get(stage, stage))}</h3>")
@@ -58,7 +58,7 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: dict[str, Film], 
 
 def _card(row: Mapping[str, Any], films: dict[str, Film], pixel: bool) -> str:
     task = str(row.get("task_type", ""))
-    teacher = [(f"T{visible(answer.get('k', '?'))}", answer) for answer in row["teacher"]]
+    teacher = [(f"T{answer.get('k', '?')}", answer) for answer in row["teacher"]]
     rollouts = [(f"R{index}", rollout) for index, rollout in enumerate(row["rollouts"])]
     rollouts.sort(key=lambda named: _rank(named[1]), reverse=True)
     marks = truth_mark(task, row.get("answer"))
@@ -122,9 +122,12 @@ def _answers(named: Sequence[tuple[str, _Answer]]) -> str:
     names: dict[_Answer, list[str]] = {}
     for name, answer in named:
         names.setdefault(answer, []).append(name)
-    cards = "".join(
-        f'<div class="answer {answer.kind}"><header><b>{", ".join(agreeing)}</b><span>{answer.facts}</span></header>'
-        f'<p class="hint">{answer.details}</p><pre class="text">{response_html(answer.text) or "(empty)"}</pre></div>'
-        for answer, agreeing in names.items()
-    )
-    return f'<div class="answers short">{cards or "none"}</div>'
+    cards = []
+    for answer, agreeing in names.items():
+        head = f"<b>{visible(', '.join(agreeing))}</b><span>{answer.facts}</span>"
+        text = response_html(answer.text) or "(empty)"
+        cards.append(
+            f'<div class="answer {answer.kind}"><header>{head}</header><p class="hint">{answer.details}</p>'
+            f'<pre class="text">{text}</pre></div>'
+        )
+    return f'<div class="answers short">{"".join(cards) or "none"}</div>'
