@@ -142,7 +142,7 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
             if index == len(lines):
                 notes.append(f"{path.name}: the last line ({index}) is unfinished and was left out.")
                 continue
-            raise ReportError(f"{path}:{index}: expected a JSON object: {error}; delete or mend that line") from error
+            raise ReportError(f"{path}:{index}: expected a JSON object: {error}; delete or fix that line") from error
         if not isinstance(row, dict):
             raise ReportError(f"{path}:{index}: expected a JSON object, got {type(row).__name__}; delete that line")
         rows.append((index, row))
