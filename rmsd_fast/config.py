@@ -250,6 +250,11 @@ class RolloutConfig:
     """Longest response; longer ones are cut and counted as truncated."""
     prompts_per_batch: int = 8
     """Questions generated at once on one process."""
+    log_every_steps: int = 10
+    """Write questions with their rollouts and teacher answers to `rollouts.jsonl`: at the first step of warm-up and of
+    stage 2, every so many steps after it, and at the last one; 0 = never."""
+    log_questions: int = 4
+    """Questions written per logged step, the first ones of the main process."""
 
 
 @dataclass

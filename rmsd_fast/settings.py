@@ -54,7 +54,7 @@ RENAMED = {
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
     COUNT: "sft.steps sft.batch_size distill.steps distill.batch_size rollout.n micro_tokens "
-    "rollout.max_new_tokens rollout.prompts_per_batch teacher.responses evaluate.max_new_tokens "
+    "rollout.max_new_tokens rollout.prompts_per_batch rollout.log_questions teacher.responses evaluate.max_new_tokens "
     "evaluate.prompts_per_batch data.decode_threads data.max_file_mib data.max_prompt_tokens checkpoint.keep "
     "runtime.max_skipped_steps "
     "made.train_clips made.heldout_clips made.responses made.student_layers video.min_frames video.max_frames "
@@ -64,6 +64,7 @@ RANGES = {
     "discriminator.warm_up_lr discriminator.score_l2 distill.lr distill.warmup_steps distill.weight_decay "
     "distill.kl_coef reward.alpha reward.beta reward.eta reward.delta reward.kl_in_reward runtime.grad_clip "
     "teacher.numeric_eps data.cache_mib data.decode_ahead data.embedding_cache_mib checkpoint.every_steps "
+    "rollout.log_every_steps "
     "evaluate.max_questions evaluate.samples",
     SHARE: "teacher.min_quality teacher.max_unanswered_share data.max_bad_share made.teacher_error_rate",
     ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
@@ -353,6 +354,11 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             ],
             control,
             "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
+        ),
+        (
+            ["rollout.log_questions"],
+            settings.rollout.log_every_steps == 0,
+            "rollout.log_every_steps is 0, so no rollouts are written; write rollout.log_every_steps=10",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
         (

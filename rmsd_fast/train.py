@@ -81,6 +81,8 @@ def run_stages(run: Run) -> None:
                 evaluate(run, str(run.folder / "export"), "stage2")
     finally:
         run.metrics.close()
+        if run.rollouts is not None:
+            run.rollouts.close()
 
 
 def finish(run: Run) -> None:

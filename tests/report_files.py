@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rmsd_fast.teacher.simulated import simulate_teacher
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 STUDENTS = ("untrained", "stage1", "stage2")
+EVIL = '<script>alert("pwned")</script><img src=x onerror=alert(1)>'
 
 
 class Page(HTMLParser):
@@ -49,6 +51,22 @@ class Page(HTMLParser):
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.tags)
+
+
+def read(path: Path) -> tuple[str, Page]:
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def assert_nothing_is_fetched(text: str, page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "audio", "video")
+        for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/jpeg;base64,")), (tag, name, value)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+    assert not re.search(r"url\s*\(|@import", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
 
 
 def made_metrics(rng: random.Random, steps: dict[str, int]) -> list[dict]:

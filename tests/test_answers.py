@@ -2,7 +2,15 @@
 
 import pytest
 
-from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, has_outer_format, has_task_format, parse_answer
+from rmsd_fast.method.answers import (
+    CLOSED_TASKS,
+    TASK_TYPES,
+    answer_body,
+    has_outer_format,
+    has_task_format,
+    is_empty_answer,
+    parse_answer,
+)
 from rmsd_fast.method.answers import parse_answer_body as body
 
 
@@ -164,6 +172,27 @@ def test_task_format_asks_only_for_one_answer_block():
     assert not has_task_format("<answer>3</answer><answer>3</answer>", "numeric")
     assert not has_task_format("</answer>3<answer>", "numeric")
     assert not has_task_format("<answer>3", "numeric")
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "empty"),
+    [
+        ("", None, True),
+        (" \n", None, True),
+        ("<answer></answer>", "", True),
+        ("<think>a long thought</think><answer> \n</answer>", " \n", True),
+        ("<think></think><answer>B</answer>", "B", False),
+        # Not empty but without an answer, or with several: these are invalid.
+        ("B", None, False),
+        ("<think>cut at the lim", None, False),
+        ("<think>a</think><answer>", None, False),
+        ("<answer></answer><answer></answer>", None, False),
+        ("</answer><answer>", None, False),
+    ],
+)
+def test_empty_answers(text, body, empty):
+    assert answer_body(text) == body
+    assert is_empty_answer(text) == empty
 
 
 def test_arguments():

@@ -57,8 +57,9 @@ def test_paired_difference():
 
 
 def test_files_of_the_run_folder(tmp_path):
+    clip = {"spans": ((1.5, None),), "duration": 8.0}
     questions = [
-        Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
+        Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A", **clip)
         for i in range(4)
     ]
     settings = RunConfig()
@@ -75,6 +76,7 @@ def test_files_of_the_run_folder(tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [s["student"] for s in samples] == ["stage1"] * 2 + ["stage2"] * 2
     assert samples[0]["videos"] == ["v.mp4"] and samples[0]["options"] == ["a", "b"]
+    assert samples[0]["spans"] == [[1.5, None]] and samples[0]["duration"] == 8.0
     table = format_table(result)
     assert "0.500" in table and "stage2-stage1, closed tasks: +0.250" in table
     assert not list(tmp_path.rglob("*.tmp"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -12,7 +11,8 @@ import pty
 import pytest
 import torch
 
-from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib, progress_line
+from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, fit_line, peak_mib, progress_parts
 from rmsd_fast.runtime.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -71,37 +71,36 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, torn):
     assert again.lines == 5
 
 
-def test_resume_with_lost_lines_warns(tmp_path, caplog):
-    make(tmp_path).log("sft", 1, {"loss": 1.0})
-    again = make(tmp_path, resume_lines=3)
-    assert "has 1 lines, the checkpoint was saved after 3" in caplog.text
-    again.log("sft", 4, {"loss": 2.0})
-    assert [r["step"] for r in records(tmp_path)] == [1, 4]
-
-
-def test_full_disk_keeps_lines_until_there_is_space(tmp_path, caplog):
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
     metrics = make(tmp_path)
     metrics.log("sft", 1, {"loss": 1.0})
-    real = metrics._file
-
-    class Full:
-        """Writes a few bytes, then nothing: what a full disk does."""
-
-        def write(self, data):
-            real.write(data[:5])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(real, name)
-
-    metrics._file = Full()
-    metrics.log("sft", 2, {"loss": 2.0})
+    with monkeypatch.context() as full:
+        full.setattr(JsonLines, "_write", lambda self, line: False)
+        metrics.log("sft", 2, {"loss": 2.0})
+        assert metrics.lines == 1
     metrics.log("sft", 3, {"loss": 3.0})
-    assert [r["step"] for r in records(tmp_path)] == [1]
-    assert caplog.text.count("disk is full") == 1
-    metrics._file = real
-    metrics.log("sft", 4, {"loss": 4.0})
-    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4] and metrics.lines == 4
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and metrics.lines == 3
+
+
+def test_an_alarm_is_printed_once_per_run(tmp_path):
+    def steps(metrics, first, last):
+        for step in range(first, last + 1):
+            metrics.log("distill", step, {"rollout/truncated_share": 0.5})
+
+    streams = [io.StringIO() for _ in range(3)]
+    whole = make(tmp_path, stream=streams[0])
+    steps(whole, 1, 9)
+    before = whole.lines
+    steps(whole, 10, 12)
+    after = whole.lines
+    steps(whole, 13, 40)
+    assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 10)") == 1
+    assert f"python -m rmsd_fast.report {tmp_path}" in streams[0].getvalue()
+    # A run that is continued from a checkpoint after the alarm is silent; one from before it raises it again.
+    steps(make(tmp_path, stream=streams[1], resume_lines=after), 13, 40)
+    assert "ALARM" not in streams[1].getvalue()
+    steps(make(tmp_path, stream=streams[2], resume_lines=before), 10, 40)
+    assert streams[2].getvalue().count("ALARM") == 1
 
 
 def test_tensorboard_continues_per_stage(tmp_path):
@@ -129,11 +128,66 @@ def test_tensorboard_continues_per_stage(tmp_path):
 
 def test_progress_line():
     values = {"policy/kl": 0.0125, "reward/total": None, "rate/tokens_per_s": 12345.6, "other": 1.0}
-    line = progress_line("distill", 37, 468, values, [(35, 100.0), (36, 103.0), (37, 106.4)])
+    parts = progress_parts("distill", 37, 468, values, [(35, 100.0), (36, 103.0), (37, 106.4)])
     # (106.4 - 100) / 2 = 3.2 s per step; 431 steps left = 1379 s
-    assert line == "distill 37/468  3.20 s/step  left 0:22:59  KL 0.0125  tokens/s 12346"
-    assert progress_line("sft", 1, 9, {}, [(1, 5.0)]) == "sft 1/9"
-    assert progress_line("sft", 2, 0, {}, [(1, 5.0), (2, 6.0)]) == "sft 2  1.00 s/step"
+    assert fit_line(parts, 100) == "distill 37/468  3.20 s/step  left 0:22:59  KL 0.0125  tokens/s 12.3k"
+    assert progress_parts("sft", 1, 9, {}, [(1, 5.0)]) == ["sft 1/9"]
+    assert progress_parts("sft", 2, 0, {}, [(1, 5.0), (2, 6.0)]) == ["sft 2", "1.00 s/step"]
+
+
+def test_a_line_shows_whole_fields_that_fit_with_the_phase():
+    parts = ["distill 1/9", "KL 0.01", "reward 0.5"]
+    assert fit_line(parts, 32) == "distill 1/9  KL 0.01  reward 0.5"
+    assert fit_line(parts, 31) == "distill 1/9  KL 0.01"
+    assert fit_line(parts, 31, "[policy]") == "distill 1/9  KL 0.01  [policy]"
+    assert fit_line(parts, 20, "[policy]") == "distill 1/9"
+    assert fit_line(parts, 8, "[policy]") == "distill "
+
+
+# What a line may have to carry: the longest numbers of every field, and a run of days.
+WORST = {
+    "discriminator/pair_accuracy": 0.051234,
+    "reward/total": -0.012345,
+    "policy/kl": 1.2345e-05,
+    "reward/content/raw": 0.012345,
+    "rate/tokens_per_s": 123456.7,
+    "policy/loss": -1.2345e-05,
+    "discriminator/loss": 0.69312,
+}
+
+
+@pytest.mark.parametrize("phase", ["", "[discriminator]", "[forward_backward]"])
+@pytest.mark.parametrize("columns", [60, 79, 99, 100, 120, 200])
+def test_the_line_fits_real_widths(columns, phase):
+    # 123.45 s for each of 3672 steps left are 125 hours.
+    parts = progress_parts("distill", 43128, 46800, WORST, [(43127, 0.0), (43128, 123.45)])
+    assert parts[:3] == ["distill 43128/46800", "123.45 s/step", "left 125:55:08"]
+    line = fit_line(parts, columns, phase)
+    assert len(line) <= columns
+    fields = line.removesuffix(phase).strip().split("  ")
+    assert fields == parts[: len(fields)]
+    if columns >= 99:
+        assert "D pairs 0.0512" in line and line.endswith(phase)
+
+
+def test_the_main_numbers_of_stage_2_fit_100_columns():
+    values = {**WORST, "discriminator/pair_accuracy": 0.7123, "reward/total": 0.4123, "policy/kl": 0.01234}
+    parts = progress_parts("distill", 100, 3770, values, [(99, 0.0), (100, 12.34)])
+    line = "distill 100/3770  12.34 s/step  left 12:34:48  D pairs 0.712  reward 0.412  KL 0.0123"
+    assert fit_line(parts, 100) == line
+    assert fit_line(parts, 100, "[policy]") == f"{line}  [policy]"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.0, "0"), (0.01234, "0.0123"), (-1.236, "-1.24"), (123.4, "123"), (1e-7, "1e-07")),
+        *((999.7, "1k"), (12346.0, "12.3k"), (999600.0, "1M"), (2.5e9, "2.5G")),
+        *((math.nan, "nan"), (-math.inf, "-inf")),
+    ],
+)
+def test_numbers_of_the_progress_line(value, text):
+    assert progress_parts("sft", 1, 0, {"loss": value}, [(1, 0.0)])[1] == f"loss {text}"
 
 
 def test_plain_lines_without_a_terminal(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_files import Page, made_evaluation, made_run
+from report_files import EVIL, assert_nothing_is_fetched, made_evaluation, made_run, read
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips
@@ -19,8 +19,6 @@ from rmsd_fast.report import ReportError, main, write_picture, write_report
 from rmsd_fast.report_page.run_folder import load_run
 from rmsd_fast.report_page.samples import thumbnails
 from rmsd_fast.settings import to_yaml
-
-EVIL = '<script>alert("pwned")</script><img src=x onerror=alert(1)>'
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +38,6 @@ def bare(tmp_path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text("name: bare\nseed: 3\n")
     return folder
-
-
-def read(path: Path) -> tuple[str, Page]:
-    text = path.read_text(encoding="utf-8")
-    return text, Page(text)
-
-
-def assert_nothing_is_fetched(text: str, page: Page) -> None:
-    for tag, attributes in page.tags:
-        assert tag not in ("link", "iframe", "object", "embed", "base", "audio", "video")
-        for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
-            value = attributes.get(name)
-            assert value is None or value.startswith(("#", "data:image/jpeg;base64,")), (tag, name, value)
-        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
-    assert not re.search(r"url\s*\(|@import", text)
-    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
 
 
 def test_page_of_a_whole_run(run: Path) -> None:

@@ -14,7 +14,14 @@ from rmsd_fast.losses import linear_logprob
 from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.groups import judged_responses, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.groups import (
+    group_metrics,
+    group_sums,
+    judged_responses,
+    make_group,
+    make_pairs,
+    set_advantages,
+)
 from rmsd_fast.stages.state import NonFiniteRun
 
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
@@ -234,6 +241,22 @@ def test_rewards_and_advantages_by_hand(folder, material, world):
     mean = 0.7 / 3
     sd = (sum((r - mean) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
     assert group.advantages.tolist() == pytest.approx([(r - mean) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
+
+
+def test_shares_of_rollouts_by_hand(folder, material, world):
+    settings, state, _ = build(folder, material, world)
+    question = next(q for q in material.train if q.task_type == "mcq")
+    groups, _ = distill._roll_out(state, [state.builder.build(question)], settings, 0)
+    texts = [f"<think>a</think><answer>{question.answer}</answer>", "<think>a</think><answer> </answer>", ""]
+    rollouts = [
+        replace(r, text=text, truncated=cut)
+        for r, text, cut in zip(groups[0].rollouts, texts, (False, False, True), strict=True)
+    ]
+    group = make_group(groups[0].prompt, rollouts, state.targets[question.id], settings, step=0)
+    metrics = group_metrics(group_sums([group], settings))
+    assert metrics["rollout/empty_share"] == pytest.approx(2 / 3)
+    assert metrics["rollout/valid_share"] == pytest.approx(1 / 3)
+    assert metrics["rollout/truncated_share"] == pytest.approx(1 / 3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from train_runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.report_page.curves import GROUPS
+from rmsd_fast.runtime.alarms import CONDITIONS
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -56,6 +57,21 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert not list(whole.rglob("*.tmp"))
 
 
+def logged_rollouts(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_rollouts_of_some_steps_are_kept(whole):
+    records = logged_rollouts(whole)
+    # Every second step and the last one of each stage, two questions each.
+    steps = [("warm_up", 1), ("distill", 1), ("distill", 3), ("distill", 5)]
+    assert [(r["stage"], r["step"]) for r in records] == [step for step in steps for _ in range(2)]
+    assert all(len(r["rollouts"]) == 3 and len(r["teacher"]) == 4 for r in records)
+    assert {r["advantage"] is None for r in records[0]["rollouts"]} == {True}
+    assert all(rollout["advantage"] is not None for record in records[2:] for rollout in record["rollouts"])
+    assert "Rollouts while training" in (whole / "report.html").read_text()
+
+
 def test_every_chart_of_the_report_has_its_metric(whole):
     logged = {key for line in metrics(whole) for key in line}
     drawn = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
@@ -64,6 +80,7 @@ def test_every_chart_of_the_report_has_its_metric(whole):
     machine = {key for key in drawn if key.startswith(MACHINE)}
     assert drawn - machine - off <= logged
     assert logged - drawn <= {"stage", "step", "tokens_computed"}
+    assert {condition.metric for condition in CONDITIONS} <= logged
 
 
 def test_training_changed_the_student(whole):
@@ -125,7 +142,12 @@ def unsplit(tmp_path_factory, made) -> Path:
 def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage):
     done = run_train(mini_arguments(tmp_path, made, f"runtime.zero_stage={zero_stage}"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    compare_metrics(whole, only_run(tmp_path))
+    run = only_run(tmp_path)
+    compare_metrics(whole, run)
+    # The main process has the first half of a step's questions: those that one process writes.
+    for one, two in zip(logged_rollouts(whole), logged_rollouts(run), strict=True):
+        assert [one[key] for key in ("stage", "step", "id")] == [two[key] for key in ("stage", "step", "id")]
+        assert [r["text"] for r in one["rollouts"]] == [r["text"] for r in two["rollouts"]]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
@@ -162,9 +184,13 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole, made, tmp_pat
     process.wait()
     killed = only_run(tmp_path)
     assert not (killed / "export").exists()
+    # Whatever was written after the checkpoint is written again.
+    with (killed / "rollouts.jsonl").open("a") as file:
+        file.write('{"stage": "distill", "step": 3, "id": "after the checkpoint"}\n{"stage": "dist')
     done = run_train(["--resume", str(killed)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(killed) == metrics(whole)
+    assert (killed / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
     expected, got = weights(whole), weights(killed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 

@@ -69,7 +69,7 @@ def parse_answer(text: str, task_type: str, options: Sequence[str] | None = None
     _check_arguments(text, task_type, options)
     if not has_outer_format(text):
         return None
-    return parse_answer_body(_answer_body(text), task_type, options)
+    return parse_answer_body(answer_body(text), task_type, options)
 
 
 def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None = None) -> ParsedAnswer | None:
@@ -115,8 +115,25 @@ def has_task_format(text: str, task_type: str, options: Sequence[str] | None = N
     The rest of the outer format is not asked for: R_outer pays for that, and the two rewards stay separate.
     """
     _check_arguments(text, task_type, options)
-    body = _answer_body(text)
+    body = answer_body(text)
     return body is not None and parse_answer_body(body, task_type, options) is not None
+
+
+def answer_body(text: str) -> str | None:
+    """What stands inside a response's one ``<answer>…</answer>``; None where it has none, or several."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    start, end = text.index("<answer>") + len("<answer>"), text.index("</answer>")
+    return text[start:end] if start <= end else None
+
+
+def is_empty_answer(text: str) -> bool:
+    """Return whether a response answers nothing: it has no text, or only white space inside its one `<answer>` block.
+
+    A response without exactly one such block is judged by its whole text, so a missing block is not an empty answer.
+    """
+    body = answer_body(text)
+    return not (text if body is None else body).strip()
 
 
 def option_letters(options: Sequence[str]) -> str:
@@ -140,13 +157,6 @@ def bare_options(options: Sequence[str]) -> list[str]:
         return [option.strip() for option in options]
     texts = [option[label.end() :].strip() for option, label in zip(options, labels, strict=True)]
     return texts if all(texts) else [option.strip() for option in options]
-
-
-def _answer_body(text: str) -> str | None:
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    start, end = text.index("<answer>") + len("<answer>"), text.index("</answer>")
-    return text[start:end] if start <= end else None
 
 
 def _numbers(match: re.Match[str] | None) -> tuple[float, ...] | None:

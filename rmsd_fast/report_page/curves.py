@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from rmsd_fast.report_page.svg import Series, curve_chart, stacked_chart
+from rmsd_fast.runtime.alarms import LENGTH_BIAS, SEPARATED
 
 STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
@@ -41,7 +42,7 @@ PAIR_ACCURACY = Chart(
     "share of (teacher, student) pairs ranked teacher first; 0.5 is a coin",
     (("discriminator/pair_accuracy", "pair accuracy"),),
     y_range=(0.0, 1.0),
-    warn=((0.95, "0.95: separated too easily"),),
+    warn=((SEPARATED, f"{SEPARATED}: separated too easily"),),
 )
 GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
@@ -60,10 +61,10 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Length correlation",
-                "between response length and score; far from 0 means it judges length",
+                "between length and score of the answers to one question; far from 0 means it judges length",
                 (("discriminator/length_correlation", "correlation"),),
                 y_range=(-1.0, 1.0),
-                warn=((0.3, "0.3"), (-0.3, "-0.3")),
+                warn=((LENGTH_BIAS, f"{LENGTH_BIAS}"), (-LENGTH_BIAS, f"{-LENGTH_BIAS}")),
             ),
             Chart(
                 "Scores",
@@ -177,10 +178,11 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
             Chart(
                 "Rollouts",
-                "share cut at the limit, share with valid format",
+                "shares: cut at the limit, with a valid answer, with an empty one",
                 (
                     ("rollout/truncated_share", "truncated"),
                     ("rollout/valid_share", "valid"),
+                    ("rollout/empty_share", "empty"),
                 ),
                 y_range=(0.0, 1.0),
             ),

@@ -11,9 +11,10 @@ from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report_page.curves import PAIR_ACCURACY
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
 from rmsd_fast.report_page.run_folder import ReportError, Run
-from rmsd_fast.report_page.samples import STUDENT_ORDER, visible
+from rmsd_fast.report_page.samples import STUDENT_ORDER
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import curve_svg
+from rmsd_fast.report_page.text import visible
 
 STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond")}
 _MORE_STYLES = ((4, "circle"), (5, "square"), (7, "diamond"), (8, "circle"))

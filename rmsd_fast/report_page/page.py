@@ -20,11 +20,14 @@ from rmsd_fast.report_page.evaluation import (
     value,
     verdict,
 )
+from rmsd_fast.report_page.rollouts import rollouts_section
 from rmsd_fast.report_page.run_folder import Run
-from rmsd_fast.report_page.samples import STUDENT_ORDER, sample_cards, visible
+from rmsd_fast.report_page.samples import STUDENT_ORDER, Film, sample_cards
 from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
 from rmsd_fast.report_page.teacher import is_simulated, teacher_section
+from rmsd_fast.report_page.text import visible
+from rmsd_fast.runtime.alarms import SEPARATED
 
 _STAMP = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)")
 _WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
@@ -34,18 +37,22 @@ def render(run: Run) -> str:
     """The report of a run as one HTML document that needs nothing else."""
     name = visible(run.settings.get("name") or run.folder.name)
     stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
-    links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("teacher", "Teacher")]
-    links += [("samples", "Samples"), ("settings", "Settings")]
+    links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("rollouts", "Rollouts")]
+    links += [("teacher", "Teacher"), ("samples", "Samples"), ("settings", "Settings")]
+    films: dict[str, Film] = {}
+    pixel = (run.settings.get("teacher") or {}).get("spatial_format") == "pixel"
     nav = "".join(f'<a href="#{visible(anchor)}">{visible(text)}</a>' for anchor, text in links)
     body = [
         f'<header><p class="muted small">rmsd_fast run report</p><h1>{name}</h1>{_facts(run)}<nav>{nav}</nav></header>',
         _notes(run),
+        _alarms(run),
         _tiles(run),
         evaluation_section(run),
         *(stage_section(stage, run.metrics[stage]) for stage in stages),
         "" if stages else '<h2>Training</h2><p class="muted">No training step has been logged (no metrics.jsonl).</p>',
+        rollouts_section(run.rollouts, films, pixel=pixel),
         teacher_section(run.teacher),
-        _samples(run),
+        _samples(run, films, pixel),
         f'<h2 id="settings">Settings</h2><details class="card"><summary>config.yaml</summary>'
         f'<pre class="text" style="max-height:none">{visible(run.settings_text)}</pre></details>',
     ]
@@ -128,6 +135,22 @@ def _notes(run: Run) -> str:
     return "".join(out)
 
 
+def _alarms(run: Run) -> str:
+    """What training warned of, each with what to do; nothing for a run without alarms."""
+    out = []
+    for alarm in run.alarms:
+        condition = alarm.condition
+        value = (
+            f"{_short(alarm.stage)}, step {alarm.step}: {condition.metric} is {number(alarm.value)} over "
+            f"{condition.window} steps, expected {condition.expected}"
+        )
+        out.append(
+            f'<li><b>{visible(condition.title)}</b><p class="small muted">{visible(value)}</p>'
+            f"<p>{visible(condition.meaning)}</p><p><b>What to do:</b> {visible(condition.advice)}</p></li>"
+        )
+    return f'<section class="note alarms"><h2>Alarms</h2><ul>{"".join(out)}</ul></section>' if out else ""
+
+
 def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
     return (
         f'<div class="card tile"><span class="name">{visible(name)}</span><b>{shown}</b>'
@@ -164,14 +187,17 @@ def _tiles(run: Run) -> str:
 
 def _pair_tile(stage: str, curve: Series) -> str:
     last = last_smoothed(curve)
-    high = last > 0.95
-    words = "above 0.95: separated by cues that are not quality?" if high else "0.5 = undecided, warning above 0.95"
-    return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), words, "down" if high else "")
+    high = last > SEPARATED
+    below = f"0.5 = undecided, warning above {SEPARATED}"
+    if high:
+        below = f"above {SEPARATED}: separated by cues that are not quality?"
+    return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
-def _samples(run: Run) -> str:
+def _samples(run: Run, films: dict[str, Film], pixel: bool) -> str:
     head = '<h2 id="samples">Answers side by side</h2>'
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
+    cards = sample_cards(run.samples, student_names(run), films, pixel=pixel)
     lead = "Held-out questions with frames of their video. The colour of an answer's edge repeats its score."
-    return f'{head}<p class="muted">{lead}</p>{sample_cards(run.samples, student_names(run))}'
+    return f'{head}<p class="muted">{lead}</p>{cards}'

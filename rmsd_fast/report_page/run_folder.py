@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.report_page.svg import Series
+from rmsd_fast.runtime.alarms import Alarm, find_alarms
 
 
 class ReportError(ValueError):
@@ -22,6 +23,8 @@ class Run:
     Attributes:
         settings: config.yaml as plain data; `settings_text` is the file itself.
         metrics: stage -> key -> curve over the optimiser steps of that stage.
+        alarms: those that the metrics raise, in the order of the run.
+        rollouts: lines of rollouts.jsonl.
         evaluation: evaluation.json, or None when nothing was evaluated.
         samples: lines of samples.jsonl.
         teacher: teacher.json (statistics of the pool), or None.
@@ -34,6 +37,8 @@ class Run:
     settings: dict[str, Any]
     settings_text: str
     metrics: dict[str, dict[str, Series]]
+    alarms: list[Alarm]
+    rollouts: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
     teacher: dict[str, Any] | None
@@ -58,11 +63,14 @@ def load_run(folder: str | Path) -> Run:
         )
     notes: list[str] = []
     settings, text = _settings(config)
+    logged = _lines(folder / "metrics.jsonl", notes)
     return Run(
         folder=folder,
         settings=settings,
         settings_text=text,
-        metrics=curves(_lines(folder / "metrics.jsonl", notes), folder / "metrics.jsonl"),
+        metrics=curves(logged, folder / "metrics.jsonl"),
+        alarms=find_alarms(row for _, row in logged),
+        rollouts=_rollouts(folder / "rollouts.jsonl", notes),
         evaluation=_evaluation(folder / "evaluation.json"),
         samples=[row for _, row in _lines(folder / "samples.jsonl", notes)],
         teacher=_object(folder / "teacher.json"),
@@ -134,11 +142,35 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
             if index == len(lines):
                 notes.append(f"{path.name}: the last line ({index}) is unfinished and was left out.")
                 continue
-            raise ReportError(f"{path}:{index}: expected a JSON object: {error}; delete or mend that line") from error
+            raise ReportError(f"{path}:{index}: expected a JSON object: {error}; delete or fix that line") from error
         if not isinstance(row, dict):
             raise ReportError(f"{path}:{index}: expected a JSON object, got {type(row).__name__}; delete that line")
         rows.append((index, row))
     return rows
+
+
+def _rollouts(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Lines of rollouts.jsonl with the parts that the page walks through checked."""
+    rows = []
+    for index, row in _lines(path, notes):
+        _check_stage_and_step(row, f"{path}:{index}")
+        for key in ("teacher", "rollouts"):
+            if not isinstance(row.get(key), list) or not all(isinstance(item, dict) for item in row[key]):
+                raise ReportError(f"{path}:{index}: field {key!r}: expected a list of objects; delete or fix that line")
+        for key in ("videos", "images", "options"):
+            if not isinstance(row.get(key), list | None):
+                raise ReportError(f"{path}:{index}: field {key!r}: expected a list or null; delete or fix that line")
+        rows.append(row)
+    return rows
+
+
+def _check_stage_and_step(row: dict[str, Any], where: str) -> None:
+    stage, step = row.get("stage"), row.get("step")
+    if not isinstance(stage, str) or not isinstance(step, int) or isinstance(step, bool):
+        raise ReportError(
+            f"{where}: expected a text 'stage' and a whole number 'step', got {stage!r} and {step!r}; "
+            "delete or fix that line"
+        )
 
 
 def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict[str, Series]]:
@@ -149,12 +181,7 @@ def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict
     """
     table: dict[str, dict[int, dict[str, float]]] = {}
     for index, row in rows:
-        stage, step = row.get("stage"), row.get("step")
-        if not isinstance(stage, str) or not isinstance(step, int) or isinstance(step, bool):
-            raise ReportError(
-                f"{path}:{index}: expected a text 'stage' and a whole number 'step', got {stage!r} and {step!r}; "
-                "delete or mend that line"
-            )
+        _check_stage_and_step(row, f"{path}:{index}")
         values = {}
         for key, value in row.items():
             if key == "step" or isinstance(value, bool):
@@ -164,7 +191,7 @@ def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict
                 values[key] = math.nan
             elif isinstance(value, int | float):
                 values[key] = float(value)
-        table.setdefault(stage, {})[step] = values
+        table.setdefault(row["stage"], {})[row["step"]] = values
     out: dict[str, dict[str, Series]] = {}
     for stage, by_step in table.items():
         keys: dict[str, list[tuple[int, float]]] = {}

@@ -10,22 +10,30 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from rmsd_fast.report_page.marks import (
+    RELATIVE,
+    TRUTH,
+    Mark,
+    box_overlay,
+    mark_key,
+    response_mark,
+    time_line,
+    truth_mark,
+)
+from rmsd_fast.report_page.text import visible
 
 # Fewer would miss what is seen for a second or two of a short clip.
 FRAMES_PER_SAMPLE = 8
 MAX_THUMBNAIL_PX = 240
 MAX_CARDS = 40
 STUDENT_ORDER = ("untrained", "stage1", "stage2")
+# Series colours of the students' marks, as in the charts.
+STUDENT_COLOURS, OTHER_COLOUR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
-# Control characters other than tab and newline, and lone surrogates, which UTF-8 cannot carry.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def visible(value: object) -> str:
-    """Untrusted text as HTML: escaped, characters that cannot be shown replaced by U+FFFD."""
-    return escape(_UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n")), quote=True)
 
 
 def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE) -> list[tuple[str, str]]:
@@ -62,30 +70,110 @@ def _jpeg(image: object) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _frames(paths: Sequence[str], cache: dict[str, str]) -> str:
-    if not paths:
-        return '<div class="frames"><figure class="lone"><div class="gone">no media recorded</div></figure></div>'
-    return "".join(f'<div class="frames">{_media(str(path), cache)}</div>' for path in paths)
+@dataclass(frozen=True)
+class Film:
+    """What the page shows of a media file: (source, caption) of its frames, or the fault that left it without them.
+
+    size: width and height in pixels, None where the file does not tell. seconds: length of a video.
+    """
+
+    shots: list[tuple[str, str]]
+    fault: str = ""
+    size: tuple[int, int] | None = None
+    seconds: float | None = None
 
 
-def _media(path: str, cache: dict[str, str]) -> str:
-    if path in cache:
-        return cache[path]
-    try:
-        shown = "".join(
-            f'<figure><img src="{source}" alt="{visible(Path(path).name)}, {visible(caption)}" loading="lazy">'
-            f"<figcaption>{visible(caption)}</figcaption></figure>"
-            for source, caption in thumbnails(path)
-        )
+def read_film(path: str, *, is_video: bool) -> Film:
+    """Read the frames and the header of a video or picture."""
     # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
-    except (OSError, RuntimeError, ValueError, ImportError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        shown = (
-            f'<figure class="lone"><div class="gone">no frames of {visible(Path(path).name)}: {visible(reason)}</div>'
-            "</figure>"
-        )
-    cache[path] = shown
-    return shown
+    faults = (OSError, RuntimeError, ValueError, ImportError, IndexError)
+    try:
+        shots = thumbnails(path)
+    except faults as error:
+        return Film([], str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__)
+    try:
+        return Film(shots, "", *(_video_header(path) if is_video else _picture_header(path)))
+    except faults:
+        return Film(shots)
+
+
+def _picture_header(path: str) -> tuple[tuple[int, int], None]:
+    """Width and height as the picture is shown; it has no length."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        # Values of EXIF's orientation that exchange width and height.
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.size[::-1] if turned else image.size), None
+
+
+def _video_header(path: str) -> tuple[tuple[int, int] | None, float | None]:
+    """Width and height, and the length in seconds."""
+    from torchcodec.decoders import VideoDecoder
+
+    header = VideoDecoder(path, seek_mode="approximate").metadata
+    size = (header.width, header.height) if header.width and header.height else None
+    return size, header.duration_seconds
+
+
+def film_strip(
+    row: Mapping[str, object],
+    marks: Sequence[Mark],
+    names: Mapping[str, str],
+    films: dict[str, Film],
+    *,
+    pixel: bool,
+) -> str:
+    """Draw the frames of a question's media, boxes over them, and intervals on a time line below.
+
+    Args:
+        row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
+        marks, names: what to draw, and whose marks have which colour.
+        films: those read so far by path, added to.
+        pixel: boxes count pixels of the file, and not thousandths of the frame.
+    """
+    media = [(str(path), kind == "videos") for kind in ("videos", "images") for path in row.get(kind) or ()]
+    if not media:
+        return '<div class="frames"><figure class="lone"><div class="gone">no media recorded</div></figure></div>'
+    for path, is_video in media:
+        if path not in films:
+            films[path] = read_film(path, is_video=is_video)
+    if len(media) > 1:
+        # Nothing says which of them an answer is about.
+        return "".join(_strip(path, films[path], "") for path, _ in media)
+    ((path, _),) = media
+    film = films[path]
+    size = film.size if pixel else RELATIVE
+    overlay = box_overlay(marks, size) if size else ""
+    length = film.seconds or row.get("duration")
+    times = time_line(marks, length if is_number(length) else None, _span(row))
+    return _strip(path, film, overlay) + (mark_key(marks, names) if overlay and film.shots else "") + times
+
+
+def _strip(path: str, film: Film, overlay: str) -> str:
+    name = visible(Path(path).name)
+    shots = [
+        f'<figure><div class="shot"><img src="{source}" alt="{name}, {visible(caption)}" loading="lazy">{overlay}</div>'
+        f"<figcaption>{visible(caption)}</figcaption></figure>"
+        for source, caption in film.shots
+    ]
+    if film.fault:
+        fault = f"no frames of {name}: {visible(film.fault)}"
+        shots = [f'<figure class="lone"><div class="gone">{fault}</div></figure>']
+    return f'<div class="frames">{"".join(shots)}</div>'
+
+
+def _span(row: Mapping[str, object]) -> tuple[float | None, float | None] | None:
+    """The part of the only video that the question shows, in seconds; None = all of it."""
+    spans = row.get("spans")
+    span = spans[0] if isinstance(spans, list) and len(spans) == 1 else None
+    if not (isinstance(span, list) and len(span) == 2 and all(at is None or is_number(at) for at in span)):
+        return None
+    return span[0], span[1]
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def response_html(text: str) -> str:
@@ -105,7 +193,7 @@ def _answer(name: str, row: Mapping[str, object]) -> str:
         fault = f'<p class="text">not asked: {visible(row["error"])}</p>'
         return f'<div class="answer bad"><header><b>{visible(name)}</b></header>{fault}</div>'
     score = row.get("score")
-    if isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
+    if is_number(score):
         # The bounds are those of the colour only: full marks, and less than what the teacher filter (0.3) keeps.
         kind = "good" if score >= 0.995 else "bad" if score < 0.3 else "part"
         what = f"score {score:.2f}"
@@ -133,30 +221,44 @@ def _options(options: Sequence[object] | None, answer: object) -> str:
     return f'<ul class="options" style="list-style:none">{"".join(items)}</ul>'
 
 
-def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str]) -> str:
+def question_html(row: Mapping[str, object]) -> str:
+    """The question with its options and its ground truth."""
+    truth = row.get("answer")
+    return (
+        f'<p class="text"><b>{visible(row.get("question", ""))}</b></p>{_options(row.get("options"), truth)}'
+        f'<p class="small">Ground truth: {"none (open question)" if truth is None else visible(truth)}</p>'
+    )
+
+
+def sample_cards(
+    rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: dict[str, Film], *, pixel: bool
+) -> str:
     """Cards, one per question, in the order of the file.
 
     Args:
         rows: lines of samples.jsonl.
         names: how each student is called on the page, by its key.
+        films, pixel: see `film_strip`.
     """
     groups: dict[str, list[Mapping[str, object]]] = {}
     for row in rows:
         groups.setdefault(str(row.get("id", "")), []).append(row)
-    cache: dict[str, str] = {}
     order = {student: i for i, student in enumerate(STUDENT_ORDER)}
     cards = []
     for identity, group in list(groups.items())[:MAX_CARDS]:
-        first = group[0]
-        paths = [*(first.get("videos") or ()), *(first.get("images") or ())]
         group = sorted(group, key=lambda row: order.get(str(row.get("student")), len(order)))
+        first, task = group[0], str(group[0].get("task_type", ""))
+        marks, colours = truth_mark(task, first.get("answer")), {TRUTH: "ground truth"}
+        for row in group:
+            student = str(row.get("student"))
+            colour = STUDENT_COLOURS.get(student, OTHER_COLOUR)
+            colours[str(colour)] = names.get(student, student)
+            marks += response_mark(names.get(student, student), colour, task, row.get("response"))
         answers = "".join(_answer(names.get(str(r.get("student")), str(r.get("student"))), r) for r in group)
-        truth = first.get("answer")
         cards.append(
-            f'<article class="card sample"><div><span class="badge">{visible(first.get("task_type", ""))}</span>'
-            f'<span class="muted small">{visible(identity)}</span></div>{_frames(paths, cache)}'
-            f'<p class="text"><b>{visible(first.get("question", ""))}</b></p>{_options(first.get("options"), truth)}'
-            f'<p class="small">Ground truth: {"none (open question)" if truth is None else visible(truth)}</p>'
+            f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
+            f'<span class="muted small">{visible(identity)}</span></div>'
+            f"{film_strip(first, marks, colours, films, pixel=pixel)}{question_html(first)}"
             f'<div class="answers">{answers}</div></article>'
         )
     more = len(groups) - len(cards)

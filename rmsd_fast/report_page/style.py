@@ -138,7 +138,25 @@ td small{color:var(--muted);display:block}
 .sample{margin:12px 0}
 .frames{display:flex;gap:6px;flex-wrap:wrap;margin:8px 0}
 .frames figure{width:calc(12.5% - 6px);min-width:90px;max-width:180px}
-.frames img,.frames .gone{display:block;width:100%;border-radius:6px;border:1px solid var(--line)}
+.frames .shot,.frames .gone{border-radius:6px;border:1px solid var(--line);overflow:hidden}
+.frames .shot{position:relative}
+.frames img{display:block;width:100%}
+.boxes{position:absolute;inset:0;width:100%;height:100%;overflow:hidden;filter:drop-shadow(0 0 1px #000)}
+.boxes rect{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+.swatch{display:inline-block;width:12px;height:12px;border:3px solid;vertical-align:-2px;margin-right:5px}
+.frames+.legend{margin-bottom:8px}
+.times{display:grid;grid-template-columns:fit-content(220px) 1fr fit-content(140px);gap:4px 10px;align-items:center;
+  margin:8px 0;max-width:760px;font-size:.78rem;font-variant-numeric:tabular-nums}
+.lane{display:contents}
+.lane>span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.lane>span:first-child{text-align:right;color:var(--muted)}
+.track{position:relative;height:10px;background:var(--grid);border-radius:3px;overflow:hidden}
+.track b,.track .span{position:absolute;top:0;bottom:0;border-radius:3px}
+.track b{min-width:2px}
+.track .span{background:var(--line)}
+.axis .track{height:18px;background:none;overflow:visible}
+.axis i{position:absolute;transform:translateX(-50%);font-style:normal;color:var(--muted)}
+.axis>span{color:var(--muted)}
 .frames .gone{padding:20px 12px;color:var(--muted);font-size:.82rem;border-style:dashed;overflow-wrap:anywhere}
 .frames figure.lone{width:100%;max-width:420px}
 .frames figcaption{font-weight:400;font-size:.76rem;color:var(--muted)}
@@ -149,6 +167,14 @@ td small{color:var(--muted);display:block}
 .answer{border:1px solid var(--line);border-left:5px solid var(--line);border-radius:8px;padding:8px 10px;min-width:0}
 .answer.good{border-left-color:var(--good)}.answer.bad{border-left-color:var(--bad)}
 .answer.part{border-left-color:var(--note-line)}
+.answer.unused{opacity:.65;border-style:dashed}
+.short pre.text{max-height:150px}
+h4{font-size:.9rem;margin:14px 0 0}
+.alarms{background:var(--card);border-color:var(--bad)}
+.alarms h2{border:0;margin:0;padding:0;color:var(--bad)}
+.alarms ul{margin:6px 0;padding-left:20px}
+.alarms li{margin:8px 0}
+.alarms li>b{display:block}.alarms li>b::first-letter{text-transform:uppercase}
 .answer header{display:flex;justify-content:space-between;gap:8px;font-size:.86rem}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:4px 0 0}
 pre.text{font:.84rem/1.45 ui-monospace,Menlo,Consolas,monospace;max-height:260px;overflow:auto}
@@ -164,6 +190,7 @@ main{padding:12px 12px 40px}
 .card{padding:10px}
 .frames figure{width:calc(25% - 5px);min-width:0}
 .frames figure.lone{width:100%}
+.times{grid-template-columns:fit-content(110px) 1fr fit-content(100px)}
 th,td{padding:4px 6px}
 }
 @media print{body{background:#fff}.card{break-inside:avoid}}
@@ -195,12 +222,24 @@ document.querySelectorAll('svg[data-plot]').forEach(function(svg){
 """
 
 
+def _mark_rules() -> str:
+    """Colours of boxes and bars. Boxes lie on video, so theirs are the bright ones in both themes."""
+    rules = []
+    for name in ("truth", *range(1, SERIES_COLOURS + 1)):
+        variable, bright = ("good", DARK["good"]) if name == "truth" else (f"s{name}", DARK[f"s{name}"])
+        rules.append(f".boxes .m-{name}{{stroke:{bright}}}.swatch.m-{name}{{border-color:var(--{variable})}}")
+        rules.append(f".track .m-{name}{{background:var(--{variable})}}")
+    # The truth is the broadest and lies below the others: where all agree, each is still seen, and told by its dashes.
+    rules.append(".boxes .m-truth{stroke-width:5}.boxes .m-1{stroke-dasharray:9 5}.boxes .m-2{stroke-dasharray:3 5}")
+    return "\n".join(rules)
+
+
 def page_style() -> str:
     """Style sheet of the page, drawings included."""
     return (
         f":root{{color-scheme:light dark;{_variables(LIGHT)}}}\n"
         f"@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}\n"
-        f"{svg_style()}\n{_PAGE_RULES}"
+        f"{svg_style()}\n{_PAGE_RULES}{_mark_rules()}"
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent, value
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, mark_legend
-from rmsd_fast.report_page.samples import visible
 from rmsd_fast.report_page.svg import number
+from rmsd_fast.report_page.text import visible
 
 _COLUMNS = (
     ("mean", "quality, mean", number),

@@ -1,8 +1,7 @@
-"""What a run reports while it goes: metrics.jsonl, TensorBoard, the progress line, and seconds per phase."""
+"""What a run reports while it goes: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -12,28 +11,31 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from rmsd_fast.runtime.alarms import AlarmWatch
+from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.world import World
 
 log = logging.getLogger("rmsd_fast")
 
-# Shown in the progress line where a stage has them, in this order.
+# Shown in the progress line where a stage has them; the first ones where there is no room for all.
 MAIN_NUMBERS = {
     "loss": "loss",
-    "policy/loss": "policy loss",
-    "policy/kl": "KL",
-    "reward/total": "reward",
-    "reward/content/raw": "content",
-    "discriminator/loss": "D loss",
     "discriminator/pair_accuracy": "D pairs",
+    "reward/total": "reward",
+    "policy/kl": "KL",
+    "reward/content/raw": "content",
     "rate/tokens_per_s": "tokens/s",
+    "policy/loss": "policy loss",
+    "discriminator/loss": "D loss",
 }
+# Columns of a line that no terminal shows, or one that does not tell its width.
+PLAIN_WIDTH = 100
 # Without a terminal: a line after so many seconds or such a share of the stage, whichever comes first.
 PLAIN_SECONDS, PLAIN_SHARE = 10.0, 1 / 20
 
@@ -62,49 +64,35 @@ class MetricsLog:
         self._folder, self._tensorboard = Path(run_folder), tensorboard
         self._stream = stream or sys.stderr
         self._live = self._on and self._stream.isatty()
-        self._lines, self._pending, self._writers = 0, [], {}  # type: ignore[var-annotated]
+        self._writers: dict[str, Any] = {}
         self._last_step: dict[str, int] = {}
-        self._total, self._stage, self._phase, self._line = 0, "", "", ""
+        self._alarms = AlarmWatch()
+        self._total, self._stage = 0, ""
+        self._parts: list[str] = []
         self._ends: deque[tuple[int, float]] = deque(maxlen=21)
         self._shown_step, self._shown_at = 0, -math.inf
         if self._on:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / "metrics.jsonl"
-            self._keep(path, resume_lines or 0)
-            # Unbuffered: a kill loses no line that `log` has returned from. Appending, as `_write_pending` may cut it.
-            self._file = path.open("ab", buffering=0)
-
-    def _keep(self, path: Path, lines: int) -> None:
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in found[:lines] if line.endswith(b"\n")]
-        if len(kept) < lines:
-            log.warning(
-                "%s has %d lines, the checkpoint was saved after %d; earlier metrics are lost", path, len(kept), lines
-            )
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(sum(map(len, kept)))
-        for line in kept:
-            record = json.loads(line)
-            self._last_step[record["stage"]] = record["step"]
-        self._lines = len(kept)
+            self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0)
+            for record in self._file.records():
+                self._last_step[record["stage"]] = record["step"]
+                # Alarms that were raised before the checkpoint are not raised again.
+                self._alarms.see(record["stage"], record["step"], record)
 
     @property
     def lines(self) -> int:
         """Lines written, brought to disk: put it into a checkpoint's state and give it back as `resume_lines`."""
-        if self._on:
-            self._write_pending()
-            os.fsync(self._file.fileno())
-        return self._lines
+        return self._file.lines if self._on else 0
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage of `total` steps starts, or continues after `done` of them."""
-        self._stage, self._total, self._line = stage, total, f"{stage} {done}/{total}"
+        self._stage, self._total, self._parts = stage, total, [f"{stage} {done}/{total}"]
         self._ends.clear()
         self._ends.append((done, time.monotonic()))
         self._shown_step, self._shown_at = done, -math.inf
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line for one optimiser step.
+        """One line for one optimiser step, and the alarms that it raises.
 
         Args:
             stage, step: 1-based step within the stage.
@@ -115,29 +103,11 @@ class MetricsLog:
         if not self._on:
             return
         clean = {key: _plain(key, value) for key, value in values.items()}
-        record = {"stage": stage, "step": step} | {k: _finite(v) for k, v in clean.items()}
-        self._pending.append(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._write_pending()
+        self._file.append({"stage": stage, "step": step} | clean)
+        for alarm in self._alarms.see(stage, step, clean):
+            self.message(f"{alarm.text()}\n  The report shows more: python -m rmsd_fast.report {self._folder}")
         self._to_tensorboard(stage, step, clean)
         self._progress(stage, step, clean)
-
-    def _write_pending(self) -> None:
-        """A full disk keeps lines in memory until there is space; it never leaves half a line."""
-        while self._pending:
-            size = os.fstat(self._file.fileno()).st_size
-            try:
-                written = self._file.write(self._pending[0])
-                if written != len(self._pending[0]):
-                    raise OSError(ENOSPC, "No space left on device")
-            except OSError as error:
-                self._file.truncate(size)
-                if error.errno not in (ENOSPC, EDQUOT):
-                    raise
-                if len(self._pending) == 1:
-                    log.warning("metrics.jsonl: the disk is full; lines are kept in memory until there is space")
-                return
-            self._pending.pop(0)
-            self._lines += 1
 
     def _to_tensorboard(self, stage: str, step: int, values: dict[str, Any]) -> None:
         if not self._tensorboard:
@@ -159,9 +129,8 @@ class MetricsLog:
 
     def phase(self, name: str) -> None:
         """Name what the step is doing now, on a terminal."""
-        self._phase = name
-        if self._live and self._line:
-            self._draw(f"{self._line}  [{name}]" if name else self._line)
+        if self._live and self._parts:
+            self._draw(f"[{name}]" if name else "")
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the progress."""
@@ -173,25 +142,25 @@ class MetricsLog:
             self.begin(stage, 0, step - 1)
         now = time.monotonic()
         self._ends.append((step, now))
-        self._line = progress_line(stage, step, self._total, values, list(self._ends))
+        self._parts = progress_parts(stage, step, self._total, values, list(self._ends))
         due = now - self._shown_at >= PLAIN_SECONDS
         due |= self._total > 0 and step - self._shown_step >= self._total * PLAIN_SHARE
         finished = 0 < self._total <= step
         if self._live:
-            self._draw(self._line)
+            self._draw()
             if finished:
                 print(file=self._stream, flush=True)
         elif due or finished:
-            print(self._line, file=self._stream, flush=True)
+            print(fit_line(self._parts, PLAIN_WIDTH), file=self._stream, flush=True)
             self._shown_step, self._shown_at = step, now
 
-    def _draw(self, text: str) -> None:
+    def _draw(self, phase: str = "") -> None:
         try:
-            width = os.get_terminal_size(self._stream.fileno()).columns or 120
+            width = os.get_terminal_size(self._stream.fileno()).columns or PLAIN_WIDTH
         except (OSError, ValueError):
-            width = 120
+            width = PLAIN_WIDTH
         # A line longer than the terminal would wrap, and the next one would not overwrite it.
-        print("\r\x1b[K" + text[: max(width - 1, 20)], end="", file=self._stream, flush=True)
+        print("\r\x1b[K" + fit_line(self._parts, width - 1, phase), end="", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -200,17 +169,17 @@ class MetricsLog:
         for writer in self._writers.values():
             writer.close()
         self._writers = {}
-        if not self._file.closed:
-            self._file.close()
+        self._file.close()
 
 
-def progress_line(stage: str, step: int, total: int, values: Mapping[str, Any], ends: list[tuple[int, float]]) -> str:
-    """`distill 37/468  3.20 s/step  left 0:22:59  KL 0.012`.
+def progress_parts(
+    stage: str, step: int, total: int, values: Mapping[str, Any], ends: list[tuple[int, float]]
+) -> list[str]:
+    """Return the fields of the progress line, most important first: `distill 37/468`, `3.20 s/step`, `KL 0.012`.
 
     `ends` are (step, seconds) of the ends of the last steps; a total of 0 is unknown.
     """
     parts = [f"{stage} {step}/{total}" if total else f"{stage} {step}"]
-    # First what a narrow terminal must not cut off.
     (first, began), (last, ended) = ends[0], ends[-1]
     if last > first:
         each = (ended - began) / (last - first)
@@ -221,8 +190,31 @@ def progress_line(stage: str, step: int, total: int, values: Mapping[str, Any], 
     for key, name in MAIN_NUMBERS.items():
         value = values.get(key)
         if isinstance(value, (int, float)):
-            parts.append(f"{name} {value:.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}")
-    return "  ".join(parts)
+            parts.append(f"{name} {_short_number(value)}")
+    return parts
+
+
+def fit_line(parts: list[str], width: int, phase: str = "") -> str:
+    """Return the first fields that fit `width` columns together with the phase, each whole or not at all."""
+    room = width - (len(phase) + 2 if phase else 0)
+    # The first field is shown in any case; on a terminal too narrow for it there is nothing better.
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > room:
+            break
+        line += f"  {part}"
+    if phase and len(line) <= room:
+        line += f"  {phase}"
+    return line[:width]
+
+
+def _short_number(value: float) -> str:
+    """Three digits: `0.0123`, `-1.23`, `123`, `12.3k`."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # Rounding to three digits reaches the next unit before the value does.
+        if size * 0.9995 <= abs(value) < math.inf:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -234,10 +226,6 @@ def _plain(key: str, value: Any) -> Any:
         return float(value)  # numpy's scalars
     except (TypeError, ValueError):
         raise TypeError(f"metric '{key}': expected a number or a scalar tensor, got {type(value).__name__}") from None
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class PhaseTimer:

@@ -43,7 +43,7 @@ def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
     samples = _samples(groups, judged=True, trained=False)
     sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
     metrics = {**judge_metrics(sums), **group_metrics(sums), **_work(sums), "discriminator/grad_norm": norm}
-    return StepResult(metrics, skipped)
+    return StepResult(metrics, skipped, groups)
 
 
 def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
@@ -68,7 +68,7 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout
     metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work(sums), "policy/grad_norm": norms[0]}
     if uses_discriminator(settings):
         metrics |= {**judge_metrics(sums), "discriminator/grad_norm": norms[1]}
-    return StepResult(metrics, skipped)
+    return StepResult(metrics, skipped, groups)
 
 
 def _roll_out(

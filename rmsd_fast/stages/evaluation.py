@@ -195,7 +195,8 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
     for name, records in predictions.items():
         for record in _spread(records, settings.evaluate.samples):
             question = by_id[record["id"]]
-            media = {"videos": list(question.videos), "images": list(question.images)}
+            media = {"videos": question.videos, "images": question.images, "spans": question.spans}
+            media["duration"] = question.duration
             asked = {"question": question.question, "options": question.options, "answer": question.answer}
             lines.append(json.dumps({"student": name, **record, **asked, **media}))
     write_text_atomic(run_folder / "samples.jsonl", "".join(line + "\n" for line in lines))

@@ -9,7 +9,7 @@ import torch
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.method.advantages import degenerate_groups, group_advantages
-from rmsd_fast.method.answers import has_outer_format, has_task_format, parse_answer
+from rmsd_fast.method.answers import has_outer_format, has_task_format, is_empty_answer, parse_answer
 from rmsd_fast.method.matching import Pairs, expected_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
@@ -18,7 +18,11 @@ from rmsd_fast.teacher.targets import Targets, content_score
 
 @dataclass
 class Group:
-    """Float tensors are [N]; `kept` are the teacher responses that matching can choose (p > 0)."""
+    """Float tensors are [N], on the CPU; `kept` are the teacher responses that matching can choose (p > 0).
+
+    d_score, teacher_d_score: scores of the rollouts [N] and of the kept teacher responses; empty without a
+    discriminator.
+    """
 
     prompt: Prompt
     rollouts: list[Rollout]
@@ -30,6 +34,7 @@ class Group:
     kept: list[int]
     valid: int
     d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    teacher_d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     reward: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -140,6 +145,7 @@ def group_sums(groups: list[Group], settings: RunConfig) -> dict[str, float]:
     sums["rollouts"] = len(rollouts)
     sums["rollout_tokens"] = sum(len(rollout.token_ids) for rollout in rollouts)
     sums["truncated"] = sum(rollout.truncated for rollout in rollouts)
+    sums["empty"] = sum(is_empty_answer(rollout.text) for rollout in rollouts)
     sums["valid"] = sum(group.valid for group in groups)
     for name, weight in (("outer", weights.beta), ("task", weights.eta), ("content", weights.delta)):
         raw = sum(float(getattr(group, name).sum()) for group in groups)
@@ -164,6 +170,7 @@ def group_metrics(sums: dict[str, float]) -> dict[str, float]:
     metrics = {
         "rollout/tokens_mean": sums["rollout_tokens"] / rollouts,
         "rollout/truncated_share": sums["truncated"] / rollouts,
+        "rollout/empty_share": sums["empty"] / rollouts,
         "rollout/valid_share": sums["valid"] / rollouts,
         "teacher/quality": sums["teacher_quality"] / responses,
         "teacher/valid_share": sums["teacher_valid"] / responses,

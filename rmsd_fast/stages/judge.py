@@ -130,15 +130,24 @@ def _in_order(batches: list[MicroBatch], places: list[torch.Tensor], found: list
 
 
 def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor, pairs: Pairs) -> dict[str, float]:
-    """Rewards of the rollouts, and the sums for the metrics; a question without a teacher has no D reward."""
+    """Leave the scores in the groups and sum up the metrics; a question without a teacher has no D reward."""
     groups = pair_loss.groups
     everything = list(range(len(groups)))
     students, teachers = pair_loss.sides(scores, everything)
-    for group, own in zip(groups, students.split([len(group.rollouts) for group in groups]), strict=True):
-        group.d_score = own.float() if group.kept else torch.zeros(len(own))
+    student_counts = [len(group.rollouts) for group in groups]
+    teacher_counts = [len(group.kept) for group in groups]
+    split = zip(groups, students.split(student_counts), teachers.split(teacher_counts), strict=True)
+    for group, rollout_scores, teacher_scores in split:
+        group.d_score = rollout_scores.float() if group.kept else torch.zeros(len(rollout_scores))
+        group.teacher_d_score = teacher_scores.float()
     lengths = torch.tensor([len(ids) for one in pair_loss.judged for ids in one.responses])
     lengths = torch.cat(pair_loss.sides(lengths, everything))
-    return _sums(students, teachers, lengths, pairs, float(pair_loss(scores, everything)))
+    question = torch.tensor(everything)
+    question = torch.cat([question.repeat_interleave(torch.tensor(n)) for n in (student_counts, teacher_counts)])
+    return {
+        **_score_sums(students, teachers, pairs, float(pair_loss(scores, everything))),
+        **length_sums(lengths, torch.cat([students, teachers]), question),
+    }
 
 
 TIE = 1e-5
@@ -151,52 +160,65 @@ _SUMS = [
     "d_weight",
     "d_correct",
     "d_margin",
-    "d_n",
-    "d_x",
-    "d_y",
-    "d_xx",
-    "d_yy",
-    "d_xy",
 ]
 
 
-def _sums(students, teachers, lengths, pairs, loss: float) -> dict[str, float]:
-    students, teachers, lengths = students.double(), teachers.double(), lengths.double()
-    scores = torch.cat([students, teachers])
+def _score_sums(students, teachers, pairs, loss: float) -> dict[str, float]:
+    students, teachers = students.double(), teachers.double()
     margin = teachers[pairs.teacher_index] - students[pairs.student_index]
     weight = pairs.pair_weight.double()
     found = torch.stack(
         [
-            scores.new_tensor(loss),
-            scores.new_tensor(len(students)),
-            scores.new_tensor(len(teachers)),
+            students.new_tensor(loss),
+            students.new_tensor(len(students)),
+            students.new_tensor(len(teachers)),
             students.sum(),
             teachers.sum(),
             weight.sum(),
             # Equal texts score the same up to rounding: a tie counts half, as in the area under a ROC curve.
             (weight * ((margin > TIE) + 0.5 * (margin.abs() <= TIE))).sum(),
             (weight * margin).sum(),
-            scores.new_tensor(len(scores)),
-            lengths.sum(),
-            scores.sum(),
-            lengths.square().sum(),
-            scores.square().sum(),
-            (lengths * scores).sum(),
         ]
     ).tolist()
     return dict(zip(_SUMS, found, strict=True))
 
 
+def length_sums(lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor) -> dict[str, float]:
+    """Return this process's sums for `length_correlation`, centred within each question.
+
+    A question with long answers and high scores is no sign of a length bias, so only the differences between the
+    responses to one question count.
+
+    Args:
+        lengths, scores: of all responses that D reads, rollouts and teacher responses, [R].
+        question: index of each response's question, int64 [R].
+    """
+    x, y = (_centred(values.double(), question) for values in (lengths, scores))
+    return {"d_xx": float(x.square().sum()), "d_yy": float(y.square().sum()), "d_xy": float((x * y).sum())}
+
+
+def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    counts = torch.bincount(question)
+    means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, question, values) / counts
+    return values - means[question]
+
+
+def length_correlation(sums: dict[str, float]) -> float:
+    """Return the correlation between length and score within questions; 0 where scores or lengths do not differ."""
+    responses = sums["d_students"] + sums["d_teachers"]
+    if sums["d_xx"] == 0 or sums["d_yy"] <= responses * TIE**2:
+        return 0.0
+    return sums["d_xy"] / (sums["d_xx"] * sums["d_yy"]) ** 0.5
+
+
 def judge_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means over the global batch, by the names of metrics.jsonl; pairs weigh as much as in the loss."""
-    weight, n = max(sums["d_weight"], 1e-12), sums["d_n"]
-    covariance = sums["d_xy"] / n - sums["d_x"] / n * sums["d_y"] / n
-    spread = (sums["d_xx"] / n - (sums["d_x"] / n) ** 2) * (sums["d_yy"] / n - (sums["d_y"] / n) ** 2)
+    weight = max(sums["d_weight"], 1e-12)
     return {
         "discriminator/loss": sums["d_loss"],
         "discriminator/pair_accuracy": sums["d_correct"] / weight,
         "discriminator/margin": sums["d_margin"] / weight,
-        "discriminator/length_correlation": covariance / spread**0.5 if spread > 1e-12 else 0.0,
+        "discriminator/length_correlation": length_correlation(sums),
         "discriminator/score_student": sums["d_score_student"] / max(sums["d_students"], 1.0),
         "discriminator/score_teacher": sums["d_score_teacher"] / max(sums["d_teachers"], 1.0),
     }

@@ -29,9 +29,11 @@ from rmsd_fast.runtime.checkpoint import (
     save_checkpoint,
 )
 from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
+from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.material import Material, losses_of
+from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
 from rmsd_kernels import native
 
@@ -44,7 +46,10 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """`checkpoint` is the one that the run continues from, None for a new run."""
+    """One run: `checkpoint` is the one that it continues from, None for a new run.
+
+    rollouts: `rollouts.jsonl`; None on all processes but the main one.
+    """
 
     settings: RunConfig
     world: World
@@ -52,6 +57,7 @@ class Run:
     material: Material
     media: MediaReader
     metrics: MetricsLog
+    rollouts: JsonLines | None
     stop: StopSignal
     fingerprints: dict
     checkpoint: Checkpoint | None = None
@@ -85,9 +91,11 @@ def open_run(
             changes = compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
             if changes:
                 on_main(world, lambda: _take_changes(settings, folder))
-    lines = 0 if resume is not None else None
-    metrics = MetricsLog(folder, world, resume_lines=checkpoint.state["metrics_lines"] if checkpoint else lines)
-    run = Run(settings, world, folder, material, media, metrics, StopSignal(), fingerprints, checkpoint)
+    saved = checkpoint.state if checkpoint else {}
+    metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0))
+    # Checkpoints of earlier versions know no rollouts.jsonl.
+    rollouts = JsonLines(folder / "rollouts.jsonl", keep=saved.get("rollout_lines", 0)) if world.is_main else None
+    run = Run(settings, world, folder, material, media, metrics, rollouts, StopSignal(), fingerprints, checkpoint)
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
@@ -238,6 +246,18 @@ def run_steps(
                 _note_skipped(run, stage, number + 1, prompts)
             metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
             run.metrics.log(stage, number + 1, metrics)
+            if run.rollouts is not None:
+                log_rollouts(
+                    run.rollouts,
+                    result.groups,
+                    run.material.pool,
+                    run.settings.rollout,
+                    stage=stage,
+                    step=number + 1,
+                    total=total,
+                )
+            # Its groups hold the step's frames: the next step must not find them in memory.
+            del result
             stopping = run.stop.requested(run.world)
             saved = False
             if number + 1 == total or stopping or (every and (number + 1) % every == 0):
@@ -315,6 +335,7 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "seen": run.seen,
                 "skipped_in_a_row": state.skipped_in_a_row,
                 "metrics_lines": run.metrics.lines,
+                "rollout_lines": run.rollouts.lines if run.rollouts is not None else 0,
                 "fingerprints": run.fingerprints,
             },
             writers={"export": lambda folder: export_student(state.student, folder)},

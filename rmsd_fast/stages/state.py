@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
 from rmsd_fast.runtime.distributed import Engine, World, global_max
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.stages.groups import Group
 from rmsd_fast.teacher.targets import Targets
 
 
@@ -40,10 +41,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of one optimiser step over the global batch; skipped = weights left as they were."""
+    """Metrics of one optimiser step over the global batch; skipped = weights left as they were.
+
+    groups: this process's questions with their rollouts, in stages that roll out.
+    """
 
     metrics: dict[str, float]
     skipped: bool
+    groups: list[Group] = field(default_factory=list)
 
 
 class NonFiniteRun(UserError, RuntimeError):

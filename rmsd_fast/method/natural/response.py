@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from ..answers import has_outer_format, parse_answer
+from ..answers import answer_body, has_outer_format, parse_answer
 from .body import canonical_body, is_text_read
 from .options import comparable, comparable_options, is_whole_option
 from .reasons import Unreadable, the_only
@@ -143,7 +143,7 @@ def read_response(text: str, task: str, options: Options, finish_reason: str | N
     else:
         lead, body = _untagged(final, task, options, reasoned=reasoning is not None)
     # What is in order already stays as it was written, line breaks and all.
-    if ordered and text.partition("<answer>")[2].partition("</answer>")[0].strip() == body:
+    if ordered and answer_body(text).strip() == body:
         return _REGION_MARKS.sub("", text)
     think = _REGION_MARKS.sub("", _ANY_TAG.sub("", lead if reasoning is None else reasoning)).strip()
     result = f"<think>{think}</think><answer>{body}</answer>"

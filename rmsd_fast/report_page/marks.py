@@ -1,0 +1,114 @@
+"""Answers that can be drawn: boxes over the frames of a question's video, intervals on a time line below them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rmsd_fast.method.answers import answer_body, parse_answer_body
+from rmsd_fast.report_page.svg import number, ticks
+from rmsd_fast.report_page.text import visible
+
+# Coordinates of boxes are shares of the frame in thousandths, unless they are pixels.
+RELATIVE = (1000, 1000)
+TRUTH = "truth"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One box `(x1, y1, x2, y2)` or interval `(start, end)`: its short name, and `truth` or a series colour 1-8."""
+
+    name: str
+    colour: str
+    values: tuple[float, ...]
+
+
+def truth_mark(task_type: str, answer: object) -> list[Mark]:
+    """Return the mark of a ground truth; none where it cannot be drawn."""
+    return _mark("ground truth", TRUTH, task_type, str(answer or ""))
+
+
+def response_mark(name: str, colour: int, task_type: str, text: object) -> list[Mark]:
+    """Return the mark of a response's answer, also where the format around the answer is broken."""
+    return _mark(name, str(colour), task_type, answer_body(str(text or "")))
+
+
+def _mark(name: str, colour: str, task_type: str, body: str | None) -> list[Mark]:
+    if task_type not in ("spatial", "temporal") or body is None:
+        return []
+    values = parse_answer_body(body, task_type)
+    # Boxes and intervals without an extent score 0 and show nothing.
+    half = len(values or ()) // 2
+    if values is None or any(end <= start for start, end in zip(values[:half], values[half:], strict=True)):
+        return []
+    return [Mark(name, colour, values)]
+
+
+def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
+    """The marks of so many values; answers that agree share one, with all their names."""
+    names: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for mark in marks:
+        if len(mark.values) == values:
+            names.setdefault((mark.colour, mark.values), []).append(mark.name)
+    return [Mark(", ".join(agreeing), *key) for key, agreeing in names.items()]
+
+
+def box_overlay(marks: Sequence[Mark], size: tuple[int, int]) -> str:
+    """Return the boxes as an SVG that lies over a frame of any size; `size` is what the coordinates count to."""
+    marks = _merged(marks, values=4)
+    if not marks:
+        return ""
+    boxes = []
+    for mark in marks:
+        x1, y1, x2, y2 = (min(max(v, 0.0), m) for v, m in zip(mark.values, (*size, *size), strict=True))
+        title = f"{mark.name}: {','.join(number(v, 4) for v in mark.values)}"
+        boxes.append(
+            f'<rect class="m-{mark.colour}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}">'
+            f"<title>{visible(title)}</title></rect>"
+        )
+    view = f"0 0 {size[0]} {size[1]}"
+    return f'<svg class="boxes" viewBox="{view}" preserveAspectRatio="none" aria-hidden="true">{"".join(boxes)}</svg>'
+
+
+def time_line(
+    marks: Sequence[Mark], seconds: float | None, span: tuple[float | None, float | None] | None = None
+) -> str:
+    """Return one lane with a bar per interval over the length of the clip; nothing without intervals.
+
+    Args:
+        seconds: length of the clip; None = unknown, the axis then ends with the last interval.
+        span: the part of the clip that the question shows, in seconds; it is shaded.
+    """
+    marks = _merged(marks, values=2)
+    if not marks:
+        return ""
+    end = max(mark.values[1] for mark in marks) if seconds is None else seconds
+    # Less than a frame's time is not a clip; a scale of it could not be drawn either.
+    if not 1e-3 < end < math.inf:
+        return ""
+
+    def place(start: float, stop: float) -> str:
+        left, right = (100 * min(max(at / end, 0.0), 1.0) for at in (start, stop))
+        return f"left:{left:.2f}%;width:{right - left:.2f}%"
+
+    shown = ""
+    if span is not None:
+        shown = f'<i class="span" style="{place(span[0] or 0.0, end if span[1] is None else span[1])}"></i>'
+    lanes = [
+        f'<div class="lane"><span>{visible(mark.name)}</span><div class="track">{shown}'
+        f'<b class="m-{mark.colour}" style="{place(*mark.values)}"></b></div>'
+        f"<span>{number(mark.values[0], 4)} to {number(mark.values[1], 4)} s</span></div>"
+        for mark in marks
+    ]
+    scale = "".join(f'<i style="left:{100 * at / end:.2f}%">{number(at, 4)}</i>' for at in ticks(0.0, end, 5))
+    length = "" if seconds is None else f"clip of {number(end, 4)} s"
+    axis = f'<div class="lane axis"><span>seconds</span><div class="track">{scale}</div><span>{length}</span></div>'
+    return f'<div class="times" role="group" aria-label="Intervals in seconds">{"".join(lanes)}{axis}</div>'
+
+
+def mark_key(marks: Sequence[Mark], names: Mapping[str, str]) -> str:
+    """Return the legend of the boxes: whose outline has which colour; `names` by colour."""
+    colours = [colour for colour in names if any(mark.colour == colour and len(mark.values) == 4 for mark in marks)]
+    items = "".join(f'<li><i class="swatch m-{colour}"></i>{visible(names[colour])}</li>' for colour in colours)
+    return f'<ul class="legend">{items}</ul>' if items else ""

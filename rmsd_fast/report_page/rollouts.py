@@ -1,0 +1,133 @@
+"""Rollouts of the report: for some logged steps, each question with its teacher answers and what the student wrote.
+
+Like samples.jsonl, rollouts.jsonl holds text of models and data files: it is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rmsd_fast.report_page.curves import STAGE_TITLES
+from rmsd_fast.report_page.marks import TRUTH, response_mark, truth_mark
+from rmsd_fast.report_page.samples import Film, film_strip, is_number, question_html, response_html
+from rmsd_fast.report_page.svg import number
+from rmsd_fast.report_page.text import visible
+
+# Of a step; a run may log more.
+QUESTIONS_SHOWN = 4
+TEACHER_COLOUR, STUDENT_COLOUR = 1, 2
+# How the page calls fields of a record.
+_NAMES = {"quality": "q", "d_score": "D", "log_ratio": "k1"}
+_COLOURS = {TRUTH: "ground truth", str(TEACHER_COLOUR): "teacher answers", str(STUDENT_COLOUR): "rollouts"}
+
+
+def rollouts_section(rows: Sequence[Mapping[str, Any]], films: dict[str, Film], *, pixel: bool) -> str:
+    """Cards of the first, the middle and the last logged step of each stage.
+
+    Args:
+        rows: lines of rollouts.jsonl, checked by `run_folder`.
+        films, pixel: see `samples.film_strip`.
+    """
+    head = '<h2 id="rollouts">Rollouts while training</h2>'
+    stages: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        stages.setdefault(row["stage"], {}).setdefault(row["step"], []).append(row)
+    if not stages:
+        return f'{head}<p class="muted">No rollouts were logged (no rollouts.jsonl).</p>'
+    out = [
+        head,
+        '<p class="muted">Questions of the first, a middle and the last logged step of each stage, with the teacher '
+        "answers T and the rollouts R, best first; equal answers share a card. q = quality, p = probability of being "
+        "matched, D = score of the discriminator before the step. All logged steps are in rollouts.jsonl.</p>",
+    ]
+    for stage, steps in stages.items():
+        out.append(f"<h3>{visible(STAGE_TITLES.get(stage, stage))}</h3>")
+        numbers = sorted(steps)
+        shown = sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]})
+        for step in shown:
+            cards = [_card(row, films, pixel) for row in steps[step][:QUESTIONS_SHOWN]]
+            more = len(steps[step]) - len(cards)
+            tail = f'<p class="muted">{more} more questions of this step are in rollouts.jsonl.</p>' if more else ""
+            unfolded = " open" if step == shown[-1] else ""
+            out.append(f"<details{unfolded}><summary>Step {step}</summary>{''.join(cards)}{tail}</details>")
+    return "".join(out)
+
+
+def _card(row: Mapping[str, Any], films: dict[str, Film], pixel: bool) -> str:
+    task = str(row.get("task_type", ""))
+    teacher = [(f"T{answer.get('k', '?')}", answer) for answer in row["teacher"]]
+    rollouts = [(f"R{index}", rollout) for index, rollout in enumerate(row["rollouts"])]
+    rollouts.sort(key=lambda named: _rank(named[1]), reverse=True)
+    marks = truth_mark(task, row.get("answer"))
+    for colour, side in ((TEACHER_COLOUR, teacher), (STUDENT_COLOUR, rollouts)):
+        for name, response in side:
+            marks += response_mark(name, colour, task, response.get("text"))
+    teacher_cards = _answers([(name, _teacher_answer(answer)) for name, answer in teacher])
+    rollout_cards = _answers([(name, _rollout(rollout)) for name, rollout in rollouts])
+    return (
+        f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
+        f'<span class="muted small">{visible(row.get("id", ""))}</span></div>'
+        f"{film_strip(row, marks, _COLOURS, films, pixel=pixel)}{question_html(row)}"
+        f"<h4>Teacher answers</h4>{teacher_cards}<h4>Rollouts</h4>{rollout_cards}</article>"
+    )
+
+
+def _rank(rollout: Mapping[str, Any]) -> float:
+    """By advantage; in the warm-up, which has none, by the discriminator's score."""
+    for key in ("advantage", "d_score"):
+        if is_number(rollout.get(key)):
+            return rollout[key]
+    return -math.inf
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a card says: HTML, but for the text; `kind` is the CSS class of its edge."""
+
+    kind: str
+    facts: str
+    details: str
+    text: str
+
+
+def _teacher_answer(answer: Mapping[str, Any]) -> _Answer:
+    # Nothing of a quality below tau is matched with a rollout.
+    unused = answer.get("p") == 0
+    facts = f"{_facts(answer, 'quality')} · not used" if unused else _facts(answer, "quality", "p", "d_score")
+    return _Answer("unused" if unused else "", facts, "", str(answer.get("text") or ""))
+
+
+def _rollout(rollout: Mapping[str, Any]) -> _Answer:
+    advantage = rollout.get("advantage")
+    kind = ("good" if advantage > 0 else "bad" if advantage < 0 else "") if is_number(advantage) else ""
+    details = _facts(rollout, "reward", "outer", "task", "content", "log_ratio", "tokens")
+    if rollout.get("truncated") is True:
+        details += " · cut"
+    if "match" in rollout:
+        details += f" · matched with T{visible(rollout['match'])}"
+    return _Answer(kind, _facts(rollout, "advantage", "d_score"), details, str(rollout.get("text") or ""))
+
+
+def _facts(record: Mapping[str, Any], *keys: str) -> str:
+    """Name and value of the fields that hold a number: the warm-up has no rewards, a run without D has no scores."""
+    present = [key for key in keys if is_number(record.get(key))]
+    return " · ".join(f"{_NAMES.get(key, key)} {number(record[key]).replace('-', '−')}" for key in present)
+
+
+def _answers(named: Sequence[tuple[str, _Answer]]) -> str:
+    """One card per distinct answer, in order, with the names of all that gave it."""
+    names: dict[_Answer, list[str]] = {}
+    for name, answer in named:
+        names.setdefault(answer, []).append(name)
+    cards = []
+    for answer, agreeing in names.items():
+        head = f"<b>{visible(', '.join(agreeing))}</b><span>{answer.facts}</span>"
+        text = response_html(answer.text) or "(empty)"
+        cards.append(
+            f'<div class="answer {answer.kind}"><header>{head}</header><p class="hint">{answer.details}</p>'
+            f'<pre class="text">{text}</pre></div>'
+        )
+    return f'<div class="answers short">{"".join(cards) or "none"}</div>'

@@ -1,0 +1,14 @@
+"""Untrusted text as HTML."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+# Control characters other than tab and newline, and lone surrogates, which UTF-8 cannot carry.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def visible(value: object) -> str:
+    """Untrusted text as HTML: escaped, characters that cannot be shown replaced by U+FFFD."""
+    return escape(_UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n")), quote=True)

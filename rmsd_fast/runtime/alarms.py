@@ -1,0 +1,209 @@
+"""Alarms: conditions under which a run needs a person. One table over the metrics of a stage, no state but the metrics.
+
+Training prints each alarm once per run; the report finds the same ones in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+# Shown as lines in the report's charts too.
+SEPARATED = 0.95
+LENGTH_BIAS = 0.3
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A metric whose mean over the last `window` steps should stay within [low, high].
+
+    The mean has to lie outside by more than two of its standard errors, which the window's own scatter gives: noise of
+    single steps raises nothing.
+
+    Attributes:
+        title: names the alarm.
+        metric: key in metrics.jsonl.
+        first_step: step of the stage from which it is judged, if `window` steps have a value by then.
+        stages: those it is judged in.
+        meaning, advice: what an alarm means and what to do, in sentences.
+    """
+
+    title: str
+    metric: str
+    meaning: str
+    advice: str
+    low: float = -math.inf
+    high: float = math.inf
+    window: int = 10
+    first_step: int = 10
+    stages: tuple[str, ...] = ("warm_up", "distill")
+
+    def is_broken(self, window: Sequence[float]) -> bool:
+        """Return whether the mean of these steps is out of bounds beyond doubt."""
+        slack = 2 * stdev(window) / len(window) ** 0.5
+        return fmean(window) + slack < self.low or fmean(window) - slack > self.high
+
+    @property
+    def expected(self) -> str:
+        """The bounds in words."""
+        if self.low == -math.inf:
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A condition that was broken, and where first; `value` is the running mean."""
+
+    condition: Condition
+    stage: str
+    step: int
+    value: float
+
+    def text(self) -> str:
+        """Lines for a terminal."""
+        condition = self.condition
+        lines = [
+            f"{condition.metric}: expected {condition.expected}, got {self.value:.3g}, the mean of "
+            f"{condition.window} steps",
+            condition.meaning,
+            f"What to do: {condition.advice}",
+        ]
+        head = f"ALARM: {condition.title} ({self.stage} step {self.step})"
+        return "\n".join([head, *(textwrap.indent(textwrap.fill(line, 98), "  ") for line in lines)])
+
+
+CONDITIONS = (
+    # The demonstration's D is at chance (0.49, sd 0.05 over 100 steps); the quickstart's stage 2 is too short to judge.
+    Condition(
+        "the discriminator is at chance late in its warm-up",
+        "discriminator/pair_accuracy",
+        "It does not tell teacher answers from rollouts yet, so stage 2 would start with a reward of noise.",
+        "raise discriminator.warm_up_lr or discriminator.warm_up_steps. Check teacher/kept_share too: "
+        "teacher.responses (K) and teacher.min_quality (tau) must leave pairs.",
+        low=0.55,
+        first_step=30,
+        stages=("warm_up",),
+    ),
+    Condition(
+        "the discriminator is at chance",
+        "discriminator/pair_accuracy",
+        "It does not tell teacher answers from rollouts, so its part of the reward is noise.",
+        "compare both in the report. If the rollouts are worse, raise discriminator.lr or "
+        "discriminator.warm_up_steps, and check that teacher.responses (K) and teacher.min_quality (tau) leave pairs "
+        "(teacher/kept_share). If they are as good, stage 2 has nothing left to learn from this pool.",
+        low=0.55,
+        window=20,
+        first_step=30,
+        stages=("distill",),
+    ),
+    Condition(
+        "the discriminator separates both sides almost without error",
+        "discriminator/pair_accuracy",
+        "It has likely found a cue that is not quality (length, format, wording), and its reward teaches that cue.",
+        "compare teacher answers and rollouts in the report. Lower discriminator.lr or discriminator.warm_up_steps; "
+        "if the formats differ, train stage 1 for longer.",
+        high=SEPARATED,
+    ),
+    Condition(
+        "the discriminator judges by length",
+        "discriminator/length_correlation",
+        "Among the answers to one question, its score goes with length: above 0 long ones win, below 0 short ones.",
+        "compare rollout/tokens_mean with the length of the teacher's answers. Lower discriminator.lr or reward.alpha, "
+        "or raise rollout.max_new_tokens if rollouts are truncated.",
+        low=-LENGTH_BIAS,
+        high=LENGTH_BIAS,
+    ),
+    Condition(
+        "many rollouts are not valid",
+        "rollout/valid_share",
+        "Their format is broken or their answer does not parse, so they earn no content reward.",
+        "read some in the report. Train stage 1 for longer, lower rollout.temperature, or raise rollout.max_new_tokens "
+        "if they are truncated.",
+        low=0.7,
+    ),
+    Condition(
+        "many rollouts are truncated",
+        "rollout/truncated_share",
+        "They reach rollout.max_new_tokens before they end, so they have no answer.",
+        "raise rollout.max_new_tokens, or train stage 1 for longer so that answers end.",
+        high=0.2,
+    ),
+    Condition(
+        "rollouts are empty",
+        "rollout/empty_share",
+        "They have no text, or nothing inside <answer>.",
+        "read some in the report. Lower discriminator.lr or reward.alpha: an empty answer should never earn more than "
+        "a wrong one.",
+        high=0.05,
+    ),
+    Condition(
+        "many questions have no usable teacher answer",
+        "teacher/empty_share",
+        "None of their answers reaches teacher.min_quality, so they give no pair and no discriminator reward.",
+        "lower teacher.min_quality (tau), collect more answers per question, or leave these questions out. "
+        "The report's table of teacher responses shows the task types.",
+        high=0.3,
+        window=20,
+        first_step=20,
+    ),
+    Condition(
+        "many groups are flat",
+        "advantage/zero_share",
+        "All rollouts of these questions earn the same, so they teach nothing.",
+        "raise rollout.temperature or rollout.n, or use harder questions.",
+        high=0.5,
+        window=20,
+        first_step=20,
+    ),
+    Condition(
+        "the student runs away from the stage-1 student",
+        "policy/kl",
+        "A KL of more than one nat per token means that it writes other text altogether.",
+        "lower distill.lr or raise distill.kl_coef, and read some rollouts in the report. Go back to an earlier "
+        "checkpoint if they are broken.",
+        high=1.0,
+    ),
+    Condition(
+        "trainer and rollout engine disagree",
+        "policy/importance_ratio",
+        "Trainer and engine give the sampled tokens different probabilities, so the gradient is biased.",
+        "set distill.tis_cap=2 and distill.sequence_mask_cap=3, or model.dtype=float32 to look for the cause.",
+        low=0.9,
+        high=1.1,
+    ),
+)
+
+
+class AlarmWatch:
+    """Judges the steps of a run in their order and raises each condition once."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[str, Condition], deque[float]] = {}
+        self._raised: set[Condition] = set()
+
+    def see(self, stage: str, step: int, values: Mapping[str, Any]) -> list[Alarm]:
+        """Take in the metrics of a step and return the alarms that they raise; non-finite values are skipped."""
+        alarms = []
+        for condition in CONDITIONS:
+            value = values.get(condition.metric)
+            if stage not in condition.stages or not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            window = self._windows.setdefault((stage, condition), deque(maxlen=condition.window))
+            window.append(value)
+            judged = len(window) == condition.window and step >= condition.first_step
+            if judged and condition not in self._raised and condition.is_broken(window):
+                self._raised.add(condition)
+                alarms.append(Alarm(condition, stage, step, fmean(window)))
+        return alarms
+
+
+def find_alarms(rows: Iterable[Mapping[str, Any]]) -> list[Alarm]:
+    """Return the alarms that a run has raised, from its lines of metrics.jsonl."""
+    watch = AlarmWatch()
+    return [alarm for row in rows for alarm in watch.see(row["stage"], row["step"], row)]

@@ -1,0 +1,111 @@
+"""A JSONL file that a run appends to: it survives kills and full disks, and a resume cuts it to its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from errno import EDQUOT, ENOSPC
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("rmsd_fast")
+
+
+class JsonLines:
+    """Appends records to a file of one process.
+
+    Args:
+        path: the file; the first record makes it.
+        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new file.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+        self._pending: list[bytes] = []
+        self._lines = self._cut(keep)
+
+    def _cut(self, keep: int) -> int:
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines[:keep] if line.endswith(b"\n")]
+        if len(kept) < keep:
+            log.warning(
+                "%s has %d lines, the checkpoint was saved after %d; the records between are lost",
+                self._path,
+                len(kept),
+                keep,
+            )
+        if lines:
+            os.truncate(self._path, sum(map(len, kept)))
+        return len(kept)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Read back the records in the file."""
+        return [json.loads(line) for line in self._path.read_bytes().splitlines()] if self._path.exists() else []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record; numbers in it that are not finite become null.
+
+        The line is in the file when this returns: a kill loses none. A full disk keeps lines in memory until there is
+        space; it never leaves half a line.
+        """
+        self._pending.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
+        self._write_pending()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            if not self._write(self._pending[0]):
+                if len(self._pending) == 1:
+                    log.warning("%s: the disk is full; lines are kept in memory until there is space", self._path.name)
+                return
+            self._pending.pop(0)
+            self._lines += 1
+
+    def _write(self, line: bytes) -> bool:
+        """Append a whole line; False where the disk is full, and the file is as it was."""
+        try:
+            if self._file is None:
+                # Unbuffered, and appending since a line that did not fit is cut off again.
+                self._file = self._path.open("ab", buffering=0)
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(ENOSPC, "No space left on device")
+            except OSError:
+                self._file.truncate(size)
+                raise
+        except OSError as error:
+            if error.errno not in (ENOSPC, EDQUOT):
+                raise
+            return False
+        return True
+
+    @property
+    def lines(self) -> int:
+        """Lines written, brought to disk: put it into a checkpoint's state and give it back as `keep`."""
+        self._write_pending()
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return self._lines
+
+    def close(self) -> None:
+        """Close the file; a later record opens it again."""
+        self._write_pending()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

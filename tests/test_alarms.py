@@ -1,0 +1,115 @@
+"""Alarms by hand: when each is raised, when not, and that their advice names what exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.runtime.alarms import CONDITIONS, AlarmWatch, find_alarms
+
+ACCURACY, LENGTH = "discriminator/pair_accuracy", "discriminator/length_correlation"
+
+
+def rows(key: str, values: list, stage: str = "distill") -> list[dict]:
+    return [{"stage": stage, "step": step, key: value} for step, value in enumerate(values, start=1)]
+
+
+def raised(*args, **options) -> list[tuple[str, int, float]]:
+    alarms = find_alarms(rows(*args, **options))
+    return [(alarm.condition.metric, alarm.step, pytest.approx(alarm.value)) for alarm in alarms]
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "fine", "step"),
+    [
+        (ACCURACY, 0.5, 0.6, 30),
+        (ACCURACY, 0.97, 0.94, 10),
+        (LENGTH, 0.35, 0.29, 10),
+        (LENGTH, -0.35, -0.29, 10),
+        ("rollout/valid_share", 0.6, 0.75, 10),
+        ("rollout/truncated_share", 0.25, 0.15, 10),
+        ("rollout/empty_share", 0.1, 0.04, 10),
+        ("teacher/empty_share", 0.4, 0.25, 20),
+        ("advantage/zero_share", 0.6, 0.45, 20),
+        ("policy/kl", 1.5, 0.5, 10),
+        ("policy/importance_ratio", 1.2, 1.05, 10),
+        ("policy/importance_ratio", 0.8, 0.95, 10),
+    ],
+)
+def test_each_condition_is_raised_once_at_its_first_judged_step(key, bad, fine, step):
+    assert raised(key, [bad] * 200) == [(key, step, bad)]
+    assert raised(key, [bad] * (step - 1)) == []
+    assert raised(key, [fine] * 200) == []
+    assert raised(key, [bad] * 200, stage="sft") == []
+
+
+def test_chance_is_judged_late_in_the_warm_up_and_again_in_stage_2():
+    warm_up = rows(ACCURACY, [0.5] * 40, stage="warm_up")
+    alarms = find_alarms([*warm_up, *rows(ACCURACY, [0.52] * 40)])
+    assert [(a.stage, a.step, a.value) for a in alarms] == [
+        ("warm_up", 30, pytest.approx(0.5)),
+        ("distill", 30, pytest.approx(0.52)),
+    ]
+    # One that learns by the end of a warm-up of 40 steps: the ten steps before the 30th have a mean of 0.66.
+    learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]
+    assert find_alarms(rows(ACCURACY, learns, stage="warm_up")) == []
+
+
+def test_the_mean_is_over_the_window():
+    # After 20 steps of 0.9 it takes 8 of 0.99 and 2 of 0.9: (8 * 0.99 + 2 * 0.9) / 10 = 0.972, whose standard error is
+    # 0.0379 / sqrt(10) = 0.012; 0.972 - 0.024 < 0.95. With 9: 0.981, 0.0285 / sqrt(10) = 0.009, and 0.963 > 0.95.
+    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 8) == []
+    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 9) == [(ACCURACY, 29, 0.981)]
+
+
+def test_noise_around_a_good_level_raises_nothing():
+    # The demonstration's: few answers of different length, so that single steps are anything from -0.8 to 0.8.
+    assert raised(LENGTH, [0.8, -0.7, 0.8, 0.4, -0.3] * 20) == []
+    # (4 * 1.0 + 6 * 0) / 10 = 0.4 is above 0.3, but within two standard errors of 0.163.
+    assert raised(LENGTH, [1.0, 0.0, 0.0, 1.0, 0.0] * 2) == []
+
+
+def test_values_that_are_missing_or_not_finite_do_not_count():
+    values = [0.99, None, math.nan, "x"] * 9
+    assert raised(ACCURACY, values) == []
+    assert raised(ACCURACY, [*values, None, 0.99]) == [(ACCURACY, 38, 0.99)]
+
+
+def test_a_window_does_not_reach_into_the_stage_before():
+    assert find_alarms([*rows(ACCURACY, [0.99] * 9, stage="warm_up"), *rows(ACCURACY, [0.99] * 9)]) == []
+
+
+def test_seeing_kept_steps_again_leaves_an_alarm_raised():
+    steps = rows(ACCURACY, [0.99] * 30)
+    watch = AlarmWatch()
+    before = [alarm for row in steps[:20] for alarm in watch.see("distill", row["step"], row)]
+    after = [alarm for row in steps[20:] for alarm in watch.see("distill", row["step"], row)]
+    assert len(before) == 1 and after == []
+
+
+def test_text_by_hand():
+    (alarm,) = find_alarms(rows("rollout/truncated_share", [0.25] * 10))
+    assert alarm.text() == (
+        "ALARM: many rollouts are truncated (distill step 10)\n"
+        "  rollout/truncated_share: expected at most 0.2, got 0.25, the mean of 10 steps\n"
+        "  They reach rollout.max_new_tokens before they end, so they have no answer.\n"
+        "  What to do: raise rollout.max_new_tokens, or train stage 1 for longer so that answers end."
+    )
+    assert all(
+        len(row) <= 100 for c in CONDITIONS for row in dataclasses.replace(alarm, condition=c).text().splitlines()
+    )
+    assert [c.expected for c in CONDITIONS if c.metric in (LENGTH, "rollout/valid_share")] == [
+        "-0.3 to 0.3",
+        "at least 0.7",
+    ]
+
+
+def test_settings_that_the_advice_names_exist():
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    for condition in CONDITIONS:
+        for section, name in re.findall(r"\b([a-z_]+)\.([a-z][a-z_0-9]+)", f"{condition.meaning} {condition.advice}"):
+            assert hasattr(sections[section](), name), f"{section}.{name}"

@@ -1,0 +1,104 @@
+"""A JSONL file of a run survives kills and full disks, and a resume cuts it to its checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from rmsd_fast.runtime.json_lines import JsonLines
+
+
+def written(file: JsonLines) -> list[int]:
+    return [record["n"] for record in file.records()]
+
+
+def test_every_line_is_there_at_once_and_is_strict_json(tmp_path):
+    path = tmp_path / "x.jsonl"
+    file = JsonLines(path)
+    assert not path.exists() and file.records() == [] and file.lines == 0
+    file.append({"n": 1, "values": [0.5, math.nan, (math.inf, "a")], "nested": {"x": -math.inf}, "text": "\ud800"})
+    expected = '{"n": 1, "values": [0.5, null, [null, "a"]], "nested": {"x": null}, "text": "\\ud800"}\n'
+    assert path.read_text() == expected
+    file.close()
+    file.append({"n": 2})
+    assert written(file) == [1, 2] and file.lines == 2
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"n": '])
+def test_a_resume_cuts_what_the_checkpoint_does_not_know(tmp_path, torn):
+    path = tmp_path / "x.jsonl"
+    file = JsonLines(path)
+    for n in (1, 2):
+        file.append({"n": n})
+    saved = file.lines
+    file.append({"n": 99})
+    with path.open("ab") as after:
+        after.write(torn)
+    again = JsonLines(path, keep=saved)
+    again.append({"n": 3})
+    assert written(again) == [1, 2, 3] and again.lines == 3
+    # A run that starts over keeps nothing.
+    assert JsonLines(path).records() == []
+
+
+def test_lost_lines_are_told(tmp_path, caplog):
+    JsonLines(tmp_path / "x.jsonl").append({"n": 1})
+    file = JsonLines(tmp_path / "x.jsonl", keep=3)
+    assert "has 1 lines, the checkpoint was saved after 3" in caplog.text
+    assert file.lines == 1
+
+
+class Full:
+    """A file that writes a few bytes, then nothing: what a full disk does."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        self.file.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_keeps_lines_until_there_is_space(tmp_path, caplog):
+    file = JsonLines(tmp_path / "x.jsonl")
+    file.append({"n": 1})
+    real = file._file
+    file._file = Full(real)
+    file.append({"n": 2})
+    file.append({"n": 3})
+    assert written(file) == [1] and file.lines == 1
+    assert caplog.text.count("x.jsonl: the disk is full") == 1
+    file._file = real
+    file.append({"n": 4})
+    assert written(file) == [1, 2, 3, 4] and file.lines == 4
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    file = JsonLines(tmp_path / "x.jsonl")
+
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", refuse)
+        file.append({"n": 1})
+        assert file.lines == 0
+    file.close()
+    assert written(file) == [1]
+
+
+def test_other_faults_of_the_disk_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        JsonLines(tmp_path / "gone" / "x.jsonl").append({"n": 1})
+
+
+def test_records_of_other_writers_are_read(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"n": 7}) + "\n")
+    assert written(JsonLines(tmp_path / "x.jsonl", keep=1)) == [7]
