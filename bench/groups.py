@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -82,6 +83,22 @@ def make_responses(builder: PromptBuilder, count: int, length: int, seed: int) -
     allowed = torch.tensor([i for i in range(len(builder.tokenizer)) if i not in banned])
     drawn = allowed[torch.randint(len(allowed), (count, length - 1), generator=generator)]
     return [torch.cat([row, torch.tensor([builder.eos_id])]) for row in drawn]
+
+
+def make_texts(builder: PromptBuilder, count: int, length: int, seed: int) -> list[str]:
+    """Random texts of exactly so many tokens, the end token included, of words that are one token wherever they stand."""
+    encode = builder.tokenizer.encode
+    words = [builder.tokenizer.decode([index]) for index in range(len(builder.tokenizer))]
+    words = [
+        word
+        for index, word in enumerate(words)
+        if re.fullmatch(" [a-z]+", word) and encode(word, add_special_tokens=False) == [index]
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(words), (count, length - 1), generator=generator).tolist()
+    texts = ["".join(words[index] for index in row) for row in drawn]
+    assert all(len(builder.encode_response(text)) == length for text in texts)
+    return texts
 
 
 def media_each(rows: Rows) -> Rows:

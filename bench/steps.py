@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.groups import HIDDEN, LAYERS, make_prompt, make_responses, media_each, student_folder
+from bench.groups import HIDDEN, LAYERS, make_prompt, make_responses, make_texts, media_each, student_folder
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.packing import pad
 from rmsd_fast.data.prompts import Prompt
@@ -21,6 +21,8 @@ from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.groups import Group, judged_responses, make_group, make_pairs, set_advantages
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState, StepResult, apply_or_discard
+from rmsd_fast.teacher.scores import ScoredResponse
+from rmsd_fast.teacher.summary import Summary
 from rmsd_fast.teacher.targets import Targets
 
 _encode_each = partial(encode_media, distinct=False)
@@ -44,7 +46,7 @@ def settings_of(packing: str, prefix: int, response: int, n: int, dtype: str) ->
 def make_state(settings: RunConfig, world: World) -> RunState:
     """Policy, discriminator and reference. No rollout ends by itself: each has `max_new_tokens` tokens."""
     folder = str(student_folder(HIDDEN, LAYERS))
-    state = build_distillation(folder, settings, world, Material([], [], {}, folder, True, {}))
+    state = build_distillation(folder, settings, world, Material([], [], {}, True, Summary(), folder, {}))
     if settings.packing == "padded":
         # The tower's attention is the same in all variants; what is compared is the sharing.
         for module in (state.student.model, state.reference.model, state.discriminator.module.model):
@@ -61,9 +63,10 @@ def make_prompts(state: RunState, prefix: int, groups: int) -> list[Prompt]:
 def set_teacher(state: RunState, prompts: list[Prompt], response: int, k: int) -> None:
     """K responses for each prompt, all of quality 1, where the step looks for them."""
     for number, prompt in enumerate(prompts):
-        ids = tuple(make_responses(state.builder, k, response, seed=100 + number))
+        texts = make_texts(state.builder, k, response, seed=100 + number)
+        answers = tuple(ScoredResponse(index, text, True, 1.0) for index, text in enumerate(texts))
         ones = torch.ones(k)
-        state.targets[prompt.question.id] = Targets(ids, ones, ones / k, (True,) * k, (0,))
+        state.targets[prompt.question.id] = Targets(answers, ones, ones / k, (True,) * k, (0,))
 
 
 class Given:

@@ -116,7 +116,7 @@ class DataConfig:
     format: str = "auto"
     """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1` (EasyR1 and EasyVideoR1 too)."""
     task_type: str = "auto"
-    """Task type of records of other trainers that name none: `auto` = by their options and answers, or one of the types."""
+    """Task type of records of other trainers that name none: one of the types, or `auto` = by options and answer."""
     media_root: str = ""
     """Folder that every media path must lie in; empty = the folder of the question file."""
     follow_symlinks: bool = False
@@ -159,8 +159,8 @@ class TeacherConfig:
     responses: int = 4
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
     parse: str = "natural"
-    """`natural` = an answer whose meaning is clear is brought into the format <think>…</think><answer>…</answer>; `strict`
-    = it counts only where it was sent in that format (2603.11423). What was sent otherwise is counted either way."""
+    """`natural` = a clear answer in any form is brought into the format <think>…</think><answer>…</answer>; `strict` =
+    it counts only where it was sent in that format (2603.11423). How many were not is reported either way."""
     max_unanswered_share: float = 0.05
     """Questions without any response are left out of training, up to this share of them; more is an error."""
     min_quality: float = 0.3

@@ -9,26 +9,31 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers.utils.logging import disable_progress_bar
+from rmsd_fast import environment
 
-from rmsd_fast.config import RunConfig, UserError
-from rmsd_fast.data.media import MediaReader
-from rmsd_fast.data.records import write_text_atomic
-from rmsd_fast.runtime.distributed import World, start, stop
-from rmsd_fast.runtime.world import exit_process
-from rmsd_fast.settings import load_settings
-from rmsd_fast.stages.build import load
-from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
-from rmsd_fast.stages.material import prepare_material
+if TYPE_CHECKING:
+    from rmsd_fast.config import RunConfig
+    from rmsd_fast.runtime.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Parse, evaluate. Imports what an evaluation needs only when there is one."""
     parser = argparse.ArgumentParser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
     arguments = parser.parse_intermixed_args(argv)
+    if reason := environment.why_not():
+        print(f"rmsd_fast.evaluate: {reason}", file=sys.stderr)
+        return 2
+    from transformers.utils.logging import disable_progress_bar
+
+    from rmsd_fast.config import UserError
+    from rmsd_fast.runtime.world import start, stop
+    from rmsd_fast.settings import load_settings
+
     try:
         settings = load_settings(arguments.recipe, arguments.overrides)
         disable_progress_bar()
@@ -44,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
+    from rmsd_fast.data.media import MediaReader
+    from rmsd_fast.data.records import write_text_atomic
+    from rmsd_fast.stages.build import load
+    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
+    from rmsd_fast.stages.material import prepare_material
+
     material = prepare_material(settings, world, training=False)
     student = load(material.model_path, settings, world)
     with MediaReader(settings.data, world.device) as media:
@@ -53,6 +64,7 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     result = {
         "questions": len(records),
         "model": material.model_path,
+        "parse": settings.evaluate.parse,
         "floors": floors_of(material.heldout, settings),
         "unusable": {"model": sum("error" in record for record in records)},
         "students": {"model": summarise(records)},
@@ -66,4 +78,7 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    code = main()
+    from rmsd_fast.runtime.world import exit_process
+
+    exit_process(code)

@@ -79,15 +79,15 @@ def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe and its overrides, check them, return the run's settings.
 
     Args:
-        recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`). A recipe may start with
-            `base: <recipe>`: it then changes that one.
+        recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`); "" = all defaults. A recipe
+            may start with `base: <recipe>`: it then changes that one.
         overrides: `section.field=value` strings.
     Raises:
         SettingsError: unreadable recipe, unknown key, value of the wrong type or range, setting without effect.
     """
     overrides = list(overrides)
     schema = OmegaConf.structured(RunConfig)
-    from_recipe, own_keys = _read_recipe(recipe)
+    from_recipe, own_keys = _read_recipe(recipe) if recipe else (OmegaConf.create({}), [])
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
     # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all

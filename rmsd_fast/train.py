@@ -7,189 +7,21 @@ torchrun --standalone --nproc-per-node 1 -m rmsd_fast.train --resume runs/quicks
 from __future__ import annotations
 
 import argparse
-import gc
-import json
+import os
 import sys
 from pathlib import Path
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
-from rmsd_fast.config import CheckpointError, RunConfig, SettingsError, UserError
-from rmsd_fast.data.media import MediaReader
-from rmsd_fast.data.records import write_text_atomic
-from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.distributed import World, on_main, start, stop
-from rmsd_fast.runtime.world import exit_process
-from rmsd_fast.settings import describe_settings, load_settings, to_yaml
-from rmsd_fast.stages import distill, sft
-from rmsd_fast.stages.build import build_distillation, build_imitation, load
-from rmsd_fast.stages.evaluation import (
-    answer_questions,
-    format_table,
-    predictions_path,
-    write_evaluation,
-    write_predictions,
-)
-from rmsd_fast.stages.material import prepare_material
-from rmsd_fast.stages.plan import describe_plan
-from rmsd_fast.stages.run import (
-    Run,
-    Stopped,
-    export,
-    first_step,
-    open_loader,
-    open_run,
-    rate_of,
-    restore,
-    run_steps,
-    stage_steps,
-    write_facts,
-)
-from rmsd_fast.teacher.diagnostics import pool_statistics
-
-
-def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
-    """One whole run; returns its folder."""
-    material = prepare_material(settings, world)
-    with MediaReader(settings.data, world.device) as media:
-        run = open_run(settings, world, material, media, resume, allow_changes)
-        run_stages(run)
-    on_main(world, lambda: finish(run))
-    return run.folder
-
-
-def run_stages(run: Run) -> None:
-    """Every stage of a run, each followed by its evaluation."""
-    settings = run.settings
-    try:
-        saved = run.checkpoint.state if run.checkpoint else None
-        where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
-        run.metrics.message(f"run folder: {run.folder}{where}")
-        if run.media.decoder_reason:
-            run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
-        on_main(run.world, lambda: describe_run(run))
-        evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
-        if "sft" in settings.stages:
-            imitate(run)
-            release_memory()
-            evaluate(run, run.stage1, "stage1")
-        if set(settings.stages) & {"warm_up", "distill"}:
-            control(run) if settings.distill.objective == "sft" else distillation(run)
-            release_memory()
-            if "distill" in settings.stages:
-                evaluate(run, str(run.folder / "export"), "stage2")
-    finally:
-        run.metrics.close()
-        if run.rollouts is not None:
-            run.rollouts.close()
-
-
-def finish(run: Run) -> None:
-    """The report. The run is done at this point: a page that cannot be written is no reason to fail it."""
-    write_facts(run, finished=True)
-    try:
-        write_report(run.folder)
-    except (OSError, ReportError) as error:
-        print(f"report not written: {error}; mend it and call python -m rmsd_fast.report {run.folder}", file=sys.stderr)
-
-
-def imitate(run: Run) -> None:
-    """Stage 1: SFT on teacher responses, ends with `stage1/`."""
-    settings, final = run.settings, run.folder / "stage1"
-    if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
-        return
-    if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
-        raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
-    state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
-    _imitation_steps(run, state, "sft", settings.sft, final)
-
-
-def control(run: Run) -> None:
-    """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
-    state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
-    _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
-
-
-def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
-    engines = {"policy": state.policy}
-    restore(run, (stage,), state, engines)
-    questions = [q for q in run.material.train if state.targets[q.id].imitate]
-    loader = open_loader(run, state, stage, questions, training.batch_size)
-    rates = {"policy": rate_of(training, steps=training.steps)}
-
-    def one(state, prompts, _):
-        return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
-    export(run, state.student, state.policy, final)
-    state.policy.close()
-
-
-def distillation(run: Run) -> None:
-    """Discriminator warm-up and stage 2, ends with `export/`."""
-    settings = run.settings
-    state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
-    engines = {"policy": state.policy}
-    if state.discriminator is not None:
-        engines["discriminator"] = state.discriminator
-    restore(run, ("warm_up", "distill"), state, engines)
-    offset = 0
-    if "warm_up" in settings.stages:
-        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
-        offset = stage_steps(settings, "warm_up")
-    if "distill" in settings.stages:
-        _adversarial_steps(run, state, engines, "distill", distill.step, offset)
-        export(run, state.student, state.policy, run.folder / "export")
-    for engine in engines.values():
-        engine.close()
-
-
-def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) -> None:
-    settings = run.settings
-    judge = settings.discriminator
-    rates = {"discriminator": lambda _: judge.warm_up_lr if stage == "warm_up" else judge.lr}
-    if stage == "distill":
-        rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
-    rates = {name: rate for name, rate in rates.items() if name in engines}
-    loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
-
-    def one(state, prompts, number):
-        return step(state, prompts, settings, rollout_step=offset + number)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
-
-
-def release_memory() -> None:
-    """Collect the stage's engines: DeepSpeed's hold references in circles, and the next stage needs the memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def evaluate(run: Run, path: str, name: str) -> None:
-    """Answers of a student to the held-out questions, once per run; refreshes `evaluation.json`."""
-    if not run.material.heldout or predictions_path(run.folder, name).is_file():
-        return
-    student = load(path, run.settings, run.world)
-    records = answer_questions(student, run.material.heldout, run.settings, run.world, run.media, name=name)
-
-    def write() -> None:
-        write_predictions(run.folder, name, records)
-        result = write_evaluation(run.folder, run.material.heldout, run.settings, simulated=run.material.simulated)
-        run.metrics.message(format_table(result))
-
-    on_main(run.world, write)
-
-
-def describe_run(run: Run) -> None:
-    """Write `run.json`, and `teacher.json`: how the pool's quality varies across and within questions."""
-    write_facts(run, finished=False)
-    statistics = pool_statistics(run.material.pool, run.material.train, run.settings.teacher)
-    write_text_atomic(run.folder / "teacher.json", json.dumps(statistics, indent=2) + "\n")
+from rmsd_fast import environment
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Parse, check, run. Imports what a run needs only when there is one: `--help` takes no seconds."""
+    if reason := environment.why_not():
+        print(f"rmsd_fast.train: {reason}", file=sys.stderr)
+        return 2
+    from rmsd_fast.config import SettingsError, UserError
+    from rmsd_fast.settings import load_settings, to_yaml
+
     arguments = _parse(argv)
     try:
         if arguments.resume:
@@ -206,8 +38,33 @@ def main(argv: list[str] | None = None) -> int:
             print(to_yaml(settings), end="")
             return 0
         if arguments.dry_run:
-            print(describe_plan(settings))
-            return 0
+            return _dry_run(settings)
+    except UserError as error:
+        print(f"rmsd_fast.train: {error}", file=sys.stderr)
+        return 2
+    return _run(settings, arguments)
+
+
+def _dry_run(settings) -> int:
+    from rmsd_fast.stages.plan import describe_plan
+
+    plan, ready = describe_plan(settings)
+    # torchrun starts one process for each GPU, and each knows the same.
+    if os.environ.get("RANK", "0") == "0":
+        print(plan)
+    return 0 if ready else 2
+
+
+def _run(settings, arguments: argparse.Namespace) -> int:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from rmsd_fast.config import UserError
+    from rmsd_fast.runtime.world import start, stop
+    from rmsd_fast.stages.run import Stopped
+    from rmsd_fast.train_run import train
+
+    try:
         disable_progress_bar()
         world = start()
         folder = train(settings, world, arguments.resume, arguments.allow_changes)
@@ -223,26 +80,61 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --resume <run folder> continues from the last checkpoint", file=sys.stderr)
         return 130
-    # Not after other errors: they may be of one process alone, and leaving the group would wait for the others.
+    except torch.OutOfMemoryError as error:
+        print(f"rmsd_fast.train: {_out_of_memory(settings, error)}", file=sys.stderr)
+        # Of this process alone: leaving the group would wait for the others.
+        return 2
+    # Not after other errors, for the same reason.
     stop()
     return code
 
 
+def _out_of_memory(settings, error: Exception) -> str:
+    """What to lower where a GPU ran out of memory, with the values of now."""
+    video, runtime = settings.video, settings.runtime
+    lines = [
+        f"out of GPU memory ({str(error).strip().splitlines()[0]}). Lower, in this order:",
+        f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",
+        f"  rollout.prompts_per_batch={settings.rollout.prompts_per_batch}, where it happened in rollouts; "
+        f"evaluate.prompts_per_batch={settings.evaluate.prompts_per_batch}, in evaluation",
+        f"  video.max_video_pixels={video.max_video_pixels}, data.max_prompt_tokens={settings.data.max_prompt_tokens}",
+    ]
+    if not settings.model.gradient_checkpointing:
+        lines.append("  and write model.gradient_checkpointing=true")
+    if runtime.zero_stage < 3:
+        lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
+    if not runtime.offload_optimizer:
+        lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
+    return "\n".join([*lines, "then continue with --resume <run folder> --allow-changes section.field=value"])
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    from rmsd_fast.data.question_text import ANSWER_FORMAT
+    from rmsd_fast.settings import describe_settings
+
+    formats = "\n".join(f"  {task:<9} {text}" for task, text in ANSWER_FORMAT.items())
     parser = argparse.ArgumentParser(
         prog="rmsd_fast.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"settings (section.field = default):\n{describe_settings()}",
+        epilog="what the student sees, and a teacher should too: the media, the question, one line `A. text` for each "
+        f"option, and as its last line\n{formats}\n\nsettings (section.field = default):\n{describe_settings()}",
     )
     parser.add_argument("recipe", nargs="?", default="", help="YAML file or name of a recipe; default quickstart")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue, with its own settings")
     parser.add_argument("--allow-changes", action="store_true", help="resume although settings or data differ")
     parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check settings and inputs, print the plan and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check settings and inputs, print the plan; ends with 2 where not ready"
+    )
     return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    code = main()
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    from rmsd_fast.runtime.world import exit_process
+
+    exit_process(code)

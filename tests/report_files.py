@@ -14,6 +14,7 @@ from rmsd_fast.data.records import load_questions
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.settings import to_yaml
 from rmsd_fast.teacher.diagnostics import pool_statistics
+from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.simulated import simulate_teacher
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -202,7 +203,9 @@ def made_run(folder: Path, material, *, steps: dict[str, int] | None = None) -> 
     pool: dict[str, list] = {}
     for response in responses:
         pool.setdefault(response.id, []).append(response)
-    (folder / "teacher.json").write_text(json.dumps(pool_statistics(pool, train, TeacherConfig())))
+    cfg = TeacherConfig(parse="strict")
+    statistics = pool_statistics(score_pool(pool, train, cfg), train, cfg, simulated=True)
+    (folder / "teacher.json").write_text(json.dumps(statistics))
     answers = {r.id: r.text for r in simulate_teacher(heldout, k=1, seed=3, error_rate=0.3)}
     lines = []
     for name in STUDENTS:

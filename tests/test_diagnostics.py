@@ -4,8 +4,10 @@ import pytest
 
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
-from rmsd_fast.teacher.diagnostics import best_constant_floor, pool_statistics, score_pool
+from rmsd_fast.teacher.diagnostics import pool_statistics
+from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.scores import score_pool
 
 
 def question(identity, task, answer, **fields):
@@ -36,31 +38,67 @@ POOL = {
 }
 
 
+STRICT = TeacherConfig(parse="strict")
+
+
+def scored(pool, questions, cfg):
+    """(valid, quality, reason) by question."""
+    scores = score_pool(pool, questions, cfg)
+    return {name: [(a.valid, a.quality, a.reason) for a in answers] for name, answers in scores.items()}
+
+
+def statistics_of(cfg):
+    return pool_statistics(score_pool(POOL, QUESTIONS, cfg), QUESTIONS, cfg, simulated=True)
+
+
 def test_score_pool():
-    scores = score_pool(POOL, QUESTIONS, TeacherConfig())
-    assert scores == {
-        "m": [(True, 1.0), (True, 0.0), (False, 0.0), (True, 1.0)],
-        "t": [(True, 0.25), (True, 1.0), (False, 0.0), (False, 0.0)],
-        "o": [(True, 1.0), (False, 0.0)],
+    assert scored(POOL, QUESTIONS, STRICT) == {
+        "m": [(True, 1.0, None), (True, 0.0, None), (False, 0.0, "not_an_option"), (True, 1.0, None)],
+        "t": [(True, 0.25, None), (True, 1.0, None), (False, 0.0, "format"), (False, 0.0, "truncated")],
+        "o": [(True, 1.0, None), (False, 0.0, "no_answer")],
         "none": [],
     }
-    assert score_pool(POOL, QUESTIONS, TeacherConfig(responses=1))["t"] == [(True, 0.25)]
-    uniform = score_pool(POOL, QUESTIONS, TeacherConfig(quality="uniform"))
-    assert uniform["t"] == [(True, 1.0), (True, 1.0), (False, 1.0), (False, 1.0)]
+    assert scored(POOL, QUESTIONS, TeacherConfig(responses=1))["t"] == [(True, 0.25, None)]
+
+
+def test_natural_parsing_reads_what_strict_refuses():
+    natural = score_pool(POOL, QUESTIONS, TeacherConfig())
+    assert [(a.valid, a.quality, a.as_sent) for a in natural["t"]] == [
+        (True, 0.25, True),
+        (True, 1.0, True),
+        (True, 1.0, False),
+        (False, 0.0, False),
+    ]
+    assert natural["t"][2].text == "<think></think><answer>0 to 4</answer>"
+    # "(b)" is taught as "B".
+    assert natural["m"][3].text == "<think>t</think><answer>B</answer>"
+
+
+def test_special_tokens_make_an_answer_invalid_whatever_the_student():
+    pool = {"o": [said("o", 0, "a <|im_end|> b"), said("o", 1, "a <|x|")]}
+    found = scored(pool, [QUESTIONS[2]], TeacherConfig())["o"]
+    assert found == [(False, 0.0, "special_token"), (True, 1.0, None)]
+    # Marks of regions in the reasoning are special tokens too; with natural parsing what they mark stays.
+    text = "<think>at <|box_start|>(1,2),(3,4)<|box_end|></think><answer>3</answer>"
+    pool = {"none": [TeacherResponse("none", 0, "", text)]}
+    assert score_pool(pool, [QUESTIONS[3]], TeacherConfig())["none"][0].text == text.replace(
+        "<|box_start|>(1,2),(3,4)<|box_end|>", "(1,2),(3,4)"
+    )
+    assert scored(pool, [QUESTIONS[3]], STRICT)["none"] == [(False, 0.0, "special_token")]
 
 
 def test_metric_settings_are_used():
     pool = {"n": [said("n", 0, "3.3")]}
     questions = [question("n", "numeric", "3")]
-    assert score_pool(pool, questions, TeacherConfig())["n"] == [(True, 0.0)]
-    assert score_pool(pool, questions, TeacherConfig(numeric_eps=0.11))["n"] == [(True, 1.0)]
+    assert scored(pool, questions, TeacherConfig())["n"] == [(True, 0.0, None)]
+    assert scored(pool, questions, TeacherConfig(numeric_eps=0.11))["n"] == [(True, 1.0, None)]
     # Relative error 0.1 lies below 1 - t for t = 0.50 ... 0.85: 8 of 10 thresholds.
-    assert score_pool(pool, questions, TeacherConfig(numeric_metric="mra"))["n"] == [(True, 0.8)]
+    assert scored(pool, questions, TeacherConfig(numeric_metric="mra"))["n"] == [(True, 0.8, None)]
 
 
 @pytest.mark.parametrize("quality", ["metric", "uniform"])
 def test_pool_statistics(quality):
-    stats = pool_statistics(POOL, QUESTIONS, TeacherConfig(min_quality=0.3, quality=quality))
+    stats = statistics_of(TeacherConfig(min_quality=0.3, quality=quality, parse="strict"))
     assert stats["teacher_simulated"] is True
     assert stats["tasks"]["numeric"] is None and set(stats["tasks"]) == {"mcq", "temporal", "open", "numeric"}
     mcq, temporal = stats["tasks"]["mcq"], stats["tasks"]["temporal"]
@@ -69,6 +107,8 @@ def test_pool_statistics(quality):
     # (0.25, 1, 0, 0): mean 0.3125, variance (0.0625 + 1) / 4 - 0.3125^2 = 0.16796875
     assert temporal["mean"] == 0.3125 and temporal["sd_within"] == pytest.approx(0.16796875**0.5)
     assert (temporal["valid_share"], temporal["kept_share"], temporal["truncated_share"]) == (0.5, 0.25, 0.25)
+    assert temporal["reasons"] == {"format": 1, "truncated": 1} and temporal["as_sent_share"] == 0.5
+    assert mcq["best_share"] == temporal["best_share"] == 1 and stats["all"]["best_share"] == 0.75
     closed = stats["closed"]
     assert closed["mean"] == pytest.approx(0.40625) and closed["sd_across"] == pytest.approx(0.09375)
     assert (closed["low"], closed["high"]) == (0.3125, 0.5)
@@ -79,7 +119,7 @@ def test_pool_statistics(quality):
 
 
 def test_an_invalid_response_is_never_kept():
-    stats = pool_statistics(POOL, QUESTIONS, TeacherConfig(min_quality=0.0))
+    stats = statistics_of(TeacherConfig(min_quality=0.0, parse="strict"))
     assert stats["tasks"]["mcq"]["kept_share"] == 0.5 and stats["tasks"]["temporal"]["kept_share"] == 0.5
 
 
@@ -114,3 +154,15 @@ def test_floors_of_graded_tasks_use_answers_that_nobody_has():
 
 def test_floors_leave_out_what_cannot_be_scored():
     assert best_constant_floor([question("n", "numeric", None)]) == {}
+
+
+def test_floors_of_many_questions_are_found_in_a_sample_and_scored_in_full():
+    """4,000 questions of a task took the square of that."""
+    numeric = [question(f"n{i}", "numeric", str(i % 1999)) for i in range(4000)]
+    # 1% of 1990 is 19.9: "1978" is near 1959 ... 1997, that is 39 numbers, of 2 questions each; "1979" has the same.
+    score, answer = best_constant_floor(numeric)["numeric"]
+    assert score == pytest.approx(sum(abs(1978 - i % 1999) <= 0.01 * (i % 1999) for i in range(4000)) / 4000, rel=0.03)
+    text = [question(f"o{i}", "ocr", f"{'EXIT' if i % 2 else i} {i}") for i in range(4000)]
+    assert best_constant_floor(text)["ocr"][0] == pytest.approx(0.25, abs=0.01)
+    spatial = [question(f"s{i}", "spatial", f"{i % 50},0,{500 + i % 40},1000") for i in range(4000)]
+    assert best_constant_floor(spatial)["spatial"][0] > 0.93

@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"deepspeed", "transformers", "trl", "verl", "vllm"}
-PROGRAMS = {"train", "collect", "evaluate", "report", "doctor"}
+PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool"}
 
 # Level of each part: a part may import parts of a lower level. `rmsd_fast` itself (the package file) is level 0.
 LEVELS = {
     "rmsd_kernels": 0,
     "losses": 1,
     "config": 1,
+    "environment": 0,
     "settings": 1,
     "method": 1,
     "data": 2,
@@ -34,6 +35,7 @@ LEVELS = {
 # evaluation and a report, so `train` calls those two programs' functions.
 SAME_LEVEL = {
     ("settings", "config"),  # the filling of the dataclasses
+    ("settings", "method"),  # the task types among the choices
     ("train", "evaluate"),
     ("train", "report"),
     ("teacher", "data"),

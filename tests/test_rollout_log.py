@@ -48,7 +48,7 @@ def take_step(folder, material, world, tmp_path):
         step = distill.warm_up_step if warm_up else distill.step
         groups = step(state, prompts, settings, rollout_step=0).groups
         file = JsonLines(tmp_path / "rollouts.jsonl")
-        log_rollouts(file, groups, material.pool, settings.rollout, stage="distill", step=1, total=9)
+        log_rollouts(file, groups, settings.rollout, stage="distill", step=1, total=9)
         return groups, file.records()
 
     return run
@@ -68,8 +68,8 @@ def test_a_line_holds_what_the_step_computed(take_step, material):
         for key, values in (("d_score", group.d_score), ("reward", group.reward), ("advantage", group.advantages)):
             assert [r[key] for r in record["rollouts"]] == values.tolist()
         assert "match" not in record["rollouts"][0] and "log_ratio" not in record["rollouts"][0]
-        pool = material.pool[question.id]
-        assert [(t["k"], t["text"]) for t in record["teacher"]] == [(t.k, t.text) for t in pool]
+        answers = material.scores[question.id]
+        assert [(t["k"], t["text"]) for t in record["teacher"]] == [(a.k, a.text) for a in answers]
         assert [t["p"] for t in record["teacher"]] == group.targets.p.tolist()
         scores = [t["d_score"] for t in record["teacher"] if t["p"] > 0]
         assert scores == group.teacher_d_score.tolist() and len(scores) == len(group.kept) > 0
@@ -86,7 +86,7 @@ def test_scores_of_equal_texts_agree_on_both_sides(take_step, material):
             found = generate(model, prompts, *args, **options)
             for prompt, own in zip(prompts, found, strict=True):
                 kept = int(state.targets[prompt.question.id].p.argmax())
-                text = material.pool[prompt.question.id][kept].text
+                text = material.scores[prompt.question.id][kept].text
                 ids = state.builder.encode_response(text)
                 logp = torch.full((len(ids),), -1.0)
                 own[0] = replace(own[0], text=text, token_ids=ids, logp=logp, truncated=False)
@@ -144,7 +144,7 @@ def test_steps_that_are_written(tmp_path, take_step, material, every, total, wri
     file = JsonLines(tmp_path / "some.jsonl")
     settings = RolloutConfig(log_every_steps=every, log_questions=1)
     for step in range(1, total + 1):
-        log_rollouts(file, groups, material.pool, settings, stage="distill", step=step, total=total)
+        log_rollouts(file, groups, settings, stage="distill", step=step, total=total)
     assert [record["step"] for record in file.records()] == written
     assert (tmp_path / "some.jsonl").exists() == bool(written)
 

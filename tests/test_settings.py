@@ -22,7 +22,7 @@ def test_every_recipe_is_there():
 @pytest.mark.parametrize("recipe", ALL_RECIPES)
 def test_every_recipe_passes_a_dry_run_and_says_what_it_needs(recipe):
     assert load_settings(recipe).name
-    assert "settings are consistent" in describe_plan(load_settings(recipe))
+    assert "settings are consistent" in describe_plan(load_settings(recipe))[0]
     head = (RECIPES / f"{recipe}.yaml").read_text().split("\nname:")[0]
     for word in ("Hardware", "Purpose"):
         assert word in head
@@ -159,7 +159,8 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
 
 
 def test_dry_run_lists_what_is_missing():
-    plan = describe_plan(load_settings("rmsd_qwen3vl_4b"))
+    plan, ready = describe_plan(load_settings("rmsd_qwen3vl_4b"))
+    assert not ready and "not downloaded yet: the run fetches it from the Hub" in plan
     for path in ("data/train.jsonl", "data/heldout.jsonl", "data/pool.jsonl"):
         assert f"NOT THERE YET: {path}" in plan.replace("data.train: ", "").replace("data.heldout: ", "").replace(
             "teacher.pool: ", ""

@@ -11,8 +11,9 @@ from rmsd_fast.data.records import DataError, Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, parse_answer
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher import simulated
-from rmsd_fast.teacher.diagnostics import pool_statistics, score_pool
+from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
+from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.simulated import is_simulated, simulate_teacher, write_simulated_pool
 
 
@@ -51,7 +52,8 @@ def reported(questions):
 
 def test_reported_statistics(questions, reported):
     """The numbers of METHOD 1.1 (arXiv 2603.11423). 500 inputs per task: standard errors are below 0.02."""
-    stats = pool_statistics(reported, questions, TeacherConfig(responses=4))
+    cfg = TeacherConfig(responses=4, parse="strict")
+    stats = pool_statistics(score_pool(reported, questions, cfg), questions, cfg, simulated=True)
     tasks = stats["tasks"]
     assert stats["closed"]["mean"] == pytest.approx(0.75, abs=0.04)
     assert stats["closed"]["sd_across"] == pytest.approx(0.22, abs=0.03)
@@ -71,26 +73,27 @@ def test_reported_statistics(questions, reported):
 @pytest.mark.parametrize("rate", [0.0, 0.35, 1.0])
 def test_error_rate(questions, rate):
     pool = by_id(simulate_teacher(questions, k=2, seed=1, error_rate=rate))
-    scores = score_pool(pool, questions, TeacherConfig(responses=2))
+    scores = score_pool(pool, questions, TeacherConfig(responses=2, parse="strict"))
     for task in CLOSED_TASKS:
-        rows = [pair for q in questions if q.task_type == task for pair in scores[q.id]]
-        exact = sum(q == 1.0 for valid, q in rows if valid) / sum(valid for valid, _ in rows)
+        rows = [answer for q in questions if q.task_type == task for answer in scores[q.id]]
+        exact = sum(row.quality == 1.0 for row in rows if row.valid) / sum(row.valid for row in rows)
         expected = (1 - rate) ** simulated.ERROR_FACTORS[task]
         assert exact == pytest.approx(expected, abs=0.045), task
 
 
 def test_errors_are_of_several_sizes(questions):
     pool = by_id(simulate_teacher(questions, k=4, seed=0, error_rate=1.0))
-    scores = score_pool(pool, questions, TeacherConfig())
+    scores = score_pool(pool, questions, TeacherConfig(parse="strict"))
     for task in ("temporal", "spatial", "ocr"):
-        values = {round(q, 2) for question in questions if question.task_type == task for _, q in scores[question.id]}
+        own = [answer for question in questions if question.task_type == task for answer in scores[question.id]]
+        values = {round(answer.quality, 2) for answer in own}
         assert 0.0 in values and any(0.3 <= value < 1 for value in values), task
 
 
 def test_best_of_four_beats_one_response(questions):
     pool = by_id(simulate_teacher(questions, k=4, seed=0, error_rate=0.35))
-    scores = score_pool(pool, questions, TeacherConfig())
-    closed = [[q for _, q in scores[question.id]] for question in questions if question.task_type in CLOSED_TASKS]
+    scores = score_pool(pool, questions, TeacherConfig(parse="strict"))
+    closed = [[a.quality for a in scores[q.id]] for q in questions if q.task_type in CLOSED_TASKS]
     assert sum(max(row) for row in closed) / len(closed) > 0.95
     assert sum(row[0] for row in closed) / len(closed) < 0.75
 
@@ -187,11 +190,12 @@ def test_questions_that_nobody_made(clip, rate):
         real(clip, "open", None),
     ]
     pool = by_id(simulate_teacher(questions, k=6, seed=0, error_rate=rate))
-    scores = score_pool(pool, questions, TeacherConfig(responses=6))
+    scores = score_pool(pool, questions, TeacherConfig(responses=6, parse="strict"))
     for question in questions:
-        assert sum(valid for valid, _ in scores[question.id]) >= 3, question.id
+        answers = scores[question.id]
+        assert sum(answer.valid for answer in answers) >= 3, question.id
         if question.task_type != "open" and rate is not None:
-            assert all((q == 1) == (rate == 0.0) for valid, q in scores[question.id] if valid), question.id
+            assert all((answer.quality == 1) == (rate == 0.0) for answer in answers if answer.valid), question.id
 
 
 def test_bad_arguments(clip):

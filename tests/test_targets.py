@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import torch
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.prompts import ResponseError
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.targets import build_targets, content_score
 
 QUESTION = Question(id="q", question="When?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
 
 
-class Builder:
-    def encode_response(self, text):
-        if "<|video_pad|>" in text:
-            raise ResponseError("special token")
-        return torch.arange(len(text))
+def refuse(text):
+    return "special_token" if "<bad>" in text else None
 
 
 def answer(text):
@@ -35,7 +31,9 @@ def targets(texts, question=QUESTION, imitate="best", reasons=None, **teacher):
             for k, (text, reason) in enumerate(zip(texts, reasons, strict=True))
         ]
     }
-    return build_targets([question], pool, TeacherConfig(**teacher), Builder(), seed=0, imitate=imitate)[question.id]
+    cfg = TeacherConfig(**{"parse": "strict", **teacher})
+    scores = score_pool(pool, [question], cfg)
+    return build_targets([question], scores, cfg, refuse, seed=0, imitate=imitate)[question.id]
 
 
 def test_quality_filter_and_matching_by_hand():
@@ -47,31 +45,31 @@ def test_quality_filter_and_matching_by_hand():
 
 
 def test_stage_1_may_imitate_every_response_of_quality_above_0():
-    texts = [answer("0.0 to 10.0"), answer("nonsense"), answer("0.0 to 2.0<|video_pad|>"), answer("0.0 to 5.0")]
+    texts = [answer("0.0 to 10.0"), answer("nonsense"), answer("0.0 to 2.0<bad>"), answer("0.0 to 5.0")]
     assert targets(texts, imitate="all").imitate == (0, 3)
     assert targets(["nonsense"], imitate="all").imitate == ()
 
 
 def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     t = targets(
-        [answer("0.0 to 10.0<|video_pad|>"), answer("0.0 to 10.0"), answer("0.0 to 5.0")],
+        [answer("0.0 to 10.0<bad>"), answer("0.0 to 10.0"), answer("0.0 to 5.0")],
         reasons=["stop", "length", "stop"],
     )
-    assert t.token_ids[0] is None and t.quality.tolist() == pytest.approx([0, 0, 0.5])
+    assert t.quality.tolist() == pytest.approx([0, 0, 0.5])
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
 def test_a_text_that_may_not_enter_a_model_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
     for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
-        t = targets([answer("x<|video_pad|>")], open_question, **settings)
+        t = targets([answer("x<bad>")], open_question, **settings)
         assert t.p.tolist() == [0] and not t.has_teacher
 
 
 def test_an_empty_pool_gives_no_teacher():
     t = targets([answer("nonsense")] * 4)
     assert not t.has_teacher and t.imitate == ()
-    none = build_targets([QUESTION], {}, TeacherConfig(), Builder(), seed=0, imitate="best")["q"]
+    none = build_targets([QUESTION], {"q": []}, TeacherConfig(), refuse, seed=0, imitate="best")["q"]
     assert not none.has_teacher and none.imitate == () and none.quality.shape == (0,)
 
 
@@ -104,3 +102,11 @@ def test_content_is_zero_for_open_questions():
     question = Question(id="o", question="?", task_type="open", videos=("v",))
     assert content_score(answer("x"), question, TeacherConfig()) == 0.0
     assert content_score(answer("0.0 to 5.0"), QUESTION, TeacherConfig()) == pytest.approx(0.5)
+
+
+def test_natural_answers_are_taught_in_canonical_form():
+    t = targets(["From 0 s to 10 s.", answer("0.0 to 5.0"), "soon"], parse="natural")
+    assert [a.text for a in t.answers] == ["<think></think><answer>0 to 10</answer>", answer("0.0 to 5.0"), "soon"]
+    assert t.quality.tolist() == pytest.approx([1.0, 0.5, 0.0]) and t.imitate == (0,)
+    assert [a.as_sent for a in t.answers] == [False, True, False]
+    assert targets(["From 0 s to 10 s."]).quality.tolist() == [0.0]

@@ -93,6 +93,8 @@ class PromptBuilder:
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
+        # Most texts hold none: two characters are looked for before all the tokens are.
+        self._special_starts = sorted({content[:2] for content in special.values()})
         self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
         beyond = range(len(self.tokenizer), config.text_config.vocab_size)
         self.banned_ids = torch.tensor(sorted({*special, *beyond} - {self.eos_id}), dtype=torch.int64)
@@ -164,7 +166,7 @@ class PromptBuilder:
         """
         if not _is_unicode(text):
             raise ResponseError("a response must be Unicode text, got a lone surrogate; leave the response out")
-        if found := self._special.search(text):
+        if found := self._find_special(text):
             raise ResponseError(
                 f"a response must be plain text, got the special token {found[0]}; "
                 "remove it from the teacher pool, or leave the response out"
@@ -186,10 +188,13 @@ class PromptBuilder:
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
+    def _find_special(self, text: str) -> re.Match[str] | None:
+        return self._special.search(text) if any(start in text for start in self._special_starts) else None
+
     def _refuse_special(self, question: Question, text: str) -> None:
         if not _is_unicode(text):
             raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; fix the text")
-        if found := self._special.search(text):
+        if found := self._find_special(text):
             raise PromptError(
                 f"question {question.id!r}: expected plain text, got the special token {found[0]}; "
                 "remove it from the question"

@@ -18,27 +18,51 @@ FAMILIES = ("qwen3_vl",)
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """Local folder of a model: the path itself, or the hub snapshot of that name; ValueError if there is none."""
+def find_folder(path: str | Path) -> Path | None:
+    """Local folder of a model: the path itself, or the Hub snapshot of that name; None where it is not downloaded yet.
+
+    Raises:
+        ModelError: neither a folder nor a name that the Hub could know.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder
     name = str(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ModelError(
-            f"model.path: expected a model directory or a hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
+            f"model.path: expected a model directory or a Hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
             "which does not exist here"
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), local_files_only=True))
+    # LocalEntryNotFoundError is a FileNotFoundError.
+    except (OSError, HFValidationError):
+        return None
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """Local folder of a model, downloaded from the Hub where it is not here yet.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be downloaded.
+    """
+    folder = find_folder(path)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    name = str(path)
     try:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors (FileNotFoundError, ConnectionError).
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         offline = " HF_HUB_OFFLINE is set: unset it to download." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"model.path: {name!r} is no local directory and could not be fetched from the hub "
+            f"model.path: {name!r} is not a local directory and could not be downloaded from the Hub "
             f"({first_line(error)}).{offline} Without a network, copy the model here and give its directory"
         ) from error
 

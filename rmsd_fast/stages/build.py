@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
-from rmsd_fast.data.prompts import PromptBuilder
+from rmsd_fast.data.prompts import PromptBuilder, ResponseError
+from rmsd_fast.method.natural import REASONS
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
@@ -17,7 +20,9 @@ from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.settings import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState
-from rmsd_fast.teacher.targets import build_targets
+from rmsd_fast.teacher.targets import Targets, build_targets
+
+log = logging.getLogger("rmsd_fast")
 
 
 def load(path: str, settings: RunConfig, world: World) -> Student:
@@ -59,17 +64,48 @@ def build_imitation(
     training = settings.sft if stage == "sft" else settings.distill
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
-    targets = build_targets(
-        material.train, material.pool, settings.teacher, builder, seed=settings.seed, imitate=settings.sft.responses
-    )
-    read = [(one, k) for one in targets.values() for k in range(len(one.token_ids)) if one.p[k] > 0 or k in one.imitate]
-    longest = max((len(one.token_ids[k]) for one, k in read), default=0)
-    check_room(settings, longest, "the longest teacher response")
+    targets = read_targets(material, builder, settings, world)
     policy = make_policy(student, settings, training.train_vision)
     policy = make_engine(policy, settings, world, training.lr, training.weight_decay)
     room = 0 if training.train_vision else settings.data.embedding_cache_mib * 2**20
     features = ByteLru(room) if room else None
     return RunState(world, student, builder, targets, PhaseTimer(world.device), policy, features=features)
+
+
+def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig, world: World) -> dict[str, Targets]:
+    """Targets of the training questions, without the answers that this student's tokenizer or `micro_tokens` rule out.
+
+    Raises:
+        SettingsError: more than `data.max_bad_share` of the answers do not fit a forward pass.
+    """
+    room = settings.micro_tokens - settings.data.max_prompt_tokens
+    refused: dict[str, list[str]] = {"special_token": [], "too_long": []}
+    longest = 0
+
+    def refuse(text: str) -> str | None:
+        nonlocal longest
+        try:
+            builder.check_response(text)
+            # A token has at least one byte: only a text that might be too long is tokenised.
+            tokens = len(builder.encode_response(text)) if len(text.encode()) >= room else 0
+        except ResponseError:
+            refused["special_token"].append(text)
+            return "special_token"
+        if tokens <= room:
+            return None
+        refused["too_long"].append(text)
+        longest = max(longest, tokens)
+        return "too_long"
+
+    targets = build_targets(
+        material.train, material.scores, settings.teacher, refuse, seed=settings.seed, imitate=settings.sft.responses
+    )
+    if len(refused["too_long"]) > settings.data.max_bad_share * sum(map(len, material.scores.values())):
+        check_room(settings, longest, "the longest teacher response")
+    for reason, texts in refused.items():
+        if texts and world.is_main:
+            log.warning("%d teacher answers are left out: %s; the first: %.80r", len(texts), REASONS[reason], texts[0])
+    return targets
 
 
 def build_distillation(

@@ -229,7 +229,7 @@ def _samples(groups: list[Group], *, judged: bool, trained: bool) -> dict[str, f
     for group in groups:
         prompt = len(group.prompt.input_ids)
         tokens += (judged + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
-        tokens += judged * sum(prompt + len(group.targets.token_ids[k]) for k in group.kept)
+        tokens += judged * sum(prompt + len(ids) for ids in group.teacher_ids)
     return {"samples": tokens}
 
 

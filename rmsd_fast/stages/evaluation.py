@@ -19,13 +19,14 @@ from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question, write_text_atomic
 from rmsd_fast.method.answers import parse_answer
+from rmsd_fast.method.natural import canonical_response
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.distributed import World, all_gather_objects
-from rmsd_fast.teacher.diagnostics import best_constant_floor
-from rmsd_fast.teacher.targets import quality_settings
+from rmsd_fast.teacher.floors import best_constant_floor
+from rmsd_fast.teacher.scores import quality_settings
 
 log = logging.getLogger("rmsd_fast")
 
@@ -117,15 +118,17 @@ def _prompts_ahead(
 def _record(
     question: Question, response: str, settings: RunConfig, *, truncated: bool = False, error: str = ""
 ) -> dict:
-    score = quality_score(
-        response, question.task_type, question.answer, options=question.options, **quality_settings(settings.teacher)
-    )
+    task, options = question.task_type, question.options
+    read = response
+    if settings.evaluate.parse == "natural" and not truncated:
+        read = canonical_response(response, task, options=options, finish_reason="stop") or response
     record = {
         "id": question.id,
-        "task_type": question.task_type,
+        "task_type": task,
         "response": response,
-        "score": score,
-        "valid": parse_answer(response, question.task_type, question.options) is not None,
+        "score": quality_score(read, task, question.answer, options=options, **quality_settings(settings.teacher)),
+        # The share that keeps the format is a result of its own, however answers are read.
+        "valid": parse_answer(response, task, options) is not None,
         "truncated": truncated,
     }
     return {**record, "error": error} if error else record

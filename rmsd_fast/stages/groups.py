@@ -20,6 +20,7 @@ from rmsd_fast.teacher.targets import Targets, content_score
 class Group:
     """Float tensors are [N], on the CPU; `kept` are the teacher responses that matching can choose (p > 0).
 
+    teacher_ids: int64 [R] of each kept teacher response, once the discriminator reads them.
     d_score, teacher_d_score: scores of the rollouts [N] and of the kept teacher responses; empty without a
     discriminator.
     """
@@ -33,6 +34,7 @@ class Group:
     matches: torch.Tensor | None
     kept: list[int]
     valid: int
+    teacher_ids: list[torch.Tensor] = field(default_factory=list)
     d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     teacher_d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -91,15 +93,15 @@ class Judged:
 
 
 def judged_responses(group: Group, builder: PromptBuilder) -> Judged:
-    """Rollouts and kept teacher responses as the discriminator reads them.
+    """Rollouts and kept teacher responses as the discriminator reads them; fills `group.teacher_ids`.
 
     Both sides are the encoding of their text with the end token, also where a rollout was cut: neither tokenisation nor
     a missing end token can tell them apart.
     """
     place: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
-    teachers = [group.targets.token_ids[k] for k in group.kept]
-    places = [place.setdefault(tuple(ids.tolist()), len(place)) for ids in (*students, *teachers)]
+    group.teacher_ids = [builder.encode_response(group.targets.answers[k].text) for k in group.kept]
+    places = [place.setdefault(tuple(ids.tolist()), len(place)) for ids in (*students, *group.teacher_ids)]
     responses = [torch.tensor(ids) for ids in place]
     return Judged(responses, places[: len(students)], places[len(students) :])
 

@@ -18,22 +18,33 @@ from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, on_main
-from rmsd_fast.teacher.diagnostics import score_pool
-from rmsd_fast.teacher.pool import TeacherResponse, check_pool, load_pool
+from rmsd_fast.teacher.pool import check_pool, load_pool
+from rmsd_fast.teacher.scores import Scores, score_pool
 from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
+from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
 from rmsd_fast.teacher.targets import content_score
 from rmsd_kernels.implementations import resolve_impl
 
 
 @dataclass(frozen=True)
-class Material:
-    """Inputs of a run. `simulated` = the pool was written by the simulated teacher. files: paths by role."""
+class Inputs:
+    """Questions and teacher answers, read and checked.
+
+    scores: of the answers to `train`. simulated: whether a simulated teacher wrote them. summary: all of it in words.
+    """
 
     train: list[Question]
     heldout: list[Question]
-    pool: dict[str, list[TeacherResponse]]
-    model_path: str
+    scores: Scores
     simulated: bool
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Material(Inputs):
+    """Inputs and model of a run. files: paths by role."""
+
+    model_path: str
     files: dict[str, str]
 
     def fingerprints(self) -> dict[str, str]:
@@ -50,11 +61,13 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     training=False asks for held-out questions and a model alone.
 
     Raises:
-        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions, the model is of
-            another family, or model.liger=on or the losses cannot be here.
+        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions or has next to no
+            valid answer, the batches cannot be shared by the processes, the model is of another family, or
+            model.liger=on or the losses cannot be here.
     """
     check_liger(settings.model.liger, world.device)
     if training:
+        check_batches(settings, world.size)
         losses_of(settings, world)
     made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
     given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
@@ -67,31 +80,68 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
         if not path:
             raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
+    roots = {role: settings.data.media_root or ("" if given[role] else made["media_root"]) for role in files}
+    inputs = read_inputs(settings, files, roots)
+    # Before a run folder is made; the main process fetches a hub model, the others find it.
+    on_main(world, lambda: check_family(resolve_folder(model_path)))
+    return Material(**vars(inputs), model_path=model_path, files=files)
 
-    def read(role: str) -> list[Question]:
-        if role not in files:
-            return []
-        root = settings.data.media_root or (None if given[role] else made["media_root"])
-        questions = load_questions(files[role], media_root=root, format=settings.data.format)
-        _check_ground_truths(questions, settings, files[role])
-        return questions
 
-    train, heldout = read("train"), read("heldout")
+def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:
+    """Read and check the files that are given: any of `train`, `heldout` and `pool`.
+
+    Args:
+        files, roots: path and media root by role; an empty root is the folder of the file.
+    Raises:
+        DataError: a file is damaged, the pool belongs to other questions or has next to no valid answer, too many
+            media files are missing, or a ground truth does not fit the metric's settings.
+        SettingsError: the pool holds fewer answers to a question than asked for.
+    """
+    questions: dict[str, list[Question]] = {"train": [], "heldout": []}
+    for role in questions.keys() & files.keys():
+        questions[role] = load_questions(
+            files[role],
+            media_root=roots[role],
+            format=settings.data.format,
+            task_type=settings.data.task_type,
+            follow_symlinks=settings.data.follow_symlinks,
+        )
+        _check_ground_truths(questions[role], settings, files[role])
+    train, heldout = questions["train"], questions["heldout"]
     if settings.evaluate.max_questions:
         heldout = heldout[: settings.evaluate.max_questions]
-    pool = load_pool(files["pool"]) if "pool" in files else {}
-    if training:
-        check_pool(pool, train)
-        most = max(len(responses) for responses in pool.values())
+    summary = describe_questions(train, heldout) if train else Summary()
+    scores: Scores = {}
+    simulated = False
+    if train and "pool" in files:
+        pool = load_pool(files["pool"])
+        unanswered = set(check_pool(pool, train, max_unanswered_share=settings.teacher.max_unanswered_share))
+        train = [question for question in train if question.id not in unanswered]
+        most = max(len(pool[question.id]) for question in train)
         if settings.teacher.responses > most:
             raise SettingsError(
                 f"teacher.responses={settings.teacher.responses}: {files['pool']} holds at most {most} responses to "
                 f"a question; write teacher.responses={most} or collect more"
             )
-        check_usable(pool, train, settings)
-    # Before a run folder is made; the main process fetches a hub model, the others find it.
-    on_main(world, lambda: check_family(resolve_folder(model_path)))
-    return Material(train, heldout, pool, model_path, is_simulated(pool), files)
+        scores = score_pool(pool, train, settings.teacher)
+        simulated = is_simulated(pool)
+        summary += describe_pool(train, pool, scores, sorted(unanswered), settings)
+    if train:
+        _check_media(train, settings)
+    return Inputs(train, heldout, scores, simulated, summary)
+
+
+def check_batches(settings: RunConfig, processes: int) -> None:
+    """Raise SettingsError where a step's questions cannot be shared evenly by the processes."""
+    batches = {"sft.batch_size": settings.sft.batch_size} if "sft" in settings.stages else {}
+    if {"warm_up", "distill"} & set(settings.stages):
+        batches["distill.batch_size"] = settings.distill.batch_size
+    for key, batch in batches.items():
+        if batch % processes:
+            raise SettingsError(
+                f"{key}: expected a multiple of {processes} (processes), got {batch}; write {key}="
+                f"{max(1, round(batch / processes)) * processes}, or start another number of processes"
+            )
 
 
 def losses_of(settings: RunConfig, world: World) -> str:
@@ -106,18 +156,8 @@ def losses_of(settings: RunConfig, world: World) -> str:
         raise NotInstalled(f"losses: {error}") from None
 
 
-def check_usable(pool: dict[str, list[TeacherResponse]], questions: list[Question], settings: RunConfig) -> None:
-    """Refuse what would only fail hours later: no response that can be imitated, too many media files missing.
-
-    Raises:
-        DataError: says what is missing and where to look.
-    """
-    scores = score_pool(pool, questions, settings.teacher)
-    if not any(quality > 0 for rows in scores.values() for _, quality in rows):
-        raise DataError(
-            f"teacher pool: no response to any of the {len(questions)} questions is valid and of quality above 0; "
-            "expected whole texts <think>…</think><answer>…</answer> whose answer has the task's format"
-        )
+def _check_media(questions: list[Question], settings: RunConfig) -> None:
+    """Raise DataError where so many media files are missing that the run would end for it hours later."""
     media = {path for question in questions for path in (*question.videos, *question.images)}
     missing = sorted(path for path in media if not Path(path).exists())
     gone = set(missing)

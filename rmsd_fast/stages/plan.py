@@ -8,26 +8,31 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import RunConfig, SettingsError
-from rmsd_fast.data.records import load_questions
+from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.models.folders import check_family, find_folder
 from rmsd_fast.settings import uses_discriminator, uses_reference
-from rmsd_fast.stages.material import check_usable
-from rmsd_fast.teacher.pool import check_pool, load_pool
+from rmsd_fast.stages.material import check_batches, read_inputs
 
 GIB = 2**30
 
 
-def describe_plan(settings: RunConfig) -> str:
-    """Steps, inputs and memory as text. Inputs that are there are read and checked; those that are missing are listed.
+def describe_plan(settings: RunConfig) -> tuple[str, bool]:
+    """Steps, inputs and memory as text, and whether a run could start.
+
+    Inputs that are there are read and checked; those that are missing are listed.
 
     Raises:
-        DataError, ValueError: an input is there and damaged, or the pool belongs to other questions.
+        UserError: an input is there and damaged, the pool belongs to other questions, or the batches cannot be shared
+            by the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_batches(settings, processes)
+    counted = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun, as the run, to count them)"
     lines = [
-        f"run {settings.name}: settings are consistent; {processes} process(es), ZeRO-{settings.runtime.zero_stage}"
+        f"run {settings.name}: settings are consistent; {processes} process(es){counted}, "
+        f"ZeRO-{settings.runtime.zero_stage}"
     ]
-    lines += _stage_lines(settings, processes)
+    lines += _stage_lines(settings)
     if "sft" in settings.stages or settings.distill.objective == "sft":
         lines.append(f"  imitated responses: {settings.sft.responses}")
     data = settings.data
@@ -40,14 +45,17 @@ def describe_plan(settings: RunConfig) -> str:
     lines.append(f"  videos: {frames}" + (f", {later} frames in evaluation" if later else ""))
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
     found, missing = _inputs(settings)
+    folder, said, fault = _model(settings)
+    found += [said] if said else []
+    missing += [fault] if fault else []
     lines += [f"  {line}" for line in found]
     lines += [f"  NOT THERE YET: {line}" for line in missing]
-    lines += _memory_lines(settings, processes)
+    lines += _memory_lines(settings, folder, processes)
     lines.append("not ready: give what is missing above" if missing else "ready")
-    return "\n".join(lines)
+    return "\n".join(lines), not missing
 
 
-def _stage_lines(settings: RunConfig, processes: int) -> list[str]:
+def _stage_lines(settings: RunConfig) -> list[str]:
     lines = []
     late = settings.distill
     for stage, steps, batch in (
@@ -57,10 +65,6 @@ def _stage_lines(settings: RunConfig, processes: int) -> list[str]:
     ):
         if stage not in settings.stages:
             continue
-        if batch % processes:
-            raise SettingsError(
-                f"batch_size of stage {stage}: expected a multiple of {processes} (processes), got {batch}"
-            )
         what = f"{steps} steps of {batch} questions"
         if stage != "sft" and late.objective == "policy":
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
@@ -72,56 +76,62 @@ def _stage_lines(settings: RunConfig, processes: int) -> list[str]:
 
 
 def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
+    """What was read of questions and answers, and what is missing."""
     found, missing = [], []
     made = settings.made.enabled
-    root = settings.data.media_root or None
-    questions = pool = None
-    for key, path in (("data.train", settings.data.train), ("data.heldout", settings.data.heldout)):
-        if not path:
-            text = "made by the run" if made else "not given, no evaluation" if key == "data.heldout" else ""
-            (found if text else missing).append(f"{key}: {text or 'expected a JSONL file with questions'}")
-        elif not Path(path).is_file():
-            missing.append(f"{key}: {path}")
-        else:
-            read = load_questions(path, media_root=root, format=settings.data.format)
-            questions = read if key == "data.train" else questions
-            absent = sorted({p for q in read for p in (*q.videos, *q.images) if not Path(p).exists()})
-            missing_media = f", {len(absent)} media files missing, first {absent[0]}" if absent else ""
-            missing_media += " (media are not opened)"
-            found.append(f"{key}: {len(read)} questions{missing_media}")
-    if not settings.teacher.pool:
-        (found if made else missing).append(
-            "teacher.pool: " + ("made by the run, simulated" if made else "expected JSONL")
-        )
-    elif not Path(settings.teacher.pool).is_file():
-        missing.append(f"teacher.pool: {settings.teacher.pool}")
-    else:
-        pool = load_pool(settings.teacher.pool)
-        found.append(f"teacher.pool: {sum(map(len, pool.values()))} responses to {len(pool)} questions")
-    if pool is not None and questions is not None:
-        check_pool(pool, questions)
-        check_usable(pool, questions, settings)
+    given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
+    for role, key, expected in (
+        ("train", "data.train", "a JSONL file with questions"),
+        ("heldout", "data.heldout", ""),
+        ("pool", "teacher.pool", "a JSONL file with teacher answers"),
+    ):
+        if given[role] and not Path(given[role]).is_file():
+            missing.append(f"{key}: {given[role]}")
+        elif not given[role] and made:
+            found.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
+        elif not given[role]:
+            (missing if expected else found).append(
+                f"{key}: " + (f"expected {expected}" if expected else "no evaluation")
+            )
+    files = {role: path for role, path in given.items() if path and Path(path).is_file()}
+    if files:
+        inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
+        found += inputs.summary.text().splitlines()
+        media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
+        absent = sorted(path for path in media if not Path(path).exists())
+        if media:
+            gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
+            found.append(f"media: {len(media):,} files{gone} (they are not opened)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
-    if not settings.model.path:
-        (found if made else missing).append(
-            "model.path: " + ("a tiny student made by the run" if made else "expected one")
-        )
-    elif not (Path(settings.model.path) / "config.json").is_file():
-        missing.append(
-            f"model.path: {settings.model.path} is no local directory; it is fetched from the hub if it can be"
-        )
-    else:
-        found.append(f"model.path: {settings.model.path}")
     return found, missing
 
 
-def _memory_lines(settings: RunConfig, processes: int) -> list[str]:
+def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
+    """The model's folder if it is here, what to say of it, and what is wrong with it."""
+    path = settings.model.path
+    if not path:
+        made = settings.made.enabled
+        return (
+            None,
+            "model.path: a tiny student made by the run" if made else "",
+            "" if made else "model.path: expected one",
+        )
+    try:
+        folder = find_folder(path)
+        if folder is None:
+            return None, f"model.path: {path}, not downloaded yet: the run fetches it from the Hub", ""
+        check_family(folder)
+    except ModelError as error:
+        return None, "", str(error)
+    return folder, f"model.path: {path}", ""
+
+
+def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> list[str]:
     """States of the models per process; activations come on top."""
-    path = Path(settings.model.path) / "config.json"
-    if not settings.model.path or not path.is_file():
+    if folder is None:
         return []
-    total, vision = count_parameters(json.loads(path.read_text()))
+    total, vision = count_parameters(json.loads((folder / "config.json").read_text()))
     trained = total if settings.distill.train_vision or settings.sft.train_vision else total - vision
     width = 2 if settings.model.dtype == "bfloat16" else 4
     zero = settings.runtime.zero_stage

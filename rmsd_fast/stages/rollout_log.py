@@ -14,13 +14,11 @@ import torch
 from rmsd_fast.config import RolloutConfig
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.stages.groups import Group
-from rmsd_fast.teacher.pool import TeacherResponse
 
 
 def log_rollouts(
     log: JsonLines,
     groups: Sequence[Group],
-    pool: dict[str, list[TeacherResponse]],
     settings: RolloutConfig,
     *,
     stage: str,
@@ -36,12 +34,11 @@ def log_rollouts(
     every = settings.log_every_steps
     if every and ((step - 1) % every == 0 or step == total):
         for group in groups[: settings.log_questions]:
-            log.append({"stage": stage, "step": step, **_record(group, pool)})
+            log.append({"stage": stage, "step": step, **_record(group)})
 
 
-def _record(group: Group, pool: dict[str, list[TeacherResponse]]) -> dict[str, Any]:
+def _record(group: Group) -> dict[str, Any]:
     question = group.prompt.question
-    responses = pool.get(question.id, [])[: len(group.targets.quality)]
     return {
         "id": question.id,
         "task_type": question.task_type,
@@ -52,23 +49,23 @@ def _record(group: Group, pool: dict[str, list[TeacherResponse]]) -> dict[str, A
         "images": question.images,
         "spans": question.spans,
         "duration": group.prompt.media[0].duration_s,
-        "teacher": _teacher(group, responses),
-        "rollouts": [_rollout(group, index, responses) for index in range(len(group.rollouts))],
+        "teacher": _teacher(group),
+        "rollouts": [_rollout(group, index) for index in range(len(group.rollouts))],
     }
 
 
-def _teacher(group: Group, responses: list[TeacherResponse]) -> list[dict[str, Any]]:
+def _teacher(group: Group) -> list[dict[str, Any]]:
     """The question's K answers; those that matching cannot choose have p = 0 and no score."""
     quality, p = group.targets.quality.tolist(), group.targets.p.tolist()
     # Without a discriminator there are no scores.
     scores = dict(zip(group.kept, group.teacher_d_score.tolist(), strict=False))
     return [
-        {"k": response.k, "text": response.text, "quality": quality[i], "p": p[i], "d_score": scores.get(i)}
-        for i, response in enumerate(responses)
+        {"k": answer.k, "text": answer.text, "quality": quality[i], "p": p[i], "d_score": scores.get(i)}
+        for i, answer in enumerate(group.targets.answers)
     ]
 
 
-def _rollout(group: Group, index: int, responses: list[TeacherResponse]) -> dict[str, Any]:
+def _rollout(group: Group, index: int) -> dict[str, Any]:
     rollout = group.rollouts[index]
     record = {
         "text": rollout.text,
@@ -84,7 +81,7 @@ def _rollout(group: Group, index: int, responses: list[TeacherResponse]) -> dict
     if len(group.log_ratio):
         record["log_ratio"] = _value(group.log_ratio, index)
     if group.matches is not None:
-        record["match"] = responses[int(group.matches[index])].k
+        record["match"] = group.targets.answers[int(group.matches[index])].k
     return record
 
 

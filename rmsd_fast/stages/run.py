@@ -250,7 +250,6 @@ def run_steps(
                 log_rollouts(
                     run.rollouts,
                     result.groups,
-                    run.material.pool,
                     run.settings.rollout,
                     stage=stage,
                     step=number + 1,

@@ -53,4 +53,4 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, train_v
 
 def _imitated(state: RunState, prompt: Prompt):
     targets = state.targets[prompt.question.id]
-    return [targets.token_ids[k] for k in targets.imitate]
+    return [state.builder.encode_response(targets.answers[k].text) for k in targets.imitate]

@@ -31,6 +31,8 @@ _NOT_PARSED = {
 class ScoredResponse(NamedTuple):
     """One teacher answer as training uses it."""
 
+    k: int
+    """Its number in the pool."""
     text: str
     """The whole text: canonical with `teacher.parse=natural` where that could read it, else as sent."""
     valid: bool
@@ -68,7 +70,7 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
     quality = 0.0
     if reason is None:
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
-    return ScoredResponse(text, reason is None, quality, reason, strict is None)
+    return ScoredResponse(response.k, text, reason is None, quality, reason, strict is None)
 
 
 def quality_settings(teacher: TeacherConfig) -> dict:

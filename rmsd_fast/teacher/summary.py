@@ -26,6 +26,9 @@ class Summary:
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def __add__(self, other: Summary) -> Summary:
+        return Summary(self.lines + other.lines, self.warnings + other.warnings)
+
     def text(self) -> str:
         return "\n".join([*self.lines, *(f"WARNING: {warning}" for warning in self.warnings)])
 
@@ -39,8 +42,8 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
     summary.lines.append(f"the user's turn, for a teacher too (question {train[0].id!r}):\n  | {shown}")
     if all(question.task_type == "open" for question in train):
         summary.warnings.append(
-            "every question is `open`: any text that keeps the format scores 1, so neither teacher quality nor the content "
-            "reward says anything; give the records a task_type and an answer, or set data.task_type"
+            "every question is `open`: any text that keeps the format scores 1, so neither teacher quality nor the "
+            "content reward says anything; give the records a task_type and an answer, or set data.task_type"
         )
     summary.warnings += _overlaps(train, heldout)
     return summary
@@ -80,12 +83,13 @@ def describe_pool(
     warnings = []
     if every["valid_share"] < 0.5:
         warnings.append(
-            f"only {every['valid_share']:.0%} of the teacher's answers are valid ({_reasons(every)}); {_advice(cfg.parse)}"
+            f"only {every['valid_share']:.0%} of the teacher's answers are valid ({_reasons(every)}); "
+            + _advice(cfg.parse)
         )
     if every["best_share"] < 0.5:
         warnings.append(
-            f"only {every['best_share']:.0%} of the questions have an answer of quality above 0 that stage 1 can imitate; "
-            "is the pool that of these questions, and does the ground truth have the teacher's units?"
+            f"only {every['best_share']:.0%} of the questions have an answer of quality above 0, which stage 1 could "
+            "imitate; is the pool that of these questions, and does the ground truth have the teacher's units?"
         )
     return Summary(lines, warnings)
 
@@ -142,8 +146,8 @@ def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[st
     same = [question.id for question in heldout if _content(question) in asked]
     if same:
         return [
-            f"{len(same):,} of {len(heldout):,} held-out questions are trained on too ({some_ids(same)}): scores on them "
-            "say nothing about new questions; remove them from one of the two files"
+            f"{len(same):,} of {len(heldout):,} held-out questions are trained on too ({some_ids(same)}): scores on "
+            "them say nothing about new questions; remove them from one of the two files"
         ]
     media = {path for question in train for path in (*question.videos, *question.images)}
     shared = [question.id for question in heldout if media & {*question.videos, *question.images}]

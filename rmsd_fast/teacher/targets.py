@@ -1,31 +1,29 @@
-"""What training uses of the pool: per question the teacher's responses, their quality and matching probabilities."""
+"""What training uses of the pool: per question the teacher's answers, their quality and matching probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import best_response, matching_probabilities, uniform
 from rmsd_fast.method.quality import quality_score
-from rmsd_fast.teacher.diagnostics import score_pool
-from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.scores import ScoredResponse, Scores, quality_settings
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Teacher side of one question.
+    """Teacher side of one question. Texts are tokenised where a step uses them: a pool of 200,000 would take minutes.
 
-    token_ids: K tensors int64 [R_k], end token included; None where the text may not enter the model. quality, p:
-    float32 [K], p = matching probabilities, all zero where nothing is kept. valid: K flags. imitate: indices of the
-    responses that stage 1 imitates; empty where there is none.
+    answers: the K answers. quality, p: float32 [K], p = matching probabilities, all zero where nothing is kept. valid:
+    K flags. imitate: indices of the answers that stage 1 imitates; empty where there is none.
     """
 
-    token_ids: tuple[torch.Tensor | None, ...]
+    answers: tuple[ScoredResponse, ...]
     quality: torch.Tensor
     p: torch.Tensor
     valid: tuple[bool, ...]
@@ -34,16 +32,6 @@ class Targets:
     @property
     def has_teacher(self) -> bool:
         return bool((self.p > 0).any())
-
-
-def quality_settings(teacher: TeacherConfig) -> dict:
-    """Metric settings as `method.quality.quality_score` takes them."""
-    return {
-        "numeric_metric": teacher.numeric_metric,
-        "numeric_eps": teacher.numeric_eps,
-        "ocr_metric": teacher.ocr_metric,
-        "spatial_format": teacher.spatial_format,
-    }
 
 
 def content_score(text: str, question: Question, teacher: TeacherConfig) -> float:
@@ -56,63 +44,56 @@ def content_score(text: str, question: Question, teacher: TeacherConfig) -> floa
 
 
 def build_targets(
-    questions: list[Question],
-    pool: dict[str, list[TeacherResponse]],
+    questions: Sequence[Question],
+    scores: Scores,
     teacher: TeacherConfig,
-    builder: PromptBuilder,
+    refuse: Callable[[str], str | None],
     *,
     seed: int,
     imitate: str,
 ) -> dict[str, Targets]:
-    """Targets of every question; a question that the pool does not know gets empty ones.
+    """Targets of every question; a question without answers gets empty ones.
 
-    imitate: `best`, `all` or `random`, see `sft.responses`.
+    Args:
+        refuse: why a text may not enter the model, None where it may. Such an answer counts as invalid.
+        imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
-        question.id: _targets_of(
-            question, pool.get(question.id, [])[: teacher.responses], teacher, builder, seed, imitate
-        )
+        question.id: _targets_of(question, scores[question.id], teacher, refuse, seed, imitate)
         for question in questions
     }
 
 
 def _targets_of(
     question: Question,
-    responses: list[TeacherResponse],
+    answers: Sequence[ScoredResponse],
     teacher: TeacherConfig,
-    builder: PromptBuilder,
+    refuse: Callable[[str], str | None],
     seed: int,
     imitate: str,
 ) -> Targets:
     closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
-    token_ids, quality, valid = [], [], []
-    for response, (is_valid, score) in zip(responses, _scores(question, responses, teacher), strict=True):
-        try:
-            ids = builder.encode_response(response.text)
-        except ResponseError:
-            # A vision token in a response would be taken for pixels: such a text is never shown to a model.
-            ids, is_valid, score = None, False, 0.0
-        token_ids.append(ids)
-        valid.append(is_valid)
-        quality.append(score)
-    q = torch.tensor(quality, dtype=torch.float32)
-    p = matching_probabilities(q, closed_ended=closed, min_quality=teacher.min_quality)
-    return Targets(tuple(token_ids), q, p, tuple(valid), _imitated(token_ids, q, closed, question.id, seed, imitate))
-
-
-def _scores(question: Question, responses: list[TeacherResponse], teacher: TeacherConfig) -> list[tuple[bool, float]]:
-    return score_pool({question.id: responses}, [question], teacher)[question.id]
+    uses = [refuse(answer.text) is None for answer in answers]
+    quality = [1.0 if teacher.quality == "uniform" else answer.quality for answer in answers]
+    q = torch.tensor([score * use for score, use in zip(quality, uses, strict=True)], dtype=torch.float32)
+    return Targets(
+        answers=tuple(answers),
+        quality=q,
+        p=matching_probabilities(q, closed_ended=closed, min_quality=teacher.min_quality),
+        valid=tuple(answer.valid and use for answer, use in zip(answers, uses, strict=True)),
+        imitate=_imitated(uses, q, closed, question.id, seed, imitate),
+    )
 
 
 def _imitated(
-    token_ids, quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str
+    uses: list[bool], quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str
 ) -> tuple[int, ...]:
     if imitate == "all":
-        return tuple(k for k, ids in enumerate(token_ids) if ids is not None and quality[k] > 0)
+        return tuple(k for k, use in enumerate(uses) if use and quality[k] > 0)
     if imitate == "best":
         best = best_response(quality, closed_ended=closed, seed=seed, question_id=question_id)
         return () if best is None else (best,)
-    usable = [k for k, ids in enumerate(token_ids) if ids is not None]
+    usable = [k for k, use in enumerate(uses) if use]
     if not usable:
         return ()
     return (usable[int(uniform("imitate", seed, 0, question_id, index=0) * len(usable))],)

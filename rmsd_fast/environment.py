@@ -1,0 +1,22 @@
+"""Whether this Python can run a program at all, asked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+OLDEST_PYTHON = (3, 10)
+PACKAGES = ("torch", "omegaconf", "transformers", "deepspeed", "rmsd_kernels")
+
+
+def why_not(packages: tuple[str, ...] = PACKAGES) -> str:
+    """Empty where this Python has what a program needs; else what is missing and what to run."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    here = f"this Python ({sys.executable}, {version})"
+    beside = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "python"
+    todo = f"run {beside} -m …" if beside.is_file() else "run `make setup`, or pip install 'rmsd-fast[train,video]'"
+    if sys.version_info < OLDEST_PYTHON:
+        return f"{here} is too old: expected {'.'.join(map(str, OLDEST_PYTHON))} or later; {todo}"
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{here} has no {', '.join(missing)}; {todo}" if missing else ""

@@ -1,0 +1,181 @@
+"""A run from its settings to its report: every stage in order, each followed by its evaluation."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rmsd_fast.config import CheckpointError, RunConfig
+from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.records import write_text_atomic
+from rmsd_fast.report import ReportError, write_report
+from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.stages import distill, sft
+from rmsd_fast.stages.build import build_distillation, build_imitation, load
+from rmsd_fast.stages.evaluation import (
+    answer_questions,
+    format_table,
+    predictions_path,
+    write_evaluation,
+    write_predictions,
+)
+from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.run import (
+    Run,
+    export,
+    first_step,
+    open_loader,
+    open_run,
+    rate_of,
+    restore,
+    run_steps,
+    stage_steps,
+    write_facts,
+)
+from rmsd_fast.teacher.diagnostics import pool_statistics
+
+
+def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
+    """One whole run; returns its folder."""
+    material = prepare_material(settings, world)
+    with MediaReader(settings.data, world.device) as media:
+        run = open_run(settings, world, material, media, resume, allow_changes)
+        run_stages(run)
+    on_main(world, lambda: finish(run))
+    return run.folder
+
+
+def run_stages(run: Run) -> None:
+    """Every stage of a run, each followed by its evaluation."""
+    settings = run.settings
+    try:
+        saved = run.checkpoint.state if run.checkpoint else None
+        where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
+        run.metrics.message(f"run folder: {run.folder}{where}")
+        if run.media.decoder_reason:
+            run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
+        on_main(run.world, lambda: describe_run(run))
+        evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
+        if "sft" in settings.stages:
+            imitate(run)
+            release_memory()
+            evaluate(run, run.stage1, "stage1")
+        if set(settings.stages) & {"warm_up", "distill"}:
+            control(run) if settings.distill.objective == "sft" else distillation(run)
+            release_memory()
+            if "distill" in settings.stages:
+                evaluate(run, str(run.folder / "export"), "stage2")
+    finally:
+        run.metrics.close()
+        if run.rollouts is not None:
+            run.rollouts.close()
+
+
+def finish(run: Run) -> None:
+    """The report. The run is done at this point: a page that cannot be written is no reason to fail it."""
+    write_facts(run, finished=True)
+    try:
+        write_report(run.folder)
+    except (OSError, ReportError) as error:
+        print(f"report not written: {error}; mend it and call python -m rmsd_fast.report {run.folder}", file=sys.stderr)
+
+
+def imitate(run: Run) -> None:
+    """Stage 1: SFT on teacher responses, ends with `stage1/`."""
+    settings, final = run.settings, run.folder / "stage1"
+    if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
+        return
+    if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
+        raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
+    state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
+    _imitation_steps(run, state, "sft", settings.sft, final)
+
+
+def control(run: Run) -> None:
+    """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
+    state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
+    _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
+
+
+def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
+    engines = {"policy": state.policy}
+    restore(run, (stage,), state, engines)
+    questions = [q for q in run.material.train if state.targets[q.id].imitate]
+    loader = open_loader(run, state, stage, questions, training.batch_size)
+    rates = {"policy": rate_of(training, steps=training.steps)}
+
+    def one(state, prompts, _):
+        return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
+
+    run_steps(run, stage, state, loader, engines, one, rates)
+    export(run, state.student, state.policy, final)
+    state.policy.close()
+
+
+def distillation(run: Run) -> None:
+    """Discriminator warm-up and stage 2, ends with `export/`."""
+    settings = run.settings
+    state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
+    engines = {"policy": state.policy}
+    if state.discriminator is not None:
+        engines["discriminator"] = state.discriminator
+    restore(run, ("warm_up", "distill"), state, engines)
+    offset = 0
+    if "warm_up" in settings.stages:
+        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
+        offset = stage_steps(settings, "warm_up")
+    if "distill" in settings.stages:
+        _adversarial_steps(run, state, engines, "distill", distill.step, offset)
+        export(run, state.student, state.policy, run.folder / "export")
+    for engine in engines.values():
+        engine.close()
+
+
+def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) -> None:
+    settings = run.settings
+    judge = settings.discriminator
+    rates = {"discriminator": lambda _: judge.warm_up_lr if stage == "warm_up" else judge.lr}
+    if stage == "distill":
+        rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
+    rates = {name: rate for name, rate in rates.items() if name in engines}
+    loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
+
+    def one(state, prompts, number):
+        return step(state, prompts, settings, rollout_step=offset + number)
+
+    run_steps(run, stage, state, loader, engines, one, rates)
+
+
+def release_memory() -> None:
+    """Collect the stage's engines: DeepSpeed's hold references in circles, and the next stage needs the memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def evaluate(run: Run, path: str, name: str) -> None:
+    """Answers of a student to the held-out questions, once per run; refreshes `evaluation.json`."""
+    if not run.material.heldout or predictions_path(run.folder, name).is_file():
+        return
+    student = load(path, run.settings, run.world)
+    records = answer_questions(student, run.material.heldout, run.settings, run.world, run.media, name=name)
+
+    def write() -> None:
+        write_predictions(run.folder, name, records)
+        result = write_evaluation(run.folder, run.material.heldout, run.settings, simulated=run.material.simulated)
+        run.metrics.message(format_table(result))
+
+    on_main(run.world, write)
+
+
+def describe_run(run: Run) -> None:
+    """Say what is trained on; write `run.json`, and `teacher.json`: how the pool's quality varies."""
+    run.metrics.message(run.material.summary.text())
+    write_facts(run, finished=False)
+    material = run.material
+    statistics = pool_statistics(material.scores, material.train, run.settings.teacher, simulated=material.simulated)
+    write_text_atomic(run.folder / "teacher.json", json.dumps(statistics, indent=2) + "\n")
