@@ -197,7 +197,7 @@ FAULTS = (
     Fault("playlist of files elsewhere", _playlist, "got a playlist"),
     Fault("truncated", _truncated, "truncated: expected at least"),
     Fault("truncated fast-start", _truncated_fast_start, "truncated: expected at least"),
-    Fault("audio only", _audio_only, "got a file without pictures"),
+    Fault("audio only", _audio_only, "got a file without a video stream"),
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
     Fault("many flipped bytes", _flipped, "plain grey that stands for lost pictures", True),
     Fault("one flipped byte", _slightly_flipped, ""),

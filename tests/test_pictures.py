@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media_file import MediaError
-from rmsd_fast.data.pictures import picture_size, read_picture
+from rmsd_fast.data.pictures import _rgb, picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest, read_layout, read_media
 
@@ -122,6 +122,17 @@ def test_transparent_grey_and_palettes_show_white(tmp_path: Path) -> None:
     opaque.putpalette([0, 0, 0, 10, 20, 30])
     opaque.save(tmp_path / "opaque.gif")
     assert pixels(tmp_path / "opaque.gif") == [[(0, 0, 0), (10, 20, 30), (10, 20, 30)]]
+
+
+def test_modes_that_no_file_is_opened_in() -> None:
+    """Pillow's plugins turn them into others; programs that extend Pillow may not."""
+    for mode in ("RGBa", "PA"):
+        image = row_of("RGBA", [(0, 0, 0, 0), (0, 255, 0, 255)]).convert(mode)
+        assert _rgb("x", image).tolist() == [[[255] * 3, [0, 255, 0]]], mode
+    premultiplied = row_of("LA", [(0, 0), (0, 128), (40, 255)]).convert("La")
+    assert _rgb("x", premultiplied).tolist() == [[[255] * 3, [127] * 3, [40] * 3]]
+    # Hue 0 is red, 85 of 255 is a third of the circle.
+    assert _rgb("x", row_of("HSV", [(0, 255, 255), (85, 255, 255)])).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 def test_associated_alpha_shows_white(tmp_path: Path) -> None:
@@ -430,7 +441,7 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "got an SVG drawing; export it as PNG"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
-            "got a pointer of Git LFS; fetch the file itself",
+            "got a Git LFS pointer; fetch the file itself",
         ),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "got a PDF document; export it as PNG"),
         (
@@ -441,7 +452,7 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
         (b"PK\x03\x04" + bytes(60), "got an archive; unpack it"),
         (b"\0\0\0\x18ftypheic" + bytes(12), "got a HEIC picture; save it as PNG or JPEG"),
         (b"\0\0\0\x18ftypisom" + bytes(12), "got an MP4 or MOV video; list it under videos"),
-        (b"G" + bytes(187) + b"G" + bytes(187), "got a transport stream; list it under videos"),
+        ((b"G" + bytes(187)) * 3, "got a transport stream; list it under videos"),
         (b"\x89PNG\r\n\x1a\n" + bytes(9), "got a picture whose header is damaged; fetch it again"),
         (bytes(range(256)), "got a format that Pillow does not know; save it as PNG or JPEG"),
         (b"just words", "got text; check the path in the question file"),

@@ -1,7 +1,4 @@
-"""What can be said of a media file without decoding it.
-
-That it is a whole, plain file; what else it is; a hash of its content; and the command that makes a usable video of it.
-"""
+"""Media files without decoding: checks, the kind of content, a hash, and the command that makes a usable video."""
 
 from __future__ import annotations
 
@@ -21,35 +18,36 @@ _TEXT = frozenset(b"\t\n\r" + bytes(range(32, 127)))
 _Y4M = b"YUV4MPEG2"
 _PICTURE_TEXT = re.compile(rb"P[1-7Ff]\s|/\* XPM \*/|#define \w+_width ")
 _HEAD_BYTES = 4096
-# What a file that is neither a picture nor a video may be, and what to do about it.
+# What a file may be instead of a picture, by how it begins, and what to do about it.
 _FETCH, _EXPORT, _CONVERT = "fetch the file itself", "export it as PNG", "save it as PNG or JPEG"
 _LIST_AS_VIDEO = "list it under videos"
-_CONTENTS = tuple(
-    (re.compile(pattern, re.DOTALL | re.IGNORECASE), what, advice)
-    for pattern, what, advice in (
-        (rb"<!doctype html|<html", "an HTML page", _FETCH),
-        (rb"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with `git lfs pull`"),
-        (rb"<svg|<(\?xml|!doctype svg).*<svg", "an SVG drawing", _EXPORT),
-        (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing", _EXPORT),
-        (rb"%PDF-", "a PDF document", _EXPORT),
-        (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive", "unpack it"),
-        (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture", _CONVERT),
-        (rb".{4}ftypavi", "an AVIF picture", _CONVERT),
-        (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture", _CONVERT),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow does not read", _CONVERT),
-        (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM", "a picture whose header is damaged", "fetch it again"),
-        (rb".{4}ftyp", "an MP4 or MOV video", _LIST_AS_VIDEO),
-        (rb"\x1aE\xdf\xa3", "a Matroska or WebM video", _LIST_AS_VIDEO),
-        (rb"RIFF.{4}AVI ", "an AVI video", _LIST_AS_VIDEO),
-        (rb"FLV\x01", "an FLV video", _LIST_AS_VIDEO),
-        (rb"G.{187}G", "a transport stream", _LIST_AS_VIDEO),
-        (rb"\0\0\x01\xba", "a program stream", _LIST_AS_VIDEO),
-    )
+_TEXTS = (
+    (rb"(?i)<!doctype html|<html", "an HTML page", _FETCH),
+    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+    (rb"(?i)<svg|<(\?xml|!doctype svg).*<svg", "an SVG drawing", _EXPORT),
+    (rb"%!PS", "a PostScript drawing", _EXPORT),
+)
+_CONTENTS = (
+    *_TEXTS,
+    (rb"\xc5\xd0\xd3\xc6", "a PostScript drawing", _EXPORT),
+    (rb"%PDF-", "a PDF document", _EXPORT),
+    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive", "unpack it"),
+    (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture", _CONVERT),
+    (rb".{4}ftypavi", "an AVIF picture", _CONVERT),
+    (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture", _CONVERT),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow does not read", _CONVERT),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM.{4}\0", "a picture whose header is damaged", "fetch it again"),
+    (rb".{4}ftyp", "an MP4 or MOV video", _LIST_AS_VIDEO),
+    (rb"\x1aE\xdf\xa3", "a Matroska or WebM video", _LIST_AS_VIDEO),
+    (rb"RIFF.{4}AVI ", "an AVI video", _LIST_AS_VIDEO),
+    (rb"FLV\x01", "an FLV video", _LIST_AS_VIDEO),
+    (rb"G.{187}G.{187}G", "a transport stream", _LIST_AS_VIDEO),
+    (rb"\0\0\x01\xba", "a program stream", _LIST_AS_VIDEO),
 )
 # Matroska, and its element AlphaMode with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
 _WITHOUT_INDEX = ("a transport stream", "a program stream")
-# Filters of FFmpeg. H.264 halves the resolution of colours, so sides must be even; those of videos are.
+# FFmpeg filters. H.264 halves the resolution of colours, so sides must be even; those of videos are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
 # Streams without a container (H.264, H.265, MPEG-1, MPEG-2) begin with a start code and one of these bytes.
@@ -107,14 +105,13 @@ def read_head(path: str) -> bytes:
 
 def name_content(head: bytes) -> tuple[str, str] | None:
     """Return what a file is by its beginning, with what to do about it; None if it is not known."""
-    head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    return next(((what, advice) for pattern, what, advice in _CONTENTS if pattern.match(head)), None)
+    return _first_match(_CONTENTS, head)
 
 
 def video_command(path: str, head: bytes | None = None, *, flatten: bool = False) -> str:
     """Return the command that makes a video of a file that cannot be read as it is, for error messages.
 
-    The sound stays in: it may start before the pictures, and then the file's clock starts with it.
+    Audio is kept: it may start before the video, and then the file's clock starts with it.
 
     Args:
         path: the file.
@@ -127,7 +124,7 @@ def video_command(path: str, head: bytes | None = None, *, flatten: bool = False
     before = ""
     if _is_animated_webp(head):
         # FFmpeg cannot read it; Pillow can, and writes a PNG that FFmpeg reads.
-        source, flatten = source.with_suffix(".png"), True
+        source, flatten = source.with_name(f"{source.stem}-animated.png"), True
         save = "import sys; from PIL import Image; Image.open(sys.argv[1]).save(sys.argv[2], save_all=True)"
         before = f"{shlex.join(['python', '-c', save, path, str(source)])} && "
     decoder = f"-c:v {_alpha_decoder(head)} " if _alpha_decoder(head) else ""
@@ -170,7 +167,7 @@ def _refuse_text(path: str, picture: bool) -> None:
     if b"<mpd" in head.lower() or b"#EXTM3U" in head:
         what, advice = "a playlist", "fetch the video that it names"
     elif set(start) <= _TEXT and not start.startswith(_Y4M) and not (picture and _PICTURE_TEXT.match(start)):
-        what, advice = name_content(head) or ("text", "check the path in the question file")
+        what, advice = _first_match(_TEXTS, head) or ("text", "check the path in the question file")
     else:
         return
     raise MediaError(f"{path}: expected a video or picture, got {what}; {advice}, or drop the question")
@@ -213,14 +210,19 @@ def has_alpha_aside(path: str) -> bool:
 
 
 def _alpha_decoder(head: bytes) -> str:
-    """Name of FFmpeg's decoder for the transparency of a WebM; empty if it has none."""
+    """Return the name of the FFmpeg decoder that reads a WebM's transparency; empty if it has none."""
     if not head.startswith(_MATROSKA) or _ALPHA_MODE not in head:
         return ""
     return "libvpx" if b"V_VP8" in head else "libvpx-vp9"
 
 
+def _first_match(contents: tuple[tuple[bytes, str, str], ...], head: bytes) -> tuple[str, str] | None:
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    return next(((what, advice) for pattern, what, advice in contents if re.match(pattern, head, re.DOTALL)), None)
+
+
 def _head_or_nothing(path: str) -> bytes:
-    """Beginning of a file for a message about it, which may be gone."""
+    """Return the beginning of a file for a message about it; nothing if the file is gone."""
     try:
         return read_head(path)
     except OSError:
@@ -228,5 +230,5 @@ def _head_or_nothing(path: str) -> bytes:
 
 
 def _is_animated_webp(head: bytes) -> bool:
-    """Whether the flags of an extended WebP, behind the size of its first chunk, tell of an animation."""
+    """Return whether an extended WebP says, in the flags behind its first chunk's size, that it is animated."""
     return head[8:16] == b"WEBPVP8X" and head[20:21] > b"" and bool(head[20] & 2)

@@ -82,7 +82,7 @@ def read_picture(path: str) -> np.ndarray:
         image = _loaded(path, image)
         if scale > 1 and "transparency" in image.info:
             image.info["transparency"] *= scale
-        # Pillow turns TIFF pictures when it reads their pixels.
+        # Pillow turns TIFF files itself when it reads their pixels.
         orientation = 1 if image.format == "TIFF" else _orientation(image)
         return np.ascontiguousarray(_upright(_rgb(path, image), orientation))
 
@@ -120,8 +120,7 @@ def _opened(path: str) -> Iterator[Any]:
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise MediaError(
-            f"{path}: the picture cannot be decoded ({reason}); fetch it again, save it again as PNG, or drop the "
-            "question"
+            f"{path}: cannot be decoded ({reason}); fetch it again, save it again as PNG, or drop the question"
         ) from error
 
 
@@ -150,7 +149,7 @@ def _refuse_several(path: str, image: Any) -> None:
 
 
 def _full_pages(image: Any, pages: int) -> int:
-    """Number of pages of a TIFF file that are neither reduced copies nor masks of others."""
+    """Return the number of pages of a TIFF file that are neither reduced copies nor masks of others."""
     full = 0
     for page in range(pages):
         image.seek(page)
@@ -165,13 +164,13 @@ def _subfile_type(image: Any) -> int:
 
 
 def _raw_mode(image: Any) -> str:
-    """How the file stores a PNG's pixels, for example "RGB;16B"; empty where Pillow does not tell."""
+    """Return how a PNG stores its pixels, for example "RGB;16B"; empty for other formats."""
     layout = image.tile[0][3] if image.format == "PNG" and image.tile else ""
     return layout if isinstance(layout, str) else str(layout[0])
 
 
 def _refuse_deep_colour_key(path: str, image: Any) -> None:
-    """Pillow keeps 8 bits of 16-bit colours, in which several colours may equal the one that is transparent."""
+    """Refuse a transparent colour of 16 bits: Pillow keeps 8 of them, in which other colours may be equal to it."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
             f"{path}: expected transparency as an alpha channel, got a transparent colour of 16 bits; save it as an "
@@ -180,7 +179,7 @@ def _refuse_deep_colour_key(path: str, image: Any) -> None:
 
 
 def _orientation(image: Any) -> int:
-    """EXIF orientation, 1 to 8; 1 where EXIF has none or cannot be parsed."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or EXIF cannot be parsed."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     # Whatever Pillow raises at damaged EXIF: the pixels may be whole.
@@ -201,7 +200,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _loaded(path: str, image: Any) -> Any:
-    """The image with its pixels read; for a JPEG that lacks only bytes behind them, another image of the same file."""
+    """Return the image with its pixels read. A JPEG that lacks only its end is opened again, with an end."""
     from PIL import Image
 
     try:
@@ -211,7 +210,7 @@ def _loaded(path: str, image: Any) -> Any:
         if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
             raise
         with open(path, "rb") as file:
-            # Half of a marker, or of a byte that is written as two.
+            # A last 0xff is half of a marker, or half of a pair that stands for one byte.
             data = file.read().rstrip(b"\xff")
         if not _complete_jpeg(data):
             raise MediaError(
@@ -225,9 +224,8 @@ def _loaded(path: str, image: Any) -> Any:
 def _complete_jpeg(data: bytes) -> bool:
     """Return whether a JPEG without an end holds all of its pixels.
 
-    The decoder cannot be asked: it fills what is missing with grey. So the file is decoded several times, with nothing
-    and with noise in place of the bytes that are missing. The pixels are equal if they need none of them. Where only
-    some bits are missing, one noise in four may happen to be right.
+    The decoder does not tell: it fills missing data with grey. So the file is decoded several times, with nothing and
+    with different noise in place of the missing bytes. If the pixels are equal each time, they need none of them.
     """
     from PIL import Image
 
@@ -243,7 +241,7 @@ def _complete_jpeg(data: bytes) -> bool:
 
 
 def _noise(seed: int) -> bytes:
-    """Wrong picture data, with restart markers in it.
+    """Return wrong picture data with restart markers in it.
 
     A decoder that waits for a restart marker skips what comes before it, and gives up at a marker from further on. So
     each seed begins with another marker. Each part is longer than the data of the largest block of pixels, which is
@@ -272,7 +270,7 @@ def _has_all_scans(data: bytes) -> bool:
 
 
 def _rgb(path: str, image: Any) -> np.ndarray:
-    """Pixels of a loaded image as RGB on white, uint8 [H, W, 3]."""
+    """Return the pixels of a loaded image as RGB on white, uint8 [H, W, 3]."""
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -291,7 +289,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
 
 
 def _grey(path: str, image: Any) -> np.ndarray:
-    """Pixels of more than 8 bits as 8 bits, [H, W]."""
+    """Return pixels of more than 8 bits as 8 bits, [H, W]."""
     values = np.asarray(image)
     sixteen = image.format in (_SIXTEEN_BIT if image.mode.startswith("I;16") else _SIXTEEN_BIT_AS_I)
     if image.mode != "F" and sixteen:

@@ -171,12 +171,14 @@ def read_preview(path: str, count: int) -> tuple[np.ndarray, tuple[float, ...]]:
     Raises:
         MediaError, NotInstalled: as `read_media`.
     """
+    check_file(path, MediaRequest.max_file_mib, picture=True)
     if is_one_picture(path):
         return read_picture(path)[None], ()
     check_file(path, MediaRequest.max_file_mib)
     clip = open_clip(path)
     count = min(count, clip.frames)
     indices = [round(number * (clip.frames - 1) / max(count - 1, 1)) for number in range(count)]
+    # By number: decoding may start again.
     frames: dict[int, torch.Tensor] = {}
     stamps = decode(clip, indices, False, lambda start, batch: frames.update(enumerate(batch, start)))
     return torch.stack([frames[number] for number in range(count)]).permute(0, 2, 3, 1).numpy(), stamps
@@ -219,7 +221,7 @@ def _choose(request: MediaRequest, clip: Clip) -> list[int]:
             f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}",
         )
     if total < needed:
-        shown = f"its pictures are shown from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
+        shown = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
         raise MediaError(
             f"{path}: too few frames{where}: expected at least {needed}, got {total}; "
             f"{shown if where else 'ask about it as an image'}, or drop the question"
