@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from rmsd_fast.config import VideoConfig
@@ -53,3 +59,38 @@ def decode_video(path: Path, settings: VideoConfig, preprocessor: Preprocessor, 
 def decode_image(path: Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
     """The one frame of an image, read in this process."""
     return read_media(MediaRequest(str(path), "image", settings, preprocessor))
+
+
+def numbered_frames(frames: int, *, step: int = 4) -> torch.Tensor:
+    """uint8 [F, 3, 64, 64]: flat grey that tells the number of each frame (see `numbers_of`)."""
+    return torch.arange(frames).mul(step).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 64, 64).contiguous()
+
+
+def numbers_of(pixels: torch.Tensor, *, step: int = 4) -> list[int]:
+    """Numbers that frames of `numbered_frames` had before they were encoded."""
+    return (pixels.float().mean((1, 2, 3)) / step).round().int().tolist()
+
+
+def ffmpeg(*arguments: object) -> None:
+    """Run the program ffmpeg, or skip the test if it is not installed: torchcodec needs its libraries only."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs the program ffmpeg")
+    command = ["ffmpeg", "-v", "error", "-y", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if "Unknown encoder" in done.stderr:
+        pytest.skip(f"this ffmpeg cannot make the file: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+
+
+def run_advice(message: str, folder: Path) -> Path:
+    """Run the command that an error message gives in backquotes, with this interpreter; return the file it writes."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("needs the program ffmpeg")
+    command = message[message.index("`") + 1 : message.rindex("`")]
+    programs = folder / "programs"
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, check=True, capture_output=True, stdin=subprocess.DEVNULL, env=environment)
+    return Path(shlex.split(command)[-1])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from media_files import decode_image, noise_frames, write_images
+from PIL import Image
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import (
@@ -275,9 +277,14 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
     videos.append((torch.randint(0, 256, (4, 3, 150, 130), dtype=torch.uint8), 1024, 4 * 100 * 100, 768))
     images = [(noise_frames(1, h, w, seed=h)[0], low, high) for h, w, low, high in IMAGE_CASES]
     (tmp_path / "images").mkdir()
-    files = [str(path) for path in write_images(tmp_path / "images").values()]
+    files = write_images(tmp_path / "images")
+    # transformers shows the colours that transparent parts hide, so it is given the picture on white.
+    on_white = Image.open(files["rgba"])
+    colour, alpha = np.split(np.asarray(on_white).astype(int), [3], axis=2)
+    Image.fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)).save(tmp_path / "white.png")
+    theirs_files = [str(tmp_path / "white.png" if name == "rgba" else path) for name, path in files.items()]
     videos2 = [(noise_frames(f, h, w, seed=f), low, share, cap) for f, h, w, low, share, cap in QWEN2_CASES]
-    job = {"videos": videos, "images": images, "files": files, "rates": RATES, "videos2": videos2}
+    job = {"videos": videos, "images": images, "files": theirs_files, "rates": RATES, "videos2": videos2}
     torch.save(job, tmp_path / "job.pt")
     run_with_torchvision(ORACLE, str(tmp_path / "job.pt"), str(tmp_path / "out.pt"))
     theirs = torch.load(tmp_path / "out.pt")
@@ -302,7 +309,7 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
         assert grid.tolist() == [[1, height // 16, width // 16]]
         ours = video_patches(resize_frames(pixels[None], height=height, width=width), PREPROCESSOR)
         assert (ours - patches).abs().max() == 0.0
-    for path, (patches, grid) in zip(files, theirs["files"], strict=True):
+    for path, (patches, grid) in zip(files.values(), theirs["files"], strict=True):
         frames = decode_image(path, VideoConfig(), PREPROCESSOR)
         assert [list(frames.grid_thw)] == grid.tolist()
         assert (video_patches(frames.pixels, PREPROCESSOR) - patches).abs().max() == 0.0

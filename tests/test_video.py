@@ -162,7 +162,7 @@ def test_other_frames_than_those_asked_for_are_refused(tmp_path: Path, span) -> 
     try:
         frames = read_media(request)
     except MediaError as error:
-        assert "cannot be sought in" in str(error)
+        assert "seek" in str(error)
         return
     found = [int((pixels.float() - frame.float()).abs().mean((1, 2, 3)).argmin()) for frame in frames.pixels]
     assert found == ([0, 6, 12, 17, 23, 29] if span is None else [0, 4, 8, 12, 16, 20])
@@ -192,7 +192,7 @@ def test_large_videos_are_resized_in_parts(tmp_path: Path, monkeypatch) -> None:
     encoded(path)
     settings = VideoConfig(num_frames=7, max_frame_pixels=32 * 64)
     at_once = decode_video(path, settings, PREPROCESSOR)
-    monkeypatch.setattr("rmsd_fast.data.video.RAW_BYTES", 2 * 3 * 64 * 96)
+    monkeypatch.setattr("rmsd_fast.data.video_file.RAW_BYTES", 2 * 3 * 64 * 96)
     in_parts = decode_video(path, settings, PREPROCESSOR)
     assert at_once.pixels.shape == (7, 3, 32, 64) and torch.equal(at_once.pixels, in_parts.pixels)
     assert at_once.timestamps_s == in_parts.timestamps_s

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import UserError
-from rmsd_fast.data.media_file import MediaError, file_digest
+from rmsd_fast.data.media_file import MediaError, file_digest, video_command
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
 from rmsd_kernels import native
 
@@ -145,7 +145,7 @@ class Worker:
             self.kill()
             self.close()
             raise WorkerLost(
-                f"{request.path}: not read within data.decode_timeout_s={timeout_s:g}; re-encode it, drop the "
+                f"{request.path}: not read within data.decode_timeout_s={timeout_s:g}; {_repair(request)}, drop the "
                 "question, or raise the limit",
                 timed_out=True,
             ) from error
@@ -155,7 +155,7 @@ class Worker:
             self.close()
             raise WorkerLost(
                 f"{request.path}: the process that decoded it ended (a crash in the decoder, or out of memory); "
-                "re-encode it or drop the question",
+                f"{_repair(request)} or drop the question",
                 timed_out=False,
             ) from error
         except BaseException:
@@ -179,6 +179,13 @@ class Worker:
     def _wait(self, timeout_s: float) -> None:
         if not self._connection.poll(timeout_s):
             raise TimeoutError
+
+
+def _repair(request: MediaRequest) -> str:
+    """What to do about a file that the decoder hangs or crashes at. Opens nothing: its disk may be what hangs."""
+    return (
+        f"re-encode it with `{video_command(request.path, b'')}`" if request.kind == "video" else "save it again as PNG"
+    )
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -20,8 +20,9 @@ import torch
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
 from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
-from rmsd_fast.data.media_file import MediaError, stat_file
-from rmsd_fast.data.video import CpuFallback, Frames, Layout, MediaRequest, read_media
+from rmsd_fast.data.media_file import MediaError, stat_file, video_command
+from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_media
+from rmsd_fast.data.video_file import CpuFallback
 
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
@@ -206,10 +207,12 @@ class MediaReader:
         try:
             frames = done.result(timeout=limit)
         except NotDone:
-            text = (
-                f"{request.path}: not decoded on the GPU within data.decode_timeout_s={limit:g}; re-encode it or drop "
+            lost = WorkerLost(
+                f"{request.path}: not decoded on the GPU within data.decode_timeout_s={limit:g}; re-encode it with "
+                f"`{video_command(request.path, b'')}`, drop the question, or raise the limit",
+                timed_out=True,
             )
-            raise self._bad_file(state, WorkerLost(f"{text}the question, or raise the limit", timed_out=True)) from None
+            raise self._bad_file(state, lost) from None
         except MediaError as error:
             raise self._bad_file(state, error) from error
         self._hangs_in_a_row = 0

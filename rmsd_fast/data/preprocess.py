@@ -185,12 +185,13 @@ def smart_resize(
         raise ValueError(f"expected at least {temporal_factor} frames, got {num_frames}")
     if height < 1 or width < 1:
         raise ValueError(f"expected frames of at least 1x1 pixel, got {width}x{height}")
+    size = f"{width}x{height}"
     if temporal_factor > 1 and min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.0f} ({width}x{height})")
+        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.0f} ({size})")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     volume = round(num_frames / temporal_factor) * temporal_factor * new_height * new_width
     pixels = num_frames * height * width

@@ -44,23 +44,13 @@ def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE) -> list[tuple[str, str
     """
     from PIL import Image
 
-    if Path(path).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"):
-        with Image.open(path) as image:
-            return [(_jpeg(image.convert("RGB")), "picture")]
+    from rmsd_fast.data.video import read_preview
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(path)
-    total = len(decoder)
-    if total == 0:
-        raise ValueError(f"no frames in {path}")
-    count = min(count, total)
-    indices = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
-    batch = decoder.get_frames_at(indices)
-    frames = batch.data.permute(0, 2, 3, 1).contiguous().numpy()
-    times = batch.pts_seconds.tolist()
-    return [(_jpeg(Image.fromarray(frame)), f"{time:.1f} s") for frame, time in zip(frames, times, strict=True)]
+    frames, times = read_preview(path, count)
+    captions = [f"{time:.1f} s" for time in times] or ["picture"]
+    return [(_jpeg(Image.fromarray(frame)), caption) for frame, caption in zip(frames, captions, strict=True)]
 
 
 def _jpeg(image: object) -> str:

@@ -1,0 +1,310 @@
+"""Picture files to upright 8-bit RGB, and their size from the header alone.
+
+A picture is read as a person sees it, or refused with a message that says what was found:
+
+- Transparent parts show white.
+- 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused, since
+  no format says what their black and white are. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most
+  one level below the scaled value.
+- CMYK, YCbCr and LAB become RGB as Pillow converts them. Colour profiles are ignored, as the processors of model
+  families ignore them.
+- The EXIF orientation is applied; other EXIF tags are not looked at, so damage in them does not matter.
+- A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`).
+- Animations and files of several pages are refused. Some formats hold one picture in several versions: its reduced
+  copies in TIFF, its sizes in ICO, its layers in PSD, its second views in MPO. Their first or largest picture is read.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from rmsd_fast.config import NotInstalled
+from rmsd_fast.data.media_file import MediaError, name_content, read_head, video_command
+
+# Larger pictures take gigabytes while they are read (Pillow's own bound for a warning).
+MOST_PIXELS = 89_478_485
+# Values of EXIF's orientation that exchange height and width.
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+# TIFF tags.
+_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 254, 256, 257, 258, 262
+# Bits of NewSubfileType: a reduced copy of another picture, and a mask of one.
+_REDUCED, _MASK = 1, 4
+_WHITE_IS_ZERO = 0
+# Formats whose "frames" are versions of one picture.
+_VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
+# Pillow would start Ghostscript for EPS.
+_DRAWINGS = ("EPS", "WMF")
+# Formats whose 16-bit values run from 0 to 65535. Pillow opens some of them in its 32-bit mode "I".
+_SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
+_SIXTEEN_BIT_AS_I = ("PNG", "PPM")
+_WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+_TO_RGB = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+# A PNG of 2 or 4 bits per pixel names its transparent grey in those bits; Pillow scales the pixels and not the name.
+_SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
+# A JPEG marker other than stuffed bytes, fill bytes and restarts.
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_START_OF_FRAME = (0xC0, 0xC1, 0xC2)
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
+_RESTARTS = 8
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """Return height and width of the upright picture, from the file's header. Raises as `read_picture`."""
+    with _opened(path) as image:
+        width, height = image.size
+        if image.format == "TIFF":
+            # Some versions of Pillow exchange them here, others when the pixels are read.
+            width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+        elif image.format in ("ICO", "ICNS"):
+            # The index of these formats may state another size than the picture has.
+            image.load()
+            width, height = image.size
+        return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
+
+
+def read_picture(path: str) -> np.ndarray:
+    """Return the upright picture, uint8 [H, W, 3].
+
+    Raises:
+        MediaError: the file is damaged or truncated, is not one picture, or its values have no defined black and white.
+        NotInstalled: Pillow is not installed.
+    """
+    with _opened(path) as image:
+        _refuse_deep_colour_key(path, image)
+        scale = _SCALE_OF_KEY.get(_raw_mode(image), 1)
+        image = _loaded(path, image)
+        if scale > 1 and "transparency" in image.info:
+            image.info["transparency"] *= scale
+        # Pillow turns TIFF files itself when it reads their pixels.
+        orientation = 1 if image.format == "TIFF" else _orientation(image)
+        return np.ascontiguousarray(_upright(_rgb(path, image), orientation))
+
+
+def is_one_picture(path: str) -> bool:
+    """Return whether the file's header is that of one picture, rather than of a video, an animation or other data."""
+    try:
+        with _opened(path):
+            return True
+    except MediaError:
+        return False
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Open a Pillow image of one picture, pixels not read yet. Damage found while it is open becomes a MediaError."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise MediaError(
+                    f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
+                )
+            _refuse_several(path, image)
+            yield image
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        what, advice = name_content(read_head(path)) or ("a format that Pillow does not know", "save it as PNG or JPEG")
+        raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question") from error
+    # Pillow's plugins report damage with whatever their parsing raises.
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise MediaError(
+            f"{path}: cannot be decoded ({reason}); fetch it again, save it again as PNG, or drop the question"
+        ) from error
+
+
+def _refuse_several(path: str, image: Any) -> None:
+    """Raise MediaError unless the file holds one picture made of pixels."""
+    if image.format in _DRAWINGS:
+        raise MediaError(f"{path}: expected a picture, got a drawing ({image.format}); export it as PNG")
+    count = 1 if image.format in _VERSIONS_OF_ONE else getattr(image, "n_frames", 1)
+    if image.format == "TIFF":
+        if _subfile_type(image) & _REDUCED:
+            raise MediaError(
+                f"{path}: expected a picture, got a reduced copy of one, as in raw files of cameras; export the picture"
+                " as PNG or JPEG"
+            )
+        if count > 1:
+            count = _full_pages(image, count)
+            if count > 1:
+                raise MediaError(
+                    f"{path}: expected one picture, got a TIFF file of {count} pages; save the page asked about as PNG"
+                )
+    if count > 1:
+        raise MediaError(
+            f"{path}: expected one picture, got an animation of {count} pictures ({image.format}); save one of them as "
+            f"PNG, or ask about it as a video after `{video_command(path)}`"
+        )
+
+
+def _full_pages(image: Any, pages: int) -> int:
+    """Return the number of pages of a TIFF file that are neither reduced copies nor masks of others."""
+    full = 0
+    for page in range(pages):
+        image.seek(page)
+        full += not _subfile_type(image) & (_REDUCED | _MASK)
+    image.seek(0)
+    return full
+
+
+def _subfile_type(image: Any) -> int:
+    value = image.tag_v2.get(_SUBFILE_TYPE, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _raw_mode(image: Any) -> str:
+    """Return how a PNG stores its pixels, for example "RGB;16B"; empty for other formats."""
+    layout = image.tile[0][3] if image.format == "PNG" and image.tile else ""
+    return layout if isinstance(layout, str) else str(layout[0])
+
+
+def _refuse_deep_colour_key(path: str, image: Any) -> None:
+    """Refuse a transparent colour of 16 bits: Pillow keeps 8 of them, in which other colours may be equal to it."""
+    if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
+        raise MediaError(
+            f"{path}: expected transparency as an alpha channel, got a transparent colour of 16 bits; save it as an "
+            "8-bit PNG"
+        )
+
+
+def _orientation(image: Any) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or EXIF cannot be parsed."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    # Whatever Pillow raises at damaged EXIF: the pixels may be whole.
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror [H, W, 3] as an EXIF orientation asks."""
+    if orientation in _QUARTER_TURNS:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _loaded(path: str, image: Any) -> Any:
+    """Return the image with its pixels read. A JPEG that lacks only its end is opened again, with an end."""
+    from PIL import Image
+
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
+            raise
+        with open(path, "rb") as file:
+            # A last 0xff is half of a marker, or half of a pair that stands for one byte.
+            data = file.read().rstrip(b"\xff")
+        if not _complete_jpeg(data):
+            raise MediaError(
+                f"{path}: truncated: picture data is missing; fetch it again or drop the question"
+            ) from error
+        whole = Image.open(io.BytesIO(data + _END_OF_IMAGE))
+        whole.load()
+        return whole
+
+
+def _complete_jpeg(data: bytes) -> bool:
+    """Return whether a JPEG without an end holds all of its pixels.
+
+    The decoder does not tell: it fills missing data with grey. So the file is decoded several times, with nothing and
+    with different noise in place of the missing bytes. If the pixels are equal each time, they need none of them.
+    """
+    from PIL import Image
+
+    if not _has_all_scans(data):
+        return False
+    pictures = set()
+    for filling in (b"", *map(_noise, range(_RESTARTS))):
+        with Image.open(io.BytesIO(data + filling + _END_OF_IMAGE)) as image:
+            pictures.add(image.tobytes())
+        if len(pictures) > 1:
+            return False
+    return True
+
+
+def _noise(seed: int) -> bytes:
+    """Return wrong picture data with restart markers in it.
+
+    A decoder that waits for a restart marker skips what comes before it, and gives up at a marker from further on. So
+    each seed begins with another marker. Each part is longer than the data of the largest block of pixels, which is
+    left out if it is incomplete.
+    """
+    generator = random.Random(seed)
+    parts = [generator.randbytes(4096).replace(b"\xff", b"") for _ in range(_RESTARTS)]
+    return b"".join(part + bytes([0xFF, 0xD0 + (seed + number) % _RESTARTS]) for number, part in enumerate(parts))
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Return whether the scans of a JPEG bring every coefficient of every component to its last bit."""
+    at, missing = 2, {None}
+    while match := _JPEG_MARKER.search(data, at):
+        kind, start = match[1][0], match.end()
+        body = data[start + 2 : start + int.from_bytes(data[start : start + 2], "big")]
+        at = start + 2 + len(body)
+        if kind in _START_OF_FRAME:
+            missing = {(component, index) for component in body[6::3] for index in range(64)}
+        elif kind == _START_OF_SCAN and len(body) == 4 + 2 * body[0]:
+            first, last, bits = body[-3:]
+            # The lower four bits count the bits that are still to come.
+            if bits & 15 == 0:
+                missing -= {(part, index) for part in body[1:-3:2] for index in range(first, last + 1)}
+    return not missing
+
+
+def _rgb(path: str, image: Any) -> np.ndarray:
+    """Return the pixels of a loaded image as RGB on white, uint8 [H, W, 3]."""
+    from PIL import Image
+
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return np.repeat(_grey(path, image)[:, :, None], 3, axis=2)
+    palette_alpha = image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
+    if image.mode in _WITH_ALPHA or palette_alpha or "transparency" in image.info:
+        # Pillow knows no direct way from this mode to RGBA.
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        return np.array(white)
+    if image.mode not in _TO_RGB:
+        raise MediaError(f"{path}: expected a picture in grey or colour, got mode {image.mode}; save it as 8-bit PNG")
+    return np.array(image.convert("RGB"))
+
+
+def _grey(path: str, image: Any) -> np.ndarray:
+    """Return pixels of more than 8 bits as 8 bits, [H, W]."""
+    values = np.asarray(image)
+    sixteen = image.format in (_SIXTEEN_BIT if image.mode.startswith("I;16") else _SIXTEEN_BIT_AS_I)
+    if image.mode != "F" and sixteen:
+        bits = image.tag_v2.get(_BITS, (16,))[0] if image.format == "TIFF" else 16
+        most = 2**bits - 1
+        levels = (values.astype(np.uint32) * 255 + most // 2) // most
+    elif image.mode == "F" and values.min() >= 0 and values.max() <= 1:
+        levels = np.rint(np.multiply(values, 255, dtype=np.float64))
+    else:
+        raise MediaError(
+            f"{path}: expected 8 or 16 bits per channel, or floats from 0 to 1, got mode {image.mode} with values from "
+            f"{values.min():g} to {values.max():g}; scale them to 0-255 and save an 8-bit PNG, or drop the question"
+        )
+    levels = levels.astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        levels = 255 - levels
+    key = image.info.get("transparency")
+    return levels if key is None else np.where(values == key, np.uint8(255), levels)

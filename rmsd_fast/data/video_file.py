@@ -1,0 +1,227 @@
+"""Video files: their clock, and their frames by number or by time.
+
+The clock of a file is 0 where its first stream starts, video or audio. Players show this clock (mpv by default) and
+`ffmpeg -ss` counts in it, so annotators use it. It is not the decoder's clock, which may start anywhere, as in
+transport streams. Nor does it count from the first frame: if the audio starts 2 s earlier, the first frame is at 2 s.
+
+Audio encoders make the audio start a little before the video. Delays below LEAST_LATE_S are ignored, since neither
+players nor stamps of 0.1 s show them. So in nearly all files the first frame is at 0, and stamps are frame number over
+frame rate to the bit, as the processors of the model families compute them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rmsd_fast.config import NotInstalled
+from rmsd_fast.data.media_file import MediaError, has_alpha_aside, unseekable_video, video_command
+
+# Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
+RAW_BYTES = 32 * 2**20
+# AVI stores no times of display, so FFmpeg shows the first frame late by as many frames as the decoder holds back.
+MOST_DELAY_S = 0.25
+# Audio encoders start the audio this much before the video: AAC by 21 to 46 ms, Opus by 7 ms, MP3 by 25 ms.
+LEAST_LATE_S = 0.05
+# FFmpeg marks an unknown time with the lowest integer of 64 bits, about -9e15 s.
+_NO_TIME_S = 1e12
+# Pixel formats with an alpha channel. torchcodec drops it, which uncovers the colours of transparent parts.
+_ALPHA = re.compile(r"rgba|bgra|argb|abgr|ya\d|yuva|gbrap|vuya|ayuv")
+# torchcodec's messages begin with the C++ function and file they come from.
+_SOURCE_LINE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
+NO_TORCHCODEC = (
+    "videos are decoded by torchcodec, which cannot be loaded here ({reason}). Install it "
+    "(`pip install torchcodec==0.13.0` for CPU builds of torch, `torchcodec>=0.17` for CUDA builds) and the shared "
+    "libraries of FFmpeg 4 to 8 (Debian and Ubuntu: `apt-get install ffmpeg`)."
+)
+
+
+class CpuFallback(RuntimeError):
+    """NVDEC cannot decode this video. Not a fault of the file: the CPU may."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An opened video and its clock.
+
+    Fields:
+        decoder: torchcodec's, which has scanned the whole file, so that counts and times are those of the content.
+        frames: number of frames.
+        fps: their average rate.
+        begin_s, end_s: the decoder's times of the first frame, and of the end of the last.
+        late_s: the first frame's time on the file's clock.
+    """
+
+    path: str
+    device: str
+    decoder: Any
+    frames: int
+    fps: float
+    height: int
+    width: int
+    begin_s: float
+    end_s: float
+    late_s: float
+
+    def stamp(self, index: int) -> float:
+        """Return the time of a frame on the file's clock at a constant rate, as processors of the families do."""
+        return self.late_s + index / self.fps
+
+    def middle(self, index: int) -> float:
+        """Return the decoder's time in the middle of a frame at a constant rate, where rounding does no harm."""
+        return min(self.begin_s + (index + 0.5) / self.fps, math.nextafter(self.end_s, self.begin_s))
+
+
+def open_clip(path: str, device: str = "cpu") -> Clip:
+    """Open a video and scan it for frames, without decoding them.
+
+    Raises:
+        MediaError: the file is damaged, or has no video, or one with transparency.
+        NotInstalled: torchcodec or FFmpeg is not installed.
+    """
+    decoder = _open_video(path, device=device)
+    metadata = decoder.metadata
+    frames, fps, height, width = metadata.num_frames, metadata.average_fps, metadata.height, metadata.width
+    if not frames or not (fps and 0 < fps < math.inf) or not height or not width:
+        raise MediaError(f"{path}: no video frames were found; replace the file or drop the question")
+    # In GIF, FFmpeg makes transparent parts white.
+    transparent = metadata.codec != "gif" and _ALPHA.match(metadata.pixel_format or "")
+    if transparent or has_alpha_aside(path):
+        raise MediaError(
+            f"{path}: expected an opaque video, got one with an alpha channel, whose hidden colours would show; put it "
+            f"on white with `{video_command(path, flatten=True)}`"
+        )
+    begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
+    if not abs(begin) < _NO_TIME_S:
+        raise MediaError(
+            f"{path}: expected a time of display for each frame, got frames without one; re-encode it with "
+            f"`{video_command(path)}`, or drop the question"
+        )
+    return Clip(path, device, decoder, frames, fps, height, width, begin, end, _lateness(path, begin))
+
+
+def decode(
+    clip: Clip, indices: list[int], by_time: bool, take: Callable[[int, torch.Tensor], object]
+) -> tuple[float, ...]:
+    """Decode frames and return their stamps: those of a constant rate, or with a variable rate the true times.
+
+    Args:
+        by_time: take what is shown at the times that the frames have at a constant rate, rather than frames by number.
+        take: gets the frames [N, 3, H, W], a few at a time, and how many came before them.
+    """
+    try:
+        times = _decode_with(clip, clip.decoder, indices, by_time, take)
+        _refuse_others(clip, indices, times, late=by_time, order=not by_time)
+    except MediaError as error:
+        # FFmpeg's own seeking finds frames that the decoder's list of key frames does not lead to: those between the
+        # start of an edit list and the next key frame, and in some AVI the last ones.
+        try:
+            decoder = _open_video(clip.path, device=clip.device, seek_mode="approximate")
+            times = _decode_with(clip, decoder, indices, True, take)
+            _refuse_others(clip, indices, times, late=True, order=True)
+        except MediaError:
+            raise error from None
+    since = [time - clip.begin_s for time in times]
+    # A variable rate has its true times.
+    if any(abs(time - index / clip.fps) > 0.5 / clip.fps + 1e-3 for index, time in zip(indices, since, strict=True)):
+        return tuple(clip.late_s + time for time in since)
+    return tuple(map(clip.stamp, indices))
+
+
+def _decode_with(
+    clip: Clip, decoder: Any, indices: list[int], by_time: bool, take: Callable[[int, torch.Tensor], object]
+) -> list[float]:
+    """Decode frames with one decoder and return the decoder's times of them. Arguments as in `decode`."""
+    per_call = max(1, RAW_BYTES // (3 * clip.height * clip.width))
+    times: list[float] = []
+    for start in range(0, len(indices), per_call):
+        chosen = indices[start : start + per_call]
+        try:
+            if by_time:
+                batch = decoder.get_frames_played_at(seconds=[clip.middle(index) for index in chosen])
+            else:
+                batch = decoder.get_frames_at(indices=chosen)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _media_error(clip.path, error) from error
+        if clip.device != "cpu" and decoder.cpu_fallback:
+            raise CpuFallback(str(decoder.cpu_fallback))
+        height, width = batch.data.shape[-2:]
+        if (height, width) != (clip.height, clip.width):
+            raise MediaError(
+                f"{clip.path}: expected frames of {clip.width}x{clip.height} as in its header, got {width}x{height}; "
+                f"re-encode it with `{video_command(clip.path)}`, or drop the question"
+            )
+        take(start, batch.data)
+        times += batch.pts_seconds.tolist()
+    return times
+
+
+def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: bool, order: bool) -> None:
+    """Raise MediaError if the decoder's times show other frames than those that were asked for.
+
+    If seeking fails, as in transport streams and some AVI, torchcodec gives the next frames it finds, and no error.
+
+    Args:
+        late: refuse frames that are shown only after the times that they have at a constant rate.
+        order: refuse frames that do not follow each other as their numbers do, and a first one that is not first.
+    """
+    wrong = late and any(time > clip.middle(index) + 1e-3 for index, time in zip(indices, times, strict=True))
+    if order:
+        steps = zip(indices, indices[1:], times, times[1:], strict=False)
+        wrong = wrong or any((later <= earlier) != (b == a) for a, b, earlier, later in steps)
+        wrong = wrong or (indices[0] == 0 and times[0] - clip.begin_s > MOST_DELAY_S)
+    if wrong:
+        raise MediaError(
+            f"{clip.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others, since the decoder "
+            f"cannot seek in this file; re-encode it with `{video_command(clip.path)}`, or drop the question"
+        )
+
+
+def _lateness(path: str, begin_s: float) -> float:
+    """Return how long after the file's first stream its video starts, in seconds.
+
+    torchcodec tells where video and audio start, but not where the file does. Subtitles and data are not looked at.
+    """
+    from torchcodec.decoders import AudioDecoder
+
+    try:
+        audio_s = AudioDecoder(path).metadata.begin_stream_seconds_from_header
+    # There is no audio, or none that can be decoded.
+    except (RuntimeError, ValueError):
+        return 0.0
+    late_s = 0.0 if audio_s is None else begin_s - audio_s
+    return late_s if late_s >= LEAST_LATE_S else 0.0
+
+
+def _open_video(path: str, *, device: str = "cpu", seek_mode: str = "exact") -> Any:
+    # torchcodec raises RuntimeError or OSError on import where the FFmpeg libraries are missing.
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise NotInstalled(NO_TORCHCODEC.format(reason=reason)) from error
+    try:
+        return VideoDecoder(path, dimension_order="NCHW", num_ffmpeg_threads=1, device=device, seek_mode=seek_mode)
+    except ValueError as error:
+        raise MediaError(
+            f"{path}: expected a video, got a file without a video stream; replace it or drop the question"
+        ) from error
+    except RuntimeError as error:
+        raise _media_error(path, error) from error
+
+
+def _media_error(path: str, error: Exception) -> MediaError:
+    reason = _SOURCE_LINE.sub("", str(error).strip().split("\n", 1)[0]).strip() or type(error).__name__
+    if what := unseekable_video(path):
+        return MediaError(
+            f"{path}: expected a seekable video, got {what} ({reason}); re-encode it with "
+            f"`{video_command(path)}`, or drop the question"
+        )
+    # If the libraries cannot open a file, the program cannot either.
+    encode = "" if reason.startswith("Could not open") else f", re-encode it with `{video_command(path)}`"
+    return MediaError(f"{path}: cannot be decoded ({reason}); fetch it again{encode} or drop the question")

@@ -1,0 +1,482 @@
+"""Pictures of all kinds of pixels: read as people see them, or refused by name."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from media_files import decode_image, decode_video, run_advice
+from PIL import Image, features
+
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.media_file import MediaError
+from rmsd_fast.data.pictures import _rgb, picture_size, read_picture
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaRequest, read_layout, read_media
+
+# Invisible (hidden black), half visible, opaque. White behind 128/255 of a colour c is c*128/255 + 127: 0 to 127,
+# 10 to 132.02, 20 to 137.04, 30 to 142.06.
+CLEAR_HALF_FULL = [(0, 0, 0, 0), (10, 20, 30, 128), (10, 20, 30, 255)]
+ON_WHITE = [(255, 255, 255), (132, 137, 142), (10, 20, 30)]
+# 16-bit levels and round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
+LEVELS_16 = [0, 128, 129, 257, 32767, 32768, 65407, 65535]
+LEVELS_8 = [0, 0, 1, 1, 127, 128, 255, 255]
+
+
+def pixels(path: Path) -> list[list[tuple[int, ...]]]:
+    """Rows of RGB pixels, after a look that the header gives the same size."""
+    picture = read_picture(str(path))
+    assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(str(path))
+    return [[tuple(pixel) for pixel in row] for row in picture.tolist()]
+
+
+def grey_row(path: Path) -> list[int]:
+    (row,) = pixels(path)
+    assert all(red == green == blue for red, green, blue in row)
+    return [red for red, _, _ in row]
+
+
+def refusal(path: Path) -> str:
+    """The message, which is the same for the header alone unless only the pixels show the fault."""
+    with pytest.raises(MediaError) as caught:
+        read_picture(str(path))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    return text.removeprefix(f"{path}: ")
+
+
+def skip_unless_written(name: str) -> None:
+    if name.endswith(".avif") and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+
+
+def row_of(mode: str, values: list) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+def write_png(path: Path, size: tuple[int, int], bits: int, colour: int, rows: list[bytes], **chunks: bytes) -> Path:
+    """A PNG made by hand: colour is PNG's colour type; chunks come ahead of the pixels."""
+
+    def chunk(kind: str, data: bytes) -> bytes:
+        body = kind.encode() + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
+    body = b"".join(chunk(kind, data) for kind, data in chunks.items())
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk("IHDR", header) + body + chunk("IDAT", data) + chunk("IEND", b""))
+    return path
+
+
+def write_tiff(path: Path, data: bytes, bits: list[int], photometric: int, *, width: int, **more: int) -> Path:
+    """A little-endian TIFF of one row made by hand; bits of each channel; more: further tags, as tag_338=1."""
+    depths = struct.pack(f"<{len(bits)}H", *bits)
+    # A tag's values stand in it if they fit into four bytes, and otherwise behind the pixels.
+    at = int.from_bytes(depths, "little") if len(depths) <= 4 else 8 + len(data)
+    numbers = {256: width, 257: 1, 259: 1, 262: photometric, 273: 8, 277: len(bits), 278: 1, 279: len(data)}
+    numbers |= {int(name.removeprefix("tag_")): value for name, value in more.items()}
+    tags = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers.items()}
+    tags[258] = struct.pack("<HHII", 258, 3, len(bits), at)
+    data += depths if len(depths) > 4 else b""
+    data += b"\0" * (len(data) % 2)
+    entries = struct.pack("<H", len(tags)) + b"".join(tags[tag] for tag in sorted(tags)) + bytes(4)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + entries)
+    return path
+
+
+# ---- transparency
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.webp", "x.tga"])
+def test_transparent_parts_show_white(tmp_path: Path, name: str) -> None:
+    row_of("RGBA", CLEAR_HALF_FULL).save(tmp_path / name, **({"lossless": True} if "webp" in name else {}))
+    assert pixels(tmp_path / name) == [ON_WHITE]
+
+
+def test_transparent_avif_shows_white(tmp_path: Path) -> None:
+    skip_unless_written("x.avif")
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (32, 0, 64, 64))
+    image.save(tmp_path / "x.avif", quality=100)
+    rows = pixels(tmp_path / "x.avif")
+    assert rows[5][5] == (255, 255, 255) and rows[5][60][0] > 190 and max(rows[5][60][1:]) < 10
+
+
+def test_transparent_grey_and_palettes_show_white(tmp_path: Path) -> None:
+    row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.png")
+    row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.tiff")
+    assert grey_row(tmp_path / "la.png") == grey_row(tmp_path / "la.tiff") == [255, 127, 40]
+    image = row_of("P", [0, 1, 2])
+    image.putpalette([0, 0, 0, 10, 20, 30, 10, 20, 30])
+    image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
+    assert pixels(tmp_path / "p.png") == [ON_WHITE]
+    image.save(tmp_path / "p.gif", transparency=0)
+    assert pixels(tmp_path / "p.gif") == [[(255, 255, 255), (10, 20, 30), (10, 20, 30)]]
+    opaque = row_of("P", [0, 1, 1])
+    opaque.putpalette([0, 0, 0, 10, 20, 30])
+    opaque.save(tmp_path / "opaque.gif")
+    assert pixels(tmp_path / "opaque.gif") == [[(0, 0, 0), (10, 20, 30), (10, 20, 30)]]
+
+
+def test_modes_that_no_file_is_opened_in() -> None:
+    """Pillow's plugins turn them into others; programs that extend Pillow may not."""
+    for mode in ("RGBa", "PA"):
+        image = row_of("RGBA", [(0, 0, 0, 0), (0, 255, 0, 255)]).convert(mode)
+        assert _rgb("x", image).tolist() == [[[255] * 3, [0, 255, 0]]], mode
+    premultiplied = row_of("LA", [(0, 0), (0, 128), (40, 255)]).convert("La")
+    assert _rgb("x", premultiplied).tolist() == [[[255] * 3, [127] * 3, [40] * 3]]
+    # Hue 0 is red, 85 of 255 is a third of the circle.
+    assert _rgb("x", row_of("HSV", [(0, 255, 255), (85, 255, 255)])).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+
+
+def test_associated_alpha_shows_white(tmp_path: Path) -> None:
+    # Colours multiplied with alpha: 5, 10, 15 at 128 are 10, 20, 30.
+    data = bytes([0, 0, 0, 0, 5, 10, 15, 128, 10, 20, 30, 255])
+    path = write_tiff(tmp_path / "x.tiff", data, [8] * 4, 2, width=3, tag_338=1)
+    (row,) = pixels(path)
+    assert row[0] == (255, 255, 255) and row[2] == (10, 20, 30)
+    assert np.abs(np.array(row[1]) - (132, 137, 142)).max() <= 1
+
+
+def test_a_transparent_colour_shows_white(tmp_path: Path) -> None:
+    row_of("RGB", [(1, 2, 3), (1, 2, 4)]).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    assert pixels(tmp_path / "rgb.png") == [[(255, 255, 255), (1, 2, 4)]]
+    row_of("L", [7, 8]).save(tmp_path / "l.png", transparency=7)
+    assert grey_row(tmp_path / "l.png") == [255, 8]
+    row_of("1", [0, 255]).save(tmp_path / "1.png", transparency=0)
+    assert grey_row(tmp_path / "1.png") == [255, 255]
+    # Grey of 4 bits, 3 and 5 of 15; the colour that is transparent is named in 4 bits too. 5 / 15 of 255 is 85.
+    write_png(tmp_path / "l4.png", (2, 1), 4, 0, [b"\x35"], tRNS=struct.pack(">H", 3))
+    assert grey_row(tmp_path / "l4.png") == [255, 85]
+    write_png(tmp_path / "l2.png", (4, 1), 2, 0, [b"\x1b"], tRNS=struct.pack(">H", 1))
+    assert grey_row(tmp_path / "l2.png") == [0, 255, 170, 255]
+    grey = np.array([LEVELS_16], dtype=">u2").tobytes()
+    write_png(tmp_path / "l16.png", (8, 1), 16, 0, [grey], tRNS=struct.pack(">H", 129))
+    assert grey_row(tmp_path / "l16.png") == [0, 0, 255, 1, 127, 128, 255, 255]
+    rgb = struct.pack(">6H", 256, 0, 0, 257, 0, 0)
+    write_png(tmp_path / "rgb16.png", (2, 1), 16, 2, [rgb], tRNS=struct.pack(">3H", 256, 0, 0))
+    assert "got a transparent colour of 16 bits; save it as an 8-bit PNG" in refusal(tmp_path / "rgb16.png")
+
+
+# ---- more than 8 bits
+
+
+@pytest.mark.parametrize("name", ["x.png", "little.tiff", "big.tiff", "packed.tiff", "x.pgm", "x.jp2"])
+def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
+    image = Image.fromarray(np.array([LEVELS_16], dtype=">u2" if name == "big.tiff" else "<u2"))
+    if name == "x.pgm":
+        (tmp_path / name).write_bytes(b"P5 8 1 65535\n" + np.array(LEVELS_16, dtype=">u2").tobytes())
+    else:
+        image.save(tmp_path / name, **({"compression": "tiff_deflate"} if name == "packed.tiff" else {}))
+    assert grey_row(tmp_path / name) == LEVELS_8
+
+
+def test_tiff_of_12_bits_and_of_reversed_grey(tmp_path: Path) -> None:
+    # 0, 1365 and 4095 of 4095 are 0, 85 and 255; two pixels to three bytes.
+    path = write_tiff(tmp_path / "12.tiff", bytes.fromhex("000555FFF000"), [12], 1, width=4)
+    assert grey_row(path) == [0, 85, 255, 0]
+    data = np.array([0, 257, 65535], dtype="<u2").tobytes()
+    path = write_tiff(tmp_path / "reversed.tiff", data, [16], 0, width=3)
+    assert grey_row(path) == [255, 254, 0]
+
+
+@pytest.mark.parametrize("name", ["x.tiff", "x.pfm"])
+def test_floats_from_0_to_1_are_scaled(tmp_path: Path, name: str) -> None:
+    # 0.25 * 255 = 63.75; 0.5 * 255 = 127.5, half to even.
+    Image.fromarray(np.array([[0, 0.25, 0.5, 1]], dtype=np.float32)).save(tmp_path / name)
+    assert grey_row(tmp_path / name) == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "found"),
+    [
+        ([0, 128, 70000], np.int32, "mode I with values from 0 to 70000"),
+        ([-5, 3], np.int32, "mode I with values from -5 to 3"),
+        ([0, 2.5], np.float32, "mode F with values from 0 to 2.5"),
+        ([-0.5, 1], np.float32, "mode F with values from -0.5 to 1"),
+        ([0, np.nan], np.float32, "mode F with values from nan to nan"),
+    ],
+)
+def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list, kind: type, found: str) -> None:
+    Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / "x.tiff")
+    expected = f"expected 8 or 16 bits per channel, or floats from 0 to 1, got {found}; scale them to 0-255"
+    assert refusal(tmp_path / "x.tiff").startswith(expected)
+
+
+def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path: Path) -> None:
+    """What Pillow does: at most one level below the scaled value, as 255 for 65279 / 257 = 254.0 and 0 for 0.99."""
+    row = struct.pack(">6H", 0, 255, 256, 32768, 65279, 65535)
+    write_png(tmp_path / "x.png", (2, 1), 16, 2, [row])
+    assert pixels(tmp_path / "x.png") == [[(0, 0, 1), (128, 254, 255)]]
+
+
+# ---- colour spaces
+
+
+def test_cmyk_ycbcr_lab_and_bilevel(tmp_path: Path) -> None:
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 0, 0, 255), (0, 255, 255, 0)]
+    seen = [(255, 255, 255), (0, 255, 255), (0, 0, 0), (255, 0, 0)]
+    row_of("CMYK", inks).save(tmp_path / "cmyk.tiff")
+    assert pixels(tmp_path / "cmyk.tiff") == [seen]
+    # As Adobe writes it: with its marker, and inverted, which Pillow does too.
+    image = row_of("CMYK", inks).resize((64, 16), Image.Resampling.NEAREST)
+    image.save(tmp_path / "cmyk.jpg", quality=100)
+    assert b"Adobe" in (tmp_path / "cmyk.jpg").read_bytes()
+    got = np.array(pixels(tmp_path / "cmyk.jpg"))[8, 8::16]
+    assert np.abs(got - seen).max() <= 3
+    # Ordinary JPEGs are YCbCr: Y 76, Cb 85 and Cr 255 are 76 + 1.402 * 127 = 254 of red.
+    Image.new("YCbCr", (8, 8), (76, 85, 255)).save(tmp_path / "ycbcr.jpg", quality=100)
+    assert np.abs(np.array(pixels(tmp_path / "ycbcr.jpg")) - (254, 0, 0)).max() <= 1
+    # L is stored as 255ths of 100. sRGB's red is L 54.29, a 80.81, b 69.89 under D50; L 50.2 is grey 120.
+    data = bytes([255, 0, 0, 138, 81, 70, 128, 0, 0])
+    write_tiff(tmp_path / "lab.tiff", data, [8] * 3, 8, width=3)
+    got = np.array(pixels(tmp_path / "lab.tiff")[0])
+    assert np.abs(got - [(255, 255, 255), (255, 0, 0), (120, 120, 120)]).max() <= 5
+    for name in ("1.png", "1.tiff", "1.pbm", "1.bmp"):
+        row_of("1", [0, 255, 255, 0]).save(tmp_path / name)
+        assert grey_row(tmp_path / name) == [0, 255, 255, 0]
+
+
+@pytest.mark.parametrize(("size", "shown"), [((1, 1), (64, 64)), ((150, 1), (800, 32)), ((1, 200), (32, 928))])
+def test_pictures_of_one_pixel(tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]) -> None:
+    Image.new("RGB", size, (0, 128, 0)).save(tmp_path / "x.png")
+    frames = decode_image(tmp_path / "x.png", VideoConfig(), Preprocessor())
+    assert frames.pixels.shape[:1:-1] == shown
+    assert frames.pixels.amax((0, 2, 3)).tolist() == frames.pixels.amin((0, 2, 3)).tolist() == [0, 128, 0]
+
+
+def test_extreme_shapes_are_refused_with_their_own_size(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 1)).save(tmp_path / "x.png")
+    request = MediaRequest(str(tmp_path / "x.png"), "image", VideoConfig(), Preprocessor())
+    for read in (read_media, read_layout):
+        with pytest.raises(MediaError, match=r"aspect ratio of at most 200, got 640 \(640x1\); crop or pad it"):
+            read(request)
+
+
+# ---- EXIF
+
+# A picture of three by two stored pixels, and what is seen at each orientation.
+STORED = ["abc", "def"]
+SEEN = {
+    1: ["abc", "def"],
+    2: ["cba", "fed"],
+    3: ["fed", "cba"],
+    4: ["def", "abc"],
+    5: ["ad", "be", "cf"],
+    6: ["da", "eb", "fc"],
+    7: ["fc", "eb", "da"],
+    8: ["cf", "be", "ad"],
+}
+
+
+def letters(rows: list[list[tuple[int, ...]]]) -> list[str]:
+    return ["".join(chr(ord("a") + round(red / 50)) for red, _, _ in row) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.webp", "x.jpg", "x.avif", "grey.png", "deep.png", "alpha.png"])
+@pytest.mark.parametrize("orientation", SEEN)
+def test_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
+    skip_unless_written(name)
+    values = np.array([[(ord(letter) - ord("a")) * 50 for letter in row] for row in STORED], dtype=np.uint8)
+    # Blocks of 16 x 16, which lossy formats keep to a few levels.
+    image = Image.fromarray(values).resize((48, 32), Image.Resampling.NEAREST)
+    if name == "deep.png":
+        image = Image.fromarray(np.asarray(image).astype("<u2") * 257)
+    elif name != "grey.png":
+        image = image.convert("RGBA" if name == "alpha.png" else "RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif, **({"quality": 95} if name in ("x.jpg", "x.avif", "x.webp") else {}))
+    rows = pixels(tmp_path / name)
+    assert letters([row[8::16] for row in rows[8::16]]) == SEEN[orientation]
+    request = MediaRequest(str(tmp_path / name), "image", VideoConfig(), Preprocessor())
+    assert read_layout(request).grid_thw == read_media(request).grid_thw
+
+
+def jpeg_with_exif(path: Path, exif: bytes) -> Path:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 32), (200, 100, 0)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    body = b"Exif\0\0" + exif
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (b"", False),
+        (b"II*\0\x08\0\0", False),
+        (b"nothing of TIFF", False),
+        # Three tags, of which the file has one and a half: orientation, and a description that lies behind the end.
+        (b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHHHII", 3, 0x0112, 3, 1, 6, 0, 0x010E, 2, 99, 9999), True),
+        # Orientations that do not exist, one of them not a number.
+        (b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 9, 0, 0), False),
+        (b"II*\0\x08\0\0\0" + struct.pack("<HHHI4sI", 1, 0x0112, 2, 2, b"6\0\0\0", 0), False),
+    ],
+)
+def test_damaged_exif_does_not_matter(tmp_path: Path, exif: bytes, turned: bool) -> None:
+    rows = pixels(jpeg_with_exif(tmp_path / "x.jpg", exif))
+    assert (len(rows), len(rows[0])) == ((48, 32) if turned else (32, 48))
+    assert np.abs(np.array(rows) - (200, 100, 0)).max() <= 3
+
+
+# ---- truncated JPEG
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"progressive": True, "restart_marker_blocks": 2}],
+    ids=["baseline", "progressive", "restarts", "progressive restarts"],
+)
+def test_a_jpeg_may_lack_its_end_and_no_pixels(tmp_path: Path, options: dict) -> None:
+    coarse = np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    path = tmp_path / "x.jpg"
+    Image.fromarray(coarse).resize((99, 81), Image.Resampling.NEAREST).save(path, quality=85, **options)
+    data, whole = path.read_bytes(), pixels(path)
+    for missing in (1, 2):
+        path.write_bytes(data[:-missing])
+        assert pixels(path) == whole
+    for missing in [*range(3, 60), 500, 1000, len(data) // 2]:
+        path.write_bytes(data[:-missing])
+        assert refusal(path) == "truncated: picture data is missing; fetch it again or drop the question"
+
+
+def test_a_progressive_jpeg_that_lacks_whole_scans_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    Image.effect_noise((64, 64), 80).convert("RGB").save(path, progressive=True)
+    data = path.read_bytes()
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for at in scans[1:]:
+        path.write_bytes(data[:at])
+        assert refusal(path).startswith("truncated: picture data is missing")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.gif", "x.webp", "x.bmp", "x.tiff", "x.ppm", "x.avif", "x.jp2", "x.tga"])
+def test_other_truncated_pictures_are_refused(tmp_path: Path, name: str) -> None:
+    skip_unless_written(name)
+    Image.effect_noise((96, 96), 80).convert("RGB").save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        (tmp_path / name).write_bytes(data[: int(len(data) * share)])
+        refusal(tmp_path / name)
+
+
+# ---- several pictures
+
+
+def three_pictures() -> list[Image.Image]:
+    return [Image.new("RGB", (65, 63), colour) for colour in ("red", "lime", "blue")]
+
+
+def save_all(path: Path, pictures: list[Image.Image], **options: object) -> Path:
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.avif"])
+def test_animations_are_refused_with_a_command_that_works(tmp_path: Path, name: str) -> None:
+    skip_unless_written(name)
+    path = save_all(tmp_path / name, three_pictures(), duration=100)
+    text = refusal(path)
+    assert text.startswith(
+        f"expected one picture, got an animation of 3 pictures ({path.suffix[1:].upper()}); save one"
+    )
+    with pytest.raises(MediaError, match="an animation of 3 pictures"):
+        picture_size(str(path))
+    if name == "x.avif":
+        return
+    written = run_advice(text, tmp_path)
+    assert written == tmp_path / "x.mp4"
+    frames = decode_video(written, VideoConfig(num_frames=3), Preprocessor(), check_frames=False)
+    assert frames.timestamps_s == pytest.approx((0.0, 0.1, 0.2))
+    assert frames.pixels.float().mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_pages_of_tiff(tmp_path: Path) -> None:
+    path = save_all(tmp_path / "pages.tiff", three_pictures())
+    expected = "expected one picture, got a TIFF file of 3 pages; save the page asked about as PNG"
+    assert refusal(path) == expected
+    with pytest.raises(MediaError, match="a TIFF file of 3 pages"):
+        picture_size(str(path))
+    # The second and third page are a reduced copy and a mask (NewSubfileType 1 and 4).
+    red, copy, mask = three_pictures()
+    copy.encoderinfo, mask.encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 4}}
+    path = save_all(tmp_path / "copies.tiff", [red, copy, mask])
+    assert pixels(path)[0][0] == (255, 0, 0)
+    # The first is one: the real picture is somewhere else, as in raw files of cameras.
+    red.save(tmp_path / "raw.tiff", tiffinfo={254: 1})
+    assert refusal(tmp_path / "raw.tiff").startswith("expected a picture, got a reduced copy of one")
+
+
+def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
+    for name in ("x.gif", "x.webp"):
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(
+            tmp_path / name, save_all=True, **({"lossless": True} if "w" in name else {})
+        )
+        assert pixels(tmp_path / name)[0][0] == (255, 0, 0)
+    # Phones add a second view or a gain map.
+    red, green, _ = three_pictures()
+    path = save_all(tmp_path / "x.mpo", [red, green])
+    assert pixels(path)[0][0][0] > 250 and max(pixels(path)[0][0][1:]) < 5
+    # An icon has its sizes; the largest is read.
+    red.resize((64, 64)).save(tmp_path / "x.ico", sizes=[(16, 16), (64, 64)])
+    assert np.array(pixels(tmp_path / "x.ico")).shape == (64, 64, 3)
+
+
+# ---- what else a file may be
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"<!DOCTYPE html><html><body>not found</body></html>" + b" " * 64, "got an HTML page; fetch the file itself"),
+        ("\ufeff<html><title>页面不存在</title></html>".encode(), "got an HTML page; fetch the file itself"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "got an SVG drawing; export it as PNG"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+            "got a Git LFS pointer; fetch the file itself",
+        ),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "got a PDF document; export it as PNG"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n" + b" " * 64,
+            "got a PostScript drawing; export it as PNG",
+        ),
+        (b"\xc5\xd0\xd3\xc6" + bytes(60), "got a PostScript drawing; export it as PNG"),
+        (b"PK\x03\x04" + bytes(60), "got an archive; unpack it"),
+        (b"\0\0\0\x18ftypheic" + bytes(12), "got a HEIC picture; save it as PNG or JPEG"),
+        (b"\0\0\0\x18ftypisom" + bytes(12), "got an MP4 or MOV video; list it under videos"),
+        ((b"G" + bytes(187)) * 3, "got a transport stream; list it under videos"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(9), "got a picture whose header is damaged; fetch it again"),
+        (bytes(range(256)), "got a format that Pillow does not know; save it as PNG or JPEG"),
+        (b"just words", "got text; check the path in the question file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_files_are_named(tmp_path: Path, data: bytes, found: str) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(data)
+    request = MediaRequest(str(path), "image", VideoConfig(), Preprocessor())
+    for read in (read_media, read_layout):
+        with pytest.raises(MediaError) as caught:
+            read(request)
+        assert str(caught.value).startswith(f"{path}: expected a ") and found in str(caught.value)
+
+
+def test_pictures_whose_bytes_look_like_text(tmp_path: Path) -> None:
+    (tmp_path / "x.ppm").write_bytes(b"P6\n40 8\n255\n" + b"abc" * 320)
+    (tmp_path / "plain.ppm").write_bytes(b"P3\n40 8\n255\n" + b"97 98 99\n" * 320)
+    for name in ("x.ppm", "plain.ppm"):
+        request = MediaRequest(str(tmp_path / name), "image", VideoConfig(), Preprocessor())
+        assert read_media(request).pixels.amax((0, 2, 3)).tolist() == [97, 98, 99]
+        with pytest.raises(MediaError, match="got text"):
+            read_media(MediaRequest(str(tmp_path / name), "video", VideoConfig(), Preprocessor()))
+    Image.new("1", (40, 8), 0).save(tmp_path / "x.xbm")
+    request = MediaRequest(str(tmp_path / "x.xbm"), "image", VideoConfig(), Preprocessor())
+    assert read_media(request).pixels.max() == 0
