@@ -86,7 +86,7 @@ def make_responses(builder: PromptBuilder, count: int, length: int, seed: int) -
 
 
 def make_texts(builder: PromptBuilder, count: int, length: int, seed: int) -> list[str]:
-    """Random texts of exactly so many tokens, the end token included, of words that are one token wherever they stand."""
+    """Random texts of exactly so many tokens, end token included, of words that are one token wherever they stand."""
     encode = builder.tokenizer.encode
     words = [builder.tokenizer.decode([index]) for index in range(len(builder.tokenizer))]
     words = [

@@ -159,9 +159,9 @@ def test_floors_leave_out_what_cannot_be_scored():
 def test_floors_of_many_questions_are_found_in_a_sample_and_scored_in_full():
     """4,000 questions of a task took the square of that."""
     numeric = [question(f"n{i}", "numeric", str(i % 1999)) for i in range(4000)]
-    # 1% of 1990 is 19.9: "1978" is near 1959 ... 1997, that is 39 numbers, of 2 questions each; "1979" has the same.
-    score, answer = best_constant_floor(numeric)["numeric"]
-    assert score == pytest.approx(sum(abs(1978 - i % 1999) <= 0.01 * (i % 1999) for i in range(4000)) / 4000, rel=0.03)
+    score, _ = best_constant_floor(numeric)["numeric"]
+    # The largest numbers have the widest tolerance: around 1979 it is 19.8 on either side, 2 questions a number.
+    assert score == pytest.approx(2 * 39.6 / 4000, rel=0.05)
     text = [question(f"o{i}", "ocr", f"{'EXIT' if i % 2 else i} {i}") for i in range(4000)]
     assert best_constant_floor(text)["ocr"][0] == pytest.approx(0.25, abs=0.01)
     spatial = [question(f"s{i}", "spatial", f"{i % 50},0,{500 + i % 40},1000") for i in range(4000)]

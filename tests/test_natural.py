@@ -191,7 +191,8 @@ def test_the_reasoning_is_what_stands_before_the_answer():
     assert canonical_response(text, "mcq", options=DRINKS) == "<think>It is white.</think><answer>B</answer>"
     text = "White.</think>\n\nSo it is:\n<answer>(B) milk</answer> Sure."
     assert canonical_response(text, "mcq", options=DRINKS) == "<think>White.</think><answer>B</answer>"
-    assert canonical_response("B", "mcq") == "<think></think><answer>B</answer>"
+    for text in ("B", "B. milk", "(B) milk.", "milk"):
+        assert canonical_response(text, "mcq", options=DRINKS) == "<think></think><answer>B</answer>"
 
 
 @pytest.mark.parametrize(

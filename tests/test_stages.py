@@ -114,7 +114,7 @@ def test_packing_and_micro_batches_do_not_change_a_step(folder, material, world,
 def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, packing, imitated):
     settings, state, prompts = build(folder, material, world, f"packing={packing}", f"sft.responses={imitated}")
     own = [state.targets[p.question.id] for p in prompts]
-    responses = [[t.token_ids[k] for k in t.imitate] for t in own]
+    responses = [[state.builder.encode_response(t.answers[k].text) for k in t.imitate] for t in own]
     assert (max(map(len, responses)) > 1) == (imitated == "all")
     rows = make_rows(packing, prompts, responses, pad_id=0)
     with torch.no_grad():
@@ -205,11 +205,11 @@ def test_equal_texts_are_judged_once(folder, material, world):
     groups, _ = distill._roll_out(state, prompts[:1], settings, 0)
     one, *_, last = groups[0].rollouts
     targets = state.targets[prompts[0].question.id]
-    twice = replace(targets, token_ids=(targets.token_ids[0],) * 2, quality=torch.ones(2), p=torch.full((2,), 0.5))
+    twice = replace(targets, answers=(targets.answers[0],) * 2, quality=torch.ones(2), p=torch.full((2,), 0.5))
     group = make_group(prompts[0], [one, last, one], replace(twice, valid=(True, True)), settings, step=0)
     judged = judged_responses(group, state.builder)
     assert judged.students == [0, 1, 0] and judged.teachers == [2, 2] and len(judged.responses) == 3
-    assert torch.equal(judged.responses[2], targets.token_ids[0])
+    assert torch.equal(judged.responses[2], state.builder.encode_response(targets.answers[0].text))
 
 
 def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, material, world):

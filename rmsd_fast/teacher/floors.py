@@ -1,11 +1,12 @@
 """What one and the same best answer to every question scores: the floor that a student has to beat.
 
-A search over every answer would cost the square of the number of questions. Candidates are therefore bounded (the most
-frequent ground truths, and a grid), graded tasks are scored as matrices, and only the best candidate is scored exactly.
+A search over every answer would cost the square of the number of questions. Candidates are therefore bounded
+(ground truths, and a grid), graded tasks are scored in floating point, and only the best candidate is scored exactly.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, option_letters, p
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
-# Ground truths that are tried, the most frequent first. Texts are compared pair by pair: fewer, on a sample.
+# Ground truths that are tried: the most frequent ones, and a sample of the others. Texts are compared pair by
+# pair: fewer of them, on a sample of the questions.
 MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS = 1000, 50, 500
 
 
@@ -28,8 +30,8 @@ def best_constant_floor(
 ) -> dict[str, tuple[float, str]]:
     """By task type, the best mean score found for one and the same answer to all questions, and that answer.
 
-    Tried are every letter (mcq), the most frequent ground truths, a grid of intervals (temporal: tenths of the latest
-    end) and of boxes (spatial: fifths of the picture). The score of the answer that is returned is exact. Open
+    Tried are every letter (mcq), up to 1,000 ground truths (ocr: 50), a grid of intervals (temporal: tenths of the
+    latest end) and of boxes (spatial: fifths of the picture). The score of the answer that is returned is exact. Open
     questions score 1 for any text. Questions without ground truth are left out.
 
     Args:
@@ -54,11 +56,9 @@ def best_constant_floor(
 
 
 def _candidates(task: str, questions: Sequence[Question]) -> set[str]:
-    counts = Counter(question.answer for question in questions)
-    most = MOST_TEXTS if task == "ocr" else MOST_TRUTHS
-    truths = {answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]}
     if task == "mcq":
         return set("".join(option_letters(q.options) if q.options else q.answer for q in questions))
+    truths = _some_truths(task, Counter(question.answer for question in questions))
     if task == "temporal":
         longest = max(parse_answer_body(question.answer, task)[1] for question in questions)
         ends = [longest * step / 10 for step in range(11)]
@@ -77,13 +77,23 @@ def _candidates(task: str, questions: Sequence[Question]) -> set[str]:
     return truths
 
 
+def _some_truths(task: str, counts: Counter) -> set[str]:
+    most = MOST_TEXTS if task == "ocr" else MOST_TRUTHS
+    if len(counts) <= most:
+        return set(counts)
+    frequent = sorted(counts, key=lambda answer: (-counts[answer], answer))[: most // 5]
+    others = sorted(set(counts) - set(frequent))
+    return {*frequent, *random.Random(0).sample(others, most - len(frequent))}
+
+
 def _mean_scores(task: str, candidates: list[str], questions: Sequence[Question], cfg: TeacherConfig) -> np.ndarray:
-    """Mean score of each candidate, in floating point; texts on an even sample of the questions."""
+    """Mean score of each candidate, in floating point; texts on a sample of the questions."""
     if task in ("mcq", "ocr"):
-        sample = questions[:: max(1, len(questions) // MOST_QUESTIONS)] if task == "ocr" else questions
         if task == "mcq":
-            counts = Counter(question.answer for question in sample)
-            return np.array([counts[letter] / len(sample) for letter in candidates])
+            counts = Counter(question.answer for question in questions)
+            return np.array([counts[letter] / len(questions) for letter in candidates])
+        # Not every n-th: files are often ordered, with a period.
+        sample = random.Random(0).sample(list(questions), min(MOST_QUESTIONS, len(questions)))
         return np.array([_constant_score(text, sample, cfg) for text in candidates])
     truths = np.array([np.atleast_1d(parse_answer_body(q.answer, task)) for q in questions], dtype=np.float64)
     values = np.array([np.atleast_1d(parse_answer_body(text, task)) for text in candidates], dtype=np.float64)

@@ -254,7 +254,9 @@ def _stated(text: str, task: str, options: Options) -> tuple[str, str] | None:
 
 
 def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str]:
-    """An answer that stands by itself at the end of a text or at its beginning, or is the text."""
+    """An answer that is the text, or stands by itself at its end or beginning."""
+    if answer := _short(final, task, options):
+        return "", answer
     for separator in ("\n\n", "\n"):
         before, _, last = final.strip().rpartition(separator)
         if before.strip() and (answer := _short(last, task, options)):
