@@ -1,11 +1,13 @@
 # `make` lists the targets. Set-up happens by itself and only once: its steps leave stamps in $(VENV)/.made that carry a hash
-# of the files they depend on, so a second run costs nothing and an interrupted one goes on where it was.
+# of the files they depend on, so a second run costs nothing and an interrupted one goes on where it was. `make demo` installs
+# what the demonstration needs; what only tests, lint and benchmarks need comes with those.
 #
 #   PYTHON     interpreter to make the environment with (python3)
 #   VENV       folder of the environment (.venv)
 #   SET        cpu or cuda; found by asking nvidia-smi
 #   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which works without a GPU too but
 #              weighs gigabytes; the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
+#   SUDO       yes = use sudo for apt-get without asking, no = never; by default it is asked on a terminal, and not used elsewhere
 #   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
 #   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
 
@@ -18,23 +20,26 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
+SUDO ?=
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CORES := $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off $(PIP_ARGS)
+# On a terminal pip shows its downloads; elsewhere only what goes wrong.
+PIP_SHOWS := $(shell test -t 2 && echo "--progress-bar on" || echo "-q --progress-bar off")
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_SHOWS) $(PIP_ARGS)
 
 # torch is named in every pip command: without it a dependency may replace the chosen build by the newest one.
 # torchcodec: on CUDA 0.17 is the first whose hardware decoder cache is safe; the CPU pin stands in the constraints.
 ifeq ($(SET),cuda)
 TORCH := "torch>=2.11,<2.16"
 PINS :=
-EXTRAS := train,video,gpu,test
+EXTRAS := train,video,gpu
 ALSO := "torchcodec>=0.17"
 RUN_ENV :=
 else ifeq ($(SET),cpu)
 TORCH := torch==2.13.0
 PINS := -c constraints-cpu.txt
-EXTRAS := train,video,test
+EXTRAS := train,video
 ALSO :=
 RUN_ENV := DS_ACCELERATOR=cpu
 else
@@ -45,18 +50,26 @@ hash = $(shell { echo $(SET); cat $(1) 2>/dev/null; } | sha256sum | cut -c1-16)
 MADE := $(VENV)/.made
 VENV_STAMP := $(MADE)/venv
 TORCH_STAMP := $(MADE)/torch-$(call hash,constraints-cpu.txt)
+TEST_STAMP := $(MADE)/test-$(call hash,constraints-cpu.txt pyproject.toml)
 PACKAGE_STAMP := $(MADE)/package-$(call hash,constraints-cpu.txt pyproject.toml setup.py $(sort $(wildcard csrc/*)))
 
-# $(call apt,packages,what for): install Debian packages where that is allowed without asking, else say what is missing.
+# $(call apt,packages,what for): install Debian packages as root, with sudo after asking, or say what is missing.
 define apt
-sudo=""; \
-if [ "$$(id -u)" != 0 ]; then sudo="sudo -n"; fi; \
-if command -v apt-get >/dev/null && $$sudo true 2>/dev/null; then \
+sudo=""; allowed=no; \
+if [ "$$(id -u)" = 0 ]; then allowed=yes; \
+elif command -v sudo >/dev/null && [ "$(SUDO)" != no ]; then \
+	sudo="sudo"; allowed="$(SUDO)"; \
+	if [ -z "$$allowed" ] && [ -t 0 ] && [ -t 2 ]; then \
+		read -r -p "setup: missing: $(1), needed for: $(2). Run 'sudo apt-get install $(1)' now? [y/N] " answer || answer=no; \
+		case "$$answer" in [yY]*) allowed=yes;; esac; \
+	fi; \
+fi; \
+if command -v apt-get >/dev/null && [ "$$allowed" = yes ] && $$sudo true; then \
 	echo "setup: apt-get install $(1) ($(2))"; \
 	{ $$sudo apt-get -qq update || echo "setup: apt-get update had problems, going on" >&2; \
 	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends $(1); \
 	} </dev/null >$(VENV).apt.log 2>&1 || { cat $(VENV).apt.log >&2; \
-		echo "setup: could not install $(1), needed for: $(2). See above; mend it or install by hand, then run make again." >&2; exit 2; }; \
+		echo "setup: could not install $(1), needed for: $(2). See above; fix it or install by hand, then run make again." >&2; exit 2; }; \
 	rm -f $(VENV).apt.log; \
 else \
 	echo "setup: missing: $(1), needed for: $(2). Only root may install it here. Run: sudo apt-get install $(1) (or your system's equivalent), then run make again." >&2; \
@@ -68,13 +81,15 @@ endef
 # linked statically. find_library also sees LD_LIBRARY_PATH.
 FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
 
-.PHONY: help setup python ffmpeg demo test lint bench wheel clean
+.PHONY: help setup dev python ffmpeg demo test lint bench wheel clean
 
 help: ## list the targets
 	@echo "targets (set: $(SET), $(CORES) cores):"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 setup: ffmpeg $(PACKAGE_STAMP) ## environment in .venv, FFmpeg's libraries, both packages editable
+
+dev: setup $(TEST_STAMP) ## the same, and what tests, lint and benchmarks need
 
 python:
 	@command -v $(PYTHON) >/dev/null || { $(call apt,python3 python3-venv,the environment); }
@@ -99,26 +114,31 @@ $(TORCH_STAMP): $(VENV_STAMP) | ffmpeg
 $(PACKAGE_STAMP): $(TORCH_STAMP)
 	@echo "setup: rmsd_fast[$(EXTRAS)] and what it needs"
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation $(PINS) -e ".[$(EXTRAS)]" $(TORCH) $(ALSO)
-	@$(if $(filter cpu,$(SET)),$(PIP) --no-deps --upgrade --target $(VENV)/oracle $(PINS) torchvision || \
-		echo "setup: torchvision is not to be had; the test that compares with it will be skipped" >&2)
 	@$(BIN)/python -c 'import torchcodec.decoders' || { \
 		echo "setup: torchcodec does not load, see above: FFmpeg's shared libraries (4 to 8) must be found and torchcodec must fit torch." >&2; exit 2; }
 	@$(BIN)/python -c 'from rmsd_kernels import native; print("setup: native ops:", native.why_not() or "built")'
 	@rm -f $(MADE)/package-* && touch $@
+
+$(TEST_STAMP): $(PACKAGE_STAMP)
+	@echo "setup: what tests, lint and benchmarks need"
+	@$(PIP) $(PINS) "rmsd-fast[test]" $(TORCH)
+	@$(if $(filter cpu,$(SET)),$(PIP) --no-deps --upgrade --target $(VENV)/oracle $(PINS) torchvision || \
+		echo "setup: torchvision is not to be had; the test that compares with it will be skipped" >&2)
+	@rm -f $(MADE)/test-* && touch $@
 
 # The quickstart needs nothing from a hub; your own ARGS may.
 demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", default: the quickstart)
 	@$(RUN_ENV) $(if $(ARGS),,HF_HUB_OFFLINE=1) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
 		$(BIN)/python -m rmsd_fast.train $(ARGS)
 
-test: setup ## set up, then run the test suite
+test: dev ## set up, then run the test suite
 	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 $(or $(ARGS),tests)
 
-lint: $(PACKAGE_STAMP) ## check style with ruff
+lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-bench: setup ## run the benchmarks (each checks its results first)
+bench: dev ## run the benchmarks (each checks its results first)
 	@$(RUN_ENV) $(BIN)/python -m pytest -q $(or $(ARGS),bench)
 
 wheel: $(PACKAGE_STAMP) ## build a wheel into dist/

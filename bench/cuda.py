@@ -249,7 +249,7 @@ def probe(device: str, environment: dict[str, str]) -> tuple[str, str]:
         return "", "torch sees no CUDA device; to rehearse without one: python -m bench.cuda --device cpu"
     if missing:
         return name, (
-            f"not installed: {missing}. Install them (make setup), or take them along: python -m bench.cuda_wheels DIR "
+            f"not installed: {missing}. Install them (make dev), or take them along: python -m bench.cuda_wheels DIR "
             "where there is a network, then --wheels DIR here"
         )
     return name, ""

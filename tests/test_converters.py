@@ -76,6 +76,22 @@ def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
     assert (question.task_type, question.answer) == ("ocr", truth if task == "open" else question.answer)
 
 
+def test_null_is_the_same_as_absent_inside_too(tmp_path):
+    """Tables give every record, turn and part the keys of all of them."""
+    empty = {"text": None, "video": None, "image": None, "fps": None}
+    parts = [empty | {"type": "video", "video": "v.mp4"}, empty | {"type": "text", "text": "Which?"}]
+    turns = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
+    record = {"messages": turns, "images": None, "system": None, "solution": "B"}
+    record["options"] = {"A": "tea", "B": "milk", "C": None}
+    (question,) = load(tmp_path, record)
+    assert (question.question, question.options, question.answer) == ("Which?", ("tea", "milk"), "B")
+    assert (
+        question.system is None
+        and len(question.videos) == 1
+        and question.meta == {"format": "ms-swift"} | {"inferred": True}
+    )
+
+
 def test_options_make_it_multiple_choice(tmp_path):
     record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["1", "2", "3"]}
     (question,) = load(tmp_path, record)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 from rmsd_fast.config import RECIPES
+from rmsd_fast.data.question_text import ANSWER_FORMAT
+from rmsd_fast.method.natural import REASONS
 
 
 def _blocks(repository, kind: str) -> list[str]:
@@ -39,10 +41,24 @@ def test_the_integrations_it_names_exist(repository):
         assert re.search(rf"^(def|class) {name}\b", source, flags=re.MULTILINE), name
 
 
+def test_the_examples_of_the_manual_run(repository):
+    for page in sorted((repository / "docs").glob("*.md")):
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_manual_shows_the_prompt_and_every_reason(repository):
+    text = (repository / "docs" / "data.md").read_text()
+    for last_line in ANSWER_FORMAT.values():
+        assert f"`{last_line}`" in text
+    for reason in REASONS:
+        assert f"`{reason}`" in text, reason
+
+
 def test_recipes_and_files_it_names_exist(repository):
     text = (repository / "README.md").read_text()
     assert "PLACEHOLDER" not in text
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+    for path in re.findall(r"\]\(((?!http)[^)#]+)", text):
         assert (repository / path).exists(), path
     for recipe in RECIPES.glob("*.yaml"):
         assert f"`{recipe.stem}`" in text, recipe.stem

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from material import tiny_material, tiny_settings
 
+from rmsd_fast.config import SettingsError
 from rmsd_fast.data.packing import make_rows
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.runtime.distributed import start, stop
@@ -220,6 +222,57 @@ def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, 
     ids = judged_responses(group, state.builder).responses[0].tolist()
     sampled = spelled[0].token_ids.tolist()
     assert ids == sampled + [state.builder.eos_id] * spelled[0].truncated
+
+
+def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_path):
+    """Its chat template opens <think>: the tag stands in the prompt, and in no response that a model is given."""
+    path = tmp_path / "thinking"
+    shutil.copytree(material.model_path, path)
+    template = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").write_text(template.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"))
+    settings = tiny_settings(folder, *SMALL)
+    state = build_distillation(str(path), settings, world, material)
+    opened = state.builder.tokenizer.encode("<think>")
+    prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].imitate][:2]
+    assert all(state.builder.decode_response(prompt.input_ids[-2:]).endswith("<think>\n") for prompt in prompts)
+    imitated = [state.builder.encode_response(a.text) for a in state.targets[prompts[0].question.id].answers if a.valid]
+    groups, _ = distill._roll_out(state, prompts, settings, 0)
+    judged = [judged_responses(group, state.builder) for group in groups]
+    teachers = [own.responses[place] for own in judged for place in own.teachers]
+    assert imitated and teachers
+    assert not any(set(opened) & set(ids.tolist()) for ids in (*imitated, *teachers))
+    # Texts stay whole: the outer format is judged on what a user would see.
+    assert all(rollout.text.startswith("<think>\n") for group in groups for rollout in group.rollouts)
+    whole = replace(groups[0].rollouts[0], text="<think>\na</think><answer>B</answer>")
+    assert make_group(prompts[0], [whole], groups[0].targets, settings, step=0).outer.tolist() == [1.0]
+    sft.step(state, prompts, settings, train_vision=False)
+    distill.step(state, prompts, settings, rollout_step=0)
+
+
+def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, material, world, caplog):
+    """One answer of 2 MB ended a run after its first evaluation."""
+    question = material.train[0]
+    long = "<think>" + "a b " * 2000 + "</think><answer>B</answer>"
+    answers = [
+        replace_answer(a, text) for a, text in zip(material.scores[question.id], (long, "<|im_end|>"), strict=False)
+    ]
+    answers += material.scores[question.id][2:]
+    spoiled = replace(material, scores={**material.scores, question.id: answers})
+    settings = tiny_settings(folder, *SMALL)
+    state = build_distillation(material.model_path, settings, world, spoiled)
+    targets = state.targets[question.id]
+    assert targets.quality[:2].tolist() == [0, 0] and targets.p[:2].tolist() == [0, 0]
+    assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
+    assert "1 teacher answers are left out: the response does not fit micro_tokens" in caplog.text
+    assert "1 teacher answers are left out: the text holds a special token" in caplog.text
+    # Where hardly any fits the settings are wrong, not the answers.
+    everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
+    with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
+        build_distillation(material.model_path, settings, world, replace(material, scores=everything))
+
+
+def replace_answer(answer, text):
+    return answer._replace(text=text, valid=True, quality=1.0)
 
 
 def test_rewards_and_advantages_by_hand(folder, material, world):

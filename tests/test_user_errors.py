@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from material import tiny_material
 
 from rmsd_fast import evaluate, train
+from rmsd_fast.config import SettingsError
+from rmsd_fast.runtime.distributed import World
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages.material import prepare_material
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,11 @@ def test_pool_without_a_usable_response(capsys, tmp_path, material):
     path = tmp_path / "pool.jsonl"
     path.write_text("".join(json.dumps({**line, "text": " "}) + "\n" for line in read(material.files["pool"])))
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"teacher.pool": path}))
-    assert "0.0% of 144 answers are valid" in error and "Reasons: empty 143, truncated 1" in error and "pool check" in error
+    assert (
+        "0.0% of 144 answers are valid" in error
+        and "Reasons: empty 143, truncated 1" in error
+        and "pool check" in error
+    )
 
 
 def test_media_that_are_not_there(capsys, tmp_path, material):
@@ -128,6 +137,56 @@ def test_nothing_to_evaluate(capsys, tmp_path, material):
 def test_batch_that_the_processes_cannot_share(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "multiple of 3 (processes)" in fails(capsys, tmp_path, "quickstart", "--dry-run")
+
+
+def test_batches_are_checked_before_anything_is_evaluated(capsys, tmp_path, material):
+    world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
+    settings = load_settings("quickstart", ["sft.batch_size=32", "distill.batch_size=6"])
+    with pytest.raises(SettingsError, match=r"sft\.batch_size: expected a multiple of 3 \(processes\), got 32; write"):
+        prepare_material(settings, world)
+
+
+def test_a_gpu_that_is_full_names_what_to_lower(capsys, tmp_path, material, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    monkeypatch.setattr("rmsd_fast.train_run.train", full)
+    error = fails(capsys, tmp_path, "quickstart", "micro_tokens=8192", f"output={tmp_path / 'runs'}")
+    assert "out of GPU memory (CUDA out of memory. Tried to allocate 2 GiB.)" in error
+    assert "micro_tokens=8192" in error and "rollout.prompts_per_batch=" in error and "--allow-changes" in error
+    assert "model.gradient_checkpointing=true" in error and "runtime.zero_stage=2 -> 3" in error
+
+
+def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, material):
+    """A text model of 0.1 million parameters was told as one of 12.6 billion."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    assert train.main([*arguments(material, tmp_path, **{"model.path": folder}), "--dry-run"]) == 2
+    printed = capsys.readouterr().out
+    assert "NOT THERE YET" in printed and "got 'llama'" in printed and "parameters" not in printed
+    assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
+    assert "NOT THERE YET: data.train: nowhere.jsonl" in capsys.readouterr().out
+
+
+def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
+    assert train.main([*arguments(material, tmp_path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "questions: 36 (" in printed and "teacher: 144 answers of simulated, K=4 asked: 36 have 4" in printed
+    assert "0.5M parameters" in printed and printed.strip().endswith("ready")
+
+
+def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, material):
+    lines = read(material.files["pool"])
+    gone = lines[0]["id"]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["id"] != gone))
+    given = arguments(material, tmp_path, **{"teacher.pool": path})
+    assert train.main([*given, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"left out: 1 question without an answer ({gone})" in printed and "35 have 4" in printed
+    error = fails(capsys, tmp_path, *given, "teacher.max_unanswered_share=0")
+    assert "teacher.max_unanswered_share (now 0)" in error
 
 
 def test_resume_of_a_folder_that_is_no_run(capsys, tmp_path):

@@ -175,6 +175,8 @@ def _turns(
     system, users, replies = [], [], []
     for index, turn in enumerate(turns):
         name = f"{key}[{index}]"
+        if isinstance(turn, dict) and text_key in turn and turn[text_key] is None:
+            continue
         text = turn.get(text_key) if isinstance(turn, dict) else None
         if isinstance(text, list):
             text = "".join(_part(part, where, f"{name}.{text_key}[{place}]", media) for place, part in enumerate(text))
@@ -200,6 +202,9 @@ def _turns(
 
 def _part(part: Any, where: str, name: str, media: dict[str, list[Any]]) -> str:
     """The text of one content part; a medium leaves its mark."""
+    if isinstance(part, dict):
+        # Tables give every part the keys of all of them.
+        part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]

@@ -466,6 +466,7 @@ def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
     if task != "mcq":
         raise fail("options", "none, since only mcq questions have options", value, "remove it or set task_type to mcq")
     if isinstance(value, dict):
+        value = {key: option for key, option in value.items() if option is not None}
         letters = [str(key).strip().strip("().").upper() for key in value]
         if not 2 <= len(value) <= 26 or letters != list(option_letters(list(value))):
             raise fail("options", "the letters A, B, C, … in order as keys", value, 'write ["red", "green"]')

@@ -73,7 +73,8 @@ def describe_pool(
         *_table(statistics),
     ]
     if unanswered:
-        lines.append(f"  left out: {len(unanswered):,} questions without an answer ({some_ids(unanswered)})")
+        many = "question" if len(unanswered) == 1 else "questions"
+        lines.append(f"  left out: {len(unanswered):,} {many} without an answer ({some_ids(unanswered)})")
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
         raise DataError(
             f"teacher pool: {every['valid_share']:.1%} of {every['responses']} answers are valid, and "
