@@ -67,6 +67,9 @@ def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
 def test_what_is_probably_not_meant_is_a_warning():
     openly = [Question(f"q{i}", "?", "open", videos=(f"/{i}.mp4",)) for i in range(2)]
     assert "every question is `open`" in describe_questions(openly, []).warnings[0]
+    short = [mcq("q"), Question("o", "Is it red?", "open", videos=("/o.mp4",), answer="yes")]
+    (warning,) = describe_questions(short, []).warnings
+    assert "1 open questions have an answer of one or two words (o: 'yes')" in warning
     (same,) = describe_questions([mcq("q1")], [mcq("h"), mcq("i", options=("milk", "tea"))]).warnings
     assert "1 of 2 held-out questions are trained on too (h)" in same
     (shared,) = describe_questions([mcq("q1")], [mcq("i", options=("milk", "tea"))]).warnings

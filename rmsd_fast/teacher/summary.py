@@ -17,6 +17,8 @@ from rmsd_fast.teacher.scores import Pool, Scores
 # Below this share of valid answers something is wrong with the pool as a whole.
 LEAST_VALID = 0.05
 SHOWN_IDS = 5
+# Open questions with so short an answer look like closed ones; above this share of all questions it is said.
+SHORT_WORDS, SHORT_SHARE = 2, 0.05
 
 
 @dataclass
@@ -44,6 +46,12 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
         summary.warnings.append(
             "every question is `open`: any text that keeps the format scores 1, so neither teacher quality nor the "
             "content reward says anything; give the records a task_type and an answer, or set data.task_type"
+        )
+    short = [q for q in train if q.task_type == "open" and q.answer and len(q.answer.split()) <= SHORT_WORDS]
+    if len(short) > SHORT_SHARE * len(train):
+        summary.warnings.append(
+            f"{len(short):,} open questions have an answer of one or two words ({short[0].id}: {short[0].answer!r}), "
+            "with which nothing is compared: any text that keeps the format scores 1; make them mcq (with options) or ocr"
         )
     summary.warnings += _overlaps(train, heldout)
     return summary
