@@ -1,4 +1,4 @@
-"""The student: loading, refusals, packed and padded rows against plain transformers, gradients, export."""
+"""The student: loading, refusals, packed and padded rows against plain transformers, gradients."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from media_files import noise_frames, write_clip
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.packing import gather_rows, make_rows
-from rmsd_fast.data.preprocess import load_preprocessor, video_patches
+from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.models import students
@@ -24,7 +23,6 @@ from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import (
     Student,
     encode_media,
-    export_student,
     forward_hidden,
     freeze,
     load_student,
@@ -313,55 +311,6 @@ def test_bfloat16_student_computes_in_bfloat16(folder: Path, ask: Callable[[str]
     assert torch.nn.functional.cosine_similarity(exact, rounded.float(), dim=-1).min() > 0.98
 
 
-def test_export_loads_in_plain_transformers_with_equal_logits(
-    folder: Path, tmp_path: Path, ask: Callable[[str], Prompt], student: Student
-) -> None:
-    with torch.no_grad():
-        for parameter in student.model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    export_student(student, tmp_path / "out" / "export")
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "export", dtype=torch.float32)
-    assert type(plain) is Qwen3VLForConditionalGeneration
-    prompt = ask("ab")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "export")
-    assert tokenizer.decode(prompt.input_ids) == student.tokenizer.decode(prompt.input_ids)
-    assert tokenizer.chat_template == student.tokenizer.chat_template and tokenizer.eos_token_id == student.eos_id
-    assert load_preprocessor(tmp_path / "out" / "export") == student.preprocessor
-    pixels = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in prompt.media])
-    inputs = {
-        "input_ids": prompt.input_ids[None],
-        "mm_token_type_ids": prompt.mm_token_type_ids[None],
-        "pixel_values_videos": pixels,
-        "video_grid_thw": torch.tensor([frames.grid_thw for frames in prompt.media]),
-    }
-    with torch.no_grad():
-        assert torch.equal(plain(**inputs).logits, student.model(**inputs).logits)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export"]
-
-
-def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Student) -> None:
-    export_student(student, tmp_path / "export")
-    weights = {name: torch.zeros_like(value) for name, value in student.model.state_dict().items()}
-    export_student(student, tmp_path / "export", state_dict=weights)
-    again = load_student(tmp_path / "export", dtype="float32")
-    assert all(not parameter.any() for parameter in again.model.parameters())
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "todo.txt").write_text("mine")
-    with pytest.raises(ValueError, match="choose another folder"):
-        export_student(student, tmp_path / "notes")
-    assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
-
-
-def test_interrupted_export_leaves_nothing(tmp_path: Path, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(student.tokenizer, "save_pretrained", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        export_student(student, tmp_path / "export")
-    assert list(tmp_path.iterdir()) == []
-
-
 def _copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder / "student", tmp_path / "student"))
 
@@ -459,23 +408,3 @@ def test_unknown_dtype_and_attention_are_refused(folder: Path) -> None:
     except ImportError:
         with pytest.raises(RuntimeError, match=r"model\.attention=sdpa"):
             load_student(folder / "student", dtype="float32", attn_implementation="flash_attention_2")
-
-
-PROCESSOR_ORACLE = """
-import warnings; warnings.filterwarnings("ignore")
-from transformers import AutoProcessor
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-video, image = processor.video_processor, processor.image_processor
-print(type(processor).__name__, type(video).__name__, type(image).__name__.removesuffix("Fast"))
-for part in (video, image):
-    print(part.patch_size, part.temporal_patch_size, part.merge_size, list(part.image_mean), list(part.image_std))
-"""
-
-
-def test_export_brings_its_processor(
-    tmp_path: Path, student: Student, run_with_torchvision: Callable[..., str]
-) -> None:
-    export_student(student, tmp_path / "export")
-    lines = run_with_torchvision(PROCESSOR_ORACLE, str(tmp_path / "export")).splitlines()
-    assert lines[0] == "Qwen3VLProcessor Qwen3VLVideoProcessor Qwen2VLImageProcessor"
-    assert lines[1] == lines[2] == "16 2 2 [0.5, 0.5, 0.5] [0.5, 0.5, 0.5]"

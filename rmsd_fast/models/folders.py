@@ -83,6 +83,29 @@ def check_family(folder: Path) -> None:
         )
 
 
+def check_rope(folder: Path) -> None:
+    """Raise ModelError unless config.json gives exactly one rope theta and one set of rope settings for the text model.
+
+    transformers 4.57 spells them `rope_theta` and `rope_scaling`, versions 5 `rope_parameters`. If theta is missing,
+    the versions assume different values (5e6 and 5e5). If the spellings disagree, they follow different ones.
+    """
+    path = folder / "config.json"
+    text = json.loads(path.read_text(encoding="utf-8")).get("text_config") or {}
+    new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
+    thetas = [theta for theta in (text.get("rope_theta"), new.get("rope_theta"), old.get("rope_theta")) if theta]
+    if len(set(thetas)) != 1:
+        raise ModelError(
+            f"{path}: expected one rope theta, as text_config.rope_theta or in text_config.rope_parameters, "
+            f"got {thetas or 'none'}; restore the settings of the original model"
+        )
+    new, old = ({key: value for key, value in rope.items() if key != "rope_theta"} for rope in (new, old))
+    if new and old and new != old:
+        raise ModelError(
+            f"{path}: expected the same settings in text_config.rope_parameters and text_config.rope_scaling, "
+            f"got {new} and {old}; change both, or remove one of them"
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer with chat template and padding token. Raises ValueError naming what is missing."""
     # Without these files transformers builds a tokenizer that knows no words, and says nothing.
@@ -142,6 +165,8 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
         "size": {"shortest_edge": 4096, "longest_edge": 25165824},
         "processor_class": "Qwen3VLProcessor",
         "video_processor_type": "Qwen3VLVideoProcessor",
+        # `video_size` limits frames too. transformers before 5.16 ignores the setting and does not limit them.
+        "cap_pixels_per_frame": True,
     }
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

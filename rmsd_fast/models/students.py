@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
-from rmsd_fast.models.folders import check_family, first_line, load_tokenizer, resolve_folder, write_preprocessor
+from rmsd_fast.models.folders import check_family, check_rope, first_line, load_tokenizer, resolve_folder
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 
@@ -101,6 +99,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         raise ModelError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     folder = resolve_folder(path)
     check_family(folder)
+    check_rope(folder)
     preprocessor = load_preprocessor(folder)
     tokenizer = load_tokenizer(folder)
     try:
@@ -130,6 +129,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         )
     student = Student(model, tokenizer, preprocessor)
     _check_agreement(student, folder)
+    _check_generation(model, folder)
     if liger:
         apply_liger(model)
     return student
@@ -323,35 +323,6 @@ def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features:
     ).last_hidden_state
 
 
-def export_student(student: Student, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a folder that plain transformers loads: safetensors, config, tokenizer, chat template, preprocessor.
-
-    The folder appears complete or not at all; an earlier export in its place is replaced.
-
-    Args:
-        student: what to write.
-        folder: where.
-        state_dict: weights to write in place of the model's own, e.g. gathered from a sharded engine.
-    Raises:
-        ValueError: the folder holds something that is no export of a student.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise ValueError(f"{folder}: expected no folder or an earlier export, found other files; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.parent / f"{folder.name}.tmp{os.getpid()}"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        student.model.save_pretrained(staged, state_dict=state_dict)
-        student.tokenizer.save_pretrained(staged)
-        write_preprocessor(student.preprocessor, staged)
-        if folder.exists():
-            shutil.rmtree(folder)
-        staged.rename(folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
 def _check_agreement(student: Student, folder: Path) -> None:
     """Raise ValueError where the files of a folder come from different models."""
     config, preprocessor, tokenizer = student.model.config, student.preprocessor, student.tokenizer
@@ -376,3 +347,16 @@ def _check_agreement(student: Student, folder: Path) -> None:
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
             "restore the files of one model"
         )
+
+
+def _check_generation(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
+    """Raise ModelError for generation settings that transformers loads with a warning but refuses to save."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        # The first line only says that there are faults. Each fault has its own line, with what to do about it.
+        fault = next((line for line in str(error).splitlines() if line.startswith("- ")), first_line(error))
+        raise ModelError(
+            f"{folder / 'generation_config.json'}: expected settings that transformers can save with an export, "
+            f"got a fault in {fault.removeprefix('- ')}"
+        ) from error

@@ -21,7 +21,8 @@ from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.question_text import ANSWER_FORMAT
-from rmsd_fast.models.students import Student, export_student
+from rmsd_fast.models.export import export_student
+from rmsd_fast.models.students import Student
 
 SETTINGS_FILE = "tiny_student.json"
 PAD_TOKEN = "<|endoftext|>"

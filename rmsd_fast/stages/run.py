@@ -18,8 +18,9 @@ from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question, write_text_atomic
+from rmsd_fast.models.export import export_student
 from rmsd_fast.models.liger import describe_liger
-from rmsd_fast.models.students import Student, export_student
+from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
     StopSignal,
@@ -337,7 +338,11 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "rollout_lines": run.rollouts.lines if run.rollouts is not None else 0,
                 "fingerprints": run.fingerprints,
             },
-            writers={"export": lambda folder: export_student(state.student, folder)},
+            writers={
+                "export": lambda folder: export_student(
+                    state.student, folder, base_model=run.settings.model.path, stage=stage
+                )
+            },
             keep=run.settings.checkpoint.keep,
             world=run.world,
         )
@@ -346,7 +351,7 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
 def export(run: Run, student: Student, engine: Engine, folder: Path) -> None:
     """Write the student in HF format; all processes wait for it."""
     with engine.full_weights():
-        on_main(run.world, lambda: export_student(student, folder))
+        on_main(run.world, lambda: export_student(student, folder, base_model=run.settings.model.path))
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:

@@ -1,0 +1,124 @@
+"""Exports: model folders that transformers 4.57 and all later versions read alike, each with a model card.
+
+Versions 5 write the files, and 4.57 differs from them in four points (tests/test_export_versions.py):
+
+- 4.57 does not know `rope_parameters`. It reads `rope_theta` (default 5e6) and fails if `rope_scaling` is missing.
+- 4.57 fails if `extra_special_tokens` is a list. Both read the list under the name `additional_special_tokens`.
+- 4.57 does not know the tokenizer class `TokenizersBackend`. Both know its older name `PreTrainedTokenizerFast`.
+- Where `generation_config.json` says that it was derived from the model, 4.57 derives it again.
+
+Versions 5.5 to 5.16 also warn about the rope type `axial`, which later versions write for the vision tower.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmsd_fast.models.folders import write_preprocessor
+from rmsd_fast.models.model_card import model_card
+from rmsd_fast.models.students import Student
+
+# The rope of the vision tower. Older versions have it built in; 5.17 and later fill it in if config.json has none.
+VISION_ROPE = {"rope_theta": 10000.0, "rope_type": "axial"}
+
+
+def export_student(
+    student: Student,
+    folder: str | Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    base_model: str = "",
+    stage: str = "",
+) -> None:
+    """Write a folder that plain transformers loads: weights, config, tokenizer, chat template, preprocessor, README.
+
+    The folder appears complete or not at all; an earlier export in its place is replaced. The same arguments write the
+    same bytes.
+
+    Args:
+        student: what to write.
+        folder: where.
+        state_dict: weights to write in place of the model's own, e.g. gathered from a sharded engine.
+        base_model: path or Hub name of the model that training began with, as the user gave it; for the README.
+        stage: stage of training that ends here; for the README.
+    Raises:
+        ValueError: the folder holds something that is not an export of a student.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
+        raise ValueError(f"{folder}: expected no folder or an earlier export, found other files; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = folder.parent / f"{folder.name}.tmp{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        student.model.save_pretrained(staged, state_dict=state_dict)
+        student.tokenizer.save_pretrained(staged)
+        write_preprocessor(student.preprocessor, staged)
+        make_portable(staged, eos_id=student.eos_id)
+        card = model_card(student.model.config.model_type, base_model=base_model, stage=stage)
+        (staged / "README.md").write_text(card, encoding="utf-8")
+        # safetensors creates files that only their owner can read, but a server may run under another account.
+        mode = (staged / "config.json").stat().st_mode & 0o777
+        for weights in staged.glob("*.safetensors"):
+            weights.chmod(mode)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staged.rename(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def make_portable(folder: Path, *, eos_id: int) -> None:
+    """Rewrite the settings that `save_pretrained` wrote to a folder so that 4.57 reads them as versions 5 do.
+
+    Args:
+        folder: holds config.json, generation_config.json and tokenizer_config.json.
+        eos_id: id of the token that ends a response; generation has to stop at it.
+    """
+    _edit(folder / "config.json", _spell_rope_twice)
+    _edit(folder / "tokenizer_config.json", _name_special_tokens_for_both)
+    _edit(folder / "generation_config.json", lambda settings: _end_responses(settings, eos_id))
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    change(settings)
+    # The format of save_pretrained.
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _spell_rope_twice(config: dict[str, Any]) -> None:
+    text, vision = config["text_config"], config["vision_config"]
+    rope = text["rope_parameters"]
+    text["rope_theta"] = rope["rope_theta"]
+    # Versions 5 prefer this to rope_parameters. 4.57 warns if rope_theta is inside.
+    text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if vision.get("rope_parameters") == VISION_ROPE:
+        del vision["rope_parameters"]
+
+
+def _name_special_tokens_for_both(config: dict[str, Any]) -> None:
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # These say how this process loaded the tokenizer.
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+
+
+def _end_responses(settings: dict[str, Any], eos_id: int) -> None:
+    ids = settings.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
+    if eos_id not in ids:
+        settings["eos_token_id"] = [eos_id, *ids]
+    # With this mark, 4.57 ignores the token ids in this file and takes those of config.json.
+    settings.pop("_from_model_config", None)

@@ -1,0 +1,98 @@
+"""The README.md of an export: what the model is, how to load it, and the form of its prompts."""
+
+from __future__ import annotations
+
+from rmsd_fast import __version__
+from rmsd_fast.data.question_text import ANSWER_FORMAT
+
+# The first version with Qwen3-VL.
+OLDEST_TRANSFORMERS = "4.57"
+# The first versions whose processors keep the vision tokens around a whole video and limit the pixels of a frame.
+VIDEO_EDGES, FRAME_CAP = "5.10", "5.16"
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# Student of the family `{family}`
+
+A video language model, trained and exported by rmsd_fast {version} (R-MSD, arXiv 2603.11423).
+{origin}
+## Load it
+
+Run this in the folder, or replace `"."` by its path. It needs torchvision, and torchcodec for videos.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(".")
+model = AutoModelForImageTextToText.from_pretrained(".", dtype="auto")
+question = "What moves?\\n{open_format}"
+content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": question}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+ids = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=512)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+An image is given as `{{"type": "image", "path": "picture.png"}}`. The processor's frame rate and pixel budgets are the
+defaults of the family; to reproduce an evaluation of rmsd_fast, set those of its `video` settings.
+
+## Versions
+
+- The oldest version of transformers that loads this folder is {oldest}. Weights, tokenizer, chat template and prompts
+  with images are the same in every later version.
+- For videos, use {frame_cap} or later. Earlier processors do not limit the pixels of a frame, and those before
+  {video_edges} also leave out the `<|vision_start|>` and `<|vision_end|>` around a whole video. The student was trained
+  with both.
+- `config.json` names the rope settings twice: as `rope_parameters`, and as `rope_theta` and `rope_scaling` for versions
+  before 5. Change both or neither.
+
+## Prompts
+
+The chat template is that of the base model. The last line of a question names the form of the answer:
+
+| task type | last line |
+|---|---|
+{formats}
+
+The options of a multiple-choice question (`mcq`) stand before it, one per line: `A. text`.
+
+## Sampling
+
+`<|im_end|>` ends a response. Evaluations of rmsd_fast decode greedily (`do_sample=False`). Without that argument, the
+settings in `generation_config.json` apply, which are those of the base model.
+
+## Licence
+
+That of the base model.
+"""
+
+
+def model_card(family: str, *, base_model: str = "", stage: str = "") -> str:
+    """Return the text of README.md. The same arguments give the same text.
+
+    Args:
+        family: `model_type` of the model.
+        base_model: path or Hub name of the model that training began with; left out if empty.
+        stage: stage of training; left out if empty.
+    """
+    origin = {"Base model": base_model, "Stage of training": stage}
+    lines = [f"- {name}: `{value}`" for name, value in origin.items() if value]
+    return _CARD.format(
+        family=family,
+        version=__version__,
+        origin="\n".join(["", *lines, ""]) if lines else "",
+        open_format=ANSWER_FORMAT["open"],
+        formats="\n".join(f"| `{kind}` | `{text}` |" for kind, text in ANSWER_FORMAT.items()),
+        oldest=OLDEST_TRANSFORMERS,
+        frame_cap=FRAME_CAP,
+        video_edges=VIDEO_EDGES,
+    )
