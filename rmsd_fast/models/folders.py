@@ -10,7 +10,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from rmsd_fast.config import ModelError
-from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from rmsd_fast.data.chat_template import (
+    END_TOKEN,
+    IMAGE_PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    response_opening,
+)
 from rmsd_fast.data.preprocess import Preprocessor
 
 FAMILIES = ("qwen3_vl",)
@@ -81,6 +88,19 @@ def check_family(folder: Path) -> None:
             f"{folder}: expected a model of family {' or '.join(FAMILIES)}, got {family!r}; "
             "give model.path a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
         )
+
+
+def check_folder(folder: Path) -> str:
+    """Refuse a model folder that a run could not use, without loading its weights.
+
+    Returns:
+        What its chat template opens a response with: "", or `<think>` and a line break.
+    Raises:
+        ModelError: it is of another family, or its rope settings, tokenizer or chat template cannot be right.
+    """
+    check_family(folder)
+    check_rope(folder)
+    return response_opening(load_tokenizer(folder))
 
 
 def check_rope(folder: Path) -> None:

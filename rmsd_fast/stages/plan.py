@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import ModelError, RunConfig
-from rmsd_fast.models.folders import check_family, find_folder
+from rmsd_fast.models.folders import check_folder, find_folder
 from rmsd_fast.settings import uses_discriminator, uses_reference
 from rmsd_fast.stages.material import check_batches, read_inputs
 
@@ -121,10 +121,11 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
         folder = find_folder(path)
         if folder is None:
             return None, f"model.path: {path}, not downloaded yet: the run fetches it from the Hub", ""
-        check_family(folder)
+        opening = check_folder(folder)
     except ModelError as error:
         return None, "", str(error)
-    return folder, f"model.path: {path}", ""
+    opened = ", its prompts end with <think>" if opening else ""
+    return folder, f"model.path: {path}{opened}", ""
 
 
 def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> list[str]:

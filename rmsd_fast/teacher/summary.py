@@ -51,7 +51,7 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
     if len(short) > SHORT_SHARE * len(train):
         summary.warnings.append(
             f"{len(short):,} open questions have an answer of one or two words ({short[0].id}: {short[0].answer!r}), "
-            "with which nothing is compared: any text that keeps the format scores 1; make them mcq (with options) or ocr"
+            "which nothing is compared with: any text in the format scores 1; make them mcq (with options) or ocr"
         )
     summary.warnings += _overlaps(train, heldout)
     return summary
