@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import EvaluateConfig, RunConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.stages.evaluation import (
+    _record,
     compare,
     format_table,
     read_predictions,
@@ -23,6 +24,26 @@ def records(scores, task="mcq"):
         {"id": f"{task}{i}", "task_type": task, "response": "", "score": s, "valid": s > 0, "truncated": False}
         for i, s in enumerate(scores)
     ]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "truncated", "score"),
+    [
+        ("strict", "B. milk", False, 0.0),
+        ("natural", "B. milk", False, 1.0),
+        ("natural", "A or B", False, 0.0),
+        # A cut answer says nothing, whatever it holds.
+        ("natural", "B. milk", True, 0.0),
+        ("strict", "<think>a</think><answer>B</answer>", False, 1.0),
+        ("natural", "<think>a</think><answer>B</answer>", False, 1.0),
+    ],
+)
+def test_answers_are_read_strictly_or_naturally(parse, text, truncated, score):
+    question = Question("q", "?", "mcq", videos=("v",), options=("tea", "milk"), answer="B")
+    record = _record(question, text, RunConfig(evaluate=EvaluateConfig(parse=parse)), truncated=truncated)
+    assert (record["score"], record["response"]) == (score, text)
+    # That the format is kept is a result of its own.
+    assert record["valid"] == text.startswith("<think>")
 
 
 def test_wilson_interval_by_hand():

@@ -18,6 +18,7 @@ from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
 from rmsd_fast.report_page.run_folder import load_run
 from rmsd_fast.report_page.samples import thumbnails
+from rmsd_fast.report_page.teacher import teacher_section
 from rmsd_fast.settings import to_yaml
 
 
@@ -173,6 +174,8 @@ def test_hostile_text_stays_text(run: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     teacher = json.loads((run / "teacher.json").read_text())
     teacher["tasks"][EVIL] = teacher["tasks"]["mcq"]
+    teacher["all"]["reasons"] |= {EVIL: EVIL}
+    teacher["parse"] = EVIL
     (run / "teacher.json").write_text(json.dumps(teacher))
     (run / "run.json").write_text(json.dumps({"recipe": EVIL, "hardware": EVIL, "versions": {EVIL: EVIL}}))
     (run / "config.yaml").write_text(json.dumps({"name": EVIL, "seed": EVIL}))
@@ -313,3 +316,17 @@ def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
     with pytest.raises(ReportError, match=r"nothing to draw"):
         write_picture(bare, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
+
+
+def test_the_page_says_how_teacher_answers_were_read():
+    group = {"questions": 2, "responses": 8, "mean": 0.5, "valid_share": 0.75, "as_sent_share": 0.25}
+    group["reasons"] = {"two_answers": 1, "truncated": 1}
+    text = teacher_section({"tasks": {"mcq": group}, "all": group, "parse": "natural", "responses": 4})
+    assert (
+        "Read with teacher.parse=natural. Why answers could not be used: several different answers were given: 1, "
+        in text
+    )
+    assert "valid as sent %" in text and "<td>25.0</td>" in text
+    # A run of an earlier version does not say.
+    del group["reasons"]
+    assert "Why answers" not in teacher_section({"tasks": {"mcq": group}, "all": group, "responses": 4})

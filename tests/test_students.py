@@ -391,12 +391,12 @@ def test_template_of_the_processor_counts(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./here", "just-a-name"])
 def test_paths_that_do_not_exist_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"model\.path: expected a model directory or a hub name"):
+    with pytest.raises(ValueError, match=r"model\.path: expected a model directory or a Hub name"):
         load_student(name, dtype="float32")
 
 
 def test_hub_name_without_a_network_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"could not be fetched from the hub.*copy the model here"):
+    with pytest.raises(ValueError, match=r"could not be downloaded from the Hub.*copy the model here"):
         load_student("nobody/no-such-model", dtype="float32")
 
 

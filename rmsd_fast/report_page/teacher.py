@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.method.natural import REASONS
 from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent, value
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, mark_legend
 from rmsd_fast.report_page.svg import number
@@ -20,6 +21,7 @@ _COLUMNS = (
     ("low", "lowest", number),
     ("high", "highest", number),
     ("valid_share", "valid %", percent),
+    ("as_sent_share", "valid as sent %", percent),
     ("kept_share", "kept %", percent),
     ("truncated_share", "cut %", percent),
     ("empty_share", "questions left empty %", percent),
@@ -40,7 +42,7 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
     lead = (
         f"Quality of the first {visible(statistics.get('responses', '?'))} responses per training question, invalid "
         f"ones counted as 0; kept are those of at least {visible(statistics.get('min_quality', '?'))}. Open questions "
-        "have no metric: a valid answer counts as 1."
+        "have no metric: a valid answer counts as 1. " + _parse_words(statistics)
     )
     simulated = f"<p><b>{SIMULATED}: these numbers describe the simulation.</b></p>" if is_simulated(statistics) else ""
     paper = (
@@ -52,6 +54,16 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
         f'{head}{simulated}<p class="muted">{lead}</p>{_table(groups, totals)}<div class="split">{_chart(groups)}</div>'
         f'<p class="muted small">{escape(paper)}</p>'
     )
+
+
+def _parse_words(statistics: Mapping[str, Any]) -> str:
+    """How texts were read, and why some could not be used; nothing for runs of earlier versions."""
+    parse, reasons = statistics.get("parse"), (statistics.get("all") or {}).get("reasons")
+    words = f"Read with teacher.parse={visible(parse)}." if parse else ""
+    if isinstance(reasons, Mapping) and reasons:
+        counts = ", ".join(f"{visible(REASONS.get(reason, reason))}: {visible(n)}" for reason, n in reasons.items())
+        words += f" Why answers could not be used: {counts}."
+    return words
 
 
 def is_simulated(statistics: Mapping[str, Any] | None) -> bool:

@@ -184,6 +184,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
         "questions": len(questions),
         "seed": settings.seed,
         "teacher_simulated": simulated,
+        "parse": settings.evaluate.parse,
         "floors": floors_of(questions, settings),
         "unusable": {name: sum("error" in record for record in records) for name, records in predictions.items()},
         "students": {name: summarise(records) for name, records in predictions.items()},
