@@ -72,7 +72,7 @@ if command -v apt-get >/dev/null && [ "$$allowed" = yes ] && $$sudo true; then \
 		echo "setup: could not install $(1), needed for: $(2). See above; fix it or install by hand, then run make again." >&2; exit 2; }; \
 	rm -f $(VENV).apt.log; \
 else \
-	echo "setup: missing: $(1), needed for: $(2). Only root may install it here. Run: sudo apt-get install $(1) (or your system's equivalent), then run make again." >&2; \
+	echo "setup: missing: $(1), needed for: $(2). Run: sudo apt-get install $(1) (or your system's equivalent), then run make again; make SUDO=yes does both." >&2; \
 	exit 2; \
 fi
 endef
