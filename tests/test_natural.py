@@ -164,7 +164,7 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_of_700_answers_no_wrong_one_turns_right_and_nearly_all_right_ones_are_found():
+def test_of_950_answers_no_wrong_one_turns_right_and_nearly_all_right_ones_are_found():
     """Written by people and models who had not seen the code. The goal is 90%; what is here today is held."""
     right, found = 0, 0
     for row in answers():
@@ -177,8 +177,8 @@ def test_of_700_answers_no_wrong_one_turns_right_and_nearly_all_right_ones_are_f
         assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
         assert row["right"] or quality < 0.999, row
         right, found = right + row["right"], found + (row["right"] and quality > 0.999)
-    assert right == 444
-    assert found >= 441
+    assert right == 612
+    assert found >= 607
 
 
 def test_a_response_in_order_stays_as_it_is():

@@ -28,7 +28,12 @@ _QUOTED = re.compile(
     r"[\"“「『«„]([^\"”“」』»]+)[\"”“」』»]|(?<!\w)[‘']([^’'\n]+)[’'](?!\w)|\*\*([^*\n]+)\*\*|`([^`\n]+)`"
 )
 _DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
-_TEXT_KEYS = ("text", "answer", "ocr", "content", "transcription")
+_TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")
+_ILLEGIBLE = re.compile(
+    rf"(?:(?:the|this|its|any)\s+)?(?:[\w-]+\s+){{0,3}}{_THING}\s+(?:[\w-]+\s+){{0,5}}?"
+    r"(?:illegible|unreadable|unclear|(?:not|n['’]t)\s+(?:be\s+)?(?:legible|readable|clear|visible|read)|too\s+(?:blur|small|far)\w*)\b",
+    re.IGNORECASE,
+)
 
 
 def canonical_body(body: str, task_type: str, options: Sequence[str] | None = None) -> str:
@@ -68,6 +73,8 @@ def is_text_read(text: str) -> bool:
 def _text_read(body: str) -> str:
     """The text that an ocr answer quotes, where it is a sentence around one quotation; else the answer itself."""
     text = strip_outside(strip_latex_text(body))
+    if _ILLEGIBLE.match(text):
+        raise Unreadable("no_answer")
     texts = [value for key, value in json_object(text).items() if key in _TEXT_KEYS]
     if len(texts) == 1 and isinstance(texts[0], str):
         text = texts[0]

@@ -43,8 +43,13 @@ _REFUSAL = re.compile(
     r"|i\s+(?:can(?:no|['’]?)t|can not|could(?:n['’]?t| not)|do(?:n['’]?t| not) have)\s+"
     r"(?:the ability |access |directly )*(?:to )?"
     r"(?:see|view|watch|access|assist|help|answer|process|analy[sz]e|open|play|provide|determine)"
-    r"|as an? (?:ai|language model)|(?:很|非常)?(?:抱歉|对不起)|我(?:无法|不能|没有办法|看不到)"
-    r"|申し訳|lo siento|es tut mir leid",
+    r"|(?:i (?:do(?:n['’]?t| not)|can(?:no|['’]?)t) see|i (?:do(?:n['’]?t| not) have|see no)|there (?:is no|isn['’]?t any?)"
+    r"|no)\s+(?:any |an? |the )?(?:video|image|picture|clip|frame|attachment|file)s?\b[^.!?]{0,40}"
+    r"\b(?:attached|provided|included|uploaded|shared|here|in (?:your|this|our) (?:message|chat|conversation))"
+    r"|(?:please|could you|can you) (?:upload|share|provide|attach|send)\b"
+    r"|as an? (?:ai|language model)|(?:很|非常)?(?:抱歉|对不起)"
+    r"|我(?:无法|不能|没有办法|看不到|没有看到)|(?:未|没有)(?:提供|看到|收到)(?:任何)?(?:视频|图片)"
+    r"|申し訳|lo siento|es tut mir leid|ich (?:sehe|habe) (?:leider )?kein|je ne vois pas|no veo ning",
     re.IGNORECASE,
 )
 # A placeholder of the prompt, or the question once more.
@@ -76,13 +81,14 @@ _CONCLUSION = re.compile(
     r"|(?=there (?:is|are)\b[^.]*\b(?:in total|altogether|overall)\b)",
     re.IGNORECASE,
 )
-# Words that take a statement back.
-_TURN = re.compile(
-    r"\b(?:however|wait|actually|but|although|alternatively|on second thought|or (?:maybe|perhaps|possibly)|hmm|unless"
-    r"|not sure)\b"
-    r"|但|不过|然而|等等|或者|不对|可能|无法",
-    re.IGNORECASE,
+# Words that take an answer back; and those that do so in a sentence, but may only qualify it behind an answer block.
+_TAKES_BACK = (
+    r"\b(?:however|wait|actually|alternatively|on second thought|or (?:maybe|perhaps|possibly)|hmm|unless|not sure"
+    r"|unsure|uncertain|(?:could|may|might) also|answer (?:could|may|might)|possible|ambiguous)\b"
+    r"|然而|等等|或者|不对|可能|无法|不确定"
 )
+_TAKEN_BACK = re.compile(_TAKES_BACK, re.IGNORECASE)
+_TURN = re.compile(_TAKES_BACK + r"|\b(?:but|although)\b|但|不过", re.IGNORECASE)
 # A sentence ends at a line break, or at a stop with no decimal or abbreviation around it.
 _SENTENCE_END = re.compile(r"\n|(?<=[^\s.])[.!?](?=\s|$|[\"”*])|[。！？]")
 # A line that talks about a picture rather than repeats what it reads.
@@ -199,7 +205,7 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
     stated = [
         _or_none(_sentence(after[match.end() :], task, options), task, options) for match in _STATEMENT.finditer(after)
     ]
-    if _TURN.search(after) or set(stated) - {answer, None}:
+    if _TAKEN_BACK.search(after) or set(stated) - {answer, None}:
         raise Unreadable("two_answers")
     return lead, answer
 

@@ -18,7 +18,6 @@ _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
 _LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[-*•]\s+)", re.MULTILINE)
 _EMPHASIS = re.compile(r"\*{1,3}|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~")
-_FINAL_STOP = re.compile(r"[^.]*[\w\"'”’»」』][.。]", re.DOTALL)
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"
@@ -104,8 +103,10 @@ def json_value(text: str) -> object | None:
 
 
 def json_object(text: str) -> dict[str, object]:
-    """The object that a text is as JSON, its keys in lower case; empty where it is none."""
-    value = json_value(text) if text.startswith("{") else None
+    """The object that a text is as JSON, or a list of just one; its keys in lower case; empty where it is none."""
+    value = json_value(text) if text.startswith(("{", "[")) else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     return {str(key).lower().replace(" ", "_"): item for key, item in value.items()} if isinstance(value, dict) else {}
 
 
