@@ -112,7 +112,7 @@ def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None
         return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
 
     run_steps(run, stage, state, loader, engines, one, rates)
-    export(run, state.student, state.policy, final)
+    export(run, state.student, state.policy, final, stage)
     state.policy.close()
 
 
@@ -130,7 +130,7 @@ def distillation(run: Run) -> None:
         offset = stage_steps(settings, "warm_up")
     if "distill" in settings.stages:
         _adversarial_steps(run, state, engines, "distill", distill.step, offset)
-        export(run, state.student, state.policy, run.folder / "export")
+        export(run, state.student, state.policy, run.folder / "export", "distill")
     for engine in engines.values():
         engine.close()
 

@@ -213,10 +213,13 @@ def test_generation_of_an_export_ends_at_the_end_token(tmp_path: Path, student: 
 
 def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Student) -> None:
     export_student(student, tmp_path / "export")
-    weights = {name: torch.zeros_like(value) for name, value in student.model.state_dict().items()}
-    export_student(student, tmp_path / "export", state_dict=weights)
-    again = load_student(tmp_path / "export", dtype="float32")
-    assert all(not parameter.any() for parameter in again.model.parameters())
+    (tmp_path / "export" / "left.txt").write_text("of the earlier export")
+    # An export that was killed.
+    (tmp_path / "export.tmp").mkdir()
+    (tmp_path / "export.tmp" / "half.txt").write_text("half")
+    export_student(student, tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert not {"left.txt", "half.txt"} & {path.name for path in (tmp_path / "export").iterdir()}
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("mine")
     with pytest.raises(ValueError, match="choose another folder"):
@@ -256,8 +259,18 @@ def test_readme_says_what_the_folder_is(tmp_path: Path, student: Student) -> Non
     ):
         assert part in text, part
     assert max(map(len, text.splitlines())) <= 120 and str(tmp_path) not in text
+    rate = VideoConfig(num_frames=None, fps=2.0)
+    export_student(student, tmp_path / "export", base_model=str(tmp_path / "my-model"), video=rate)
+    text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "- Base model: `my-model`\n" in text and str(tmp_path) not in text
+    assert "- of a video, 2 frames per second, at least 4 and at most 768;\n" in text
+    assert "- 4,096 to 25,165,824 pixels per video (all frames together), at most 786,432 per frame;\n" in text
+    export_student(student, tmp_path / "export", video=VideoConfig(num_frames=16))
+    text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "- of a video, 16 evenly spaced frames;\n" in text
     export_student(student, tmp_path / "export")
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "In training" not in text
     assert "Base model" not in text and "Stage" not in text and "\n\n\n" not in text
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from media_files import noise_frames, write_clip
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.models import students
+from rmsd_fast.models.folders import find_folder, open_folder, resolve_folder
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import (
     Student,
@@ -331,7 +332,7 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
     ("missing", "message"),
     [
         ("config.json", "expected a model directory with config.json, found none"),
-        ("model.safetensors", "the weights cannot be loaded"),
+        ("model.safetensors", r"expected weights in model\.safetensors, found no such file; fetch or export"),
         ("tokenizer.json", r"expected tokenizer\.json, or vocab\.json"),
         ("chat_template.jinja", "no chat template"),
     ],
@@ -360,7 +361,7 @@ def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path
     # Copies, because what load_file returns is mapped to the file that is cut below.
     complete = {key: value.clone() for key, value in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="the weights cannot be loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*fetch or export the model again"):
         load_student(path, dtype="float32")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
     save_file({key: value for key, value in complete.items() if key != name}, weights, metadata={"format": "pt"})
@@ -373,20 +374,91 @@ def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         settings = json.loads((path / name).read_text())
         (path / name).write_text(json.dumps({**settings, "patch_size": 14}))
-    with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json and \(14, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json, \(14, 2, 2\) in the preprocessor"):
         load_student(path, dtype="float32")
     path = _copy(folder, tmp_path / "second")
     config = json.loads((path / "config.json").read_text())
     _edit_config(path, video_token_id=config["image_token_id"])
-    with pytest.raises(ValueError, match=r"the ids of .* are .* in config"):
+    with pytest.raises(ValueError, match=r"the ids of .* in config\.json, .* in the preprocessor or tokenizer"):
         load_student(path, dtype="float32")
 
 
 def test_template_of_the_processor_counts(folder: Path, tmp_path: Path) -> None:
     path = _copy(folder, tmp_path)
     (path / "chat_template.jinja").unlink()
-    (path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'theirs' }}"}))
-    assert load_student(path, dtype="float32").tokenizer.chat_template == "{{ 'theirs' }}"
+    theirs = "{# theirs #}" + load_student(folder / "student", dtype="float32").tokenizer.chat_template
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": theirs}))
+    assert load_student(path, dtype="float32").tokenizer.chat_template == theirs
+
+
+def _write(name: str, content: object) -> Callable[[Path], None]:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return lambda path: (path / name).write_text(text)
+
+
+def _legacy_template(content: object) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / "chat_template.jinja").unlink()
+        _write("chat_template.json", content)(path)
+
+    return change
+
+
+def _weights_of_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+SHARDS = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), r"expected weights in model\.safetensors"),
+        (_weights_of_pickle, r"found only \*\.bin files; save the model with safe_serialization=True"),
+        (_write("model.safetensors.index.json", SHARDS), r"expected weights in model-00001-of-00002\.safetensors"),
+        (_write("model.safetensors.index.json", {"weight_map": 3}), r"expected an index of the weights"),
+        (_write("generation_config.json", {"do_sample": False, "temperature": 0.5}), "settings that transformers can"),
+        (_write("generation_config.json", "{"), r"generation_config\.json: expected settings"),
+        (lambda path: _edit_config(path, text_config="x"), r"text_config: expected an object, got 'x'"),
+        (lambda path: _edit_config(path, vision_config={"depth": "x"}), "expected a configuration of a Qwen3-VL model"),
+        (_legacy_template("{"), r"chat_template\.json: expected a chat template"),
+        (_legacy_template({"template": ""}), r"chat_template\.json: expected a chat template"),
+        (_write("preprocessor_config.json", {"patch_size": "x"}), "the preprocessor settings have a wrong value"),
+    ],
+)
+def test_a_folder_is_checked_without_loading_its_weights(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    path = _copy(folder, tmp_path)
+    open_folder(path)
+    damage(path)
+    with pytest.raises(ModelError, match=message):
+        open_folder(path)
+
+
+def test_the_preprocessor_of_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = _copy(folder, tmp_path)
+    settings = json.loads((path / "video_preprocessor_config.json").read_text())
+    settings["video_processor_type"] = "Qwen2VLVideoProcessor"
+    (path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"the family: qwen3_vl in config\.json, qwen2_vl in the preprocessor"):
+        open_folder(path)
+
+
+def test_an_interrupted_download_is_continued(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _copy(folder, tmp_path)
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").unlink()
+
+    def snapshot_download(name: str, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            (path / "model.safetensors").write_bytes(weights)
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_folder("someone/student") == path
+    open_folder(resolve_folder("someone/student"))
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./here", "just-a-name"])

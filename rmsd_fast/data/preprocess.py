@@ -58,7 +58,8 @@ def load_preprocessor(folder: str | Path) -> Preprocessor:
     `preprocessor_config.json`; the image settings, where given, have to agree with those of videos.
 
     Raises:
-        ModelError: no such file, a file that is no JSON object, a missing key, settings that this code does not follow.
+        ModelError: no such file, a file without a JSON object, a missing or wrong value, settings that this code does
+            not follow.
     """
     folder = Path(folder)
     joint = _read_json(folder / "processor_config.json")
@@ -118,7 +119,9 @@ def _parse_preprocessor(settings: dict[str, Any], folder: Path, family: str) -> 
             family=family,
         )
     except KeyError as error:
-        raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}") from error
+        raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}; restore them") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder}: the preprocessor settings have a wrong value ({error}); restore them") from error
 
 
 def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: Preprocessor) -> list[int]:

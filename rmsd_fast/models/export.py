@@ -13,14 +13,12 @@ Versions 5.5 to 5.16 also warn about the rope type `axial`, which later versions
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rmsd_fast.config import VideoConfig
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import model_card
 from rmsd_fast.models.students import Student
@@ -33,9 +31,9 @@ def export_student(
     student: Student,
     folder: str | Path,
     *,
-    state_dict: dict[str, torch.Tensor] | None = None,
     base_model: str = "",
     stage: str = "",
+    video: VideoConfig | None = None,
 ) -> None:
     """Write a folder that plain transformers loads: weights, config, tokenizer, chat template, preprocessor, README.
 
@@ -45,9 +43,9 @@ def export_student(
     Args:
         student: what to write.
         folder: where.
-        state_dict: weights to write in place of the model's own, e.g. gathered from a sharded engine.
         base_model: path or Hub name of the model that training began with, as the user gave it; for the README.
         stage: stage of training that ends here; for the README.
+        video: how training read its media; for the README.
     Raises:
         ValueError: the folder holds something that is not an export of a student.
     """
@@ -55,14 +53,15 @@ def export_student(
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
         raise ValueError(f"{folder}: expected no folder or an earlier export, found other files; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.parent / f"{folder.name}.tmp{os.getpid()}"
+    # What a killed export left is replaced by the next one.
+    staged = folder.parent / f"{folder.name}.tmp"
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        student.model.save_pretrained(staged, state_dict=state_dict)
+        student.model.save_pretrained(staged)
         student.tokenizer.save_pretrained(staged)
         write_preprocessor(student.preprocessor, staged)
         make_portable(staged, eos_id=student.eos_id)
-        card = model_card(student.model.config.model_type, base_model=base_model, stage=stage)
+        card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
         (staged / "README.md").write_text(card, encoding="utf-8")
         # safetensors creates files that only their owner can read, but a server may run under another account.
         mode = (staged / "config.json").stat().st_mode & 0o777

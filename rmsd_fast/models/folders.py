@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig, Qwen3VLConfig
 
 from rmsd_fast.config import ModelError
 from rmsd_fast.data.chat_template import (
@@ -18,7 +20,7 @@ from rmsd_fast.data.chat_template import (
     VISION_START,
     response_opening,
 )
-from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 
 FAMILIES = ("qwen3_vl",)
 # What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
@@ -57,7 +59,8 @@ def resolve_folder(path: str | Path) -> Path:
         ModelError: there is no such model, or it cannot be downloaded.
     """
     folder = find_folder(path)
-    if folder is not None:
+    # A download that was interrupted is continued.
+    if folder is not None and (Path(path).is_dir() or not missing_weights(folder)):
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -90,20 +93,117 @@ def check_family(folder: Path) -> None:
         )
 
 
-def check_folder(folder: Path) -> str:
-    """Refuse a model folder that a run could not use, without loading its weights.
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder holds beside its weights.
 
-    Returns:
-        What its chat template opens a response with: "", or `<think>` and a line break.
-    Raises:
-        ModelError: it is of another family, or its rope settings, tokenizer or chat template cannot be right.
+    response_opening: what its chat template opens a response with: "", or `<think>` and a line break.
     """
-    check_family(folder)
-    check_rope(folder)
-    return response_opening(load_tokenizer(folder))
+
+    path: Path
+    config: Qwen3VLConfig
+    tokenizer: Any
+    preprocessor: Preprocessor
+    response_opening: str
 
 
-def check_rope(folder: Path) -> None:
+def open_folder(path: Path) -> ModelFolder:
+    """Read a model folder and refuse one that a run could not use; of the weights only the headers are read.
+
+    Raises:
+        ModelError: it is of another family, or lacks something, or its files are damaged or belong to different models.
+    """
+    check_family(path)
+    _check_rope(path)
+    _check_weights(path)
+    _check_generation(path)
+    try:
+        config = Qwen3VLConfig.from_pretrained(path, local_files_only=True)
+    # Whatever a value of the wrong type runs into.
+    except Exception as error:
+        raise ModelError(
+            f"{path / 'config.json'}: expected a configuration of a Qwen3-VL model ({first_line(error)}); restore it"
+        ) from error
+    preprocessor, tokenizer = load_preprocessor(path), load_tokenizer(path)
+    _check_agreement(path, config, preprocessor, tokenizer)
+    return ModelFolder(path, config, tokenizer, preprocessor, response_opening(tokenizer))
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Names of the safetensors files that a model folder should hold and does not."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: expected an index of the weights ({first_line(error)}); fetch it again") from error
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise ModelError for weights that are missing or shorter than their header says."""
+    if missing := missing_weights(folder):
+        other = any(folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder}: expected weights in {missing[0]}, found {'only *.bin files' if other else 'no such file'}; "
+            + ("save the model with safe_serialization=True" if other else "fetch or export the model again")
+        )
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        # safetensors has an exception type of its own, derived from Exception alone.
+        except Exception as error:
+            raise ModelError(f"{file}: damaged ({first_line(error)}); fetch or export the model again") from error
+
+
+def _check_generation(folder: Path) -> None:
+    """Raise ModelError for generation settings that transformers loads with a warning but refuses to save."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate(strict=True)
+    # Damaged files raise whatever a value of the wrong type runs into.
+    except Exception as error:
+        # The first line only says that there are faults. Each fault has its own line, with what to do about it.
+        fault = next((line for line in str(error).splitlines() if line.startswith("- ")), first_line(error))
+        raise ModelError(
+            f"{path}: expected settings that transformers can save with an export, "
+            f"got a fault in {fault.removeprefix('- ')}"
+        ) from error
+
+
+def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preprocessor, tokenizer: Any) -> None:
+    """Raise ModelError where the files of a folder come from different models."""
+    vision = config.vision_config
+    for what, expected, got in (
+        (
+            "patch, temporal patch and merge size",
+            (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size),
+            (preprocessor.patch_size, preprocessor.temporal_patch_size, preprocessor.merge_size),
+        ),
+        (
+            f"the ids of {IMAGE_PAD} and {VIDEO_PAD}",
+            (config.image_token_id, config.video_token_id),
+            tuple(tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD])),
+        ),
+        ("the family", config.model_type, preprocessor.family),
+    ):
+        if expected != got:
+            raise ModelError(
+                f"{folder}: {what}: {expected} in config.json, {got} in the preprocessor or tokenizer files; "
+                "restore the files of one model"
+            )
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
+            "restore the files of one model"
+        )
+
+
+def _check_rope(folder: Path) -> None:
     """Raise ModelError unless config.json gives exactly one rope theta and one set of rope settings for the text model.
 
     transformers 4.57 spells them `rope_theta` and `rope_scaling`, versions 5 `rope_parameters`. If theta is missing,
@@ -111,6 +211,8 @@ def check_rope(folder: Path) -> None:
     """
     path = folder / "config.json"
     text = json.loads(path.read_text(encoding="utf-8")).get("text_config") or {}
+    if not isinstance(text, dict):
+        raise ModelError(f"{path}: text_config: expected an object, got {text!r}; restore the original file")
     new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
     thetas = [theta for theta in (text.get("rope_theta"), new.get("rope_theta"), old.get("rope_theta")) if theta]
     if len(set(thetas)) != 1:
@@ -152,7 +254,10 @@ def load_tokenizer(folder: Path) -> Any:
     # Processors keep their template in these files; where a tokenizer carries another one, theirs counts.
     legacy = folder / "chat_template.json"
     if not (folder / "chat_template.jinja").is_file() and legacy.is_file():
-        tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        try:
+            tokenizer.chat_template = json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{legacy}: expected a chat template ({first_line(error)}); restore the file") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{folder}: the tokenizer has no chat template; copy chat_template.jinja from the original model"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rmsd_fast import __version__
+from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.question_text import ANSWER_FORMAT
 
 # The first version with Qwen3-VL.
@@ -43,7 +46,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_toke
 ```
 
 An image is given as `{{"type": "image", "path": "picture.png"}}`. The processor's frame rate and pixel budgets are the
-defaults of the family; to reproduce an evaluation of rmsd_fast, set those of its `video` settings.
+defaults of the family.{video}
 
 ## Versions
 
@@ -76,23 +79,39 @@ That of the base model.
 """
 
 
-def model_card(family: str, *, base_model: str = "", stage: str = "") -> str:
+def model_card(family: str, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None) -> str:
     """Return the text of README.md. The same arguments give the same text.
 
     Args:
         family: `model_type` of the model.
-        base_model: path or Hub name of the model that training began with; left out if empty.
+        base_model: path or Hub name of the model that training began with; left out if empty. Of a path only the last
+            part is named.
         stage: stage of training; left out if empty.
+        video: how training read its media; left out if None.
     """
-    origin = {"Base model": base_model, "Stage of training": stage}
+    base = base_model if base_model.count("/") == 1 and not Path(base_model).is_dir() else Path(base_model).name
+    origin = {"Base model": base, "Stage of training": stage}
     lines = [f"- {name}: `{value}`" for name, value in origin.items() if value]
     return _CARD.format(
         family=family,
         version=__version__,
         origin="\n".join(["", *lines, ""]) if lines else "",
+        video=_video_lines(video) if video else "",
         open_format=ANSWER_FORMAT["open"],
         formats="\n".join(f"| `{kind}` | `{text}` |" for kind, text in ANSWER_FORMAT.items()),
         oldest=OLDEST_TRANSFORMERS,
         frame_cap=FRAME_CAP,
         video_edges=VIDEO_EDGES,
+    )
+
+
+def _video_lines(video: VideoConfig) -> str:
+    frames = f"{video.num_frames} evenly spaced frames"
+    if video.num_frames is None:
+        frames = f"{video.fps:g} frames per second, at least {video.min_frames} and at most {video.max_frames}"
+    return (
+        f" In training, media were read like this:\n\n- of a video, {frames};\n"
+        f"- {video.min_video_pixels:,} to {video.max_video_pixels:,} pixels per video (all frames together), at most "
+        f"{video.max_frame_pixels:,} per frame;\n"
+        f"- {video.min_image_pixels:,} to {video.max_image_pixels:,} pixels per image."
     )

@@ -12,13 +12,13 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled
-from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD
+from rmsd_fast.data.chat_template import END_TOKEN
 from rmsd_fast.data.media_cache import ByteLru, held_bytes
 from rmsd_fast.data.packing import Rows
-from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor, video_patches
+from rmsd_fast.data.preprocess import Preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
-from rmsd_fast.models.folders import check_family, check_rope, first_line, load_tokenizer, resolve_folder
+from rmsd_fast.models.folders import first_line, open_folder, resolve_folder
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 
@@ -98,10 +98,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: expected one of {sorted(DTYPES)}, got {dtype!r}")
     folder = resolve_folder(path)
-    check_family(folder)
-    check_rope(folder)
-    preprocessor = load_preprocessor(folder)
-    tokenizer = load_tokenizer(folder)
+    files = open_folder(folder)
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             folder,
@@ -127,12 +124,9 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
             f"{folder}: {len(names)} weights are missing or of another shape, the first is {names[0]}; "
             "fetch or export the model again"
         )
-    student = Student(model, tokenizer, preprocessor)
-    _check_agreement(student, folder)
-    _check_generation(model, folder)
     if liger:
         apply_liger(model)
-    return student
+    return Student(model, files.tokenizer, files.preprocessor)
 
 
 def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> None:
@@ -321,42 +315,3 @@ def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features:
     return language_model(
         position_ids=rows.position_ids, attention_mask=rows.attention_mask, use_cache=False, **inputs
     ).last_hidden_state
-
-
-def _check_agreement(student: Student, folder: Path) -> None:
-    """Raise ValueError where the files of a folder come from different models."""
-    config, preprocessor, tokenizer = student.model.config, student.preprocessor, student.tokenizer
-    vision = config.vision_config
-    sizes = (preprocessor.patch_size, preprocessor.temporal_patch_size, preprocessor.merge_size)
-    ids = tuple(tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD]))
-    for what, wanted, found in (
-        (
-            "patch, temporal patch and merge size",
-            (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size),
-            sizes,
-        ),
-        (f"the ids of {IMAGE_PAD} and {VIDEO_PAD}", (config.image_token_id, config.video_token_id), ids),
-    ):
-        if wanted != found:
-            raise ModelError(
-                f"{folder}: {what} are {wanted} in config.json and {found} in the preprocessor or tokenizer files; "
-                "restore the files of one model"
-            )
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
-            "restore the files of one model"
-        )
-
-
-def _check_generation(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
-    """Raise ModelError for generation settings that transformers loads with a warning but refuses to save."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:
-        # The first line only says that there are faults. Each fault has its own line, with what to do about it.
-        fault = next((line for line in str(error).splitlines() if line.startswith("- ")), first_line(error))
-        raise ModelError(
-            f"{folder / 'generation_config.json'}: expected settings that transformers can save with an export, "
-            f"got a fault in {fault.removeprefix('- ')}"
-        ) from error

@@ -13,7 +13,7 @@ from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import DataError, Question, load_questions
-from rmsd_fast.models.folders import check_folder, resolve_folder
+from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
@@ -83,8 +83,12 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     roots = {role: settings.data.media_root or ("" if given[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
     # Before a run folder is made; the main process fetches a hub model, the others find it.
-    on_main(world, lambda: check_folder(resolve_folder(model_path)))
+    on_main(world, lambda: _check_model(model_path))
     return Material(**vars(inputs), model_path=model_path, files=files)
+
+
+def _check_model(path: str) -> None:
+    open_folder(resolve_folder(path))
 
 
 def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import ModelError, RunConfig
-from rmsd_fast.models.folders import check_folder, find_folder
+from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.settings import uses_discriminator, uses_reference
 from rmsd_fast.stages.material import check_batches, read_inputs
 
@@ -121,7 +121,7 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
         folder = find_folder(path)
         if folder is None:
             return None, f"model.path: {path}, not downloaded yet: the run fetches it from the Hub", ""
-        opening = check_folder(folder)
+        opening = open_folder(folder).response_opening
     except ModelError as error:
         return None, "", str(error)
     opened = ", its prompts end with <think>" if opening else ""

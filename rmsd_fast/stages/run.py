@@ -338,20 +338,21 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "rollout_lines": run.rollouts.lines if run.rollouts is not None else 0,
                 "fingerprints": run.fingerprints,
             },
-            writers={
-                "export": lambda folder: export_student(
-                    state.student, folder, base_model=run.settings.model.path, stage=stage
-                )
-            },
+            writers={"export": lambda folder: _write_export(run, state.student, folder, stage)},
             keep=run.settings.checkpoint.keep,
             world=run.world,
         )
 
 
-def export(run: Run, student: Student, engine: Engine, folder: Path) -> None:
+def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:
     """Write the student in HF format; all processes wait for it."""
     with engine.full_weights():
-        on_main(run.world, lambda: export_student(student, folder, base_model=run.settings.model.path))
+        on_main(run.world, lambda: _write_export(run, student, folder, stage))
+
+
+def _write_export(run: Run, student: Student, folder: Path, stage: str) -> None:
+    settings = run.settings
+    export_student(student, folder, base_model=settings.model.path, stage=stage, video=settings.video)
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:
