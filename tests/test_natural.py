@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rmsd_fast.method.answers import bare_options, parse_answer
+from rmsd_fast.method.answers import answer_body, bare_options, parse_answer
 from rmsd_fast.method.natural import REASONS, Unreadable, canonical_body, canonical_response, invalid_reason
 from rmsd_fast.method.quality import quality_score
 
@@ -143,6 +143,114 @@ CASES = [
     ("open", None, "A man walks.", "<think>x</think>A man walks."),
     ("open", None, "A man walks.", "A man walks."),
     ("open", None, "A man walks.", "I look at it. The answer is: A man walks."),
+    ("mcq", ["red", "yellow", "blue"], None, "<think>a</think><answer>A. yellow</answer>"),
+    ("mcq", ["red", "yellow", "blue"], None, "<think>a</think><answer>(A) yellow</answer>"),
+    ("mcq", ["red", "yellow", "blue"], None, "<think>a</think><answer>A) yellow</answer>"),
+    ("mcq", ["red", "yellow", "blue"], None, "<think>a</think><answer>C. yellow</answer>"),
+    ("mcq", DRINKS, None, "The answer is A. milk"),
+    ("mcq", DRINKS, None, "The answer is (A) milk"),
+    ("mcq", DRINKS, None, "The answer is C. tea"),
+    ("mcq", DRINKS, None, "A\nB"),
+    ("mcq", DRINKS, None, "- A\n- C"),
+    ("mcq", ["white", "yellow", "purple", "grey"], None, "A. white\nB. yellow\nC. purple\nD. grey"),
+    ("temporal", None, None, "- 0:06 - 0:11\n- 0:15 - 0:18"),
+    ("numeric", None, None, "3 apples\n4 pears"),
+    ("mcq", DRINKS, None, "If white, the answer is B; if brown, the answer is A."),
+    ("mcq", DRINKS, None, "The answer is B. No, C."),
+    ("mcq", DRINKS, None, "The answer is B. Sorry, C."),
+    ("mcq", DRINKS, None, "The answer is B. Correction: C."),
+    ("mcq", DRINKS, None, "Answer: B\nC"),
+    ("mcq", DRINKS, None, "My initial answer is B. On reflection, C."),
+    ("mcq", DRINKS, None, "<answer>A</answer> No, it is B."),
+    ("mcq", DRINKS, None, "<answer>A</answer> (or B)"),
+    ("mcq", DRINKS, None, "$\\boxed{A}$ is wrong, so B"),
+    ("mcq", DRINKS, None, "The answer is \\boxed{A} or B"),
+    ("mcq", DRINKS, None, "The answer is A.<answer>B</answer>"),
+    ("temporal", None, None, "The answer is 3 to 5 seconds. No, 4 to 6."),
+    ("mcq", DRINKS, None, "B is wrong"),
+    ("mcq", DRINKS, None, "B is incorrect"),
+    ("mcq", DRINKS, None, "<think>a</think><answer>B is not right</answer>"),
+    ("mcq", DRINKS, None, "B seems wrong"),
+    ("mcq", DRINKS, None, "B is ruled out"),
+    ("mcq", DRINKS, None, "The wrong answer is B"),
+    ("mcq", DRINKS, None, "I rule out B"),
+    ("mcq", DRINKS, None, "The only wrong option is C."),
+    ("mcq", DRINKS, None, "I would eliminate option C"),
+    ("temporal", None, None, "<think>a</think><answer>3' to 5'</answer>"),
+    ("temporal", None, None, '<think>a</think><answer>{"start":3,"end":5,"unit":"minutes"}</answer>'),
+    ("temporal", None, None, "<think>a</think><answer>90 to 2 minutes</answer>"),
+    ("temporal", None, None, "<think>a</think><answer>3 to 5 min 10 s</answer>"),
+    ("temporal", None, None, "<think>a</think><answer>It starts at 3 and lasts 2 seconds.</answer>"),
+    ("temporal", None, None, "<think>a</think><answer>starts at 10, stays for 5 seconds</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[y1, x1, y2, x2] = [10,20,30,40]</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[10,20,30,40] (yxyx)</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[10,20,30,40] (xywh)</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[10,20,30,40] (cxcywh)</answer>"),
+    ("spatial", None, None, '<think>a</think><answer>{"bbox":[10,20,30,40],"format":"xywh"}</answer>'),
+    ("spatial", None, None, "<think>a</think><answer>center (10,20), size (30,40)</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>(10,20), 30 wide and 40 high</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[0.1,0.2,0.3,0.4]</answer>"),
+    ("spatial", None, None, "<think>a</think><answer>[0.1,0.2,0.3,0.4] (scale 0-1)</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>2 and a half</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>one and a half</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>three-quarters</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>1.5M</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>三四个</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>两三个</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>3 (maybe 4)</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>6 (seven)</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>the third one</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>x = 3 y = 4</answer>"),
+    ("numeric", None, None, "<think>a</think><answer>2 PM</answer>"),
+    ("mcq", None, None, "He wears a T-shirt"),
+    ("mcq", None, None, "Vitamin C"),
+    ("mcq", None, None, "X-ray"),
+    ("mcq", None, None, "Plan B is used"),
+    ("numeric", None, None, "<think>a</think><answer>٣</answer>"),
+    ("temporal", None, None, "<think>a</think><answer>5 seconds to 3 seconds</answer>"),
+    ("temporal", None, None, "<think>a</think><answer>from 3 for 5 seconds</answer>"),
+    ("temporal", None, "3600 to 7200", "<think>a</think><answer>1 hour to 2 hours</answer>"),
+    ("temporal", None, "3600 to 7200", "<think>a</think><answer>1h to 2h</answer>"),
+    ("temporal", None, "10800 to 18000", "<think>a</think><answer>3 to 5 hours</answer>"),
+    ("temporal", None, "3 to 5", "<think>a</think><answer>3000ms to 5000ms</answer>"),
+    ("spatial", None, "10,20,30,40", "<think>a</think><answer>Top-left: (10,20); bottom-right: (30,40)</answer>"),
+    ("spatial", None, "10,20,30,40", "<think>a</think><answer>[x1, y1, x2, y2] = [10,20,30,40]</answer>"),
+    ("numeric", None, "-3", "<think>a</think><answer>minus 3</answer>"),
+    ("numeric", None, "-3", "<think>a</think><answer>minus three degrees</answer>"),
+    ("numeric", None, "-5", "The temperature is minus 5 degrees."),
+    ("ocr", None, "Result: 5-3", "<think>a</think><answer>Result: 5-3</answer>"),
+    ("ocr", None, 'What is "love"?', '<think>a</think><answer>What is "love"?</answer>'),
+    ("ocr", None, 'This is "Radio" 5', '<think>a</think><answer>This is "Radio" 5</answer>'),
+    ("ocr", None, "Answer: yes", "<think>a</think><answer>Answer: yes</answer>"),
+    ("ocr", None, "I'm sorry, Dave.", "<think>a</think><answer>I'm sorry, Dave.</answer>"),
+    ("ocr", None, "I can't help falling in love", "<think>a</think><answer>I can't help falling in love</answer>"),
+    (
+        "open",
+        None,
+        "Unfortunately the man can't open the door.",
+        "<think>a</think><answer>Unfortunately the man can't open the door.</answer>",
+    ),
+    (
+        "open",
+        None,
+        "I am unable to see a dog, only a cat.",
+        "<think>a</think><answer>I am unable to see a dog, only a cat.</answer>",
+    ),
+    ("open", None, "The choice is hard. He walks away.", "The choice is hard. He walks away."),
+    ("mcq", DRINKS, "B", "B. It is white."),
+    ("mcq", DRINKS, "B", "B. The man is pouring milk"),
+    ("mcq", DRINKS, "B", "<think>a</think><answer>B. The man is pouring milk</answer>"),
+    ("temporal", None, "3 to 5", "One man opens the door from 3 to 5 seconds."),
+    ("temporal", None, "3 to 5", "The man lifts 2 cups from 3 to 5 seconds"),
+    ("temporal", None, "3 to 5", "<think>a</think><answer>3 to 5 seconds (frames 90-150)</answer>"),
+    ("ocr", None, "The Beatles", "The Beatles"),
+    ("ocr", None, "THE END", "THE END"),
+    ("ocr", None, "I love NY", "I love NY"),
+    ("ocr", None, "EXIT", "It reads EXIT"),
+    ("numeric", None, "25", "<think>a</think><answer>twenty five</answer>"),
+    ("numeric", None, "205", "<think>a</think><answer>two hundred and five</answer>"),
+    ("numeric", None, "1000", "<think>a</think><answer>1 000</answer>"),
+    ("mcq", DRINKS, "B", "The answer is **B**.\n\nExplanation: The liquid is white and opaque."),
 ]
 
 
@@ -164,8 +272,8 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_of_950_answers_no_wrong_one_turns_right_and_nearly_all_right_ones_are_found():
-    """Written by people and models who had not seen the code. The goal is 90%; what is here today is held."""
+def test_of_950_answers_nearly_all_right_ones_are_found_and_no_other_turns_right():
+    """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
     right, found = 0, 0
     for row in answers():
         given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
@@ -176,9 +284,89 @@ def test_of_950_answers_no_wrong_one_turns_right_and_nearly_all_right_ones_are_f
             assert canonical_response(text, row["task_type"], options=row["options"]) == text
         assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
         assert row["right"] or quality < 0.999, row
+        assert not row.get("refuse") or text is None, row
         right, found = right + row["right"], found + (row["right"] and quality > 0.999)
     assert right == 612
     assert found >= 607
+
+
+# What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.
+CONTRADICTIONS = {
+    "mcq": ["\n\nNo, {}.", "\nSorry, it is {}.", " Wait, actually it's {}.", "\n\n{}", " Correction: {}", " (or {})"],
+    "numeric": ["\n\nNo, {}.", " Correction: {}", "\n\n{}"],
+    "temporal": ["\n\nNo, {}.", " Correction: {}", "\n\n{}", " No, it is from {}."],
+    "spatial": ["\n\nNo, {}.", " Correction: {}", "\n\n{}"],
+}
+DISTORTIONS = {
+    "mcq": ["not {0}", "{0} is wrong", "{0} or {1}", "{0} ({1})", "{0} and {1}", "{0}, {1}", "either {0} or {1}"],
+    "numeric": ["not {0}", "{0} or {1}", "{0}-{1}", "{0} to {1}", "at least {0}", "{0} ({1})", "{0}, maybe {1}"],
+    "temporal": ["not {0}", "{0} or {1}", "{0}, {1}", "{0} and {1}", "{0} frames", "{0} hundred", "{0} %"],
+    "spatial": ["not {0}", "[{0}] or {1}", "[{0}], {1}", "{0} px", "[{0}] (xywh)", "center {0}", "[y1,x1,y2,x2]=[{0}]"],
+}
+
+
+def another(answer: str, task: str) -> str:
+    if task == "mcq":
+        return "A" if answer == "B" else "B"
+    return {"numeric": lambda: str(int(float(answer)) + 7), "temporal": lambda: "900 to 905"}.get(
+        task, lambda: "[1, 2, 3, 4]"
+    )()
+
+
+def test_no_right_answer_stands_against_a_second_one():
+    checked = 0
+    for row in answers():
+        task, options = row["task_type"], row["options"]
+        given = {"options": options, "finish_reason": row.get("finish_reason")}
+        text = canonical_response(row["text"], task, **given)
+        # Behind a sentence that only describes, a bare answer is the answer and no second one.
+        alone = "<answer>" in row["text"].lower() or "answer is" in row["text"].lower()
+        if not row["right"] or task in ("ocr", "open") or text is None:
+            continue
+        answer = answer_body(text).strip()
+        other = another(answer, task)
+        if alone and not row["text"].rstrip().endswith("|>"):
+            for tail in CONTRADICTIONS[task]:
+                assert canonical_response(row["text"] + tail.format(other), task, **given) is None, (row, tail)
+                checked += 1
+        for form in DISTORTIONS[task]:
+            distorted = form.format(answer, other)
+            for whole in (distorted, f"<think>a</think><answer>{distorted}</answer>"):
+                assert canonical_response(whole, task, options=options, finish_reason="stop") is None, whole
+                checked += 1
+    assert checked > 6_000
+
+
+def test_no_response_that_is_valid_as_sent_loses_by_being_read():
+    checked = 0
+    for row in answers():
+        task, options = row["task_type"], row["options"]
+        if parse_answer(row["text"], task, options) is None or row.get("refuse"):
+            continue
+        text = canonical_response(row["text"], task, options=options)
+        as_sent = quality_score(row["text"], task, row["answer"], options=options)
+        assert quality_score(text, task, row["answer"], options=options) >= as_sent, row
+        checked += 1
+    assert checked > 150
+
+
+def test_reasons_behind_the_answer_are_its_reasoning():
+    for text in (
+        "The answer is **B**.\n\nExplanation: The liquid is white.",
+        "<answer>B</answer>\nThe liquid is white.",
+        "B. milk\n\nThe liquid is white.",
+        "**B**\n\n**Reasoning:** The liquid is white.",
+    ):
+        assert (
+            canonical_response(text, "mcq", options=DRINKS) == "<think>The liquid is white.</think><answer>B</answer>"
+        )
+
+
+def test_json_may_stand_in_a_text():
+    text = 'Here is the box:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nThe dog is brown.'
+    assert canonical_response(text, "spatial") == "<think>Here is the box:</think><answer>1,2,30,40</answer>"
+    text = '{"answer": "B"}\n\nNo, C.'
+    assert canonical_response(text, "mcq", options=DRINKS) is None
 
 
 def test_a_response_in_order_stays_as_it_is():
@@ -229,11 +417,21 @@ def test_an_answer_without_its_closing_tag_counts_where_the_server_says_that_it_
 
 
 @pytest.mark.parametrize(
-    "text", ["“" * 30_000, "<answer>" * 30_000, "the answer is " * 30_000, "1 " * 100_000, "a " * 10**6]
+    "text",
+    [
+        *("“" * 30_000, "<answer>" * 30_000, "the answer is " * 30_000, "1 " * 100_000, "a " * 10**6, "(" * 19_000),
+        *("x y\n" * 5_000, "\n{" * 9_000, "three " * 3_000, "1" * 19_000, "coordinates are in the range " * 600),
+        *(
+            "the answer is " * 1_400,
+            "答案是" * 6_000,
+            "?" + " " * 100_000 + "?",
+            "<answer>" + "x " * 9_000 + "</answer>",
+        ),
+    ],
 )
 @pytest.mark.parametrize("task", ["mcq", "temporal", "spatial", "numeric", "ocr"])
 def test_endless_texts_are_refused(text, task):
-    """Without the bound on the text that is searched, some of these take minutes."""
+    """Searches that are not linear take minutes for some of these."""
     assert canonical_response(text, task) is None
 
 

@@ -5,8 +5,8 @@ and refuses every other one; `invalid_reason` says why. What could be read in tw
 knows a ground truth. The rewards of training stay strict (`method.answers`); this reads teachers, ground truths in
 other spellings (`canonical_body`) and, on request, evaluations.
 
-Files: `response` finds the answer in a response; `body` rewrites the answer of one task type, with `options` for
-letters and `numbers` for intervals, boxes and numbers; `text` removes markup; `reasons` names what is refused.
+Files: `response` finds the answer in a response, with `tags`, `sentences` and `refusals`; `body` rewrites the answer of
+one task type, with `options`, `times`, `boxes` and `numbers`; `text` removes markup; `reasons` names what is refused.
 """
 
 from .body import canonical_body

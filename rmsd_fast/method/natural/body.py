@@ -6,34 +6,43 @@ import re
 from collections.abc import Sequence
 
 from ..answers import TASK_TYPES
-from .numbers import read_box, read_interval, read_number
+from .boxes import read_box
+from .numbers import read_number
 from .options import read_letter
-from .reasons import Unreadable, the_only
-from .text import json_object, strip_latex_text, strip_outside, unquoted
+from .reasons import Unreadable
+from .text import json_object, strip_outside, unquoted, visible
+from .times import read_interval
 
-# What announces a text that was read, in front of a quotation or behind it, and what does so without one.
-_READS = re.compile(
-    r"\b(?:reads?|says?|is|are|shows?|displays?|spells?|reading|saying|see|dice|pone|steht|lautet|indique)\b"
-    r"|写着|写的是|写有|显示|文字是|文字为|内容是|内容为|字是",
-    re.IGNORECASE,
-)
-_READ_AFTER = re.compile(r"\s*(?:と書|と読|と表示|とあり|と出)")
-_THING = r"(?:text|sign|caption|subtitle|title|label|word|words|banner|display|screen|board|plate)"
+# Longer texts are no answers to closed questions; some searches take quadratic time.
+MOST_CHARACTERS = 2_000
+
+_THING = r"(?:text|sign|caption|subtitle|title|label|words?|banner|display|screen|board|plate|sticker|poster|logo|it)"
+_ARTICLE = r"(?:so\s+)?(?:(?:the|this|that|its|a|on-?screen)\s+)?"
+# A sentence about a text, up to where the text begins. Behind "says" stands what a person says, too.
 _SAYS = re.compile(
-    rf"(?:the|this|its|on-?screen)\s+(?:[\w-]+\s+){{0,4}}?{_THING}\s+(?:[\w-]+\s+){{0,6}}?(?:(?:reads?|says?)\b\s*[:：]?|is\s*[:：])\s*"
-    r"|.{0,12}(?:写着|写的是|文字是|文字为|内容是)\s*[:：]?\s*",
+    rf"{_ARTICLE}(?:[\w-]+\s+){{0,4}}?{_THING}\s+(?:[\w-]+\s+){{0,6}}?"
+    r"(?:(?:reads?|says?|spells?|shows?|displays?)\b(?:\s+as)?\s*[:：]?|is\s*[:：]|is\s+(?=[\"“「『«„]))\s*"
+    rf"|(?:{_ARTICLE}(?:[\w-]+\s+){{1,5}}?(?:reads?|shows?|displays?|bears?)\s+(?:the\s+)?(?:[\w-]+\s+)?"
+    r"|(?:i (?:can )?(?:see|read)|there is|it is|el letrero dice|das schild (?:sagt|zeigt)|auf dem schild steht"
+    r"|la placa pone|le panneau indique)\s*[:：]?\s*)(?=[\"“「『«„])"
+    r"|.{0,20}?(?:写着|写的是|写有|显示|文字是|文字为|内容是|内容为|字是)\s*(?:的是)?\s*[:：]?\s*",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
+_READ_AFTER = re.compile(r"\s*(?:と書|と読|と表示|とあり|と出).{0,12}")
 _QUOTED = re.compile(
     r"[\"“「『«„]([^\"”“」』»]+)[\"”“」』»]|(?<!\w)[‘']([^’'\n]+)[’'](?!\w)|\*\*([^*\n]+)\*\*|`([^`\n]+)`"
 )
-_DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
-_TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")
 _ILLEGIBLE = re.compile(
     rf"(?:(?:the|this|its|any)\s+)?(?:[\w-]+\s+){{0,3}}{_THING}\s+(?:[\w-]+\s+){{0,5}}?"
-    r"(?:illegible|unreadable|unclear|(?:not|n['’]t)\s+(?:be\s+)?(?:legible|readable|clear|visible|read)|too\s+(?:blur|small|far)\w*)\b",
+    r"(?:illegible|unreadable|unclear|(?:not|n['’]t)\s+(?:be\s+)?(?:legible|readable|clear|visible|read)"
+    r"|too\s+(?:blur|small|far)\w*)\b"
+    r"|there (?:is|are) no (?:[a-z]+ )?(?:text|words?|writing|letters|signs?)\b"
+    r"|(?:无法|不能|难以)(?:辨认|看清|识别)|看不清",
     re.IGNORECASE,
 )
+_TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")
+_READERS = {"temporal": read_interval, "spatial": read_box, "numeric": read_number}
 
 
 def canonical_body(body: str, task_type: str, options: Sequence[str] | None = None) -> str:
@@ -49,41 +58,48 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
     """
     if task_type not in TASK_TYPES:
         raise ValueError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {task_type!r}")
-    if not body.strip():
+    body = body.strip()
+    if not body or (task_type != "open" and len(body) > MOST_CHARACTERS):
         raise Unreadable("no_answer")
     if task_type == "mcq":
         return read_letter(body, options)
-    if task_type == "open":
-        text = strip_outside(body)
-    elif task_type == "ocr":
-        text = _text_read(body)
-    else:
-        text = {"temporal": read_interval, "spatial": read_box, "numeric": read_number}[task_type](body)
+    text = strip_outside(body) if task_type == "open" else read_text(body) if task_type == "ocr" else None
+    text = _READERS[task_type](body) if text is None else text
     if not text:
         raise Unreadable("no_answer")
     return text
 
 
-def is_text_read(text: str) -> bool:
-    """Whether a sentence says what a picture reads, and quotes it or ends with it."""
-    quotation = _QUOTED.search(text)
-    return bool(_SAYS.match(text) or (quotation and _READS.search(text, 0, quotation.start())))
-
-
-def _text_read(body: str) -> str:
-    """The text that an ocr answer quotes, where it is a sentence around one quotation; else the answer itself."""
-    text = strip_outside(strip_latex_text(body))
+def read_text(body: str) -> str:
+    """The text that an ocr answer names: without marks around it, or what a sentence about a sign quotes."""
+    text = visible(strip_outside(body))
     if _ILLEGIBLE.match(text):
         raise Unreadable("no_answer")
+    if re.fullmatch(rf"(?:{_QUOTED.pattern})(?:\s*(?:,|or|或者?|and)\s*(?:{_QUOTED.pattern}))+[.。]?", text):
+        raise Unreadable("two_answers")
+    if (said := said_text(text)) is not None:
+        return said
     texts = [value for key, value in json_object(text).items() if key in _TEXT_KEYS]
     if len(texts) == 1 and isinstance(texts[0], str):
         text = texts[0]
-    if quotations := list(_QUOTED.finditer(text)):
-        first, last = quotations[0].start(), quotations[-1].end()
-        if _READS.search(text, 0, first) or _READ_AFTER.match(text, last):
-            if _DENIED.search(text, 0, first):
-                raise Unreadable("no_answer")
-            return unquoted(the_only([found[found.lastindex].strip() for found in quotations]))
-    if says := _SAYS.match(text):
-        text = text[says.end() :]
     return unquoted(text)
+
+
+def said_text(sentence: str) -> str | None:
+    """What a sign says according to a sentence about it, `The sign reads "EXIT".`; None for any other text."""
+    if says := _SAYS.match(sentence):
+        if _DENIED.search(says[0]):
+            raise Unreadable("no_answer")
+        rest = sentence[says.end() :].strip()
+        quotation = _QUOTED.match(rest)
+        if quotation and rest[quotation.end() :].strip() in ("", ".", "。"):
+            return unquoted(quotation[quotation.lastindex])
+        if quotation and _QUOTED.search(rest, quotation.end()):
+            raise Unreadable("two_answers")
+        # Without a quotation only what is sure to be about a text.
+        if not quotation and re.match(r"(?:the|this|it|its|on-?screen)\b|[^\x00-\x7f]", sentence, re.IGNORECASE):
+            return unquoted(rest.rstrip(".。")) or None
+    quotation = _QUOTED.search(sentence)
+    if quotation and quotation.start() < 20 and _READ_AFTER.fullmatch(sentence[quotation.end() :]):
+        return unquoted(quotation[quotation.lastindex])
+    return None

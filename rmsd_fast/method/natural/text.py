@@ -13,7 +13,11 @@ from .reasons import Unreadable
 _UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
 _DASHES = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63]")
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n?(.*?)\n?[ \t]*```", re.DOTALL)
+_FENCE_MARK = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*$", re.MULTILINE)
+_JSON_START = re.compile(r"^[ \t]*[{\[]", re.MULTILINE)
+_DECODER = json.JSONDecoder(parse_float=str, parse_int=str)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
+_LATEX_WHOLE = re.compile(r"\$*\s*(\\(?:text|boxed|fbox|mathrm|textbf)\s*\{.*\})\s*\$*", re.DOTALL)
 _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(?<!\\)\$")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
 _LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[-*•]\s+)", re.MULTILINE)
@@ -27,7 +31,7 @@ _LABEL = re.compile(
 )
 # "Bです" is B; and in "B, not A" the second part takes nothing back.
 _POLITE_END = re.compile(r"(?:です|である|になります|だ)$")
-_CONTRAST = re.compile(r"\s*[,，(]\s*(?:and |but )?(?:not|rather than|instead of)\b[^,，]*$", re.IGNORECASE)
+_CONTRAST = re.compile(r"\s*[,，(]\s*(?:and |but )?(?:not|rather than|instead of)\b[^,，.(]*$", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
@@ -36,36 +40,27 @@ def visible(text: str) -> str:
 
 
 def strip_outside(text: str) -> str:
-    """The text without what only wraps it as a whole: white space, a code fence, a label `Answer:`."""
+    """The text without white space and a code fence around the whole of it."""
     text = text.strip()
-    if fenced := _FENCE.fullmatch(text):
+    if text.startswith("```") and (fenced := _FENCE.fullmatch(text)):
         text = fenced[1].strip()
-    bold = text.startswith("**")
-    inside = text.removeprefix("**").lstrip()
-    label = _LABEL.match(inside)
-    if label and label[0].rstrip().endswith((":", "：")):
-        rest = inside[label.end() :].lstrip()
-        text = (rest.removeprefix("**") if bold else rest).strip()
     return text
 
 
 def unquoted(text: str) -> str:
-    """A text that was read in a picture, without emphasis, quotation marks and the stop of the sentence around it."""
-    text = strip_outside(strip_latex_text(text))
+    """A text that was read in a picture, without emphasis and quotation marks around the whole of it."""
+    text = strip_outside(text)
+    if whole := _LATEX_WHOLE.fullmatch(text):
+        text = strip_latex_text(whole[1]).strip()
     while True:
         before = text
         for mark in ("***", "**", "__", "`"):
             if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
                 text = text[len(mark) : -len(mark)].strip()
-        text = _unwrapped(text, _QUOTES)
-        # "Dr. No." keeps its stop: one text may have several.
-        if (
-            len(text) > 1
-            and text[-1] in ".。"
-            and "." not in text[:-1]
-            and (text[-2].isalnum() or text[-2] in "\"'”’»」』")
-        ):
-            text = text[:-1].strip()
+        # The stop of a sentence that ends with a quotation.
+        sentence = text[:-1].rstrip() if text[-1:] in (".", "。") else text
+        if (inside := _unwrapped(sentence, _QUOTES)) != sentence:
+            text = inside
         if text == before:
             return text
 
@@ -79,8 +74,9 @@ def plain(body: str) -> str:
     text = _DASHES.sub("-", unicodedata.normalize("NFKC", strip_outside(body)))
     text = _LINE_MARK.sub("", _HTML.sub(" ", _LATEX_MARKS.sub(" ", strip_latex_text(text))))
     text = " ".join(_EMPHASIS.sub("", text).split())
-    while label := _LABEL.match(text):
-        text = text[label.end() :]
+    for _ in range(3):
+        if label := _LABEL.match(text):
+            text = text[label.end() :]
     if text.endswith("?"):
         raise Unreadable("no_answer")
     text = _POLITE_END.sub("", text.rstrip("。.!！;； "))
@@ -95,7 +91,7 @@ def strip_latex_text(text: str) -> str:
 
 
 def json_value(text: str) -> object | None:
-    """What a text is as JSON, numbers as they are written; None where it is not JSON."""
+    """The value of a text in JSON, its numbers as they are written; None for any other text."""
     try:
         return json.loads(text, parse_float=str, parse_int=str)
     except (ValueError, RecursionError):
@@ -103,11 +99,24 @@ def json_value(text: str) -> object | None:
 
 
 def json_object(text: str) -> dict[str, object]:
-    """The object that a text is as JSON, or a list of just one; its keys in lower case; empty where it is none."""
+    """The object in a text of JSON, also where it is the only one of a list; keys in lower case. {} for other texts."""
     value = json_value(text) if text.startswith(("{", "[")) else None
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return {str(key).lower().replace(" ", "_"): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def find_json(text: str) -> tuple[str, object, str] | None:
+    """What stands before the first object or list of JSON that begins a line, its value, and what stands behind it."""
+    for match in list(_JSON_START.finditer(text))[:5]:
+        try:
+            value, end = _DECODER.raw_decode(text, match.end() - 1)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) or any(isinstance(item, dict) for item in value):
+            before, after = text[: match.start()], text[end:]
+            return _FENCE_MARK.sub("", before).strip(), value, _FENCE_MARK.sub("", after).strip()
+    return None
 
 
 def _unwrapped(text: str, pairs: Sequence[str]) -> str:

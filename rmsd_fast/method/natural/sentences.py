@@ -1,0 +1,223 @@
+"""Where an answer stands in a text without tags: statements such as "The answer is B." and answers by themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .body import MOST_CHARACTERS, canonical_body
+from .options import comparable, comparable_options, whole_option
+from .reasons import Unreadable
+
+Options = Sequence[str] | None
+
+# Only sentences that hold one of these are searched for a statement.
+_CUE = re.compile(
+    r"answer|choice|option|\bans\b|\bI\b|respuesta|antwort|lösung|réponse|答|选|選|正解|回答", re.IGNORECASE
+)
+_STATEMENT = re.compile(
+    r"(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|best|right|most\s+likely|overall)\s+)*\b(?:answer|choice|option|ans)\b"
+    r"(?:\s+(?:here|to (?:the|this) question))?"
+    r"(?:\**\s*(?:is|would be|should be|must be|will be|=)(?!\w)\**\s*(?:[:：]\**)?|\**\s*[:：=]\**)\s*"
+    r"|\bI(?:['’]d|['’]ll| would| will)?\s+(?:go with|choose|pick|select|opt for)\s+"
+    r"|\b(?:respuesta|antwort|lösung|réponse)(?:\s+(?:correcta|final|correcte))?(?:\s+(?:es|ist|lautet|est)\b|\s*:)\s*"
+    r"(?:(?:la|el|die|der|das|opción|option)\s+)*"
+    r"|[【\[]\s*(?:最终)?答案\s*[】\]]\s*[:：]?\s*"
+    r"|(?:最终|正确|最佳|所以|因此|最後の|正解の)?(?:的)?(?:答案|选项|答え|正解|回答)(?:应该|应当)?"
+    r"(?:是|为|選|选|：|:|は)+(?!不)\s*[:：]?\s*"
+    r"|(?<![不别非])(?:故|应|所以|因此|我)?(?<![不别非])(?:选择|选)(?=\s*[(（]?[A-ZＡ-Ｚ])\s*",
+    re.IGNORECASE,
+)
+# In open and ocr questions a "choice" or an "option" is a word of the answer as any other.
+_TEXT_STATEMENT = re.compile(
+    r"[\s*#]*(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answer|答案|antwort|respuesta|réponse)"
+    r"(?:\**\s*is\b\**\s*[:：]?\**|\**\s*(?:[:：是]|为)\**)\s*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(
+    r"[ \t]*(?:#{1,6}\s*|\*\*)?(?:final\s+)?(?:answer|答案|最终答案|解答)\s*[:：]?\s*(?:\*\*)?[ \t]*", re.IGNORECASE
+)
+_DENIAL_BEFORE = re.compile(
+    r"\b(?:wrong|incorrect|false|not|never|if|were|rul\w+ out|eliminat\w+|exclud\w+|first|initial)\b"
+    r"|n['’]t\b|不|错|如果",
+    re.IGNORECASE,
+)
+_CONCLUSION = re.compile(
+    r"(?:(?:so|therefore|thus|hence|in total|overall|altogether|in conclusion|in summary|consequently)\b"
+    r"|总共|一共|因此|所以|综上|总之|よって|したがって)[,，、\s]*"
+    r"|(?=there (?:is|are)\b[^.]*\b(?:in total|altogether|overall)\b)",
+    re.IGNORECASE,
+)
+# Words that take back an answer that stands before them.
+_TAKEN_BACK = re.compile(
+    r"\b(?:however|wait|actually|alternatively|on (?:second|further) thought|on reflection|correction|scratch that"
+    r"|or (?:maybe|perhaps|possibly)|hmm|unless|not sure|unsure|uncertain|(?:could|may|might) (?:also|as well)"
+    r"|answer (?:could|may|might)|(?:but|although) (?:it|i|this|that) (?:could|may|might)|possible|ambiguous"
+    r"|wrong answer|no,|sorry)(?![a-z])"
+    r"|然而|等等|或者|不对|可能|无法|不确定",
+    re.IGNORECASE,
+)
+_RETRACTION = re.compile(
+    r"\W*(?:no|sorry|correction|wait|actually|rather|or|hmm|on (?:reflection|second thought)|i mean|不|不对|等等|或)"
+    r"(?![a-z])",
+    re.IGNORECASE,
+)
+_STOP = re.compile(r"[.!?]+[\"”*)\]]*(?=\s|$)|[。！？]+[”」）*]*")
+_ABBREVIATION = re.compile(r"\.[a-z]$")
+_LABEL_STOP = re.compile(r"(?<![A-Za-z])(?:\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z])\.[*]*$")
+_NUMBERED = re.compile(r"\s*[0-9]{1,2}[.)](?:\s|$)")
+_LISTED = re.compile(r"\s*(?:[-*•]\s*)?\**[(\[]?([A-Z])[)\].:、]\**\s*\S")
+
+
+class Part(NamedTuple):
+    """A sentence of a text, and where it stands."""
+
+    start: int
+    end: int
+    text: str
+
+
+def parts(text: str, task: str, options: Options) -> list[Part]:
+    """The sentences of a text; in ocr questions its lines, since a stop may belong to what is read."""
+    found = []
+    for line in re.finditer(r"[^\n]+", text):
+        start, ends = line.start(), []
+        if task != "ocr":
+            ends = [line.start() + stop.end() for stop in _STOP.finditer(line[0]) if _ends_sentence(line[0], stop)]
+        for end in (*ends, line.end()):
+            before, after = text[start:end], text[end : line.end()]
+            if after and (
+                re.fullmatch(r"\s*[0-9]{1,2}\.", before) or (task == "mcq" and _is_label(before, after, options))
+            ):
+                continue
+            if text[start:end].strip():
+                found.append(Part(start, end, text[start:end].strip()))
+            start = end
+    return found
+
+
+def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
+    """Whether a stop is that of a sentence, and not of an abbreviation such as "i.e."."""
+    before = line[max(0, stop.start() - 2) : stop.start()]
+    return bool(before.strip()) and not before[-1].isspace() and not _ABBREVIATION.search(before)
+
+
+def _is_label(before: str, after: str, options: Options) -> bool:
+    """Whether a stop belongs to the letter of an option: "B. milk", but not "The answer is B. It is white."."""
+    if not _LABEL_STOP.search(before):
+        return False
+    words = comparable(after[:1000])
+    named = any(option and words.startswith(option) for option in comparable_options(options))
+    return named or not after.lstrip()[:1].isupper() or bool(_LABEL_STOP.fullmatch(before.strip()))
+
+
+class Statement(NamedTuple):
+    """A sentence that says what the answer is. answer: None where it cannot be read, for `reason`."""
+
+    start: int
+    end: int
+    answer: str | None
+    reason: str
+
+
+def statements(text: str, task: str, options: Options) -> list[Statement]:
+    """All statements of a text in order, also those that cannot be read."""
+    sentences, found = parts(text, task, options), []
+    for index, sentence in enumerate(sentences):
+        if not _CUE.search(sentence.text):
+            continue
+        matches = list(_STATEMENT.finditer(sentence.text))
+        for number, match in enumerate(matches):
+            ends = matches[number + 1].start() if number + 1 < len(matches) else len(sentence.text)
+            value, end = sentence.text[match.end() : ends].strip(), sentence.end
+            if not value.strip("*:： ") and number + 1 == len(matches) and index + 1 < len(sentences):
+                # "The answer is:" and the answer in the next line.
+                value, end = sentences[index + 1].text, sentences[index + 1].end
+            clause = re.split(r"[,，;；:：]", sentence.text[: match.start()])[-1]
+            denied = _DENIAL_BEFORE.search(clause)
+            answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)
+            found.append(Statement(sentence.start, end, answer, reason))
+    return found
+
+
+def text_statement(text: str) -> tuple[str, str] | None:
+    """What stands before and behind the last line or sentence that begins with "The answer is"."""
+    starts = [part.start for part in parts(text, "open", None)]
+    for start in reversed(starts):
+        if match := _TEXT_STATEMENT.match(text, start):
+            return text[:start], text[match.end() :]
+    return None
+
+
+def heading(text: str) -> tuple[str, str] | None:
+    """What stands before and behind the last heading such as "### Answer"."""
+    lines = text.split("\n")
+    for index in range(len(lines) - 2, -1, -1):
+        if lines[index].strip() and _HEADING.fullmatch(lines[index]):
+            return "\n".join(lines[:index]), "\n".join(lines[index + 1 :])
+    return None
+
+
+def takes_back(text: str) -> bool:
+    """Whether a text begins with a word such as "No," that takes back what stands before it."""
+    return _RETRACTION.match(text) is not None
+
+
+def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
+    """Whether the text behind an answer takes it back, or gives another one."""
+    if _TAKEN_BACK.search(text):
+        return True
+    return bool({other for _, other in standing_alone(text, task, options)} - {answer})
+
+
+def standing_alone(text: str, task: str, options: Options) -> list[tuple[Part, str]]:
+    """Lines and sentences that are an answer as a whole, in order.
+
+    The options in a row are no answers, since a response often repeats them, nor are the entries of a numbered list.
+    Two answers in one sentence raise Unreadable.
+    """
+    sentences = parts(text, task, options)
+    listed = [_LISTED.match(part.text) if task == "mcq" else None for part in sentences]
+    letters = [match[1] for match in listed if match]
+    listing = len(letters) > 1 and letters == sorted(set(letters))
+    found = []
+    for part, match in zip(sentences, listed, strict=True):
+        entry = (listing and match) or (task != "mcq" and _NUMBERED.match(part.text))
+        answer = None if entry else short(part.text, task, options)
+        if answer is not None:
+            found.append((part, answer))
+    return found
+
+
+def short(text: str, task: str, options: Options) -> str | None:
+    """The answer that a few words are as a whole; None for a sentence that merely mentions one.
+
+    Raises:
+        Unreadable: it gives two answers.
+    """
+    if task == "mcq":
+        if len(text) > MOST_CHARACTERS:
+            return None
+        try:
+            return whole_option(text, options)
+        except Unreadable as error:
+            if error.reason == "two_answers":
+                raise
+            return None
+    words = len(text.split())
+    return read_or_reason(text, task, options)[0] if words <= (3 if task == "numeric" else 12) else None
+
+
+def concluded(sentence: str, task: str, options: Options) -> str | None:
+    """The answer of a sentence that begins with "so" or "in total"."""
+    conclusion = _CONCLUSION.match(sentence)
+    return read_or_reason(sentence[conclusion.end() :], task, options)[0] if conclusion else None
+
+
+def read_or_reason(text: str, task: str, options: Options) -> tuple[str | None, str]:
+    """The canonical answer and "", or None and why there is none."""
+    try:
+        return canonical_body(text, task, options), ""
+    except Unreadable as error:
+        return None, error.reason

@@ -1,0 +1,75 @@
+"""The tags around reasoning and answer, in all their spellings."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from .reasons import Unreadable
+from .text import visible
+
+_THINK = r"(?:think|thinking|thoughts?|reasoning|reason|analysis|scratchpad|seed:think)"
+_ANSWER = r"(?:answer|final[ _-]?answer|ans|solution|output|result)"
+_SPELLINGS = [
+    (re.compile(rf"[<\[◁]\s*{_THINK}\s*[>\]▷]", re.IGNORECASE), "<think>"),
+    (re.compile(rf"[<\[◁]\s*/\s*{_THINK}\s*[>\]▷]", re.IGNORECASE), "</think>"),
+    (re.compile(rf"<\s*{_ANSWER}\s*>|\[\s*answer\s*\]|<\|begin_of_box\|>", re.IGNORECASE), "<answer>"),
+    (re.compile(rf"<\s*/\s*{_ANSWER}\s*>|\[\s*/\s*answer\s*\]|<\|end_of_box\|>", re.IGNORECASE), "</answer>"),
+]
+# Qwen's marks of boxes in the reasoning are special tokens of the student too; what stands between them stays.
+_REGION_MARKS = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
+# GLM's marks of an answer, where they stand inside an answer block.
+_BOX_MARKS = re.compile(r"<\|(?:begin|end)_of_box\|>")
+_ANY_TAG = re.compile(r"</?(?:think|answer)>")
+# What servers leave at the end of a text.
+_END_TOKENS = ("im_end", "endoftext", "eot_id", "end", "end_of_text")
+_END_TOKENS = (*(f"<|{token}|>" for token in _END_TOKENS), "</s>", "<eos>", "<end_of_turn>")
+
+
+def one_spelling(text: str) -> str:
+    """The text with every spelling of a tag as the tag itself, and without end tokens and unseen characters."""
+    text = text.rstrip()
+    while text.endswith(_END_TOKENS):
+        text = text[: text.rindex("<")].rstrip()
+    text = visible(text)
+    if "&lt;" in text and "<answer>" not in text:
+        text = html.unescape(text)
+    for spelling, tag in _SPELLINGS:
+        text = spelling.sub(tag, text)
+    return text.strip()
+
+
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """Reasoning that tags set apart, None where there are no such tags, and the text that holds the answer."""
+    reasoning, closed, final = text.rpartition("</think>")
+    if closed and final.strip():
+        return reasoning, final
+    if closed:
+        # Everything stands inside the reasoning, or the answer in front of it.
+        before, opened, inside = reasoning.partition("<answer>")
+        if not opened:
+            raise Unreadable("no_answer")
+        return before, opened + inside
+    if "<think>" in text:
+        reasoning, opened, final = text.partition("<think>")[2].partition("<answer>")
+        if not opened:
+            raise Unreadable("unfinished")
+        return reasoning, opened + final
+    return None, text
+
+
+def has_tags(text: str) -> bool:
+    return _ANY_TAG.search(text) is not None
+
+
+def without_tags(text: str) -> str:
+    """Reasoning as it can stand inside `<think>`."""
+    return without_region_marks(_ANY_TAG.sub("", text)).strip()
+
+
+def without_region_marks(text: str) -> str:
+    return _REGION_MARKS.sub("", text)
+
+
+def without_answer_marks(text: str) -> str:
+    return _BOX_MARKS.sub("", text)
