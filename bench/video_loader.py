@@ -52,7 +52,7 @@ def _warm_reader(data: DataConfig, warm: str) -> Any:
     return reader
 
 
-def _loader(reader: Any, paths: list[str], *, ahead: int, per_step: int, folder: Path) -> Any:
+def _loader(reader: Any, paths: list[str], *, ahead: int, per_step: int) -> Any:
     from bench.groups import TEXTS
     from rmsd_fast.data.loader import PromptLoader
     from rmsd_fast.data.records import Question
@@ -72,7 +72,6 @@ def _loader(reader: Any, paths: list[str], *, ahead: int, per_step: int, folder:
         threads=reader.data.decode_threads,
         ahead=ahead,
         max_prompt_tokens=16384,
-        run_folder=folder,
     )
 
 
@@ -105,7 +104,7 @@ def ahead(paths: list[str], warm: str, steps_ahead: int, cache_mib: int, per_ste
     def prepare() -> tuple[Any, Any]:
         folder = tempfile.TemporaryDirectory(prefix="bench-video-")
         reader = _warm_reader(data, warm)
-        loader = _loader(reader, paths, ahead=steps_ahead, per_step=per_step, folder=Path(folder.name))
+        loader = _loader(reader, paths, ahead=steps_ahead, per_step=per_step)
         return loader, (reader, folder)
 
     def run(state: tuple[Any, Any]) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def epochs(paths: list[str], warm: str, cache: str) -> Work:
         data = data_config(cache_mib=1024 if cache == "memory" else 0, disk_cache=where)
         readers = [_warm_reader(data, warm)]
         readers.append(_warm_reader(data, warm) if cache == "disk" else readers[0])
-        loaders = [_loader(reader, paths, ahead=0, per_step=1, folder=Path(folder.name)) for reader in readers]
+        loaders = [_loader(reader, paths, ahead=0, per_step=1) for reader in readers]
         return loaders, (*set(readers), folder)
 
     def run(state: tuple[Any, Any]) -> dict[str, Any]:

@@ -28,23 +28,19 @@ def main(argv: list[str] | None = None) -> int:
     if reason := environment.why_not():
         print(f"rmsd_fast.evaluate: {reason}", file=sys.stderr)
         return 2
-    from transformers.utils.logging import disable_progress_bar
-
     from rmsd_fast.config import UserError
-    from rmsd_fast.runtime.world import start, stop
     from rmsd_fast.settings import load_settings
 
     try:
         settings = load_settings(arguments.recipe, arguments.overrides)
-        disable_progress_bar()
-        world = start()
-        evaluate(settings, world, arguments.output)
-        code = 0
     except UserError as error:
         print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
-        code = 2
-    stop()
-    return code
+        return 2
+    from rmsd_fast.program import run_program
+
+    return run_program(
+        "rmsd_fast.evaluate", settings, lambda world: evaluate(settings, world, arguments.output), trains=False
+    )
 
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:

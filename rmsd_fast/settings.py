@@ -75,13 +75,14 @@ RANGES = {
 }
 
 
-def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool = False) -> RunConfig:
     """Read a recipe and its overrides, check them, return the run's settings.
 
     Args:
         recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`); "" = all defaults. A recipe
             may start with `base: <recipe>`: it then changes that one.
         overrides: `section.field=value` strings.
+        resumed: the file was saved by a run, perhaps of an earlier version: keys that it lacks get their defaults.
     Raises:
         SettingsError: unreadable recipe, unknown key, value of the wrong type or range, setting without effect.
     """
@@ -92,7 +93,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     _check(OmegaConf.to_object(merged))
     # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all
     # settings was saved by a run.
-    if set(own_keys) != set(_keys(schema)):
+    if not resumed and set(own_keys) != set(_keys(schema)):
         _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
     for override in overrides:
         if "=" not in override:

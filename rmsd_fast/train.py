@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe, overrides = arguments.recipe or "quickstart", arguments.overrides
             if "=" in recipe:
                 recipe, overrides = "quickstart", [recipe, *overrides]
-        settings = load_settings(recipe, overrides)
+        settings = load_settings(recipe, overrides, resumed=arguments.resume is not None)
         if arguments.print_config:
             print(to_yaml(settings), end="")
             return 0
@@ -56,56 +56,15 @@ def _dry_run(settings) -> int:
 
 
 def _run(settings, arguments: argparse.Namespace) -> int:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from rmsd_fast.config import UserError
-    from rmsd_fast.runtime.world import start, stop
-    from rmsd_fast.stages.run import Stopped
+    from rmsd_fast.program import run_program
     from rmsd_fast.train_run import train
 
-    try:
-        disable_progress_bar()
-        world = start()
+    def work(world) -> None:
         folder = train(settings, world, arguments.resume, arguments.allow_changes)
         if world.is_main:
             print(f"done: {folder}\nreport: {folder / 'report.html'}")
-        code = 0
-    except Stopped as stopped:
-        print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
-        code = 0
-    except UserError as error:
-        print(f"rmsd_fast.train: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume <run folder> continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"rmsd_fast.train: {_out_of_memory(settings, error)}", file=sys.stderr)
-        # Of this process alone: leaving the group would wait for the others.
-        return 2
-    # Not after other errors, for the same reason.
-    stop()
-    return code
 
-
-def _out_of_memory(settings, error: Exception) -> str:
-    """What to lower where a GPU ran out of memory, with the values of now."""
-    video, runtime = settings.video, settings.runtime
-    lines = [
-        f"out of GPU memory ({str(error).strip().splitlines()[0]}). Lower, in this order:",
-        f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",
-        f"  rollout.prompts_per_batch={settings.rollout.prompts_per_batch}, where it happened in rollouts; "
-        f"evaluate.prompts_per_batch={settings.evaluate.prompts_per_batch}, in evaluation",
-        f"  video.max_video_pixels={video.max_video_pixels}, data.max_prompt_tokens={settings.data.max_prompt_tokens}",
-    ]
-    if not settings.model.gradient_checkpointing:
-        lines.append("  and write model.gradient_checkpointing=true")
-    if runtime.zero_stage < 3:
-        lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
-    if not runtime.offload_optimizer:
-        lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
-    return "\n".join([*lines, "then continue with --resume <run folder> --allow-changes section.field=value"])
+    return run_program("rmsd_fast.train", settings, work, trains=True)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

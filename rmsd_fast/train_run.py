@@ -71,8 +71,8 @@ def run_stages(run: Run) -> None:
                 evaluate(run, str(run.folder / "export"), "stage2")
     finally:
         run.metrics.close()
-        if run.rollouts is not None:
-            run.rollouts.close()
+        for file in run.logs.values():
+            file.close()
 
 
 def finish(run: Run) -> None:
@@ -80,8 +80,9 @@ def finish(run: Run) -> None:
     write_facts(run, finished=True)
     try:
         write_report(run.folder)
-    except (OSError, ReportError) as error:
-        print(f"report not written: {error}; mend it and call python -m rmsd_fast.report {run.folder}", file=sys.stderr)
+    except Exception as error:
+        what = f"{error}" if isinstance(error, OSError | ReportError) else f"{type(error).__name__}: {error}"
+        print(f"report not written: {what}\nwrite it with python -m rmsd_fast.report {run.folder}", file=sys.stderr)
 
 
 def imitate(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import re
 
 import pytest
@@ -18,26 +19,26 @@ def rows(key: str, values: list, stage: str = "distill") -> list[dict]:
     return [{"stage": stage, "step": step, key: value} for step, value in enumerate(values, start=1)]
 
 
-def raised(*args, **options) -> list[tuple[str, int, float]]:
-    alarms = find_alarms(rows(*args, **options))
+def raised(*args, totals=None, **options) -> list[tuple[str, int, float]]:
+    alarms = find_alarms(rows(*args, **options), totals or {})
     return [(alarm.condition.metric, alarm.step, pytest.approx(alarm.value)) for alarm in alarms]
 
 
 @pytest.mark.parametrize(
     ("key", "bad", "fine", "step"),
     [
-        (ACCURACY, 0.5, 0.6, 30),
-        (ACCURACY, 0.97, 0.94, 10),
-        (LENGTH, 0.35, 0.29, 10),
-        (LENGTH, -0.35, -0.29, 10),
-        ("rollout/valid_share", 0.6, 0.75, 10),
-        ("rollout/truncated_share", 0.25, 0.15, 10),
-        ("rollout/empty_share", 0.1, 0.04, 10),
-        ("teacher/empty_share", 0.4, 0.25, 20),
-        ("advantage/zero_share", 0.6, 0.45, 20),
-        ("policy/kl", 1.5, 0.5, 10),
-        ("policy/importance_ratio", 1.2, 1.05, 10),
-        ("policy/importance_ratio", 0.8, 0.95, 10),
+        (ACCURACY, 0.5, 0.6, 40),
+        (ACCURACY, 0.97, 0.94, 20),
+        (LENGTH, 0.35, 0.29, 20),
+        (LENGTH, -0.35, -0.29, 20),
+        ("rollout/valid_share", 0.6, 0.75, 20),
+        ("rollout/truncated_share", 0.25, 0.15, 20),
+        ("rollout/empty_share", 0.1, 0.04, 20),
+        ("teacher/empty_share", 0.4, 0.25, 40),
+        ("advantage/zero_share", 0.6, 0.45, 40),
+        ("policy/kl", 1.5, 0.5, 20),
+        ("policy/importance_ratio", 1.2, 1.05, 20),
+        ("policy/importance_ratio", 0.8, 0.95, 20),
     ],
 )
 def test_each_condition_is_raised_once_at_its_first_judged_step(key, bad, fine, step):
@@ -49,53 +50,73 @@ def test_each_condition_is_raised_once_at_its_first_judged_step(key, bad, fine, 
 
 def test_chance_is_judged_late_in_the_warm_up_and_again_in_stage_2():
     warm_up = rows(ACCURACY, [0.5] * 40, stage="warm_up")
-    alarms = find_alarms([*warm_up, *rows(ACCURACY, [0.52] * 40)])
+    alarms = find_alarms([*warm_up, *rows(ACCURACY, [0.52] * 40)], {"warm_up": 40, "distill": 40})
     assert [(a.stage, a.step, a.value) for a in alarms] == [
         ("warm_up", 30, pytest.approx(0.5)),
-        ("distill", 30, pytest.approx(0.52)),
+        ("distill", 40, pytest.approx(0.52)),
     ]
-    # One that learns by the end of a warm-up of 40 steps: the ten steps before the 30th have a mean of 0.66.
+    # Late is three quarters of the stage: a D that learns from step 60 of 200 is no cause for alarm.
+    learns = [0.5] * 60 + [0.7] * 140
+    assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 200}) == []
+    assert raised(ACCURACY, [0.5] * 200, stage="warm_up", totals={"warm_up": 200}) == [(ACCURACY, 150, 0.5)]
+    # A short one is judged at its twentieth step, the first with two windows.
+    assert raised(ACCURACY, [0.5] * 25, stage="warm_up", totals={"warm_up": 25}) == [(ACCURACY, 20, 0.5)]
+    # One that learns by the end of a warm-up of 40 steps: of the steps 21 to 30 the mean is 0.65.
     learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]
-    assert find_alarms(rows(ACCURACY, learns, stage="warm_up")) == []
+    assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 40}) == []
 
 
-def test_the_mean_is_over_the_window():
-    # After 20 steps of 0.9 it takes 8 of 0.99 and 2 of 0.9: (8 * 0.99 + 2 * 0.9) / 10 = 0.972, whose standard error is
-    # 0.0379 / sqrt(10) = 0.012; 0.972 - 0.024 < 0.95. With 9: 0.981, 0.0285 / sqrt(10) = 0.009, and 0.963 > 0.95.
-    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 8) == []
-    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 9) == [(ACCURACY, 29, 0.981)]
+def test_both_windows_have_to_be_out_of_bounds():
+    # After 20 steps of 0.9 it takes two windows of 0.99, the older of which may hold one 0.9: 0.981, whose standard
+    # error is 0.0285 / sqrt(10) = 0.009; 0.981 - 0.018 > 0.95. With two: 0.972 - 2 * 0.0379 / sqrt(10) = 0.948.
+    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 18) == []
+    assert raised(ACCURACY, [0.9] * 20 + [0.99] * 19) == [(ACCURACY, 39, (19 * 0.99 + 0.9) / 20)]
+    # One window above the bounds and one below them.
+    assert raised(LENGTH, [0.5] * 10 + [-0.5] * 10) == []
 
 
 def test_noise_around_a_good_level_raises_nothing():
     # The demonstration's: few answers of different length, so that single steps are anything from -0.8 to 0.8.
     assert raised(LENGTH, [0.8, -0.7, 0.8, 0.4, -0.3] * 20) == []
     # (4 * 1.0 + 6 * 0) / 10 = 0.4 is above 0.3, but within two standard errors of 0.163.
-    assert raised(LENGTH, [1.0, 0.0, 0.0, 1.0, 0.0] * 2) == []
+    assert raised(LENGTH, [1.0, 0.0, 0.0, 1.0, 0.0] * 4) == []
+
+
+def test_metrics_that_drift_raise_nothing_while_their_level_is_good():
+    """Each step is half of the one before (an autoregressive process): ten steps scatter less than they wander."""
+    draw = random.Random(0)
+    for key, mean, deviation in ((LENGTH, 0.1, 0.12), (ACCURACY, 0.65, 0.05), ("advantage/zero_share", 0.3, 0.12)):
+        for _ in range(50):
+            values, drift = [], 0.0
+            for _ in range(468):
+                drift = 0.5 * drift + draw.gauss(0.0, deviation * 0.75**0.5)
+                values.append(mean + drift)
+            assert raised(key, values) == []
 
 
 def test_values_that_are_missing_or_not_finite_do_not_count():
-    values = [0.99, None, math.nan, "x"] * 9
+    values = [0.99, None, math.nan, "x"] * 19
     assert raised(ACCURACY, values) == []
-    assert raised(ACCURACY, [*values, None, 0.99]) == [(ACCURACY, 38, 0.99)]
+    assert raised(ACCURACY, [*values, None, 0.99]) == [(ACCURACY, 78, 0.99)]
 
 
 def test_a_window_does_not_reach_into_the_stage_before():
-    assert find_alarms([*rows(ACCURACY, [0.99] * 9, stage="warm_up"), *rows(ACCURACY, [0.99] * 9)]) == []
+    assert find_alarms([*rows(ACCURACY, [0.99] * 19, stage="warm_up"), *rows(ACCURACY, [0.99] * 19)], {}) == []
 
 
 def test_seeing_kept_steps_again_leaves_an_alarm_raised():
     steps = rows(ACCURACY, [0.99] * 30)
-    watch = AlarmWatch()
+    watch = AlarmWatch({})
     before = [alarm for row in steps[:20] for alarm in watch.see("distill", row["step"], row)]
     after = [alarm for row in steps[20:] for alarm in watch.see("distill", row["step"], row)]
     assert len(before) == 1 and after == []
 
 
 def test_text_by_hand():
-    (alarm,) = find_alarms(rows("rollout/truncated_share", [0.25] * 10))
+    (alarm,) = find_alarms(rows("rollout/truncated_share", [0.25] * 20), {})
     assert alarm.text() == (
-        "ALARM: many rollouts are truncated (distill step 10)\n"
-        "  rollout/truncated_share: expected at most 0.2, got 0.25, the mean of 10 steps\n"
+        "ALARM: many rollouts are truncated (distill step 20)\n"
+        "  rollout/truncated_share: expected at most 0.2, got 0.25, the mean of 20 steps\n"
         "  They reach rollout.max_new_tokens before they end, so they have no answer.\n"
         "  What to do: raise rollout.max_new_tokens, or train stage 1 for longer so that answers end."
     )

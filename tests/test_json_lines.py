@@ -1,4 +1,4 @@
-"""A JSONL file of a run survives kills and full disks, and a resume cuts it to its checkpoint."""
+"""A JSONL file of a run: kills and full disks leave it whole, and a resume cuts it to its checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rmsd_fast.config import CheckpointError
 from rmsd_fast.runtime.json_lines import JsonLines
 
 
@@ -92,6 +93,34 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
         assert file.lines == 0
     file.close()
     assert written(file) == [1]
+
+
+def test_lines_that_never_found_space_are_told(tmp_path, caplog, monkeypatch):
+    file = JsonLines(tmp_path / "x.jsonl")
+    file.append({"n": 1})
+    file._file = Full(file._file)
+    file.append({"n": 2})
+    file.append({"n": 3})
+    file.close()
+    assert "x.jsonl: the disk is full; 2 lines are lost" in caplog.text
+    assert written(file) == [1]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_found_full_only_when_synced(tmp_path, monkeypatch, code):
+    def refuse(_):
+        raise OSError(code, "full")
+
+    file = JsonLines(tmp_path / "x.jsonl")
+    file.append({"n": 1})
+    monkeypatch.setattr("os.fsync", refuse)
+    assert file.lines == 1
+
+
+def test_damaged_lines_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"n": 7}\n{"n": \n')
+    with pytest.raises(CheckpointError, match=r"x\.jsonl:2: expected a JSON object .*restore the file"):
+        JsonLines(tmp_path / "x.jsonl", keep=2).records()
 
 
 def test_other_faults_of_the_disk_are_errors(tmp_path):

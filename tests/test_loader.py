@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ class Builder:
         return Prompt(question, ids, ids, ids.expand(3, -1), ())
 
 
-def loader(tmp_path, builder=None, **changes):
+def loader(builder=None, **changes):
     given = {
         "stage": "sft",
         "seed": 0,
@@ -44,7 +43,6 @@ def loader(tmp_path, builder=None, **changes):
         "threads": 2,
         "ahead": 1,
         "max_prompt_tokens": 10,
-        "run_folder": tmp_path,
     }
     return PromptLoader(builder or Builder(), QUESTIONS, **{**given, **changes})
 
@@ -61,42 +59,40 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert epochs[0] != [order_position(10, i, seed=1, stage="distill") for i in range(10)]
 
 
-def test_a_step_does_not_depend_on_the_steps_before_it(tmp_path):
-    one, two = loader(tmp_path), loader(tmp_path)
+def test_a_step_does_not_depend_on_the_steps_before_it():
+    one, two = loader(), loader()
     in_order = [ids(one.step(step, 6)) for step in range(6)]
     assert [ids(two.step(step, 6)) for step in (5, 2)] == [in_order[5], in_order[2]]
 
 
-def test_processes_take_contiguous_shares(tmp_path):
-    whole = ids(loader(tmp_path).step(3, 4))
-    parts = [ids(loader(tmp_path, rank=rank, size=2).step(3, 4)) for rank in (0, 1)]
+def test_processes_take_contiguous_shares():
+    whole = ids(loader().step(3, 4))
+    parts = [ids(loader(rank=rank, size=2).step(3, 4)) for rank in (0, 1)]
     assert parts[0] + parts[1] == whole
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        loader(tmp_path, size=3)
+        loader(size=3)
 
 
-def test_bad_samples_are_replaced_counted_and_listed_once(tmp_path):
-    plain = [ids(loader(tmp_path).step(step, 5)) for step in range(5)]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    first, again = (loader(tmp_path / name, Builder(bad={"q3"})) for name in ("a", "b"))
-    seen, bad = [], []
+def test_bad_samples_are_replaced_and_named():
+    plain = [ids(loader().step(step, 5)) for step in range(5)]
+    first, again = (loader(Builder(bad={"q3"})) for _ in range(2))
+    seen, faults = [], []
     for step in range(5):
         seen.append(ids(first.step(step, 5)))
-        bad.append(first.bad_in_step)
+        faults.append(first.faults)
     assert not any("q3" in step for step in seen)
-    assert bad == [step.count("q3") for step in plain] and sum(bad) == 2
+    assert faults == [[("q3", "3.mp4: broken")] * step.count("q3") for step in plain] and sum(map(len, faults)) == 2
     # Only the bad places changed, and each time in the same way.
     for step, before in zip(seen, plain, strict=True):
         assert [a for a, b in zip(step, before, strict=True) if b != "q3"] == [b for b in before if b != "q3"]
     assert seen == [ids(again.step(step, 5)) for step in range(5)]
-    (line,) = (tmp_path / "a" / "bad_media.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"id": "q3", "stage": "sft", "reason": "3.mp4: broken"}
 
 
-def test_too_long_prompts_are_bad_samples(tmp_path):
-    with pytest.raises(TooManyBadSamples, match=r"no usable question"):
-        loader(tmp_path, Builder(tokens=11)).step(0, 1)
-    assert "max_prompt_tokens" in (tmp_path / "bad_media.jsonl").read_text()
+def test_too_long_prompts_are_bad_samples():
+    used = loader(Builder(tokens=11))
+    with pytest.raises(TooManyBadSamples, match=r"no usable question found in 20 tries for one place of step 1"):
+        used.step(0, 1)
+    assert {reason for _, reason in used.faults} == {"exceeds data.max_prompt_tokens"}
 
 
 class SlowBuilder(Builder):
@@ -112,9 +108,9 @@ class SlowBuilder(Builder):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_so_many_steps_are_decoded_ahead_and_no_more(tmp_path, ahead):
+def test_so_many_steps_are_decoded_ahead_and_no_more(ahead):
     builder = SlowBuilder()
-    used = loader(tmp_path, builder, ahead=ahead)
+    used = loader(builder, ahead=ahead)
     for _ in range(100):
         builder.permits.release()
     used.step(0, 10)
@@ -122,20 +118,20 @@ def test_so_many_steps_are_decoded_ahead_and_no_more(tmp_path, ahead):
     assert sum(builder.built.values()) == 4 * (1 + ahead)
 
 
-def test_order_does_not_depend_on_timing(tmp_path):
+def test_order_does_not_depend_on_timing():
     class Uneven(Builder):
         def build(self, question, *, max_tokens):
             time.sleep(0.02 if question.id in ("q1", "q4") else 0.0)
             return super().build(question, max_tokens=max_tokens)
 
-    expected = [ids(loader(tmp_path, ahead=0, threads=1).step(step, 4)) for step in range(4)]
-    uneven = loader(tmp_path, Uneven(), ahead=2, threads=3)
+    expected = [ids(loader(ahead=0, threads=1).step(step, 4)) for step in range(4)]
+    uneven = loader(Uneven(), ahead=2, threads=3)
     assert [ids(uneven.step(step, 4)) for step in range(4)] == expected
 
 
-def test_closing_begins_no_more_prompts_and_waits_for_none(tmp_path):
+def test_closing_begins_no_more_prompts_and_waits_for_none():
     builder = SlowBuilder()
-    used = loader(tmp_path, builder)
+    used = loader(builder)
     used._submit(0)
     used.close()
     for _ in range(10):

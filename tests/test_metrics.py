@@ -89,17 +89,17 @@ def test_an_alarm_is_printed_once_per_run(tmp_path):
 
     streams = [io.StringIO() for _ in range(3)]
     whole = make(tmp_path, stream=streams[0])
-    steps(whole, 1, 9)
+    steps(whole, 1, 19)
     before = whole.lines
-    steps(whole, 10, 12)
+    steps(whole, 20, 22)
     after = whole.lines
-    steps(whole, 13, 40)
-    assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 10)") == 1
+    steps(whole, 23, 50)
+    assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 20)") == 1
     assert f"python -m rmsd_fast.report {tmp_path}" in streams[0].getvalue()
     # A run that is continued from a checkpoint after the alarm is silent; one from before it raises it again.
-    steps(make(tmp_path, stream=streams[1], resume_lines=after), 13, 40)
+    steps(make(tmp_path, stream=streams[1], resume_lines=after), 23, 50)
     assert "ALARM" not in streams[1].getvalue()
-    steps(make(tmp_path, stream=streams[2], resume_lines=before), 10, 40)
+    steps(make(tmp_path, stream=streams[2], resume_lines=before), 20, 50)
     assert streams[2].getvalue().count("ALARM") == 1
 
 

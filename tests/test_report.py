@@ -264,7 +264,10 @@ def test_an_unfinished_last_line_is_left_out_and_said(run: Path) -> None:
         ("evaluation.json", '{"floors": {"mcq": [0.3, "B"]}}', "field 'floors'"),
         ("evaluation.json", '{"students": {"stage1": {"tasks": {"mcq": 0.5}}}}', "field 'tasks' of 'stage1'"),
         ("samples.jsonl", "x\n{}\n", "samples.jsonl:1:"),
+        ("samples.jsonl", '{}\n{"videos": 5}\n', "samples.jsonl:2: field 'videos'"),
+        ("samples.jsonl", '{"options": "A"}\n', "samples.jsonl:1: field 'options'"),
         ("teacher.json", "[]", "expected a JSON object, got list"),
+        ("teacher.json", '{"all": 3, "tasks": {}}', "field 'all'"),
         ("run.json", "no", "run.json"),
         ("config.yaml", "a: [1", "expected YAML settings"),
         ("config.yaml", "- 1\n- 2\n", "expected a mapping of settings"),
@@ -275,6 +278,15 @@ def test_damaged_files_are_named(run: Path, name: str, content: str, words: str)
     with pytest.raises(ReportError, match=re.escape(words)) as caught:
         write_report(run)
     assert name in str(caught.value)
+
+
+def test_numbers_too_large_for_a_float_are_infinite(run: Path) -> None:
+    huge = "9" * 400
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"stage": "distill", "step": 9999, "policy/kl": {huge}}}\n')
+    (run / "samples.jsonl").write_text(f'{{"id": "q", "score": {huge}, "duration": -{huge}}}\n')
+    (run / "evaluation.json").write_text(f'{{"students": {{"stage1": {{"tasks": {{"mcq": {{"mean": {huge}}}}}}}}}}}')
+    assert write_report(run).is_file()
 
 
 def test_folders_that_are_no_run(tmp_path: Path, capsys) -> None:

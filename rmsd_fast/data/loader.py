@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +18,8 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 
 ATTEMPTS = 20
+# Id of a question that cannot be used, and why.
+Fault = tuple[str, str]
 
 
 class TooManyBadSamples(UserError, RuntimeError):
@@ -45,8 +44,7 @@ def _hash(text: str) -> int:
 class PromptLoader:
     """Prompts of a stage's steps, in an order that depends on nothing but settings.
 
-    A question that cannot be used is replaced by another one, chosen by a hash of its position, counted in
-    `bad_in_step`, and listed in `bad_media.jsonl` of the run folder.
+    A question that cannot be used is replaced by another one, chosen by a hash of its position, and named in `faults`.
 
     Threads decode the prompts of the next `ahead` steps while a step is computed, and no more than these: memory is
     bounded by their frames, and a slow step holds decoding up. Results are taken in order, so timing changes nothing.
@@ -58,7 +56,10 @@ class PromptLoader:
         threads: how many prompts are built at once.
         ahead: steps; 0 = a step's prompts are built when it asks for them.
         max_prompt_tokens: longer prompts are unusable.
-        run_folder: gets `bad_media.jsonl`.
+
+    Attributes:
+        faults: (question id, reason) of each question that the last step passed over. Counted when a step takes them,
+            not when they are decoded ahead: they are part of what a resume repeats.
     """
 
     def __init__(
@@ -74,7 +75,6 @@ class PromptLoader:
         threads: int,
         ahead: int,
         max_prompt_tokens: int,
-        run_folder: Path,
     ):
         if positions_per_step % size:
             raise SettingsError(
@@ -84,22 +84,25 @@ class PromptLoader:
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
         self.rank, self.ahead = rank, ahead
         self.max_prompt_tokens = max_prompt_tokens
-        self.bad_list = run_folder / "bad_media.jsonl"
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self.submitted: dict[int, list[Future[tuple[Prompt, int]]]] = {}
-        self.bad_in_step = 0
-        self.lock = threading.Lock()
-        self.listed: set[str] = set()
+        self.submitted: dict[int, list[Future[tuple[Prompt | None, list[Fault]]]]] = {}
+        self.faults: list[Fault] = []
 
     def step(self, step: int, last_step: int) -> list[Prompt]:
-        """This process's prompts of a step (counted from 0); starts those of the steps after it, before last_step."""
+        """This process's prompts of a step (counted from 0); starts those of the steps after it, before last_step.
+
+        Raises:
+            TooManyBadSamples: none of ATTEMPTS questions in a row could be used; `faults` has them all.
+        """
         self._submit(step)
         for later in range(step + 1, min(step + 1 + self.ahead, last_step)):
             self._submit(later)
         results = [future.result() for future in self.submitted.pop(step)]
-        # Counted when a step takes them, not when they are decoded ahead: the count is part of what a resume repeats.
-        self.bad_in_step = sum(bad for _, bad in results)
-        return [prompt for prompt, _ in results]
+        self.faults = [fault for _, faults in results for fault in faults]
+        prompts = [prompt for prompt, _ in results if prompt is not None]
+        if len(prompts) < len(results):
+            raise TooManyBadSamples(f"no usable question found in {ATTEMPTS} tries for one place of step {step + 1}")
+        return prompts
 
     def close(self) -> None:
         """Begin no more prompts. Those that are being built are not waited for: a file may hang."""
@@ -110,29 +113,16 @@ class PromptLoader:
             first = step * self.positions_per_step + self.rank * self.share
             self.submitted[step] = [self.pool.submit(self._prompt_at, first + i) for i in range(self.share)]
 
-    def _prompt_at(self, position: int) -> tuple[Prompt, int]:
-        """The prompt of a position, and how many unusable questions were passed over for it."""
+    def _prompt_at(self, position: int) -> tuple[Prompt | None, list[Fault]]:
+        """The prompt of a position, None where none was found, and the questions that were passed over for it."""
         n = len(self.questions)
         index = order_position(n, position, seed=self.seed, stage=self.stage)
+        faults = []
         for attempt in range(ATTEMPTS):
             question = self.questions[index]
-            prompt = self._prompt(question)
-            if prompt is not None:
-                return prompt, attempt
+            try:
+                return self.builder.build(question, max_tokens=self.max_prompt_tokens), faults
+            except (MediaError, PromptError) as error:
+                faults.append((question.id, str(error)))
             index = _hash(f"replace/{self.seed}/{self.stage}/{position}/{attempt}") % n
-        raise TooManyBadSamples(
-            f"no usable question found in {ATTEMPTS} tries at position {position}; see {self.bad_list}"
-        )
-
-    def _prompt(self, question: Question) -> Prompt | None:
-        """The question's prompt; None where it is unusable, which is listed once."""
-        try:
-            return self.builder.build(question, max_tokens=self.max_prompt_tokens)
-        except (MediaError, PromptError) as error:
-            reason = str(error)
-        with self.lock:
-            if question.id not in self.listed:
-                self.listed.add(question.id)
-                with self.bad_list.open("a") as file:
-                    file.write(json.dumps({"id": question.id, "stage": self.stage, "reason": reason}) + "\n")
-        return None
+        return None, faults

@@ -69,11 +69,11 @@ def load_run(folder: str | Path) -> Run:
         settings=settings,
         settings_text=text,
         metrics=curves(logged, folder / "metrics.jsonl"),
-        alarms=find_alarms(row for _, row in logged),
+        alarms=find_alarms((row for _, row in logged), _totals(settings)),
         rollouts=_rollouts(folder / "rollouts.jsonl", notes),
         evaluation=_evaluation(folder / "evaluation.json"),
-        samples=[row for _, row in _lines(folder / "samples.jsonl", notes)],
-        teacher=_object(folder / "teacher.json"),
+        samples=_samples(folder / "samples.jsonl", notes),
+        teacher=_teacher(folder / "teacher.json"),
         info=_object(folder / "run.json") or {},
         notes=notes,
     )
@@ -94,12 +94,19 @@ def _settings(path: Path) -> tuple[dict[str, Any], str]:
     return settings, text
 
 
+def _totals(settings: dict[str, Any]) -> dict[str, int]:
+    """Steps of each stage, as far as the settings tell."""
+    keys = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
+    totals = {stage: (settings.get(section) or {}).get(key) for stage, (section, key) in keys.items()}
+    return {stage: total for stage, total in totals.items() if isinstance(total, int)}
+
+
 def _object(path: Path) -> dict[str, Any] | None:
     """A JSON object, None when there is no such file."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReportError(f"{path}: expected a JSON object: {error}; restore or delete the file") from error
     if not isinstance(value, dict):
@@ -123,6 +130,20 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def _whole(digits: str) -> float:
+    """A whole number; infinite where it is too large for a float, as 1e999 is."""
+    return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _teacher(path: Path) -> dict[str, Any] | None:
+    """teacher.json with the parts that the page walks through checked."""
+    value = _object(path)
+    for key in ("tasks", "all", "closed") if value else ():
+        if not isinstance(value.get(key), dict | None):
+            raise ReportError(f"{path}: field {key!r}: expected an object or null; restore or delete the file")
+    return value
+
+
 def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) per line of a JSONL file; an unfinished last line is left out and noted.
 
@@ -137,7 +158,7 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8"), parse_int=_whole)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if index == len(lines):
                 notes.append(f"{path.name}: the last line ({index}) is unfinished and was left out.")
@@ -149,19 +170,31 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
+def _samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl with the parts that the page walks through checked."""
+    rows = _lines(path, notes)
+    for index, row in rows:
+        _check_lists(row, f"{path}:{index}")
+    return [row for _, row in rows]
+
+
 def _rollouts(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Lines of rollouts.jsonl with the parts that the page walks through checked."""
-    rows = []
-    for index, row in _lines(path, notes):
-        _check_stage_and_step(row, f"{path}:{index}")
+    rows = _lines(path, notes)
+    for index, row in rows:
+        where = f"{path}:{index}"
+        _check_stage_and_step(row, where)
         for key in ("teacher", "rollouts"):
             if not isinstance(row.get(key), list) or not all(isinstance(item, dict) for item in row[key]):
-                raise ReportError(f"{path}:{index}: field {key!r}: expected a list of objects; delete or fix that line")
-        for key in ("videos", "images", "options"):
-            if not isinstance(row.get(key), list | None):
-                raise ReportError(f"{path}:{index}: field {key!r}: expected a list or null; delete or fix that line")
-        rows.append(row)
-    return rows
+                raise ReportError(f"{where}: field {key!r}: expected a list of objects; delete or fix that line")
+        _check_lists(row, where)
+    return [row for _, row in rows]
+
+
+def _check_lists(row: dict[str, Any], where: str) -> None:
+    for key in ("videos", "images", "options"):
+        if not isinstance(row.get(key), list | None):
+            raise ReportError(f"{where}: field {key!r}: expected a list or null; delete or fix that line")
 
 
 def _check_stage_and_step(row: dict[str, Any], where: str) -> None:

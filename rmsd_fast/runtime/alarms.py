@@ -20,15 +20,16 @@ LENGTH_BIAS = 0.3
 
 @dataclass(frozen=True)
 class Condition:
-    """A metric whose mean over the last `window` steps should stay within [low, high].
+    """A metric whose mean should stay within [low, high] over the last two windows of `window` steps.
 
-    The mean has to lie outside by more than two of its standard errors, which the window's own scatter gives: noise of
-    single steps raises nothing.
+    Both means have to lie outside by more than two of their standard errors, which each window's own scatter gives.
+    Noise of single steps raises nothing, and one window is not enough: metrics drift, and scatter within ten steps says
+    little about drift over ten.
 
     Attributes:
         title: names the alarm.
         metric: key in metrics.jsonl.
-        first_step: step of the stage from which it is judged, if `window` steps have a value by then.
+        first_share: share of the stage's steps from which it is judged, if two windows of steps have a value by then.
         stages: those it is judged in.
         meaning, advice: what an alarm means and what to do, in sentences.
     """
@@ -40,13 +41,16 @@ class Condition:
     low: float = -math.inf
     high: float = math.inf
     window: int = 10
-    first_step: int = 10
+    first_share: float = 0.0
     stages: tuple[str, ...] = ("warm_up", "distill")
 
-    def is_broken(self, window: Sequence[float]) -> bool:
-        """Return whether the mean of these steps is out of bounds beyond doubt."""
-        slack = 2 * stdev(window) / len(window) ** 0.5
-        return fmean(window) + slack < self.low or fmean(window) - slack > self.high
+    def is_broken(self, values: Sequence[float]) -> bool:
+        """Return whether the means of both windows are out of bounds beyond doubt, on the same side."""
+        windows = values[: self.window], values[self.window :]
+        slack = [2 * stdev(window) / self.window**0.5 for window in windows]
+        below = all(fmean(window) + extra < self.low for window, extra in zip(windows, slack, strict=True))
+        above = all(fmean(window) - extra > self.high for window, extra in zip(windows, slack, strict=True))
+        return below or above
 
     @property
     def expected(self) -> str:
@@ -58,7 +62,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition that was broken, and where first; `value` is the running mean."""
+    """A condition that was broken, and where first; `value` is the mean of the last two windows."""
 
     condition: Condition
     stage: str
@@ -70,7 +74,7 @@ class Alarm:
         condition = self.condition
         lines = [
             f"{condition.metric}: expected {condition.expected}, got {self.value:.3g}, the mean of "
-            f"{condition.window} steps",
+            f"{2 * condition.window} steps",
             condition.meaning,
             f"What to do: {condition.advice}",
         ]
@@ -87,7 +91,7 @@ CONDITIONS = (
         "raise discriminator.warm_up_lr or discriminator.warm_up_steps. Check teacher/kept_share too: "
         "teacher.responses (K) and teacher.min_quality (tau) must leave pairs.",
         low=0.55,
-        first_step=30,
+        first_share=0.75,
         stages=("warm_up",),
     ),
     Condition(
@@ -99,7 +103,6 @@ CONDITIONS = (
         "(teacher/kept_share). If they are as good, stage 2 has nothing left to learn from this pool.",
         low=0.55,
         window=20,
-        first_step=30,
         stages=("distill",),
     ),
     Condition(
@@ -150,7 +153,6 @@ CONDITIONS = (
         "The report's table of teacher responses shows the task types.",
         high=0.3,
         window=20,
-        first_step=20,
     ),
     Condition(
         "many groups are flat",
@@ -159,7 +161,6 @@ CONDITIONS = (
         "raise rollout.temperature or rollout.n, or use harder questions.",
         high=0.5,
         window=20,
-        first_step=20,
     ),
     Condition(
         "the student runs away from the stage-1 student",
@@ -181,10 +182,15 @@ CONDITIONS = (
 
 
 class AlarmWatch:
-    """Judges the steps of a run in their order and raises each condition once."""
+    """Judges the steps of a run in their order and raises each condition once.
 
-    def __init__(self) -> None:
-        self._windows: dict[tuple[str, Condition], deque[float]] = {}
+    Args:
+        totals: steps of each stage, as far as known.
+    """
+
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        self._totals = totals
+        self._values: dict[tuple[str, Condition], deque[float]] = {}
         self._raised: set[Condition] = set()
 
     def see(self, stage: str, step: int, values: Mapping[str, Any]) -> list[Alarm]:
@@ -194,16 +200,18 @@ class AlarmWatch:
             value = values.get(condition.metric)
             if stage not in condition.stages or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            window = self._windows.setdefault((stage, condition), deque(maxlen=condition.window))
-            window.append(value)
-            judged = len(window) == condition.window and step >= condition.first_step
-            if judged and condition not in self._raised and condition.is_broken(window):
+            recent = self._values.setdefault((stage, condition), deque(maxlen=2 * condition.window))
+            recent.append(value)
+            early = len(recent) < 2 * condition.window or step < condition.first_share * self._totals.get(stage, 0)
+            if early or condition in self._raised:
+                continue
+            if condition.is_broken(list(recent)):
                 self._raised.add(condition)
-                alarms.append(Alarm(condition, stage, step, fmean(window)))
+                alarms.append(Alarm(condition, stage, step, fmean(recent)))
         return alarms
 
 
-def find_alarms(rows: Iterable[Mapping[str, Any]]) -> list[Alarm]:
-    """Return the alarms that a run has raised, from its lines of metrics.jsonl."""
-    watch = AlarmWatch()
+def find_alarms(rows: Iterable[Mapping[str, Any]], totals: Mapping[str, int]) -> list[Alarm]:
+    """Return the alarms that a run has raised, from its lines of metrics.jsonl and the steps of its stages."""
+    watch = AlarmWatch(totals)
     return [alarm for row in rows for alarm in watch.see(row["stage"], row["step"], row)]

@@ -1,4 +1,4 @@
-"""A JSONL file that a run appends to: it survives kills and full disks, and a resume cuts it to its checkpoint."""
+"""A JSONL file that a run appends to: a kill or a full disk leaves it whole, a resume cuts it to its checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from errno import EDQUOT, ENOSPC
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from rmsd_fast.config import CheckpointError
 
 log = logging.getLogger("rmsd_fast")
 
@@ -44,8 +46,21 @@ class JsonLines:
         return len(kept)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read back the records in the file."""
-        return [json.loads(line) for line in self._path.read_bytes().splitlines()] if self._path.exists() else []
+        """Read back the records in the file.
+
+        Raises:
+            CheckpointError: a line is damaged.
+        """
+        records = []
+        for number, line in enumerate(self._path.read_bytes().splitlines() if self._path.exists() else [], start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self._path}:{number}: expected a JSON object ({error}); restore the file, or delete that line "
+                    "and all that follow"
+                ) from error
+        return records
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record; numbers in it that are not finite become null.
@@ -89,12 +104,20 @@ class JsonLines:
         """Lines written, brought to disk: put it into a checkpoint's state and give it back as `keep`."""
         self._write_pending()
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                # Some file systems find out only now. The checkpoint will not fit either, and says so.
+                if error.errno not in (ENOSPC, EDQUOT):
+                    raise
         return self._lines
 
     def close(self) -> None:
-        """Close the file; a later record opens it again."""
+        """Close the file; a later record opens it again. Lines for which there is no space are lost, with a warning."""
         self._write_pending()
+        if self._pending:
+            log.warning("%s: the disk is full; %d lines are lost", self._path, len(self._pending))
+            self._pending.clear()
         if self._file is not None:
             self._file.close()
             self._file = None

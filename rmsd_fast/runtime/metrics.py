@@ -47,6 +47,7 @@ class MetricsLog:
         run_folder: gets `metrics.jsonl` and `tensorboard/<stage>/`.
         resume_lines: `lines` as the checkpoint has it; later lines (and a torn one) are cut off, later TensorBoard
             points are hidden. None = a new run.
+        totals: steps of each stage, for alarms that belong to the end of one.
         tensorboard: also write TensorBoard files.
         stream: where progress goes.
     """
@@ -57,6 +58,7 @@ class MetricsLog:
         world: World,
         *,
         resume_lines: int | None = None,
+        totals: Mapping[str, int] | None = None,
         tensorboard: bool = True,
         stream: TextIO | None = None,
     ) -> None:
@@ -66,7 +68,7 @@ class MetricsLog:
         self._live = self._on and self._stream.isatty()
         self._writers: dict[str, Any] = {}
         self._last_step: dict[str, int] = {}
-        self._alarms = AlarmWatch()
+        self._alarms = AlarmWatch(totals or {})
         self._total, self._stage = 0, ""
         self._parts: list[str] = []
         self._ends: deque[tuple[int, float]] = deque(maxlen=21)

@@ -27,6 +27,10 @@ class _PairLoss:
     normalizer: float
     scores_in_all: float
 
+    @property
+    def all_groups(self) -> list[int]:
+        return list(range(len(self.groups)))
+
     def __call__(self, scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
         """scores: of the distinct responses of the chosen groups, group after group."""
         students, teachers = self.sides(scores, chosen)
@@ -45,12 +49,12 @@ class _PairLoss:
         ).loss
 
     def sides(self, scores: torch.Tensor, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was found for each distinct response, for the rollouts and for the kept teacher responses."""
+        """From one value per distinct response, those of the rollouts and those of the kept teacher responses."""
         students, teachers, start = [], [], 0
-        for own in (self.judged[i] for i in chosen):
-            students += [start + place for place in own.students]
-            teachers += [start + place for place in own.teachers]
-            start += len(own.responses)
+        for judged in (self.judged[i] for i in chosen):
+            students += [start + place for place in judged.students]
+            teachers += [start + place for place in judged.teachers]
+            start += len(judged.responses)
         index = torch.tensor(students + teachers, dtype=torch.int64).to(scores.device)
         return scores[index].split([len(students), len(teachers)])
 
@@ -91,14 +95,13 @@ def judge(
         return state.discriminator(own, rows, select_features(features, batch.prompts))
 
     places = [_places(batch, responses) for batch in batches]
-    everything = list(range(len(groups)))
     gradient = None
     if any_rank(is_split(batches, responses), state.world):
         with torch.no_grad():
             scores = _in_order(batches, places, [forward(batch) for batch in batches])
         scores.requires_grad_()
-        (gradient,) = torch.autograd.grad(pair_loss(scores, everything), scores)
-    found = []
+        (gradient,) = torch.autograd.grad(pair_loss(scores, pair_loss.all_groups), scores)
+    parts = []
     for number, (batch, place) in enumerate(zip(batches, places, strict=True)):
         scores = forward(batch)
         if batch.filler:
@@ -109,9 +112,10 @@ def judge(
             # Its value means nothing; its gradient is that of the loss of whole groups.
             loss = (scores * gradient[place.to(scores.device)]).sum()
         state.discriminator.backward(loss, last=number == len(batches) - 1)
-        found.append(scores.detach())
-    scores = _in_order(batches, places, found).cpu()
-    return {**_hand_out(pair_loss, scores, pairs), "computed": computed}
+        parts.append(scores.detach())
+    scores = _in_order(batches, places, parts).cpu()
+    _hand_out(pair_loss, scores)
+    return {**_sums(pair_loss, scores, pairs), "computed": computed}
 
 
 def _places(batch: MicroBatch, responses: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -121,66 +125,49 @@ def _places(batch: MicroBatch, responses: list[list[torch.Tensor]]) -> torch.Ten
     return torch.tensor([starts[i] + r for i, own in pairs for r in own])
 
 
-def _in_order(batches: list[MicroBatch], places: list[torch.Tensor], found: list[torch.Tensor]) -> torch.Tensor:
+def _in_order(batches: list[MicroBatch], places: list[torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
     """Scores of the whole step, group after group."""
     real = [number for number, batch in enumerate(batches) if not batch.filler]
-    scores = torch.cat([found[number] for number in real])
+    scores = torch.cat([parts[number] for number in real])
     order = torch.cat([places[number] for number in real]).to(scores.device)
     return torch.empty_like(scores).index_copy_(0, order, scores)
 
 
-def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor, pairs: Pairs) -> dict[str, float]:
-    """Leave the scores in the groups and sum up the metrics; a question without a teacher has no D reward."""
-    groups = pair_loss.groups
-    everything = list(range(len(groups)))
-    students, teachers = pair_loss.sides(scores, everything)
-    student_counts = [len(group.rollouts) for group in groups]
-    teacher_counts = [len(group.kept) for group in groups]
-    split = zip(groups, students.split(student_counts), teachers.split(teacher_counts), strict=True)
-    for group, rollout_scores, teacher_scores in split:
+def _hand_out(pair_loss: _PairLoss, scores: torch.Tensor) -> None:
+    """Leave the scores in the groups as rewards; a question without a teacher has no discriminator reward."""
+    students, teachers = pair_loss.sides(scores, pair_loss.all_groups)
+    students = students.split([len(group.rollouts) for group in pair_loss.groups])
+    teachers = teachers.split([len(group.kept) for group in pair_loss.groups])
+    for group, rollout_scores, teacher_scores in zip(pair_loss.groups, students, teachers, strict=True):
         group.d_score = rollout_scores.float() if group.kept else torch.zeros(len(rollout_scores))
         group.teacher_d_score = teacher_scores.float()
-    lengths = torch.tensor([len(ids) for one in pair_loss.judged for ids in one.responses])
-    lengths = torch.cat(pair_loss.sides(lengths, everything))
-    question = torch.tensor(everything)
-    question = torch.cat([question.repeat_interleave(torch.tensor(n)) for n in (student_counts, teacher_counts)])
-    return {
-        **_score_sums(students, teachers, pairs, float(pair_loss(scores, everything))),
-        **length_sums(lengths, torch.cat([students, teachers]), question),
-    }
 
 
 TIE = 1e-5
-_SUMS = [
-    "d_loss",
-    "d_students",
-    "d_teachers",
-    "d_score_student",
-    "d_score_teacher",
-    "d_weight",
-    "d_correct",
-    "d_margin",
-]
 
 
-def _score_sums(students, teachers, pairs, loss: float) -> dict[str, float]:
-    students, teachers = students.double(), teachers.double()
+def _sums(pair_loss: _PairLoss, scores: torch.Tensor, pairs: Pairs) -> dict[str, float]:
+    """This process's sums for `judge_metrics`."""
+    students, teachers = (side.double() for side in pair_loss.sides(scores, pair_loss.all_groups))
     margin = teachers[pairs.teacher_index] - students[pairs.student_index]
     weight = pairs.pair_weight.double()
-    found = torch.stack(
-        [
-            students.new_tensor(loss),
-            students.new_tensor(len(students)),
-            students.new_tensor(len(teachers)),
-            students.sum(),
-            teachers.sum(),
-            weight.sum(),
-            # Equal texts score the same up to rounding: a tie counts half, as in the area under a ROC curve.
-            (weight * ((margin > TIE) + 0.5 * (margin.abs() <= TIE))).sum(),
-            (weight * margin).sum(),
-        ]
-    ).tolist()
-    return dict(zip(_SUMS, found, strict=True))
+    sums = {
+        "d_loss": pair_loss(scores, pair_loss.all_groups),
+        "d_students": len(students),
+        "d_teachers": len(teachers),
+        "d_score_student": students.sum(),
+        "d_score_teacher": teachers.sum(),
+        "d_weight": weight.sum(),
+        # Equal texts score the same up to rounding: a tie counts half, as in the area under a ROC curve.
+        "d_correct": (weight * ((margin > TIE) + 0.5 * (margin.abs() <= TIE))).sum(),
+        "d_margin": (weight * margin).sum(),
+    }
+    lengths = torch.tensor([len(ids) for judged in pair_loss.judged for ids in judged.responses])
+    lengths = torch.cat(pair_loss.sides(lengths, pair_loss.all_groups))
+    sizes = [[len(group.rollouts) for group in pair_loss.groups], [len(group.kept) for group in pair_loss.groups]]
+    question = torch.cat([torch.arange(len(side)).repeat_interleave(torch.tensor(side)) for side in sizes])
+    sums |= length_sums(lengths, torch.cat([students, teachers]), question)
+    return {name: float(value) for name, value in sums.items()}
 
 
 def length_sums(lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor) -> dict[str, float]:
@@ -203,22 +190,28 @@ def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
     return values - means[question]
 
 
-def length_correlation(sums: dict[str, float]) -> float:
-    """Return the correlation between length and score within questions; 0 where scores or lengths do not differ."""
+def length_correlation(sums: dict[str, float]) -> float | None:
+    """Return the correlation between length and score within questions; None where one of them does not differ."""
     responses = sums["d_students"] + sums["d_teachers"]
     if sums["d_xx"] == 0 or sums["d_yy"] <= responses * TIE**2:
-        return 0.0
+        return None
     return sums["d_xy"] / (sums["d_xx"] * sums["d_yy"]) ** 0.5
 
 
-def judge_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the global batch, by the names of metrics.jsonl; pairs weigh as much as in the loss."""
-    weight = max(sums["d_weight"], 1e-12)
+def judge_metrics(sums: dict[str, float]) -> dict[str, float | None]:
+    """Means over the global batch, by the names of metrics.jsonl; pairs weigh as much as in the loss.
+
+    None stands for what a step does not tell: without a pair there is no accuracy.
+    """
+
+    def mean(total: str, count: str) -> float | None:
+        return sums[total] / sums[count] if sums[count] else None
+
     return {
         "discriminator/loss": sums["d_loss"],
-        "discriminator/pair_accuracy": sums["d_correct"] / weight,
-        "discriminator/margin": sums["d_margin"] / weight,
+        "discriminator/pair_accuracy": mean("d_correct", "d_weight"),
+        "discriminator/margin": mean("d_margin", "d_weight"),
         "discriminator/length_correlation": length_correlation(sums),
-        "discriminator/score_student": sums["d_score_student"] / max(sums["d_students"], 1.0),
-        "discriminator/score_teacher": sums["d_score_teacher"] / max(sums["d_teachers"], 1.0),
+        "discriminator/score_student": mean("d_score_student", "d_students"),
+        "discriminator/score_teacher": mean("d_score_teacher", "d_teachers"),
     }

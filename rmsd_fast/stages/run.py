@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from rmsd_fast.data.records import Question, write_text_atomic
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
+from rmsd_fast.program import Stopped
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
     StopSignal,
@@ -38,18 +39,15 @@ from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.state import RunState, StepResult, learning_rate
 from rmsd_kernels import native
 
+LOGS = ("rollouts", "bad_media", "skipped")
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
-
-
-class Stopped(Exception):
-    """SIGTERM came; the checkpoint is written. Not an error: the program ends with 0."""
 
 
 @dataclass
 class Run:
     """One run: `checkpoint` is the one that it continues from, None for a new run.
 
-    rollouts: `rollouts.jsonl`; None on all processes but the main one.
+    logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
     """
 
     settings: RunConfig
@@ -58,13 +56,14 @@ class Run:
     material: Material
     media: MediaReader
     metrics: MetricsLog
-    rollouts: JsonLines | None
+    logs: dict[str, JsonLines]
     stop: StopSignal
     fingerprints: dict
     checkpoint: Checkpoint | None = None
     skipped: int = 0
     bad: float = 0.0
     seen: float = 0.0
+    listed: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def stage1(self) -> str:
@@ -93,10 +92,14 @@ def open_run(
             if changes:
                 on_main(world, lambda: _take_changes(settings, folder))
     saved = checkpoint.state if checkpoint else {}
-    metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0))
-    # Checkpoints of earlier versions know no rollouts.jsonl.
-    rollouts = JsonLines(folder / "rollouts.jsonl", keep=saved.get("rollout_lines", 0)) if world.is_main else None
-    run = Run(settings, world, folder, material, media, metrics, rollouts, StopSignal(), fingerprints, checkpoint)
+    totals = {stage: stage_steps(settings, stage) for stage in settings.stages}
+    metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
+    # Checkpoints of earlier versions do not count the lines of all of them.
+    kept = saved.get("log_lines", {})
+    logs = {name: JsonLines(folder / f"{name}.jsonl", keep=kept.get(name, 0)) for name in LOGS if world.is_main}
+    run = Run(settings, world, folder, material, media, metrics, logs, StopSignal(), fingerprints, checkpoint)
+    if world.is_main:
+        run.listed = {(record["stage"], record["id"]) for record in logs["bad_media"].records()}
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
@@ -208,7 +211,6 @@ def open_loader(run: Run, state: RunState, stage: str, questions: list[Question]
         threads=data.decode_threads,
         ahead=data.decode_ahead,
         max_prompt_tokens=data.max_prompt_tokens,
-        run_folder=run.folder,
     )
 
 
@@ -247,9 +249,9 @@ def run_steps(
                 _note_skipped(run, stage, number + 1, prompts)
             metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
             run.metrics.log(stage, number + 1, metrics)
-            if run.rollouts is not None:
+            if "rollouts" in run.logs:
                 log_rollouts(
-                    run.rollouts,
+                    run.logs["rollouts"],
                     result.groups,
                     run.settings.rollout,
                     stage=stage,
@@ -276,25 +278,38 @@ def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> li
         prompts = loader.step(number, total)
     except UserError as error:
         fault = error
+    counts = global_sum({"bad": len(loader.faults), "seen": len(prompts)}, run.world)
+    if counts["bad"]:
+        _note_bad(run, loader)
+    listed = f"see {run.folder / 'bad_media.jsonl'}"
     if any_rank(fault is not None, run.world):
-        raise fault or TooManyBadSamples("another process could not load its samples; see its message above")
-    counts = global_sum({"bad": loader.bad_in_step, "seen": len(prompts)}, run.world)
+        if fault is not None and not isinstance(fault, TooManyBadSamples):
+            raise fault
+        raise TooManyBadSamples(f"{fault or 'another process could not load its samples'}; {listed}") from fault
     run.bad, run.seen = run.bad + counts["bad"], run.seen + counts["seen"]
     share = run.settings.data.max_bad_share
     if run.bad > share * max(run.seen, 50):
         raise TooManyBadSamples(
-            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); see "
-            f"{run.folder / 'bad_media.jsonl'}, mend the files or raise the share"
+            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); {listed}, "
+            "repair the files or raise the share"
         )
     return prompts
+
+
+def _note_bad(run: Run, loader: PromptLoader) -> None:
+    """List the questions that could not be used, each once per stage."""
+    faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
+    for question_id, reason in faults if run.world.is_main else ():
+        if (loader.stage, question_id) not in run.listed:
+            run.listed.add((loader.stage, question_id))
+            run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 
 
 def _note_skipped(run: Run, stage: str, step: int, prompts: list[Prompt]) -> None:
     """List the questions of a step whose loss or gradient was not finite."""
     ids = [i for part in all_gather_objects([prompt.question.id for prompt in prompts], run.world) for i in part]
     if run.world.is_main:
-        with (run.folder / "skipped.jsonl").open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, "questions": ids}) + "\n")
+        run.logs["skipped"].append({"stage": stage, "step": step, "questions": ids})
 
 
 def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
@@ -335,7 +350,7 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "seen": run.seen,
                 "skipped_in_a_row": state.skipped_in_a_row,
                 "metrics_lines": run.metrics.lines,
-                "rollout_lines": run.rollouts.lines if run.rollouts is not None else 0,
+                "log_lines": {name: file.lines for name, file in run.logs.items()},
                 "fingerprints": run.fingerprints,
             },
             writers={"export": lambda folder: _write_export(run, state.student, folder, stage)},

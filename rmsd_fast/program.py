@@ -1,0 +1,71 @@
+"""What the programs that compute have in common: the process group around the work, and how each end is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.runtime.world import World, start, stop
+
+
+class Stopped(Exception):
+    """SIGTERM came; the checkpoint is written. Not an error: the program ends with 0."""
+
+
+def run_program(name: str, settings: RunConfig, work: Callable[[World], None], *, trains: bool) -> int:
+    """Join the process group, do the work, leave the group; returns the exit code.
+
+    Args:
+        name: of the program, for messages.
+        trains: it is a run, which can be continued.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        work(start())
+        code = 0
+    except Stopped as stopped:
+        print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
+        code = 0
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        again = "; --resume <run folder> continues from the last checkpoint" if trains else ""
+        print(f"interrupted{again}", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: {_out_of_memory(settings, error, trains=trains)}", file=sys.stderr)
+        # Of this process alone: leaving the group would wait for the others.
+        return 2
+    # Not after other errors, for the same reason.
+    stop()
+    return code
+
+
+def _out_of_memory(settings: RunConfig, error: Exception, *, trains: bool) -> str:
+    """What to lower where a GPU ran out of memory, with the values of now."""
+    video, runtime, evaluate = settings.video, settings.runtime, settings.evaluate
+    head = f"out of GPU memory ({str(error).strip().splitlines()[0]}). Lower, in this order:"
+    pixels = f"  video.max_video_pixels={video.max_video_pixels}"
+    if not trains:
+        frames = f"evaluate.num_frames={evaluate.num_frames}, " if evaluate.num_frames else ""
+        return f"{head}\n  evaluate.prompts_per_batch={evaluate.prompts_per_batch}\n  {frames}{pixels.strip()}"
+    lines = [
+        head,
+        f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",
+        f"  rollout.prompts_per_batch={settings.rollout.prompts_per_batch}, where it happened in rollouts; "
+        f"evaluate.prompts_per_batch={evaluate.prompts_per_batch}, in evaluation",
+        f"{pixels}, data.max_prompt_tokens={settings.data.max_prompt_tokens}",
+    ]
+    if not settings.model.gradient_checkpointing:
+        lines.append("  and write model.gradient_checkpointing=true")
+    if runtime.zero_stage < 3:
+        lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
+    if not runtime.offload_optimizer:
+        lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
+    return "\n".join([*lines, "then continue with --resume <run folder> --allow-changes section.field=value"])
