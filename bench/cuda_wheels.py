@@ -229,7 +229,7 @@ def _pip(what: str, command: str, *arguments: str, **variables: str) -> None:
         raise CannotPrepare(f"pip is needed and not in {sys.executable}: run {sys.executable} -m ensurepip")
     if any(sign in output for sign in NO_NETWORK):
         raise CannotPrepare(f"{what}: pip cannot reach its index; repeat this where there is a network (it resumes)")
-    what_next = "pin another version in PINS, or mend what pip says"
+    what_next = "pin another version in PINS, or repair what pip says"
     raise CannotPrepare(f"{what} cannot be had for Linux on x86-64; {what_next}:\n{output.strip()[-1500:]}")
 
 

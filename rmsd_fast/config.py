@@ -15,7 +15,7 @@ FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 
 
 class UserError(Exception):
-    """What the user can mend: the programs print its message, without a traceback, and exit with 2."""
+    """What the user can put right: the programs print its message, without a traceback, and exit with 2."""
 
 
 class SettingsError(UserError, ValueError):

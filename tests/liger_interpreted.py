@@ -14,7 +14,7 @@ import numpy
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton_cases import mend_interpreter
+from triton_cases import repair_interpreter
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.packing import make_rows
@@ -27,7 +27,7 @@ def prepare_interpreter() -> set[str]:
     """Mend what the interpreter lacks for these kernels; returns the names of those that run, as they do."""
     import liger_kernel.ops.rms_norm
 
-    mend_interpreter()
+    repair_interpreter()
     convert, launch, ran = interpreter._implicit_cvt, interpreter.GridExecutor.__call__, set()
 
     def with_floats(argument):

@@ -455,9 +455,9 @@ import torch
 from bench import row_settings as own
 
 sys.path.append("tests")
-from triton_cases import mend_interpreter
+from triton_cases import repair_interpreter
 
-mend_interpreter()
+repair_interpreter()
 
 rows = own.PolicyRows(3, 700, torch.float32, "cpu")
 rows.by_the_package()

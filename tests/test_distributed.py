@@ -176,7 +176,7 @@ def check_helpers(world) -> dict:
 
 
 def check_refusals(world, folder: Path) -> dict:
-    """Messages for what a user can mend."""
+    """Messages for what a user can put right."""
 
     def message(call) -> str:
         try:

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 from head_cases import CASES, D, Inputs, T, V, run
-from triton_cases import mend_interpreter
+from triton_cases import repair_interpreter
 
 from rmsd_fast import losses
 from rmsd_kernels import chunks, engine, native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    mend_interpreter()
+    repair_interpreter()
 # 33 scored rows and one head: 9 ragged chunks (more than a 16-bit d_weight is rounded for), or 5 (as many as it is).
 SMALL = {torch.float64: 4 * V * 8, torch.float32: 4 * V * 4, torch.bfloat16: 4 * V * 2}
 BUDGETS = {"small": 1, "medium": 7 / 4}

@@ -45,9 +45,9 @@ def test_what_does_not_differ_within_a_question_adds_nothing():
     # A single response; equal lengths with other scores weigh on the scores' side only.
     assert correlation(whole, ([500], [9.0])) == pytest.approx(one)
     assert correlation(whole, ([7, 7], [1.0, 3.0])) == pytest.approx(50 / (200 * 16) ** 0.5)
-    assert correlation(([7, 7], [1.0, 3.0])) == 0
+    assert correlation(([7, 7], [1.0, 3.0])) is None
     # Scores that are equal up to rounding do not correlate with anything.
-    assert correlation(([10, 20, 30], [1.0, 1.0 + 1e-7, 1.0 + 2e-7])) == 0
+    assert correlation(([10, 20, 30], [1.0, 1.0 + 1e-7, 1.0 + 2e-7])) is None
 
 
 def test_sums_of_processes_add_up_to_those_of_one():

@@ -272,7 +272,7 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_of_950_answers_nearly_all_right_ones_are_found_and_no_other_turns_right():
+def test_of_1310_answers_nearly_all_right_ones_are_found_and_no_other_turns_right():
     """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
     right, found = 0, 0
     for row in answers():
@@ -286,8 +286,8 @@ def test_of_950_answers_nearly_all_right_ones_are_found_and_no_other_turns_right
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
         right, found = right + row["right"], found + (row["right"] and quality > 0.999)
-    assert right == 612
-    assert found >= 607
+    assert right == 812
+    assert found >= 802
 
 
 # What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.
@@ -334,7 +334,7 @@ def test_no_right_answer_stands_against_a_second_one():
             for whole in (distorted, f"<think>a</think><answer>{distorted}</answer>"):
                 assert canonical_response(whole, task, options=options, finish_reason="stop") is None, whole
                 checked += 1
-    assert checked > 6_000
+    assert checked > 8_000
 
 
 def test_no_response_that_is_valid_as_sent_loses_by_being_read():
@@ -347,7 +347,7 @@ def test_no_response_that_is_valid_as_sent_loses_by_being_read():
         as_sent = quality_score(row["text"], task, row["answer"], options=options)
         assert quality_score(text, task, row["answer"], options=options) >= as_sent, row
         checked += 1
-    assert checked > 150
+    assert checked > 200
 
 
 def test_reasons_behind_the_answer_are_its_reasoning():

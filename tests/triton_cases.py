@@ -46,7 +46,7 @@ def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor, floor: floa
     return errors[0] / max(errors[1] + floor, 1e-300)
 
 
-def mend_interpreter() -> None:
+def repair_interpreter() -> None:
     """Let triton 3.6's interpreter run loops up to a number that a launch passes, as it does with numpy before 2.4."""
     import triton
 
@@ -66,7 +66,7 @@ def mend_interpreter() -> None:
 
 def main(cases: dict[str, Case]) -> None:
     """Run every case on CPU and print a record of each: case, dtype, error ratio, and the traceback of a failure."""
-    mend_interpreter()
+    repair_interpreter()
     # The interpreter's numpy speaks of inf - inf, which is in the cases on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for dtype in ("float32", "bfloat16"):

@@ -24,7 +24,7 @@ _SAYS = re.compile(
     r"(?:(?:reads?|says?|spells?|shows?|displays?)\b(?:\s+as)?\s*[:：]?|is\s*[:：]|is\s+(?=[\"“「『«„]))\s*"
     rf"|(?:{_ARTICLE}(?:[\w-]+\s+){{1,5}}?(?:reads?|shows?|displays?|bears?)\s+(?:the\s+)?(?:[\w-]+\s+)?"
     r"|(?:i (?:can )?(?:see|read)|there is|it is|el letrero dice|das schild (?:sagt|zeigt)|auf dem schild steht"
-    r"|la placa pone|le panneau indique)\s*[:：]?\s*)(?=[\"“「『«„])"
+    r"|la placa pone|le panneau indique|(?:the|el|la|le|der|die|das) [^:\"“]{0,60}[:：])\s*[:：]?\s*)(?=[\"“「『«„])"
     r"|.{0,20}?(?:写着|写的是|写有|显示|文字是|文字为|内容是|内容为|字是)\s*(?:的是)?\s*[:：]?\s*",
     re.IGNORECASE,
 )
@@ -73,7 +73,7 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
 def read_text(body: str) -> str:
     """The text that an ocr answer names: without marks around it, or what a sentence about a sign quotes."""
     text = visible(strip_outside(body))
-    if _ILLEGIBLE.match(text):
+    if _ILLEGIBLE.match(text) or re.search(r"\[(?:illegible|unreadable|unclear)\]", text, re.IGNORECASE):
         raise Unreadable("no_answer")
     if re.fullmatch(rf"(?:{_QUOTED.pattern})(?:\s*(?:,|or|或者?|and)\s*(?:{_QUOTED.pattern}))+[.。]?", text):
         raise Unreadable("two_answers")
@@ -94,7 +94,7 @@ def said_text(sentence: str) -> str | None:
         quotation = _QUOTED.match(rest)
         if quotation and rest[quotation.end() :].strip() in ("", ".", "。"):
             return unquoted(quotation[quotation.lastindex])
-        if quotation and _QUOTED.search(rest, quotation.end()):
+        if len(_QUOTED.findall(rest)) > 1:
             raise Unreadable("two_answers")
         # Without a quotation only what is sure to be about a text.
         if not quotation and re.match(r"(?:the|this|it|its|on-?screen)\b|[^\x00-\x7f]", sentence, re.IGNORECASE):

@@ -16,7 +16,7 @@ _FOUR = re.compile(rf"[\[(]\s*{_N}(?:{_COMMA}{_N}){{3}}\s*[\])]")
 _TWO_CORNERS = re.compile(
     rf"[\[(]\s*{_N}{_COMMA}{_N}\s*[\])]\s*(?:[,;-]|to|and|->|→|到|至)?\s*[\[(]\s*{_N}{_COMMA}{_N}\s*[\])]"
 )
-_BARE = re.compile(rf"{_N}(?:(?:{_COMMA}|\s+){_N}){{3}}")
+_BARE = re.compile(rf"{_N}(?:(?:\s*[,;]\s*|\s+){_N}){{3}}")
 _BOX_TAGS = re.compile(
     r"<ref>.*?</ref>|<\|object_ref_start\|>.*?<\|object_ref_end\|>|<\|(?:box_start|box_end)\|>"
     r"|</?(?:box|bbox|bounding_box)>",

@@ -53,7 +53,7 @@ _BOUND = re.compile(
 _RANGE = re.compile(rf"{NUMBER}\s*(?:-|~|\bto\b|到|至)\s*{NUMBER}", re.IGNORECASE)
 # Sums, fractions, ordinals, times of day, scales that are unclear, denials. A unit such as km/h is none of them.
 _NO_COUNT = re.compile(
-    r"[0-9]\s*[*/^:√×÷\\+-]|[*/^√×÷\\]\s*[0-9]|\bnot\b|n['’]t\b|不是|[0-9](?:st|nd|rd|th)\b|第"
+    r"[0-9]\s*(?:[*/^√×÷\\+-]|:\s*[0-9])|[*/^√×÷\\]\s*[0-9]|\bnot\b|n['’]t\b|不是|[0-9](?:st|nd|rd|th)\b|第"
     r"|\b(?:half|halves|quarters?|third|thirds|fourth|fifths?|dozens?|couple|pair|few|several|score|minus|negative)\b"
     r"|[0-9]\s*(?:am|pm|a\.m|p\.m|o['’]clock)\b|半|[百千万亿]分",
     re.IGNORECASE,
@@ -124,6 +124,8 @@ def read_number(body: str) -> str:
     """A decimal number; raises Unreadable where an answer is not one number."""
     if as_it_is := strict(body, "numeric"):
         return as_it_is
+    if re.fullmatch(r"\s*(?:one |a |the )?number[.\s]*", body, re.IGNORECASE):
+        raise Unreadable("no_answer")
     if (fraction := _FRACTION.fullmatch(body)) and int(fraction[2]):
         return decimal_text(round(Decimal(fraction[1]) / Decimal(fraction[2]), 9))
     text = plain(body)
@@ -152,11 +154,14 @@ def read_number(body: str) -> str:
     numbers = [number.replace(",", "") for number in _COUNTED.findall(text)]
     if not numbers or re.search(r"(?<![A-Za-z])[0-9]", _COUNTED.sub(" ", text)):
         raise Unreadable("not_a_number")
-    if len({Decimal(number) for number in numbers}) != 1:
+    values = [Decimal(number) for number in numbers]
+    # "4 cars: 2 red, 1 blue and 1 white".
+    parts_add_up = len(values) > 2 and values[0] == sum(values[1:])
+    if len(set(values)) != 1 and not parts_add_up:
         raise Unreadable("two_answers")
     value = numbers[0]
     if scales := _SCALED.findall(text):
-        if len(scales) > 1 or len(numbers) > 1:
+        if len(numbers) > 1:
             raise Unreadable("not_a_number")
         value = decimal_text(Decimal(value).scaleb(_POWERS_OF_TEN[scales[0].lower()]))
     return value.lstrip("+")

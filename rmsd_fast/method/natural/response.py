@@ -35,7 +35,8 @@ Options = Sequence[str] | None
 MOST_CHARACTERS = 20_000
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
-    r"(?:your |the )?answer(?: here)?|text(?: read)?|\.{3}|…|the (?:question|user|task) (?:asks|wants|is asking)\b.*",
+    r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
+    r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*",
     re.IGNORECASE | re.DOTALL,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -122,7 +123,7 @@ def _text_in_order(text: str, task: str) -> str:
     if is_refusal(body, inside_answer=True):
         raise Unreadable("refusal")
     answer = canonical_body(body, task)
-    if task == "open" and _NO_ANSWER.fullmatch(body):
+    if _NO_ANSWER.fullmatch(body):
         raise Unreadable("no_answer")
     text = without_region_marks(text)
     return text if answer == answer_body(text).strip() else text.replace(answer_body(text), answer)
@@ -152,10 +153,14 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
     if not blocks:
         raise Unreadable("no_answer")
     answer = the_only([_body(block, task, options) for block in blocks])
-    if task not in ("open", "ocr"):
-        stated = {statement.answer for text in (lead, after) for statement in statements(text, task, options)}
-        if stated - {answer, None} or is_taken_back(after, answer, task, options):
-            raise Unreadable("two_answers")
+    if task in ("open", "ocr"):
+        contradicted = takes_back(after)
+    else:
+        others = [statement.answer for text in (lead, after) for statement in statements(text, task, options)]
+        others += [read_or_reason(box, task, options)[0] for text in (lead, after) for box in _BOXED.findall(text)]
+        contradicted = bool(set(others) - {answer, None}) or is_taken_back(after, answer, task, options)
+    if contradicted:
+        raise Unreadable("two_answers")
     return lead, answer, after
 
 
@@ -266,6 +271,10 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
             if takes_back(part.text) or is_taken_back(final[part.end :], answer, task, options):
                 raise Unreadable("two_answers")
             return final[: part.start], the_only([answer, *(other for _, other in alone)]), final[part.end :]
+        joined = " ".join(final.split())
+        if task in ("temporal", "spatial") and (answer := short(joined, task, options)):
+            # "Start: 3 s" and "End: 5 s" in lines of their own.
+            return "", answer, ""
         before, _, paragraph = final.strip().rpartition("\n\n")
         if before and not takes_back(paragraph) and (answer := short(" ".join(paragraph.split()), task, options)):
             return before, answer, ""
@@ -292,6 +301,6 @@ def _body(text: str, task: str, options: Options) -> str:
         raise Unreadable("refusal")
     if answer is None:
         raise Unreadable(reason)
-    if task == "open" and _NO_ANSWER.fullmatch(text):
+    if task in ("open", "ocr") and _NO_ANSWER.fullmatch(text):
         raise Unreadable("no_answer")
     return answer

@@ -38,6 +38,8 @@ _TEXT_STATEMENT = re.compile(
 _HEADING = re.compile(
     r"[ \t]*(?:#{1,6}\s*|\*\*)?(?:final\s+)?(?:answer|答案|最终答案|解答)\s*[:：]?\s*(?:\*\*)?[ \t]*", re.IGNORECASE
 )
+# "Let me go through each option:".
+_NO_STATEMENT = re.compile(r"\b(?:each|every|all|any|which|what|whether|per)\s+(?:of\s+)?(?:the\s+)?$", re.IGNORECASE)
 _DENIAL_BEFORE = re.compile(
     r"\b(?:wrong|incorrect|false|not|never|if|were|rul\w+ out|eliminat\w+|exclud\w+|first|initial)\b"
     r"|n['’]t\b|不|错|如果",
@@ -134,6 +136,8 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
             if not value.strip("*:： ") and number + 1 == len(matches) and index + 1 < len(sentences):
                 # "The answer is:" and the answer in the next line.
                 value, end = sentences[index + 1].text, sentences[index + 1].end
+            if _NO_STATEMENT.search(sentence.text[: match.start()]):
+                continue
             clause = re.split(r"[,，;；:：]", sentence.text[: match.start()])[-1]
             denied = _DENIAL_BEFORE.search(clause)
             answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)

@@ -11,6 +11,9 @@ from .text import visible
 _THINK = r"(?:think|thinking|thoughts?|reasoning|reason|analysis|scratchpad|seed:think)"
 _ANSWER = r"(?:answer|final[ _-]?answer|ans|solution|output|result)"
 _SPELLINGS = [
+    # Harmony's channels.
+    (re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>"), "<think>"),
+    (re.compile(r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"), "</think>"),
     (re.compile(rf"[<\[◁]\s*{_THINK}\s*[>\]▷]", re.IGNORECASE), "<think>"),
     (re.compile(rf"[<\[◁]\s*/\s*{_THINK}\s*[>\]▷]", re.IGNORECASE), "</think>"),
     (re.compile(rf"<\s*{_ANSWER}\s*>|\[\s*answer\s*\]|<\|begin_of_box\|>", re.IGNORECASE), "<answer>"),
@@ -22,7 +25,7 @@ _REGION_MARKS = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
 _BOX_MARKS = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _ANY_TAG = re.compile(r"</?(?:think|answer)>")
 # What servers leave at the end of a text.
-_END_TOKENS = ("im_end", "endoftext", "eot_id", "end", "end_of_text")
+_END_TOKENS = ("im_end", "endoftext", "eot_id", "end", "end_of_text", "return")
 _END_TOKENS = (*(f"<|{token}|>" for token in _END_TOKENS), "</s>", "<eos>", "<end_of_turn>")
 
 

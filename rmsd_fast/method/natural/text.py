@@ -71,7 +71,8 @@ def plain(body: str) -> str:
     Raises:
         Unreadable: it is a question.
     """
-    text = _DASHES.sub("-", unicodedata.normalize("NFKC", strip_outside(body)))
+    # The full-width comma of Chinese is none of a number.
+    text = _DASHES.sub("-", unicodedata.normalize("NFKC", strip_outside(body).replace("，", "， ")))
     text = _LINE_MARK.sub("", _HTML.sub(" ", _LATEX_MARKS.sub(" ", strip_latex_text(text))))
     text = " ".join(_EMPHASIS.sub("", text).split())
     for _ in range(3):

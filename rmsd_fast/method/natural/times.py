@@ -34,7 +34,7 @@ _JOINER = (
 # would be taken for the end.
 _BETWEEN = re.compile(
     rf"(?:\s|[,;:=\"'(\[]|\b(?:and|y|und|et|it|the|this|event|action|scene|which|then|at|around|about|approximately|"
-    rf"roughly|approx|circa|time|timestamp|mark|second|seconds|of|is|on|in|up|going|continues?|continuing|runs?|with|"
+    rf"roughly|approx|circa|time|timestamp|mark|seconds?|segundos?|of|is|on|in|up|going|continues?|continuing|runs?|with|"
     rf"las|los|el|der|die)(?![a-z])|并|在|于|持续|一直|直|大约|约|第|时间|时刻|，|\.(?=\s)|(?P<join>(?<![a-z]){_JOINER}(?![a-z])))*",
     re.IGNORECASE,
 )
@@ -47,7 +47,9 @@ _OTHER_UNIT = re.compile(
     r"\b(?:frames?|percent|days?|weeks?|years?|beats?|bpm|fps|hundred|thousand|million|half|quarter)\b|帧|コマ|%|天",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:not|never|except|outside|neither|nor|unclear|wrong)\b|n['’]t\b|不|没|未", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:not|cannot|never|except|outside|neither|nor|unclear|wrong)\b|n['’]t\b|不|没|未", re.IGNORECASE
+)
 _OR = re.compile(r"\b(?:or|either|oder|alternatively|maybe|perhaps|possibly)\b|或", re.IGNORECASE)
 # "i.e. 7 to 10 seconds": what stands behind explains what stands before.
 _THAT_IS = re.compile(r"\bi\.e\.,?|\bthat is,?\s|即")
