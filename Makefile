@@ -46,6 +46,10 @@ else
 $(error SET: expected cpu or cuda, got '$(SET)')
 endif
 
+ifneq ($(filter-out yes no,$(SUDO)),)
+$(error SUDO: expected yes or no, got '$(SUDO)')
+endif
+
 hash = $(shell { echo $(SET); cat $(1) 2>/dev/null; } | sha256sum | cut -c1-16)
 MADE := $(VENV)/.made
 VENV_STAMP := $(MADE)/venv

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rmsd_fast import environment
 from rmsd_fast.data.records import write_text_atomic
 from rmsd_fast.report_page.evaluation import evaluation_picture
 from rmsd_fast.report_page.page import render
@@ -51,6 +52,9 @@ def _write(path: Path, text: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if reason := environment.why_not(("omegaconf",)):
+        print(f"rmsd_fast.report: {reason}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         prog="rmsd_fast.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -280,7 +280,7 @@ def _check(settings: RunConfig) -> None:
                 raise SettingsError(f"{key}: expected {expected if low != 1e-12 else 'a number above 0'}, got {value}")
     if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
         raise SettingsError(
-            f"stages: expected a part of {list(STAGES)} in this order, got {settings.stages}; e.g. stages=[sft]"
+            f"stages: expected some of {list(STAGES)}, in this order, got {settings.stages}; e.g. stages=[sft]"
         )
     if "warm_up" in settings.stages and not uses_discriminator(settings):
         raise SettingsError(
