@@ -90,7 +90,7 @@ class VideoConfig:
     fps: float | None = None
     """Frames per second taken, within [min_frames, max_frames]. Excludes `num_frames`."""
     min_frames: int = 4
-    """Fewest frames with `fps` (Qwen3-VL's processor: 4)."""
+    """Fewest frames with `fps` (Qwen3-VL's processor: 4); at least a temporal patch, which is 2 in all its models."""
     max_frames: int = 768
     """Most frames with `fps` (Qwen3-VL's processor: 768)."""
     min_video_pixels: int = 4096
@@ -135,8 +135,8 @@ class DataConfig:
     max_file_mib: int = 16384
     """Larger media files are bad samples, not opened."""
     check_frames: bool = True
-    """Refuse videos whose chosen frames are all the same, all of a single colour, or partly the grey that decoders put
-    in place of lost pictures."""
+    """Refuse videos whose chosen frames are different ones and look all the same, are all of a single colour, or partly
+    the grey that decoders put in place of lost pictures."""
     cache_mib: int = 1024
     """Memory for decoded frames (uint8, resized) of each process, MiB: the host's, the GPU's with `decoder=cuda`;
     0 = none."""

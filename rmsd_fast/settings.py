@@ -57,7 +57,7 @@ RANGES = {
     "rollout.max_new_tokens rollout.prompts_per_batch rollout.log_questions teacher.responses evaluate.max_new_tokens "
     "evaluate.prompts_per_batch data.decode_threads data.max_file_mib data.max_prompt_tokens checkpoint.keep "
     "runtime.max_skipped_steps "
-    "made.train_clips made.heldout_clips made.responses made.student_layers video.min_frames video.max_frames "
+    "made.train_clips made.heldout_clips made.responses made.student_layers "
     "video.min_video_pixels video.max_video_pixels video.max_frame_pixels video.min_image_pixels "
     "video.max_image_pixels",
     NUMBER: "sft.lr sft.warmup_steps sft.weight_decay discriminator.lr discriminator.warm_up_steps "
@@ -70,7 +70,7 @@ RANGES = {
     ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
     (1e-12, 86400): "data.decode_timeout_s",
     (1e-12, 1e6): "data.disk_cache_gib",
-    (2, None): "video.num_frames evaluate.num_frames",
+    (2, None): "video.num_frames video.min_frames video.max_frames evaluate.num_frames",
     (1, 6): "made.questions_per_clip",
 }
 

@@ -50,6 +50,22 @@ def _playlist(path: Path) -> None:
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{path.parent.parent}/secret.ts\n#EXT-X-ENDLIST\n")
 
 
+def _dash_playlist(path: Path) -> None:
+    """The same in XML, behind a comment that is neither short nor ASCII."""
+    path.write_text(
+        f'<?xml version="1.0"?>\n<!--{"é" * 5000}-->\n<MPD type="static" '
+        'profiles="urn:mpeg:dash:profile:isoff-live:2011">\n<Period><AdaptationSet><Representation id="0" '
+        f'mimeType="video/mp4"><BaseURL>{path.parent.parent}/secret.mp4</BaseURL></Representation></AdaptationSet>'
+        "</Period></MPD>\n",
+        encoding="utf-8",
+    )
+
+
+def _concat_script(path: Path) -> None:
+    """A script that lets FFmpeg read other files, with a comment that is not ASCII."""
+    path.write_text("ffconcat version 1.0\n# é\nfile 'secret.mp4'\n", encoding="utf-8")
+
+
 def _folder(path: Path) -> None:
     path.mkdir()
 
@@ -74,6 +90,18 @@ def _truncated_fast_start(path: Path) -> None:
     data = encoded(path, movflags="+faststart")
     start = data.index(b"mdat")
     path.write_bytes(data[: start + (len(data) - start) // 2])
+
+
+def _truncated_as(container: str, codec: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        from torchcodec.encoders import VideoEncoder
+
+        whole = path.with_suffix(f".{container}")
+        VideoEncoder(moving(), frame_rate=FPS).to_file(whole, codec=codec, pixel_format="yuv420p")
+        data = whole.read_bytes()
+        path.write_bytes(data[: len(data) * 6 // 10])
+
+    return write
 
 
 def _audio_only(path: Path) -> None:
@@ -193,10 +221,15 @@ FAULTS = (
     Fault("fifo", _fifo, "got a pipe, socket or device"),
     Fault("empty", _empty, "the file is empty"),
     Fault("huge (32 GiB, sparse)", _huge, "data.max_file_mib"),
-    Fault("garbage", _garbage, "cannot be decoded"),
+    Fault("garbage", _garbage, "got an unknown kind of file"),
     Fault("playlist of files elsewhere", _playlist, "got a playlist"),
+    Fault("DASH playlist behind a comment", _dash_playlist, "got a playlist"),
+    Fault("concat script", _concat_script, "got a playlist"),
     Fault("truncated", _truncated, "truncated: expected at least"),
     Fault("truncated fast-start", _truncated_fast_start, "truncated: expected at least"),
+    Fault("truncated Matroska", _truncated_as("mkv", "libx264"), "truncated: expected at least"),
+    Fault("truncated AVI", _truncated_as("avi", "mpeg4"), "truncated: expected at least"),
+    Fault("truncated WebM", _truncated_as("webm", "libvpx-vp9"), "truncated: expected at least"),
     Fault("audio only", _audio_only, "got a file without a video stream"),
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
     Fault("many flipped bytes", _flipped, "plain grey that stands for lost pictures", True),
@@ -234,12 +267,12 @@ def main() -> None:
         def read(path: Path, frames: int = 8) -> str:
             request = MediaRequest(str(path), "video", VideoConfig(num_frames=frames), Preprocessor())
             try:
-                found = reader.read(request)
+                frames_read = reader.read(request)
             except MediaError as error:
                 return str(error).replace(f"{folder}/", "")
-            height, width = found.pixels.shape[-2:]
-            stamps = ", ".join(f"{at:.1f}" for at in found.timestamps_s)
-            return f"used: {len(found.pixels)} frames of {width}x{height} at {stamps} s"
+            height, width = frames_read.pixels.shape[-2:]
+            stamps = ", ".join(f"{at:.1f}" for at in frames_read.timestamps_s)
+            return f"used: {len(frames_read.pixels)} frames of {width}x{height} at {stamps} s"
 
         for fault in FAULTS:
             print(f"| {fault.name} | {read(make(fault, folder))} |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,15 +72,26 @@ def numbers_of(pixels: torch.Tensor, *, step: int = 4) -> list[int]:
     return (pixels.float().mean((1, 2, 3)) / step).round().int().tolist()
 
 
-def ffmpeg(*arguments: object) -> None:
-    """Run the program ffmpeg, or skip the test if it is not installed: torchcodec needs its libraries only."""
+def ffmpeg(*arguments: object) -> bytes:
+    """Run the program ffmpeg and return what it writes to a pipe, the output named "-".
+
+    Skips the test if it is not installed: torchcodec needs its libraries only.
+    """
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs the program ffmpeg")
     command = ["ffmpeg", "-v", "error", "-y", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if "Unknown encoder" in done.stderr:
-        pytest.skip(f"this ffmpeg cannot make the file: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    errors = done.stderr.decode(errors="replace")
+    if "Unknown encoder" in errors:
+        pytest.skip(f"this ffmpeg cannot make the file: {errors.strip()}")
+    assert done.returncode == 0, errors
+    return done.stdout
+
+
+def ffmpeg_version() -> int:
+    """Major version of the program ffmpeg; torchcodec takes the libraries that belong to it where it finds several."""
+    text = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"version \D*(\d+)", text)[1])
 
 
 def run_advice(message: str, folder: Path) -> Path:

@@ -152,10 +152,10 @@ def test_a_bad_file_is_opened_once_until_it_changes(tmp_path: Path, reader: Medi
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"no video \0 at all")
     for _ in range(2):
-        with pytest.raises(MediaError, match="cannot be decoded"):
+        with pytest.raises(MediaError, match="got an unknown kind of file"):
             reader.read(request(path))
     reader._take_worker = None  # type: ignore[assignment]
-    with pytest.raises(MediaError, match="cannot be decoded"):
+    with pytest.raises(MediaError, match="got an unknown kind of file"):
         reader.read(request(path))
     del reader._take_worker
     encoded(path)
@@ -299,9 +299,25 @@ def test_workers_are_replaced_after_a_while(clip: Path, reader: MediaReader, mon
 
 
 def test_a_user_error_in_a_worker_comes_through(clip: Path, reader: MediaReader) -> None:
-    with pytest.raises(SettingsError, match=r"raise video\.num_frames"):
+    with pytest.raises(SettingsError, match=r"video\.num_frames: expected at least 2"):
         reader.read(request(clip, 1))
     assert len(reader._idle) == 1
+
+
+def test_a_library_that_fails_in_its_own_way_costs_one_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    """In a worker and in the thread that decodes on the GPU, of which the exception is all that is tested here."""
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("Fraction(1, 0)")
+
+    monkeypatch.setattr(media, "read_media", broken)
+    with pytest.raises(MediaError, match=r"clip\.mp4: cannot be decoded \(ZeroDivisionError: Fraction\(1, 0\)\); drop"):
+        reader._on_cuda(request(clip), reader._state(request(clip)))
+    # The file is not blamed for the device.
+    monkeypatch.setattr(media, "read_media", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        reader._on_cuda(request(clip, 5), reader._state(request(clip, 5)))
+    assert not isinstance(caught.value, MediaError)
 
 
 def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path, monkeypatch) -> None:

@@ -4,165 +4,31 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from media_files import decode_image, decode_video, run_advice
-from PIL import Image, features
+from picture_files import (
+    LEVELS_8,
+    LEVELS_16,
+    grey_row,
+    pixels,
+    refusal,
+    row_of,
+    skip_unless_written,
+    write_png,
+    write_tiff,
+)
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.data import pictures
 from rmsd_fast.data.media_file import MediaError
-from rmsd_fast.data.pictures import _rgb, picture_size, read_picture
+from rmsd_fast.data.pictures import picture_size
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest, read_layout, read_media
-
-# Invisible (hidden black), half visible, opaque. White behind 128/255 of a colour c is c*128/255 + 127: 0 to 127,
-# 10 to 132.02, 20 to 137.04, 30 to 142.06.
-CLEAR_HALF_FULL = [(0, 0, 0, 0), (10, 20, 30, 128), (10, 20, 30, 255)]
-ON_WHITE = [(255, 255, 255), (132, 137, 142), (10, 20, 30)]
-# 16-bit levels and round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
-LEVELS_16 = [0, 128, 129, 257, 32767, 32768, 65407, 65535]
-LEVELS_8 = [0, 0, 1, 1, 127, 128, 255, 255]
-
-
-def pixels(path: Path) -> list[list[tuple[int, ...]]]:
-    """Rows of RGB pixels, after a look that the header gives the same size."""
-    picture = read_picture(str(path))
-    assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(str(path))
-    return [[tuple(pixel) for pixel in row] for row in picture.tolist()]
-
-
-def grey_row(path: Path) -> list[int]:
-    (row,) = pixels(path)
-    assert all(red == green == blue for red, green, blue in row)
-    return [red for red, _, _ in row]
-
-
-def refusal(path: Path) -> str:
-    """The message, which is the same for the header alone unless only the pixels show the fault."""
-    with pytest.raises(MediaError) as caught:
-        read_picture(str(path))
-    text = str(caught.value)
-    assert text.startswith(f"{path}: ")
-    return text.removeprefix(f"{path}: ")
-
-
-def skip_unless_written(name: str) -> None:
-    if name.endswith(".avif") and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
-
-
-def row_of(mode: str, values: list) -> Image.Image:
-    image = Image.new(mode, (len(values), 1))
-    image.putdata(values)
-    return image
-
-
-def write_png(path: Path, size: tuple[int, int], bits: int, colour: int, rows: list[bytes], **chunks: bytes) -> Path:
-    """A PNG made by hand: colour is PNG's colour type; chunks come ahead of the pixels."""
-
-    def chunk(kind: str, data: bytes) -> bytes:
-        body = kind.encode() + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
-    body = b"".join(chunk(kind, data) for kind, data in chunks.items())
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk("IHDR", header) + body + chunk("IDAT", data) + chunk("IEND", b""))
-    return path
-
-
-def write_tiff(path: Path, data: bytes, bits: list[int], photometric: int, *, width: int, **more: int) -> Path:
-    """A little-endian TIFF of one row made by hand; bits of each channel; more: further tags, as tag_338=1."""
-    depths = struct.pack(f"<{len(bits)}H", *bits)
-    # A tag's values stand in it if they fit into four bytes, and otherwise behind the pixels.
-    at = int.from_bytes(depths, "little") if len(depths) <= 4 else 8 + len(data)
-    numbers = {256: width, 257: 1, 259: 1, 262: photometric, 273: 8, 277: len(bits), 278: 1, 279: len(data)}
-    numbers |= {int(name.removeprefix("tag_")): value for name, value in more.items()}
-    tags = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers.items()}
-    tags[258] = struct.pack("<HHII", 258, 3, len(bits), at)
-    data += depths if len(depths) > 4 else b""
-    data += b"\0" * (len(data) % 2)
-    entries = struct.pack("<H", len(tags)) + b"".join(tags[tag] for tag in sorted(tags)) + bytes(4)
-    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + entries)
-    return path
-
-
-# ---- transparency
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.webp", "x.tga"])
-def test_transparent_parts_show_white(tmp_path: Path, name: str) -> None:
-    row_of("RGBA", CLEAR_HALF_FULL).save(tmp_path / name, **({"lossless": True} if "webp" in name else {}))
-    assert pixels(tmp_path / name) == [ON_WHITE]
-
-
-def test_transparent_avif_shows_white(tmp_path: Path) -> None:
-    skip_unless_written("x.avif")
-    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    image.paste((200, 0, 0, 255), (32, 0, 64, 64))
-    image.save(tmp_path / "x.avif", quality=100)
-    rows = pixels(tmp_path / "x.avif")
-    assert rows[5][5] == (255, 255, 255) and rows[5][60][0] > 190 and max(rows[5][60][1:]) < 10
-
-
-def test_transparent_grey_and_palettes_show_white(tmp_path: Path) -> None:
-    row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.png")
-    row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.tiff")
-    assert grey_row(tmp_path / "la.png") == grey_row(tmp_path / "la.tiff") == [255, 127, 40]
-    image = row_of("P", [0, 1, 2])
-    image.putpalette([0, 0, 0, 10, 20, 30, 10, 20, 30])
-    image.save(tmp_path / "p.png", transparency=b"\x00\x80\xff")
-    assert pixels(tmp_path / "p.png") == [ON_WHITE]
-    image.save(tmp_path / "p.gif", transparency=0)
-    assert pixels(tmp_path / "p.gif") == [[(255, 255, 255), (10, 20, 30), (10, 20, 30)]]
-    opaque = row_of("P", [0, 1, 1])
-    opaque.putpalette([0, 0, 0, 10, 20, 30])
-    opaque.save(tmp_path / "opaque.gif")
-    assert pixels(tmp_path / "opaque.gif") == [[(0, 0, 0), (10, 20, 30), (10, 20, 30)]]
-
-
-def test_modes_that_no_file_is_opened_in() -> None:
-    """Pillow's plugins turn them into others; programs that extend Pillow may not."""
-    for mode in ("RGBa", "PA"):
-        image = row_of("RGBA", [(0, 0, 0, 0), (0, 255, 0, 255)]).convert(mode)
-        assert _rgb("x", image).tolist() == [[[255] * 3, [0, 255, 0]]], mode
-    premultiplied = row_of("LA", [(0, 0), (0, 128), (40, 255)]).convert("La")
-    assert _rgb("x", premultiplied).tolist() == [[[255] * 3, [127] * 3, [40] * 3]]
-    # Hue 0 is red, 85 of 255 is a third of the circle.
-    assert _rgb("x", row_of("HSV", [(0, 255, 255), (85, 255, 255)])).tolist() == [[[255, 0, 0], [0, 255, 0]]]
-
-
-def test_associated_alpha_shows_white(tmp_path: Path) -> None:
-    # Colours multiplied with alpha: 5, 10, 15 at 128 are 10, 20, 30.
-    data = bytes([0, 0, 0, 0, 5, 10, 15, 128, 10, 20, 30, 255])
-    path = write_tiff(tmp_path / "x.tiff", data, [8] * 4, 2, width=3, tag_338=1)
-    (row,) = pixels(path)
-    assert row[0] == (255, 255, 255) and row[2] == (10, 20, 30)
-    assert np.abs(np.array(row[1]) - (132, 137, 142)).max() <= 1
-
-
-def test_a_transparent_colour_shows_white(tmp_path: Path) -> None:
-    row_of("RGB", [(1, 2, 3), (1, 2, 4)]).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
-    assert pixels(tmp_path / "rgb.png") == [[(255, 255, 255), (1, 2, 4)]]
-    row_of("L", [7, 8]).save(tmp_path / "l.png", transparency=7)
-    assert grey_row(tmp_path / "l.png") == [255, 8]
-    row_of("1", [0, 255]).save(tmp_path / "1.png", transparency=0)
-    assert grey_row(tmp_path / "1.png") == [255, 255]
-    # Grey of 4 bits, 3 and 5 of 15; the colour that is transparent is named in 4 bits too. 5 / 15 of 255 is 85.
-    write_png(tmp_path / "l4.png", (2, 1), 4, 0, [b"\x35"], tRNS=struct.pack(">H", 3))
-    assert grey_row(tmp_path / "l4.png") == [255, 85]
-    write_png(tmp_path / "l2.png", (4, 1), 2, 0, [b"\x1b"], tRNS=struct.pack(">H", 1))
-    assert grey_row(tmp_path / "l2.png") == [0, 255, 170, 255]
-    grey = np.array([LEVELS_16], dtype=">u2").tobytes()
-    write_png(tmp_path / "l16.png", (8, 1), 16, 0, [grey], tRNS=struct.pack(">H", 129))
-    assert grey_row(tmp_path / "l16.png") == [0, 0, 255, 1, 127, 128, 255, 255]
-    rgb = struct.pack(">6H", 256, 0, 0, 257, 0, 0)
-    write_png(tmp_path / "rgb16.png", (2, 1), 16, 2, [rgb], tRNS=struct.pack(">3H", 256, 0, 0))
-    assert "got a transparent colour of 16 bits; save it as an 8-bit PNG" in refusal(tmp_path / "rgb16.png")
-
 
 # ---- more than 8 bits
 
@@ -206,7 +72,7 @@ def test_floats_from_0_to_1_are_scaled(tmp_path: Path, name: str) -> None:
 def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list, kind: type, found: str) -> None:
     Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / "x.tiff")
     expected = f"expected 8 or 16 bits per channel, or floats from 0 to 1, got {found}; scale them to 0-255"
-    assert refusal(tmp_path / "x.tiff").startswith(expected)
+    assert refusal(tmp_path / "x.tiff", in_pixels=True).startswith(expected)
 
 
 def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path: Path) -> None:
@@ -327,6 +193,40 @@ def test_damaged_exif_does_not_matter(tmp_path: Path, exif: bytes, turned: bool)
     assert np.abs(np.array(rows) - (200, 100, 0)).max() <= 3
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff", "packed.tiff"])
+def test_an_orientation_in_xmp_is_ignored(tmp_path: Path, name: str) -> None:
+    """As browsers do. Pillow's own `getexif` takes it where EXIF has none."""
+    image, options = Image.new("RGB", (48, 32), (200, 100, 0)), {"xmp": XMP}
+    if name == "x.png":
+        options = {"pnginfo": PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    elif "tiff" in name:
+        options = {"tiffinfo": {700: XMP}} | ({"compression": "tiff_lzw"} if name == "packed.tiff" else {})
+    image.save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as saved:
+        assert saved.getexif()[0x0112] == 6
+    assert np.array(pixels(tmp_path / name)).shape == (32, 48, 3)
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path, monkeypatch) -> None:
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 6, 0, 0)
+    before = write_png(tmp_path / "before.png", (3, 1), 8, 0, [b"abc"], eXIf=exif)
+    data = before.read_bytes()
+    at = data.index(b"eXIf") - 4
+    chunk = data[at : at + 12 + len(exif)]
+    after = tmp_path / "after.png"
+    after.write_bytes(data.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND"))
+    plain = write_png(tmp_path / "plain.png", (3, 1), 8, 0, [b"abc"])
+    assert grey_row(plain) == [97, 98, 99]
+    for path in (before, after):
+        assert pixels(path) == [[(97,) * 3], [(98,) * 3], [(99,) * 3]]
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    assert [picture_size(str(path)) for path in (before, after, plain)] == [(3, 1), (3, 1), (1, 3)]
+
+
 # ---- truncated JPEG
 
 
@@ -345,7 +245,19 @@ def test_a_jpeg_may_lack_its_end_and_no_pixels(tmp_path: Path, options: dict) ->
         assert pixels(path) == whole
     for missing in [*range(3, 60), 500, 1000, len(data) // 2]:
         path.write_bytes(data[:-missing])
-        assert refusal(path) == "truncated: picture data is missing; fetch it again or drop the question"
+        assert (
+            refusal(path, in_pixels=True) == "truncated: picture data is missing; fetch it again or drop the question"
+        )
+
+
+@pytest.mark.parametrize(("options", "times"), [({}, 3), ({"restart_marker_blocks": 4}, 9)])
+def test_how_often_a_jpeg_without_an_end_is_decoded(tmp_path: Path, monkeypatch, options: dict, times: int) -> None:
+    Image.effect_noise((64, 64), 80).save(tmp_path / "x.jpg", **options)
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:-2])
+    digest, calls = pictures._digest, []
+    monkeypatch.setattr(pictures, "_digest", lambda image: calls.append(image) or digest(image))
+    pixels(tmp_path / "x.jpg")
+    assert len(calls) == times
 
 
 def test_a_progressive_jpeg_that_lacks_whole_scans_is_refused(tmp_path: Path) -> None:
@@ -355,7 +267,7 @@ def test_a_progressive_jpeg_that_lacks_whole_scans_is_refused(tmp_path: Path) ->
     scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
     for at in scans[1:]:
         path.write_bytes(data[:at])
-        assert refusal(path).startswith("truncated: picture data is missing")
+        assert refusal(path, in_pixels=True).startswith("truncated: picture data is missing")
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.gif", "x.webp", "x.bmp", "x.tiff", "x.ppm", "x.avif", "x.jp2", "x.tga"])
@@ -365,7 +277,8 @@ def test_other_truncated_pictures_are_refused(tmp_path: Path, name: str) -> None
     data = (tmp_path / name).read_bytes()
     for share in (0.1, 0.5, 0.9):
         (tmp_path / name).write_bytes(data[: int(len(data) * share)])
-        refusal(tmp_path / name)
+        # WebP and AVIF state their length first.
+        refusal(tmp_path / name, in_pixels=name not in ("x.webp", "x.avif"))
 
 
 # ---- several pictures

@@ -11,9 +11,10 @@ import torch
 from media_files import decode_image, noise_frames, write_images
 from PIL import Image
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import SettingsError, VideoConfig
 from rmsd_fast.data.preprocess import (
     Preprocessor,
+    check_frame_counts,
     frame_indices,
     image_size,
     load_preprocessor,
@@ -78,8 +79,25 @@ def test_frame_indices_of_qwen2_stay_within_the_video() -> None:
 
 @pytest.mark.parametrize("settings", [VideoConfig(num_frames=4, fps=1.0), VideoConfig(num_frames=None)])
 def test_frame_indices_wants_one_of_count_and_rate(settings: VideoConfig) -> None:
-    with pytest.raises(ValueError, match="exactly one of them has to be set"):
+    with pytest.raises(SettingsError, match="exactly one of them has to be set"):
         frame_indices(10, 10.0, settings, PREPROCESSOR)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+def test_frame_counts_never_fall_below_a_temporal_patch(family: str) -> None:
+    """Whatever the video: settings that could are refused for all, so none of them ends a run."""
+    preprocessor = Preprocessor(family=family, temporal_patch_size=3)
+    for settings in (
+        VideoConfig(num_frames=2),
+        VideoConfig(num_frames=None, fps=2.0, min_frames=2),
+        VideoConfig(num_frames=None, fps=2.0, min_frames=3, max_frames=2),
+    ):
+        with pytest.raises(SettingsError, match="frames: expected at least 3, the frames that the model"):
+            check_frame_counts(settings, preprocessor)
+    for settings in (VideoConfig(num_frames=3), VideoConfig(num_frames=None, fps=0.01, min_frames=3, max_frames=5)):
+        assert all(len(frame_indices(total, 10.0, settings, preprocessor)) >= 3 for total in range(3, 200))
+    with pytest.raises(ValueError, match="a video of at least 3 frames and a frame rate, got 2 at 10.0 Hz"):
+        frame_indices(2, 10.0, VideoConfig(num_frames=3), preprocessor)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +211,7 @@ def test_load_preprocessor_reads_either_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "found neither"),
+        ({}, "got neither"),
         ({"preprocessor_config.json": "{"}, "not readable as JSON"),
         ({"preprocessor_config.json": "[1]"}, "expected a JSON object, got list"),
         ({"preprocessor_config.json": '{"patch_size": 16}'}, "lack 'temporal_patch_size'"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from media_files import noise_frames, write_clip
 
-from rmsd_fast.config import ModelError, VideoConfig
+from rmsd_fast.config import ModelError, SettingsError, VideoConfig
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import (
@@ -50,6 +50,11 @@ def student(folder: Path) -> Student:
 @pytest.fixture(scope="module")
 def builder(student: Student) -> PromptBuilder:
     return PromptBuilder(student, VideoConfig(num_frames=3))
+
+
+def test_settings_of_too_few_frames_are_refused_before_any_question(student: Student) -> None:
+    with pytest.raises(SettingsError, match=r"video\.min_frames: expected at least 2"):
+        PromptBuilder(student, VideoConfig(num_frames=None, fps=2.0, min_frames=1))
 
 
 def _question(folder: Path, videos: Sequence[str] = "a", images: Sequence[str] = "", **changes: object) -> Question:

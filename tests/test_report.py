@@ -208,7 +208,7 @@ def test_pictures_are_shown_too(run: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGBA", (900, 450), (200, 30, 30, 255)).save(tmp_path / "still.png")
-    ((source, caption),) = thumbnails(str(tmp_path / "still.png"))
+    ((source, caption),) = thumbnails(str(tmp_path / "still.png"), kind="image")
     assert caption == "picture" and source.startswith("data:image/jpeg;base64,")
 
 

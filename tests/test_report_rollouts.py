@@ -155,7 +155,7 @@ def test_media_are_read_once(clip, monkeypatch) -> None:
     films = {}
     row = {"videos": [clip], "images": []}
     film_strip(row, [], {}, films, pixel=False)
-    monkeypatch.setattr("rmsd_fast.report_page.samples.thumbnails", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("rmsd_fast.report_page.samples.thumbnails", lambda path, **_: pytest.fail("read again"))
     assert film_strip(row, [], {}, films, pixel=False).count("<img") == 8
 
 

@@ -86,6 +86,14 @@ def test_help_documents_every_field():
             ["video.num_frames=null", "video.fps=2", "video.min_frames=9", "video.max_frames=4"],
             "at most video.max_frames",
         ),
+        (
+            ["video.num_frames=null", "video.fps=2", "video.min_frames=1"],
+            "video.min_frames: expected at least 2, got 1",
+        ),
+        (
+            ["video.num_frames=null", "video.fps=2", "video.min_frames=2", "video.max_frames=1"],
+            "video.max_frames: expected at least 2, got 1",
+        ),
         (["data.decoder=gpu"], "data.decoder: expected one of auto, cpu, cuda"),
         (["data.decode_timeout_s=0"], "a number above 0"),
         (["data.disk_cache_gib=8"], "there is no data.disk_cache"),

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from damaged_files import FAULTS, Fault, encoded, flip, make, turn
+from damaged_files import FAULTS, Fault, encoded, flip, make, turn, with_durations
 from media_files import decode_image, decode_video, noise_frames, write_clip, write_images
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor, video_patches
-from rmsd_fast.data.video import SETTINGS_OF, MediaRequest, read_layout, read_media
+from rmsd_fast.data.video import SETTINGS_OF, MediaRequest, check_frames, read_layout, read_media
 
 PREPROCESSOR = Preprocessor()
 
@@ -116,6 +116,46 @@ def test_a_variable_frame_rate_gives_true_times(tmp_path: Path) -> None:
     assert frames.timestamps_s == pytest.approx((3.0, 3.5, 4.0, 4.5), abs=1e-3)
 
 
+def test_a_span_that_shows_one_frame_all_the_time_is_used(tmp_path: Path) -> None:
+    """Recordings of screens hold one frame as long as nothing moves; that is not a stuck decoder."""
+    path = tmp_path / "clip.mp4"
+    # Frame 10 is shown from 1 to 6 s. The average rate is 20 frames in 6.9 s.
+    path.write_bytes(with_durations(encoded(path), [1] * 10 + [50] + [1] * 9))
+    whole = decode_video(path, VideoConfig(num_frames=20), PREPROCESSOR)
+    frames = decode_video(path, VideoConfig(num_frames=8), PREPROCESSOR, span=(1.5, 5.5))
+    assert all(torch.equal(frame, whole.pixels[10]) for frame in frames.pixels)
+    assert frames.timestamps_s == pytest.approx([1.0] * 8)
+
+
+def test_what_frames_that_look_damaged_are() -> None:
+    grey = torch.full((4, 3, 8, 8), 128, dtype=torch.uint8)
+    moving = noise_frames(4, 8, 8)
+    still = moving[:1].expand(4, -1, -1, -1)
+    check_frames("x", moving, different=4)
+    check_frames("x", still, different=1)
+    with pytest.raises(MediaError, match="the 4 frames are all the same"):
+        check_frames("x", still, different=2)
+    # A colour is one whatever the rate.
+    with pytest.raises(MediaError, match="each of the 4 frames is of a single colour"):
+        check_frames("x", grey, different=1)
+    with pytest.raises(MediaError, match="1 of 4 frames are the plain grey"):
+        check_frames("x", torch.cat([moving[:3], grey[:1]]), different=4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
+@pytest.mark.parametrize("span", [(0.0, 0.15), (0.0, 0.5), (0.0, 0.09)])
+def test_short_spans_give_a_temporal_patch_or_a_media_error(tmp_path: Path, family: str, span: tuple) -> None:
+    path, preprocessor = tmp_path / "clip.mp4", Preprocessor(family=family)
+    encoded(path)
+    settings = VideoConfig(num_frames=None, fps=0.1, min_frames=2, max_frames=3)
+    # Of 10 frames per second: 2, 6 and 1.
+    if span == (0.0, 0.09):
+        with pytest.raises(MediaError, match="too few frames between 0 s and 0.09 s: expected at least 2, got 1"):
+            decode_video(path, settings, preprocessor, span=span)
+    else:
+        assert len(decode_video(path, settings, preprocessor, span=span).pixels) == 2
+
+
 @pytest.mark.parametrize(
     ("span", "expected"),
     [((0.4, 1.0), [4, 6, 8, 10]), ((1.6, None), [16, 17, 18, 19]), ((None, 0.25), [0, 1, 1, 2]), ((1.0, 9.0), None)],
@@ -174,7 +214,7 @@ def test_a_tag_behind_a_whole_file_is_let_pass(tmp_path: Path) -> None:
     assert len(decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR).pixels) == 4
 
 
-def test_a_healthy_y4m_is_no_playlist(tmp_path: Path) -> None:
+def test_a_healthy_y4m_is_not_taken_for_a_playlist(tmp_path: Path) -> None:
     path = tmp_path / "clip.y4m"
     planes = [bytes([level]) * (64 * 64 * 3 // 2) for level in (10, 90, 200)]
     path.write_bytes(b"YUV4MPEG2 W64 H64 F10:1 Ip A1:1 C420\n" + b"".join(b"FRAME\n" + p for p in planes))
@@ -198,9 +238,9 @@ def test_large_videos_are_resized_in_parts(tmp_path: Path, monkeypatch) -> None:
     assert at_once.timestamps_s == in_parts.timestamps_s
 
 
-def test_settings_that_leave_too_few_frames_are_no_fault_of_the_file(tmp_path: Path) -> None:
+def test_settings_that_leave_too_few_frames_are_not_blamed_on_the_file(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", noise_frames(6, 64, 64))
-    with pytest.raises(ValueError, match=r"raise video\.num_frames"):
+    with pytest.raises(ValueError, match=r"video\.num_frames: expected at least 2"):
         decode_video(clip, VideoConfig(num_frames=1), PREPROCESSOR)
 
 
@@ -208,7 +248,7 @@ def test_settings_that_leave_too_few_frames_are_no_fault_of_the_file(tmp_path: P
 def test_without_torchcodec_or_ffmpeg_says_what_to_install(
     tmp_path: Path, repository: Path, module: str | None
 ) -> None:
-    (tmp_path / "clip.mp4").write_bytes(b"some\0thing")
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x08ftyp")
     code = f"""
 import sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(repository)!r}]

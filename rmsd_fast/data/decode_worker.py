@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import UserError
-from rmsd_fast.data.media_file import MediaError, file_digest, video_command
+from rmsd_fast.data.media_file import MediaError, file_digest, undecodable, video_command
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
 from rmsd_kernels import native
 
@@ -49,7 +49,7 @@ class WorkerLost(MediaError):
 
 
 class NotStarted(RuntimeError):
-    """The worker ended before its first answer, or never came: no fault of the file."""
+    """The worker ended before its first answer, or never came. The file is not the reason."""
 
 
 class Nursery:
@@ -260,9 +260,8 @@ def _answer(operation: str, request: MediaRequest, allocate: Callable[[tuple[int
     except UserError as error:
         return "error", error
     except Exception as error:
-        # Libraries raise all kinds of things at damaged files.
         traceback.print_exc()
-        return "bad", f"{request.path}: cannot be decoded ({type(error).__name__}: {error}); drop the question"
+        return "bad", str(undecodable(request.path, error))
 
 
 def main(descriptor: int) -> None:

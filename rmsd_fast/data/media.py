@@ -20,14 +20,14 @@ import torch
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
 from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
-from rmsd_fast.data.media_file import MediaError, stat_file, video_command
+from rmsd_fast.data.media_file import MediaError, stat_file, undecodable, video_command
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_media
 from rmsd_fast.data.video_file import CpuFallback
 
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 
-# So many files in a row that are not read in time are no fault of theirs.
+# After so many files in a row that were not read in time, the machine is at fault and not the files.
 MOST_HANGS = 3
 # The process that decodes is started so often without any result.
 MOST_STARTS = 3
@@ -160,7 +160,9 @@ class MediaReader:
         else:
             frames = replace(self._decode(request, state), key=key)
             if self._state(request) != state:
-                raise MediaError(f"{request.path}: the file was changed while it was read; leave it as it is")
+                raise MediaError(
+                    f"{request.path}: the file was changed while it was read; do not write to it during a run"
+                )
             self._count("decoded")
             if self._disk is not None:
                 self._disk.put(key, frames)
@@ -215,6 +217,11 @@ class MediaReader:
             raise self._bad_file(state, lost) from None
         except MediaError as error:
             raise self._bad_file(state, error) from error
+        # RuntimeError stands for the device too, for example if its memory is full.
+        except (UserError, RuntimeError):
+            raise
+        except Exception as error:
+            raise self._bad_file(state, undecodable(request.path, error)) from error
         self._hangs_in_a_row = 0
         return frames
 
@@ -294,9 +301,9 @@ class MediaReader:
 
     def _state(self, request: MediaRequest) -> tuple:
         """The request, and its file's state; raises MediaError where there is no file, or it is known to be bad."""
-        found = stat_file(request.path, request.max_file_mib)
+        file = stat_file(request.path, request.max_file_mib)
         wanted = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
-        state = (wanted, request.path, found.st_size, found.st_mtime_ns, found.st_ino)
+        state = (wanted, request.path, file.st_size, file.st_mtime_ns, file.st_ino)
         if state in self._bad:
             raise MediaError(self._bad[state])
         return state
@@ -334,8 +341,8 @@ def why_not_cuda(device: torch.device) -> str:
             pixels = (torch.arange(4 * 3 * 256 * 256) % 251).to(torch.uint8).view(4, 3, 256, 256)
             VideoEncoder(pixels, frame_rate=10).to_file(path, pixel_format="yuv420p")
             decoder = VideoDecoder(path, device=str(device))
-            found = decoder.get_frames_at(indices=[0, 3]).data
-            if not found.is_cuda or decoder.cpu_fallback:
+            frames = decoder.get_frames_at(indices=[0, 3]).data
+            if not frames.is_cuda or decoder.cpu_fallback:
                 return f"a test video was decoded on the CPU ({decoder.cpu_fallback})"
             return ""
     except Exception as error:

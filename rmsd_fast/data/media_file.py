@@ -8,50 +8,27 @@ import re
 import shlex
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
-# Boxes of an MP4 file that a truncated one may end in.
-_BOXES = (b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"uuid", b"meta", b"mfra", b"sidx", b"styp")
-# A file is text if its first bytes are; this is longer than any container's magic number.
-_TEXT_BYTES = 64
-_TEXT = frozenset(b"\t\n\r" + bytes(range(32, 127)))
-# A video container that begins with text, and pictures that do: PPM and its kin, XPM, XBM.
-_Y4M = b"YUV4MPEG2"
-_PICTURE_TEXT = re.compile(rb"P[1-7Ff]\s|/\* XPM \*/|#define \w+_width ")
-_HEAD_BYTES = 4096
-# What a file may be instead of a picture, by how it begins, and what to do about it.
-_FETCH, _EXPORT, _CONVERT = "fetch the file itself", "export it as PNG", "save it as PNG or JPEG"
-_LIST_AS_VIDEO = "list it under videos"
-_TEXTS = (
-    (rb"(?i)<!doctype html|<html", "an HTML page", _FETCH),
-    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
-    (rb"(?i)<svg|<(\?xml|!doctype svg).*<svg", "an SVG drawing", _EXPORT),
-    (rb"%!PS", "a PostScript drawing", _EXPORT),
+from rmsd_fast.data.containers import (
+    HEAD_BYTES,
+    PROBED_BYTES,
+    RAW_STREAM,
+    WITHOUT_INDEX,
+    container_of,
+    is_text,
+    lists_files,
+    name_other,
 )
-_CONTENTS = (
-    *_TEXTS,
-    (rb"\xc5\xd0\xd3\xc6", "a PostScript drawing", _EXPORT),
-    (rb"%PDF-", "a PDF document", _EXPORT),
-    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive", "unpack it"),
-    (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture", _CONVERT),
-    (rb".{4}ftypavi", "an AVIF picture", _CONVERT),
-    (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture", _CONVERT),
-    (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow does not read", _CONVERT),
-    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM.{4}\0", "a picture whose header is damaged", "fetch it again"),
-    (rb".{4}ftyp", "an MP4 or MOV video", _LIST_AS_VIDEO),
-    (rb"\x1aE\xdf\xa3", "a Matroska or WebM video", _LIST_AS_VIDEO),
-    (rb"RIFF.{4}AVI ", "an AVI video", _LIST_AS_VIDEO),
-    (rb"FLV\x01", "an FLV video", _LIST_AS_VIDEO),
-    (rb"G.{187}G.{187}G", "a transport stream", _LIST_AS_VIDEO),
-    (rb"\0\0\x01\xba", "a program stream", _LIST_AS_VIDEO),
-)
+
 # Matroska, and its element AlphaMode with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
-_WITHOUT_INDEX = ("a transport stream", "a program stream")
+# FFmpeg takes the name of a picture for a series of pictures if it holds such a pattern.
+_SERIES = re.compile(r"%(\d*d|[*?[\]{}])")
+_NEVER_SERIES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv", ".ts", ".mpg", ".mpeg")
 # FFmpeg filters. H.264 halves the resolution of colours, so sides must be even; those of videos are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
-# Streams without a container (H.264, H.265, MPEG-1, MPEG-2) begin with a start code and one of these bytes.
-_RAW_STREAM = re.compile(rb"\0?\0\0\x01[\x06\x09\x27\x40\x42\x46\x67\xb3]")
 
 
 class MediaError(RuntimeError):
@@ -59,53 +36,52 @@ class MediaError(RuntimeError):
 
 
 def stat_file(path: str, max_file_mib: int) -> os.stat_result:
-    """State of a file. Opens nothing, so no pipe or device can hold it up.
+    """Return the state of a file. Opens nothing, so no pipe or device can hold it up.
 
     Raises:
-        MediaError: it is missing, no plain file, empty, or larger than `max_file_mib`.
+        MediaError: it is missing, empty, larger than `max_file_mib`, or a folder, pipe, socket or device.
     """
     try:
-        found = os.stat(path)
+        state = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+    if not stat.S_ISREG(state.st_mode):
+        what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, socket or device"
         raise MediaError(f"{path}: expected a file, got {what}; check the path in the question file")
-    if found.st_size == 0:
+    if state.st_size == 0:
         raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
-    if found.st_size > max_file_mib * 2**20:
+    if state.st_size > max_file_mib * 2**20:
         raise MediaError(
-            f"{path}: expected at most data.max_file_mib={max_file_mib}, got {found.st_size / 2**20:.0f} MiB; cut it, "
+            f"{path}: expected at most data.max_file_mib={max_file_mib}, got {state.st_size / 2**20:.0f} MiB; cut it, "
             "or raise the limit"
         )
-    return found
+    return state
 
 
 def check_file(path: str, max_file_mib: int, *, picture: bool = False) -> None:
-    """Raise MediaError unless this is a plain, readable, complete file of a sensible size that is not text.
+    """Raise MediaError unless this is a readable file of a sensible size, and either a complete video or not text.
 
     Args:
-        picture: whether it is to be read as a picture. Some formats of pictures are text.
+        picture: whether it is to be read as a picture, by Pillow, which knows the kinds that it reads and their ends.
     """
     size = stat_file(path, max_file_mib).st_size
     try:
-        _refuse_text(path, picture)
-        _refuse_truncated(path, size)
+        with open(path, "rb") as file:
+            if picture:
+                _refuse_text(path, file)
+            else:
+                _refuse_other_kinds(path, file)
+                _refuse_truncated(path, file, size)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def read_head(path: str) -> bytes:
-    """Return the beginning of a file, long enough for `name_content`."""
+    """Return the beginning of a file, long enough to name its kind."""
     with open(path, "rb") as file:
-        return file.read(_HEAD_BYTES)
-
-
-def name_content(head: bytes) -> tuple[str, str] | None:
-    """Return what a file is by its beginning, with what to do about it; None if it is not known."""
-    return _first_match(_CONTENTS, head)
+        return file.read(HEAD_BYTES)
 
 
 def video_command(path: str, head: bytes | None = None, *, flatten: bool = False) -> str:
@@ -140,12 +116,10 @@ def video_command(path: str, head: bytes | None = None, *, flatten: bool = False
 def unseekable_video(path: str) -> str | None:
     """Return what a file is if decoders find its frames unreliably or not at all, by its beginning; otherwise None."""
     head = _head_or_nothing(path)
-    if _RAW_STREAM.match(head):
-        return "a raw stream, which has no index and no clock (its rate may have to be given: -framerate before -i)"
     if _is_animated_webp(head):
         return "an animated WebP, which FFmpeg does not read"
-    what, _ = name_content(head) or ("", "")
-    return f"{what}, which has no index" if what in _WITHOUT_INDEX else None
+    container = container_of(head)
+    return f"{container.name}, which has no index" if container and container.name in WITHOUT_INDEX else None
 
 
 def file_digest(path: str) -> str:
@@ -160,44 +134,51 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _refuse_text(path: str, picture: bool) -> None:
-    """Refuse text whatever the file is called: FFmpeg may take it for a playlist, which may name files anywhere."""
-    head = read_head(path)
-    start = head[:_TEXT_BYTES]
-    if b"<mpd" in head.lower() or b"#EXTM3U" in head:
-        what, advice = "a playlist", "fetch the video that it names"
-    elif set(start) <= _TEXT and not start.startswith(_Y4M) and not (picture and _PICTURE_TEXT.match(start)):
-        what, advice = _first_match(_TEXTS, head) or ("text", "check the path in the question file")
-    else:
-        return
-    raise MediaError(f"{path}: expected a video or picture, got {what}; {advice}, or drop the question")
+def _refuse_text(path: str, file: BinaryIO) -> None:
+    head = file.read(HEAD_BYTES)
+    if is_text(head):
+        what, advice = name_other(head) or ("text", "check the path in the question file")
+        raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question")
 
 
-def _refuse_truncated(path: str, size: int) -> None:
-    """Refuse an MP4 or MOV file that ends before its last box does: decoders take what is left as a shorter video."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head[4:] != b"ftyp":
-            return
-        offset, seen = 0, set()
-        # A box is 4 bytes of size and 4 of type; size 1 means that 8 bytes of size follow, 0 that it fills the file.
-        while len(head) == 8:
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if length == 1:
-                length = int.from_bytes(file.read(8), "big")
-            if length == 0:
-                return
-            offset += max(length, 8)
-            if offset > size:
-                if {b"moov", b"mdat"} <= seen and kind not in _BOXES:
-                    return  # tags that some programs append
-                raise MediaError(
-                    f"{path}: truncated: expected at least {offset} bytes, got {size}; "
-                    "fetch it again or drop the question"
-                )
-            seen.add(kind)
-            file.seek(offset)
-            head = file.read(8)
+def _refuse_other_kinds(path: str, file: BinaryIO) -> None:
+    """Refuse what is not known as a video, whatever its name: FFmpeg may read it as a list of files anywhere."""
+    head = file.read(HEAD_BYTES)
+    if b"\0" not in head:
+        head += file.read(PROBED_BYTES - len(head))
+    container = container_of(head)
+    if container is None or lists_files(head):
+        what, advice = name_other(head) or (
+            "an unknown kind of file",
+            f"fetch it again, re-encode it with `{video_command(path, b'')}`",
+        )
+        raise MediaError(f"{path}: expected a video, got {what}; {advice}, or drop the question")
+    if container.name == RAW_STREAM:
+        raise MediaError(
+            f"{path}: expected a video with a clock, got {RAW_STREAM}, which has no index and no clock; re-encode "
+            f"it with `{video_command(path)}`, its rate given by -framerate before -i, or drop the question"
+        )
+    if _SERIES.search(path) and not path.lower().endswith(_NEVER_SERIES):
+        raise MediaError(
+            f"{path}: expected a name without '{_SERIES.search(path)[0]}', which FFmpeg may take for a series of "
+            "files; rename it"
+        )
+
+
+def _refuse_truncated(path: str, file: BinaryIO, size: int) -> None:
+    """Refuse a file that ends before its last chunk does: decoders take the beginning as a shorter video."""
+    file.seek(0)
+    container = container_of(file.read(HEAD_BYTES))
+    needed = container.needed(file, size) if container and container.needed else 0
+    if needed > size:
+        raise MediaError(
+            f"{path}: truncated: expected at least {needed} bytes, got {size}; fetch it again or drop the question"
+        )
+
+
+def undecodable(path: str, error: Exception) -> MediaError:
+    """Return the error for a file at which a library failed in a way of its own, as they do at damaged files."""
+    return MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error}); drop the question")
 
 
 def _unreadable(path: str, error: OSError) -> MediaError:
@@ -214,11 +195,6 @@ def _alpha_decoder(head: bytes) -> str:
     if not head.startswith(_MATROSKA) or _ALPHA_MODE not in head:
         return ""
     return "libvpx" if b"V_VP8" in head else "libvpx-vp9"
-
-
-def _first_match(contents: tuple[tuple[bytes, str, str], ...], head: bytes) -> tuple[str, str] | None:
-    head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    return next(((what, advice) for pattern, what, advice in contents if re.match(pattern, head, re.DOTALL)), None)
 
 
 def _head_or_nothing(path: str) -> bytes:

@@ -1,21 +1,26 @@
-"""Picture files to upright 8-bit RGB, and their size from the header alone.
+"""Picture files to upright 8-bit RGB, and their size without decoding them.
 
 A picture is read as a person sees it, or refused with a message that says what was found:
 
-- Transparent parts show white.
+- Transparent parts show white. A picture of which nothing is visible is refused: programs that write no transparency
+  leave alpha 0 in pixels that they show. Where a TGA or BMP file says that its alpha is not used, it is not.
 - 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused, since
   no format says what their black and white are. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most
-  one level below the scaled value.
+  one level below the scaled value. Values of 10 or 12 bits that a program stored in 16 look nearly black, as they do
+  in viewers.
 - CMYK, YCbCr and LAB become RGB as Pillow converts them. Colour profiles are ignored, as the processors of model
   families ignore them.
-- The EXIF orientation is applied; other EXIF tags are not looked at, so damage in them does not matter.
-- A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`).
+- The EXIF orientation is applied; other EXIF tags are not looked at, so damage in them does not matter. Orientations in
+  XMP are ignored, as browsers ignore them.
+- A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
+  detected: any bytes are picture data.
 - Animations and files of several pages are refused. Some formats hold one picture in several versions: its reduced
   copies in TIFF, its sizes in ICO, its layers in PSD, its second views in MPO. Their first or largest picture is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import re
@@ -26,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from rmsd_fast.config import NotInstalled
-from rmsd_fast.data.media_file import MediaError, name_content, read_head, video_command
+from rmsd_fast.data.containers import name_content
+from rmsd_fast.data.media_file import MediaError, read_head, video_command
 
 # Larger pictures take gigabytes while they are read (Pillow's own bound for a warning).
 MOST_PIXELS = 89_478_485
@@ -41,6 +47,8 @@ _WHITE_IS_ZERO = 0
 _VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
 # Pillow would start Ghostscript for EPS.
 _DRAWINGS = ("EPS", "WMF")
+# A TGA file's byte that tells, in its lower 4 bits, how many bits of alpha each pixel has.
+_TGA_ALPHA_BITS = 17
 # Formats whose 16-bit values run from 0 to 65535. Pillow opens some of them in its 32-bit mode "I".
 _SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
@@ -52,11 +60,14 @@ _SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
+_RESTART_INTERVAL = 0xDD
 _RESTARTS = 8
+# Rows that are hashed at once.
+_STRIP = 256
 
 
 def picture_size(path: str) -> tuple[int, int]:
-    """Return height and width of the upright picture, from the file's header. Raises as `read_picture`."""
+    """Return height and width of the upright picture. Decodes only ICO and ICNS for it. Raises as `read_picture`."""
     with _opened(path) as image:
         width, height = image.size
         if image.format == "TIFF":
@@ -66,34 +77,30 @@ def picture_size(path: str) -> tuple[int, int]:
             # The index of these formats may state another size than the picture has.
             image.load()
             width, height = image.size
-        return (width, height) if _orientation(image) in _QUARTER_TURNS else (height, width)
+        return (width, height) if _orientation(path, image) in _QUARTER_TURNS else (height, width)
 
 
 def read_picture(path: str) -> np.ndarray:
     """Return the upright picture, uint8 [H, W, 3].
 
     Raises:
-        MediaError: the file is damaged or truncated, is not one picture, or its values have no defined black and white.
+        MediaError: the file is damaged or truncated, is not one picture, shows nothing, or its values have no defined
+            black and white.
         NotInstalled: Pillow is not installed.
     """
     with _opened(path) as image:
-        _refuse_deep_colour_key(path, image)
         scale = _SCALE_OF_KEY.get(_raw_mode(image), 1)
+        orientation = _orientation(path, image)
+        if image.format == "TIFF":
+            # Pillow turns TIFF files itself when it reads their pixels, and would do so by XMP too.
+            orientation = 1
+            image.info.pop("xmp", None)
         image = _loaded(path, image)
         if scale > 1 and "transparency" in image.info:
             image.info["transparency"] *= scale
-        # Pillow turns TIFF files itself when it reads their pixels.
-        orientation = 1 if image.format == "TIFF" else _orientation(image)
+        if image.format == "TGA" and image.mode in ("RGBA", "LA") and not read_head(path)[_TGA_ALPHA_BITS] & 15:
+            image = image.convert(image.mode.removesuffix("A"))
         return np.ascontiguousarray(_upright(_rgb(path, image), orientation))
-
-
-def is_one_picture(path: str) -> bool:
-    """Return whether the file's header is that of one picture, rather than of a video, an animation or other data."""
-    try:
-        with _opened(path):
-            return True
-    except MediaError:
-        return False
 
 
 @contextmanager
@@ -110,6 +117,7 @@ def _opened(path: str) -> Iterator[Any]:
                     f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
                 )
             _refuse_several(path, image)
+            _refuse_deep_colour_key(path, image)
             yield image
     except MediaError:
         raise
@@ -178,14 +186,35 @@ def _refuse_deep_colour_key(path: str, image: Any) -> None:
         )
 
 
-def _orientation(image: Any) -> int:
+def _orientation(path: str, image: Any) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if there is none or EXIF cannot be parsed."""
+    from PIL import Image
+
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        if image.format == "TIFF":
+            value = image.tag_v2.get(_ORIENTATION, 1)
+        else:
+            # Not by `getexif`, which decodes a PNG without EXIF, and takes an orientation from XMP.
+            exif = Image.Exif()
+            exif.load(_png_exif(path) if image.format == "PNG" else image.info.get("exif", b""))
+            value = exif.get(_ORIENTATION, 1)
     # Whatever Pillow raises at damaged EXIF: the pixels may be whole.
     except Exception:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _png_exif(path: str) -> bytes:
+    """Return the EXIF of a PNG, which may stand behind its pixels; empty if it has none."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        # A chunk is 4 bytes of size, 4 of type, the data, and 4 of checksum.
+        while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                return file.read(length)
+            file.seek(length + 4, 1)
+    return b""
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -200,9 +229,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _loaded(path: str, image: Any) -> Any:
-    """Return the image with its pixels read. A JPEG that lacks only its end is opened again, with an end."""
-    from PIL import Image
-
+    """Return the image with its pixels read. A JPEG that lacks only its end is read with an end."""
     try:
         image.load()
         return image
@@ -212,32 +239,43 @@ def _loaded(path: str, image: Any) -> Any:
         with open(path, "rb") as file:
             # A last 0xff is half of a marker, or half of a pair that stands for one byte.
             data = file.read().rstrip(b"\xff")
-        if not _complete_jpeg(data):
+        # Its pixels would be a third copy beside the two that are compared.
+        image.close()
+        whole = _complete_jpeg(data)
+        if whole is None:
             raise MediaError(
                 f"{path}: truncated: picture data is missing; fetch it again or drop the question"
             ) from error
-        whole = Image.open(io.BytesIO(data + _END_OF_IMAGE))
-        whole.load()
         return whole
 
 
-def _complete_jpeg(data: bytes) -> bool:
-    """Return whether a JPEG without an end holds all of its pixels.
+def _complete_jpeg(data: bytes) -> Any | None:
+    """Return a JPEG without an end, its pixels read; None unless the data holds all of them.
 
     The decoder does not tell: it fills missing data with grey. So the file is decoded several times, with nothing and
     with different noise in place of the missing bytes. If the pixels are equal each time, they need none of them.
     """
     from PIL import Image
 
-    if not _has_all_scans(data):
-        return False
-    pictures = set()
-    for filling in (b"", *map(_noise, range(_RESTARTS))):
-        with Image.open(io.BytesIO(data + filling + _END_OF_IMAGE)) as image:
-            pictures.add(image.tobytes())
-        if len(pictures) > 1:
-            return False
-    return True
+    complete, restarts = _scans(data)
+    if not complete:
+        return None
+    whole = Image.open(io.BytesIO(data + _END_OF_IMAGE))
+    pixels = _digest(whole)
+    # Without restarts two kinds of noise are enough: nothing in them is skipped.
+    for seed in range(_RESTARTS if restarts else 2):
+        with Image.open(io.BytesIO(data + _noise(seed) + _END_OF_IMAGE)) as image:
+            if _digest(image) != pixels:
+                return None
+    return whole
+
+
+def _digest(image: Any) -> bytes:
+    """Return a hash of the pixels, without a copy of all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for top in range(0, image.height, _STRIP):
+        digest.update(image.crop((0, top, image.width, min(top + _STRIP, image.height))).tobytes())
+    return digest.digest()
 
 
 def _noise(seed: int) -> bytes:
@@ -252,13 +290,14 @@ def _noise(seed: int) -> bytes:
     return b"".join(part + bytes([0xFF, 0xD0 + (seed + number) % _RESTARTS]) for number, part in enumerate(parts))
 
 
-def _has_all_scans(data: bytes) -> bool:
-    """Return whether the scans of a JPEG bring every coefficient of every component to its last bit."""
-    at, missing = 2, {None}
+def _scans(data: bytes) -> tuple[bool, bool]:
+    """Return whether the scans of a JPEG bring all coefficients to their last bit, and whether it may have restarts."""
+    at, missing, restarts = 2, {None}, False
     while match := _JPEG_MARKER.search(data, at):
         kind, start = match[1][0], match.end()
         body = data[start + 2 : start + int.from_bytes(data[start : start + 2], "big")]
         at = start + 2 + len(body)
+        restarts = restarts or kind == _RESTART_INTERVAL
         if kind in _START_OF_FRAME:
             missing = {(component, index) for component in body[6::3] for index in range(64)}
         elif kind == _START_OF_SCAN and len(body) == 4 + 2 * body[0]:
@@ -266,7 +305,7 @@ def _has_all_scans(data: bytes) -> bool:
             # The lower four bits count the bits that are still to come.
             if bits & 15 == 0:
                 missing -= {(part, index) for part in body[1:-3:2] for index in range(first, last + 1)}
-    return not missing
+    return not missing, restarts
 
 
 def _rgb(path: str, image: Any) -> np.ndarray:
@@ -280,8 +319,11 @@ def _rgb(path: str, image: Any) -> np.ndarray:
         # Pillow knows no direct way from this mode to RGBA.
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        if alpha.getextrema()[1] == 0:
+            raise _invisible(path)
         white = Image.new("RGB", image.size, "white")
-        white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        white.paste(image.convert("RGB"), mask=alpha)
         return np.array(white)
     if image.mode not in _TO_RGB:
         raise MediaError(f"{path}: expected a picture in grey or colour, got mode {image.mode}; save it as 8-bit PNG")
@@ -307,4 +349,16 @@ def _grey(path: str, image: Any) -> np.ndarray:
     if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         levels = 255 - levels
     key = image.info.get("transparency")
-    return levels if key is None else np.where(values == key, np.uint8(255), levels)
+    if key is None:
+        return levels
+    clear = values == key
+    if clear.all():
+        raise _invisible(path)
+    return np.where(clear, np.uint8(255), levels)
+
+
+def _invisible(path: str) -> MediaError:
+    return MediaError(
+        f"{path}: expected visible pixels, got a picture that is transparent everywhere; if its colours are meant to "
+        "show, remove the alpha channel, or drop the question"
+    )

@@ -58,26 +58,26 @@ def load_preprocessor(folder: str | Path) -> Preprocessor:
     `preprocessor_config.json`; the image settings, where given, have to agree with those of videos.
 
     Raises:
-        ModelError: no such file, a file without a JSON object, a missing or wrong value, settings that this code does
-            not follow.
+        ModelError: a file is missing or does not hold a JSON object, a value is missing or wrong, or this code does not
+            follow the settings.
     """
     folder = Path(folder)
     joint = _read_json(folder / "processor_config.json")
     video = _read_json(folder / "video_preprocessor_config.json") or joint.get("video_processor")
     image = _read_json(folder / "preprocessor_config.json") or joint.get("image_processor")
     family = _family([video or {}, image or {}, joint, _read_json(folder / "config.json")])
-    found = [_parse_preprocessor(settings, folder, family) for settings in (video, image) if settings]
-    if not found:
+    parsed = [_parse_preprocessor(settings, folder, family) for settings in (video, image) if settings]
+    if not parsed:
         raise ModelError(
-            f"{folder}: expected video_preprocessor_config.json or preprocessor_config.json, found neither; "
+            f"{folder}: expected video_preprocessor_config.json or preprocessor_config.json, got neither; "
             "copy them from the original model folder"
         )
-    if found[0] != found[-1]:
+    if parsed[0] != parsed[-1]:
         raise ModelError(
-            f"{folder}: images and videos are preprocessed differently ({found[-1]} and {found[0]}); "
+            f"{folder}: images and videos are preprocessed differently ({parsed[-1]} and {parsed[0]}); "
             "models of the Qwen-VL families share these settings, so check the two JSON files"
         )
-    return found[0]
+    return parsed[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -132,25 +132,36 @@ def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: P
     `num_frames`, as many as there are; transformers refuses such videos).
 
     Args:
-        total: frames in the video.
+        total: frames in the video, at least `temporal_patch_size`.
         fps: its frame rate in Hz.
         settings: `num_frames` takes exactly that many; `fps` takes that many per second, within
-            [min_frames, max_frames] and at most `total`.
+            [min_frames, max_frames], at most `total`, and at least one temporal patch.
     Raises:
-        ValueError: neither or both of `num_frames` and `fps` are set, or the counts are not positive.
+        SettingsError: as `check_frame_counts`.
+        ValueError: fewer frames than a temporal patch has, or a frame rate that is not above 0.
     """
+    check_frame_counts(settings, preprocessor)
+    needed = preprocessor.temporal_patch_size
+    if total < needed or fps <= 0:
+        raise ValueError(f"expected a video of at least {needed} frames and a frame rate, got {total} at {fps} Hz")
+    choose = _spread_qwen3 if preprocessor.family == "qwen3_vl" else _spread_qwen2
+    return choose(total, fps, settings, needed)
+
+
+def check_frame_counts(settings: VideoConfig, preprocessor: Preprocessor) -> None:
+    """Raise SettingsError for settings that could choose fewer frames of a video than one temporal patch has."""
     if (settings.num_frames is None) == (settings.fps is None):
-        raise ValueError(
+        raise SettingsError(
             f"video.num_frames={settings.num_frames} and video.fps={settings.fps}: exactly one of them has to be set; "
             "give the other as null"
         )
-    if total < 1 or fps <= 0:
-        raise ValueError(f"expected a video with frames and a frame rate, got {total} frames at {fps} Hz")
-    choose = _spread_qwen3 if preprocessor.family == "qwen3_vl" else _spread_qwen2
-    indices = choose(total, fps, settings, preprocessor.temporal_patch_size)
-    if not indices:
-        raise SettingsError("expected at least one frame per video, got 0; raise video.num_frames or video.fps")
-    return indices
+    names = ("num_frames",) if settings.fps is None else ("min_frames", "max_frames")
+    for name in names:
+        if getattr(settings, name) < preprocessor.temporal_patch_size:
+            raise SettingsError(
+                f"video.{name}: expected at least {preprocessor.temporal_patch_size}, the frames that the model takes "
+                f"at once, got {getattr(settings, name)}; raise it"
+            )
 
 
 def _spread_qwen3(total: int, fps: float, settings: VideoConfig, span: int) -> list[int]:
@@ -171,7 +182,7 @@ def _spread_qwen2(total: int, fps: float, settings: VideoConfig, span: int) -> l
         count = int(min(max(total / fps * settings.fps, settings.min_frames), most)) // span * span
     # The processor steps in float32.
     # One too many, behind the end, where the step is rounded down.
-    return torch.arange(0, total, total / count).int().tolist()[:count] if count else []
+    return torch.arange(0, total, total / count).int().tolist()[:count]
 
 
 def smart_resize(

@@ -21,7 +21,7 @@ from rmsd_fast.data.chat_template import (
     response_opening,
 )
 from rmsd_fast.data.marks import MARK
-from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
@@ -70,6 +70,8 @@ class PromptBuilder:
         student: `rmsd_fast.models.students.Student`, or anything with its `model`, `tokenizer` and `preprocessor`.
         video: frames and pixel budgets.
         media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
+    Raises:
+        SettingsError: `video` could choose fewer frames than the model takes at once.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
         opening: what the chat template opens a response with: "", or `<think>` and a line break for Thinking models. It
@@ -82,6 +84,7 @@ class PromptBuilder:
         self.tokenizer = student.tokenizer
         self.preprocessor = student.preprocessor
         self.video = video
+        check_frame_counts(video, self.preprocessor)
         self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
         self._rope_index = student.model.model.get_rope_index
         config = student.model.config
@@ -166,9 +169,9 @@ class PromptBuilder:
         """
         if not _is_unicode(text):
             raise ResponseError("a response must be Unicode text, got a lone surrogate; leave the response out")
-        if found := self._find_special(text):
+        if special := self._find_special(text):
             raise ResponseError(
-                f"a response must be plain text, got the special token {found[0]}; "
+                f"a response must be plain text, got the special token {special[0]}; "
                 "remove it from the teacher pool, or leave the response out"
             )
         if self.opening and not text.startswith("<think>"):
@@ -194,9 +197,9 @@ class PromptBuilder:
     def _refuse_special(self, question: Question, text: str) -> None:
         if not _is_unicode(text):
             raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; fix the text")
-        if found := self._find_special(text):
+        if special := self._find_special(text):
             raise PromptError(
-                f"question {question.id!r}: expected plain text, got the special token {found[0]}; "
+                f"question {question.id!r}: expected plain text, got the special token {special[0]}; "
                 "remove it from the question"
             )
 

@@ -24,13 +24,13 @@ import torch
 import rmsd_kernels
 from rmsd_fast.config import SettingsError, VideoConfig
 from rmsd_fast.data.media_file import MediaError, check_file
-from rmsd_fast.data.pictures import is_one_picture, picture_size, read_picture
+from rmsd_fast.data.pictures import picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 from rmsd_fast.data.video_file import Clip, decode, open_clip
 
 # Part of every cache key. Raise it whenever the same file and settings would give other pixels or stamps.
-# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock.
-VERSION = 2
+# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock. 3: videos as wide as they are shown.
+VERSION = 3
 # The grey (YUV 128, 128, 128) with which FFmpeg fills pictures whose references are lost is 128 or 130 in RGB.
 LOST_GREY = range(127, 133)
 
@@ -116,7 +116,7 @@ def read_layout(request: MediaRequest) -> Layout:
     # Headers alone count frames that an edit list cuts away, or none. Hashing the file costs more than scanning it.
     clip = open_clip(request.path)
     indices = _choose(request, clip)
-    size = _sized(request, clip.height, clip.width, len(indices))
+    size = _sized(request, *clip.shown, len(indices))
     return Layout(tuple(map(clip.stamp, indices)), request.preprocessor.grid(len(indices), *size), "video")
 
 
@@ -129,10 +129,10 @@ def read_media(
         device: "cuda:0" decodes a video with NVDEC and leaves the pixels there; images are read on the CPU, to the CPU.
         allocate: makes the uint8 tensor of a shape that the resized frames go into; torch.empty by default.
     Raises:
-        MediaError: the file is missing, empty, damaged, too large, no plain file, or holds too few frames.
+        MediaError: the file is missing, empty, damaged, too large, a folder or pipe, or holds too few frames.
         CpuFallback: device is CUDA, and it cannot decode this video.
         NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
-        SettingsError: the settings ask for fewer frames than one temporal patch has.
+        SettingsError: the settings ask for fewer frames than one temporal patch has (see `check_frame_counts`).
     """
     check_file(request.path, request.max_file_mib, picture=request.kind == "image")
     device = "cpu" if request.kind == "image" else device
@@ -140,13 +140,14 @@ def read_media(
     return _read_image(request, allocate) if request.kind == "image" else _read_video(request, device, allocate)
 
 
-def check_frames(path: str, pixels: torch.Tensor, distinct: bool) -> None:
+def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
     """Raise MediaError where frames look like what decoders make of damaged streams, mostly without an error.
 
     Args:
-        pixels: uint8 [F, C, H, W]. distinct: whether the file's frames that they come from are not all the same one.
+        pixels: uint8 [F, C, H, W].
+        different: how many frames of the file they are. A variable rate may show one of them all the time.
     """
-    if len(pixels) < 2 or not distinct:
+    if len(pixels) < 2:
         return
     low, high = pixels.amin((2, 3)), pixels.amax((2, 3))
     flat = (low == high).all(1)
@@ -159,51 +160,74 @@ def check_frames(path: str, pixels: torch.Tensor, distinct: bool) -> None:
             f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that stands for lost pictures; the "
             f"file is damaged, fetch it again, or {meant}"
         )
-    if all(torch.equal(pixels[0], frame) for frame in pixels[1:]):
+    if different > 1 and all(torch.equal(pixels[0], frame) for frame in pixels[1:]):
         raise MediaError(f"{path}: the {len(pixels)} frames are all the same; fetch it again, or {meant}")
 
 
-def read_preview(path: str, count: int) -> tuple[np.ndarray, tuple[float, ...]]:
+@dataclass(frozen=True)
+class Preview:
+    """What people are shown of a file.
+
+    Fields:
+        frames: uint8 [F, H, W, 3], of the size at which the file is shown. A picture has F = 1.
+        times_s: time of each frame on the file's clock in seconds; empty for a picture.
+        size: width and height at which the file is shown.
+        seconds: when the last frame of a video ends, on the same clock; None for a picture.
+    """
+
+    frames: np.ndarray
+    times_s: tuple[float, ...]
+    size: tuple[int, int]
+    seconds: float | None
+
+
+def read_preview(path: str, kind: str, count: int, *, max_file_mib: int) -> Preview:
     """Read a picture, or evenly spaced frames of a video, for people to look at.
 
-    Returns:
-        uint8 [F, H, W, 3], not resized, and the times of the frames as in `Frames`: none for a picture.
+    Args:
+        kind: "video" or "image".
+        count: frames of a video; fewer if it has fewer.
+        max_file_mib: refuse larger files.
     Raises:
         MediaError, NotInstalled: as `read_media`.
     """
-    check_file(path, MediaRequest.max_file_mib, picture=True)
-    if is_one_picture(path):
-        return read_picture(path)[None], ()
-    check_file(path, MediaRequest.max_file_mib)
+    check_file(path, max_file_mib, picture=kind == "image")
+    if kind == "image":
+        picture = read_picture(path)
+        return Preview(picture[None], (), (picture.shape[1], picture.shape[0]), None)
     clip = open_clip(path)
+    height, width = clip.shown
     count = min(count, clip.frames)
     indices = [round(number * (clip.frames - 1) / max(count - 1, 1)) for number in range(count)]
-    # By number: decoding may start again.
-    frames: dict[int, torch.Tensor] = {}
-    stamps = decode(clip, indices, False, lambda start, batch: frames.update(enumerate(batch, start)))
-    return torch.stack([frames[number] for number in range(count)]).permute(0, 2, 3, 1).numpy(), stamps
+    frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
+
+    def resize(start: int, batch: torch.Tensor) -> None:
+        rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
+
+    stamps, _ = decode(clip, indices, False, resize)
+    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, (width, height), clip.length_s)
 
 
 def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
     clip = open_clip(request.path, device)
     indices = _choose(request, clip)
     count = len(indices)
-    height, width = _sized(request, clip.height, clip.width, count)
+    height, width = _sized(request, *clip.shown, count)
     pixels = allocate((count, 3, height, width))
 
     def resize(start: int, batch: torch.Tensor) -> None:
         rmsd_kernels.resize_frames(batch, height=height, width=width, out=pixels[start : start + len(batch)])
 
-    stamps = decode(clip, indices, request.span is not None, resize)
+    stamps, different = decode(clip, indices, request.span is not None, resize)
     if request.check_frames:
-        check_frames(request.path, pixels, distinct=len(set(indices)) > 1)
+        check_frames(request.path, pixels, different)
     return Frames(
         pixels,
         stamps,
         request.preprocessor.grid(count, height, width),
         "video",
         request.preprocessor,
-        duration_s=clip.late_s + (clip.end_s - clip.begin_s),
+        duration_s=clip.length_s,
         decoder=device.split(":")[0],
     )
 
@@ -226,10 +250,7 @@ def _choose(request: MediaRequest, clip: Clip) -> list[int]:
             f"{path}: too few frames{where}: expected at least {needed}, got {total}; "
             f"{shown if where else 'ask about it as an image'}, or drop the question"
         )
-    chosen = frame_indices(total, clip.fps, request.settings, request.preprocessor)
-    if len(chosen) < needed:
-        raise SettingsError(f"expected at least {needed} frames per video, got {len(chosen)}; raise video.num_frames")
-    return [first + index for index in chosen]
+    return [first + index for index in frame_indices(total, clip.fps, request.settings, request.preprocessor)]
 
 
 def _sized(request: MediaRequest, height: int, width: int, frames: int = 0) -> tuple[int, int]:

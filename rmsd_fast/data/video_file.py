@@ -12,6 +12,7 @@ frame rate to the bit, as the processors of the model families compute them.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import NotInstalled
+from rmsd_fast.data.containers import pixel_aspect
 from rmsd_fast.data.media_file import MediaError, has_alpha_aside, unseekable_video, video_command
 
 # Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
@@ -30,6 +32,11 @@ MOST_DELAY_S = 0.25
 LEAST_LATE_S = 0.05
 # FFmpeg marks an unknown time with the lowest integer of 64 bits, about -9e15 s.
 _NO_TIME_S = 1e12
+# Pixels of real videos are at most 4 times as wide as high, or the other way round.
+_MOST_PIXEL_ASPECT = 16
+_LEAST_PIXEL_STRETCH = 0.01
+# More streams than any file has whose audio matters; the loop over them ends at the first number without a stream.
+_MOST_STREAMS = 64
 # Pixel formats with an alpha channel. torchcodec drops it, which uncovers the colours of transparent parts.
 _ALPHA = re.compile(r"rgba|bgra|argb|abgr|ya\d|yuva|gbrap|vuya|ayuv")
 # torchcodec's messages begin with the C++ function and file they come from.
@@ -53,6 +60,9 @@ class Clip:
         decoder: torchcodec's, which has scanned the whole file, so that counts and times are those of the content.
         frames: number of frames.
         fps: their average rate.
+        height, width: of the frames as they are stored, turned upright.
+        shown: height and width in square pixels. Videos of DVDs and cameras may store pixels that are shown wider or
+            narrower; as players do, the side that is shown longer is enlarged.
         begin_s, end_s: the decoder's times of the first frame, and of the end of the last.
         late_s: the first frame's time on the file's clock.
     """
@@ -64,9 +74,15 @@ class Clip:
     fps: float
     height: int
     width: int
+    shown: tuple[int, int]
     begin_s: float
     end_s: float
     late_s: float
+
+    @property
+    def length_s(self) -> float:
+        """When the last frame ends, on the file's clock."""
+        return self.late_s + (self.end_s - self.begin_s)
 
     def stamp(self, index: int) -> float:
         """Return the time of a frame on the file's clock at a constant rate, as processors of the families do."""
@@ -88,7 +104,7 @@ def open_clip(path: str, device: str = "cpu") -> Clip:
     metadata = decoder.metadata
     frames, fps, height, width = metadata.num_frames, metadata.average_fps, metadata.height, metadata.width
     if not frames or not (fps and 0 < fps < math.inf) or not height or not width:
-        raise MediaError(f"{path}: no video frames were found; replace the file or drop the question")
+        raise MediaError(f"{path}: expected video frames, got none; replace the file or drop the question")
     # In GIF, FFmpeg makes transparent parts white.
     transparent = metadata.codec != "gif" and _ALPHA.match(metadata.pixel_format or "")
     if transparent or has_alpha_aside(path):
@@ -102,13 +118,37 @@ def open_clip(path: str, device: str = "cpu") -> Clip:
             f"{path}: expected a time of display for each frame, got frames without one; re-encode it with "
             f"`{video_command(path)}`, or drop the question"
         )
-    return Clip(path, device, decoder, frames, fps, height, width, begin, end, _lateness(path, begin))
+    shown = _shown_size(path, height, width, metadata)
+    return Clip(path, device, decoder, frames, fps, height, width, shown, begin, end, _lateness(path, begin))
+
+
+def _shown_size(path: str, height: int, width: int, metadata: Any) -> tuple[int, int]:
+    """Return height and width of upright frames as players show them, with square pixels."""
+    turned = bool(metadata.rotation and round(metadata.rotation / 90) % 2)
+    # The aspect is that of the pixels before they are turned.
+    stored = (height, width) if turned else (width, height)
+    with open(path, "rb") as file:
+        stated = pixel_aspect(file, os.path.getsize(path), *stored)
+    aspect = stated or float(metadata.pixel_aspect_ratio or 1)
+    if not 1 / _MOST_PIXEL_ASPECT <= aspect <= _MOST_PIXEL_ASPECT:
+        raise MediaError(
+            f"{path}: expected pixels at most {_MOST_PIXEL_ASPECT} times as wide as high or as high as wide, got "
+            f"{aspect:.3g} times; fetch it again or drop the question"
+        )
+    # Programs that scale videos leave such aspects to make up for sides that are whole numbers.
+    if abs(aspect - 1) < _LEAST_PIXEL_STRETCH:
+        return height, width
+    if turned:
+        aspect = 1 / aspect
+    return (height, round(width * aspect)) if aspect >= 1 else (round(height / aspect), width)
 
 
 def decode(
     clip: Clip, indices: list[int], by_time: bool, take: Callable[[int, torch.Tensor], object]
-) -> tuple[float, ...]:
-    """Decode frames and return their stamps: those of a constant rate, or with a variable rate the true times.
+) -> tuple[tuple[float, ...], int]:
+    """Decode frames. Return their stamps, and how many different frames they are.
+
+    Stamps are those of a constant rate; with a variable rate, the true times.
 
     Args:
         by_time: take what is shown at the times that the frames have at a constant rate, rather than frames by number.
@@ -126,11 +166,12 @@ def decode(
             _refuse_others(clip, indices, times, late=True, order=True)
         except MediaError:
             raise error from None
+    different = len(set(times))
     since = [time - clip.begin_s for time in times]
     # A variable rate has its true times.
     if any(abs(time - index / clip.fps) > 0.5 / clip.fps + 1e-3 for index, time in zip(indices, since, strict=True)):
-        return tuple(clip.late_s + time for time in since)
-    return tuple(map(clip.stamp, indices))
+        return tuple(clip.late_s + time for time in since), different
+    return tuple(map(clip.stamp, indices)), different
 
 
 def _decode_with(
@@ -187,15 +228,27 @@ def _lateness(path: str, begin_s: float) -> float:
 
     torchcodec tells where video and audio start, but not where the file does. Subtitles and data are not looked at.
     """
+    late_s = max((begin_s - audio_s for audio_s in _audio_starts(path)), default=0.0)
+    return late_s if late_s >= LEAST_LATE_S else 0.0
+
+
+def _audio_starts(path: str) -> list[float]:
+    """Return when each audio stream starts that can be decoded, in seconds of the decoder's clock."""
     from torchcodec.decoders import AudioDecoder
 
     try:
-        audio_s = AudioDecoder(path).metadata.begin_stream_seconds_from_header
-    # There is no audio, or none that can be decoded.
+        AudioDecoder(path)
+    # There is no audio: the usual case, which costs one look.
     except (RuntimeError, ValueError):
-        return 0.0
-    late_s = 0.0 if audio_s is None else begin_s - audio_s
-    return late_s if late_s >= LEAST_LATE_S else 0.0
+        return []
+    starts = []
+    for index in range(_MOST_STREAMS):
+        try:
+            starts.append(AudioDecoder(path, stream_index=index).metadata.begin_stream_seconds_from_header)
+        except (RuntimeError, ValueError) as error:
+            if "not a valid stream" in str(error):
+                break
+    return [start for start in starts if start is not None]
 
 
 def _open_video(path: str, *, device: str = "cpu", seek_mode: str = "exact") -> Any:

@@ -36,7 +36,7 @@ STUDENT_COLOURS, OTHER_COLOUR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 
 
-def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE) -> list[tuple[str, str]]:
+def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE, *, kind: str = "video") -> list[tuple[str, str]]:
     """Evenly spaced frames of a video, or the picture itself, as ("data:image/jpeg;base64,...", caption).
 
     Raises:
@@ -44,13 +44,14 @@ def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE) -> list[tuple[str, str
     """
     from PIL import Image
 
+    from rmsd_fast.config import DataConfig
     from rmsd_fast.data.video import read_preview
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    frames, times = read_preview(path, count)
-    captions = [f"{time:.1f} s" for time in times] or ["picture"]
-    return [(_jpeg(Image.fromarray(frame)), caption) for frame, caption in zip(frames, captions, strict=True)]
+    preview = read_preview(path, kind, count, max_file_mib=DataConfig.max_file_mib)
+    captions = [f"{time:.1f} s" for time in preview.times_s] or ["picture"]
+    return [(_jpeg(Image.fromarray(frame)), caption) for frame, caption in zip(preview.frames, captions, strict=True)]
 
 
 def _jpeg(image: object) -> str:
@@ -78,7 +79,7 @@ def read_film(path: str, *, is_video: bool) -> Film:
     # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
     faults = (OSError, RuntimeError, ValueError, ImportError, IndexError)
     try:
-        shots = thumbnails(path)
+        shots = thumbnails(path, kind="video" if is_video else "image")
     except faults as error:
         return Film([], str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__)
     try:

@@ -1,0 +1,87 @@
+"""Picture files that the tests make, some byte by byte, and what is read of them."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from rmsd_fast.data.media_file import MediaError
+from rmsd_fast.data.pictures import picture_size, read_picture
+
+# 16-bit levels and round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
+LEVELS_16 = [0, 128, 129, 257, 32767, 32768, 65407, 65535]
+LEVELS_8 = [0, 0, 1, 1, 127, 128, 255, 255]
+
+
+def pixels(path: Path) -> list[list[tuple[int, ...]]]:
+    """Rows of RGB pixels, after a look that the header gives the same size."""
+    picture = read_picture(str(path))
+    assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(str(path))
+    return [[tuple(pixel) for pixel in row] for row in picture.tolist()]
+
+
+def grey_row(path: Path) -> list[int]:
+    (row,) = pixels(path)
+    assert all(red == green == blue for red, green, blue in row)
+    return [red for red, _, _ in row]
+
+
+def refusal(path: Path, *, in_pixels: bool = False) -> str:
+    """The message, which is the same for the size alone; in_pixels: only the pixels show the fault, not the size."""
+    with pytest.raises(MediaError) as caught:
+        read_picture(str(path))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    if in_pixels:
+        assert min(picture_size(str(path))) > 0
+    else:
+        with pytest.raises(MediaError) as caught:
+            picture_size(str(path))
+        assert str(caught.value) == text
+    return text.removeprefix(f"{path}: ")
+
+
+def skip_unless_written(name: str) -> None:
+    if name.endswith(".avif") and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+
+
+def row_of(mode: str, values: list) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image
+
+
+def write_png(path: Path, size: tuple[int, int], bits: int, colour: int, rows: list[bytes], **chunks: bytes) -> Path:
+    """A PNG made by hand: colour is PNG's colour type; chunks come ahead of the pixels."""
+
+    def chunk(kind: str, data: bytes) -> bytes:
+        body = kind.encode() + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
+    body = b"".join(chunk(kind, data) for kind, data in chunks.items())
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk("IHDR", header) + body + chunk("IDAT", data) + chunk("IEND", b""))
+    return path
+
+
+def write_tiff(path: Path, data: bytes, bits: list[int], photometric: int, *, width: int, **more: int) -> Path:
+    """A little-endian TIFF of one row made by hand; bits of each channel; more: further tags, as tag_338=1."""
+    depths = struct.pack(f"<{len(bits)}H", *bits)
+    # A tag's values stand in it if they fit into four bytes, and otherwise behind the pixels.
+    at = int.from_bytes(depths, "little") if len(depths) <= 4 else 8 + len(data)
+    numbers = {256: width, 257: 1, 259: 1, 262: photometric, 273: 8, 277: len(bits), 278: 1, 279: len(data)}
+    numbers |= {int(name.removeprefix("tag_")): value for name, value in more.items()}
+    tags = {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in numbers.items()}
+    tags[258] = struct.pack("<HHII", 258, 3, len(bits), at)
+    data += depths if len(depths) > 4 else b""
+    data += b"\0" * (len(data) % 2)
+    entries = struct.pack("<H", len(tags)) + b"".join(tags[tag] for tag in sorted(tags)) + bytes(4)
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + entries)
+    return path
