@@ -26,8 +26,8 @@ from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media_file import MediaError, video_command
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import media_text
-from rmsd_fast.data.video import Frames, MediaRequest, Preview, read_layout, read_media, read_preview
-from rmsd_fast.report_page.samples import thumbnails
+from rmsd_fast.data.video import Frames, MediaRequest, Preview, PreviewRequest, read_layout, read_media, read_preview
+from rmsd_fast.report_page.films import Films
 
 PREPROCESSOR = Preprocessor()
 FRAMES, FPS = 60, 10.0
@@ -307,7 +307,7 @@ def test_commands_can_be_pasted() -> None:
 
 
 def preview(path: Path, kind: str, count: int) -> Preview:
-    return read_preview(str(path), kind, count, max_file_mib=16)
+    return read_preview(PreviewRequest(str(path), kind, count, longest_px=96, max_file_mib=16))
 
 
 def half_visible(path: Path) -> None:
@@ -335,14 +335,16 @@ def test_previews_show_the_same_pictures_and_times(tmp_path: Path, made: Path) -
     with pytest.raises(MediaError, match="expected one picture, got an animation"):
         preview(gif, "image", 3)
     with pytest.raises(MediaError, match=r"expected at most data\.max_file_mib=0"):
-        read_preview(str(gif), "video", 3, max_file_mib=0)
+        read_preview(PreviewRequest(str(gif), "video", 3, longest_px=64, max_file_mib=0))
 
 
 def test_the_report_shows_them(tmp_path: Path, made: Path) -> None:
     late = make(tmp_path, made, "x.mp4", LATE)
-    assert [caption for _, caption in thumbnails(str(late), 3)] == ["2.0 s", "5.0 s", "7.9 s"]
     half_visible(tmp_path / "x.png")
-    ((source, caption),) = thumbnails(str(tmp_path / "x.png"), kind="image")
+    with Films(timeout_s=60.0) as films:
+        captions = [caption for _, caption in films.read(str(late), is_video=True).shots]
+        ((source, caption),) = films.read(str(tmp_path / "x.png"), is_video=False).shots
+    assert captions == ["2.0 s", "2.8 s", "3.7 s", "4.5 s", "5.4 s", "6.2 s", "7.1 s", "7.9 s"]
     shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
     assert caption == "picture" and shown.getpixel((2, 1)) == (255, 255, 255)
 

@@ -14,7 +14,7 @@ from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.containers import CONTAINERS, container_of, pixel_aspect
 from rmsd_fast.data.media_file import MediaError, check_file
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.video import MediaRequest, read_layout, read_media, read_preview
+from rmsd_fast.data.video import MediaRequest, PreviewRequest, read_layout, read_media, read_preview
 
 SECONDS, FPS = 6, 10.0
 VP8 = ("-c:v", "libvpx", "-b:v", "300k", "-deadline", "realtime", "-cpu-used", 8)
@@ -229,7 +229,7 @@ def test_lists_of_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
         with pytest.raises(MediaError, match="expected a video, got a playlist; fetch the video that it names"):
             call(request(path))
     with pytest.raises(MediaError, match="got a playlist"):
-        read_preview(str(path), "video", 4, max_file_mib=16)
+        read_preview(PreviewRequest(str(path), "video", 4, longest_px=256, max_file_mib=16))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_circle_stays_a_circle(tmp_path: Path, name: str, arguments: tuple) ->
     assert frames.pixels.shape[-2:] == (192, 256) and read_layout(wanted).grid_thw == frames.grid_thw == (1, 12, 16)
     high, wide = extent(frames.pixels[0])
     assert high == pytest.approx(160, rel=0.02) and wide == pytest.approx(160, rel=0.02)
-    shown = read_preview(str(tmp_path / name), "video", 2, max_file_mib=16)
+    shown = read_preview(PreviewRequest(str(tmp_path / name), "video", 2, longest_px=256, max_file_mib=16))
     assert shown.size == (256, 192) and shown.frames.shape == (2, 192, 256, 3)
     high, wide = extent(torch.from_numpy(shown.frames[0]).permute(2, 0, 1))
     assert high == pytest.approx(160, rel=0.02) and wide == pytest.approx(160, rel=0.02)

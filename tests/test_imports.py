@@ -28,6 +28,7 @@ LEVELS = {
     "rollout": 2,
     "runtime": 2,
     "integrations": 2,
+    "program": 2,
     "stages": 3,
     **dict.fromkeys(PROGRAMS, 4),
 }
@@ -38,6 +39,7 @@ SAME_LEVEL = {
     ("settings", "method"),  # the task types among the choices
     ("train", "evaluate"),
     ("train", "report"),
+    ("program", "runtime"),
     ("teacher", "data"),
     ("models", "data"),
     ("rollout", "data"),

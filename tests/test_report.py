@@ -16,8 +16,8 @@ from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
+from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.run_folder import load_run
-from rmsd_fast.report_page.samples import thumbnails
 from rmsd_fast.report_page.teacher import teacher_section
 from rmsd_fast.settings import to_yaml
 
@@ -208,23 +208,29 @@ def test_pictures_are_shown_too(run: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGBA", (900, 450), (200, 30, 30, 255)).save(tmp_path / "still.png")
-    ((source, caption),) = thumbnails(str(tmp_path / "still.png"), kind="image")
+    with Films(timeout_s=60.0) as films:
+        ((source, caption),) = films.read(str(tmp_path / "still.png"), is_video=False).shots
     assert caption == "picture" and source.startswith("data:image/jpeg;base64,")
+    assert _jpeg_of(source).size == (240, 120)
 
 
-def test_thumbnails_are_evenly_spaced_frames(material) -> None:
+def _jpeg_of(source: str):
     import base64
     import io
 
     from PIL import Image
 
+    return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+
+
+def test_films_are_evenly_spaced_frames(material) -> None:
     clip = sorted(material.clips.glob("*.mp4"))[0]
-    shown = thumbnails(str(clip), count=4)
-    # Clips have 8 frames at 1 per second: frames 0, 2.33, 4.67 and 7 rounded.
-    assert [caption for _, caption in shown] == ["0.0 s", "2.0 s", "5.0 s", "7.0 s"]
-    image = Image.open(io.BytesIO(base64.b64decode(shown[0][0].partition(",")[2])))
+    with Films(timeout_s=60.0) as films:
+        shots = films.read(str(clip), is_video=True).shots
+    # Clips have 8 frames at 1 per second.
+    assert [caption for _, caption in shots] == [f"{second}.0 s" for second in range(8)]
+    image = _jpeg_of(shots[0][0])
     assert image.size == (64, 64) and image.format == "JPEG"
-    assert len(thumbnails(str(clip), count=20)) == 8
 
 
 # ---- damaged inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
+from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import RELATIVE, box_overlay, response_mark, time_line, truth_mark
-from rmsd_fast.report_page.samples import film_strip, read_film
+from rmsd_fast.report_page.samples import film_strip
 from rmsd_fast.settings import to_yaml
 
 
@@ -26,6 +28,12 @@ def material(tmp_path_factory):
 def clip(material) -> str:
     """A video of 8 s and 64x64 pixels."""
     return str(sorted(material.clips.glob("*.mp4"))[0])
+
+
+@pytest.fixture(scope="module")
+def films():
+    with Films(timeout_s=60.0) as films:
+        yield films
 
 
 @pytest.fixture
@@ -136,32 +144,63 @@ def test_a_length_that_is_none_draws_nothing(length) -> None:
     assert time_line(truth_mark("temporal", "0 to 5e-324"), None) == ""
 
 
-def test_size_and_length_come_from_the_file(clip, tmp_path) -> None:
+def test_size_and_length_come_from_the_file(clip, tmp_path, films) -> None:
     from PIL import Image
 
-    film = read_film(clip, is_video=True)
+    film = films.read(clip, is_video=True)
     assert (film.size, film.seconds, len(film.shots), film.fault) == ((64, 64), 8.0, 8, "")
     picture = Image.new("RGB", (90, 60))
     turned = Image.Exif()
     turned[0x0112] = 6
     picture.save(tmp_path / "turned.jpg", exif=turned)
-    film = read_film(str(tmp_path / "turned.jpg"), is_video=False)
+    film = films.read(str(tmp_path / "turned.jpg"), is_video=False)
     assert (film.size, film.seconds, len(film.shots)) == ((60, 90), None, 1)
-    film = read_film(str(tmp_path / "gone.mp4"), is_video=True)
+    film = films.read(str(tmp_path / "gone.mp4"), is_video=True)
     assert film.shots == [] and "no such file" in film.fault
 
 
-def test_media_are_read_once(clip, monkeypatch) -> None:
-    films = {}
+def test_a_late_video_is_drawn_on_its_own_clock(clip, tmp_path, films) -> None:
+    late = tmp_path / "late.mkv"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "sine=d=12", "-itsoffset", "4", "-i", clip]
+    subprocess.run([*command, "-c:v", "copy", str(late)], check=True)
+    film = films.read(str(late), is_video=True)
+    assert film.shots[0][1] == "4.0 s" and film.seconds == pytest.approx(12.0, abs=0.1)
+    # The record's duration is that of the stream in some data sets: the file tells better.
+    row = {"videos": [str(late)], "images": [], "duration": 8.0}
+    strip = film_strip(row, truth_mark("temporal", "9 to 12"), {}, films, pixel=False)
+    # 9 of 12 s; the audio ends a little later.
+    assert re.search(r"left:7[45]\.\d+%", strip)
+
+
+def test_a_file_that_hangs_costs_its_time_and_no_page(tmp_path, clip, monkeypatch) -> None:
+    """A reader that never answers: a file on a disk that is gone."""
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.START_S", 60.0)
+    hanging = []
+    for number in range(MOST_LOST + 1):
+        hanging.append(tmp_path / f"{number}.mp4")
+        hanging[-1].write_bytes(Path(clip).read_bytes())
+    with Films(timeout_s=0.0) as films:
+        faults = [films.read(str(path), is_video=True).fault for path in hanging]
+    assert all("not read within" in fault for fault in faults[:MOST_LOST])
+    assert faults[MOST_LOST] == f"not read: {MOST_LOST} files before it could not be"
+
+
+def test_files_that_the_run_could_not_use_are_not_tried_again(clip) -> None:
+    row = {"videos": [clip], "images": [], "error": "clip.mp4: <truncated>"}
+    strip = film_strip(row, [], {}, None, pixel=False)
+    assert "clip.mp4: &lt;truncated&gt;" in strip and "<img" not in strip
+
+
+def test_media_are_read_once(clip, monkeypatch, films) -> None:
     row = {"videos": [clip], "images": []}
     film_strip(row, [], {}, films, pixel=False)
-    monkeypatch.setattr("rmsd_fast.report_page.samples.thumbnails", lambda path, **_: pytest.fail("read again"))
+    monkeypatch.setattr(films, "_film", lambda *_: pytest.fail("read again"))
     assert film_strip(row, [], {}, films, pixel=False).count("<img") == 8
 
 
-def test_answers_are_not_drawn_on_one_of_several_media(clip) -> None:
+def test_answers_are_not_drawn_on_one_of_several_media(clip, films) -> None:
     row = {"videos": [clip, clip], "images": []}
-    strip = film_strip(row, truth_mark("spatial", "1,2,3,4"), {"truth": "x"}, {}, pixel=False)
+    strip = film_strip(row, truth_mark("spatial", "1,2,3,4"), {"truth": "x"}, films, pixel=False)
     assert strip.count("<img") == 16 and "<rect" not in strip
 
 

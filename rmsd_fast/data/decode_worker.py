@@ -30,7 +30,16 @@ import torch
 
 from rmsd_fast.config import UserError
 from rmsd_fast.data.media_file import MediaError, file_digest, undecodable, video_command
-from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
+from rmsd_fast.data.video import (
+    Frames,
+    Layout,
+    MediaRequest,
+    Preview,
+    PreviewRequest,
+    read_layout,
+    read_media,
+    read_preview,
+)
 from rmsd_kernels import native
 
 # For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
@@ -114,6 +123,10 @@ class Worker:
         """`read_media` there; the pixels lie in memory that both processes see. Raises as `layout`."""
         return self._call("read", request, timeout_s)
 
+    def preview(self, request: PreviewRequest, timeout_s: float) -> Preview:
+        """`read_preview` there. Raises as `layout`."""
+        return self._call("preview", request, timeout_s)
+
     def kill(self) -> None:
         """End the process, at once. A thread that waits for it gets a WorkerLost."""
         if self.pid is not None and not self.lost:
@@ -126,7 +139,7 @@ class Worker:
         self._connection.close()
         self._socket.close()
 
-    def _call(self, operation: str, request: MediaRequest, timeout_s: float) -> Any:
+    def _call(self, operation: str, request: MediaRequest | PreviewRequest, timeout_s: float) -> Any:
         """The worker's answer. Whatever keeps it from being read whole ends the worker: its next one would be torn."""
         if self.pid is None:
             self._start()
@@ -181,7 +194,7 @@ class Worker:
             raise TimeoutError
 
 
-def _repair(request: MediaRequest) -> str:
+def _repair(request: MediaRequest | PreviewRequest) -> str:
     """What to do about a file that the decoder hangs or crashes at. Opens nothing: its disk may be what hangs."""
     return (
         f"re-encode it with `{video_command(request.path, b'')}`" if request.kind == "video" else "save it again as PNG"
@@ -246,13 +259,17 @@ def _serve(ours: socket.socket) -> None:
             trim(0)
 
 
-def _answer(operation: str, request: MediaRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> tuple:
+def _answer(
+    operation: str, request: MediaRequest | PreviewRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]
+) -> tuple:
     """What is sent back: ("ok", value), ("frames", (frames without pixels, shape)), ("bad", text) or ("error", it)."""
     try:
         if operation == "layout":
             return "ok", read_layout(request)
         if operation == "digest":
             return "ok", file_digest(request.path)
+        if operation == "preview":
+            return "ok", read_preview(request)
         frames = read_media(request, allocate=allocate)
         return "frames", (replace(frames, pixels=torch.empty(0)), tuple(frames.pixels.shape))
     except MediaError as error:

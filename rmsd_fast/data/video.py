@@ -181,23 +181,38 @@ class Preview:
     seconds: float | None
 
 
-def read_preview(path: str, kind: str, count: int, *, max_file_mib: int) -> Preview:
-    """Read a picture, or evenly spaced frames of a video, for people to look at.
+@dataclass(frozen=True)
+class PreviewRequest:
+    """A picture, or evenly spaced frames of a video, for people to look at.
 
-    Args:
-        kind: "video" or "image".
-        count: frames of a video; fewer if it has fewer.
-        max_file_mib: refuse larger files.
+    kind: "video" or "image". count: frames of a video; fewer if it has fewer. longest_px: of the longer side of what
+    is shown. max_file_mib: larger files are refused.
+    """
+
+    path: str
+    kind: str
+    count: int
+    longest_px: int
+    max_file_mib: int
+
+
+def read_preview(request: PreviewRequest) -> Preview:
+    """Read what `PreviewRequest` asks for.
+
     Raises:
         MediaError, NotInstalled: as `read_media`.
     """
-    check_file(path, max_file_mib, picture=kind == "image")
-    if kind == "image":
-        picture = read_picture(path)
-        return Preview(picture[None], (), (picture.shape[1], picture.shape[0]), None)
-    clip = open_clip(path)
-    height, width = clip.shown
-    count = min(count, clip.frames)
+    check_file(request.path, request.max_file_mib, picture=request.kind == "image")
+    if request.kind == "image":
+        picture = torch.from_numpy(read_picture(request.path)).permute(2, 0, 1)[None]
+        size = (picture.shape[3], picture.shape[2])
+        height, width = _within(request.longest_px, *size)
+        frames = rmsd_kernels.resize_frames(picture.contiguous(), height=height, width=width)
+        return Preview(frames.permute(0, 2, 3, 1).numpy(), (), size, None)
+    clip = open_clip(request.path)
+    size = clip.shown[::-1]
+    height, width = _within(request.longest_px, *size)
+    count = min(request.count, clip.frames)
     indices = [round(number * (clip.frames - 1) / max(count - 1, 1)) for number in range(count)]
     frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
 
@@ -205,7 +220,13 @@ def read_preview(path: str, kind: str, count: int, *, max_file_mib: int) -> Prev
         rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
 
     stamps, _ = decode(clip, indices, False, resize)
-    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, (width, height), clip.length_s)
+    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, size, clip.length_s)
+
+
+def _within(longest_px: int, width: int, height: int) -> tuple[int, int]:
+    """Height and width of the same shape, not larger than before."""
+    scale = min(1.0, longest_px / max(width, height))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:

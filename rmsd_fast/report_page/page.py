@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from rmsd_fast.config import DataConfig
 from rmsd_fast.report_page.curves import STAGE_TITLES, duration, stage_section
 from rmsd_fast.report_page.evaluation import (
     SIMULATED,
@@ -20,9 +21,10 @@ from rmsd_fast.report_page.evaluation import (
     value,
     verdict,
 )
+from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.rollouts import rollouts_section
 from rmsd_fast.report_page.run_folder import Run
-from rmsd_fast.report_page.samples import STUDENT_ORDER, Film, sample_cards
+from rmsd_fast.report_page.samples import STUDENT_ORDER, sample_cards
 from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
 from rmsd_fast.report_page.teacher import is_simulated, teacher_section
@@ -35,11 +37,16 @@ _WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
 
 def render(run: Run) -> str:
     """The report of a run as one HTML document that needs nothing else."""
+    timeout_s = (run.settings.get("data") or {}).get("decode_timeout_s")
+    with Films(timeout_s if isinstance(timeout_s, int | float) else DataConfig.decode_timeout_s) as films:
+        return _render(run, films)
+
+
+def _render(run: Run, films: Films) -> str:
     name = visible(run.settings.get("name") or run.folder.name)
     stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
     links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("rollouts", "Rollouts")]
     links += [("teacher", "Teacher"), ("samples", "Samples"), ("settings", "Settings")]
-    films: dict[str, Film] = {}
     pixel = (run.settings.get("teacher") or {}).get("spatial_format") == "pixel"
     nav = "".join(f'<a href="#{visible(anchor)}">{visible(text)}</a>' for anchor, text in links)
     body = [
@@ -194,7 +201,7 @@ def _pair_tile(stage: str, curve: Series) -> str:
     return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
-def _samples(run: Run, films: dict[str, Film], pixel: bool) -> str:
+def _samples(run: Run, films: Films, pixel: bool) -> str:
     head = '<h2 id="samples">Answers side by side</h2>'
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rmsd_fast.report_page.curves import STAGE_TITLES
+from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.marks import TRUTH, response_mark, truth_mark
-from rmsd_fast.report_page.samples import Film, film_strip, is_number, question_html, response_html
+from rmsd_fast.report_page.samples import film_strip, is_number, question_html, response_html
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.text import visible
 
@@ -24,7 +25,7 @@ _NAMES = {"quality": "q", "d_score": "D", "log_ratio": "k1"}
 _COLOURS = {TRUTH: "ground truth", str(TEACHER_COLOUR): "teacher answers", str(STUDENT_COLOUR): "rollouts"}
 
 
-def rollouts_section(rows: Sequence[Mapping[str, Any]], films: dict[str, Film], *, pixel: bool) -> str:
+def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films, *, pixel: bool) -> str:
     """Cards of the first, the middle and the last logged step of each stage.
 
     Args:
@@ -56,7 +57,7 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: dict[str, Film], 
     return "".join(out)
 
 
-def _card(row: Mapping[str, Any], films: dict[str, Film], pixel: bool) -> str:
+def _card(row: Mapping[str, Any], films: Films, pixel: bool) -> str:
     task = str(row.get("task_type", ""))
     teacher = [(f"T{answer.get('k', '?')}", answer) for answer in row["teacher"]]
     rollouts = [(f"R{index}", rollout) for index, rollout in enumerate(row["rollouts"])]

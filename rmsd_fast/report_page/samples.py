@@ -5,15 +5,13 @@ Everything shown here was written by a model or stands in a data file: it is esc
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from rmsd_fast.report_page.films import Film, Films
 from rmsd_fast.report_page.marks import (
     RELATIVE,
     TRUTH,
@@ -26,9 +24,6 @@ from rmsd_fast.report_page.marks import (
 )
 from rmsd_fast.report_page.text import visible
 
-# Fewer would miss what is seen for a second or two of a short clip.
-FRAMES_PER_SAMPLE = 8
-MAX_THUMBNAIL_PX = 240
 MAX_CARDS = 40
 STUDENT_ORDER = ("untrained", "stage1", "stage2")
 # Series colours of the students' marks, as in the charts.
@@ -36,82 +31,11 @@ STUDENT_COLOURS, OTHER_COLOUR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 
 
-def thumbnails(path: str, count: int = FRAMES_PER_SAMPLE, *, kind: str = "video") -> list[tuple[str, str]]:
-    """Evenly spaced frames of a video, or the picture itself, as ("data:image/jpeg;base64,...", caption).
-
-    Raises:
-        OSError, RuntimeError, ValueError, ImportError: the file or its decoder is missing, or it cannot be read.
-    """
-    from PIL import Image
-
-    from rmsd_fast.config import DataConfig
-    from rmsd_fast.data.video import read_preview
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    preview = read_preview(path, kind, count, max_file_mib=DataConfig.max_file_mib)
-    captions = [f"{time:.1f} s" for time in preview.times_s] or ["picture"]
-    return [(_jpeg(Image.fromarray(frame)), caption) for frame, caption in zip(preview.frames, captions, strict=True)]
-
-
-def _jpeg(image: object) -> str:
-    image.thumbnail((MAX_THUMBNAIL_PX, MAX_THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-@dataclass(frozen=True)
-class Film:
-    """What the page shows of a media file: (source, caption) of its frames, or the fault that left it without them.
-
-    size: width and height in pixels, None where the file does not tell. seconds: length of a video.
-    """
-
-    shots: list[tuple[str, str]]
-    fault: str = ""
-    size: tuple[int, int] | None = None
-    seconds: float | None = None
-
-
-def read_film(path: str, *, is_video: bool) -> Film:
-    """Read the frames and the header of a video or picture."""
-    # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
-    faults = (OSError, RuntimeError, ValueError, ImportError, IndexError)
-    try:
-        shots = thumbnails(path, kind="video" if is_video else "image")
-    except faults as error:
-        return Film([], str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__)
-    try:
-        return Film(shots, "", *(_video_header(path) if is_video else _picture_header(path)))
-    except faults:
-        return Film(shots)
-
-
-def _picture_header(path: str) -> tuple[tuple[int, int], None]:
-    """Width and height as the picture is shown; it has no length."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        # Values of EXIF's orientation that exchange width and height.
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.size[::-1] if turned else image.size), None
-
-
-def _video_header(path: str) -> tuple[tuple[int, int] | None, float | None]:
-    """Width and height, and the length in seconds."""
-    from torchcodec.decoders import VideoDecoder
-
-    header = VideoDecoder(path, seek_mode="approximate").metadata
-    size = (header.width, header.height) if header.width and header.height else None
-    return size, header.duration_seconds
-
-
 def film_strip(
     row: Mapping[str, object],
     marks: Sequence[Mark],
     names: Mapping[str, str],
-    films: dict[str, Film],
+    films: Films,
     *,
     pixel: bool,
 ) -> str:
@@ -120,20 +44,22 @@ def film_strip(
     Args:
         row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
         marks, names: what to draw, and whose marks have which colour.
-        films: those read so far by path, added to.
+        films: reads the media.
         pixel: boxes count pixels of the file, and not thousandths of the frame.
     """
     media = [(str(path), kind == "videos") for kind in ("videos", "images") for path in row.get(kind) or ()]
     if not media:
         return '<div class="frames"><figure class="lone"><div class="gone">no media recorded</div></figure></div>'
-    for path, is_video in media:
-        if path not in films:
-            films[path] = read_film(path, is_video=is_video)
+    if row.get("error"):
+        # The run could not use these files: they are not tried again.
+        return (
+            f'<div class="frames"><figure class="lone"><div class="gone">{visible(row["error"])}</div></figure></div>'
+        )
     if len(media) > 1:
         # Nothing says which of them an answer is about.
-        return "".join(_strip(path, films[path], "") for path, _ in media)
-    ((path, _),) = media
-    film = films[path]
+        return "".join(_strip(path, films.read(path, is_video=is_video), "") for path, is_video in media)
+    ((path, is_video),) = media
+    film = films.read(path, is_video=is_video)
     size = film.size if pixel else RELATIVE
     overlay = box_overlay(marks, size) if size else ""
     length = film.seconds or row.get("duration")
@@ -221,9 +147,7 @@ def question_html(row: Mapping[str, object]) -> str:
     )
 
 
-def sample_cards(
-    rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: dict[str, Film], *, pixel: bool
-) -> str:
+def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: Films, *, pixel: bool) -> str:
     """Cards, one per question, in the order of the file.
 
     Args:

@@ -1,0 +1,100 @@
+"""Previews of media files for the page, read by a process that a bad file may hang or crash."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rmsd_fast.data.decode_worker import Nursery, Worker
+
+# Fewer would miss what is seen for a second or two of a short clip.
+FRAMES_PER_FILM = 8
+LONGEST_PX = 240
+# A page with many files on a disk that hangs is written all the same.
+MOST_LOST = 3
+
+
+@dataclass(frozen=True)
+class Film:
+    """What the page shows of a media file: (source, caption) of its frames, or the fault that left it without them.
+
+    size: width and height in pixels as shown, None where the file was not read. seconds: where a video ends.
+    """
+
+    shots: list[tuple[str, str]]
+    fault: str = ""
+    size: tuple[int, int] | None = None
+    seconds: float | None = None
+
+
+class Films:
+    """Reads previews, each file once.
+
+    Args:
+        timeout_s: for one file.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._read: dict[str, Film] = {}
+        self._nursery: Nursery | None = None
+        self._worker: Worker | None = None
+        self._lost = 0
+
+    def __enter__(self) -> Films:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if self._nursery is not None:
+            self._nursery.close()
+
+    def read(self, path: str, *, is_video: bool) -> Film:
+        """The film of a file; a file that cannot be read has a fault in place of frames."""
+        if path not in self._read:
+            self._read[path] = self._film(path, is_video)
+        return self._read[path]
+
+    def _film(self, path: str, is_video: bool) -> Film:
+        # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
+        from rmsd_fast.config import DataConfig, UserError
+        from rmsd_fast.data.decode_worker import NotStarted, Nursery, WorkerLost
+        from rmsd_fast.data.media_file import MediaError
+        from rmsd_fast.data.video import PreviewRequest
+
+        if not Path(path).is_file():
+            return Film([], f"no such file: {path}")
+        if self._lost == MOST_LOST:
+            return Film([], f"not read: {MOST_LOST} files before it could not be")
+        request = PreviewRequest(
+            path, "video" if is_video else "image", FRAMES_PER_FILM, LONGEST_PX, DataConfig.max_file_mib
+        )
+        try:
+            if self._nursery is None:
+                self._nursery = Nursery()
+            if self._worker is None or self._worker.lost:
+                self._worker = self._nursery.worker()
+            preview = self._worker.preview(request, self._timeout_s)
+        except (MediaError, UserError, NotStarted, OSError) as error:
+            self._lost += isinstance(error, WorkerLost)
+            self._lost = MOST_LOST if isinstance(error, NotStarted) else self._lost
+            return Film([], str(error).strip().splitlines()[0][:200])
+        captions = [f"{time:.1f} s" for time in preview.times_s] or ["picture"]
+        shots = [(_jpeg(frame), caption) for frame, caption in zip(preview.frames, captions, strict=True)]
+        return Film(shots, "", preview.size, preview.seconds)
+
+
+def _jpeg(frame: object) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
