@@ -88,15 +88,14 @@ def make_responses(builder: PromptBuilder, count: int, length: int, seed: int) -
 def make_texts(builder: PromptBuilder, count: int, length: int, seed: int) -> list[str]:
     """Random texts of exactly so many tokens, end token included, of words that are one token wherever they stand."""
     encode = builder.tokenizer.encode
-    words = [builder.tokenizer.decode([index]) for index in range(len(builder.tokenizer))]
-    words = [
-        word
-        for index, word in enumerate(words)
-        if re.fullmatch(" [a-z]+", word) and encode(word, add_special_tokens=False) == [index]
-    ]
+    tokens = [builder.tokenizer.decode([index]) for index in range(len(builder.tokenizer))]
+    tokens = [word for index, word in enumerate(tokens) if encode(word, add_special_tokens=False) == [index]]
+    words = [word for word in tokens if re.fullmatch(" [a-z]+", word)]
+    # encode_response strips the blank of a first word.
+    first = next(word for word in tokens if re.fullmatch("[a-z]+", word))
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(words), (count, length - 1), generator=generator).tolist()
-    texts = ["".join(words[index] for index in row) for row in drawn]
+    drawn = torch.randint(len(words), (count, length - 2), generator=generator).tolist()
+    texts = [first + "".join(words[index] for index in row) for row in drawn]
     assert all(len(builder.encode_response(text)) == length for text in texts)
     return texts
 

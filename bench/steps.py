@@ -46,7 +46,7 @@ def settings_of(packing: str, prefix: int, response: int, n: int, dtype: str) ->
 def make_state(settings: RunConfig, world: World) -> RunState:
     """Policy, discriminator and reference. No rollout ends by itself: each has `max_new_tokens` tokens."""
     folder = str(student_folder(HIDDEN, LAYERS))
-    state = build_distillation(folder, settings, world, Material([], [], {}, True, Summary(), folder, {}))
+    state = build_distillation(folder, settings, world, Material([], [], {}, True, {}, Summary(), folder, {}))
     if settings.packing == "padded":
         # The tower's attention is the same in all variants; what is compared is the sharing.
         for module in (state.student.model, state.reference.model, state.discriminator.module.model):

@@ -177,7 +177,9 @@ class Rig:
 
         def run() -> dict[str, float]:
             result = step(state, prompts, settings, rollout_step=0)
-            bad = {name: value for name, value in result.metrics.items() if not math.isfinite(value)}
+            # None stands for what a step does not tell, such as the accuracy of no pair.
+            measured = {name: value for name, value in result.metrics.items() if value is not None}
+            bad = {name: value for name, value in measured.items() if not math.isfinite(value)}
             assert not result.skipped and not bad, f"{way.name}: a step that is not finite: {bad}"
             if way.mode == "shared":
                 # Another micro-batch would read the prompt once more.
@@ -235,10 +237,10 @@ class Formatted(Given):
     """The first response is a right answer in the right format."""
 
     def responses(self, count: int, seed: int) -> list[Tensor]:
-        start, filler, end = (
-            self.builder.encode_response(text) for text in ("<think>", " video", "</think><answer>0.0 to 1.0</answer>")
-        )
-        filler = filler[:1].repeat(self.response - 1 - len(end))
+        start, end = (self.builder.encode_response(text) for text in ("<think>", "</think><answer>0.0 to 1.0</answer>"))
+        # A word of its own, with the blank before it that encode_response would strip.
+        filler = torch.tensor(self.builder.tokenizer.encode(" video", add_special_tokens=False)[:1])
+        filler = filler.repeat(self.response - 1 - len(end))
         return [torch.cat([start[:1], filler, end]), *super().responses(count, seed)[1:]]
 
 

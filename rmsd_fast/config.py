@@ -147,7 +147,8 @@ class DataConfig:
     embedding_cache_mib: int = 0
     """Host memory for vision embeddings of each process, MiB, in stages with a frozen tower; 0 = encode each time."""
     max_bad_share: float = 0.05
-    """Abort when more than this share of the samples seen could not be used, or of the questions lack their files."""
+    """Abort when more than this share of the samples seen could not be used; do not start where more of the questions
+    of a file lack their media, or more of the teacher's answers cannot be taught to the student."""
 
 
 @dataclass
@@ -173,8 +174,6 @@ class TeacherConfig:
     """Relative tolerance of the epsilon accuracy (open)."""
     ocr_metric: str = "wer"
     """`wer` (1 - word error rate, clipped at 0; open) or `anls`."""
-    spatial_format: str = "relative"
-    """Boxes in 0-1000 `relative` coordinates (Qwen convention) or `pixel`."""
 
 
 @dataclass

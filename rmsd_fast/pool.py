@@ -12,8 +12,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
+
+if TYPE_CHECKING:
+    from rmsd_fast.teacher.summary import Summary
 
 EXAMPLES = 3
 SHOWN_CHARACTERS = 160
@@ -27,43 +31,54 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from rmsd_fast.config import UserError
 
+    faults: list[str] = []
     try:
         if arguments.command == "check":
-            print(check(arguments.pool, arguments.questions, arguments.overrides))
+            summary = check(arguments.pool, arguments.questions, arguments.overrides)
+            print(summary.text())
+            faults = summary.faults
         else:
             print(repair(arguments.pool, arguments.questions, arguments.output, arguments.overrides))
     except UserError as error:
-        print(f"rmsd_fast.pool: {error}", file=sys.stderr)
-        return 2
-    return 0
+        faults = [str(error)]
+    for fault in faults:
+        print(f"rmsd_fast.pool: {fault}", file=sys.stderr)
+    return 2 if faults else 0
 
 
-def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) -> str:
-    """Counts by task and by reason, and three examples of each reason, as text.
+def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) -> Summary:
+    """Counts of all answers by task and by reason, and three examples of each reason.
 
+    Returns:
+        What there is to say; its faults name what keeps a run from starting.
     Raises:
-        UserError: a file is damaged, the pool belongs to other questions, or next to no answer can be used.
+        UserError: a file is damaged, or the pool belongs to other questions.
     """
+    from rmsd_fast.teacher.diagnostics import pool_statistics
     from rmsd_fast.teacher.pool import check_pool
     from rmsd_fast.teacher.scores import score_pool
-    from rmsd_fast.teacher.summary import describe_pool, describe_questions, explain_reasons
+    from rmsd_fast.teacher.simulated import is_simulated
+    from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
-    settings, questions, pool = _load(pool_path, questions_path, overrides)
-    unanswered = set(check_pool(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share))
-    answered = [question for question in questions if question.id not in unanswered]
+    settings, questions, pool = _read(pool_path, questions_path, overrides)
+    unanswered = check_pool(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
+    answered = [question for question in questions if question.id in pool]
+    used, most = settings.teacher.responses, max(len(pool[question.id]) for question in answered)
+    settings = replace(settings, teacher=replace(settings.teacher, responses=most))
     scores = score_pool(pool, answered, settings.teacher)
+    statistics = pool_statistics(scores, answered, settings.teacher, simulated=is_simulated(pool))
     summary = describe_questions(questions, [])
-    summary += describe_pool(answered, pool, scores, sorted(unanswered), settings)
+    summary += describe_pool(answered, pool, statistics, unanswered, settings)
+    if used != most:
+        summary.lines.append(f"  every answer was judged; a run reads the first teacher.responses={used} of a question")
     examples: dict[str, list[str]] = defaultdict(list)
     for question in answered:
-        for answer, response in zip(scores[question.id], pool[question.id], strict=False):
+        for answer, response in zip(scores[question.id], pool[question.id], strict=True):
             if answer.reason and len(examples[answer.reason]) < EXAMPLES:
                 examples[answer.reason].append(f"    {question.id} k={answer.k}: {_short(response.text)}")
-    lines = [summary.text()]
-    for explained in explain_reasons(list(examples)):
-        reason = explained.split(":")[0].strip()
-        lines += [explained, *examples[reason]]
-    return "\n".join(lines)
+    for reason, explained in explain_reasons(list(examples)).items():
+        summary += Summary([explained, *examples[reason]])
+    return summary
 
 
 def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Sequence[str] = ()) -> str:
@@ -71,14 +86,20 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
 
     Answers that stay invalid are kept as they are, with their reason. Answers to questions that the file does not have
     are left alone.
+
+    Raises:
+        UserError: a file is damaged, the pool belongs to other questions, or the output exists or cannot be written.
     """
     from rmsd_fast.config import SettingsError
-    from rmsd_fast.teacher.pool import write_pool
+    from rmsd_fast.data.errors import counted
+    from rmsd_fast.teacher.pool import check_pool, write_pool
     from rmsd_fast.teacher.scores import score_response
 
-    settings, questions, pool = _load(pool_path, questions_path, overrides)
-    if output.exists() and output.resolve() == pool_path.resolve():
-        raise SettingsError(f"--output {output}: expected another file than the pool, which stays as it is")
+    # A link that leads nowhere is something too.
+    if output.exists() or output.is_symlink():
+        raise SettingsError(f"--output {output}: expected a new file, got one that exists; name another")
+    settings, questions, pool = _read(pool_path, questions_path, overrides)
+    check_pool(pool, questions, max_unanswered_share=1.0)
     by_id = {question.id: question for question in questions}
     repaired, rewritten, invalid, foreign = [], 0, 0, 0
     for identity, responses in pool.items():
@@ -88,7 +109,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
                 repaired.append(response)
                 continue
             # The text as sent, also where the pool was repaired before.
-            sent = replace(response, text=response.raw if response.raw is not None else response.text)
+            sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
             answer = score_response(sent, by_id[identity], settings.teacher)
             changed = answer.text != sent.text
             rewritten, invalid = rewritten + changed, invalid + (not answer.valid)
@@ -97,26 +118,26 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
             repaired.append(
                 replace(sent, text=answer.text, raw=raw, reason=answer.reason, valid=answer.valid, quality=quality)
             )
-    write_pool(output, repaired)
+    try:
+        write_pool(output, repaired)
+    except OSError as error:
+        raise SettingsError(
+            f"--output {output}: cannot be written ({error.strerror or error}); name a file in a folder of yours"
+        ) from error
     alone = f", {foreign:,} to questions that {questions_path} lacks left alone" if foreign else ""
-    return f"{output}: {len(repaired):,} answers, {rewritten:,} brought into canonical form, {invalid:,} invalid{alone}"
+    done = f"{rewritten:,} brought into canonical form, {invalid:,} invalid"
+    return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
 
 
-def _load(pool_path: Path, questions_path: Path, overrides: Sequence[str]):
-    from rmsd_fast.data.records import load_questions
+def _read(pool_path: Path, questions_path: Path, overrides: Sequence[str]):
+    """Settings, questions and answers; the faults of both files in one error, as at the start of a run."""
     from rmsd_fast.settings import load_settings
-    from rmsd_fast.teacher.pool import load_pool
+    from rmsd_fast.stages.inputs import read_files
 
     settings = load_settings("", overrides)
-    data = settings.data
-    questions = load_questions(
-        questions_path,
-        media_root=data.media_root,
-        format=data.format,
-        task_type=data.task_type,
-        follow_symlinks=data.follow_symlinks,
-    )
-    return settings, questions, load_pool(pool_path)
+    files = {"train": str(questions_path), "pool": str(pool_path)}
+    questions, pool = read_files(settings, files, {"train": settings.data.media_root})
+    return settings, questions["train"], pool
 
 
 def _short(text: str) -> str:
@@ -144,7 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "overrides", nargs="*", metavar="section.field=value", help="settings, e.g. teacher.parse=strict"
         )
         if name == "repair":
-            command.add_argument("--output", type=Path, required=True, help="pool to write")
+            command.add_argument("--output", type=Path, required=True, help="pool to write, a new file")
     return parser.parse_args(argv)
 
 

@@ -30,7 +30,6 @@ CHOICES = {
     "teacher.quality": ("metric", "uniform"),
     "teacher.numeric_metric": ("epsilon", "mra"),
     "teacher.ocr_metric": ("wer", "anls"),
-    "teacher.spatial_format": ("relative", "pixel"),
     "evaluate.parse": ("strict", "natural"),
     "sft.schedule": ("cosine", "constant"),
     "sft.responses": ("best", "all", "random"),
@@ -49,6 +48,12 @@ RENAMED = {
     "distill.micro_batch": "micro_tokens",
     "distill.micro_prompts": "micro_tokens",
     "sft.target": "sft.responses=best, all or random",
+}
+# Settings of earlier versions that nothing replaces.
+REMOVED = {
+    "teacher.spatial_format": "boxes are always from 0 to 1000 of the picture's width and height, as the prompt says: "
+    "the student sees resized frames, never the file's pixels; convert ground truths in pixels "
+    "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
 }
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
@@ -227,6 +232,8 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, l
 def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
     known = set(_keys(schema))
     for key in _keys(given):
+        if key in REMOVED:
+            raise SettingsError(f"{where}: {key} was removed: {REMOVED[key]}")
         if key not in known and not any(name.startswith(key + ".") for name in known):
             close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
@@ -394,7 +401,7 @@ def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             not settings.data.heldout and not settings.made.enabled,
             "there is nothing to evaluate on; give data.heldout",
         ),
-        (["data.task_type"], settings.data.format == "rmsd", "records of the own format name their task type"),
+        (["data.task_type"], settings.data.format == "rmsd", "records of our own format name their task type"),
         (["data.disk_cache_gib"], not settings.data.disk_cache, "there is no data.disk_cache; name a folder"),
         (
             ["data.embedding_cache_mib"],

@@ -36,7 +36,6 @@ from rmsd_fast.stages.run import (
     stage_steps,
     write_facts,
 )
-from rmsd_fast.teacher.diagnostics import pool_statistics
 
 
 def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
@@ -177,6 +176,4 @@ def describe_run(run: Run) -> None:
     """Say what is trained on; write `run.json`, and `teacher.json`: how the pool's quality varies."""
     run.metrics.message(run.material.summary.text())
     write_facts(run, finished=False)
-    material = run.material
-    statistics = pool_statistics(material.scores, material.train, run.settings.teacher, simulated=material.simulated)
-    write_text_atomic(run.folder / "teacher.json", json.dumps(statistics, indent=2) + "\n")
+    write_text_atomic(run.folder / "teacher.json", json.dumps(run.material.statistics, indent=2) + "\n")

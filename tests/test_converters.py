@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rmsd_fast.data.records import DataError, load_questions
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.records import load_questions
 
 SWIFT = {
     "messages": [
@@ -57,7 +58,11 @@ def test_ms_swift(tmp_path):
         ('{"time": [3.5, 10]}', "temporal", "3.5 to 10"),
         ("[10, 20, 30, 40]", "spatial", "10,20,30,40"),
         ("3", "numeric", "3"),
-        ("1,200", "open", "1,200"),
+        ("00:03 to 00:05", "temporal", "3 to 5"),
+        ("3.0 - 5.0", "temporal", "3.0 to 5.0"),
+        # A score, a range, two years.
+        ("3-5", "open", "3-5"),
+        ("1,200", "numeric", "1200"),
         ("three", "open", "three"),
         ("3 cups", "open", "3 cups"),
         ("b", "open", "b"),
@@ -93,10 +98,68 @@ def test_null_is_the_same_as_absent_inside_too(tmp_path):
 
 
 def test_options_make_it_multiple_choice(tmp_path):
-    record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["1", "2", "3"]}
-    (question,) = load(tmp_path, record)
-    # "2" is the text of the second option.
-    assert (question.task_type, question.answer) == ("mcq", "B")
+    record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["two", "2", "6"]}
+    with pytest.raises(DataError, match=r"got '2'; an index may count from 0 or from 1, write the letter"):
+        load(tmp_path, record)
+    (question,) = load(tmp_path, record | {"options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"})
+    # "6" counts none of three options, so it is the text of the last one.
+    assert (question.task_type, question.answer) == ("mcq", "C")
+
+
+def asked(question: str, answer: str, **fields) -> dict:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": "l", "video": "v.mp4", "conversations": turns} | fields
+
+
+LISTED = "What is poured?\nA. tea\nB. milk\nAnswer with the letter."
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("A. tea is poured into it", "A"),
+        ("B", "B"),
+        ("(B) Milk.", "B"),
+        ("B) The liquid is white.", "B"),
+        ("milk", "B"),
+        ("A. Tea, which is not hot.", "A"),
+    ],
+)
+def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, answer, letter):
+    """The form of LLaVA-Video-178K. Open questions accept any text."""
+    (question,) = load(tmp_path, asked(LISTED, answer))
+    assert (question.task_type, question.answer, question.options) == ("mcq", letter, ("tea", "milk"))
+    assert question.question == "What is poured?\nAnswer with the letter." and question.meta["inferred"]
+    # The same where the record or the setting names the type.
+    (question,) = load(tmp_path, asked(LISTED, answer), task_type="mcq")
+    assert (question.answer, question.options) == (letter, ("tea", "milk"))
+
+
+@pytest.mark.parametrize(
+    "answer", ["A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."]
+)
+def test_replies_that_name_no_option_for_sure(tmp_path, answer):
+    (question,) = load(tmp_path, asked(LISTED, answer))
+    assert (question.task_type, question.answer, question.options) == ("open", answer, None)
+    assert "A. tea" in question.question
+    with pytest.raises(DataError, match=r"field 'conversations': expected one option letter such as 'B' among AB"):
+        load(tmp_path, asked(LISTED, answer, task_type="mcq"))
+
+
+def test_longer_options_and_letters_as_options(tmp_path):
+    text = "Which car?\nA. red\nB. red truck\nC. blue"
+    assert load(tmp_path, asked(text, "B. red truck on the left"))[0].answer == "B"
+    # The letter of one with the words of another.
+    assert load(tmp_path, asked(text, "A. red truck on the left"))[0].task_type == "open"
+    (question,) = load(tmp_path, asked("Which sign?", "B. A is on the sign", options=["C", "A", "B"]))
+    assert question.answer == "B"
+
+
+def test_a_dialogue_is_no_list_of_options(tmp_path):
+    (question,) = load(tmp_path, asked("What do they do?\nA: Hello!\nB: Hi!", "They greet each other."))
+    assert question.task_type == "open" and question.question.endswith("B: Hi!")
+    two = "First\nA. tea\nB. milk\nThen\nA. cup\nB. jug"
+    assert load(tmp_path, asked(two, "A. tea"))[0].options is None
 
 
 def test_content_parts_solution_query_and_other_keys(tmp_path):
@@ -133,6 +196,99 @@ def test_easyr1_and_easyvideor1(tmp_path, kind, answer, task, truth):
     (question,) = load(tmp_path, record)
     assert (question.question, question.task_type, question.answer) == ("What?", task, truth)
     assert question.options == (("Yes", "No") if kind == "boolean" else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "answer"),
+    [
+        ({"problem_type": "boolean", "options": ["A. No", "B. Yes"], "solution": "<answer>A</answer>"}, None, "A"),
+        ({"problem_type": "boolean", "options": ["A. No", "B. Yes"], "solution": "Yes"}, None, "B"),
+        ({"problem_type": "binary classification", "options": ["Real", "Fake"], "solution": "B"}, None, "B"),
+        ({"problem_type": "boolean", "options": [], "solution": "no."}, ("Yes", "No"), "B"),
+        (
+            {"problem_type": "boolean", "problem": "Red?\nA. No\nB. Yes", "options": None, "solution": "A"},
+            ("No", "Yes"),
+            "A",
+        ),
+    ],
+)
+def test_yes_no_questions_keep_their_options(tmp_path, fields, options, answer):
+    (question,) = load(tmp_path, VIDEO_R1 | fields)
+    assert (question.task_type, question.answer) == ("mcq", answer)
+    assert question.options == (options or tuple(fields["options"]))
+
+
+@pytest.mark.parametrize("solution", ["<answer>A</answer>", "Fake", "1", "true"])
+def test_without_options_only_yes_and_no_are_clear(tmp_path, solution):
+    record = VIDEO_R1 | {"problem_type": "boolean", "options": None, "solution": solution}
+    with pytest.raises(DataError, match=r"field 'solution': expected Yes or No, since there are no options.*give the"):
+        load(tmp_path, record)
+
+
+def test_free_form_questions_do_not_lose_options(tmp_path):
+    record = VIDEO_R1 | {"problem_type": "free-form", "solution": "<answer>a dog</answer>"}
+    with pytest.raises(DataError, match=r"field 'options': expected none, since only mcq questions have options"):
+        load(tmp_path, record)
+    assert load(tmp_path, record | {"options": []})[0].task_type == "open"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        VIDEO_R1 | {"videos": ["./clips/v.mp4"]},
+        VIDEO_R1 | {"video": "./clips/v.mp4", "answer": "B"},
+        LLAVA | {"videos": ["v.mp4"]},
+        SWIFT | {"video": "v.mp4", "system": "Be brief.\n", "answer": "2", "solution": "<answer>2</answer>"},
+        SWIFT | {"videos": [], "video": "v.mp4", "history": []},
+    ],
+)
+def test_what_is_given_twice_alike_is_one(tmp_path, record):
+    (question,) = load(tmp_path, record)
+    assert len(question.videos) == 1 and not question.images
+    assert question.answer in ("B", "2", "A car passes.") and question.system in (None, "Be brief.", "Be brief.\n")
+
+
+def test_one_image_may_be_named_twice(tmp_path):
+    record = {"problem": "Which?", "answer": "3", "images": ["i.png"], "image_path": "i.png"}
+    (question,) = load(tmp_path, record)
+    assert question.images == (str(tmp_path.resolve() / "i.png"),)
+    parts = [{"type": "image", "image": "i.png"}, {"type": "text", "text": "How many?"}]
+    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "images": ["i.png"], "answer": "3"})
+    assert len(question.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (VIDEO_R1 | {"videos": ["w.mp4"]}, r"field 'videos': expected the same as 'path' \(\['\./clips/v\.mp4'\]\)"),
+        (VIDEO_R1 | {"images": ["i.png"], "image_path": "j.png"}, r"field 'image_path': expected the same as 'images'"),
+        (VIDEO_R1 | {"answer": "A"}, r"field 'answer': expected the same as 'solution' \('B'\), got 'A'; keep one"),
+        (SWIFT | {"video": "w.mp4"}, r"field 'video': expected the same as 'videos' \(\['v\.mp4'\]\), got 'w\.mp4'"),
+        (LLAVA | {"images": ["i.png"], "image": "j.png"}, r"field 'image': expected the same as 'images'"),
+        (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
+        (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
+        (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
+        (SWIFT | {"history": [["a", "b"]]}, r"field 'history': expected one question and its answer"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}], "videos": ["w.mp4"]},
+            r"field 'videos': expected the files in the parts of 'messages', or none, got \['w\.mp4'\]",
+        ),
+    ],
+)
+def test_two_keys_that_disagree_are_refused_by_name(tmp_path, record, message):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: .*" + message):
+        load(tmp_path, record)
+
+
+def test_null_tells_no_format(tmp_path):
+    record = {"messages": None, "query": None, "id": "q", "question": "Which?", "videos": ["v.mp4"]}
+    (question,) = load(tmp_path, record | {"task_type": "ocr", "answer": "EXIT"})
+    assert (question.id, question.task_type, question.answer) == ("q", "ocr", "EXIT")
+
+
+def test_other_ids_and_keys_are_kept(tmp_path):
+    (question,) = load(tmp_path, VIDEO_R1 | {"id": "other"})
+    assert question.id == "12" and question.meta["source"]["id"] == "other"
 
 
 def test_the_image_beside_a_video_is_shown(tmp_path):
@@ -180,6 +336,13 @@ def test_video_r1_types(tmp_path, kind, solution, task, answer):
     assert question.images and not question.videos
 
 
+@pytest.mark.parametrize("answer", ["[0, 0, 1920, 1080]", "0.1,0.2,0.5,0.6"])
+def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answer):
+    record = SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": answer}]}
+    with pytest.raises(DataError, match=r"field 'messages': expected 'x1,y1,x2,y2'.*1000"):
+        load(tmp_path, record)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -204,7 +367,10 @@ def test_video_r1_types(tmp_path, kind, solution, task, answer):
         ({"query": "<video>Q", "history": [["a", "b"]], "videos": ["v.mp4"]}, r"field 'history'"),
         (VIDEO_R1 | {"problem_type": "tracking"}, r"field 'problem_type': expected one of.*got 'tracking'"),
         (VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$x^2$"}, r"field 'problem_type'"),
-        (VIDEO_R1 | {"problem_type": "OCR", "solution": "<answer></answer>"}, r"field 'solution'.*got nothing"),
+        (
+            VIDEO_R1 | {"problem_type": "OCR", "options": [], "solution": "<answer></answer>"},
+            r"field 'solution'.*got nothing",
+        ),
         (LLAVA | {"video": "../v.mp4"}, r"field 'video': expected a path inside the media root"),
         (VIDEO_R1 | {"problem_type": "riddle"}, r"field 'problem_type': expected one of multiple choice"),
         (VIDEO_R1 | {"data_type": "audio"}, r"field 'data_type': expected 'video' or 'image', got 'audio'"),

@@ -1,5 +1,8 @@
 """Teacher statistics and constant-answer floors, with numbers worked out by hand."""
 
+from dataclasses import replace
+from time import process_time
+
 import pytest
 
 from rmsd_fast.config import TeacherConfig
@@ -7,7 +10,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.pool import TeacherResponse
-from rmsd_fast.teacher.scores import score_pool
+from rmsd_fast.teacher.scores import score_pool, score_response
 
 
 def question(identity, task, answer, **fields):
@@ -74,10 +77,58 @@ def test_natural_parsing_reads_what_strict_refuses():
     assert natural["m"][3].text == "<think>t</think><answer>B</answer>"
 
 
+@pytest.mark.parametrize("parse", ["strict", "natural"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        # OpenAI (chat, responses), Anthropic, Gemini, vLLM and SGLang, Bedrock, DashScope, Zhipu, DeepSeek.
+        ("stop STOP end_turn stop_sequence completed FinishReason.STOP COMPLETE eos_token", None),
+        ("length MAX_TOKENS max_output_tokens max_tokens incomplete FinishReason.MAX_TOKENS LENGTH", "truncated"),
+        ("model_context_window_exceeded abort error cancelled tool_calls tool_use OTHER pause_turn", "truncated"),
+        ("content_filter SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII refusal", "filtered"),
+        ("guardrail_intervened content_filtered sensitive IMAGE_SAFETY", "filtered"),
+        # What says nothing, and what is not known.
+        ("null FINISH_REASON_UNSPECIFIED elsewhere", None),
+    ],
+)
+def test_every_servers_word_for_the_end_counts_in_both_modes(words, reason, parse):
+    question = QUESTIONS[1]
+    for word in words.split():
+        response = said("t", 0, "0 to 4", finish_reason=word)
+        answer = score_response(response, question, TeacherConfig(parse=parse))
+        assert (answer.reason, answer.valid, answer.as_sent) == (reason, reason is None, reason is None), word
+
+
+def test_an_answer_whose_end_is_not_known_needs_its_tags():
+    """A cut "12" may have been to become "125"."""
+    cut = TeacherResponse("none", 0, "", "<think>t</think><answer>3")
+    reasons = {
+        word: score_response(replace(cut, finish_reason=word), QUESTIONS[3], TeacherConfig()).reason
+        for word in (None, "STOP", "elsewhere")
+    }
+    assert reasons == {None: "unfinished", "STOP": None, "elsewhere": "unfinished"}
+
+
+def test_a_repaired_answer_was_still_sent_as_it_was():
+    sent = TeacherResponse("t", 0, "", "From 0 s to 4 s.")
+    repaired = replace(sent, text="<think></think><answer>0 to 4</answer>", raw=sent.text)
+    for cfg in (TeacherConfig(), STRICT):
+        stats = pool_statistics(
+            score_pool({"t": [repaired]}, [QUESTIONS[1]], cfg), [QUESTIONS[1]], cfg, simulated=False
+        )["all"]
+        assert (stats["valid_share"], stats["as_sent_share"]) == (1.0, 0.0)
+
+
+def test_lone_surrogates_make_an_answer_invalid():
+    pool = {"o": [said("o", 0, "a \ud800 b")]}
+    for cfg in (TeacherConfig(), STRICT):
+        assert scored(pool, [QUESTIONS[2]], cfg)["o"] == [(False, 0.0, "not_unicode")]
+
+
 def test_special_tokens_make_an_answer_invalid_whatever_the_student():
-    pool = {"o": [said("o", 0, "a <|im_end|> b"), said("o", 1, "a <|x|")]}
-    found = scored(pool, [QUESTIONS[2]], TeacherConfig())["o"]
-    assert found == [(False, 0.0, "special_token"), (True, 1.0, None)]
+    pool = {"o": [said("o", 0, "a <|im_end|> b"), said("o", 1, "a <|x|"), said("o", 2, "<|fim_prefix2|>")]}
+    judged = scored(pool, [QUESTIONS[2]], TeacherConfig())["o"]
+    assert judged == [(False, 0.0, "special_token"), (True, 1.0, None), (False, 0.0, "special_token")]
     # Marks of regions in the reasoning are special tokens too; with natural parsing what they mark stays.
     text = "<think>at <|box_start|>(1,2),(3,4)<|box_end|></think><answer>3</answer>"
     pool = {"none": [TeacherResponse("none", 0, "", text)]}
@@ -166,3 +217,14 @@ def test_floors_of_many_questions_are_found_in_a_sample_and_scored_in_full():
     assert best_constant_floor(text)["ocr"][0] == pytest.approx(0.25, abs=0.01)
     spatial = [question(f"s{i}", "spatial", f"{i % 50},0,{500 + i % 40},1000") for i in range(4000)]
     assert best_constant_floor(spatial)["spatial"][0] > 0.93
+
+
+def test_the_floor_of_long_texts_takes_seconds():
+    """1,000 answers of 60 words took 12 s, and the square of their length."""
+    words = [f"w{i}" for i in range(300)]
+    texts = [" ".join(words[(7 * i + j * j) % 300] for j in range(60)) for i in range(1000)]
+    long = [question(f"o{i}", "ocr", text) for i, text in enumerate([*texts, *["EXIT " * 59 + "now"] * 250])]
+    started = process_time()
+    # A fifth of the questions has the one answer that is worth most.
+    assert best_constant_floor(long)["ocr"][0] == pytest.approx(0.2, abs=0.01)
+    assert process_time() - started < 6

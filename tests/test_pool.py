@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import (
     TeacherResponse,
     append_responses,
@@ -41,10 +42,17 @@ def test_write_append_load(tmp_path):
 
 def test_a_line_needs_no_more_than_id_k_and_text(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0, "text": "x"}) + "\n")
-    assert load_pool(tmp_path / "p.jsonl")["q1"] == [TeacherResponse("q1", 0, "", "x")]
+    (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
+    # How it ended is not known: nothing says that it was not cut.
+    assert response == TeacherResponse("q1", 0, "", "x") and response.finish_reason is None
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0}) + "\n")
     with pytest.raises(DataError, match=r"p\.jsonl:1: field 'text'.*needs id, k, text"):
         load_pool(tmp_path / "p.jsonl")
+
+
+def test_whole_numbers_of_tables_are_numbers(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": 12.0, "k": 0.0, "text": "x"}) + "\n")
+    assert load_pool(tmp_path / "p.jsonl") == {"12": [TeacherResponse("12", 0, "", "x")]}
 
 
 def test_nulls_of_servers_are_defaults(tmp_path):
@@ -58,7 +66,8 @@ def test_nulls_of_servers_are_defaults(tmp_path):
         ({"id": [3]}, "field 'id': expected text"),
         ({"k": -1}, "field 'k': expected an integer from 0, got -1"),
         ({"k": True}, "field 'k'"),
-        ({"k": 1.0}, "field 'k'"),
+        ({"k": 1.5}, "field 'k'"),
+        ({"finish_reason": {"type": "stop"}}, "field 'finish_reason': expected text such as 'stop'"),
         ({"text": None}, "field 'text': expected text, got nothing"),
         ({"key": 3}, "field 'key': expected text"),
         ({"usage": []}, "field 'usage': expected a JSON object"),
@@ -142,10 +151,15 @@ def test_check_pool(question, tmp_path, caplog):
     assert not caplog.records
     with caplog.at_level("INFO"):
         check_pool(pool(""), [question])
-    assert "1 questions have responses without a key" in caplog.text
-    with pytest.raises(DataError, match=r"got them for 1 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"):
+    assert "responses to 1 question have no key" in caplog.text
+    with pytest.raises(
+        DataError, match=r"got them for 1 of 2 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"
+    ):
         check_pool(pool(""), [question, replace(question, id="q2")])
-    with pytest.raises(DataError, match=r"questions as they are now.*\(ids: 'q1'\).*collect these again"):
+    # However many may be missing: a pool that has none belongs to other questions.
+    with pytest.raises(DataError, match=r"got them for 0 of 1 \(missing: 'q2'"):
+        check_pool(pool(""), [replace(question, id="q2")], max_unanswered_share=1.0)
+    with pytest.raises(DataError, match=r"questions as they are now, got others for 1 question \(ids: 'q1'\).*collect"):
         check_pool(pool(key_of(question)), [replace(question, question="Where?")])
     with pytest.raises(DataError, match=r"keys made by request_key"):
         check_pool(pool("my-key"), [question])

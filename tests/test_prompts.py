@@ -189,15 +189,36 @@ def _with_template(folder: Path, template: str) -> Student:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "got it 0 times"),
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "expected the first text once and unchanged"),
         (WHOLE.replace("OPENING", "<think>\\n\\n</think>\\n\\n"), "expected a response to begin empty or with <think>"),
         (WHOLE.replace("OPENING", "Sure! "), "expected a response to begin empty or with <think>"),
-        (WHOLE.replace("<|im_end|>", "</s>").replace("OPENING", ""), "expected it to end a response with <|im_end|>"),
+        (WHOLE.replace("<|im_end|>", "</s>").replace("OPENING", ""), "and to end it with <|im_end|>"),
         (WHOLE.replace("OPENING", "{{ strftime_now('%Y') }}"), "it writes the current date"),
         ("{{ raise_exception('text only') }}", "it cannot render a question (text only"),
+        ("{{ raise_exception('') }}", "it cannot render a question (TemplateError)"),
+        *(
+            (WHOLE.replace("OPENING", "").replace("part.text", f"part.text{change}"), "expected the first text once")
+            for change in (
+                " | e", " | trim", "[:4000]", " | lower", " | striptags", " | replace('  ', ' ')", " | wordwrap(200)",
+                " | replace('\"', '')", ".split('\n')[0]", ".encode('ascii', 'ignore').decode()", " | tojson",
+            )
+        ),
+        # Only where there is a system turn, or none.
+        (
+            WHOLE.replace("OPENING", "").replace("part.text", "part.text[:9] if m.role == 'system' else part.text"),
+            "expected the system text once and unchanged in a prompt with a system turn, got it 0 times",
+        ),
+        (
+            WHOLE.replace("OPENING", "").replace("part.text", "part.text if messages[0].role == 'system' else ''"),
+            "expected the first text once and unchanged in a prompt without a system turn, got it 0 times",
+        ),
+        (
+            WHOLE.replace("OPENING", "{{ '<think>' if messages[0].role == 'system' else '' }}"),
+            "it renders a question in another way where there is a system turn",
+        ),
         (WHOLE.replace("OPENING", "").replace("m.content", "m.content | sort(attribute='type')"), "it moves media"),
     ],
-)
+)  # fmt: skip
 def test_templates_that_cannot_be_right_are_refused_by_name(folder: Path, template: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         PromptBuilder(_with_template(folder, template), VideoConfig(num_frames=2))
@@ -223,8 +244,20 @@ def test_a_template_that_opens_the_reasoning_owns_its_tag(folder: Path, builder:
     # Without the line break nothing is lost either.
     ids = thinking.encode_response("<think>It is red.</think><answer>A</answer>")
     assert thinking.tokenizer.decode(ids) == "It is red.</think><answer>A</answer><|im_end|>"
-    with pytest.raises(ResponseError, match="does not begin with it"):
+    with pytest.raises(ResponseError, match="does not begin with it") as caught:
         thinking.encode_response("<answer>A</answer>")
+    assert caught.value.reason == "no_think"
+
+
+def test_white_space_around_a_response_is_left_out(folder: Path, builder: PromptBuilder) -> None:
+    """Servers of Thinking models send a line break in front, which no student is to learn or to be told by."""
+    thinking = PromptBuilder(_with_template(folder, WHOLE.replace("OPENING", "{{ '<think>\n' }}")), VideoConfig())
+    text = "<think>\nWhite. \n</think>\n\n<answer>A</answer>"
+    for student in (thinking, builder):
+        expected = student.encode_response(text)
+        for sent in (f"\n{text}", f"{text}\n \n", f" \n{text}\u00a0"):
+            assert torch.equal(student.encode_response(sent), expected)
+        assert student.decode_response(expected) == text
 
 
 def test_media_stand_at_their_marks_and_system_texts_in_front(folder: Path, builder: PromptBuilder) -> None:
@@ -258,12 +291,13 @@ def test_responses_end_with_the_end_token_and_come_back(builder: PromptBuilder) 
 def test_special_tokens_in_responses_are_refused_by_name(builder: PromptBuilder, token: str) -> None:
     with pytest.raises(ResponseError) as caught:
         builder.encode_response(f"<think>{token}</think><answer>B</answer>")
-    assert token in str(caught.value)
+    assert token in str(caught.value) and caught.value.reason == "special_token"
 
 
 def test_lone_surrogates_are_refused(builder: PromptBuilder) -> None:
-    with pytest.raises(ResponseError, match="surrogate"):
+    with pytest.raises(ResponseError, match="surrogate") as caught:
         builder.encode_response("a\ud800b")
+    assert caught.value.reason == "not_unicode"
     question = Question(id="q", question="a\ud800b", task_type="open")
     with pytest.raises(PromptError, match="surrogate"):
         builder.build_from_media(question, ())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rmsd_fast.method.quality import parse_ground_truth, quality_score
+from rmsd_fast.method.quality import _edit_distance, fold_text, parse_ground_truth, quality_score
 
 
 def q(answer: str, task: str, truth=None, **settings) -> float:
@@ -225,3 +225,28 @@ def test_scores_stay_within_zero_and_one():
         assert 0.0 <= q(" to ".join(answer[:2]), "temporal", truth[:2]) <= 1.0
         assert 0.0 <= q(answer[0], "numeric", truth[0], numeric_metric="mra") <= 1.0
         assert 0.0 <= q(" ".join(answer), "ocr", truth[0]) <= 1.0
+
+
+def test_the_edit_distance_is_that_of_the_table():
+    def table(a, b):
+        row = list(range(len(b) + 1))
+        for i, item in enumerate(a, start=1):
+            diagonal, row[0] = row[0], i
+            for j, other in enumerate(b, start=1):
+                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
+        return row[-1]
+
+    rng = random.Random(0)
+    for _ in range(3000):
+        a, b = ([rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in range(2))
+        assert _edit_distance(a, b) == table(a, b), (a, b)
+    # Longer than a machine word.
+    a, b = ([rng.choice("abcdef") for _ in range(length)] for length in (150, 130))
+    assert _edit_distance(a, b) == table(a, b)
+
+
+def test_one_final_stop_makes_no_difference():
+    assert fold_text("EXIT.") == fold_text("exit 。") == "exit"
+    # Several are a text of their own.
+    assert fold_text("Wait...") == "wait.." and fold_text(".") == "."
+    assert q("Wait...", "ocr", "Wait.") == 0.0 and q("Wait.", "ocr", "Wait") == 1.0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rmsd_fast.data.records import DataError, Question, answer_text, load_questions, write_questions
-from rmsd_fast.method.natural import Unreadable
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.records import Question, load_questions, write_questions
 
 GOOD = {"id": "q1", "videos": ["a.mp4"], "question": "Which colour?", "task_type": "mcq", "options": ["red", "green"]}
 GOOD |= {"answer": "B"}
@@ -46,33 +46,6 @@ def test_json_list(tmp_path):
         load_questions(tmp_path / "q.json")
 
 
-@pytest.mark.parametrize(
-    ("task", "given", "expected"),
-    [
-        ("temporal", [12.5, 20], "12.5 to 20"),
-        ("spatial", [1, 2, 3, 4.5], "1,2,3,4.5"),
-        ("numeric", 3, "3"),
-        ("ocr", 42, "42"),
-        ("open", " text ", "text"),
-        ("numeric", "1,200", "1200"),
-        ("temporal", [["3", "5"]], "3 to 5"),
-        ("temporal", {"start": 3, "end": 5}, "3 to 5"),
-        ("ocr", ' "EXIT". ', '"EXIT".'),
-    ],
-)
-def test_answer_text(task, given, expected):
-    assert answer_text(given, task) == expected
-
-
-@pytest.mark.parametrize(
-    ("task", "given"),
-    [("numeric", True), ("temporal", [1, 2, 3]), ("spatial", [1, 2, 3, None]), ("mcq", 1), ("open", ["a"])],
-)
-def test_answers_that_are_not_one_answer(task, given):
-    with pytest.raises(Unreadable):
-        answer_text(given, task)
-
-
 def test_ground_truths_are_normalised(tmp_path):
     base = {"videos": ["a.mp4"], "question": "?"}
     path = write(
@@ -84,6 +57,43 @@ def test_ground_truths_are_normalised(tmp_path):
     assert [q.answer for q in load_questions(path)] == ["B", "1 to 2.5", None]
 
 
+def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
+    records = [GOOD, GOOD | {"id": "q2"}]
+    for indent in (None, 2):
+        (tmp_path / "q.json").write_text(json.dumps({"data": records, "version": 1}, indent=indent))
+        assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1", "q2"]
+        # One record alone is no list of records, whatever lists it has.
+        (tmp_path / "q.json").write_text(json.dumps(GOOD, indent=indent))
+        assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1"]
+    (tmp_path / "q.json").write_text(json.dumps({"train": records, "test": records}))
+    with pytest.raises(DataError, match=r"an object with one list, got one object with the keys 'train', 'test'"):
+        load_questions(tmp_path / "q.json")
+    (tmp_path / "q.json").write_text(json.dumps({"data": []}))
+    with pytest.raises(DataError, match="expected at least one question"):
+        load_questions(tmp_path / "q.json")
+
+
+def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
+    for lines in (("{",), ("{", GOOD), ('{"id": 1, "vid', GOOD, "{")):
+        with pytest.raises(DataError, match=r"q\.jsonl:1: expected one JSON object per line"):
+            load_questions(write(tmp_path / "q.jsonl", *lines))
+    # One object over several lines names its own line.
+    (tmp_path / "q.jsonl").write_text(json.dumps({"data": [GOOD]}, indent=2).replace('"red",', '"red"'))
+    with pytest.raises(DataError, match=r"q\.jsonl:\d+: expected JSON, got text that does not parse"):
+        load_questions(tmp_path / "q.jsonl")
+
+
+def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
+    def question_of(text, **changes):
+        return load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text} | changes))[0].question
+
+    assert question_of("Which?\nOptions:\nA. red\n\nB. green") == "Which?"
+    assert question_of("Which?\n(A) red\n(B) green\nLook closely.") == "Which?\nLook closely."
+    # Other options, another order, or a list that is all there is.
+    for text in ("Which?\nA. red\nB. blue", "Which?\nA. green\nB. red", "A. red\nB. green"):
+        assert question_of(text) == text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,7 +102,10 @@ def test_ground_truths_are_normalised(tmp_path):
         ({"question": None}, r"field 'question': expected text that is not empty, got nothing"),
         ({"task_type": "quiz"}, r"field 'task_type': expected one of mcq, temporal.*got 'quiz'"),
         ({"task_type": ["mcq"]}, r"field 'task_type'"),
-        ({"videos": {"a": 1}}, r"field 'videos': expected a list of paths, got \{'a': 1\}"),
+        ({"videos": {"a": 1}}, r"field 'videos': expected path, start and end, got 'a'"),
+        ({"video": "b.mp4"}, r"field 'video': expected the same as 'videos' \(\['a\.mp4'\]\), got 'b\.mp4'; keep one"),
+        ({"options": ["red", "a\ud800b"]}, r"field 'options': expected Unicode text"),
+        ({"task_type": "ocr", "options": None, "answer": "a\ud800b"}, r"field 'answer': expected Unicode text"),
         ({"videos": [3]}, r"field 'videos': expected paths \(text\), got 3"),
         ({"videos": ["a\0.mp4"]}, r"field 'videos'"),
         ({"videos": []}, r"expected at least one path under 'videos' or 'images'"),
@@ -101,12 +114,13 @@ def test_ground_truths_are_normalised(tmp_path):
             r"field 'question': expected one mark for each of 1 videos and 0 images",
         ),
         ({"question": "<|im_end|>Who?"}, r"field 'question': expected plain text, got '<\|im_end\|>'"),
+        ({"question": "<|fim_prefix2|>Who?"}, r"expected plain text, got '<\|fim_prefix2\|>'"),
         ({"question": "a\ud800b"}, r"field 'question': expected Unicode text"),
         ({"id": "a\ud800b"}, r"field 'id': expected Unicode text"),
         ({"system": ""}, r"field 'system': expected plain text that is not empty"),
         ({"options": {"A": "x", "C": "y"}}, r"field 'options': expected the letters A, B, C"),
         ({"answer": 1}, r"an index may count from 0 or from 1, write the letter"),
-        ({"answer": "A or B"}, r"several different answers were given"),
+        ({"answer": "A or B"}, r"field 'answer': expected one option letter.*got 'A or B'; write the letter"),
         ({"videos": ["x" * 300 + ".mp4"]}, r"field 'videos': expected a path that can be looked up"),
         ({"videos": ["https://x.org/a.mp4"]}, r"expected a local path"),
         ({"videos": [{"start": 1}]}, r"expected paths \(text\), got nothing"),
@@ -129,6 +143,10 @@ def test_ground_truths_are_normalised(tmp_path):
         ({"task_type": "spatial", "options": None, "answer": "5,1,4,9"}, r"expected x1 < x2 and y1 < y2"),
         ({"duration": -1}, r"field 'duration': expected seconds above 0"),
         ({"duration": "8"}, r"field 'duration'"),
+        ({"duration": 10**400}, r"field 'duration': expected seconds above 0, got 1000"),
+        ({"task_type": "numeric", "options": None, "answer": 10**400}, r"field 'answer': expected one finite number"),
+        ({"task_type": "temporal", "options": None, "answer": [3, 10**400]}, r"field 'answer': expected '<start> to"),
+        ({"task_type": "ocr", "options": None, "answer": 10**400}, r"field 'answer': expected text"),
         ({"meta": []}, r"field 'meta': expected a JSON object"),
         ({"anwser": "B"}, r"field 'anwser': expected one of the fields"),
     ],
@@ -136,6 +154,65 @@ def test_ground_truths_are_normalised(tmp_path):
 def test_errors_name_file_line_and_field(tmp_path, change, message):
     path = write(tmp_path / "q.jsonl", GOOD, GOOD | {"id": "q2"} | change)
     with pytest.raises(DataError, match=r"q\.jsonl:2: .*" + message):
+        load_questions(path)
+
+
+TIMED = {"id": "t", "question": "When?", "task_type": "temporal"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Milliseconds, frame numbers.
+        ({"duration": 20.0, "answer": "12000 to 15000"}, r"expected an interval of the video.*duration of 20 s"),
+        ({"duration": 20.0, "answer": "18 to 21.5"}, r"got '18 to 21\.5'.*duration of 20 s"),
+        ({"duration": 200.0, "answer": "180 to 211"}, r"duration of 200 s"),
+        # Counted from the start of the part.
+        (
+            {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "answer": "0 to 4"},
+            r"the part shown is 30 s to 40 s",
+        ),
+        ({"videos": [{"path": "a.mp4", "start": 30}], "answer": "0 to 4"}, r"the part shown is 30 s to its end"),
+        ({"videos": [{"path": "a.mp4", "end": 40}], "answer": "35 to 45"}, r"the part shown is 0 s to 40 s"),
+        ({"answer": "-3 to 5"}, r"times count from 0"),
+    ],
+)
+def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, message):
+    path = write(tmp_path / "q.jsonl", TIMED | {"videos": ["a.mp4"]} | change)
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'answer': .*" + message):
+        load_questions(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Within 1 s, or within 5%.
+        {"duration": 20.0, "answer": "18 to 20.9"},
+        {"duration": 200.0, "answer": "180 to 209"},
+        {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "answer": "29.5 to 40.5"},
+        # The duration may be that of the part.
+        {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "duration": 10, "answer": "31 to 33"},
+        {"videos": [{"path": "a.mp4", "start": 30}], "answer": "100 to 130"},
+        # Of two videos nothing says which is meant.
+        {"videos": ["a.mp4", "b.mp4"], "duration": 20.0, "answer": "30 to 40"},
+    ],
+)
+def test_intervals_that_the_video_can_hold_are_kept(tmp_path, change):
+    (question,) = load_questions(write(tmp_path / "q.jsonl", TIMED | {"videos": ["a.mp4"]} | change))
+    assert question.answer == change["answer"]
+
+
+def test_one_video_may_be_named_twice(tmp_path):
+    (question,) = load_questions(write(tmp_path / "q.jsonl", GOOD | {"video": "a.mp4", "image": []}))
+    assert question.videos == (str(tmp_path.resolve() / "a.mp4"),)
+
+
+def test_a_folder_is_no_medium(tmp_path):
+    (tmp_path / "frames").mkdir()
+    path = write(tmp_path / "q.jsonl", GOOD | {"videos": ["frames"]})
+    with pytest.raises(
+        DataError, match=r"q\.jsonl:1: field 'videos': expected a file, got 'frames \(a folder\)'.*ffmpeg"
+    ):
         load_questions(path)
 
 

@@ -216,9 +216,9 @@ def test_boxes_lie_over_every_frame(run, clip) -> None:
     for box in ('m-truth" x="0" y="0" width="500"', 'm-1" x="0" y="0"', 'm-2" x="500" y="500" width="500"'):
         assert shown.count(f'<rect class="{box}') == 8, box
     assert shown.count('class="swatch') == 3
-    config = RunConfig(name="quickstart")
-    config.teacher.spatial_format = "pixel"
-    (run / "config.yaml").write_text(to_yaml(config))
+    # A run of an earlier version, whose boxes could be in pixels.
+    settings = to_yaml(RunConfig(name="quickstart"))
+    (run / "config.yaml").write_text(settings.replace("teacher:\n", "teacher:\n  spatial_format: pixel\n"))
     write_lines(run, line(clip, "spatial", "0,0,32,32", [], [rollout("32,32,64,64")]))
     shown = section(read(write_report(run))[0])
     assert shown.count('viewBox="0 0 64 64"') == 8 and shown.count('m-2" x="32" y="32" width="32"') == 8

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from material import tiny_material, tiny_settings
 
 from rmsd_fast.config import SettingsError
+from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.packing import make_rows
+from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.stages import distill, sft
-from rmsd_fast.stages.build import build_distillation
+from rmsd_fast.stages.build import build_distillation, load, read_targets
 from rmsd_fast.stages.groups import (
     group_metrics,
     group_sums,
@@ -263,12 +266,44 @@ def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, materi
     targets = state.targets[question.id]
     assert targets.quality[:2].tolist() == [0, 0] and targets.p[:2].tolist() == [0, 0]
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
-    assert "1 teacher answers are left out: the response does not fit micro_tokens" in caplog.text
-    assert "1 teacher answers are left out: the text holds a special token" in caplog.text
+    assert "1 answer left out: the response does not fit micro_tokens" in caplog.text
+    assert "1 answer left out: the text holds a special token" in caplog.text
     # Where hardly any fits the settings are wrong, not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
     with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
         build_distillation(material.model_path, settings, world, replace(material, scores=everything))
+
+
+def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folder, material, world, tmp_path, caplog):
+    path = tmp_path / "thinking"
+    shutil.copytree(material.model_path, path)
+    template = (path / "chat_template.jinja").read_text()
+    (path / "chat_template.jinja").write_text(template.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"))
+    settings = tiny_settings(folder, *SMALL)
+
+    def targets_of(model: str | Path, *texts: str):
+        """Of answers that are these texts in turn."""
+        every = [answer for answers in material.scores.values() for answer in answers]
+        turn = iter(replace_answer(answer, texts[number % len(texts)]) for number, answer in enumerate(every))
+        scores = {name: [next(turn) for _ in answers] for name, answers in material.scores.items()}
+        return read_targets(
+            replace(material, scores=scores),
+            PromptBuilder(load(str(model), settings, world), settings.video),
+            settings,
+            world,
+        )
+
+    # What servers of Thinking models send is an ordinary pool.
+    sent = "\n<think>\nWhite.\n</think>\n\n<answer>B</answer>"
+    assert all(all(targets.valid) for targets in targets_of(path, sent).values()) and not caplog.records
+    with pytest.raises(DataError) as caught:
+        targets_of(path, "<answer>B</answer>")
+    assert "144 of 144 answers cannot be taught to this student: no_think 144 (no_think: the" in str(caught.value)
+    # Every kind counts towards the share that may be left out.
+    with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text holds half"):
+        targets_of(material.model_path, sent, sent, sent, "a\ud800b")
+    with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):
+        targets_of(material.model_path, sent, sent, "<|im_end|>", "a\ud800b")
 
 
 def replace_answer(answer, text):

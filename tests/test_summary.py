@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rmsd_fast import pool as pool_program
 from rmsd_fast.config import RunConfig, TeacherConfig
-from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.data.records import Question
+from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import TeacherResponse, load_pool
 from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.summary import describe_pool, describe_questions
@@ -23,40 +25,96 @@ def mcq(identity: str, **fields) -> Question:
     return Question(identity, "What is poured?", "mcq", **given)
 
 
-def described(texts: list[str], questions=None, unanswered=(), **teacher):
+def described(texts: list[str], questions=None, unanswered=(), others=(), **teacher):
+    """The same answers to all questions, and other answers of the pool."""
     questions = questions or [mcq("q1")]
     cfg = RunConfig(teacher=TeacherConfig(**teacher))
-    pool = {q.id: [TeacherResponse(q.id, k, "", text, model="gpt") for k, text in enumerate(texts)] for q in questions}
-    scores = score_pool(pool, questions, cfg.teacher)
-    return describe_pool(questions, pool, scores, unanswered, cfg)
+    pool = {
+        q.id: [TeacherResponse(q.id, k, "", text, finish_reason="stop", model="gpt") for k, text in enumerate(texts)]
+        for q in questions
+    }
+    for response in others:
+        pool.setdefault(response.id, []).append(response)
+    statistics = pool_statistics(score_pool(pool, questions, cfg.teacher), questions, cfg.teacher, simulated=False)
+    return describe_pool(questions, pool, statistics, unanswered, cfg)
+
+
+MEANING = (
+    "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, which stage 1 "
+    "imitates"
+)
 
 
 def test_answers_by_task_with_reasons():
     summary = described(NATURAL, unanswered=["q7", "q9"])
     assert summary.lines == [
-        "teacher: 4 answers of gpt, K=4 asked: 1 have 4, read with teacher.parse=natural",
+        "teacher: 4 answers of gpt, up to K=4 of each question (1 question has 4), read with teacher.parse=natural",
         "  task  questions  answers  valid  as sent  T_best  why not",
         "  mcq           1        4  75.0%    25.0%  100.0%  two_answers 1",
+        MEANING,
         "  left out: 2 questions without an answer (q7, q9)",
     ]
-    assert summary.warnings == []
+    assert summary.warnings == summary.faults == []
 
 
-def test_few_valid_answers_are_a_warning_and_next_to_none_an_error():
+def test_answers_that_a_run_does_not_read_are_counted():
+    others = [TeacherResponse("q1", 4 + k, "", "B", model=f"m{k}") for k in range(2)]
+    others += [TeacherResponse(f"x{index}", k, "", "B") for index in range(6) for k in range(2)]
+    summary = described(NATURAL, others=others)
+    assert summary.lines[-2:] == [
+        "  not used: 12 answers to ids that no question has (x0, x1, x2, x3, x4, …)",
+        "  not used: 2 answers beyond the first 4 (teacher.responses)",
+    ]
+    # Six are judged: their models are named, the first three of them.
+    assert (
+        described(["B"], others=others[:2], responses=6)
+        .lines[0]
+        .startswith("teacher: 3 answers of gpt, m0, m1, up to K=6 of each question (1 question has 3)")
+    )
+    many = [TeacherResponse("q1", 4 + k, "", "B", model=f"m{k}") for k in range(3)]
+    assert "of gpt, m0, m1, …, up to K=9" in described(["B"], others=many, responses=9).lines[0]
+
+
+def test_the_end_of_an_answer_that_is_not_known_is_said():
+    others = [TeacherResponse("q1", 4, "", "B"), TeacherResponse("q1", 5, "", "B", finish_reason="null")]
+    others += [TeacherResponse("q1", 6 + k, "", "B", finish_reason=word) for k, word in enumerate(("odd", "odd", "x"))]
+    summary = described(NATURAL, others=others, responses=9)
+    assert "  no finish_reason: 2 answers; a cut at their end may go unseen" in summary.lines
+    (warning,) = summary.warnings
+    assert warning.startswith("finish_reason of 3 answers is not known ('odd' 2, 'x' 1)")
+
+
+def test_a_task_of_which_nothing_is_valid_is_a_warning():
+    """Spatial questions without a valid answer among mcq questions that are all right."""
+    boxes = [Question(f"s{i}", "Where?", "spatial", videos=("/v.mp4",), answer="1,2,3,4") for i in range(3)]
+    count = Question("n", "How many?", "numeric", videos=("/v.mp4",), answer="7")
+    summary = described(["B"], [mcq(f"q{i}") for i in range(9)] + boxes, responses=1)
+    (warning,) = summary.warnings
+    assert warning == "only 0% of the teacher's spatial answers are valid (not_a_box 3)"
+    # Valid, and never right.
+    asked = [Question(f"n{i}", "How many?", "numeric", videos=("/v.mp4",), answer="7") for i in range(3)] + [count]
+    summary = described(["2"], [*asked, Question("o", "?", "open", videos=("/v.mp4",))], responses=1)
+    (warning,) = summary.warnings
+    assert warning.startswith("only 0% of the numeric questions have an answer of quality above 0")
+
+
+def test_few_valid_answers_are_a_warning_and_next_to_none_a_fault():
     (warning,) = described(NATURAL, parse="strict").warnings
-    assert "only 25% of the teacher's answers are valid (format 3)" in warning and "teacher.parse=natural" in warning
-    with pytest.raises(DataError, match=r"0\.0% of 4 answers are valid.*Reasons: refusal 4\..*pool check"):
-        described(["I'm sorry, I can't view videos."] * 4)
+    assert warning == (
+        "only 25% of the teacher's mcq answers are valid (format 3); teacher.parse=natural reads answers in other forms"
+    )
+    (fault,) = described(["I'm sorry, I can't view videos."] * 4).faults
+    assert fault.startswith("teacher pool: 0.0% of 4 answers are valid") and fault.endswith("Reasons: refusal 4")
     # Valid answers of which none is right are as bad.
-    with pytest.raises(DataError, match=r"100\.0% of 4 answers are valid, and 0\.0% of the questions have one"):
-        described(["A"] * 4)
+    (fault,) = described(["A"] * 4).faults
+    assert "100.0% of 4 answers are valid, and 0.0% of the questions have one" in fault
 
 
 def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
     inferred = Question("q2", "?", "numeric", videos=("/w.mp4",), answer="3", meta={"inferred": True})
     summary = describe_questions([mcq("q1"), inferred], [mcq("h", videos=("/x.mp4",))])
     assert summary.lines == [
-        "questions: 2 (mcq 1, numeric 1); the task types of 1 were found by their answers",
+        "questions: 2 (mcq 1, numeric 1); the task types of 1 were told from their answers",
         "held out: 1 (mcq 1)",
         "the user's turn, for a teacher too (question 'q1'):\n  | What is poured?\n  | A. tea\n  | B. milk\n"
         "  | Reply as <think>reasoning</think><answer>option letter</answer>",
@@ -64,16 +122,48 @@ def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
     assert summary.warnings == []
 
 
+def opened(identity: str, answer: str, **meta) -> Question:
+    return Question(identity, "?", "open", videos=(f"/{identity}.mp4",), answer=answer, meta=meta)
+
+
 def test_what_is_probably_not_meant_is_a_warning():
-    openly = [Question(f"q{i}", "?", "open", videos=(f"/{i}.mp4",)) for i in range(2)]
-    assert "every question is `open`" in describe_questions(openly, []).warnings[0]
-    short = [mcq("q"), Question("o", "Is it red?", "open", videos=("/o.mp4",), answer="yes")]
-    (warning,) = describe_questions(short, []).warnings
-    assert "1 open questions have an answer of one or two words (o: 'yes')" in warning
-    (same,) = describe_questions([mcq("q1")], [mcq("h"), mcq("i", options=("milk", "tea"))]).warnings
-    assert "1 of 2 held-out questions are trained on too (h)" in same
+    long = "A man walks to the door."
+    (warning,) = describe_questions([opened("a", long), opened("b", long)], []).warnings
+    assert "every question is `open`" in warning and "data.task_type" not in warning
+    # The setting is for records that name no task type.
+    (warning,) = describe_questions([opened("a", long, inferred=True)], []).warnings
+    assert warning.endswith("name their task type in data.task_type, or in the records, with an answer")
+    (same,) = describe_questions([mcq("q1")], [mcq("h")]).warnings
+    assert "trained on too: 1 of 1 held-out question (h)" in same
     (shared,) = describe_questions([mcq("q1")], [mcq("i", options=("milk", "tea"))]).warnings
-    assert "1 of 1 held-out questions are about media that are trained on (i)" in shared
+    assert "about media that are trained on: 1 of 1 held-out question (i)" in shared
+
+
+def test_shared_media_are_told_beside_a_question_that_is_the_same():
+    heldout = [mcq("h"), *(mcq(f"i{index}", options=("milk", "tea")) for index in range(6)), mcq("j", videos=("/w",))]
+    same, shared = describe_questions([mcq("q1")], heldout).warnings
+    assert "trained on too: 1 of 8 held-out questions (h)" in same
+    assert "trained on: 6 of 8 held-out questions (i0, i1, i2, i3, i4, …)" in shared
+
+
+@pytest.mark.parametrize(
+    "answer", ["yes", "A. tea is poured into it", "(b) milk it is", "2 dogs and 1 cat", "3-5", '{"bbox": [1]}']
+)
+def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
+    train = [mcq("q"), *(opened(f"o{index}", "A man walks to the door.") for index in range(40))]
+    inferred = [opened("x", answer, inferred=True)]
+    (warning,) = describe_questions([*train, *inferred], []).warnings
+    assert warning.startswith("1 training question without a task type became `open`") and repr(answer) in warning
+    (warning,) = describe_questions(train, inferred).warnings
+    assert warning.startswith("1 held-out question without a task type")
+    # A list of options says so too, whatever the answer.
+    listed = replace(opened("l", "The answer is the first one.", inferred=True), question="Which?\nA. tea\nB. milk")
+    (warning,) = describe_questions([*train, listed], []).warnings
+    assert "with options or an answer like those of a closed question (l: 'The answer is the first one.')" in warning
+    # Named ones are told where there are many.
+    assert describe_questions([*train, opened("x", answer)], []).warnings == []
+    (warning,) = describe_questions([mcq("q"), opened("x", answer)], []).warnings
+    assert warning.startswith("1 open training question with an answer like that of a closed question (x: ")
 
 
 @pytest.fixture
@@ -88,32 +178,71 @@ def files(tmp_path) -> tuple[Path, Path]:
     return pool, questions
 
 
+def run(*arguments: object) -> int:
+    return pool_program.main([str(argument) for argument in arguments])
+
+
 def test_pool_check_shows_counts_and_examples(files, capsys):
-    assert pool_program.main(["check", *map(str, files)]) == 0
+    assert run("check", *files) == 0
     printed = capsys.readouterr().out
     assert "mcq           2        5  60.0%    20.0%   50.0%  two_answers 1, truncated 1" in printed
     assert "  two_answers: several different answers were given\n    1 k=3: 'A or B'" in printed
-    assert "  truncated: the response was cut at the token limit\n    2 k=0: '<think>a'" in printed
-    assert pool_program.main(["check", *map(str, files), "teacher.parse=strict"]) == 0
+    assert (
+        "  truncated: the response was cut, at the token limit or by an error of the server\n    2 k=0: '<think>a'"
+        in printed
+    )
+    assert "not used: 1 answer to ids that no question has (other)" in printed
+    assert run("check", *files, "teacher.parse=strict") == 0
     assert "format 3" in capsys.readouterr().out
-    assert pool_program.main(["check", *map(str, files), "teacher.parse=loose"]) == 2
+    assert run("check", *files, "teacher.parse=loose") == 2
     assert "teacher.parse: expected one of strict, natural" in capsys.readouterr().err
 
 
-def test_pool_check_says_what_is_wrong_with_a_pool(files, capsys):
+def test_pool_check_judges_every_answer(files, capsys):
     pool, _ = files
+    with pool.open("a") as file:
+        refusal = "I'm sorry, I can't view videos."
+        file.writelines(json.dumps({"id": 1, "k": 4 + k, "text": refusal}) + "\n" for k in range(4))
+    assert run("check", *files) == 0
+    printed = capsys.readouterr().out
+    assert "teacher: 9 answers, up to K=8 of each question (1 question has 8, 1 question has 1)" in printed
+    assert "every answer was judged; a run reads the first teacher.responses=4 of a question" in printed
+    assert "refusal 4" in printed and "    1 k=6: " in printed
+
+
+def test_pool_check_shows_examples_before_it_fails(files, capsys):
+    pool, _ = files
+    lines = [{"id": i, "k": k, "text": "I'm sorry, I can't see it."} for i in (1, 2) for k in range(2)]
+    pool.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run("check", *files) == 2
+    shown = capsys.readouterr()
+    assert "  refusal: the teacher declined to answer\n    1 k=0: \"I'm sorry" in shown.out
+    assert shown.err.count("rmsd_fast.pool: ") == 1 and "0.0% of 4 answers are valid" in shown.err
+
+
+def test_pool_check_names_the_faults_of_both_files(files, capsys):
+    pool, questions = files
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n{"id": 1, "k": 0}\n')
-    assert pool_program.main(["check", *map(str, files)]) == 2
-    assert "pool.jsonl:2: field 'text': expected a value" in capsys.readouterr().err
+    box = {"id": 3, "question": "Where?", "videos": ["v.mp4"], "task_type": "spatial", "answer": [0, 0, 1920, 1080]}
+    with questions.open("a") as file:
+        file.write(json.dumps(box) + "\n")
+    assert run("check", *files) == 2
+    error = capsys.readouterr().err
+    # Boxes in pixels were a traceback.
+    assert "questions.jsonl:3: field 'answer': expected 'x1,y1,x2,y2'" in error and "1000 * pixels / width" in error
+    assert "pool.jsonl:2: field 'text': expected a value" in error
+    questions.write_text(questions.read_text().rpartition('{"id": 3')[0])
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n')
-    assert pool_program.main(["check", *map(str, files)]) == 2
+    assert run("check", *files) == 2
     assert "teacher.max_unanswered_share (now 0.05)" in capsys.readouterr().err
+    assert run("check", *files, "data.task_type=ocr") == 2
+    assert "data.task_type=ocr has no effect" in capsys.readouterr().err
 
 
 def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_path, capsys):
     pool, questions = files
     output = tmp_path / "repaired.jsonl"
-    assert pool_program.main(["repair", str(pool), str(questions), "--output", str(output)]) == 0
+    assert run("repair", pool, questions, "--output", output) == 0
     assert "6 answers, 2 brought into canonical form, 2 invalid, 1 to questions" in capsys.readouterr().out
     repaired = load_pool(output)
     first, second, third, fourth = repaired["1"]
@@ -125,7 +254,28 @@ def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_pat
     assert (fourth.text, fourth.raw, fourth.reason, fourth.valid) == ("A or B", None, "two_answers", False)
     assert repaired["other"] == load_pool(pool)["other"] and repaired["2"][0].reason == "truncated"
     # A second repair starts from the texts as they were sent.
-    assert pool_program.main(["repair", str(output), str(questions), "--output", str(tmp_path / "twice.jsonl")]) == 0
+    assert run("repair", output, questions, "--output", tmp_path / "twice.jsonl") == 0
     assert load_pool(tmp_path / "twice.jsonl") == repaired
-    assert pool_program.main(["repair", str(pool), str(questions), "--output", str(pool)]) == 2
-    assert "expected another file than the pool" in capsys.readouterr().err
+    # What was sent in another form stays a format violation, however it is read now.
+    for path in (pool, output):
+        for parse in ("natural", "strict"):
+            capsys.readouterr()
+            assert run("check", path, questions, f"teacher.parse={parse}") == 0
+            assert "20.0%   50.0%" in capsys.readouterr().out
+
+
+def test_pool_repair_never_overwrites(files, tmp_path, capsys):
+    pool, questions = files
+    before = [path.read_text() for path in files]
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    for output in (pool, questions, tmp_path, tmp_path / "link.jsonl"):
+        assert run("repair", pool, questions, "--output", output) == 2
+        assert "expected a new file, got one that exists; name another" in capsys.readouterr().err
+    assert [path.read_text() for path in files] == before and not (tmp_path / "nothing.jsonl").exists()
+    # A folder that cannot be made.
+    assert run("repair", pool, questions, "--output", pool / "below" / "x.jsonl") == 2
+    assert "x.jsonl: cannot be written (" in capsys.readouterr().err
+    # A pool of other questions.
+    pool.write_text('{"id": 3, "k": 0, "text": "B"}\n')
+    assert run("repair", pool, questions, "--output", tmp_path / "new.jsonl") == 2
+    assert "got them for 0 of 2" in capsys.readouterr().err and not (tmp_path / "new.jsonl").exists()

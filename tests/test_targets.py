@@ -66,6 +66,27 @@ def test_a_text_that_may_not_enter_a_model_is_never_matched():
         assert t.p.tolist() == [0] and not t.has_teacher
 
 
+def test_only_answers_of_use_are_looked_at():
+    """The others were counted among those that a student cannot be taught."""
+    asked = []
+
+    def note(text):
+        asked.append(text)
+
+    texts = [answer("0.0 to 10.0"), "nonsense"]
+    responses = [TeacherResponse("q", k, "", text) for k, text in enumerate(texts)]
+    for quality, imitate, expected in (
+        ("metric", "best", texts[:1]),
+        ("metric", "all", texts[:1]),
+        ("metric", "random", texts),
+        ("uniform", "best", texts),
+    ):
+        cfg = TeacherConfig(parse="strict", quality=quality)
+        asked.clear()
+        build_targets([QUESTION], score_pool({"q": responses}, [QUESTION], cfg), cfg, note, seed=0, imitate=imitate)
+        assert asked == expected
+
+
 def test_an_empty_pool_gives_no_teacher():
     t = targets([answer("nonsense")] * 4)
     assert not t.has_teacher and t.imitate == ()

@@ -96,7 +96,7 @@ def test_pool_without_a_usable_response(capsys, tmp_path, material):
     assert (
         "0.0% of 144 answers are valid" in error
         and "Reasons: empty 143, truncated 1" in error
-        and "pool check" in error
+        and f"pool check {path} {material.files['train']}" in error
     )
 
 
@@ -104,7 +104,20 @@ def test_media_that_are_not_there(capsys, tmp_path, material):
     path = tmp_path / "train.jsonl"
     path.write_text(Path(material.files["train"]).read_text())
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": path}))
-    assert "12 of 12 files are missing, for 36 of 36 questions" in error and "data.media_root" in error
+    assert "12 of 12 media files are missing, for 36 of 36 questions" in error and "data.media_root" in error
+
+
+def test_held_out_media_that_are_not_there(capsys, tmp_path, material):
+    """They were found missing after stage 1, question by question."""
+    path = tmp_path / "heldout.jsonl"
+    path.write_text(Path(material.files["heldout"]).read_text())
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.heldout": path}))
+    assert "heldout.jsonl: 3 of 3 media files are missing" in error
+
+
+def test_boxes_in_pixels_are_no_setting(capsys, tmp_path, material):
+    error = fails(capsys, tmp_path, *arguments(material, tmp_path), "teacher.spatial_format=pixel")
+    assert "teacher.spatial_format was removed: boxes are always from 0 to 1000" in error and "/ width" in error
 
 
 def test_model_of_another_family(capsys, tmp_path, material):
@@ -172,7 +185,8 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
 def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
     assert train.main([*arguments(material, tmp_path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "questions: 36 (" in printed and "teacher: 144 answers of simulated, K=4 asked: 36 have 4" in printed
+    assert "questions: 36 (" in printed
+    assert "teacher: 144 answers of simulated, up to K=4 of each question (36 questions have 4)" in printed
     assert "0.5M parameters" in printed and printed.strip().endswith("ready")
 
 
@@ -184,7 +198,7 @@ def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, materi
     given = arguments(material, tmp_path, **{"teacher.pool": path})
     assert train.main([*given, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"left out: 1 question without an answer ({gone})" in printed and "35 have 4" in printed
+    assert f"left out: 1 question without an answer ({gone})" in printed and "(35 questions have 4)" in printed
     error = fails(capsys, tmp_path, *given, "teacher.max_unanswered_share=0")
     assert "teacher.max_unanswered_share (now 0)" in error
 

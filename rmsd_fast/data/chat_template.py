@@ -11,7 +11,11 @@ END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
-_SYSTEM, _FIRST, _SECOND, _REPLY = "probe-system", "probe-first", "probe-second", "probe-reply"
+# Texts with all that a question may hold and a template could change: signs of HTML, quotes, several blanks and line
+# breaks, capitals, other scripts, more than a page. Parts of a question between two media begin and end with blanks.
+_HARD = ' <b>"it\'s"</b> &amp;  {{ two }}\n\n\tCafé 漢 ' + "a long text " * 400
+_SYSTEM, _FIRST, _SECOND = f"system{_HARD}end of system", f"first{_HARD}end of first ", f" second{_HARD}end of second"
+_REPLY = f"reply{_HARD}end of reply"
 
 
 def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = None) -> str:
@@ -43,7 +47,7 @@ def response_opening(tokenizer: Any) -> str:
         {"type": "text", "text": _SECOND},
     ]
     try:
-        prompt = render(tokenizer, content, _SYSTEM)
+        prompt, with_system = (render(tokenizer, content, system) for system in (None, _SYSTEM))
         whole = tokenizer.apply_chat_template(
             [
                 {"role": "user", "content": content},
@@ -53,19 +57,27 @@ def response_opening(tokenizer: Any) -> str:
         )
     # Templates raise whatever Jinja does, on purpose or not.
     except Exception as error:
-        raise refuse(f"it cannot render a question ({str(error).strip().splitlines()[0]})") from error
-    order = [_SYSTEM, _FIRST, VIDEO_PAD, IMAGE_PAD, _SECOND]
-    if any(prompt.count(part) != 1 for part in order):
-        lost = next(part for part in order if prompt.count(part) != 1)
-        raise refuse(f"expected {lost!r} once in a prompt, got it {prompt.count(lost)} times")
-    if sorted(order, key=prompt.index) != order:
-        raise refuse("it moves media or turns to other places than the question gives them")
-    if not re.search(rf"{_REPLY}\s*{re.escape(END_TOKEN)}\s*$", whole):
-        raise refuse(f"expected it to end a response with {END_TOKEN}")
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise refuse(f"it cannot render a question ({reason})") from error
+    parts = {"the first text": _FIRST, "the video": VIDEO_PAD, "the image": IMAGE_PAD, "the second text": _SECOND}
+    for rendered, system in ((prompt, {}), (with_system, {"the system text": _SYSTEM})):
+        expected = system | parts
+        for name, part in expected.items():
+            if rendered.count(part) != 1:
+                raise refuse(
+                    f"expected {name} once and unchanged in a prompt {'with' if system else 'without'} a system turn, "
+                    f"got it {rendered.count(part)} times"
+                )
+        if sorted(expected.values(), key=rendered.index) != list(expected.values()):
+            raise refuse("it moves media or turns to other places than the question gives them")
+    if prompt[prompt.index(_FIRST) :] != with_system[with_system.index(_FIRST) :]:
+        raise refuse("it renders a question in another way where there is a system turn")
+    if not re.search(rf"{re.escape(_REPLY)}\s*{re.escape(END_TOKEN)}\s*$", whole):
+        raise refuse(f"expected it to keep a response as it is and to end it with {END_TOKEN}")
     tail = prompt.partition(_SECOND)[2]
     turn = re.fullmatch(rf"\s*{re.escape(END_TOKEN)}\s*<\|im_start\|>assistant\n(?P<opening>.*)", tail, re.DOTALL)
     if turn is None:
-        raise refuse(f"expected {END_TOKEN} and an assistant turn after the question, got {tail!r}")
+        raise refuse(f"expected {END_TOKEN} and an assistant turn after the question, got {tail[:80]!r}")
     opening = turn["opening"]
     if opening and not re.fullmatch(r"<think>\s*", opening):
         raise refuse(f"expected a response to begin empty or with <think>, got {opening!r}")

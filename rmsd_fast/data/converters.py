@@ -12,16 +12,18 @@ video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`,
           `solution` | `answer`
 ========  =====================================================  ===================================================
 
-A record that names no task type gets one from its options and its answer, unless `data.task_type` names one: options
-or a letter are mcq, "3.5 to 10" is temporal, four numbers are spatial, a number is numeric, anything else is open. The
-summary at the start counts them (`meta["inferred"]`). Yes/no questions (`boolean`) become mcq with the options Yes and
-No. What no task type can grade (tracking, code, a formula) is an error.
+A record that names no task type gets one from its options and its answer, unless `data.task_type` names one
+(`task_types`); the summary at the start counts them (`meta["inferred"]`). Options that stand as a list in the question
+(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. Yes/no questions (`boolean`) are
+mcq; only where there are no options they get Yes and No. What no task type can grade (tracking, code, a formula) is an
+error.
 
 The answer is the key `answer` or `solution`, else the assistant's turn; where it holds one `<answer>…</answer>`, the
 text inside. The extra keys `task_type`, `options`, `duration`, `system` and `id` are read where a record has them; null
-is the same as a missing key; other keys are kept in `meta["source"]`. More than one user turn is an error. Ids: `id`
-(Video-R1: `problem_id`), else "<file stem>-<index from 0>". Video-R1's regression questions are graded like every
-numeric one: choose `teacher.numeric_metric=mra` for them.
+is the same as a missing key; other keys are kept in `meta["source"]`. Two keys of one meaning have to agree: a record
+that gives its media, its answer or its system text twice and differently is an error, and so is more than one user
+turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>". Video-R1's regression questions are graded
+like every numeric one: choose `teacher.numeric_metric=mra` for them.
 """
 
 from __future__ import annotations
@@ -29,12 +31,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rmsd_fast.data.records import DataError, answer_text
-from rmsd_fast.method.answers import parse_answer_body
-from rmsd_fast.method.natural import Unreadable
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.option_lists import find_options
+from rmsd_fast.data.task_types import (
+    infer_task,
+    is_yes_or_no,
+    letter_of_reply,
+    looks_like_a_letter,
+    names_an_option,
+)
+from rmsd_fast.method.answers import bare_options
 
+# Keys that tell a format, in this order.
+RECORD_KEYS = {
+    "messages": "ms-swift",
+    "query": "ms-swift",
+    "conversations": "llava",
+    "problem": "video-r1",
+    "question": "rmsd",
+}
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_MULTIPLE_CHOICE, _YES_NO, _MATH = "mcq", "boolean", "math"
+_YES_NO, _MATH = "boolean", "math"
 _PROBLEM_TYPES = {
     "multiple choice": "mcq",
     "mcq": "mcq",
@@ -56,21 +73,21 @@ _PROBLEM_TYPES = {
 }
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system")
+_SPLIT_TURNS = "split conversations of several turns into questions of their own"
 
 Converted = tuple[dict[str, Any], dict[str, str]]
 
 
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the keys whose value is null, as tables fill them in."""
+    return {key: value for key, value in record.items() if value is not None}
+
+
 def detect_format(record: dict[str, Any], where: str) -> str:
     """The format that a record's keys belong to; DataError where none fits."""
-    for key, name in (
-        ("messages", "ms-swift"),
-        ("query", "ms-swift"),
-        ("conversations", "llava"),
-        ("problem", "video-r1"),
-        ("question", "rmsd"),
-    ):
+    for key, format in RECORD_KEYS.items():
         if key in record:
-            return name
+            return format
     raise DataError(
         f"{where}: expected a key 'question' (our format), 'messages' or 'query' (ms-swift), 'conversations' (llava) "
         f"or 'problem' (video-r1), got the keys {', '.join(map(repr, record)) or 'none'}; name one of these formats in "
@@ -82,54 +99,105 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
     """A record in our schema, not yet checked, and what its source calls our fields (for messages).
 
     Args:
+        record: without nulls.
         task_type: of a record that names none; "auto" = by its options and answer.
     Raises:
         DataError: the record lacks what its format promises, or holds what cannot be used.
     """
-    record = {key: value for key, value in record.items() if value is not None}
     if format == "rmsd":
-        return _own(record)
+        return _own(record, where)
     for key in ("audios", "audio"):
         if record.get(key):
             raise DataError.at(where, key, "videos and images only", record[key], "leave such questions out")
     if format == "video-r1":
         raw, names, used = _problem(record, where)
     else:
-        key = "conversations" if format == "llava" else "messages"
-        raw, names, used = _chat(record, where, key)
+        raw, names, used = _chat(record, where, "conversations" if format == "llava" else "messages")
     raw = {"id": fallback_id, **raw}
-    meta = {"format": format}
-    if "task_type" not in raw:
-        raw["task_type"] = _inferred(raw) if task_type == "auto" else task_type
-        meta |= {"inferred": True} if task_type == "auto" else {}
-    if raw["task_type"] != "mcq" and raw.get("options") == []:
-        del raw["options"]
-    rest = {key: value for key, value in record.items() if key not in used}
-    raw["meta"] = meta | ({"source": rest} if rest else {})
+    meta = {"format": format} | _settle_task(raw, names, where, task_type, prose=format != "video-r1")
+    others = {key: value for key, value in record.items() if key not in used}
+    raw["meta"] = meta | ({"source": others} if others else {})
     return raw, names
 
 
-def _own(record: dict[str, Any]) -> Converted:
+def _settle_task(
+    raw: dict[str, Any], names: dict[str, str], where: str, task_type: str, *, prose: bool
+) -> dict[str, bool]:
+    """Fill task type, options and answer as far as they follow from each other; what the record's meta says of it.
+
+    Args:
+        prose: the answer is a reply, in which "A. tea is poured" names a letter.
+    """
+    listed = None if raw.get("options") else find_options(raw["question"])
+    options = raw.get("options") or (listed[1] if listed else [])
+    options = list(options.values()) if isinstance(options, dict) else options
+    answer = raw.get("answer")
+    task = raw.get("task_type", task_type)
+    inferred = task == "auto"
+    if inferred or task == _MATH:
+        is_choice = raw.get("options") or looks_like_a_letter(answer) or (listed and names_an_option(answer, listed[1]))
+        by_answer = "mcq" if is_choice else infer_task(answer)
+        if task == _MATH and by_answer not in ("mcq", "numeric"):
+            raise _no_task(where, names.get("kind", "task_type"), task)
+        task = by_answer
+    if task == _YES_NO:
+        task = "mcq"
+        if not options:
+            options = raw["options"] = ["Yes", "No"]
+            if not is_yes_or_no(answer):
+                todo = "give the record its options"
+                raise DataError.at(where, names["answer"], "Yes or No, since there are no options", answer, todo)
+    raw["task_type"] = task
+    if task == "mcq" and listed:
+        raw["question"], raw["options"] = listed
+    if task == "mcq" and prose and (letter := letter_of_reply(answer, options)):
+        # With its text, since options may be letters themselves.
+        raw["answer"] = f"{letter}. {bare_options(options)[ord(letter) - ord('A')]}"
+    return {"inferred": True} if inferred else {}
+
+
+def _own(record: dict[str, Any], where: str) -> Converted:
     """Our own format, with `video` for `videos` and one path in place of a list."""
     names = {}
     for ours, other in (("videos", "video"), ("images", "image")):
-        if other in record and ours not in record:
-            record[ours], names[ours] = record.pop(other), other
-        if isinstance(record.get(ours), str):
-            record[ours] = [record[ours]]
+        name = _the_one(record, (ours, other), where, _listed)
+        values = _listed(record[name]) if name else []
+        record = {key: value for key, value in record.items() if key not in (ours, other)}
+        if name:
+            record[ours], names[ours] = values, name
     return record, names
+
+
+def _listed(value: Any) -> list[Any]:
+    """Media as a list: one path alone is a list of it."""
+    return value if isinstance(value, list) else [value]
+
+
+def _the_one(record: dict[str, Any], keys: tuple[str, ...], where: str, read=lambda value: value) -> str | None:
+    """The first of several keys of one meaning that a record has.
+
+    Raises:
+        DataError: it has two of them, and what `read` makes of their values differs.
+    """
+    present = [key for key in keys if record.get(key) not in (None, [], "")]
+    for key in present[1:]:
+        if read(record[key]) != read(record[present[0]]):
+            expected = f"the same as '{present[0]}' ({read(record[present[0]])!r:.60})"
+            raise DataError.at(where, key, expected, record[key], "keep one of the two")
+    return present[0] if present else None
 
 
 def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     speaker_key, text_key = ("from", "value") if key == "conversations" else ("role", "content")
-    used = {key, "query", "response", "id", "answer", "solution", "task_type", *_EXTRA}
+    used = {key, "query", "response", "history", "id", "answer", "solution", "task_type", *_EXTRA}
     turns = record.get(key)
     if turns is None and "query" in record:
         turns = [{speaker_key: "user", text_key: record["query"]}]
         turns += [{speaker_key: "assistant", text_key: record["response"]}] if "response" in record else []
-        if record.get("history"):
-            raise DataError.at(where, "history", "one question and its answer", record["history"], _SPLIT_TURNS)
-        used.add("history")
+    elif extra := next((name for name in ("query", "response") if name in record), None):
+        raise DataError.at(where, extra, f"none beside '{key}'", record[extra], "keep one of the two")
+    if record.get("history"):
+        raise DataError.at(where, "history", "one question and its answer", record["history"], _SPLIT_TURNS)
     if not isinstance(turns, list):
         raise DataError.at(where, key, "a list of turns", turns, f"write [{{{speaker_key!r}: …, {text_key!r}: …}}]")
     media: dict[str, list[Any]] = {"videos": [], "images": []}
@@ -137,34 +205,30 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     raw: dict[str, Any] = {"question": question}
     names = {"question": key, "answer": key}
     for ours, other in (("videos", "video"), ("images", "image")):
-        value = record.get(ours, record.get(other))
-        if other in record and ours not in record:
-            names[ours] = other
-        listed = [] if value is None else value if isinstance(value, list) else [value]
-        if listed and media[ours]:
-            raise DataError.at(where, ours, f"files either here or in the parts of '{key}'", listed, "give them once")
-        if listed or media[ours]:
-            raw[ours] = listed or media[ours]
+        name = _the_one(record, (ours, other), where, _listed)
+        if name and media[ours] and _listed(record[name]) != media[ours]:
+            raise DataError.at(
+                where, name, f"the files in the parts of '{key}', or none", record[name], "give them once"
+            )
+        if name or media[ours]:
+            raw[ours] = _listed(record[name]) if name else media[ours]
+            names[ours] = name or key
         used |= {ours, other}
     if "<bbox>" in question + (reply or "") or "<ref-object>" in question + (reply or ""):
-        raise DataError.at(
-            where,
-            key,
-            "boxes as numbers",
-            "marks <bbox> or <ref-object>",
-            "write the numbers of 'objects' into the text",
-        )
-    answer = next((record[name] for name in ("answer", "solution") if name in record), None)
-    if answer is not None:
-        names["answer"] = "answer" if "answer" in record else "solution"
-    raw["answer"] = _inside_answer(reply if answer is None else answer)
+        todo = "write the numbers of 'objects' into the text"
+        raise DataError.at(where, key, "boxes as numbers", "marks <bbox> or <ref-object>", todo)
+    name = _the_one(record, ("answer", "solution"), where, _inside_answer)
+    names["answer"] = name or key
+    raw["answer"] = _inside_answer(record[name] if name else reply)
     raw |= {name: record[name] for name in ("id", "task_type", *_EXTRA) if name in record}
-    if system and "system" not in raw:
-        raw["system"] = system
+    if system:
+        _the_one({"system": record.get("system"), key: system}, ("system", key), where, _stripped)
+        raw.setdefault("system", system)
     return raw, names, used
 
 
-_SPLIT_TURNS = "split conversations of several turns into questions of their own"
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _turns(
@@ -226,79 +290,55 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     problem, kind, data_type = (record.get(name) for name in ("problem", "problem_type", "data_type"))
     if not isinstance(problem, str):
         raise DataError.at(where, "problem", "the question's text", problem, "add it")
-    names = {"id": "problem_id" if "problem_id" in record else "id", "question": "problem"}
-    used = {"problem", "problem_id", "data_type", "solution", "answer", "path", "task_type", *_EXTRA}
-    answer = next((record[name] for name in ("solution", "answer") if name in record), None)
+    names = {"question": "problem", "kind": "problem_type"}
+    used = {"problem", "data_type", "solution", "answer", "path", "task_type", *_EXTRA}
+    names["answer"] = _the_one(record, ("solution", "answer"), where, _inside_answer) or "solution"
+    answer = record.get(names["answer"])
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
-        raise DataError.at(where, "solution", "text such as '<answer>B</answer>'", answer, "fix it")
-    names["answer"] = "answer" if "answer" in record and "solution" not in record else "solution"
+        raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
     raw: dict[str, Any] = {"question": problem, "answer": _inside_answer(answer)}
     raw |= {name: record[name] for name in _EXTRA if name in record}
-    if "problem_id" in record or "id" in record:
-        raw["id"] = record.get("problem_id", record.get("id"))
-        used.add("id")
-    for ours, others in (("videos", ("videos", "video")), ("images", ("images", "image", "image_path"))):
-        for other in others:
-            if record.get(other):
-                raw.setdefault(ours, []).extend(record[other] if isinstance(record[other], list) else [record[other]])
-                names[ours] = other
-            used.add(other)
-    if "path" in record or not (raw.get("videos") or raw.get("images")):
+    # An `id` beside `problem_id` counts something else, and is kept in the meta.
+    names["id"] = "problem_id" if "problem_id" in record else "id"
+    if names["id"] in record:
+        raw["id"] = record[names["id"]]
+        used.add(names["id"])
+    keys = {"videos": ("videos", "video"), "images": ("images", "image", "image_path")}
+    used |= {*keys["videos"], *keys["images"]}
+    has_media = any(record.get(key) for key in (*keys["videos"], *keys["images"]))
+    if "path" in record or not has_media:
         if data_type not in ("video", "image"):
             raise DataError.at(where, "data_type", "'video' or 'image'", data_type, "say what the file at 'path' is")
-        path = record.get("path")
-        ours = f"{data_type}s"
-        raw[ours] = (path if isinstance(path, list) else [path]) + raw.get(ours, [])
-        names[ours] = "path"
-    if task := record.get("task_type") or (kind is not None and _task_of(kind, raw, where)):
+        if not record.get("path"):
+            raise DataError.at(where, "path", "paths of media", record.get("path"), "add it")
+        keys[f"{data_type}s"] = ("path", *keys[f"{data_type}s"])
+    for ours, theirs in keys.items():
+        if name := _the_one(record, theirs, where, _listed):
+            raw[ours], names[ours] = _listed(record[name]), name
+    if task := record.get("task_type") or (kind is not None and _task_of(kind, where)):
         raw["task_type"] = task
-    if raw.get("task_type") == _YES_NO:
-        raw |= {"task_type": "mcq", "options": ["Yes", "No"]}
-    if raw.get("task_type") not in (None, "mcq"):
-        raw.pop("options", None)
     return raw, names, used
 
 
-def _task_of(kind: object, raw: dict[str, Any], where: str) -> str:
+def _task_of(kind: object, where: str) -> str:
     """Our task type for a `problem_type`."""
     task = _PROBLEM_TYPES.get(" ".join(re.split(r"[\s_-]+", kind.strip().lower()))) if isinstance(kind, str) else None
-    if task == _MATH:
-        task = _inferred(raw)
-        task = task if task in ("mcq", "numeric") else None
     if task is None:
-        expected = (
-            "one of multiple choice, numerical, regression, OCR, free-form, open-ended, temporal grounding, spatial "
-            "grounding, boolean, math (a letter or a number)"
-        )
-        raise DataError.at(
-            where, "problem_type", expected, kind, "leave out what no task type can grade, or name the type"
-        )
+        raise _no_task(where, "problem_type", kind)
     return task
 
 
-def _inferred(raw: dict[str, Any]) -> str:
-    """The task type that options and answer speak for."""
-    answer = raw.get("answer")
-    if raw.get("options") or (isinstance(answer, str) and re.fullmatch(r"[(\[]?[A-Z][)\]]?\.?", answer.strip())):
-        return "mcq"
-    for task in ("temporal", "spatial", "numeric"):
-        try:
-            text = answer_text(answer, task)
-        except Unreadable:
-            continue
-        # Only what is written as such: "3 cups" and "from one to two" may be parts of a longer answer.
-        if (
-            not isinstance(answer, str)
-            or parse_answer_body(answer, task) is not None
-            or answer.strip().startswith(("[", "{"))
-        ):
-            return task if parse_answer_body(text, task) is not None else "open"
-    return "open"
+def _no_task(where: str, name: str, kind: object) -> DataError:
+    expected = (
+        "one of multiple choice, numerical, regression, OCR, free-form, open-ended, temporal grounding, spatial "
+        "grounding, boolean, math (a letter or a number)"
+    )
+    return DataError.at(where, name, expected, kind, "leave out what no task type can grade, or name the type")
 
 
 def _inside_answer(text: Any) -> Any:
     """The text inside one `<answer>…</answer>`; anything else as it is, and nothing for an empty text."""
     if not isinstance(text, str):
         return text
-    found = _ANSWER.findall(text)
-    return (found[0] if len(found) == 1 else text).strip() or None
+    blocks = _ANSWER.findall(text)
+    return (blocks[0] if len(blocks) == 1 else text).strip() or None

@@ -1,4 +1,4 @@
-"""Marks in a question's text: `<image>` and `<video>` stand where the media do.
+"""Marks in a question's text, which are not text: `<image>` and `<video>` stand where the media do.
 
 A text without marks has its media in front of it, videos first. Read are also `<IMAGE>`, numbered marks in their order
 (`<image_1>`, `<image 2>`) and the family's own `<|vision_start|><|image_pad|><|vision_end|>`.
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 
 MARK = re.compile(r"<(image|video)>")
+# How tokenizers spell their special tokens. In a text of ours they would not be read as text.
+SPECIAL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _SPELLINGS = re.compile(
     r"<\|vision_start\|><\|(?P<token>image|video)_pad\|><\|vision_end\|>"
     r"|<\s*(?P<name>image|video)(?:[ _-]?(?P<number>\d+))?\s*/?>",
@@ -17,8 +19,17 @@ _SPELLINGS = re.compile(
 )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text is whole: JSON can carry lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class MarkError(ValueError):
-    """Marks that do not fit the files; the message says what was found and what to do."""
+    """Marks that do not fit the files. The message says which there are and what to do."""
 
 
 def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
@@ -30,10 +41,10 @@ def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
     Raises:
         MarkError: there are marks, and not one for each file.
     """
-    found = [match for text in texts for match in _SPELLINGS.finditer(text)]
-    if not found:
+    marks = [match for text in texts for match in _SPELLINGS.finditer(text)]
+    if not marks:
         return list(texts)
-    kinds = [(match["token"] or match["name"]).lower() for match in found]
+    kinds = [(match["token"] or match["name"]).lower() for match in marks]
     wanted = ["video"] * videos + ["image"] * images
     # LLaVA-Video marks its videos with <image>.
     renamed = len(set(kinds)) == len(set(wanted)) == 1 and len(kinds) == len(wanted)
@@ -45,15 +56,16 @@ def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
             "(media then stand in front)"
         )
     for kind in ("image", "video"):
-        own = [match["number"] for match, its_kind in zip(found, kinds, strict=True) if its_kind == kind]
-        numbers = [int(number) for number in own if number]
-        if numbers and numbers != list(range(1, len(own) + 1)):
+        written = [match["number"] for match, its_kind in zip(marks, kinds, strict=True) if its_kind == kind]
+        numbers = [int(number) for number in written if number]
+        if numbers and numbers != list(range(1, len(written) + 1)):
+            got = ", ".join(map(str, numbers))
             raise MarkError(
-                f"expected {kind} marks numbered 1 to {len(own)} in this order, got {', '.join(map(str, numbers))}; "
+                f"expected {kind} marks numbered 1 to {len(written)} in this order, got {got}; "
                 f"reorder the files, or write <{kind}> where each of them stands"
             )
-    rest = iter(kinds)
-    placed = [_SPELLINGS.sub(lambda _: f"<{next(rest)}>", text) for text in texts]
+    next_kinds = iter(kinds)
+    placed = [_SPELLINGS.sub(lambda _: f"<{next(next_kinds)}>", text) for text in texts]
     front = re.match(r"\s*(?:<(?:image|video)>\s*)*", placed[0])[0]
     if MARK.findall(front) == wanted:
         placed[0] = placed[0][len(front) :]

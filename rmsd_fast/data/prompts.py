@@ -20,7 +20,7 @@ from rmsd_fast.data.chat_template import (
     render,
     response_opening,
 )
-from rmsd_fast.data.marks import MARK
+from rmsd_fast.data.marks import MARK, is_unicode
 from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
@@ -35,7 +35,14 @@ class PromptError(ValueError):
 
 
 class ResponseError(ValueError):
-    """A response text that cannot be taught. The message names the token and what to do."""
+    """A response text that cannot be taught.
+
+    reason: why, a key of `method.natural.REASONS`. The message says it of this text, and what to do.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -152,10 +159,13 @@ class PromptBuilder:
     def encode_response(self, text: str) -> torch.Tensor:
         """Token ids of a response, int64 [R], the end token included.
 
+        White space around the text is left out for teachers and students alike, so that it cannot tell them apart.
+
         Raises:
             ResponseError: as `check_response`.
         """
         self.check_response(text)
+        text = text.strip()
         if self.opening:
             text = text.removeprefix(self.opening) if text.startswith(self.opening) else text.removeprefix("<think>")
         return torch.cat([self._encode(text), torch.tensor([self.eos_id])])
@@ -167,17 +177,20 @@ class PromptBuilder:
             ResponseError: the text holds a special token (vision tokens in it would be taken for pixels), is not
                 Unicode, or does not begin with the `<think>` that the prompt ends with.
         """
-        if not _is_unicode(text):
-            raise ResponseError("a response must be Unicode text, got a lone surrogate; leave the response out")
-        if special := self._find_special(text):
+        if not is_unicode(text):
+            message = "a response must be Unicode text, got a lone surrogate; leave the response out"
+            raise ResponseError("not_unicode", message)
+        if token := self._find_special(text):
             raise ResponseError(
-                f"a response must be plain text, got the special token {special[0]}; "
-                "remove it from the teacher pool, or leave the response out"
+                "special_token",
+                f"a response must be plain text, got the special token {token[0]}; "
+                "remove it from the teacher pool, or leave the response out",
             )
-        if self.opening and not text.startswith("<think>"):
+        if self.opening and not text.lstrip().startswith("<think>"):
             raise ResponseError(
+                "no_think",
                 "the student's chat template opens a response with <think>, and this one does not begin with it; "
-                "leave the response out"
+                "leave the response out",
             )
 
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
@@ -195,11 +208,11 @@ class PromptBuilder:
         return self._special.search(text) if any(start in text for start in self._special_starts) else None
 
     def _refuse_special(self, question: Question, text: str) -> None:
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise PromptError(f"question {question.id!r}: expected Unicode, got a lone surrogate; fix the text")
-        if special := self._find_special(text):
+        if token := self._find_special(text):
             raise PromptError(
-                f"question {question.id!r}: expected plain text, got the special token {special[0]}; "
+                f"question {question.id!r}: expected plain text, got the special token {token[0]}; "
                 "remove it from the question"
             )
 
@@ -235,15 +248,6 @@ def _refuse_long(question: Question, tokens: int, most: int) -> None:
             f"question {question.id!r}: a prompt of {tokens} tokens exceeds data.max_prompt_tokens={most}; "
             "lower video.max_video_pixels or video.num_frames, or raise the limit"
         )
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can carry lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def media_text(frames: Frames | Layout, preprocessor: Preprocessor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import PromptBuilder, ResponseError
@@ -76,35 +77,45 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
     """Targets of the training questions, without the answers that this student's tokenizer or `micro_tokens` rule out.
 
     Raises:
-        SettingsError: more than `data.max_bad_share` of the answers do not fit a forward pass.
+        SettingsError: more than `data.max_bad_share` of the answers are ruled out, most of them by `micro_tokens`.
+        DataError: the same, most of them by the student.
     """
     room = settings.micro_tokens - settings.data.max_prompt_tokens
-    refused: dict[str, list[str]] = {"special_token": [], "too_long": []}
-    longest = 0
+    refused: dict[str, list[str]] = {}
+    asked = longest = 0
 
     def refuse(text: str) -> str | None:
-        nonlocal longest
+        nonlocal asked, longest
+        asked += 1
         try:
             builder.check_response(text)
             # A token has at least one byte: only a text that might be too long is tokenised.
             tokens = len(builder.encode_response(text)) if len(text.encode()) >= room else 0
-        except ResponseError:
-            refused["special_token"].append(text)
-            return "special_token"
-        if tokens <= room:
-            return None
-        refused["too_long"].append(text)
-        longest = max(longest, tokens)
-        return "too_long"
+            reason = "too_long" if tokens > room else None
+            longest = max(longest, tokens)
+        except ResponseError as error:
+            reason = error.reason
+        if reason:
+            refused.setdefault(reason, []).append(text)
+        return reason
 
     targets = build_targets(
         material.train, material.scores, settings.teacher, refuse, seed=settings.seed, imitate=settings.sft.responses
     )
-    if len(refused["too_long"]) > settings.data.max_bad_share * sum(map(len, material.scores.values())):
-        check_room(settings, longest, "the longest teacher response")
+    number = sum(map(len, refused.values()))
+    if number > settings.data.max_bad_share * asked:
+        most = max(refused, key=lambda reason: len(refused[reason]))
+        if most == "too_long":
+            check_room(settings, longest, "the longest teacher response")
+        raise DataError(
+            f"teacher pool: {number:,} of {counted(asked, 'answer')} cannot be taught to this student: "
+            f"{', '.join(f'{reason} {len(texts):,}' for reason, texts in refused.items())} ({most}: {REASONS[most]}), "
+            f"the first: {refused[most][0]!r:.80}; use a pool or a model that fits, teacher.parse=natural where it is "
+            "strict, or raise data.max_bad_share"
+        )
     for reason, texts in refused.items():
-        if texts and world.is_main:
-            log.warning("%d teacher answers are left out: %s; the first: %.80r", len(texts), REASONS[reason], texts[0])
+        if world.is_main:
+            log.warning("%s left out: %s; the first: %.80r", counted(len(texts), "answer"), REASONS[reason], texts[0])
     return targets
 
 

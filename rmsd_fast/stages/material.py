@@ -12,32 +12,16 @@ from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
 from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.real_clips import write_real_questions
-from rmsd_fast.data.records import DataError, Question, load_questions
+from rmsd_fast.data.records import load_questions
 from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.runtime.distributed import World, on_main
-from rmsd_fast.teacher.pool import check_pool, load_pool
-from rmsd_fast.teacher.scores import Scores, score_pool
-from rmsd_fast.teacher.simulated import is_simulated, write_simulated_pool
-from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
-from rmsd_fast.teacher.targets import content_score
+from rmsd_fast.stages.inputs import Inputs, read_inputs
+from rmsd_fast.teacher.pool import load_pool
+from rmsd_fast.teacher.simulated import write_simulated_pool
 from rmsd_kernels.implementations import resolve_impl
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Questions and teacher answers, read and checked.
-
-    scores: of the answers to `train`. simulated: whether a simulated teacher wrote them. summary: all of it in words.
-    """
-
-    train: list[Question]
-    heldout: list[Question]
-    scores: Scores
-    simulated: bool
-    summary: Summary
 
 
 @dataclass(frozen=True)
@@ -49,10 +33,10 @@ class Material(Inputs):
 
     def fingerprints(self) -> dict[str, str]:
         """sha256 of every input file, by role; of the model its configuration and the sizes of its weights."""
-        found = {role: _digest(Path(path)) for role, path in self.files.items()}
+        digests = {role: _digest(Path(path)) for role, path in self.files.items()}
         folder = resolve_folder(self.model_path)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        return {**found, "model": f"{_digest(folder / 'config.json')} {sizes}"}
+        return {**digests, "model": f"{_digest(folder / 'config.json')} {sizes}"}
 
 
 def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
@@ -70,8 +54,8 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
         check_batches(settings, world.size)
         losses_of(settings, world)
     made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
-    given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
-    files = {role: path or made.get(role, "") for role, path in given.items()}
+    named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
+    files = {role: path or made.get(role, "") for role, path in named.items()}
     model_path = settings.model.path or made.get("student", "")
     needed = {"model.path": model_path}
     needed |= {"data.train": files["train"], "teacher.pool": files["pool"]} if training else {}
@@ -80,7 +64,7 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
         if not path:
             raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
-    roots = {role: settings.data.media_root or ("" if given[role] else made["media_root"]) for role in files}
+    roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
     # Before a run folder is made; the main process fetches a hub model, the others find it.
     on_main(world, lambda: _check_model(model_path))
@@ -89,50 +73,6 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
 
 def _check_model(path: str) -> None:
     open_folder(resolve_folder(path))
-
-
-def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:
-    """Read and check the files that are given: any of `train`, `heldout` and `pool`.
-
-    Args:
-        files, roots: path and media root by role; an empty root is the folder of the file.
-    Raises:
-        DataError: a file is damaged, the pool belongs to other questions or has next to no valid answer, too many
-            media files are missing, or a ground truth does not fit the metric's settings.
-        SettingsError: the pool holds fewer answers to a question than asked for.
-    """
-    questions: dict[str, list[Question]] = {"train": [], "heldout": []}
-    for role in questions.keys() & files.keys():
-        questions[role] = load_questions(
-            files[role],
-            media_root=roots[role],
-            format=settings.data.format,
-            task_type=settings.data.task_type,
-            follow_symlinks=settings.data.follow_symlinks,
-        )
-        _check_ground_truths(questions[role], settings, files[role])
-    train, heldout = questions["train"], questions["heldout"]
-    if settings.evaluate.max_questions:
-        heldout = heldout[: settings.evaluate.max_questions]
-    summary = describe_questions(train, heldout) if train else Summary()
-    scores: Scores = {}
-    simulated = False
-    if train and "pool" in files:
-        pool = load_pool(files["pool"])
-        unanswered = set(check_pool(pool, train, max_unanswered_share=settings.teacher.max_unanswered_share))
-        train = [question for question in train if question.id not in unanswered]
-        most = max(len(pool[question.id]) for question in train)
-        if settings.teacher.responses > most:
-            raise SettingsError(
-                f"teacher.responses={settings.teacher.responses}: {files['pool']} holds at most {most} responses to "
-                f"a question; write teacher.responses={most} or collect more"
-            )
-        scores = score_pool(pool, train, settings.teacher)
-        simulated = is_simulated(pool)
-        summary += describe_pool(train, pool, scores, sorted(unanswered), settings)
-    if train:
-        _check_media(train, settings)
-    return Inputs(train, heldout, scores, simulated, summary)
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:
@@ -158,28 +98,6 @@ def losses_of(settings: RunConfig, world: World) -> str:
         return resolve_impl("auto", torch.empty(0, dtype=DTYPES[settings.model.dtype], device=world.device))
     except RuntimeError as error:
         raise NotInstalled(f"losses: {error}") from None
-
-
-def _check_media(questions: list[Question], settings: RunConfig) -> None:
-    """Raise DataError where so many media files are missing that the run would end for it hours later."""
-    media = {path for question in questions for path in (*question.videos, *question.images)}
-    missing = sorted(path for path in media if not Path(path).exists())
-    gone = set(missing)
-    affected = sum(any(path in gone for path in (*q.videos, *q.images)) for q in questions)
-    if affected > settings.data.max_bad_share * len(questions):
-        raise DataError(
-            f"media: {len(missing)} of {len(media)} files are missing, for {affected} of {len(questions)} questions "
-            f"(first: {', '.join(missing[:3])}); check data.media_root, or raise data.max_bad_share"
-        )
-
-
-def _check_ground_truths(questions: list[Question], settings: RunConfig, path: str) -> None:
-    """What only the metric's settings can judge: e.g. a box beyond 1000 without teacher.spatial_format=pixel."""
-    for question in questions:
-        try:
-            content_score("", question, settings.teacher)
-        except ValueError as error:
-            raise DataError(f"{path}: question {question.id!r}: {error}") from None
 
 
 def _make(settings: RunConfig) -> dict[str, str]:

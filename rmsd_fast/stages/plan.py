@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.data.errors import counted
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.settings import uses_discriminator, uses_reference
-from rmsd_fast.stages.material import check_batches, read_inputs
+from rmsd_fast.stages.inputs import read_inputs
+from rmsd_fast.stages.material import check_batches
 
 GIB = 2**30
 
@@ -44,11 +46,11 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     later = settings.evaluate.num_frames
     lines.append(f"  videos: {frames}" + (f", {later} frames in evaluation" if later else ""))
     lines.append(f"  prompts {settings.packing}, at most {settings.micro_tokens} tokens in a forward pass")
-    found, missing = _inputs(settings)
-    folder, said, fault = _model(settings)
-    found += [said] if said else []
+    present, missing = _inputs(settings)
+    folder, about_model, fault = _model(settings)
+    present += [about_model] if about_model else []
     missing += [fault] if fault else []
-    lines += [f"  {line}" for line in found]
+    lines += [f"  {line}" for line in present]
     lines += [f"  NOT THERE YET: {line}" for line in missing]
     lines += _memory_lines(settings, folder, processes)
     lines.append("not ready: give what is missing above" if missing else "ready")
@@ -77,34 +79,34 @@ def _stage_lines(settings: RunConfig) -> list[str]:
 
 def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
     """What was read of questions and answers, and what is missing."""
-    found, missing = [], []
+    present, missing = [], []
     made = settings.made.enabled
-    given = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
+    named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     for role, key, expected in (
         ("train", "data.train", "a JSONL file with questions"),
         ("heldout", "data.heldout", ""),
         ("pool", "teacher.pool", "a JSONL file with teacher answers"),
     ):
-        if given[role] and not Path(given[role]).is_file():
-            missing.append(f"{key}: {given[role]}")
-        elif not given[role] and made:
-            found.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
-        elif not given[role]:
-            (missing if expected else found).append(
+        if named[role] and not Path(named[role]).is_file():
+            missing.append(f"{key}: {named[role]}")
+        elif not named[role] and made:
+            present.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
+        elif not named[role]:
+            (missing if expected else present).append(
                 f"{key}: " + (f"expected {expected}" if expected else "no evaluation")
             )
-    files = {role: path for role, path in given.items() if path and Path(path).is_file()}
+    files = {role: path for role, path in named.items() if path and Path(path).is_file()}
     if files:
         inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
-        found += inputs.summary.text().splitlines()
+        present += inputs.summary.text().splitlines()
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not Path(path).exists())
         if media:
             gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
-            found.append(f"media: {len(media):,} files{gone} (they are not opened)")
+            present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
-    return found, missing
+    return present, missing
 
 
 def _model(settings: RunConfig) -> tuple[Path | None, str, str]:

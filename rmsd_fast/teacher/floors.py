@@ -21,8 +21,9 @@ from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
 # Ground truths that are tried: the most frequent ones, and a sample of the others. Texts are compared pair by
-# pair: fewer of them, on a sample of the questions.
-MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS = 1000, 50, 500
+# pair: fewer of them, on a sample of the questions that is the smaller the longer the texts are (a second or two).
+MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS, MOST_CHARACTERS = 1000, 50, 500, 3_000_000
+LEAST_QUESTIONS = 10
 
 
 def best_constant_floor(
@@ -92,8 +93,9 @@ def _mean_scores(task: str, candidates: list[str], questions: Sequence[Question]
         if task == "mcq":
             counts = Counter(question.answer for question in questions)
             return np.array([counts[letter] / len(questions) for letter in candidates])
+        enough = max(LEAST_QUESTIONS, MOST_CHARACTERS // sum(map(len, candidates)))
         # Not every n-th: files are often ordered, with a period.
-        sample = random.Random(0).sample(list(questions), min(MOST_QUESTIONS, len(questions)))
+        sample = random.Random(0).sample(list(questions), min(MOST_QUESTIONS, enough, len(questions)))
         return np.array([_constant_score(text, sample, cfg) for text in candidates])
     truths = np.array([np.atleast_1d(parse_answer_body(q.answer, task)) for q in questions], dtype=np.float64)
     values = np.array([np.atleast_1d(parse_answer_body(text, task)) for text in candidates], dtype=np.float64)

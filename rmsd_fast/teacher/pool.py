@@ -24,7 +24,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.data.records import DataError, Question, parse_id, parse_record, several_faults, write_text_atomic
+from rmsd_fast.data.errors import DataError, counted, several_faults
+from rmsd_fast.data.json_records import parse_record
+from rmsd_fast.data.records import Question, parse_id, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,9 @@ class TeacherResponse:
     key: str
     """What request_key gave for the request; "" = not known, the line is matched by id alone."""
     text: str
-    """The whole response, as sent."""
-    finish_reason: str = "stop"
-    """`stop`, or `length` where it was cut."""
+    """The whole response, as sent; where `raw` holds that, its canonical form."""
+    finish_reason: str | None = None
+    """How it ended, in the server's words (`method.finish_reasons` reads them); None = not known."""
     usage: dict[str, Any] = field(default_factory=dict)
     """Token counts as the server reported them."""
     model: str = ""
@@ -58,7 +60,7 @@ class TeacherResponse:
     quality: float | None = None
     """Quality as seen at collection; training computes its own."""
     raw: str | None = None
-    """The text as sent, where `text` is a canonical form of it."""
+    """The text as sent, where `text` is a canonical form of it; None where `text` is as sent."""
     reason: str | None = None
     """Why the answer was found invalid, a key of `method.natural.REASONS`."""
 
@@ -189,7 +191,7 @@ def check_pool(
     Args:
         pool: from load_pool.
         questions: those to be trained on.
-        max_unanswered_share: largest share of the questions that may have no response.
+        max_unanswered_share: largest share of the questions that may have no response; never all of them.
         check_media: also compare the contents of the media files (reads them all).
     Returns:
         Ids of the questions that have no response.
@@ -197,19 +199,19 @@ def check_pool(
         DataError: says which ids, and what to do.
     """
     missing = [question.id for question in questions if question.id not in pool]
-    if len(missing) > max_unanswered_share * len(questions):
+    if missing and (len(missing) > max_unanswered_share * len(questions) or len(missing) == len(questions)):
         common = len(questions) - len(missing)
         raise DataError(
-            f"teacher pool: expected responses to all {len(questions)} questions, got them for {common} "
+            f"teacher pool: expected responses to all questions, got them for {common:,} of {len(questions):,} "
             f"(missing: {_some(missing)}; the pool has {_some(list(pool))}); set teacher.pool to the pool of these "
             "questions, collect the missing ones, or leave them out with teacher.max_unanswered_share (now "
             f"{max_unanswered_share:g})"
         )
-    changed, foreign, moved, unknown = [], [], [], 0
+    changed, foreign, moved, without_key = [], [], [], 0
     for question in questions:
         expected = _question_digest(question)
         keys = {response.key for response in pool.get(question.id, [])}
-        unknown += "" in keys
+        without_key += "" in keys
         for key in sorted(keys - {""}):
             if not _KEY.fullmatch(key):
                 foreign.append(question.id)
@@ -227,9 +229,11 @@ def check_pool(
         (moved, "responses about the media as they are now", "the files' contents differ: collect these again"),
     ):
         if ids:
-            raise DataError(f"teacher pool: expected {what}, got {len(ids)} others (ids: {_some(ids)}); {todo}")
-    if unknown:
-        logger.info("teacher pool: %d questions have responses without a key; they are matched by id alone", unknown)
+            got = f"others for {counted(len(ids), 'question')} (ids: {_some(ids)})"
+            raise DataError(f"teacher pool: expected {what}, got {got}; {todo}")
+    if without_key:
+        shown = counted(without_key, "question")
+        logger.info("teacher pool: responses to %s have no key and are matched by id alone", shown)
     return missing
 
 
@@ -243,12 +247,14 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
                 where,
                 name,
                 "a value",
-                "nothing",
+                None,
                 f"a pool line needs {', '.join(_REQUIRED)}; or is this a question file?",
             )
     record["id"] = parse_id(record["id"])
     if not isinstance(record["id"], str) or not record["id"]:
         raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
+    if isinstance(record["k"], float) and record["k"].is_integer():
+        record["k"] = int(record["k"])
     if type(record["k"]) is not int or record["k"] < 0:
         raise DataError.at(where, "k", "an integer from 0", record["k"], "number the responses of a question")
     for name, kind, shown in (
@@ -269,11 +275,11 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
     quality = record.get("quality")
     if quality is not None and not (type(quality) in (int, float) and math.isfinite(quality) and 0 <= quality <= 1):
         raise DataError.at(where, "quality", "a number in [0, 1]", quality, "fix the line")
-    known = {name: value for name, value in record.items() if value is not None}
+    fields = {name: value for name, value in record.items() if value is not None}
     for name in ("finish_reason", "model", "sampling"):
-        if name in known:
-            known[name] = shared.setdefault(repr(known[name]), known[name])
-    return TeacherResponse(**{"key": "", **known})
+        if name in fields:
+            fields[name] = shared.setdefault(repr(fields[name]), fields[name])
+    return TeacherResponse(**{"key": "", **fields})
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.marks import SPECIAL_TOKEN, is_unicode
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import has_outer_format, parse_answer
+from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.pool import TeacherResponse
@@ -16,7 +17,7 @@ from rmsd_fast.teacher.pool import TeacherResponse
 Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
 
-_SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
+_NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # Why the text inside <answer> does not parse, by task type.
 _NOT_PARSED = {
     "mcq": "not_an_option",
@@ -41,7 +42,8 @@ class ScoredResponse(NamedTuple):
     reason: str | None = None
     """Why it is invalid, a key of `method.natural.REASONS`; None where it is valid."""
     as_sent: bool = True
-    """Whether the text as sent keeps the format (arXiv 2603.11423 counts the others as format violations)."""
+    """Whether the text as sent, before any repair, keeps the format (arXiv 2603.11423 counts the others as format
+    violations)."""
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
@@ -57,20 +59,25 @@ def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) ->
 def score_response(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> ScoredResponse:
     """Validity, reason and quality of one answer. Truncated and filtered answers are invalid whatever they say."""
     text, task, options = response.text, question.task_type, question.options
-    strict = _strict_reason(response, question)
+    ended = finish_reason_of(response.finish_reason)
+    strict = _strict_reason(text, ended, question)
+    as_sent = strict is None if response.raw is None else _strict_reason(response.raw, ended, question) is None
     if cfg.parse == "natural":
         try:
-            text, reason = read_response(text, task, options, response.finish_reason), None
+            text, reason = read_response(text, task, options, ended), None
         except Unreadable as error:
             reason = error.reason
     else:
         reason = strict
-    if reason is None and _SPECIAL_TOKEN.search(text):
+    if reason is None and SPECIAL_TOKEN.search(text):
         reason = "special_token"
+    # JSON can carry lone surrogates.
+    if reason is None and not is_unicode(text):
+        reason = "not_unicode"
     quality = 0.0
     if reason is None:
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
-    return ScoredResponse(response.k, text, reason is None, quality, reason, strict is None)
+    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent)
 
 
 def quality_settings(teacher: TeacherConfig) -> dict:
@@ -79,19 +86,16 @@ def quality_settings(teacher: TeacherConfig) -> dict:
         "numeric_metric": teacher.numeric_metric,
         "numeric_eps": teacher.numeric_eps,
         "ocr_metric": teacher.ocr_metric,
-        "spatial_format": teacher.spatial_format,
     }
 
 
-def _strict_reason(response: TeacherResponse, question: Question) -> str | None:
-    """Why an answer as sent is not valid, judged by the format alone."""
-    if response.finish_reason == "length":
-        return "truncated"
-    if response.finish_reason == "content_filter":
-        return "filtered"
-    if not response.text.strip():
+def _strict_reason(text: str, ended: str | None, question: Question) -> str | None:
+    """Why a text is not valid, judged by the format alone. ended: from finish_reason_of."""
+    if ended in _NOT_WHOLE:
+        return _NOT_WHOLE[ended]
+    if not text.strip():
         return "empty"
-    if not has_outer_format(response.text):
+    if not has_outer_format(text):
         return "format"
-    parsed = parse_answer(response.text, question.task_type, question.options)
+    parsed = parse_answer(text, question.task_type, question.options)
     return _NOT_PARSED[question.task_type] if parsed is None else None

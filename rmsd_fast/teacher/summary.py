@@ -7,29 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rmsd_fast.config import RunConfig
+from rmsd_fast.data.errors import counted
+from rmsd_fast.data.option_lists import find_options
 from rmsd_fast.data.question_text import question_text
-from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.data.records import Question
+from rmsd_fast.data.task_types import looks_closed
 from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
-from rmsd_fast.teacher.diagnostics import pool_statistics
-from rmsd_fast.teacher.scores import Pool, Scores
+from rmsd_fast.teacher.scores import Pool
 
 # Below this share of valid answers something is wrong with the pool as a whole.
 LEAST_VALID = 0.05
-SHOWN_IDS = 5
-# Open questions with so short an answer look like closed ones; above this share of all questions it is said.
-SHORT_WORDS, SHORT_SHARE = 2, 0.05
+SHOWN_IDS, SHOWN_NAMES, SHOWN_COUNTS = 5, 3, 4
+# Above this share of a file, questions that are named `open` and have an answer like a closed one's are a warning.
+CLOSED_SHARE = 0.05
 
 
 @dataclass
 class Summary:
-    """lines: what there is. warnings: what is probably not meant."""
+    """lines: what there is. warnings: what is probably not meant. faults: why a run cannot start."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
     def __add__(self, other: Summary) -> Summary:
-        return Summary(self.lines + other.lines, self.warnings + other.warnings)
+        return Summary(self.lines + other.lines, self.warnings + other.warnings, self.faults + other.faults)
 
     def text(self) -> str:
         return "\n".join([*self.lines, *(f"WARNING: {warning}" for warning in self.warnings)])
@@ -37,86 +41,147 @@ class Summary:
 
 def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -> Summary:
     """Questions by task type, the first prompt, and what looks wrong about them."""
-    summary = Summary([f"questions: {_by_task(train)}"])
+    summary = Summary([f"questions: {_counts_by_task(train)}"])
     if heldout:
-        summary.lines.append(f"held out: {_by_task(heldout)}")
+        summary.lines.append(f"held out: {_counts_by_task(heldout)}")
     shown = question_text(train[0]).replace("\n", "\n  | ")
     summary.lines.append(f"the user's turn, for a teacher too (question {train[0].id!r}):\n  | {shown}")
     if all(question.task_type == "open" for question in train):
+        todo = "give the records another task_type and an answer"
+        if any("inferred" in question.meta for question in train):
+            todo = "name their task type in data.task_type, or in the records, with an answer"
         summary.warnings.append(
             "every question is `open`: any text that keeps the format scores 1, so neither teacher quality nor the "
-            "content reward says anything; give the records a task_type and an answer, or set data.task_type"
+            f"content reward says anything; {todo}"
         )
-    short = [q for q in train if q.task_type == "open" and q.answer and len(q.answer.split()) <= SHORT_WORDS]
-    if len(short) > SHORT_SHARE * len(train):
-        summary.warnings.append(
-            f"{len(short):,} open questions have an answer of one or two words ({short[0].id}: {short[0].answer!r}), "
-            "which nothing is compared with: any text in the format scores 1; make them mcq (with options) or ocr"
-        )
+    for role, questions in (("training", train), ("held-out", heldout)):
+        summary.warnings += _closed_answers(role, questions)
     summary.warnings += _overlaps(train, heldout)
     return summary
 
 
+def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
+    """Open questions whose answers look like those of closed ones, by whether their task type was inferred."""
+    answered = [question for question in questions if question.task_type == "open" and question.answer]
+    closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
+    inferred = [question for question in closed if "inferred" in question.meta]
+    named = [question for question in closed if "inferred" not in question.meta]
+    warnings = []
+    if inferred:
+        warnings.append(
+            f"{counted(len(inferred), f'{role} question')} without a task type became `open`, with options or an "
+            f"answer like those of a closed question ({inferred[0].id}: {inferred[0].answer!r:.60}): any text in the "
+            "format scores 1; name the task type in the records (mcq with options) or in data.task_type"
+        )
+    if len(named) > CLOSED_SHARE * len(questions):
+        warnings.append(
+            f"{counted(len(named), f'open {role} question')} with an answer like that of a closed question "
+            f"({named[0].id}: {named[0].answer!r:.60}), which nothing is compared with: any text in the format scores "
+            "1; make them mcq (with options), numeric or ocr"
+        )
+    return warnings
+
+
 def describe_pool(
-    questions: Sequence[Question], pool: Pool, scores: Scores, unanswered: Sequence[str], settings: RunConfig
+    questions: Sequence[Question], pool: Pool, statistics: dict, unanswered: Sequence[str], settings: RunConfig
 ) -> Summary:
     """Teacher answers by task type: how many, how many of use, and why the others are not.
 
     Args:
         questions: those that are trained on.
-        scores: of their answers, from score_pool.
+        pool: all answers that there are.
+        statistics: of the answers that are used, from pool_statistics.
         unanswered: ids of questions that are left out because the pool has no answer to them.
-    Raises:
-        DataError: next to no answer can be used.
+    Returns:
+        The summary; its faults say where next to no answer can be used.
     """
     cfg = settings.teacher
-    statistics = pool_statistics(scores, questions, cfg, simulated=False)
     every = statistics["all"]
-    names = sorted({response.model for question in questions for response in pool[question.id] if response.model})
-    found = Counter(len(pool[question.id]) for question in questions)
-    counts = ", ".join(f"{number:,} have {k}" for k, number in sorted(found.items(), reverse=True))
-    lines = [
-        f"teacher: {every['responses']:,} answers{' of ' + ', '.join(names[:3]) if names else ''}, "
-        f"K={cfg.responses} asked: {counts}, read with teacher.parse={cfg.parse}",
-        *_table(statistics),
-    ]
+    used = [response for question in questions for response in pool[question.id][: cfg.responses]]
+    names = sorted({response.model for response in used if response.model})
+    named = f" of {', '.join(names[:SHOWN_NAMES])}{', …' if len(names) > SHOWN_NAMES else ''}" if names else ""
+    by_number = sorted(Counter(len(pool[question.id]) for question in questions).items(), reverse=True)
+    counts = [f"{counted(number, 'question')} {'has' if number == 1 else 'have'} {k}" for k, number in by_number]
+    counts = counts[:SHOWN_COUNTS] + (["…"] if len(counts) > SHOWN_COUNTS else [])
+    summary = Summary(
+        [
+            f"teacher: {counted(every['responses'], 'answer')}{named}, up to K={cfg.responses} of each question "
+            f"({', '.join(counts)}), read with teacher.parse={cfg.parse}",
+            *_table(statistics),
+            "  as sent: in the format before rewriting; T_best: questions with an answer of quality above 0, which "
+            "stage 1 imitates",
+        ]
+    )
     if unanswered:
-        many = "question" if len(unanswered) == 1 else "questions"
-        lines.append(f"  left out: {len(unanswered):,} {many} without an answer ({some_ids(unanswered)})")
+        left_out = counted(len(unanswered), "question")
+        summary.lines.append(f"  left out: {left_out} without an answer ({some_ids(unanswered)})")
+    summary.lines += _unused(questions, pool, cfg.responses)
+    summary += _endings([response.finish_reason for response in used])
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
-        raise DataError(
-            f"teacher pool: {every['valid_share']:.1%} of {every['responses']} answers are valid, and "
+        summary.faults.append(
+            f"teacher pool: {every['valid_share']:.1%} of {counted(every['responses'], 'answer')} are valid, and "
             f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most. "
-            f"Reasons: {_reasons(every) or 'none is right'}. {_advice(cfg.parse)}\n" + "\n".join(lines)
+            f"Reasons: {_reasons(every) or 'none is right'}{_advice(cfg.parse)}"
         )
-    warnings = []
-    if every["valid_share"] < 0.5:
-        warnings.append(
-            f"only {every['valid_share']:.0%} of the teacher's answers are valid ({_reasons(every)}); "
-            + _advice(cfg.parse)
+        return summary
+    for task, group in statistics["tasks"].items():
+        if group and group["valid_share"] < 0.5:
+            summary.warnings.append(
+                f"only {group['valid_share']:.0%} of the teacher's {task} answers are valid "
+                f"({_reasons(group)}){_advice(cfg.parse)}"
+            )
+        elif group and group["best_share"] < 0.5:
+            summary.warnings.append(
+                f"only {group['best_share']:.0%} of the {task} questions have an answer of quality above 0, which "
+                "stage 1 could imitate; is the pool that of these questions, and does the ground truth have the "
+                "teacher's units?"
+            )
+    return summary
+
+
+def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
+    """What a run does not read of its pool."""
+    asked = {question.id for question in questions}
+    foreign = [identity for identity in pool if identity not in asked]
+    beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
+    lines = []
+    if foreign:
+        answers = counted(sum(len(pool[identity]) for identity in foreign), "answer")
+        lines.append(f"  not used: {answers} to ids that no question has ({some_ids(foreign)})")
+    if beyond:
+        lines.append(f"  not used: {counted(beyond, 'answer')} beyond the first {most} (teacher.responses)")
+    return lines
+
+
+def _endings(words: Sequence[str | None]) -> Summary:
+    """What `finish_reason` leaves open: whether an answer was cut."""
+    summary = Summary()
+    if missing := sum(is_known(word) and finish_reason_of(word) is None for word in words):
+        summary.lines.append(f"  no finish_reason: {counted(missing, 'answer')}; a cut at their end may go unseen")
+    unknown = Counter(word for word in words if not is_known(word))
+    if unknown:
+        named = ", ".join(f"{word!r:.40} {number:,}" for word, number in unknown.most_common(SHOWN_NAMES))
+        summary.warnings.append(
+            f"finish_reason of {counted(unknown.total(), 'answer')} is not known ({named}"
+            f"{', …' if len(unknown) > SHOWN_NAMES else ''}): whether they were cut is not seen; write stop, length or "
+            "content_filter"
         )
-    if every["best_share"] < 0.5:
-        warnings.append(
-            f"only {every['best_share']:.0%} of the questions have an answer of quality above 0, which stage 1 could "
-            "imitate; is the pool that of these questions, and does the ground truth have the teacher's units?"
-        )
-    return Summary(lines, warnings)
+    return summary
 
 
 def _advice(parse: str) -> str:
-    advice = "`python -m rmsd_fast.pool check POOL QUESTIONS` shows examples"
-    return advice + ("; teacher.parse=natural reads answers in other forms" if parse == "strict" else "")
+    return "; teacher.parse=natural reads answers in other forms" if parse == "strict" else ""
 
 
 def some_ids(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN_IDS]) + (", …" if len(ids) > SHOWN_IDS else "")
 
 
-def _by_task(questions: Sequence[Question]) -> str:
+def _counts_by_task(questions: Sequence[Question]) -> str:
     counts = Counter(question.task_type for question in questions)
     parts = [f"{task} {counts[task]:,}" for task in TASK_TYPES if counts[task]]
     inferred = sum("inferred" in question.meta for question in questions)
-    by_answer = f"; the task types of {inferred:,} were found by their answers" if inferred else ""
+    by_answer = f"; the task types of {inferred:,} were told from their answers" if inferred else ""
     return f"{len(questions):,} ({', '.join(parts)}){by_answer}"
 
 
@@ -144,28 +209,34 @@ def _reasons(group: dict, shown: int = 5) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons[:shown]) + (f", other {more:,}" if more else "")
 
 
-def explain_reasons(reasons: Sequence[str]) -> list[str]:
+def explain_reasons(reasons: Sequence[str]) -> dict[str, str]:
     """One line for each reason, in the order of REASONS."""
-    return [f"  {reason}: {text}" for reason, text in REASONS.items() if reason in reasons]
+    return {reason: f"  {reason}: {text}" for reason, text in REASONS.items() if reason in reasons}
 
 
 def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[str]:
-    """Held-out questions, or their media, that are trained on."""
+    """Held-out questions that are trained on, and others whose media are."""
     asked = {_content(question) for question in train}
-    same = [question.id for question in heldout if _content(question) in asked]
-    if same:
-        return [
-            f"{len(same):,} of {len(heldout):,} held-out questions are trained on too ({some_ids(same)}): scores on "
-            "them say nothing about new questions; remove them from one of the two files"
-        ]
     media = {path for question in train for path in (*question.videos, *question.images)}
-    shared = [question.id for question in heldout if media & {*question.videos, *question.images}]
+    same = [question.id for question in heldout if _content(question) in asked]
+    shared = [
+        question.id
+        for question in heldout
+        if _content(question) not in asked and media & {*question.videos, *question.images}
+    ]
+    number = counted(len(heldout), "held-out question")
+    warnings = []
+    if same:
+        warnings.append(
+            f"trained on too: {len(same):,} of {number} ({some_ids(same)}): scores on them say nothing about new "
+            "questions; remove them from one of the two files"
+        )
     if shared:
-        return [
-            f"{len(shared):,} of {len(heldout):,} held-out questions are about media that are trained on "
-            f"({some_ids(shared)}): scores on them may be better than on new videos"
-        ]
-    return []
+        warnings.append(
+            f"about media that are trained on: {len(shared):,} of {number} ({some_ids(shared)}): scores on them may be "
+            "better than on new videos"
+        )
+    return warnings
 
 
 def _content(question: Question) -> tuple:

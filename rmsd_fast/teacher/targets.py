@@ -55,7 +55,8 @@ def build_targets(
     """Targets of every question; a question without answers gets empty ones.
 
     Args:
-        refuse: why a text may not enter the model, None where it may. Such an answer counts as invalid.
+        refuse: why a text may not enter the model, None where it may. Such an answer counts as invalid. It is asked
+            only of answers that could be of use.
         imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
@@ -73,7 +74,9 @@ def _targets_of(
     imitate: str,
 ) -> Targets:
     closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
-    uses = [refuse(answer.text) is None for answer in answers]
+    # Invalid answers have no quality of their own, but uniform quality and random imitation take them as they are.
+    takes_invalid = teacher.quality == "uniform" or imitate == "random"
+    uses = [(answer.valid or takes_invalid) and refuse(answer.text) is None for answer in answers]
     quality = [1.0 if teacher.quality == "uniform" else answer.quality for answer in answers]
     q = torch.tensor([score * use for score, use in zip(quality, uses, strict=True)], dtype=torch.float32)
     return Targets(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 REASONS = {
     "empty": "there is no text",
-    "truncated": "the response was cut at the token limit",
+    "truncated": "the response was cut, at the token limit or by an error of the server",
     "filtered": "a content filter of the server stopped the response",
     "refusal": "the teacher declined to answer",
     "unfinished": "the reasoning or the answer has no end",
@@ -19,6 +19,8 @@ REASONS = {
     "not_a_number": "the answer is not one number",
     "a_range": "the answer is a range or a bound, not one number",
     "special_token": "the text holds a special token of the student's tokenizer",
+    "not_unicode": "the text holds half of a surrogate pair, which no tokenizer takes",
+    "no_think": "the student's chat template opens the response with <think>, and the text does not begin with it",
     "too_long": "the response does not fit micro_tokens beside a prompt",
 }
 

@@ -1,0 +1,230 @@
+"""Ground truths: a few strict spellings, rewritten to what belongs inside `<answer>`.
+
+The prose of a teacher is read leniently (`method.natural`). A ground truth decides what is right, so nothing is
+guessed: every other spelling, and what could be read in two ways, is refused with what to write instead.
+
+========  ==============================================================================================
+task      written as
+========  ==============================================================================================
+mcq       `B`, `b`, `(B)`, `[B]`, `B.`; a letter with the text of its option: `B. milk`; the text alone
+temporal  `3.5 to 10`, `3.5 - 10`, `from 3s to 5 seconds`, `00:12-00:20`, `1:00:03 to 1:00:05`, `[3.5, 10]`,
+          `{"start": 3.5, "end": 10}`, `{"time": [3.5, 10]}`
+spatial   `100,200,300,400`, in brackets too, `{"boxes": […]}`, `{"bbox_2d": […]}`, `{"x1": …}`
+numeric   `3`, `-2.5`, `1e3`, `1,200`
+ocr       any text
+open      any text
+========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from rmsd_fast.data.media_paths import Span, is_number
+from rmsd_fast.method.answers import bare_options, option_letters, parse_answer_body
+from rmsd_fast.method.quality import fold_text
+
+_LABEL = r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.:)、。]?)"
+_LETTER = re.compile(_LABEL)
+_LETTER_AND_TEXT = re.compile(rf"{_LABEL}(?:\s+|(?<=[)\].:、。]))(?:[-–—]\s+)?(\S.*)", re.DOTALL)
+_DIGITS = re.compile(r"[(\[]?\s*([0-9]+)\s*[)\].:]?")
+_GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_CLOCK = r"(?:[0-9]{1,2}:[0-5][0-9]:[0-5][0-9]|[0-9]{1,3}:[0-5][0-9])(?:\.[0-9]+)?"
+_TIME = rf"({_CLOCK})|([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:seconds?|secs?|s|秒))?"
+_ONE_TIME = re.compile(_TIME, re.IGNORECASE)
+_INTERVAL = re.compile(rf"(?:from\s+|从\s*)?(?:{_TIME})\s*(?:to|[-–—~]|到|至)\s*(?:{_TIME})", re.IGNORECASE)
+_START_END = (("start", "end"), ("start_time", "end_time"))
+_CORNERS = ("x1", "y1", "x2", "y2")
+_BRACKETS = {"[": "]", "(": ")"}
+
+
+class GroundTruthError(ValueError):
+    """A ground truth that is not one clear answer. The message says what to do."""
+
+
+class CoordinatesError(GroundTruthError):
+    """A box that is spelled as one, but not in coordinates from 0 to 1000."""
+
+
+def read_ground_truth(value: object, task: str, options: Sequence[str] | None = None) -> str:
+    """A ground truth as it belongs inside `<answer>`.
+
+    Args:
+        value: what the record holds: text, a number, a list or an object.
+        task: one of TASK_TYPES.
+        options: choices of an mcq question in order, bare or labelled; None = only a letter can be read.
+    Raises:
+        GroundTruthError: any other spelling than those above, or two ways to read it.
+    """
+    if task == "mcq":
+        return _letter(value, options)
+    if task == "numeric":
+        return _number(value)
+    if task == "temporal":
+        return _interval(_parsed_json(value))
+    if task == "spatial":
+        return _box(_parsed_json(value))
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if is_number(value):
+        return str(value)
+    raise GroundTruthError("write a text")
+
+
+def check_times(start: float, end: float, *, duration: float | None, span: Span) -> None:
+    """Refuse an interval that the video cannot hold, since frames and stamps never reach it.
+
+    Args:
+        duration: seconds of the video, if the record names them.
+        span: the part of the video that is shown. Its bounds count in place of the duration, which might be that of
+            the part.
+    Raises:
+        GroundTruthError: the interval leaves the video or its part by more than 1 s or 5%, whichever is more.
+    """
+    if start < 0:
+        raise GroundTruthError("times count from 0 at the start of the video")
+    low, high = span or (0.0, duration)
+    low = low or 0.0
+    slack = 1.0 if high is None else max(1.0, 0.05 * (high - low))
+    if span and (start < low - slack or (high is not None and end > high + slack)):
+        shown = f"{low:g} s to {'its end' if high is None else f'{high:g} s'}"
+        raise GroundTruthError(f"the part shown is {shown}, and times are those of the whole file: write them so")
+    if not span and high is not None and end > high + slack:
+        raise GroundTruthError(f"the video has a duration of {high:g} s: write seconds, not frames or milliseconds")
+
+
+# --- mcq -------------------------------------------------------------------------------------------------------------
+
+
+def _letter(value: object, options: Sequence[str] | None) -> str:
+    is_text = isinstance(value, str)
+    if not is_text and not is_number(value):
+        raise GroundTruthError("write the letter of the option")
+    text = unicodedata.normalize("NFKC", str(value)).strip()
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if options is None else option_letters(options)
+    texts = [fold_text(option) for option in bare_options(options)] if options else []
+    readings = {letter for letter, option in zip(letters, texts, strict=False) if option == fold_text(text)}
+    if (alone := _LETTER.fullmatch(text)) and _upper(alone) in letters:
+        readings.add(_upper(alone))
+    if led := _LETTER_AND_TEXT.fullmatch(text):
+        letter, words = _upper(led), fold_text(led[4])
+        if letter in letters[: len(texts)] and texts[letters.index(letter)] == words:
+            readings.add(letter)
+    if digits := _DIGITS.fullmatch(text):
+        # A number that is an option's text as well might count the options, from 0 or from 1.
+        indices = [int(digits[1]) - first for first in (0, 1)] if len(digits[1]) <= 2 else []
+        by_index = {letters[index] for index in indices if 0 <= index < len(texts)}
+        if not readings or by_index - readings:
+            raise GroundTruthError("an index may count from 0 or from 1, write the letter")
+    if len(readings) == 1:
+        return readings.pop()
+    if not readings:
+        raise GroundTruthError("write the letter of the option" + ("" if options else ", and nothing else"))
+    first = sorted(readings)[0]
+    example = f"{first}. {bare_options(options)[letters.index(first)]}"
+    raise GroundTruthError(f"it may mean {' or '.join(sorted(readings))}; write the letter with its text: {example!r}")
+
+
+def _upper(label: re.Match[str]) -> str:
+    return next(group for group in label.groups()[:3] if group).upper()
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _number(value: object) -> str:
+    if is_number(value):
+        return str(value)
+    text = value.strip() if isinstance(value, str) else ""
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    if parse_answer_body(text, "numeric") is None:
+        raise GroundTruthError("write the number alone, in digits")
+    return text
+
+
+def _interval(value: object) -> str:
+    todo = "write '<start> to <end>' in seconds, or times as mm:ss or hh:mm:ss"
+    if isinstance(value, dict):
+        names = [names for names in (*_START_END, ("time",)) if set(value) == set(names)]
+        if not names:
+            raise GroundTruthError(todo)
+        value = value["time"] if names[0] == ("time",) else [value[name] for name in names[0]]
+    if isinstance(value, list):
+        value = _inner(value)
+        times = [_ONE_TIME.fullmatch(str(item).strip()) for item in value] if len(value) == 2 else []
+        if all(is_number(item) for item in value) and len(value) == 2:
+            return f"{value[0]} to {value[1]}"
+        if len(times) != 2 or not all(times):
+            raise GroundTruthError(todo)
+        return _joined(*(time.groups() for time in times), todo)
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    if parse_answer_body(text, "temporal") is not None:
+        return text
+    interval = _INTERVAL.fullmatch(text)
+    if interval is None:
+        raise GroundTruthError(todo)
+    return _joined(interval.groups()[:2], interval.groups()[2:], todo)
+
+
+def _joined(first: tuple[str | None, ...], last: tuple[str | None, ...], todo: str) -> str:
+    """Two times, each as a clock time or as seconds. In "3 to 0:05" the 3 might be minutes."""
+    if (first[0] is None) != (last[0] is None):
+        raise GroundTruthError(todo)
+    return f"{_seconds(*first)} to {_seconds(*last)}"
+
+
+def _seconds(clock: str | None, seconds: str | None) -> str:
+    if clock is None:
+        return seconds
+    total = Decimal(0)
+    for part in clock.split(":"):
+        total = total * 60 + Decimal(part)
+    return str(total)
+
+
+def _box(value: object) -> str:
+    todo = "write x1,y1,x2,y2, from 0 to 1000 of the picture's width and height"
+    if isinstance(value, dict):
+        keys = set(value) - {"label"}
+        if keys == set(_CORNERS):
+            value = [value[name] for name in _CORNERS]
+        elif keys in ({"boxes"}, {"box"}, {"bbox_2d"}):
+            value = value[keys.pop()]
+        else:
+            raise GroundTruthError(
+                todo + ("; a 'bbox' may hold x, y, width, height" if "bbox" in keys or "format" in keys else "")
+            )
+    if isinstance(value, list):
+        value = ",".join(map(str, _inner(value)))
+    text = value.strip() if isinstance(value, str) else ""
+    if text[:1] in _BRACKETS and text.endswith(_BRACKETS[text[0]]):
+        text = text[1:-1]
+    box = parse_answer_body(text, "spatial")
+    if box is None:
+        raise GroundTruthError(todo)
+    if max(box) <= 1:
+        raise CoordinatesError("coordinates from 0 to 1? Multiply them by 1000")
+    if max(box) > 1000 or min(box) < 0:
+        raise CoordinatesError(f"{todo}: 1000 * pixels / width, 1000 * pixels / height")
+    return ",".join(part.strip() for part in text.split(","))
+
+
+def _parsed_json(value: Any) -> Any:
+    """The value of a text that is a list or an object in JSON; anything else as it is."""
+    if isinstance(value, str) and value.strip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _inner(value: list[Any]) -> list[Any]:
+    """`[[3, 5]]` as `[3, 5]`."""
+    return value[0] if len(value) == 1 and isinstance(value[0], list) else value

@@ -1,0 +1,116 @@
+"""JSON objects of a file, each with the place that an error about it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rmsd_fast.data.converters import RECORD_KEYS
+from rmsd_fast.data.errors import DataError, short
+
+Located = tuple[str, dict[str, Any] | DataError]
+
+
+def read_records(path: Path) -> Iterator[Located]:
+    """Objects of a JSONL file or of a JSON list. A line that does not parse comes as its error.
+
+    A list may stand alone in an object, on one line or on several: `{"data": []}`.
+    """
+    text = _read_text(path)
+    # Not splitlines(): that would also cut at U+2028, which JSON strings may hold.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("["):
+        yield from _items(path, _parse_whole(path, text))
+    elif _is_one_object([line for _, line in lines[:2]]):
+        yield from _whole_object(path, lines[0][0], _parse_whole(path, text))
+    else:
+        for number, line in lines:
+            where = f"{path}:{number}"
+            try:
+                yield where, parse_record(line, where)
+            except DataError as error:
+                yield where, error
+
+
+def parse_record(line: str, where: str) -> dict[str, Any]:
+    """One line of JSONL as a dict; DataError otherwise."""
+    try:
+        record = json.loads(line)
+    # ValueError: JSON that does not parse, or a number of more digits than Python converts.
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: expected one JSON object per line, got text that does not parse ({error}); fix it"
+        ) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {short(record)}; write one object per line")
+    return record
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        todo = f"convert it: iconv -f UTF-16 -t UTF-8 {path.name} > new.jsonl"
+        raise DataError(f"{path}: expected UTF-8 text, got UTF-16; {todo}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        todo = f"convert it from its own encoding, e.g. iconv -f GB18030 -t UTF-8 {path.name} > new.jsonl"
+        raise DataError(
+            f"{path}: expected UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start} ({error.reason}); {todo}"
+        ) from error
+
+
+def _is_one_object(lines: list[str]) -> bool:
+    """Whether a file that begins with these lines is one object: on one line, or on several.
+
+    In JSONL with a damaged first line the second one is an object.
+    """
+    whole = [line.lstrip().startswith("{") and _parses(line) for line in lines]
+    return whole == [True] or (whole == [False, False] and lines[0].lstrip().startswith("{"))
+
+
+def _parses(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse_whole(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{path}:{line}: expected JSON, got text that does not parse ({error}); fix it") from error
+
+
+def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Located]:
+    """The records of a file that is one object: that object, or the items of the one list of objects in it."""
+    lists = [
+        value for value in whole.values() if isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    ]
+    if set(whole) & set(RECORD_KEYS) or not lists:
+        yield f"{path}:{line}", whole
+        return
+    if len(lists) > 1:
+        raise DataError(
+            f"{path}: expected JSONL (one object per line), a JSON list or an object with one list, got one object "
+            f"with the keys {', '.join(map(repr, whole))}; write the records one per line"
+        )
+    yield from _items(path, lists[0])
+
+
+def _items(path: Path, items: list[Any]) -> Iterator[Located]:
+    for index, item in enumerate(items, start=1):
+        where = f"{path}: item {index}"
+        if isinstance(item, dict):
+            yield where, item
+        else:
+            todo = "write one object per question"
+            yield where, DataError(f"{where}: expected a JSON object, got {short(item)}; {todo}")

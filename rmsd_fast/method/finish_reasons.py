@@ -1,0 +1,37 @@
+"""How a response ended, in the words of the servers, brought to three: `stop`, `length` or `content_filter`.
+
+`length` stands for every response that is not whole: cut at a limit, by an error, or for the call of a tool.
+
+Sources: the API references of OpenAI (chat completions, responses), Anthropic, Gemini, Amazon Bedrock, DashScope,
+Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI and Ollama.
+"""
+
+# Words without case. Gemini's and Bedrock's content reasons are many; none of them lets an answer through.
+_WORDS = {
+    "stop": "stop end_turn stop_sequence stop_token eos eos_token endoftext complete completed finish finished",
+    "length": "length max_tokens max_output_tokens max_length token_limit model_length model_context_window_exceeded "
+    "incomplete in_progress queued abort aborted cancelled canceled error error_toxic network_error failed timeout "
+    "insufficient_system_resource other pause_turn tool_call tool_calls tool_use function_call "
+    "malformed_function_call unexpected_tool_call too_many_tool_calls malformed_tool_use malformed_model_output "
+    "malformed_response repetition",
+    "content_filter": "content_filter content_filtered refusal safety recitation language blocklist "
+    "prohibited_content spii sensitive guardrail_intervened image_safety image_prohibited_content image_recitation",
+}
+FINISH_REASONS = {word: reason for reason, words in _WORDS.items() for word in words.split()}
+# What says nothing.
+_UNKNOWN = ("", "null", "none", "unknown", "unspecified", "finish_reason_unspecified")
+
+
+def finish_reason_of(word: str | None) -> str | None:
+    """`stop`, `length` or `content_filter`; None where the word says nothing or is not known (`is_known`)."""
+    return FINISH_REASONS.get(_plain(word))
+
+
+def is_known(word: str | None) -> bool:
+    """Whether a server's word has a meaning here, if only that nothing is known."""
+    return _plain(word) in FINISH_REASONS or _plain(word) in _UNKNOWN
+
+
+def _plain(word: str | None) -> str:
+    """`FinishReason.MAX_TOKENS` and `max-tokens` are `max_tokens`."""
+    return (word or "").strip().rpartition(".")[2].casefold().replace("-", "_").replace(" ", "_")

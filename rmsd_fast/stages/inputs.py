@@ -1,0 +1,160 @@
+"""The input files of a run, read and checked before anything else happens: questions and teacher answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rmsd_fast.config import RunConfig, SettingsError, UserError
+from rmsd_fast.data.errors import DataError, all_faults
+from rmsd_fast.data.records import Question, load_questions, question_format
+from rmsd_fast.teacher.diagnostics import pool_statistics
+from rmsd_fast.teacher.pool import check_pool, load_pool
+from rmsd_fast.teacher.scores import Pool, Scores, score_pool
+from rmsd_fast.teacher.simulated import is_simulated
+from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
+
+# In this order, whatever order the files are given in.
+QUESTION_ROLES = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Questions and teacher answers, read and checked.
+
+    scores: of the answers to `train`. simulated: whether a simulated teacher wrote them. statistics: of the answers,
+    from pool_statistics; empty without a pool. summary: all of it in words.
+    """
+
+    train: list[Question]
+    heldout: list[Question]
+    scores: Scores
+    simulated: bool
+    statistics: dict
+    summary: Summary
+
+
+def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:
+    """Read and check the files that are given: any of `train`, `heldout` and `pool`.
+
+    Args:
+        files, roots: path and media root by role; an empty root is the folder of the file.
+    Raises:
+        DataError: a file is damaged, the pool belongs to other questions or has next to no valid answer, or too many
+            media files are missing. All that is found out before the answers are read comes in one error.
+        SettingsError: the pool holds fewer answers to a question than asked for, or data.task_type has no effect.
+    """
+    questions, pool = read_files(settings, files, roots)
+    train, heldout = questions["train"], questions["heldout"]
+    if settings.evaluate.max_questions:
+        heldout = heldout[: settings.evaluate.max_questions]
+    faults: list[UserError] = [
+        DataError(fault)
+        for role, asked in (("train", train), ("heldout", heldout))
+        if (fault := missing_media(asked, settings, files.get(role, "")))
+    ]
+    summary = describe_questions(train, heldout) if train else Summary()
+    answered, unanswered = train, []
+    if train and pool:
+        try:
+            unanswered = check_pool(pool, train, max_unanswered_share=settings.teacher.max_unanswered_share)
+            answered = leave_out(train, unanswered)
+            _check_responses(settings, pool, answered, files["pool"])
+        except UserError as error:
+            faults.append(error)
+    if faults:
+        raise all_faults(faults)
+    scores: Scores = {}
+    statistics: dict = {}
+    simulated = False
+    if train and pool:
+        scores = score_pool(pool, answered, settings.teacher)
+        simulated = is_simulated(pool)
+        statistics = pool_statistics(scores, answered, settings.teacher, simulated=simulated)
+        summary += describe_pool(answered, pool, statistics, unanswered, settings)
+        if statistics["all"]["reasons"]:
+            example = f"python -m rmsd_fast.pool check {files['pool']} {files['train']}"
+            summary.lines.append(f"  examples of what is not valid: {example}")
+        if summary.faults:
+            raise DataError("\n".join([*summary.faults, *summary.lines]))
+    return Inputs(answered, heldout, scores, simulated, statistics, summary)
+
+
+def read_files(
+    settings: RunConfig, files: dict[str, str], roots: dict[str, str]
+) -> tuple[dict[str, list[Question]], Pool]:
+    """Questions by role, and teacher answers by question; empty where no such file is given.
+
+    Raises:
+        DataError: any of the files is damaged; the faults of all of them in one error.
+        SettingsError: data.task_type has no effect.
+    """
+    _check_task_type(settings, files)
+    questions: dict[str, list[Question]] = {role: [] for role in QUESTION_ROLES}
+    pool: Pool = {}
+    faults: list[UserError] = []
+    for role in (*QUESTION_ROLES, "pool"):
+        if role not in files:
+            continue
+        try:
+            if role == "pool":
+                pool = load_pool(files[role])
+            else:
+                questions[role] = load_questions(
+                    files[role],
+                    media_root=roots[role],
+                    format=settings.data.format,
+                    task_type=settings.data.task_type,
+                    follow_symlinks=settings.data.follow_symlinks,
+                )
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise all_faults(faults)
+    return questions, pool
+
+
+def leave_out(questions: list[Question], unanswered: list[str]) -> list[Question]:
+    """The questions without those of these ids."""
+    ids = set(unanswered)
+    return [question for question in questions if question.id not in ids]
+
+
+def missing_media(questions: list[Question], settings: RunConfig, path: str) -> str:
+    """What to say where so many media files are missing that a run would end for it hours later; otherwise ""."""
+    media = {file for question in questions for file in (*question.videos, *question.images)}
+    missing = {file for file in media if not Path(file).exists()}
+    affected = sum(any(file in missing for file in (*q.videos, *q.images)) for q in questions)
+    if affected <= settings.data.max_bad_share * len(questions):
+        return ""
+    return (
+        f"{path}: {len(missing):,} of {len(media):,} media files are missing, for {affected:,} of {len(questions):,} "
+        f"questions (first: {', '.join(sorted(missing)[:3])}); check data.media_root, or raise data.max_bad_share"
+    )
+
+
+def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question], path: str) -> None:
+    most = max(len(pool[question.id]) for question in questions)
+    if settings.teacher.responses > most:
+        raise SettingsError(
+            f"teacher.responses={settings.teacher.responses}: {path} holds at most {most} responses to a question; "
+            f"write teacher.responses={most} or collect more"
+        )
+
+
+def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
+    """Refuse data.task_type where every question file is in our own format, whose records name their task types."""
+    data = settings.data
+    if data.task_type == "auto" or data.format != "auto":
+        return
+    paths = [files[role] for role in QUESTION_ROLES if role in files]
+    try:
+        formats = {question_format(path) for path in paths}
+    except DataError:
+        # Told with its other faults, when the file is read.
+        return
+    if formats == {"rmsd"}:
+        raise SettingsError(
+            f"data.task_type={data.task_type} has no effect: the records of {' and '.join(paths)} are in our own "
+            "format and name their task types; leave data.task_type out"
+        )

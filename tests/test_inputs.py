@@ -1,0 +1,123 @@
+"""Reading the input files of a run: every fault at once, in the same order, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rmsd_fast.config import DataConfig, EvaluateConfig, RunConfig, SettingsError, TeacherConfig
+from rmsd_fast.data.errors import DataError
+from rmsd_fast.stages.inputs import read_inputs
+
+GOOD = {"question": "What is poured?", "task_type": "mcq", "options": ["tea", "milk"], "answer": "B"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    write(tmp_path / "train.jsonl", *(GOOD | {"id": f"q{i}", "videos": ["a.mp4"]} for i in range(4)))
+    write(tmp_path / "heldout.jsonl", *(GOOD | {"id": f"h{i}", "videos": ["b.mp4"]} for i in range(4)))
+    answer = "<think>White.</think><answer>B</answer>"
+    write(tmp_path / "pool.jsonl", *({"id": f"q{i}", "k": 0, "text": answer, "model": "m"} for i in range(4)))
+    return tmp_path
+
+
+def write(path: Path, *records: dict) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read(folder: Path, *roles: str, **data):
+    roles = roles or ("heldout", "pool", "train")
+    settings = RunConfig(data=DataConfig(**data), teacher=TeacherConfig(responses=1))
+    return read_inputs(settings, {role: str(folder / f"{role}.jsonl") for role in roles}, dict.fromkeys(roles, ""))
+
+
+def test_everything_is_read_and_summed_up(folder):
+    inputs = read(folder)
+    assert [q.id for q in inputs.train] == ["q0", "q1", "q2", "q3"] and len(inputs.heldout) == 4
+    assert inputs.scores["q0"][0].quality == 1.0 and not inputs.simulated
+    assert inputs.statistics["all"]["valid_share"] == 1.0 and inputs.statistics["teacher_simulated"] is False
+    assert inputs.summary.lines[0] == "questions: 4 (mcq 4)" and inputs.summary.lines[1] == "held out: 4 (mcq 4)"
+    # Held-out questions alone, as an evaluation reads them.
+    alone = read(folder, "heldout")
+    assert len(alone.heldout) == 4 and alone.train == [] and alone.statistics == {}
+
+
+def test_the_faults_of_all_files_come_at_once_in_one_order(folder):
+    box = {"id": "b", "videos": ["a.mp4"], "question": "Where?", "task_type": "spatial"}
+    write(folder / "train.jsonl", box | {"answer": [0, 0, 1920, 1080]}, box | {"id": "c", "answer": [0, 0, 0.5, 0.5]})
+    write(folder / "heldout.jsonl", GOOD | {"id": "h", "videos": ["b.mp4"], "answer": "C"})
+    write(folder / "pool.jsonl", {"id": "q0", "k": -1, "text": ""})
+    with pytest.raises(DataError) as caught:
+        read(folder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5 and lines[0].endswith("train.jsonl: 2 of 2 records cannot be used:")
+    # Ground truths that only the metric refused named no line, and only the first.
+    assert "train.jsonl:1: field 'answer': expected 'x1,y1,x2,y2'" in lines[1] and "1000 * pixels / width" in lines[1]
+    assert "train.jsonl:2: field 'answer'" in lines[2] and "Multiply them by 1000" in lines[2]
+    assert "heldout.jsonl:1: field 'answer'" in lines[3] and "pool.jsonl:1: field 'k'" in lines[4]
+
+
+def test_missing_media_of_both_files_and_a_pool_of_others_come_at_once(folder):
+    (folder / "a.mp4").unlink()
+    (folder / "b.mp4").unlink()
+    write(folder / "pool.jsonl", {"id": "x", "k": 0, "text": "B"})
+    with pytest.raises(DataError) as caught:
+        read(folder)
+    train, heldout, pool = str(caught.value).splitlines()
+    assert "train.jsonl: 1 of 1 media files are missing, for 4 of 4 questions (first: " in train
+    assert "heldout.jsonl: 1 of 1 media files are missing, for 4 of 4 questions" in heldout and "b.mp4" in heldout
+    assert pool.startswith("teacher pool: expected responses to all questions, got them for 0 of 4")
+    # Up to a share they are replaced while training, and count 0 in an evaluation.
+    (folder / "a.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"heldout\.jsonl: 1 of 1 media files are missing"):
+        read(folder, "heldout")
+    assert len(read(folder, "heldout", max_bad_share=1.0).heldout) == 4
+
+
+def test_only_the_questions_that_are_evaluated_need_their_media(folder):
+    last = GOOD | {"id": "h9", "videos": ["gone.mp4"]}
+    with (folder / "heldout.jsonl").open("a") as file:
+        file.write(json.dumps(last) + "\n")
+    files = {"heldout": str(folder / "heldout.jsonl")}
+    settings = RunConfig(evaluate=EvaluateConfig(max_questions=4))
+    assert len(read_inputs(settings, files, {"heldout": ""}).heldout) == 4
+    with pytest.raises(DataError, match="for 1 of 5 questions"):
+        read_inputs(RunConfig(), files, {"heldout": ""})
+
+
+def test_a_pool_of_little_use_stops_a_run_and_shows_the_table(folder):
+    refusal = "I'm sorry, I can't view videos."
+    write(folder / "pool.jsonl", *({"id": f"q{i}", "k": 0, "text": refusal} for i in range(4)))
+    with pytest.raises(DataError) as caught:
+        read(folder)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == (
+        "teacher pool: 0.0% of 4 answers are valid, and 0.0% of the questions have one of quality above 0: expected "
+        "most. Reasons: refusal 4"
+    )
+    check = f"python -m rmsd_fast.pool check {folder / 'pool.jsonl'} {folder / 'train.jsonl'}"
+    assert lines[-1] == f"  examples of what is not valid: {check}"
+    assert any(line.startswith("  mcq           4        4   0.0%") for line in lines)
+
+
+def test_a_task_type_that_no_record_asks_for_is_refused(folder):
+    with pytest.raises(SettingsError, match=r"data\.task_type=ocr has no effect: .*train\.jsonl and .*heldout\.jsonl"):
+        read(folder, task_type="ocr")
+    turns = [{"from": "human", "value": "What is written?"}, {"from": "gpt", "value": "EXIT"}]
+    write(folder / "heldout.jsonl", {"id": "h", "video": "b.mp4", "conversations": turns})
+    # One of the files needs it.
+    assert [q.task_type for q in read(folder, task_type="ocr").heldout] == ["ocr"]
+    # A damaged file is told as such.
+    (folder / "train.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:1: expected"):
+        read(folder, task_type="ocr")
+
+
+def test_more_answers_than_there_are_cannot_be_asked_for(folder):
+    files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
+    with pytest.raises(SettingsError, match=r"teacher\.responses=4: .*pool\.jsonl holds at most 1 responses"):
+        read_inputs(RunConfig(), files, dict.fromkeys(files, ""))
