@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast.method.answers import answer_body, bare_options, parse_answer
-from rmsd_fast.method.natural import REASONS, Unreadable, canonical_body, canonical_response, invalid_reason
+from rmsd_fast.method.natural import REASONS, Unreadable, canonical_response, invalid_reason
+from rmsd_fast.method.natural.body import canonical_body
 from rmsd_fast.method.quality import quality_score
 
 DRINKS = ["tea", "milk", "water", "juice"]

@@ -227,6 +227,14 @@ def test_scores_stay_within_zero_and_one():
         assert 0.0 <= q(" ".join(answer), "ocr", truth[0]) <= 1.0
 
 
+@pytest.mark.parametrize("metric", ["wer", "anls"])
+def test_quotes_around_the_whole_text_make_no_difference(metric):
+    for text, truth in (('"EXIT"', "EXIT"), ("EXIT", "‘EXIT’"), ("“EXIT”.", "exit"), ('"EXIT"', '"EXIT"')):
+        assert q(text, "ocr", truth, ocr_metric=metric) == 1.0
+    # Here they belong to parts of the text.
+    assert q('"A" or "B"', "ocr", 'A" or "B', ocr_metric=metric) < 1.0
+
+
 def test_the_edit_distance_is_that_of_the_table():
     def table(a, b):
         row = list(range(len(b) + 1))

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 
-from rmsd_fast.config import RunConfig
 from rmsd_fast.data.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
-from rmsd_fast.report_page.marks import RELATIVE, box_overlay, response_mark, time_line, truth_mark
+from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
 from rmsd_fast.report_page.samples import film_strip
-from rmsd_fast.settings import to_yaml
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def test_boxes_by_hand() -> None:
         *response_mark("R5", 2, "spatial", "<answer>1,2,3,4"),
         *response_mark("R6", 2, "mcq", response("A")),
     ]
-    svg = box_overlay(marks, RELATIVE)
+    svg = box_overlay(marks)
     assert 'viewBox="0 0 1000 1000" preserveAspectRatio="none"' in svg
     assert re.findall(r'class="m-(\w+)" x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)"><title>(.*?)<', svg) == [
         ("truth", "100", "200", "200", "400", "ground truth: 100,200,300,600"),
@@ -113,7 +111,7 @@ def test_boxes_by_hand() -> None:
         ("2", "0", "0", "1000", "500", "R0, R1: -50,0,2000,500"),
         ("2", "1", "2", "2", "2", "R2: 1,2,3,4"),
     ]
-    assert box_overlay(truth_mark("spatial", None), RELATIVE) == ""
+    assert box_overlay(truth_mark("spatial", None)) == ""
 
 
 def test_bars_by_hand() -> None:
@@ -144,17 +142,17 @@ def test_a_length_that_is_none_draws_nothing(length) -> None:
     assert time_line(truth_mark("temporal", "0 to 5e-324"), None) == ""
 
 
-def test_size_and_length_come_from_the_file(clip, tmp_path, films) -> None:
+def test_the_length_comes_from_the_file(clip, tmp_path, films) -> None:
     from PIL import Image
 
     film = films.read(clip, is_video=True)
-    assert (film.size, film.seconds, len(film.shots), film.fault) == ((64, 64), 8.0, 8, "")
+    assert (film.seconds, len(film.shots), film.fault) == (8.0, 8, "")
     picture = Image.new("RGB", (90, 60))
     turned = Image.Exif()
     turned[0x0112] = 6
     picture.save(tmp_path / "turned.jpg", exif=turned)
     film = films.read(str(tmp_path / "turned.jpg"), is_video=False)
-    assert (film.size, film.seconds, len(film.shots)) == ((60, 90), None, 1)
+    assert (film.seconds, len(film.shots)) == (None, 1)
     film = films.read(str(tmp_path / "gone.mp4"), is_video=True)
     assert film.shots == [] and "no such file" in film.fault
 
@@ -167,7 +165,7 @@ def test_a_late_video_is_drawn_on_its_own_clock(clip, tmp_path, films) -> None:
     assert film.shots[0][1] == "4.0 s" and film.seconds == pytest.approx(12.0, abs=0.1)
     # The record's duration is that of the stream in some data sets: the file tells better.
     row = {"videos": [str(late)], "images": [], "duration": 8.0}
-    strip = film_strip(row, truth_mark("temporal", "9 to 12"), {}, films, pixel=False)
+    strip = film_strip(row, truth_mark("temporal", "9 to 12"), {}, films)
     # 9 of 12 s; the audio ends a little later.
     assert re.search(r"left:7[45]\.\d+%", strip)
 
@@ -187,20 +185,20 @@ def test_a_file_that_hangs_costs_its_time_and_no_page(tmp_path, clip, monkeypatc
 
 def test_files_that_the_run_could_not_use_are_not_tried_again(clip) -> None:
     row = {"videos": [clip], "images": [], "error": "clip.mp4: <truncated>"}
-    strip = film_strip(row, [], {}, None, pixel=False)
+    strip = film_strip(row, [], {}, None)
     assert "clip.mp4: &lt;truncated&gt;" in strip and "<img" not in strip
 
 
 def test_media_are_read_once(clip, monkeypatch, films) -> None:
     row = {"videos": [clip], "images": []}
-    film_strip(row, [], {}, films, pixel=False)
+    film_strip(row, [], {}, films)
     monkeypatch.setattr(films, "_film", lambda *_: pytest.fail("read again"))
-    assert film_strip(row, [], {}, films, pixel=False).count("<img") == 8
+    assert film_strip(row, [], {}, films).count("<img") == 8
 
 
 def test_answers_are_not_drawn_on_one_of_several_media(clip, films) -> None:
     row = {"videos": [clip, clip], "images": []}
-    strip = film_strip(row, truth_mark("spatial", "1,2,3,4"), {"truth": "x"}, films, pixel=False)
+    strip = film_strip(row, truth_mark("spatial", "1,2,3,4"), {"truth": "x"}, films)
     assert strip.count("<img") == 16 and "<rect" not in strip
 
 
@@ -216,12 +214,6 @@ def test_boxes_lie_over_every_frame(run, clip) -> None:
     for box in ('m-truth" x="0" y="0" width="500"', 'm-1" x="0" y="0"', 'm-2" x="500" y="500" width="500"'):
         assert shown.count(f'<rect class="{box}') == 8, box
     assert shown.count('class="swatch') == 3
-    # A run of an earlier version, whose boxes could be in pixels.
-    settings = to_yaml(RunConfig(name="quickstart"))
-    (run / "config.yaml").write_text(settings.replace("teacher:\n", "teacher:\n  spatial_format: pixel\n"))
-    write_lines(run, line(clip, "spatial", "0,0,32,32", [], [rollout("32,32,64,64")]))
-    shown = section(read(write_report(run))[0])
-    assert shown.count('viewBox="0 0 64 64"') == 8 and shown.count('m-2" x="32" y="32" width="32"') == 8
 
 
 def test_bars_stand_below_the_frames(run, clip) -> None:

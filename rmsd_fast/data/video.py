@@ -169,15 +169,13 @@ class Preview:
     """What people are shown of a file.
 
     Fields:
-        frames: uint8 [F, H, W, 3], of the size at which the file is shown. A picture has F = 1.
+        frames: uint8 [F, H, W, 3], of the shape in which the file is shown. A picture has F = 1.
         times_s: time of each frame on the file's clock in seconds; empty for a picture.
-        size: width and height at which the file is shown.
         seconds: when the last frame of a video ends, on the same clock; None for a picture.
     """
 
     frames: np.ndarray
     times_s: tuple[float, ...]
-    size: tuple[int, int]
     seconds: float | None
 
 
@@ -205,13 +203,11 @@ def read_preview(request: PreviewRequest) -> Preview:
     check_file(request.path, request.max_file_mib, picture=request.kind == "image")
     if request.kind == "image":
         picture = torch.from_numpy(read_picture(request.path)).permute(2, 0, 1)[None]
-        size = (picture.shape[3], picture.shape[2])
-        height, width = _within(request.longest_px, *size)
+        height, width = _within(request.longest_px, *picture.shape[2:])
         frames = rmsd_kernels.resize_frames(picture.contiguous(), height=height, width=width)
-        return Preview(frames.permute(0, 2, 3, 1).numpy(), (), size, None)
+        return Preview(frames.permute(0, 2, 3, 1).numpy(), (), None)
     clip = open_clip(request.path)
-    size = clip.shown[::-1]
-    height, width = _within(request.longest_px, *size)
+    height, width = _within(request.longest_px, *clip.shown)
     count = min(request.count, clip.frames)
     indices = [round(number * (clip.frames - 1) / max(count - 1, 1)) for number in range(count)]
     frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
@@ -220,12 +216,12 @@ def read_preview(request: PreviewRequest) -> Preview:
         rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
 
     stamps, _ = decode(clip, indices, False, resize)
-    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, size, clip.length_s)
+    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, clip.length_s)
 
 
-def _within(longest_px: int, width: int, height: int) -> tuple[int, int]:
+def _within(longest_px: int, height: int, width: int) -> tuple[int, int]:
     """Height and width of the same shape, not larger than before."""
-    scale = min(1.0, longest_px / max(width, height))
+    scale = min(1.0, longest_px / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 

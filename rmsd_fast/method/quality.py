@@ -164,9 +164,14 @@ def _mra(predicted: float, truth: float) -> float:
 
 
 def fold_text(text: str) -> str:
-    """A text without what no reader calls an error: case, width, kind of quotes, amount of blanks, one final stop."""
+    """A text without what no reader calls an error: case, width, kind of quotes, quotes around the whole, amount of
+    blanks, one final stop.
+    """
     text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
-    return text[:-1].rstrip() if len(text) > 1 and text.endswith((".", "。")) else text
+    if len(text) > 1 and text.endswith((".", "。")):
+        text = text[:-1].rstrip()
+    inside = text[1:-1].strip()
+    return inside if text[:1] in ("'", '"') and text.endswith(text[0]) and inside and text[0] not in inside else text
 
 
 def _words(text: str) -> list[str]:

@@ -23,12 +23,11 @@ MOST_LOST = 3
 class Film:
     """What the page shows of a media file: (source, caption) of its frames, or the fault that left it without them.
 
-    size: width and height in pixels as shown, None where the file was not read. seconds: where a video ends.
+    seconds: when a video ends, on the file's clock; None for a picture.
     """
 
     shots: list[tuple[str, str]]
     fault: str = ""
-    size: tuple[int, int] | None = None
     seconds: float | None = None
 
 
@@ -89,7 +88,7 @@ class Films:
             return Film([], str(error).strip().splitlines()[0][:200])
         captions = [f"{time:.1f} s" for time in preview.times_s] or ["picture"]
         shots = [(_jpeg(frame), caption) for frame, caption in zip(preview.frames, captions, strict=True)]
-        return Film(shots, "", preview.size, preview.seconds)
+        return Film(shots, "", preview.seconds)
 
 
 def _jpeg(frame: object) -> str:

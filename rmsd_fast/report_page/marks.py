@@ -10,8 +10,8 @@ from rmsd_fast.method.answers import answer_body, parse_answer_body
 from rmsd_fast.report_page.svg import number, ticks
 from rmsd_fast.report_page.text import visible
 
-# Coordinates of boxes are shares of the frame in thousandths, unless they are pixels.
-RELATIVE = (1000, 1000)
+# Coordinates of boxes are shares of the frame in thousandths.
+_WHOLE = 1000
 TRUTH = "truth"
 
 
@@ -54,20 +54,20 @@ def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
     return [Mark(", ".join(agreeing), *key) for key, agreeing in names.items()]
 
 
-def box_overlay(marks: Sequence[Mark], size: tuple[int, int]) -> str:
-    """Return the boxes as an SVG that lies over a frame of any size; `size` is what the coordinates count to."""
+def box_overlay(marks: Sequence[Mark]) -> str:
+    """Return the boxes as an SVG that lies over a frame of any size."""
     marks = _merged(marks, values=4)
     if not marks:
         return ""
     boxes = []
     for mark in marks:
-        x1, y1, x2, y2 = (min(max(v, 0.0), m) for v, m in zip(mark.values, (*size, *size), strict=True))
+        x1, y1, x2, y2 = (min(max(value, 0.0), _WHOLE) for value in mark.values)
         title = f"{mark.name}: {','.join(number(v, 4) for v in mark.values)}"
         boxes.append(
             f'<rect class="m-{mark.colour}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}">'
             f"<title>{visible(title)}</title></rect>"
         )
-    view = f"0 0 {size[0]} {size[1]}"
+    view = f"0 0 {_WHOLE} {_WHOLE}"
     return f'<svg class="boxes" viewBox="{view}" preserveAspectRatio="none" aria-hidden="true">{"".join(boxes)}</svg>'
 
 

@@ -47,7 +47,6 @@ def _render(run: Run, films: Films) -> str:
     stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
     links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("rollouts", "Rollouts")]
     links += [("teacher", "Teacher"), ("samples", "Samples"), ("settings", "Settings")]
-    pixel = (run.settings.get("teacher") or {}).get("spatial_format") == "pixel"
     nav = "".join(f'<a href="#{visible(anchor)}">{visible(text)}</a>' for anchor, text in links)
     body = [
         f'<header><p class="muted small">rmsd_fast run report</p><h1>{name}</h1>{_facts(run)}<nav>{nav}</nav></header>',
@@ -57,9 +56,9 @@ def _render(run: Run, films: Films) -> str:
         evaluation_section(run),
         *(stage_section(stage, run.metrics[stage]) for stage in stages),
         "" if stages else '<h2>Training</h2><p class="muted">No training step has been logged (no metrics.jsonl).</p>',
-        rollouts_section(run.rollouts, films, pixel=pixel),
+        rollouts_section(run.rollouts, films),
         teacher_section(run.teacher),
-        _samples(run, films, pixel),
+        _samples(run, films),
         f'<h2 id="settings">Settings</h2><details class="card"><summary>config.yaml</summary>'
         f'<pre class="text" style="max-height:none">{visible(run.settings_text)}</pre></details>',
     ]
@@ -201,10 +200,10 @@ def _pair_tile(stage: str, curve: Series) -> str:
     return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
-def _samples(run: Run, films: Films, pixel: bool) -> str:
+def _samples(run: Run, films: Films) -> str:
     head = '<h2 id="samples">Answers side by side</h2>'
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
-    cards = sample_cards(run.samples, student_names(run), films, pixel=pixel)
+    cards = sample_cards(run.samples, student_names(run), films)
     lead = "Held-out questions with frames of their video. The colour of an answer's edge repeats its score."
     return f'{head}<p class="muted">{lead}</p>{cards}'

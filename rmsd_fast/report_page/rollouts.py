@@ -25,12 +25,12 @@ _NAMES = {"quality": "q", "d_score": "D", "log_ratio": "k1"}
 _COLOURS = {TRUTH: "ground truth", str(TEACHER_COLOUR): "teacher answers", str(STUDENT_COLOUR): "rollouts"}
 
 
-def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films, *, pixel: bool) -> str:
+def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films) -> str:
     """Cards of the first, the middle and the last logged step of each stage.
 
     Args:
         rows: lines of rollouts.jsonl, checked by `run_folder`.
-        films, pixel: see `samples.film_strip`.
+        films: reads the media.
     """
     head = '<h2 id="rollouts">Rollouts while training</h2>'
     stages: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
@@ -49,7 +49,7 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films, *, pixel: 
         numbers = sorted(steps)
         shown = sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]})
         for step in shown:
-            cards = [_card(row, films, pixel) for row in steps[step][:QUESTIONS_SHOWN]]
+            cards = [_card(row, films) for row in steps[step][:QUESTIONS_SHOWN]]
             more = len(steps[step]) - len(cards)
             tail = f'<p class="muted">{more} more questions of this step are in rollouts.jsonl.</p>' if more else ""
             unfolded = " open" if step == shown[-1] else ""
@@ -57,7 +57,7 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films, *, pixel: 
     return "".join(out)
 
 
-def _card(row: Mapping[str, Any], films: Films, pixel: bool) -> str:
+def _card(row: Mapping[str, Any], films: Films) -> str:
     task = str(row.get("task_type", ""))
     teacher = [(f"T{answer.get('k', '?')}", answer) for answer in row["teacher"]]
     rollouts = [(f"R{index}", rollout) for index, rollout in enumerate(row["rollouts"])]
@@ -71,7 +71,7 @@ def _card(row: Mapping[str, Any], films: Films, pixel: bool) -> str:
     return (
         f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
         f'<span class="muted small">{visible(row.get("id", ""))}</span></div>'
-        f"{film_strip(row, marks, _COLOURS, films, pixel=pixel)}{question_html(row)}"
+        f"{film_strip(row, marks, _COLOURS, films)}{question_html(row)}"
         f"<h4>Teacher answers</h4>{teacher_cards}<h4>Rollouts</h4>{rollout_cards}</article>"
     )
 

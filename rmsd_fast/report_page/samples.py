@@ -13,7 +13,6 @@ from pathlib import Path
 
 from rmsd_fast.report_page.films import Film, Films
 from rmsd_fast.report_page.marks import (
-    RELATIVE,
     TRUTH,
     Mark,
     box_overlay,
@@ -36,8 +35,6 @@ def film_strip(
     marks: Sequence[Mark],
     names: Mapping[str, str],
     films: Films,
-    *,
-    pixel: bool,
 ) -> str:
     """Draw the frames of a question's media, boxes over them, and intervals on a time line below.
 
@@ -45,7 +42,6 @@ def film_strip(
         row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
         marks, names: what to draw, and whose marks have which colour.
         films: reads the media.
-        pixel: boxes count pixels of the file, and not thousandths of the frame.
     """
     media = [(str(path), kind == "videos") for kind in ("videos", "images") for path in row.get(kind) or ()]
     if not media:
@@ -60,8 +56,7 @@ def film_strip(
         return "".join(_strip(path, films.read(path, is_video=is_video), "") for path, is_video in media)
     ((path, is_video),) = media
     film = films.read(path, is_video=is_video)
-    size = film.size if pixel else RELATIVE
-    overlay = box_overlay(marks, size) if size else ""
+    overlay = box_overlay(marks)
     length = film.seconds or row.get("duration")
     times = time_line(marks, length if is_number(length) else None, _span(row))
     return _strip(path, film, overlay) + (mark_key(marks, names) if overlay and film.shots else "") + times
@@ -147,13 +142,13 @@ def question_html(row: Mapping[str, object]) -> str:
     )
 
 
-def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: Films, *, pixel: bool) -> str:
+def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: Films) -> str:
     """Cards, one per question, in the order of the file.
 
     Args:
         rows: lines of samples.jsonl.
         names: how each student is called on the page, by its key.
-        films, pixel: see `film_strip`.
+        films: reads the media.
     """
     groups: dict[str, list[Mapping[str, object]]] = {}
     for row in rows:
@@ -173,7 +168,7 @@ def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str],
         cards.append(
             f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
             f'<span class="muted small">{visible(identity)}</span></div>'
-            f"{film_strip(first, marks, colours, films, pixel=pixel)}{question_html(first)}"
+            f"{film_strip(first, marks, colours, films)}{question_html(first)}"
             f'<div class="answers">{answers}</div></article>'
         )
     more = len(groups) - len(cards)

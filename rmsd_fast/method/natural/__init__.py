@@ -2,15 +2,14 @@
 
 API models seldom keep to a format. `canonical_response` rewrites a response whose answer is clear to a careful reader
 and refuses every other one; `invalid_reason` says why. What could be read in two ways is refused, and nothing here
-knows a ground truth. The rewards of training stay strict (`method.answers`); this reads teachers, ground truths in
-other spellings (`canonical_body`) and, on request, evaluations.
+knows a ground truth. The rewards of training stay strict (`method.answers`); this reads teachers and, on request,
+evaluations.
 
 Files: `response` finds the answer in a response, with `tags`, `sentences` and `refusals`; `body` rewrites the answer of
 one task type, with `options`, `times`, `boxes` and `numbers`; `text` removes markup; `reasons` names what is refused.
 """
 
-from .body import canonical_body
 from .reasons import REASONS, Unreadable
 from .response import canonical_response, invalid_reason, read_response
 
-__all__ = ["REASONS", "Unreadable", "canonical_body", "canonical_response", "invalid_reason", "read_response"]
+__all__ = ["REASONS", "Unreadable", "canonical_response", "invalid_reason", "read_response"]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from ..answers import answer_body, has_outer_format, parse_answer
+from ..finish_reasons import finish_reason_of
 from .body import canonical_body, said_text
 from .reasons import Unreadable, the_only
 from .refusals import is_refusal
@@ -33,6 +34,7 @@ from .text import find_json, strip_outside, visible
 Options = Sequence[str] | None
 # A longer text without an answer block is no answer to a closed question.
 MOST_CHARACTERS = 20_000
+_NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
     r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
@@ -68,7 +70,8 @@ def canonical_response(
         text: the whole response.
         task_type: one of TASK_TYPES.
         options: choices of an `mcq` question in order, bare or labelled; None = letters stand in the question's text.
-        finish_reason: what the server said: `length` and `content_filter` make a response invalid.
+        finish_reason: what the server said, in the words of any (`method.finish_reasons`). A response that was cut,
+            stopped by an error or by a filter is invalid; None = unknown.
     Raises:
         ValueError: unknown task type, or a number of options outside 1..26.
     """
@@ -91,10 +94,9 @@ def invalid_reason(
 
 def read_response(text: str, task: str, options: Options, finish_reason: str | None) -> str:
     """`canonical_response` and `invalid_reason` in one pass: raises Unreadable, with the reason, in place of None."""
-    if finish_reason in ("length", "max_tokens"):
-        raise Unreadable("truncated")
-    if finish_reason in ("content_filter", "safety"):
-        raise Unreadable("filtered")
+    finish_reason = finish_reason_of(finish_reason)
+    if finish_reason in _NOT_WHOLE:
+        raise Unreadable(_NOT_WHOLE[finish_reason])
     if not text.strip():
         raise Unreadable("empty")
     ordered = has_outer_format(text)
