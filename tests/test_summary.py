@@ -17,7 +17,7 @@ from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.summary import describe_pool, describe_questions
 
 DRINKS = ("tea", "milk")
-NATURAL = ["B. milk", "The answer is A.", "<think>w</think><answer>B</answer>", "A or B"]
+NATURAL = ["It is white.\n\nB. milk", "The answer is A.", "<think>w</think><answer>B</answer>", "A or B"]
 
 
 def mcq(identity: str, **fields) -> Question:
@@ -80,7 +80,7 @@ def test_the_end_of_an_answer_that_is_not_known_is_said():
     others += [TeacherResponse("q1", 6 + k, "", "B", finish_reason=word) for k, word in enumerate(("odd", "odd", "x"))]
     summary = described(NATURAL, others=others, responses=9)
     assert "  no finish_reason: 2 answers; a cut at their end may go unseen" in summary.lines
-    (warning,) = summary.warnings
+    warning = summary.warnings[0]
     assert warning.startswith("finish_reason of 3 answers is not known ('odd' 2, 'x' 1)")
 
 
@@ -88,14 +88,21 @@ def test_a_task_of_which_nothing_is_valid_is_a_warning():
     """Spatial questions without a valid answer among mcq questions that are all right."""
     boxes = [Question(f"s{i}", "Where?", "spatial", videos=("/v.mp4",), answer="1,2,3,4") for i in range(3)]
     count = Question("n", "How many?", "numeric", videos=("/v.mp4",), answer="7")
-    summary = described(["B"], [mcq(f"q{i}") for i in range(9)] + boxes, responses=1)
+    summary = described(["White.\n\nB"], [mcq(f"q{i}") for i in range(9)] + boxes, responses=1)
     (warning,) = summary.warnings
-    assert warning == "only 0% of the teacher's spatial answers are valid (not_a_box 3)"
+    assert warning == "only 0% of the teacher's spatial answers are valid (no_answer 3)"
     # Valid, and never right.
     asked = [Question(f"n{i}", "How many?", "numeric", videos=("/v.mp4",), answer="7") for i in range(3)] + [count]
-    summary = described(["2"], [*asked, Question("o", "?", "open", videos=("/v.mp4",))], responses=1)
+    summary = described(["I count.\n\n2"], [*asked, Question("o", "?", "open", videos=("/v.mp4",))], responses=1)
     (warning,) = summary.warnings
     assert warning.startswith("only 0% of the numeric questions have an answer of quality above 0")
+
+
+def test_answers_without_reasoning_are_a_warning():
+    (warning,) = described(["B", "The answer is B.", "<think>w</think><answer>B</answer>"]).warnings
+    assert warning.startswith("67% of the valid answers have no reasoning: a student that imitates them learns to")
+    # What stands behind the answer is its reasoning.
+    assert described(["B. milk\n\nIt is white.", "<think>w</think><answer>B</answer>"]).warnings == []
 
 
 def test_few_valid_answers_are_a_warning_and_next_to_none_a_fault():
@@ -246,7 +253,7 @@ def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_pat
     assert "6 answers, 2 brought into canonical form, 2 invalid, 1 to questions" in capsys.readouterr().out
     repaired = load_pool(output)
     first, second, third, fourth = repaired["1"]
-    assert (first.text, first.raw) == ("<think></think><answer>B</answer>", "B. milk")
+    assert (first.text, first.raw) == ("<think>It is white.</think><answer>B</answer>", NATURAL[0])
     assert (first.valid, first.quality, first.reason, first.usage) == (True, 1.0, None, {"n": 0})
     assert (second.text, second.raw) == ("<think></think><answer>A</answer>", "The answer is A.")
     assert second.quality == 0.0

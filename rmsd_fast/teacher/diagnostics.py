@@ -5,6 +5,7 @@ Source: R-MSD (arXiv 2603.11423), teacher statistics and filter.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.teacher.scores import ScoredResponse, Scores
+
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
 
 
 def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig, *, simulated: bool) -> dict:
@@ -29,11 +32,11 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
         {"teacher_simulated": bool, "responses": K used at most, "min_quality": tau, "parse": how texts were read,
          "tasks": {task: group}, "closed": group, "all": group}; a group without answers is None, any other is
         {"questions", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share", "as_sent_share",
-         "kept_share", "truncated_share", "empty_share", "best_share", "reasons"}: mean, sd, lowest and highest of the
-        inputs' mean quality; the mean over inputs of the sd among their answers; shares of answers that are valid,
-        valid as they were sent, kept at tau, truncated; shares of questions with nothing kept, and with an answer that
-        stage 1 can imitate; number of invalid answers by reason. Both sd are those of the whole population (divided by
-        n).
+         "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}: mean, sd, lowest
+        and highest of the inputs' mean quality; the mean over inputs of the sd among their answers; shares of answers
+        that are valid, valid as they were sent, kept at tau, truncated; the share of the valid ones with reasoning;
+        shares of questions with nothing kept, and with an answer that stage 1 can imitate; number of invalid answers
+        by reason. Both sd are those of the whole population (divided by n).
     """
     groups = {task: [question for question in questions if question.task_type == task] for task in TASK_TYPES}
     closed = [question for question in questions if question.task_type in CLOSED_TASKS]
@@ -69,6 +72,7 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
         "as_sent_share": _share(answer.as_sent for answer in flat),
         "kept_share": _share(flag for row in kept for flag in row),
         "truncated_share": _share(answer.reason == "truncated" for answer in flat),
+        "reasoned_share": _share(_EMPTY_THINK.match(answer.text) is None for answer in flat if answer.valid),
         "empty_share": 1 - sum(any(row) for row in kept) / len(questions),
         "best_share": sum(any(quality > 0 for quality in row) for row in qualities) / len(questions),
         "reasons": dict(Counter(answer.reason for answer in flat if answer.reason).most_common()),
@@ -76,4 +80,6 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
 
 
 def _share(flags: Iterable[bool]) -> float:
-    return statistics.fmean(float(flag) for flag in flags)
+    """Share of flags that are set; 0 of none."""
+    values = [float(flag) for flag in flags]
+    return statistics.fmean(values) if values else 0.0

@@ -124,6 +124,11 @@ def describe_pool(
             f"Reasons: {_reasons(every) or 'none is right'}{_advice(cfg.parse)}"
         )
         return summary
+    if every["reasoned_share"] < 0.5:
+        summary.warnings.append(
+            f"{1 - every['reasoned_share']:.0%} of the valid answers have no reasoning: a student that imitates them "
+            "learns to answer without any; ask the teacher for <think>…</think>, or store its reasoning with the answer"
+        )
     for task, group in statistics["tasks"].items():
         if group and group["valid_share"] < 0.5:
             summary.warnings.append(
