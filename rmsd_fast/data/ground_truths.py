@@ -1,7 +1,8 @@
 """Ground truths: a few strict spellings, rewritten to what belongs inside `<answer>`.
 
 The prose of a teacher is read leniently (`method.natural`). A ground truth decides what is right, so nothing is
-guessed: every other spelling, and what could be read in two ways, is refused with what to write instead.
+guessed: every other spelling, and what could be read in two ways, is refused with what to write instead. Around the
+closed ones may stand `\\boxed{}` or `Answer:`.
 
 ========  ==============================================================================================
 task      written as
@@ -29,6 +30,11 @@ from rmsd_fast.data.media_paths import Span, is_number
 from rmsd_fast.method.answers import bare_options, option_letters, parse_answer_body
 from rmsd_fast.method.quality import fold_text
 
+# "\boxed{B}", "Answer: B", "答案：B".
+_WRAPPED = re.compile(
+    r"\$?\\boxed\s*\{([^{}]*)\}\$?|(?:(?:the\s+)?(?:final\s+|correct\s+)?answer|答案)\s*[:：]\s*(\S.*)",
+    re.IGNORECASE | re.DOTALL,
+)
 _LABEL = r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.:)、。]?)"
 _LETTER = re.compile(_LABEL)
 _LETTER_AND_TEXT = re.compile(rf"{_LABEL}(?:\s+|(?<=[)\].:、。]))(?:[-–—]\s+)?(\S.*)", re.DOTALL)
@@ -61,6 +67,8 @@ def read_ground_truth(value: object, task: str, options: Sequence[str] | None = 
     Raises:
         GroundTruthError: any other spelling than those above, or two ways to read it.
     """
+    if task not in ("ocr", "open") and isinstance(value, str) and (wrapped := _WRAPPED.fullmatch(value.strip())):
+        value = wrapped[1] or wrapped[2]
     if task == "mcq":
         return _letter(value, options)
     if task == "numeric":
