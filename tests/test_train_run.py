@@ -168,7 +168,9 @@ def compare_metrics(first: Path, second: Path) -> None:
         # Parts of groups read their prompt again, fillers read what another micro-batch has.
         for key, value in ((key, value) for key, value in a.items() if key != "tokens_computed"):
             if isinstance(value, float):
-                assert value == pytest.approx(b[key], rel=1e-5, abs=1e-5), (a["stage"], a["step"], key)
+                # The correlation is a ratio of small differences of scores, which scales their rounding up.
+                close = 1e-4 if key == "discriminator/length_correlation" else 1e-5
+                assert value == pytest.approx(b[key], rel=close, abs=close), (a["stage"], a["step"], key)
             else:
                 assert value == b[key]
 
