@@ -37,8 +37,9 @@ def one_spelling(text: str) -> str:
     text = visible(text)
     if "&lt;" in text and "<answer>" not in text:
         text = html.unescape(text)
-    for spelling, tag in _SPELLINGS:
-        text = spelling.sub(tag, text)
+    if any(mark in text for mark in "<[◁"):
+        for spelling, tag in _SPELLINGS:
+            text = spelling.sub(tag, text)
     return text.strip()
 
 

@@ -36,7 +36,7 @@ _CONTRAST = re.compile(r"\s*[,，(]\s*(?:and |but )?(?:not|rather than|instead o
 
 def visible(text: str) -> str:
     """The text without characters that are not seen, in Unicode's composed form."""
-    return unicodedata.normalize("NFC", _UNSEEN.sub("", text))
+    return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
 def strip_outside(text: str) -> str:
