@@ -2,11 +2,11 @@
 
 The installed version is always tried. For 4.57, name the interpreter of an environment that has it:
 
-    python3 -m venv /tmp/venv457
-    /tmp/venv457/bin/pip install torch==2.13.0 numpy==2.3.5 "transformers==4.57.*" pillow
-    /tmp/venv457/bin/pip install --no-deps torchcodec==0.13.0
-    /tmp/venv457/bin/pip install --no-deps --target /tmp/venv457/oracle torchvision==0.28.0
-    RMSD_FAST_TRANSFORMERS_457=/tmp/venv457/bin/python pytest tests/test_export_versions.py
+    python3 -m venv venv457
+    venv457/bin/pip install torch==2.13.0 numpy==2.3.5 "transformers==4.57.*" pillow
+    venv457/bin/pip install --no-deps torchcodec==0.13.0
+    venv457/bin/pip install --no-deps --target venv457/oracle torchvision==0.28.0
+    RMSD_FAST_TRANSFORMERS_457=venv457/bin/python pytest tests/test_export_versions.py
 
 torchvision stays out of site-packages there because its CUDA wheel breaks a CPU build of torch.
 """
