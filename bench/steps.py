@@ -138,7 +138,7 @@ def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
             loss = state.policy([group.prompt] * n, own, features, head).loss
             state.policy.backward(loss, last=number == len(groups) - 1)
     with state.timer("optimizer"):
-        norms, skipped = apply_or_discard(state, [state.policy, state.discriminator], settings)
+        norms, skipped = apply_or_discard([state.policy, state.discriminator])
     return StepResult({"policy/grad_norm": norms[0], "discriminator/grad_norm": norms[1]}, skipped)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
+from rmsd_fast.process import keep_going_without_output
 
 if TYPE_CHECKING:
     from rmsd_fast.config import RunConfig
@@ -39,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     from rmsd_fast.program import run_program
 
     return run_program(
-        "rmsd_fast.evaluate", settings, lambda world: evaluate(settings, world, arguments.output), trains=False
+        "rmsd_fast.evaluate", settings, lambda world, _: evaluate(settings, world, arguments.output), trains=False
     )
 
 
 def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
     from rmsd_fast.data.media import MediaReader
-    from rmsd_fast.data.records import write_text_atomic
+    from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load
     from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
     from rmsd_fast.stages.material import prepare_material
@@ -74,6 +75,7 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    keep_going_without_output()
     code = main()
     from rmsd_fast.runtime.world import exit_process
 

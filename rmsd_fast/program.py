@@ -8,14 +8,12 @@ from collections.abc import Callable
 import torch
 
 from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.files import ENVIRONMENT_ERRORS
+from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.runtime.world import World, start, stop
 
 
-class Stopped(Exception):
-    """SIGTERM came; the checkpoint is written. Not an error: the program ends with 0."""
-
-
-def run_program(name: str, settings: RunConfig, work: Callable[[World], None], *, trains: bool) -> int:
+def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:
     """Join the process group, do the work, leave the group; returns the exit code.
 
     Args:
@@ -25,8 +23,10 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World], None], *
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    signals = StopSignal()
+    again = "; --resume <run folder> continues from the last checkpoint" if trains else ""
     try:
-        work(start())
+        work(start(), signals)
         code = 0
     except Stopped as stopped:
         print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
@@ -35,13 +35,20 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World], None], *
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        again = "; --resume <run folder> continues from the last checkpoint" if trains else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         print(f"{name}: {_out_of_memory(settings, error, trains=trains)}", file=sys.stderr)
         # Of this process alone: leaving the group would wait for the others.
         return 2
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {where}{error.strerror}; see to the disk, its space and its rights{again}", file=sys.stderr)
+        return 2
+    finally:
+        signals.restore()
     # Not after other errors, for the same reason.
     stop()
     return code

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from rmsd_fast import environment
-from rmsd_fast.data.records import write_text_atomic
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report_page.evaluation import evaluation_picture
 from rmsd_fast.report_page.page import render
 from rmsd_fast.report_page.run_folder import ReportError, load_run

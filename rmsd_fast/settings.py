@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rmsd_fast import config as config_module
 from rmsd_fast.config import FORMATS, RECIPES, STAGES, RunConfig, SettingsError
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import TASK_TYPES
 
 CHOICES = {
@@ -116,7 +117,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
 
 def save_settings(settings: RunConfig, path: Path) -> None:
     """Write the settings as YAML that `load_settings` reads back."""
-    path.write_text(to_yaml(settings))
+    write_text_atomic(path, to_yaml(settings))
 
 
 def to_yaml(settings: RunConfig) -> str:

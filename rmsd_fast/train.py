@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rmsd_fast import environment
+from rmsd_fast.process import keep_going_without_output
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +60,8 @@ def _run(settings, arguments: argparse.Namespace) -> int:
     from rmsd_fast.program import run_program
     from rmsd_fast.train_run import train
 
-    def work(world) -> None:
-        folder = train(settings, world, arguments.resume, arguments.allow_changes)
+    def work(world, stop) -> None:
+        folder = train(settings, world, stop, arguments.resume, arguments.allow_changes)
         if world.is_main:
             print(f"done: {folder}\nreport: {folder / 'report.html'}")
 
@@ -91,6 +92,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    keep_going_without_output()
     code = main()
     if "torch" not in sys.modules:
         sys.exit(code)

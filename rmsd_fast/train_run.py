@@ -11,15 +11,16 @@ import torch
 
 from rmsd_fast.config import CheckpointError, RunConfig
 from rmsd_fast.data.media import MediaReader
-from rmsd_fast.data.records import write_text_atomic
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
 from rmsd_fast.stages.evaluation import (
     answer_questions,
     format_table,
-    predictions_path,
+    read_predictions,
     write_evaluation,
     write_predictions,
 )
@@ -31,21 +32,28 @@ from rmsd_fast.stages.run import (
     open_loader,
     open_run,
     rate_of,
+    record_stage1,
     restore,
+    run_folder,
     run_steps,
     stage_steps,
     write_facts,
 )
 
 
-def train(settings: RunConfig, world: World, resume: Path | None = None, allow_changes: bool = False) -> Path:
-    """One whole run; returns its folder."""
+def train(
+    settings: RunConfig, world: World, stop: StopSignal, resume: Path | None = None, allow_changes: bool = False
+) -> Path:
+    """One whole run; returns its folder. stop: what ends it before its time."""
     material = prepare_material(settings, world)
-    with MediaReader(settings.data, world.device) as media:
-        run = open_run(settings, world, material, media, resume, allow_changes)
-        run_stages(run)
-    on_main(world, lambda: finish(run))
-    return run.folder
+    with run_folder(settings, world, resume) as folder:
+        stop.advice = f"continue with --resume {folder}"
+        with MediaReader(settings.data, world.device) as media:
+            resumed = resume is not None
+            run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
+            run_stages(run)
+        on_main(world, lambda: finish(run))
+    return folder
 
 
 def run_stages(run: Run) -> None:
@@ -87,12 +95,13 @@ def finish(run: Run) -> None:
 def imitate(run: Run) -> None:
     """Stage 1: SFT on teacher responses, ends with `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
-    if final.is_dir() and first_step(run, "sft") == settings.sft.steps:
+    if first_step(run, "sft") == settings.sft.steps and "stage1" in run.fingerprints:
         return
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
         raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
     _imitation_steps(run, state, "sft", settings.sft, final)
+    record_stage1(run)
 
 
 def control(run: Run) -> None:
@@ -158,16 +167,23 @@ def release_memory() -> None:
 
 
 def evaluate(run: Run, path: str, name: str) -> None:
-    """Answers of a student to the held-out questions, once per run; refreshes `evaluation.json`."""
-    if not run.material.heldout or predictions_path(run.folder, name).is_file():
+    """Answers of a student to the held-out questions, once per run; what is made of them, each time."""
+    questions = run.material.heldout
+    if not questions:
         return
-    student = load(path, run.settings, run.world)
-    records = answer_questions(student, run.material.heldout, run.settings, run.world, run.media, name=name)
+    answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is not None)
+    records: list[dict] = []
+    if not answered:
+        student = load(path, run.settings, run.world)
+        records = answer_questions(student, questions, run.settings, run.world, run.media, name=name)
 
     def write() -> None:
-        write_predictions(run.folder, name, records)
-        result = write_evaluation(run.folder, run.material.heldout, run.settings, simulated=run.material.simulated)
-        run.metrics.message(format_table(result))
+        if not answered:
+            write_predictions(run.folder, name, records)
+        # Also of answers that were there: a kill may have come between the two.
+        result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
+        if not answered:
+            run.metrics.message(format_table(result))
 
     on_main(run.world, write)
 

@@ -86,7 +86,7 @@ def test_files_of_the_run_folder(tmp_path):
     settings = RunConfig()
     settings.evaluate.samples = 2
     write_predictions(tmp_path, "stage1", records([0.0, 1.0, 1.0, 0.0]))
-    assert read_predictions(tmp_path, "stage2") is None
+    assert read_predictions(tmp_path, "stage2", questions) is None
     first = write_evaluation(tmp_path, questions, settings, simulated=True)
     assert first["differences"] == {} and first["floors"]["mcq"] == {"score": 1.0, "answer": "A", "n": 4}
     write_predictions(tmp_path, "stage2", records([1.0, 1.0, 1.0, 0.0]))
@@ -101,3 +101,32 @@ def test_files_of_the_run_folder(tmp_path):
     table = format_table(result)
     assert "0.500" in table and "stage2-stage1, closed tasks: +0.250" in table
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other ids", "fewer", "no score", "half a character", "a folder"])
+def test_predictions_that_cannot_be_used_are_asked_for_again(tmp_path, damage, caplog):
+    questions = [
+        Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
+        for i in range(3)
+    ]
+    good = records([0.0, 1.0, 0.5])
+    write_predictions(tmp_path, "stage1", good)
+    assert read_predictions(tmp_path, "stage1", questions) == good
+    path = tmp_path / "predictions" / "stage1.jsonl"
+    text = path.read_bytes()
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(
+            {
+                "cut": text[:-20],
+                "empty": b"",
+                "other ids": text.replace(b"mcq1", b"mcq7"),
+                "fewer": text[: text.rindex(b"{")],
+                "no score": text.replace(b'"score"', b'"points"'),
+                "half a character": text[:40] + b"\xe4" + text[40:],
+            }[damage]
+        )
+    assert read_predictions(tmp_path, "stage1", questions) is None
+    assert "stage1.jsonl: answers are asked for again" in caplog.text

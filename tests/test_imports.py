@@ -20,6 +20,8 @@ LEVELS = {
     "losses": 1,
     "config": 1,
     "environment": 0,
+    "files": 1,
+    "process": 0,
     "settings": 1,
     "method": 1,
     "data": 2,
@@ -35,6 +37,8 @@ LEVELS = {
 # Within a level only these; each line is (importer, imported). Every chain here ends: no cycles. A run ends with an
 # evaluation and a report, so `train` calls those two programs' functions.
 SAME_LEVEL = {
+    ("files", "config"),  # the kind of error
+    ("settings", "files"),
     ("settings", "config"),  # the filling of the dataclasses
     ("settings", "method"),  # the task types among the choices
     ("train", "evaluate"),

@@ -102,7 +102,7 @@ def test_lines_that_never_found_space_are_told(tmp_path, caplog, monkeypatch):
     file.append({"n": 2})
     file.append({"n": 3})
     file.close()
-    assert "x.jsonl: the disk is full; 2 lines are lost" in caplog.text
+    assert "x.jsonl: the disk is full or fails; 2 lines are lost" in caplog.text
     assert written(file) == [1]
 
 

@@ -9,8 +9,9 @@ import torch
 
 from rmsd_fast import program, train_run
 from rmsd_fast.config import RunConfig, SettingsError
-from rmsd_fast.program import Stopped, run_program
+from rmsd_fast.program import run_program
 from rmsd_fast.report import ReportError
+from rmsd_fast.runtime.stop_signal import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def group(monkeypatch):
 
 
 def end(error=None, *, trains=True, settings=None):
-    def work(world):
+    def work(world, stop):
         assert world == "world"
         if error is not None:
             raise error

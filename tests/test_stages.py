@@ -16,6 +16,7 @@ from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.packing import make_rows
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
+from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, load, read_targets
@@ -27,7 +28,7 @@ from rmsd_fast.stages.groups import (
     make_pairs,
     set_advantages,
 )
-from rmsd_fast.stages.state import NonFiniteRun
+from rmsd_fast.stages.state import NonFiniteRun, count_skipped
 
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
 
@@ -82,7 +83,7 @@ def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
         settings.micro_tokens = max(len(p.input_ids) for p in prompts) + room
     found = {}
 
-    def keep(state, engines, settings):
+    def keep(engines):
         for engine in engines:
             found.update(
                 {(len(found), n): p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
@@ -349,7 +350,6 @@ def test_shares_of_rollouts_by_hand(folder, material, world):
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):
     settings, state, prompts = build(folder, material, world)
-    settings.runtime.max_skipped_steps = 3
     distill.step(state, prompts, settings, rollout_step=0)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
@@ -357,11 +357,60 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):
     for number in (1, 2):
         assert distill.step(state, prompts, settings, rollout_step=number).skipped
     assert same(before, weights(state))
-    now = dict(state.discriminator.module.named_parameters())
-    assert all(torch.equal(judge[name], now[name]) for name in judge)
-    with pytest.raises(NonFiniteRun, match="3 steps in a row"):
-        distill.step(state, prompts, settings, rollout_step=3)
+    assert same(judge, dict(state.discriminator.module.named_parameters()))
     hook.remove()
-    state.skipped_in_a_row = 0
     assert not distill.step(state, prompts, settings, rollout_step=4).skipped
     assert not same(before, weights(state))
+
+
+@pytest.mark.parametrize("engine", ["policy", "discriminator"])
+def test_a_norm_that_overflows_keeps_both_optimisers_from_stepping(folder, material, world, engine):
+    """Finite gradients, of one engine alone, whose squares are not finite in float32."""
+    settings, state, prompts = build(folder, material, world)
+    before = weights(state)
+    judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
+    backward = getattr(state, engine).backward
+    getattr(state, engine).backward = lambda loss, last: backward(1e25 * loss, last=last)
+    assert distill.step(state, prompts, settings, rollout_step=0).skipped
+    assert same(before, weights(state))
+    assert same(judge, dict(state.discriminator.module.named_parameters()))
+    getattr(state, engine).backward = backward
+    assert not distill.step(state, prompts, settings, rollout_step=1).skipped
+    counts = {
+        int(s["step"]) for e in (state.policy, state.discriminator) for s in e.engine.basic_optimizer.state.values()
+    }
+    assert counts == {1}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stage", ["warm_up_step", "step"])
+def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material, world, value, stage):
+    settings, state, prompts = build(folder, material, world)
+    before = weights(state)
+    judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
+
+    def spoil(module, given, logits):
+        logits[-1, 7] = value
+        return logits
+
+    hook = state.student.model.lm_head.register_forward_hook(spoil)
+    rollouts = state.rollouts.generate(
+        state.student.model, prompts, Sampling(n=2, temperature=1.0, max_new_tokens=4, seed=0, step=0)
+    )
+    # The last row is spoilt at its first token: it ends there, and says so.
+    assert rollouts[-1][-1].token_ids.tolist() == [state.builder.eos_id]
+    assert not rollouts[-1][-1].finite and rollouts[0][0].finite
+    result = getattr(distill, stage)(state, prompts, settings, rollout_step=0)
+    hook.remove()
+    assert result.skipped and result.metrics == {"tokens": 0}
+    assert same(before, weights(state))
+    assert same(judge, dict(state.discriminator.module.named_parameters()))
+
+
+def test_skipped_steps_in_a_row_end_the_run(folder, material, world):
+    settings, state, _ = build(folder, material, world)
+    settings.runtime.max_skipped_steps = 3
+    for skipped in (True, True, False, True, True):
+        count_skipped(state, settings, skipped)
+    with pytest.raises(NonFiniteRun, match="3 steps in a row"):
+        count_skipped(state, settings, True)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import wait_until_gone
 from safetensors.torch import load_file
 from train_runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
 
+from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
 from rmsd_fast.runtime.alarms import CONDITIONS
 
@@ -288,3 +290,151 @@ def test_resume_refuses_other_settings(whole):
     assert done.returncode == 2
     assert "distill.lr" in done.stderr and "--allow-changes" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """What a finished run has made, but for what tells times and places."""
+    names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl", "stage1.digests.json"]
+    paths = [run / name for name in names] + [*(run / "predictions").iterdir(), *(run / "export").iterdir()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+def copy_of(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("evaluation.json", "report.html"),
+        ("samples.jsonl",),
+        ("predictions/stage2.jsonl", "evaluation.json"),
+        ("stage1", "stage1.digests.json"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
+    """The files that a kill between two of them leaves out; nothing else of the run changes."""
+    run = copy_of(whole, tmp_path)
+    expected = files(run)
+    for name in lost:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # As a kill in the middle of writing leaves them.
+    (run / ".export.tmp").mkdir()
+    (run / ".evaluation.json.4711.tmp").write_text("{")
+    done = run_train(["--resume", str(run)])
+    if "stage1" in lost:
+        assert done.returncode == 2 and "stage1 is missing" in done.stderr and "Traceback" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files(run) == expected
+    assert (run / "report.html").stat().st_size > 0
+    assert not list(run.glob(".*.tmp"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "chat_template.jinja", "tokenizer.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("folder", ["stage1", "model.path"])
+def test_resume_refuses_another_model(whole, made, tmp_path, folder, name):
+    """A bit of any file that a student is read from, of what stage 2 or the run started from."""
+    run = copy_of(whole, tmp_path)
+    if folder == "stage1":
+        flip(run / "stage1" / name)
+        key = f"stage1.{name}"
+    else:
+        (student,) = made.glob("*/student-*")
+        here = Path(shutil.copytree(made, tmp_path / "made"))
+        flip(here / student.relative_to(made) / name)
+        for path in (run / "config.yaml",):
+            path.write_text(path.read_text().replace(str(made), str(here)))
+        key = f"files.model.{name}"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = run_train(["--resume", str(run)])
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert f"{key}: was" in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--allow-changes"], "--allow-changes: nothing differs"),
+        (["--allow-changes", "distill.steps=5"], "--allow-changes: nothing differs"),
+        (["--allow-changes", "sft.steps=4"], "sft.steps=4 has no effect, 3 of 3 steps of sft are done"),
+        (["--allow-changes", "distill.steps=4"], "distill.steps=4 has no effect, 5 of 5 steps of distill are done"),
+    ],
+)
+def test_resume_refuses_changes_without_effect(whole, overrides, words):
+    before = (whole / "config.yaml").read_text()
+    done = run_train(["--resume", str(whole), *overrides])
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert (whole / "config.yaml").read_text() == before and not list(whole.glob("config.before-*"))
+
+
+def test_a_run_that_is_being_written_is_left_alone(whole, tmp_path):
+    run = copy_of(whole, tmp_path)
+    with FolderLock(run):
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        done = run_train(["--resume", str(run)])
+        assert done.returncode == 2 and "writes to this folder" in done.stderr and "Traceback" not in done.stderr
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_killed_torchrun_takes_its_ranks_along(made, tmp_path):
+    process = subprocess.Popen(
+        command(mini_arguments(tmp_path, made, "distill.steps=200"), processes=2),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for_lines(process, tmp_path, 2)
+    ranks = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    for rank in ranks:
+        wait_until_gone(rank)
+    # The kernel has let go of their lock too.
+    FolderLock(only_run(tmp_path)).close()
+
+
+def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):
+    run = copy_of(whole, tmp_path)
+    (run / "predictions" / "stage1.jsonl").unlink()
+    process = subprocess.Popen(
+        command(["--resume", str(run), "--allow-changes", "evaluate.max_new_tokens=400"]),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("evaluate untrained"):
+            break
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors[-2000:]
+    assert f"continue with --resume {run}" in errors
+    assert time.monotonic() - sent < 60  # generous: the machine may be busy
+
+
+def test_lost_output_does_not_end_a_run(whole, tmp_path):
+    """Its reader is gone, its log is on a full disk, or nothing is there from the start."""
+    run = copy_of(whole, tmp_path)
+    python = " ".join(command(["--resume", str(run)]))
+    for shell in (
+        f"{python} 2>&1 | head -c 1; exit ${{PIPESTATUS[0]}}",
+        f"{python} > /dev/full 2>&1",
+        f"{python} >&- 2>&- <&-",
+    ):
+        done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, (shell, done.stderr[-2000:])

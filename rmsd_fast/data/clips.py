@@ -154,7 +154,7 @@ def make_clips(
         _check_made(final, settings)
         return material
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=final.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=final.parent))
     # mkdtemp makes the folder private; what is renamed into place is as readable as any other.
     temporary.chmod(0o755)
     try:

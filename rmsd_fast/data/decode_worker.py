@@ -40,13 +40,13 @@ from rmsd_fast.data.video import (
     read_media,
     read_preview,
 )
+from rmsd_fast.process import end_with_parent
 from rmsd_kernels import native
 
 # For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
 # A worker is replaced after so many answers: decoders and allocators that hold on to memory stay bounded.
 MOST_ANSWERS = 200
-_PR_SET_PDEATHSIG = 1
 
 
 class WorkerLost(MediaError):
@@ -226,8 +226,8 @@ def _anonymous_memory(size: int) -> int:
 
 def _serve(ours: socket.socket) -> None:
     """A worker's life: answer requests until the other side closes."""
+    end_with_parent()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         # Where memory runs out, a file is lost rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")

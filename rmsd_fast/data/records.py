@@ -30,6 +30,7 @@ from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
 from rmsd_fast.data.option_lists import MOST_OPTIONS, without_options
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
 _FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration", "meta")
@@ -266,21 +267,6 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
             record["meta"] = question.meta
         lines.append(json.dumps(record, ensure_ascii=False))
     write_text_atomic(path, "".join(line + "\n" for line in lines))
-
-
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write, flush to disk, rename: readers see the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _options(value: object, task: str, fail) -> tuple[str, ...] | None:

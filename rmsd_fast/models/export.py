@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import VideoConfig
+from rmsd_fast.files import os_errors_of_safetensors, replace_folder
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import model_card
 from rmsd_fast.models.students import Student
@@ -54,10 +55,11 @@ def export_student(
         raise ValueError(f"{folder}: expected no folder or an earlier export, found other files; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # What a killed export left is replaced by the next one.
-    staged = folder.parent / f"{folder.name}.tmp"
+    staged = folder.parent / f".{folder.name}.tmp"
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        student.model.save_pretrained(staged)
+        with os_errors_of_safetensors(staged):
+            student.model.save_pretrained(staged)
         student.tokenizer.save_pretrained(staged)
         write_preprocessor(student.preprocessor, staged)
         make_portable(staged, eos_id=student.eos_id)
@@ -67,9 +69,7 @@ def export_student(
         mode = (staged / "config.json").stat().st_mode & 0o777
         for weights in staged.glob("*.safetensors"):
             weights.chmod(mode)
-        if folder.exists():
-            shutil.rmtree(folder)
-        staged.rename(folder)
+        replace_folder(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

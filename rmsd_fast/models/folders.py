@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 FAMILIES = ("qwen3_vl",)
 # What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+MOST_HASHED_AT_ONCE = 4
 
 
 def find_folder(path: str | Path) -> Path | None:
@@ -295,6 +298,30 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
     }
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """Hash of each file that a student is read from, by name: weights, settings, tokenizer, template, preprocessors.
+
+    Large weights are hashed at about 1 GB/s for each file, several files at once.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    with ThreadPoolExecutor(MOST_HASHED_AT_ONCE) as pool:
+        try:
+            return dict(zip((path.name for path in files), pool.map(_digest, files), strict=True))
+        except OSError as error:
+            raise ModelError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def first_line(error: BaseException) -> str:

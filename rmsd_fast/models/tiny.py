@@ -118,7 +118,7 @@ def build_tiny_student(
     tokenizer = build_tokenizer(texts, vocab_size)
     student = Student(_build_model(tokenizer, seed, hidden, layers), tokenizer, Preprocessor())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.parent / f"{folder.name}.building{os.getpid()}"
+    staged = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         export_student(student, staged)
         (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

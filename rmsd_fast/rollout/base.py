@@ -29,7 +29,8 @@ class Rollout:
     """One response: what was sampled and under which log-probs.
 
     token_ids: int64 [R], the end token included if the response ended by itself. logp: float32 [R], of the distribution
-    that was sampled from (temperature applied, banned ids left out). truncated: cut at `max_new_tokens`.
+    that was sampled from (temperature applied, banned ids left out); NaN at the last token where the model's logits
+    were not finite, and the response ends there. truncated: cut at `max_new_tokens`.
     policy_version: the rollout step it was written in; the weights change at most once per step.
     """
 
@@ -40,6 +41,11 @@ class Rollout:
     logp: torch.Tensor
     truncated: bool
     policy_version: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model's logits were finite at every token."""
+        return bool(torch.isfinite(self.logp).all())
 
 
 class RolloutEngine(Protocol):

@@ -110,18 +110,24 @@ class HfRollout:
         return cache, model.lm_head(hidden[0, last.to(self.device)])
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor, temperature: float):
-        """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64."""
+        """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64.
+
+        Where logits are not finite, the end token and NaN.
+        """
         logits = logits.float()
+        finite = torch.isfinite(logits).all(-1)
         logits[:, self.banned_ids] = -torch.inf
         if temperature == 0:
             chosen = logits.argmax(-1)
-            return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-        logp = (logits / temperature).log_softmax(-1)
-        cdf = logp.double().exp().cumsum(-1)
-        # right=True: an id of probability 0 has an empty interval and is never chosen.
-        chosen = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
-        chosen = chosen.clamp_max(logits.shape[-1] - 1)
-        return chosen, logp.gather(-1, chosen[:, None])[:, 0]
+            logp = logits.log_softmax(-1)
+        else:
+            logp = (logits / temperature).log_softmax(-1)
+            cdf = logp.double().exp().cumsum(-1)
+            # right=True: an id of probability 0 has an empty interval and is never chosen.
+            chosen = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
+            chosen = chosen.clamp_max(logits.shape[-1] - 1)
+        chosen = torch.where(finite, chosen, self.builder.eos_id)
+        return chosen, torch.where(finite, logp.gather(-1, chosen[:, None])[:, 0], torch.nan)
 
     def _collect(self, prompts, tokens, logp, sampling: Sampling, policy_version: int) -> list[list[Rollout]]:
         tokens, logp = tokens.cpu(), logp.cpu()

@@ -14,10 +14,8 @@ import os
 import random
 import re
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ import torch
 from torch import nn
 
 from rmsd_fast.config import CheckpointError, SettingsError
+from rmsd_fast.files import is_disk_error, sync_folder
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
-    any_rank,
     barrier,
-    broadcast_object,
+    on_main,
     read_tensors,
     write_tensors,
 )
@@ -72,7 +70,8 @@ def save_checkpoint(
             reads an engine's weights under ZeRO-3 needs this call to stand inside `engine.full_weights()`.
         keep: newest checkpoints kept, this one included.
     Returns:
-        False when the disk is full: nothing is left of this checkpoint, the former ones stay, training can go on.
+        False when the disk is full or fails: nothing is left of this checkpoint, the former ones stay, training can
+            go on.
     Raises:
         ValueError: keep < 1, or a state that JSON cannot hold.
         RuntimeError: any other failure of one rank, on all ranks.
@@ -128,12 +127,12 @@ def save_checkpoint(
 
 
 def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> list[dict[str, Any]] | None:
-    """Do `work` on every rank and agree on the outcome: all results, or None when a disk was full."""
+    """Do `work` on every rank and agree on the outcome: all results, or None when a disk was full or failed."""
     result, full, error = {}, "", ""
     try:
         result = work()
     except Exception as caught:
-        if isinstance(caught, OSError) and caught.errno in (ENOSPC, EDQUOT):
+        if is_disk_error(caught):
             full = str(caught)
         else:
             error = f"{type(caught).__name__}: {caught}"
@@ -150,7 +149,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
         raise RuntimeError(f"{tmp.with_suffix('')} could not be written ({'; '.join(errors)}); former checkpoints stay")
     if world.is_main:
         log.warning(
-            "%s not written, the disk is full (%s); training goes on, the former checkpoint stays; free some space",
+            "%s not written (%s); training goes on, the former checkpoint stays; free some space, or see to the disk",
             tmp.with_suffix(""),
             fulls[0],
         )
@@ -176,18 +175,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _commit(root: Path, tmp: Path, tag: int) -> None:
     _to_disk(tmp / "manifest.json")
     for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
-        _sync_folder(folder)
+        sync_folder(folder)
     final, replaced = root / f"step_{tag}", root / f"step_{tag}.replaced"
     if final.exists():  # a run that fell back to an earlier checkpoint comes past this step again
         shutil.rmtree(replaced, ignore_errors=True)
@@ -197,7 +188,7 @@ def _commit(root: Path, tmp: Path, tag: int) -> None:
     _write(latest, final.name + "\n")
     _to_disk(latest)
     latest.replace(root / "latest")
-    _sync_folder(root)
+    sync_folder(root)
 
 
 def _prune(root: Path, tag: int, keep: int) -> None:
@@ -225,7 +216,7 @@ def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | Non
         ValueError: there are checkpoints and all of them are damaged.
     """
     root = Path(run_folder) / "checkpoints"
-    names = broadcast_object(_candidates(root) if world.is_main else None, world)
+    names = on_main(world, lambda: _candidates(root))
     damaged: list[str] = []
     for name in names:
         problems = [p for part in all_gather_objects(_problems(root / name, world), world) for p in part]
@@ -244,7 +235,10 @@ def _candidates(root: Path) -> list[str]:
     """Names of checkpoints: the one in `latest`, then the others from new to old."""
     if not root.is_dir():
         return []
-    found = {p.name: m for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))}
+    try:
+        found = {p.name: m for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))}
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); check the folder") from error
     names = sorted(found, key=lambda n: (int(found[n][1]), not found[n][2]), reverse=True)
     try:
         first = (root / "latest").read_text(encoding="utf-8").strip()
@@ -261,17 +255,33 @@ def _problems(folder: Path, world: World) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json unreadable: {error}"]
     found = [] if "state.json" in files else ["state.json is not in the manifest"]
+    try:
+        unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {*files, "manifest.json"}
+        # NFS gives files that were removed while they were open such a name for a while.
+        unlisted = {name for name in unlisted if not Path(name).name.startswith(".nfs")}
+    except OSError as error:
+        return [*found, f"{error.filename} cannot be read ({error.strerror})"]
+    found += [f"{name} is not in the manifest" for name in sorted(unlisted)]
     for name, size, sha256 in entries[world.rank :: world.size]:
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            found.append(f"{name} lies outside the checkpoint")
-        elif not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            found.append(f"{name}: expected {size} bytes, got {path.stat().st_size}")
-        elif _sha256(path) != sha256:
-            found.append(f"{name}: sha256 differs")
+        try:
+            problem = _problem(folder, folder / name, size, sha256)
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        if problem:
+            found.append(f"{name} {problem}")
     return found
+
+
+def _problem(folder: Path, path: Path, size: int, sha256: str) -> str:
+    """What a file of a checkpoint has against its entry in the manifest; otherwise empty."""
+    # Not by Path.resolve, which raises RuntimeError where links lead in a circle.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return "lies outside the checkpoint"
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes, expected {size}"
+    return "" if _sha256(path) == sha256 else "has another sha256 than written"
 
 
 def load_checkpoint(
@@ -374,26 +384,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _show(value: Any, missing: object) -> str:
     return "absent" if value is missing else repr(value)
-
-
-class StopSignal:
-    """Turns SIGTERM into a request to stop after the current step.
-
-    A second one changes nothing: processes of torchrun get it twice where the whole group is signalled, once from there
-    and once from torchrun, which kills what is left after 30 s by default.
-    """
-
-    def __init__(self) -> None:
-        self._seen = False
-        self._former = signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._seen = True
-
-    def requested(self, world: World) -> bool:
-        """Whether one rank was asked to stop; the same answer on all ranks, which must all ask."""
-        return any_rank(self._seen, world)
-
-    def restore(self) -> None:
-        """Put the former handler back."""
-        signal.signal(signal.SIGTERM, self._former)

@@ -53,6 +53,8 @@ __all__ = [
 
 # Parameters below this size stay gathered under ZeRO-3: norms and biases, whose gathering costs more than their memory.
 PERSISTENT_NUMEL = 10_000
+# Gradients of a larger norm are treated as not finite: their squares could overflow float32 in DeepSpeed's norm.
+LARGEST_NORM = 1e18
 # DeepSpeed allocates a whole bucket per backward; its default of 5e8 elements is 2 GB for a model of any size.
 LARGEST_BUCKET = 200_000_000
 
@@ -103,7 +105,8 @@ class Engine:
                 dist_init_required=False,
             )
         self._trace = 0  # which parameters got gradients, in which order
-        self._probe = torch.zeros((), device=world.device)  # NaN once a gradient was not finite
+        # Sum of the norms of all gradients, at least their global norm; not finite once one of them was not.
+        self._probe = torch.zeros((), device=world.device)
         self._hooks = [p.register_hook(self._watch(i)) for i, p in enumerate(trainable)]
 
     @property
@@ -116,8 +119,8 @@ class Engine:
 
     def _watch(self, index: int) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            # A sum is not finite when one addend is not: one pass over the gradient and no temporary of its size.
-            self._probe.add_(grad.detach().sum(dtype=torch.float32) * 0)
+            # One pass over the gradient and no temporary of its size.
+            self._probe.add_(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))
             self._trace = (self._trace * 1_000_003 + index + 1) % 2_147_483_647
 
         return hook
@@ -138,13 +141,16 @@ class Engine:
             group["lr"] = lr
 
     def gradients_finite(self) -> bool:
-        """Whether all gradients since the last step or discard were finite, on all ranks. Call after the last backward.
+        """Whether all gradients since the last step or discard were finite, on all ranks, and so is their global norm.
+        Call it after the last backward, and before any engine's `step`.
 
         Raises:
             RuntimeError: the ranks' gradients did not arrive for the same parameters in the same order; ZeRO 1 to 3
                 have then summed gradients of different parameters.
         """
-        state = {"bad": float(not torch.isfinite(self._probe).item()), "high": self._trace, "low": -self._trace}
+        # The mean over the ranks has at most the largest of their norms.
+        bad = not self._probe.item() <= LARGEST_NORM
+        state = {"bad": float(bad), "high": self._trace, "low": -self._trace}
         state = global_max(state, self.world)
         if self.zero_stage > 0 and state["high"] != -state["low"]:
             raise RuntimeError(
@@ -156,16 +162,13 @@ class Engine:
     def step(self) -> float:
         """One optimiser step; returns the global gradient norm before clipping.
 
-        A norm that is not finite (the ranks' finite gradients overflowed in their sum) discards the gradients instead
-        and returns inf.
+        Raises:
+            RuntimeError: DeepSpeed did not apply the step, which it does where `gradients_finite` is true.
         """
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm([g.float() for g in grads])) if grads else 0.0
-            if not math.isfinite(norm):
-                self.discard()
-                return float("inf")
             self.engine.step()
         else:
             self.engine.step()
@@ -174,9 +177,8 @@ class Engine:
             # A parameter without a gradient in the next window would take its old one.
             optimizer.grad_partitions_flat_buffer.zero_()
         self._reset_watch()
-        if not self.engine.was_step_applied():
-            self.discard()
-            return float("inf")
+        if not self.engine.was_step_applied() or not math.isfinite(norm):
+            raise RuntimeError(f"DeepSpeed did not apply a step of gradient norm {norm}; ask gradients_finite() first")
         return norm
 
     def discard(self) -> None:

@@ -7,12 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from errno import EDQUOT, ENOSPC
+from errno import ENOSPC
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import CheckpointError
+from rmsd_fast.files import is_disk_error
 
 log = logging.getLogger("rmsd_fast")
 
@@ -54,7 +55,10 @@ class JsonLines:
         records = []
         for number, line in enumerate(self._path.read_bytes().splitlines() if self._path.exists() else [], start=1):
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("it is none")
+                records.append(record)
             except ValueError as error:
                 raise CheckpointError(
                     f"{self._path}:{number}: expected a JSON object ({error}); restore the file, or delete that line "
@@ -75,7 +79,10 @@ class JsonLines:
         while self._pending:
             if not self._write(self._pending[0]):
                 if len(self._pending) == 1:
-                    log.warning("%s: the disk is full; lines are kept in memory until there is space", self._path.name)
+                    log.warning(
+                        "%s: the disk is full or fails; lines are kept in memory until they can be written",
+                        self._path.name,
+                    )
                 return
             self._pending.pop(0)
             self._lines += 1
@@ -94,7 +101,7 @@ class JsonLines:
                 self._file.truncate(size)
                 raise
         except OSError as error:
-            if error.errno not in (ENOSPC, EDQUOT):
+            if not is_disk_error(error):
                 raise
             return False
         return True
@@ -108,7 +115,7 @@ class JsonLines:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 # Some file systems find out only now. The checkpoint will not fit either, and says so.
-                if error.errno not in (ENOSPC, EDQUOT):
+                if not is_disk_error(error):
                     raise
         return self._lines
 
@@ -116,7 +123,7 @@ class JsonLines:
         """Close the file; a later record opens it again. Lines for which there is no space are lost, with a warning."""
         self._write_pending()
         if self._pending:
-            log.warning("%s: the disk is full; %d lines are lost", self._path, len(self._pending))
+            log.warning("%s: the disk is full or fails; %d lines are lost", self._path, len(self._pending))
             self._pending.clear()
         if self._file is not None:
             self._file.close()

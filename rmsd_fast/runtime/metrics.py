@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from rmsd_fast.config import CheckpointError
 from rmsd_fast.runtime.alarms import AlarmWatch
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.world import World
@@ -77,6 +78,8 @@ class MetricsLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0)
             for record in self._file.records():
+                if not isinstance(record.get("stage"), str) or not isinstance(record.get("step"), int):
+                    raise CheckpointError(f"{self._folder / 'metrics.jsonl'}: expected stage and step in {record}")
                 self._last_step[record["stage"]] = record["step"]
                 # Alarms that were raised before the checkpoint are not raised again.
                 self._alarms.see(record["stage"], record["step"], record)
@@ -169,7 +172,11 @@ class MetricsLog:
         if not self._on:
             return
         for writer in self._writers.values():
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                # Its thread keeps the error of a disk that was full for a moment.
+                log.warning("TensorBoard files are not complete: %s; metrics.jsonl has all numbers", error)
         self._writers = {}
         self._file.close()
 

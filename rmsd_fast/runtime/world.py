@@ -11,9 +11,9 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmsd_fast.config import NotInstalled
+from rmsd_fast.files import os_errors_of_safetensors
+from rmsd_fast.process import end_with_parent
+from rmsd_fast.runtime.stop_signal import Stopped
 
 Result = TypeVar("Result")
 
@@ -53,6 +56,9 @@ def start(timeout_s: float = 1800.0) -> World:
         RuntimeError: fewer CUDA devices than processes on this node.
     """
     cuda = torch.cuda.is_available()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A torchrun that is killed leaves its ranks: they would train on, and meet those of the resumed run.
+        end_with_parent()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -119,8 +125,9 @@ def exit_process(code: int) -> NoReturn:
     aborts a process (SIGABRT) whose work is done, and with it the whole torchrun job.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)
 
 
@@ -164,7 +171,7 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     if world.is_main:
         try:
             outcome = (True, work())
-        except Exception as error:
+        except (Exception, Stopped) as error:
             outcome = (False, error)
     done, value = broadcast_object(outcome, world)
     if not done:
@@ -189,15 +196,10 @@ def barrier(world: World) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors. A full disk is `OSError(ENOSPC)`, as it is for other files."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with os_errors_of_safetensors(path):
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
-    except SafetensorError as error:
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(ENOSPC, "No space left on device", str(path)) from error
-        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

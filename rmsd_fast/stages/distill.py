@@ -18,7 +18,7 @@ from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Sampling
-from rmsd_fast.runtime.distributed import global_sum
+from rmsd_fast.runtime.distributed import any_rank, global_sum
 from rmsd_fast.settings import uses_discriminator
 from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, set_advantages
 from rmsd_fast.stages.judge import judge, judge_metrics
@@ -36,10 +36,12 @@ from rmsd_fast.stages.state import (
 def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
     """One optimiser step of the discriminator on rollouts of a policy that stands still."""
     groups, features = _roll_out(state, prompts, settings, rollout_step)
+    if groups is None:
+        return StepResult({"tokens": 0}, skipped=True)
     with state.timer("discriminator"):
         sums = judge(state, groups, features, settings)
     with state.timer("optimizer"):
-        (norm,), skipped = apply_or_discard(state, [state.discriminator], settings)
+        (norm,), skipped = apply_or_discard([state.discriminator])
     samples = _samples(groups, judged=True, trained=False)
     sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
     metrics = {**judge_metrics(sums), **group_metrics(sums), **_work(sums), "discriminator/grad_norm": norm}
@@ -49,6 +51,8 @@ def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
 def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
     """One optimiser step of policy and discriminator."""
     groups, features = _roll_out(state, prompts, settings, rollout_step)
+    if groups is None:
+        return StepResult({"tokens": 0}, skipped=True)
     engines = [state.policy]
     sums: dict[str, float] = {}
     if uses_discriminator(settings):
@@ -62,7 +66,7 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout
     with state.timer("policy"):
         sums |= _policy_pass(state, batches, settings)
     with state.timer("optimizer"):
-        norms, skipped = apply_or_discard(state, engines, settings)
+        norms, skipped = apply_or_discard(engines)
     samples = _samples(groups, judged=uses_discriminator(settings), trained=True)
     sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
     metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work(sums), "policy/grad_norm": norms[0]}
@@ -73,8 +77,11 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout
 
 def _roll_out(
     state: RunState, prompts: list[Prompt], settings: RunConfig, rollout_step: int
-) -> tuple[list[Group], MediaFeatures | None]:
-    """Groups of the step and the vision features that all three models share; None where each encodes its own."""
+) -> tuple[list[Group] | None, MediaFeatures | None]:
+    """Groups of the step and the vision features that all three models share; None where each encodes its own.
+
+    No groups on any process where the policy's logits were not finite on one of them.
+    """
     rollout = settings.rollout
     sampling = Sampling(
         n=rollout.n,
@@ -90,6 +97,8 @@ def _roll_out(
             responses = state.rollouts.generate(
                 model, prompts, sampling, features=features, policy_version=rollout_step
             )
+    if any_rank(not all(rollout.finite for own in responses for rollout in own), state.world):
+        return None, None
     with state.timer("matching"):
         groups = [
             make_group(prompt, own, state.targets[prompt.question.id], settings, step=rollout_step)

@@ -17,7 +17,8 @@ from rmsd_fast.config import RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
-from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question, write_text_atomic
+from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.natural import canonical_response
 from rmsd_fast.method.quality import quality_score
@@ -46,7 +47,8 @@ def answer_questions(
     """Greedy answers of a student, one record per question, the same list on every process.
 
     Every process holds the whole model and answers its share; the next batch is decoded meanwhile. A question whose
-    media cannot be used, or whose prompt is too long, is recorded with `error` and counts as 0.
+    media cannot be used, whose prompt is too long, or at which the student's logits are not finite is recorded with
+    `error` and counts as 0.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -73,7 +75,13 @@ def answer_questions(
         if prompts:
             answers = engine.generate(student.model, prompts, sampling)
             records += [
-                _record(prompt.question, rollout.text, settings, truncated=rollout.truncated)
+                _record(
+                    prompt.question,
+                    rollout.text,
+                    settings,
+                    truncated=rollout.truncated,
+                    error="" if rollout.finite else "the student's logits are not finite",
+                )
                 for prompt, (rollout,) in zip(prompts, answers, strict=True)
             ]
         records += failed
@@ -176,8 +184,8 @@ def _bootstrap(rows: list[dict], seed: int) -> dict:
 
 
 def write_evaluation(run_folder: Path, questions: list[Question], settings: RunConfig, *, simulated: bool) -> dict:
-    """Make `evaluation.json` and `samples.jsonl` from the predictions that the run folder holds so far."""
-    predictions = {name: read_predictions(run_folder, name) for name in STUDENTS}
+    """Make `samples.jsonl` and `evaluation.json` from the predictions that the run folder holds so far."""
+    predictions = {name: read_predictions(run_folder, name, questions) for name in STUDENTS}
     predictions = {name: records for name, records in predictions.items() if records is not None}
     names = list(predictions)
     result = {
@@ -193,7 +201,6 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
             for before, after in zip(names, names[1:], strict=False)
         },
     }
-    write_text_atomic(run_folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     by_id = {question.id: question for question in questions}
     lines = []
     for name, records in predictions.items():
@@ -204,6 +211,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
             asked = {"question": question.question, "options": question.options, "answer": question.answer}
             lines.append(json.dumps({"student": name, **record, **asked, **media}))
     write_text_atomic(run_folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    write_text_atomic(run_folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -225,9 +233,28 @@ def predictions_path(run_folder: Path, name: str) -> Path:
     return run_folder / "predictions" / f"{name}.jsonl"
 
 
-def read_predictions(run_folder: Path, name: str) -> list[dict] | None:
+def read_predictions(run_folder: Path, name: str, questions: list[Question]) -> list[dict] | None:
+    """The answers of a student, one record per question in their order; None where they have to be made.
+
+    Says so where a file is there that does not hold them: damaged, or of other questions.
+    """
     path = predictions_path(run_folder, name)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else None
+    if not path.exists():
+        return None
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked = [(question.id, question.task_type) for question in questions]
+        if [(r["id"], r["task_type"]) for r in records] != asked or not all(_is_scored(r) for r in records):
+            raise ValueError("it does not answer these questions")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: answers are asked for again, the file cannot be used (%s)", path, error)
+        return None
+    return records
+
+
+def _is_scored(record: dict) -> bool:
+    score = record["score"]
+    return isinstance(record["valid"], bool) and isinstance(score, int | float) and 0 <= score <= 1
 
 
 def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:

@@ -13,7 +13,8 @@ from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import load_questions
-from rmsd_fast.models.folders import open_folder, resolve_folder
+from rmsd_fast.files import FolderLock, remove_leftovers
+from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
@@ -23,6 +24,9 @@ from rmsd_fast.teacher.pool import load_pool
 from rmsd_fast.teacher.simulated import write_simulated_pool
 from rmsd_kernels.implementations import resolve_impl
 
+# How long a program waits for another one that makes the same material.
+LONGEST_MAKING_S = 3600.0
+
 
 @dataclass(frozen=True)
 class Material(Inputs):
@@ -31,12 +35,10 @@ class Material(Inputs):
     model_path: str
     files: dict[str, str]
 
-    def fingerprints(self) -> dict[str, str]:
-        """sha256 of every input file, by role; of the model its configuration and the sizes of its weights."""
+    def fingerprints(self) -> dict:
+        """sha256 of every input file, by role; of the model, hashes of all its files by name."""
         digests = {role: _digest(Path(path)) for role, path in self.files.items()}
-        folder = resolve_folder(self.model_path)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        return {**digests, "model": f"{_digest(folder / 'config.json')} {sizes}"}
+        return {**digests, "model": model_digests(resolve_folder(self.model_path))}
 
 
 def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
@@ -53,7 +55,7 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     if training:
         check_batches(settings, world.size)
         losses_of(settings, world)
-    made = on_main(world, lambda: _make(settings)) if settings.made.enabled else {}
+    made = on_main(world, lambda: _make_locked(settings)) if settings.made.enabled else {}
     named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
     files = {role: path or made.get(role, "") for role, path in named.items()}
     model_path = settings.model.path or made.get("student", "")
@@ -98,6 +100,19 @@ def losses_of(settings: RunConfig, world: World) -> str:
         return resolve_impl("auto", torch.empty(0, dtype=DTYPES[settings.model.dtype], device=world.device))
     except RuntimeError as error:
         raise NotInstalled(f"losses: {error}") from None
+
+
+def _make_locked(settings: RunConfig) -> dict[str, str]:
+    """`_make`, one program at a time; what a killed one left is removed."""
+    folder = Path(settings.made.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"made.folder: cannot make {folder} ({error.strerror}); choose another folder") from error
+    with FolderLock(folder, wait_s=LONGEST_MAKING_S):
+        for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            remove_leftovers(place)
+        return _make(settings)
 
 
 def _make(settings: RunConfig) -> dict[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +19,14 @@ from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.data.records import Question, write_text_atomic
+from rmsd_fast.data.records import Question
+from rmsd_fast.files import FolderLock, remove_leftovers, write_text_atomic
 from rmsd_fast.models.export import export_student
+from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
-from rmsd_fast.program import Stopped
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
-    StopSignal,
     compare_fingerprints,
     find_checkpoint,
     load_checkpoint,
@@ -33,13 +35,20 @@ from rmsd_fast.runtime.checkpoint import (
 from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
-from rmsd_fast.settings import save_settings, settings_as_dict, to_yaml
+from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
+from rmsd_fast.settings import load_settings, save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
-from rmsd_fast.stages.state import RunState, StepResult, learning_rate
+from rmsd_fast.stages.state import RunState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
 
+# Section and field of the settings that tell how many steps a stage has.
+STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
+# Hashes of the files of `stage1/`.
+STAGE1_RECORD = "stage1.digests.json"
 LOGS = ("rollouts", "bad_media", "skipped")
+log = logging.getLogger("rmsd_fast")
+
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
@@ -48,6 +57,7 @@ class Run:
     """One run: `checkpoint` is the one that it continues from, None for a new run.
 
     logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
+    fingerprints: settings, and hashes of all that the run reads; `stage1` among them once that stage is done.
     """
 
     settings: RunConfig
@@ -71,33 +81,60 @@ class Run:
         return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
 
 
+@contextmanager
+def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterator[Path]:
+    """The folder of a run, made if it is a new one, and kept from other programs until the end of the `with` block.
+
+    Raises:
+        Locked: another program writes to the folder.
+        SettingsError: it cannot be made.
+    """
+    lock: FolderLock | None = None
+
+    def take() -> Path:
+        nonlocal lock
+        folder = _new_folder(settings) if resume is None else resume
+        lock = FolderLock(folder)
+        remove_leftovers(folder)
+        remove_leftovers(folder / "predictions")
+        return folder
+
+    try:
+        yield on_main(world, take)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
 def open_run(
     settings: RunConfig,
     world: World,
+    folder: Path,
     material: Material,
     media: MediaReader,
-    resume: Path | None,
+    stop: StopSignal,
+    *,
+    resumed: bool,
     allow_changes: bool,
 ) -> Run:
-    """Make the run folder, or check and reopen the one to continue."""
-    fingerprints = {"settings": settings_as_dict(settings), "files": material.fingerprints()}
+    """Start a run in its folder, or check and reopen the one to continue.
+
+    Raises:
+        CheckpointError: the run differs from the one to continue, or none of its checkpoints can be loaded.
+        SettingsError: a change without effect.
+    """
+    fingerprints = {"settings": settings_as_dict(settings), "files": on_main(world, material.fingerprints)}
     checkpoint = None
-    if resume is None:
-        folder = Path(on_main(world, lambda: str(_new_folder(settings))))
-    else:
-        folder = resume
+    if resumed:
         checkpoint = find_checkpoint(folder, world=world)
-        if checkpoint is not None:
-            changes = compare_fingerprints(checkpoint.state["fingerprints"], fingerprints, allow_changes=allow_changes)
-            if changes:
-                on_main(world, lambda: _take_changes(settings, folder))
+        fingerprints = on_main(world, lambda: _check_changes(settings, folder, checkpoint, fingerprints, allow_changes))
     saved = checkpoint.state if checkpoint else {}
     totals = {stage: stage_steps(settings, stage) for stage in settings.stages}
     metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
     # Checkpoints of earlier versions do not count the lines of all of them.
     kept = saved.get("log_lines", {})
     logs = {name: JsonLines(folder / f"{name}.jsonl", keep=kept.get(name, 0)) for name in LOGS if world.is_main}
-    run = Run(settings, world, folder, material, media, metrics, logs, StopSignal(), fingerprints, checkpoint)
+    run = Run(settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint)
     if world.is_main:
         run.listed = {(record["stage"], record["id"]) for record in logs["bad_media"].records()}
     if checkpoint:
@@ -106,17 +143,83 @@ def open_run(
 
 
 def _new_folder(settings: RunConfig) -> Path:
-    folder = Path(settings.output) / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
-    while folder.exists():
-        number += 1
-        folder = folder.with_name(f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    while True:
+        folder = Path(settings.output) / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            # Of this run's name and second; or a file where `output` should be.
+            if not folder.is_dir():
+                raise SettingsError(f"output: {settings.output} is a file; choose another folder") from None
+            number += 1
+        except OSError as error:
+            raise SettingsError(f"output: cannot make {folder} ({error.strerror}); choose another folder") from error
     try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise SettingsError(f"output: cannot make {folder} ({error.strerror}); choose another folder") from error
-    save_settings(settings, folder / "config.yaml")
+        save_settings(settings, folder / "config.yaml")
+    except OSError:
+        # A run folder without settings is of no use to anybody.
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     return folder
+
+
+def _check_changes(
+    settings: RunConfig, folder: Path, checkpoint: Checkpoint | None, fingerprints: dict, allow_changes: bool
+) -> dict:
+    """Compare with the run to continue; take over allowed changes. Writes nothing before all is checked.
+
+    Returns:
+        The fingerprints, with that of stage 1 where it is done.
+    """
+    former = _former_fingerprints(folder, checkpoint)
+    now = {key: value for key, value in fingerprints.items() if key in former}
+    if "stage1" in former:
+        if (folder / "stage1").is_dir():
+            now["stage1"] = model_digests(folder / "stage1")
+        else:
+            # Whether it can be made again is seen where it is needed.
+            del former["stage1"]
+    changes = compare_fingerprints(former, now, allow_changes=allow_changes)
+    if allow_changes and not changes:
+        raise SettingsError("--allow-changes: nothing differs from the run to continue; leave it out")
+    if checkpoint is not None:
+        _refuse_other_steps(settings, checkpoint.state)
+    if changes:
+        _take_changes(settings, folder)
+    return {**fingerprints, **now}
+
+
+def _former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
+    """Those of the checkpoint; before the first one, the settings alone. That of stage 1 from its end on."""
+    if checkpoint is not None:
+        former = dict(checkpoint.state["fingerprints"])
+    else:
+        former = {"settings": settings_as_dict(load_settings(str(folder / "config.yaml"), [], resumed=True))}
+    if "stage1" not in former:
+        # Between the end of the stage and the next checkpoint the record alone tells. Without it the stage has not
+        # come to its end, and its last checkpoint writes the folder again.
+        with suppress(OSError, ValueError):
+            former["stage1"] = dict(json.loads((folder / STAGE1_RECORD).read_text(encoding="utf-8")))
+    return former
+
+
+def _refuse_other_steps(settings: RunConfig, state: dict) -> None:
+    """Refuse another number of steps of a stage that is done, and fewer steps than were done of one under way."""
+    former = state["fingerprints"]["settings"]
+    for stage in STAGES[: STAGES.index(state["stage"]) + 1]:
+        section, name = STEPS[stage]
+        before, now = former[section][name], stage_steps(settings, stage)
+        done = state["step"] if stage == state["stage"] else before
+        if stage not in former["stages"] or before == now or done < min(before, now):
+            continue
+        where = f"{done} of {before} steps of {stage} are done"
+        raise SettingsError(
+            f"{section}.{name}={now} has no effect, {where}; leave it out, or start a new run from the exported student"
+        )
 
 
 def _take_changes(settings: RunConfig, folder: Path) -> None:
@@ -130,7 +233,7 @@ def _take_changes(settings: RunConfig, folder: Path) -> None:
 def write_facts(run: Run, *, finished: bool) -> None:
     """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
     path = run.folder / "run.json"
-    facts = json.loads(path.read_text()) if path.is_file() else {"started": _now()}
+    facts = _facts(path)
     facts |= {
         "recipe": run.settings.name,
         "world_size": run.world.size,
@@ -143,6 +246,18 @@ def write_facts(run: Run, *, finished: bool) -> None:
     if finished:
         facts["finished"] = _now()
     write_text_atomic(path, json.dumps(facts, indent=2) + "\n")
+
+
+def _facts(path: Path) -> dict:
+    """What `run.json` holds; only when the run started is needed of it, so that a damaged file costs no more."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts if isinstance(facts.get("started"), str) else {"started": _now()}
+    except FileNotFoundError:
+        return {"started": _now()}
+    except (OSError, ValueError, AttributeError) as error:
+        log.warning("%s cannot be read (%s); the run's start is taken as now", path, error)
+        return {"started": _now()}
 
 
 def _losses(run: Run) -> str:
@@ -169,11 +284,8 @@ def _hardware(world: World) -> str:
 
 
 def stage_steps(settings: RunConfig, stage: str) -> int:
-    return {
-        "sft": settings.sft.steps,
-        "warm_up": settings.discriminator.warm_up_steps,
-        "distill": settings.distill.steps,
-    }[stage]
+    section, name = STEPS[stage]
+    return getattr(getattr(settings, section), name)
 
 
 def first_step(run: Run, stage: str) -> int:
@@ -229,6 +341,7 @@ def run_steps(
         engines: all that a checkpoint holds. rates: learning rate by step, for the engines that this stage trains.
     Raises:
         Stopped: SIGTERM came; the state is saved.
+        NonFiniteRun: too many steps in a row were skipped.
     """
     total = stage_steps(run.settings, stage)
     every = run.settings.checkpoint.every_steps
@@ -237,36 +350,38 @@ def run_steps(
     run.metrics.begin(stage, total, first)
     run.media.take_counts()  # the evaluation's
     try:
-        for number in range(first, total):
-            state.timer.take()
-            with state.timer("data"):
-                prompts = _next_prompts(run, loader, number, total)
-            for name, rate in rates.items():
-                engines[name].set_lr(rate(number))
-            result = step(state, prompts, number)
-            run.skipped += result.skipped
-            if result.skipped:
-                _note_skipped(run, stage, number + 1, prompts)
-            metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
-            run.metrics.log(stage, number + 1, metrics)
-            if "rollouts" in run.logs:
-                log_rollouts(
-                    run.logs["rollouts"],
-                    result.groups,
-                    run.settings.rollout,
-                    stage=stage,
-                    step=number + 1,
-                    total=total,
-                )
-            # Its groups hold the step's frames: the next step must not find them in memory.
-            del result
-            stopping = run.stop.requested(run.world)
-            saved = False
-            if number + 1 == total or stopping or (every and (number + 1) % every == 0):
-                saved = save(run, stage, number + 1, state, engines)
-            if stopping:
-                done = f"step {number + 1} of {stage} is saved" if saved else "the last step could not be saved"
-                raise Stopped(f"{done}; continue with --resume {run.folder}")
+        with run.stop.deferred():
+            for number in range(first, total):
+                state.timer.take()
+                with state.timer("data"):
+                    prompts = _next_prompts(run, loader, number, total)
+                for name, rate in rates.items():
+                    engines[name].set_lr(rate(number))
+                result = step(state, prompts, number)
+                run.skipped += result.skipped
+                if result.skipped:
+                    _note_skipped(run, stage, number + 1, prompts)
+                metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
+                run.metrics.log(stage, number + 1, metrics)
+                if "rollouts" in run.logs:
+                    log_rollouts(
+                        run.logs["rollouts"],
+                        result.groups,
+                        run.settings.rollout,
+                        stage=stage,
+                        step=number + 1,
+                        total=total,
+                    )
+                count_skipped(state, run.settings, result.skipped)
+                # Its groups hold the step's frames: the next step must not find them in memory.
+                del result
+                stopping = any_rank(run.stop.asked, run.world)
+                saved = False
+                if number + 1 == total or stopping or (every and (number + 1) % every == 0):
+                    saved = save(run, stage, number + 1, state, engines)
+                if stopping:
+                    done = f"step {number + 1} of {stage} is saved" if saved else "the last step could not be saved"
+                    raise Stopped(f"{done}; continue with --resume {run.folder}")
     finally:
         loader.close()
 
@@ -357,6 +472,17 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
             keep=run.settings.checkpoint.keep,
             world=run.world,
         )
+
+
+def record_stage1(run: Run) -> None:
+    """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
+
+    def record() -> dict:
+        digests = model_digests(run.folder / "stage1")
+        write_text_atomic(run.folder / STAGE1_RECORD, json.dumps(digests, indent=1) + "\n")
+        return digests
+
+    run.fingerprints["stage1"] = on_main(run.world, record)
 
 
 def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:

@@ -40,7 +40,7 @@ def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, train_v
             total += loss.detach()
             computed += rows.input_ids.numel()
     with state.timer("optimizer"):
-        (norm,), skipped = apply_or_discard(state, [state.policy], settings)
+        (norm,), skipped = apply_or_discard([state.policy])
     sums = global_sum({"loss": float(total), "computed": computed}, state.world)
     metrics = {
         "loss": sums["loss"],

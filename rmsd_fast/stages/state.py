@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -65,31 +64,29 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedu
     return lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
 
 
-def apply_or_discard(state: RunState, engines: list[Engine], settings: RunConfig) -> tuple[list[float], bool]:
-    """One optimiser step of every engine, or of none where a gradient of any is not finite on any process.
-
-    Gradients that are finite one by one can still overflow in their squared norm: that engine then throws its own away,
-    the others have stepped, and the step counts as skipped as well.
+def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
+    """One optimiser step of every engine, or of none where a gradient, or the norm, of any is not finite on any rank.
 
     Returns:
         Gradient norms in the order of the engines, and whether the step was skipped.
-    Raises:
-        NonFiniteRun: this was the `runtime.max_skipped_steps`-th in a row.
     """
-    norms = [float("nan")] * len(engines)
-    if all([engine.gradients_finite() for engine in engines]):
-        norms = [engine.step() for engine in engines]
-    else:
+    # Of all engines before any of them steps.
+    skipped = not all([engine.gradients_finite() for engine in engines])
+    if skipped:
         for engine in engines:
             engine.discard()
-    skipped = not all(map(math.isfinite, norms))
+        return [float("nan")] * len(engines), True
+    return [engine.step() for engine in engines], False
+
+
+def count_skipped(state: RunState, settings: RunConfig, skipped: bool) -> None:
+    """Count a step as skipped or not; raises NonFiniteRun for the `runtime.max_skipped_steps`-th in a row."""
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if state.skipped_in_a_row >= settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
-            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row; the weights are those of the "
-            "last good step. Lower the learning rate, or use model.dtype=float32 to look for the cause"
+            f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row; the weights are "
+            "those of the last good step. Lower the learning rate, or use model.dtype=float32 to look for the cause"
         )
-    return norms, skipped
 
 
 def micro_batches(

@@ -26,7 +26,8 @@ from typing import Any
 
 from rmsd_fast.data.errors import DataError, counted, several_faults
 from rmsd_fast.data.json_records import parse_record
-from rmsd_fast.data.records import Question, parse_id, write_text_atomic
+from rmsd_fast.data.records import Question, parse_id
+from rmsd_fast.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

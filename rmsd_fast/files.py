@@ -1,0 +1,177 @@
+"""How files are written and folders are locked: whole or not at all, and by one program at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import (
+    EACCES,
+    EDQUOT,
+    EFBIG,
+    EINVAL,
+    EIO,
+    ELOOP,
+    EMFILE,
+    ENAMETOOLONG,
+    ENFILE,
+    ENOLCK,
+    ENOSPC,
+    ENOTSUP,
+    EPERM,
+    EROFS,
+    ESTALE,
+)
+from pathlib import Path
+from types import TracebackType
+
+from rmsd_fast.config import UserError
+
+log = logging.getLogger("rmsd_fast")
+
+# No room on the disk, in the quota or in a file, or a disk that fails. Some of it may pass.
+DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
+# What the user or an administrator can put right; no fault of the program.
+ENVIRONMENT_ERRORS = (*DISK_ERRORS, EACCES, EPERM, EROFS, ENAMETOOLONG, ELOOP, EMFILE, ENFILE, ESTALE)
+
+
+class Locked(UserError, RuntimeError):
+    """Another program writes to a folder."""
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a write failed because of the disk, and not because of the place or the program."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+@contextmanager
+def os_errors_of_safetensors(path: Path) -> Iterator[None]:
+    """Inside, what the operating system reports while tensors are written is an OSError, as for other files.
+
+    safetensors has an error class of its own, whose text ends with the number of the error.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> None:
+    """Write, bring to disk, rename, and bring the folder to disk: readers see the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_folder(staged: Path, final: Path) -> None:
+    """Put a folder in the place of another, which may be missing. A kill leaves one of them whole, or none in `final`.
+
+    What a kill leaves beside them is found by `remove_leftovers`.
+    """
+    for path in staged.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(staged)
+    former = final.with_name(f".{final.name}.replaced.tmp")
+    shutil.rmtree(former, ignore_errors=True)
+    if final.exists():
+        final.rename(former)
+    staged.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder. Only for who holds its lock."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems do not know how; they bring names to disk by themselves.
+        if error.errno != EINVAL:
+            raise
+    finally:
+        os.close(handle)
+
+
+class FolderLock:
+    """An exclusive lock on a folder, as a context manager. The kernel releases it when the process ends, however.
+
+    Args:
+        folder: gets a file `.lock`, which tells who holds the lock and stays there.
+        wait_s: how long to wait for another program to let go of it.
+    Raises:
+        Locked: another program holds the lock.
+    """
+
+    def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
+        self._file = (folder / ".lock").open("a+")
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.1)
+                    continue
+                self._file.seek(0)
+                holder = self._file.read().strip() or "another process"
+                self._file.close()
+                raise Locked(f"{folder}: {holder} writes to this folder; wait for it, or stop it first") from None
+            except OSError as error:
+                if error.errno not in (ENOLCK, ENOTSUP):
+                    self._file.close()
+                    raise
+                log.warning(
+                    "%s: its file system has no locks (%s); see to it that no other program writes there",
+                    folder,
+                    error.strerror,
+                )
+                return
+        # Words for a message alone: a full disk must not keep a run from its lock.
+        with suppress(OSError):
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        self._file.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
