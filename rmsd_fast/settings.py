@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import textwrap
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rmsd_fast import config as config_module
 from rmsd_fast.config import FORMATS, RECIPES, STAGES, RunConfig, SettingsError
@@ -78,6 +80,7 @@ RANGES = {
     (1e-12, 1e6): "data.disk_cache_gib",
     (2, None): "video.num_frames video.min_frames video.max_frames evaluate.num_frames",
     (1, 6): "made.questions_per_clip",
+    (0, 2**32 - 1): "seed made.seed",
 }
 
 
@@ -106,8 +109,9 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
     try:
         from_user = OmegaConf.from_dotlist(overrides)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise SettingsError(f"overrides {overrides}: {error}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise SettingsError(f"overrides {overrides}: {' '.join(str(error).split())}") from None
+    _refuse_references(from_user, "override")
     merged = _merge(merged, from_user, where="override")
     settings = OmegaConf.to_object(merged)
     _check(settings)
@@ -221,6 +225,7 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, l
         raise SettingsError(f"recipe {path}: not readable as YAML: {error}") from None
     if not isinstance(loaded, DictConfig):
         raise SettingsError(f"recipe {path}: expected sections with settings, got a {type(loaded).__name__}")
+    _refuse_references(loaded, f"recipe {path}")
     base = loaded.pop("base", None)
     own_keys = _keys(loaded)
     if base is None:
@@ -252,6 +257,26 @@ def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
         raise SettingsError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
 
 
+def _refuse_references(given: DictConfig, where: str) -> None:
+    """Refuse values that OmegaConf would look up: whoever writes a recipe could have secrets of the environment copied
+    into the files of a run.
+    """
+
+    def look(value: object, key: str) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                look(item, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list):
+            for item in value:
+                look(item, key)
+        elif isinstance(value, str) and "${" in value:
+            raise SettingsError(
+                f"{where}: {key}: expected a value, got the reference {value!r}; write the value itself"
+            )
+
+    look(OmegaConf.to_container(given, resolve=False), "")
+
+
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     found = []
     for name in node:
@@ -279,6 +304,12 @@ def _check(settings: RunConfig) -> None:
                 )
             allowed = ", ".join(map(str, choices))
             raise SettingsError(f"{key}: expected one of {allowed}, got {_value(settings, key)!r}")
+    for key in _keys(OmegaConf.structured(settings)):
+        value = _value(settings, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{key}: expected a finite number, got {value}")
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise SettingsError(f"{key}: expected text without NUL and half characters, got {value!r}")
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             value = _value(settings, key)

@@ -343,3 +343,53 @@ def test_refusals(outcome):
 def test_a_run_is_quiet(outcome):
     """DeepSpeed's own lines would drown the progress of a run."""
     assert all(len(output.splitlines()) < 25 for output in outcome[2]), outcome[2][1][-3000:]
+
+
+def test_a_cast_buffer_is_not_accepted(monkeypatch):
+    """DeepSpeed 0.19.0 casts a module with all its buffers, as this stand-in does."""
+    import deepspeed
+
+    from rmsd_fast.config import NotInstalled
+    from rmsd_fast.runtime.distributed import Engine, start, stop
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("inv_freq", torch.rand(8))
+
+    world = start()
+    try:
+        frequencies = Rotary().inv_freq
+        engine = Engine(Rotary(), lr=1e-3, zero_stage=2, dtype="bfloat16", world=world)
+        assert engine.module.inv_freq.dtype == frequencies.dtype == torch.float32
+        initialize = deepspeed.initialize
+
+        def casting(*, model, **others):
+            return initialize(model=model.bfloat16(), **others)
+
+        monkeypatch.setattr(deepspeed, "initialize", casting)
+        with pytest.raises(NotInstalled, match=r"buffer inv_freq torch\.bfloat16, expected torch\.float32.*0\.19\.4"):
+            Engine(Rotary(), lr=1e-3, zero_stage=2, dtype="bfloat16", world=world)
+    finally:
+        stop()
+
+
+def test_a_process_alone_listens_to_nobody_else():
+    """No socket of the process group is open on an interface that other machines reach."""
+    from rmsd_fast.runtime.distributed import start, stop
+
+    start()
+    try:
+        sockets = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1]]
+        inodes = {name.removeprefix("socket:[").removesuffix("]") for name in sockets}
+        listening = [
+            fields[1]
+            for name in ("tcp", "tcp6")
+            for fields in map(str.split, Path(f"/proc/net/{name}").read_text().splitlines()[1:])
+            if fields[3] == "0A" and fields[9] in inodes
+        ]
+        # 127.0.0.1, in the byte order of the file.
+        assert all(address.startswith("0100007F") for address in listening), listening
+    finally:
+        stop()

@@ -13,10 +13,14 @@ import pytest
 from rmsd_fast.files import FolderLock, Locked, remove_leftovers, replace_folder, write_text_atomic
 
 
+def fail(error: BaseException) -> None:
+    raise error
+
+
 def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.json"
     write_text_atomic(path, "old")
-    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(os, "fsync", lambda number: fail(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         write_text_atomic(path, "new")
     assert path.read_text() == "old"
@@ -52,9 +56,7 @@ def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, monkeypatch, ren
 
     monkeypatch.setattr(Path, "rename", killed)
     if renames == 2:
-        monkeypatch.setattr(
-            "rmsd_fast.files.sync_folder", lambda path: (_ for _ in ()).throw(SystemExit) if done else None
-        )
+        monkeypatch.setattr("rmsd_fast.files.sync_folder", lambda path: fail(SystemExit()) if done else None)
     with pytest.raises(SystemExit):
         replace_folder(staged, final)
     monkeypatch.undo()
@@ -74,7 +76,16 @@ def test_only_leftovers_are_removed(tmp_path):
     assert (tmp_path / "kept" / "config.json").exists()
 
 
-HOLD = "import sys, pathlib; from rmsd_fast.files import FolderLock; l = FolderLock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from pathlib import Path
+
+from rmsd_fast.files import FolderLock
+
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def hold(path: Path) -> subprocess.Popen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 import torch
 from damaged_files import encoded
 from media_files import write_images
+from PIL import Image
 from processes import wait_until_gone
 
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, VideoConfig
 from rmsd_fast.data import media
-from rmsd_fast.data.decode_worker import Worker
+from rmsd_fast.data.decode_worker import MOST_MEMORY_BYTES, Worker
 from rmsd_fast.data.media import COUNTS, MediaReader, MediaUnreachable, choose_decoder
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor
@@ -211,12 +213,39 @@ def test_files_that_hang_one_after_the_other_are_not_to_blame(clip: Path, reader
     for frames in (5, 6):
         with pytest.raises(MediaError):
             reader.read(request(clip, frames))
-    with pytest.raises(MediaUnreachable, match="3 files in a row were not read in time"):
+    with pytest.raises(MediaUnreachable, match="3 files in a row were not read, or not in time"):
         reader.read(request(clip, 7))
     monkeypatch.undo()
     # Nor is the last remembered as bad, and one that is read ends the row.
     assert len(reader.read(request(clip, 7)).pixels) == 7
-    assert reader._hangs_in_a_row == 0
+    assert reader._failures_in_a_row == 0
+
+
+def test_what_the_machine_lacks_is_not_the_files_fault(clip: Path, reader: MediaReader) -> None:
+    reader.read(request(clip))
+    (worker,) = reader._idle
+    limit = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
+    for frames in (5, 6):
+        with pytest.raises(MediaError, match=r"clip\.mp4: cannot be read here \(Too many open files\); see to"):
+            reader.read(request(clip, frames))
+    with pytest.raises(MediaUnreachable, match="3 files in a row were not read"):
+        reader.read(request(clip, 7))
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, limit)
+    assert len(reader.read(request(clip, 5)).pixels) == 5
+
+
+def test_a_worker_has_a_limit_of_memory(tmp_path: Path, reader: MediaReader) -> None:
+    path = tmp_path / "large.png"
+    Image.new("RGB", (5000, 5000)).save(path)
+    asked = replace(request(path), kind="image")
+    reader.layout(asked)
+    (worker,) = reader._idle
+    limit, _ = resource.prlimit(worker.pid, resource.RLIMIT_DATA)
+    assert MOST_MEMORY_BYTES < limit < MOST_MEMORY_BYTES + 2 * 2**30
+    resource.prlimit(worker.pid, resource.RLIMIT_DATA, (limit - MOST_MEMORY_BYTES + 16 * 2**20, limit))
+    with pytest.raises(MediaError, match=r"large\.png: cannot be decoded"):
+        reader.read(asked)
 
 
 def test_a_lost_nursery_is_started_again(clip: Path, reader: MediaReader) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -367,7 +369,7 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
         (b"\0\0\0\x18ftypisom" + bytes(12), "got an MP4 or MOV video; list it under videos"),
         ((b"G" + bytes(187)) * 3, "got a transport stream; list it under videos"),
         (b"\x89PNG\r\n\x1a\n" + bytes(9), "got a picture whose header is damaged; fetch it again"),
-        (bytes(range(256)), "got a format that Pillow does not know; save it as PNG or JPEG"),
+        (bytes(range(256)), "got a format that is not read here; save it as PNG or JPEG"),
         (b"just words", "got text; check the path in the question file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -380,6 +382,26 @@ def test_other_files_are_named(tmp_path: Path, data: bytes, found: str) -> None:
         with pytest.raises(MediaError) as caught:
             read(request)
         assert str(caught.value).startswith(f"{path}: expected a ") and found in str(caught.value)
+
+
+def test_no_program_runs_for_a_picture(tmp_path: Path, monkeypatch) -> None:
+    """Pillow has Ghostscript draw an EPS, which this would show, behind its binary DOS header too."""
+    ran = tmp_path / "ran"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    eps = struct.pack("<IIIIIIIH", 0xC6D3D0C5, 30, len(script), 0, 0, 0, 0, 0xFFFF) + script
+    with Image.open(io.BytesIO(eps)) as image, contextlib.suppress(OSError):
+        image.load()
+    assert ran.exists()  # what this test is about
+    ran.unlink()
+    (tmp_path / "x.png").write_bytes(eps)
+    for read in (read_media, read_layout):
+        with pytest.raises(MediaError, match="got a PostScript drawing"):
+            read(MediaRequest(str(tmp_path / "x.png"), "image", VideoConfig(), Preprocessor()))
+    assert not ran.exists()
 
 
 def test_pictures_whose_bytes_look_like_text(tmp_path: Path) -> None:

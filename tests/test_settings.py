@@ -62,7 +62,7 @@ def test_help_documents_every_field():
         (["distill.kl=k4"], "expected one of k2, k3, full"),
         (["sft.lr=fast"], "sft.lr"),
         (["sft.lr=-1"], "sft.lr: expected at least 0, got -1"),
-        (["sft.lr=nan"], "sft.lr: expected at least 0, got nan"),
+        (["sft.lr=nan"], "sft.lr: expected a finite number, got nan"),
         (["teacher.min_quality=5"], "expected 0 to 1"),
         (["distill.tis_cap=-1"], "a number above 0"),
         (["evaluate.num_frames=1"], "evaluate.num_frames: expected at least 2"),
@@ -208,3 +208,36 @@ def test_learning_rate_by_hand():
     # Ten steps of cosine from step 2: half way at step 7, cos(0.1 pi) at step 3.
     assert learning_rate(7, schedule="cosine", **given) == pytest.approx(0.5)
     assert learning_rate(3, schedule="cosine", **given) == pytest.approx(0.9755282581)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sft.lr=.inf", "sft.lr: expected a finite number, got inf"),
+        ("sft.lr=1e400", "sft.lr: expected a finite number, got inf"),
+        ("sft.lr=.nan", "sft.lr: expected a finite number, got nan"),
+        ("seed=-1", "seed: expected 0 to 4294967295, got -1"),
+        ("name=${oc.env:HOME}", "override: name: expected a value, got the reference '${oc.env:HOME}'"),
+        ("stages=[sft,'${oc.env:HOME}']", "override: stages: expected a value, got the reference '${oc.env:HOME}'"),
+        ("sft.lr=${distill.lr}", "override: sft.lr: expected a value, got the reference '${distill.lr}'"),
+        ("name=${", "overrides ['name=${']: "),
+        ("sft.steps=[1", "overrides ['sft.steps=[1']: while parsing a flow sequence"),
+        ("name='a\ud800'", "overrides"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_one_line(override, says):
+    with pytest.raises(SettingsError) as caught:
+        load_settings("quickstart", [override])
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_a_recipe_cannot_copy_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "secret")
+    for text in ("output: runs/${oc.env:TOKEN}\n", "base: ${oc.env:TOKEN}\n", 'name: "a${oc.env:TOKEN}"\n'):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(SettingsError, match="expected a value, got the reference") as caught:
+            load_settings(str(tmp_path / "x.yaml"))
+        assert "secret" not in str(caught.value)
+    (tmp_path / "x.yaml").write_text('name: "a\\0b"\n')
+    with pytest.raises(SettingsError, match="name: expected text without NUL"):
+        load_settings(str(tmp_path / "x.yaml"))

@@ -350,11 +350,11 @@ def test_resume_refuses_another_model(whole, made, tmp_path, folder, name):
         flip(run / "stage1" / name)
         key = f"stage1.{name}"
     else:
-        (student,) = made.glob("*/student-*")
         here = Path(shutil.copytree(made, tmp_path / "made"))
-        flip(here / student.relative_to(made) / name)
-        for path in (run / "config.yaml",):
-            path.write_text(path.read_text().replace(str(made), str(here)))
+        for student in here.glob("*/student-*"):
+            flip(student / name)
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace(str(made), str(here)))
         key = f"files.model.{name}"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     done = run_train(["--resume", str(run)])
@@ -403,7 +403,7 @@ def test_a_killed_torchrun_takes_its_ranks_along(made, tmp_path):
     for rank in ranks:
         wait_until_gone(rank)
     # The kernel has let go of their lock too.
-    FolderLock(only_run(tmp_path)).close()
+    FolderLock(only_run(tmp_path), wait_s=20).close()
 
 
 def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):

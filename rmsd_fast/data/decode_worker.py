@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -24,12 +25,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rmsd_fast.config import UserError
-from rmsd_fast.data.media_file import MediaError, file_digest, undecodable, video_command
+from rmsd_fast.data.media_file import NOT_NOW, MediaError, NotNow, file_digest, undecodable, unreadable, video_command
 from rmsd_fast.data.video import (
     Frames,
     Layout,
@@ -45,6 +47,9 @@ from rmsd_kernels import native
 
 # For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
+# Memory that a worker may take for itself beside what it starts with. The frames that it gives back do not count.
+# 4K video takes some hundred MiB, the largest picture that is read 1.5 GiB.
+MOST_MEMORY_BYTES = 4 * 2**30
 # A worker is replaced after so many answers: decoders and allocators that hold on to memory stay bounded.
 MOST_ANSWERS = 200
 
@@ -177,6 +182,8 @@ class Worker:
             raise
         if status == "bad":
             raise MediaError(value)
+        if status == "not now":
+            raise NotNow(value)
         if status == "error":
             raise value
         return value
@@ -228,6 +235,8 @@ def _serve(ours: socket.socket) -> None:
     """A worker's life: answer requests until the other side closes."""
     end_with_parent()
     if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_MEMORY_BYTES,) * 2)
         # Where memory runs out, a file is lost rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -262,7 +271,9 @@ def _serve(ours: socket.socket) -> None:
 def _answer(
     operation: str, request: MediaRequest | PreviewRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]
 ) -> tuple:
-    """What is sent back: ("ok", value), ("frames", (frames without pixels, shape)), ("bad", text) or ("error", it)."""
+    """What is sent back: ("ok", value), ("frames", (frames without pixels, shape)), ("bad" or "not now", text), or
+    ("error", it).
+    """
     try:
         if operation == "layout":
             return "ok", read_layout(request)
@@ -272,11 +283,15 @@ def _answer(
             return "ok", read_preview(request)
         frames = read_media(request, allocate=allocate)
         return "frames", (replace(frames, pixels=torch.empty(0)), tuple(frames.pixels.shape))
+    except NotNow as error:
+        return "not now", str(error)
     except MediaError as error:
         return "bad", str(error)
     except UserError as error:
         return "error", error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_NOW:
+            return "not now", str(unreadable(request.path, error))
         traceback.print_exc()
         return "bad", str(undecodable(request.path, error))
 

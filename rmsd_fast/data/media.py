@@ -20,14 +20,14 @@ import torch
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
 from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
-from rmsd_fast.data.media_file import MediaError, stat_file, undecodable, video_command
+from rmsd_fast.data.media_file import MediaError, NotNow, stat_file, undecodable, video_command
 from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_media
 from rmsd_fast.data.video_file import CpuFallback
 
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 
-# After so many files in a row that were not read in time, the machine is at fault and not the files.
+# After so many files in a row that were not read, or not in time, the machine is at fault and not the files.
 MOST_HANGS = 3
 # The process that decodes is started so often without any result.
 MOST_STARTS = 3
@@ -71,7 +71,7 @@ class MediaReader:
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._closed = False
-        self._hangs_in_a_row = 0
+        self._failures_in_a_row = 0
         self._told_fallback = False
         self._stream = torch.cuda.Stream(self.device) if self.decoder == "cuda" else None
 
@@ -222,7 +222,7 @@ class MediaReader:
             raise
         except Exception as error:
             raise self._bad_file(state, undecodable(request.path, error)) from error
-        self._hangs_in_a_row = 0
+        self._failures_in_a_row = 0
         return frames
 
     def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
@@ -232,7 +232,7 @@ class MediaReader:
             worker = self._take_worker()
             try:
                 result = call(worker, self.data.decode_timeout_s)
-                self._starts = self._hangs_in_a_row = 0
+                self._starts = self._failures_in_a_row = 0
                 return result
             except NotStarted:
                 self._drop_nursery(worker.nursery)
@@ -247,16 +247,18 @@ class MediaReader:
                 self._give_back(worker)
 
     def _bad_file(self, state: tuple, error: MediaError) -> Exception:
-        """The error to raise: the file is remembered as bad, unless so many hung one after the other."""
+        """The error to raise. The file is remembered as bad, unless this machine is what failed."""
         if isinstance(error, WorkerLost):
             self._count("timeouts" if error.timed_out else "crashes")
-            self._hangs_in_a_row = self._hangs_in_a_row + 1 if error.timed_out else 0
-            if self._hangs_in_a_row >= MOST_HANGS:
-                return MediaUnreachable(
-                    f"{self._hangs_in_a_row} files in a row were not read in time, the last: {error}. Is their disk "
-                    "reachable, and the machine not overloaded?"
-                )
-        self._bad[state] = str(error)
+        here = isinstance(error, NotNow) or (isinstance(error, WorkerLost) and error.timed_out)
+        self._failures_in_a_row = self._failures_in_a_row + 1 if here else 0
+        if self._failures_in_a_row >= MOST_HANGS:
+            return MediaUnreachable(
+                f"{self._failures_in_a_row} files in a row were not read, or not in time, the last: {error}. Is their "
+                "disk reachable, and the machine not overloaded?"
+            )
+        if not isinstance(error, NotNow):
+            self._bad[state] = str(error)
         return error
 
     def _take_worker(self) -> Worker:

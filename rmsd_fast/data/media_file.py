@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import stat
+from errno import EMFILE, ENFILE, ENOMEM, ESTALE
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,7 @@ from rmsd_fast.data.containers import (
     lists_files,
     name_other,
 )
+from rmsd_fast.files import DISK_ERRORS
 
 # Matroska, and its element AlphaMode with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
@@ -29,10 +31,16 @@ _NEVER_SERIES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv"
 # FFmpeg filters. H.264 halves the resolution of colours, so sides must be even; those of videos are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
+# Errors of the machine and not of the file.
+NOT_NOW = (*DISK_ERRORS, EMFILE, ENFILE, ENOMEM, ESTALE)
 
 
 class MediaError(RuntimeError):
     """A media file that cannot be used. The message says which file, what is wrong and what to do."""
+
+
+class NotNow(MediaError):
+    """This machine could not read the file just now; nothing is known of the file."""
 
 
 def stat_file(path: str, max_file_mib: int) -> os.stat_result:
@@ -46,7 +54,7 @@ def stat_file(path: str, max_file_mib: int) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MediaError(f"{path}: no such file; check the path in the question file and data.media_root") from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not stat.S_ISREG(state.st_mode):
         what = "a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, socket or device"
         raise MediaError(f"{path}: expected a file, got {what}; check the path in the question file")
@@ -75,7 +83,7 @@ def check_file(path: str, max_file_mib: int, *, picture: bool = False) -> None:
                 _refuse_other_kinds(path, file)
                 _refuse_truncated(path, file, size)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_head(path: str) -> bytes:
@@ -130,7 +138,7 @@ def file_digest(path: str) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return digest.hexdigest()
 
 
@@ -181,7 +189,13 @@ def undecodable(path: str, error: Exception) -> MediaError:
     return MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error}); drop the question")
 
 
-def _unreadable(path: str, error: OSError) -> MediaError:
+def unreadable(path: str, error: OSError) -> MediaError:
+    """Return the error for a file at which the operating system failed."""
+    if error.errno in NOT_NOW:
+        return NotNow(
+            f"{path}: cannot be read here ({error.strerror}); see to the machine's memory, its disks and its limit on "
+            "open files"
+        )
     return MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question")
 
 

@@ -45,8 +45,10 @@ _REDUCED, _MASK = 1, 4
 _WHITE_IS_ZERO = 0
 # Formats whose "frames" are versions of one picture.
 _VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
-# Pillow would start Ghostscript for EPS.
-_DRAWINGS = ("EPS", "WMF")
+# What Pillow may take a file for, whatever its name. It knows more, some of which other programs read for it, as
+# Ghostscript does EPS.
+_FORMATS = ("AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD")
+_FORMATS += ("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM")
 # A TGA file's byte that tells, in its lower 4 bits, how many bits of alpha each pixel has.
 _TGA_ALPHA_BITS = 17
 # Formats whose 16-bit values run from 0 to 65535. Pillow opens some of them in its 32-bit mode "I".
@@ -111,7 +113,8 @@ def _opened(path: str) -> Iterator[Any]:
     except ImportError as error:
         raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
     try:
-        with Image.open(path) as image:
+        Image.init()
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise MediaError(
                     f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
@@ -122,7 +125,7 @@ def _opened(path: str) -> Iterator[Any]:
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        what, advice = name_content(read_head(path)) or ("a format that Pillow does not know", "save it as PNG or JPEG")
+        what, advice = name_content(read_head(path)) or ("a format that is not read here", "save it as PNG or JPEG")
         raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question") from error
     # Pillow's plugins report damage with whatever their parsing raises.
     except Exception as error:
@@ -133,9 +136,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def _refuse_several(path: str, image: Any) -> None:
-    """Raise MediaError unless the file holds one picture made of pixels."""
-    if image.format in _DRAWINGS:
-        raise MediaError(f"{path}: expected a picture, got a drawing ({image.format}); export it as PNG")
+    """Raise MediaError unless the file holds one picture."""
     count = 1 if image.format in _VERSIONS_OF_ONE else getattr(image, "n_frames", 1)
     if image.format == "TIFF":
         if _subfile_type(image) & _REDUCED:

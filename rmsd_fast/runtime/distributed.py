@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmsd_fast.config import CheckpointError, SettingsError
+from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -97,6 +97,7 @@ class Engine:
         config = _config(self._numel, zero_stage, grad_clip, dtype, offload_optimizer)
         if dtype == "float32":
             module = module.float()
+        dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
         with redirect_stdout(StringIO()):  # it prints memory figures
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module,
@@ -104,6 +105,13 @@ class Engine:
                 config=config,
                 dist_init_required=False,
             )
+        for name, buffer in self.engine.module.named_buffers():
+            # DeepSpeed before 0.19.4 did: rotary frequencies in bfloat16 turn late positions by many radians.
+            if buffer.dtype != dtypes[name]:
+                raise NotInstalled(
+                    f"DeepSpeed {deepspeed.__version__} made the buffer {name} {buffer.dtype}, expected "
+                    f"{dtypes[name]} as in the model; install deepspeed>=0.19.4"
+                )
         self._trace = 0  # which parameters got gradients, in which order
         # Sum of the norms of all gradients, at least their global norm; not finite once one of them was not.
         self._probe = torch.zeros((), device=world.device)

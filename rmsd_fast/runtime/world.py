@@ -85,8 +85,10 @@ def start(timeout_s: float = 1800.0) -> World:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
+        # A process alone needs no store that others reach: torch's listens on all interfaces.
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if _SET_HERE else {}
         # Without `device_id`: with it, groups that DeepSpeed makes later are split off eagerly, which can hang.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
     _prepare_deepspeed(cuda)
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 

@@ -44,6 +44,8 @@ from rmsd_kernels import native
 
 # Section and field of the settings that tell how many steps a stage has.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
+# The threads of a process that was killed take so long at most to end, and to let go of its lock.
+KILLED_S = 5.0
 # Hashes of the files of `stage1/`.
 STAGE1_RECORD = "stage1.digests.json"
 LOGS = ("rollouts", "bad_media", "skipped")
@@ -94,7 +96,7 @@ def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterat
     def take() -> Path:
         nonlocal lock
         folder = _new_folder(settings) if resume is None else resume
-        lock = FolderLock(folder)
+        lock = FolderLock(folder, wait_s=KILLED_S)
         remove_leftovers(folder)
         remove_leftovers(folder / "predictions")
         return folder
@@ -208,18 +210,18 @@ def _former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
 
 
 def _refuse_other_steps(settings: RunConfig, state: dict) -> None:
-    """Refuse another number of steps of a stage that is done, and fewer steps than were done of one under way."""
+    """Refuse another number of steps of a stage that others followed, and fewer than were done of the last one."""
     former = state["fingerprints"]["settings"]
     for stage in STAGES[: STAGES.index(state["stage"]) + 1]:
         section, name = STEPS[stage]
         before, now = former[section][name], stage_steps(settings, stage)
-        done = state["step"] if stage == state["stage"] else before
-        if stage not in former["stages"] or before == now or done < min(before, now):
-            continue
-        where = f"{done} of {before} steps of {stage} are done"
-        raise SettingsError(
-            f"{section}.{name}={now} has no effect, {where}; leave it out, or start a new run from the exported student"
-        )
+        last = stage == state["stage"]
+        done = state["step"] if last else before
+        if stage in former["stages"] and (now < done or (not last and now != before)):
+            raise SettingsError(
+                f"{section}.{name}={now} has no effect, {done} of {before} steps of {stage} are done; leave it out, or "
+                "start a new run from the exported student"
+            )
 
 
 def _take_changes(settings: RunConfig, folder: Path) -> None:
