@@ -18,6 +18,11 @@ class UserError(Exception):
     """What the user can put right: the programs print its message, without a traceback, and exit with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type where there is none."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
 class SettingsError(UserError, ValueError):
     """A setting. The message says which, what was expected, what it was and what to write."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import RunConfig, UserError
+from rmsd_fast.config import RunConfig, UserError, first_line
 from rmsd_fast.files import ENVIRONMENT_ERRORS
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.runtime.world import World, start, stop
@@ -24,7 +25,6 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
 
     disable_progress_bar()
     signals = StopSignal()
-    again = "; --resume <run folder> continues from the last checkpoint" if trains else ""
     try:
         work(start(), signals)
         code = 0
@@ -35,17 +35,20 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"interrupted{again}", file=sys.stderr)
+        print(f"interrupted: {signals.advice}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        print(f"{name}: {_out_of_memory(settings, error, trains=trains)}", file=sys.stderr)
+        print(f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}", file=sys.stderr)
         # Of this process alone: leaving the group would wait for the others.
         return 2
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror}; see to the disk, its space and its rights{again}", file=sys.stderr)
+        print(
+            f"{name}: {where}{error.strerror}; see to the disk, its space and its rights; {signals.advice}",
+            file=sys.stderr,
+        )
         return 2
     finally:
         signals.restore()
@@ -54,10 +57,10 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
     return code
 
 
-def _out_of_memory(settings: RunConfig, error: Exception, *, trains: bool) -> str:
+def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | None, *, trains: bool) -> str:
     """What to lower where a GPU ran out of memory, with the values of now."""
     video, runtime, evaluate = settings.video, settings.runtime, settings.evaluate
-    head = f"out of GPU memory ({str(error).strip().splitlines()[0]}). Lower, in this order:"
+    head = f"out of GPU memory ({first_line(error)}). Lower, in this order:"
     pixels = f"  video.max_video_pixels={video.max_video_pixels}"
     if not trains:
         frames = f"evaluate.num_frames={evaluate.num_frames}, " if evaluate.num_frames else ""
@@ -75,4 +78,5 @@ def _out_of_memory(settings: RunConfig, error: Exception, *, trains: bool) -> st
         lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
     if not runtime.offload_optimizer:
         lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
-    return "\n".join([*lines, "then continue with --resume <run folder> --allow-changes section.field=value"])
+    again = "then start it again" if run_folder is None else f"then continue with --resume {run_folder} --allow-changes"
+    return "\n".join([*lines, f"{again} section.field=value"])

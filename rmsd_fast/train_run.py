@@ -47,7 +47,7 @@ def train(
     """One whole run; returns its folder. stop: what ends it before its time."""
     material = prepare_material(settings, world)
     with run_folder(settings, world, resume) as folder:
-        stop.advice = f"continue with --resume {folder}"
+        stop.run_folder = folder
         with MediaReader(settings.data, world.device) as media:
             resumed = resume is not None
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)

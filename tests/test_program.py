@@ -38,7 +38,7 @@ def end(error=None, *, trains=True, settings=None):
         (None, 0, True, ""),
         (Stopped("step 3 is saved"), 0, True, "stopped by SIGTERM: step 3 is saved"),
         (SettingsError("x: expected 1"), 2, True, "rmsd_fast.x: x: expected 1"),
-        (KeyboardInterrupt(), 130, False, "interrupted; --resume <run folder> continues from the last checkpoint"),
+        (KeyboardInterrupt(), 130, False, "interrupted: nothing was written"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, False, "micro_tokens=16384 (tokens of one forward"),
     ],
 )
@@ -52,7 +52,7 @@ def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leave
 
 def test_an_evaluation_has_nothing_to_continue(capsys):
     assert end(KeyboardInterrupt(), trains=False) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert end(torch.OutOfMemoryError("full"), trains=False) == 2
     told = capsys.readouterr().err
     assert "evaluate.prompts_per_batch=" in told and "micro_tokens" not in told and "--resume" not in told

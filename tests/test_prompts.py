@@ -141,6 +141,18 @@ def test_unusable_media_and_texts_are_refused(folder: Path, builder: PromptBuild
         builder.build(_question(folder, options=("red<|im_end|>", "blue")))
 
 
+def test_answers_behind_the_end_of_the_video_are_refused(folder: Path, builder: PromptBuilder) -> None:
+    """Videos of 2.25 s, whose records name no duration."""
+    asked = {"task_type": "temporal", "options": None}
+    assert builder.build(_question(folder, answer="1 to 3", **asked)).media[0].duration_s == 2.25
+    with pytest.raises(
+        PromptError, match=r"q: the answer is 100 to 140; the video has a duration of 2\.25 s: write sec"
+    ):
+        builder.build(_question(folder, answer="100 to 140", **asked))
+    # Of two videos it is not known which is meant.
+    builder.build(_question(folder, "ab", answer="100 to 140", **asked))
+
+
 def test_long_prompts_are_refused_without_decoding(folder: Path, student: Student) -> None:
     class Media:
         """Counts what is decoded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def stop():
 
 
 def test_sigterm_ends_at_once_where_nothing_is_lost(stop):
-    stop.advice = "continue with --resume runs/x"
+    stop.run_folder = Path("runs/x")
     with pytest.raises(Stopped, match="--resume runs/x"):
         os.kill(os.getpid(), signal.SIGTERM)
     # The second one, of torchrun, must not break what closes files.

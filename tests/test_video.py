@@ -158,7 +158,7 @@ def test_short_spans_give_a_temporal_patch_or_a_media_error(tmp_path: Path, fami
 
 @pytest.mark.parametrize(
     ("span", "expected"),
-    [((0.4, 1.0), [4, 6, 8, 10]), ((1.6, None), [16, 17, 18, 19]), ((None, 0.25), [0, 1, 1, 2]), ((1.0, 9.0), None)],
+    [((0.4, 1.0), [4, 6, 8, 10]), ((1.6, None), [16, 17, 18, 19]), ((None, 0.25), [0, 1, 1, 2]), ((1.0, 2.9), None)],
 )
 def test_a_part_of_a_video_keeps_the_times_of_the_whole(tmp_path: Path, span, expected: list[int] | None) -> None:
     path = tmp_path / "clip.mp4"
@@ -169,8 +169,10 @@ def test_a_part_of_a_video_keeps_the_times_of_the_whole(tmp_path: Path, span, ex
     assert torch.equal(frames.pixels, whole.pixels[expected])
     assert frames.timestamps_s == pytest.approx([index / 10 for index in expected])
     assert frames.duration_s == pytest.approx(2.0, abs=0.01)
-    with pytest.raises(MediaError, match=r"too few frames between 3 s and 4 s: expected at least 2, got 0"):
-        decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(3.0, 4.0))
+    with pytest.raises(MediaError, match=r"too few frames between 2 s and 2.5 s: expected at least 2, got 0"):
+        decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(2.0, 2.5))
+    with pytest.raises(MediaError, match=r"expected a part that ends by 2 s, as the video does, got 9 s; check start"):
+        decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(1.0, 9.0))
 
 
 @pytest.mark.parametrize("container", ["mkv", "mov", "flv", "avi", "webm"])

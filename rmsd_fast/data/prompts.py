@@ -20,6 +20,7 @@ from rmsd_fast.data.chat_template import (
     render,
     response_opening,
 )
+from rmsd_fast.data.ground_truths import GroundTruthError, check_times
 from rmsd_fast.data.marks import MARK, is_unicode
 from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
 from rmsd_fast.data.question_text import question_text
@@ -116,12 +117,14 @@ class PromptBuilder:
             max_tokens: longest prompt. The headers of the media tell its length, so a longer one is not decoded.
         Raises:
             MediaError: a media file cannot be used.
-            PromptError: the text holds a special token, or the prompt is longer than max_tokens.
+            PromptError: the text holds a special token, the prompt is longer than max_tokens, or the answer's times lie
+                behind the end of the video.
         """
         requests = self.media_requests(question)
         if max_tokens is not None:
             _refuse_long(question, self._length(question, [self._layout(request) for request in requests]), max_tokens)
         prompt = self.build_from_media(question, tuple(self._read(request) for request in requests))
+        _refuse_times(prompt)
         if max_tokens is not None:
             _refuse_long(question, len(prompt.input_ids), max_tokens)
         return prompt
@@ -240,6 +243,18 @@ def _content(text: str, media: Sequence[Frames | Layout]) -> list[dict[str, str]
     pieces = enumerate(MARK.split(text))
     parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in pieces]
     return [part for part in parts if part.get("text") != ""]
+
+
+def _refuse_times(prompt: Prompt) -> None:
+    """Refuse a ground truth that the video cannot hold; records need not name a duration, the file does."""
+    question = prompt.question
+    if question.task_type != "temporal" or len(prompt.media) != 1 or not question.answer:
+        return
+    start, end = map(float, question.answer.split(" to "))
+    try:
+        check_times(start, end, duration=prompt.media[0].duration_s, span=None)
+    except GroundTruthError as error:
+        raise PromptError(f"{question.id}: the answer is {question.answer}; {error}, or drop the question") from None
 
 
 def _refuse_long(question: Question, tokens: int, most: int) -> None:

@@ -256,6 +256,11 @@ def _choose(request: MediaRequest, clip: Clip) -> list[int]:
     if request.span is not None:
         start, end = request.span
         first = max(0, math.ceil(((start or 0.0) - clip.late_s) * clip.fps - 1e-6))
+        if end is not None and end > clip.length_s + max(1.0, 0.05 * clip.length_s):
+            raise MediaError(
+                f"{path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; check "
+                "start and end, or drop the question"
+            )
         last = total - 1 if end is None else min(total - 1, math.floor((end - clip.late_s) * clip.fps + 1e-6))
         total, where = (
             max(0, last - first + 1),

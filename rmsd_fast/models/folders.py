@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, Qwen3VLConfig
 
-from rmsd_fast.config import ModelError
+from rmsd_fast.config import ModelError, first_line
 from rmsd_fast.data.chat_template import (
     END_TOKEN,
     IMAGE_PAD,
@@ -322,8 +322,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type where there is none."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

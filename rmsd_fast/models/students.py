@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from rmsd_fast.config import ModelError, NotInstalled
+from rmsd_fast.config import ModelError, NotInstalled, first_line
 from rmsd_fast.data.chat_template import END_TOKEN
 from rmsd_fast.data.media_cache import ByteLru, held_bytes
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.preprocess import Preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
-from rmsd_fast.models.folders import first_line, open_folder, resolve_folder
+from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -23,11 +24,11 @@ class StopSignal:
     object is being deleted.
 
     Attributes:
-        advice: what the user can do after the end; part of the message.
+        run_folder: of the run, once there is one.
     """
 
     def __init__(self) -> None:
-        self.advice = "nothing was written yet"
+        self.run_folder: Path | None = None
         self._terminated = self._interrupted = self._deferred = False
         self._former = {
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
@@ -48,6 +49,11 @@ class StopSignal:
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
         raise KeyboardInterrupt
+
+    @property
+    def advice(self) -> str:
+        """What the user can do after the end."""
+        return f"continue with --resume {self.run_folder}" if self.run_folder else "nothing was written"
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -386,6 +386,11 @@ def run_steps(
                     raise Stopped(f"{done}; continue with --resume {run.folder}")
     finally:
         loader.close()
+    if run.listed:
+        run.metrics.message(
+            f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced, of "
+            f"{len({question_id for _, question_id in run.listed})} questions: {run.folder / 'bad_media.jsonl'}"
+        )
 
 
 def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
@@ -418,6 +423,8 @@ def _note_bad(run: Run, loader: PromptLoader) -> None:
     faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
     for question_id, reason in faults if run.world.is_main else ():
         if (loader.stage, question_id) not in run.listed:
+            if not run.listed:
+                run.metrics.message(f"a sample cannot be used and is replaced: {question_id}: {reason}")
             run.listed.add((loader.stage, question_id))
             run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 
