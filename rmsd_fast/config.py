@@ -306,7 +306,7 @@ class RuntimeConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm, both engines (open)."""
     max_skipped_steps: int = 5
-    """Abort after this many steps in a row whose loss or gradient was not finite."""
+    """Abort after this many steps in a row whose logits, loss or gradient were not finite."""
 
 
 @dataclass

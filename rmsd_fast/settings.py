@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 import math
+import os
 import textwrap
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -212,9 +213,10 @@ def _field_documents() -> dict[str, dict[str, str]]:
 def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
     """A recipe merged onto its base, and the keys that it writes itself."""
     path = Path(recipe)
-    if not path.is_file():
+    # Not by Path.is_file, which raises for names that are too long.
+    if not os.path.isfile(path):
         path = RECIPES / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {known}")
     if str(path) in seen:

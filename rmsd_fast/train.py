@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         if arguments.resume:
-            if not (arguments.resume / "config.yaml").is_file():
+            if not os.path.isfile(arguments.resume / "config.yaml"):
                 raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, found none")
             recipe = str(arguments.resume / "config.yaml")
             overrides = [o for o in (arguments.recipe, *arguments.overrides) if o]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import wait_until_gone
 from safetensors.torch import load_file
-from train_runs import MACHINE, command, environment, metrics, mini_arguments, only_run, run_train
+from train_runs import MACHINE, command, environment, made_files, metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
@@ -292,13 +292,6 @@ def test_resume_refuses_other_settings(whole):
     assert "Traceback" not in done.stderr
 
 
-def files(run: Path) -> dict[str, bytes]:
-    """What a finished run has made, but for what tells times and places."""
-    names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl", "stage1.digests.json"]
-    paths = [run / name for name in names] + [*(run / "predictions").iterdir(), *(run / "export").iterdir()]
-    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
-
-
 def copy_of(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
@@ -316,7 +309,7 @@ def copy_of(whole: Path, tmp_path: Path) -> Path:
 def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
     """The files that a kill between two of them leaves out; nothing else of the run changes."""
     run = copy_of(whole, tmp_path)
-    expected = files(run)
+    expected = made_files(run)
     for name in lost:
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -328,7 +321,7 @@ def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
         assert done.returncode == 2 and "stage1 is missing" in done.stderr and "Traceback" not in done.stderr
         return
     assert done.returncode == 0, done.stderr[-3000:]
-    assert files(run) == expected
+    assert made_files(run) == expected
     assert (run / "report.html").stat().st_size > 0
     assert not list(run.glob(".*.tmp"))
 

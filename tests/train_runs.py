@@ -76,3 +76,10 @@ def metrics(run: Path) -> list[dict]:
     """Lines of metrics.jsonl without what measures the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(MACHINE)} for line in lines]
+
+
+def made_files(run: Path) -> dict[str, bytes]:
+    """What a finished run has made, but for what tells times, places and the machine."""
+    names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl", "stage1.digests.json"]
+    paths = [run / name for name in names] + [*(run / "predictions").iterdir(), *(run / "export").iterdir()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}

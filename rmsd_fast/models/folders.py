@@ -37,7 +37,7 @@ def find_folder(path: str | Path) -> Path | None:
         ModelError: neither a folder nor a name that the Hub could know.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
     name = str(path)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:

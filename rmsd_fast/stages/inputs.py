@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import DataError, all_faults
@@ -123,7 +123,7 @@ def leave_out(questions: list[Question], unanswered: list[str]) -> list[Question
 def missing_media(questions: list[Question], settings: RunConfig, path: str) -> str:
     """What to say where so many media files are missing that a run would end for it hours later; otherwise ""."""
     media = {file for question in questions for file in (*question.videos, *question.images)}
-    missing = {file for file in media if not Path(file).exists()}
+    missing = {file for file in media if not os.path.exists(file)}
     affected = sum(any(file in missing for file in (*q.videos, *q.images)) for q in questions)
     if affected <= settings.data.max_bad_share * len(questions):
         return ""

@@ -87,7 +87,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         ("heldout", "data.heldout", ""),
         ("pool", "teacher.pool", "a JSONL file with teacher answers"),
     ):
-        if named[role] and not Path(named[role]).is_file():
+        if named[role] and not os.path.isfile(named[role]):
             missing.append(f"{key}: {named[role]}")
         elif not named[role] and made:
             present.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
@@ -95,12 +95,12 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
             (missing if expected else present).append(
                 f"{key}: " + (f"expected {expected}" if expected else "no evaluation")
             )
-    files = {role: path for role, path in named.items() if path and Path(path).is_file()}
+    files = {role: path for role, path in named.items() if path and os.path.isfile(path)}
     if files:
         inputs = read_inputs(settings, files, dict.fromkeys(files, settings.data.media_root))
         present += inputs.summary.text().splitlines()
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
-        absent = sorted(path for path in media if not Path(path).exists())
+        absent = sorted(path for path in media if not os.path.exists(path))
         if media:
             gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
             present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")

@@ -1,0 +1,41 @@
+"""Loaded by Python at its start: kills the process before a chosen operation on files of a folder.
+
+ATTACK_FOLDER: the folder. ATTACK_OPERATION: number of the operation, from 1; 0 counts them into ATTACK_COUNT, a file.
+"""
+
+import os
+import signal
+import sys
+
+_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+_folder, _chosen = os.environ.get("ATTACK_FOLDER", ""), int(os.environ.get("ATTACK_OPERATION", "0"))
+_counter = os.environ.get("ATTACK_COUNT", "")
+_number = 0
+
+
+def _watch(event, arguments):
+    global _number
+    if event not in _EVENTS:
+        return
+    path, *others = arguments
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
+    if not isinstance(path, str) or not os.path.abspath(path).startswith(_folder + os.sep):
+        return
+    if event == "open":
+        mode, flags = others
+        writes = any(letter in (mode or "") for letter in "wax+") or (
+            mode is None and flags & (os.O_WRONLY | os.O_RDWR)
+        )
+        if not writes:
+            return
+    _number += 1
+    if _number == _chosen:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if _counter and os.environ.get("RANK", "0") == "0":
+        with open(_counter, "w") as file:
+            file.write(f"{_number} {event} {path}")
+
+
+if _folder:
+    sys.addaudithook(_watch)

@@ -1,0 +1,146 @@
+"""Kill a run at random moments and before chosen file operations, resume it, and compare with one that nothing killed.
+
+python tests/attack/kills.py --random 20 --operations 20 --processes 1
+
+"Equal" is: metrics without what measures the machine, predictions, evaluation, samples, logged rollouts, hashes of
+stage 1, every file of the export, and a report that shows all students. Prints a line for each kill, and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_runs import command, environment, made_files, metrics, mini_arguments, only_run
+
+HOOK = Path(__file__).parent / "hook"
+LONGEST_S = 600
+
+
+def start(arguments: list[str], processes: int, **others: str) -> subprocess.Popen:
+    """A run in a group of its own, so that a kill reaches torchrun alone or its ranks too."""
+    hooked = {**others, "PYTHONPATH": os.pathsep.join([str(HOOK), os.environ.get("PYTHONPATH", "")])} if others else {}
+    return subprocess.Popen(
+        command(arguments, processes=processes),
+        env=environment() | hooked,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def result(run: Path) -> dict:
+    """What has to be equal."""
+    report = (run / "report.html").read_text()
+    shown = [name for name in ("untrained", "stage1", "stage2") if name in report]
+    return {"metrics": metrics(run), "report": shown, **made_files(run)}
+
+
+def differences(expected: dict, run: Path) -> str:
+    try:
+        got = result(run)
+    except OSError as error:
+        return f"{error.filename} is missing"
+    return ", ".join(sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)))
+
+
+def resume(run_parent: Path, arguments: list[str], processes: int) -> tuple[Path, str]:
+    """Continue what a kill left: the run, or, where it had made no folder with settings yet, a new one."""
+    runs = [path for path in run_parent.iterdir() if (path / "config.yaml").is_file()]
+    again = ["--resume", str(runs[0])] if runs else arguments
+    process = start(again, processes)
+    _, errors = process.communicate(timeout=LONGEST_S)
+    fault = "" if process.returncode == 0 else f"exit {process.returncode}: {errors.strip().splitlines()[-1:]}"
+    return only_run(run_parent), fault
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", type=int, default=10, help="kills at random moments")
+    parser.add_argument("--operations", type=int, default=10, help="kills before file operations, evenly spread")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    generator = random.Random(options.seed)
+    work = Path(tempfile.mkdtemp(prefix="attack-"))
+    made, counts = work / "made", work / "count"
+
+    def arguments(folder: Path) -> list[str]:
+        return mini_arguments(folder, made, "checkpoint.every_steps=1")
+
+    whole = work / "whole"
+    whole.mkdir()
+    # Twice: the first one makes the material, whose time does not count.
+    for folder in (work / "first", whole):
+        began = time.monotonic()
+        process = start(
+            arguments(folder),
+            options.processes,
+            ATTACK_FOLDER=str(folder),
+            ATTACK_OPERATION="0",
+            ATTACK_COUNT=str(counts),
+        )
+        _, errors = process.communicate(timeout=LONGEST_S)
+        if process.returncode:
+            print(errors[-3000:])
+            return 1
+        seconds = time.monotonic() - began
+    operations = int(counts.read_text().split()[0])
+    expected = result(only_run(whole))
+    print(f"uninterrupted: {seconds:.0f} s, {operations} file operations of the main process", flush=True)
+
+    kills = [("random", generator.uniform(0.05, 1.0) * seconds) for _ in range(options.random)]
+    step = operations / max(1, options.operations)
+    kills += [("operation", 1 + int(step * (i + generator.random()))) for i in range(options.operations)]
+    counted = {"random": [0, 0], "operation": [0, 0]}
+    for number, (kind, place) in enumerate(kills, start=1):
+        folder = work / f"kill-{number}"
+        folder.mkdir()
+        if kind == "random":
+            process = start(arguments(folder), options.processes)
+            try:
+                process.communicate(timeout=place)
+            except subprocess.TimeoutExpired:
+                # Of torchrun alone: its ranks have to follow by themselves.
+                process.kill()
+        else:
+            process = start(
+                arguments(folder), options.processes, ATTACK_FOLDER=str(folder), ATTACK_OPERATION=str(place)
+            )
+            try:
+                process.communicate(timeout=LONGEST_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        run, fault = resume(folder, arguments(folder), options.processes)
+        problem = fault or differences(expected, run)
+        left = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
+        problem = problem or (f"left behind: {left}" if left else "")
+        counted[kind][bool(problem)] += 1
+        print(
+            f"{number:3} {kind} {place if kind == 'operation' else f'{place:.1f} s'}: {problem or 'equal'}", flush=True
+        )
+        if not problem:
+            shutil.rmtree(folder)
+    print(f"| {options.processes} process(es), killed | equal | failed |\n|---|---|---|")
+    for kind, (equal, failed) in counted.items():
+        print(f"| {kind} | {equal} | {failed} |")
+    failed = sum(failed for _, failed in counted.values())
+    if not failed:
+        shutil.rmtree(work)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
