@@ -78,5 +78,5 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
         lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
     if not runtime.offload_optimizer:
         lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
-    again = "then start it again" if run_folder is None else f"then continue with --resume {run_folder} --allow-changes"
-    return "\n".join([*lines, f"{again} section.field=value"])
+    again = f"continue with --resume {run_folder} --allow-changes" if run_folder else "start it again with"
+    return "\n".join([*lines, f"then {again} section.field=value"])

@@ -137,7 +137,7 @@ def test_no_ffmpeg(capsys, tmp_path, material, monkeypatch):
         "made.train_clips=2", "made.heldout_clips=1",
     )  # fmt: skip
     assert "ffmpeg" in error.lower() and "install" in error
-    assert not list((tmp_path / "made").glob("*"))
+    assert [path.name for path in (tmp_path / "made").iterdir()] == [".lock"]
 
 
 def test_nothing_to_evaluate(capsys, tmp_path, material):
@@ -160,13 +160,19 @@ def test_batches_are_checked_before_anything_is_evaluated(capsys, tmp_path, mate
 
 
 def test_a_gpu_that_is_full_names_what_to_lower(capsys, tmp_path, material, monkeypatch):
-    def full(*_):
+    def full(settings, world, stop, *_):
+        stop.run_folder = folder
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
 
     monkeypatch.setattr("rmsd_fast.train_run.train", full)
+    folder = None
+    error = fails(capsys, tmp_path, "quickstart", "micro_tokens=8192", f"output={tmp_path / 'runs'}")
+    assert error.endswith("then start it again with section.field=value\n")
+    folder = tmp_path / "runs" / "x"
     error = fails(capsys, tmp_path, "quickstart", "micro_tokens=8192", f"output={tmp_path / 'runs'}")
     assert "out of GPU memory (CUDA out of memory. Tried to allocate 2 GiB.)" in error
-    assert "micro_tokens=8192" in error and "rollout.prompts_per_batch=" in error and "--allow-changes" in error
+    assert "micro_tokens=8192" in error and "rollout.prompts_per_batch=" in error
+    assert f"--resume {folder} --allow-changes section.field=value" in error
     assert "model.gradient_checkpointing=true" in error and "runtime.zero_stage=2 -> 3" in error
 
 

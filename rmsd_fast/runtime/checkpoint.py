@@ -241,7 +241,8 @@ def _candidates(root: Path) -> list[str]:
         raise CheckpointError(f"{root}: cannot be read ({error.strerror}); check the folder") from error
     names = sorted(found, key=lambda n: (int(found[n][1]), not found[n][2]), reverse=True)
     try:
-        first = (root / "latest").read_text(encoding="utf-8").strip()
+        # Reading a pipe that stands in its place would wait for ever.
+        first = (root / "latest").read_text(encoding="utf-8").strip() if (root / "latest").is_file() else ""
     except (OSError, UnicodeDecodeError):
         return names
     return names if first not in names else [first, *(n for n in names if n != first)]
@@ -249,6 +250,8 @@ def _candidates(root: Path) -> list[str]:
 
 def _problems(folder: Path, world: World) -> list[str]:
     """What this rank's share of the files has against the manifest."""
+    if not (folder / "manifest.json").is_file():
+        return ["manifest.json is missing"]
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         entries = [(str(n), int(e["size"]), str(e["sha256"])) for n, e in sorted(files.items())]
