@@ -1,6 +1,9 @@
 """Kill a run at random moments and before chosen file operations, resume it, and compare with one that nothing killed.
 
-python tests/attack/kills.py --random 20 --operations 20 --processes 1
+python tests/attack/kills.py --random 20 --operations 20 --full 10 --processes 1
+
+`--full` lets 20 attempts to write fail, as on a disk that is full for a while or fails, in place of the kill. The run
+may go on or end with 2 and one line.
 
 "Equal" is: metrics without what measures the machine, predictions, evaluation, samples, logged rollouts, hashes of
 stage 1, every file of the export, and a report that shows all students. Prints a line for each kill, and a table.
@@ -22,6 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_runs import command, environment, made_files, metrics, mini_arguments, only_run
+
+from rmsd_fast.files import DISK_ERRORS
 
 HOOK = Path(__file__).parent / "hook"
 LONGEST_S = 600
@@ -69,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, default=10, help="kills at random moments")
     parser.add_argument("--operations", type=int, default=10, help="kills before file operations, evenly spread")
+    parser.add_argument("--full", type=int, default=5, help="full disks at file operations, evenly spread")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -103,7 +109,9 @@ def main() -> int:
     kills = [("random", generator.uniform(0.05, 1.0) * seconds) for _ in range(options.random)]
     step = operations / max(1, options.operations)
     kills += [("operation", 1 + int(step * (i + generator.random()))) for i in range(options.operations)]
-    counted = {"random": [0, 0], "operation": [0, 0]}
+    step = operations / max(1, options.full)
+    kills += [("full", 1 + int(step * (i + generator.random()))) for i in range(options.full)]
+    counted = {"random": [0, 0], "operation": [0, 0], "full": [0, 0]}
     for number, (kind, place) in enumerate(kills, start=1):
         folder = work / f"kill-{number}"
         folder.mkdir()
@@ -115,22 +123,26 @@ def main() -> int:
                 # Of torchrun alone: its ranks have to follow by themselves.
                 process.kill()
         else:
-            process = start(
-                arguments(folder), options.processes, ATTACK_FOLDER=str(folder), ATTACK_OPERATION=str(place)
-            )
+            attack = {"ATTACK_FOLDER": str(folder), "ATTACK_OPERATION": str(place)}
+            if kind == "full":
+                attack |= {"ATTACK_ERRNO": str(DISK_ERRORS[number % len(DISK_ERRORS)]), "ATTACK_LENGTH": "20"}
+            process = start(arguments(folder), options.processes, **attack)
             try:
-                process.communicate(timeout=LONGEST_S)
+                _, errors = process.communicate(timeout=LONGEST_S)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                errors = "Traceback: it hangs"
         process.wait()
-        run, fault = resume(folder, arguments(folder), options.processes)
-        problem = fault or differences(expected, run)
+        fault = ""
+        if kind == "full" and ("Traceback" in errors or process.returncode not in (0, 2)):
+            fault = f"exit {process.returncode}: {errors.strip().splitlines()[-1:]}"
+        run, after = resume(folder, arguments(folder), options.processes)
+        problem = fault or after or differences(expected, run)
         left = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
         problem = problem or (f"left behind: {left}" if left else "")
         counted[kind][bool(problem)] += 1
-        print(
-            f"{number:3} {kind} {place if kind == 'operation' else f'{place:.1f} s'}: {problem or 'equal'}", flush=True
-        )
+        where = f"{place:.1f} s" if kind == "random" else f"{place}"
+        print(f"{number:3} {kind} {where}: {problem or 'equal'}", flush=True)
         if not problem:
             shutil.rmtree(folder)
     print(f"| {options.processes} process(es), killed | equal | failed |\n|---|---|---|")

@@ -1,6 +1,8 @@
-"""Loaded by Python at its start: kills the process before a chosen operation on files of a folder.
+"""Loaded by Python at its start: kills the process, or fills the disk, at a chosen operation on files of a folder.
 
 ATTACK_FOLDER: the folder. ATTACK_OPERATION: number of the operation, from 1; 0 counts them into ATTACK_COUNT, a file.
+ATTACK_ERRNO: the error that from there on ATTACK_LENGTH attempts to open a file for writing or to make a folder get, in
+place of the kill.
 """
 
 import os
@@ -10,11 +12,12 @@ import sys
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 _folder, _chosen = os.environ.get("ATTACK_FOLDER", ""), int(os.environ.get("ATTACK_OPERATION", "0"))
 _counter = os.environ.get("ATTACK_COUNT", "")
-_number = 0
+_errno, _length = int(os.environ.get("ATTACK_ERRNO", "0")), int(os.environ.get("ATTACK_LENGTH", "1"))
+_number = _failed = 0
 
 
 def _watch(event, arguments):
-    global _number
+    global _number, _failed
     if event not in _EVENTS:
         return
     path, *others = arguments
@@ -30,7 +33,10 @@ def _watch(event, arguments):
         if not writes:
             return
     _number += 1
-    if _number == _chosen:
+    if _errno and 0 < _chosen <= _number and _failed < _length and event in ("open", "os.mkdir"):
+        _failed += 1
+        raise OSError(_errno, os.strerror(_errno), path)
+    if _number == _chosen and not _errno:
         os.kill(os.getpid(), signal.SIGKILL)
     if _counter and os.environ.get("RANK", "0") == "0":
         with open(_counter, "w") as file:
