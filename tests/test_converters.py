@@ -122,7 +122,9 @@ LISTED = "What is poured?\nA. tea\nB. milk\nAnswer with the letter."
         ("(B) Milk.", "B"),
         ("B) The liquid is white.", "B"),
         ("milk", "B"),
-        ("A. Tea, which is not hot.", "A"),
+        ("B. milk: white", "B"),
+        ("A. tea\nIt is brown.", "A"),
+        ("B) B is white.", "B"),
     ],
 )
 def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, answer, letter):
@@ -136,7 +138,21 @@ def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, an
 
 
 @pytest.mark.parametrize(
-    "answer", ["A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."]
+    "answer",
+    [
+        *("A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."),
+        # Two answers: by their texts, by their letters, by what joins them.
+        *("A. tea\nB. milk", "A. tea; milk", "A. or B.", "A) and B)", "A. B.", "A. Tea or milk", "A. (b)", "A: b)"),
+        *("A. tea and water", "A. tea/coffee", "A. 茶或水", "B. milk, and so is A", "B. Ａ"),
+        # Doubts and denials, also behind the text of the option.
+        *(
+            "B: unclear, maybe A",
+            "A. tea, maybe",
+            "A. Tea? Hard to say.",
+            "A. tea is wrong",
+            "A. Tea, which is not hot.",
+        ),
+    ],
 )
 def test_replies_that_name_no_option_for_sure(tmp_path, answer):
     (question,) = load(tmp_path, asked(LISTED, answer))
@@ -153,6 +169,19 @@ def test_longer_options_and_letters_as_options(tmp_path):
     assert load(tmp_path, asked(text, "A. red truck on the left"))[0].task_type == "open"
     (question,) = load(tmp_path, asked("Which sign?", "B. A is on the sign", options=["C", "A", "B"]))
     assert question.answer == "B"
+    with pytest.raises(DataError, match="field 'conversations': expected one option letter"):
+        load(tmp_path, asked("Which sign?", "B. A is on the sign of C", options=["C", "A", "B"]))
+    # The whole text of an option is clear, whatever is in it.
+    options = ["salt and pepper", "not sugar", "Vitamin B", "a box or not a box?"]
+    for letter, text in zip("ABCD", options, strict=True):
+        assert load(tmp_path, asked("Which?", f"{letter}. {text}", options=options))[0].answer == letter
+    assert load(tmp_path, asked("Which?", "C. Vitamin B is shown", options=options))[0].answer == "C"
+
+
+@pytest.mark.parametrize("answer", ["A. tea\nC. water", "A. or B.", "A) and C)", "A. B. C.", "B: unclear, maybe C"])
+def test_replies_with_several_answers_are_refused_where_the_record_has_options(tmp_path, answer):
+    with pytest.raises(DataError, match=r"field 'conversations': expected one option letter such as 'B' among ABC"):
+        load(tmp_path, asked("Which?", answer, options=["tea", "milk", "water"]))
 
 
 def test_a_dialogue_is_no_list_of_options(tmp_path):
