@@ -89,9 +89,75 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
 
     assert question_of("Which?\nOptions:\nA. red\n\nB. green") == "Which?"
     assert question_of("Which?\n(A) red\n(B) green\nLook closely.") == "Which?\nLook closely."
-    # Other options, another order, or a list that is all there is.
-    for text in ("Which?\nA. red\nB. blue", "Which?\nA. green\nB. red", "A. red\nB. green"):
+    assert question_of("Which?\nA. Red.\nB. Green.") == "Which?"
+    # Other options, what only looks like an option, or a list that is all there is.
+    for text in ("Which?\nA. tea\nB. milk", "What is said?\nA: Hello!\nB: Hi!", "A. red\nB. green"):
         assert question_of(text) == text
+    for text in ("Which is like B. green tea?", "Is it a red or b. red wine", "Does the red car stop?"):
+        assert question_of(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Which?\nA. green\nB. red", r"expected 'red' behind A, its letter in 'options', got 'b\. red'; give both"),
+        ("A. green\nB. red", r"expected 'red' behind A"),
+        ("Which?\nB. red\nA. green", r"expected 'red' behind A"),
+        ("Which? (A) Green (B) Red", r"expected 'red' behind A, its letter in 'options', got '\(b\) red'"),
+        ("Which? A: green; B: red.", r"expected 'red' behind A"),
+        ("Which?\nC. green", r"expected 'green' behind B"),
+        # Two lists in one prompt, of which one letter means two.
+        ("Which?\nA. red\nB. blue", r"expected the list in the question to be that of 'options', got \['A\. red'"),
+        ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be that of 'options'"),
+    ],
+)
+def test_a_question_that_gives_options_other_letters_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'question': " + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["B. tea", "A. milk"], r"expected letters in the order A, B, got B, A; put the options in the order of"),
+        (["(b) tea", "(a) milk"], r"got B, A"),
+        ({"A": "B. tea", "B": "A. milk"}, r"got B, A"),
+        (["A. tea", "A. milk"], r"got A, A"),
+        (["B. tea", "C. milk", "D. water"], r"got B, C, D"),
+        (["A. tea", "B. milk", "D. water"], r"got A, B, D"),
+        # Not every option has one.
+        (["B. tea", "milk"], r"got B;"),
+        (["tea", "A. milk"], r"got A;"),
+        (["A. tea", "B.  "], r"expected a text behind each letter, got 'B\.  '; add it or remove the option"),
+        (["tea", "B."], r"expected a text behind each letter, got 'B\.'"),
+        (["tea", "tea"], r"expected options that differ, got 'tea' twice; remove one of the two"),
+        (["A. tea", "B. tea "], r"got 'tea' twice"),
+        ([5, "5"], r"got '5' twice"),
+    ],
+)
+def test_options_that_contradict_themselves_are_refused(tmp_path, options, message):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'options': .*" + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"options": options, "answer": "A"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        # Names, letters as options, texts that differ only in case, pictures.
+        (["A. Lincoln", "G. Washington"], 0),
+        (["Newton", "P. Curie"], 0),
+        (["C", "A", "B"], 0),
+        (["A.", "B."], 0),
+        (["paris", "Paris"], 0),
+        (["-5", "5"], 0),
+        (["<image>", "<image>"], 2),
+    ],
+)
+def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
+    record = GOOD | {"options": options, "answer": "A. " + options[0]}
+    record |= {"videos": [], "images": ["1.png", "2.png"]} if images else {}
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record | ({"answer": "A"} if images else {})))
+    assert question.options == tuple(options) and question.answer == "A"
 
 
 @pytest.mark.parametrize(

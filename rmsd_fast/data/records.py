@@ -29,7 +29,7 @@ from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_gro
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
-from rmsd_fast.data.option_lists import MOST_OPTIONS, without_options
+from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, without_options
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
 _FIELDS = ("id", "videos", "images", "question", "task_type", "options", "answer", "system", "duration", "meta")
@@ -206,6 +206,13 @@ def parse_question(
         question, *marked = place_marks([raw["question"], *(options or ())], videos=len(videos), images=len(images))
     except MarkError as error:
         raise DataError(f"{where}: field '{names.get('question', 'question')}': {error}") from None
+    checked = "options"
+    try:
+        check_options(marked)
+        checked = "question"
+        question = without_options(question, marked)
+    except OptionsError as error:
+        raise DataError(f"{where}: field '{names.get(checked, checked)}': {error}") from None
     for text in (question, *marked):
         _check_text("question" if text is question else "options", text, fail)
         if token := SPECIAL_TOKEN.search(text):
@@ -219,7 +226,7 @@ def parse_question(
         _check_text("system", system, fail)
     return Question(
         id=identity,
-        question=without_options(question, marked),
+        question=question,
         task_type=task,
         videos=videos,
         images=images,
