@@ -89,6 +89,15 @@ def test_a_question_file_is_no_pool(tmp_path):
         load_pool(tmp_path / "p.jsonl")
 
 
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    line = json.dumps(LINE).replace('"text"', '"text": "<think>a</think><answer>A</answer>", "text"')
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE) + "\n" + line + "\n")
+    with pytest.raises(
+        DataError, match=r"p\.jsonl:2: field 'text': expected every key once, got '<think>a</think><ans"
+    ):
+        load_pool(tmp_path / "p.jsonl")
+
+
 def test_doubled_responses_name_both_lines(tmp_path):
     (tmp_path / "p.jsonl").write_text((json.dumps(LINE) + "\n") * 2)
     with pytest.raises(DataError, match=r"p\.jsonl:2: field 'k'.*p\.jsonl:1"):

@@ -60,14 +60,20 @@ def test_ground_truths_are_normalised(tmp_path):
 def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
     records = [GOOD, GOOD | {"id": "q2"}]
     for indent in (None, 2):
-        (tmp_path / "q.json").write_text(json.dumps({"data": records, "version": 1}, indent=indent))
+        (tmp_path / "q.json").write_text(json.dumps({"data": records, "next": None}, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1", "q2"]
         # One record alone is no list of records, whatever lists it has.
         (tmp_path / "q.json").write_text(json.dumps(GOOD, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1"]
     (tmp_path / "q.json").write_text(json.dumps({"train": records, "test": records}))
-    with pytest.raises(DataError, match=r"an object with one list, got one object with the keys 'train', 'test'"):
+    with pytest.raises(DataError, match=r"one list and nothing else, got one object with the keys 'train', 'test'"):
         load_questions(tmp_path / "q.json")
+    # What stands beside the list might hold for every record.
+    for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
+        (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
+        keys = ", ".join(map(repr, beside))
+        with pytest.raises(DataError, match=rf"got one object with the keys {keys}, 'data'; write the records one per"):
+            load_questions(tmp_path / "q.json")
     (tmp_path / "q.json").write_text(json.dumps({"data": []}))
     with pytest.raises(DataError, match="expected at least one question"):
         load_questions(tmp_path / "q.json")
@@ -81,6 +87,22 @@ def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"data": [GOOD]}, indent=2).replace('"red",', '"red"'))
     with pytest.raises(DataError, match=r"q\.jsonl:\d+: expected JSON, got text that does not parse"):
         load_questions(tmp_path / "q.jsonl")
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    """The last value would count, without a word."""
+    twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')
+    message = r"field 'answer': expected every key once, got 'B' and 'A' in the object of id 'q1'; keep one of the two"
+    with pytest.raises(DataError, match=r"q\.jsonl:2: " + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"id": "q0"}, twice))
+    for text in (f"[{twice}]", f'{{"data": [{twice}]}}', twice.replace("{", "{\n", 1)):
+        (tmp_path / "q.json").write_text(text)
+        with pytest.raises(DataError, match=r"q\.json: " + message):
+            load_questions(tmp_path / "q.json")
+    # Inside other values, and alike too.
+    inner = json.dumps(GOOD).replace('["a.mp4"]', '[{"path": "a.mp4", "start": 1, "start": 1}]')
+    with pytest.raises(DataError, match=r"q\.jsonl: field 'start': expected every key once, got 1 and 1; keep one"):
+        load_questions(write(tmp_path / "q.jsonl", inner))
 
 
 def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
