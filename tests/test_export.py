@@ -225,6 +225,23 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
     with pytest.raises(ValueError, match="choose another folder"):
         export_student(student, tmp_path / "notes")
     assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
+    # Another model, with a README of its own or without.
+    for readme in ("", "# My model"):
+        model = tmp_path / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        for name, text in (("config.json", "{}"), ("mine.txt", "mine"), *([("README.md", readme)] if readme else [])):
+            (model / name).write_text(text)
+        with pytest.raises(ValueError, match="an earlier export .by the README.md that exports have., got other files"):
+            export_student(student, model)
+        assert (model / "mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="choose another folder"):
+        export_student(student, tmp_path / "file")
+    # The folder that a checkpoint makes before it is written to.
+    (tmp_path / "empty").mkdir()
+    export_student(student, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("step", ["weights", "tokenizer", "readme"])
