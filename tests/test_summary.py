@@ -76,7 +76,10 @@ def test_answers_that_a_run_does_not_read_are_counted():
 
 
 def test_the_end_of_an_answer_that_is_not_known_is_said():
-    others = [TeacherResponse("q1", 4, "", "B"), TeacherResponse("q1", 5, "", "B", finish_reason="null")]
+    others = [
+        TeacherResponse("q1", 4, "", "B"),
+        TeacherResponse("q1", 5, "", "B", finish_reason="FINISH_REASON_UNSPECIFIED"),
+    ]
     others += [TeacherResponse("q1", 6 + k, "", "B", finish_reason=word) for k, word in enumerate(("odd", "odd", "x"))]
     summary = described(NATURAL, others=others, responses=9)
     assert "  no finish_reason: 2 answers; a cut at their end may go unseen" in summary.lines
