@@ -297,6 +297,17 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
         (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
         (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
+        (SWIFT | {"response": "2"}, r"field 'response': expected none beside 'messages'"),
+        (SWIFT | {"conversations": LLAVA["conversations"]}, r"field 'conversations': expected none beside 'messages'"),
+        (VIDEO_R1 | {"question": "Which two?"}, r"field 'question': expected none beside 'problem', got 'Which two\?'"),
+        (LLAVA | {"problem": "Which?"}, r"field 'problem': expected none beside 'conversations', got 'Which\?'"),
+        ({"query": "How many?", "videos": ["v.mp4"], "question": "Who?"}, r"field 'question': .* beside 'query'"),
+        (
+            VIDEO_R1 | {"problem_type": "numerical", "task_type": "open"},
+            r"field 'task_type': expected the task type of its 'problem_type' 'numerical', numeric, got 'open'",
+        ),
+        (VIDEO_R1 | {"problem_type": "math", "task_type": "ocr"}, r"field 'task_type': .* mcq or numeric, got 'ocr'"),
+        (VIDEO_R1 | {"problem_type": "boolean", "task_type": "open"}, r"field 'task_type': .*, mcq, got 'open'"),
         (SWIFT | {"history": [["a", "b"]]}, r"field 'history': expected one question and its answer"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}], "videos": ["w.mp4"]},
@@ -307,6 +318,23 @@ def test_one_image_may_be_named_twice(tmp_path):
 def test_two_keys_that_disagree_are_refused_by_name(tmp_path, record, message):
     with pytest.raises(DataError, match=r"data\.jsonl:1: .*" + message):
         load(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "solution", "task", "answer"),
+    [
+        ("numerical", "numeric", "3", "numeric", "3"),
+        ("math", "numeric", "3", "numeric", "3"),
+        ("boolean", "mcq", "no", "mcq", "B"),
+        # A type of which nothing is known here says nothing against the one that is named.
+        ("riddle", "ocr", "EXIT", "ocr", "EXIT"),
+        (None, "ocr", "EXIT", "ocr", "EXIT"),
+    ],
+)
+def test_a_problem_type_and_a_task_type_that_agree(tmp_path, kind, named, solution, task, answer):
+    record = VIDEO_R1 | {"problem_type": kind, "task_type": named, "solution": solution, "options": []}
+    (question,) = load(tmp_path, record)
+    assert (question.task_type, question.answer) == (task, answer)
 
 
 def test_null_tells_no_format(tmp_path):
