@@ -263,6 +263,13 @@ TIMED = {"id": "t", "question": "When?", "task_type": "temporal"}
         ({"videos": [{"path": "a.mp4", "start": 30}], "answer": "0 to 4"}, r"the part shown is 30 s to its end"),
         ({"videos": [{"path": "a.mp4", "end": 40}], "answer": "35 to 45"}, r"the part shown is 0 s to 40 s"),
         ({"answer": "-3 to 5"}, r"times count from 0"),
+        # Of several videos, that none of them holds.
+        ({"videos": ["a.mp4", "b.mp4"], "answer": "-5 to 3"}, r"times count from 0"),
+        ({"videos": ["a.mp4", "b.mp4"], "duration": 10, "answer": "200 to 300"}, r"duration of 10 s"),
+        (
+            {"videos": [{"path": "a.mp4", "end": 10}, {"path": "a.mp4", "start": 30, "end": 40}], "answer": "12 to 20"},
+            r"the part shown is 0 s to 10 s",
+        ),
     ],
 )
 def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, message):
@@ -281,13 +288,25 @@ def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, mess
         # The duration may be that of the part.
         {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "duration": 10, "answer": "31 to 33"},
         {"videos": [{"path": "a.mp4", "start": 30}], "answer": "100 to 130"},
-        # Of two videos nothing says which is meant.
-        {"videos": ["a.mp4", "b.mp4"], "duration": 20.0, "answer": "30 to 40"},
+        # Of two videos nothing says which is meant: one of them holds it.
+        {"videos": ["a.mp4", "b.mp4"], "answer": "30 to 40"},
+        {"videos": [{"path": "a.mp4", "end": 10}, {"path": "a.mp4", "start": 30, "end": 40}], "answer": "32 to 38"},
+        {"videos": [{"path": "a.mp4", "end": 10}, "b.mp4"], "answer": "100 to 130"},
     ],
 )
 def test_intervals_that_the_video_can_hold_are_kept(tmp_path, change):
     (question,) = load_questions(write(tmp_path / "q.jsonl", TIMED | {"videos": ["a.mp4"]} | change))
     assert question.answer == change["answer"]
+
+
+def test_times_need_a_video(tmp_path):
+    record = TIMED | {"images": ["a.png"], "answer": "1 to 3"}
+    for change in ({}, {"videos": []}, {"answer": None}):
+        path = write(tmp_path / "q.jsonl", record | change)
+        with pytest.raises(
+            DataError, match=r"q\.jsonl:1: field 'videos': expected a video, since temporal answers are"
+        ):
+            load_questions(path, require_answer=change != {"answer": None})
 
 
 def test_one_video_may_be_named_twice(tmp_path):

@@ -57,7 +57,7 @@ class Question:
     system: str | None = None
     """Text of a system turn in front of the question."""
     duration: float | None = None
-    """Length of the video in seconds."""
+    """Length of the video in seconds; of several, that of the longest."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Anything else; training reads none of it."""
 
@@ -193,10 +193,11 @@ def parse_question(
     options = _options(raw.get("options"), task, fail)
     duration = _duration(raw.get("duration"), fail)
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
-    if task == "temporal" and answer is not None and len(videos) == 1:
-        span = spans[0] if spans else None
+    if task == "temporal" and not videos:
+        raise fail("videos", "a video, since temporal answers are times of one", None, "add it or change the task type")
+    if task == "temporal" and answer is not None:
         try:
-            check_times(*parse_answer_body(answer, task), duration=duration, span=span)
+            _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
         except GroundTruthError as error:
             raise fail("answer", "an interval of the video", raw["answer"], str(error)) from None
     meta = raw.get("meta")
@@ -333,6 +334,18 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
     if task == "spatial" and (parsed[2] <= parsed[0] or parsed[3] <= parsed[1]):
         raise fail("answer", "x1 < x2 and y1 < y2", value, "no answer could score above 0, fix it")
     return text
+
+
+def _check_times(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
+    """Refuse an interval that none of the videos can hold. Of several, nothing says which one is meant."""
+    faults = []
+    for span in spans:
+        try:
+            check_times(*interval, duration=duration, span=span)
+        except GroundTruthError as error:
+            faults.append(error)
+    if len(faults) == len(spans):
+        raise faults[0]
 
 
 def _duration(value: object, fail) -> float | None:
