@@ -124,7 +124,7 @@ def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
     inferred = Question("q2", "?", "numeric", videos=("/w.mp4",), answer="3", meta={"inferred": True})
     summary = describe_questions([mcq("q1"), inferred], [mcq("h", videos=("/x.mp4",))])
     assert summary.lines == [
-        "questions: 2 (mcq 1, numeric 1); the task types of 1 were told from their answers",
+        "questions: 2 (mcq 1, numeric 1); the task types of 1 were inferred from options and answers",
         "held out: 1 (mcq 1)",
         "the user's turn, for a teacher too (question 'q1'):\n  | What is poured?\n  | A. tea\n  | B. milk\n"
         "  | Reply as <think>reasoning</think><answer>option letter</answer>",
