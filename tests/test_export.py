@@ -425,6 +425,26 @@ def test_a_folder_as_published_for_457_loads_right(
             r"expected the same settings in text_config\.rope_parameters and .*'mrope_section': \[8, 4, 4\]",
             id="two sections",
         ),
+        pytest.param(
+            lambda text: text.update(rope_scaling="linear"),
+            r"config\.json: text_config\.rope_scaling: expected an object, got 'linear'; restore",
+            id="scaling as text",
+        ),
+        pytest.param(
+            lambda text: text.update(rope_parameters=[1]),
+            r"config\.json: text_config\.rope_parameters: expected an object, got \[1\]; restore",
+            id="parameters as a list",
+        ),
+        pytest.param(
+            lambda text: text.update(rope_theta=[5e6]),
+            r"config\.json: rope_theta: expected a number, got \[5000000\.0\]; restore",
+            id="theta as a list",
+        ),
+        pytest.param(
+            lambda text: text["rope_parameters"].update(rope_theta="5e6"),
+            r"config\.json: rope_theta: expected a number, got '5e6'; restore",
+            id="theta as text",
+        ),
     ],
 )
 def test_rope_settings_that_versions_read_differently_are_refused(
