@@ -89,6 +89,16 @@ def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
         load_questions(tmp_path / "q.jsonl")
 
 
+def test_marks_with_blanks_inside_are_text(tmp_path):
+    def question_of(text):
+        return load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text}))[0].question
+
+    for text in ("In HTML, what does < video > do?", "What does <video > do?", "What does < image> do?", "<video />?"):
+        assert question_of(text) == text
+    assert question_of("<VIDEO> Which?") == question_of("<video_1>Which?") == question_of("<video 1>Which?") == "Which?"
+    assert question_of("Which <video/> is it? < video >") == "Which <video> is it? < video >"
+
+
 def test_a_key_that_occurs_twice_is_refused(tmp_path):
     """The last value would count, without a word."""
     twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')
