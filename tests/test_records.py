@@ -125,7 +125,12 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
     # Other options, what only looks like an option, or a list that is all there is.
     for text in ("Which?\nA. tea\nB. milk", "What is said?\nA: Hello!\nB: Hi!", "A. red\nB. green"):
         assert question_of(text) == text
-    for text in ("Which is like B. green tea?", "Is it a red or b. red wine", "Does the red car stop?"):
+    for text in (
+        "Is the car in (b) red?",
+        "Which is like B. green tea?",
+        "Is it a red or b. red wine",
+        "Does the red car stop?",
+    ):
         assert question_of(text) == text
 
 
@@ -137,7 +142,7 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
         ("Which?\nB. red\nA. green", r"expected 'red' behind A"),
         ("Which? (A) Green (B) Red", r"expected 'red' behind A, its letter in 'options', got '\(b\) red'"),
         ("Which? A: green; B: red.", r"expected 'red' behind A"),
-        ("Which?\nC. green", r"expected 'green' behind B"),
+        ("Which?\nB. red\nC. green", r"expected 'red' behind A"),
         # Two lists in one prompt, of which one letter means two.
         ("Which?\nA. red\nB. blue", r"expected the list in the question to be that of 'options', got \['A\. red'"),
         ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be that of 'options'"),

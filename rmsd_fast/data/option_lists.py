@@ -82,19 +82,22 @@ def without_options(question: str, options: Sequence[str]) -> str:
 
 
 def _check_letters(question: str, options: Sequence[str]) -> None:
-    """Refuse a question in which an option's text stands behind another letter than its own."""
+    """Refuse a question that lists two options or more and gives one of them another letter than its own."""
     letters = option_letters(options).lower()
     folded = [fold_text(line) for line in question.split("\n")]
-    for text in filter(None, options):
-        its_letters = {letter for letter, option in zip(letters, options, strict=True) if option == text}
-        pattern = re.compile(_LABELLED % re.escape(text))
-        for match in (match for line in folded for match in pattern.finditer(line)):
-            letter = next(filter(None, match.groups()))
-            if letter not in its_letters:
-                own = " or ".join(sorted(its_letters)).upper()
+    labelled = {
+        text: [match for line in folded for match in re.finditer(_LABELLED % re.escape(text), line)]
+        for text in filter(None, options)
+    }
+    if sum(map(bool, labelled.values())) < 2:
+        return
+    for text, matches in labelled.items():
+        own = [letter for letter, option in zip(letters, options, strict=True) if option == text]
+        for match in matches:
+            if next(filter(None, match.groups())) not in own:
                 raise OptionsError(
-                    f"expected {text!r} behind {own}, its letter in 'options', got {match[0]!r}; give both the same "
-                    "order, or remove the list from the question"
+                    f"expected {text!r} behind {' or '.join(own).upper()}, its letter in 'options', got {match[0]!r}; "
+                    "give both the same order, or remove the list from the question"
                 )
 
 
