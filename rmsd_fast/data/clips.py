@@ -191,9 +191,10 @@ def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
     try:
         from torchcodec.encoders import VideoEncoder
     except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
         raise NotInstalled(
             "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
-            f"{str(error).strip().splitlines()[0]}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
+            f"{reason}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
         ) from error
     # A key frame every 4: sampling frames of a real file also meets frames that depend on others.
     VideoEncoder(frames, frame_rate=1).to_file(
