@@ -143,7 +143,7 @@ def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, an
         *("A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."),
         # Two answers: by their texts, by their letters, by what joins them.
         *("A. tea\nB. milk", "A. tea; milk", "A. or B.", "A) and B)", "A. B.", "A. Tea or milk", "A. (b)", "A: b)"),
-        *("A. tea and water", "A. tea/coffee", "A. 茶或水", "B. milk, and so is A", "B. Ａ"),
+        *("A. tea and water", "A. tea/coffee", "B. All of the above", "A. 茶或水", "B. milk, and so is A", "B. Ａ"),
         # Doubts and denials, also behind the text of the option.
         *(
             "B: unclear, maybe A",

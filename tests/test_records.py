@@ -183,6 +183,8 @@ def test_options_that_contradict_themselves_are_refused(tmp_path, options, messa
         # Names, letters as options, texts that differ only in case, pictures.
         (["A. Lincoln", "G. Washington"], 0),
         (["Newton", "P. Curie"], 0),
+        (["p.m.", "a.m."], 0),
+        (["J.S. Bach", "A.A. Milne"], 0),
         (["C", "A", "B"], 0),
         (["A.", "B."], 0),
         (["paris", "Paris"], 0),

@@ -13,6 +13,8 @@ _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选�
 MOST_OPTIONS = 26
 # A letter, an option's text and what may follow it, in folded text: "(b) tea", "which? a. tea b. milk".
 _LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
+# "a.m.", "B.C.", "J.S. Bach" begin with no letter of an option.
+_ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
 
 
 class OptionsError(ValueError):
@@ -29,7 +31,9 @@ def check_options(options: Sequence[str]) -> None:
     if not options:
         return
     letters = option_letters(options)
-    written, texts = zip(*map(own_letter, options), strict=True)
+    written, texts = zip(
+        *(("", option) if _ABBREVIATION.match(option) else own_letter(option) for option in options), strict=True
+    )
     misplaced = [letter for letter, place in zip(written, letters, strict=True) if letter and letter != place]
     # "A. Lincoln", "G. Washington" are names: G is not the letter of an option. After A and B, a D is one.
     if set(misplaced) & set(letters) or (misplaced and all(written) and written[:2] == ("A", "B")):

@@ -16,10 +16,11 @@ _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re
 # Words that join a second answer, deny the first one or doubt it. Clear replies hold some of them too: a clear reply
 # that is refused costs one record and is reported, an unclear one that is accepted makes a wrong ground truth.
 _UNCLEAR = re.compile(
-    r"\b(?:or|and|nor|also|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|untrue|but|however|"
-    r"although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|possible|probably|"
-    r"probable|presumably|likely|unlikely|apparently|unclear|unsure|uncertain|unknown|ambiguous|might|may|could|seems?|"
-    r"appears?|guess|guessing|think|believe|suppose|assume|depends?|doubt|doubtful|(?:hard|difficult|impossible) to)\b"
+    r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|untrue|"
+    r"but|however|although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|possible|"
+    r"probably|probable|presumably|likely|unlikely|apparently|unclear|unsure|uncertain|unknown|ambiguous|might|may|"
+    r"could|seems?|appears?|guess|guessing|think|believe|suppose|assume|depends?|doubt|doubtful|"
+    r"(?:hard|difficult|impossible) to)\b"
     r"|n['’]t\b|[?&/+]|或|和|与|及|不|没|可能|也许|大概|但",
     re.IGNORECASE,
 )
