@@ -13,13 +13,13 @@ from rmsd_fast.method.quality import fold_text
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)
-# Words that join a second answer, deny the first one or doubt it. Clear replies hold some of them too: a clear reply
-# that is refused costs one record and is reported, an unclear one that is accepted makes a wrong ground truth.
+# Words that join a second answer, deny the first one or doubt it. Clear replies hold some of them too. A clear reply
+# that is refused is reported, and its letter can be written alone; an unclear one would make a wrong ground truth.
 _UNCLEAR = re.compile(
-    r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|untrue|"
-    r"but|however|although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|possible|"
-    r"probably|probable|presumably|likely|unlikely|apparently|unclear|unsure|uncertain|unknown|ambiguous|might|may|"
-    r"could|seems?|appears?|guess|guessing|think|believe|suppose|assume|depends?|doubt|doubtful|"
+    r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|"
+    r"untrue|but|however|although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|"
+    r"possible|probably|probable|presumably|likely|unlikely|apparently|unclear|unsure|uncertain|unknown|ambiguous|"
+    r"might|may|could|seems?|appears?|guess|guessing|think|believe|suppose|assume|depends?|doubt|doubtful|"
     r"(?:hard|difficult|impossible) to)\b"
     r"|n['’]t\b|[?&/+]|或|和|与|及|不|没|可能|也许|大概|但",
     re.IGNORECASE,
