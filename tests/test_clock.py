@@ -341,7 +341,7 @@ def test_previews_show_the_same_pictures_and_times(tmp_path: Path, made: Path) -
 def test_the_report_shows_them(tmp_path: Path, made: Path) -> None:
     late = make(tmp_path, made, "x.mp4", LATE)
     half_visible(tmp_path / "x.png")
-    with Films(timeout_s=60.0) as films:
+    with Films(timeout_s=60.0, max_file_mib=16) as films:
         captions = [caption for _, caption in films.read(str(late), is_video=True).shots]
         ((source, caption),) = films.read(str(tmp_path / "x.png"), is_video=False).shots
     assert captions == ["2.0 s", "2.8 s", "3.7 s", "4.5 s", "5.4 s", "6.2 s", "7.1 s", "7.9 s"]

@@ -122,7 +122,9 @@ LISTED = "What is poured?\nA. tea\nB. milk\nAnswer with the letter."
         ("(B) Milk.", "B"),
         ("B) The liquid is white.", "B"),
         ("milk", "B"),
-        ("A. Tea, which is not hot.", "A"),
+        ("B. milk: white", "B"),
+        ("A. tea\nIt is brown.", "A"),
+        ("B) B is white.", "B"),
     ],
 )
 def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, answer, letter):
@@ -136,7 +138,21 @@ def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, an
 
 
 @pytest.mark.parametrize(
-    "answer", ["A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."]
+    "answer",
+    [
+        *("A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."),
+        # Two answers: by their texts, by their letters, by what joins them.
+        *("A. tea\nB. milk", "A. tea; milk", "A. or B.", "A) and B)", "A. B.", "A. Tea or milk", "A. (b)", "A: b)"),
+        *("A. tea and water", "A. tea/coffee", "B. All of the above", "A. 茶或水", "B. milk, and so is A", "B. Ａ"),
+        # Doubts and denials, also behind the text of the option.
+        *(
+            "B: unclear, maybe A",
+            "A. tea, maybe",
+            "A. Tea? Hard to say.",
+            "A. tea is wrong",
+            "A. Tea, which is not hot.",
+        ),
+    ],
 )
 def test_replies_that_name_no_option_for_sure(tmp_path, answer):
     (question,) = load(tmp_path, asked(LISTED, answer))
@@ -153,6 +169,19 @@ def test_longer_options_and_letters_as_options(tmp_path):
     assert load(tmp_path, asked(text, "A. red truck on the left"))[0].task_type == "open"
     (question,) = load(tmp_path, asked("Which sign?", "B. A is on the sign", options=["C", "A", "B"]))
     assert question.answer == "B"
+    with pytest.raises(DataError, match="field 'conversations': expected one option letter"):
+        load(tmp_path, asked("Which sign?", "B. A is on the sign of C", options=["C", "A", "B"]))
+    # The whole text of an option is clear, whatever is in it.
+    options = ["salt and pepper", "not sugar", "Vitamin B", "a box or not a box?"]
+    for letter, text in zip("ABCD", options, strict=True):
+        assert load(tmp_path, asked("Which?", f"{letter}. {text}", options=options))[0].answer == letter
+    assert load(tmp_path, asked("Which?", "C. Vitamin B is shown", options=options))[0].answer == "C"
+
+
+@pytest.mark.parametrize("answer", ["A. tea\nC. water", "A. or B.", "A) and C)", "A. B. C.", "B: unclear, maybe C"])
+def test_replies_with_several_answers_are_refused_where_the_record_has_options(tmp_path, answer):
+    with pytest.raises(DataError, match=r"field 'conversations': expected one option letter such as 'B' among ABC"):
+        load(tmp_path, asked("Which?", answer, options=["tea", "milk", "water"]))
 
 
 def test_a_dialogue_is_no_list_of_options(tmp_path):
@@ -268,6 +297,17 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
         (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
         (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
+        (SWIFT | {"response": "2"}, r"field 'response': expected none beside 'messages'"),
+        (SWIFT | {"conversations": LLAVA["conversations"]}, r"field 'conversations': expected none beside 'messages'"),
+        (VIDEO_R1 | {"question": "Which two?"}, r"field 'question': expected none beside 'problem', got 'Which two\?'"),
+        (LLAVA | {"problem": "Which?"}, r"field 'problem': expected none beside 'conversations', got 'Which\?'"),
+        ({"query": "How many?", "videos": ["v.mp4"], "question": "Who?"}, r"field 'question': .* beside 'query'"),
+        (
+            VIDEO_R1 | {"problem_type": "numerical", "task_type": "open"},
+            r"field 'task_type': expected the task type of its 'problem_type' 'numerical', numeric, got 'open'",
+        ),
+        (VIDEO_R1 | {"problem_type": "math", "task_type": "ocr"}, r"field 'task_type': .* mcq or numeric, got 'ocr'"),
+        (VIDEO_R1 | {"problem_type": "boolean", "task_type": "open"}, r"field 'task_type': .*, mcq, got 'open'"),
         (SWIFT | {"history": [["a", "b"]]}, r"field 'history': expected one question and its answer"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}], "videos": ["w.mp4"]},
@@ -278,6 +318,23 @@ def test_one_image_may_be_named_twice(tmp_path):
 def test_two_keys_that_disagree_are_refused_by_name(tmp_path, record, message):
     with pytest.raises(DataError, match=r"data\.jsonl:1: .*" + message):
         load(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "solution", "task", "answer"),
+    [
+        ("numerical", "numeric", "3", "numeric", "3"),
+        ("math", "numeric", "3", "numeric", "3"),
+        ("boolean", "mcq", "no", "mcq", "B"),
+        # A type of which nothing is known here says nothing against the one that is named.
+        ("riddle", "ocr", "EXIT", "ocr", "EXIT"),
+        (None, "ocr", "EXIT", "ocr", "EXIT"),
+    ],
+)
+def test_a_problem_type_and_a_task_type_that_agree(tmp_path, kind, named, solution, task, answer):
+    record = VIDEO_R1 | {"problem_type": kind, "task_type": named, "solution": solution, "options": []}
+    (question,) = load(tmp_path, record)
+    assert (question.task_type, question.answer) == (task, answer)
 
 
 def test_null_tells_no_format(tmp_path):

@@ -85,6 +85,10 @@ def test_natural_parsing_reads_what_strict_refuses():
         ("stop STOP end_turn stop_sequence completed FinishReason.STOP COMPLETE eos_token", None),
         ("length MAX_TOKENS max_output_tokens max_tokens incomplete FinishReason.MAX_TOKENS LENGTH", "truncated"),
         ("model_context_window_exceeded abort error cancelled tool_calls tool_use OTHER pause_turn", "truncated"),
+        ("ERROR ERROR_TOXIC ERROR_LIMIT USER_CANCEL TIMEOUT load unload toolCalls maxTokens", "truncated"),
+        ("FINISH_REASON_MAX_TOKENS finish_reason_length FinishReason.TOOL_CALL MISSING_THOUGHT_SIGNATURE", "truncated"),
+        ("EndTurn endTurn stopSequence FINISH_REASON_STOP STOP_CRITERIA_MET", None),
+        ("FINISH_REASON_SAFETY contentFilter guardrailIntervened", "filtered"),
         ("content_filter SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII refusal", "filtered"),
         ("guardrail_intervened content_filtered sensitive IMAGE_SAFETY", "filtered"),
         # What says nothing, and what is not known.

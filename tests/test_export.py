@@ -225,6 +225,23 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
     with pytest.raises(ValueError, match="choose another folder"):
         export_student(student, tmp_path / "notes")
     assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
+    # Another model, with a README of its own or without.
+    for readme in ("", "# My model"):
+        model = tmp_path / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        model.mkdir()
+        for name, text in (("config.json", "{}"), ("mine.txt", "mine"), *([("README.md", readme)] if readme else [])):
+            (model / name).write_text(text)
+        with pytest.raises(ValueError, match="an earlier export .by the README.md that exports have., got other files"):
+            export_student(student, model)
+        assert (model / "mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="choose another folder"):
+        export_student(student, tmp_path / "file")
+    # The folder that a checkpoint makes before it is written to.
+    (tmp_path / "empty").mkdir()
+    export_student(student, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("step", ["weights", "tokenizer", "readme"])
@@ -407,6 +424,26 @@ def test_a_folder_as_published_for_457_loads_right(
             lambda text: text["rope_scaling"].update(mrope_section=[8, 4, 4]),
             r"expected the same settings in text_config\.rope_parameters and .*'mrope_section': \[8, 4, 4\]",
             id="two sections",
+        ),
+        pytest.param(
+            lambda text: text.update(rope_scaling="linear"),
+            r"config\.json: text_config\.rope_scaling: expected an object, got 'linear'; restore",
+            id="scaling as text",
+        ),
+        pytest.param(
+            lambda text: text.update(rope_parameters=[1]),
+            r"config\.json: text_config\.rope_parameters: expected an object, got \[1\]; restore",
+            id="parameters as a list",
+        ),
+        pytest.param(
+            lambda text: text.update(rope_theta=[5e6]),
+            r"config\.json: rope_theta: expected a number, got \[5000000\.0\]; restore",
+            id="theta as a list",
+        ),
+        pytest.param(
+            lambda text: text["rope_parameters"].update(rope_theta="5e6"),
+            r"config\.json: rope_theta: expected a number, got '5e6'; restore",
+            id="theta as text",
         ),
     ],
 )

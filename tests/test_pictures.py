@@ -22,7 +22,7 @@ from picture_files import (
     write_png,
     write_tiff,
 )
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from rmsd_fast.config import VideoConfig
@@ -281,6 +281,24 @@ def test_other_truncated_pictures_are_refused(tmp_path: Path, name: str) -> None
         (tmp_path / name).write_bytes(data[: int(len(data) * share)])
         # WebP and AVIF state their length first.
         refusal(tmp_path / name, in_pixels=name not in ("x.webp", "x.avif"))
+
+
+def test_a_damaged_avif_is_not_one_of_an_unknown_kind(tmp_path: Path) -> None:
+    """Advice to save it as PNG would be of no use where whole AVIF files are read."""
+    skip_unless_written("x.avif")
+    path = tmp_path / "x.avif"
+    Image.effect_noise((96, 96), 80).convert("RGB").save(path)
+    data = path.read_bytes()
+    # The brand may stand behind a general one.
+    for start in (data[:100], data[:8] + b"mif1" + data[12:100]):
+        path.write_bytes(start)
+        assert refusal(path).startswith("expected a picture, got an AVIF picture that is damaged; fetch it again, or")
+
+
+def test_an_avif_that_pillow_does_not_read_is_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(features.modules, "avif", raising=False)
+    (tmp_path / "x.avif").write_bytes(b"\0\0\0\x18ftypavif" + bytes(12))
+    assert "got an AVIF picture; save it as PNG or JPEG" in refusal(tmp_path / "x.avif")
 
 
 # ---- several pictures

@@ -110,7 +110,9 @@ def write_tga(path: Path, kind: int, bits: int, alpha_bits: int, data: bytes) ->
     return path
 
 
-INVISIBLE = "expected visible pixels, got a picture that is transparent everywhere; if its colours are meant to show, "
+INVISIBLE = (
+    "expected visible pixels, got a picture that is transparent nearly everywhere; if its colours are meant to show, "
+)
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.webp", "x.tga", "x.ico"])
@@ -121,6 +123,29 @@ def test_a_picture_without_a_visible_pixel_is_refused(tmp_path: Path, name: str,
     image = Image.new(mode, (16, 16), (200, 10, 20, 0) if mode == "RGBA" else (200, 0))
     image.save(tmp_path / name, **({"lossless": True, "exact": True} if name == "x.webp" else {}))
     assert refusal(tmp_path / name, in_pixels=True).startswith(f"{INVISIBLE}remove the alpha channel")
+
+
+def test_a_rest_of_visible_pixels_is_no_picture(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (400, 250), (200, 10, 20, 0))
+    for alpha, visible in ((1, False), (7, False), (8, True), (255, True)):
+        # One of 100,000 pixels.
+        image.putpixel((3, 5), (0, 0, 0, alpha))
+        image.save(tmp_path / "x.png")
+        if visible:
+            # White behind alpha/255 of black.
+            assert pixels(tmp_path / "x.png")[5][3] == (255 - alpha,) * 3
+        else:
+            assert refusal(tmp_path / "x.png", in_pixels=True).startswith(INVISIBLE)
+    # One of 160,000, and a picture of which every pixel is nearly clear.
+    image = Image.new("RGBA", (400, 400), (200, 10, 20, 0))
+    image.putpixel((3, 5), (0, 0, 0, 255))
+    image.save(tmp_path / "one.png")
+    Image.new("LA", (4, 4), (0, 7)).save(tmp_path / "faint.png")
+    grey = np.full((400, 400), 129, dtype=">u2")
+    grey[5, 3] = 7
+    write_png(tmp_path / "l16.png", (400, 400), 16, 0, [row.tobytes() for row in grey], tRNS=struct.pack(">H", 129))
+    for name in ("one.png", "faint.png", "l16.png"):
+        assert refusal(tmp_path / name, in_pixels=True).startswith(INVISIBLE)
 
 
 def test_invisible_palettes_and_colour_keys_are_refused(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def test_nulls_of_servers_are_defaults(tmp_path):
         ({"k": -1}, "field 'k': expected an integer from 0, got -1"),
         ({"k": True}, "field 'k'"),
         ({"k": 1.5}, "field 'k'"),
-        ({"finish_reason": {"type": "stop"}}, "field 'finish_reason': expected text such as 'stop'"),
+        ({"finish_reason": {"type": 3}}, "field 'finish_reason': expected text such as 'stop', or an object with it"),
+        ({"finish_reason": {"reason": "stop"}}, "field 'finish_reason': expected text such as 'stop'"),
         ({"text": None}, "field 'text': expected text, got nothing"),
         ({"key": 3}, "field 'key': expected text"),
         ({"usage": []}, "field 'usage': expected a JSON object"),
@@ -86,6 +87,23 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
 def test_a_question_file_is_no_pool(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
     with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text"):
+        load_pool(tmp_path / "p.jsonl")
+
+
+def test_the_finish_reason_may_be_an_object(tmp_path):
+    """As SGLang's native interface sends it."""
+    endings = [{"type": "length", "length": 5}, {"type": "stop", "matched": 151645}]
+    lines = [json.dumps(LINE | {"k": k, "finish_reason": ending}) + "\n" for k, ending in enumerate(endings)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    assert [response.finish_reason for response in load_pool(tmp_path / "p.jsonl")["q1"]] == ["length", "stop"]
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    line = json.dumps(LINE).replace('"text"', '"text": "<think>a</think><answer>A</answer>", "text"')
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE) + "\n" + line + "\n")
+    with pytest.raises(
+        DataError, match=r"p\.jsonl:2: field 'text': expected every key once, got '<think>a</think><ans"
+    ):
         load_pool(tmp_path / "p.jsonl")
 
 

@@ -60,14 +60,20 @@ def test_ground_truths_are_normalised(tmp_path):
 def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
     records = [GOOD, GOOD | {"id": "q2"}]
     for indent in (None, 2):
-        (tmp_path / "q.json").write_text(json.dumps({"data": records, "version": 1}, indent=indent))
+        (tmp_path / "q.json").write_text(json.dumps({"data": records, "next": None}, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1", "q2"]
         # One record alone is no list of records, whatever lists it has.
         (tmp_path / "q.json").write_text(json.dumps(GOOD, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1"]
     (tmp_path / "q.json").write_text(json.dumps({"train": records, "test": records}))
-    with pytest.raises(DataError, match=r"an object with one list, got one object with the keys 'train', 'test'"):
+    with pytest.raises(DataError, match=r"one list and nothing else, got one object with the keys 'train', 'test'"):
         load_questions(tmp_path / "q.json")
+    # What stands beside the list might hold for every record.
+    for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
+        (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
+        keys = ", ".join(map(repr, beside))
+        with pytest.raises(DataError, match=rf"got one object with the keys {keys}, 'data'; write the records one per"):
+            load_questions(tmp_path / "q.json")
     (tmp_path / "q.json").write_text(json.dumps({"data": []}))
     with pytest.raises(DataError, match="expected at least one question"):
         load_questions(tmp_path / "q.json")
@@ -83,15 +89,114 @@ def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
         load_questions(tmp_path / "q.jsonl")
 
 
+def test_marks_with_blanks_inside_are_text(tmp_path):
+    def question_of(text):
+        return load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text}))[0].question
+
+    for text in ("In HTML, what does < video > do?", "What does <video > do?", "What does < image> do?", "<video />?"):
+        assert question_of(text) == text
+    assert question_of("<VIDEO> Which?") == question_of("<video_1>Which?") == question_of("<video 1>Which?") == "Which?"
+    assert question_of("Which <video/> is it? < video >") == "Which <video> is it? < video >"
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    """The last value would count, without a word."""
+    twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')
+    message = r"field 'answer': expected every key once, got 'B' and 'A' in the object of id 'q1'; keep one of the two"
+    with pytest.raises(DataError, match=r"q\.jsonl:2: " + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"id": "q0"}, twice))
+    for text in (f"[{twice}]", f'{{"data": [{twice}]}}', twice.replace("{", "{\n", 1)):
+        (tmp_path / "q.json").write_text(text)
+        with pytest.raises(DataError, match=r"q\.json: " + message):
+            load_questions(tmp_path / "q.json")
+    # Inside other values, and alike too.
+    inner = json.dumps(GOOD).replace('["a.mp4"]', '[{"path": "a.mp4", "start": 1, "start": 1}]')
+    with pytest.raises(DataError, match=r"q\.jsonl: field 'start': expected every key once, got 1 and 1; keep one"):
+        load_questions(write(tmp_path / "q.jsonl", inner))
+
+
 def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
     def question_of(text, **changes):
         return load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text} | changes))[0].question
 
     assert question_of("Which?\nOptions:\nA. red\n\nB. green") == "Which?"
     assert question_of("Which?\n(A) red\n(B) green\nLook closely.") == "Which?\nLook closely."
-    # Other options, another order, or a list that is all there is.
-    for text in ("Which?\nA. red\nB. blue", "Which?\nA. green\nB. red", "A. red\nB. green"):
+    assert question_of("Which?\nA. Red.\nB. Green.") == "Which?"
+    # Other options, what only looks like an option, or a list that is all there is.
+    for text in ("Which?\nA. tea\nB. milk", "What is said?\nA: Hello!\nB: Hi!", "A. red\nB. green"):
         assert question_of(text) == text
+    for text in (
+        "Is the car in (b) red?",
+        "Which is like B. green tea?",
+        "Is it a red or b. red wine",
+        "Does the red car stop?",
+    ):
+        assert question_of(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Which?\nA. green\nB. red", r"expected 'red' behind A, its letter in 'options', got 'b\. red'; give both"),
+        ("A. green\nB. red", r"expected 'red' behind A"),
+        ("Which?\nB. red\nA. green", r"expected 'red' behind A"),
+        ("Which? (A) Green (B) Red", r"expected 'red' behind A, its letter in 'options', got '\(b\) red'"),
+        ("Which? A: green; B: red.", r"expected 'red' behind A"),
+        ("Which?\nB. red\nC. green", r"expected 'red' behind A"),
+        # Two lists in one prompt, of which one letter means two.
+        ("Which?\nA. red\nB. blue", r"expected the list in the question to be that of 'options', got \['A\. red'"),
+        ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be that of 'options'"),
+    ],
+)
+def test_a_question_that_gives_options_other_letters_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'question': " + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"question": text}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["B. tea", "A. milk"], r"expected letters in the order A, B, got B, A; put the options in the order of"),
+        (["(b) tea", "(a) milk"], r"got B, A"),
+        ({"A": "B. tea", "B": "A. milk"}, r"got B, A"),
+        (["A. tea", "A. milk"], r"got A, A"),
+        (["B. tea", "C. milk", "D. water"], r"got B, C, D"),
+        (["A. tea", "B. milk", "D. water"], r"got A, B, D"),
+        # Not every option has one.
+        (["B. tea", "milk"], r"got B;"),
+        (["tea", "A. milk"], r"got A;"),
+        (["A. tea", "B.  "], r"expected a text behind each letter, got 'B\.  '; add it or remove the option"),
+        (["tea", "B."], r"expected a text behind each letter, got 'B\.'"),
+        (["tea", "tea"], r"expected options that differ, got 'tea' twice; remove one of the two"),
+        (["A. tea", "B. tea "], r"got 'tea' twice"),
+        ([5, "5"], r"got '5' twice"),
+    ],
+)
+def test_options_that_contradict_themselves_are_refused(tmp_path, options, message):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: field 'options': .*" + message):
+        load_questions(write(tmp_path / "q.jsonl", GOOD | {"options": options, "answer": "A"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        # Names, letters as options, texts that differ only in case, pictures.
+        (["A. Lincoln", "G. Washington"], 0),
+        (["Newton", "P. Curie"], 0),
+        (["p.m.", "a.m."], 0),
+        (["J.S. Bach", "A.A. Milne"], 0),
+        (["C", "A", "B"], 0),
+        (["A.", "B."], 0),
+        (["paris", "Paris"], 0),
+        (["-5", "5"], 0),
+        (["<image>", "<image>"], 2),
+    ],
+)
+def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
+    record = GOOD | {"options": options, "answer": "A. " + options[0]}
+    record |= {"videos": [], "images": ["1.png", "2.png"]} if images else {}
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record | ({"answer": "A"} if images else {})))
+    assert question.options == tuple(options) and question.answer == "A"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +280,13 @@ TIMED = {"id": "t", "question": "When?", "task_type": "temporal"}
         ({"videos": [{"path": "a.mp4", "start": 30}], "answer": "0 to 4"}, r"the part shown is 30 s to its end"),
         ({"videos": [{"path": "a.mp4", "end": 40}], "answer": "35 to 45"}, r"the part shown is 0 s to 40 s"),
         ({"answer": "-3 to 5"}, r"times count from 0"),
+        # Of several videos, that none of them holds.
+        ({"videos": ["a.mp4", "b.mp4"], "answer": "-5 to 3"}, r"times count from 0"),
+        ({"videos": ["a.mp4", "b.mp4"], "duration": 10, "answer": "200 to 300"}, r"duration of 10 s"),
+        (
+            {"videos": [{"path": "a.mp4", "end": 10}, {"path": "a.mp4", "start": 30, "end": 40}], "answer": "12 to 20"},
+            r"the part shown is 0 s to 10 s",
+        ),
     ],
 )
 def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, message):
@@ -193,13 +305,25 @@ def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, mess
         # The duration may be that of the part.
         {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "duration": 10, "answer": "31 to 33"},
         {"videos": [{"path": "a.mp4", "start": 30}], "answer": "100 to 130"},
-        # Of two videos nothing says which is meant.
-        {"videos": ["a.mp4", "b.mp4"], "duration": 20.0, "answer": "30 to 40"},
+        # Of two videos nothing says which is meant: one of them holds it.
+        {"videos": ["a.mp4", "b.mp4"], "answer": "30 to 40"},
+        {"videos": [{"path": "a.mp4", "end": 10}, {"path": "a.mp4", "start": 30, "end": 40}], "answer": "32 to 38"},
+        {"videos": [{"path": "a.mp4", "end": 10}, "b.mp4"], "answer": "100 to 130"},
     ],
 )
 def test_intervals_that_the_video_can_hold_are_kept(tmp_path, change):
     (question,) = load_questions(write(tmp_path / "q.jsonl", TIMED | {"videos": ["a.mp4"]} | change))
     assert question.answer == change["answer"]
+
+
+def test_times_need_a_video(tmp_path):
+    record = TIMED | {"images": ["a.png"], "answer": "1 to 3"}
+    for change in ({}, {"videos": []}, {"answer": None}):
+        path = write(tmp_path / "q.jsonl", record | change)
+        with pytest.raises(
+            DataError, match=r"q\.jsonl:1: field 'videos': expected a video, since temporal answers are"
+        ):
+            load_questions(path, require_answer=change != {"answer": None})
 
 
 def test_one_video_may_be_named_twice(tmp_path):

@@ -208,7 +208,7 @@ def test_pictures_are_shown_too(run: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGBA", (900, 450), (200, 30, 30, 255)).save(tmp_path / "still.png")
-    with Films(timeout_s=60.0) as films:
+    with Films(timeout_s=60.0, max_file_mib=16) as films:
         ((source, caption),) = films.read(str(tmp_path / "still.png"), is_video=False).shots
     assert caption == "picture" and source.startswith("data:image/jpeg;base64,")
     assert _jpeg_of(source).size == (240, 120)
@@ -225,7 +225,7 @@ def _jpeg_of(source: str):
 
 def test_films_are_evenly_spaced_frames(material) -> None:
     clip = sorted(material.clips.glob("*.mp4"))[0]
-    with Films(timeout_s=60.0) as films:
+    with Films(timeout_s=60.0, max_file_mib=16) as films:
         shots = films.read(str(clip), is_video=True).shots
     # Clips have 8 frames at 1 per second.
     assert [caption for _, caption in shots] == [f"{second}.0 s" for second in range(8)]
@@ -272,6 +272,7 @@ def test_an_unfinished_last_line_is_left_out_and_said(run: Path) -> None:
         ("samples.jsonl", "x\n{}\n", "samples.jsonl:1:"),
         ("samples.jsonl", '{}\n{"videos": 5}\n', "samples.jsonl:2: field 'videos'"),
         ("samples.jsonl", '{"options": "A"}\n', "samples.jsonl:1: field 'options'"),
+        ("samples.jsonl", json.dumps({"options": ["x"] * 27}), "samples.jsonl:1: field 'options': expected at most 26"),
         ("teacher.json", "[]", "expected a JSON object, got list"),
         ("teacher.json", '{"all": 3, "tasks": {}}', "field 'all'"),
         ("run.json", "no", "run.json"),

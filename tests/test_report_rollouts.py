@@ -14,7 +14,7 @@ from rmsd_fast.data.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
-from rmsd_fast.report_page.samples import film_strip
+from rmsd_fast.report_page.samples import film_strip, question_html
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def clip(material) -> str:
 
 @pytest.fixture(scope="module")
 def films():
-    with Films(timeout_s=60.0) as films:
+    with Films(timeout_s=60.0, max_file_mib=16) as films:
         yield films
 
 
@@ -177,7 +177,7 @@ def test_a_file_that_hangs_costs_its_time_and_no_page(tmp_path, clip, monkeypatc
     for number in range(MOST_LOST + 1):
         hanging.append(tmp_path / f"{number}.mp4")
         hanging[-1].write_bytes(Path(clip).read_bytes())
-    with Films(timeout_s=0.0) as films:
+    with Films(timeout_s=0.0, max_file_mib=16) as films:
         faults = [films.read(str(path), is_video=True).fault for path in hanging]
     assert all("not read within" in fault for fault in faults[:MOST_LOST])
     assert faults[MOST_LOST] == f"not read: {MOST_LOST} files before it could not be"
@@ -194,6 +194,58 @@ def test_media_are_read_once(clip, monkeypatch, films) -> None:
     film_strip(row, [], {}, films)
     monkeypatch.setattr(films, "_film", lambda *_: pytest.fail("read again"))
     assert film_strip(row, [], {}, films).count("<img") == 8
+
+
+def test_frames_are_those_of_the_part_that_is_shown(clip, films) -> None:
+    """The clip has 8 frames, one per second."""
+    film = films.read(clip, is_video=True, span=(4.0, 6.0))
+    assert [caption for _, caption in film.shots] == ["4.0 s", "5.0 s", "6.0 s"] and film.seconds == 8.0
+    assert [caption for _, caption in films.read(clip, is_video=True, span=(None, 1.5)).shots] == ["0.0 s", "1.0 s"]
+    assert [caption for _, caption in films.read(clip, is_video=True, span=(6.0, None)).shots] == ["6.0 s", "7.0 s"]
+    # The other parts of the file are kept apart.
+    assert len(films.read(clip, is_video=True).shots) == 8
+    assert "too few frames between" in films.read(clip, is_video=True, span=(1e308, None)).fault
+    assert "expected a part that ends by 8 s" in films.read(clip, is_video=True, span=(20.0, 30.0)).fault
+    # Each video has its own part.
+    row = {"videos": [clip, clip, clip], "images": [], "spans": [[2, 3], None, [5, "x"]]}
+    strip = film_strip(row, [], {}, films)
+    assert re.findall(r"<figcaption>(\d)\.0 s", strip) == [*"23", *"01234567", *"01234567"]
+    strip = film_strip({"videos": [clip], "spans": [[2, 3]]}, truth_mark("temporal", "2 to 3"), {}, films)
+    assert re.findall(r"<figcaption>(\d)\.0 s", strip) == [*"23"] and 'class="span" style="left:25.00%' in strip
+
+
+def test_the_bound_on_file_sizes_is_that_of_the_run(run, clip) -> None:
+    write_lines(run, line(clip, "temporal", "0 to 4", [], [rollout("0 to 4")]))
+    text, _ = read(write_report(run))
+    assert "<img" in section(text)
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"max_file_mib: \d+", "max_file_mib: 0", settings))
+    text, page = read(write_report(run))
+    assert "<img" not in text and "expected at most data.max_file_mib=0" in page.text
+
+
+def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeypatch) -> None:
+    def fail() -> None:
+        raise OSError
+
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.Nursery", fail)
+    with Films(timeout_s=60.0, max_file_mib=16) as films:
+        assert films.read(clip, is_video=True).fault == "OSError"
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["tea", "milk"], ["A. tea", "B. milk"]),
+        (["A. tea", "B. milk"], ["A. tea", "B. milk"]),
+        (["[A] tea", "[B] milk"], ["A. tea", "B. milk"]),
+        # Names: only one of them looks like an option with its letter.
+        (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
+    ],
+)
+def test_options_are_shown_as_in_the_prompt(options, shown) -> None:
+    html = question_html({"question": "Which?", "options": options, "answer": "B"})
+    assert re.findall(r"<li>(.*?)</li>", html) == [shown[0], f"<b>{shown[1]}</b> (true)"]
 
 
 def test_answers_are_not_drawn_on_one_of_several_media(clip, films) -> None:

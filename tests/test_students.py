@@ -418,6 +418,7 @@ SHARDS = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.sa
         (_weights_of_pickle, r"found only \*\.bin files; save the model with safe_serialization=True"),
         (_write("model.safetensors.index.json", SHARDS), r"expected weights in model-00001-of-00002\.safetensors"),
         (_write("model.safetensors.index.json", {"weight_map": 3}), r"expected an index of the weights"),
+        (_write("model.safetensors.index.json", {"weight_map": {"a": 3}}), r"expected an index of the weights"),
         (_write("generation_config.json", {"do_sample": False, "temperature": 0.5}), "settings that transformers can"),
         (_write("generation_config.json", "{"), r"generation_config\.json: expected settings"),
         (lambda path: _edit_config(path, text_config="x"), r"text_config: expected an object, got 'x'"),

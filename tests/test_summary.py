@@ -76,7 +76,10 @@ def test_answers_that_a_run_does_not_read_are_counted():
 
 
 def test_the_end_of_an_answer_that_is_not_known_is_said():
-    others = [TeacherResponse("q1", 4, "", "B"), TeacherResponse("q1", 5, "", "B", finish_reason="null")]
+    others = [
+        TeacherResponse("q1", 4, "", "B"),
+        TeacherResponse("q1", 5, "", "B", finish_reason="FINISH_REASON_UNSPECIFIED"),
+    ]
     others += [TeacherResponse("q1", 6 + k, "", "B", finish_reason=word) for k, word in enumerate(("odd", "odd", "x"))]
     summary = described(NATURAL, others=others, responses=9)
     assert "  no finish_reason: 2 answers; a cut at their end may go unseen" in summary.lines
@@ -121,7 +124,7 @@ def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
     inferred = Question("q2", "?", "numeric", videos=("/w.mp4",), answer="3", meta={"inferred": True})
     summary = describe_questions([mcq("q1"), inferred], [mcq("h", videos=("/x.mp4",))])
     assert summary.lines == [
-        "questions: 2 (mcq 1, numeric 1); the task types of 1 were told from their answers",
+        "questions: 2 (mcq 1, numeric 1); the task types of 1 were inferred from options and answers",
         "held out: 1 (mcq 1)",
         "the user's turn, for a teacher too (question 'q1'):\n  | What is poured?\n  | A. tea\n  | B. milk\n"
         "  | Reply as <think>reasoning</think><answer>option letter</answer>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rmsd_fast.config import ModelError
+from rmsd_fast.config import ModelError, first_line
 
 END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -57,7 +57,7 @@ def response_opening(tokenizer: Any) -> str:
         )
     # Templates raise whatever Jinja does, on purpose or not.
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        reason = first_line(error)
         raise refuse(f"it cannot render a question ({reason})") from error
     parts = {"the first text": _FIRST, "the video": VIDEO_PAD, "the image": IMAGE_PAD, "the second text": _SECOND}
     for rendered, system in ((prompt, {}), (with_system, {"the system text": _SYSTEM})):

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import NotInstalled, SettingsError
+from rmsd_fast.config import NotInstalled, SettingsError, first_line
 from rmsd_fast.data.records import Question, write_questions
 from rmsd_fast.method.answers import TASK_TYPES
 
@@ -191,9 +191,10 @@ def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
     try:
         from torchcodec.encoders import VideoEncoder
     except (ImportError, RuntimeError, OSError) as error:
+        reason = first_line(error)
         raise NotInstalled(
             "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
-            f"{str(error).strip().splitlines()[0]}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
+            f"{reason}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
         ) from error
     # A key frame every 4: sampling frames of a real file also meets frames that depend on others.
     VideoEncoder(frames, frame_rate=1).to_file(

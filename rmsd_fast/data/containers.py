@@ -48,10 +48,12 @@ _OTHERS = (
 RAW_STREAM = "a raw stream"
 # In which decoders find no frames, or others than those that were asked for.
 WITHOUT_INDEX = ("a transport stream", "a program stream")
+AVIF = "an AVIF picture"
 # What a file may be that Pillow cannot open.
 _PICTURES = (
+    # The brand may stand behind a general one.
+    (rb".{4}ftyp(avi|(mif1|msf1).{4}(.{4}){0,8}?avi[fs])", AVIF, _CONVERT),
     (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture", _CONVERT),
-    (rb".{4}ftypavi", "an AVIF picture", _CONVERT),
     (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture", _CONVERT),
     (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow does not read", _CONVERT),
     (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM.{4}\0", "a picture whose header is damaged", "fetch it again"),

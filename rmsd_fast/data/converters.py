@@ -21,9 +21,9 @@ error.
 The answer is the key `answer` or `solution`, else the assistant's turn; where it holds one `<answer>…</answer>`, the
 text inside. The extra keys `task_type`, `options`, `duration`, `system` and `id` are read where a record has them; null
 is the same as a missing key; other keys are kept in `meta["source"]`. Two keys of one meaning have to agree: a record
-that gives its media, its answer or its system text twice and differently is an error, and so is more than one user
-turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>". Video-R1's regression questions are graded
-like every numeric one: choose `teacher.numeric_metric=mra` for them.
+that gives its media, its answer, its task type or its system text twice and differently is an error, and so are the
+keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>".
+Video-R1's regression questions are graded like every numeric one: choose `teacher.numeric_metric=mra` for them.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ _PROBLEM_TYPES = {
     "math": _MATH,
     "mathematics": _MATH,
 }
+# What a problem type that is no task type may turn out to be.
+_TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system")
 _SPLIT_TURNS = "split conversations of several turns into questions of their own"
@@ -104,6 +106,9 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
     Raises:
         DataError: the record lacks what its format promises, or holds what cannot be used.
     """
+    first, *others = [key for key in RECORD_KEYS if record.get(key) not in (None, [], "")] or [""]
+    if others:
+        raise DataError.at(where, others[0], f"none beside '{first}'", record[others[0]], "keep one of the two")
     if format == "rmsd":
         return _own(record, where)
     for key in ("audios", "audio"):
@@ -194,8 +199,8 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     if turns is None and "query" in record:
         turns = [{speaker_key: "user", text_key: record["query"]}]
         turns += [{speaker_key: "assistant", text_key: record["response"]}] if "response" in record else []
-    elif extra := next((name for name in ("query", "response") if name in record), None):
-        raise DataError.at(where, extra, f"none beside '{key}'", record[extra], "keep one of the two")
+    elif "response" in record:
+        raise DataError.at(where, "response", f"none beside '{key}'", record["response"], "keep one of the two")
     if record.get("history"):
         raise DataError.at(where, "history", "one question and its answer", record["history"], _SPLIT_TURNS)
     if not isinstance(turns, list):
@@ -315,17 +320,27 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     for ours, theirs in keys.items():
         if name := _the_one(record, theirs, where, _listed):
             raw[ours], names[ours] = _listed(record[name]), name
-    if task := record.get("task_type") or (kind is not None and _task_of(kind, where)):
+    if task := _task_of(kind, record.get("task_type"), where):
         raw["task_type"] = task
     return raw, names, used
 
 
-def _task_of(kind: object, where: str) -> str:
-    """Our task type for a `problem_type`."""
+def _task_of(kind: object, named: object, where: str) -> object:
+    """The task type of a record with this `problem_type` and `task_type`; None where it has neither.
+
+    Raises:
+        DataError: the two differ, or there is only a `problem_type`, and it has no task type.
+    """
     task = _PROBLEM_TYPES.get(" ".join(re.split(r"[\s_-]+", kind.strip().lower()))) if isinstance(kind, str) else None
+    if kind is None or (task is None and named is not None):
+        return named
     if task is None:
         raise _no_task(where, "problem_type", kind)
-    return task
+    if named is not None and named not in _TASKS_OF.get(task, (task,)):
+        expected = f"the task type of its 'problem_type' {kind!r:.60}, {' or '.join(_TASKS_OF.get(task, (task,)))}"
+        raise DataError.at(where, "task_type", expected, named, "keep one of the two")
+    # Yes/no questions may need their options.
+    return named if named is not None and task != _YES_NO else task
 
 
 def _no_task(where: str, name: str, kind: object) -> DataError:

@@ -13,10 +13,15 @@ from rmsd_fast.data.errors import DataError, short
 Located = tuple[str, dict[str, Any] | DataError]
 
 
+class _RepeatedKey(Exception):
+    """An object has a key twice, of which json.loads would keep the last. The message names it, and what to do."""
+
+
 def read_records(path: Path) -> Iterator[Located]:
     """Objects of a JSONL file or of a JSON list. A line that does not parse comes as its error.
 
-    A list may stand alone in an object, on one line or on several: `{"data": []}`.
+    A list may stand alone in an object, on one line or on several: `{"data": []}`. Other keys beside it are refused,
+    since what they say about the records would be lost.
     """
     text = _read_text(path)
     # Not splitlines(): that would also cut at U+2028, which JSON strings may hold.
@@ -37,7 +42,9 @@ def read_records(path: Path) -> Iterator[Located]:
 def parse_record(line: str, where: str) -> dict[str, Any]:
     """One line of JSONL as a dict; DataError otherwise."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
+    except _RepeatedKey as error:
+        raise DataError(f"{where}: {error}") from None
     # ValueError: JSON that does not parse, or a number of more digits than Python converts.
     except (ValueError, RecursionError) as error:
         raise DataError(
@@ -84,10 +91,26 @@ def _parses(line: str) -> bool:
 
 def _parse_whole(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _RepeatedKey as error:
+        raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path}:{line}: expected JSON, got text that does not parse ({error}); fix it") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these keys and values; _RepeatedKey if a key occurs twice."""
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            identity = f" in the object of id {short(record['id'])}" if "id" in record else ""
+            raise _RepeatedKey(
+                f"field {key!r}: expected every key once, got {short(record[key])} and {short(value)}{identity}; "
+                "keep one of the two"
+            )
+        record[key] = value
+    return record
 
 
 def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Located]:
@@ -98,10 +121,12 @@ def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Loca
     if set(whole) & set(RECORD_KEYS) or not lists:
         yield f"{path}:{line}", whole
         return
-    if len(lists) > 1:
+    others = [key for key, value in whole.items() if value is not None and value is not lists[0]]
+    if others:
         raise DataError(
-            f"{path}: expected JSONL (one object per line), a JSON list or an object with one list, got one object "
-            f"with the keys {', '.join(map(repr, whole))}; write the records one per line"
+            f"{path}: expected JSONL (one object per line), a JSON list or an object with one list and nothing else, "
+            f"got one object with the keys {', '.join(map(repr, whole))}; write the records one per line, with what "
+            "holds for all of them in each"
         )
     yield from _items(path, lists[0])
 

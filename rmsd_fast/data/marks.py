@@ -1,7 +1,8 @@
 """Marks in a question's text, which are not text: `<image>` and `<video>` stand where the media do.
 
 A text without marks has its media in front of it, videos first. Read are also `<IMAGE>`, numbered marks in their order
-(`<image_1>`, `<image 2>`) and the family's own `<|vision_start|><|image_pad|><|vision_end|>`.
+(`<image_1>`, `<image 2>`) and the family's own `<|vision_start|><|image_pad|><|vision_end|>`. Other blanks inside make
+them text, as in a question about HTML.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MARK = re.compile(r"<(image|video)>")
 SPECIAL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _SPELLINGS = re.compile(
     r"<\|vision_start\|><\|(?P<token>image|video)_pad\|><\|vision_end\|>"
-    r"|<\s*(?P<name>image|video)(?:[ _-]?(?P<number>\d+))?\s*/?>",
+    r"|<(?P<name>image|video)(?:[ _-]?(?P<number>\d+))?/?>",
     re.IGNORECASE,
 )
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError
+from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError, first_line
 from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
 from rmsd_fast.data.media_file import MediaError, NotNow, stat_file, undecodable, video_command
@@ -348,5 +348,5 @@ def why_not_cuda(device: torch.device) -> str:
                 return f"a test video was decoded on the CPU ({decoder.cpu_fallback})"
             return ""
     except Exception as error:
-        text = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        text = first_line(error)
         return f"a test video could not be decoded with CUDA ({text})"

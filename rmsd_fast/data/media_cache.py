@@ -74,7 +74,7 @@ class DiskCache:
 
     A file is a checksum of all that follows, the length of a JSON header, the header padded to 4 KiB, and the pixels.
     It is written beside its place and renamed, so readers see whole files; one that does not check is removed and
-    counted in `corrupt`, and its frames are made anew. One process writes at a time, so the folder's total, which
+    counted in `corrupt`, and its frames are decoded again. One process writes at a time, so the folder's total, which
     stands in `bytes`, is exact. Over the budget the files go first that were not used for longest. What goes wrong with
     the disk costs entries, never the run.
 
@@ -103,7 +103,7 @@ class DiskCache:
             return None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.corrupt += 1
-            log.warning("%s: damaged cache entry (%s), made anew", path, str(error).split("\n", 1)[0])
+            log.warning("%s: damaged cache entry (%s), decoded again", path, str(error).split("\n", 1)[0])
             with suppress(OSError):
                 path.unlink()
             return None
@@ -138,7 +138,7 @@ class DiskCache:
                     _write_all(file, pixels)
                 temporary.replace(path)
         except OSError as error:
-            # Nothing half is left, and the total is counted anew.
+            # Nothing half is left, and the total is counted again.
             for left in (temporary, self.folder / "bytes.tmp", self.folder / "bytes"):
                 with suppress(OSError):
                     left.unlink()

@@ -5,10 +5,49 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rmsd_fast.method.answers import bare_options
+from rmsd_fast.data.marks import MARK
+from rmsd_fast.method.answers import bare_options, option_letters, own_letter
+from rmsd_fast.method.quality import fold_text
 
 _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选项\s*[:：]?", re.IGNORECASE)
 MOST_OPTIONS = 26
+# A letter, an option's text and what may follow it, in folded text: "(b) tea", "which? a. tea b. milk".
+_LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
+# "a.m.", "B.C.", "J.S. Bach" begin with no letter of an option.
+_ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
+
+
+class OptionsError(ValueError):
+    """Options that can be read in two ways. The message says what was expected, what was found and what to do."""
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Refuse options of which an answer's letter could mean two, or which show no difference.
+
+    Raises:
+        OptionsError: the letters that the options are written with contradict their order; or two of them are the same
+            text; or one of them is only a letter beside others that are more.
+    """
+    if not options:
+        return
+    letters = option_letters(options)
+    written, texts = zip(
+        *(("", option) if _ABBREVIATION.match(option) else own_letter(option) for option in options), strict=True
+    )
+    misplaced = [letter for letter, place in zip(written, letters, strict=True) if letter and letter != place]
+    # "A. Lincoln", "G. Washington" are names: G is not the letter of an option. After A and B, a D is one.
+    if set(misplaced) & set(letters) or (misplaced and all(written) and written[:2] == ("A", "B")):
+        todo = "put the options in the order of their letters; if the letters belong to the texts, reword these"
+        raise OptionsError(
+            f"expected letters in the order {', '.join(letters)}, got {', '.join(filter(None, written))}; {todo}"
+        )
+    if not all(texts) and any(texts):
+        index = texts.index("")
+        raise OptionsError(f"expected a text behind each letter, got {options[index]!r}; add it or remove the option")
+    bare = [" ".join(option.split()) for option in bare_options(options)]
+    # Media differ, though their marks are the same.
+    if repeated := [option for option in bare if bare.count(option) > 1 and not MARK.search(option)]:
+        raise OptionsError(f"expected options that differ, got {repeated[0]!r} twice; remove one of the two")
 
 
 def find_options(question: str) -> tuple[str, list[str]] | None:
@@ -21,12 +60,49 @@ def find_options(question: str) -> tuple[str, list[str]] | None:
 
 
 def without_options(question: str, options: Sequence[str]) -> str:
-    """The question without a list of its own options, which the prompt would show a second time."""
-    for start, end in reversed(_lists(question.split("\n")) if options else []):
-        cut = _cut(question, start, end)
-        if cut and cut[1] == bare_options(options):
-            return cut[0]
-    return question
+    """The question without a list of its own options, which the prompt would show a second time.
+
+    Raises:
+        OptionsError: the question gives an option another letter than the prompt does, or lists other options beside
+            some of these.
+    """
+    if not options:
+        return question
+    own = [fold_text(option) for option in bare_options(options)]
+    _check_letters(question, own)
+    lines = question.split("\n")
+    repeated = []
+    for start, end in _lists(lines):
+        listed = [line.strip() for line in lines[start : end + 1] if line.strip()]
+        texts = [fold_text(option) for option in bare_options(listed)]
+        if texts == own:
+            repeated.append((start, end))
+        elif set(texts) & set(own):
+            raise OptionsError(
+                f"expected the list in the question to be that of 'options', got {listed!r:.80}; remove one of the two"
+            )
+    cut = _cut(question, *repeated[-1]) if repeated else None
+    return cut[0] if cut else question
+
+
+def _check_letters(question: str, options: Sequence[str]) -> None:
+    """Refuse a question that lists two options or more and gives one of them another letter than its own."""
+    letters = option_letters(options).lower()
+    folded = [fold_text(line) for line in question.split("\n")]
+    labelled = {
+        text: [match for line in folded for match in re.finditer(_LABELLED % re.escape(text), line)]
+        for text in filter(None, options)
+    }
+    if sum(map(bool, labelled.values())) < 2:
+        return
+    for text, matches in labelled.items():
+        own = [letter for letter, option in zip(letters, options, strict=True) if option == text]
+        for match in matches:
+            if next(filter(None, match.groups())) not in own:
+                raise OptionsError(
+                    f"expected {text!r} behind {' or '.join(own).upper()}, its letter in 'options', got {match[0]!r}; "
+                    "give both the same order, or remove the list from the question"
+                )
 
 
 def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:

@@ -2,8 +2,9 @@
 
 A picture is read as a person sees it, or refused with a message that says what was found:
 
-- Transparent parts show white. A picture of which nothing is visible is refused: programs that write no transparency
-  leave alpha 0 in pixels that they show. Where a TGA or BMP file says that its alpha is not used, it is not.
+- Transparent parts show white. A picture of which next to nothing is visible is refused: programs that write no
+  transparency leave alpha 0 in pixels that they show. Where a TGA or BMP file says that its alpha is not used, it is
+  not.
 - 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused, since
   no format says what their black and white are. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most
   one level below the scaled value. Values of 10 or 12 bits that a program stored in 16 look nearly black, as they do
@@ -30,12 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from rmsd_fast.config import NotInstalled
-from rmsd_fast.data.containers import name_content
+from rmsd_fast.config import NotInstalled, first_line
+from rmsd_fast.data.containers import AVIF, name_content
 from rmsd_fast.data.media_file import MediaError, read_head, video_command
 
 # Larger pictures take gigabytes while they are read (Pillow's own bound for a warning).
 MOST_PIXELS = 89_478_485
+# A pixel of a lower alpha differs from the white behind it by at most 7 of 255 levels, which nobody sees. Programs
+# leave such pixels in pictures that are otherwise transparent, and a few of any alpha: 9 of 1000x1000 are no content.
+LEAST_ALPHA, LEAST_VISIBLE = 8, 1e-5
 # Values of EXIF's orientation that exchange height and width.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 # TIFF tags.
@@ -109,7 +113,7 @@ def read_picture(path: str) -> np.ndarray:
 def _opened(path: str) -> Iterator[Any]:
     """Open a Pillow image of one picture, pixels not read yet. Damage found while it is open becomes a MediaError."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError, features
     except ImportError as error:
         raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
     try:
@@ -126,10 +130,13 @@ def _opened(path: str) -> Iterator[Any]:
         raise
     except UnidentifiedImageError as error:
         what, advice = name_content(read_head(path)) or ("a format that is not read here", "save it as PNG or JPEG")
+        # Pillow reads AVIF since 11.3, if it was built with libavif.
+        if what == AVIF and "avif" in features.modules and features.check_module("avif"):
+            what, advice = "an AVIF picture that is damaged", "fetch it again"
         raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question") from error
     # Pillow's plugins report damage with whatever their parsing raises.
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        reason = first_line(error)
         raise MediaError(
             f"{path}: cannot be decoded ({reason}); fetch it again, save it again as PNG, or drop the question"
         ) from error
@@ -321,8 +328,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-        if alpha.getextrema()[1] == 0:
-            raise _invisible(path)
+        _check_visible(path, np.asarray(alpha) >= LEAST_ALPHA)
         white = Image.new("RGB", image.size, "white")
         white.paste(image.convert("RGB"), mask=alpha)
         return np.array(white)
@@ -353,13 +359,14 @@ def _grey(path: str, image: Any) -> np.ndarray:
     if key is None:
         return levels
     clear = values == key
-    if clear.all():
-        raise _invisible(path)
+    _check_visible(path, ~clear)
     return np.where(clear, np.uint8(255), levels)
 
 
-def _invisible(path: str) -> MediaError:
-    return MediaError(
-        f"{path}: expected visible pixels, got a picture that is transparent everywhere; if its colours are meant to "
-        "show, remove the alpha channel, or drop the question"
-    )
+def _check_visible(path: str, visible: np.ndarray) -> None:
+    """Raise MediaError if nearly no pixel of a picture is visible; visible: bool [H, W]."""
+    if np.count_nonzero(visible) < LEAST_VISIBLE * visible.size:
+        raise MediaError(
+            f"{path}: expected visible pixels, got a picture that is transparent nearly everywhere; if its colours are "
+            "meant to show, remove the alpha channel, or drop the question"
+        )

@@ -29,7 +29,7 @@ from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_gro
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
-from rmsd_fast.data.option_lists import MOST_OPTIONS, without_options
+from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, without_options
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
@@ -58,7 +58,7 @@ class Question:
     system: str | None = None
     """Text of a system turn in front of the question."""
     duration: float | None = None
-    """Length of the video in seconds."""
+    """Length of the video in seconds; of several, that of the longest."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Anything else; training reads none of it."""
 
@@ -194,10 +194,11 @@ def parse_question(
     options = _options(raw.get("options"), task, fail)
     duration = _duration(raw.get("duration"), fail)
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
-    if task == "temporal" and answer is not None and len(videos) == 1:
-        span = spans[0] if spans else None
+    if task == "temporal" and not videos:
+        raise fail("videos", "a video, since temporal answers are times of one", None, "add it or change the task type")
+    if task == "temporal" and answer is not None:
         try:
-            check_times(*parse_answer_body(answer, task), duration=duration, span=span)
+            _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
         except GroundTruthError as error:
             raise fail("answer", "an interval of the video", raw["answer"], str(error)) from None
     meta = raw.get("meta")
@@ -207,6 +208,13 @@ def parse_question(
         question, *marked = place_marks([raw["question"], *(options or ())], videos=len(videos), images=len(images))
     except MarkError as error:
         raise DataError(f"{where}: field '{names.get('question', 'question')}': {error}") from None
+    checked = "options"
+    try:
+        check_options(marked)
+        checked = "question"
+        question = without_options(question, marked)
+    except OptionsError as error:
+        raise DataError(f"{where}: field '{names.get(checked, checked)}': {error}") from None
     for text in (question, *marked):
         _check_text("question" if text is question else "options", text, fail)
         if token := SPECIAL_TOKEN.search(text):
@@ -220,7 +228,7 @@ def parse_question(
         _check_text("system", system, fail)
     return Question(
         id=identity,
-        question=without_options(question, marked),
+        question=question,
         task_type=task,
         videos=videos,
         images=images,
@@ -312,6 +320,18 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
     if task == "spatial" and (parsed[2] <= parsed[0] or parsed[3] <= parsed[1]):
         raise fail("answer", "x1 < x2 and y1 < y2", value, "no answer could score above 0, fix it")
     return text
+
+
+def _check_times(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
+    """Refuse an interval that none of the videos can hold. Of several, nothing says which one is meant."""
+    faults = []
+    for span in spans:
+        try:
+            check_times(*interval, duration=duration, span=span)
+        except GroundTruthError as error:
+            faults.append(error)
+    if len(faults) == len(spans):
+        raise faults[0]
 
 
 def _duration(value: object, fail) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from rmsd_fast.data.ground_truths import CoordinatesError, GroundTruthError, read_ground_truth
@@ -12,7 +13,21 @@ from rmsd_fast.method.quality import fold_text
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)
-_DENIED = re.compile(r"\b(?:not|wrong|incorrect|false)\b|n['’]t\b", re.IGNORECASE)
+# Words that join a second answer, deny the first one or doubt it. Clear replies hold some of them too. A clear reply
+# that is refused is reported, and its letter can be written alone; an unclear one would make a wrong ground truth.
+_UNCLEAR = re.compile(
+    r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|"
+    r"untrue|but|however|although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|"
+    r"possible|probably|probable|presumably|likely|unlikely|apparently|unclear|unsure|uncertain|unknown|ambiguous|"
+    r"might|may|could|seems?|appears?|guess|guessing|think|believe|suppose|assume|depends?|doubt|doubtful|"
+    r"(?:hard|difficult|impossible) to)\b"
+    r"|n['’]t\b|[?&/+]|或|和|与|及|不|没|可能|也许|大概|但",
+    re.IGNORECASE,
+)
+# The letter of an option: a capital that stands alone, or any letter with a sign of labels.
+_ANY_LETTER = re.compile(
+    r"(?<![A-Za-z0-9'’])(?:([A-Z])(?![A-Za-z0-9'’])|[(\[]([a-z])[)\]]|([a-z])[.):](?![A-Za-z0-9]))"
+)
 # "3-5" may be a score, a range or a pair of years.
 _RANGE = re.compile(r"[0-9]+\s*[-–—~]\s*[0-9]+")
 # How answers to closed questions begin: a letter with its sign, JSON; a number, in a short answer.
@@ -65,20 +80,33 @@ def names_an_option(answer: object, options: Sequence[str]) -> bool:
 def letter_of_reply(answer: object, options: Sequence[object]) -> str | None:
     """The letter of a reply such as "B. milk" or "B. Milk is poured in."; None where it does not begin with one.
 
-    None also where the words behind the letter are those of another option, or deny something.
+    None also unless the words behind the letter, and behind the text of its option, speak for this option alone: not
+    where they name another option by its letter or its text, join a second answer, deny the first one, or doubt it.
     """
     led = _LED_BY_LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
     if led is None or len(options) > MOST_OPTIONS or not all(isinstance(option, str) for option in options):
         return None
-    letter, words = led[1] or led[3], fold_text(led[2] or led[4])
+    letter, reply = led[1] or led[3], led[2] or led[4]
     letters = option_letters(options) if options else ""
     if letter not in letters:
         return None
-    texts = dict(zip(letters, map(fold_text, bare_options(options)), strict=True))
-    its_text = texts.pop(letter)
-    begun = [option for option in (its_text, *texts.values()) if option and words.startswith(option)]
-    if begun:
-        # "red truck" begins with "red" too.
-        return letter if max(begun, key=len) == its_text else None
-    named = any(option and option in words for option in texts.values())
-    return None if named or _DENIED.search(words) else letter
+    bare = dict(zip(letters, bare_options(options), strict=True))
+    its_text, words = fold_text(bare[letter]), fold_text(reply)
+    if words == its_text:
+        return letter
+    texts = [text for other, option in bare.items() if other != letter and (text := fold_text(option))]
+    begun = [text for text in (its_text, *texts) if text and words.startswith(text)]
+    # "red truck" begins with "red" too.
+    if begun and max(begun, key=len) != its_text:
+        return None
+    rest = words[len(its_text) :] if begun else words
+    # The text of an option may hold letters: "Vitamin C".
+    named = (_letters_in(reply) - _letters_in(bare[letter]) - {letter}) & set(letters)
+    unclear = named or _UNCLEAR.search(rest) or any(text in rest for text in texts)
+    return None if unclear else letter
+
+
+def _letters_in(text: str) -> set[str]:
+    """Letters of options that a text names."""
+    found = _ANY_LETTER.finditer(unicodedata.normalize("NFKC", text))
+    return {next(filter(None, match.groups())).upper() for match in found}

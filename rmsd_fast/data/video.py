@@ -24,6 +24,7 @@ import torch
 import rmsd_kernels
 from rmsd_fast.config import SettingsError, VideoConfig
 from rmsd_fast.data.media_file import MediaError, check_file
+from rmsd_fast.data.media_paths import Span
 from rmsd_fast.data.pictures import picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 from rmsd_fast.data.video_file import Clip, decode, open_clip
@@ -62,7 +63,7 @@ class MediaRequest:
     kind: str
     settings: VideoConfig
     preprocessor: Preprocessor
-    span: tuple[float | None, float | None] | None = None
+    span: Span = None
     check_frames: bool = True
     max_file_mib: int = 16384
 
@@ -184,7 +185,7 @@ class PreviewRequest:
     """A picture, or evenly spaced frames of a video, for people to look at.
 
     kind: "video" or "image". count: frames of a video; fewer if it has fewer. longest_px: of the longer side of what
-    is shown. max_file_mib: larger files are refused.
+    is shown. max_file_mib: larger files are refused. span: the part of a video that they come from, as in MediaRequest.
     """
 
     path: str
@@ -192,6 +193,7 @@ class PreviewRequest:
     count: int
     longest_px: int
     max_file_mib: int
+    span: Span = None
 
 
 def read_preview(request: PreviewRequest) -> Preview:
@@ -208,14 +210,17 @@ def read_preview(request: PreviewRequest) -> Preview:
         return Preview(frames.permute(0, 2, 3, 1).numpy(), (), None)
     clip = open_clip(request.path)
     height, width = _within(request.longest_px, *clip.shown)
-    count = min(request.count, clip.frames)
-    indices = [round(number * (clip.frames - 1) / max(count - 1, 1)) for number in range(count)]
+    first, total = _part(clip, request.span)
+    if total < 1:
+        raise _too_few(clip, request.span, 1, total)
+    count = min(request.count, total)
+    indices = [first + round(number * (total - 1) / max(count - 1, 1)) for number in range(count)]
     frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
 
     def resize(start: int, batch: torch.Tensor) -> None:
         rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
 
-    stamps, _ = decode(clip, indices, False, resize)
+    stamps, _ = decode(clip, indices, request.span is not None, resize)
     return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, clip.length_s)
 
 
@@ -251,28 +256,41 @@ def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[in
 
 def _choose(request: MediaRequest, clip: Clip) -> list[int]:
     """Indices of the frames that are taken; with a span, of the frames in it."""
-    path, needed = request.path, request.preprocessor.temporal_patch_size
-    first, total, where = 0, clip.frames, ""
-    if request.span is not None:
-        start, end = request.span
-        first = max(0, math.ceil(((start or 0.0) - clip.late_s) * clip.fps - 1e-6))
-        if end is not None and end > clip.length_s + max(1.0, 0.05 * clip.length_s):
-            raise MediaError(
-                f"{path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; check "
-                "start and end, or drop the question"
-            )
-        last = total - 1 if end is None else min(total - 1, math.floor((end - clip.late_s) * clip.fps + 1e-6))
-        total, where = (
-            max(0, last - first + 1),
-            f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}",
-        )
+    needed = request.preprocessor.temporal_patch_size
+    first, total = _part(clip, request.span)
     if total < needed:
-        shown = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
-        raise MediaError(
-            f"{path}: too few frames{where}: expected at least {needed}, got {total}; "
-            f"{shown if where else 'ask about it as an image'}, or drop the question"
-        )
+        raise _too_few(clip, request.span, needed, total)
     return [first + index for index in frame_indices(total, clip.fps, request.settings, request.preprocessor)]
+
+
+def _part(clip: Clip, span: Span) -> tuple[int, int]:
+    """Index of the first frame in a span, and the number of frames in it; None = all frames.
+
+    Raises:
+        MediaError: the span ends so far behind the video that it is not that of this file.
+    """
+    start, end = span or (None, None)
+    if end is not None and end > clip.length_s + max(1.0, 0.05 * clip.length_s):
+        raise MediaError(
+            f"{clip.path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; check "
+            "start and end, or drop the question"
+        )
+    low = 0.0 if start is None else (start - clip.late_s) * clip.fps - 1e-6
+    high = math.inf if end is None else (end - clip.late_s) * clip.fps + 1e-6
+    first = math.ceil(min(max(low, 0.0), clip.frames))
+    last = math.floor(max(min(high, clip.frames - 1), -1.0))
+    return first, max(0, last - first + 1)
+
+
+def _too_few(clip: Clip, span: Span, needed: int, total: int) -> MediaError:
+    where, advice = "", "ask about it as an image"
+    if span is not None:
+        start, end = span
+        where = f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}"
+        advice = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
+    return MediaError(
+        f"{clip.path}: too few frames{where}: expected at least {needed}, got {total}; {advice}, or drop the question"
+    )
 
 
 def _sized(request: MediaRequest, height: int, width: int, frames: int = 0) -> tuple[int, int]:

@@ -152,11 +152,20 @@ def bare_options(options: Sequence[str]) -> list[str]:
     a text, and so are the options "A", "B".
     """
     labels = [_OPTION_LABEL.match(option) for option in options]
-    letters = [unicodedata.normalize("NFKC", label[1] or label[2]).upper() if label else "" for label in labels]
-    if "".join(letters) != option_letters(options):
+    if "".join(map(_letter_of, labels)) != option_letters(options):
         return [option.strip() for option in options]
     texts = [option[label.end() :].strip() for option, label in zip(options, labels, strict=True)]
     return texts if all(texts) else [option.strip() for option in options]
+
+
+def own_letter(option: str) -> tuple[str, str]:
+    """Return the letter that an option is written with, and the text behind it; ("", the option) if it has none."""
+    label = _OPTION_LABEL.match(option)
+    return (_letter_of(label), option[label.end() :].strip()) if label else ("", option.strip())
+
+
+def _letter_of(label: re.Match[str] | None) -> str:
+    return unicodedata.normalize("NFKC", label[1] or label[2]).upper() if label else ""
 
 
 def _numbers(match: re.Match[str] | None) -> tuple[float, ...] | None:

@@ -6,20 +6,25 @@ Sources: the API references of OpenAI (chat completions, responses), Anthropic, 
 Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI and Ollama.
 """
 
+import re
+
 # Words without case. Gemini's and Bedrock's content reasons are many; none of them lets an answer through.
 _WORDS = {
-    "stop": "stop end_turn stop_sequence stop_token eos eos_token endoftext complete completed finish finished",
+    "stop": "stop end_turn stop_sequence stop_token eos eos_token endoftext complete completed finish finished "
+    "stop_criteria_met",
     "length": "length max_tokens max_output_tokens max_length token_limit model_length model_context_window_exceeded "
-    "incomplete in_progress queued abort aborted cancelled canceled error error_toxic network_error failed timeout "
+    "incomplete in_progress queued abort aborted cancelled canceled user_cancel error error_toxic error_limit "
+    "network_error failed timeout load unload "
     "insufficient_system_resource other pause_turn tool_call tool_calls tool_use function_call "
     "malformed_function_call unexpected_tool_call too_many_tool_calls malformed_tool_use malformed_model_output "
-    "malformed_response repetition",
+    "malformed_response missing_thought_signature no_image image_other repetition",
     "content_filter": "content_filter content_filtered refusal safety recitation language blocklist "
     "prohibited_content spii sensitive guardrail_intervened image_safety image_prohibited_content image_recitation",
 }
 FINISH_REASONS = {word: reason for reason, words in _WORDS.items() for word in words.split()}
 # What says nothing.
-_UNKNOWN = ("", "null", "none", "unknown", "unspecified", "finish_reason_unspecified")
+_UNKNOWN = ("", "null", "none", "unknown", "unspecified")
+_NEXT_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def finish_reason_of(word: str | None) -> str | None:
@@ -33,5 +38,6 @@ def is_known(word: str | None) -> bool:
 
 
 def _plain(word: str | None) -> str:
-    """`FinishReason.MAX_TOKENS` and `max-tokens` are `max_tokens`."""
-    return (word or "").strip().rpartition(".")[2].casefold().replace("-", "_").replace(" ", "_")
+    """`FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` and `max-tokens` are `max_tokens`."""
+    last = _NEXT_WORD.sub("_", (word or "").strip().rpartition(".")[2])
+    return last.casefold().replace("-", "_").replace(" ", "_").removeprefix("finish_reason_")

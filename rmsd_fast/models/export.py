@@ -21,7 +21,7 @@ from typing import Any
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.files import os_errors_of_safetensors, replace_folder
 from rmsd_fast.models.folders import write_preprocessor
-from rmsd_fast.models.model_card import model_card
+from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
 
 # The rope of the vision tower. Older versions have it built in; 5.17 and later fill it in if config.json has none.
@@ -51,8 +51,12 @@ def export_student(
         ValueError: the folder holds something that is not an export of a student.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise ValueError(f"{folder}: expected no folder or an earlier export, found other files; choose another folder")
+    # A folder with config.json may be the base model, or hold files of the user.
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
+        raise ValueError(
+            f"{folder}: expected no folder, an empty one or an earlier export (by the README.md that exports have), "
+            "got other files; choose another folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # What a killed export left is replaced by the next one.
     staged = folder.parent / f".{folder.name}.tmp"

@@ -22,6 +22,7 @@ from rmsd_fast.data.chat_template import (
     VISION_START,
     response_opening,
 )
+from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 
 FAMILIES = ("qwen3_vl",)
@@ -139,9 +140,10 @@ def missing_weights(folder: Path) -> list[str]:
         return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(name for name in names if not (folder / name).is_file())
+    # TypeError: a name that is not text.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: expected an index of the weights ({first_line(error)}); fetch it again") from error
-    return sorted(name for name in names if not (folder / name).is_file())
 
 
 def _check_weights(folder: Path) -> None:
@@ -217,7 +219,13 @@ def _check_rope(folder: Path) -> None:
     if not isinstance(text, dict):
         raise ModelError(f"{path}: text_config: expected an object, got {text!r}; restore the original file")
     new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
+    for name, rope in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(rope, dict):
+            raise ModelError(f"{path}: text_config.{name}: expected an object, got {rope!r}; restore the original file")
     thetas = [theta for theta in (text.get("rope_theta"), new.get("rope_theta"), old.get("rope_theta")) if theta]
+    for theta in thetas:
+        if not is_number(theta):
+            raise ModelError(f"{path}: rope_theta: expected a number, got {theta!r}; restore the original file")
     if len(set(thetas)) != 1:
         raise ModelError(
             f"{path}: expected one rope theta, as text_config.rope_theta or in text_config.rope_parameters, "

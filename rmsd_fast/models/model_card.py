@@ -13,6 +13,8 @@ OLDEST_TRANSFORMERS = "4.57"
 # The first versions whose processors keep the vision tokens around a whole video and limit the pixels of a frame.
 VIDEO_EDGES, FRAME_CAP = "5.10", "5.16"
 
+# The sentence by which an export is known.
+_MADE_BY = "trained and exported by rmsd_fast"
 _CARD = """\
 ---
 library_name: transformers
@@ -21,7 +23,7 @@ pipeline_tag: image-text-to-text
 
 # Student of the family `{family}`
 
-A video language model, trained and exported by rmsd_fast {version} (R-MSD, arXiv 2603.11423).
+A video language model, {made_by} {version} (R-MSD, arXiv 2603.11423).
 {origin}
 ## Load it
 
@@ -94,6 +96,7 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
     lines = [f"- {name}: `{value}`" for name, value in origin.items() if value]
     return _CARD.format(
         family=family,
+        made_by=_MADE_BY,
         version=__version__,
         origin="\n".join(["", *lines, ""]) if lines else "",
         video=_video_lines(video) if video else "",
@@ -103,6 +106,12 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
         frame_cap=FRAME_CAP,
         video_edges=VIDEO_EDGES,
     )
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder holds a README.md of `model_card`, as every export does."""
+    path = folder / "README.md"
+    return path.is_file() and _MADE_BY in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _video_lines(video: VideoConfig) -> str:

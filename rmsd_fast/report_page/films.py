@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rmsd_fast.data.decode_worker import Nursery, Worker
+    from rmsd_fast.data.media_paths import Span
 
 # Fewer would miss what is seen for a second or two of a short clip.
 FRAMES_PER_FILM = 8
@@ -32,15 +33,17 @@ class Film:
 
 
 class Films:
-    """Reads previews, each file once.
+    """Reads previews, each part of a file once.
 
     Args:
         timeout_s: for one file.
+        max_file_mib: larger files are refused, as the run refuses them.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, max_file_mib: int) -> None:
         self._timeout_s = timeout_s
-        self._read: dict[str, Film] = {}
+        self._max_file_mib = max_file_mib
+        self._read: dict[tuple[str, Span], Film] = {}
         self._nursery: Nursery | None = None
         self._worker: Worker | None = None
         self._lost = 0
@@ -56,15 +59,19 @@ class Films:
         if self._nursery is not None:
             self._nursery.close()
 
-    def read(self, path: str, *, is_video: bool) -> Film:
-        """The film of a file; a file that cannot be read has a fault in place of frames."""
-        if path not in self._read:
-            self._read[path] = self._film(path, is_video)
-        return self._read[path]
+    def read(self, path: str, *, is_video: bool, span: Span = None) -> Film:
+        """The film of a file; a file that cannot be read has a fault in place of frames.
 
-    def _film(self, path: str, is_video: bool) -> Film:
+        Args:
+            span: start and end in seconds of the part of a video that is shown; None = all of it.
+        """
+        if (path, span) not in self._read:
+            self._read[path, span] = self._film(path, is_video, span)
+        return self._read[path, span]
+
+    def _film(self, path: str, is_video: bool, span: Span) -> Film:
         # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
-        from rmsd_fast.config import DataConfig, UserError
+        from rmsd_fast.config import UserError, first_line
         from rmsd_fast.data.decode_worker import NotStarted, Nursery, WorkerLost
         from rmsd_fast.data.media_file import MediaError
         from rmsd_fast.data.video import PreviewRequest
@@ -74,7 +81,7 @@ class Films:
         if self._lost == MOST_LOST:
             return Film([], f"not read: {MOST_LOST} files before it could not be")
         request = PreviewRequest(
-            path, "video" if is_video else "image", FRAMES_PER_FILM, LONGEST_PX, DataConfig.max_file_mib
+            path, "video" if is_video else "image", FRAMES_PER_FILM, LONGEST_PX, self._max_file_mib, span
         )
         try:
             if self._nursery is None:
@@ -85,7 +92,8 @@ class Films:
         except (MediaError, UserError, NotStarted, OSError) as error:
             self._lost += isinstance(error, WorkerLost)
             self._lost = MOST_LOST if isinstance(error, NotStarted) else self._lost
-            return Film([], str(error).strip().splitlines()[0][:200])
+            reason = first_line(error)
+            return Film([], reason[:200])
         captions = [f"{time:.1f} s" for time in preview.times_s] or ["picture"]
         shots = [(_jpeg(frame), caption) for frame, caption in zip(preview.frames, captions, strict=True)]
         return Film(shots, "", preview.seconds)

@@ -24,7 +24,7 @@ from rmsd_fast.report_page.evaluation import (
 from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.rollouts import rollouts_section
 from rmsd_fast.report_page.run_folder import Run
-from rmsd_fast.report_page.samples import STUDENT_ORDER, sample_cards
+from rmsd_fast.report_page.samples import STUDENT_ORDER, is_number, sample_cards
 from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
 from rmsd_fast.report_page.teacher import is_simulated, teacher_section
@@ -37,8 +37,13 @@ _WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
 
 def render(run: Run) -> str:
     """The report of a run as one HTML document that needs nothing else."""
-    timeout_s = (run.settings.get("data") or {}).get("decode_timeout_s")
-    with Films(timeout_s if isinstance(timeout_s, int | float) else DataConfig.decode_timeout_s) as films:
+    data = run.settings.get("data")
+    # A file that was written by hand, or by another version, may lack them.
+    timeout_s, max_file_mib = (
+        data[name] if isinstance(data, Mapping) and is_number(data.get(name)) else getattr(DataConfig, name)
+        for name in ("decode_timeout_s", "max_file_mib")
+    )
+    with Films(timeout_s, max_file_mib) as films:
         return _render(run, films)
 
 

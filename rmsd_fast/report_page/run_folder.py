@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.report_page.svg import Series
 from rmsd_fast.runtime.alarms import Alarm, find_alarms
 
@@ -195,6 +196,8 @@ def _check_lists(row: dict[str, Any], where: str) -> None:
     for key in ("videos", "images", "options"):
         if not isinstance(row.get(key), list | None):
             raise ReportError(f"{where}: field {key!r}: expected a list or null; delete or fix that line")
+    if len(row.get("options") or ()) > MOST_OPTIONS:
+        raise ReportError(f"{where}: field 'options': expected at most {MOST_OPTIONS}; delete or fix that line")
 
 
 def _check_stage_and_step(row: dict[str, Any], where: str) -> None:

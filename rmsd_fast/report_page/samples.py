@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from rmsd_fast.method.answers import bare_options, option_letters
 from rmsd_fast.report_page.films import Film, Films
 from rmsd_fast.report_page.marks import (
     TRUTH,
@@ -43,7 +44,8 @@ def film_strip(
         marks, names: what to draw, and whose marks have which colour.
         films: reads the media.
     """
-    media = [(str(path), kind == "videos") for kind in ("videos", "images") for path in row.get(kind) or ()]
+    media = [(str(path), True, _span(row, index)) for index, path in enumerate(row.get("videos") or ())]
+    media += [(str(path), False, None) for path in row.get("images") or ()]
     if not media:
         return '<div class="frames"><figure class="lone"><div class="gone">no media recorded</div></figure></div>'
     if row.get("error"):
@@ -53,12 +55,14 @@ def film_strip(
         )
     if len(media) > 1:
         # Nothing says which of them an answer is about.
-        return "".join(_strip(path, films.read(path, is_video=is_video), "") for path, is_video in media)
-    ((path, is_video),) = media
-    film = films.read(path, is_video=is_video)
+        return "".join(
+            _strip(path, films.read(path, is_video=is_video, span=span), "") for path, is_video, span in media
+        )
+    ((path, is_video, span),) = media
+    film = films.read(path, is_video=is_video, span=span)
     overlay = box_overlay(marks)
     length = film.seconds or row.get("duration")
-    times = time_line(marks, length if is_number(length) else None, _span(row))
+    times = time_line(marks, length if is_number(length) else None, span)
     return _strip(path, film, overlay) + (mark_key(marks, names) if overlay and film.shots else "") + times
 
 
@@ -75,10 +79,10 @@ def _strip(path: str, film: Film, overlay: str) -> str:
     return f'<div class="frames">{"".join(shots)}</div>'
 
 
-def _span(row: Mapping[str, object]) -> tuple[float | None, float | None] | None:
-    """The part of the only video that the question shows, in seconds; None = all of it."""
+def _span(row: Mapping[str, object], index: int) -> tuple[float | None, float | None] | None:
+    """The part of the video with this index that the question shows, in seconds; None = all of it."""
     spans = row.get("spans")
-    span = spans[0] if isinstance(spans, list) and len(spans) == 1 else None
+    span = spans[index] if isinstance(spans, list) and index < len(spans) else None
     if not (isinstance(span, list) and len(span) == 2 and all(at is None or is_number(at) for at in span)):
         return None
     return span[0], span[1]
@@ -123,12 +127,8 @@ def _options(options: Sequence[object] | None, answer: object) -> str:
         return ""
     letter = str(answer or "").strip().strip("().[]").upper()
     items = []
-    for index, option in enumerate(options):
-        mark = chr(ord("A") + index)
-        text = str(option)
-        # Options may be written bare or with their letter.
-        shown = text if re.match(rf"\(?{mark}[.):]", text) else f"{mark}. {text}"
-        body = visible(shown)
+    for mark, option in zip(option_letters(options), bare_options([str(option) for option in options]), strict=True):
+        body = visible(f"{mark}. {option}")
         items.append(f"<li><b>{body}</b> (true)</li>" if mark == letter else f"<li>{body}</li>")
     return f'<ul class="options" style="list-style:none">{"".join(items)}</ul>'
 

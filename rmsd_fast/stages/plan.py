@@ -29,9 +29,9 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_batches(settings, processes)
-    counted = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun, as the run, to count them)"
+    launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun, as the run, to count them)"
     lines = [
-        f"run {settings.name}: settings are consistent; {processes} process(es){counted}, "
+        f"run {settings.name}: settings are consistent; {processes} process(es){launch}, "
         f"ZeRO-{settings.runtime.zero_stage}"
     ]
     lines += _stage_lines(settings)

@@ -49,7 +49,8 @@ class TeacherResponse:
     text: str
     """The whole response, as sent; where `raw` holds that, its canonical form."""
     finish_reason: str | None = None
-    """How it ended, in the server's words (`method.finish_reasons` reads them); None = not known."""
+    """How it ended, in the server's words (`method.finish_reasons` reads them); None = not known. Where the server sent
+    an object, its `type`."""
     usage: dict[str, Any] = field(default_factory=dict)
     """Token counts as the server reported them."""
     model: str = ""
@@ -258,10 +259,14 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
         record["k"] = int(record["k"])
     if type(record["k"]) is not int or record["k"] < 0:
         raise DataError.at(where, "k", "an integer from 0", record["k"], "number the responses of a question")
+    ending = record.get("finish_reason")
+    # SGLang's own: {"type": "length", "length": 512}.
+    if isinstance(ending, dict) and isinstance(ending.get("type"), str):
+        record["finish_reason"] = ending["type"]
     for name, kind, shown in (
         ("key", str, "text"),
         ("text", str, "text"),
-        ("finish_reason", str, "text such as 'stop'"),
+        ("finish_reason", str, "text such as 'stop', or an object with it under 'type'"),
         ("usage", dict, "a JSON object"),
         ("model", str, "text"),
         ("sampling", dict, "a JSON object"),

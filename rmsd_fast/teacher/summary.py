@@ -186,7 +186,7 @@ def _counts_by_task(questions: Sequence[Question]) -> str:
     counts = Counter(question.task_type for question in questions)
     parts = [f"{task} {counts[task]:,}" for task in TASK_TYPES if counts[task]]
     inferred = sum("inferred" in question.meta for question in questions)
-    by_answer = f"; the task types of {inferred:,} were told from their answers" if inferred else ""
+    by_answer = f"; the task types of {inferred:,} were inferred from options and answers" if inferred else ""
     return f"{len(questions):,} ({', '.join(parts)}){by_answer}"
 
 
