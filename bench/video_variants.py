@@ -26,8 +26,9 @@ import rmsd_kernels
 from bench import video_loader
 from bench.peers import Unavailable, need
 from bench.video_process import Spec, Work
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import DataConfig, VideoConfig
 from rmsd_fast.data import preprocess, video, video_file
+from rmsd_fast.data.media_file import open_media
 from rmsd_fast.data.preprocess import Preprocessor
 
 PREPROCESSOR = Preprocessor()
@@ -74,10 +75,11 @@ def decode_ours(path: str, indices: list[int], device: str = "cpu") -> Work:
     _need_device(device)
 
     def run() -> list[torch.Tensor]:
-        decoder = video_file.open_clip(path, device).decoder
-        per_call = max(1, video_file.RAW_BYTES // (3 * decoder.metadata.height * decoder.metadata.width))
-        starts = range(0, len(indices), per_call)
-        frames = [decoder.get_frames_at(indices=indices[start : start + per_call]).data for start in starts]
+        with open_media(path, DataConfig.max_file_mib) as media:
+            decoder = video_file.open_clip(media, device).decoder
+            per_call = max(1, video_file.RAW_BYTES // (3 * decoder.metadata.height * decoder.metadata.width))
+            starts = range(0, len(indices), per_call)
+            frames = [decoder.get_frames_at(indices=indices[start : start + per_call]).data for start in starts]
         if device != "cpu":
             torch.cuda.synchronize()
         return frames

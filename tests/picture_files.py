@@ -10,18 +10,28 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from rmsd_fast.data.media_file import MediaError
-from rmsd_fast.data.pictures import picture_size, read_picture
+from rmsd_fast.data import pictures
+from rmsd_fast.data.media_file import MediaError, open_media
 
 # 16-bit levels and round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
 LEVELS_16 = [0, 128, 129, 257, 32767, 32768, 65407, 65535]
 LEVELS_8 = [0, 0, 1, 1, 127, 128, 255, 255]
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    with open_media(str(path), 100, picture=True) as media:
+        return pictures.picture_size(media)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    with open_media(str(path), 100, picture=True) as media:
+        return pictures.read_picture(media)
+
+
 def pixels(path: Path) -> list[list[tuple[int, ...]]]:
     """Rows of RGB pixels, after a look that the header gives the same size."""
-    picture = read_picture(str(path))
-    assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(str(path))
+    picture = read_picture(path)
+    assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(path)
     return [[tuple(pixel) for pixel in row] for row in picture.tolist()]
 
 
@@ -34,14 +44,14 @@ def grey_row(path: Path) -> list[int]:
 def refusal(path: Path, *, in_pixels: bool = False) -> str:
     """The message, which is the same for the size alone; in_pixels: only the pixels show the fault, not the size."""
     with pytest.raises(MediaError) as caught:
-        read_picture(str(path))
+        read_picture(path)
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     if in_pixels:
-        assert min(picture_size(str(path))) > 0
+        assert min(picture_size(path)) > 0
     else:
         with pytest.raises(MediaError) as caught:
-            picture_size(str(path))
+            picture_size(path)
         assert str(caught.value) == text
     return text.removeprefix(f"{path}: ")
 

@@ -12,9 +12,10 @@ from media_files import ffmpeg, noise_frames
 
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.containers import CONTAINERS, container_of, pixel_aspect
-from rmsd_fast.data.media_file import MediaError, check_file
+from rmsd_fast.data.media_file import MediaError, open_media
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest, PreviewRequest, read_layout, read_media, read_preview
+from rmsd_fast.data.video_file import decode, open_clip
 
 SECONDS, FPS = 6, 10.0
 VP8 = ("-c:v", "libvpx", "-b:v", "300k", "-deadline", "realtime", "-cpu-used", 8)
@@ -88,12 +89,17 @@ def request(path: Path) -> MediaRequest:
     return MediaRequest(str(path), "video", VideoConfig(num_frames=6), Preprocessor())
 
 
+def check_file(path: Path) -> None:
+    with open_media(str(path), 100):
+        pass
+
+
 @pytest.mark.parametrize(("name", "arguments"), WHOLE, ids=[name for name, _ in WHOLE])
 def test_a_video_is_read_whole_and_refused_if_it_was_cut(
     tmp_path: Path, source: Path, name: str, arguments: tuple
 ) -> None:
     path = make(tmp_path, source, name, arguments)
-    check_file(str(path), 100)
+    check_file(path)
     # In most FLV files FFmpeg 5 cannot seek.
     if path.suffix != ".flv":
         frames = read_media(request(path))
@@ -112,11 +118,11 @@ def test_containers_that_state_no_length(
 ) -> None:
     """They pass the check whole and cut; transport and program streams fail later where FFmpeg cannot seek in them."""
     path = make(tmp_path, source, name, arguments)
-    check_file(str(path), 100)
+    check_file(path)
     if is_read:
         read_media(request(path))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    check_file(str(path), 100)
+    check_file(path)
 
 
 def test_a_cut_between_two_parts_of_a_live_recording_is_not_found(tmp_path: Path, source: Path) -> None:
@@ -128,14 +134,14 @@ def test_a_cut_between_two_parts_of_a_live_recording_is_not_found(tmp_path: Path
     assert read_media(request(tmp_path / "x.mkv")).duration_s < SECONDS
     (tmp_path / "x.mkv").write_bytes(data[: at - 1])
     with pytest.raises(MediaError, match="truncated"):
-        check_file(str(tmp_path / "x.mkv"), 100)
+        check_file(tmp_path / "x.mkv")
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "live.mkv", "x.avi", "x.wmv", "x.flv", "x.ogv", "x.gif", "x.png"])
 def test_tags_behind_a_whole_file_are_let_pass(tmp_path: Path, source: Path, name: str) -> None:
     path = make(tmp_path, source, name, dict(WHOLE)[name])
     path.write_bytes(path.read_bytes() + b"TAG" + b"x" * 125)
-    check_file(str(path), 100)
+    check_file(path)
 
 
 def needed(data: bytes) -> int:
@@ -259,17 +265,35 @@ def test_what_is_not_a_video_is_named(tmp_path: Path, data: bytes, found: str) -
         assert f"x.mp4: expected a video, {found}" in str(caught.value)
 
 
-def test_a_name_that_stands_for_a_series_is_refused(tmp_path: Path, source: Path) -> None:
-    """FFmpeg would read x1.png, x2.png and so on, which may be links to anywhere, in place of x%d.png."""
+def test_a_name_that_stands_for_a_series_is_only_a_name(tmp_path: Path, source: Path) -> None:
+    """FFmpeg itself would read x001.png, x002.png and so on, which may be links to anywhere, in place of x%03d.png."""
     path = make(tmp_path, source, "x.png", ("-an", "-f", "apng", "-t", 1))
-    for name in ("x%d.png", "x%03d.png", "x%*.gif"):
-        series = path.with_name(name)
-        series.write_bytes(path.read_bytes())
-        with pytest.raises(MediaError, match="expected a name without '%.*', which FFmpeg may take for a series"):
-            read_media(request(series))
-    video = tmp_path / "100%dance.mp4"
-    video.write_bytes(source.read_bytes())
-    assert len(read_media(request(video)).pixels) == len(read_media(request(path)).pixels) == 6
+    other = make(tmp_path, source, "other.png", ("-vf", "negate", "-f", "image2", "-frames:v", 1))
+    for number in range(1, 8):
+        (tmp_path / f"x{number:03}.png").symlink_to(other)
+    series = tmp_path / "x%03d.png"
+    series.write_bytes(path.read_bytes())
+    assert torch.equal(read_media(request(series)).pixels, read_media(request(path)).pixels)
+
+
+def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path: Path, source: Path) -> None:
+    """Another one is put in its place between the check and the decoder."""
+    path = tmp_path / "x.mp4"
+    path.write_bytes(source.read_bytes())
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXTINF:2,\n{source}\n#EXT-X-ENDLIST\n")
+    with open_media(str(path), 100) as media:
+        path.unlink()
+        path.symlink_to(playlist)
+        clip = open_clip(media)
+        frames = []
+        decode(clip, [0, 1], False, lambda start, batch: frames.append(batch))
+    path.unlink()
+    path.write_bytes(source.read_bytes())
+    with open_media(str(path), 100) as media:
+        expected = []
+        decode(open_clip(media), [0, 1], False, lambda start, batch: expected.append(batch))
+    assert torch.equal(frames[0], expected[0])
 
 
 @pytest.mark.parametrize(

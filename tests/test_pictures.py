@@ -15,6 +15,7 @@ from picture_files import (
     LEVELS_8,
     LEVELS_16,
     grey_row,
+    picture_size,
     pixels,
     refusal,
     row_of,
@@ -28,7 +29,6 @@ from PIL.PngImagePlugin import PngInfo
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data import pictures
 from rmsd_fast.data.media_file import MediaError
-from rmsd_fast.data.pictures import picture_size
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest, read_layout, read_media
 
@@ -226,7 +226,7 @@ def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path, monkeypatc
     for path in (before, after):
         assert pixels(path) == [[(97,) * 3], [(98,) * 3], [(99,) * 3]]
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
-    assert [picture_size(str(path)) for path in (before, after, plain)] == [(3, 1), (3, 1), (1, 3)]
+    assert [picture_size(path) for path in (before, after, plain)] == [(3, 1), (3, 1), (1, 3)]
 
 
 # ---- truncated JPEG
@@ -322,7 +322,7 @@ def test_animations_are_refused_with_a_command_that_works(tmp_path: Path, name: 
         f"expected one picture, got an animation of 3 pictures ({path.suffix[1:].upper()}); save one"
     )
     with pytest.raises(MediaError, match="an animation of 3 pictures"):
-        picture_size(str(path))
+        picture_size(path)
     if name == "x.avif":
         return
     written = run_advice(text, tmp_path)
@@ -337,7 +337,7 @@ def test_pages_of_tiff(tmp_path: Path) -> None:
     expected = "expected one picture, got a TIFF file of 3 pages; save the page asked about as PNG"
     assert refusal(path) == expected
     with pytest.raises(MediaError, match="a TIFF file of 3 pages"):
-        picture_size(str(path))
+        picture_size(path)
     # The second and third page are a reduced copy and a mask (NewSubfileType 1 and 4).
     red, copy, mask = three_pictures()
     copy.encoderinfo, mask.encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 4}}

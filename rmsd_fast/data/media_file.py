@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shlex
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from errno import EMFILE, ENFILE, ENOMEM, ESTALE
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +27,6 @@ from rmsd_fast.files import DISK_ERRORS
 
 # Matroska, and its element AlphaMode with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
-# FFmpeg takes the name of a picture for a series of pictures if it holds such a pattern.
-_SERIES = re.compile(r"%(\d*d|[*?[\]{}])")
-_NEVER_SERIES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".ogv", ".ts", ".mpg", ".mpeg")
 # FFmpeg filters. H.264 halves the resolution of colours, so sides must be even; those of videos are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
@@ -68,41 +67,73 @@ def stat_file(path: str, max_file_mib: int) -> os.stat_result:
     return state
 
 
-def check_file(path: str, max_file_mib: int, *, picture: bool = False) -> None:
-    """Raise MediaError unless this is a readable file of a sensible size, and either a complete video or not text.
+@dataclass(frozen=True)
+class MediaFile:
+    """An opened media file. Libraries get its descriptor in place of its name, and so read this file and no other: not
+    one that was put in its place since it was checked, nor a series of pictures or whatever else a name can stand for.
+
+    Fields:
+        path: as the user knows it, for messages.
+        file: open for reading.
+        size: bytes.
+        head: its beginning, long enough to name its kind.
+    """
+
+    path: str
+    file: BinaryIO
+    size: int
+    head: bytes
+
+    @property
+    def name(self) -> str:
+        """The name under which libraries open it."""
+        return f"/dev/fd/{self.file.fileno()}"
+
+    def command(self, *, flatten: bool = False) -> str:
+        """The command that makes a usable video of it; see `video_command`."""
+        return video_command(self.path, self.head, flatten=flatten)
+
+
+@contextmanager
+def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterator[MediaFile]:
+    """Open a file of a sensible size that is either a complete video or not text.
 
     Args:
         picture: whether it is to be read as a picture, by Pillow, which knows the kinds that it reads and their ends.
+    Raises:
+        MediaError: it is not such a file.
     """
-    size = stat_file(path, max_file_mib).st_size
+    stat_file(path, max_file_mib)
     try:
-        with open(path, "rb") as file:
-            if picture:
-                _refuse_text(path, file)
-            else:
-                _refuse_other_kinds(path, file)
-                _refuse_truncated(path, file, size)
+        file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise unreadable(path, error) from error
+    with file:
+        try:
+            # Of the file that was opened: another may have been put in its place.
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise MediaError(f"{path}: expected a file, got another kind; check the path in the question file")
+            media = MediaFile(path, file, os.fstat(file.fileno()).st_size, file.read(HEAD_BYTES))
+            if picture:
+                _refuse_text(media)
+            else:
+                _refuse_other_kinds(media)
+                _refuse_truncated(media)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        yield media
 
 
-def read_head(path: str) -> bytes:
-    """Return the beginning of a file, long enough to name its kind."""
-    with open(path, "rb") as file:
-        return file.read(HEAD_BYTES)
-
-
-def video_command(path: str, head: bytes | None = None, *, flatten: bool = False) -> str:
+def video_command(path: str, head: bytes = b"", *, flatten: bool = False) -> str:
     """Return the command that makes a video of a file that cannot be read as it is, for error messages.
 
     Audio is kept: it may start before the video, and then the file's clock starts with it.
 
     Args:
         path: the file.
-        head: its beginning; None reads it.
+        head: its beginning, as far as it is known.
         flatten: put transparent pictures on white.
     """
-    head = _head_or_nothing(path) if head is None else head
     source = Path(path)
     target = source.with_suffix(".mp4") if source.suffix.lower() != ".mp4" else source.with_stem(f"{source.stem}-new")
     before = ""
@@ -121,9 +152,8 @@ def video_command(path: str, head: bytes | None = None, *, flatten: bool = False
     return f"{before}ffmpeg {decoder}-i {names[0]}{filters} -c:v libx264 -crf 18 -pix_fmt yuv420p {names[1]}"
 
 
-def unseekable_video(path: str) -> str | None:
+def unseekable_video(head: bytes) -> str | None:
     """Return what a file is if decoders find its frames unreliably or not at all, by its beginning; otherwise None."""
-    head = _head_or_nothing(path)
     if _is_animated_webp(head):
         return "an animated WebP, which FFmpeg does not read"
     container = container_of(head)
@@ -142,45 +172,41 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _refuse_text(path: str, file: BinaryIO) -> None:
-    head = file.read(HEAD_BYTES)
-    if is_text(head):
-        what, advice = name_other(head) or ("text", "check the path in the question file")
-        raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question")
+def _refuse_text(media: MediaFile) -> None:
+    if is_text(media.head):
+        what, advice = name_other(media.head) or ("text", "check the path in the question file")
+        raise MediaError(f"{media.path}: expected a picture, got {what}; {advice}, or drop the question")
 
 
-def _refuse_other_kinds(path: str, file: BinaryIO) -> None:
+def _refuse_other_kinds(media: MediaFile) -> None:
     """Refuse what is not known as a video, whatever its name: FFmpeg may read it as a list of files anywhere."""
-    head = file.read(HEAD_BYTES)
+    path, head = media.path, media.head
     if b"\0" not in head:
-        head += file.read(PROBED_BYTES - len(head))
+        media.file.seek(len(head))
+        head += media.file.read(PROBED_BYTES - len(head))
     container = container_of(head)
     if container is None or lists_files(head):
         what, advice = name_other(head) or (
             "an unknown kind of file",
-            f"fetch it again, re-encode it with `{video_command(path, b'')}`",
+            f"fetch it again, re-encode it with `{video_command(path)}`",
         )
         raise MediaError(f"{path}: expected a video, got {what}; {advice}, or drop the question")
     if container.name == RAW_STREAM:
         raise MediaError(
             f"{path}: expected a video with a clock, got {RAW_STREAM}, which has no index and no clock; re-encode "
-            f"it with `{video_command(path)}`, its rate given by -framerate before -i, or drop the question"
-        )
-    if _SERIES.search(path) and not path.lower().endswith(_NEVER_SERIES):
-        raise MediaError(
-            f"{path}: expected a name without '{_SERIES.search(path)[0]}', which FFmpeg may take for a series of "
-            "files; rename it"
+            f"it with `{media.command()}`, its rate given by -framerate before -i, or drop the question"
         )
 
 
-def _refuse_truncated(path: str, file: BinaryIO, size: int) -> None:
+def _refuse_truncated(media: MediaFile) -> None:
     """Refuse a file that ends before its last chunk does: decoders take the beginning as a shorter video."""
-    file.seek(0)
-    container = container_of(file.read(HEAD_BYTES))
-    needed = container.needed(file, size) if container and container.needed else 0
-    if needed > size:
+    media.file.seek(0)
+    container = container_of(media.head)
+    needed = container.needed(media.file, media.size) if container and container.needed else 0
+    if needed > media.size:
         raise MediaError(
-            f"{path}: truncated: expected at least {needed} bytes, got {size}; fetch it again or drop the question"
+            f"{media.path}: truncated: expected at least {needed} bytes, got {media.size}; fetch it again or drop the "
+            "question"
         )
 
 
@@ -199,9 +225,9 @@ def unreadable(path: str, error: OSError) -> MediaError:
     return MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question")
 
 
-def has_alpha_aside(path: str) -> bool:
+def has_alpha_aside(head: bytes) -> bool:
     """Return whether a WebM holds its transparency in a second stream, which FFmpeg's own decoders ignore."""
-    return _alpha_decoder(_head_or_nothing(path)) != ""
+    return _alpha_decoder(head) != ""
 
 
 def _alpha_decoder(head: bytes) -> str:
@@ -209,14 +235,6 @@ def _alpha_decoder(head: bytes) -> str:
     if not head.startswith(_MATROSKA) or _ALPHA_MODE not in head:
         return ""
     return "libvpx" if b"V_VP8" in head else "libvpx-vp9"
-
-
-def _head_or_nothing(path: str) -> bytes:
-    """Return the beginning of a file for a message about it; nothing if the file is gone."""
-    try:
-        return read_head(path)
-    except OSError:
-        return b""
 
 
 def _is_animated_webp(head: bytes) -> bool:

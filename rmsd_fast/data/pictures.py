@@ -33,7 +33,7 @@ import numpy as np
 
 from rmsd_fast.config import NotInstalled, first_line
 from rmsd_fast.data.containers import AVIF, name_content
-from rmsd_fast.data.media_file import MediaError, read_head, video_command
+from rmsd_fast.data.media_file import MediaError, MediaFile
 
 # Larger pictures take gigabytes while they are read (Pillow's own bound for a warning).
 MOST_PIXELS = 89_478_485
@@ -72,9 +72,9 @@ _RESTARTS = 8
 _STRIP = 256
 
 
-def picture_size(path: str) -> tuple[int, int]:
+def picture_size(media: MediaFile) -> tuple[int, int]:
     """Return height and width of the upright picture. Decodes only ICO and ICNS for it. Raises as `read_picture`."""
-    with _opened(path) as image:
+    with _opened(media) as image:
         width, height = image.size
         if image.format == "TIFF":
             # Some versions of Pillow exchange them here, others when the pixels are read.
@@ -83,10 +83,10 @@ def picture_size(path: str) -> tuple[int, int]:
             # The index of these formats may state another size than the picture has.
             image.load()
             width, height = image.size
-        return (width, height) if _orientation(path, image) in _QUARTER_TURNS else (height, width)
+        return (width, height) if _orientation(media, image) in _QUARTER_TURNS else (height, width)
 
 
-def read_picture(path: str) -> np.ndarray:
+def read_picture(media: MediaFile) -> np.ndarray:
     """Return the upright picture, uint8 [H, W, 3].
 
     Raises:
@@ -94,56 +94,58 @@ def read_picture(path: str) -> np.ndarray:
             black and white.
         NotInstalled: Pillow is not installed.
     """
-    with _opened(path) as image:
+    with _opened(media) as image:
         scale = _SCALE_OF_KEY.get(_raw_mode(image), 1)
-        orientation = _orientation(path, image)
+        orientation = _orientation(media, image)
         if image.format == "TIFF":
             # Pillow turns TIFF files itself when it reads their pixels, and would do so by XMP too.
             orientation = 1
             image.info.pop("xmp", None)
-        image = _loaded(path, image)
+        image = _loaded(media, image)
         if scale > 1 and "transparency" in image.info:
             image.info["transparency"] *= scale
-        if image.format == "TGA" and image.mode in ("RGBA", "LA") and not read_head(path)[_TGA_ALPHA_BITS] & 15:
+        if image.format == "TGA" and image.mode in ("RGBA", "LA") and not media.head[_TGA_ALPHA_BITS] & 15:
             image = image.convert(image.mode.removesuffix("A"))
-        return np.ascontiguousarray(_upright(_rgb(path, image), orientation))
+        return np.ascontiguousarray(_upright(_rgb(media.path, image), orientation))
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(media: MediaFile) -> Iterator[Any]:
     """Open a Pillow image of one picture, pixels not read yet. Damage found while it is open becomes a MediaError."""
     try:
         from PIL import Image, UnidentifiedImageError, features
     except ImportError as error:
         raise NotInstalled("images are read by Pillow, which is not installed: `pip install pillow`") from error
+    path = media.path
     try:
         Image.init()
-        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
+        with Image.open(media.name, formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise MediaError(
                     f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
                 )
-            _refuse_several(path, image)
+            _refuse_several(media, image)
             _refuse_deep_colour_key(path, image)
             yield image
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        what, advice = name_content(read_head(path)) or ("a format that is not read here", "save it as PNG or JPEG")
+        what, advice = name_content(media.head) or ("a format that is not read here", "save it as PNG or JPEG")
         # Pillow reads AVIF since 11.3, if it was built with libavif.
         if what == AVIF and "avif" in features.modules and features.check_module("avif"):
             what, advice = "an AVIF picture that is damaged", "fetch it again"
         raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question") from error
     # Pillow's plugins report damage with whatever their parsing raises.
     except Exception as error:
-        reason = first_line(error)
+        reason = first_line(error).replace(media.name, "the file")
         raise MediaError(
             f"{path}: cannot be decoded ({reason}); fetch it again, save it again as PNG, or drop the question"
         ) from error
 
 
-def _refuse_several(path: str, image: Any) -> None:
+def _refuse_several(media: MediaFile, image: Any) -> None:
     """Raise MediaError unless the file holds one picture."""
+    path = media.path
     count = 1 if image.format in _VERSIONS_OF_ONE else getattr(image, "n_frames", 1)
     if image.format == "TIFF":
         if _subfile_type(image) & _REDUCED:
@@ -160,7 +162,7 @@ def _refuse_several(path: str, image: Any) -> None:
     if count > 1:
         raise MediaError(
             f"{path}: expected one picture, got an animation of {count} pictures ({image.format}); save one of them as "
-            f"PNG, or ask about it as a video after `{video_command(path)}`"
+            f"PNG, or ask about it as a video after `{media.command()}`"
         )
 
 
@@ -194,7 +196,7 @@ def _refuse_deep_colour_key(path: str, image: Any) -> None:
         )
 
 
-def _orientation(path: str, image: Any) -> int:
+def _orientation(media: MediaFile, image: Any) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if there is none or EXIF cannot be parsed."""
     from PIL import Image
 
@@ -204,7 +206,7 @@ def _orientation(path: str, image: Any) -> int:
         else:
             # Not by `getexif`, which decodes a PNG without EXIF, and takes an orientation from XMP.
             exif = Image.Exif()
-            exif.load(_png_exif(path) if image.format == "PNG" else image.info.get("exif", b""))
+            exif.load(_png_exif(media) if image.format == "PNG" else image.info.get("exif", b""))
             value = exif.get(_ORIENTATION, 1)
     # Whatever Pillow raises at damaged EXIF: the pixels may be whole.
     except Exception:
@@ -212,9 +214,9 @@ def _orientation(path: str, image: Any) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _png_exif(path: str) -> bytes:
+def _png_exif(media: MediaFile) -> bytes:
     """Return the EXIF of a PNG, which may stand behind its pixels; empty if it has none."""
-    with open(path, "rb") as file:
+    with open(media.name, "rb") as file:
         file.seek(8)
         # A chunk is 4 bytes of size, 4 of type, the data, and 4 of checksum.
         while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
@@ -236,7 +238,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _loaded(path: str, image: Any) -> Any:
+def _loaded(media: MediaFile, image: Any) -> Any:
     """Return the image with its pixels read. A JPEG that lacks only its end is read with an end."""
     try:
         image.load()
@@ -244,7 +246,7 @@ def _loaded(path: str, image: Any) -> Any:
     except OSError as error:
         if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
             raise
-        with open(path, "rb") as file:
+        with open(media.name, "rb") as file:
             # A last 0xff is half of a marker, or half of a pair that stands for one byte.
             data = file.read().rstrip(b"\xff")
         # Its pixels would be a third copy beside the two that are compared.
@@ -252,7 +254,7 @@ def _loaded(path: str, image: Any) -> Any:
         whole = _complete_jpeg(data)
         if whole is None:
             raise MediaError(
-                f"{path}: truncated: picture data is missing; fetch it again or drop the question"
+                f"{media.path}: truncated: picture data is missing; fetch it again or drop the question"
             ) from error
         return whole
 

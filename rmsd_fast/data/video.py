@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 
 import rmsd_kernels
 from rmsd_fast.config import SettingsError, VideoConfig
-from rmsd_fast.data.media_file import MediaError, check_file
+from rmsd_fast.data.media_file import MediaError, MediaFile, open_media
 from rmsd_fast.data.media_paths import Span
 from rmsd_fast.data.pictures import picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
@@ -111,14 +112,14 @@ class Layout:
 
 def read_layout(request: MediaRequest) -> Layout:
     """Read what a file's index tells, decode nothing. Raises as `read_media`, except for damage in the pictures."""
-    check_file(request.path, request.max_file_mib, picture=request.kind == "image")
-    if request.kind == "image":
-        return Layout((), request.preprocessor.grid(1, *_sized(request, *picture_size(request.path))), "image")
-    # Headers alone count frames that an edit list cuts away, or none. Hashing the file costs more than scanning it.
-    clip = open_clip(request.path)
-    indices = _choose(request, clip)
-    size = _sized(request, *clip.shown, len(indices))
-    return Layout(tuple(map(clip.stamp, indices)), request.preprocessor.grid(len(indices), *size), "video")
+    with _opened(request) as media:
+        if request.kind == "image":
+            return Layout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
+        # Headers alone count frames that an edit list cuts away, or none. Hashing the file costs more than scanning it.
+        clip = open_clip(media)
+        indices = _choose(request, clip)
+        size = _sized(request, *clip.shown, len(indices))
+        return Layout(tuple(map(clip.stamp, indices)), request.preprocessor.grid(len(indices), *size), "video")
 
 
 def read_media(
@@ -135,10 +136,12 @@ def read_media(
         NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
         SettingsError: the settings ask for fewer frames than one temporal patch has (see `check_frame_counts`).
     """
-    check_file(request.path, request.max_file_mib, picture=request.kind == "image")
     device = "cpu" if request.kind == "image" else device
     allocate = allocate or (lambda shape: torch.empty(shape, dtype=torch.uint8, device=device))
-    return _read_image(request, allocate) if request.kind == "image" else _read_video(request, device, allocate)
+    with _opened(request) as media:
+        if request.kind == "image":
+            return _read_image(request, media, allocate)
+        return _read_video(request, media, device, allocate)
 
 
 def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
@@ -202,26 +205,30 @@ def read_preview(request: PreviewRequest) -> Preview:
     Raises:
         MediaError, NotInstalled: as `read_media`.
     """
-    check_file(request.path, request.max_file_mib, picture=request.kind == "image")
-    if request.kind == "image":
-        picture = torch.from_numpy(read_picture(request.path)).permute(2, 0, 1)[None]
-        height, width = _within(request.longest_px, *picture.shape[2:])
-        frames = rmsd_kernels.resize_frames(picture.contiguous(), height=height, width=width)
-        return Preview(frames.permute(0, 2, 3, 1).numpy(), (), None)
-    clip = open_clip(request.path)
-    height, width = _within(request.longest_px, *clip.shown)
-    first, total = _part(clip, request.span)
-    if total < 1:
-        raise _too_few(clip, request.span, 1, total)
-    count = min(request.count, total)
-    indices = [first + round(number * (total - 1) / max(count - 1, 1)) for number in range(count)]
-    frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
+    with _opened(request) as media:
+        if request.kind == "image":
+            picture = torch.from_numpy(read_picture(media)).permute(2, 0, 1)[None]
+            height, width = _within(request.longest_px, *picture.shape[2:])
+            frames = rmsd_kernels.resize_frames(picture.contiguous(), height=height, width=width)
+            return Preview(frames.permute(0, 2, 3, 1).numpy(), (), None)
+        clip = open_clip(media)
+        height, width = _within(request.longest_px, *clip.shown)
+        first, total = _part(clip, request.span)
+        if total < 1:
+            raise _too_few(clip, request.span, 1, total)
+        count = min(request.count, total)
+        indices = [first + round(number * (total - 1) / max(count - 1, 1)) for number in range(count)]
+        frames = torch.empty(count, 3, height, width, dtype=torch.uint8)
 
-    def resize(start: int, batch: torch.Tensor) -> None:
-        rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
+        def resize(start: int, batch: torch.Tensor) -> None:
+            rmsd_kernels.resize_frames(batch, height=height, width=width, out=frames[start : start + len(batch)])
 
-    stamps, _ = decode(clip, indices, request.span is not None, resize)
-    return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, clip.length_s)
+        stamps, _ = decode(clip, indices, request.span is not None, resize)
+        return Preview(frames.permute(0, 2, 3, 1).numpy(), stamps, clip.length_s)
+
+
+def _opened(request: MediaRequest | PreviewRequest) -> AbstractContextManager[MediaFile]:
+    return open_media(request.path, request.max_file_mib, picture=request.kind == "image")
 
 
 def _within(longest_px: int, height: int, width: int) -> tuple[int, int]:
@@ -230,8 +237,10 @@ def _within(longest_px: int, height: int, width: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _read_video(request: MediaRequest, device: str, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
-    clip = open_clip(request.path, device)
+def _read_video(
+    request: MediaRequest, media: MediaFile, device: str, allocate: Callable[[tuple[int, ...]], torch.Tensor]
+) -> Frames:
+    clip = open_clip(media, device)
     indices = _choose(request, clip)
     count = len(indices)
     height, width = _sized(request, *clip.shown, count)
@@ -272,8 +281,8 @@ def _part(clip: Clip, span: Span) -> tuple[int, int]:
     start, end = span or (None, None)
     if end is not None and end > clip.length_s + max(1.0, 0.05 * clip.length_s):
         raise MediaError(
-            f"{clip.path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; check "
-            "start and end, or drop the question"
+            f"{clip.media.path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; "
+            "check start and end, or drop the question"
         )
     low = 0.0 if start is None else (start - clip.late_s) * clip.fps - 1e-6
     high = math.inf if end is None else (end - clip.late_s) * clip.fps + 1e-6
@@ -289,7 +298,8 @@ def _too_few(clip: Clip, span: Span, needed: int, total: int) -> MediaError:
         where = f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}"
         advice = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
     return MediaError(
-        f"{clip.path}: too few frames{where}: expected at least {needed}, got {total}; {advice}, or drop the question"
+        f"{clip.media.path}: too few frames{where}: expected at least {needed}, got {total}; {advice}, or drop the "
+        "question"
     )
 
 
@@ -305,8 +315,8 @@ def _sized(request: MediaRequest, height: int, width: int, frames: int = 0) -> t
         raise MediaError(f"{request.path}: {error}; crop or pad it, or drop the question") from error
 
 
-def _read_image(request: MediaRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
-    picture = read_picture(request.path)
+def _read_image(request: MediaRequest, media: MediaFile, allocate: Callable[[tuple[int, ...]], torch.Tensor]) -> Frames:
+    picture = read_picture(media)
     height, width = _sized(request, *picture.shape[:2])
     raw = torch.from_numpy(picture).permute(2, 0, 1)[None]
     pixels = rmsd_kernels.resize_frames(raw, height=height, width=width, out=allocate((1, 3, height, width)))

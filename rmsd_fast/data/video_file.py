@@ -12,7 +12,6 @@ frame rate to the bit, as the processors of the model families compute them.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 
-from rmsd_fast.config import NotInstalled
+from rmsd_fast.config import NotInstalled, first_line
 from rmsd_fast.data.containers import pixel_aspect
-from rmsd_fast.data.media_file import MediaError, has_alpha_aside, unseekable_video, video_command
+from rmsd_fast.data.media_file import MediaError, MediaFile, has_alpha_aside, unseekable_video
 
 # Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
 RAW_BYTES = 32 * 2**20
@@ -57,6 +56,7 @@ class Clip:
     """An opened video and its clock.
 
     Fields:
+        media: the file.
         decoder: torchcodec's, which has scanned the whole file, so that counts and times are those of the content.
         frames: number of frames.
         fps: their average rate.
@@ -67,7 +67,7 @@ class Clip:
         late_s: the first frame's time on the file's clock.
     """
 
-    path: str
+    media: MediaFile
     device: str
     decoder: Any
     frames: int
@@ -93,46 +93,46 @@ class Clip:
         return min(self.begin_s + (index + 0.5) / self.fps, math.nextafter(self.end_s, self.begin_s))
 
 
-def open_clip(path: str, device: str = "cpu") -> Clip:
-    """Open a video and scan it for frames, without decoding them.
+def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
+    """Open a video and scan it for frames, without decoding them. The file has to stay open for `decode`.
 
     Raises:
         MediaError: the file is damaged, or has no video, or one with transparency.
         NotInstalled: torchcodec or FFmpeg is not installed.
     """
-    decoder = _open_video(path, device=device)
+    decoder = _open_video(media, device=device)
     metadata = decoder.metadata
     frames, fps, height, width = metadata.num_frames, metadata.average_fps, metadata.height, metadata.width
     if not frames or not (fps and 0 < fps < math.inf) or not height or not width:
-        raise MediaError(f"{path}: expected video frames, got none; replace the file or drop the question")
+        raise MediaError(f"{media.path}: expected video frames, got none; replace the file or drop the question")
     # In GIF, FFmpeg makes transparent parts white.
     transparent = metadata.codec != "gif" and _ALPHA.match(metadata.pixel_format or "")
-    if transparent or has_alpha_aside(path):
+    if transparent or has_alpha_aside(media.head):
         raise MediaError(
-            f"{path}: expected an opaque video, got one with an alpha channel, whose hidden colours would show; put it "
-            f"on white with `{video_command(path, flatten=True)}`"
+            f"{media.path}: expected an opaque video, got one with an alpha channel, whose hidden colours would show; "
+            f"put it on white with `{media.command(flatten=True)}`"
         )
     begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
     if not abs(begin) < _NO_TIME_S:
         raise MediaError(
-            f"{path}: expected a time of display for each frame, got frames without one; re-encode it with "
-            f"`{video_command(path)}`, or drop the question"
+            f"{media.path}: expected a time of display for each frame, got frames without one; re-encode it with "
+            f"`{media.command()}`, or drop the question"
         )
-    shown = _shown_size(path, height, width, metadata)
-    return Clip(path, device, decoder, frames, fps, height, width, shown, begin, end, _lateness(path, begin))
+    shown = _shown_size(media, height, width, metadata)
+    return Clip(media, device, decoder, frames, fps, height, width, shown, begin, end, _lateness(media, begin))
 
 
-def _shown_size(path: str, height: int, width: int, metadata: Any) -> tuple[int, int]:
+def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tuple[int, int]:
     """Return height and width of upright frames as players show them, with square pixels."""
     turned = bool(metadata.rotation and round(metadata.rotation / 90) % 2)
     # The aspect is that of the pixels before they are turned.
     stored = (height, width) if turned else (width, height)
-    with open(path, "rb") as file:
-        stated = pixel_aspect(file, os.path.getsize(path), *stored)
+    media.file.seek(0)
+    stated = pixel_aspect(media.file, media.size, *stored)
     aspect = stated or float(metadata.pixel_aspect_ratio or 1)
     if not 1 / _MOST_PIXEL_ASPECT <= aspect <= _MOST_PIXEL_ASPECT:
         raise MediaError(
-            f"{path}: expected pixels at most {_MOST_PIXEL_ASPECT} times as wide as high or as high as wide, got "
+            f"{media.path}: expected pixels at most {_MOST_PIXEL_ASPECT} times as wide as high or as high as wide, got "
             f"{aspect:.3g} times; fetch it again or drop the question"
         )
     # Programs that scale videos leave such aspects to make up for sides that are whole numbers.
@@ -161,7 +161,7 @@ def decode(
         # FFmpeg's own seeking finds frames that the decoder's list of key frames does not lead to: those between the
         # start of an edit list and the next key frame, and in some AVI the last ones.
         try:
-            decoder = _open_video(clip.path, device=clip.device, seek_mode="approximate")
+            decoder = _open_video(clip.media, device=clip.device, seek_mode="approximate")
             times = _decode_with(clip, decoder, indices, True, take)
             _refuse_others(clip, indices, times, late=True, order=True)
         except MediaError:
@@ -188,14 +188,14 @@ def _decode_with(
             else:
                 batch = decoder.get_frames_at(indices=chosen)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise _media_error(clip.path, error) from error
+            raise _media_error(clip.media, error) from error
         if clip.device != "cpu" and decoder.cpu_fallback:
             raise CpuFallback(str(decoder.cpu_fallback))
         height, width = batch.data.shape[-2:]
         if (height, width) != (clip.height, clip.width):
             raise MediaError(
-                f"{clip.path}: expected frames of {clip.width}x{clip.height} as in its header, got {width}x{height}; "
-                f"re-encode it with `{video_command(clip.path)}`, or drop the question"
+                f"{clip.media.path}: expected frames of {clip.width}x{clip.height} as in its header, got "
+                f"{width}x{height}; re-encode it with `{clip.media.command()}`, or drop the question"
             )
         take(start, batch.data)
         times += batch.pts_seconds.tolist()
@@ -218,63 +218,64 @@ def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: 
         wrong = wrong or (indices[0] == 0 and times[0] - clip.begin_s > MOST_DELAY_S)
     if wrong:
         raise MediaError(
-            f"{clip.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others, since the decoder "
-            f"cannot seek in this file; re-encode it with `{video_command(clip.path)}`, or drop the question"
+            f"{clip.media.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others, since the "
+            f"decoder cannot seek in this file; re-encode it with `{clip.media.command()}`, or drop the question"
         )
 
 
-def _lateness(path: str, begin_s: float) -> float:
+def _lateness(media: MediaFile, begin_s: float) -> float:
     """Return how long after the file's first stream its video starts, in seconds.
 
     torchcodec tells where video and audio start, but not where the file does. Subtitles and data are not looked at.
     """
-    late_s = max((begin_s - audio_s for audio_s in _audio_starts(path)), default=0.0)
+    late_s = max((begin_s - audio_s for audio_s in _audio_starts(media)), default=0.0)
     return late_s if late_s >= LEAST_LATE_S else 0.0
 
 
-def _audio_starts(path: str) -> list[float]:
+def _audio_starts(media: MediaFile) -> list[float]:
     """Return when each audio stream starts that can be decoded, in seconds of the decoder's clock."""
     from torchcodec.decoders import AudioDecoder
 
     try:
-        AudioDecoder(path)
+        AudioDecoder(media.name)
     # There is no audio: the usual case, which costs one look.
     except (RuntimeError, ValueError):
         return []
     starts = []
     for index in range(_MOST_STREAMS):
         try:
-            starts.append(AudioDecoder(path, stream_index=index).metadata.begin_stream_seconds_from_header)
+            starts.append(AudioDecoder(media.name, stream_index=index).metadata.begin_stream_seconds_from_header)
         except (RuntimeError, ValueError) as error:
             if "not a valid stream" in str(error):
                 break
     return [start for start in starts if start is not None]
 
 
-def _open_video(path: str, *, device: str = "cpu", seek_mode: str = "exact") -> Any:
+def _open_video(media: MediaFile, *, device: str = "cpu", seek_mode: str = "exact") -> Any:
     # torchcodec raises RuntimeError or OSError on import where the FFmpeg libraries are missing.
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise NotInstalled(NO_TORCHCODEC.format(reason=reason)) from error
+        raise NotInstalled(NO_TORCHCODEC.format(reason=first_line(error))) from error
     try:
-        return VideoDecoder(path, dimension_order="NCHW", num_ffmpeg_threads=1, device=device, seek_mode=seek_mode)
+        return VideoDecoder(
+            media.name, dimension_order="NCHW", num_ffmpeg_threads=1, device=device, seek_mode=seek_mode
+        )
     except ValueError as error:
         raise MediaError(
-            f"{path}: expected a video, got a file without a video stream; replace it or drop the question"
+            f"{media.path}: expected a video, got a file without a video stream; replace it or drop the question"
         ) from error
     except RuntimeError as error:
-        raise _media_error(path, error) from error
+        raise _media_error(media, error) from error
 
 
-def _media_error(path: str, error: Exception) -> MediaError:
-    reason = _SOURCE_LINE.sub("", str(error).strip().split("\n", 1)[0]).strip() or type(error).__name__
-    if what := unseekable_video(path):
+def _media_error(media: MediaFile, error: Exception) -> MediaError:
+    reason = _SOURCE_LINE.sub("", first_line(error)).strip().replace(media.name, "the file")
+    if what := unseekable_video(media.head):
         return MediaError(
-            f"{path}: expected a seekable video, got {what} ({reason}); re-encode it with "
-            f"`{video_command(path)}`, or drop the question"
+            f"{media.path}: expected a seekable video, got {what} ({reason}); re-encode it with "
+            f"`{media.command()}`, or drop the question"
         )
     # If the libraries cannot open a file, the program cannot either.
-    encode = "" if reason.startswith("Could not open") else f", re-encode it with `{video_command(path)}`"
-    return MediaError(f"{path}: cannot be decoded ({reason}); fetch it again{encode} or drop the question")
+    encode = "" if reason.startswith("Could not open") else f", re-encode it with `{media.command()}`"
+    return MediaError(f"{media.path}: cannot be decoded ({reason}); fetch it again{encode} or drop the question")
