@@ -142,6 +142,12 @@ lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+# Half an hour on two cores: runs are killed, damaged, starved of disk space and written to by two programs, then resumed.
+attack: dev ## kill, damage and resume small runs; prints what came of each
+	@$(RUN_ENV) $(BIN)/python tests/attack/kills.py --random 8 --operations 8 --full 6 --writers 2
+	@$(RUN_ENV) $(BIN)/python tests/attack/kills.py --random 3 --operations 3 --full 2 --writers 1 --processes 2
+	@$(RUN_ENV) $(BIN)/python tests/attack/damage.py --every 5
+
 bench: dev ## run the benchmarks (each checks its results first)
 	@$(RUN_ENV) $(BIN)/python -m pytest -q $(or $(ARGS),bench)
 

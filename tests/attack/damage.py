@@ -1,6 +1,6 @@
 """Damage one file of a run folder in one way, resume, and see what comes of it.
 
-python tests/attack/damage.py [--only WORD]
+python tests/attack/damage.py [--only WORD] [--every 4]
 
 Each damage may end in the result of an undamaged run ("equal"), or with 2 and a message ("refused"). Anything else is a
 failure: a traceback, a hang, another result.
@@ -142,6 +142,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="damages whose name holds this word")
+    parser.add_argument("--every", type=int, default=1, help="of so many damages, the first")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="attack-"))
 
@@ -159,6 +160,7 @@ def main() -> int:
 
     counted = {"equal": 0, "refused": 0, "FAILED": 0}
     chosen = {name: damage for name, damage in damages().items() if options.only in name}
+    chosen = dict(list(chosen.items())[:: options.every])
     for number, (name, damage) in enumerate(chosen.items(), start=1):
         place = work / f"damage-{number}"
         run = Path(shutil.copytree(killed, place / killed.name))

@@ -1,6 +1,6 @@
 """Kill a run at random moments and before chosen file operations, resume it, and compare with one that nothing killed.
 
-python tests/attack/kills.py --random 20 --operations 20 --full 10 --processes 1
+python tests/attack/kills.py --random 20 --operations 20 --full 10 --writers 5 --processes 1
 
 `--full` lets 20 attempts to write fail, as on a disk that is full for a while or fails, in place of the kill. The run
 may go on or end with 2 and one line.
@@ -60,14 +60,17 @@ def differences(expected: dict, run: Path) -> str:
     return ", ".join(sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)))
 
 
-def resume(run_parent: Path, arguments: list[str], processes: int) -> tuple[Path, str]:
-    """Continue what a kill left: the run, or, where it had made no folder with settings yet, a new one."""
+def resume(run_parent: Path, arguments: list[str], processes: int, writers: int) -> tuple[Path, str]:
+    """Continue what a kill left, by so many programs at once. Where it had made no folder with settings, start anew."""
     runs = [path for path in run_parent.iterdir() if (path / "config.yaml").is_file()]
     again = ["--resume", str(runs[0])] if runs else arguments
-    process = start(again, processes)
-    _, errors = process.communicate(timeout=LONGEST_S)
-    fault = "" if process.returncode == 0 else f"exit {process.returncode}: {errors.strip().splitlines()[-1:]}"
-    return only_run(run_parent), fault
+    others = [start(again, processes) for _ in range(writers if runs else 1)]
+    ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in others]
+    # Of several only one may write. The others are refused, or find the run finished. torchrun turns 2 into 1.
+    refused = [end for end in ends if end[1] and "writes to this folder" in end[0]]
+    faults = [end for end in ends if end[1] and end not in refused]
+    fault = f"exit {faults[0][1]}: {faults[0][0].strip().splitlines()[-1:]}" if faults else ""
+    return only_run(run_parent), fault or ("all were refused" if len(refused) == len(ends) else "")
 
 
 def main() -> int:
@@ -75,6 +78,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=10, help="kills at random moments")
     parser.add_argument("--operations", type=int, default=10, help="kills before file operations, evenly spread")
     parser.add_argument("--full", type=int, default=5, help="full disks at file operations, evenly spread")
+    parser.add_argument("--writers", type=int, default=3, help="kills after which two programs resume at once")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -111,11 +115,12 @@ def main() -> int:
     kills += [("operation", 1 + int(step * (i + generator.random()))) for i in range(options.operations)]
     step = operations / max(1, options.full)
     kills += [("full", 1 + int(step * (i + generator.random()))) for i in range(options.full)]
-    counted = {"random": [0, 0], "operation": [0, 0], "full": [0, 0]}
+    kills += [("writers", generator.uniform(0.5, 1.0) * seconds) for _ in range(options.writers)]
+    counted = {kind: [0, 0] for kind in dict.fromkeys(kind for kind, _ in kills)}
     for number, (kind, place) in enumerate(kills, start=1):
         folder = work / f"kill-{number}"
         folder.mkdir()
-        if kind == "random":
+        if kind in ("random", "writers"):
             process = start(arguments(folder), options.processes)
             try:
                 process.communicate(timeout=place)
@@ -136,12 +141,12 @@ def main() -> int:
         fault = ""
         if kind == "full" and ("Traceback" in errors or process.returncode not in (0, 2)):
             fault = f"exit {process.returncode}: {errors.strip().splitlines()[-1:]}"
-        run, after = resume(folder, arguments(folder), options.processes)
+        run, after = resume(folder, arguments(folder), options.processes, 2 if kind == "writers" else 1)
         problem = fault or after or differences(expected, run)
         left = [str(path.relative_to(run)) for path in run.rglob("*.tmp")]
         problem = problem or (f"left behind: {left}" if left else "")
         counted[kind][bool(problem)] += 1
-        where = f"{place:.1f} s" if kind == "random" else f"{place}"
+        where = f"{place:.1f} s" if kind in ("random", "writers") else f"{place}"
         print(f"{number:3} {kind} {where}: {problem or 'equal'}", flush=True)
         if not problem:
             shutil.rmtree(folder)
