@@ -85,7 +85,7 @@ endef
 # linked statically. find_library also sees LD_LIBRARY_PATH.
 FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
 
-.PHONY: help setup dev python ffmpeg demo test lint bench wheel clean
+.PHONY: help setup dev python ffmpeg demo test attack lint bench wheel clean
 
 help: ## list the targets
 	@echo "targets (set: $(SET), $(CORES) cores):"

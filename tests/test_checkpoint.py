@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from rmsd_fast.config import CheckpointError
 from rmsd_fast.runtime import checkpoint as checkpoint_module
 from rmsd_fast.runtime.checkpoint import (
     compare_fingerprints,
@@ -180,6 +181,15 @@ def test_unreadable_falls_back_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint_module, "_sha256", unreadable)
     assert loaded(tmp_path) == 1.0
     assert "engines/policy/tensor.safetensors cannot be read (Input/output error)" in caplog.text
+
+
+def test_a_file_that_is_neither_there_nor_listed_is_named(tmp_path):
+    save(tmp_path, 1)
+    folder = tmp_path / "checkpoints" / "step_1"
+    damage_unlist(folder)
+    (folder / "engines" / "policy" / "tensor.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"tensor\.safetensors.*; resume from a copy"):
+        loaded(tmp_path)
 
 
 def test_given_up_future_is_removed(tmp_path):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rmsd_fast.config import CheckpointError, SettingsError
+from rmsd_fast.config import CheckpointError, SettingsError, first_line
 from rmsd_fast.files import is_disk_error, sync_folder
 from rmsd_fast.runtime.world import (
     World,
@@ -307,7 +307,11 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{folder} has no engine '{name}', only {have}; resume with the settings it was saved with"
             )
-        engine.load(folder / "engines" / name)
+        try:
+            engine.load(folder / "engines" / name)
+        except FileNotFoundError as error:
+            # Neither there nor in the manifest.
+            raise CheckpointError(f"{folder}: {first_line(error)}; resume from a copy of the run folder") from error
     for name, module in (extra_modules or {}).items():
         path = folder / f"module_{name}.safetensors"
         if not path.is_file():
