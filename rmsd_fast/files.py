@@ -17,12 +17,14 @@ from errno import (
     EFBIG,
     EINVAL,
     EIO,
+    EISDIR,
     ELOOP,
     EMFILE,
     ENAMETOOLONG,
     ENFILE,
     ENOLCK,
     ENOSPC,
+    ENOTDIR,
     ENOTSUP,
     EPERM,
     EROFS,
@@ -38,7 +40,7 @@ log = logging.getLogger("rmsd_fast")
 # No room on the disk, in the quota or in a file, or a disk that fails. Some of it may pass.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 # What the user or an administrator can put right; no fault of the program.
-ENVIRONMENT_ERRORS = (*DISK_ERRORS, EACCES, EPERM, EROFS, ENAMETOOLONG, ELOOP, EMFILE, ENFILE, ESTALE)
+ENVIRONMENT_ERRORS = (*DISK_ERRORS, EACCES, EPERM, EROFS, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EMFILE, ENFILE, ESTALE)
 
 
 class Locked(UserError, RuntimeError):

@@ -96,7 +96,10 @@ def imitate(run: Run) -> None:
     """Stage 1: SFT on teacher responses, ends with `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
     if first_step(run, "sft") == settings.sft.steps and "stage1" in run.fingerprints:
+        # The record may be what is lost.
+        record_stage1(run)
         return
+    run.fingerprints.pop("stage1", None)
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
         raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from rmsd_fast.config import CheckpointError, SettingsError, first_line
-from rmsd_fast.files import is_disk_error, sync_folder
+from rmsd_fast.files import ENVIRONMENT_ERRORS, is_disk_error, sync_folder
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -74,6 +74,7 @@ def save_checkpoint(
             go on.
     Raises:
         ValueError: keep < 1, or a state that JSON cannot hold.
+        CheckpointError: a place that cannot be written to, on all ranks.
         RuntimeError: any other failure of one rank, on all ranks.
     """
     if keep < 1:
@@ -128,30 +129,35 @@ def save_checkpoint(
 
 def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> list[dict[str, Any]] | None:
     """Do `work` on every rank and agree on the outcome: all results, or None when a disk was full or failed."""
-    result, full, error = {}, "", ""
+    result, kind, text = {}, "", ""
     try:
         result = work()
     except Exception as caught:
+        text = f"rank {world.rank}: {caught}"
         if is_disk_error(caught):
-            full = str(caught)
+            kind = "full"
+        elif isinstance(caught, OSError) and caught.errno in ENVIRONMENT_ERRORS:
+            kind = "refused"
         else:
-            error = f"{type(caught).__name__}: {caught}"
+            kind, text = "fault", f"rank {world.rank}: {type(caught).__name__}: {caught}"
             log.error("checkpoint: rank %d failed", world.rank, exc_info=caught)
-    outcomes = all_gather_objects((result, full, error), world)
-    errors = [f"rank {r}: {e}" for r, (_, _, e) in enumerate(outcomes) if e]
-    fulls = [f"rank {r}: {f}" for r, (_, f, _) in enumerate(outcomes) if f]
-    if not errors and not fulls:
-        return [r for r, _, _ in outcomes]
+    outcomes = all_gather_objects((result, kind, text), world)
+    texts = {kind: "; ".join(text for _, own, text in outcomes if own == kind) for kind in ("fault", "refused", "full")}
+    if not any(texts.values()):
+        return [result for result, _, _ in outcomes]
     if world.is_main:
         shutil.rmtree(tmp, ignore_errors=True)
     barrier(world)
-    if errors:
-        raise RuntimeError(f"{tmp.with_suffix('')} could not be written ({'; '.join(errors)}); former checkpoints stay")
+    name = tmp.with_suffix("")
+    if texts["fault"]:
+        raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints stay")
+    if texts["refused"]:
+        raise CheckpointError(f"{name} could not be written ({texts['refused']}); former checkpoints stay, see to that")
     if world.is_main:
         log.warning(
             "%s not written (%s); training goes on, the former checkpoint stays; free some space, or see to the disk",
-            tmp.with_suffix(""),
-            fulls[0],
+            name,
+            texts["full"],
         )
     return None
 

@@ -487,7 +487,7 @@ def record_stage1(run: Run) -> None:
     """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
 
     def record() -> dict:
-        digests = model_digests(run.folder / "stage1")
+        digests = run.fingerprints.get("stage1") or model_digests(run.folder / "stage1")
         write_text_atomic(run.folder / STAGE1_RECORD, json.dumps(digests, indent=1) + "\n")
         return digests
 
