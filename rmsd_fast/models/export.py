@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.config import VideoConfig
+from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.files import os_errors_of_safetensors, replace_folder
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
@@ -48,12 +48,12 @@ def export_student(
         stage: stage of training that ends here; for the README.
         video: how training read its media; for the README.
     Raises:
-        ValueError: the folder holds something that is not an export of a student.
+        ModelError: the folder holds something that is not an export of a student.
     """
     folder = Path(folder)
     # A folder with config.json may be the base model, or hold files of the user.
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
-        raise ValueError(
+        raise ModelError(
             f"{folder}: expected no folder, an empty one or an earlier export (by the README.md that exports have), "
             "got other files; choose another folder"
         )
