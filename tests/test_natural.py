@@ -273,10 +273,10 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_of_1310_answers_nearly_all_right_ones_are_found_and_no_other_turns_right():
+def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
     """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
-    right, found = 0, 0
-    for row in answers():
+    rows, found = answers(), 0
+    for row in rows:
         given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
         text = canonical_response(row["text"], row["task_type"], **given)
         quality = 0.0
@@ -286,9 +286,13 @@ def test_of_1310_answers_nearly_all_right_ones_are_found_and_no_other_turns_righ
         assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
-        right, found = right + row["right"], found + (row["right"] and quality > 0.999)
-    assert right == 812
-    assert found >= 802
+        found += row["right"] and quality > 0.999
+    right = sum(row["right"] for row in rows)
+    # The figures that the documentation states.
+    page = " ".join((Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8").split())
+    assert f"On {len(rows):,} answers written for the purpose ({right} right ones" in page
+    assert f"and {len(rows) - right} that are" in page
+    assert f"{found} right ones are found" in page
 
 
 # What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.

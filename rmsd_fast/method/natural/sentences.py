@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from .body import MOST_CHARACTERS, canonical_body
-from .options import comparable, comparable_options, whole_option
+from .boxes import boxes_in
+from .doubts import is_absent, is_denied, is_doubted, is_retracted, is_unknowing
+from .numbers import recounted
+from .options import comparable, comparable_options, names_another, whole_option
 from .reasons import Unreadable
+from .times import intervals_in
 
 Options = Sequence[str] | None
 
@@ -17,7 +22,8 @@ _CUE = re.compile(
     r"answer|choice|option|\bans\b|\bI\b|respuesta|antwort|lösung|réponse|答|选|選|正解|回答", re.IGNORECASE
 )
 _STATEMENT = re.compile(
-    r"(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|best|right|most\s+likely|overall)\s+)*\b(?:answer|choice|option|ans)\b"
+    r"(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|best|right|most\s+likely|overall)\s+)*\b(?:answer|choice|option"
+    r"|ans)\b"
     r"(?:\s+(?:here|to (?:the|this) question))?"
     r"(?:\**\s*(?:is|would be|should be|must be|will be|=)(?!\w)\**\s*(?:[:：]\**)?|\**\s*[:：=]\**)\s*"
     r"|\bI(?:['’]d|['’]ll| would| will)?\s+(?:go with|choose|pick|select|opt for)\s+"
@@ -40,25 +46,16 @@ _HEADING = re.compile(
 )
 # "Let me go through each option:".
 _NO_STATEMENT = re.compile(r"\b(?:each|every|all|any|which|what|whether|per)\s+(?:of\s+)?(?:the\s+)?$", re.IGNORECASE)
-_DENIAL_BEFORE = re.compile(
-    r"\b(?:wrong|incorrect|false|not|never|if|were|rul\w+ out|eliminat\w+|exclud\w+|first|initial)\b"
-    r"|n['’]t\b|不|错|如果",
-    re.IGNORECASE,
-)
+# "My first answer was B", "If it were brown, the answer would be A".
+_EARLIER = re.compile(r"\b(?:first|initial(?:ly)?|were|if)\b|如果", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"(?:(?:so|therefore|thus|hence|in total|overall|altogether|in conclusion|in summary|consequently)\b"
     r"|总共|一共|因此|所以|综上|总之|よって|したがって)[,，、\s]*"
     r"|(?=there (?:is|are)\b[^.]*\b(?:in total|altogether|overall)\b)",
     re.IGNORECASE,
 )
-# Words that take back an answer that stands before them.
-_TAKEN_BACK = re.compile(
-    r"\b(?:however|wait|actually|alternatively|on (?:second|further) thought|on reflection|correction|scratch that"
-    r"|or (?:maybe|perhaps|possibly)|hmm|unless|not sure|unsure|uncertain|(?:could|may|might) (?:also|as well)"
-    r"|answer (?:could|may|might)|(?:but|although) (?:it|i|this|that) (?:could|may|might)|possible|ambiguous"
-    r"|wrong answer|no,|sorry)(?![a-z])"
-    r"|然而|等等|或者|不对|可能|无法|不确定",
-    re.IGNORECASE,
+_OF_THE_ANSWER = re.compile(
+    r"\b(?:it|this|that|answer|box|coordinates)(?:['’]s|\s+(?:is|are|should|must|would))\b|[:：]", re.IGNORECASE
 )
 _RETRACTION = re.compile(
     r"\W*(?:no|sorry|correction|wait|actually|rather|or|hmm|on (?:reflection|second thought)|i mean|不|不对|等等|或)"
@@ -138,8 +135,8 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
                 value, end = sentences[index + 1].text, sentences[index + 1].end
             if _NO_STATEMENT.search(sentence.text[: match.start()]):
                 continue
-            clause = re.split(r"[,，;；:：]", sentence.text[: match.start()])[-1]
-            denied = _DENIAL_BEFORE.search(clause)
+            clause = re.split(r"[,，;；:：]", sentence.text[max(0, match.start() - 200) : match.start()])[-1]
+            denied = is_denied(clause) or is_doubted(clause) or is_absent(clause) or _EARLIER.search(clause)
             answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)
             found.append(Statement(sentence.start, end, answer, reason))
     return found
@@ -170,9 +167,33 @@ def takes_back(text: str) -> bool:
 
 def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
     """Whether the text behind an answer takes it back, or gives another one."""
-    if _TAKEN_BACK.search(text):
+    if not text.strip():
+        return False
+    if is_retracted(text) or {other for _, other in standing_alone(text, task, options)} - {answer}:
         return True
-    return bool({other for _, other in standing_alone(text, task, options)} - {answer})
+    return any(_gives_another(part.text, answer, task, options) for part in parts(text, task, options))
+
+
+def _gives_another(sentence: str, answer: str, task: str, options: Options) -> bool:
+    """Whether a sentence behind an answer gives another one, and does not deny it."""
+    if task == "mcq":
+        return names_another(sentence, answer, options)
+    # "If you count the statue as well, it is 4."
+    if is_denied(sentence) or sentence.lstrip("( ").lower().startswith("if "):
+        return False
+    if task == "numeric":
+        return bool(recounted(sentence) - {Decimal(answer)})
+    if task == "temporal":
+        return bool(intervals_in(sentence) - {tuple(map(Decimal, answer.split(" to ")))})
+    # "The cat is at [610, 30, 880, 300]" tells of another object.
+    return _OF_THE_ANSWER.search(sentence) is not None and bool(boxes_in(sentence) - {re.sub(r"\s", "", answer)})
+
+
+def check_lead(text: str, task: str, options: Options) -> None:
+    """Raise Unreadable where the sentences right before an answer say that it is not known."""
+    lines = [part.text for part in parts(text[-1000:], task, options)[-2:]]
+    if any(is_unknowing(line) for line in lines):
+        raise Unreadable("no_answer")
 
 
 def standing_alone(text: str, task: str, options: Options) -> list[tuple[Part, str]]:
