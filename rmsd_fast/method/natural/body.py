@@ -37,6 +37,7 @@ _HEDGED = re.compile(
     r"|it (?:could|might|may) (?:say|read|be (?:either|[A-Z\"“]))",
     re.IGNORECASE,
 )
+_MAYBE = re.compile(r"\b(?:might|may|could|possibly|perhaps|maybe)\b|可能|也许", re.IGNORECASE)
 _SAYS_AGAIN = re.compile(r"[.!?;]\s+.*\b(?:says?|reads?|shows?)\b", re.IGNORECASE | re.DOTALL)
 # Behind "the text is:" the rest of the answer is the text; "The title is: Dune" may itself be what is read.
 _TEXT_IS = re.compile(
@@ -120,6 +121,8 @@ def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
             return None
         if _DENIED.search(says[0]):
             raise Unreadable("no_answer")
+        if _MAYBE.search(says[0]):
+            raise Unreadable("two_answers")
         if quotation and rest[quotation.end() :].strip() in ("", ".", "。"):
             return unquoted(quotation[quotation.lastindex])
         if len(_QUOTED.findall(rest)) > 1 or _SAYS_AGAIN.search(rest):

@@ -58,7 +58,7 @@ _AFTER = re.compile(
     r"|respectively|as|shown"
     r"|asked|requested|described|for|bounding|box|corners?|coordinates?|time|t|second|s|moment|where|it|is|visible"
     r"|dog|object)\b"
-    r"|です|でした|处|位置|坐标|[-+]?[0-9.]+\s*(?:s|sec|seconds?|秒)(?![a-z]))*",
+    r"|です|でした|处|位置|坐标|[-+]?[0-9]+(?:\.[0-9]+)?\s*(?:s|sec|seconds?|秒)(?![a-z]))*",
     re.IGNORECASE,
 )
 # "dog 2", "player 23", "At 5.0 s": numbers that are those of an object or a moment.
@@ -113,8 +113,8 @@ def read_box(body: str) -> str:
 
 
 def boxes_in(text: str) -> set[str]:
-    """All boxes in brackets that a sentence behind an answer names."""
-    return {_listed(match[0]) for pattern in (_FOUR, _TWO_CORNERS) for match in pattern.finditer(text)}
+    """All boxes that a sentence behind an answer names."""
+    return {_listed(match[0]) for pattern in (_BARE, _TWO_CORNERS) for match in pattern.finditer(text)}
 
 
 def _boxes(text: str) -> tuple[list[str], tuple[str, str]]:

@@ -19,28 +19,36 @@ _UNCERTAIN = (
     r"|without\s+(?:\w+\s+)?(?:seeing|watching|access|the (?:video|frames?|images?))|no\s+(?:idea|clue|way)"
     r"|(?<!\bno )(?<!\bwithout )(?<!\bwithout a )doubt\w*|guess\w*|(?:low|little|no) confidence|if (?:i|anything"
     r"|at all)"
-    r"|assuming|ambiguous|undecided|none of the (?:options|choices|answers)(?! is\b.{0,20}\bbetter)"
+    r"|assum\w*|ambiguous|undecided|none of the (?:options|choices|answers)(?! is\b.{0,20}\bbetter)"
 )
 # Nothing is claimed: "maybe", "it could be", "I am not sure".
 _DOUBTED = re.compile(
-    rf"\b(?:{_UNCERTAIN})|\b(?:might|may|could|maybe|perhaps|possib\w*|seemingly|supposedly|allegedly|if|unless|whether"
+    rf"\b(?:{_UNCERTAIN})|\b(?:might|may|could|maybe|perhaps|possib\w*|seemingly|suppos\w*|suspect\w*|presum\w*"
+    rf"|tentativ\w*|conceivabl\w*|arguabl\w*|seems? like|hopefully"
+    r"|questionable|debatable|doubtful|disagree\w*|let['’]s say|allegedly|if|unless|whether"
     r"|either|tempting|(?<!most )plausible|or|oder|alternatively|however|vielleicht|quizás?|peut-être)\b"
-    r"|可能|也许|或|不确定|不清楚|不知道|大概不|如果|是否|无法|看不清|かもしれ|わから",
+    r"|[?？]|可能|也许|或|还是|猜|不确定|不清楚|不知道|大概不|如果|是否|无法|看不清|かもしれ|わから",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
     r"\b(?:not|never|neither|nor|none of|without|except|excluding|cannot|wrong|incorrect|false|rather than|instead of"
-    r"|anything but|everything but|all but|nothing but|far from|opposite|nicht|kein\w*|jamais|nunca)\b"
-    r"|n['’]t\b|不|没|未|非|错|排除|無|ない|ません|[✗✘❌]",
+    r"|anything but|everything but|all but|nothing but|far from|opposite|unlike|other than|contrary|mistake\w*"
+    r"|fails?|hardly"
+    r"|barely|scarcely|rarely|seldom|impossible|invalid|rul(?:e[sd]?|ing) out|eliminat\w*|exclud\w*|discard\w*"
+    r"|reject\w*"
+    r"|nicht|pas|kein\w*|jamais|nunca)\b"
+    r"|n['’]t\b|不|没|未|非|错|排除|無|ない|ません|[✗✘❌]|~~|^\W*none\b"
+    r"|\b(?:old|previous|initial|former|earlier|original) (?:box|answer|interval|count|estimate)\b",
     re.IGNORECASE,
 )
 # What is absent can be counted, but it is not what stands in the picture.
 _ABSENT = re.compile(
-    r"\b(?:no(?! doubt)|fake|unlikely|least|outside|hardly|barely|scarcely|rarely|seldom|nearly|almost|absent"
+    r"\b(?:no(?! doubt)|fake|unlikely|least|outside|nearly|almost|absent"
     r"|absence|missing|lacks?"
-    r"|lacking|nowhere|invisible|used to|formerly|previously|rul(?:e[sd]?|ing) out|eliminat\w*|exclud\w*|discard\w*"
+    r"|lacking|nowhere|invisible|used to|formerly|previous(?:ly)?|pretend\w*|refus\w*|avoid\w*|rul(?:e[sd]?|ing) out"
+    r"|eliminat\w*|exclud\w*|discard\w*"
     r"|reject\w*"
-    r"|ignor\w*|impossible|replaced|removed|invalid|elsewhere)\b",
+    r"|ignor\w*|replaced|removed|elsewhere)\b",
     re.IGNORECASE,
 )
 _UNKNOWING = re.compile(
@@ -58,8 +66,12 @@ _TAKEN_BACK = re.compile(
     r"|i misread"
     r"|i['’]m (?:wrong|mistaken)|(?:disregard|ignore|retract) (?:the|my|that|this)|(?:edit|edited|update"
     r"|updated)\s*[:：]"
+    r"|then again|changed my mind|tak(?:e|ing) (?:that|it|this) back|correct (?:that|it|this|myself|my)|make (?:that"
+    r"|it)|i mean"
+    r"|more precisely|to be precise|never ?mind"
+    r"|strike that|misspoke|(?:that|this|it)(?: is| was|['’]s) (?:not |in|un)?(?:correct|wrong|right|true)\b"
     r"|revis(?:ed|ion)|corrected|no,|sorry|instead(?! of)|honestly)(?![a-z])"
-    r"|然而|但实际|更正|修正|说错|等等|或者|不对|可能|无法|不确定",
+    r"|^\W*(?:or|rather)\b|然而|其实|但实际|更正|修正|说错|等等|或者|不对|可能|无法|不确定",
     re.IGNORECASE,
 )
 _CONTRAST = re.compile(

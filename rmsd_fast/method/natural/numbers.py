@@ -6,7 +6,7 @@ import re
 from decimal import Decimal
 
 from ..answers import parse_answer_body
-from .doubts import contrast, is_denied, is_doubted
+from .doubts import contrast, is_denied, is_doubted, is_retracted
 from .reasons import Unreadable
 from .text import json_object, plain, without_remarks
 
@@ -42,13 +42,16 @@ _MEASURE = (
     "|か所|ヶ所|千克|千米|千瓦|公里|公斤|厘米|毫米|小时|毫升)"
 )
 # "三个人": a numeral before a measure word, or as the whole answer.
-_HAN_NUMERAL = re.compile(rf"(?<![0-9{_HAN}第几幾])([{_HAN}]+)(?=\s*{_MEASURE})|(?<![^\s负負约下])([{_HAN}]+)(?!\S)")
+_HAN_NUMERAL = re.compile(
+    rf"(?<![0-9{_HAN}第几幾数數上成])([{_HAN}]+)(?=\s*{_MEASURE})|(?<![^\s负負约下])([{_HAN}]+)(?!\S)"
+)
 
 _POWERS_OF_TEN = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "billion": 9, "trillion": 12, **_HAN_POWERS}
 _SCALE = (
-    r"(?:k(?![A-Za-z/])|(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])|[百千万萬亿億](?![克米瓦卡赫帕]))"
+    r"(?:(?<=[0-9])k(?![A-Za-z/])|(?:hundred|thousand|million|billion|trillion)(?![A-Za-z-])"
+    r"|[百千万萬亿億](?![克米瓦卡赫帕]))"
 )
-_SCALES = re.compile(_SCALE, re.IGNORECASE)
+_SCALES = re.compile("|".join(sorted(_POWERS_OF_TEN, key=len, reverse=True)), re.IGNORECASE)
 # A number with all that belongs to its value: sign, currency, exponent or power, scale.
 _COUNTED = re.compile(
     rf"(?<![A-Za-z0-9_.,:/^])(?P<sign>[+-]?)[€£¥]?(?P<number>{NUMBER})"
@@ -68,7 +71,7 @@ _BEFORE = re.compile(
     r"|(?<![A-Za-z'’-])(?:is|are|was|were|be|been|has|have|had|i|we|he|she|they|see|sees|saw|seen|counts?|counted"
     r"|counting"
     r"|identify|identified|observed?|find|found|spot|spotted|get|got|gives?|contains?|containing|includes?|features?"
-    r"|shows?|shown|showing|says?|reads?|displays?|indicates?|appears?|appear|number|answer|sum|result|value|totals?"
+    r"|shows?|shown|showing|says?|reads?|displays?|indicates?|appears?|appear|answer|sum|result|value|totals?"
     r"|totall?ing|only|just|exactly|precisely|about|approximately|approx|roughly|around|circa|ca|probably|likely|most"
     r"|the|these|those|all|with|equals?|(?:equal|comes?|comes? out|amounts?|adds? up|sums?(?: up)?|leads?) to|makes?"
     r"|in|on|at|for|so|then|us|usd|eur|there"
@@ -95,7 +98,8 @@ _NO_NOUN = re.compile(
     r"|thousands?|tens"
     r"|(?:hal(?:f|ves)|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|quarter|pair|couple"
     r"|double)s?"
-    r"|squared|cubed|factorial|plus|minus|fold|odd|something|more|less|fewer|additional|extra|others?|point|below"
+    r"|mil|mille|bil|mila|tausend|myriads?|squared|cubed|factorial|plus|minus|fold|odd|something|more|less|fewer"
+    r"|additional|extra|others?|point|below"
     r"|above|over"
     r"|under|out|up|and (?:a|an|one|up|above|over|more|counting|another|some|several|many|change|half)\b|clock|pm|am"
     r"|percentile"
@@ -106,21 +110,22 @@ _END = re.compile(r"\s*(?:$|[,.;:!)\]\"”“、。，；：](?![0-9])|\(|[-–�
 _BOUND = re.compile(
     r"\b(?:at (?:least|most)|than|over|under|above|below|beneath|beyond|within|up to|or|between|exceed\w*|surpass\w*"
     r"|upwards?"
-    r"|min\.|max\.|(?:min|max)\b(?=\s+[0-9])|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*"
+    r"|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*"
     r"|short of"
     r"|as (?:many|few|much|little) as|or so|[0-9]+\s*-?\s*ish|tops|and (?:up|above|over|more|counting))\b"
     r"|[<>≥≤±‹›≦≧≶≷∓|]|\\(?:leq?|geq?|pm|mp|approx|lt|gt|sim)(?![a-z])|[0-9]\s*\+(?!\s*[0-9])"
     r"|至少|至多|最多|最少|最低|最高|以上|以下|以内|以外|以内|超过|超過|不到|不足|不止|不超|少于|多于|大于|小于|低于|高于|未満|高达|将近|近[0-9]"
-    r"|接近|[余多几来][个個名人次位只辆]|左右还|或",
+    r"|接近|[余多几来][个個名人次位只辆]|左右还|或|\b(?:min|max)\b\.?(?=\s*[0-9])",
     re.IGNORECASE,
 )
 _RANGE = re.compile(rf"{NUMBER}\s*(?:-|~|〜|\bto\b|\bbis\b|到|至)\s*{NUMBER}", re.IGNORECASE)
 # Sums, fractions, ordinals, times of day, shares. A unit such as km/h is none of them.
 _NO_COUNT = re.compile(
     r"[0-9]\s*(?:[/√÷\\+-]|:\s*[0-9])|[*/√×÷]\s*[0-9]|[0-9]\s*[*×x]\s*[0-9]|[0-9](?:st|nd|rd|th)\b|第|倍|分之|根号|[双對对半]"
-    r"|\b(?:half|halves|quarters?|dozens?|couple|pairs?|few|several|score|minus|negative|plus|twice|double|triple"
+    r"|\b(?:half|halves|quarters?|dozens?|couple|pairs?|few|several|minus|negative|plus|twice|double|triple"
     r"|additional"
-    r"|hidden|another|many)\b|\band (?:an?|one|some)\b"
+    r"|hidden|another|many|more|fewer|less|extra|others|odd|each|apiece|besides|(?:apart|aside) from|per (?!hour"
+    r"|second|minute|day|cent))\b|\band (?:an?|one|some)\b"
     r"|[0-9]\s*(?:am|pm|a\.m|p\.m|o['’]clock)\b|\d\s*[!π]",
     re.IGNORECASE,
 )
@@ -234,6 +239,8 @@ def read_number(body: str) -> str:
         values[0] == sum(values[1:]) and _BREAKDOWN.search(text[counts[0].end() : counts[1].start()])
     ):
         raise Unreadable("two_answers")
+    if is_retracted(text[counts[0].end() :]):
+        raise Unreadable("two_answers")
     if _NO_COUNT.search(_COUNTED.sub("0", text)) or not _stands_as_a_count(text, counts[0]):
         raise Unreadable("not_a_number")
     # As it is written, with its zeros, where nothing changes its value.
@@ -274,7 +281,10 @@ def _value(count: re.Match[str]) -> Decimal:
 def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
     """Whether the words directly around a number leave it its value."""
     before, after = text[: count.start()], text[count.end() :]
-    if not _BEFORE.search(before[-40:] if len(before) > 40 else before):
+    # What is done 3 times may be any verb.
+    if not _BEFORE.search(before[-40:] if len(before) > 40 else before) and not (
+        re.match(r"\s*times\W*(?:$|in|at|on|during)", after) and re.search(r"\b[a-z]{3,}s\s$", before[-20:])
+    ):
         return False
     if _END.match(after) or _UNIT.match(after) or re.match(rf"\s*{_MEASURE}", after):
         return True

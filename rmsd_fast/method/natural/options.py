@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from ..answers import bare_options, option_letters
-from .doubts import contrast, is_absent, is_denied, is_doubted
+from .doubts import contrast, is_absent, is_denied, is_doubted, is_retracted
 from .reasons import Unreadable, the_only
 from .text import compatible, json_value, plain, without_remarks
 
@@ -77,6 +77,13 @@ _POLAR = {
     "不可以",
 }
 _POLAR_ANSWER = re.compile(r"\W*([A-Za-z]+|[是不否有没对会能可以]+?)的?\s*(?:$|[,，.。!！;；:：—]|-\s)(.*)", re.DOTALL)
+_CALLED_WRONG = re.compile(
+    r"\W*(?:(?:which|that|this) is )?(?:wrong|incorrect|false|not (?:right|correct|true))\b|\W*[✗✘❌]", re.I
+)
+# Marks that the comparison of words does not see.
+_CROSSED = re.compile(r"[?？✗✘❌]")
+# "Option B is a trap": a judgement that has to affirm.
+_JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can|could|has)\b", re.IGNORECASE)
 _KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
 # The words of the option beside its letter.
 _TEXT_KEYS = {"text", "option_text", "answer_text"}
@@ -98,8 +105,12 @@ def read_letter(body: str, options: Sequence[str] | None) -> str:
     if letter := _as_a_whole(text, options, letters):
         return letter
     # A sentence: one option named by its letter or told in its words, nothing denied and nothing doubted.
-    named = {next(group for group in match.groups() if group).upper() for match in _NAMED.finditer(text)}
-    named |= _told(text, texts, letters)
+    named = {
+        next(group for group in match.groups() if group).upper()
+        for match in _NAMED.finditer(text)
+        if not _JUDGED.match(text, match.end()) or _AFFIRMED.match(text[match.end() :].lstrip())
+    }
+    named |= _told(_EXPLAINED.split(text)[0], texts, letters)
     mentioned = named | _quoted(text, texts, letters) | _mentioned(text, letters)
     if len(mentioned) > 1:
         raise Unreadable("two_answers")
@@ -135,6 +146,16 @@ def names_another(sentence: str, letter: str, options: Sequence[str] | None) -> 
             if error.reason == "two_answers":
                 return True
     return False
+
+
+def quotes_another(text: str, letter: str, options: Sequence[str] | None) -> bool:
+    """Whether a few words beside an answer hold another option's letter or words, whatever they say of it."""
+    letters = _ALL_LETTERS if options is None else option_letters(options)
+    texts = comparable_options(options)
+    polar = {
+        of for of, word in zip(letters, texts, strict=False) if word in _POLAR and word in comparable(text).split()
+    }
+    return bool((_mentioned(text, letters) | _quoted(text, texts, letters) | polar) - {letter})
 
 
 def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
@@ -176,6 +197,8 @@ def comparable(text: str) -> str:
 
 def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str | None:
     texts = comparable_options(options)
+    if _CROSSED.search(text) and _CROSSED.search(_without_option_words(text, options)):
+        return None
     for _ in range(5):
         if len(text) > 3 and text[0] in "([" and text[-1] in ")]" and text.count(text[0]) == 1:
             text = text[1:-1].strip()
@@ -233,16 +256,19 @@ def _is_another(text: str, options: Sequence[str] | None, letters: str) -> bool:
         return False
 
 
-def _is_unsure(text: str, options: Sequence[str] | None) -> bool:
-    """Whether a sentence denies or doubts; an option's own "not" denies nothing."""
+def _without_option_words(text: str, options: Sequence[str] | None) -> str:
     words = _option_words(tuple(options)) if options is not None else None
-    text = words.sub(" ", text) if words else text
-    return is_denied(text) or is_doubted(text) or is_absent(text)
+    return words.sub(" ", text) if words else text
+
+
+def _is_unsure(text: str, options: Sequence[str] | None) -> bool:
+    """Whether a sentence denies, doubts or takes back; an option's own "not" denies nothing."""
+    text = _without_option_words(text, options)
+    return is_denied(text) or is_doubted(text) or is_absent(text) or is_retracted(text)
 
 
 def _is_denied_beside(sentence: str, options: Sequence[str] | None) -> bool:
-    words = _option_words(tuple(options)) if options is not None else None
-    text = words.sub(" ", sentence) if words else sentence
+    text = _without_option_words(sentence, options)
     return is_denied(text) or is_absent(text)
 
 
@@ -251,7 +277,10 @@ def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: st
     _among(letter, letters)
     texts = comparable_options(options)
     same = _equal(rest, texts, letters)
-    if letter in same:
+    # The option's words, also where their end was left out.
+    words = comparable(rest)
+    begun = [letters[index] for index, text in enumerate(texts) if len(words) > 20 and text.startswith(words)]
+    if letter in same or begun == [letter]:
         return letter
     # "B is wrong", "B, maybe"; but "B, because it is not brown", "B since A and C do not match".
     explained = _EXPLAINED.search(rest)
@@ -259,6 +288,8 @@ def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: st
     others = _mentioned(claim, letters) | _quoted(claim, texts, letters)
     if explained and not is_denied(rest[explained.start() :]):
         others |= _mentioned(rest, letters) | _quoted(rest, texts, letters)
+    if not same and _is_denied_beside(claim, options):
+        raise Unreadable("not_an_option")
     if same or others - {letter} or _is_unsure(claim, options):
         raise Unreadable("two_answers")
     return letter
@@ -277,7 +308,8 @@ def _equal(text: str, texts: Sequence[str], letters: str) -> list[str]:
     letter = letters[texts.index(word)]
     rest = answer[2]
     others = (_mentioned(rest, letters) | _quoted(rest, texts, letters)) - {letter}
-    if others or is_doubted(rest) or comparable(rest) in texts:
+    opposite = any(other != word and f" {comparable(rest)}".endswith(f" {other}") for other in texts)
+    if others or opposite or is_doubted(rest) or is_retracted(rest) or _CALLED_WRONG.match(rest):
         raise Unreadable("two_answers")
     return [letter]
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from ..answers import answer_body, has_outer_format, parse_answer
 from ..finish_reasons import finish_reason_of
 from .body import canonical_body, said_text
-from .doubts import is_absent, is_denied, is_doubted, is_unknowing
-from .options import is_whole_letter, names_another
+from .doubts import is_absent, is_denied, is_doubted, is_retracted, is_unknowing
+from .options import is_whole_letter, names_another, quotes_another
 from .reasons import Unreadable, the_only
 from .refusals import is_refusal
 from .sentences import (
@@ -49,7 +49,7 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_CLAUSE_START = re.compile(r"[,，;；:：]\s|[，；：]|\b(?:so|therefore|thus|hence)\b", re.IGNORECASE)
+_CLAUSE_START = re.compile(r"[;；]|\b(?:so|therefore|thus|hence)\b|[所因]以?此?", re.IGNORECASE)
 # A line that talks about a picture rather than repeats what it reads.
 _TALK = re.compile(
     r"\b(?:is|are|appears?|seems?|cannot|can't|unclear|legible|visible|frames?|video|picture|image)\b|画面|视频",
@@ -298,11 +298,14 @@ def _in_its_sentence(text: str, places: tuple[int, int, int, int], task: str, op
         raise Unreadable("no_answer")
     # "It is not brown, so \\boxed{B}": the clause of the box counts.
     lead = _CLAUSE_START.split(before)[-1]
+    aside, _, clause = lead.rpartition(", ")
+    if task == "mcq" or not (re.search("[0-9]", aside) or is_denied(aside) or is_absent(aside)):
+        lead = clause
     around = f"{lead} {after}"
     if is_denied(around) or is_doubted(around) or is_absent(around):
         raise Unreadable("two_answers")
     if task == "mcq":
-        if names_another(lead, answer, options) or names_another(after, answer, options):
+        if names_another(lead, answer, options) or quotes_another(after, answer, options) or is_retracted(after):
             raise Unreadable("two_answers")
         return answer
     return canonical_body(f"{lead}{content}{after}", task, options)
@@ -331,7 +334,8 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
         ends = [(part, answer) for part, answer in alone if part in (sentences[0], sentences[-1])]
         if ends:
             part, answer = ends[-1]
-            if takes_back(part.text) or is_taken_back(final[part.end :], answer, task, options):
+            # At the beginning a "No." takes nothing back.
+            if (part.start > 0 and takes_back(part.text)) or is_taken_back(final[part.end :], answer, task, options):
                 raise Unreadable("two_answers")
             return final[: part.start], the_only([answer, *(other for _, other in alone)]), final[part.end :]
         joined = " ".join(final.split())
@@ -346,7 +350,7 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
             return final[: last.start], answer, ""
         if not reasoned:
             raise Unreadable("no_answer")
-    elif answer := short(final, task, options):
+    elif answer := short(final, task, options) or concluded(final, task, options):
         return "", answer, ""
     return "", _body(final, task, options), ""
 

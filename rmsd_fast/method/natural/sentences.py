@@ -47,7 +47,7 @@ _HEADING = re.compile(
 # "Let me go through each option:".
 _NO_STATEMENT = re.compile(r"\b(?:each|every|all|any|which|what|whether|per)\s+(?:of\s+)?(?:the\s+)?$", re.IGNORECASE)
 # "My first answer was B", "If it were brown, the answer would be A".
-_EARLIER = re.compile(r"\b(?:first|initial(?:ly)?|were|if)\b|如果", re.IGNORECASE)
+_EARLIER = re.compile(r"\b(?:first|initial(?:ly)?|previous|former|earlier|were|if)\b|如果", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"(?:(?:so|therefore|thus|hence|in total|overall|altogether|in conclusion|in summary|consequently)\b"
     r"|总共|一共|因此|所以|综上|总之|よって|したがって)[,，、\s]*"
@@ -57,6 +57,9 @@ _CONCLUSION = re.compile(
 _OF_THE_ANSWER = re.compile(
     r"\b(?:it|this|that|answer|box|coordinates)(?:['’]s|\s+(?:is|are|should|must|would))\b|[:：]", re.IGNORECASE
 )
+_LAST_CLAUSE = re.compile(
+    r"[,，;；]\s*(?:and\s+)?(?:so|therefore|thus|hence)\s+|[,，;；]\s*(?:所以|因此)", re.IGNORECASE
+)
 _RETRACTION = re.compile(
     r"\W*(?:no|sorry|correction|wait|actually|rather|or|hmm|on (?:reflection|second thought)|i mean|不|不对|等等|或)"
     r"(?![a-z])",
@@ -64,9 +67,14 @@ _RETRACTION = re.compile(
 )
 _STOP = re.compile(r"[.!?]+[\"”*)\]]*(?=\s|$)|[。！？]+[”」）*]*")
 _ABBREVIATION = re.compile(r"\.[a-z]$")
+# "max. 3" is a bound, and "No. 3" a name.
+_BEFORE_NUMBER = re.compile(r"\b(?:no|nr|min|max|approx|ca|vol|fig|vs)$", re.IGNORECASE)
 _LABEL_STOP = re.compile(r"(?<![A-Za-z])(?:\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z])\.[*]*$")
 _NUMBERED = re.compile(r"\s*[0-9]{1,2}[.)](?:\s|$)")
 _LISTED = re.compile(r"\s*(?:[-*•]\s*)?\**[(\[]?([A-Z])[)\].:、]\**\s*\S")
+
+
+_CLAUSES = re.compile(r"[,，;；:：]")
 
 
 class Part(NamedTuple):
@@ -99,6 +107,10 @@ def parts(text: str, task: str, options: Options) -> list[Part]:
 def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
     """Whether a stop is that of a sentence, and not of an abbreviation such as "i.e."."""
     before = line[max(0, stop.start() - 2) : stop.start()]
+    if re.match(
+        r"\.\s*(?:[0-9]|one|two|three|four|five|six|seven|eight|nine|ten)", line[stop.start() :][:8]
+    ) and _BEFORE_NUMBER.search(line[: stop.start()][-8:]):
+        return False
     return bool(before.strip()) and not before[-1].isspace() and not _ABBREVIATION.search(before)
 
 
@@ -135,8 +147,13 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
                 value, end = sentences[index + 1].text, sentences[index + 1].end
             if _NO_STATEMENT.search(sentence.text[: match.start()]):
                 continue
-            clause = re.split(r"[,，;；:：]", sentence.text[max(0, match.start() - 200) : match.start()])[-1]
-            denied = is_denied(clause) or is_doubted(clause) or is_absent(clause) or _EARLIER.search(clause)
+            before = sentence.text[max(0, match.start() - 200) : match.start()]
+            *_, clause = (text for text in _CLAUSES.split(before) if text.strip()) if before.strip() else [""]
+            # "My guess: the answer is B"; but "It is not brown, so the answer is B".
+            denied = is_unknowing(clause) or (
+                not re.search(r"[,，;；:：]\s*$", before)
+                and (is_denied(clause) or is_doubted(clause) or is_absent(clause) or _EARLIER.search(clause))
+            )
             answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)
             found.append(Statement(sentence.start, end, answer, reason))
     return found
@@ -235,7 +252,10 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """The answer of a sentence that begins with "so" or "in total"."""
+    """The answer of a sentence that begins with "so" or "in total", or ends with such a clause."""
+    *reason, clause = _LAST_CLAUSE.split(sentence)
+    if reason and task in ("mcq", "numeric") and not is_unknowing(sentence):
+        return read_or_reason(clause, task, options)[0]
     conclusion = _CONCLUSION.match(sentence)
     return read_or_reason(sentence[conclusion.end() :], task, options)[0] if conclusion else None
 

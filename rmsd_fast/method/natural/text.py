@@ -37,11 +37,16 @@ _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(
 _LATEX_PERCENT = re.compile(r"\\([%$])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
 # A dash before a number may be its sign, and ">" a bound.
-_LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|[*•]\s+|(?:>|-)\s+(?![$€£¥]?\s*[.0-9]))", re.MULTILINE)
+_LINE_MARK = re.compile(
+    r"^\s*(?:#{1,6}\s+|[*•]\s+|[>-]\s+(?![$€£¥]?\s*[.0-9]|(?:one|two|three|four|five|six|seven|eight|nine|ten)\b))",
+    re.MULTILINE | re.IGNORECASE,
+)
 _STRUCK_OUT = re.compile(r"~~[^~\n]+~~|<(s|del|strike)>")
 _SUPERSCRIPT = re.compile("(?<=[0-9)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 # "3 * 4" and "10**5" are no emphasis.
-_EMPHASIS = re.compile(r"(?<![0-9)])(?<![0-9)] )\*{1,3}|\*{1,3}(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~")
+_EMPHASIS = re.compile(
+    r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
+)
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"

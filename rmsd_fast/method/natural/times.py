@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from .doubts import contrast, is_absent, is_denied, is_doubted
+from .doubts import contrast, is_absent, is_denied, is_doubted, is_retracted
 from .numbers import NUMBER, decimal_text, digits_of_words, strict
 from .reasons import Unreadable
 from .text import json_value, plain, without_remarks
@@ -45,12 +45,23 @@ _AND = re.compile(r"\s*(?:s\s*)?(?:and|y|und|et|[,，和])\s*(?:(?:at|about|the)
 _OPENED = re.compile(
     r"\b(?:between|entre|zwischen|starts?|begins?|starting|beginning|start_time|from)\b[^0-9]{0,20}$|在$", re.IGNORECASE
 )
-_ASIDE = re.compile(r"[(（][^()（）]*(?:frames?|帧|コマ)[^()（）]*[)）]", re.IGNORECASE)
-# "(mm:ss)", "(h:mm)".
-_CLOCK_NAMED = re.compile(r"[(\[]?\b([hmsf]{1,4}(?::[hmsf]{1,4})+)\b[)\]]?", re.IGNORECASE)
+# "(frames 90-150)"; but "(frames)" is the unit of what stands before it.
+_ASIDE = re.compile(r"[(（][^()（）]*(?:frames?|帧|コマ)[^()（）]*[0-9][^()（）]*[)）]", re.IGNORECASE)
+_OTHER_TIME = re.compile(
+    r"\b(?:minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms)\b|分钟|小时|毫秒|\bhours\s*:", re.IGNORECASE
+)
+# "(mm:ss)", "(h:mm)", "(hours:minutes)".
+_CLOCK_NAMED = re.compile(
+    r"[(\[]?\b((?:[hmsf]{1,4}|hours?|minutes?|min|seconds?|sec|frames?)(?::(?:[hmsf]{1,4}|minutes?|min|seconds?|sec"
+    r"|frames?))+)\b"
+    r"[)\]]?",
+    re.IGNORECASE,
+)
 _OTHER_UNIT = re.compile(
-    r"\b(?:frames?|percent|days?|weeks?|years?|beats?|bpm|fps|hundred|thousand|million|half|quarter|ticks?)\b|帧|コマ|%"
-    r"|天|±|\^",
+    r"\b(?:frames?|percent|days?|weeks?|years?|beats?|bpm|fps|hundred|thousand|million|half|quarter|ticks?"
+    r"|scoreboard|stopwatch|countdown|score|odds|ratio)\b|帧|コマ|%"
+    r"|天|±|\^"
+    r"|[(（]\s*(?:in\s+)?(?:minutes?|mins?|hours?|ms|milliseconds?)\s*[)）]",
     re.IGNORECASE,
 )
 # Words that make an interval a duration, or count from another moment than the start of the video.
@@ -77,23 +88,27 @@ _FRAME = re.compile(
     r"|from|between|von|de|desde|entre|zwischen|timestamps?|runs|occurs?|happens|takes place|took place|spans"
     r"|can be seen"
     r"|interval|segment|window|range|period|event|action|scene in question|answer|during|lies|starts|begins|starting"
-    r"|beginning|start(?:[ _]?time)?|times?|seconds|final|relevant|correct|moment|visible|shown|video|clip|in|of|t"
+    r"|beginning|start|start_time|times?|seconds|final|relevant|correct|moment|visible|shown|video|clip|in|of|t"
     r"|and|i|think"
     r"|would|say|estimate)(?![a-z])|[从自在于於是为為は第间間约約时段区该事件发生答案：])*",
     re.IGNORECASE,
 )
 _UNIT_BEFORE = re.compile(r"(?:\b(?:segundo|seconds?|seconde|sekunde)|第|\bt\s*=)\s*$", re.IGNORECASE)
 # "starts between 3 and 5 s" gives no end.
+# "starts 3 to 5", "in 3 to 5", "-[3, 5]".
+_NOT_DIRECTLY = re.compile(
+    r"\b(?:starts?|begins?|starting|beginning|in|within|of|video|clip)[\s(\[]*$|(?:^|\s)-[\[(]$", re.IGNORECASE
+)
 _NOT_BETWEEN = re.compile(
     r"\b(?:starts?|begins?|ends?|stops?|lasts?|lasting|takes?|took|duration|sometimes?|somewhere|anywhere|away|apart"
     r"|far"
-    r"|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)\s*$",
+    r"|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)$",
     re.IGNORECASE,
 )
 # What may stand directly behind an interval; any other word may be its unit, or another point to count from.
 _AFTER = re.compile(
     r"\s*(?:$|[.,;:!)\]\"”，。；、(（]|(?:in|on)\s+(?:the\s+)?(?:video|clip|footage|recording|film|timeline|seconds)\b"
-    r"|(?:of|into)\s+(?:the\s+)?(?:video|clip|footage|recording|film|timeline)\b"
+    r"|(?:of|into)\s+the\s+(?:video|clip|footage|recording|film|timeline)\b"
     r"|(?:when|where|while|as|during|with|by|which|since|because|inclusive|marks?|timestamps?|range|interval|window"
     r"|segment"
     r"|respectively|and|the|a|an|he|she|it|they)\b(?!\s+(?:later|before|after))"
@@ -170,6 +185,8 @@ def read_interval(body: str) -> str:
     # A digit that no time has taken would be dropped without a word.
     if not intervals or re.search(r"[0-9]", _TIME.sub(" ", text)):
         raise Unreadable("not_an_interval")
+    if is_retracted(text[intervals[0][1].end() :]):
+        raise Unreadable("two_answers")
     if not all(_stands_as_an_interval(text, *pair) for pair in intervals):
         raise Unreadable("not_an_interval")
     ends = [_interval(*pair) for pair in intervals]
@@ -213,13 +230,19 @@ def _usual_spelling(text: str) -> str:
 
 def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
     """Whether the words around two joined times leave them a start and an end."""
-    before, after = text[: first.start()], text[last.end() :]
+    before, after = text[: first.start()], re.sub(rf"^\s*[\])）]+(?:\s*{_S})?", "", text[last.end() :])
+    if _NOT_DIRECTLY.search(before[-20:]) and not re.search(
+        "end|stop|finish|结束", text[first.end() : last.start()], re.I
+    ):
+        return False
     in_seconds = any(time["number"] is None for time in (first, last)) or bool(_UNIT_BEFORE.search(before[-20:]))
-    if not _AFTER.match(after) and not (in_seconds and re.match(r"\s+(?:in|on|at|inside|to)\s", after)):
+    if not _AFTER.match(after) and not (in_seconds and re.match(r"\s+(?:in|on the|at|inside)\s", after)):
         return False
     if re.match(r"\s*of\b", after) and not in_seconds:
         return False
-    if _NOT_BETWEEN.search(before[-80:]):
+    if not in_seconds and _OTHER_TIME.search(text):
+        return False
+    if _NOT_BETWEEN.search(before[-80:].rstrip("[( ")):
         return False
     # Without a unit, "The score is 3 to 5" is no interval: all words before it have to speak of one.
     return bool(_BEFORE.search(before[-40:]) if in_seconds else _FRAME.fullmatch(before))
