@@ -145,10 +145,10 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
             if not value.strip("*:： ") and number + 1 == len(matches) and index + 1 < len(sentences):
                 # "The answer is:" and the answer in the next line.
                 value, end = sentences[index + 1].text, sentences[index + 1].end
-            if _NO_STATEMENT.search(sentence.text[: match.start()]):
-                continue
             before = sentence.text[max(0, match.start() - 200) : match.start()]
-            *_, clause = (text for text in _CLAUSES.split(before) if text.strip()) if before.strip() else [""]
+            if _NO_STATEMENT.search(before):
+                continue
+            clause = next((text for text in reversed(_CLAUSES.split(before)) if text.strip()), "")
             # "My guess: the answer is B"; but "It is not brown, so the answer is B".
             denied = is_unknowing(clause) or (
                 not re.search(r"[,，;；:：]\s*$", before)
@@ -193,6 +193,8 @@ def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
 
 def _gives_another(sentence: str, answer: str, task: str, options: Options) -> bool:
     """Whether a sentence behind an answer gives another one, and does not deny it."""
+    if len(sentence) > MOST_CHARACTERS:
+        return False
     if task == "mcq":
         return names_another(sentence, answer, options)
     # "If you count the statue as well, it is 4."

@@ -258,7 +258,7 @@ def _check_other_time(time: re.Match[str], start: Decimal, end: Decimal, *, expl
 
 def _is_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
     """Whether the text between two times joins them, and they are not below zero."""
-    between, before = text[first.end() : last.start()], text[: first.start()].rstrip()
+    between, before = text[first.end() : last.start()], text[max(0, first.start() - 80) : first.start()].rstrip()
     if re.search(r"(?:^|[\s(\[,])-$", before):
         return False
     if (joined := _BETWEEN.fullmatch(between)) and joined["join"]:
