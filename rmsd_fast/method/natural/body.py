@@ -13,7 +13,7 @@ from .reasons import Unreadable
 from .text import json_object, strip_outside, unquoted, visible
 from .times import read_interval
 
-# Longer texts are no answers to closed questions; some searches take quadratic time.
+# Longer texts do not answer closed questions; some searches take quadratic time.
 MOST_CHARACTERS = 2_000
 
 _THING = r"(?:text|sign|caption|subtitle|title|label|words?|banner|display|screen|board|plate|sticker|poster|logo|it)"

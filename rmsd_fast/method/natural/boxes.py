@@ -20,8 +20,7 @@ _TWO_CORNERS = re.compile(
 _BARE = re.compile(rf"{_N}(?:(?:\s*[,;]\s*|\s+){_N}){{3}}")
 _BOX_TAGS = re.compile(
     r"<ref>.*?</ref>|<\|ref\|>.*?<\|/ref\|>|<\|/?det\|>|<\|object_ref_start\|>.*?<\|object_ref_end\|>"
-    r"|<\|(?:box_start|box_end)\|>"
-    r"|</?(?:box|bbox|bounding_box)>",
+    r"|<\|(?:box_start|box_end)\|>|</?(?:box|bbox|bounding_box)>",
     re.IGNORECASE | re.DOTALL,
 )
 # "(coordinates from 0 to 1000)", "normalized to 0-1000".
@@ -29,8 +28,7 @@ _SCALE = re.compile(r"\(?[a-z ,]{0,60}\b0\s*(?:-|to|~)\s*1,?000\b[a-z ]{0,30}\)?
 # The names of the corners in the order that is asked for, where they only announce the numbers.
 _NAMES_IN_ORDER = re.compile(
     r"[\[(]?\b(?:x1[\s,]+y1[\s,]+x2[\s,]+y2|x_?min[\s,]+y_?min[\s,]+x_?max[\s,]+y_?max"
-    r"|left[\s,]+top[\s,]+right[\s,]+bottom"
-    r"|xyxy)\b\s*[\])]?(?!\s*[=:]\s*-?[0-9.]+\s*(?:$|[;,]\s*[a-z]))",
+    r"|left[\s,]+top[\s,]+right[\s,]+bottom|xyxy)\b\s*[\])]?(?!\s*[=:]\s*-?[0-9.]+\s*(?:$|[;,]\s*[a-z]))",
     re.IGNORECASE,
 )
 # Pixels, sizes, centres, other orders; Gemini's box_2d names y first.
@@ -38,8 +36,7 @@ _OTHER_BOX = re.compile(
     r"\b(?:px|pixels?|width|height|wide|high|tall|size|w|h|cx|cy|cxcywh|[xy]_?c|xywh|yxyx|yxhw|ltwh|tlbr"
     r"|[xy]_?cent(?:er|re)"
     r"|cent(?:er|re)(?:ed)?|box_2d|radius|polygon|points?|lines?|vector|path|moves?|moved|moving|coco|yolo|voc"
-    r"|percent\w*|normali[sz]ed"
-    r"|scaled|relative|[xy][12]|[xy]_?(?:min|max))\b|%|±|像素|中心|百分",
+    r"|percent\w*|normali[sz]ed|scaled|relative|[xy][12]|[xy]_?(?:min|max))\b|%|±|像素|中心|百分",
     re.IGNORECASE,
 )
 # What may stand directly before a box: nothing, a colon, or a word that announces it.
@@ -47,8 +44,7 @@ _BEFORE = re.compile(
     r"(?:^|[:：=(,，、]|\.\s|(?<![a-z])(?:is|are|was|at|in|to be|box|bbox|bbox_2d|bounding[ _]box|boxes|coordinates?"
     r"|coords|region"
     r"|area|rectangle|location|position|approximately|approx|about|roughly|around|within|inside|lauten|ist|sind|est"
-    r"|es|sont|son"
-    r"|boîte|caja|the|with|by|as|covers|occupies|spans|answer|here|corner|corners|has|det|object)"
+    r"|es|sont|son|boîte|caja|the|with|by|as|covers|occupies|spans|answer|here|corner|corners|has|det|object)"
     r"|[是为為在はがの的]|约|大约|位于)\s*$",
     re.IGNORECASE,
 )
@@ -57,8 +53,7 @@ _AFTER = re.compile(
     r"(?:[\s.,;:!)\]”\"。，、|]|\b(?:in|on|of|at|the|this|that|image|picture|frame|frames|video|scene|photo"
     r"|respectively|as|shown"
     r"|asked|requested|described|for|bounding|box|corners?|coordinates?|time|t|second|s|moment|where|it|is|visible"
-    r"|dog|object)\b"
-    r"|です|でした|处|位置|坐标|[-+]?[0-9]+(?:\.[0-9]+)?\s*(?:s|sec|seconds?|秒)(?![a-z]))*",
+    r"|dog|object)\b|です|でした|处|位置|坐标|[-+]?[0-9]+(?:\.[0-9]+)?\s*(?:s|sec|seconds?|秒)(?![a-z]))*",
     re.IGNORECASE,
 )
 # "dog 2", "player 23", "At 5.0 s": numbers that are those of an object or a moment.

@@ -18,8 +18,7 @@ _UNCERTAIN = (
     r"|identified|told)"
     r"|without\s+(?:\w+\s+)?(?:seeing|watching|access|the (?:video|frames?|images?))|no\s+(?:idea|clue|way)"
     r"|(?<!\bno )(?<!\bwithout )(?<!\bwithout a )doubt\w*|guess\w*|(?:low|little|no) confidence|if (?:i|anything"
-    r"|at all)"
-    r"|assum\w*|ambiguous|undecided|none of the (?:options|choices|answers)(?! is\b.{0,20}\bbetter)"
+    r"|at all)|assum\w*|ambiguous|undecided|none of the (?:options|choices|answers)(?! is\b.{0,20}\bbetter)"
 )
 # Nothing is claimed: "maybe", "it could be", "I am not sure".
 _DOUBTED = re.compile(
@@ -35,20 +34,15 @@ _DENIED = re.compile(
     r"|anything but|everything but|all but|nothing but|far from|opposite|unlike|other than|contrary|mistake\w*"
     r"|fails?|hardly"
     r"|barely|scarcely|rarely|seldom|impossible|invalid|rul(?:e[sd]?|ing) out|eliminat\w*|exclud\w*|discard\w*"
-    r"|reject\w*"
-    r"|nicht|pas|kein\w*|jamais|nunca)\b"
-    r"|n['’]t\b|不|没|未|非|错|排除|無|ない|ません|[✗✘❌]|~~|^\W*none\b"
+    r"|reject\w*|nicht|pas|kein\w*|jamais|nunca)\b|n['’]t\b|不|没|未|非|错|排除|無|ない|ません|[✗✘❌]|~~|^\W*none\b"
     r"|\b(?:old|previous|initial|former|earlier|original) (?:box|answer|interval|count|estimate)\b",
     re.IGNORECASE,
 )
 # What is absent can be counted, but it is not what stands in the picture.
 _ABSENT = re.compile(
-    r"\b(?:no(?! doubt)|fake|unlikely|least|outside|nearly|almost|absent"
-    r"|absence|missing|lacks?"
+    r"\b(?:no(?! doubt)|fake|unlikely|least|outside|nearly|almost|absent|absence|missing|lacks?"
     r"|lacking|nowhere|invisible|used to|formerly|previous(?:ly)?|pretend\w*|refus\w*|avoid\w*|rul(?:e[sd]?|ing) out"
-    r"|eliminat\w*|exclud\w*|discard\w*"
-    r"|reject\w*"
-    r"|ignor\w*|replaced|removed|elsewhere)\b",
+    r"|eliminat\w*|exclud\w*|discard\w*|reject\w*|ignor\w*|replaced|removed|elsewhere)\b",
     re.IGNORECASE,
 )
 _UNKNOWING = re.compile(
@@ -63,12 +57,10 @@ _TAKEN_BACK = re.compile(
     r"|as well)"
     r"|answer (?:could|may|might)|(?:but|although) (?:it|i|this|that) (?:could|may|might)|there (?:may|might|could)"
     r"|possible|wrong answer|i (?:was|am|made|must have been)\b.{0,20}\b(?:wrong|mistake\w*)|my (?:mistake|bad)"
-    r"|i misread"
-    r"|i['’]m (?:wrong|mistaken)|(?:disregard|ignore|retract) (?:the|my|that|this)|(?:edit|edited|update"
+    r"|i misread|i['’]m (?:wrong|mistaken)|(?:disregard|ignore|retract) (?:the|my|that|this)|(?:edit|edited|update"
     r"|updated)\s*[:：]"
     r"|then again|changed my mind|tak(?:e|ing) (?:that|it|this) back|correct (?:that|it|this|myself|my)|make (?:that"
-    r"|it)|i mean"
-    r"|more precisely|to be precise|never ?mind"
+    r"|it)|i mean|more precisely|to be precise|never ?mind"
     r"|strike that|misspoke|(?:that|this|it)(?: is| was|['’]s) (?:not |in|un)?(?:correct|wrong|right|true)\b"
     r"|revis(?:ed|ion)|corrected|no,|sorry|instead(?! of)|honestly)(?![a-z])"
     r"|^\W*(?:or|rather)\b|然而|其实|但实际|更正|修正|说错|等等|或者|不对|可能|无法|不确定",

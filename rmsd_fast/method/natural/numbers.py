@@ -35,7 +35,7 @@ _HAN_BY_VALUE = ("零〇", "一", "二两兩", "三", "四", "五", "六", "七"
 _HAN_DIGITS = {digit: value for value, digits in enumerate(_HAN_BY_VALUE) for digit in digits}
 _HAN_POWERS = {"十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
 _HAN = "".join((*_HAN_DIGITS, *_HAN_POWERS))
-# What is counted one by one. A pair (双) or a multiple (倍) is none of them.
+# What is counted one by one. A pair (双) or a multiple (倍) is not among them.
 _MEASURE = (
     "(?:[个個只隻名人次辆輛件张張条條位种種本杯台朵棵块塊米秒岁歲层層つ匹回頭头根支枚座间間把颗顆粒片艘架部幅瓶碗盏扇度元圆"
     "天年月日箱包盒盘袋串束滴句行列排级圈步声首封份门盆桶罐套笔轮局场集项处歳円分羽冊口道段页頁]"
@@ -80,15 +80,13 @@ _BEFORE = re.compile(
     r"|(?:jump|lift|throw|take|make|perform|score|hit|kick|pick|hold|wear|eat|drink|pour|cut|turn|walk|knock|clap"
     r"|spin|roll"
     r"|open|close|use|put|place|shoot|drop|raise|buy|play|complete|attempt|visit|cross|passe|catche|touche|doe|run"
-    r"|bounce"
-    r"|happen|occur|need|cost)(?:s|ed|d)?|took|did|made|threw|wore|ate|held|hits)"
+    r"|bounce|happen|occur|need|cost)(?:s|ed|d)?|took|did|made|threw|wore|ate|held|hits)"
     r"|[有共约約是为為了着见見现現计計数數は이がに]|[看数听见得]到|上|中|里|答案)\s*$",
     re.IGNORECASE,
 )
 _UNIT = re.compile(
     r"\s*(?:%|°\s?[CF]?|[€£¥$]|(?:km|cm|mm|m|kg|g|mg|ml|mL|cl|l|L|s|sec|secs|ms|h|hr|hrs|min|mins|in|ft|yd|mi|lbs?"
-    r"|oz|mph|kph"
-    r"|fps|V|W|kW|kWh|Hz|kHz|MHz|GHz|GB|MB|KB|TB|dB|px|EUR|USD|RMB|CNY|GBP|bpm|kcal|cal)(?:\^?[23])?)"
+    r"|oz|mph|kph|fps|V|W|kW|kWh|Hz|kHz|MHz|GHz|GB|MB|KB|TB|dB|px|EUR|USD|RMB|CNY|GBP|bpm|kcal|cal)(?:\^?[23])?)"
     r"(?:/(?:km|h|s|m|min|kg|l|L|hr)\b)?(?![A-Za-z0-9^*×+])"
 )
 _AFTER_WORDS = r"(?:in|on|at|is|so|as|by|he|it|of (?:them|the|these|those|which)|to the|und|et|y|de|no)(?![A-Za-z])"
@@ -99,19 +97,15 @@ _NO_NOUN = re.compile(
     r"|(?:hal(?:f|ves)|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|quarter|pair|couple"
     r"|double)s?"
     r"|mil|mille|bil|mila|tausend|myriads?|squared|cubed|factorial|plus|minus|fold|odd|something|more|less|fewer"
-    r"|additional|extra|others?|point|below"
-    r"|above|over"
+    r"|additional|extra|others?|point|below|above|over"
     r"|under|out|up|and (?:a|an|one|up|above|over|more|counting|another|some|several|many|change|half)\b|clock|pm|am"
-    r"|percentile"
-    r"|per (?:cent )?mille",
+    r"|percentile|per (?:cent )?mille",
     re.IGNORECASE,
 )
 _END = re.compile(r"\s*(?:$|[,.;:!)\]\"”“、。，；：](?![0-9])|\(|[-–—]\s)")
 _BOUND = re.compile(
     r"\b(?:at (?:least|most)|than|over|under|above|below|beneath|beyond|within|up to|or|between|exceed\w*|surpass\w*"
-    r"|upwards?"
-    r"|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*"
-    r"|short of"
+    r"|upwards?|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*|short of"
     r"|as (?:many|few|much|little) as|or so|[0-9]+\s*-?\s*ish|tops|and (?:up|above|over|more|counting))\b"
     r"|[<>≥≤±‹›≦≧≶≷∓|]|\\(?:leq?|geq?|pm|mp|approx|lt|gt|sim)(?![a-z])|[0-9]\s*\+(?!\s*[0-9])"
     r"|至少|至多|最多|最少|最低|最高|以上|以下|以内|以外|以内|超过|超過|不到|不足|不止|不超|少于|多于|大于|小于|低于|高于|未満|高达|将近|近[0-9]"
@@ -119,14 +113,12 @@ _BOUND = re.compile(
     re.IGNORECASE,
 )
 _RANGE = re.compile(rf"{NUMBER}\s*(?:-|~|〜|\bto\b|\bbis\b|到|至)\s*{NUMBER}", re.IGNORECASE)
-# Sums, fractions, ordinals, times of day, shares. A unit such as km/h is none of them.
+# Sums, fractions, ordinals, times of day, shares. A unit such as km/h is not among them.
 _NO_COUNT = re.compile(
     r"[0-9]\s*(?:[/√÷\\+-]|:\s*[0-9])|[*/√×÷]\s*[0-9]|[0-9]\s*[*×x]\s*[0-9]|[0-9](?:st|nd|rd|th)\b|第|倍|分之|根号|[双對对半]"
-    r"|\b(?:half|halves|quarters?|dozens?|couple|pairs?|few|several|minus|negative|plus|twice|double|triple"
-    r"|additional"
+    r"|\b(?:half|halves|quarters?|dozens?|couple|pairs?|few|several|minus|negative|plus|twice|double|triple|additional"
     r"|hidden|another|many|more|fewer|less|extra|others|odd|each|apiece|besides|(?:apart|aside) from|per (?!hour"
-    r"|second|minute|day|cent))\b|\band (?:an?|one|some)\b"
-    r"|[0-9]\s*(?:am|pm|a\.m|p\.m|o['’]clock)\b|\d\s*[!π]",
+    r"|second|minute|day|cent))\b|\band (?:an?|one|some)\b|[0-9]\s*(?:am|pm|a\.m|p\.m|o['’]clock)\b|\d\s*[!π]",
     re.IGNORECASE,
 )
 _ASIDE = re.compile(r"(?<=\S)\s*\(([^()]*)\)")
@@ -193,6 +185,9 @@ def _value_of_words(words: list[str]) -> int | None:
                 total, group = total + group * multiple, 0
             last = multiple
         else:
+            # "twotwo" is not a number.
+            if word not in _WORDS:
+                return None
             value = _WORDS[word]
             # Behind twenty comes a digit, behind hundred anything below, behind three nothing.
             fits = last >= 100 or (20 <= last < 100 and 0 < value < 10)
@@ -318,7 +313,7 @@ def _without_asides(text: str) -> str:
 
 
 def _han_digits(numeral: str) -> str:
-    """A Chinese numeral below 10,000 in digits; as it is where it is none, or larger: "三四" is 3 or 4."""
+    """A Chinese numeral below 10,000 in digits; unchanged if it is not a numeral, or larger: "三四" is 3 or 4."""
     total, digit, last = 0, None, 4
     for sign in numeral:
         if sign in "零〇" and len(numeral) > 1:

@@ -21,8 +21,7 @@ _LED_BY_BLANK = re.compile(r"([A-Z])(?:\s+|(?=[^\x00-\x7f]))(.+)", re.DOTALL)
 # Words in front of an answer that say nothing about it.
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore|hence|then|yes|well|ok|okay|and|but|honestly|probably|likely|most likely|definitely"
-    r"|clearly"
-    r"|obviously|surely|i(?:['’]m| am)(?: very| quite| fairly)? (?:confident|sure|certain)(?: that)?"
+    r"|clearly|obviously|surely|i(?:['’]m| am)(?: very| quite| fairly)? (?:confident|sure|certain)(?: that)?"
     r"|i(?: would|['’]d|['’]ll| will)? (?:think|believe|say|choose|pick|select|go with|opt for)(?: that)?"
     r"|my (?:final )?(?:answer|choice) is|(?:it|that|this)(?:['’]s| is| was| must be| would be| should be| has to be)"
     r"|(?:the )?(?:correct |best |right )?(?:answer|option|choice|letter)(?: is| must be| should be| would be)?)\b"
@@ -54,10 +53,9 @@ _TELLING = re.compile(
     r"(?:\b(?:is|are|was|were|wears?|wore|wearing|holds?|holding|has|have|shows?|showing|pours?|pouring|poured"
     r"|plays?|playing"
     r"|drinks?|drinking|eats?|eating|uses?|using|carries|carrying|rides?|riding|drives?|driving|says|reads|turns"
-    r"|becomes?"
-    r"|in|on|at|into|made)|[是为為在了着到有穿拿])$"
+    r"|becomes?|in|on|at|into|made)|[是为為在了着到有穿拿])$"
 )
-# Options that deny or affirm a question. Inside a sentence these words are no answer: "no idea", "not yes".
+# Options that deny or affirm a question. Inside a sentence these words do not answer it: "no idea", "not yes".
 _POLAR = {
     "yes",
     "no",
@@ -204,7 +202,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
             text = text[1:-1].strip()
         if letter := _ONE_LETTER.fullmatch(text):
             return _among(letter[1].upper(), letters)
-        # Before the words are compared: in "A. milk" the A is no article.
+        # Before the words are compared: in "A. milk" the A is not an article.
         if led := _LED.fullmatch(text):
             letter = next(group for group in led.groups()[:4] if group).upper()
             return _followed(letter, led[5], options, letters)
@@ -308,7 +306,7 @@ def _equal(text: str, texts: Sequence[str], letters: str) -> list[str]:
     letter = letters[texts.index(word)]
     rest = answer[2]
     others = (_mentioned(rest, letters) | _quoted(rest, texts, letters)) - {letter}
-    opposite = any(other != word and f" {comparable(rest)}".endswith(f" {other}") for other in texts)
+    opposite = any(text != word and f" {comparable(rest)}".endswith(f" {text}") for text in texts)
     if others or opposite or is_doubted(rest) or is_retracted(rest) or _CALLED_WRONG.match(rest):
         raise Unreadable("two_answers")
     return [letter]

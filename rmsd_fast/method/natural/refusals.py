@@ -19,9 +19,7 @@ _WHAT = r"(?:directly |actually |be able to |the ability |access |any )*(?:to )?
 _DECLINES = re.compile(
     rf"{_POLITE}{_UNABLE}\s+(?:to )?{_WHAT}"
     r"(?:see|view|watch|access|assist|help|answer|process|analy[sz]e|open|play|provide|give|determine|identify|read"
-    r"|localize"
-    r"|localise|comply|the|any|eyes)\b"
-    r"|(?:很|非常)?(?:抱歉|对不起|不好意思).{0,20}(?:无法|不能|看不|没有|未能)"
+    r"|localize|localise|comply|the|any|eyes)\b|(?:很|非常)?(?:抱歉|对不起|不好意思).{0,20}(?:无法|不能|看不|没有|未能)"
     r"|(?:作为.{0,20}[，,\s])?我(?:暂时|目前)?(?:无法|不能|没有办法|看不到|没有看到|看不了)|申し訳.{0,30}(?:ません|ない)"
     r"|lo siento.{0,20}\bno\b|es tut mir leid.{0,40}\b(?:nicht|kein\w*)\b|je suis désolée?.{0,40}\b(?:ne|pas)\b"
     r"|ich (?:kann|sehe|habe) (?:leider )?(?:das |kein)|je ne (?:vois|peux) pas|no (?:veo|puedo)\b",
@@ -58,8 +56,7 @@ _NO_MEDIUM = re.compile(
     rf"|the )?{_FILE}\b[^.!?;]{{0,40}}"
     r"in (?:your|this|our) (?:message|chat|conversation)"
     rf"|(?:please|could you|can you) (?:upload|share|provide|attach|send|re-?upload)\b(?=.*\b(?:i|me|again|file|here"
-    rf"|chat)\b)"
-    rf"|(?:please|could you|can you) (?:upload|provide|attach|re-?upload) (?:the|a|your) {_FILE}\W*$"
+    rf"|chat)\b)|(?:please|could you|can you) (?:upload|provide|attach|re-?upload) (?:the|a|your) {_FILE}\W*$"
     r"|(?:未|没有)(?:提供|看到|收到)(?:任何)?(?:视频|图片)",
     re.IGNORECASE | re.DOTALL,
 )

@@ -23,8 +23,8 @@ from .sentences import (
     concluded,
     heading,
     is_taken_back,
-    parts,
     read_or_reason,
+    sentences_in,
     short,
     standing_alone,
     statements,
@@ -35,15 +35,14 @@ from .tags import has_tags, one_spelling, split_reasoning, without_answer_marks,
 from .text import REASONING_KEYS, find_json, strip_outside, visible
 
 Options = Sequence[str] | None
-# A longer text without an answer block is no answer to a closed question.
+# A longer text without an answer block does not answer a closed question.
 MOST_CHARACTERS = 20_000
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
     r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
     r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|视频中|画面中)?(?:没有"
-    r"|无)(?:可见)?文字[。.]?"
-    r"|(?:unreadable|illegible|not (?:readable|legible|visible|available|applicable))\.?"
+    r"|无)(?:可见)?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible|available|applicable))\.?"
     r"|(?:there is )?no (?:(?:visible|readable|legible) )?text(?: (?:is )?(?:visible|present|shown|found"
     r"|detected))?\.?",
     re.IGNORECASE | re.DOTALL,
@@ -65,7 +64,7 @@ _ANSWER_KEYS = ("answer", "final_answer", "correct_answer", "choice", "option")
 def canonical_response(
     text: str, task_type: str, *, options: Options = None, finish_reason: str | None = None
 ) -> str | None:
-    """The response as `<think>…</think><answer>…</answer>` with an answer that parses, or None where it has none.
+    """The response as `<think>…</think><answer>…</answer>` whose answer parses, or None if no answer is clear.
 
     A response that is in this form already comes back as it is, unless its answer has a simpler spelling.
 
@@ -176,7 +175,7 @@ def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tup
     reasoned: the reasoning was set apart already.
     """
     whole = strip_outside(final)
-    if (found := find_json(whole)) and (read := _in_json(found, task, options)):
+    if (split := find_json(whole)) and (read := _in_json(split, task, options)):
         return read
     if task in ("open", "ocr"):
         return _untagged_text(whole, task, options, reasoned=reasoned)
@@ -196,7 +195,7 @@ def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tup
 
 def _opening_letter(text: str, options: Options) -> str | None:
     """The option that a response begins with before it explains: "B. milk" and a reason."""
-    first = parts(text, "mcq", options)[0]
+    first = sentences_in(text, "mcq", options)[0]
     try:
         alone = standing_alone(text, "mcq", options)
     except Unreadable:
@@ -205,9 +204,9 @@ def _opening_letter(text: str, options: Options) -> str | None:
     return alone[0][1] if alone and alone[0][0] == first and len(first.text.split()) <= 4 else None
 
 
-def _in_json(found: tuple[str, object, str], task: str, options: Options) -> tuple[str, str, str] | None:
-    """The answer of a text with JSON in it; None where the JSON is no answer of this task."""
-    before, value, after = found
+def _in_json(split: tuple[str, object, str], task: str, options: Options) -> tuple[str, str, str] | None:
+    """Return the answer of a text that `find_json` has split, or None where its JSON does not answer this task."""
+    before, value, after = split
     record = value[0] if isinstance(value, list) and len(value) == 1 else value
     names = record if isinstance(record, dict) else {}
     answers = [names[key] for key in _ANSWER_KEYS if key in names]
@@ -267,10 +266,10 @@ def _boxed(text: str, task: str, options: Options) -> tuple[str, str, str] | Non
         spans.append((len(plain_text), len(plain_text) + len(content)))
         plain_text, end = plain_text + content, box.end()
     plain_text += text[end:]
-    sentences = parts(plain_text, task, options)
+    sentences = sentences_in(plain_text, task, options)
     answers, first, last = [], len(plain_text), 0
     for start, end in spans:
-        covering = [part for part in sentences if part.start < max(end, start + 1) and part.end > start]
+        covering = [sentence for sentence in sentences if sentence.start < max(end, start + 1) and sentence.end > start]
         if not covering:
             raise Unreadable("no_answer")
         first, last = min(first, covering[0].start), max(last, covering[-1].end)
@@ -328,16 +327,18 @@ def _stated(text: str, task: str, options: Options) -> tuple[str, str, str] | No
 
 def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
     """An answer that is the text, or stands by itself at its end or beginning."""
-    sentences = parts(final, task, options)
+    sentences = sentences_in(final, task, options)
     if len(sentences) > 1:
         alone = standing_alone(final, task, options)
-        ends = [(part, answer) for part, answer in alone if part in (sentences[0], sentences[-1])]
+        ends = [(sentence, answer) for sentence, answer in alone if sentence in (sentences[0], sentences[-1])]
         if ends:
-            part, answer = ends[-1]
+            sentence, answer = ends[-1]
             # At the beginning a "No." takes nothing back.
-            if (part.start > 0 and takes_back(part.text)) or is_taken_back(final[part.end :], answer, task, options):
+            if (sentence.start > 0 and takes_back(sentence.text)) or is_taken_back(
+                final[sentence.end :], answer, task, options
+            ):
                 raise Unreadable("two_answers")
-            return final[: part.start], the_only([answer, *(other for _, other in alone)]), final[part.end :]
+            return final[: sentence.start], the_only([answer, *(answer for _, answer in alone)]), final[sentence.end :]
         joined = " ".join(final.split())
         if task in ("temporal", "spatial") and (answer := short(joined, task, options)):
             # "Start: 3 s" and "End: 5 s" in lines of their own.

@@ -28,8 +28,7 @@ _STATEMENT = re.compile(
     r"(?:\**\s*(?:is|would be|should be|must be|will be|=)(?!\w)\**\s*(?:[:：]\**)?|\**\s*[:：=]\**)\s*"
     r"|\bI(?:['’]d|['’]ll| would| will)?\s+(?:go with|choose|pick|select|opt for)\s+"
     r"|\b(?:respuesta|antwort|lösung|réponse)(?:\s+(?:correcta|final|correcte))?(?:\s+(?:es|ist|lautet|est)\b|\s*:)\s*"
-    r"(?:(?:la|el|die|der|das|opción|option)\s+)*"
-    r"|[【\[]\s*(?:最终)?答案\s*[】\]]\s*[:：]?\s*"
+    r"(?:(?:la|el|die|der|das|opción|option)\s+)*|[【\[]\s*(?:最终)?答案\s*[】\]]\s*[:：]?\s*"
     r"|(?:最终|正确|最佳|所以|因此|最後の|正解の)?(?:的)?(?:答案|选项|答え|正解|回答)(?:应该|应当)?"
     r"(?:是|为|選|选|：|:|は)+(?!不)\s*[:：]?\s*"
     r"|(?<![不别非])(?:故|应|所以|因此|我)?(?<![不别非])(?:选择|选)(?=\s*[(（]?[A-ZＡ-Ｚ])\s*",
@@ -77,7 +76,7 @@ _LISTED = re.compile(r"\s*(?:[-*•]\s*)?\**[(\[]?([A-Z])[)\].:、]\**\s*\S")
 _CLAUSES = re.compile(r"[,，;；:：]")
 
 
-class Part(NamedTuple):
+class Sentence(NamedTuple):
     """A sentence of a text, and where it stands."""
 
     start: int
@@ -85,9 +84,9 @@ class Part(NamedTuple):
     text: str
 
 
-def parts(text: str, task: str, options: Options) -> list[Part]:
+def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
     """The sentences of a text; in ocr questions its lines, since a stop may belong to what is read."""
-    found = []
+    sentences = []
     for line in re.finditer(r"[^\n]+", text):
         start, ends = line.start(), []
         if task != "ocr":
@@ -99,9 +98,9 @@ def parts(text: str, task: str, options: Options) -> list[Part]:
             ):
                 continue
             if text[start:end].strip():
-                found.append(Part(start, end, text[start:end].strip()))
+                sentences.append(Sentence(start, end, text[start:end].strip()))
             start = end
-    return found
+    return sentences
 
 
 def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
@@ -134,7 +133,7 @@ class Statement(NamedTuple):
 
 def statements(text: str, task: str, options: Options) -> list[Statement]:
     """All statements of a text in order, also those that cannot be read."""
-    sentences, found = parts(text, task, options), []
+    sentences, stated = sentences_in(text, task, options), []
     for index, sentence in enumerate(sentences):
         if not _CUE.search(sentence.text):
             continue
@@ -155,13 +154,13 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
                 and (is_denied(clause) or is_doubted(clause) or is_absent(clause) or _EARLIER.search(clause))
             )
             answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)
-            found.append(Statement(sentence.start, end, answer, reason))
-    return found
+            stated.append(Statement(sentence.start, end, answer, reason))
+    return stated
 
 
 def text_statement(text: str) -> tuple[str, str] | None:
     """What stands before and behind the last line or sentence that begins with "The answer is"."""
-    starts = [part.start for part in parts(text, "open", None)]
+    starts = [sentence.start for sentence in sentences_in(text, "open", None)]
     for start in reversed(starts):
         if match := _TEXT_STATEMENT.match(text, start):
             return text[:start], text[match.end() :]
@@ -186,9 +185,9 @@ def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
     """Whether the text behind an answer takes it back, or gives another one."""
     if not text.strip():
         return False
-    if is_retracted(text) or {other for _, other in standing_alone(text, task, options)} - {answer}:
+    if is_retracted(text) or {alone for _, alone in standing_alone(text, task, options)} - {answer}:
         return True
-    return any(_gives_another(part.text, answer, task, options) for part in parts(text, task, options))
+    return any(_gives_another(sentence.text, answer, task, options) for sentence in sentences_in(text, task, options))
 
 
 def _gives_another(sentence: str, answer: str, task: str, options: Options) -> bool:
@@ -210,28 +209,28 @@ def _gives_another(sentence: str, answer: str, task: str, options: Options) -> b
 
 def check_lead(text: str, task: str, options: Options) -> None:
     """Raise Unreadable where the sentences right before an answer say that it is not known."""
-    lines = [part.text for part in parts(text[-1000:], task, options)[-2:]]
+    lines = [sentence.text for sentence in sentences_in(text[-1000:], task, options)[-2:]]
     if any(is_unknowing(line) for line in lines):
         raise Unreadable("no_answer")
 
 
-def standing_alone(text: str, task: str, options: Options) -> list[tuple[Part, str]]:
+def standing_alone(text: str, task: str, options: Options) -> list[tuple[Sentence, str]]:
     """Lines and sentences that are an answer as a whole, in order.
 
-    The options in a row are no answers, since a response often repeats them, nor are the entries of a numbered list.
+    The options in a row do not count, since a response often repeats them, nor do the entries of a numbered list.
     Two answers in one sentence raise Unreadable.
     """
-    sentences = parts(text, task, options)
-    listed = [_LISTED.match(part.text) if task == "mcq" else None for part in sentences]
+    sentences = sentences_in(text, task, options)
+    listed = [_LISTED.match(sentence.text) if task == "mcq" else None for sentence in sentences]
     letters = [match[1] for match in listed if match]
     listing = len(letters) > 1 and letters == sorted(set(letters))
-    found = []
-    for part, match in zip(sentences, listed, strict=True):
-        entry = (listing and match) or (task != "mcq" and _NUMBERED.match(part.text))
-        answer = None if entry else short(part.text, task, options)
+    alone = []
+    for sentence, match in zip(sentences, listed, strict=True):
+        entry = (listing and match) or (task != "mcq" and _NUMBERED.match(sentence.text))
+        answer = None if entry else short(sentence.text, task, options)
         if answer is not None:
-            found.append((part, answer))
-    return found
+            alone.append((sentence, answer))
+    return alone
 
 
 def short(text: str, task: str, options: Options) -> str | None:

@@ -43,7 +43,7 @@ _LINE_MARK = re.compile(
 )
 _STRUCK_OUT = re.compile(r"~~[^~\n]+~~|<(s|del|strike)>")
 _SUPERSCRIPT = re.compile("(?<=[0-9)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-# "3 * 4" and "10**5" are no emphasis.
+# In "3 * 4" and "10**5" the stars are not emphasis.
 _EMPHASIS = re.compile(
     r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
 )

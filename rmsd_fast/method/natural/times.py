@@ -22,8 +22,7 @@ _H, _M, _S, _MS = (pattern for pattern, _ in _UNITS.values())
 _TIME = re.compile(
     rf"(?<![A-Za-z0-9_.])(?<![0-9][:,])(?:(?P<clock>{_CLOCK})(?:\s*(?:{_S}|{_M}))?"
     rf"|(?={NUMBER}\s*(?:{_H}|{_M}|{_S}))(?:(?P<h>{NUMBER})\s*{_H})?(?:\s*(?:and\s+)?(?P<m>{NUMBER})\s*{_M})?"
-    rf"(?:\s*(?:and\s+)?(?P<s>{NUMBER})\s*{_S})?"
-    rf"|(?P<ms>{NUMBER})\s*{_MS}"
+    rf"(?:\s*(?:and\s+)?(?P<s>{NUMBER})\s*{_S})?|(?P<ms>{NUMBER})\s*{_MS}"
     rf"|(?P<number>{NUMBER}))(?![A-Za-z0-9'\"%°:]|\.[0-9])",
     re.IGNORECASE,
 )
@@ -59,16 +58,14 @@ _CLOCK_NAMED = re.compile(
 )
 _OTHER_UNIT = re.compile(
     r"\b(?:frames?|percent|days?|weeks?|years?|beats?|bpm|fps|hundred|thousand|million|half|quarter|ticks?"
-    r"|scoreboard|stopwatch|countdown|score|odds|ratio)\b|帧|コマ|%"
-    r"|天|±|\^"
+    r"|scoreboard|stopwatch|countdown|score|odds|ratio)\b|帧|コマ|%|天|±|\^"
     r"|[(（]\s*(?:in\s+)?(?:minutes?|mins?|hours?|ms|milliseconds?)\s*[)）]",
     re.IGNORECASE,
 )
 # Words that make an interval a duration, or count from another moment than the start of the video.
 _DURATION = re.compile(
     r"\b(?:long|in length|in duration|duration|apart|later|earlier|remain\w*|from the end|before the end|of footage"
-    r"|span of"
-    r"|length)\b|时长|长达|持续了|之?[前后]$|後$|最后|最後",
+    r"|span of|length)\b|时长|长达|持续了|之?[前后]$|後$|最后|最後",
     re.IGNORECASE,
 )
 # What may stand directly before an interval with a unit, and before one without, up to the start of its sentence.
@@ -78,8 +75,7 @@ _BEFORE = re.compile(
     r"|from|between|von|vom|de|del|desde(?:\s+el)?|entre|zwischen|segundo|second|seconds|timestamps?|runs?|occurs"
     r"|happens|spans"
     r"|interval|segment|window|range|period|event|answer|during|lies|starts|begins|starting|beginning|t\s*="
-    r"|start(?:_time)?|time)"
-    r"|[从自在于於是为為は到第间間约約])\s*$",
+    r"|start(?:_time)?|time)|[从自在于於是为為は到第间間约約])\s*$",
     re.IGNORECASE,
 )
 _FRAME = re.compile(
@@ -89,20 +85,18 @@ _FRAME = re.compile(
     r"|can be seen"
     r"|interval|segment|window|range|period|event|action|scene in question|answer|during|lies|starts|begins|starting"
     r"|beginning|start|start_time|times?|seconds|final|relevant|correct|moment|visible|shown|video|clip|in|of|t"
-    r"|and|i|think"
-    r"|would|say|estimate)(?![a-z])|[从自在于於是为為は第间間约約时段区该事件发生答案：])*",
+    r"|and|i|think|would|say|estimate)(?![a-z])|[从自在于於是为為は第间間约約时段区该事件发生答案：])*",
     re.IGNORECASE,
 )
 _UNIT_BEFORE = re.compile(r"(?:\b(?:segundo|seconds?|seconde|sekunde)|第|\bt\s*=)\s*$", re.IGNORECASE)
-# "starts between 3 and 5 s" gives no end.
 # "starts 3 to 5", "in 3 to 5", "-[3, 5]".
 _NOT_DIRECTLY = re.compile(
     r"\b(?:starts?|begins?|starting|beginning|in|within|of|video|clip)[\s(\[]*$|(?:^|\s)-[\[(]$", re.IGNORECASE
 )
+# "starts between 3 and 5 s" gives no end.
 _NOT_BETWEEN = re.compile(
     r"\b(?:starts?|begins?|ends?|stops?|lasts?|lasting|takes?|took|duration|sometimes?|somewhere|anywhere|away|apart"
-    r"|far"
-    r"|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)$",
+    r"|far|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)$",
     re.IGNORECASE,
 )
 # What may stand directly behind an interval; any other word may be its unit, or another point to count from.
@@ -110,8 +104,7 @@ _AFTER = re.compile(
     r"\s*(?:$|[.,;:!)\]\"”，。；、(（]|(?:in|on)\s+(?:the\s+)?(?:video|clip|footage|recording|film|timeline|seconds)\b"
     r"|(?:of|into)\s+the\s+(?:video|clip|footage|recording|film|timeline)\b"
     r"|(?:when|where|while|as|during|with|by|which|since|because|inclusive|marks?|timestamps?|range|interval|window"
-    r"|segment"
-    r"|respectively|and|the|a|an|he|she|it|they)\b(?!\s+(?:later|before|after))"
+    r"|segment|respectively|and|the|a|an|he|she|it|they)\b(?!\s+(?:later|before|after))"
     r"|之?[间間]|期间|まで|[的でにの]|です|结束|一直|处|時点|发生|出现|=|-\s)",
     re.IGNORECASE,
 )
@@ -244,12 +237,12 @@ def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str])
         return False
     if _NOT_BETWEEN.search(before[-80:].rstrip("[( ")):
         return False
-    # Without a unit, "The score is 3 to 5" is no interval: all words before it have to speak of one.
+    # Without a unit, "The score is 3 to 5" is not an interval: all words before it have to speak of one.
     return bool(_BEFORE.search(before[-40:]) if in_seconds else _FRAME.fullmatch(before))
 
 
 def _check_other_time(time: re.Match[str], start: Decimal, end: Decimal, *, explicit: bool) -> None:
-    """A time beside the interval has to be one of its ends or its length; "2 cups" in a sentence is no time."""
+    """A time beside the interval has to be one of its ends or its length; "2 cups" in a sentence is not a time."""
     if time["number"] and explicit and re.match(r"\s+[a-z]", time.string[time.end() :], re.IGNORECASE):
         return
     if Decimal(_seconds(time)) not in (start, end, end - start):
@@ -292,13 +285,13 @@ def _seconds(time: re.Match[str]) -> str:
         return time["number"].replace(",", "")
     if time["clock"]:
         total = Decimal(0)
-        for part in time["clock"].replace(",", ".").split(":"):
-            total = total * 60 + Decimal(part)
+        for field in time["clock"].replace(",", ".").split(":"):
+            total = total * 60 + Decimal(field)
         return decimal_text(total)
-    parts = [(time[unit], seconds) for unit, (_, seconds) in _UNITS.items() if time[unit]]
+    amounts = [(time[unit], seconds) for unit, (_, seconds) in _UNITS.items() if time[unit]]
     if [unit for unit in _UNITS if time[unit]] == ["s"]:
         return time["s"].replace(",", "")
-    return decimal_text(sum(Decimal(value.replace(",", "")) * seconds for value, seconds in parts))
+    return decimal_text(sum(Decimal(value.replace(",", "")) * seconds for value, seconds in amounts))
 
 
 def _interval_in_json(value: object) -> str:
