@@ -485,22 +485,150 @@ def test_no_right_answer_is_read_where_it_is_denied_doubted_measured_or_correcte
     assert checked > 1_000
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "It says here that you were fired.",
-            "The sign says we can't park here",
-            "It says nothing",
-            "The title is: Dune",
-        ),
-        *("The label shows love", "It reads like a book", "Please share this video", "No image available"),
-        *("There is no sign of life", "It is unclear who won", "看不清的世界", "Error: rate limit", "I must decline."),
-    ],
-)
+READ_IN_A_PICTURE = [
+    "It says here that you were fired.",
+    "The sign says we can't park here",
+    "It says nothing",
+    "The title is: Dune",
+    "The label shows love",
+    "It reads like a book",
+    "Please share this video",
+    "No image available",
+    "There is no sign of life",
+    "It is unclear who won",
+    "看不清的世界",
+    "Error: rate limit",
+    "I must decline.",
+    "I can't swim",
+    "I'm sorry, I love you",
+    "Sorry, we're closed",
+    "Sorry, no video",
+    "No video recording",
+    "Please do not share",
+    "Please share",
+    "Please upload your CV here",
+    "As an AI company we care",
+    "Could you send help?",
+    "Not available",
+    "The text message",
+    "This sign says it all",
+    "The sign shows the way",
+    "The board reads minds",
+    "It says: no",
+    "Text: hello",
+    "Error: 404",
+    "Error 404 not found",
+    "Error: disk full",
+    "There is no text like this",
+    "No text, no call",
+    "unclear",
+    "Unreadable books",
+    "I must decline your offer",
+    "It might be love",
+    "It could be you",
+    "Maybe it's you",
+    "Or else",
+    "EXIT or DIE",
+    "'Round midnight",
+    'A "B" C',
+    'Title: "X"',
+    'The title reads "X" and more',
+    "the answer is 42",
+    "He can't see me",
+    "We cannot process refunds",
+    "We can't open",
+    "We couldn't open the door",
+    "无法通行",
+    "看不清请勿入内",
+    "无法识别请重试",
+    "我不能没有你",
+    "我看不到你",
+    "没有视频的日子",
+    "对不起，不能停车",
+    "对不起我爱你，无法忘记你",
+]
+DESCRIPTIONS = [
+    "A man says sorry and leaves the room.",
+    "The man apologizes because he can't process the payment.",
+    "The woman cannot determine who is at the door, so she waits.",
+    "There is no video call; they talk by phone.",
+    "No image is visible on the screen, which stays black.",
+    "The video could not be loaded on her laptop, so she restarts it.",
+    "Error messages appear on the screen.",
+    "I don't see any image on the wall.",
+    'He asks: "Could you send me the file?"',
+    "Please note that the man leaves.",
+    "The assistant must decline the offer.",
+    "As an AI robot, the character learns to love.",
+    'She says: "I can\'t see anything".',
+    "He cannot open the video file, so he calls a friend.",
+    "None of the guests notice the dog.",
+    "无法判断的是他的表情，他站在窗边。",
+    "他说他看不到视频，于是离开了。",
+    "抱歉的表情出现在他脸上，他没有说话。",
+]
+REFUSALS = [
+    "I'm sorry, but I cannot view the video.",
+    "Unfortunately, I'm unable to access the video.",
+    "I am unable to process videos.",
+    "I'm not able to watch the clip.",
+    "As a language model, I can't view media.",
+    "I cannot see the video you mentioned.",
+    "It appears that no video was attached.",
+    "There is no video attached to your message.",
+    "I don't have access to the video.",
+    "I do not have the ability to view videos.",
+    "Sorry, but I can't assist with that.",
+    "I won't be able to help with that.",
+    "I can't help with that.",
+    "I can't answer that.",
+    "I cannot provide a description of this video.",
+    "I cannot describe the video without seeing it.",
+    "Without access to the video, I can't answer.",
+    "Could you please provide the video?",
+    "Please provide the video so I can help.",
+    "Please upload the video again.",
+    "The video did not load.",
+    "The video failed to load.",
+    "No video found.",
+    "Video unavailable.",
+    "[No answer]",
+    "None",
+    "unknown",
+    "I don't know.",
+    "I do not know",
+    "I'm not sure.",
+    "Cannot determine.",
+    "Cannot be determined.",
+    "Unable to determine.",
+    "Not enough information.",
+    "Insufficient information to answer.",
+    "抱歉，我无法观看视频。",
+    "我无法查看视频内容。",
+    "无法回答",
+    "视频无法加载",
+    "作为一个AI，我不能看视频。",
+    "お答えできません。",
+    "Lo siento, no puedo ver el video.",
+]
+
+
+@pytest.mark.parametrize("text", READ_IN_A_PICTURE)
 def test_a_text_that_is_in_order_stays_as_it_was_sent(text):
     response = f"<think>a</think><answer>{text}</answer>"
     assert canonical_response(response, "ocr") == response
+
+
+@pytest.mark.parametrize("text", DESCRIPTIONS)
+def test_a_description_that_speaks_of_what_cannot_be_seen_is_no_refusal(text):
+    for response in (text, f"<think>a</think><answer>{text}</answer>"):
+        assert answer_body(canonical_response(response, "open", finish_reason="stop")) == text
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_an_open_question_is_not_answered_by_a_refusal(text):
+    for response in (text, f"<think>a</think><answer>{text}</answer>"):
+        assert invalid_reason(response, "open", finish_reason="stop") in ("refusal", "no_answer")
 
 
 def test_no_response_that_is_valid_as_sent_loses_by_being_read():

@@ -34,7 +34,7 @@ _HEDGED = re.compile(
     rf"(?:maybe|perhaps|possibly)[,\s]+(?:it|{_ARTICLE}{_THING})\s+(?:says|reads)\b"
     rf"|{_ARTICLE}(?:[\w-]+\s+){{0,3}}?{_THING}\s+(?:[\w-]+\s+){{0,3}}?(?:could|might|may)\s+(?:[\w-]+\s+)?(?:say"
     rf"|read)\b"
-    r"|it (?:could|might|may) (?:say|read|be (?:either|[A-Z\"“]))",
+    r"|it (?:could|might|may) (?:say|read|be)\s+(?:either\b|[\"“]|(?-i:[A-Z]{2,}))",
     re.IGNORECASE,
 )
 _MAYBE = re.compile(r"\b(?:might|may|could|possibly|perhaps|maybe)\b|可能|也许", re.IGNORECASE)
@@ -52,8 +52,9 @@ _ILLEGIBLE = re.compile(
     r"(?:illegible|unreadable|unclear|(?:not|n['’]t)\s+(?:be\s+)?(?:legible|readable|clear|visible|read)"
     r"|too\s+(?:blur|small|far)\w*)\b(?!\s+(?:who|what|why|how|if|whether|when))[^.]*\.?"
     rf"|(?:the|this)\s+{_THING}\s+is\s+(?:illegible|unreadable|not\s+(?:legible|readable))\b.*"
-    r"|there (?:is|are) no (?:[a-z]+ )?(?:text|words?|writing|letters)\b.*"
-    r"|.{0,30}(?:无法|不能|难以)(?:辨认|看清|识别).{0,12}|.{0,12}看不清(?:楚)?(?:文字|内容|字)?[。.]?",
+    r"|there (?:is|are) no (?:[a-z]+ )?(?:text|words?|writing|letters)"
+    r"(?: (?:visible|present|shown|readable|legible|to (?:read|see)|(?:in|on) (?:the|this)\b).*)?[.]?"
+    r"|(?:.{0,30}[字牌本容].{0,8})?(?:无法|不能|难以)(?:辨认|看清|识别)(?:.{0,8}[字牌本容].{0,6})?[。.]?|.{0,12}看不清(?:楚)?(?:文字|内容|字)?[。.]?",
     re.IGNORECASE | re.DOTALL,
 )
 _TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")

@@ -42,7 +42,7 @@ _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 _NO_ANSWER = re.compile(
     r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
     r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|视频中|画面中)?(?:没有"
-    r"|无)(?:可见)?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible|available|applicable))\.?"
+    r"|无)(?:可见)?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible))\.?"
     r"|(?:there is )?no (?:(?:visible|readable|legible) )?text(?: (?:is )?(?:visible|present|shown|found"
     r"|detected))?\.?",
     re.IGNORECASE | re.DOTALL,
