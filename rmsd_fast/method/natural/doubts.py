@@ -18,7 +18,7 @@ _UNCERTAIN = (
     r"|identified|told)"
     r"|without\s+(?:\w+\s+)?(?:seeing|watching|access|the (?:video|frames?|images?))|no\s+(?:idea|clue|way)"
     r"|(?<!\bno )(?<!\bwithout )(?<!\bwithout a )doubt\w*|guess\w*|(?:low|little|no) confidence|if (?:i|anything"
-    r"|at all)|assum\w*|ambiguous|undecided|none of the (?:options|choices|answers)"
+    r"|at all)|assum\w*|ambiguous|undecided|random\w*|none of the (?:options|choices|answers)"
 )
 # Nothing is claimed: "maybe", "it could be", "I am not sure".
 _DOUBTED = re.compile(
@@ -31,7 +31,7 @@ _DOUBTED = re.compile(
 )
 _DENIED = re.compile(
     r"\b(?:not|never|neither|nor|none of|without|except|excluding|cannot|wrong|incorrect|false|rather than|instead of"
-    r"|anything but|everything but|all but|nothing but|far from|opposite|unlike|other than|contrary|mistake\w*"
+    r"|anything but|everything but|all but|nothing|far from|opposite|unlike|other than|contrary|mistake\w*"
     r"|fails?|hardly"
     r"|barely|scarcely|rarely|seldom|impossible|invalid|rul(?:e[sd]?|ing) out|eliminat\w*|exclud\w*|discard\w*"
     r"|reject\w*|nicht|pas|kein\w*|jamais|nunca)\b|n['’]t\b|不|没|未|非|错|排除|無|ない|ません|[✗✘❌]|~~|^\W*none\b"

@@ -96,7 +96,8 @@ _NO_NOUN = re.compile(
     r"|thousands?|tens"
     r"|(?:hal(?:f|ves)|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|quarter|pair|couple"
     r"|double)s?"
-    r"|mil|mille|bil|mila|tausend|myriads?|squared|cubed|factorial|plus|minus|fold|odd|something|more|less|fewer"
+    r"|mil|mille|bil|pp[mb]|down|off|short|mila|tausend|myriads?|squared|cubed|factorial|plus|minus|fold|odd"
+    r"|something|more|less|fewer"
     r"|additional|extra|others?|point|below|above|over"
     r"|under|out|up|and (?:a|an|one|up|above|over|more|counting|another|some|several|many|change|half)\b|clock|pm|am"
     r"|percentile|per (?:cent )?mille",

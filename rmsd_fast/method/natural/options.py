@@ -217,7 +217,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
                 return _followed(letter, rest, options, letters)
         lead = _LEAD_IN.match(text)
         # "Yes and no" where these are options.
-        if not lead or lead.end() == len(text) or _equal(lead[0], texts, letters):
+        if not lead or lead.end() == len(text) or _equal(lead[0].strip(" ,:;.—-"), texts, letters):
             return None
         text = text[lead.end() :].strip()
     return None

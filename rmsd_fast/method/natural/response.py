@@ -161,12 +161,36 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
         contradicted = takes_back(after)
     else:
         check_lead(lead, task, options)
+        _check_beside(lead, answer, after, task, options)
         others = [statement.answer for text in (lead, after) for statement in statements(text, task, options)]
         others += [read_or_reason(box, task, options)[0] for text in (lead, after) for box in _BOXED.findall(text)]
         contradicted = bool(set(others) - {answer, None}) or is_taken_back(after, answer, task, options)
     if contradicted:
         raise Unreadable("two_answers")
     return lead, answer, after
+
+
+# Where the sentence of an answer block begins and ends: "at least <answer>3</answer> million".
+_BEGINS = re.compile(r"[^\n.!?:。！？：]*\Z")
+_GOES_ON = re.compile(r"(?! *\n)(?: ?[(（]?[a-z%+*/^°~-]|[百千万亿个倍秒分帧])[^\n.!?。！？]*")
+
+
+def _check_beside(lead: str, answer: str, after: str, task: str, options: Options) -> None:
+    """Raise Unreadable where the words of the same sentence change the answer of a block, or deny it."""
+    before, behind = _BEGINS.search(lead[-200:])[0], _GOES_ON.match(after[:200])
+    # "It is not tea, so <answer>B</answer>": the clause of the block counts.
+    before = re.split(r"[,，]\s", _CLAUSE_START.split(before)[-1])[-1]
+    before = "" if before.strip() in ("", "-", "*", "**", "•", ">") and before[-1:] != "-" else before
+    rest = behind[0] if behind else ""
+    if not (before.strip() or rest.strip()):
+        return
+    words = f"{before} {rest}"
+    if len(words.split()) > 6:
+        changed = is_denied(words) or is_doubted(words)
+    else:
+        changed = read_or_reason(f"{before}{answer}{rest}", task, options)[0] != answer
+    if changed:
+        raise Unreadable("two_answers")
 
 
 def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
