@@ -631,6 +631,23 @@ def test_an_open_question_is_not_answered_by_a_refusal(text):
         assert invalid_reason(response, "open", finish_reason="stop") in ("refusal", "no_answer")
 
 
+@pytest.mark.parametrize(
+    ("text", "task", "body"),
+    [
+        ("In minutes:\n3 to 5", "temporal", None),
+        ("Frames: <answer>3 to 5</answer>", "temporal", None),
+        ("I look at the frames. <answer>3 to 5</answer>", "temporal", "3 to 5"),
+        ("In millions:\n3", "numeric", None),
+        ("At least:\n3", "numeric", None),
+        ("Format: xywh. [1,2,30,40]", "spatial", None),
+        ("xywh: <answer>1,2,30,40</answer>", "spatial", None),
+    ],
+)
+def test_a_measure_that_is_named_before_an_answer_counts(text, task, body):
+    read = canonical_response(text, task, finish_reason="stop")
+    assert (None if read is None else answer_body(read)) == body
+
+
 def test_no_response_that_is_valid_as_sent_loses_by_being_read():
     checked = 0
     for row in answers():

@@ -59,6 +59,16 @@ _OF_THE_ANSWER = re.compile(
 _LAST_CLAUSE = re.compile(
     r"[,，;；]\s*(?:and\s+)?(?:so|therefore|thus|hence)\s+|[,，;；]\s*(?:所以|因此)", re.IGNORECASE
 )
+# "Frames:", "In millions:", "Format: xywh." before an answer.
+_OTHER_MEASURE = {
+    "temporal": re.compile(
+        r"(?:\b(?:frames?|minutes?|hours?|percent|frame (?:numbers?|ind(?:ex|ices)))|[帧%])\W*[:：]\W*$", re.IGNORECASE
+    ),
+    "spatial": re.compile(r"\b(?:xywh|cxcywh|yxyx|ltwh|coco|yolo|pixels?|px)\b", re.IGNORECASE),
+    "numeric": re.compile(
+        r"\b(?:hundreds|thousands|millions|billions|dozens)\W*[:：]\W*$|\b(?:at (?:least|most)|than)\W*$", re.IGNORECASE
+    ),
+}
 _RETRACTION = re.compile(
     r"\W*(?:no|sorry|correction|wait|actually|rather|or|hmm|on (?:reflection|second thought)|i mean|不|不对|等等|或)"
     r"(?![a-z])",
@@ -208,10 +218,13 @@ def _gives_another(sentence: str, answer: str, task: str, options: Options) -> b
 
 
 def check_lead(text: str, task: str, options: Options) -> None:
-    """Raise Unreadable where the sentences right before an answer say that it is not known."""
+    """Raise Unreadable where the sentences right before an answer make it unknown, or one in another measure."""
     lines = [sentence.text for sentence in sentences_in(text[-1000:], task, options)[-2:]]
     if any(is_unknowing(line) for line in lines):
         raise Unreadable("no_answer")
+    measure = _OTHER_MEASURE.get(task)
+    if measure and any(measure.search(line) for line in lines):
+        raise Unreadable({"temporal": "not_an_interval", "spatial": "not_a_box"}.get(task, "not_a_number"))
 
 
 def standing_alone(text: str, task: str, options: Options) -> list[tuple[Sentence, str]]:
