@@ -142,7 +142,8 @@ def test_numbers_times_boxes_and_texts(task, value, text):
         *(
             ("numeric", value, "write the number alone, in digits")
             for value in ("minus 3", "2 and a half", "three-quarters", "1.5M", "3 (maybe 4)", "3 cups", "three", "3%",
-                          "1,2", "12,34", "nan", "1e999", "$3$", "", True, None, [3], {"answer": 3}, 10**400)
+                          "1,2", "12,34", "0,125", "-0,500",
+                          "nan", "1e999", "$3$", "", True, None, [3], {"answer": 3}, 10**400)
         ),
         *(
             ("temporal", value, "write '<start> to <end>' in seconds")

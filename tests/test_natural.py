@@ -273,10 +273,10 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_of_1310_answers_nearly_all_right_ones_are_found_and_no_other_turns_right():
+def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
     """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
-    right, found = 0, 0
-    for row in answers():
+    rows, found = answers(), 0
+    for row in rows:
         given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
         text = canonical_response(row["text"], row["task_type"], **given)
         quality = 0.0
@@ -286,9 +286,13 @@ def test_of_1310_answers_nearly_all_right_ones_are_found_and_no_other_turns_righ
         assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
-        right, found = right + row["right"], found + (row["right"] and quality > 0.999)
-    assert right == 812
-    assert found >= 802
+        found += row["right"] and quality > 0.999
+    right = sum(row["right"] for row in rows)
+    # The figures that the documentation states.
+    page = " ".join((Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8").split())
+    assert f"On {len(rows):,} answers written for the purpose ({right:,} right ones" in page
+    assert f"and {len(rows) - right:,} that are" in page
+    assert f"{found:,} right ones are found" in page
 
 
 # What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.
@@ -336,6 +340,312 @@ def test_no_right_answer_stands_against_a_second_one():
                 assert canonical_response(whole, task, options=options, finish_reason="stop") is None, whole
                 checked += 1
     assert checked > 8_000
+
+
+# What changes a right answer into an unclear one, written without a look at the rules. {} is the right answer, {0} too,
+# and {1} is another one.
+DENIED = """not {} | It is not {} | It isn't {} | {} is wrong | {} is incorrect | {} is false | definitely not {}
+never {}
+anything but {} | everything except {} | neither {} | {} (wrong) | {}, which is wrong | {} - wrong | {} is not right
+I disagree with {} | {} can be ruled out | {} would be wrong | it cannot be {} | far from {} | opposite of {}
+不是{} | 并非{}
+{}不对 | {}是错的 | {}错误 | nicht {} | pas {} | no {} | {}, incorrect | {} ❌ | {} was a mistake | rejecting {}
+instead of {}
+{} is impossible | {} is invalid | {} does not hold | {} doesn't apply | {} isn't it | ~~{}~~ | hardly {} | unlike {}
+other than {} | contrary to {} | {} is excluded | {} fails"""
+DOUBTED = """maybe {} | perhaps {} | possibly {} | {}? | {} (?) | {} maybe | {}, perhaps | {} I guess | I guess {}
+my guess: {}
+{} (not sure) | {}, not sure | unsure: {} | {} or something else | could be {} | might be {} | may be {}
+let's say {}
+{} if I had to guess | {} but I am not sure | {}, but uncertain | {} (uncertain) | {} (unclear) | {} (tentative)
+tentatively {}
+{} (low confidence) | I suspect {} | I suppose {} | presumably {} | supposedly {} | it seems like {}
+conceivably {} | arguably {}
+{} unless I missed something | I cannot tell, {} | hard to say, {} | unknown, {} | 可能{} | 也许{} | {}？
+{}（不确定） | 或许{} | 猜测{}
+不确定，{} | vielleicht {} | quizás {} | peut-être {} | either {} or not | {} or not | if anything, {}
+{} is my best guess
+{} with low confidence | {} is questionable | {} is debatable | I doubt {} | doubtful: {} | {}, hopefully
+{} at a guess"""
+CORRECTED = """{0} no wait {1} | {0}, actually {1} | {0}... {1} | {0} -> {1} | {0}; {1} | {0} / {1} | {0} and {1}
+{0} or {1}
+{0}, or {1} | {0} rather {1} | {0}, I mean {1} | {0} sorry {1} | first {0}, then {1} | {0} (or {1})
+{0} (previously {1})
+{0} vs {1} | {0} but {1} is possible | {0} corrected to {1} | {0} edit: {1} | {0}或{1} | {0}还是{1} | {0}，不对，{1}
+{0} → {1}
+{0} (alternatively {1}) | {0} & {1} | {0} + {1}"""
+TAKEN_BACK = """Edit: {1} | Actually {1}. | No, {1}. | Correction: {1} | I was wrong, it is {1}. | It should be {1}.
+Or {1}.
+On second thought, {1}. | Update: {1} | Wait, {1}. | Sorry, {1}. | Scratch that. | Ignore that. | That was wrong.
+Never mind.
+I take that back. | Not sure though. | I am not certain. | But I could be wrong. | But it might be {1}.
+Alternatively {1}.
+The right answer is {1}. | Final answer: {1} | More precisely, {1}. | That is incorrect. | I misspoke: {1}
+不对，应该是{1}。
+Let me correct that: {1}. | 更正：{1} | 其实是{1}。 | Please ignore my answer. | This is a guess.
+I changed my mind. | Rather {1}.
+My apologies, the answer is {1}. | Then again, {1}. | It is actually {1}. | Make that {1}."""
+MEASURED = {
+    "mcq": "",
+    "numeric": """{} hundred | {} thousand | {} million | {} trillion | {} lakh | {} crore | {} dozen | {}k | {}M
+{}B | {}T | {} mn
+{}e3 | {}² | {}/4 | 1/{} | -{} | - {} | −{} | minus {} | negative {} | 负{} | 零下{} | {}万 | {}千 | {}百 | {}亿
+{}倍 | {}成 | {}半
+{},5 | {}+ | +{} more | {}-ish | {} or more | {} or so | at least {} | at most {} | more than {} | less than {}
+over {} | under {}
+above {} | below {} | up to {} | nearly {} | almost {} | min {} | max. {} | minimum of {} | > {} | < {} | >= {}
+≤{} | ±{} | {} ± 1
+no more than {} | exceeding {} | in excess of {} | upwards of {} | {} and counting | {} and above | {} plus
+{} minus 1 | {} times 2
+2×{} | twice {} | half of {} | {} squared | {} cubed | √{} | {} pairs | {} to 9 | {}~9 | {} of 9 | {} out of 9
+{}:1 | {}rd | No. {}
+#{} | the {} others | another {} | {} more | {} fewer | {} extra | {} tenths | {}个以上 | 至少{} | 最多{} | 超过{}
+不到{} | 将近{}
+第{} | {}多个 | {}几个 | {}余 | {}分之一 | {}双 | {}打 | every {} | frame {} | step {} | scene {} | {} zillion
+{} gross | {} fold
+tens of {} | {} Millionen | {} Mrd. | {} mille | {} each | {} per cup""",
+    "temporal": """frames {} | {} frames | {} hours | {} days | {} ms | {} percent | {} % | {} people | {} meters
+{} steps | {} times
+{} of the video length | {} seconds long | lasts {} | for {} | takes {} | a duration of {} | duration: {}
+the last {} | the first {}
+within {} | in {} | {} later | {} earlier | {} before the end | {} from the end | after {} | before {} | every {}
+{} apart
+score {} | scenes {} | chapter {} | pages {} | {} years | {} am | {} o'clock | {} beats | {} hundred | minus {}
+-{} | outside {}
+{} ± 1 | at least {} | until {} | since {} | starts {} | starts between {} | ends {} | 持续{} | 时长{} | 最后{}
+前{} | {}后 | {}前
+{}帧 | {}人 | {}次 | {} fps | {} units | {} or so | {} remaining | {} on the scoreboard | {} to 9 | 1 to {}
+{}, 7 to 9 | 7 to 9, {}
+{} x 2 | half of {} | {} counted from the goal | {} relative to the cut | {} in length | delay of {} | waits {}
+a gap of {}
+{} (frames) | {} (in minutes) | {} ago | {} per second""",
+    "spatial": """{} px | {} pixels | in pixels {} | {} (xywh) | {} (cxcywh) | {} (yxyx) | {} (COCO) | {} (YOLO)
+{} % | {} percent
+{} normalized | {} / 1000 | {} * 2 | {} in a 640x480 image | 640x480: {} | {} cm | center {} | center: {} | size {}
+points {}
+polygon {} | line {} | outside {} | -{} | {} ± 5 | {} rotated by 90 | {} flipped | (y1,x1,y2,x2) = {} | x,y,w,h = {}
+ymin,xmin,ymax,xmax: {} | {} (top, left, bottom, right) | {} (left, top, width, height) | {} scaled to 500
+{} on a 0-100 scale
+{} on a 0-1 scale | {} relative to the crop | {} of the cropped image | {} or larger | from {}
+The dog moves from {} | vector {}
+{} and [5,6,70,80] | {} offset by 10 | margin {} | shift {} | RGBA {} | {} inches | no dog, {} | the wrong box is {}
+the old box {}
+{} minus 5 | {} relative | {} (absolute) | previously {} | {} million | {}e2""",
+}
+RIGHT_BODIES = {
+    "mcq": [("B", "C"), ("milk", "juice"), ("B. milk", "C"), ("(B)", "(C)"), ("option B", "C"),
+            ("Yes", "No"), ("No", "Yes")],
+    "numeric": [("3", "7"), ("three", "seven"), ("3 cups", "7 cups"), ("three cups", "7"), ("3个", "7个")],
+    "temporal": [("3 to 5", "20 to 30"), ("3 to 5 seconds", "20 to 30"), ("from 3s to 5s", "20 to 30"),
+                 ("[3, 5]", "[20, 30]"),
+                 ("between 3 and 5 seconds", "20 to 30 s"), ("3秒到5秒", "20秒到30秒")],
+    "spatial": [("[1,2,30,40]", "[5,6,70,80]"), ("1,2,30,40", "5,6,70,80"), ("(1,2),(30,40)", "[5,6,70,80]")],
+}  # fmt: skip
+UNKNOWN_KEYS = ('"unit": "million"', '"sign": "negative"', '"correct": false', '"exact": false', '"scale": 10',
+                '"or": "7"', '"format": "xywh"', '"negated": true', '"frames": true', '"alternative": "C"')  # fmt: skip
+
+
+def forms(*lists: str) -> list[str]:
+    return [form.strip() for text in lists for line in text.splitlines() for form in line.split(" | ") if form.strip()]
+
+
+def changed_texts(task: str, body: str, other: str) -> list[str]:
+    """Responses in which a right answer is denied, doubted, measured otherwise, corrected or taken back."""
+    measured, texts = forms(MEASURED[task]), []
+    # "3 cups million" and "the last from 3s to 5s" are not English.
+    if task == "numeric" and body not in ("3", "three"):
+        measured = [form for form in measured if not form.startswith("{}")]
+    if task == "temporal" and body.startswith(("from", "between")):
+        measured = [form for form in measured if form.startswith("{}")]
+    for form in forms(DENIED, DOUBTED, CORRECTED) + measured:
+        changed = form.format(body, other)
+        texts += [changed, f"<think>a</think><answer>{changed}</answer>"]
+        texts.append(form.replace("{0}", "{}").replace("{}", f"\\boxed{{{body}}}").replace("{1}", other))
+    for tail in forms(TAKEN_BACK):
+        tail = tail.format(body, other)
+        texts += [f"<think>a</think><answer>{body}</answer> {tail}", f"{body}. {tail}", f"{body}\n\n{tail}"]
+    for key in UNKNOWN_KEYS:
+        record = f'{{"answer": {json.dumps(body)}, {key}}}'
+        texts += [record, f"<think>a</think><answer>{record}</answer>"]
+    return [*texts, f'{{"answer": {json.dumps(body)}, "answer": {json.dumps(other)}}}']
+
+
+@pytest.mark.parametrize("task", RIGHT_BODIES)
+def test_no_right_answer_is_read_where_it_is_denied_doubted_measured_or_corrected(task):
+    checked, misread = 0, []
+    for body, other in RIGHT_BODIES[task]:
+        options = None if task != "mcq" else ["Yes", "No"] if body in ("Yes", "No") else DRINKS
+        given = {"options": options, "finish_reason": "stop"}
+        right = answer_body(canonical_response(f"<think>a</think><answer>{body}</answer>", task, **given)).strip()
+        for text in changed_texts(task, body, other):
+            read = canonical_response(text, task, **given)
+            misread += [text] if read is not None and answer_body(read).strip() == right else []
+            checked += 1
+    assert not misread, misread
+    assert checked > 1_000
+
+
+READ_IN_A_PICTURE = [
+    "It says here that you were fired.",
+    "The sign says we can't park here",
+    "It says nothing",
+    "The title is: Dune",
+    "The label shows love",
+    "It reads like a book",
+    "Please share this video",
+    "No image available",
+    "There is no sign of life",
+    "It is unclear who won",
+    "看不清的世界",
+    "Error: rate limit",
+    "I must decline.",
+    "I can't swim",
+    "I'm sorry, I love you",
+    "Sorry, we're closed",
+    "Sorry, no video",
+    "No video recording",
+    "Please do not share",
+    "Please share",
+    "Please upload your CV here",
+    "As an AI company we care",
+    "Could you send help?",
+    "Not available",
+    "The text message",
+    "This sign says it all",
+    "The sign shows the way",
+    "The board reads minds",
+    "It says: no",
+    "Text: hello",
+    "Error: 404",
+    "Error 404 not found",
+    "Error: disk full",
+    "There is no text like this",
+    "No text, no call",
+    "unclear",
+    "Unreadable books",
+    "I must decline your offer",
+    "It might be love",
+    "It could be you",
+    "Maybe it's you",
+    "Or else",
+    "EXIT or DIE",
+    "'Round midnight",
+    'A "B" C',
+    'Title: "X"',
+    'The title reads "X" and more',
+    "the answer is 42",
+    "He can't see me",
+    "We cannot process refunds",
+    "We can't open",
+    "We couldn't open the door",
+    "无法通行",
+    "看不清请勿入内",
+    "无法识别请重试",
+    "我不能没有你",
+    "我看不到你",
+    "没有视频的日子",
+    "对不起，不能停车",
+    "对不起我爱你，无法忘记你",
+]
+DESCRIPTIONS = [
+    "A man says sorry and leaves the room.",
+    "The man apologizes because he can't process the payment.",
+    "The woman cannot determine who is at the door, so she waits.",
+    "There is no video call; they talk by phone.",
+    "No image is visible on the screen, which stays black.",
+    "The video could not be loaded on her laptop, so she restarts it.",
+    "Error messages appear on the screen.",
+    "I don't see any image on the wall.",
+    'He asks: "Could you send me the file?"',
+    "Please note that the man leaves.",
+    "The assistant must decline the offer.",
+    "As an AI robot, the character learns to love.",
+    'She says: "I can\'t see anything".',
+    "He cannot open the video file, so he calls a friend.",
+    "None of the guests notice the dog.",
+    "无法判断的是他的表情，他站在窗边。",
+    "他说他看不到视频，于是离开了。",
+    "抱歉的表情出现在他脸上，他没有说话。",
+]
+REFUSALS = [
+    "I'm sorry, but I cannot view the video.",
+    "Unfortunately, I'm unable to access the video.",
+    "I am unable to process videos.",
+    "I'm not able to watch the clip.",
+    "As a language model, I can't view media.",
+    "I cannot see the video you mentioned.",
+    "It appears that no video was attached.",
+    "There is no video attached to your message.",
+    "I don't have access to the video.",
+    "I do not have the ability to view videos.",
+    "Sorry, but I can't assist with that.",
+    "I won't be able to help with that.",
+    "I can't help with that.",
+    "I can't answer that.",
+    "I cannot provide a description of this video.",
+    "I cannot describe the video without seeing it.",
+    "Without access to the video, I can't answer.",
+    "Could you please provide the video?",
+    "Please provide the video so I can help.",
+    "Please upload the video again.",
+    "The video did not load.",
+    "The video failed to load.",
+    "No video found.",
+    "Video unavailable.",
+    "[No answer]",
+    "None",
+    "unknown",
+    "I don't know.",
+    "I do not know",
+    "I'm not sure.",
+    "Cannot determine.",
+    "Cannot be determined.",
+    "Unable to determine.",
+    "Not enough information.",
+    "Insufficient information to answer.",
+    "抱歉，我无法观看视频。",
+    "我无法查看视频内容。",
+    "无法回答",
+    "视频无法加载",
+    "作为一个AI，我不能看视频。",
+    "お答えできません。",
+    "Lo siento, no puedo ver el video.",
+]
+
+
+@pytest.mark.parametrize("text", READ_IN_A_PICTURE)
+def test_a_text_that_is_in_order_stays_as_it_was_sent(text):
+    response = f"<think>a</think><answer>{text}</answer>"
+    assert canonical_response(response, "ocr") == response
+
+
+@pytest.mark.parametrize("text", DESCRIPTIONS)
+def test_a_description_that_speaks_of_what_cannot_be_seen_is_no_refusal(text):
+    for response in (text, f"<think>a</think><answer>{text}</answer>"):
+        assert answer_body(canonical_response(response, "open", finish_reason="stop")) == text
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+def test_an_open_question_is_not_answered_by_a_refusal(text):
+    for response in (text, f"<think>a</think><answer>{text}</answer>"):
+        assert invalid_reason(response, "open", finish_reason="stop") in ("refusal", "no_answer")
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "body"),
+    [
+        ("In minutes:\n3 to 5", "temporal", None),
+        ("Frames: <answer>3 to 5</answer>", "temporal", None),
+        ("I look at the frames. <answer>3 to 5</answer>", "temporal", "3 to 5"),
+        ("In millions:\n3", "numeric", None),
+        ("At least:\n3", "numeric", None),
+        ("Format: xywh. [1,2,30,40]", "spatial", None),
+        ("xywh: <answer>1,2,30,40</answer>", "spatial", None),
+    ],
+)
+def test_a_measure_that_is_named_before_an_answer_counts(text, task, body):
+    read = canonical_response(text, task, finish_reason="stop")
+    assert (None if read is None else answer_body(read)) == body
 
 
 def test_no_response_that_is_valid_as_sent_loses_by_being_read():

@@ -39,7 +39,8 @@ _LABEL = r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.:)、。]?)"
 _LETTER = re.compile(_LABEL)
 _LETTER_AND_TEXT = re.compile(rf"{_LABEL}(?:\s+|(?<=[)\].:、。]))(?:[-–—]\s+)?(\S.*)", re.DOTALL)
 _DIGITS = re.compile(r"[(\[]?\s*([0-9]+)\s*[)\].:]?")
-_GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+# In "0,125" the comma is a decimal one.
+_GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _CLOCK = r"(?:[0-9]{1,2}:[0-5][0-9]:[0-5][0-9]|[0-9]{1,3}:[0-5][0-9])(?:\.[0-9]+)?"
 _TIME = rf"({_CLOCK})|([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:seconds?|secs?|s|秒))?"
 _ONE_TIME = re.compile(_TIME, re.IGNORECASE)

@@ -6,7 +6,8 @@ knows a ground truth. The rewards of training stay strict (`method.answers`); th
 evaluations.
 
 Files: `response` finds the answer in a response, with `tags`, `sentences` and `refusals`; `body` rewrites the answer of
-one task type, with `options`, `times`, `boxes` and `numbers`; `text` removes markup; `reasons` names what is refused.
+one task type, with `options`, `times`, `boxes` and `numbers`; `doubts` tests for doubt, denial and correction; `text`
+removes markup; `reasons` names what is refused.
 """
 
 from .reasons import REASONS, Unreadable

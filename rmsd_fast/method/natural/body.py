@@ -13,7 +13,7 @@ from .reasons import Unreadable
 from .text import json_object, strip_outside, unquoted, visible
 from .times import read_interval
 
-# Longer texts are no answers to closed questions; some searches take quadratic time.
+# Longer texts do not answer closed questions; some searches take quadratic time.
 MOST_CHARACTERS = 2_000
 
 _THING = r"(?:text|sign|caption|subtitle|title|label|words?|banner|display|screen|board|plate|sticker|poster|logo|it)"
@@ -29,29 +29,46 @@ _SAYS = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
+# "It might say EXIT"; a text itself may well begin with "It might be".
+_HEDGED = re.compile(
+    rf"(?:maybe|perhaps|possibly)[,\s]+(?:it|{_ARTICLE}{_THING})\s+(?:says|reads)\b"
+    rf"|{_ARTICLE}(?:[\w-]+\s+){{0,3}}?{_THING}\s+(?:[\w-]+\s+){{0,3}}?(?:could|might|may)\s+(?:[\w-]+\s+)?(?:say"
+    rf"|read)\b"
+    r"|it (?:could|might|may) (?:say|read|be)\s+(?:either\b|[\"“]|(?-i:[A-Z]{2,}))",
+    re.IGNORECASE,
+)
+_MAYBE = re.compile(r"\b(?:might|may|could|possibly|perhaps|maybe)\b|可能|也许", re.IGNORECASE)
+_SAYS_AGAIN = re.compile(r"[.!?;]\s+.*\b(?:says?|reads?|shows?)\b", re.IGNORECASE | re.DOTALL)
+# Behind "the text is:" the rest of the answer is the text; "The title is: Dune" may itself be what is read.
+_TEXT_IS = re.compile(
+    r"(?:(?:the|this)\s+(?:\w+\s+){0,2}?(?:text|words?|writing|inscription)\b|.{0,20}?文字).*[:：]\s*", re.IGNORECASE
+)
 _READ_AFTER = re.compile(r"\s*(?:と書|と読|と表示|とあり|と出).{0,12}")
 _QUOTED = re.compile(
     r"[\"“「『«„]([^\"”“」』»]+)[\"”“」』»]|(?<!\w)[‘']([^’'\n]+)[’'](?!\w)|\*\*([^*\n]+)\*\*|`([^`\n]+)`"
 )
 _ILLEGIBLE = re.compile(
-    rf"(?:(?:the|this|its|any)\s+)?(?:[\w-]+\s+){{0,3}}{_THING}\s+(?:[\w-]+\s+){{0,5}}?"
+    r"(?:(?:the|this|its|any)\s+)?(?:[\w-]+\s+){0,3}(?:text|words?|writing|letter(?:ing|s)?|it)\s+(?:[\w-]+\s+){0,5}?"
     r"(?:illegible|unreadable|unclear|(?:not|n['’]t)\s+(?:be\s+)?(?:legible|readable|clear|visible|read)"
-    r"|too\s+(?:blur|small|far)\w*)\b"
-    r"|there (?:is|are) no (?:[a-z]+ )?(?:text|words?|writing|letters|signs?)\b"
-    r"|(?:无法|不能|难以)(?:辨认|看清|识别)|看不清",
-    re.IGNORECASE,
+    r"|too\s+(?:blur|small|far)\w*)\b(?!\s+(?:who|what|why|how|if|whether|when))[^.]*\.?"
+    rf"|(?:the|this)\s+{_THING}\s+is\s+(?:illegible|unreadable|not\s+(?:legible|readable))\b.*"
+    r"|there (?:is|are) no (?:[a-z]+ )?(?:text|words?|writing|letters)"
+    r"(?: (?:visible|present|shown|readable|legible|to (?:read|see)|(?:in|on) (?:the|this)\b).*)?[.]?"
+    r"|(?:.{0,30}[字牌本容].{0,8})?(?:无法|不能|难以)(?:辨认|看清|识别)(?:.{0,8}[字牌本容].{0,6})?[。.]?|.{0,12}看不清(?:楚)?(?:文字|内容|字)?[。.]?",
+    re.IGNORECASE | re.DOTALL,
 )
 _TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")
 _READERS = {"temporal": read_interval, "spatial": read_box, "numeric": read_number}
 
 
-def canonical_body(body: str, task_type: str, options: Sequence[str] | None = None) -> str:
+def canonical_body(body: str, task_type: str, options: Sequence[str] | None = None, *, as_sent: bool = False) -> str:
     """The answer as it should stand inside `<answer>`, so that `parse_answer_body` takes it.
 
     Args:
         body: the text of the answer alone, without reasoning.
         task_type: one of TASK_TYPES.
         options: choices of an `mcq` question in order, bare or labelled.
+        as_sent: the response is in order, so a text in it is rewritten only where a sentence clearly tells of it.
     Raises:
         Unreadable: there is no answer, more than one, or one that can be read in two ways.
         ValueError: unknown task type, or a number of options outside 1..26.
@@ -63,21 +80,28 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
         raise Unreadable("no_answer")
     if task_type == "mcq":
         return read_letter(body, options)
-    text = strip_outside(body) if task_type == "open" else read_text(body) if task_type == "ocr" else None
+    text = (
+        strip_outside(body) if task_type == "open" else read_text(body, as_sent=as_sent) if task_type == "ocr" else None
+    )
     text = _READERS[task_type](body) if text is None else text
     if not text:
         raise Unreadable("no_answer")
     return text
 
 
-def read_text(body: str) -> str:
-    """The text that an ocr answer names: without marks around it, or what a sentence about a sign quotes."""
+def read_text(body: str, *, as_sent: bool = False) -> str:
+    """The text that an ocr answer names: without marks around it, or what a sentence about a sign quotes.
+
+    as_sent: as in `canonical_body`.
+    """
     text = visible(strip_outside(body))
-    if _ILLEGIBLE.match(text) or re.search(r"\[(?:illegible|unreadable|unclear)\]", text, re.IGNORECASE):
+    if _ILLEGIBLE.fullmatch(text) or re.search(r"\[(?:illegible|unreadable|unclear)\]", text, re.IGNORECASE):
         raise Unreadable("no_answer")
     if re.fullmatch(rf"(?:{_QUOTED.pattern})(?:\s*(?:,|or|或者?|and)\s*(?:{_QUOTED.pattern}))+[.。]?", text):
         raise Unreadable("two_answers")
-    if (said := said_text(text)) is not None:
+    if _HEDGED.match(text):
+        raise Unreadable("two_answers")
+    if (said := said_text(text, quoted_only=as_sent)) is not None:
         return said
     texts = [value for key, value in json_object(text).items() if key in _TEXT_KEYS]
     if len(texts) == 1 and isinstance(texts[0], str):
@@ -85,16 +109,24 @@ def read_text(body: str) -> str:
     return unquoted(text)
 
 
-def said_text(sentence: str) -> str | None:
-    """What a sign says according to a sentence about it, `The sign reads "EXIT".`; None for any other text."""
+def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
+    """What a sign says according to a sentence about it, `The sign reads "EXIT".`; None for any other text.
+
+    Args:
+        quoted_only: only quotations count, and what stands behind "The text is:".
+    """
     if says := _SAYS.match(sentence):
-        if _DENIED.search(says[0]):
-            raise Unreadable("no_answer")
         rest = sentence[says.end() :].strip()
         quotation = _QUOTED.match(rest)
+        if quoted_only and not (quotation or _TEXT_IS.fullmatch(says[0])):
+            return None
+        if _DENIED.search(says[0]):
+            raise Unreadable("no_answer")
+        if _MAYBE.search(says[0]):
+            raise Unreadable("two_answers")
         if quotation and rest[quotation.end() :].strip() in ("", ".", "。"):
             return unquoted(quotation[quotation.lastindex])
-        if len(_QUOTED.findall(rest)) > 1:
+        if len(_QUOTED.findall(rest)) > 1 or _SAYS_AGAIN.search(rest):
             raise Unreadable("two_answers")
         # Without a quotation only what is sure to be about a text.
         if not quotation and re.match(r"(?:the|this|it|its|on-?screen)\b|[^\x00-\x7f]", sentence, re.IGNORECASE):

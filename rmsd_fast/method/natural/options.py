@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Sequence
 
 from ..answers import bare_options, option_letters
+from .doubts import contrast, is_absent, is_denied, is_doubted, is_retracted
 from .reasons import Unreadable, the_only
-from .text import json_value, plain
+from .text import compatible, json_value, plain, without_remarks
 
 _ONE_LETTER = re.compile(r"[(\[{<【「]?\s*([A-Za-z])\s*[)\]}>】」]?\s*[.:、,)]?")
 # "B. milk", "(b) milk", "B - milk", "B, milk". Behind a blank alone the rest has to tell: "A man" begins with a word.
@@ -20,11 +20,11 @@ _LED = re.compile(
 _LED_BY_BLANK = re.compile(r"([A-Z])(?:\s+|(?=[^\x00-\x7f]))(.+)", re.DOTALL)
 # Words in front of an answer that say nothing about it.
 _LEAD_IN = re.compile(
-    r"(?:(?:so|thus|therefore|hence|then|yes|well|ok|okay|no|sorry|correction|rather|or|oh|and|wait|actually|probably|likely"
-    r"|most likely|definitely|clearly|obviously|surely|on reflection|i mean|i(?: would|['’]d|['’]ll| will)? "
-    r"(?:think|believe|say|guess|choose|pick|select|go with|opt for)(?: that)?|my (?:final )?(?:answer|choice) is"
-    r"|(?:it|that|this)(?:['’]s| is| was| must be| would be| should be| has to be)|(?:the )?(?:correct |best |right )?"
-    r"(?:answer|option|choice|letter)(?: is| must be| should be| would be)?)\b"
+    r"(?:(?:so|thus|therefore|hence|then|yes|well|ok|okay|and|but|honestly|probably|likely|most likely|definitely"
+    r"|clearly|obviously|surely|i(?:['’]m| am)(?: very| quite| fairly)? (?:confident|sure|certain)(?: that)?"
+    r"|i(?: would|['’]d|['’]ll| will)? (?:think|believe|say|choose|pick|select|go with|opt for)(?: that)?"
+    r"|my (?:final )?(?:answer|choice) is|(?:it|that|this)(?:['’]s| is| was| must be| would be| should be| has to be)"
+    r"|(?:the )?(?:correct |best |right )?(?:answer|option|choice|letter)(?: is| must be| should be| would be)?)\b"
     r"|应该|应当|应|我认为|我觉得|所以|因此|故|即|选项|选择|选|答案|是|为)[\s,:;.—-]*",
     re.IGNORECASE,
 )
@@ -32,31 +32,59 @@ _AFFIRMED = re.compile(
     r"(?:(?:is|was|seems|looks|appears|would be|must be|should be|has to be)(?: to be)?\s+)?(?:the\s+)?"
     r"(?:(?:most|only|clearly|definitely|obviously|likely)\s+)*"
     r"(?:correct|right|best|true|accurate|answer|one|option|choice|likely|plausible|fits?|fitting|matche?s?)\b"
-    r"|(?:because|since|as|given|due to|based on)\b|是?(?:最|更)?(?:正确|符合|合适|准确|对)|因为|由于",
+    r"|(?:because|since|as|given|due to|based on)\b|是?(?:最|更)?(?:正确|符合|合适|准确|对)|因为|由于|[✓✔✅]",
     re.IGNORECASE,
 )
 # Capitals alone, or any letter in brackets, inside a sentence.
 _MENTION = re.compile(r"[(\[]([A-Za-z])[)\]]|(?<![A-Za-z0-9_'’.-])([A-Z])(?![A-Za-z0-9_'’-]|\.[A-Za-z0-9])")
 _A_WORD = re.compile(r"\s+(?!(?:or|and|is|nor|vs)\b)[a-z]")
 _NAMED = re.compile(
-    r"(?:option|choice|answer|letter|选项|选择|选|答案)\s*(?:is|是|为|:)?\s*[(\[]?([A-Za-z])(?![A-Za-z'’-])[)\]]?"
-    r"|[(\[]([A-Za-z])[)\]]|(?:\b(?:is|be)|:|→|=|是|为)\s*([A-Z])(?=\s*[.。]?$)",
-    re.IGNORECASE,
-)
-_DENIED = re.compile(
-    r"\b(?:not|no|never|neither|nor|none|without|except|cannot|wrong|incorrect|false|unlikely|least|rather than"
-    r"|instead of|rul(?:e[sd]?|ing) out|eliminat\w*|exclud\w*|discard\w*|reject\w*|ignor\w*|impossible)\b"
-    r"|n['’]t\b|不|没|非|错|排除|无法",
-    re.IGNORECASE,
-)
-_DOUBTED = re.compile(
-    r"\b(?:plausible|might|may|could|maybe|perhaps|possib\w*|unclear|unsure|uncertain|either|but|however|guessing"
-    r"|if|unless|tempting|whether)\b|可能|也许|或许|但|如果|是否",
+    r"(?:(?:option|choice|answer|letter)(?![A-Za-z])|选项|选择|选|答案)\s*(?:is|是|为"
+    r"|:)?\s*[(\[]?([A-Za-z])(?![A-Za-z'’-])[)\]]?"
+    r"|[(\[]([A-Za-z])[)\]]|(?:\b(?:is|be)|:|→|=|是|为)\s*([A-Z])(?=\s*[.。]?$)"
+    r"|(?<![\w'’-])([B-HJ-Z])(?=\s+is\s+(?:the\s+)?(?:most|best|correct|right|only)\b)",
     re.IGNORECASE,
 )
 _EXPLAINED = re.compile(r"\b(?:because|since|as|given|due to)\b|因为|由于", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:the|a|an)\s+")
-_KEYS = ("answer", "option", "choice", "letter")
+_MY = re.compile(r"\s+(?:the|a|an|his|her|its|their|glass of|cup of|bottle of|some)$")
+# "The jacket is", "He wears": what may stand before an option's words at the end of a sentence.
+_TELLING = re.compile(
+    r"(?:\b(?:is|are|was|were|wears?|wore|wearing|holds?|holding|has|have|shows?|showing|pours?|pouring|poured"
+    r"|plays?|playing"
+    r"|drinks?|drinking|eats?|eating|uses?|using|carries|carrying|rides?|riding|drives?|driving|says|reads|turns"
+    r"|becomes?|in|on|at|into|made)|[是为為在了着到有穿拿])$"
+)
+# Options that deny or affirm a question. Inside a sentence these words do not answer it: "no idea", "not yes".
+_POLAR = {
+    "yes",
+    "no",
+    "not",
+    "是",
+    "不是",
+    "否",
+    "有",
+    "没有",
+    "对",
+    "不对",
+    "会",
+    "不会",
+    "能",
+    "不能",
+    "可以",
+    "不可以",
+}
+_POLAR_ANSWER = re.compile(r"\W*([A-Za-z]+|[是不否有没对会能可以]+?)的?\s*(?:$|[,，.。!！;；:：—]|-\s)(.*)", re.DOTALL)
+_CALLED_WRONG = re.compile(
+    r"\W*(?:(?:which|that|this) is )?(?:wrong|incorrect|false|not (?:right|correct|true))\b|\W*[✗✘❌]", re.I
+)
+# Marks that the comparison of words does not see.
+_CROSSED = re.compile(r"[?？✗✘❌]")
+# "Option B is a trap": a judgement that has to affirm.
+_JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can|could|has)\b", re.IGNORECASE)
+_KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
+# The words of the option beside its letter.
+_TEXT_KEYS = {"text", "option_text", "answer_text"}
 _ALL_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -69,20 +97,22 @@ def read_letter(body: str, options: Sequence[str] | None) -> str:
     if not text:
         raise Unreadable("no_answer")
     letters = _ALL_LETTERS if options is None else option_letters(options)
+    texts = comparable_options(options)
+    if (sides := contrast(text)) and _is_another(sides[1], options, letters):
+        text = sides[0]
     if letter := _as_a_whole(text, options, letters):
         return letter
-    texts = comparable_options(options)
-    # A sentence: one option named by its letter or in its own words, nothing denied and nothing doubted.
-    named = {next(group for group in match.groups() if group).upper() for match in _NAMED.finditer(text)}
-    named |= _quoted(text, texts, letters)
-    mentioned = named | _mentioned(text, letters)
+    # A sentence: one option named by its letter or told in its words, nothing denied and nothing doubted.
+    named = {
+        next(group for group in match.groups() if group).upper()
+        for match in _NAMED.finditer(text)
+        if not _JUDGED.match(text, match.end()) or _AFFIRMED.match(text[match.end() :].lstrip())
+    }
+    named |= _told(_EXPLAINED.split(text)[0], texts, letters)
+    mentioned = named | _quoted(text, texts, letters) | _mentioned(text, letters)
     if len(mentioned) > 1:
         raise Unreadable("two_answers")
-    # An option's own "not" denies nothing.
-    around = text
-    for words in bare_options(options or ()) if texts else ():
-        around = re.sub(re.escape(words), " ", around, flags=re.IGNORECASE)
-    if not named or _DENIED.search(around) or _DOUBTED.search(around):
+    if not named or _is_unsure(text, options):
         raise Unreadable("not_an_option")
     return _among(the_only(sorted(named)), letters)
 
@@ -94,7 +124,48 @@ def whole_option(text: str, options: Sequence[str] | None) -> str | None:
         Unreadable: it names two.
     """
     letters = _ALL_LETTERS if options is None else option_letters(options)
-    return _as_a_whole(plain(text), options, letters)
+    text = plain(text)
+    if (sides := contrast(text)) and _is_another(sides[1], options, letters):
+        text = sides[0]
+    return _as_a_whole(text, options, letters)
+
+
+def names_another(sentence: str, letter: str, options: Sequence[str] | None) -> bool:
+    """Whether a sentence behind an answer names another option, and does not deny it."""
+    letters = _ALL_LETTERS if options is None else option_letters(options)
+    mentioned = {name for name in _mentioned(sentence, letters) if name in letters}
+    if mentioned - {letter} and not _is_denied_beside(sentence, options):
+        return True
+    for clause in re.split(r"[,，;；:：]", sentence):
+        try:
+            if whole_option(clause, options) not in (None, letter):
+                return True
+        except Unreadable as error:
+            if error.reason == "two_answers":
+                return True
+    return False
+
+
+def quotes_another(text: str, letter: str, options: Sequence[str] | None) -> bool:
+    """Whether a few words beside an answer hold another option's letter or words, whatever they say of it."""
+    letters = _ALL_LETTERS if options is None else option_letters(options)
+    texts = comparable_options(options)
+    polar = {
+        of for of, word in zip(letters, texts, strict=False) if word in _POLAR and word in comparable(text).split()
+    }
+    return bool((_mentioned(text, letters) | _quoted(text, texts, letters) | polar) - {letter})
+
+
+def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
+    """Whether a text that may have been cut is a letter with its label: "B", "(B)", "B. mi"; "A" may become "A man"."""
+    text = plain(text)
+    texts = bare_options(options) if options is not None else []
+    if _ONE_LETTER.fullmatch(text):
+        return not any(option.startswith(f"{text} ") for option in texts)
+    led = _LED.fullmatch(text)
+    letter = next((group for group in led.groups()[:4] if group), "").upper() if led else ""
+    index = _ALL_LETTERS.find(letter) if letter else -1
+    return 0 <= index < len(texts) and comparable(texts[index]).startswith(comparable(led[5]))
 
 
 def comparable_options(options: Sequence[str] | None) -> Sequence[str]:
@@ -107,23 +178,34 @@ def _comparable_options(options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(comparable(option) for option in bare_options(options))
 
 
+@functools.lru_cache(maxsize=64)
+def _option_words(options: tuple[str, ...]) -> re.Pattern[str] | None:
+    """What finds the options' own words in a sentence, the longer ones first."""
+    texts = sorted((text for text in bare_options(options) if comparable(text) not in _POLAR), key=len, reverse=True)
+    words = [rf"(?<!\w){re.escape(text)}(?!\w)" if text.isascii() else re.escape(text) for text in texts if text]
+    return re.compile("|".join(words), re.IGNORECASE) if words else None
+
+
 def comparable(text: str) -> str:
     """Words of an option or answer for comparison: case, punctuation and articles make no difference."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = compatible(text).casefold()
     text = " ".join(re.sub(r"[^\w\s.%+-]|[.](?!\d)", " ", text).split())
     return _ARTICLE.sub("", text)
 
 
 def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str | None:
     texts = comparable_options(options)
+    if _CROSSED.search(text) and _CROSSED.search(_without_option_words(text, options)):
+        return None
     for _ in range(5):
         if len(text) > 3 and text[0] in "([" and text[-1] in ")]" and text.count(text[0]) == 1:
             text = text[1:-1].strip()
         if letter := _ONE_LETTER.fullmatch(text):
             return _among(letter[1].upper(), letters)
-        # Before the words are compared: in "A. milk" the A is no article.
+        # Before the words are compared: in "A. milk" the A is not an article.
         if led := _LED.fullmatch(text):
-            return _followed(next(group for group in led.groups()[:4] if group).upper(), led[5], texts, letters)
+            letter = next(group for group in led.groups()[:4] if group).upper()
+            return _followed(letter, led[5], options, letters)
         if same := _equal(text, texts, letters):
             return the_only(same)
         if led := _LED_BY_BLANK.fullmatch(text):
@@ -132,10 +214,10 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
                 letter not in "AI" or not _A_WORD.match(" " + rest) or "correct" in rest
             )
             if affirmed or letter in _equal(rest, texts, letters):
-                return _followed(letter, rest, texts, letters)
+                return _followed(letter, rest, options, letters)
         lead = _LEAD_IN.match(text)
         # "Yes and no" where these are options.
-        if not lead or lead.end() == len(text) or _equal(lead[0], texts, letters):
+        if not lead or lead.end() == len(text) or _equal(lead[0].strip(" ,:;.—-"), texts, letters):
             return None
         text = text[lead.end() :].strip()
     return None
@@ -145,9 +227,18 @@ def _inside_json(body: str) -> str:
     """The answer of `{"answer": "B"}` or `["B"]`; any other text as it is."""
     text = body.strip()
     value = json_value(text) if text.startswith(("{", "[")) else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
-        named = [value[key] for key in _KEYS if key in value]
-        value = named[0] if len(named) == 1 else {}
+        record = without_remarks(value)
+        answers = [item for key, item in record.items() if key in _KEYS]
+        words = [item for key, item in record.items() if key in _TEXT_KEYS]
+        # A key that is not known may deny the answer.
+        if len(answers) != 1 or len(answers) + len(words) < len(record) or len(words) > 1:
+            raise Unreadable("not_an_option")
+        value = answers[0]
+        if words and isinstance(value, str) and isinstance(words[0], str):
+            value = f"{value}. {words[0]}"
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if value is not None and not isinstance(value, str):
@@ -155,25 +246,83 @@ def _inside_json(body: str) -> str:
     return text if value is None else value
 
 
-def _followed(letter: str, rest: str, texts: Sequence[str], letters: str) -> str:
+def _is_another(text: str, options: Sequence[str] | None, letters: str) -> bool:
+    """Whether what stands behind "not" is an option itself: "B, not A"; but not "B, not sure"."""
+    try:
+        return _as_a_whole(text.strip(), options, letters) is not None
+    except Unreadable:
+        return False
+
+
+def _without_option_words(text: str, options: Sequence[str] | None) -> str:
+    words = _option_words(tuple(options)) if options is not None else None
+    return words.sub(" ", text) if words else text
+
+
+def _is_unsure(text: str, options: Sequence[str] | None) -> bool:
+    """Whether a sentence denies, doubts or takes back; an option's own "not" denies nothing."""
+    text = _without_option_words(text, options)
+    return is_denied(text) or is_doubted(text) or is_absent(text) or is_retracted(text)
+
+
+def _is_denied_beside(sentence: str, options: Sequence[str] | None) -> bool:
+    text = _without_option_words(sentence, options)
+    return is_denied(text) or is_absent(text)
+
+
+def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: str) -> str:
     """A letter that is followed by words: its option's own, or an explanation that names no other option."""
     _among(letter, letters)
+    texts = comparable_options(options)
     same = _equal(rest, texts, letters)
-    if letter in same:
+    # The option's words, also where their end was left out.
+    words = comparable(rest)
+    begun = [letters[index] for index, text in enumerate(texts) if len(words) > 20 and text.startswith(words)]
+    if letter in same or begun == [letter]:
         return letter
-    if same or (_mentioned(rest, letters) | _quoted(rest, texts, letters)) - {letter}:
-        raise Unreadable("two_answers")
-    # "B is wrong", "B, maybe"; but "B, because it is not brown".
-    claim = _EXPLAINED.split(rest)[0].partition(".")[0]
-    own = letter in _quoted(claim, texts, letters)
-    if not own and (_DENIED.search(claim) or _DOUBTED.search(claim)):
+    # "B is wrong", "B, maybe"; but "B, because it is not brown", "B since A and C do not match".
+    explained = _EXPLAINED.search(rest)
+    claim = rest[: explained.start()] if explained else rest
+    others = _mentioned(claim, letters) | _quoted(claim, texts, letters)
+    if explained and not is_denied(rest[explained.start() :]):
+        others |= _mentioned(rest, letters) | _quoted(rest, texts, letters)
+    if not same and _is_denied_beside(claim, options):
+        raise Unreadable("not_an_option")
+    if same or others - {letter} or _is_unsure(claim, options):
         raise Unreadable("two_answers")
     return letter
 
 
 def _equal(text: str, texts: Sequence[str], letters: str) -> list[str]:
+    """The options that a text is; also "No, he does not" where No is one."""
     words = comparable(text)
-    return [letters[index] for index, option in enumerate(texts) if option and option == words]
+    same = [letters[index] for index, option in enumerate(texts) if option and option == words]
+    if same or not _POLAR.intersection(texts):
+        return same
+    answer = _POLAR_ANSWER.match(text)
+    word = answer[1].casefold() if answer else ""
+    if word not in _POLAR or word not in texts:
+        return []
+    letter = letters[texts.index(word)]
+    rest = answer[2]
+    others = (_mentioned(rest, letters) | _quoted(rest, texts, letters)) - {letter}
+    opposite = any(text != word and f" {comparable(rest)}".endswith(f" {text}") for text in texts)
+    if others or opposite or is_doubted(rest) or is_retracted(rest) or _CALLED_WRONG.match(rest):
+        raise Unreadable("two_answers")
+    return [letter]
+
+
+def _told(text: str, texts: Sequence[str], letters: str) -> set[str]:
+    """Options whose words end or begin a sentence that affirms them: "The jacket is red", "Milk is the correct one"."""
+    words, told = comparable(text), set()
+    for index, option in enumerate(texts):
+        if not option or option in _POLAR or option not in words:
+            continue
+        before = _MY.sub("", words[: -len(option)].rstrip()) if words.endswith(option) else ""
+        after = words[len(option) :].lstrip() if words.startswith(f"{option} ") else ""
+        if _TELLING.search(before) or (after and _AFFIRMED.match(after)):
+            told.add(letters[index])
+    return told
 
 
 def _mentioned(text: str, letters: str) -> set[str]:
@@ -194,7 +343,7 @@ def _quoted(text: str, texts: Sequence[str], letters: str) -> set[str]:
     for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
         # Scripts that write no blanks have no word boundary to look for.
         words = f" {texts[index]} " if texts[index].isascii() else texts[index]
-        if words.strip() and words in text:
+        if words.strip() and texts[index] not in _POLAR and words in text:
             quoted.add(letters[index])
             text = text.replace(words, " | ")
     return quoted

@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from ..answers import answer_body, has_outer_format, parse_answer
 from ..finish_reasons import finish_reason_of
 from .body import canonical_body, said_text
+from .doubts import is_absent, is_denied, is_doubted, is_retracted, is_unknowing
+from .options import is_whole_letter, names_another, quotes_another
 from .reasons import Unreadable, the_only
 from .refusals import is_refusal
 from .sentences import (
+    check_lead,
     concluded,
     heading,
     is_taken_back,
-    parts,
     read_or_reason,
+    sentences_in,
     short,
     standing_alone,
     statements,
@@ -29,23 +32,23 @@ from .sentences import (
     text_statement,
 )
 from .tags import has_tags, one_spelling, split_reasoning, without_answer_marks, without_region_marks, without_tags
-from .text import find_json, strip_outside, visible
+from .text import REASONING_KEYS, find_json, strip_outside, visible
 
 Options = Sequence[str] | None
-# A longer text without an answer block is no answer to a closed question.
+# A longer text without an answer block does not answer a closed question.
 MOST_CHARACTERS = 20_000
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
     r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
-    r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*",
+    r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|视频中|画面中)?(?:没有"
+    r"|无)(?:可见)?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible))\.?"
+    r"|(?:there is )?no (?:(?:visible|readable|legible) )?text(?: (?:is )?(?:visible|present|shown|found"
+    r"|detected))?\.?",
     re.IGNORECASE | re.DOTALL,
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-# "\boxed{A} is wrong", "\boxed{A} or B".
-_BOX_DENIED = re.compile(
-    r"[\s$*\\)\]]*(?:(?:is|was|seems)\s+)?(?:not|wrong|incorrect|or)\b|[\s$]*(?:不|或)", re.IGNORECASE
-)
+_CLAUSE_START = re.compile(r"[;；]|\b(?:so|therefore|thus|hence)\b|[所因]以?此?", re.IGNORECASE)
 # A line that talks about a picture rather than repeats what it reads.
 _TALK = re.compile(
     r"\b(?:is|are|appears?|seems?|cannot|can't|unclear|legible|visible|frames?|video|picture|image)\b|画面|视频",
@@ -56,13 +59,12 @@ _EXPLANATION = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_KEYS = ("answer", "final_answer", "correct_answer", "choice", "option")
-_REASONING_KEYS = ("think", "thinking", "thought", "reasoning", "reason", "analysis", "explanation", "rationale")
 
 
 def canonical_response(
     text: str, task_type: str, *, options: Options = None, finish_reason: str | None = None
 ) -> str | None:
-    """The response as `<think>…</think><answer>…</answer>` with an answer that parses, or None where it has none.
+    """The response as `<think>…</think><answer>…</answer>` whose answer parses, or None if no answer is clear.
 
     A response that is in this form already comes back as it is, unless its answer has a simpler spelling.
 
@@ -122,11 +124,11 @@ def read_response(text: str, task: str, options: Options, finish_reason: str | N
 def _text_in_order(text: str, task: str) -> str:
     """A response in order whose answer is a text: it stays as it is but for marks that no picture shows."""
     body = without_answer_marks(answer_body(text)).strip()
-    if is_refusal(body, inside_answer=True):
+    if is_refusal(body, task=task, inside_answer=True):
         raise Unreadable("refusal")
-    answer = canonical_body(body, task)
     if _NO_ANSWER.fullmatch(body):
         raise Unreadable("no_answer")
+    answer = canonical_body(body, task, as_sent=True)
     text = without_region_marks(text)
     return text if answer == answer_body(text).strip() else text.replace(answer_body(text), answer)
 
@@ -147,8 +149,8 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
         return "", _body(body, task, options), after
     inside, closed, after = rest.rpartition("</answer>")
     if not closed or "<answer>" in after:
-        # Nothing says that "12" was not to become "125"; the letter of an option is whole or not there.
-        if finish_reason != "stop" and task != "mcq":
+        # Nothing says that "12" was not to become "125", or "red" "red and blue"; a letter is whole or not there.
+        if finish_reason != "stop" and not (task == "mcq" and is_whole_letter(rest, options)):
             raise Unreadable("unfinished")
         inside, after = rest, ""
     blocks = [block for block in re.split(r"</?answer>", inside) if block.strip()]
@@ -158,6 +160,8 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
     if task in ("open", "ocr"):
         contradicted = takes_back(after)
     else:
+        check_lead(lead, task, options)
+        _check_beside(lead, answer, after, task, options)
         others = [statement.answer for text in (lead, after) for statement in statements(text, task, options)]
         others += [read_or_reason(box, task, options)[0] for text in (lead, after) for box in _BOXED.findall(text)]
         contradicted = bool(set(others) - {answer, None}) or is_taken_back(after, answer, task, options)
@@ -166,30 +170,56 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
     return lead, answer, after
 
 
+# Where the sentence of an answer block begins and ends: "at least <answer>3</answer> million".
+_BEGINS = re.compile(r"[^\n.!?:。！？：]*\Z")
+_GOES_ON = re.compile(r"(?! *\n)(?: ?[(（]?[a-z%+*/^°~-]|[百千万亿个倍秒分帧])[^\n.!?。！？]*")
+
+
+def _check_beside(lead: str, answer: str, after: str, task: str, options: Options) -> None:
+    """Raise Unreadable where the words of the same sentence change the answer of a block, or deny it."""
+    before, behind = _BEGINS.search(lead[-200:])[0], _GOES_ON.match(after[:200])
+    # "It is not tea, so <answer>B</answer>": the clause of the block counts.
+    before = re.split(r"[,，]\s", _CLAUSE_START.split(before)[-1])[-1]
+    before = "" if before.strip() in ("", "-", "*", "**", "•", ">") and before[-1:] != "-" else before
+    rest = behind[0] if behind else ""
+    if not (before.strip() or rest.strip()):
+        return
+    words = f"{before} {rest}"
+    if len(words.split()) > 6:
+        changed = is_denied(words) or is_doubted(words)
+    else:
+        changed = read_or_reason(f"{before}{answer}{rest}", task, options)[0] != answer
+    if changed:
+        raise Unreadable("two_answers")
+
+
 def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
     """What stands before the answer of a text without answer tags, the answer, and what stands behind it.
 
     reasoned: the reasoning was set apart already.
     """
     whole = strip_outside(final)
-    if (found := find_json(whole)) and (read := _in_json(found, task, options)):
+    if (split := find_json(whole)) and (read := _in_json(split, task, options)):
         return read
     if task in ("open", "ocr"):
         return _untagged_text(whole, task, options, reasoned=reasoned)
     if read := _boxed(whole, task, options) or _stated(whole, task, options):
+        check_lead(read[0], task, options)
         if task == "mcq" and _opening_letter(whole, options) not in (None, read[1]):
             raise Unreadable("two_answers")
         return read
-    if is_refusal(whole, inside_answer=False):
+    if is_refusal(whole, task=task, inside_answer=False):
         raise Unreadable("refusal")
     if headed := heading(whole):
         return headed[0], _body(headed[1], task, options), ""
-    return _standing_alone(whole, task, options, reasoned=reasoned)
+    read = _standing_alone(whole, task, options, reasoned=reasoned)
+    check_lead(read[0], task, options)
+    return read
 
 
 def _opening_letter(text: str, options: Options) -> str | None:
     """The option that a response begins with before it explains: "B. milk" and a reason."""
-    first = parts(text, "mcq", options)[0]
+    first = sentences_in(text, "mcq", options)[0]
     try:
         alone = standing_alone(text, "mcq", options)
     except Unreadable:
@@ -198,19 +228,17 @@ def _opening_letter(text: str, options: Options) -> str | None:
     return alone[0][1] if alone and alone[0][0] == first and len(first.text.split()) <= 4 else None
 
 
-def _in_json(found: tuple[str, object, str], task: str, options: Options) -> tuple[str, str, str] | None:
-    """The answer of a text with JSON in it; None where the JSON is no answer of this task."""
-    before, value, after = found
+def _in_json(split: tuple[str, object, str], task: str, options: Options) -> tuple[str, str, str] | None:
+    """Return the answer of a text that `find_json` has split, or None where its JSON does not answer this task."""
+    before, value, after = split
     record = value[0] if isinstance(value, list) and len(value) == 1 else value
-    names = (
-        {str(key).lower().replace(" ", "_"): item for key, item in record.items()} if isinstance(record, dict) else {}
-    )
+    names = record if isinstance(record, dict) else {}
     answers = [names[key] for key in _ANSWER_KEYS if key in names]
-    if answers:
-        before = next((names[key] for key in _REASONING_KEYS if isinstance(names.get(key), str)), before)
+    before = next((names[key] for key in REASONING_KEYS if isinstance(names.get(key), str)), before)
+    if answers and task in ("open", "ocr"):
         texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
         answer = the_only([_body(text, task, options) for text in texts])
-    elif task in ("temporal", "spatial", "numeric", "ocr"):
+    elif answers or task not in ("open", "mcq"):
         answer = _body(json.dumps(value, ensure_ascii=False), task, options)
     else:
         return None
@@ -219,32 +247,91 @@ def _in_json(found: tuple[str, object, str], task: str, options: Options) -> tup
     return before, answer, after
 
 
+# "EXIT. Or maybe EXIST.", and a note in a paragraph of its own.
+_ANOTHER_TEXT = re.compile(r"[.!?\n]\s*(?:or|or maybe|maybe|perhaps|possibly|alternatively)\b|或者", re.IGNORECASE)
+_NOTE = re.compile(r"\n\s*\n\s*(?:note|please note|the text|this|however|but)\b", re.IGNORECASE)
+
+
 def _untagged_text(text: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
-    if is_refusal(text, inside_answer=False):
+    if is_refusal(text, task=task, inside_answer=False):
         raise Unreadable("refusal")
     if stated := text_statement(text) or heading(text):
+        if task == "ocr":
+            _check_one_text(stated[1])
         return stated[0], _body(stated[1], task, options), ""
     lead, announced, last = text.rpartition(":\n\n")
     if task == "ocr" and announced and "\n" not in lead + last:
         return lead, _body(last, task, options), ""
+    if task == "ocr":
+        _check_one_text(text)
     if task == "ocr" and not reasoned and said_text(text) is None and ("\n" in text or _TALK.search(text)):
         raise Unreadable("no_answer")
     return "", _body(text, task, options), ""
 
 
+def _check_one_text(text: str) -> None:
+    """Raise Unreadable where remarks or a second reading stand behind a text that was read in a picture."""
+    if _ANOTHER_TEXT.search(text):
+        raise Unreadable("two_answers")
+    if _NOTE.search(text):
+        raise Unreadable("no_answer")
+
+
 def _boxed(text: str, task: str, options: Options) -> tuple[str, str, str] | None:
+    """The answer of the sentences that hold a `\\boxed{}`, each read with the box's content in its place."""
     boxes = list(_BOXED.finditer(text))
     if not boxes:
         return None
-    answer = the_only([_body(box[1], task, options) for box in boxes])
-    after = text[boxes[-1].end() :]
-    if any(_BOX_DENIED.match(text, box.end()) for box in boxes) or is_taken_back(after, answer, task, options):
-        raise Unreadable("two_answers")
     around = _BOXED.sub(" ", text)
+    plain_text, spans, end = "", [], 0
+    for box in boxes:
+        plain_text += text[end : box.start()]
+        content = box[1].strip()
+        spans.append((len(plain_text), len(plain_text) + len(content)))
+        plain_text, end = plain_text + content, box.end()
+    plain_text += text[end:]
+    sentences = sentences_in(plain_text, task, options)
+    answers, first, last = [], len(plain_text), 0
+    for start, end in spans:
+        covering = [sentence for sentence in sentences if sentence.start < max(end, start + 1) and sentence.end > start]
+        if not covering:
+            raise Unreadable("no_answer")
+        first, last = min(first, covering[0].start), max(last, covering[-1].end)
+        answers.append(_in_its_sentence(plain_text, (covering[0].start, start, end, covering[-1].end), task, options))
+    answer = the_only(answers)
+    if is_taken_back(plain_text[last:], answer, task, options):
+        raise Unreadable("two_answers")
     if {statement.answer for statement in statements(around, task, options)} - {answer, None}:
         raise Unreadable("two_answers")
-    start = max(text.rfind(mark, 0, boxes[0].start()) for mark in ("\n", ". ", "。", "! ", "? ")) + 1
-    return text[:start], answer, after
+    return plain_text[:first], answer, plain_text[last:]
+
+
+def _in_its_sentence(text: str, places: tuple[int, int, int, int], task: str, options: Options) -> str:
+    """The answer of a box, read in its clause.
+
+    Args:
+        places: where the sentence begins, the box begins and ends, and the sentence ends.
+    """
+    first, start, end, last = places
+    before, content, after = text[first:start], text[start:end], text[end:last]
+    answer = canonical_body(content, task, options)
+    if not (before + after).strip(" $*\\()[].。\n"):
+        return answer
+    if is_unknowing(before) or after.rstrip(" $*").endswith("?"):
+        raise Unreadable("no_answer")
+    # "It is not brown, so \\boxed{B}": the clause of the box counts.
+    lead = _CLAUSE_START.split(before)[-1]
+    aside, _, clause = lead.rpartition(", ")
+    if task == "mcq" or not (re.search("[0-9]", aside) or is_denied(aside) or is_absent(aside)):
+        lead = clause
+    around = f"{lead} {after}"
+    if is_denied(around) or is_doubted(around) or is_absent(around):
+        raise Unreadable("two_answers")
+    if task == "mcq":
+        if names_another(lead, answer, options) or quotes_another(after, answer, options) or is_retracted(after):
+            raise Unreadable("two_answers")
+        return answer
+    return canonical_body(f"{lead}{content}{after}", task, options)
 
 
 def _stated(text: str, task: str, options: Options) -> tuple[str, str, str] | None:
@@ -264,15 +351,18 @@ def _stated(text: str, task: str, options: Options) -> tuple[str, str, str] | No
 
 def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
     """An answer that is the text, or stands by itself at its end or beginning."""
-    sentences = parts(final, task, options)
+    sentences = sentences_in(final, task, options)
     if len(sentences) > 1:
         alone = standing_alone(final, task, options)
-        ends = [(part, answer) for part, answer in alone if part in (sentences[0], sentences[-1])]
+        ends = [(sentence, answer) for sentence, answer in alone if sentence in (sentences[0], sentences[-1])]
         if ends:
-            part, answer = ends[-1]
-            if takes_back(part.text) or is_taken_back(final[part.end :], answer, task, options):
+            sentence, answer = ends[-1]
+            # At the beginning a "No." takes nothing back.
+            if (sentence.start > 0 and takes_back(sentence.text)) or is_taken_back(
+                final[sentence.end :], answer, task, options
+            ):
                 raise Unreadable("two_answers")
-            return final[: part.start], the_only([answer, *(other for _, other in alone)]), final[part.end :]
+            return final[: sentence.start], the_only([answer, *(answer for _, answer in alone)]), final[sentence.end :]
         joined = " ".join(final.split())
         if task in ("temporal", "spatial") and (answer := short(joined, task, options)):
             # "Start: 3 s" and "End: 5 s" in lines of their own.
@@ -285,7 +375,7 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
             return final[: last.start], answer, ""
         if not reasoned:
             raise Unreadable("no_answer")
-    elif answer := short(final, task, options):
+    elif answer := short(final, task, options) or concluded(final, task, options):
         return "", answer, ""
     return "", _body(final, task, options), ""
 
@@ -293,13 +383,13 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
 def _body(text: str, task: str, options: Options) -> str:
     """The canonical form of a text that is known to be the answer."""
     text = visible(without_answer_marks(text)).strip()
-    boxed = _BOXED.findall(text) if task not in ("open", "ocr") else []
-    answer, reason = read_or_reason(text, task, options) if not boxed else (None, "")
-    if boxed:
-        around = short(_BOXED.sub(" ", text), task, options)
-        answers = [canonical_body(body, task, options) for body in boxed]
-        return the_only(answers if around is None else [*answers, around])
-    if (answer is None or task in ("open", "ocr")) and is_refusal(text, inside_answer=True):
+    if task in ("open", "ocr"):
+        answer, reason = read_or_reason(text, task, options)
+    elif boxed := _boxed(text, task, options):
+        return boxed[1]
+    else:
+        answer, reason = read_or_reason(text, task, options)
+    if (answer is None or task in ("open", "ocr")) and is_refusal(text, task=task, inside_answer=True):
         raise Unreadable("refusal")
     if answer is None:
         raise Unreadable(reason)

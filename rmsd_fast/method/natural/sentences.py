@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from .body import MOST_CHARACTERS, canonical_body
-from .options import comparable, comparable_options, whole_option
+from .boxes import boxes_in
+from .doubts import is_absent, is_denied, is_doubted, is_retracted, is_unknowing
+from .numbers import recounted
+from .options import comparable, comparable_options, names_another, whole_option
 from .reasons import Unreadable
+from .times import intervals_in
 
 Options = Sequence[str] | None
 
@@ -17,13 +22,13 @@ _CUE = re.compile(
     r"answer|choice|option|\bans\b|\bI\b|respuesta|antwort|lösung|réponse|答|选|選|正解|回答", re.IGNORECASE
 )
 _STATEMENT = re.compile(
-    r"(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|best|right|most\s+likely|overall)\s+)*\b(?:answer|choice|option|ans)\b"
+    r"(?:\b(?:the|my|our)\s+)?(?:\b(?:final|correct|best|right|most\s+likely|overall)\s+)*\b(?:answer|choice|option"
+    r"|ans)\b"
     r"(?:\s+(?:here|to (?:the|this) question))?"
     r"(?:\**\s*(?:is|would be|should be|must be|will be|=)(?!\w)\**\s*(?:[:：]\**)?|\**\s*[:：=]\**)\s*"
     r"|\bI(?:['’]d|['’]ll| would| will)?\s+(?:go with|choose|pick|select|opt for)\s+"
     r"|\b(?:respuesta|antwort|lösung|réponse)(?:\s+(?:correcta|final|correcte))?(?:\s+(?:es|ist|lautet|est)\b|\s*:)\s*"
-    r"(?:(?:la|el|die|der|das|opción|option)\s+)*"
-    r"|[【\[]\s*(?:最终)?答案\s*[】\]]\s*[:：]?\s*"
+    r"(?:(?:la|el|die|der|das|opción|option)\s+)*|[【\[]\s*(?:最终)?答案\s*[】\]]\s*[:：]?\s*"
     r"|(?:最终|正确|最佳|所以|因此|最後の|正解の)?(?:的)?(?:答案|选项|答え|正解|回答)(?:应该|应当)?"
     r"(?:是|为|選|选|：|:|は)+(?!不)\s*[:：]?\s*"
     r"|(?<![不别非])(?:故|应|所以|因此|我)?(?<![不别非])(?:选择|选)(?=\s*[(（]?[A-ZＡ-Ｚ])\s*",
@@ -40,26 +45,30 @@ _HEADING = re.compile(
 )
 # "Let me go through each option:".
 _NO_STATEMENT = re.compile(r"\b(?:each|every|all|any|which|what|whether|per)\s+(?:of\s+)?(?:the\s+)?$", re.IGNORECASE)
-_DENIAL_BEFORE = re.compile(
-    r"\b(?:wrong|incorrect|false|not|never|if|were|rul\w+ out|eliminat\w+|exclud\w+|first|initial)\b"
-    r"|n['’]t\b|不|错|如果",
-    re.IGNORECASE,
-)
+# "My first answer was B", "If it were brown, the answer would be A".
+_EARLIER = re.compile(r"\b(?:first|initial(?:ly)?|previous|former|earlier|were|if)\b|如果", re.IGNORECASE)
 _CONCLUSION = re.compile(
     r"(?:(?:so|therefore|thus|hence|in total|overall|altogether|in conclusion|in summary|consequently)\b"
     r"|总共|一共|因此|所以|综上|总之|よって|したがって)[,，、\s]*"
     r"|(?=there (?:is|are)\b[^.]*\b(?:in total|altogether|overall)\b)",
     re.IGNORECASE,
 )
-# Words that take back an answer that stands before them.
-_TAKEN_BACK = re.compile(
-    r"\b(?:however|wait|actually|alternatively|on (?:second|further) thought|on reflection|correction|scratch that"
-    r"|or (?:maybe|perhaps|possibly)|hmm|unless|not sure|unsure|uncertain|(?:could|may|might) (?:also|as well)"
-    r"|answer (?:could|may|might)|(?:but|although) (?:it|i|this|that) (?:could|may|might)|possible|ambiguous"
-    r"|wrong answer|no,|sorry)(?![a-z])"
-    r"|然而|等等|或者|不对|可能|无法|不确定",
-    re.IGNORECASE,
+_OF_THE_ANSWER = re.compile(
+    r"\b(?:it|this|that|answer|box|coordinates)(?:['’]s|\s+(?:is|are|should|must|would))\b|[:：]", re.IGNORECASE
 )
+_LAST_CLAUSE = re.compile(
+    r"[,，;；]\s*(?:and\s+)?(?:so|therefore|thus|hence)\s+|[,，;；]\s*(?:所以|因此)", re.IGNORECASE
+)
+# "Frames:", "In millions:", "Format: xywh." before an answer.
+_OTHER_MEASURE = {
+    "temporal": re.compile(
+        r"(?:\b(?:frames?|minutes?|hours?|percent|frame (?:numbers?|ind(?:ex|ices)))|[帧%])\W*[:：]\W*$", re.IGNORECASE
+    ),
+    "spatial": re.compile(r"\b(?:xywh|cxcywh|yxyx|ltwh|coco|yolo|pixels?|px)\b", re.IGNORECASE),
+    "numeric": re.compile(
+        r"\b(?:hundreds|thousands|millions|billions|dozens)\W*[:：]\W*$|\b(?:at (?:least|most)|than)\W*$", re.IGNORECASE
+    ),
+}
 _RETRACTION = re.compile(
     r"\W*(?:no|sorry|correction|wait|actually|rather|or|hmm|on (?:reflection|second thought)|i mean|不|不对|等等|或)"
     r"(?![a-z])",
@@ -67,12 +76,17 @@ _RETRACTION = re.compile(
 )
 _STOP = re.compile(r"[.!?]+[\"”*)\]]*(?=\s|$)|[。！？]+[”」）*]*")
 _ABBREVIATION = re.compile(r"\.[a-z]$")
+# "max. 3" is a bound, and "No. 3" a name.
+_BEFORE_NUMBER = re.compile(r"\b(?:no|nr|min|max|approx|ca|vol|fig|vs)$", re.IGNORECASE)
 _LABEL_STOP = re.compile(r"(?<![A-Za-z])(?:\([A-Za-z]\)|\[[A-Za-z]\]|[A-Za-z])\.[*]*$")
 _NUMBERED = re.compile(r"\s*[0-9]{1,2}[.)](?:\s|$)")
 _LISTED = re.compile(r"\s*(?:[-*•]\s*)?\**[(\[]?([A-Z])[)\].:、]\**\s*\S")
 
 
-class Part(NamedTuple):
+_CLAUSES = re.compile(r"[,，;；:：]")
+
+
+class Sentence(NamedTuple):
     """A sentence of a text, and where it stands."""
 
     start: int
@@ -80,9 +94,9 @@ class Part(NamedTuple):
     text: str
 
 
-def parts(text: str, task: str, options: Options) -> list[Part]:
+def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
     """The sentences of a text; in ocr questions its lines, since a stop may belong to what is read."""
-    found = []
+    sentences = []
     for line in re.finditer(r"[^\n]+", text):
         start, ends = line.start(), []
         if task != "ocr":
@@ -94,14 +108,18 @@ def parts(text: str, task: str, options: Options) -> list[Part]:
             ):
                 continue
             if text[start:end].strip():
-                found.append(Part(start, end, text[start:end].strip()))
+                sentences.append(Sentence(start, end, text[start:end].strip()))
             start = end
-    return found
+    return sentences
 
 
 def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
     """Whether a stop is that of a sentence, and not of an abbreviation such as "i.e."."""
     before = line[max(0, stop.start() - 2) : stop.start()]
+    if re.match(
+        r"\.\s*(?:[0-9]|one|two|three|four|five|six|seven|eight|nine|ten)", line[stop.start() :][:8]
+    ) and _BEFORE_NUMBER.search(line[: stop.start()][-8:]):
+        return False
     return bool(before.strip()) and not before[-1].isspace() and not _ABBREVIATION.search(before)
 
 
@@ -125,7 +143,7 @@ class Statement(NamedTuple):
 
 def statements(text: str, task: str, options: Options) -> list[Statement]:
     """All statements of a text in order, also those that cannot be read."""
-    sentences, found = parts(text, task, options), []
+    sentences, stated = sentences_in(text, task, options), []
     for index, sentence in enumerate(sentences):
         if not _CUE.search(sentence.text):
             continue
@@ -136,18 +154,23 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
             if not value.strip("*:： ") and number + 1 == len(matches) and index + 1 < len(sentences):
                 # "The answer is:" and the answer in the next line.
                 value, end = sentences[index + 1].text, sentences[index + 1].end
-            if _NO_STATEMENT.search(sentence.text[: match.start()]):
+            before = sentence.text[max(0, match.start() - 200) : match.start()]
+            if _NO_STATEMENT.search(before):
                 continue
-            clause = re.split(r"[,，;；:：]", sentence.text[: match.start()])[-1]
-            denied = _DENIAL_BEFORE.search(clause)
+            clause = next((text for text in reversed(_CLAUSES.split(before)) if text.strip()), "")
+            # "My guess: the answer is B"; but "It is not brown, so the answer is B".
+            denied = is_unknowing(clause) or (
+                not re.search(r"[,，;；:：]\s*$", before)
+                and (is_denied(clause) or is_doubted(clause) or is_absent(clause) or _EARLIER.search(clause))
+            )
             answer, reason = (None, "two_answers") if denied else read_or_reason(value, task, options)
-            found.append(Statement(sentence.start, end, answer, reason))
-    return found
+            stated.append(Statement(sentence.start, end, answer, reason))
+    return stated
 
 
 def text_statement(text: str) -> tuple[str, str] | None:
     """What stands before and behind the last line or sentence that begins with "The answer is"."""
-    starts = [part.start for part in parts(text, "open", None)]
+    starts = [sentence.start for sentence in sentences_in(text, "open", None)]
     for start in reversed(starts):
         if match := _TEXT_STATEMENT.match(text, start):
             return text[:start], text[match.end() :]
@@ -170,28 +193,57 @@ def takes_back(text: str) -> bool:
 
 def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
     """Whether the text behind an answer takes it back, or gives another one."""
-    if _TAKEN_BACK.search(text):
+    if not text.strip():
+        return False
+    if is_retracted(text) or {alone for _, alone in standing_alone(text, task, options)} - {answer}:
         return True
-    return bool({other for _, other in standing_alone(text, task, options)} - {answer})
+    return any(_gives_another(sentence.text, answer, task, options) for sentence in sentences_in(text, task, options))
 
 
-def standing_alone(text: str, task: str, options: Options) -> list[tuple[Part, str]]:
+def _gives_another(sentence: str, answer: str, task: str, options: Options) -> bool:
+    """Whether a sentence behind an answer gives another one, and does not deny it."""
+    if len(sentence) > MOST_CHARACTERS:
+        return False
+    if task == "mcq":
+        return names_another(sentence, answer, options)
+    # "If you count the statue as well, it is 4."
+    if is_denied(sentence) or sentence.lstrip("( ").lower().startswith("if "):
+        return False
+    if task == "numeric":
+        return bool(recounted(sentence) - {Decimal(answer)})
+    if task == "temporal":
+        return bool(intervals_in(sentence) - {tuple(map(Decimal, answer.split(" to ")))})
+    # "The cat is at [610, 30, 880, 300]" tells of another object.
+    return _OF_THE_ANSWER.search(sentence) is not None and bool(boxes_in(sentence) - {re.sub(r"\s", "", answer)})
+
+
+def check_lead(text: str, task: str, options: Options) -> None:
+    """Raise Unreadable where the sentences right before an answer make it unknown, or one in another measure."""
+    lines = [sentence.text for sentence in sentences_in(text[-1000:], task, options)[-2:]]
+    if any(is_unknowing(line) for line in lines):
+        raise Unreadable("no_answer")
+    measure = _OTHER_MEASURE.get(task)
+    if measure and any(measure.search(line) for line in lines):
+        raise Unreadable({"temporal": "not_an_interval", "spatial": "not_a_box"}.get(task, "not_a_number"))
+
+
+def standing_alone(text: str, task: str, options: Options) -> list[tuple[Sentence, str]]:
     """Lines and sentences that are an answer as a whole, in order.
 
-    The options in a row are no answers, since a response often repeats them, nor are the entries of a numbered list.
+    The options in a row do not count, since a response often repeats them, nor do the entries of a numbered list.
     Two answers in one sentence raise Unreadable.
     """
-    sentences = parts(text, task, options)
-    listed = [_LISTED.match(part.text) if task == "mcq" else None for part in sentences]
+    sentences = sentences_in(text, task, options)
+    listed = [_LISTED.match(sentence.text) if task == "mcq" else None for sentence in sentences]
     letters = [match[1] for match in listed if match]
     listing = len(letters) > 1 and letters == sorted(set(letters))
-    found = []
-    for part, match in zip(sentences, listed, strict=True):
-        entry = (listing and match) or (task != "mcq" and _NUMBERED.match(part.text))
-        answer = None if entry else short(part.text, task, options)
+    alone = []
+    for sentence, match in zip(sentences, listed, strict=True):
+        entry = (listing and match) or (task != "mcq" and _NUMBERED.match(sentence.text))
+        answer = None if entry else short(sentence.text, task, options)
         if answer is not None:
-            found.append((part, answer))
-    return found
+            alone.append((sentence, answer))
+    return alone
 
 
 def short(text: str, task: str, options: Options) -> str | None:
@@ -214,7 +266,10 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """The answer of a sentence that begins with "so" or "in total"."""
+    """The answer of a sentence that begins with "so" or "in total", or ends with such a clause."""
+    *reason, clause = _LAST_CLAUSE.split(sentence)
+    if reason and task in ("mcq", "numeric") and not is_unknowing(sentence):
+        return read_or_reason(clause, task, options)[0]
     conclusion = _CONCLUSION.match(sentence)
     return read_or_reason(sentence[conclusion.end() :], task, options)[0] if conclusion else None
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import unicodedata
 from collections.abc import Sequence
 
+from .doubts import is_doubted
 from .reasons import Unreadable
+
+# Keys of JSON beside an answer that say nothing about its value.
+REASONING_KEYS = ("think", "thinking", "thought", "reasoning", "reason", "analysis", "explanation", "rationale")
+REMARK_KEYS = {
+    *REASONING_KEYS,
+    "confidence",
+    "description",
+    "evidence",
+    "question",
+    "label",
+    "event",
+    "action",
+    "caption",
+}
 
 # Zero-width spaces and joiners, marks of direction, byte order marks, soft hyphens.
 _UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
@@ -15,13 +31,22 @@ _DASHES = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63]")
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n?(.*?)\n?[ \t]*```", re.DOTALL)
 _FENCE_MARK = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*$", re.MULTILINE)
 _JSON_START = re.compile(r"^[ \t]*[{\[]", re.MULTILINE)
-_DECODER = json.JSONDecoder(parse_float=str, parse_int=str)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|boxed|fbox)\s*\{([^{}]*)\}")
 _LATEX_WHOLE = re.compile(r"\$*\s*(\\(?:text|boxed|fbox|mathrm|textbf)\s*\{.*\})\s*\$*", re.DOTALL)
 _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(?<!\\)\$")
+_LATEX_PERCENT = re.compile(r"\\([%$])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
-_LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[-*•]\s+)", re.MULTILINE)
-_EMPHASIS = re.compile(r"\*{1,3}|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~")
+# A dash before a number may be its sign, and ">" a bound.
+_LINE_MARK = re.compile(
+    r"^\s*(?:#{1,6}\s+|[*•]\s+|[>-]\s+(?![$€£¥]?\s*[.0-9]|(?:one|two|three|four|five|six|seven|eight|nine|ten)\b))",
+    re.MULTILINE | re.IGNORECASE,
+)
+_STRUCK_OUT = re.compile(r"~~[^~\n]+~~|<(s|del|strike)>")
+_SUPERSCRIPT = re.compile("(?<=[0-9)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+# In "3 * 4" and "10**5" the stars are not emphasis.
+_EMPHASIS = re.compile(
+    r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
+)
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"
@@ -29,9 +54,8 @@ _LABEL = re.compile(
     r"|(?:最终|最後の?|正确|正確な?|正しい)?的?(?:答案|选项|答え|回答|解答)(?:应该|应当)?\s*[是为選选:：=は]+\s*",
     re.IGNORECASE,
 )
-# "Bです" is B; and in "B, not A" the second part takes nothing back.
+# "Bです" is B.
 _POLITE_END = re.compile(r"(?:です|である|になります|だ)$")
-_CONTRAST = re.compile(r"\s*[,，(]\s*(?:and |but )?(?:not|rather than|instead of)\b[^,，.(]*$", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
@@ -71,9 +95,12 @@ def plain(body: str) -> str:
     Raises:
         Unreadable: it is a question.
     """
-    # The full-width comma of Chinese is none of a number.
-    text = _DASHES.sub("-", unicodedata.normalize("NFKC", strip_outside(body).replace("，", "， ")))
-    text = _LINE_MARK.sub("", _HTML.sub(" ", _LATEX_MARKS.sub(" ", strip_latex_text(text))))
+    # The full-width comma of Chinese is not part of a number.
+    text = compatible(html.unescape(strip_outside(body)).replace("，", "， "))
+    if _STRUCK_OUT.search(text):
+        raise Unreadable("no_answer")
+    text = _LATEX_PERCENT.sub(r"\1", _LATEX_MARKS.sub(" ", strip_latex_text(text)))
+    text = _LINE_MARK.sub("", _HTML.sub(" ", text))
     text = " ".join(_EMPHASIS.sub("", text).split())
     for _ in range(3):
         if label := _LABEL.match(text):
@@ -81,7 +108,15 @@ def plain(body: str) -> str:
     if text.endswith("?"):
         raise Unreadable("no_answer")
     text = _POLITE_END.sub("", text.rstrip("。.!！;； "))
-    return _unwrapped(_CONTRAST.sub("", text), _QUOTES)
+    return _unwrapped(text, _QUOTES)
+
+
+def compatible(text: str) -> str:
+    """The text in compatibility characters, with one kind of dash; the 5 of 10⁵ stays an exponent, 10^5."""
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
+    return _DASHES.sub("-", unicodedata.normalize("NFKC", text))
 
 
 def strip_latex_text(text: str) -> str:
@@ -92,19 +127,45 @@ def strip_latex_text(text: str) -> str:
 
 
 def json_value(text: str) -> object | None:
-    """The value of a text in JSON, its numbers as they are written; None for any other text."""
+    """The value of a text in JSON, its numbers as they are written, keys in lower case; None for any other text.
+
+    Raises:
+        Unreadable: an object has a key twice.
+    """
     try:
-        return json.loads(text, parse_float=str, parse_int=str)
+        return _DECODER.decode(text)
+    except Unreadable:
+        raise
     except (ValueError, RecursionError):
         return None
 
 
 def json_object(text: str) -> dict[str, object]:
-    """The object in a text of JSON, also where it is the only one of a list; keys in lower case. {} for other texts."""
+    """The object in a text of JSON, also where it is the only one of a list. {} for other texts."""
     value = json_value(text) if text.startswith(("{", "[")) else None
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return {str(key).lower().replace(" ", "_"): item for key, item in value.items()} if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def without_remarks(record: dict[str, object]) -> dict[str, object]:
+    """The keys of an object that may hold an answer, or change it.
+
+    Every key outside REMARK_KEYS counts, since it may name another unit, another sign or another order.
+    """
+    if any(is_doubted(f"{item} confidence") for key, item in record.items() if key == "confidence"):
+        raise Unreadable("no_answer")
+    return {key: item for key, item in record.items() if key not in REMARK_KEYS}
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = {key.lower().strip().replace(" ", "_"): item for key, item in pairs}
+    if len(record) < len(pairs):
+        raise Unreadable("two_answers")
+    return record
+
+
+_DECODER = json.JSONDecoder(parse_float=str, parse_int=str, object_pairs_hook=_unique_keys)
 
 
 def find_json(text: str) -> tuple[str, object, str] | None:
@@ -112,6 +173,8 @@ def find_json(text: str) -> tuple[str, object, str] | None:
     for match in list(_JSON_START.finditer(text))[:5]:
         try:
             value, end = _DECODER.raw_decode(text, match.end() - 1)
+        except Unreadable:
+            raise
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) or any(isinstance(item, dict) for item in value):
