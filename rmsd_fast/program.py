@@ -44,7 +44,9 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        # Of a renaming the place that it should come to.
+        name_of_file = error.filename2 or error.filename
+        where = f"{name_of_file}: " if name_of_file else ""
         print(
             f"{name}: {where}{error.strerror}; see to the disk, its space and its rights; {signals.advice}",
             file=sys.stderr,
