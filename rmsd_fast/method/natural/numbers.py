@@ -38,7 +38,7 @@ _HAN = "".join((*_HAN_DIGITS, *_HAN_POWERS))
 # What is counted one by one. A pair (双) or a multiple (倍) is not among them.
 _MEASURE = (
     "(?:[个個只隻名人次辆輛件张張条條位种種本杯台朵棵块塊米秒岁歲层層つ匹回頭头根支枚座间間把颗顆粒片艘架部幅瓶碗盏扇度元圆"
-    "天年月日箱包盒盘袋串束滴句行列排级圈步声首封份门盆桶罐套笔轮局场集项处歳円分羽冊口道段页頁]"
+    "天年月日箱包盒盘袋串束脚滴句行列排级圈步声首封份门盆桶罐套笔轮局场集项处歳円分羽冊口道段页頁]"
     "|か所|ヶ所|千克|千米|千瓦|公里|公斤|厘米|毫米|小时|毫升)"
 )
 # "三个人": a numeral before a measure word, or as the whole answer.
@@ -81,8 +81,21 @@ _BEFORE = re.compile(
     r"|spin|roll"
     r"|open|close|use|put|place|shoot|drop|raise|buy|play|complete|attempt|visit|cross|passe|catche|touche|doe|run"
     r"|bounce|happen|occur|need|cost)(?:s|ed|d)?|took|did|made|threw|wore|ate|held|hits)"
-    r"|[有共约約是为為了着见見现現计計数數は이がに]|[看数听见得]到|上|中|里|答案)\s*$",
+    r"|[有共约約是为為了着见見现現计計数數は이がにで]|[看数听见得]到|上|中|里|答案)\s*$",
     re.IGNORECASE,
+)
+# Things that a number names rather than counts, and words that change it.
+_NAMED_BY_NUMBER = re.compile(
+    r"\b(?:frames?|steps?|scenes?|options?|parts?|pages?|levels?|versions?|channels?|rooms?|gates?|platforms?|figures?"
+    r"|questions?|chapters?|doubles?|triples?|twice|half|every|each|or|to)\s$",
+    re.IGNORECASE,
+)
+# Any verb in the third person, and any participle: "carries 20", "marked 2500 kg", "filled to 0.75 cups".
+_VERB = re.compile(
+    r"(?<![A-Za-z])(?!(?:frames|steps|scenes|options|parts|pages|levels|versions|channels|rooms|gates|platforms|figures"
+    r"|questions|chapters|seconds|minutes|hours|doubles|triples|halves|plus|minus|perhaps|unless|besides|always|times"
+    r"|exceeds|nears|divided|multiplied|increased|reduced|increases|bus|lines|apartments|series|class)\s)"
+    r"(?:[a-z]{2,}(?:s|ed|ing)|labell?ed|to|sind|insgesamt|gibt|hay|son|tiene|sont)\s$"
 )
 _UNIT = re.compile(
     r"\s*(?:%|°\s?[CF]?|[€£¥$]|(?:km|cm|mm|m|kg|g|mg|ml|mL|cl|l|L|s|sec|secs|ms|h|hr|hrs|min|mins|in|ft|yd|mi|lbs?"
@@ -278,9 +291,11 @@ def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
     """Whether the words directly around a number leave it its value."""
     before, after = text[: count.start()], text[count.end() :]
     # What is done 3 times may be any verb.
-    if not _BEFORE.search(before[-40:] if len(before) > 40 else before) and not (
-        re.match(r"\s*times\W*(?:$|in|at|on|during)", after) and re.search(r"\b[a-z]{3,}s\s$", before[-20:])
-    ):
+    near = before[-40:] if len(before) > 40 else before
+    repeated = re.match(r"\s*times\b", after) and not _NAMED_BY_NUMBER.search(near)
+    # "the number 20", but not "number 3 on the list".
+    labelled = re.search(r"\bnumber\s$", near, re.IGNORECASE) and _END.match(after)
+    if not (_BEFORE.search(near) or _VERB.search(near) or repeated or labelled):
         return False
     if _END.match(after) or _UNIT.match(after) or re.match(rf"\s*{_MEASURE}", after):
         return True

@@ -53,7 +53,7 @@ _TELLING = re.compile(
     r"(?:\b(?:is|are|was|were|wears?|wore|wearing|holds?|holding|has|have|shows?|showing|pours?|pouring|poured"
     r"|plays?|playing"
     r"|drinks?|drinking|eats?|eating|uses?|using|carries|carrying|rides?|riding|drives?|driving|says|reads|turns"
-    r"|becomes?|in|on|at|into|made)|[是为為在了着到有穿拿])$"
+    r"|becomes?|in|on|at|into|made|[a-z]{3,}(?:ing|ed))|[是为為在了着到有穿拿])$"
 )
 # Options that deny or affirm a question. Inside a sentence these words do not answer it: "no idea", "not yes".
 _POLAR = {
@@ -85,6 +85,8 @@ _JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can
 _KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
 # The words of the option beside its letter.
 _TEXT_KEYS = {"text", "option_text", "answer_text"}
+# A longer sentence may repeat an option for another reason than to choose it.
+MOST_WORDS = 30
 _ALL_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -108,7 +110,8 @@ def read_letter(body: str, options: Sequence[str] | None) -> str:
         for match in _NAMED.finditer(text)
         if not _JUDGED.match(text, match.end()) or _AFFIRMED.match(text[match.end() :].lstrip())
     }
-    named |= _told(_EXPLAINED.split(text)[0], texts, letters)
+    claim = _EXPLAINED.split(text)[0]
+    named |= _told(claim, texts, letters) or _told_in_words(claim, texts, letters)
     mentioned = named | _quoted(text, texts, letters) | _mentioned(text, letters)
     if len(mentioned) > 1:
         raise Unreadable("two_answers")
@@ -249,9 +252,13 @@ def _inside_json(body: str) -> str:
 def _is_another(text: str, options: Sequence[str] | None, letters: str) -> bool:
     """Whether what stands behind "not" is an option itself: "B, not A"; but not "B, not sure"."""
     try:
-        return _as_a_whole(text.strip(), options, letters) is not None
+        if _as_a_whole(text.strip(), options, letters) is not None:
+            return True
     except Unreadable:
         return False
+    # "coffee (B)".
+    texts = comparable_options(options)
+    return len(text.split()) <= 8 and len(_mentioned(text, letters) | _quoted(text, texts, letters)) == 1
 
 
 def _without_option_words(text: str, options: Sequence[str] | None) -> str:
@@ -323,6 +330,14 @@ def _told(text: str, texts: Sequence[str], letters: str) -> set[str]:
         if _TELLING.search(before) or (after and _AFFIRMED.match(after)):
             told.add(letters[index])
     return told
+
+
+def _told_in_words(text: str, texts: Sequence[str], letters: str) -> set[str]:
+    """The one option of several words that a sentence repeats; a single word may be there for another reason."""
+    quoted = _quoted(text, texts, letters)
+    words = [texts[letters.index(letter)] for letter in quoted]
+    several = len(words) == 1 and (" " in words[0] or (not words[0].isascii() and len(words[0]) > 3))
+    return quoted if several and len(text.split()) <= MOST_WORDS else set()
 
 
 def _mentioned(text: str, letters: str) -> set[str]:

@@ -32,11 +32,14 @@ from .sentences import (
     text_statement,
 )
 from .tags import has_tags, one_spelling, split_reasoning, without_answer_marks, without_region_marks, without_tags
-from .text import REASONING_KEYS, find_json, strip_outside, visible
+from .text import REASONING_KEYS, find_json, strip_outside, visible, without_courtesy
 
 Options = Sequence[str] | None
 # A longer text without an answer block does not answer a closed question.
 MOST_CHARACTERS = 20_000
+# A shorter text without reasoning may say its answer in any of its sentences, if there is one only.
+MOST_WORDS = 60
+_LIST_MARK = re.compile(r"^\s*[-*•]\s+(?=[A-Za-z*])", re.MULTILINE)
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
@@ -105,6 +108,7 @@ def read_response(text: str, task: str, options: Options, finish_reason: str | N
     if ordered and task in ("open", "ocr"):
         return _text_in_order(text, task)
     reasoning, final = split_reasoning(text if ordered else one_spelling(text))
+    final = final if ordered else without_courtesy(final)
     if has_tags(final):
         before, answer, after = _tagged(final, task, options, finish_reason)
     elif len(final) > MOST_CHARACTERS and task != "open":
@@ -363,7 +367,7 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
             ):
                 raise Unreadable("two_answers")
             return final[: sentence.start], the_only([answer, *(answer for _, answer in alone)]), final[sentence.end :]
-        joined = " ".join(final.split())
+        joined = " ".join(_LIST_MARK.sub("", final).split())
         if task in ("temporal", "spatial") and (answer := short(joined, task, options)):
             # "Start: 3 s" and "End: 5 s" in lines of their own.
             return "", answer, ""
@@ -374,7 +378,12 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
         if answer := concluded(last.text, task, options):
             return final[: last.start], answer, ""
         if not reasoned:
-            raise Unreadable("no_answer")
+            if len(final.split()) > MOST_WORDS:
+                raise Unreadable("no_answer")
+            answer, reason = read_or_reason(final, task, options)
+            if answer is None:
+                raise Unreadable(reason if reason in ("two_answers", "a_range") else "no_answer")
+            return "", answer, ""
     elif answer := short(final, task, options) or concluded(final, task, options):
         return "", answer, ""
     return "", _body(final, task, options), ""

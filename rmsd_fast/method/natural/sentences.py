@@ -57,7 +57,14 @@ _OF_THE_ANSWER = re.compile(
     r"\b(?:it|this|that|answer|box|coordinates)(?:['’]s|\s+(?:is|are|should|must|would))\b|[:：]", re.IGNORECASE
 )
 _LAST_CLAUSE = re.compile(
-    r"[,，;；]\s*(?:and\s+)?(?:so|therefore|thus|hence)\s+|[,，;；]\s*(?:所以|因此)", re.IGNORECASE
+    r"[,，;；]\s*(?:and\s+)?(?:so|therefore|thus|hence|giving|i\.e\.,?|that is,|(?:which|that) means"
+    r"|making (?:it )?(?:a )?total of"
+    r"|for a total of|(?:which )?(?:brings|bringing) the total to)\s+|[,，;；]\s*(?:所以|因此)|\s*(?:→|=>|⇒)\s*",
+    re.IGNORECASE,
+)
+# "Number of goals scored: 3".
+_COUNT_LABEL = re.compile(
+    r"[^0-9:：\n]{0,80}\b(?:number|count|total|amount|quantity)\b[^0-9:：\n]{0,60}[:：]\s*(?=\S)", re.IGNORECASE
 )
 # "Frames:", "In millions:", "Format: xywh." before an answer.
 _OTHER_MEASURE = {
@@ -261,6 +268,8 @@ def short(text: str, task: str, options: Options) -> str | None:
             if error.reason == "two_answers":
                 raise
             return None
+    if task == "numeric" and (label := _COUNT_LABEL.match(text)):
+        text = text[label.end() :].strip(" *_")
     words = len(text.split())
     return read_or_reason(text, task, options)[0] if words <= (3 if task == "numeric" else 12) else None
 
@@ -268,7 +277,9 @@ def short(text: str, task: str, options: Options) -> str | None:
 def concluded(sentence: str, task: str, options: Options) -> str | None:
     """The answer of a sentence that begins with "so" or "in total", or ends with such a clause."""
     *reason, clause = _LAST_CLAUSE.split(sentence)
-    if reason and task in ("mcq", "numeric") and not is_unknowing(sentence):
+    # "3 → 5" goes from one to the other.
+    moves = task == "numeric" and re.search("[→⇒]|=>", sentence)
+    if reason and task in ("mcq", "numeric") and not moves and not is_unknowing(sentence):
         return read_or_reason(clause, task, options)[0]
     conclusion = _CONCLUSION.match(sentence)
     return read_or_reason(sentence[conclusion.end() :], task, options)[0] if conclusion else None

@@ -23,6 +23,10 @@ REMARK_KEYS = {
     "event",
     "action",
     "caption",
+    "object",
+    "objects",
+    "item",
+    "items",
 }
 
 # Zero-width spaces and joiners, marks of direction, byte order marks, soft hyphens.
@@ -54,6 +58,14 @@ _LABEL = re.compile(
     r"|(?:最终|最後の?|正确|正確な?|正しい)?的?(?:答案|选项|答え|回答|解答)(?:应该|应当)?\s*[是为選选:：=は]+\s*",
     re.IGNORECASE,
 )
+# "Let me know if you need more detail!" behind an answer. With a number it may be an answer itself.
+_COURTESY = re.compile(
+    r"(?<=[.!?)*”\"\]\n。！])\s*(?:please )?(?:let me know|do let me know|feel free|tell me|i hope (?:this|that)"
+    r"|hope (?:this|that)"
+    r"|(?:i['’]m |i am )?happy to|if you(?:['’]d| would)? (?:need|want|have|like)|would you like|do you want"
+    r"|is there anything|don['’]t hesitate|如果[您你]|希望(?:这|对)|需要我)[^\n0-9.!?。！？]*[.!?。！？]*\s*$",
+    re.IGNORECASE,
+)
 # "Bです" is B.
 _POLITE_END = re.compile(r"(?:です|である|になります|だ)$")
 
@@ -69,6 +81,12 @@ def strip_outside(text: str) -> str:
     if text.startswith("```") and (fenced := _FENCE.fullmatch(text)):
         text = fenced[1].strip()
     return text
+
+
+def without_courtesy(text: str) -> str:
+    """The text without a polite sentence at its end that offers more."""
+    # There may be two.
+    return _COURTESY.sub("", _COURTESY.sub("", text))
 
 
 def unquoted(text: str) -> str:

@@ -36,7 +36,7 @@ _BETWEEN = re.compile(
     rf"(?:\s|[,;:=\"'(\[]|\b(?:t\s*=|and|y|und|et|it|the|this|event|action|scene|which|then|at|around|about"
     rf"|approximately|"
     rf"roughly|approx|circa|time|timestamp|mark|seconds?|segundos?|of|is|on|in|up|going|continues?|continuing|runs?"
-    rf"|with|"
+    rf"|with|sekunden?|secondes?|"
     rf"las|los|el|der|die)(?![a-z])|并|在|于|持续|一直|直|大约|约|第|时间|时刻|，|\.(?=\s)|(?P<join>(?<![a-z]){_JOINER}(?![a-z])))*",
     re.IGNORECASE,
 )
@@ -58,7 +58,7 @@ _CLOCK_NAMED = re.compile(
 )
 _OTHER_UNIT = re.compile(
     r"\b(?:frames?|percent|days?|weeks?|years?|beats?|bpm|fps|hundred|thousand|million|half|quarter|ticks?"
-    r"|scoreboard|stopwatch|countdown|score|odds|ratio)\b|帧|コマ|%|天|±|\^"
+    r"|normali[sz]ed|relative|fractions?|proportions?|scoreboard|stopwatch|countdown|score|odds|ratio)\b|帧|コマ|%|天|±|\^"
     r"|[(（]\s*(?:in\s+)?(?:minutes?|mins?|hours?|ms|milliseconds?)\s*[)）]",
     re.IGNORECASE,
 )
@@ -72,10 +72,10 @@ _DURATION = re.compile(
 _BEFORE = re.compile(
     r"(?:^|[:：=(\[，,;\"“]|\.\s|(?<![a-z])(?:is|are|was|at|about|approximately|approx|roughly|around|circa|ca"
     r"|of about|the"
-    r"|from|between|von|vom|de|del|desde(?:\s+el)?|entre|zwischen|segundo|second|seconds|timestamps?|runs?|occurs"
+    r"|from|between|von|vom|de|del|desde(?:\s+el)?|entre|zwischen|segundo|sekunde|seconde|second|seconds|timestamps?|runs?|occurs"
     r"|happens|spans"
     r"|interval|segment|window|range|period|event|answer|during|lies|starts|begins|starting|beginning|t\s*="
-    r"|start(?:_time)?|time)|[从自在于於是为為は到第间間约約])\s*$",
+    r"|(?:happens|occurs) in|start(?:_time)?|time)|[从自在于於是为為は到第间間约約的])\s*$",
     re.IGNORECASE,
 )
 _FRAME = re.compile(
@@ -91,7 +91,9 @@ _FRAME = re.compile(
 _UNIT_BEFORE = re.compile(r"(?:\b(?:segundo|seconds?|seconde|sekunde)|第|\bt\s*=)\s*$", re.IGNORECASE)
 # "starts 3 to 5", "in 3 to 5", "-[3, 5]".
 _NOT_DIRECTLY = re.compile(
-    r"\b(?:starts?|begins?|starting|beginning|in|within|of|video|clip)[\s(\[]*$|(?:^|\s)-[\[(]$", re.IGNORECASE
+    r"\b(?:starts?|begins?|starting|beginning|(?<!happens )(?<!occurs )in|within|of|video|clip)[\s(\[]*$"
+    r"|(?:^|\s)-[\[(]$",
+    re.IGNORECASE,
 )
 # "starts between 3 and 5 s" gives no end.
 _NOT_BETWEEN = re.compile(
@@ -142,6 +144,7 @@ _SPELLINGS = (
     (re.compile(r"在\s*([0-9.:]+\s*秒?)[和与與]\s*([0-9.:]+\s*秒?)之?[间間]"), r"\1到\2"),
     (re.compile(r"([0-9.:]+\s*秒)开始[,，、]\s*([0-9.:]+\s*秒)(?:结束|停止)"), r"\1到\2"),
 )
+_CLOCK_IN_SECONDS = re.compile(rf"({_CLOCK})\s*\(\s*([0-9]+(?:\.[0-9]+)?)\s*{_S}\s*\)", re.IGNORECASE)
 _TO_SQUARE = str.maketrans("()", "[]")
 
 
@@ -209,6 +212,7 @@ def _usual_spelling(text: str) -> str:
         text = spelling.sub(usual, text)
     if _JOINED_NUMBERS.search(text):
         text = _DECIMAL_COMMA.sub(r"\1.\2", text)
+    text = _CLOCK_IN_SECONDS.sub(_same_clock, text)
     if named := _CLOCK_NAMED.search(text):
         # The clock times have as many fields as the name says, and the last one is of seconds.
         fields = named[1].lower().split(":")
@@ -219,6 +223,14 @@ def _usual_spelling(text: str) -> str:
             raise Unreadable("not_an_interval")
         text = _CLOCK_NAMED.sub(" ", text)
     return text
+
+
+def _same_clock(match: re.Match[str]) -> str:
+    """ "1:02 (62 s)" is 1:02, and an error where the two differ."""
+    clock = _TIME.match(match[1])
+    if clock is None or Decimal(_seconds(clock)) != Decimal(match[2]):
+        raise Unreadable("not_an_interval")
+    return match[1]
 
 
 def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
