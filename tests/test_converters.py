@@ -45,7 +45,10 @@ def test_ms_swift(tmp_path):
     (question,) = load(tmp_path, SWIFT | {"task_type": "numeric"})
     assert (question.id, question.question, question.task_type) == ("data-0", "How many cars?", "numeric")
     assert question.answer == "2" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
-    assert question.meta == {"format": "ms-swift"} and question.system == "Be brief."
+    # Whoever reorders the file gets other ids.
+    assert question.meta == {"format": "ms-swift", "id_by_position": True} and question.system == "Be brief."
+    (question,) = load(tmp_path, SWIFT | {"task_type": "numeric", "id": "q7"})
+    assert (question.id, question.meta) == ("q7", {"format": "ms-swift"})
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_null_is_the_same_as_absent_inside_too(tmp_path):
     assert (
         question.system is None
         and len(question.videos) == 1
-        and question.meta == {"format": "ms-swift"} | {"inferred": True}
+        and question.meta == {"format": "ms-swift", "id_by_position": True, "inferred": True}
     )
 
 

@@ -136,6 +136,18 @@ def opened(identity: str, answer: str, **meta) -> Question:
     return Question(identity, "?", "open", videos=(f"/{identity}.mp4",), answer=answer, meta=meta)
 
 
+def test_ids_by_position_are_counted():
+    train = [mcq("a"), *(mcq(f"train-{index}", meta={"id_by_position": True}) for index in (1, 2))]
+    summary = describe_questions(train, [mcq("held-0", videos=("/w.mp4",), meta={"id_by_position": True})])
+    assert summary.lines[2:4] == [
+        "ids of 2 training questions come from their positions in the file (train-1, train-2): give each an `id` "
+        "before the order changes",
+        "ids of 1 held-out question come from their positions in the file (held-0): give each an `id` before the "
+        "order changes",
+    ]
+    assert "position" not in describe_questions([mcq("a")], []).text()
+
+
 def test_what_is_probably_not_meant_is_a_warning():
     long = "A man walks to the door."
     (warning,) = describe_questions([opened("a", long), opened("b", long)], []).warnings

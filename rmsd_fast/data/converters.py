@@ -22,7 +22,8 @@ The answer is the key `answer` or `solution`, else the assistant's turn; where i
 text inside. The extra keys `task_type`, `options`, `duration`, `system` and `id` are read where a record has them; null
 is the same as a missing key; other keys are kept in `meta["source"]`. Two keys of one meaning have to agree: a record
 that gives its media, its answer, its task type or its system text twice and differently is an error, and so are the
-keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>".
+keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>",
+which the summary at the start counts (`meta["id_by_position"]`).
 Video-R1's regression questions are graded like every numeric one: choose `teacher.numeric_metric=mra` for them.
 """
 
@@ -118,8 +119,9 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         raw, names, used = _problem(record, where)
     else:
         raw, names, used = _chat(record, where, "conversations" if format == "llava" else "messages")
+    meta = {"format": format} | ({} if "id" in raw else {"id_by_position": True})
     raw = {"id": fallback_id, **raw}
-    meta = {"format": format} | _settle_task(raw, names, where, task_type, prose=format != "video-r1")
+    meta |= _settle_task(raw, names, where, task_type, prose=format != "video-r1")
     others = {key: value for key, value in record.items() if key not in used}
     raw["meta"] = meta | ({"source": others} if others else {})
     return raw, names

@@ -44,6 +44,8 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
     summary = Summary([f"questions: {_counts_by_task(train)}"])
     if heldout:
         summary.lines.append(f"held out: {_counts_by_task(heldout)}")
+    for role, questions in (("training", train), ("held-out", heldout)):
+        summary.lines += _ids_by_position(role, questions)
     shown = question_text(train[0]).replace("\n", "\n  | ")
     summary.lines.append(f"the user's turn, for a teacher too (question {train[0].id!r}):\n  | {shown}")
     if all(question.task_type == "open" for question in train):
@@ -58,6 +60,17 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
         summary.warnings += _closed_answers(role, questions)
     summary.warnings += _overlaps(train, heldout)
     return summary
+
+
+def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
+    """How many questions have an id that changes with the order of their file. A pool without keys cannot tell."""
+    ids = [question.id for question in questions if "id_by_position" in question.meta]
+    if not ids:
+        return []
+    return [
+        f"ids of {counted(len(ids), f'{role} question')} come from their positions in the file ({some_ids(ids)}): "
+        "give each an `id` before the order changes"
+    ]
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
