@@ -23,6 +23,7 @@ LLAVA = {
         {"from": "gpt", "value": "A car passes."},
     ],
 }
+LETTERED = [SWIFT["messages"][1], {"role": "assistant", "content": "two"}]
 VIDEO_R1 = {
     "problem_id": 12,
     "problem": "Which one?",
@@ -54,8 +55,9 @@ def test_ms_swift(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "task", "truth"),
     [
-        ("B", "mcq", "B"),
-        ("(B)", "mcq", "B"),
+        # A letter on a sign, say: no options are shown.
+        ("B", "open", "B"),
+        ("(B)", "open", "(B)"),
         ("3.5 to 10", "temporal", "3.5 to 10"),
         ("<answer>3.5 to 10</answer>", "temporal", "3.5 to 10"),
         ('{"time": [3.5, 10]}', "temporal", "3.5 to 10"),
@@ -69,7 +71,7 @@ def test_ms_swift(tmp_path):
         ("three", "open", "three"),
         ("3 cups", "open", "3 cups"),
         ("b", "open", "b"),
-        ("I", "mcq", "I"),
+        ("I", "open", "I"),
         ("yes", "open", "yes"),
     ],
 )
@@ -194,6 +196,28 @@ def test_a_dialogue_is_no_list_of_options(tmp_path):
     assert load(tmp_path, asked(two, "A. tea"))[0].options is None
 
 
+@pytest.mark.parametrize(
+    "question",
+    ["Which? A. tea B. milk", "Which? (A) tea (B) milk", "Which is it: a) tea, b) milk?", "Which?\nA: tea; B: milk."],
+)
+def test_a_letter_means_an_option_only_where_options_are_shown(tmp_path, question):
+    for settings in ({}, {"task_type": "mcq"}):
+        (shown,) = load(tmp_path, asked(question, "B"), **settings)
+        assert (shown.task_type, shown.answer, shown.options) == ("mcq", "B", None)
+    for kind in ("math", "multiple choice"):
+        record = VIDEO_R1 | {"problem": question, "problem_type": kind, "options": None}
+        assert load(tmp_path, record)[0].task_type == "mcq"
+
+
+@pytest.mark.parametrize("question", ["Which letter is on the sign?", "Is it before 9 a.m. or after?", "What is A?"])
+def test_a_letter_without_options_is_no_choice(tmp_path, question):
+    (read,) = load(tmp_path, asked(question, "B"))
+    assert (read.task_type, read.answer) == ("open", "B")
+    for record in (asked(question, "B", task_type="mcq"), VIDEO_R1 | {"problem": question, "options": []}):
+        with pytest.raises(DataError, match=r"field 'options': expected the choices of an mcq question, here or as"):
+            load(tmp_path, record)
+
+
 def test_content_parts_solution_query_and_other_keys(tmp_path):
     parts = [
         {"type": "text", "text": "Is "},
@@ -201,8 +225,8 @@ def test_content_parts_solution_query_and_other_keys(tmp_path):
         {"type": "text", "text": " in "},
         {"type": "video", "video": "v.mp4", "video_start": 3, "video_end": 10},
     ]
-    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "solution": "<answer>A</answer>"})
-    assert question.question == "Is <image> in <video>" and question.answer == "A"
+    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "solution": "<answer>yes</answer>"})
+    assert question.question == "Is <image> in <video>" and question.answer == "yes"
     assert [(kind, span) for kind, _, span in question.media] == [("image", None), ("video", (3.0, 10.0))]
     (question,) = load(tmp_path, {"query": "<video>How many?", "response": "3", "videos": ["v.mp4"], "source": "x"})
     assert (question.question, question.task_type, question.answer) == ("How many?", "numeric", "3")
@@ -217,8 +241,6 @@ def test_content_parts_solution_query_and_other_keys(tmp_path):
         ("boolean", "Yes", "mcq", "A"),
         ("boolean", "no", "mcq", "B"),
         ("math", "42", "numeric", "42"),
-        ("math", "B", "mcq", "B"),
-        ("multiple_choice", "B", "mcq", "B"),
         ("open-ended", "a dog", "open", "a dog"),
         (None, "3", "numeric", "3"),
     ],
@@ -412,6 +434,10 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"messages": SWIFT["messages"][1:] * 2}, r"expected one user turn.*got 2 user and 2 assistant turns"),
         (
             SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": "two"}], "task_type": "mcq"},
+            r"field 'options': expected the choices of an mcq question",
+        ),
+        (
+            SWIFT | {"messages": LETTERED, "task_type": "mcq", "options": ["tea", "milk"]},
             r"field 'messages': expected one option letter",
         ),
         (SWIFT | {"videos": []}, r"at least one path under 'videos' or 'images'"),

@@ -233,6 +233,11 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"videos": [{"path": "a.mp4", "start": -1}]}, r"expected start and end in seconds from 0, got -1"),
         ({"videos": [{"path": "a.mp4", "end": True}]}, r"expected start and end in seconds from 0, got True"),
         ({"videos": [{"path": "a.mp4", "start": 3, "end": 3}]}, r"expected an end after the start, got \[3, 3\]"),
+        (
+            {"options": []},
+            r"field 'options': expected the choices of an mcq question, here or as a list.*got \[\]; add",
+        ),
+        ({"options": None}, r"field 'options': expected the choices of an mcq question.*got nothing; add them, or"),
         ({"options": ["red"]}, r"field 'options': expected 2 to 26 choices"),
         ({"options": "red"}, r"field 'options': expected a list of texts"),
         ({"options": ["red", ""]}, r"field 'options'"),

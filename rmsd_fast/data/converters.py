@@ -14,7 +14,8 @@ video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`,
 
 A record that names no task type gets one from its options and its answer, unless `data.task_type` names one
 (`task_types`); the summary at the start counts them (`meta["inferred"]`). Options that stand as a list in the question
-(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. Yes/no questions (`boolean`) are
+(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. A letter alone makes no mcq: without
+options the question might be about a letter on a sign. Yes/no questions (`boolean`) are
 mcq; only where there are no options they get Yes and No. What no task type can grade (tracking, code, a formula) is an
 error.
 
@@ -33,7 +34,7 @@ import re
 from typing import Any
 
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.data.option_lists import find_options
+from rmsd_fast.data.option_lists import find_options, shows_options
 from rmsd_fast.data.task_types import (
     infer_task,
     is_yes_or_no,
@@ -142,7 +143,11 @@ def _settle_task(
     task = raw.get("task_type", task_type)
     inferred = task == "auto"
     if inferred or task == _MATH:
-        is_choice = raw.get("options") or looks_like_a_letter(answer) or (listed and names_an_option(answer, listed[1]))
+        is_choice = (
+            raw.get("options")
+            or (looks_like_a_letter(answer) and shows_options(raw["question"]))
+            or (listed and names_an_option(answer, listed[1]))
+        )
         by_answer = "mcq" if is_choice else infer_task(answer)
         if task == _MATH and by_answer not in ("mcq", "numeric"):
             raise _no_task(where, names.get("kind", "task_type"), task)

@@ -29,7 +29,7 @@ from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_gro
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
-from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, without_options
+from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
@@ -52,7 +52,7 @@ class Question:
     spans: tuple[Span, ...] = ()
     """Per video the start and end in seconds (None = open) of the part that is shown, None = all of it; () = all."""
     options: tuple[str, ...] | None = None
-    """Choices of an mcq question in order, bare or written `A. x`; None = letters stand in the question text."""
+    """Choices of an mcq question in order, bare or written `A. x`; None = the question's text shows them."""
     answer: str | None = None
     """Ground truth as it stands inside `<answer>`; a reference text for open questions."""
     system: str | None = None
@@ -192,6 +192,10 @@ def parse_question(
     if not videos and not images:
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), "add it")
     options = _options(raw.get("options"), task, fail)
+    if task == "mcq" and options is None and not shows_options(raw["question"]):
+        expected = "the choices of an mcq question, here or as a list 'A. …', 'B. …' in the question"
+        todo = 'add them, or choose another task_type; write ["A", "B"] where the picture shows the letters'
+        raise fail("options", expected, raw.get("options"), todo)
     duration = _duration(raw.get("duration"), fail)
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
     if task == "temporal" and not videos:
