@@ -106,7 +106,8 @@ def test_options_make_it_multiple_choice(tmp_path):
     record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["two", "2", "6"]}
     with pytest.raises(DataError, match=r"got '2'; an index may count from 0 or from 1, write the letter"):
         load(tmp_path, record)
-    (question,) = load(tmp_path, record | {"options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"})
+    record |= {"messages": SWIFT["messages"][1:2], "options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"}
+    (question,) = load(tmp_path, record)
     # "6" counts none of three options, so it is the text of the last one.
     assert (question.task_type, question.answer) == ("mcq", "C")
 
@@ -320,6 +321,15 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"video": "w.mp4"}, r"field 'video': expected the same as 'videos' \(\['v\.mp4'\]\), got 'w\.mp4'"),
         (LLAVA | {"images": ["i.png"], "image": "j.png"}, r"field 'image': expected the same as 'images'"),
         (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
+        (
+            SWIFT | {"solution": "3"},
+            r"field 'messages': expected an answer in it that is the same as 'solution' \('3'\), or none, got '2'",
+        ),
+        (LLAVA | {"answer": "A bus."}, r"field 'conversations': .* the same as 'answer' \('A bus\.'\), or none, got"),
+        (
+            {"query": "<video>How many?", "response": "2", "solution": "3", "videos": ["v.mp4"]},
+            r"field 'response': expected an answer in it that is the same as 'solution'",
+        ),
         (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
         (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
         (SWIFT | {"response": "2"}, r"field 'response': expected none beside 'messages'"),
@@ -394,6 +404,44 @@ def test_llava(tmp_path):
     assert question.task_type == "open" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
 
 
+def test_one_image_mark_of_llava_stands_for_its_one_video(tmp_path):
+    def marked(text, **fields):
+        turns = [{"from": "human", "value": text}, LLAVA["conversations"][1]]
+        return load(tmp_path, LLAVA | {"conversations": turns} | fields)[0].question
+
+    assert marked("<image>\nWhat happens?") == "What happens?"
+    assert marked("What happens in <image>?") == "What happens in <video>?"
+    for text, fields in (
+        ("<image>\n<image>\nWhich?", {"video": ["v.mp4", "w.mp4"]}),
+        ("<image_1>\nWhich?", {}),
+        ("<video>\nWhich?", {"image": "i.png", "video": None}),
+    ):
+        with pytest.raises(DataError, match=r"field 'conversations': expected one mark for each of"):
+            marked(text, **fields)
+    turns = [{"role": "user", "content": "<image>How many?"}]
+    with pytest.raises(DataError, match=r"expected one mark for each of 1 video and 0 images, got 0 <video> and 1"):
+        load(tmp_path, SWIFT | {"messages": turns, "solution": "2"})
+
+
+@pytest.mark.parametrize(
+    ("solution", "reply", "fields"),
+    [
+        ("2", "<think>two</think><answer>2</answer>", {}),
+        (2, "2", {}),
+        ("<answer>3 to 5</answer>", "00:03 - 00:05", {}),
+        ("B", "B. Milk is poured.", {"options": ["tea", "milk"]}),
+        ("milk", "B", {"options": {"A": "tea", "B": "milk"}}),
+        ("A man.", "a man", {}),
+        ("2", "", {}),
+    ],
+)
+def test_an_assistant_turn_that_gives_the_solution_again(tmp_path, solution, reply, fields):
+    turns = [SWIFT["messages"][1], {"role": "assistant", "content": reply}]
+    (question,) = load(tmp_path, SWIFT | {"messages": turns, "solution": solution} | fields)
+    (alone,) = load(tmp_path, SWIFT | {"messages": turns[:1], "solution": solution} | fields)
+    assert question == alone
+
+
 def test_video_r1(tmp_path):
     (question,) = load(tmp_path, VIDEO_R1)
     assert (question.id, question.task_type, question.answer) == ("12", "mcq", "B")
@@ -443,7 +491,7 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"videos": []}, r"at least one path under 'videos' or 'images'"),
         (SWIFT | {"audios": ["a.wav"]}, r"field 'audios': expected videos and images only"),
         (SWIFT | {"videos": [["1.jpg", "2.jpg"]]}, r"field 'videos': expected paths of files, got 'a list of frames'"),
-        (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images"),
+        (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images, got 1"),
         (SWIFT | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\]': expected a part"),
         (
             SWIFT | {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4", "fps": 2}]}]},

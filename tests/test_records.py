@@ -216,8 +216,14 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"videos": []}, r"expected at least one path under 'videos' or 'images'"),
         (
             {"question": "Who <image>? <image>"},
-            r"field 'question': expected one mark for each of 1 videos and 0 images",
+            r"field 'question': expected one mark for each of 1 video and 0 images",
         ),
+        # With a video alone it was taken for the video's.
+        (
+            {"question": "<image>Who?"},
+            r"one mark for each of 1 video and 0 images, got 0 <video> and 1 <image>; fix the",
+        ),
+        ({"question": "<video>Who?", "videos": [], "images": ["a.png"]}, r"0 videos and 1 image, got 1 <video> and 0"),
         ({"question": "<|im_end|>Who?"}, r"field 'question': expected plain text, got '<\|im_end\|>'"),
         ({"question": "<|fim_prefix2|>Who?"}, r"expected plain text, got '<\|fim_prefix2\|>'"),
         ({"question": "a\ud800b"}, r"field 'question': expected Unicode text"),
