@@ -367,6 +367,17 @@ def test_parts_of_videos_are_read_and_written(tmp_path):
     assert again[:2] == questions[:2] and again[2].spans == () and again[2].videos == questions[2].videos
 
 
+def test_a_pool_is_no_question_file(tmp_path):
+    line = {"id": "q1", "k": 0, "text": "B", "model": "m"}
+    for format in ("auto", "rmsd", "llava"):
+        with pytest.raises(DataError) as caught:
+            load_questions(write(tmp_path / "q.jsonl", line, line | {"k": 1}), format=format)
+        assert str(caught.value).endswith(
+            "q.jsonl:1: expected a question, got the keys 'id', 'k', 'text', 'model' of a teacher answer; is this the "
+            "pool? Swap the two files, or name the question file here"
+        )
+
+
 def test_duplicate_id_names_both_lines(tmp_path):
     with pytest.raises(DataError, match=r"q\.jsonl:3: field 'id'.*q\.jsonl:1"):
         load_questions(write(tmp_path / "q.jsonl", GOOD, GOOD | {"id": "q2"}, GOOD))

@@ -242,6 +242,23 @@ def test_pool_check_shows_examples_before_it_fails(files, capsys):
     assert shown.err.count("rmsd_fast.pool: ") == 1 and "0.0% of 4 answers are valid" in shown.err
 
 
+def test_pool_check_of_swapped_files_says_so_once_for_each(files, capsys):
+    pool, questions = files
+    assert run("check", questions, pool) == 2
+    error = capsys.readouterr().err
+    assert error.count("Swap the two files") == 2 and "is this the pool?" in error and "remove" not in error
+
+
+def test_answers_without_a_text_are_counted(files, capsys):
+    pool, _ = files
+    with pool.open("a") as file:
+        file.write(json.dumps({"id": 2, "k": 1, "text": None, "finish_reason": "content_filter"}) + "\n")
+        file.write(json.dumps({"id": 2, "k": 2, "text": None, "finish_reason": "stop"}) + "\n")
+    assert run("check", *files) == 0
+    printed = capsys.readouterr().out
+    assert "filtered 1" in printed and "empty 1" in printed
+
+
 def test_pool_check_names_the_faults_of_both_files(files, capsys):
     pool, questions = files
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n{"id": 1, "k": 0}\n')

@@ -20,6 +20,10 @@ class DataError(UserError, ValueError):
         return cls(f"{where}: field '{name}': expected {expected}, got {short(got)}; {todo}")
 
 
+class OtherFileError(DataError):
+    """A file of another kind than was asked for, as where two were given in the wrong order: one record tells."""
+
+
 def several_faults(path: Path, faults: Sequence[DataError], records: int) -> DataError:
     """Return one error for all faults of a file."""
     if len(faults) == 1:

@@ -24,7 +24,7 @@ from typing import Any
 
 from rmsd_fast.config import FORMATS, SettingsError
 from rmsd_fast.data import converters
-from rmsd_fast.data.errors import DataError, several_faults
+from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
@@ -110,6 +110,7 @@ def load_questions(
         try:
             if isinstance(record, DataError):
                 raise record
+            _refuse_teacher_answer(record, where)
             record = converters.without_nulls(record)
             if format == "auto":
                 format = converters.detect_format(record, where)
@@ -125,6 +126,8 @@ def load_questions(
             if question.id in seen:
                 todo = f"it was used at {seen[question.id]} already, give every question its own id"
                 raise DataError.at(where, names.get("id", "id"), "an id that occurs once", question.id, todo)
+        except OtherFileError:
+            raise
         except DataError as error:
             faults.append(error)
             continue
@@ -135,6 +138,14 @@ def load_questions(
     if not questions:
         raise DataError(f"{path}: expected at least one question, got an empty file; check that the path is right")
     return questions
+
+
+def _refuse_teacher_answer(record: dict[str, Any], where: str) -> None:
+    if {"k", "text"} <= set(record) and not set(record) & set(converters.RECORD_KEYS):
+        raise OtherFileError(
+            f"{where}: expected a question, got the keys {', '.join(map(repr, record))} of a teacher answer; is this "
+            "the pool? Swap the two files, or name the question file here"
+        )
 
 
 def question_format(path: str | os.PathLike) -> str:

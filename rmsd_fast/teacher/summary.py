@@ -140,7 +140,8 @@ def describe_pool(
     if every["reasoned_share"] < 0.5:
         summary.warnings.append(
             f"{1 - every['reasoned_share']:.0%} of the valid answers have no reasoning: a student that imitates them "
-            "learns to answer without any; ask the teacher for <think>…</think>, or store its reasoning with the answer"
+            "learns to answer without any; ask the teacher for <think>…</think>, or put its reasoning into `text`, as "
+            "<think>…</think> before the answer"
         )
     for task, group in statistics["tasks"].items():
         if group and group["valid_share"] < 0.5:
