@@ -54,21 +54,32 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     Raises:
         UserError: a file is damaged, or the pool belongs to other questions.
     """
+    from rmsd_fast.data.errors import DataError
     from rmsd_fast.teacher.diagnostics import pool_statistics
-    from rmsd_fast.teacher.pool import check_pool
+    from rmsd_fast.teacher.pool import check_answered, check_keys
     from rmsd_fast.teacher.scores import score_pool
     from rmsd_fast.teacher.simulated import is_simulated
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
     settings, questions, pool = _read(pool_path, questions_path, overrides)
-    unanswered = check_pool(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
     answered = [question for question in questions if question.id in pool]
+    unanswered = [question.id for question in questions if question.id not in pool]
+    faults = []
+    try:
+        check_answered(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
+    except DataError as error:
+        # The answers that there are can be judged all the same.
+        if not answered:
+            raise
+        faults.append(str(error))
+    check_keys(pool, questions)
     used, most = settings.teacher.responses, max(len(pool[question.id]) for question in answered)
     settings = replace(settings, teacher=replace(settings.teacher, responses=most))
     scores = score_pool(pool, answered, settings.teacher)
     statistics = pool_statistics(scores, answered, settings.teacher, simulated=is_simulated(pool))
     summary = describe_questions(questions, [])
     summary += describe_pool(answered, pool, statistics, unanswered, settings)
+    summary.faults += faults
     if used != most:
         summary.lines.append(f"  every answer was judged; a run reads the first teacher.responses={used} of a question")
     examples: dict[str, list[str]] = defaultdict(list)

@@ -242,6 +242,20 @@ def test_pool_check_shows_examples_before_it_fails(files, capsys):
     assert shown.err.count("rmsd_fast.pool: ") == 1 and "0.0% of 4 answers are valid" in shown.err
 
 
+def test_pool_check_judges_what_there_is_where_too_many_questions_lack_answers(files, capsys):
+    pool, _ = files
+    pool.write_text("".join(line + "\n" for line in pool.read_text().splitlines() if '"id": 2' not in line))
+    assert run("check", *files) == 2
+    shown = capsys.readouterr()
+    assert "mcq           1        4  75.0%" in shown.out
+    assert "  left out: 1 question without an answer (2)" in shown.out and "  two_answers: several" in shown.out
+    (fault,) = shown.err.splitlines()
+    assert "got them for 1 of 2 (missing: '2'; the pool has '1', 'other')" in fault
+    # Up to the share that a run accepts it is no fault.
+    assert run("check", *files, "teacher.max_unanswered_share=0.5") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_pool_check_of_swapped_files_says_so_once_for_each(files, capsys):
     pool, questions = files
     assert run("check", questions, pool) == 2

@@ -213,6 +213,19 @@ def check_pool(
     Raises:
         DataError: says which ids, and what to do.
     """
+    missing = check_answered(pool, questions, max_unanswered_share=max_unanswered_share)
+    check_keys(pool, questions, check_media=check_media)
+    return missing
+
+
+def check_answered(
+    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, max_unanswered_share: float
+) -> list[str]:
+    """Return the ids of the questions that have no response.
+
+    Raises:
+        DataError: they are a larger share of the questions than this, or all of them.
+    """
     missing = [question.id for question in questions if question.id not in pool]
     if missing and (len(missing) > max_unanswered_share * len(questions) or len(missing) == len(questions)):
         common = len(questions) - len(missing)
@@ -222,6 +235,17 @@ def check_pool(
             "questions, collect the missing ones, or leave them out with teacher.max_unanswered_share (now "
             f"{max_unanswered_share:g})"
         )
+    return missing
+
+
+def check_keys(
+    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
+) -> None:
+    """Refuse responses to other questions, or to other texts or media of these, as far as they have keys.
+
+    Raises:
+        DataError: says which ids, and what to do.
+    """
     changed, foreign, moved, without_key = [], [], [], 0
     for question in questions:
         expected = _question_digest(question)
@@ -249,7 +273,6 @@ def check_pool(
     if without_key:
         shown = counted(without_key, "question")
         logger.info("teacher pool: responses to %s have no key and are matched by id alone", shown)
-    return missing
 
 
 def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) -> TeacherResponse:
