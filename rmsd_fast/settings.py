@@ -102,9 +102,11 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
     # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all
-    # settings was saved by a run.
+    # settings was saved by a run. How to evaluate is useful without held-out questions: rmsd_fast.evaluate takes the
+    # same file, with data.heldout on its command line.
     if not resumed and set(own_keys) != set(_keys(schema)):
-        _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
+        checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
+        _refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
     for override in overrides:
         if "=" not in override:
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")

@@ -149,6 +149,19 @@ def test_what_has_an_effect_is_accepted(overrides):
     load_settings("quickstart", overrides)
 
 
+def test_a_recipe_may_say_how_to_evaluate_without_held_out_questions(tmp_path):
+    """As a copy of the 4B recipe does whose data.heldout was removed; on the command line `data.heldout=` does it."""
+    copy = tmp_path / "my.yaml"
+    text = (RECIPES / "rmsd_qwen3vl_4b.yaml").read_text()
+    copy.write_text(text.replace("  heldout: data/heldout.jsonl\n", ""))
+    settings = load_settings(str(copy))
+    assert settings.data.heldout == "" and settings.evaluate.num_frames == 64
+    assert settings == load_settings("rmsd_qwen3vl_4b", ["data.heldout="])
+    assert load_settings(str(copy), ["data.heldout=h.jsonl", "evaluate.num_frames=32"]).evaluate.num_frames == 32
+    with pytest.raises(SettingsError, match=r"override: evaluate\.num_frames has no effect: there is nothing to"):
+        load_settings(str(copy), ["evaluate.num_frames=32"])
+
+
 def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("base: quickstart\nsft:\n  stepz: 3\n")
     with pytest.raises(SettingsError, match=r"sft\.stepz.*did you mean sft\.steps"):
