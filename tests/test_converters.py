@@ -500,7 +500,10 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"messages": [{"role": "user", "content": "<video>Where? <bbox>"}]}, r"boxes as numbers"),
         ({"query": "<video>Q", "history": [["a", "b"]], "videos": ["v.mp4"]}, r"field 'history'"),
         (VIDEO_R1 | {"problem_type": "tracking"}, r"field 'problem_type': expected one of.*got 'tracking'"),
-        (VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$x^2$"}, r"field 'problem_type'"),
+        (
+            VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$4$"},
+            r"field 'solution': expected a number.*'\$4\$'",
+        ),
         (
             VIDEO_R1 | {"problem_type": "OCR", "options": [], "solution": "<answer></answer>"},
             r"field 'solution'.*got nothing",
@@ -522,10 +525,46 @@ def test_errors_name_the_fields_of_the_source(tmp_path, record, message):
 
 
 def test_a_named_format_is_not_guessed(tmp_path):
-    with pytest.raises(DataError, match=r"field 'problem'"):
+    with pytest.raises(
+        DataError, match=r"format video-r1, in which the file is read \(data\.format=video-r1\), got one"
+    ):
         load(tmp_path, SWIFT, format="video-r1")
+    with pytest.raises(DataError, match=r"field 'problem'"):
+        load(tmp_path, {"path": "v.mp4"}, format="video-r1")
 
 
 def test_two_formats_in_one_file_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"data\.jsonl:2: field 'conversations'"):
-        load(tmp_path, LLAVA, SWIFT)
+    own = {"id": "q", "question": "Which?", "videos": ["v.mp4"], "task_type": "ocr", "answer": "EXIT"}
+    for first, second, read, looks in (
+        (LLAVA, SWIFT, "llava", "ms-swift"),
+        (own, LLAVA, "rmsd", "llava"),
+        (SWIFT, own, "ms-swift", "rmsd"),
+    ):
+        message = rf"data\.jsonl:2: expected a record of the format {read}, in which the file is read \(by its first "
+        with pytest.raises(DataError, match=message + rf"record\), got one that looks like {looks}; give each"):
+            load(tmp_path, first, second)
+
+
+def test_a_question_that_is_null_is_missing(tmp_path):
+    record = {"id": "q", "question": None, "videos": ["v.mp4"], "task_type": "ocr", "answer": "EXIT"}
+    for records in ([record], [record | {"question": "Which?"}, record | {"messages": None, "id": "r"}]):
+        with pytest.raises(
+            DataError, match=rf"data\.jsonl:{len(records)}: field 'question': expected .*, got nothing;"
+        ):
+            load(tmp_path, *records)
+    with pytest.raises(DataError, match=r"field 'problem': expected the question, got nothing"):
+        load(tmp_path, VIDEO_R1 | {"problem": None})
+
+
+def test_a_record_of_verl_is_named(tmp_path):
+    """Its list of turns is no list of records."""
+    record = {"prompt": [{"role": "user", "content": "<video>How many?"}]}
+    more = {"data_source": "x", "reward_model": {"ground_truth": "3"}, "videos": ["v.mp4"]}
+    for fields in ({}, more):
+        message = (
+            r"data\.jsonl:1: expected one of the formats that are read, got the keys 'prompt'.*, as verl writes them"
+        )
+        with pytest.raises(DataError, match=message + "; rename 'prompt' to 'messages'"):
+            load(tmp_path, record | fields)
+    (question,) = load(tmp_path, {"messages": record["prompt"], "solution": "3", "videos": ["v.mp4"]})
+    assert (question.task_type, question.answer) == ("numeric", "3")

@@ -92,15 +92,48 @@ def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def detect_format(record: dict[str, Any], where: str) -> str:
-    """The format that a record's keys belong to; DataError where none fits."""
-    for key, format in RECORD_KEYS.items():
-        if key in record:
-            return format
+    """The format that a record's keys belong to.
+
+    Args:
+        record: as it was read, nulls included.
+    Raises:
+        DataError: none fits, or the key that tells it is null.
+    """
+    if format := _format_of(record):
+        return format
+    if empty := [key for key in RECORD_KEYS if key in record]:
+        name = "question" if "question" in empty else empty[0]
+        raise DataError.at(where, name, "the question", None, "add it, or remove the record")
+    if "prompt" in record:
+        raise DataError(
+            f"{where}: expected one of the formats that are read, got the keys {', '.join(map(repr, record))}, as verl "
+            "writes them; rename 'prompt' to 'messages', and write the ground truth of 'reward_model' under 'solution'"
+        )
     raise DataError(
         f"{where}: expected a key 'question' (our format), 'messages' or 'query' (ms-swift), 'conversations' (llava) "
         f"or 'problem' (video-r1), got the keys {', '.join(map(repr, record)) or 'none'}; name one of these formats in "
         "data.format"
     )
+
+
+def check_format(record: dict[str, Any], format: str, where: str, *, named: bool) -> None:
+    """Refuse a record whose keys tell another format than that in which its file is read.
+
+    Args:
+        named: the setting names the format; otherwise the first record tells it.
+    """
+    looks = _format_of(record)
+    has_its_own = any(record.get(key) is not None for key, other in RECORD_KEYS.items() if other == format)
+    if looks and looks != format and not has_its_own:
+        why = f"data.format={format}" if named else "by its first record"
+        raise DataError(
+            f"{where}: expected a record of the format {format}, in which the file is read ({why}), got one that looks "
+            f"like {looks}; give each format a file of its own"
+        )
+
+
+def _format_of(record: dict[str, Any]) -> str | None:
+    return next((format for key, format in RECORD_KEYS.items() if record.get(key) is not None), None)
 
 
 def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, task_type: str = "auto") -> Converted:
@@ -160,7 +193,9 @@ def _settle_task(
         )
         by_answer = "mcq" if is_choice else infer_task(answer)
         if task == _MATH and by_answer not in ("mcq", "numeric"):
-            raise _no_task(where, names.get("kind", "task_type"), task)
+            expected = "a number, or the letter of an option that the record shows, since its type is math"
+            todo = "write it so, without signs of formulas, or leave the record out"
+            raise DataError.at(where, names["answer"], expected, answer, todo)
         task = by_answer
     if task == _YES_NO:
         task = "mcq"

@@ -106,14 +106,16 @@ def load_questions(
     questions: list[Question] = []
     faults: list[DataError] = []
     seen: dict[str, str] = {}
+    named = format != "auto"
     for index, (where, record) in enumerate(read_records(path)):
         try:
             if isinstance(record, DataError):
                 raise record
             _refuse_teacher_answer(record, where)
-            record = converters.without_nulls(record)
             if format == "auto":
                 format = converters.detect_format(record, where)
+            converters.check_format(record, format, where, named=named)
+            record = converters.without_nulls(record)
             raw, names = converters.convert(record, format, where, f"{path.stem}-{index}", task_type)
             question = parse_question(
                 raw,
@@ -157,7 +159,7 @@ def question_format(path: str | os.PathLike) -> str:
     for where, record in read_records(Path(path)):
         if isinstance(record, DataError):
             raise record
-        return converters.detect_format(converters.without_nulls(record), where)
+        return converters.detect_format(record, where)
     raise DataError(f"{path}: expected at least one question, got an empty file; check that the path is right")
 
 
