@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
+from rmsd_fast.command_line import Parser
 
 if TYPE_CHECKING:
     from rmsd_fast.teacher.summary import Summary
 
+# The settings that each command reads.
+_READ_BY_BOTH = (
+    "data.format",
+    "data.task_type",
+    "data.media_root",
+    "data.follow_symlinks",
+    "teacher.parse",
+    "teacher.numeric_metric",
+    "teacher.numeric_eps",
+    "teacher.ocr_metric",
+)
+READ = {"check": (*_READ_BY_BOTH, "teacher.responses", "teacher.max_unanswered_share"), "repair": _READ_BY_BOTH}
 EXAMPLES = 3
 SHOWN_CHARACTERS = 160
 
@@ -61,7 +74,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     from rmsd_fast.teacher.simulated import is_simulated
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
-    settings, questions, pool = _read(pool_path, questions_path, overrides)
+    settings, questions, pool = _read("check", pool_path, questions_path, overrides)
     answered = [question for question in questions if question.id in pool]
     unanswered = [question.id for question in questions if question.id not in pool]
     faults = []
@@ -109,7 +122,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     # A link that leads nowhere is something too.
     if output.exists() or output.is_symlink():
         raise SettingsError(f"--output {output}: expected a new file, got one that exists; name another")
-    settings, questions, pool = _read(pool_path, questions_path, overrides)
+    settings, questions, pool = _read("repair", pool_path, questions_path, overrides)
     check_pool(pool, questions, max_unanswered_share=1.0)
     by_id = {question.id: question for question in questions}
     repaired, rewritten, invalid, foreign = [], 0, 0, 0
@@ -140,12 +153,22 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
 
 
-def _read(pool_path: Path, questions_path: Path, overrides: Sequence[str]):
-    """Settings, questions and answers; the faults of both files in one error, as at the start of a run."""
+def _read(command: str, pool_path: Path, questions_path: Path, overrides: Sequence[str]):
+    """Settings, questions and answers; the faults of both files in one error, as at the start of a run.
+
+    Raises:
+        UserError: also for a setting that the command does not read.
+    """
+    from rmsd_fast.config import SettingsError
     from rmsd_fast.settings import load_settings
     from rmsd_fast.stages.inputs import read_files
 
     settings = load_settings("", overrides)
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in READ[command]:
+            raise SettingsError(
+                f"override: {key} has no effect: pool {command} reads {', '.join(READ[command])}; leave {key} out"
+            )
     files = {"train": str(questions_path), "pool": str(pool_path)}
     questions, pool = read_files(settings, files, {"train": settings.data.media_root})
     return settings, questions["train"], pool
@@ -161,9 +184,7 @@ def _short(text: str) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="rmsd_fast.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rmsd_fast.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("check", "counts by task and by reason, with examples"),

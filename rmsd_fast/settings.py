@@ -59,6 +59,17 @@ REMOVED = {
     "the student sees resized frames, never the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
 }
+# Settings that are paths.
+PATHS = [
+    "output",
+    "data.train",
+    "data.heldout",
+    "data.media_root",
+    "data.disk_cache",
+    "teacher.pool",
+    "model.path",
+    "made.folder",
+]
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
@@ -314,6 +325,12 @@ def _check(settings: RunConfig) -> None:
             raise SettingsError(f"{key}: expected a finite number, got {value}")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise SettingsError(f"{key}: expected text without NUL and half characters, got {value!r}")
+    for key in PATHS:
+        if _value(settings, key).startswith("~"):
+            raise SettingsError(
+                f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the whole "
+                "path, or one relative to the current folder"
+            )
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             value = _value(settings, key)

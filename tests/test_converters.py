@@ -86,6 +86,17 @@ def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
     assert (question.task_type, question.answer) == ("ocr", truth if task == "open" else question.answer)
 
 
+@pytest.mark.parametrize(("answer", "task"), [("3 to 2", "temporal"), ("30,20,10,5", "spatial")])
+def test_a_fault_of_an_answer_that_told_the_task_type_says_so(tmp_path, answer, task):
+    """A score is no interval."""
+    with pytest.raises(DataError, match=rf"fix it; or name the record's task_type, which the answer made {task}$"):
+        load(tmp_path, asked("What is the score?", answer))
+    (question,) = load(tmp_path, asked("What is the score?", answer, task_type="ocr"))
+    assert question.answer == answer
+    with pytest.raises(DataError, match=r"fix it$"):
+        load(tmp_path, asked("When?", answer, task_type=task))
+
+
 def test_null_is_the_same_as_absent_inside_too(tmp_path):
     """Tables give every record, turn and part the keys of all of them."""
     empty = {"text": None, "video": None, "image": None, "fps": None}

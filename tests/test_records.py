@@ -419,6 +419,16 @@ def test_paths_stay_inside_the_media_root(tmp_path, bad):
         load_questions(path)
 
 
+def test_a_home_folder_is_written_out(tmp_path):
+    for path in ("~/a.mp4", "~you/a.mp4"):
+        with pytest.raises(DataError, match=r"field 'videos': expected a path, got '~.*'~' is not expanded: write the"):
+            load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": [path]}))
+    # A name may begin so.
+    (tmp_path / "~a.mp4").write_bytes(b"x")
+    (question,) = load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": ["~a.mp4"]}))
+    assert question.videos == (str(tmp_path.resolve() / "~a.mp4"),)
+
+
 def test_paths_start_at_the_media_root_and_links_within_are_fine(tmp_path):
     root = tmp_path / "media"
     root.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,8 @@ def test_help_documents_every_field():
         (["model.attention=eager"], "write packing=padded"),
         (["micro_tokens=0"], "micro_tokens: expected at least 1"),
         (["data.max_prompt_tokens=1000", "rollout.max_new_tokens=99", "micro_tokens=1099"], "together, 1100, got 1099"),
+        (["data.train=~/q.jsonl"], "data.train: expected a path, got '~/q.jsonl', in which '~' is not expanded; write"),
+        (["model.path=~/m"], "model.path: expected a path, got '~/m'"),
         (["steps"], "expected section.field=value"),
     ],
 )
@@ -182,10 +185,9 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
 def test_dry_run_lists_what_is_missing():
     plan, ready = describe_plan(load_settings("rmsd_qwen3vl_4b"))
     assert not ready and "not downloaded yet: the run fetches it from the Hub" in plan
-    for path in ("data/train.jsonl", "data/heldout.jsonl", "data/pool.jsonl"):
-        assert f"NOT THERE YET: {path}" in plan.replace("data.train: ", "").replace("data.heldout: ", "").replace(
-            "teacher.pool: ", ""
-        )
+    # Whole paths: relative ones count from the current folder, and not from the recipe's.
+    for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
+        assert f"  NOT THERE YET: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
     assert plan.endswith("not ready: give what is missing above")
 
 

@@ -169,7 +169,11 @@ def test_shared_media_are_told_beside_a_question_that_is_the_same():
 
 
 @pytest.mark.parametrize(
-    "answer", ["yes", "A. tea is poured into it", "(b) milk it is", "2 dogs and 1 cat", "3-5", '{"bbox": [1]}']
+    "answer",
+    [
+        *("yes", "No.", "B", "A. tea is poured into it", "(b) milk it is", "2 dogs and 1 cat", "3-5", '{"bbox": [1]}'),
+        *("three", "没有", "3只狗", "EXIT"),
+    ],
 )
 def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     train = [mcq("q"), *(opened(f"o{index}", "A man walks to the door.") for index in range(40))]
@@ -186,6 +190,12 @@ def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     assert describe_questions([*train, opened("x", answer)], []).warnings == []
     (warning,) = describe_questions([mcq("q"), opened("x", answer)], []).warnings
     assert warning.startswith("1 open training question with an answer like that of a closed question (x: ")
+
+
+@pytest.mark.parametrize("answer", ["测试图", "A test.", "a thing", "A man.", "3个人走进房间然后坐下", "red and blue"])
+def test_phrases_are_what_open_questions_ask_for(answer):
+    train = [mcq("q"), opened("x", answer), opened("y", answer, inferred=True)]
+    assert describe_questions(train, []).warnings == []
 
 
 @pytest.fixture
@@ -218,6 +228,19 @@ def test_pool_check_shows_counts_and_examples(files, capsys):
     assert "format 3" in capsys.readouterr().out
     assert run("check", *files, "teacher.parse=loose") == 2
     assert "teacher.parse: expected one of strict, natural" in capsys.readouterr().err
+
+
+def test_the_pool_program_refuses_settings_that_it_does_not_read(files, tmp_path, capsys):
+    for override in ("sft.steps=3", "teacher.pool=x", "teacher.min_quality=0.5"):
+        assert run("check", *files, override) == 2
+        key = override.partition("=")[0]
+        error = capsys.readouterr().err
+        assert f"override: {key} has no effect: pool check reads data.format, " in error and f"leave {key} out" in error
+    assert run("repair", *files, "teacher.responses=2", "--output", tmp_path / "new.jsonl") == 2
+    assert "teacher.responses has no effect: pool repair reads" in capsys.readouterr().err
+    assert run("check", *files, "teacher.responses=2", "data.media_root=.") == 0
+    assert run("check", *files, "sft.stepz=3") == 2
+    assert "did you mean sft.steps" in capsys.readouterr().err
 
 
 def test_pool_check_judges_every_answer(files, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from material import tiny_material
 
-from rmsd_fast import evaluate, train
+from rmsd_fast import evaluate, pool, train
 from rmsd_fast.config import SettingsError
 from rmsd_fast.runtime.distributed import World
 from rmsd_fast.settings import load_settings
@@ -45,6 +45,27 @@ def read(path: str) -> list[dict]:
 
 def test_unknown_setting(capsys, tmp_path):
     assert "did you mean sft.steps" in fails(capsys, tmp_path, "quickstart", "sft.stepz=3")
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "advice"),
+    [
+        (train, ["quickstart", "--sft.steps=4"], "write sft.steps=4"),
+        (train, ["quickstart", "--sft.steps", "4"], "write sft.steps=<value>"),
+        (train, ["quickstart", "--seed=3"], "write seed=3"),
+        (evaluate, ["quickstart", "--output", "x.json", "--model.path=x"], "write model.path=x"),
+        (pool, ["check", "a.jsonl", "b.jsonl", "--teacher.parse=strict"], "write teacher.parse=strict"),
+    ],
+)
+def test_a_setting_written_as_an_option(capsys, program, given, advice):
+    with pytest.raises(SystemExit) as ended:
+        program.main(given)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(f"; settings have no dashes: {advice}")
+    # Any other option is only unknown.
+    with pytest.raises(SystemExit):
+        train.main(["quickstart", "--nonsense=4"])
+    assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --nonsense=4")
 
 
 def test_losses_that_this_machine_cannot_compute(capsys, tmp_path, material, monkeypatch):
@@ -185,7 +206,8 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
     printed = capsys.readouterr().out
     assert "NOT THERE YET" in printed and "got 'llama'" in printed and "parameters" not in printed
     assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
-    assert "NOT THERE YET: data.train: nowhere.jsonl" in capsys.readouterr().out
+    # Whole, since relative paths count from the current folder and not from the recipe's.
+    assert f"NOT THERE YET: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_there_is(capsys, tmp_path, material):

@@ -124,6 +124,7 @@ def load_questions(
                 require_answer=require_answer,
                 follow_symlinks=follow_symlinks,
                 names=names,
+                inferred=format != "rmsd" and "inferred" in raw["meta"],
             )
             if question.id in seen:
                 todo = f"it was used at {seen[question.id]} already, give every question its own id"
@@ -171,6 +172,7 @@ def parse_question(
     require_answer: bool = True,
     follow_symlinks: bool = False,
     names: dict[str, str] | None = None,
+    inferred: bool = False,
 ) -> Question:
     """Check one record of our schema.
 
@@ -180,10 +182,13 @@ def parse_question(
         media_root: absolute folder that media lie in.
         require_answer, follow_symlinks: as for load_questions.
         names: what a converter's source calls our fields, for the messages.
+        inferred: the task type was read off the answer, and may be wrong where the answer is.
     """
     names = names or {}
 
     def fail(name: str, expected: str, got: object, todo: str) -> DataError:
+        if inferred and name == "answer":
+            todo += f"; or name the record's task_type, which the answer made {raw['task_type']}"
         return DataError.at(where, names.get(name, name), expected, got, todo)
 
     for key in raw:

@@ -88,7 +88,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         ("pool", "teacher.pool", "a JSONL file with teacher answers"),
     ):
         if named[role] and not os.path.isfile(named[role]):
-            missing.append(f"{key}: {named[role]}")
+            missing.append(f"{key}: {os.path.abspath(named[role])}")
         elif not named[role] and made:
             present.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
         elif not named[role]:
