@@ -15,6 +15,7 @@ from rmsd_fast.config import SettingsError
 from rmsd_fast.runtime.distributed import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,16 @@ def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
     assert "questions: 36 (" in printed
     assert "teacher: 144 answers of simulated, up to K=4 of each question (36 questions have 4)" in printed
     assert "0.5M parameters" in printed and printed.strip().endswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("processes", "ahead", "said"), [(1, 1, ("1 process, ", "1 step ")), (2, 3, ("2 processes, ", "3 steps "))]
+)
+def test_the_plan_counts_in_whole_words(monkeypatch, processes, ahead, said):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    plan, _ = describe_plan(load_settings("quickstart", [f"data.decode_ahead={ahead}", "data.decode_threads=1"]))
+    assert f"settings are consistent; {said[0]}" in plan and f"1 thread, decoding {said[1]}ahead" in plan
+    assert "(s)" not in plan and "(es)" not in plan
 
 
 def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, material):

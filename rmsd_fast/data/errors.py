@@ -46,6 +46,6 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 question`, `2,000 questions`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 question`, `2,000 questions`, `2 processes` with the plural given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

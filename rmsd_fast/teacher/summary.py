@@ -243,17 +243,17 @@ def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[st
         for question in heldout
         if _content(question) not in asked and media & {*question.videos, *question.images}
     ]
-    number = counted(len(heldout), "held-out question")
+    total = f"{len(heldout):,}"
     warnings = []
     if same:
         warnings.append(
-            f"trained on too: {len(same):,} of {number} ({some_ids(same)}): scores on them say nothing about new "
-            "questions; remove them from one of the two files"
+            f"held-out questions that are training questions too: {len(same):,} of {total} ({some_ids(same)}); scores "
+            "on them say nothing about new questions, remove them from one of the two files"
         )
     if shared:
         warnings.append(
-            f"about media that are trained on: {len(shared):,} of {number} ({some_ids(shared)}): scores on them may be "
-            "better than on new videos"
+            f"held-out questions about the media of training questions: {len(shared):,} of {total} "
+            f"({some_ids(shared)}); scores on them may be better than on new videos"
         )
     return warnings
 
