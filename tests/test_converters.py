@@ -221,7 +221,13 @@ def test_a_letter_means_an_option_only_where_options_are_shown(tmp_path, questio
         assert load(tmp_path, record)[0].task_type == "mcq"
 
 
-@pytest.mark.parametrize("question", ["Which letter is on the sign?", "Is it before 9 a.m. or after?", "What is A?"])
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Which letter is on the sign?", "Is it before 9 a.m. or after?", "What is A?", "Is it A or B?"),
+        *("Is it in the U.S.A. or B.C.?", "Which of f(a) and f(b) is larger?", "Which letter follows (A)? (B)?"),
+    ],
+)
 def test_a_letter_without_options_is_no_choice(tmp_path, question):
     (read,) = load(tmp_path, asked(question, "B"))
     assert (read.task_type, read.answer) == ("open", "B")

@@ -16,10 +16,11 @@ MOST_OPTIONS = 26
 _LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
 # "a.m.", "B.C.", "J.S. Bach" begin with no letter of an option.
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
-# The first two letters with what sets them off, each with a text behind it: "(A) tea (B) milk", "A. tea B. milk".
-# Small letters only in brackets, since "a." ends words.
-_SET_OFF = r"(?<![^\W_])(?:\({0}\)|\[{0}\]|{0}(?:[.:)、]|\s+[-–—]\s))\s*(?=[^\s)\]])"
-_SMALL = r"(?:\({0}\)|\[{0}\]|(?<![^\W_]){0}\))\s*(?=[^\s)\]])"
+# The first two letters with what sets them off, each with a text behind it: "(A) tea (B) milk", "A. tea B. milk". Not
+# in "U.S.A. or B.C." and "f(a)". Small letters only with a bracket, since "a." ends words.
+_BEFORE, _BEHIND = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
+_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_BEHIND}"
+_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_BEHIND}"
 _WITHIN_A_LINE = [
     re.compile(f"{label.format(first)}.*?{label.format(second)}", re.DOTALL)
     for label, first, second in ((_SET_OFF, "A", "B"), (_SMALL, "a", "b"))
