@@ -127,7 +127,7 @@ $(TEST_STAMP): $(PACKAGE_STAMP)
 	@echo "setup: what tests, lint and benchmarks need"
 	@$(PIP) $(PINS) "rmsd-fast[test]" $(TORCH)
 	@$(if $(filter cpu,$(SET)),$(PIP) --no-deps --upgrade --target $(VENV)/oracle $(PINS) torchvision || \
-		echo "setup: torchvision is not to be had; the test that compares with it will be skipped" >&2)
+		echo "setup: torchvision could not be installed; the test that compares with it will be skipped" >&2)
 	@rm -f $(MADE)/test-* && touch $@
 
 # The quickstart needs nothing from a hub; your own ARGS may.

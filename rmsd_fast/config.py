@@ -140,8 +140,8 @@ class DataConfig:
     max_file_mib: int = 16384
     """Larger media files are bad samples, not opened."""
     check_frames: bool = True
-    """Refuse videos whose chosen frames are different ones and look all the same, are all of a single colour, or partly
-    the grey that decoders put in place of lost pictures."""
+    """Refuse videos whose chosen frames are identical although they are different frames of the file, are all of a
+    single colour, or partly the grey that decoders put in place of lost pictures."""
     cache_mib: int = 1024
     """Memory for decoded frames (uint8, resized) of each process, MiB: the host's, the GPU's with `decoder=cuda`;
     0 = none."""

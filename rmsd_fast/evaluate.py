@@ -5,13 +5,13 @@ torchrun --nproc-per-node 1 -m rmsd_fast.evaluate quickstart model.path=runs/x/e
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
+from rmsd_fast.command_line import Parser
 from rmsd_fast.process import keep_going_without_output
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, evaluate. Imports what an evaluation needs only when there is one."""
-    parser = argparse.ArgumentParser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")

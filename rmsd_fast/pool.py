@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
+from rmsd_fast.command_line import Parser
 
 if TYPE_CHECKING:
     from rmsd_fast.teacher.summary import Summary
 
+# The settings that each command reads.
+_READ_BY_BOTH = (
+    "data.format",
+    "data.task_type",
+    "data.media_root",
+    "data.follow_symlinks",
+    "teacher.parse",
+    "teacher.numeric_metric",
+    "teacher.numeric_eps",
+    "teacher.ocr_metric",
+)
+READ = {"check": (*_READ_BY_BOTH, "teacher.responses", "teacher.max_unanswered_share"), "repair": _READ_BY_BOTH}
 EXAMPLES = 3
 SHOWN_CHARACTERS = 160
 
@@ -54,21 +67,32 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     Raises:
         UserError: a file is damaged, or the pool belongs to other questions.
     """
+    from rmsd_fast.data.errors import DataError
     from rmsd_fast.teacher.diagnostics import pool_statistics
-    from rmsd_fast.teacher.pool import check_pool
+    from rmsd_fast.teacher.pool import check_answered, check_keys
     from rmsd_fast.teacher.scores import score_pool
     from rmsd_fast.teacher.simulated import is_simulated
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
-    settings, questions, pool = _read(pool_path, questions_path, overrides)
-    unanswered = check_pool(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
+    settings, questions, pool = _read("check", pool_path, questions_path, overrides)
     answered = [question for question in questions if question.id in pool]
+    unanswered = [question.id for question in questions if question.id not in pool]
+    faults = []
+    try:
+        check_answered(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
+    except DataError as error:
+        # The answers that there are can be judged all the same.
+        if not answered:
+            raise
+        faults.append(str(error))
+    check_keys(pool, questions)
     used, most = settings.teacher.responses, max(len(pool[question.id]) for question in answered)
     settings = replace(settings, teacher=replace(settings.teacher, responses=most))
     scores = score_pool(pool, answered, settings.teacher)
     statistics = pool_statistics(scores, answered, settings.teacher, simulated=is_simulated(pool))
     summary = describe_questions(questions, [])
     summary += describe_pool(answered, pool, statistics, unanswered, settings)
+    summary.faults += faults
     if used != most:
         summary.lines.append(f"  every answer was judged; a run reads the first teacher.responses={used} of a question")
     examples: dict[str, list[str]] = defaultdict(list)
@@ -98,7 +122,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     # A link that leads nowhere is something too.
     if output.exists() or output.is_symlink():
         raise SettingsError(f"--output {output}: expected a new file, got one that exists; name another")
-    settings, questions, pool = _read(pool_path, questions_path, overrides)
+    settings, questions, pool = _read("repair", pool_path, questions_path, overrides)
     check_pool(pool, questions, max_unanswered_share=1.0)
     by_id = {question.id: question for question in questions}
     repaired, rewritten, invalid, foreign = [], 0, 0, 0
@@ -129,12 +153,22 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
 
 
-def _read(pool_path: Path, questions_path: Path, overrides: Sequence[str]):
-    """Settings, questions and answers; the faults of both files in one error, as at the start of a run."""
+def _read(command: str, pool_path: Path, questions_path: Path, overrides: Sequence[str]):
+    """Settings, questions and answers; the faults of both files in one error, as at the start of a run.
+
+    Raises:
+        UserError: also for a setting that the command does not read.
+    """
+    from rmsd_fast.config import SettingsError
     from rmsd_fast.settings import load_settings
     from rmsd_fast.stages.inputs import read_files
 
     settings = load_settings("", overrides)
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in READ[command]:
+            raise SettingsError(
+                f"override: {key} has no effect: pool {command} reads {', '.join(READ[command])}; leave {key} out"
+            )
     files = {"train": str(questions_path), "pool": str(pool_path)}
     questions, pool = read_files(settings, files, {"train": settings.data.media_root})
     return settings, questions["train"], pool
@@ -150,9 +184,7 @@ def _short(text: str) -> str:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="rmsd_fast.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="rmsd_fast.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("check", "counts by task and by reason, with examples"),

@@ -59,6 +59,17 @@ REMOVED = {
     "the student sees resized frames, never the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
 }
+# Settings that are paths.
+PATHS = [
+    "output",
+    "data.train",
+    "data.heldout",
+    "data.media_root",
+    "data.disk_cache",
+    "teacher.pool",
+    "model.path",
+    "made.folder",
+]
 # Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
 COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
 RANGES = {
@@ -102,9 +113,11 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
     # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all
-    # settings was saved by a run.
+    # settings was saved by a run. How to evaluate is useful without held-out questions: rmsd_fast.evaluate takes the
+    # same file, with data.heldout on its command line.
     if not resumed and set(own_keys) != set(_keys(schema)):
-        _refuse_useless(OmegaConf.to_object(merged), own_keys, where=f"recipe {recipe}")
+        checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
+        _refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
     for override in overrides:
         if "=" not in override:
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
@@ -312,6 +325,12 @@ def _check(settings: RunConfig) -> None:
             raise SettingsError(f"{key}: expected a finite number, got {value}")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise SettingsError(f"{key}: expected text without NUL and half characters, got {value!r}")
+    for key in PATHS:
+        if _value(settings, key).startswith("~"):
+            raise SettingsError(
+                f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the whole "
+                "path, or one relative to the current folder"
+            )
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             value = _value(settings, key)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rmsd_fast import environment
+from rmsd_fast.command_line import Parser
 from rmsd_fast.process import keep_going_without_output
 
 
@@ -73,7 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     from rmsd_fast.settings import describe_settings
 
     formats = "\n".join(f"  {task:<9} {text}" for task, text in ANSWER_FORMAT.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rmsd_fast.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

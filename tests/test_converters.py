@@ -23,6 +23,7 @@ LLAVA = {
         {"from": "gpt", "value": "A car passes."},
     ],
 }
+LETTERED = [SWIFT["messages"][1], {"role": "assistant", "content": "two"}]
 VIDEO_R1 = {
     "problem_id": 12,
     "problem": "Which one?",
@@ -45,14 +46,18 @@ def test_ms_swift(tmp_path):
     (question,) = load(tmp_path, SWIFT | {"task_type": "numeric"})
     assert (question.id, question.question, question.task_type) == ("data-0", "How many cars?", "numeric")
     assert question.answer == "2" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
-    assert question.meta == {"format": "ms-swift"} and question.system == "Be brief."
+    # Whoever reorders the file gets other ids.
+    assert question.meta == {"format": "ms-swift", "id_by_position": True} and question.system == "Be brief."
+    (question,) = load(tmp_path, SWIFT | {"task_type": "numeric", "id": "q7"})
+    assert (question.id, question.meta) == ("q7", {"format": "ms-swift"})
 
 
 @pytest.mark.parametrize(
     ("answer", "task", "truth"),
     [
-        ("B", "mcq", "B"),
-        ("(B)", "mcq", "B"),
+        # A letter on a sign, say: no options are shown.
+        ("B", "open", "B"),
+        ("(B)", "open", "(B)"),
         ("3.5 to 10", "temporal", "3.5 to 10"),
         ("<answer>3.5 to 10</answer>", "temporal", "3.5 to 10"),
         ('{"time": [3.5, 10]}', "temporal", "3.5 to 10"),
@@ -66,7 +71,7 @@ def test_ms_swift(tmp_path):
         ("three", "open", "three"),
         ("3 cups", "open", "3 cups"),
         ("b", "open", "b"),
-        ("I", "mcq", "I"),
+        ("I", "open", "I"),
         ("yes", "open", "yes"),
     ],
 )
@@ -81,6 +86,17 @@ def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
     assert (question.task_type, question.answer) == ("ocr", truth if task == "open" else question.answer)
 
 
+@pytest.mark.parametrize(("answer", "task"), [("3 to 2", "temporal"), ("30,20,10,5", "spatial")])
+def test_a_fault_of_an_answer_that_told_the_task_type_says_so(tmp_path, answer, task):
+    """A score is no interval."""
+    with pytest.raises(DataError, match=rf"fix it; or name the record's task_type, which the answer made {task}$"):
+        load(tmp_path, asked("What is the score?", answer))
+    (question,) = load(tmp_path, asked("What is the score?", answer, task_type="ocr"))
+    assert question.answer == answer
+    with pytest.raises(DataError, match=r"fix it$"):
+        load(tmp_path, asked("When?", answer, task_type=task))
+
+
 def test_null_is_the_same_as_absent_inside_too(tmp_path):
     """Tables give every record, turn and part the keys of all of them."""
     empty = {"text": None, "video": None, "image": None, "fps": None}
@@ -93,7 +109,7 @@ def test_null_is_the_same_as_absent_inside_too(tmp_path):
     assert (
         question.system is None
         and len(question.videos) == 1
-        and question.meta == {"format": "ms-swift"} | {"inferred": True}
+        and question.meta == {"format": "ms-swift", "id_by_position": True, "inferred": True}
     )
 
 
@@ -101,7 +117,8 @@ def test_options_make_it_multiple_choice(tmp_path):
     record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["two", "2", "6"]}
     with pytest.raises(DataError, match=r"got '2'; an index may count from 0 or from 1, write the letter"):
         load(tmp_path, record)
-    (question,) = load(tmp_path, record | {"options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"})
+    record |= {"messages": SWIFT["messages"][1:2], "options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"}
+    (question,) = load(tmp_path, record)
     # "6" counts none of three options, so it is the text of the last one.
     assert (question.task_type, question.answer) == ("mcq", "C")
 
@@ -191,6 +208,34 @@ def test_a_dialogue_is_no_list_of_options(tmp_path):
     assert load(tmp_path, asked(two, "A. tea"))[0].options is None
 
 
+@pytest.mark.parametrize(
+    "question",
+    ["Which? A. tea B. milk", "Which? (A) tea (B) milk", "Which is it: a) tea, b) milk?", "Which?\nA: tea; B: milk."],
+)
+def test_a_letter_means_an_option_only_where_options_are_shown(tmp_path, question):
+    for settings in ({}, {"task_type": "mcq"}):
+        (shown,) = load(tmp_path, asked(question, "B"), **settings)
+        assert (shown.task_type, shown.answer, shown.options) == ("mcq", "B", None)
+    for kind in ("math", "multiple choice"):
+        record = VIDEO_R1 | {"problem": question, "problem_type": kind, "options": None}
+        assert load(tmp_path, record)[0].task_type == "mcq"
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Which letter is on the sign?", "Is it before 9 a.m. or after?", "What is A?", "Is it A or B?"),
+        *("Is it in the U.S.A. or B.C.?", "Which of f(a) and f(b) is larger?", "Which letter follows (A)? (B)?"),
+    ],
+)
+def test_a_letter_without_options_is_no_choice(tmp_path, question):
+    (read,) = load(tmp_path, asked(question, "B"))
+    assert (read.task_type, read.answer) == ("open", "B")
+    for record in (asked(question, "B", task_type="mcq"), VIDEO_R1 | {"problem": question, "options": []}):
+        with pytest.raises(DataError, match=r"field 'options': expected the choices of an mcq question, here or as"):
+            load(tmp_path, record)
+
+
 def test_content_parts_solution_query_and_other_keys(tmp_path):
     parts = [
         {"type": "text", "text": "Is "},
@@ -198,8 +243,8 @@ def test_content_parts_solution_query_and_other_keys(tmp_path):
         {"type": "text", "text": " in "},
         {"type": "video", "video": "v.mp4", "video_start": 3, "video_end": 10},
     ]
-    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "solution": "<answer>A</answer>"})
-    assert question.question == "Is <image> in <video>" and question.answer == "A"
+    (question,) = load(tmp_path, {"messages": [{"role": "user", "content": parts}], "solution": "<answer>yes</answer>"})
+    assert question.question == "Is <image> in <video>" and question.answer == "yes"
     assert [(kind, span) for kind, _, span in question.media] == [("image", None), ("video", (3.0, 10.0))]
     (question,) = load(tmp_path, {"query": "<video>How many?", "response": "3", "videos": ["v.mp4"], "source": "x"})
     assert (question.question, question.task_type, question.answer) == ("How many?", "numeric", "3")
@@ -214,8 +259,6 @@ def test_content_parts_solution_query_and_other_keys(tmp_path):
         ("boolean", "Yes", "mcq", "A"),
         ("boolean", "no", "mcq", "B"),
         ("math", "42", "numeric", "42"),
-        ("math", "B", "mcq", "B"),
-        ("multiple_choice", "B", "mcq", "B"),
         ("open-ended", "a dog", "open", "a dog"),
         (None, "3", "numeric", "3"),
     ],
@@ -295,6 +338,15 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"video": "w.mp4"}, r"field 'video': expected the same as 'videos' \(\['v\.mp4'\]\), got 'w\.mp4'"),
         (LLAVA | {"images": ["i.png"], "image": "j.png"}, r"field 'image': expected the same as 'images'"),
         (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
+        (
+            SWIFT | {"solution": "3"},
+            r"field 'messages': expected an answer in it that is the same as 'solution' \('3'\), or none, got '2'",
+        ),
+        (LLAVA | {"answer": "A bus."}, r"field 'conversations': .* the same as 'answer' \('A bus\.'\), or none, got"),
+        (
+            {"query": "<video>How many?", "response": "2", "solution": "3", "videos": ["v.mp4"]},
+            r"field 'response': expected an answer in it that is the same as 'solution'",
+        ),
         (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
         (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
         (SWIFT | {"response": "2"}, r"field 'response': expected none beside 'messages'"),
@@ -369,6 +421,44 @@ def test_llava(tmp_path):
     assert question.task_type == "open" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
 
 
+def test_one_image_mark_of_llava_stands_for_its_one_video(tmp_path):
+    def marked(text, **fields):
+        turns = [{"from": "human", "value": text}, LLAVA["conversations"][1]]
+        return load(tmp_path, LLAVA | {"conversations": turns} | fields)[0].question
+
+    assert marked("<image>\nWhat happens?") == "What happens?"
+    assert marked("What happens in <image>?") == "What happens in <video>?"
+    for text, fields in (
+        ("<image>\n<image>\nWhich?", {"video": ["v.mp4", "w.mp4"]}),
+        ("<image_1>\nWhich?", {}),
+        ("<video>\nWhich?", {"image": "i.png", "video": None}),
+    ):
+        with pytest.raises(DataError, match=r"field 'conversations': expected one mark for each of"):
+            marked(text, **fields)
+    turns = [{"role": "user", "content": "<image>How many?"}]
+    with pytest.raises(DataError, match=r"expected one mark for each of 1 video and 0 images, got 0 <video> and 1"):
+        load(tmp_path, SWIFT | {"messages": turns, "solution": "2"})
+
+
+@pytest.mark.parametrize(
+    ("solution", "reply", "fields"),
+    [
+        ("2", "<think>two</think><answer>2</answer>", {}),
+        (2, "2", {}),
+        ("<answer>3 to 5</answer>", "00:03 - 00:05", {}),
+        ("B", "B. Milk is poured.", {"options": ["tea", "milk"]}),
+        ("milk", "B", {"options": {"A": "tea", "B": "milk"}}),
+        ("A man.", "a man", {}),
+        ("2", "", {}),
+    ],
+)
+def test_an_assistant_turn_that_gives_the_solution_again(tmp_path, solution, reply, fields):
+    turns = [SWIFT["messages"][1], {"role": "assistant", "content": reply}]
+    (question,) = load(tmp_path, SWIFT | {"messages": turns, "solution": solution} | fields)
+    (alone,) = load(tmp_path, SWIFT | {"messages": turns[:1], "solution": solution} | fields)
+    assert question == alone
+
+
 def test_video_r1(tmp_path):
     (question,) = load(tmp_path, VIDEO_R1)
     assert (question.id, question.task_type, question.answer) == ("12", "mcq", "B")
@@ -409,12 +499,16 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"messages": SWIFT["messages"][1:] * 2}, r"expected one user turn.*got 2 user and 2 assistant turns"),
         (
             SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": "two"}], "task_type": "mcq"},
+            r"field 'options': expected the choices of an mcq question",
+        ),
+        (
+            SWIFT | {"messages": LETTERED, "task_type": "mcq", "options": ["tea", "milk"]},
             r"field 'messages': expected one option letter",
         ),
         (SWIFT | {"videos": []}, r"at least one path under 'videos' or 'images'"),
         (SWIFT | {"audios": ["a.wav"]}, r"field 'audios': expected videos and images only"),
         (SWIFT | {"videos": [["1.jpg", "2.jpg"]]}, r"field 'videos': expected paths of files, got 'a list of frames'"),
-        (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images"),
+        (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images, got 1"),
         (SWIFT | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\]': expected a part"),
         (
             SWIFT | {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4", "fps": 2}]}]},
@@ -423,7 +517,10 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"messages": [{"role": "user", "content": "<video>Where? <bbox>"}]}, r"boxes as numbers"),
         ({"query": "<video>Q", "history": [["a", "b"]], "videos": ["v.mp4"]}, r"field 'history'"),
         (VIDEO_R1 | {"problem_type": "tracking"}, r"field 'problem_type': expected one of.*got 'tracking'"),
-        (VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$x^2$"}, r"field 'problem_type'"),
+        (
+            VIDEO_R1 | {"problem_type": "math", "options": [], "solution": "$4$"},
+            r"field 'solution': expected a number.*'\$4\$'",
+        ),
         (
             VIDEO_R1 | {"problem_type": "OCR", "options": [], "solution": "<answer></answer>"},
             r"field 'solution'.*got nothing",
@@ -445,10 +542,46 @@ def test_errors_name_the_fields_of_the_source(tmp_path, record, message):
 
 
 def test_a_named_format_is_not_guessed(tmp_path):
-    with pytest.raises(DataError, match=r"field 'problem'"):
+    with pytest.raises(
+        DataError, match=r"format video-r1, in which the file is read \(data\.format=video-r1\), got one"
+    ):
         load(tmp_path, SWIFT, format="video-r1")
+    with pytest.raises(DataError, match=r"field 'problem'"):
+        load(tmp_path, {"path": "v.mp4"}, format="video-r1")
 
 
 def test_two_formats_in_one_file_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"data\.jsonl:2: field 'conversations'"):
-        load(tmp_path, LLAVA, SWIFT)
+    own = {"id": "q", "question": "Which?", "videos": ["v.mp4"], "task_type": "ocr", "answer": "EXIT"}
+    for first, second, read, looks in (
+        (LLAVA, SWIFT, "llava", "ms-swift"),
+        (own, LLAVA, "rmsd", "llava"),
+        (SWIFT, own, "ms-swift", "rmsd"),
+    ):
+        message = rf"data\.jsonl:2: expected a record of the format {read}, in which the file is read \(by its first "
+        with pytest.raises(DataError, match=message + rf"record\), got one that looks like {looks}; give each"):
+            load(tmp_path, first, second)
+
+
+def test_a_question_that_is_null_is_missing(tmp_path):
+    record = {"id": "q", "question": None, "videos": ["v.mp4"], "task_type": "ocr", "answer": "EXIT"}
+    for records in ([record], [record | {"question": "Which?"}, record | {"messages": None, "id": "r"}]):
+        with pytest.raises(
+            DataError, match=rf"data\.jsonl:{len(records)}: field 'question': expected .*, got nothing;"
+        ):
+            load(tmp_path, *records)
+    with pytest.raises(DataError, match=r"field 'problem': expected the question, got nothing"):
+        load(tmp_path, VIDEO_R1 | {"problem": None})
+
+
+def test_a_record_of_verl_is_named(tmp_path):
+    """Its list of turns is no list of records."""
+    record = {"prompt": [{"role": "user", "content": "<video>How many?"}]}
+    more = {"data_source": "x", "reward_model": {"ground_truth": "3"}, "videos": ["v.mp4"]}
+    for fields in ({}, more):
+        message = (
+            r"data\.jsonl:1: expected one of the formats that are read, got the keys 'prompt'.*, as verl writes them"
+        )
+        with pytest.raises(DataError, match=message + "; rename 'prompt' to 'messages'"):
+            load(tmp_path, record | fields)
+    (question,) = load(tmp_path, {"messages": record["prompt"], "solution": "3", "videos": ["v.mp4"]})
+    assert (question.task_type, question.answer) == ("numeric", "3")

@@ -20,6 +20,7 @@ LEVELS = {
     "losses": 1,
     "config": 1,
     "environment": 0,
+    "command_line": 1,
     "files": 1,
     "process": 0,
     "settings": 1,
@@ -37,6 +38,7 @@ LEVELS = {
 # Within a level only these; each line is (importer, imported). Every chain here ends: no cycles. A run ends with an
 # evaluation and a report, so `train` calls those two programs' functions.
 SAME_LEVEL = {
+    ("command_line", "config"),  # the names of settings
     ("files", "config"),  # the kind of error
     ("settings", "files"),
     ("settings", "config"),  # the filling of the dataclasses

@@ -69,7 +69,6 @@ def test_nulls_of_servers_are_defaults(tmp_path):
         ({"k": 1.5}, "field 'k'"),
         ({"finish_reason": {"type": 3}}, "field 'finish_reason': expected text such as 'stop', or an object with it"),
         ({"finish_reason": {"reason": "stop"}}, "field 'finish_reason': expected text such as 'stop'"),
-        ({"text": None}, "field 'text': expected text, got nothing"),
         ({"key": 3}, "field 'key': expected text"),
         ({"usage": []}, "field 'usage': expected a JSON object"),
         ({"valid": "yes"}, "field 'valid': expected true or false"),
@@ -86,8 +85,46 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
 
 def test_a_question_file_is_no_pool(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
-    with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text"):
+    with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text$"):
         load_pool(tmp_path / "p.jsonl")
+    question = {"id": "q1", "videos": ["a.mp4"], "question": "Which?", "task_type": "ocr", "answer": "EXIT"}
+    for record in (question, {"id": 1, "conversations": []}, {"problem": "?", "answer": "B"}):
+        (tmp_path / "p.jsonl").write_text((json.dumps(record) + "\n") * 3)
+        with pytest.raises(DataError) as caught:
+            load_pool(tmp_path / "p.jsonl")
+        # Once, not for every line, and without the advice to remove what questions need.
+        assert "p.jsonl:1: expected a teacher answer with id, k, text, got the keys" in str(caught.value)
+        assert "is this the question file? Swap the two files" in str(caught.value)
+        assert "\n" not in str(caught.value) and "remove" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        (LINE | {"reasoning_content": "x"}, r"'reasoning_content': .*; put it into 'text', as <think>…</think> before"),
+        (LINE | {"thinking": "x"}, r"field 'thinking': .*; put it into 'text'"),
+        ({"id": "q", "k": 0, "response": "B"}, r"field 'response': .*; rename it to 'text'"),
+        ({"id": "q", "k": 0, "content": None}, r"field 'content': .*; rename it to 'text'"),
+        ({"id": "q", "k": 0, "answer": "B"}, r"field 'answer': .*; rename it to 'text'"),
+        ({"question_id": "q", "k": 0, "text": "B"}, r"field 'question_id': .*; rename it to 'id'"),
+        ({"id": "q", "index": 0, "text": "B"}, r"field 'index': .*; rename it to 'k'"),
+        # The question is stored with its answers.
+        ({"id": "q", "k": 0, "response": "B", "question": "Which?"}, r"field 'response': .*; rename it to 'text'"),
+        (LINE | {"answer": "B"}, r"field 'answer': .*; remove it"),
+        (LINE | {"question": "Which?"}, r"field 'question': .*; remove it"),
+    ],
+)
+def test_fields_of_other_programs_say_where_they_belong(tmp_path, line, advice):
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl:1: .*" + advice):
+        load_pool(tmp_path / "p.jsonl")
+
+
+def test_no_text_is_an_empty_answer(tmp_path):
+    """As OpenAI's interface sends what its filter stopped."""
+    (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"text": None, "finish_reason": "content_filter"}) + "\n")
+    (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
+    assert (response.text, response.finish_reason) == ("", "content_filter")
 
 
 def test_the_finish_reason_may_be_an_object(tmp_path):

@@ -216,8 +216,14 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"videos": []}, r"expected at least one path under 'videos' or 'images'"),
         (
             {"question": "Who <image>? <image>"},
-            r"field 'question': expected one mark for each of 1 videos and 0 images",
+            r"field 'question': expected one mark for each of 1 video and 0 images",
         ),
+        # With a video alone it was taken for the video's.
+        (
+            {"question": "<image>Who?"},
+            r"one mark for each of 1 video and 0 images, got 0 <video> and 1 <image>; fix the",
+        ),
+        ({"question": "<video>Who?", "videos": [], "images": ["a.png"]}, r"0 videos and 1 image, got 1 <video> and 0"),
         ({"question": "<|im_end|>Who?"}, r"field 'question': expected plain text, got '<\|im_end\|>'"),
         ({"question": "<|fim_prefix2|>Who?"}, r"expected plain text, got '<\|fim_prefix2\|>'"),
         ({"question": "a\ud800b"}, r"field 'question': expected Unicode text"),
@@ -233,6 +239,11 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"videos": [{"path": "a.mp4", "start": -1}]}, r"expected start and end in seconds from 0, got -1"),
         ({"videos": [{"path": "a.mp4", "end": True}]}, r"expected start and end in seconds from 0, got True"),
         ({"videos": [{"path": "a.mp4", "start": 3, "end": 3}]}, r"expected an end after the start, got \[3, 3\]"),
+        (
+            {"options": []},
+            r"field 'options': expected the choices of an mcq question, here or as a list.*got \[\]; add",
+        ),
+        ({"options": None}, r"field 'options': expected the choices of an mcq question.*got nothing; add them, or"),
         ({"options": ["red"]}, r"field 'options': expected 2 to 26 choices"),
         ({"options": "red"}, r"field 'options': expected a list of texts"),
         ({"options": ["red", ""]}, r"field 'options'"),
@@ -356,6 +367,17 @@ def test_parts_of_videos_are_read_and_written(tmp_path):
     assert again[:2] == questions[:2] and again[2].spans == () and again[2].videos == questions[2].videos
 
 
+def test_a_pool_is_no_question_file(tmp_path):
+    line = {"id": "q1", "k": 0, "text": "B", "model": "m"}
+    for format in ("auto", "rmsd", "llava"):
+        with pytest.raises(DataError) as caught:
+            load_questions(write(tmp_path / "q.jsonl", line, line | {"k": 1}), format=format)
+        assert str(caught.value).endswith(
+            "q.jsonl:1: expected a question, got the keys 'id', 'k', 'text', 'model' of a teacher answer; is this the "
+            "pool? Swap the two files, or name the question file here"
+        )
+
+
 def test_duplicate_id_names_both_lines(tmp_path):
     with pytest.raises(DataError, match=r"q\.jsonl:3: field 'id'.*q\.jsonl:1"):
         load_questions(write(tmp_path / "q.jsonl", GOOD, GOOD | {"id": "q2"}, GOOD))
@@ -395,6 +417,16 @@ def test_paths_stay_inside_the_media_root(tmp_path, bad):
     path = write(root / "q.jsonl", GOOD | {"videos": [bad]})
     with pytest.raises(DataError, match=r"q\.jsonl:1: field 'videos': expected a path inside the media root"):
         load_questions(path)
+
+
+def test_a_home_folder_is_written_out(tmp_path):
+    for path in ("~/a.mp4", "~you/a.mp4"):
+        with pytest.raises(DataError, match=r"field 'videos': expected a path, got '~.*'~' is not expanded: write the"):
+            load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": [path]}))
+    # A name may begin so.
+    (tmp_path / "~a.mp4").write_bytes(b"x")
+    (question,) = load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": ["~a.mp4"]}))
+    assert question.videos == (str(tmp_path.resolve() / "~a.mp4"),)
 
 
 def test_paths_start_at_the_media_root_and_links_within_are_fine(tmp_path):

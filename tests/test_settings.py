@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,8 @@ def test_help_documents_every_field():
         (["model.attention=eager"], "write packing=padded"),
         (["micro_tokens=0"], "micro_tokens: expected at least 1"),
         (["data.max_prompt_tokens=1000", "rollout.max_new_tokens=99", "micro_tokens=1099"], "together, 1100, got 1099"),
+        (["data.train=~/q.jsonl"], "data.train: expected a path, got '~/q.jsonl', in which '~' is not expanded; write"),
+        (["model.path=~/m"], "model.path: expected a path, got '~/m'"),
         (["steps"], "expected section.field=value"),
     ],
 )
@@ -149,6 +152,19 @@ def test_what_has_an_effect_is_accepted(overrides):
     load_settings("quickstart", overrides)
 
 
+def test_a_recipe_may_say_how_to_evaluate_without_held_out_questions(tmp_path):
+    """As a copy of the 4B recipe does whose data.heldout was removed; on the command line `data.heldout=` does it."""
+    copy = tmp_path / "my.yaml"
+    text = (RECIPES / "rmsd_qwen3vl_4b.yaml").read_text()
+    copy.write_text(text.replace("  heldout: data/heldout.jsonl\n", ""))
+    settings = load_settings(str(copy))
+    assert settings.data.heldout == "" and settings.evaluate.num_frames == 64
+    assert settings == load_settings("rmsd_qwen3vl_4b", ["data.heldout="])
+    assert load_settings(str(copy), ["data.heldout=h.jsonl", "evaluate.num_frames=32"]).evaluate.num_frames == 32
+    with pytest.raises(SettingsError, match=r"override: evaluate\.num_frames has no effect: there is nothing to"):
+        load_settings(str(copy), ["evaluate.num_frames=32"])
+
+
 def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):
     (tmp_path / "x.yaml").write_text("base: quickstart\nsft:\n  stepz: 3\n")
     with pytest.raises(SettingsError, match=r"sft\.stepz.*did you mean sft\.steps"):
@@ -169,10 +185,9 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
 def test_dry_run_lists_what_is_missing():
     plan, ready = describe_plan(load_settings("rmsd_qwen3vl_4b"))
     assert not ready and "not downloaded yet: the run fetches it from the Hub" in plan
-    for path in ("data/train.jsonl", "data/heldout.jsonl", "data/pool.jsonl"):
-        assert f"NOT THERE YET: {path}" in plan.replace("data.train: ", "").replace("data.heldout: ", "").replace(
-            "teacher.pool: ", ""
-        )
+    # Whole paths: relative ones count from the current folder, and not from the recipe's.
+    for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
+        assert f"  NOT THERE YET: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
     assert plan.endswith("not ready: give what is missing above")
 
 

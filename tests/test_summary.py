@@ -136,6 +136,18 @@ def opened(identity: str, answer: str, **meta) -> Question:
     return Question(identity, "?", "open", videos=(f"/{identity}.mp4",), answer=answer, meta=meta)
 
 
+def test_ids_by_position_are_counted():
+    train = [mcq("a"), *(mcq(f"train-{index}", meta={"id_by_position": True}) for index in (1, 2))]
+    summary = describe_questions(train, [mcq("held-0", videos=("/w.mp4",), meta={"id_by_position": True})])
+    assert summary.lines[2:4] == [
+        "ids of 2 training questions come from their positions in the file (train-1, train-2): give each an `id` "
+        "before the order changes",
+        "ids of 1 held-out question come from their positions in the file (held-0): give each an `id` before the "
+        "order changes",
+    ]
+    assert "position" not in describe_questions([mcq("a")], []).text()
+
+
 def test_what_is_probably_not_meant_is_a_warning():
     long = "A man walks to the door."
     (warning,) = describe_questions([opened("a", long), opened("b", long)], []).warnings
@@ -144,20 +156,24 @@ def test_what_is_probably_not_meant_is_a_warning():
     (warning,) = describe_questions([opened("a", long, inferred=True)], []).warnings
     assert warning.endswith("name their task type in data.task_type, or in the records, with an answer")
     (same,) = describe_questions([mcq("q1")], [mcq("h")]).warnings
-    assert "trained on too: 1 of 1 held-out question (h)" in same
+    assert same.startswith("held-out questions that are training questions too: 1 of 1 (h); scores on them say nothing")
     (shared,) = describe_questions([mcq("q1")], [mcq("i", options=("milk", "tea"))]).warnings
-    assert "about media that are trained on: 1 of 1 held-out question (i)" in shared
+    assert shared.startswith("held-out questions about the media of training questions: 1 of 1 (i); scores on them")
 
 
 def test_shared_media_are_told_beside_a_question_that_is_the_same():
     heldout = [mcq("h"), *(mcq(f"i{index}", options=("milk", "tea")) for index in range(6)), mcq("j", videos=("/w",))]
     same, shared = describe_questions([mcq("q1")], heldout).warnings
-    assert "trained on too: 1 of 8 held-out questions (h)" in same
-    assert "trained on: 6 of 8 held-out questions (i0, i1, i2, i3, i4, …)" in shared
+    assert "training questions too: 1 of 8 (h)" in same
+    assert "media of training questions: 6 of 8 (i0, i1, i2, i3, i4, …)" in shared
 
 
 @pytest.mark.parametrize(
-    "answer", ["yes", "A. tea is poured into it", "(b) milk it is", "2 dogs and 1 cat", "3-5", '{"bbox": [1]}']
+    "answer",
+    [
+        *("yes", "No.", "B", "A. tea is poured into it", "(b) milk it is", "2 dogs and 1 cat", "3-5", '{"bbox": [1]}'),
+        *("three", "没有", "3只狗", "EXIT"),
+    ],
 )
 def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     train = [mcq("q"), *(opened(f"o{index}", "A man walks to the door.") for index in range(40))]
@@ -174,6 +190,12 @@ def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     assert describe_questions([*train, opened("x", answer)], []).warnings == []
     (warning,) = describe_questions([mcq("q"), opened("x", answer)], []).warnings
     assert warning.startswith("1 open training question with an answer like that of a closed question (x: ")
+
+
+@pytest.mark.parametrize("answer", ["测试图", "A test.", "a thing", "A man.", "3个人走进房间然后坐下", "red and blue"])
+def test_phrases_are_what_open_questions_ask_for(answer):
+    train = [mcq("q"), opened("x", answer), opened("y", answer, inferred=True)]
+    assert describe_questions(train, []).warnings == []
 
 
 @pytest.fixture
@@ -208,6 +230,19 @@ def test_pool_check_shows_counts_and_examples(files, capsys):
     assert "teacher.parse: expected one of strict, natural" in capsys.readouterr().err
 
 
+def test_the_pool_program_refuses_settings_that_it_does_not_read(files, tmp_path, capsys):
+    for override in ("sft.steps=3", "teacher.pool=x", "teacher.min_quality=0.5"):
+        assert run("check", *files, override) == 2
+        key = override.partition("=")[0]
+        error = capsys.readouterr().err
+        assert f"override: {key} has no effect: pool check reads data.format, " in error and f"leave {key} out" in error
+    assert run("repair", *files, "teacher.responses=2", "--output", tmp_path / "new.jsonl") == 2
+    assert "teacher.responses has no effect: pool repair reads" in capsys.readouterr().err
+    assert run("check", *files, "teacher.responses=2", "data.media_root=.") == 0
+    assert run("check", *files, "sft.stepz=3") == 2
+    assert "did you mean sft.steps" in capsys.readouterr().err
+
+
 def test_pool_check_judges_every_answer(files, capsys):
     pool, _ = files
     with pool.open("a") as file:
@@ -228,6 +263,37 @@ def test_pool_check_shows_examples_before_it_fails(files, capsys):
     shown = capsys.readouterr()
     assert "  refusal: the teacher declined to answer\n    1 k=0: \"I'm sorry" in shown.out
     assert shown.err.count("rmsd_fast.pool: ") == 1 and "0.0% of 4 answers are valid" in shown.err
+
+
+def test_pool_check_judges_what_there_is_where_too_many_questions_lack_answers(files, capsys):
+    pool, _ = files
+    pool.write_text("".join(line + "\n" for line in pool.read_text().splitlines() if '"id": 2' not in line))
+    assert run("check", *files) == 2
+    shown = capsys.readouterr()
+    assert "mcq           1        4  75.0%" in shown.out
+    assert "  left out: 1 question without an answer (2)" in shown.out and "  two_answers: several" in shown.out
+    (fault,) = shown.err.splitlines()
+    assert "got them for 1 of 2 (missing: '2'; the pool has '1', 'other')" in fault
+    # Up to the share that a run accepts it is no fault.
+    assert run("check", *files, "teacher.max_unanswered_share=0.5") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_pool_check_of_swapped_files_says_so_once_for_each(files, capsys):
+    pool, questions = files
+    assert run("check", questions, pool) == 2
+    error = capsys.readouterr().err
+    assert error.count("Swap the two files") == 2 and "is this the pool?" in error and "remove" not in error
+
+
+def test_answers_without_a_text_are_counted(files, capsys):
+    pool, _ = files
+    with pool.open("a") as file:
+        file.write(json.dumps({"id": 2, "k": 1, "text": None, "finish_reason": "content_filter"}) + "\n")
+        file.write(json.dumps({"id": 2, "k": 2, "text": None, "finish_reason": "stop"}) + "\n")
+    assert run("check", *files) == 0
+    printed = capsys.readouterr().out
+    assert "filtered 1" in printed and "empty 1" in printed
 
 
 def test_pool_check_names_the_faults_of_both_files(files, capsys):

@@ -10,11 +10,12 @@ import pytest
 import torch
 from material import tiny_material
 
-from rmsd_fast import evaluate, train
+from rmsd_fast import evaluate, pool, train
 from rmsd_fast.config import SettingsError
 from rmsd_fast.runtime.distributed import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.stages.plan import describe_plan
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,27 @@ def read(path: str) -> list[dict]:
 
 def test_unknown_setting(capsys, tmp_path):
     assert "did you mean sft.steps" in fails(capsys, tmp_path, "quickstart", "sft.stepz=3")
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "advice"),
+    [
+        (train, ["quickstart", "--sft.steps=4"], "write sft.steps=4"),
+        (train, ["quickstart", "--sft.steps", "4"], "write sft.steps=<value>"),
+        (train, ["quickstart", "--seed=3"], "write seed=3"),
+        (evaluate, ["quickstart", "--output", "x.json", "--model.path=x"], "write model.path=x"),
+        (pool, ["check", "a.jsonl", "b.jsonl", "--teacher.parse=strict"], "write teacher.parse=strict"),
+    ],
+)
+def test_a_setting_written_as_an_option(capsys, program, given, advice):
+    with pytest.raises(SystemExit) as ended:
+        program.main(given)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(f"; settings have no dashes: {advice}")
+    # Any other option is only unknown.
+    with pytest.raises(SystemExit):
+        train.main(["quickstart", "--nonsense=4"])
+    assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --nonsense=4")
 
 
 def test_losses_that_this_machine_cannot_compute(capsys, tmp_path, material, monkeypatch):
@@ -185,7 +207,8 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
     printed = capsys.readouterr().out
     assert "NOT THERE YET" in printed and "got 'llama'" in printed and "parameters" not in printed
     assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
-    assert "NOT THERE YET: data.train: nowhere.jsonl" in capsys.readouterr().out
+    # Whole, since relative paths count from the current folder and not from the recipe's.
+    assert f"NOT THERE YET: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
@@ -194,6 +217,16 @@ def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
     assert "questions: 36 (" in printed
     assert "teacher: 144 answers of simulated, up to K=4 of each question (36 questions have 4)" in printed
     assert "0.5M parameters" in printed and printed.strip().endswith("ready")
+
+
+@pytest.mark.parametrize(
+    ("processes", "ahead", "said"), [(1, 1, ("1 process, ", "1 step ")), (2, 3, ("2 processes, ", "3 steps "))]
+)
+def test_the_plan_counts_in_whole_words(monkeypatch, processes, ahead, said):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    plan, _ = describe_plan(load_settings("quickstart", [f"data.decode_ahead={ahead}", "data.decode_threads=1"]))
+    assert f"settings are consistent; {said[0]}" in plan and f"1 thread, decoding {said[1]}ahead" in plan
+    assert "(s)" not in plan and "(es)" not in plan
 
 
 def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, material):

@@ -14,15 +14,18 @@ video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`,
 
 A record that names no task type gets one from its options and its answer, unless `data.task_type` names one
 (`task_types`); the summary at the start counts them (`meta["inferred"]`). Options that stand as a list in the question
-(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. Yes/no questions (`boolean`) are
-mcq; only where there are no options they get Yes and No. What no task type can grade (tracking, code, a formula) is an
+(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. A letter alone does not
+make a question mcq: without options it might be a letter on a sign. Yes/no questions (`boolean`) are mcq, with Yes and
+No as their options where the record has none. What no task type can grade (tracking, code, a formula) is an
 error.
 
-The answer is the key `answer` or `solution`, else the assistant's turn; where it holds one `<answer>…</answer>`, the
+The answer is the key `answer` or `solution`, else the assistant's turn, and an error where both have one and they
+differ; where it holds one `<answer>…</answer>`, the
 text inside. The extra keys `task_type`, `options`, `duration`, `system` and `id` are read where a record has them; null
 is the same as a missing key; other keys are kept in `meta["source"]`. Two keys of one meaning have to agree: a record
 that gives its media, its answer, its task type or its system text twice and differently is an error, and so are the
-keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>".
+keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>",
+which the summary at the start counts (`meta["id_by_position"]`).
 Video-R1's regression questions are graded like every numeric one: choose `teacher.numeric_metric=mra` for them.
 """
 
@@ -32,7 +35,9 @@ import re
 from typing import Any
 
 from rmsd_fast.data.errors import DataError
-from rmsd_fast.data.option_lists import find_options
+from rmsd_fast.data.ground_truths import GroundTruthError, read_ground_truth
+from rmsd_fast.data.marks import with_video_mark
+from rmsd_fast.data.option_lists import find_options, shows_options
 from rmsd_fast.data.task_types import (
     infer_task,
     is_yes_or_no,
@@ -40,7 +45,8 @@ from rmsd_fast.data.task_types import (
     looks_like_a_letter,
     names_an_option,
 )
-from rmsd_fast.method.answers import bare_options
+from rmsd_fast.method.answers import bare_options, parse_answer_body
+from rmsd_fast.method.quality import fold_text
 
 # Keys that tell a format, in this order.
 RECORD_KEYS = {
@@ -86,15 +92,48 @@ def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def detect_format(record: dict[str, Any], where: str) -> str:
-    """The format that a record's keys belong to; DataError where none fits."""
-    for key, format in RECORD_KEYS.items():
-        if key in record:
-            return format
+    """The format that a record's keys belong to.
+
+    Args:
+        record: as it was read, nulls included.
+    Raises:
+        DataError: none fits, or the key that tells it is null.
+    """
+    if format := _format_of(record):
+        return format
+    if empty := [key for key in RECORD_KEYS if key in record]:
+        name = "question" if "question" in empty else empty[0]
+        raise DataError.at(where, name, "the question", None, "add it, or remove the record")
+    if "prompt" in record:
+        raise DataError(
+            f"{where}: expected one of the formats that are read, got the keys {', '.join(map(repr, record))}, as verl "
+            "writes them; rename 'prompt' to 'messages', and write the ground truth of 'reward_model' under 'solution'"
+        )
     raise DataError(
         f"{where}: expected a key 'question' (our format), 'messages' or 'query' (ms-swift), 'conversations' (llava) "
         f"or 'problem' (video-r1), got the keys {', '.join(map(repr, record)) or 'none'}; name one of these formats in "
         "data.format"
     )
+
+
+def check_format(record: dict[str, Any], format: str, where: str, *, named: bool) -> None:
+    """Refuse a record whose keys tell another format than that in which its file is read.
+
+    Args:
+        named: the setting names the format; otherwise the first record tells it.
+    """
+    looks = _format_of(record)
+    has_its_own = any(record.get(key) is not None for key, other in RECORD_KEYS.items() if other == format)
+    if looks and looks != format and not has_its_own:
+        why = f"data.format={format}" if named else "by its first record"
+        raise DataError(
+            f"{where}: expected a record of the format {format}, in which the file is read ({why}), got one that looks "
+            f"like {looks}; give each format a file of its own"
+        )
+
+
+def _format_of(record: dict[str, Any]) -> str | None:
+    return next((format for key, format in RECORD_KEYS.items() if record.get(key) is not None), None)
 
 
 def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, task_type: str = "auto") -> Converted:
@@ -118,8 +157,15 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
         raw, names, used = _problem(record, where)
     else:
         raw, names, used = _chat(record, where, "conversations" if format == "llava" else "messages")
+    if format == "llava" and len(raw.get("videos") or ()) == 1 and not raw.get("images"):
+        raw["question"] = with_video_mark(raw["question"])
+    meta = {"format": format} | ({} if "id" in raw else {"id_by_position": True})
     raw = {"id": fallback_id, **raw}
-    meta = {"format": format} | _settle_task(raw, names, where, task_type, prose=format != "video-r1")
+    reply = raw.pop("reply", None)
+    meta |= _settle_task(raw, names, where, task_type, prose=format != "video-r1")
+    if reply is not None and _meaning(reply, raw) != _meaning(raw["answer"], raw):
+        expected = f"an answer in it that is the same as '{names['answer']}' ({raw['answer']!r:.60}), or none"
+        raise DataError.at(where, names["reply"], expected, reply, "keep one of the two")
     others = {key: value for key, value in record.items() if key not in used}
     raw["meta"] = meta | ({"source": others} if others else {})
     return raw, names
@@ -140,10 +186,16 @@ def _settle_task(
     task = raw.get("task_type", task_type)
     inferred = task == "auto"
     if inferred or task == _MATH:
-        is_choice = raw.get("options") or looks_like_a_letter(answer) or (listed and names_an_option(answer, listed[1]))
+        is_choice = (
+            raw.get("options")
+            or (looks_like_a_letter(answer) and shows_options(raw["question"]))
+            or (listed and names_an_option(answer, listed[1]))
+        )
         by_answer = "mcq" if is_choice else infer_task(answer)
         if task == _MATH and by_answer not in ("mcq", "numeric"):
-            raise _no_task(where, names.get("kind", "task_type"), task)
+            expected = "a number, or the letter of an option that the record shows, since its type is math"
+            todo = "write it so, without signs of formulas, or leave the record out"
+            raise DataError.at(where, names["answer"], expected, answer, todo)
         task = by_answer
     if task == _YES_NO:
         task = "mcq"
@@ -159,6 +211,20 @@ def _settle_task(
         # With its text, since options may be letters themselves.
         raw["answer"] = f"{letter}. {bare_options(options)[ord(letter) - ord('A')]}"
     return {"inferred": True} if inferred else {}
+
+
+def _meaning(answer: object, raw: dict[str, Any]) -> object:
+    """What two spellings of one answer have in common: "B" and "B. milk", 2 and "2"."""
+    options = raw.get("options") or None
+    options = list(options.values()) if isinstance(options, dict) else options
+    if raw["task_type"] == "mcq" and options and (letter := letter_of_reply(answer, options)):
+        return fold_text(letter)
+    try:
+        value = parse_answer_body(read_ground_truth(answer, raw["task_type"], options), raw["task_type"], options)
+        return fold_text(value) if isinstance(value, str) else value
+    # Another task type's, or options of a wrong kind: told when the record is checked.
+    except (GroundTruthError, TypeError, ValueError):
+        return fold_text(str(answer))
 
 
 def _own(record: dict[str, Any], where: str) -> Converted:
@@ -196,7 +262,9 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     speaker_key, text_key = ("from", "value") if key == "conversations" else ("role", "content")
     used = {key, "query", "response", "history", "id", "answer", "solution", "task_type", *_EXTRA}
     turns = record.get(key)
+    names = {"question": key, "reply": key}
     if turns is None and "query" in record:
+        names = {"question": "query", "reply": "response"}
         turns = [{speaker_key: "user", text_key: record["query"]}]
         turns += [{speaker_key: "assistant", text_key: record["response"]}] if "response" in record else []
     elif "response" in record:
@@ -208,7 +276,6 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     media: dict[str, list[Any]] = {"videos": [], "images": []}
     system, question, reply = _turns(turns, where, key, (speaker_key, text_key), media)
     raw: dict[str, Any] = {"question": question}
-    names = {"question": key, "answer": key}
     for ours, other in (("videos", "video"), ("images", "image")):
         name = _the_one(record, (ours, other), where, _listed)
         if name and media[ours] and _listed(record[name]) != media[ours]:
@@ -223,8 +290,11 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
         todo = "write the numbers of 'objects' into the text"
         raise DataError.at(where, key, "boxes as numbers", "marks <bbox> or <ref-object>", todo)
     name = _the_one(record, ("answer", "solution"), where, _inside_answer)
-    names["answer"] = name or key
-    raw["answer"] = _inside_answer(record[name] if name else reply)
+    names["answer"] = name or names["reply"]
+    reply = _inside_answer(reply)
+    raw["answer"] = _inside_answer(record[name]) if name else reply
+    if name and reply is not None:
+        raw["reply"] = reply
     raw |= {name: record[name] for name in ("id", "task_type", *_EXTRA) if name in record}
     if system:
         _the_one({"system": record.get("system"), key: system}, ("system", key), where, _stripped)

@@ -20,6 +20,10 @@ class DataError(UserError, ValueError):
         return cls(f"{where}: field '{name}': expected {expected}, got {short(got)}; {todo}")
 
 
+class OtherFileError(DataError):
+    """A file of another kind than was asked for, as where two were given in the wrong order: one record tells."""
+
+
 def several_faults(path: Path, faults: Sequence[DataError], records: int) -> DataError:
     """Return one error for all faults of a file."""
     if len(faults) == 1:
@@ -42,6 +46,6 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 question`, `2,000 questions`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 question`, `2,000 questions`, `2 processes` with the plural given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -116,7 +116,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Located]:
     """The records of a file that is one object: that object, or the items of the one list of objects in it."""
     lists = [
-        value for value in whole.values() if isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        value
+        for value in whole.values()
+        if isinstance(value, list) and all(isinstance(item, dict) and not _is_turn(item) for item in value)
     ]
     if set(whole) & set(RECORD_KEYS) or not lists:
         yield f"{path}:{line}", whole
@@ -129,6 +131,11 @@ def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Loca
             "holds for all of them in each"
         )
     yield from _items(path, lists[0])
+
+
+def _is_turn(item: dict[str, Any]) -> bool:
+    """Whether an object is a turn of a conversation, which belongs to a record and is none itself."""
+    return {"role", "content"} <= set(item) or {"from", "value"} <= set(item)
 
 
 def _items(path: Path, items: list[Any]) -> Iterator[Located]:

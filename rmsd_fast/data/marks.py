@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rmsd_fast.data.errors import counted
+
 MARK = re.compile(r"<(image|video)>")
 # How tokenizers spell their special tokens. In a text of ours they would not be read as text.
 SPECIAL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
@@ -33,6 +35,17 @@ class MarkError(ValueError):
     """Marks that do not fit the files. The message says which there are and what to do."""
 
 
+def with_video_mark(text: str) -> str:
+    """The text of a record with one video and nothing else, its one `<image>` written `<video>`.
+
+    LLaVA-Video marks its video so. Anything else comes back as it is, for `place_marks` to judge.
+    """
+    marks = list(_SPELLINGS.finditer(text))
+    if len(marks) != 1 or marks[0][0].lower() != "<image>":
+        return text
+    return text[: marks[0].start()] + "<video>" + text[marks[0].end() :]
+
+
 def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
     """The texts with every mark as `<image>` or `<video>`, and none where all media stand in front anyway.
 
@@ -47,13 +60,11 @@ def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
         return list(texts)
     kinds = [(match["token"] or match["name"]).lower() for match in marks]
     wanted = ["video"] * videos + ["image"] * images
-    # LLaVA-Video marks its videos with <image>.
-    renamed = len(set(kinds)) == len(set(wanted)) == 1 and len(kinds) == len(wanted)
-    kinds = wanted if renamed else kinds
     if sorted(kinds) != sorted(wanted):
         got = f"{kinds.count('video')} <video> and {kinds.count('image')} <image>"
         raise MarkError(
-            f"expected one mark for each of {videos} videos and {images} images, got {got}; fix them, or write none "
+            f"expected one mark for each of {counted(videos, 'video')} and {counted(images, 'image')}, got {got}; fix "
+            "the marks or the files, or write no marks "
             "(media then stand in front)"
         )
     for kind in ("image", "video"):

@@ -65,6 +65,8 @@ def _media_path(item: object, name: str, root: Path, follow_symlinks: bool, fail
         item = unquote(item.removeprefix("file://"))
     if "://" in item or item.startswith("data:"):
         raise fail(name, "a local path", item, "download the file into the media root first")
+    if item.startswith("~") and not (root / item).exists():
+        raise fail(name, "a path", item, "'~' is not expanded: write the whole path, or one relative to the media root")
     try:
         if "\\" in item and not (root / item).exists():
             item = item.replace("\\", "/")

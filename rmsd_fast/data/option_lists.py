@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from rmsd_fast.data.marks import MARK
@@ -15,6 +16,15 @@ MOST_OPTIONS = 26
 _LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
 # "a.m.", "B.C.", "J.S. Bach" begin with no letter of an option.
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
+# The first two letters with what sets them off, each with a text behind it: "(A) tea (B) milk", "A. tea B. milk". Not
+# in "U.S.A. or B.C." and "f(a)". Small letters only with a bracket, since "a." ends words.
+_BEFORE, _BEHIND = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
+_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_BEHIND}"
+_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_BEHIND}"
+_WITHIN_A_LINE = [
+    re.compile(f"{label.format(first)}.*?{label.format(second)}", re.DOTALL)
+    for label, first, second in ((_SET_OFF, "A", "B"), (_SMALL, "a", "b"))
+]
 
 
 class OptionsError(ValueError):
@@ -57,6 +67,12 @@ def find_options(question: str) -> tuple[str, list[str]] | None:
     """
     lists = _lists(question.split("\n"))
     return _cut(question, *lists[0]) if len(lists) == 1 else None
+
+
+def shows_options(question: str) -> bool:
+    """Whether a question shows lettered options anywhere: one a line, or A and B within a line."""
+    text = unicodedata.normalize("NFKC", question)
+    return bool(_lists(question.split("\n"))) or any(pattern.search(text) for pattern in _WITHIN_A_LINE)
 
 
 def without_options(question: str, options: Sequence[str]) -> str:

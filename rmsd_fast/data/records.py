@@ -24,12 +24,12 @@ from typing import Any
 
 from rmsd_fast.config import FORMATS, SettingsError
 from rmsd_fast.data import converters
-from rmsd_fast.data.errors import DataError, several_faults
+from rmsd_fast.data.errors import DataError, OtherFileError, several_faults
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times, read_ground_truth
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.marks import MARK, SPECIAL_TOKEN, MarkError, is_unicode, place_marks
 from rmsd_fast.data.media_paths import Span, is_number, media_paths, split_spans, with_span
-from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, without_options
+from rmsd_fast.data.option_lists import MOST_OPTIONS, OptionsError, check_options, shows_options, without_options
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.method.answers import CLOSED_TASKS, EXPECTED_FORMAT, TASK_TYPES, option_letters, parse_answer_body
 
@@ -52,7 +52,7 @@ class Question:
     spans: tuple[Span, ...] = ()
     """Per video the start and end in seconds (None = open) of the part that is shown, None = all of it; () = all."""
     options: tuple[str, ...] | None = None
-    """Choices of an mcq question in order, bare or written `A. x`; None = letters stand in the question text."""
+    """Choices of an mcq question in order, bare or written `A. x`; None = the question's text shows them."""
     answer: str | None = None
     """Ground truth as it stands inside `<answer>`; a reference text for open questions."""
     system: str | None = None
@@ -106,13 +106,16 @@ def load_questions(
     questions: list[Question] = []
     faults: list[DataError] = []
     seen: dict[str, str] = {}
+    named = format != "auto"
     for index, (where, record) in enumerate(read_records(path)):
         try:
             if isinstance(record, DataError):
                 raise record
-            record = converters.without_nulls(record)
+            _refuse_teacher_answer(record, where)
             if format == "auto":
                 format = converters.detect_format(record, where)
+            converters.check_format(record, format, where, named=named)
+            record = converters.without_nulls(record)
             raw, names = converters.convert(record, format, where, f"{path.stem}-{index}", task_type)
             question = parse_question(
                 raw,
@@ -121,10 +124,13 @@ def load_questions(
                 require_answer=require_answer,
                 follow_symlinks=follow_symlinks,
                 names=names,
+                inferred=format != "rmsd" and "inferred" in raw["meta"],
             )
             if question.id in seen:
                 todo = f"it was used at {seen[question.id]} already, give every question its own id"
                 raise DataError.at(where, names.get("id", "id"), "an id that occurs once", question.id, todo)
+        except OtherFileError:
+            raise
         except DataError as error:
             faults.append(error)
             continue
@@ -137,6 +143,14 @@ def load_questions(
     return questions
 
 
+def _refuse_teacher_answer(record: dict[str, Any], where: str) -> None:
+    if {"k", "text"} <= set(record) and not set(record) & set(converters.RECORD_KEYS):
+        raise OtherFileError(
+            f"{where}: expected a question, got the keys {', '.join(map(repr, record))} of a teacher answer; is this "
+            "the pool? Swap the two files, or name the question file here"
+        )
+
+
 def question_format(path: str | os.PathLike) -> str:
     """The format that the first record of a file belongs to, one of FORMATS but "auto".
 
@@ -146,7 +160,7 @@ def question_format(path: str | os.PathLike) -> str:
     for where, record in read_records(Path(path)):
         if isinstance(record, DataError):
             raise record
-        return converters.detect_format(converters.without_nulls(record), where)
+        return converters.detect_format(record, where)
     raise DataError(f"{path}: expected at least one question, got an empty file; check that the path is right")
 
 
@@ -158,6 +172,7 @@ def parse_question(
     require_answer: bool = True,
     follow_symlinks: bool = False,
     names: dict[str, str] | None = None,
+    inferred: bool = False,
 ) -> Question:
     """Check one record of our schema.
 
@@ -167,10 +182,13 @@ def parse_question(
         media_root: absolute folder that media lie in.
         require_answer, follow_symlinks: as for load_questions.
         names: what a converter's source calls our fields, for the messages.
+        inferred: the task type was read off the answer, and may be wrong where the answer is.
     """
     names = names or {}
 
     def fail(name: str, expected: str, got: object, todo: str) -> DataError:
+        if inferred and name == "answer":
+            todo += f"; or name the record's task_type, which the answer made {raw['task_type']}"
         return DataError.at(where, names.get(name, name), expected, got, todo)
 
     for key in raw:
@@ -192,6 +210,10 @@ def parse_question(
     if not videos and not images:
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), "add it")
     options = _options(raw.get("options"), task, fail)
+    if task == "mcq" and options is None and not shows_options(raw["question"]):
+        expected = "the choices of an mcq question, here or as a list 'A. …', 'B. …' in the question"
+        todo = 'add them, or choose another task_type; write ["A", "B"] where the picture shows the letters'
+        raise fail("options", expected, raw.get("options"), todo)
     duration = _duration(raw.get("duration"), fail)
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
     if task == "temporal" and not videos:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rmsd_fast.data.ground_truths import CoordinatesError, GroundTruthError, read_ground_truth
 from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.method.answers import bare_options, option_letters
-from rmsd_fast.method.quality import fold_text
+from rmsd_fast.method.quality import fold_text, words_of
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)
@@ -30,10 +30,12 @@ _ANY_LETTER = re.compile(
 )
 # "3-5" may be a score, a range or a pair of years.
 _RANGE = re.compile(r"[0-9]+\s*[-–—~]\s*[0-9]+")
+# Whole answers to closed questions, in folded text: one word, a few that Chinese writes without blanks.
+_ONE_WORD = re.compile(r"[a-z0-9][a-z0-9'%°/–-]*[!?]?|是的?|不是|不|否|对|错|有|没有|[一二三四五六七八九十]")
 # How answers to closed questions begin: a letter with its sign, JSON; a number, in a short answer.
 _CLOSED_START = re.compile(r"[(\[]?[A-Za-z][)\].:](?:\s|$)|[\[{]")
 _NUMBER_FIRST = re.compile(r"\(?[-+]?[.]?[0-9]")
-SHORT_WORDS, SHORT_NUMBERS = 2, 5
+SHORT_NUMBERS = 5
 
 
 def infer_task(answer: object) -> str:
@@ -56,11 +58,13 @@ def looks_like_a_letter(answer: object) -> bool:
 
 
 def looks_closed(answer: str) -> bool:
-    """Whether the answer to an open question looks like that to a closed one, which a metric could grade."""
-    words = len(answer.split())
-    if words <= SHORT_WORDS or _CLOSED_START.match(answer.strip()):
+    """Whether the answer to an open question looks like that to a closed one, which a metric could grade.
+
+    One word does; a phrase, such as "a thing", does not.
+    """
+    if _ONE_WORD.fullmatch(fold_text(answer)) or _CLOSED_START.match(answer.strip()):
         return True
-    return words <= SHORT_NUMBERS and bool(_NUMBER_FIRST.match(answer.strip()))
+    return len(words_of(answer)) <= SHORT_NUMBERS and bool(_NUMBER_FIRST.match(answer.strip()))
 
 
 def is_yes_or_no(answer: object) -> bool:

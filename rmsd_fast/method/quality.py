@@ -174,13 +174,13 @@ def fold_text(text: str) -> str:
     return inside if text[:1] in ("'", '"') and text.endswith(text[0]) and inside and text[0] not in inside else text
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Words, and each character of scripts that put no blanks between words."""
     return _WORD.findall(fold_text(text))
 
 
 def _word_accuracy(predicted: str, truth: str) -> float:
-    words, reference = _words(predicted), _words(truth)
+    words, reference = words_of(predicted), words_of(truth)
     # The distance is at least the difference in length: an endless response costs no quadratic time.
     if len(words) >= 2 * len(reference):
         return 0.0

@@ -31,7 +31,7 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     check_batches(settings, processes)
     launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun, as the run, to count them)"
     lines = [
-        f"run {settings.name}: settings are consistent; {processes} process(es){launch}, "
+        f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "
         f"ZeRO-{settings.runtime.zero_stage}"
     ]
     lines += _stage_lines(settings)
@@ -40,7 +40,8 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     data = settings.data
     kept = f"{data.cache_mib} MiB of frames and {data.embedding_cache_mib} MiB of embeddings per process"
     kept += f", {data.disk_cache_gib:g} GiB in {data.disk_cache}" if data.disk_cache else ""
-    lines.append(f"  media: {data.decoder} decoder, {data.decode_threads} threads, {data.decode_ahead} step(s) ahead")
+    threads, steps = counted(data.decode_threads, "thread"), counted(data.decode_ahead, "step")
+    lines.append(f"  media: {data.decoder} decoder, {threads}, decoding {steps} ahead")
     lines.append(f"  media kept: {kept}")
     frames = f"{settings.video.num_frames} frames" if settings.video.num_frames else f"{settings.video.fps:g} frames/s"
     later = settings.evaluate.num_frames
@@ -88,7 +89,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         ("pool", "teacher.pool", "a JSONL file with teacher answers"),
     ):
         if named[role] and not os.path.isfile(named[role]):
-            missing.append(f"{key}: {named[role]}")
+            missing.append(f"{key}: {os.path.abspath(named[role])}")
         elif not named[role] and made:
             present.append(f"{key}: made by the run{', simulated' if role == 'pool' else ''}")
         elif not named[role]:
@@ -145,8 +146,9 @@ def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> l
     host = " (optimiser states in host memory)" if settings.runtime.offload_optimizer else ""
     reference = total * width if uses_reference(settings) else 0
     states = engines * (weights + gradients + (0 if host else optimizer)) + reference
+    models = counted(engines, "trained model")
     return [
-        f"  memory per process, estimated: {states / GIB:.1f} GiB for {engines} trained model(s) of {total / 1e6:.1f}M "
+        f"  memory per process, estimated: {states / GIB:.1f} GiB for {models} of {total / 1e6:.1f}M "
         f"parameters{' and the reference' if reference else ''}{host}; activations come on top"
     ]
 

@@ -2,12 +2,13 @@
 
 ``{"id","k","key","text","finish_reason","usage","model","sampling","valid"?,"quality"?,"raw"?,"reason"?}``
 
-`key` names everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
-made by `request_key`. A pool is checked against its questions by the first part (and the second on request), so a
-pool that was collected for other questions, or before a question was edited, is seen. The third part tells a
-collection that goes on whether sampling or frames have changed. An empty key means that the origin is not known: such
-a line is matched by id only. Invalid and truncated responses are lines like any other (their quality is 0). A pool that
-was repaired keeps the text as it was sent under `raw`, and under `reason` why an answer cannot be used.
+`key` names everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`, made
+by `request_key`. A pool is checked against its questions by the first part (and the second on request), so a pool that
+was collected for other questions, or before a question was edited, is seen. The third part tells a collection that goes
+on whether sampling or frames have changed. An empty key means that the origin is not known: such a line is matched by
+id only. Invalid and truncated responses are lines like any other (their quality is 0); a `text` that is null, which
+servers send where a filter stopped the answer, is an empty one. A pool that was repaired keeps the text as it was sent
+under `raw`, and under `reason` why an answer cannot be used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.data.errors import DataError, counted, several_faults
+from rmsd_fast.data.converters import RECORD_KEYS
+from rmsd_fast.data.errors import DataError, OtherFileError, counted, several_faults
 from rmsd_fast.data.json_records import parse_record
 from rmsd_fast.data.records import Question, parse_id
 from rmsd_fast.files import write_text_atomic
@@ -34,6 +36,15 @@ logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
 _REQUIRED = ("id", "k", "text")
 _FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality", "raw", "reason")
+# Under which names servers and other programs store the reasoning, and what a line needs.
+_REASONING = ("reasoning_content", "reasoning", "thinking", "think")
+_OTHER_NAMES = {
+    "id": ("question_id", "qid", "custom_id"),
+    "k": ("index", "sample", "sample_id"),
+    "text": ("response", "content", "answer", "output", "completion", "prediction", "generated_text"),
+}
+# What tells a question, whatever its format.
+_OF_QUESTIONS = (*RECORD_KEYS, "task_type", "options", "videos", "video", "images", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,8 @@ def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict
             if first != number:
                 todo = f"it stands at {path}:{first} already, remove one of the two lines"
                 raise DataError.at(where, "k", f"every (id, k) once, here id {response.id!r}", response.k, todo)
+        except OtherFileError:
+            raise
         except DataError as error:
             # Only the last line can be torn, and only one that was never ended by its newline.
             if line.endswith(b"\n"):
@@ -200,6 +213,19 @@ def check_pool(
     Raises:
         DataError: says which ids, and what to do.
     """
+    missing = check_answered(pool, questions, max_unanswered_share=max_unanswered_share)
+    check_keys(pool, questions, check_media=check_media)
+    return missing
+
+
+def check_answered(
+    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, max_unanswered_share: float
+) -> list[str]:
+    """Return the ids of the questions that have no response.
+
+    Raises:
+        DataError: they are a larger share of the questions than this, or all of them.
+    """
     missing = [question.id for question in questions if question.id not in pool]
     if missing and (len(missing) > max_unanswered_share * len(questions) or len(missing) == len(questions)):
         common = len(questions) - len(missing)
@@ -209,6 +235,17 @@ def check_pool(
             "questions, collect the missing ones, or leave them out with teacher.max_unanswered_share (now "
             f"{max_unanswered_share:g})"
         )
+    return missing
+
+
+def check_keys(
+    pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
+) -> None:
+    """Refuse responses to other questions, or to other texts or media of these, as far as they have keys.
+
+    Raises:
+        DataError: says which ids, and what to do.
+    """
     changed, foreign, moved, without_key = [], [], [], 0
     for question in questions:
         expected = _question_digest(question)
@@ -236,13 +273,18 @@ def check_pool(
     if without_key:
         shown = counted(without_key, "question")
         logger.info("teacher pool: responses to %s have no key and are matched by id alone", shown)
-    return missing
 
 
 def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) -> TeacherResponse:
+    if not {"k", "text"} & set(record) and (asked := [name for name in _OF_QUESTIONS if name in record]):
+        raise OtherFileError(
+            f"{where}: expected a teacher answer with {', '.join(_REQUIRED)}, got the keys "
+            f"{', '.join(map(repr, record))}, and {asked[0]!r} belongs to a question; is this the question file? Swap "
+            "the two files, or name the pool here"
+        )
     for name in record:
         if name not in _FIELDS:
-            raise DataError.at(where, name, f"one of the fields {', '.join(_FIELDS)}", name, "remove it")
+            raise DataError.at(where, name, f"one of the fields {', '.join(_FIELDS)}", name, _advice(name, record))
     for name in _REQUIRED:
         if name not in record:
             raise DataError.at(
@@ -250,7 +292,7 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
                 name,
                 "a value",
                 None,
-                f"a pool line needs {', '.join(_REQUIRED)}; or is this a question file?",
+                f"a pool line needs {', '.join(_REQUIRED)}",
             )
     record["id"] = parse_id(record["id"])
     if not isinstance(record["id"], str) or not record["id"]:
@@ -259,6 +301,9 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
         record["k"] = int(record["k"])
     if type(record["k"]) is not int or record["k"] < 0:
         raise DataError.at(where, "k", "an integer from 0", record["k"], "number the responses of a question")
+    # Servers send no text where a filter stopped the answer, or a tool was called: an empty answer, which is invalid.
+    if record["text"] is None:
+        record["text"] = ""
     ending = record.get("finish_reason")
     # SGLang's own: {"type": "length", "length": 512}.
     if isinstance(ending, dict) and isinstance(ending.get("type"), str):
@@ -286,6 +331,14 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
         if name in fields:
             fields[name] = shared.setdefault(repr(fields[name]), fields[name])
     return TeacherResponse(**{"key": "", **fields})
+
+
+def _advice(name: str, record: dict[str, Any]) -> str:
+    """What to do about a field that a pool line does not have."""
+    if name in _REASONING:
+        return "put it into 'text', as <think>…</think> before the answer, and remove the field"
+    ours = next((ours for ours, theirs in _OTHER_NAMES.items() if name in theirs), None)
+    return f"rename it to {ours!r}" if ours and ours not in record else "remove it"
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
     summary = Summary([f"questions: {_counts_by_task(train)}"])
     if heldout:
         summary.lines.append(f"held out: {_counts_by_task(heldout)}")
+    for role, questions in (("training", train), ("held-out", heldout)):
+        summary.lines += _ids_by_position(role, questions)
     shown = question_text(train[0]).replace("\n", "\n  | ")
     summary.lines.append(f"the user's turn, for a teacher too (question {train[0].id!r}):\n  | {shown}")
     if all(question.task_type == "open" for question in train):
@@ -58,6 +60,17 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
         summary.warnings += _closed_answers(role, questions)
     summary.warnings += _overlaps(train, heldout)
     return summary
+
+
+def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
+    """How many questions have an id that changes with the order of their file. A pool without keys cannot tell."""
+    ids = [question.id for question in questions if "id_by_position" in question.meta]
+    if not ids:
+        return []
+    return [
+        f"ids of {counted(len(ids), f'{role} question')} come from their positions in the file ({some_ids(ids)}): "
+        "give each an `id` before the order changes"
+    ]
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
@@ -127,7 +140,8 @@ def describe_pool(
     if every["reasoned_share"] < 0.5:
         summary.warnings.append(
             f"{1 - every['reasoned_share']:.0%} of the valid answers have no reasoning: a student that imitates them "
-            "learns to answer without any; ask the teacher for <think>…</think>, or store its reasoning with the answer"
+            "learns to answer without any; ask the teacher for <think>…</think>, or put its reasoning into `text`, as "
+            "<think>…</think> before the answer"
         )
     for task, group in statistics["tasks"].items():
         if group and group["valid_share"] < 0.5:
@@ -229,17 +243,17 @@ def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[st
         for question in heldout
         if _content(question) not in asked and media & {*question.videos, *question.images}
     ]
-    number = counted(len(heldout), "held-out question")
+    total = f"{len(heldout):,}"
     warnings = []
     if same:
         warnings.append(
-            f"trained on too: {len(same):,} of {number} ({some_ids(same)}): scores on them say nothing about new "
-            "questions; remove them from one of the two files"
+            f"held-out questions that are training questions too: {len(same):,} of {total} ({some_ids(same)}); scores "
+            "on them say nothing about new questions, remove them from one of the two files"
         )
     if shared:
         warnings.append(
-            f"about media that are trained on: {len(shared):,} of {number} ({some_ids(shared)}): scores on them may be "
-            "better than on new videos"
+            f"held-out questions about the media of training questions: {len(shared):,} of {total} "
+            f"({some_ids(shared)}); scores on them may be better than on new videos"
         )
     return warnings
 
