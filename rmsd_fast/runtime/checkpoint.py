@@ -364,7 +364,7 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
-    """What differs between a checkpoint's settings and hashes and those of this run; nested mappings by dotted name.
+    """What differs between a run's former settings and hashes and those of now; nested mappings by dotted name.
 
     Raises:
         ValueError: something differs and `allow_changes` is false.
@@ -378,7 +378,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
     ]
     if changes and not allow_changes:
         raise CheckpointError(
-            "this run differs from the checkpoint that it should continue:\n  "
+            "this run differs from the one that it should continue (files and stage1: hashes of their contents):\n  "
             + "\n  ".join(changes)
             + "\ngo back to the former settings and data, or continue all the same with --allow-changes"
         )
