@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import keep_going_without_output
+from rmsd_fast.process import prepare_process
 
 if TYPE_CHECKING:
     from rmsd_fast.config import RunConfig
+    from rmsd_fast.runtime.stop_signal import StopSignal
     from rmsd_fast.runtime.world import World
 
 
@@ -40,11 +41,14 @@ def main(argv: list[str] | None = None) -> int:
     from rmsd_fast.program import run_program
 
     return run_program(
-        "rmsd_fast.evaluate", settings, lambda world, _: evaluate(settings, world, arguments.output), trains=False
+        "rmsd_fast.evaluate",
+        settings,
+        lambda world, stop: evaluate(settings, world, stop, arguments.output),
+        trains=False,
     )
 
 
-def evaluate(settings: RunConfig, world: World, output: Path) -> None:
+def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
     """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
@@ -55,7 +59,9 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
     material = prepare_material(settings, world, training=False)
     student = load(material.model_path, settings, world)
     with MediaReader(settings.data, world.device) as media:
-        records = answer_questions(student, material.heldout, settings, world, media, name=material.model_path)
+        records = answer_questions(
+            student, material.heldout, settings, world, media, name=material.model_path, stop=stop
+        )
     if not world.is_main:
         return
     result = {
@@ -75,7 +81,7 @@ def evaluate(settings: RunConfig, world: World, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    keep_going_without_output()
+    prepare_process()
     code = main()
     from rmsd_fast.runtime.world import exit_process
 

@@ -24,6 +24,7 @@ from errno import (
     ENFILE,
     ENOLCK,
     ENOSPC,
+    ENOSYS,
     ENOTDIR,
     ENOTSUP,
     EPERM,
@@ -41,6 +42,12 @@ log = logging.getLogger("rmsd_fast")
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 # What the user or an administrator can put right; no fault of the program.
 ENVIRONMENT_ERRORS = (*DISK_ERRORS, EACCES, EPERM, EROFS, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EMFILE, ENFILE, ESTALE)
+
+
+# Longer waits are said.
+LONG_WAIT_S = 10.0
+# The process in the name of a temporary file.
+_WRITER = re.compile(r"\.([0-9]+)\.tmp$")
 
 
 class Locked(UserError, RuntimeError):
@@ -94,8 +101,8 @@ def replace_folder(staged: Path, final: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(staged)
-    former = final.with_name(f".{final.name}.replaced.tmp")
-    shutil.rmtree(former, ignore_errors=True)
+    # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
+    former = final.with_name(f".{final.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     if final.exists():
         final.rename(former)
     staged.rename(final)
@@ -104,12 +111,21 @@ def replace_folder(staged: Path, final: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder. Only for who holds its lock."""
+    """Remove what killed writers left in a folder. Call it with the folder's lock held.
+
+    Files of processes of this machine that are alive are left to them, such as a report that is being written.
+    """
     for path in folder.glob(".*.tmp"):
+        if (writer := _WRITER.search(path.name)) and _is_alive(int(writer[1])):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    return pid != os.getpid() and os.path.exists(f"/proc/{pid}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -137,25 +153,28 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
         self._file = (folder / ".lock").open("a+")
-        end = time.monotonic() + wait_s
+        end, told = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() < end:
-                    time.sleep(0.1)
-                    continue
                 self._file.seek(0)
                 holder = self._file.read().strip() or "another process"
+                if time.monotonic() < end:
+                    if wait_s > LONG_WAIT_S and not told:
+                        told = True
+                        log.warning("%s: waiting for %s, which writes to this folder", folder, holder)
+                    time.sleep(0.1)
+                    continue
                 self._file.close()
                 raise Locked(f"{folder}: {holder} writes to this folder; wait for it, or stop it first") from None
             except OSError as error:
-                if error.errno not in (ENOLCK, ENOTSUP):
+                if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
                     self._file.close()
                     raise
                 log.warning(
-                    "%s: its file system has no locks (%s); see to it that no other program writes there",
+                    "%s: its file system has no locks (%s); make sure that no other program writes there",
                     folder,
                     error.strerror,
                 )

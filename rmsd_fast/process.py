@@ -6,7 +6,9 @@ import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 _PR_SET_PDEATHSIG = 1
@@ -19,8 +21,14 @@ class LenientStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):
+        try:
             self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        # A ValueError is that of a closed file.
+        except (OSError, ValueError):
+            pass
         return len(text)
 
     def flush(self) -> None:
@@ -38,24 +46,33 @@ class LenientStream:
         return getattr(self._stream, name)
 
 
-def keep_going_without_output() -> None:
-    """Let the program outlive its terminal, its pipes and its log. Call it before anything opens files.
+def prepare_process() -> None:
+    """What a program does before it imports or opens anything.
 
-    Descriptors 0 to 2 that are closed are opened to nowhere: else the next file would get one of them, and with it
-    everything that libraries print. SIGHUP, which a closed terminal sends, is ignored; a launcher may act on its own.
+    Descriptors 0 to 2 that are closed are opened to nowhere: otherwise the next file would get one of them, and with it
+    everything that libraries print. SIGHUP, which a closed terminal sends, is ignored. A rank ends with its launcher.
     """
+    end_with_launcher()
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
             # It takes the lowest number that is free.
             os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, LenientStream):
-            stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
-            setattr(sys, name, LenientStream(stream))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextmanager
+def lenient_output() -> Iterator[None]:
+    """Inside, the program outlives its terminal, its pipes and its log."""
+    former = sys.stdout, sys.stderr
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout, sys.stderr = (LenientStream(nowhere if stream is None else stream) for stream in former)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = former
+        nowhere.close()
 
 
 def end_with_parent() -> None:
@@ -66,3 +83,15 @@ def end_with_parent() -> None:
         if os.getppid() != parent:
             # It ended in between.
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """Have a rank of torchrun killed when torchrun ends: it would train on, and meet the ranks of the resumed run."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    end_with_parent()
+    if os.getppid() == 1:
+        # Adopted, as torchrun has ended already; unless torchrun is the first process of a container.
+        with suppress(OSError):
+            if b"torch" not in Path("/proc/1/cmdline").read_bytes():
+                os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from rmsd_fast.config import RunConfig, UserError, first_line
 from rmsd_fast.files import ENVIRONMENT_ERRORS
+from rmsd_fast.process import lenient_output
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.runtime.world import World, start, stop
 
@@ -25,37 +27,43 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
 
     disable_progress_bar()
     signals = StopSignal()
+    with lenient_output():
+        try:
+            return _run(name, settings, work, signals, trains=trains)
+        finally:
+            signals.restore()
+
+
+def _run(
+    name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], signals: StopSignal, *, trains: bool
+) -> int:
+    code, together = 0, True
     try:
         work(start(), signals)
-        code = 0
     except Stopped as stopped:
         print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
-        code = 0
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        code = 2
+        # Perhaps of this process alone.
+        code, together = 2, False
     except KeyboardInterrupt:
         print(f"interrupted: {signals.advice}", file=sys.stderr)
-        return 130
+        code, together = 130, False
     except torch.OutOfMemoryError as error:
         print(f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}", file=sys.stderr)
-        # Of this process alone: leaving the group would wait for the others.
-        return 2
+        code, together = 2, False
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
-        # Of a renaming the place that it should come to.
-        name_of_file = error.filename2 or error.filename
-        where = f"{name_of_file}: " if name_of_file else ""
-        print(
-            f"{name}: {where}{error.strerror}; see to the disk, its space and its rights; {signals.advice}",
-            file=sys.stderr,
-        )
-        return 2
-    finally:
-        signals.restore()
-    # Not after other errors, for the same reason.
-    stop()
+        # Of a renaming, what the file was to be called.
+        path = error.filename2 or error.filename
+        where = f"{path}: " if path else ""
+        advice = f"check the disk, its free space and its permissions; {signals.advice}"
+        print(f"{name}: {where}{error.strerror}; {advice}", file=sys.stderr)
+        code, together = 2, False
+    # Leaving the group waits for the others, who may wait for this process. The process ends soon in any case.
+    if together or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        stop()
     return code
 
 

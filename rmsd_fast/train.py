@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import keep_going_without_output
+from rmsd_fast.process import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    keep_going_without_output()
+    prepare_process()
     code = main()
     if "torch" not in sys.modules:
         sys.exit(code)

@@ -27,8 +27,10 @@ from rmsd_fast.stages.evaluation import (
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.run import (
     Run,
+    check_stop,
     export,
     first_step,
+    forget_stage1,
     open_loader,
     open_run,
     rate_of,
@@ -96,10 +98,8 @@ def imitate(run: Run) -> None:
     """Stage 1: SFT on teacher responses, ends with `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
     if first_step(run, "sft") == settings.sft.steps and "stage1" in run.fingerprints:
-        # The record may be what is lost.
-        record_stage1(run)
         return
-    run.fingerprints.pop("stage1", None)
+    forget_stage1(run)
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
         raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
@@ -172,13 +172,14 @@ def release_memory() -> None:
 def evaluate(run: Run, path: str, name: str) -> None:
     """Answers of a student to the held-out questions, once per run; what is made of them, each time."""
     questions = run.material.heldout
+    check_stop(run)
     if not questions:
         return
     answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is not None)
     records: list[dict] = []
     if not answered:
         student = load(path, run.settings, run.world)
-        records = answer_questions(student, questions, run.settings, run.world, run.media, name=name)
+        records = answer_questions(student, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
 
     def write() -> None:
         if not answered:

@@ -103,6 +103,14 @@ def test_files_of_the_run_folder(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_an_answer_with_an_error_counts_0():
+    question = Question(id="q", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
+    right = "<think>x</think><answer>A</answer>"
+    assert _record(question, right, RunConfig())["score"] == 1.0
+    record = _record(question, right, RunConfig(), error="the student's logits are not finite")
+    assert record["score"] == 0.0 and record["valid"] is False and record["error"].startswith("the student")
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "other ids", "fewer", "no score", "half a character", "a folder"])
 def test_predictions_that_cannot_be_used_are_asked_for_again(tmp_path, damage, caplog):
     questions = [

@@ -67,7 +67,7 @@ def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, monkeypatch, ren
 
 
 def test_only_leftovers_are_removed(tmp_path):
-    for name in ("notes.tmp", ".hidden", ".a.json.77.tmp"):
+    for name in ("notes.tmp", ".hidden", ".a.json.99999999.tmp"):
         (tmp_path / name).write_text("x")
     folder(tmp_path / ".stage1.tmp", "half")
     (tmp_path / ".link.tmp").symlink_to(folder(tmp_path / "kept", "x"))

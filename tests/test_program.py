@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from rmsd_fast import program, train_run
 from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.process import LenientStream
 from rmsd_fast.program import run_program
 from rmsd_fast.report import ReportError
 from rmsd_fast.runtime.stop_signal import Stopped
@@ -38,8 +42,8 @@ def end(error=None, *, trains=True, settings=None):
         (None, 0, True, ""),
         (Stopped("step 3 is saved"), 0, True, "stopped by SIGTERM: step 3 is saved"),
         (SettingsError("x: expected 1"), 2, True, "rmsd_fast.x: x: expected 1"),
-        (KeyboardInterrupt(), 130, False, "interrupted: nothing was written"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, False, "micro_tokens=16384 (tokens of one forward"),
+        (KeyboardInterrupt(), 130, True, "interrupted: nothing was written"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, True, "micro_tokens=16384 (tokens of one forward"),
     ],
 )
 def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leaves, words):
@@ -48,6 +52,49 @@ def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leave
     assert end(error, settings=settings) == code
     assert bool(group) == leaves
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "leaves"),
+    [(None, True), (Stopped("x"), True), (SettingsError("x"), False), (OSError(errno.ENOSPC, "full", "a"), False)],
+)
+def test_a_process_that_may_be_the_only_one_does_not_wait_for_the_others(group, monkeypatch, error, leaves):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    end(error)
+    assert bool(group) == leaves
+
+
+def test_errors_of_the_disk_are_one_line(capsys):
+    assert end(OSError(errno.ENOSPC, "No space left on device", "a.tmp", None, "runs/x/a.json")) == 2
+    told = capsys.readouterr().err
+    assert (
+        told.startswith("rmsd_fast.x: runs/x/a.json: No space left on device; check the disk") and told.count("\n") == 1
+    )
+
+
+def test_output_that_is_lost_does_not_end_a_program(monkeypatch):
+    class Lost(io.StringIO):
+        encoding = "ascii"
+
+        def write(self, text):
+            raise OSError(errno.EIO, "the terminal is gone")
+
+    monkeypatch.setattr(sys, "stdout", Lost())
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def work(world, stop):
+        print("ä")
+        print("b", file=sys.stderr, flush=True)
+
+    assert run_program("rmsd_fast.x", RunConfig(), work, trains=True) == 0
+    assert sys.stderr is None
+
+
+def test_what_a_terminal_cannot_show_is_shown_in_ascii():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    LenientStream(stream).write("lücke\n")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"l\\xfccke\n"
 
 
 def test_an_evaluation_has_nothing_to_continue(capsys):

@@ -302,7 +302,7 @@ def copy_of(whole: Path, tmp_path: Path) -> Path:
         ("evaluation.json", "report.html"),
         ("samples.jsonl",),
         ("predictions/stage2.jsonl", "evaluation.json"),
-        ("stage1", "stage1.digests.json"),
+        ("stage1", "fingerprints.json"),
     ],
     ids=" ".join,
 )
@@ -315,7 +315,7 @@ def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     # As a kill in the middle of writing leaves them.
     (run / ".export.tmp").mkdir()
-    (run / ".evaluation.json.4711.tmp").write_text("{")
+    (run / ".evaluation.json.99999999.tmp").write_text("{")
     done = run_train(["--resume", str(run)])
     if "stage1" in lost:
         assert done.returncode == 2 and "stage1 is missing" in done.stderr and "Traceback" not in done.stderr
@@ -366,6 +366,7 @@ def test_resume_refuses_another_model(whole, made, tmp_path, folder, name):
         (["--allow-changes"], "--allow-changes: nothing differs"),
         (["--allow-changes", "distill.steps=5"], "--allow-changes: nothing differs"),
         (["--allow-changes", "sft.steps=4"], "sft.steps=4 has no effect, 3 of 3 steps of sft are done"),
+        (["--allow-changes", "sft.lr=0.5"], "sft.lr=0.5 has no effect, 3 of 3 steps of sft are done"),
         (["--allow-changes", "distill.steps=4"], "distill.steps=4 has no effect, 5 of 5 steps of distill are done"),
     ],
 )
@@ -417,11 +418,11 @@ def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):
         if line.startswith("evaluate untrained"):
             break
     process.send_signal(signal.SIGTERM)
-    sent = time.monotonic()
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-2000:]
     assert f"continue with --resume {run}" in errors
-    assert time.monotonic() - sent < 60  # generous: the machine may be busy
+    # Not after the evaluation.
+    assert not (run / "predictions" / "untrained.jsonl").exists()
 
 
 def test_lost_output_does_not_end_a_run(whole, tmp_path):

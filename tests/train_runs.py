@@ -80,6 +80,6 @@ def metrics(run: Path) -> list[dict]:
 
 def made_files(run: Path) -> dict[str, bytes]:
     """What a finished run has made, but for what tells times, places and the machine."""
-    names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl", "stage1.digests.json"]
+    names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl"]
     paths = [run / name for name in names] + [*(run / "predictions").iterdir(), *(run / "export").iterdir()]
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}

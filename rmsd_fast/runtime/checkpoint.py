@@ -87,7 +87,8 @@ def save_checkpoint(
         if world.is_main:
             root.mkdir(parents=True, exist_ok=True)
             for left in root.glob("*.tmp"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                # Files in use can outlive their removal on NFS. Only the place of this checkpoint has to be free.
+                shutil.rmtree(left, ignore_errors=left != tmp) if left.is_dir() else left.unlink()
             tmp.mkdir()
         return {}
 
@@ -105,9 +106,10 @@ def save_checkpoint(
         return {}
 
     def finish() -> dict[str, Any]:
-        barrier(world)
-        files = sorted(p for p in tmp.rglob("*") if p.is_file())
-        return {str(p.relative_to(tmp)): _to_disk(p) for p in files[world.rank :: world.size]}
+        # Of all ranks: on shared disks one may not see yet what another has just written.
+        seen = [str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file()]
+        files = sorted({name for part in all_gather_objects(seen, world) for name in part})
+        return {name: _to_disk(tmp / name) for name in files[world.rank :: world.size]}
 
     def commit() -> dict[str, Any]:
         if world.is_main:
@@ -152,7 +154,9 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     if texts["fault"]:
         raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints stay")
     if texts["refused"]:
-        raise CheckpointError(f"{name} could not be written ({texts['refused']}); former checkpoints stay, see to that")
+        raise CheckpointError(
+            f"{name} could not be written ({texts['refused']}); former checkpoints stay; put that right and resume"
+        )
     if world.is_main:
         log.warning(
             "%s not written (%s); training goes on, the former checkpoint stays; free some space, or see to the disk",

@@ -23,19 +23,20 @@ class JsonLines:
 
     Args:
         path: the file; the first record makes it.
-        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new file.
+        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new file, None =
+            all whole lines.
     """
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
+    def __init__(self, path: Path, keep: int | None = 0) -> None:
         self._path = path
         self._file: FileIO | None = None
         self._pending: list[bytes] = []
         self._lines = self._cut(keep)
 
-    def _cut(self, keep: int) -> int:
+    def _cut(self, keep: int | None) -> int:
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines[:keep] if line.endswith(b"\n")]
-        if len(kept) < keep:
+        if keep is not None and len(kept) < keep:
             log.warning(
                 "%s has %d lines, the checkpoint was saved after %d; the records between are lost",
                 self._path,
@@ -57,7 +58,7 @@ class JsonLines:
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
-                    raise ValueError("it is none")
+                    raise ValueError("got another value")
                 records.append(record)
             except ValueError as error:
                 raise CheckpointError(

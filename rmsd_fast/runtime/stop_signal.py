@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# Of torchrun each process may get the signal twice, at about the same time. A later one is a new request.
+_REPEATED_S = 5.0
 
 
 class Stopped(BaseException):
@@ -15,13 +19,15 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Turns SIGTERM into `Stopped`. Within `deferred` it only asks for the end, which `asked` tells.
+    """Notes SIGTERM, which the program asks for at points where it can end: `asked`.
 
-    A second one changes nothing: processes of torchrun get it twice where the whole group is signalled, once from there
-    and once from torchrun, which kills what is left after 30 s by default.
+    A process alone is ended at once by `Stopped`, but within `deferred`. Of several processes each only notes it, since
+    the others would wait for one that has left: they agree on it where all of them come by.
 
-    Ctrl-C stays a KeyboardInterrupt, but one that is lost is raised again: Python ignores those that come while an
-    object is being deleted.
+    SIGHUP counts as SIGTERM where a launcher passes it on; it kills what is left after 30 s.
+
+    Ctrl-C stays a KeyboardInterrupt, but one that is lost is raised again by `asked`: Python ignores what is raised
+    while an object is being deleted.
 
     Attributes:
         run_folder: of the run, once there is one.
@@ -29,22 +35,24 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.run_folder: Path | None = None
-        self._terminated = self._interrupted = self._deferred = False
-        self._former = {
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
-            signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
-        }
+        self._terminated = self._interrupted = False
+        self._deferred = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._raised_s = -_REPEATED_S
+        handlers = {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            handlers[signal.SIGHUP] = self._terminate
+        self._former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def _terminate(self, number: int, frame: Any) -> None:
-        if self._terminated:
-            return
-        self._terminated = True
-        if not self._deferred:
+        first, self._terminated = not self._terminated, True
+        if self._deferred:
+            if first and os.environ.get("RANK", "0") == "0":
+                # Not by print: the signal may have come within one.
+                with suppress(OSError):
+                    os.write(2, b"\nSIGTERM: the run ends as soon as it can be continued from there\n")
+        elif time.monotonic() - self._raised_s >= _REPEATED_S:
+            self._raised_s = time.monotonic()
             raise Stopped(self.advice)
-        if os.environ.get("RANK", "0") == "0":
-            # Not by print: the signal may have come within one.
-            with suppress(OSError):
-                os.write(2, b"\nSIGTERM: the run ends after this step and its checkpoint\n")
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
@@ -57,14 +65,12 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, SIGTERM is only noted; at the end it is for the caller to have asked."""
-        if self._terminated:
-            raise Stopped(self.advice)
-        self._deferred = True
+        """Inside, a process alone only notes SIGTERM, too."""
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     @property
     def asked(self) -> bool:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from rmsd_fast.config import NotInstalled
 from rmsd_fast.files import os_errors_of_safetensors
-from rmsd_fast.process import end_with_parent
-from rmsd_fast.runtime.stop_signal import Stopped
+from rmsd_fast.process import end_with_launcher
 
 Result = TypeVar("Result")
 
@@ -56,9 +55,7 @@ def start(timeout_s: float = 1800.0) -> World:
         RuntimeError: fewer CUDA devices than processes on this node.
     """
     cuda = torch.cuda.is_available()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A torchrun that is killed leaves its ranks: they would train on, and meet those of the resumed run.
-        end_with_parent()
+    end_with_launcher()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -173,7 +170,7 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     if world.is_main:
         try:
             outcome = (True, work())
-        except (Exception, Stopped) as error:
+        except Exception as error:
             outcome = (False, error)
     done, value = broadcast_object(outcome, world)
     if not done:

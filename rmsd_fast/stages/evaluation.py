@@ -25,7 +25,8 @@ from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import World, all_gather_objects
+from rmsd_fast.runtime.distributed import World, all_gather_objects, any_rank
+from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings
 
@@ -43,12 +44,19 @@ def answer_questions(
     media: MediaReader | None = None,
     *,
     name: str,
+    stop: StopSignal | None = None,
 ) -> list[dict]:
     """Greedy answers of a student, one record per question, the same list on every process.
 
     Every process holds the whole model and answers its share; the next batch is decoded meanwhile. A question whose
     media cannot be used, whose prompt is too long, or at which the student's logits are not finite is recorded with
     `error` and counts as 0.
+
+    Args:
+        name: of the student, for messages.
+        stop: asked between batches.
+    Raises:
+        Stopped: it was asked to end, on all processes.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -69,7 +77,14 @@ def answer_questions(
         mininterval=0.1 if live else 10,
         leave=True,
     )
-    for batch in _prompts_ahead(builder, own, batch_size, settings):
+    # As many on every process, since they agree on the end before each.
+    most = -(-len(questions) // world.size)
+    batches = _prompts_ahead(builder, own, batch_size, settings)
+    for _ in range(0, most, batch_size):
+        if stop is not None and any_rank(stop.asked, world):
+            progress.close()
+            raise Stopped(stop.advice)
+        batch = next(batches, [])
         prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
         failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
         if prompts:
@@ -127,10 +142,14 @@ def _record(
     question: Question, response: str, settings: RunConfig, *, truncated: bool = False, error: str = ""
 ) -> dict:
     task, options = question.task_type, question.options
+    if error:
+        # Nothing is known of the answer, whatever was written before the error.
+        nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
+        return {"id": question.id, "task_type": task, "response": response, **nothing}
     read = response
     if settings.evaluate.parse == "natural" and not truncated:
         read = canonical_response(response, task, options=options, finish_reason="stop") or response
-    record = {
+    return {
         "id": question.id,
         "task_type": task,
         "response": response,
@@ -139,7 +158,6 @@ def _record(
         "valid": parse_answer(response, task, options) is not None,
         "truncated": truncated,
     }
-    return {**record, "error": error} if error else record
 
 
 def summarise(records: list[dict]) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from rmsd_fast.teacher.pool import load_pool
 from rmsd_fast.teacher.simulated import write_simulated_pool
 from rmsd_kernels.implementations import resolve_impl
 
-# How long a program waits for another one that makes the same material.
-LONGEST_MAKING_S = 3600.0
+# How long a program waits for another one that makes the same material; less than its other processes wait for it.
+LONGEST_MAKING_S = 1500.0
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,17 @@ def _make_locked(settings: RunConfig) -> dict[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"made.folder: cannot make {folder} ({error.strerror}); choose another folder") from error
-    with FolderLock(folder, wait_s=LONGEST_MAKING_S):
-        for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            remove_leftovers(place)
+    try:
+        lock = FolderLock(folder, wait_s=LONGEST_MAKING_S)
+    except OSError as error:
+        if error.errno not in (EACCES, EPERM, EROFS):
+            raise
+        # A folder of somebody else can be read: all that is needed may be there.
+        return _make(settings)
+    with lock:
+        remove_leftovers(folder)
+        for made in folder.glob("*/made.json"):
+            remove_leftovers(made.parent)
         return _make(settings)
 
 

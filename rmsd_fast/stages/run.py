@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import STAGES, RunConfig, SettingsError, UserError
+from rmsd_fast.config import STAGES, CheckpointError, RunConfig, SettingsError, UserError
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
@@ -44,10 +44,10 @@ from rmsd_kernels import native
 
 # Section and field of the settings that tell how many steps a stage has.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
-# The threads of a process that was killed take so long at most to end, and to let go of its lock.
+# The threads of a process that was killed end within this time, and release its lock.
 KILLED_S = 5.0
-# Hashes of the files of `stage1/`.
-STAGE1_RECORD = "stage1.digests.json"
+# What the run was started with, and `stage1/` from its end on: settings, and hashes of all files that are read.
+FINGERPRINTS = "fingerprints.json"
 LOGS = ("rollouts", "bad_media", "skipped")
 log = logging.getLogger("rmsd_fast")
 
@@ -125,23 +125,58 @@ def open_run(
         CheckpointError: the run differs from the one to continue, or none of its checkpoints can be loaded.
         SettingsError: a change without effect.
     """
-    fingerprints = {"settings": settings_as_dict(settings), "files": on_main(world, material.fingerprints)}
+    fingerprints = {"settings": settings_as_dict(settings), "files": _same_everywhere(material, world)}
     checkpoint = None
     if resumed:
         checkpoint = find_checkpoint(folder, world=world)
         fingerprints = on_main(world, lambda: _check_changes(settings, folder, checkpoint, fingerprints, allow_changes))
     saved = checkpoint.state if checkpoint else {}
     totals = {stage: stage_steps(settings, stage) for stage in settings.stages}
-    metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
-    # Checkpoints of earlier versions do not count the lines of all of them.
-    kept = saved.get("log_lines", {})
-    logs = {name: JsonLines(folder / f"{name}.jsonl", keep=kept.get(name, 0)) for name in LOGS if world.is_main}
-    run = Run(settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint)
-    if world.is_main:
-        run.listed = {(record["stage"], record["id"]) for record in logs["bad_media"].records()}
+    metrics: MetricsLog | None = None
+    logs: dict[str, JsonLines] = {}
+    listed: set[tuple[str, str]] = set()
+
+    def open_logs() -> None:
+        nonlocal metrics
+        _write_fingerprints(folder, fingerprints)
+        metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
+        # A checkpoint of an earlier version does not count the lines of all of them: these are kept.
+        kept = saved.get("log_lines", {}) if checkpoint else dict.fromkeys(LOGS, 0)
+        logs.update({name: JsonLines(folder / f"{name}.jsonl", keep=kept.get(name)) for name in LOGS})
+        listed.update((record.get("stage"), record.get("id")) for record in logs["bad_media"].records())
+
+    # By the main process: what it cannot open ends all of them.
+    on_main(world, open_logs)
+    metrics = metrics or MetricsLog(folder, world, totals=totals)
+    run = Run(settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint, listed=listed)
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
+
+
+def _same_everywhere(material: Material, world: World) -> dict:
+    """Hashes of the files that the run reads, which every node has to find the same.
+
+    Raises:
+        CheckpointError: on all processes, where they differ.
+    """
+    digests, fault = None, ""
+    if world.local_rank == 0:
+        try:
+            digests = material.fingerprints()
+        except (OSError, UserError) as error:
+            fault = f"{error}"
+    parts = all_gather_objects((digests, fault), world)
+    if faults := [fault for _, fault in parts if fault]:
+        raise CheckpointError(faults[0])
+    first = parts[0][0]
+    for rank, (digests, _) in enumerate(parts):
+        if digests is not None and digests != first:
+            changes = compare_fingerprints({"files": first}, {"files": digests}, allow_changes=True)
+            raise CheckpointError(
+                f"the node of process {rank} has other files than that of process 0:\n  " + "\n  ".join(changes)
+            )
+    return first
 
 
 def _new_folder(settings: RunConfig) -> Path:
@@ -189,38 +224,49 @@ def _check_changes(
     if allow_changes and not changes:
         raise SettingsError("--allow-changes: nothing differs from the run to continue; leave it out")
     if checkpoint is not None:
-        _refuse_other_steps(settings, checkpoint.state)
+        _refuse_late_changes(settings, checkpoint.state)
     if changes:
         _take_changes(settings, folder)
     return {**fingerprints, **now}
 
 
 def _former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
-    """Those of the checkpoint; before the first one, the settings alone. That of stage 1 from its end on."""
-    if checkpoint is not None:
-        former = dict(checkpoint.state["fingerprints"])
-    else:
-        former = {"settings": settings_as_dict(load_settings(str(folder / "config.yaml"), [], resumed=True))}
-    if "stage1" not in former:
-        # Between the end of the stage and the next checkpoint the record alone tells. Without it the stage has not
-        # come to its end, and its last checkpoint writes the folder again.
-        with suppress(OSError, ValueError):
-            former["stage1"] = dict(json.loads((folder / STAGE1_RECORD).read_text(encoding="utf-8")))
+    """Those of the checkpoint; before the first one, those that the run was started with. `stage1` from its end on."""
+    written: dict = {}
+    with suppress(OSError, ValueError):
+        written = dict(json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8")))
+    if checkpoint is None:
+        settings = settings_as_dict(load_settings(str(folder / "config.yaml"), [], resumed=True))
+        return {**written, "settings": settings}
+    former = dict(checkpoint.state["fingerprints"])
+    if "stage1" not in former and "stage1" in written:
+        # Between the end of the stage and the next checkpoint the file alone tells. Without it the stage has not come
+        # to its end, and its last checkpoint writes the folder again.
+        former["stage1"] = written["stage1"]
     return former
 
 
-def _refuse_other_steps(settings: RunConfig, state: dict) -> None:
-    """Refuse another number of steps of a stage that others followed, and fewer than were done of the last one."""
+def _write_fingerprints(folder: Path, fingerprints: dict) -> None:
+    write_text_atomic(folder / FINGERPRINTS, json.dumps(fingerprints, indent=1) + "\n")
+
+
+def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
+    """Refuse other settings of stages that others followed, and fewer steps of the last one than are done."""
     former = state["fingerprints"]["settings"]
-    for stage in STAGES[: STAGES.index(state["stage"]) + 1]:
-        section, name = STEPS[stage]
-        before, now = former[section][name], stage_steps(settings, stage)
-        last = stage == state["stage"]
-        done = state["step"] if last else before
-        if stage in former["stages"] and (now < done or (not last and now != before)):
+    now = settings_as_dict(settings)
+    for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
+        section, steps = STEPS[stage]
+        if stage == state["stage"]:
+            late = [steps] if now[section][steps] < state["step"] else []
+        else:
+            # The discriminator's section has settings of both its stages.
+            names = ("warm_up_steps", "warm_up_lr") if stage == "warm_up" else now[section]
+            late = [name for name in names if now[section][name] != former[section].get(name)]
+        if late:
+            done = state["step"] if stage == state["stage"] else former[section][steps]
             raise SettingsError(
-                f"{section}.{name}={now} has no effect, {done} of {before} steps of {stage} are done; leave it out, or "
-                "start a new run from the exported student"
+                f"{section}.{late[0]}={now[section][late[0]]} has no effect, {done} of {former[section][steps]} steps "
+                f"of {stage} are done; leave it out, or start a new run from the exported student"
             )
 
 
@@ -236,6 +282,7 @@ def write_facts(run: Run, *, finished: bool) -> None:
     """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
     path = run.folder / "run.json"
     facts = _facts(path)
+    facts.pop("finished", None)
     facts |= {
         "recipe": run.settings.name,
         "world_size": run.world.size,
@@ -381,16 +428,24 @@ def run_steps(
                 saved = False
                 if number + 1 == total or stopping or (every and (number + 1) % every == 0):
                     saved = save(run, stage, number + 1, state, engines)
+                if stopping and not saved:
+                    raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved, {run.stop.advice}")
                 if stopping:
-                    done = f"step {number + 1} of {stage} is saved" if saved else "the last step could not be saved"
-                    raise Stopped(f"{done}; continue with --resume {run.folder}")
+                    raise Stopped(f"step {number + 1} of {stage} is saved; {run.stop.advice}")
     finally:
         loader.close()
+    check_stop(run)
     if run.listed:
         run.metrics.message(
             f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced, of "
             f"{len({question_id for _, question_id in run.listed})} questions: {run.folder / 'bad_media.jsonl'}"
         )
+
+
+def check_stop(run: Run) -> None:
+    """End the run on all processes where one was asked to; all of them have to come by."""
+    if any_rank(run.stop.asked, run.world):
+        raise Stopped(run.stop.advice)
 
 
 def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
@@ -485,13 +540,14 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
 
 def record_stage1(run: Run) -> None:
     """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
+    run.fingerprints["stage1"] = on_main(run.world, lambda: model_digests(run.folder / "stage1"))
+    on_main(run.world, lambda: _write_fingerprints(run.folder, run.fingerprints))
 
-    def record() -> dict:
-        digests = run.fingerprints.get("stage1") or model_digests(run.folder / "stage1")
-        write_text_atomic(run.folder / STAGE1_RECORD, json.dumps(digests, indent=1) + "\n")
-        return digests
 
-    run.fingerprints["stage1"] = on_main(run.world, record)
+def forget_stage1(run: Run) -> None:
+    """`stage1/`, if there is one, is not that of the steps to come."""
+    if run.fingerprints.pop("stage1", None) is not None:
+        on_main(run.world, lambda: _write_fingerprints(run.folder, run.fingerprints))
 
 
 def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:

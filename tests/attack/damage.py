@@ -39,7 +39,7 @@ CHECKPOINT = [
     "export/config.json",
 ]
 LINES = ["metrics.jsonl", "rollouts.jsonl", "predictions/untrained.jsonl", "predictions/stage1.jsonl"]
-OTHERS = ["config.yaml", "run.json", "evaluation.json", "samples.jsonl", "teacher.json", "stage1.digests.json"]
+OTHERS = ["config.yaml", "run.json", "evaluation.json", "samples.jsonl", "teacher.json", "fingerprints.json"]
 STAGE1 = ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"]
 
 
@@ -152,8 +152,9 @@ def main() -> int:
 
     (work / "whole").mkdir()
     process = start(arguments(work / "whole"), 1)
-    if process.wait(timeout=LONGEST_S):
-        print(process.stderr.read()[-3000:])
+    _, errors = process.communicate(timeout=LONGEST_S)
+    if process.returncode:
+        print(errors[-3000:])
         return 1
     expected = result(only_run(work / "whole"))
     # A run that was killed in stage 2, so that all kinds of files are there and some are still to be made.
