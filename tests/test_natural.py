@@ -533,6 +533,9 @@ READ_IN_A_PICTURE = [
     'A "B" C',
     'Title: "X"',
     'The title reads "X" and more',
+    "Serial number: QX-11",
+    'The "Old" Book Shop',
+    "The clock shows noon",
     "the answer is 42",
     "He can't see me",
     "We cannot process refunds",
@@ -671,6 +674,15 @@ def test_reasons_behind_the_answer_are_its_reasoning():
         assert (
             canonical_response(text, "mcq", options=DRINKS) == "<think>The liquid is white.</think><answer>B</answer>"
         )
+
+
+def test_sentences_around_a_text_that_was_read_are_its_reasoning():
+    text = 'A van parks. Its door carries the word "POST".\n\nExplanation: The letters are yellow.'
+    assert canonical_response(text, "ocr") == "<think>A van parks.</think><answer>POST</answer>"
+    text = 'The door reads "POST". Let me know if you need more.\n'
+    assert canonical_response(text, "ocr") == "<think></think><answer>POST</answer>"
+    text = 'Answer: "POST"\n\nExplanation: The letters are yellow.'
+    assert canonical_response(text, "ocr") == "<think>The letters are yellow.</think><answer>POST</answer>"
 
 
 def test_json_may_stand_in_a_text():
