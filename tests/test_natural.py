@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -683,6 +684,16 @@ def test_sentences_around_a_text_that_was_read_are_its_reasoning():
     assert canonical_response(text, "ocr") == "<think></think><answer>POST</answer>"
     text = 'Answer: "POST"\n\nExplanation: The letters are yellow.'
     assert canonical_response(text, "ocr") == "<think>The letters are yellow.</think><answer>POST</answer>"
+
+
+def test_any_run_of_marks_and_words_around_a_text_is_read_or_refused():
+    words = ("The sign ", "reads ", '"', "“", "”", "**", "*", "EXIT", "\n", ": ", "not ", "> ", "`", "```", "\\boxed{",
+             "}", "Answer: ", "是", "「", "」", ". ", "or ", "# ", "Text", "\ue001", "?", "Explanation: ")  # fmt: skip
+    draw = random.Random(0)
+    for _ in range(3_000):
+        text = "".join(draw.choices(words, k=draw.randint(1, 14)))
+        read = canonical_response(text, "ocr", finish_reason="stop")
+        assert (read is None) == (invalid_reason(text, "ocr", finish_reason="stop") is not None), text
 
 
 def test_json_may_stand_in_a_text():

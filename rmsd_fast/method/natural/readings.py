@@ -334,8 +334,9 @@ def speaks_of_a_text(text: str) -> bool:
 
 def last_sentence(text: str) -> tuple[str, str] | None:
     """What stands before the last sentence, and that sentence, if nothing before it leaves open what it tells."""
-    *before, last = [sentence.strip() for sentence in _STOP.split(text) if sentence.strip()]
-    if not before or "\n" in text or not speaks_of_a_text(last):
+    sentences = [sentence.strip() for sentence in _STOP.split(text) if sentence.strip()]
+    if len(sentences) < 2 or "\n" in text or not speaks_of_a_text(sentences[-1]):
         return None
+    *before, last = sentences
     _check_others(before, [], "")
     return " ".join(before), last
