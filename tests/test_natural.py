@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -533,6 +534,9 @@ READ_IN_A_PICTURE = [
     'A "B" C',
     'Title: "X"',
     'The title reads "X" and more',
+    "Serial number: QX-11",
+    'The "Old" Book Shop',
+    "The clock shows noon",
     "the answer is 42",
     "He can't see me",
     "We cannot process refunds",
@@ -671,6 +675,25 @@ def test_reasons_behind_the_answer_are_its_reasoning():
         assert (
             canonical_response(text, "mcq", options=DRINKS) == "<think>The liquid is white.</think><answer>B</answer>"
         )
+
+
+def test_sentences_around_a_text_that_was_read_are_its_reasoning():
+    text = 'A van parks. Its door carries the word "POST".\n\nExplanation: The letters are yellow.'
+    assert canonical_response(text, "ocr") == "<think>A van parks.</think><answer>POST</answer>"
+    text = 'The door reads "POST". Let me know if you need more.\n'
+    assert canonical_response(text, "ocr") == "<think></think><answer>POST</answer>"
+    text = 'Answer: "POST"\n\nExplanation: The letters are yellow.'
+    assert canonical_response(text, "ocr") == "<think>The letters are yellow.</think><answer>POST</answer>"
+
+
+def test_any_run_of_marks_and_words_around_a_text_is_read_or_refused():
+    words = ("The sign ", "reads ", '"', "“", "”", "**", "*", "EXIT", "\n", ": ", "not ", "> ", "`", "```", "\\boxed{",
+             "}", "Answer: ", "是", "「", "」", ". ", "or ", "# ", "Text", "\ue001", "?", "Explanation: ")  # fmt: skip
+    draw = random.Random(0)
+    for _ in range(3_000):
+        text = "".join(draw.choices(words, k=draw.randint(1, 14)))
+        read = canonical_response(text, "ocr", finish_reason="stop")
+        assert (read is None) == (invalid_reason(text, "ocr", finish_reason="stop") is not None), text
 
 
 def test_json_may_stand_in_a_text():

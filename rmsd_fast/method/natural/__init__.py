@@ -6,7 +6,8 @@ knows a ground truth. The rewards of training stay strict (`method.answers`); th
 evaluations.
 
 Files: `response` finds the answer in a response, with `tags`, `sentences` and `refusals`; `body` rewrites the answer of
-one task type, with `options`, `times`, `boxes` and `numbers`; `doubts` tests for doubt, denial and correction; `text`
+one task type, with `options`, `times`, `boxes` and `numbers`; `readings` finds the text that sentences quote
+from a picture; `doubts` tests for doubt, denial and correction; `text`
 removes markup; `reasons` names what is refused.
 """
 

@@ -9,6 +9,7 @@ from ..answers import TASK_TYPES
 from .boxes import read_box
 from .numbers import read_number
 from .options import read_letter
+from .readings import THING
 from .reasons import Unreadable
 from .text import json_object, strip_outside, unquoted, visible
 from .times import read_interval
@@ -16,15 +17,20 @@ from .times import read_interval
 # Longer texts do not answer closed questions; some searches take quadratic time.
 MOST_CHARACTERS = 2_000
 
-_THING = r"(?:text|sign|caption|subtitle|title|label|words?|banner|display|screen|board|plate|sticker|poster|logo|it)"
+_THING = rf"(?:{THING}|it)"
 _ARTICLE = r"(?:so\s+)?(?:(?:the|this|that|its|a|on-?screen)\s+)?"
 # A sentence about a text, up to where the text begins. Behind "says" stands what a person says, too.
 _SAYS = re.compile(
     rf"{_ARTICLE}(?:[\w-]+\s+){{0,4}}?{_THING}\s+(?:[\w-]+\s+){{0,6}}?"
-    r"(?:(?:reads?|says?|spells?|shows?|displays?)\b(?:\s+as)?\s*[:：]?|is\s*[:：]|is\s+(?=[\"“「『«„]))\s*"
+    r"(?:(?:reads?|says?|spells?|shows?|displays?)\b"
+    r"(?!\s+(?:is|reads?|says?|shows?|displays?)\b)(?:\s+as)?"
+    r"(?:\s*[:：]|\s+(?:the\s+)?(?:[\w-]+\s+){1,2}(?=[\"“「『«„*]))?|is\s*[:：]|is\s+(?=[\"“「『«„])"
+    r"|is\s+(?-i:(?=[A-Z0-9$€£¥][A-Z0-9 .,:-]*[.]?$)))\s*"
     rf"|(?:{_ARTICLE}(?:[\w-]+\s+){{1,5}}?(?:reads?|shows?|displays?|bears?)\s+(?:the\s+)?(?:[\w-]+\s+)?"
     r"|(?:i (?:can )?(?:see|read)|there is|it is|el letrero dice|das schild (?:sagt|zeigt)|auf dem schild steht"
-    r"|la placa pone|le panneau indique|(?:the|el|la|le|der|die|das) [^:\"“]{0,60}[:：])\s*[:：]?\s*)(?=[\"“「『«„])"
+    r"|la placa pone"
+    r"|(?:le panneau|l['’]enseigne|l['’]écran|la pancarte) (?:indique|affiche)"
+    r"|(?:the|el|la|le|der|die|das) [^:\"“]{0,60}[:：])\s*[:：]?\s*)(?=[\"“「『«„])"
     r"|.{0,20}?(?:写着|写的是|写有|显示|文字是|文字为|内容是|内容为|字是)\s*(?:的是)?\s*[:：]?\s*",
     re.IGNORECASE,
 )
@@ -57,6 +63,17 @@ _ILLEGIBLE = re.compile(
     r"|(?:.{0,30}[字牌本容].{0,8})?(?:无法|不能|难以)(?:辨认|看清|识别)(?:.{0,8}[字牌本容].{0,6})?[。.]?|.{0,12}看不清(?:楚)?(?:文字|内容|字)?[。.]?",
     re.IGNORECASE | re.DOTALL,
 )
+# "AB1? C?E", but not the query of an address.
+_UNKNOWN_CHARACTER = re.compile(
+    r"(?:^|\s)[A-Za-z0-9]+\?[A-Za-z0-9]+[?]?(?=\s|$)|[□▯▢\ufffd]|\[(?:illegible|unreadable|unclear)\]", re.IGNORECASE
+)
+# What describes a text rather than belongs to it: "EXIT in green letters".
+_DESCRIBES = re.compile(
+    r"[,;]\s|\b(?:letters|lettering|font|background|frames?|video|clip|seconds?|visible|written|printed|capitals"
+    r"|throughout|colou?rs?|corner|beginning|which|when|while)\b",
+    re.IGNORECASE,
+)
+_UNITS = re.compile(r"\b(?:km/?h|mph|am|pm|kg|g|m|cm|mm|km|ml|l|s|min|h|x|of|and|the|to)\b")
 _TEXT_KEYS = ("text", "text_content", "answer", "ocr", "content", "transcription")
 _READERS = {"temporal": read_interval, "spatial": read_box, "numeric": read_number}
 
@@ -95,7 +112,7 @@ def read_text(body: str, *, as_sent: bool = False) -> str:
     as_sent: as in `canonical_body`.
     """
     text = visible(strip_outside(body))
-    if _ILLEGIBLE.fullmatch(text) or re.search(r"\[(?:illegible|unreadable|unclear)\]", text, re.IGNORECASE):
+    if _ILLEGIBLE.fullmatch(text) or not is_legible(text):
         raise Unreadable("no_answer")
     if re.fullmatch(rf"(?:{_QUOTED.pattern})(?:\s*(?:,|or|或者?|and)\s*(?:{_QUOTED.pattern}))+[.。]?", text):
         raise Unreadable("two_answers")
@@ -107,6 +124,11 @@ def read_text(body: str, *, as_sent: bool = False) -> str:
     if len(texts) == 1 and isinstance(texts[0], str):
         text = texts[0]
     return unquoted(text)
+
+
+def is_legible(text: str) -> bool:
+    """Whether no mark in a text says that some of its characters could not be read."""
+    return not _UNKNOWN_CHARACTER.search(text)
 
 
 def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
@@ -130,8 +152,27 @@ def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
             raise Unreadable("two_answers")
         # Without a quotation only what is sure to be about a text.
         if not quotation and re.match(r"(?:the|this|it|its|on-?screen)\b|[^\x00-\x7f]", sentence, re.IGNORECASE):
-            return unquoted(rest.rstrip(".。")) or None
+            return _unquoted_value(rest, says[0])
     quotation = _QUOTED.search(sentence)
     if quotation and quotation.start() < 20 and _READ_AFTER.fullmatch(sentence[quotation.end() :]):
         return unquoted(quotation[quotation.lastindex])
     return None
+
+
+def _unquoted_value(rest: str, says: str) -> str | None:
+    """What stands behind "The clock shows" without quotation marks; None where it need not be a text, as "the time".
+
+    Raises:
+        Unreadable: words that describe the text cannot be told from it.
+    """
+    rest = rest.rstrip(".。")
+    if not rest or (rest[0].islower() and rest[0].isascii() and not says.rstrip().endswith((":", "："))):
+        return None
+    if re.match(r"[\"“”„«]", rest):
+        raise Unreadable("no_answer")
+    first, *others = rest.split()
+    capital = not re.search(r"[a-z]", first) and len(first) > 1
+    lower = capital and any(word.islower() and word.isascii() for word in _UNITS.sub("", " ".join(others)).split())
+    if "\n" not in rest and ((lower and not first.endswith(":")) or _DESCRIBES.search(rest)):
+        raise Unreadable("no_answer")
+    return unquoted(rest)

@@ -13,9 +13,19 @@ from collections.abc import Sequence
 
 from ..answers import answer_body, has_outer_format, parse_answer
 from ..finish_reasons import finish_reason_of
-from .body import canonical_body, said_text
+from .body import canonical_body, is_legible, said_text
 from .doubts import is_absent, is_denied, is_doubted, is_retracted, is_unknowing
 from .options import is_whole_letter, names_another, quotes_another
+from .readings import (
+    Reading,
+    block_reading,
+    block_text,
+    labelled_reading,
+    last_sentence,
+    quoted_reading,
+    speaks_of_a_text,
+    split_ending,
+)
 from .reasons import Unreadable, the_only
 from .refusals import is_refusal
 from .sentences import (
@@ -253,24 +263,74 @@ def _in_json(split: tuple[str, object, str], task: str, options: Options) -> tup
 
 # "EXIT. Or maybe EXIST.", and a note in a paragraph of its own.
 _ANOTHER_TEXT = re.compile(r"[.!?\n]\s*(?:or|or maybe|maybe|perhaps|possibly|alternatively)\b|或者", re.IGNORECASE)
+# "Hard to see, perhaps EXIT" in Chinese.
+_UNSURE_TEXT = re.compile(r"(?:看不(?:太)?清楚?)?[，,]?\s*(?:可能|好像|似乎|大概|应该)是|看不(?:太)?清楚?[，,]")
 _NOTE = re.compile(r"\n\s*\n\s*(?:note|please note|the text|this|however|but)\b", re.IGNORECASE)
 
 
 def _untagged_text(text: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
     if is_refusal(text, task=task, inside_answer=False):
         raise Unreadable("refusal")
-    if stated := text_statement(text) or heading(text):
-        if task == "ocr":
-            _check_one_text(stated[1])
-        return stated[0], _body(stated[1], task, options), ""
-    lead, announced, last = text.rpartition(":\n\n")
-    if task == "ocr" and announced and "\n" not in lead + last:
-        return lead, _body(last, task, options), ""
     if task == "ocr":
-        _check_one_text(text)
-    if task == "ocr" and not reasoned and said_text(text) is None and ("\n" in text or _TALK.search(text)):
-        raise Unreadable("no_answer")
+        return _untagged_reading(text, reasoned=reasoned)
+    if stated := text_statement(text) or heading(text):
+        return stated[0], _body(stated[1], task, options), ""
     return "", _body(text, task, options), ""
+
+
+def _untagged_reading(text: str, *, reasoned: bool) -> tuple[str, str, str]:
+    """`_untagged` for a text that was read in a picture."""
+    if read := _boxed_text(text):
+        return read
+    if stated := text_statement(text) or heading(text):
+        before, read = stated[0], _stated_reading(stated[1])
+        return before, _reading_body(read), read.after
+    if read := block_reading(text) or quoted_reading(text) or labelled_reading(text):
+        return read.before, _reading_body(read), read.after
+    text, explanation, cut = split_ending(text)
+    _check_one_text(text)
+    if cut and ("\n" in text or _TALK.search(text)) and said_text(text) is None:
+        raise Unreadable("no_answer")
+    if _UNSURE_TEXT.match(text):
+        raise Unreadable("two_answers")
+    if (told := last_sentence(text)) and (said := said_text(told[1])):
+        return told[0], said, explanation
+    if said_text(text) is None and (speaks_of_a_text(text) or (not reasoned and ("\n" in text or _TALK.search(text)))):
+        raise Unreadable("no_answer")
+    return "", _body(text, "ocr", None), explanation
+
+
+def _reading_body(read: Reading) -> str:
+    if not read.quoted:
+        return _body(read.text, "ocr", None)
+    if not read.text or _NO_ANSWER.fullmatch(read.text) or not is_legible(read.text):
+        raise Unreadable("no_answer")
+    return read.text
+
+
+def _stated_reading(text: str) -> Reading:
+    """The text that stands behind "The answer is", without what explains it."""
+    if read := quoted_reading(text, stated=True):
+        return read
+    text, explanation, _ = split_ending(text)
+    _check_one_text(text)
+    first, _, rest = text.strip().partition("\n\n")
+    if _TALK.search(rest) or re.match(r"\s*not\s", first):
+        raise Unreadable("no_answer")
+    return Reading("", text if rest else block_text(text), explanation)
+
+
+def _boxed_text(text: str) -> tuple[str, str, str] | None:
+    """The content of the only `\\boxed{}` of a text, as it is read in a picture."""
+    boxes = list(_BOXED.finditer(text))
+    if not boxes:
+        return None
+    first, last = boxes[0], boxes[-1]
+    before, after = text[: first.start()], text[last.end() :]
+    sentence = re.split(r"[.!?\n]", before.rstrip("$ \n"))[-1]
+    if takes_back(after.lstrip("$ .\n")) or is_retracted(after) or is_doubted(sentence) or is_denied(sentence):
+        raise Unreadable("two_answers")
+    return before, the_only([_body(box[0], "ocr", None) for box in boxes]), after
 
 
 def _check_one_text(text: str) -> None:

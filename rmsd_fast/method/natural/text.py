@@ -39,6 +39,7 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operator
 _LATEX_WHOLE = re.compile(r"\$*\s*(\\(?:text|boxed|fbox|mathrm|textbf)\s*\{.*\})\s*\$*", re.DOTALL)
 _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(?<!\\)\$")
 _LATEX_PERCENT = re.compile(r"\\([%$])")
+_LATEX_ESCAPE = re.compile(r"\\([%$&#_{} ])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
 # A dash before a number may be its sign, and ">" a bound.
 _LINE_MARK = re.compile(
@@ -52,6 +53,8 @@ _EMPHASIS = re.compile(
     r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
 )
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
+# With apostrophes inside words: 'It's now or never'.
+_SINGLE_QUOTES = re.compile(r"[‘']((?:[^‘’'\n]|(?<=\w)[’'](?=\w))+)[’']")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"
     r"(?:answer|option|choice|result|response|ans|antwort|respuesta|réponse)(?:\s+is\b|\s*[:：=])(?:\s*[:：=])?\s*"
@@ -93,7 +96,7 @@ def unquoted(text: str) -> str:
     """A text that was read in a picture, without emphasis and quotation marks around the whole of it."""
     text = strip_outside(text)
     if whole := _LATEX_WHOLE.fullmatch(text):
-        text = strip_latex_text(whole[1]).strip()
+        text = _LATEX_ESCAPE.sub(r"\1", strip_latex_text(whole[1])).strip()
     while True:
         before = text
         for mark in ("***", "**", "__", "`"):
@@ -103,6 +106,8 @@ def unquoted(text: str) -> str:
         sentence = text[:-1].rstrip() if text[-1:] in (".", "。") else text
         if (inside := _unwrapped(sentence, _QUOTES)) != sentence:
             text = inside
+        elif apostrophes := _SINGLE_QUOTES.fullmatch(sentence):
+            text = apostrophes[1].strip()
         if text == before:
             return text
 
