@@ -6,10 +6,13 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from rmsd_fast.files import is_disk_error
 
 _PR_SET_PDEATHSIG = 1
 
@@ -64,13 +67,25 @@ def prepare_process() -> None:
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Inside, the program outlives its terminal, its pipes and its log."""
-    former = sys.stdout, sys.stderr
+    """Inside, the program outlives its terminal, its pipes and its log.
+
+    Threads of libraries that end at a full disk say so in one line; TensorBoard has one.
+    """
+    former, hook = (sys.stdout, sys.stderr), threading.excepthook
+
+    def tell(ended: Any) -> None:
+        if not is_disk_error(ended.exc_value):
+            hook(ended)
+            return
+        print(f"{ended.exc_value} ({ended.thread.name if ended.thread else 'a thread'} ends)", file=sys.stderr)
+
     nowhere = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout, sys.stderr = (LenientStream(nowhere if stream is None else stream) for stream in former)
+    threading.excepthook = tell
     try:
         yield
     finally:
+        threading.excepthook = hook
         sys.stdout, sys.stderr = former
         nowhere.close()
 

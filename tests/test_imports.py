@@ -22,7 +22,7 @@ LEVELS = {
     "environment": 0,
     "command_line": 1,
     "files": 1,
-    "process": 0,
+    "process": 1,
     "settings": 1,
     "method": 1,
     "data": 2,
@@ -39,6 +39,7 @@ LEVELS = {
 # evaluation and a report, so `train` calls those two programs' functions.
 SAME_LEVEL = {
     ("command_line", "config"),  # the names of settings
+    ("process", "files"),
     ("files", "config"),  # the kind of error
     ("settings", "files"),
     ("settings", "config"),  # the filling of the dataclasses

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from train_runs import MACHINE, command, environment, made_files, metrics, mini_
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
 from rmsd_fast.runtime.alarms import CONDITIONS
+from rmsd_fast.runtime.world import World
+from rmsd_fast.stages import run as stage_run
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -423,6 +427,41 @@ def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):
     assert f"continue with --resume {run}" in errors
     # Not after the evaluation.
     assert not (run / "predictions" / "untrained.jsonl").exists()
+
+
+def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path):
+    arguments = mini_arguments(
+        tmp_path, made, "made.heldout_clips=40", "evaluate.max_new_tokens=100", "evaluate.prompts_per_batch=1"
+    )
+    process = subprocess.Popen(
+        command(arguments, processes=2),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("evaluate untrained"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    errors = process.communicate(timeout=300)[1]
+    run = only_run(tmp_path)
+    assert process.returncode == 0, errors[-2000:]
+    assert errors.count(f"continue with --resume {run}") == 2 and "Traceback" not in errors
+    assert not (run / "predictions" / "untrained.jsonl").exists()
+
+
+def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
+    """A kill before `stage1/` is replaced must not leave a record that the former one agrees with."""
+    fingerprints = {"settings": {}, "stage1": {"model.safetensors": "00"}}
+    stage_run._write_fingerprints(tmp_path, fingerprints)
+    run = SimpleNamespace(folder=tmp_path, fingerprints=fingerprints, world=World(0, 1, 0, torch.device("cpu")))
+    assert stage_run._former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {
+        "stage1": {"model.safetensors": "00"}
+    }
+    stage_run.forget_stage1(run)
+    assert stage_run._former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
 
 
 def test_lost_output_does_not_end_a_run(whole, tmp_path):

@@ -65,7 +65,7 @@ _NUMBERED = re.compile(
 )
 _TOP_LEFT = r"(?:top|upper)[- ]left(?:[- ]corner)?|左上角?"
 _BOTTOM_RIGHT = r"(?:bottom|lower)[- ]right(?:[- ]corner)?|右下角?"
-_POINT = rf"[^0-9()\[\]]{{0,20}}[\[(]?\s*({_N}){_COMMA}({_N})\s*[\])]?"
+_POINT = rf"[^0-9()\[\]]{{0,30}}[\[(]?\s*({_N}){_COMMA}({_N})\s*[\])]?"
 _FROM_CORNERS = [
     re.compile(rf"(?:{first}){_POINT}[^0-9()\[\]]{{0,20}}?(?:{last}){_POINT}", re.IGNORECASE)
     for first, last in ((_TOP_LEFT, _BOTTOM_RIGHT), (_BOTTOM_RIGHT, _TOP_LEFT))

@@ -20,14 +20,16 @@ _WORDS = {word: value for value, word in enumerate((*_ONES, *_TEENS))}
 _WORDS |= {word: 10 * ten for ten, word in enumerate(_TENS, start=2)}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _WORD = rf"(?:{'|'.join(sorted((*_WORDS, *_MULTIPLES), key=len, reverse=True))})"
+# "He claps twice"; but "twice as many" and "twice the number" compare.
+_TWICE = re.compile(r"\b(twice|thrice)\b(?! (?:as|the|that|what|more)\b)", re.IGNORECASE)
 _POINT = re.compile(
     rf"\b({_WORD}) point ((?:{'|'.join(_ONES[:10])})(?:\s+(?:{'|'.join(_ONES[:10])}))*)\b(?!\s+{_WORD})", re.IGNORECASE
 )
 _WORDS_IN_A_ROW = re.compile(rf"(?<![A-Za-z0-9-])(?:{_WORD}(?:(?:[\s-]+|\s+and\s+)(?={_WORD}\b))?)+(?![A-Za-z-])", re.I)
 # "One of them", "no one", "the other one": no number is meant.
 _PRONOUN = re.compile(
-    r"\b(?:no|this|that|which|each|every|any|other|only|another|last|next|first|second|third|fourth|fifth)[ -]one\b"
-    r"|\bone (?:of|another|can|could|sees?|is|which)\b",
+    r"\b(?:no|this|that|which|each|every|any|other|another|last|next|first|second|third|fourth|fifth)[ -]one\b"
+    r"|\bonly[ -]one\b(?! (?!who|that|which|of|in|is|and|or)[a-z])|\bone (?:of|another|can|could|sees?|is|which)\b",
     re.IGNORECASE,
 )
 
@@ -95,7 +97,7 @@ _VERB = re.compile(
     r"(?<![A-Za-z])(?!(?:frames|steps|scenes|options|parts|pages|levels|versions|channels|rooms|gates|platforms|figures"
     r"|questions|chapters|seconds|minutes|hours|doubles|triples|halves|plus|minus|perhaps|unless|besides|always|times"
     r"|exceeds|nears|divided|multiplied|increased|reduced|increases|bus|lines|apartments|series|class)\s)"
-    r"(?:[a-z]{2,}(?:s|ed|ing)|labell?ed|to|sind|insgesamt|gibt|hay|son|tiene|sont)\s$"
+    r"(?:[a-z]{2,}(?:s|ed|ing)|labell?ed|to|werden|wurden|sind|insgesamt|gibt|hay|son|tiene|sont)\s$"
 )
 _UNIT = re.compile(
     r"\s*(?:%|°\s?[CF]?|[€£¥$]|(?:km|cm|mm|m|kg|g|mg|ml|mL|cl|l|L|s|sec|secs|ms|h|hr|hrs|min|mins|in|ft|yd|mi|lbs?"
@@ -118,8 +120,8 @@ _NO_NOUN = re.compile(
 )
 _END = re.compile(r"\s*(?:$|[,.;:!)\]\"”“、。，；：](?![0-9])|\(|[-–—]\s)")
 _BOUND = re.compile(
-    r"\b(?:at (?:least|most)|than|over|under|above|below|beneath|beyond|within|up to|or|between|exceed\w*|surpass\w*"
-    r"|upwards?|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*|short of"
+    r"\b(?:at (?:least|most)|than|over|under|above|below|beneath|beyond|within|up to|or|between(?=\s*[0-9])"
+    r"|exceed\w*|surpass\w*|upwards?|minimum|maximum|nearly|almost|barely|close to|nearing|near|approach\w*|short of"
     r"|as (?:many|few|much|little) as|or so|[0-9]+\s*-?\s*ish|tops|and (?:up|above|over|more|counting))\b"
     r"|[<>≥≤±‹›≦≧≶≷∓|]|\\(?:leq?|geq?|pm|mp|approx|lt|gt|sim)(?![a-z])|[0-9]\s*\+(?!\s*[0-9])"
     r"|至少|至多|最多|最少|最低|最高|以上|以下|以内|以外|以内|超过|超過|不到|不足|不止|不超|少于|多于|大于|小于|低于|高于|未満|高达|将近|近[0-9]"
@@ -266,6 +268,7 @@ def _with_digits(text: str) -> str:
     """The text with digits in place of number words, and without spaces in a number that is the whole answer."""
     if _SPACED.fullmatch(text):
         return re.sub(r"\s", "", text)
+    text = _TWICE.sub(lambda match: "2 times" if match[1].lower() == "twice" else "3 times", text)
     text = _APOSTROPHES.sub(lambda match: re.sub("['’]", "", match[0]), digits_of_words(text))
     text = _HAN_NUMERAL.sub(lambda match: _han_digits(match[0]), text)
     return _BELOW_ZERO.sub("-", text)

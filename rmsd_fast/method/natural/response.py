@@ -53,9 +53,9 @@ _LIST_MARK = re.compile(r"^\s*[-*•]\s+(?=[A-Za-z*])", re.MULTILINE)
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # A placeholder of the prompt, or the question once more.
 _NO_ANSWER = re.compile(
-    r"\[?(?:your |the )?answer(?: here)?\]?|text(?: read)?|\.{3}|…"
-    r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|视频中|画面中)?(?:没有"
-    r"|无)(?:可见)?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible))\.?"
+    r"\[?(?:your |the )?answer(?: here)?\]?|(?:the )?text(?: read)?|\.{3}|…"
+    r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|图片中|视频中|画面中)?(?:没有"
+    r"|无)(?:看到|发现|出现)?(?:可见|清晰)?的?文字[。.]?|(?:unreadable|illegible|not (?:readable|legible|visible))\.?"
     r"|(?:there is )?no (?:(?:visible|readable|legible) )?text(?: (?:is )?(?:visible|present|shown|found"
     r"|detected))?\.?",
     re.IGNORECASE | re.DOTALL,

@@ -46,7 +46,9 @@ _HEADING = re.compile(
 # "Let me go through each option:".
 _NO_STATEMENT = re.compile(r"\b(?:each|every|all|any|which|what|whether|per)\s+(?:of\s+)?(?:the\s+)?$", re.IGNORECASE)
 # "My first answer was B", "If it were brown, the answer would be A".
-_EARLIER = re.compile(r"\b(?:first|initial(?:ly)?|previous|former|earlier|were|if)\b|如果", re.IGNORECASE)
+_EARLIER = re.compile(
+    r"\b(?:first|initial(?:ly)?|previous|former|earlier|were|if|otherwise|else)\b|如果", re.IGNORECASE
+)
 _CONCLUSION = re.compile(
     r"(?:(?:so|therefore|thus|hence|in total|overall|altogether|in conclusion|in summary|consequently)\b"
     r"|总共|一共|因此|所以|综上|总之|よって|したがって)[,，、\s]*"

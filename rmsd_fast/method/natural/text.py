@@ -69,6 +69,8 @@ _COURTESY = re.compile(
     r"|is there anything|don['’]t hesitate|如果[您你]|希望(?:这|对)|需要我)[^\n0-9.!?。！？]*[.!?。！？]*\s*$",
     re.IGNORECASE,
 )
+# "<45.0> to <52.0>": the marks of the format that was asked for.
+_TEMPLATE_MARK = re.compile(r"<([0-9][0-9.,:]*)>")
 # "Bです" is B.
 _POLITE_END = re.compile(r"(?:です|である|になります|だ)$")
 
@@ -124,7 +126,7 @@ def plain(body: str) -> str:
         raise Unreadable("no_answer")
     text = _LATEX_PERCENT.sub(r"\1", _LATEX_MARKS.sub(" ", strip_latex_text(text)))
     text = _LINE_MARK.sub("", _HTML.sub(" ", text))
-    text = " ".join(_EMPHASIS.sub("", text).split())
+    text = _TEMPLATE_MARK.sub(r"\1", " ".join(_EMPHASIS.sub("", text).split()))
     for _ in range(3):
         if label := _LABEL.match(text):
             text = text[label.end() :]
