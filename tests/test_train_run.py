@@ -279,6 +279,15 @@ def test_a_users_mistake_ends_with_2_and_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def _wait_for_text(process, text: str) -> None:
+    """Until a process has written a text to its stderr, also where the line has not ended."""
+    read = ""
+    while text not in read:
+        letter = process.stderr.read(1)
+        assert letter, "the run ended before it could be interrupted"
+        read += letter
+
+
 def _wait_for_lines(process, folder: Path, lines: int) -> None:
     for _ in range(3000):
         found = list(folder.glob("*/metrics.jsonl"))
@@ -418,9 +427,7 @@ def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stderr:
-        if line.startswith("evaluate untrained"):
-            break
+    _wait_for_text(process, "evaluate untrained")
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-2000:]
@@ -440,9 +447,7 @@ def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path
         stderr=subprocess.PIPE,
         text=True,
     )
-    for line in process.stderr:
-        if line.startswith("evaluate untrained"):
-            break
+    _wait_for_text(process, "evaluate untrained")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     errors = process.communicate(timeout=300)[1]
