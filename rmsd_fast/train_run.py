@@ -36,11 +36,10 @@ from rmsd_fast.stages.run import (
     rate_of,
     record_stage1,
     restore,
-    run_folder,
     run_steps,
-    stage_steps,
     write_facts,
 )
+from rmsd_fast.stages.run_folder import run_folder, stage_steps
 
 
 def train(

@@ -24,6 +24,7 @@ from rmsd_fast.report_page.curves import GROUPS
 from rmsd_fast.runtime.alarms import CONDITIONS
 from rmsd_fast.runtime.world import World
 from rmsd_fast.stages import run as stage_run
+from rmsd_fast.stages import run_folder
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -460,13 +461,13 @@ def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path
 def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
     """A kill before `stage1/` is replaced must not leave a record that the former one agrees with."""
     fingerprints = {"settings": {}, "stage1": {"model.safetensors": "00"}}
-    stage_run._write_fingerprints(tmp_path, fingerprints)
+    run_folder.write_fingerprints(tmp_path, fingerprints)
     run = SimpleNamespace(folder=tmp_path, fingerprints=fingerprints, world=World(0, 1, 0, torch.device("cpu")))
-    assert stage_run._former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {
+    assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {
         "stage1": {"model.safetensors": "00"}
     }
     stage_run.forget_stage1(run)
-    assert stage_run._former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
+    assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
 
 
 def test_lost_output_does_not_end_a_run(whole, tmp_path):

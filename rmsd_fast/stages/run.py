@@ -1,4 +1,4 @@
-"""A run: its folder, its inputs, its log and its checkpoints, and the loop that every stage goes through."""
+"""A run: its inputs, its logs and its checkpoints, and the loop that every stage goes through."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,14 +18,13 @@ from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
-from rmsd_fast.files import FolderLock, remove_leftovers, write_text_atomic
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.checkpoint import (
     Checkpoint,
-    compare_fingerprints,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -36,21 +33,16 @@ from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.settings import load_settings, save_settings, settings_as_dict, to_yaml
+from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
+from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
 from rmsd_fast.stages.state import RunState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
 
-# Section and field of the settings that tell how many steps a stage has.
-STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
-# The threads of a process that was killed end within this time, and release its lock.
-KILLED_S = 5.0
-# What the run was started with, and `stage1/` from its end on: settings, and hashes of all files that are read.
-FINGERPRINTS = "fingerprints.json"
-LOGS = ("rollouts", "bad_media", "skipped")
 log = logging.getLogger("rmsd_fast")
 
+LOGS = ("rollouts", "bad_media", "skipped")
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
@@ -83,31 +75,6 @@ class Run:
         return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
 
 
-@contextmanager
-def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterator[Path]:
-    """The folder of a run, made if it is a new one, and kept from other programs until the end of the `with` block.
-
-    Raises:
-        Locked: another program writes to the folder.
-        SettingsError: it cannot be made.
-    """
-    lock: FolderLock | None = None
-
-    def take() -> Path:
-        nonlocal lock
-        folder = _new_folder(settings) if resume is None else resume
-        lock = FolderLock(folder, wait_s=KILLED_S)
-        remove_leftovers(folder)
-        remove_leftovers(folder / "predictions")
-        return folder
-
-    try:
-        yield on_main(world, take)
-    finally:
-        if lock is not None:
-            lock.close()
-
-
 def open_run(
     settings: RunConfig,
     world: World,
@@ -125,11 +92,11 @@ def open_run(
         CheckpointError: the run differs from the one to continue, or none of its checkpoints can be loaded.
         SettingsError: a change without effect.
     """
-    fingerprints = {"settings": settings_as_dict(settings), "files": _same_everywhere(material, world)}
+    fingerprints = {"settings": settings_as_dict(settings), "files": digests_of_all_nodes(material, world)}
     checkpoint = None
     if resumed:
         checkpoint = find_checkpoint(folder, world=world)
-        fingerprints = on_main(world, lambda: _check_changes(settings, folder, checkpoint, fingerprints, allow_changes))
+        fingerprints = on_main(world, lambda: check_changes(settings, folder, checkpoint, fingerprints, allow_changes))
     saved = checkpoint.state if checkpoint else {}
     totals = {stage: stage_steps(settings, stage) for stage in settings.stages}
     metrics: MetricsLog | None = None
@@ -138,7 +105,7 @@ def open_run(
 
     def open_logs() -> None:
         nonlocal metrics
-        _write_fingerprints(folder, fingerprints)
+        write_fingerprints(folder, fingerprints)
         metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
         # A checkpoint of an earlier version does not count the lines of all of them: these are kept.
         kept = saved.get("log_lines", {}) if checkpoint else dict.fromkeys(LOGS, 0)
@@ -152,130 +119,6 @@ def open_run(
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
-
-
-def _same_everywhere(material: Material, world: World) -> dict:
-    """Hashes of the files that the run reads, which every node has to find the same.
-
-    Raises:
-        CheckpointError: on all processes, where they differ.
-    """
-    digests, fault = None, ""
-    if world.local_rank == 0:
-        try:
-            digests = material.fingerprints()
-        except (OSError, UserError) as error:
-            fault = f"{error}"
-    parts = all_gather_objects((digests, fault), world)
-    if faults := [fault for _, fault in parts if fault]:
-        raise CheckpointError(faults[0])
-    first = parts[0][0]
-    for rank, (digests, _) in enumerate(parts):
-        if digests is not None and digests != first:
-            changes = compare_fingerprints({"files": first}, {"files": digests}, allow_changes=True)
-            raise CheckpointError(
-                f"the node of process {rank} has other files than that of process 0:\n  " + "\n  ".join(changes)
-            )
-    return first
-
-
-def _new_folder(settings: RunConfig) -> Path:
-    name = f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while True:
-        folder = Path(settings.output) / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            # Of this run's name and second; or a file where `output` should be.
-            if not folder.is_dir():
-                raise SettingsError(f"output: {settings.output} is a file; choose another folder") from None
-            number += 1
-        except OSError as error:
-            raise SettingsError(f"output: cannot make {folder} ({error.strerror}); choose another folder") from error
-    try:
-        save_settings(settings, folder / "config.yaml")
-    except OSError:
-        # A run folder without settings is of no use to anybody.
-        with suppress(OSError):
-            folder.rmdir()
-        raise
-    return folder
-
-
-def _check_changes(
-    settings: RunConfig, folder: Path, checkpoint: Checkpoint | None, fingerprints: dict, allow_changes: bool
-) -> dict:
-    """Compare with the run to continue; take over allowed changes. Writes nothing before all is checked.
-
-    Returns:
-        The fingerprints, with that of stage 1 where it is done.
-    """
-    former = _former_fingerprints(folder, checkpoint)
-    now = {key: value for key, value in fingerprints.items() if key in former}
-    if "stage1" in former:
-        if (folder / "stage1").is_dir():
-            now["stage1"] = model_digests(folder / "stage1")
-        else:
-            # Whether it can be made again is seen where it is needed.
-            del former["stage1"]
-    changes = compare_fingerprints(former, now, allow_changes=allow_changes)
-    if allow_changes and not changes:
-        raise SettingsError("--allow-changes: nothing differs from the run to continue; leave it out")
-    if checkpoint is not None:
-        _refuse_late_changes(settings, checkpoint.state)
-    if changes:
-        _take_changes(settings, folder)
-    return {**fingerprints, **now}
-
-
-def _former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
-    """Those of the checkpoint; before the first one, those that the run was started with. `stage1` from its end on."""
-    written: dict = {}
-    with suppress(OSError, ValueError):
-        written = dict(json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8")))
-    if checkpoint is None:
-        settings = settings_as_dict(load_settings(str(folder / "config.yaml"), [], resumed=True))
-        return {**written, "settings": settings}
-    former = dict(checkpoint.state["fingerprints"])
-    if "stage1" not in former and "stage1" in written:
-        # Between the end of the stage and the next checkpoint the file alone tells. Without it the stage has not come
-        # to its end, and its last checkpoint writes the folder again.
-        former["stage1"] = written["stage1"]
-    return former
-
-
-def _write_fingerprints(folder: Path, fingerprints: dict) -> None:
-    write_text_atomic(folder / FINGERPRINTS, json.dumps(fingerprints, indent=1) + "\n")
-
-
-def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
-    """Refuse other settings of stages that others followed, and fewer steps of the last one than are done."""
-    former = state["fingerprints"]["settings"]
-    now = settings_as_dict(settings)
-    for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
-        section, steps = STEPS[stage]
-        if stage == state["stage"]:
-            late = [steps] if now[section][steps] < state["step"] else []
-        else:
-            # The discriminator's section has settings of both its stages.
-            names = ("warm_up_steps", "warm_up_lr") if stage == "warm_up" else now[section]
-            late = [name for name in names if now[section][name] != former[section].get(name)]
-        if late:
-            done = state["step"] if stage == state["stage"] else former[section][steps]
-            raise SettingsError(
-                f"{section}.{late[0]}={now[section][late[0]]} has no effect, {done} of {former[section][steps]} steps "
-                f"of {stage} are done; leave it out, or start a new run from the exported student"
-            )
-
-
-def _take_changes(settings: RunConfig, folder: Path) -> None:
-    """The settings from here on; those before stay beside them. Answers to the questions so far are asked for again."""
-    number = len(list(folder.glob("config.before-*.yaml"))) + 1
-    shutil.copy(folder / "config.yaml", folder / f"config.before-{number}.yaml")
-    write_text_atomic(folder / "config.yaml", to_yaml(settings))
-    shutil.rmtree(folder / "predictions", ignore_errors=True)
 
 
 def write_facts(run: Run, *, finished: bool) -> None:
@@ -330,11 +173,6 @@ def _hardware(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
-
-
-def stage_steps(settings: RunConfig, stage: str) -> int:
-    section, name = STEPS[stage]
-    return getattr(getattr(settings, section), name)
 
 
 def first_step(run: Run, stage: str) -> int:
@@ -541,13 +379,13 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
 def record_stage1(run: Run) -> None:
     """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
     run.fingerprints["stage1"] = on_main(run.world, lambda: model_digests(run.folder / "stage1"))
-    on_main(run.world, lambda: _write_fingerprints(run.folder, run.fingerprints))
+    on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
 def forget_stage1(run: Run) -> None:
     """`stage1/`, if there is one, is not that of the steps to come."""
     if run.fingerprints.pop("stage1", None) is not None:
-        on_main(run.world, lambda: _write_fingerprints(run.folder, run.fingerprints))
+        on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
 def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:
