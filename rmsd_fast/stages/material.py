@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
@@ -14,7 +13,7 @@ from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import load_questions
-from rmsd_fast.files import FolderLock, remove_leftovers
+from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
 from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
@@ -37,8 +36,8 @@ class Material(Inputs):
     files: dict[str, str]
 
     def fingerprints(self) -> dict:
-        """sha256 of every input file, by role; of the model, hashes of all its files by name."""
-        digests = {role: _digest(Path(path)) for role, path in self.files.items()}
+        """Hash of every input file, by role; of the model, of all its files by name."""
+        digests = {role: file_digest(path) for role, path in self.files.items()}
         return {**digests, "model": model_digests(resolve_folder(self.model_path))}
 
 
@@ -149,11 +148,3 @@ def _make(settings: RunConfig) -> dict[str, str]:
     build_tiny_student(student, texts=texts, seed=made.seed, hidden=made.student_hidden, layers=made.student_layers)
     paths = {"train": train, "heldout": heldout, "pool": pool_path, "student": student, "media_root": root}
     return {role: str(path) for role, path in paths.items()}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

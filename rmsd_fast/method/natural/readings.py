@@ -116,7 +116,6 @@ _LABELLED = re.compile(
 _HEADING = re.compile(
     r"(?:#{1,6}\s+\**|\*\*)(?P<label>[^\n*]{2,80}?)[:：]?(?:\*\*)?[:：]?\s*\n\s*(?P<value>\S.*)", re.DOTALL
 )
-_QUOTED_LINES = re.compile(r"(?:^[ \t]*>[^\n]*\n?)+", re.MULTILINE)
 
 
 class Reading(NamedTuple):

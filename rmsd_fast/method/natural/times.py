@@ -145,7 +145,7 @@ _SPELLINGS = (
     (re.compile(r"([0-9.:]+\s*秒)开始[,，、]\s*([0-9.:]+\s*秒)(?:结束|停止)"), r"\1到\2"),
 )
 _CLOCK_IN_SECONDS = re.compile(rf"({_CLOCK})\s*\(\s*([0-9]+(?:\.[0-9]+)?)\s*{_S}\s*\)", re.IGNORECASE)
-_SIMPLIFIED = str.maketrans("從開續鐘間時後視頻現見約為發擦", "从开续钟间时后视频现见约为发擦")
+_SIMPLIFIED = str.maketrans("從開續鐘間時後視頻現見約為發", "从开续钟间时后视频现见约为发")
 _TO_SQUARE = str.maketrans("()", "[]")
 
 
