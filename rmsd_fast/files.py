@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import (
     EACCES,
@@ -32,18 +32,25 @@ from errno import (
     EROFS,
     ESTALE,
 )
+from glob import escape
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rmsd_fast.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("rmsd_fast")
 
 # No room on the disk, in the quota or in a file, or a disk that fails. Some of it may pass.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 # What the user or an administrator can put right; no fault of the program.
-ENVIRONMENT_ERRORS = (*DISK_ERRORS, EACCES, EPERM, EROFS, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EMFILE, ENFILE, ESTALE)
-
+_PERMISSION_ERRORS, _LIMIT_ERRORS = (EACCES, EPERM, EROFS), (EMFILE, ENFILE)
+_PATH_ERRORS = (EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, ESTALE)
+ENVIRONMENT_ERRORS = (*DISK_ERRORS, *_PERMISSION_ERRORS, *_LIMIT_ERRORS, *_PATH_ERRORS)
 
 # Longer waits are said.
 LONG_WAIT_S = 10.0
@@ -58,6 +65,15 @@ class Locked(UserError, RuntimeError):
 def is_disk_error(error: BaseException) -> bool:
     """Whether a write failed because of the disk, and not because of the place or the program."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def environment_advice(error: OSError) -> str:
+    """What to do about one of `ENVIRONMENT_ERRORS`."""
+    if error.errno in DISK_ERRORS:
+        return "free some space, or see to the disk"
+    if error.errno in _LIMIT_ERRORS:
+        return "raise the limit of open files (ulimit -n)"
+    return "check the permissions" if error.errno in _PERMISSION_ERRORS else "check the path"
 
 
 @contextmanager
@@ -76,20 +92,65 @@ def os_errors_of_safetensors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[FileIO]:
+    """A file to write in the place of `path`: readers see the old content or the new one, and a fault leaves the old.
+
+    sync=False leaves it to the kernel when the content comes to disk, for readers that check what they read.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            yield file
+            if sync:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if sync:
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> None:
+    """Write all bytes; an unbuffered file may take fewer at a time."""
+    view = memoryview(content).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
+
+
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Write, bring to disk, rename, and bring the folder to disk: readers see the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        write_all(file, text.encode())
+
+
+def append_whole(file: FileIO, content: bytes) -> None:
+    """Append all bytes to a file, or none: where they do not fit, the file is as it was, and the OSError is raised."""
+    size = os.fstat(file.fileno()).st_size
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_all(file, content)
+    except OSError:
+        file.truncate(size)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors into a folder that is brought to disk as a whole: a checkpoint, or a staged one."""
+    from safetensors.torch import save_file
+
+    with os_errors_of_safetensors(path):
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file into host memory."""
+    from safetensors.torch import load_file
+
+    return load_file(str(path))
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -101,31 +162,47 @@ def file_digest(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def replace_folder(staged: Path, final: Path) -> None:
-    """Put a folder in the place of another, which may be missing. A kill leaves one of them whole, or none in `final`.
+@contextmanager
+def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
+    """An empty folder to fill; at the end of the `with` block it is brought to disk and gets the name `final`.
 
-    What a kill leaves beside them is found by `remove_leftovers`.
+    A kill leaves the former `final`, the new one, or none; what it leaves beside them is removed by the next call for
+    the same place, and by `remove_leftovers`.
+
+    Args:
+        replace: takes the place of a folder that is there. Otherwise that one stays, and this one is removed: another
+            process was faster.
     """
-    for path in staged.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(staged)
-    # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
-    former = final.with_name(f".{final.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    if final.exists():
-        final.rename(former)
-    staged.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final.parent, of=final.name)
+    staged = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    staged.mkdir()
+    try:
+        yield staged
+        sync_tree(staged)
+        if replace and final.exists():
+            # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
+            former = final.with_name(f".{final.name}.{time.monotonic_ns()}.{os.getpid()}.tmp")
+            final.rename(former)
+            staged.rename(final)
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            try:
+                staged.rename(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+        sync_folder(final.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder. Call it with the folder's lock held.
+def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
+    """Remove what killed writers left in a folder, `of` one name alone or, with the folder's lock held, of all.
 
     Files of processes of this machine that are alive are left to them, such as a report that is being written.
     """
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(f".{escape(of)}.*.tmp" if of else ".*.tmp"):
         if (writer := _WRITER.search(path.name)) and _is_alive(int(writer[1])):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -149,6 +226,22 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder with all that is in it to disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+    sync_folder(folder)
 
 
 class FolderLock:

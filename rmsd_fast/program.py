@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import RunConfig, UserError, first_line
-from rmsd_fast.files import ENVIRONMENT_ERRORS
+from rmsd_fast.files import ENVIRONMENT_ERRORS, environment_advice
 from rmsd_fast.process import lenient_output
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.runtime.world import World, start, stop
+from rmsd_fast.runtime.world import World, note_end, others_ended, start, stop
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:
@@ -37,32 +38,38 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
 def _run(
     name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], signals: StopSignal, *, trains: bool
 ) -> int:
-    code, together = 0, True
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    code, message, together = 0, "", alone
     try:
         work(start(), signals)
+        together = True
     except Stopped as stopped:
-        print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
+        message, together = f"stopped by SIGTERM: {stopped}", together or stopped.together
+        # Another code than 0 has torchrun end the processes that this one leaves.
+        code = 0 if together else 128 + signal.SIGTERM
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        # Perhaps of this process alone.
-        code, together = 2, False
+        code, message = 2, f"{name}: {error}"
     except KeyboardInterrupt:
-        print(f"interrupted: {signals.advice}", file=sys.stderr)
-        code, together = 130, False
+        code, message = 130, f"interrupted: {signals.advice}"
     except torch.OutOfMemoryError as error:
-        print(f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}", file=sys.stderr)
-        code, together = 2, False
+        code, message = 2, f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}"
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
         # Of a renaming, what the file was to be called.
         path = error.filename2 or error.filename
         where = f"{path}: " if path else ""
-        advice = f"check the disk, its free space and its permissions; {signals.advice}"
-        print(f"{name}: {where}{error.strerror}; {advice}", file=sys.stderr)
-        code, together = 2, False
+        code, message = 2, f"{name}: {where}{error.strerror}; {environment_advice(error)}; {signals.advice}"
+    except RuntimeError:
+        # A collective with a process that has ended: that one has said why.
+        if alone or not others_ended():
+            raise
+        code = 2
+    # What several processes have to say alike is said once.
+    if message and note_end(message):
+        print(message, file=sys.stderr)
     # Leaving the group waits for the others, who may wait for this process. The process ends soon in any case.
-    if together or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if together:
         stop()
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from rmsd_fast.stages.evaluation import (
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.run import (
     Run,
-    check_stop,
+    close_logs,
     export,
     first_step,
     forget_stage1,
@@ -59,28 +60,34 @@ def train(
 
 def run_stages(run: Run) -> None:
     """Every stage of a run, each followed by its evaluation."""
-    settings = run.settings
     try:
-        saved = run.checkpoint.state if run.checkpoint else None
-        where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
-        run.metrics.message(f"run folder: {run.folder}{where}")
-        if run.media.decoder_reason:
-            run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
-        on_main(run.world, lambda: describe_run(run))
-        evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
-        if "sft" in settings.stages:
-            imitate(run)
-            release_memory()
-            evaluate(run, run.stage1, "stage1")
-        if set(settings.stages) & {"warm_up", "distill"}:
-            control(run) if settings.distill.objective == "sft" else distillation(run)
-            release_memory()
-            if "distill" in settings.stages:
-                evaluate(run, str(run.folder / "export"), "stage2")
-    finally:
-        run.metrics.close()
-        for file in run.logs.values():
-            file.close()
+        _run_stages(run)
+    except BaseException:
+        # What ended the run is told, not what came of it.
+        with suppress(OSError):
+            close_logs(run)
+        raise
+    on_main(run.world, lambda: close_logs(run))
+
+
+def _run_stages(run: Run) -> None:
+    settings = run.settings
+    saved = run.checkpoint.state if run.checkpoint else None
+    where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
+    run.metrics.message(f"run folder: {run.folder}{where}")
+    if run.media.decoder_reason:
+        run.metrics.message(f"videos are decoded on the CPU: {run.media.decoder_reason}")
+    on_main(run.world, lambda: describe_run(run))
+    evaluate(run, run.material.model_path, "untrained" if "sft" in settings.stages else "stage1")
+    if "sft" in settings.stages:
+        imitate(run)
+        release_memory()
+        evaluate(run, run.stage1, "stage1")
+    if set(settings.stages) & {"warm_up", "distill"}:
+        control(run) if settings.distill.objective == "sft" else distillation(run)
+        release_memory()
+        if "distill" in settings.stages:
+            evaluate(run, str(run.folder / "export"), "stage2")
 
 
 def finish(run: Run) -> None:
@@ -171,7 +178,7 @@ def release_memory() -> None:
 def evaluate(run: Run, path: str, name: str) -> None:
     """Answers of a student to the held-out questions, once per run; what is made of them, each time."""
     questions = run.material.heldout
-    check_stop(run)
+    run.stop.check()
     if not questions:
         return
     answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is not None)

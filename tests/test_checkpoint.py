@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rmsd_fast.config import CheckpointError
+from rmsd_fast.files import write_tensors
 from rmsd_fast.runtime import checkpoint as checkpoint_module
 from rmsd_fast.runtime.checkpoint import (
     compare_fingerprints,
@@ -26,7 +27,7 @@ from rmsd_fast.runtime.checkpoint import (
     save_checkpoint,
 )
 from rmsd_fast.runtime.stop_signal import StopSignal
-from rmsd_fast.runtime.world import World, any_rank, write_tensors
+from rmsd_fast.runtime.world import World, any_rank
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -215,8 +215,8 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
     export_student(student, tmp_path / "export")
     (tmp_path / "export" / "left.txt").write_text("of the earlier export")
     # An export that was killed.
-    (tmp_path / ".export.tmp").mkdir()
-    (tmp_path / ".export.tmp" / "half.txt").write_text("half")
+    (tmp_path / ".export.99999999.tmp").mkdir()
+    (tmp_path / ".export.99999999.tmp" / "half.txt").write_text("half")
     export_student(student, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert not {"left.txt", "half.txt"} & {path.name for path in (tmp_path / "export").iterdir()}

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rmsd_fast.files import FolderLock, Locked, remove_leftovers, replace_folder, write_text_atomic
+from rmsd_fast.files import (
+    ENVIRONMENT_ERRORS,
+    FolderLock,
+    Locked,
+    append_whole,
+    environment_advice,
+    remove_leftovers,
+    replacing,
+    staged_folder,
+    write_text_atomic,
+)
 
 
 def fail(error: BaseException) -> None:
@@ -33,37 +46,98 @@ def folder(path: Path, text: str) -> Path:
     return path
 
 
+def stage(final: Path, text: str, *, replace: bool = True) -> None:
+    with staged_folder(final, replace=replace) as staged:
+        (staged / "config.json").write_text(text)
+
+
 def test_a_folder_replaces_another(tmp_path):
-    final = tmp_path / "export"
-    replace_folder(folder(tmp_path / ".export.tmp", "1"), final)
-    replace_folder(folder(tmp_path / ".export.tmp", "2"), final)
+    final = tmp_path / "made" / "export"
+    stage(final, "1")
+    stage(final, "2")
     assert (final / "config.json").read_text() == "2"
+    assert [p.name for p in final.parent.iterdir()] == ["export"]
+
+
+def test_a_folder_of_a_faster_process_stays(tmp_path):
+    stage(tmp_path / "made", "1")
+    stage(tmp_path / "made", "2", replace=False)
+    assert (tmp_path / "made" / "config.json").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_former_one(tmp_path):
+    stage(tmp_path / "export", "1")
+    with pytest.raises(OSError, match="full"), staged_folder(tmp_path / "export", replace=True):
+        fail(OSError(errno.ENOSPC, "full"))
+    assert (tmp_path / "export" / "config.json").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, monkeypatch, renames):
-    """The kill is an error that nothing handles, before the first, the second, and after the last rename."""
+def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, renames):
+    """Before the first, the second, and after the last rename; the next write of the folder removes what was left."""
     final = folder(tmp_path / "export", "old")
-    staged = folder(tmp_path / ".export.tmp", "new")
-    rename, done = Path.rename, []
+    child = os.fork()
+    if child == 0:
+        rename, done = Path.rename, []
 
-    def killed(self, target):
-        if len(done) == renames:
-            raise SystemExit
-        done.append(target)
-        return rename(self, target)
+        def killed(self, target):
+            if len(done) == renames:
+                os._exit(9)
+            done.append(target)
+            return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", killed)
-    if renames == 2:
-        monkeypatch.setattr("rmsd_fast.files.sync_folder", lambda path: fail(SystemExit()) if done else None)
-    with pytest.raises(SystemExit):
-        replace_folder(staged, final)
-    monkeypatch.undo()
+        Path.rename = killed
+        shutil.rmtree = lambda *args, **options: os._exit(9)
+        stage(final, "new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     text = (final / "config.json").read_text() if final.exists() else None
     assert text == {0: "old", 1: None, 2: "new"}[renames]
-    remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == (["export"] if text else [])
+    assert len(list(tmp_path.iterdir())) == 2
+    stage(final, "newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_append_that_does_not_fit_leaves_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    limit = (4, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with path.open("ab", buffering=0) as file:
+            append_whole(file, b"12\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            try:
+                append_whole(file, b"34\n")
+            except OSError as error:
+                os._exit(error.errno)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+    assert path.read_bytes() == b"12\n"
+
+
+def test_a_replacement_that_fails_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a", sync=False) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EDQUOT, "free some space, or see to the disk"),
+        (errno.EMFILE, "raise the limit of open files (ulimit -n)"),
+        (errno.EROFS, "check the permissions"),
+        (errno.ENAMETOOLONG, "check the path"),
+    ],
+)
+def test_advice_fits_the_error(code, advice):
+    assert code in ENVIRONMENT_ERRORS
+    assert environment_advice(OSError(code, os.strerror(code))) == advice
 
 
 def test_only_leftovers_are_removed(tmp_path):

@@ -168,7 +168,7 @@ def test_a_full_disk_costs_entries_and_is_told_once(tmp_path: Path, monkeypatch,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(media_cache, "_write_all", full)
+    monkeypatch.setattr(media_cache, "write_all", full)
     cache.put(key_of(2), frames_of(2))
     cache.put(key_of(3), frames_of(3))
     monkeypatch.undo()
@@ -182,11 +182,12 @@ def test_a_full_disk_costs_entries_and_is_told_once(tmp_path: Path, monkeypatch,
 def test_unfinished_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
-    half = cache._path(key_of(9)).with_suffix(".tmp")
-    half.write_bytes(b"half")
+    halves = [cache._path(key_of(9)).with_name(f".{key_of(9)}.frames.99999999.tmp"), tmp_path / ".bytes.99999999.tmp"]
+    for half in halves:
+        half.write_bytes(b"half")
     (tmp_path / "bytes").unlink()
     cache.put(key_of(2), frames_of(2))
-    assert not half.exists() and int((tmp_path / "bytes").read_text()) == 2 * SIZE
+    assert not any(half.exists() for half in halves) and int((tmp_path / "bytes").read_text()) == 2 * SIZE
 
 
 PROCESS = """

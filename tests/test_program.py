@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from train_runs import environment
 
 from rmsd_fast import program, train_run
 from rmsd_fast.config import RunConfig, SettingsError
@@ -40,7 +43,8 @@ def end(error=None, *, trains=True, settings=None):
     ("error", "code", "leaves", "words"),
     [
         (None, 0, True, ""),
-        (Stopped("step 3 is saved"), 0, True, "stopped by SIGTERM: step 3 is saved"),
+        (Stopped("step 3 is saved", together=True), 0, True, "stopped by SIGTERM: step 3 is saved"),
+        (Stopped("nothing was written"), 0, True, "stopped by SIGTERM: nothing was written"),
         (SettingsError("x: expected 1"), 2, True, "rmsd_fast.x: x: expected 1"),
         (KeyboardInterrupt(), 130, True, "interrupted: nothing was written"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, True, "micro_tokens=16384 (tokens of one forward"),
@@ -55,20 +59,67 @@ def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leave
 
 
 @pytest.mark.parametrize(
-    ("error", "leaves"),
-    [(None, True), (Stopped("x"), True), (SettingsError("x"), False), (OSError(errno.ENOSPC, "full", "a"), False)],
+    ("error", "code", "leaves"),
+    [
+        (None, 0, True),
+        (Stopped("x", together=True), 0, True),
+        (Stopped("x"), 143, False),
+        (SettingsError("x"), 2, False),
+        (OSError(errno.ENOSPC, "full", "a"), 2, False),
+    ],
 )
-def test_a_process_that_may_be_the_only_one_does_not_wait_for_the_others(group, monkeypatch, error, leaves):
+def test_a_process_that_may_be_the_only_one_does_not_wait_for_the_others(group, monkeypatch, error, code, leaves):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    end(error)
+    assert end(error) == code
     assert bool(group) == leaves
+
+
+ENDS = """
+import os
+import sys
+
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.program import run_program
+from rmsd_fast.runtime.world import barrier, exit_process
+
+
+def work(world, stop):
+    if sys.argv[1] == "all" or world.rank == 1:
+        raise SettingsError("a.b: expected 1")
+    barrier(world)
+
+
+exit_process(run_program("rmsd_fast.x", RunConfig(), work, trains=True))
+"""
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_several_processes_end_with_one_line(tmp_path, who):
+    """Also where the fault is that of one, and the others wait for it."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [*launcher, str(script), who],
+        env=environment() | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("rmsd_fast.x: a.b: expected 1") == 1
+    # torchrun adds a traceback of its own.
+    assert "ends.py" not in done.stderr.split("torch/distributed/elastic")[0].split("rmsd_fast.x: a.b")[1]
+    assert "barrier" not in done.stderr
 
 
 def test_errors_of_the_disk_are_one_line(capsys):
     assert end(OSError(errno.ENOSPC, "No space left on device", "a.tmp", None, "runs/x/a.json")) == 2
     told = capsys.readouterr().err
     assert (
-        told.startswith("rmsd_fast.x: runs/x/a.json: No space left on device; check the disk") and told.count("\n") == 1
+        told == "rmsd_fast.x: runs/x/a.json: No space left on device; free some space, or see to the disk; "
+        "nothing was written\n"
     )
 
 

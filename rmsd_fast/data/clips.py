@@ -20,8 +20,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -32,6 +30,7 @@ import torch
 
 from rmsd_fast.config import NotInstalled, SettingsError, first_line
 from rmsd_fast.data.records import Question, write_questions
+from rmsd_fast.files import staged_folder, write_text_atomic
 from rmsd_fast.method.answers import TASK_TYPES
 
 SIZE = 64
@@ -153,19 +152,14 @@ def make_clips(
     if final.exists():
         _check_made(final, settings)
         return material
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=final.parent))
-    # mkdtemp makes the folder private; what is renamed into place is as readable as any other.
-    temporary.chmod(0o755)
-    try:
+    with staged_folder(final, replace=False) as temporary:
         (temporary / "clips").mkdir()
         for split, clips in (("train", train_clips), ("heldout", heldout_clips)):
             questions = _make_split(temporary, split, clips, questions_per_clip, seed)
             write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
-        (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        _move_into_place(temporary, final, settings)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_text_atomic(temporary / "made.json", json.dumps(settings, indent=1) + "\n")
+    # Another process may have made the same material meanwhile: its copy is as good.
+    _check_made(final, settings)
     return material
 
 
@@ -372,16 +366,6 @@ def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
 
 def _boxes() -> list[tuple[int, int, int, int]]:
     return [(250 * x, 250 * y, 250 * (x + w), 250 * (y + h)) for (x, w), (y, h) in product(_SPANS, _SPANS)]
-
-
-def _move_into_place(temporary: Path, final: Path, settings: dict[str, Any]) -> None:
-    try:
-        temporary.rename(final)
-    except OSError:
-        # Another process made the same material meanwhile: its copy is as good.
-        if not final.exists():
-            raise
-        _check_made(final, settings)
 
 
 def _check_made(folder: Path, settings: dict[str, Any]) -> None:

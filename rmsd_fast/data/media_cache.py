@@ -22,6 +22,7 @@ import torch
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import Frames
+from rmsd_fast.files import remove_leftovers, replacing, write_all
 
 log = logging.getLogger("rmsd_fast")
 Value = TypeVar("Value")
@@ -123,7 +124,6 @@ class DiskCache:
     def put(self, key: str, frames: Frames) -> None:
         """Write the frames. Where that fails they are not kept, which is said once."""
         path, header = self._path(key), _header(key, frames)
-        temporary = path.with_suffix(".tmp")
         size = CHECK.size + len(header) + frames.pixels.nbytes
         if size > self.budget or path.exists():
             return
@@ -131,17 +131,15 @@ class DiskCache:
             with self._locked():
                 self._make_room(size)
                 path.parent.mkdir(exist_ok=True)
-                with temporary.open("wb", buffering=0) as file:
-                    pixels = frames.pixels.cpu().contiguous().numpy()
-                    crc = zlib.crc32(pixels, zlib.crc32(header))
-                    _write_all(file, CHECK.pack(MAGIC, crc) + header)
-                    _write_all(file, pixels)
-                temporary.replace(path)
+                pixels = frames.pixels.cpu().contiguous().numpy()
+                crc = zlib.crc32(pixels, zlib.crc32(header))
+                with replacing(path, sync=False) as file:
+                    write_all(file, CHECK.pack(MAGIC, crc) + header)
+                    write_all(file, pixels)
         except OSError as error:
-            # Nothing half is left, and the total is counted again.
-            for left in (temporary, self.folder / "bytes.tmp", self.folder / "bytes"):
-                with suppress(OSError):
-                    left.unlink()
+            # The total is counted again.
+            with suppress(OSError):
+                (self.folder / "bytes").unlink()
             if not self._told:
                 self._told = True
                 log.warning("%s: cannot be written (%s); its frames are not kept", path, error.strerror or error)
@@ -158,13 +156,13 @@ class DiskCache:
             used = self._evict(self.budget)
         if used + size > self.budget:
             used = self._evict(max(0, KEEP_SHARE * self.budget - size))
-        temporary = ledger.with_name("bytes.tmp")
-        temporary.write_text(str(used + size))
-        temporary.replace(ledger)
+        with replacing(ledger, sync=False) as file:
+            write_all(file, str(used + size).encode())
 
     def _evict(self, target: float) -> int:
         """Remove the least recently used files until `target` bytes are left; returns what is left."""
         files = []
+        remove_leftovers(self.folder)
         for path in self.folder.glob("??/*"):
             if path.suffix == ".tmp":
                 path.unlink(missing_ok=True)  # the lock is ours: nobody writes it
@@ -210,12 +208,6 @@ def _header(key: str, frames: Frames) -> bytes:
     text = json.dumps(fields).encode()
     size = -(-(CHECK.size + LENGTH.size + len(text)) // BLOCK) * BLOCK - CHECK.size
     return (LENGTH.pack(size) + text).ljust(size)
-
-
-def _write_all(file, data) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):
-        view = view[file.write(view) :]
 
 
 def _read(file, key: str) -> Frames:

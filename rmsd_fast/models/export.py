@@ -13,13 +13,12 @@ Versions 5.5 to 5.16 also warn about the rope type `axial`, which later versions
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import ModelError, VideoConfig
-from rmsd_fast.files import os_errors_of_safetensors, replace_folder
+from rmsd_fast.files import os_errors_of_safetensors, staged_folder, write_text_atomic
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
@@ -57,25 +56,18 @@ def export_student(
             f"{folder}: expected no folder, an empty one or an earlier export (by the README.md that exports have), "
             "got other files; choose another folder"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed export left is replaced by the next one.
-    staged = folder.parent / f".{folder.name}.tmp"
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    with staged_folder(folder, replace=True) as staged:
         with os_errors_of_safetensors(staged):
             student.model.save_pretrained(staged)
         student.tokenizer.save_pretrained(staged)
         write_preprocessor(student.preprocessor, staged)
         make_portable(staged, eos_id=student.eos_id)
         card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
-        (staged / "README.md").write_text(card, encoding="utf-8")
+        write_text_atomic(staged / "README.md", card)
         # safetensors creates files that only their owner can read, but a server may run under another account.
         mode = (staged / "config.json").stat().st_mode & 0o777
         for weights in staged.glob("*.safetensors"):
             weights.chmod(mode)
-        replace_folder(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def make_portable(folder: Path, *, eos_id: int) -> None:
@@ -95,7 +87,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(settings)
     # The format of save_pretrained.
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+    write_text_atomic(path, f"{text}\n")
 
 
 def _spell_rope_twice(config: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.question_text import ANSWER_FORMAT
+from rmsd_fast.files import staged_folder, write_text_atomic
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import Student
 
@@ -117,18 +116,11 @@ def build_tiny_student(
         return
     tokenizer = build_tokenizer(texts, vocab_size)
     student = Student(_build_model(tokenizer, seed, hidden, layers), tokenizer, Preprocessor())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
+    with staged_folder(folder, replace=False) as staged:
         export_student(student, staged)
-        (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        try:
-            staged.rename(folder)
-        except OSError:
-            # Another process built the same student meanwhile: its copy is as good.
-            _check_same(folder, settings)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        write_text_atomic(staged / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    # Another process may have built the same student meanwhile: its copy is as good.
+    _check_same(folder, settings)
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:

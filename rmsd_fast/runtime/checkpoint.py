@@ -24,15 +24,16 @@ import torch
 from torch import nn
 
 from rmsd_fast.config import CheckpointError, SettingsError, first_line
-from rmsd_fast.files import ENVIRONMENT_ERRORS, is_disk_error, sync_folder
-from rmsd_fast.runtime.world import (
-    World,
-    all_gather_objects,
-    barrier,
-    on_main,
+from rmsd_fast.files import (
+    ENVIRONMENT_ERRORS,
+    is_disk_error,
     read_tensors,
+    sync_file,
+    sync_tree,
     write_tensors,
+    write_text_atomic,
 )
+from rmsd_fast.runtime.world import World, all_gather_objects, barrier, on_main
 
 log = logging.getLogger("rmsd_fast")
 _NAME = re.compile(r"step_(\d+)(\.replaced)?")
@@ -95,9 +96,9 @@ def save_checkpoint(
     def write() -> dict[str, Any]:
         for name, engine in engines.items():
             engine.save(tmp / "engines" / name)
-        _write(tmp / f"rng_{world.rank:05d}.json", json.dumps(_rng_state()))
+        write_text_atomic(tmp / f"rng_{world.rank:05d}.json", json.dumps(_rng_state()))
         if world.is_main:
-            _write(tmp / "state.json", text + "\n")
+            write_text_atomic(tmp / "state.json", text + "\n")
             for name, module in (extra_modules or {}).items():
                 write_tensors(tmp / f"module_{name}.safetensors", _module_tensors(module))
             for name, writer in (writers or {}).items():
@@ -114,9 +115,8 @@ def save_checkpoint(
     def commit() -> dict[str, Any]:
         if world.is_main:
             entries = {k: v for part in parts for k, v in sorted(part.items())}
-            _write(
-                tmp / "manifest.json", json.dumps({"tag": tag, "world_size": world.size, "files": entries}, indent=1)
-            )
+            manifest = {"tag": tag, "world_size": world.size, "files": entries}
+            write_text_atomic(tmp / "manifest.json", json.dumps(manifest, indent=1))
             _commit(root, tmp, tag)
         return {}
 
@@ -166,14 +166,9 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     return None
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _to_disk(path: Path) -> dict[str, Any]:
     """Bring a file to disk; its size in bytes and sha256."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -186,19 +181,13 @@ def _sha256(path: Path) -> str:
 
 
 def _commit(root: Path, tmp: Path, tag: int) -> None:
-    _to_disk(tmp / "manifest.json")
-    for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
-        sync_folder(folder)
+    sync_tree(tmp)
     final, replaced = root / f"step_{tag}", root / f"step_{tag}.replaced"
     if final.exists():  # a run that fell back to an earlier checkpoint comes past this step again
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     tmp.rename(final)
-    latest = root / "latest.tmp"
-    _write(latest, final.name + "\n")
-    _to_disk(latest)
-    latest.replace(root / "latest")
-    sync_folder(root)
+    write_text_atomic(root / "latest", final.name + "\n")
 
 
 def _prune(root: Path, tag: int, keep: int) -> None:

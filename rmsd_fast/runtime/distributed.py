@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
+from rmsd_fast.files import read_tensors, write_tensors, write_text_atomic
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -31,10 +32,8 @@ from rmsd_fast.runtime.world import (
     global_max,
     global_sum,
     on_main,
-    read_tensors,
     start,
     stop,
-    write_tensors,
 )
 
 __all__ = [
@@ -265,7 +264,7 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         main = self.world.is_main
         if main:
-            (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n")
+            write_text_atomic(folder / "engine.json", json.dumps(self._layout(), indent=1) + "\n")
             if self.zero_stage != 3:
                 write_tensors(folder / "weights.safetensors", self._weights())
         if main or self.zero_stage > 0:  # under ZeRO-0 all ranks hold the same

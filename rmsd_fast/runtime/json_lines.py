@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from errno import ENOSPC
 from io import FileIO
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import CheckpointError
-from rmsd_fast.files import is_disk_error
+from rmsd_fast.files import append_whole, is_disk_error
 
 log = logging.getLogger("rmsd_fast")
 
@@ -23,14 +24,14 @@ class JsonLines:
 
     Args:
         path: the file; the first record makes it.
-        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new file, None =
-            all whole lines.
+        keep: what `sync` gave, as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new
+            file, None = all whole lines.
     """
 
     def __init__(self, path: Path, keep: int | None = 0) -> None:
         self._path = path
         self._file: FileIO | None = None
-        self._pending: list[bytes] = []
+        self._pending: deque[bytes] = deque()
         self._lines = self._cut(keep)
 
     def _cut(self, keep: int | None) -> int:
@@ -78,14 +79,16 @@ class JsonLines:
 
     def _write_pending(self) -> None:
         while self._pending:
-            if not self._write(self._pending[0]):
+            # Taken out before it is written: an interrupt in between must not write it twice.
+            line = self._pending.popleft()
+            if not self._write(line):
+                self._pending.appendleft(line)
                 if len(self._pending) == 1:
                     log.warning(
                         "%s: the disk is full or fails; lines are kept in memory until they can be written",
                         self._path.name,
                     )
                 return
-            self._pending.pop(0)
             self._lines += 1
 
     def _write(self, line: bytes) -> bool:
@@ -94,41 +97,39 @@ class JsonLines:
             if self._file is None:
                 # Unbuffered, and appending since a line that did not fit is cut off again.
                 self._file = self._path.open("ab", buffering=0)
-            size = os.fstat(self._file.fileno()).st_size
-            try:
-                if self._file.write(line) != len(line):
-                    raise OSError(ENOSPC, "No space left on device")
-            except OSError:
-                self._file.truncate(size)
-                raise
+            append_whole(self._file, line)
         except OSError as error:
             if not is_disk_error(error):
                 raise
             return False
         return True
 
-    @property
-    def lines(self) -> int:
-        """Lines written, brought to disk: put it into a checkpoint's state and give it back as `keep`."""
+    def sync(self) -> int:
+        """Bring all lines to disk; their number: put it into a checkpoint's state and give it back as `keep`.
+
+        Raises:
+            OSError: lines are still in memory, for lack of space; a checkpoint after them would lose them.
+        """
         self._write_pending()
+        if self._pending:
+            raise OSError(ENOSPC, f"{len(self._pending)} lines are not written for lack of space", str(self._path))
         if self._file is not None:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                # Some file systems find out only now. The checkpoint will not fit either, and says so.
-                if not is_disk_error(error):
-                    raise
+            os.fsync(self._file.fileno())
         return self._lines
 
     def close(self) -> None:
-        """Close the file; a later record opens it again. Lines for which there is no space are lost, with a warning."""
-        self._write_pending()
-        if self._pending:
-            log.warning("%s: the disk is full or fails; %d lines are lost", self._path, len(self._pending))
+        """Close the file; a later record opens it again.
+
+        Raises:
+            OSError: as `sync` does; the lines in memory are lost.
+        """
+        try:
+            self.sync()
+        finally:
             self._pending.clear()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
 def _finite(value: Any) -> Any:

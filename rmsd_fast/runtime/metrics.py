@@ -46,8 +46,8 @@ class MetricsLog:
 
     Args:
         run_folder: gets `metrics.jsonl` and `tensorboard/<stage>/`.
-        resume_lines: `lines` as the checkpoint has it; later lines (and a torn one) are cut off, later TensorBoard
-            points are hidden. None = a new run.
+        resume_lines: what `sync` gave, as the checkpoint has it; later lines (and a torn one) are cut off, later
+            TensorBoard points are hidden. None = a new run.
         totals: steps of each stage, for alarms that belong to the end of one.
         tensorboard: also write TensorBoard files.
         stream: where progress goes.
@@ -84,10 +84,13 @@ class MetricsLog:
                 # Alarms that were raised before the checkpoint are not raised again.
                 self._alarms.see(record["stage"], record["step"], record)
 
-    @property
-    def lines(self) -> int:
-        """Lines written, brought to disk: put it into a checkpoint's state and give it back as `resume_lines`."""
-        return self._file.lines if self._on else 0
+    def sync(self) -> int:
+        """Bring all lines to disk; their number: put it into a checkpoint's state and give it back as `resume_lines`.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        return self._file.sync() if self._on else 0
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage of `total` steps starts, or continues after `done` of them."""
@@ -168,7 +171,11 @@ class MetricsLog:
         print("\r\x1b[K" + fit_line(self._parts, width - 1, phase), end="", file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files.
+
+        Raises:
+            OSError: metrics.jsonl lacks lines, for lack of space.
+        """
         if not self._on:
             return
         for writer in self._writers.values():

@@ -15,19 +15,22 @@ _REPEATED_S = 5.0
 
 
 class Stopped(BaseException):
-    """SIGTERM came, and what could be saved is saved. Not an error: the program ends with 0."""
+    """SIGTERM came, and what could be saved is saved. Not an error: the program ends with 0.
+
+    together: all processes end here; otherwise this one leaves the others, whom the launcher ends.
+    """
+
+    def __init__(self, text: str, *, together: bool = False) -> None:
+        super().__init__(text)
+        self.together = together
 
 
 class StopSignal:
-    """Notes SIGTERM, which the program asks for at points where it can end: `asked`.
-
-    A process alone is ended at once by `Stopped`, but within `deferred`. Of several processes each only notes it, since
-    the others would wait for one that has left: they agree on it where all of them come by.
+    """SIGTERM ends the program at once by `Stopped`; within `deferred` it is only noted, and asked for by `asked`.
 
     SIGHUP counts as SIGTERM where a launcher passes it on; it kills what is left after 30 s.
 
-    Ctrl-C stays a KeyboardInterrupt, but one that is lost is raised again by `asked`: Python ignores what is raised
-    while an object is being deleted.
+    Python ignores what is raised while an object is being deleted: `check` raises again what was lost.
 
     Attributes:
         run_folder: of the run, once there is one.
@@ -36,7 +39,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.run_folder: Path | None = None
         self._terminated = self._interrupted = False
-        self._deferred = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._deferred = False
         self._raised_s = -_REPEATED_S
         handlers = {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt}
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -65,7 +68,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a process alone only notes SIGTERM, too."""
+        """Inside, SIGTERM is only noted: between two steps all processes agree on it, and save what they have."""
         before, self._deferred = self._deferred, True
         try:
             yield
@@ -78,6 +81,11 @@ class StopSignal:
         if self._interrupted:
             raise KeyboardInterrupt
         return self._terminated
+
+    def check(self) -> None:
+        """End the program where it was asked to end before."""
+        if self.asked:
+            raise Stopped(self.advice)
 
     def restore(self) -> None:
         """Put the former handlers back."""

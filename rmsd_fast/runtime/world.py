@@ -1,4 +1,4 @@
-"""The process group, small collectives over it, and tensor files.
+"""The process group, and small collectives over it.
 
 Initialise it before any DeepSpeed engine: `start`.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -22,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmsd_fast.config import NotInstalled
-from rmsd_fast.files import os_errors_of_safetensors
 from rmsd_fast.process import end_with_launcher
 
 Result = TypeVar("Result")
@@ -42,6 +40,8 @@ class World:
         return self.rank == 0
 
 
+# Longest wait for the launcher's store; the launcher may have ended.
+STORE_S = 5.0
 # Variables that `start` made up for a process without a launcher.
 _SET_HERE: dict[str, str] = {}
 
@@ -115,6 +115,45 @@ def stop() -> None:
     # Processes started later would take them for a launcher's.
     while _SET_HERE:
         os.environ.pop(_SET_HERE.popitem()[0], None)
+
+
+def note_end(message: str) -> bool:
+    """Note in the launcher's store that this process ends, and why; False where another one has noted the same."""
+    store = _launcher_store()
+    if store is None:
+        return True
+    try:
+        store.add("ends", 1)
+        return store.add(f"ends/{message}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def others_ended() -> bool:
+    """Whether another process has noted its end: collectives with it fail."""
+    store = _launcher_store()
+    if store is None:
+        return False
+    try:
+        return store.add("ends", 0) > 0
+    except RuntimeError:
+        return False
+
+
+def _launcher_store() -> dist.PrefixStore | None:
+    """torchrun's store, which outlives every rank; None without torchrun, or where it cannot be reached."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timeout=timedelta(seconds=STORE_S),
+            wait_for_workers=False,
+        )
+    except RuntimeError:
+        return None
+    return dist.PrefixStore(f"rmsd_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -191,18 +230,3 @@ def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors. A full disk is `OSError(ENOSPC)`, as it is for other files."""
-    from safetensors.torch import save_file
-
-    with os_errors_of_safetensors(path):
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file into host memory."""
-    from safetensors.torch import load_file
-
-    return load_file(str(path))

@@ -25,8 +25,8 @@ from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import World, all_gather_objects, any_rank
-from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
+from rmsd_fast.runtime.distributed import World, all_gather_objects
+from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings
 
@@ -56,7 +56,7 @@ def answer_questions(
         name: of the student, for messages.
         stop: asked between batches.
     Raises:
-        Stopped: it was asked to end, on all processes.
+        Stopped: it was asked to end.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -77,14 +77,9 @@ def answer_questions(
         mininterval=0.1 if live else 10,
         leave=True,
     )
-    # As many on every process, since they agree on the end before each.
-    most = -(-len(questions) // world.size)
-    batches = _prompts_ahead(builder, own, batch_size, settings)
-    for _ in range(0, most, batch_size):
-        if stop is not None and any_rank(stop.asked, world):
-            progress.close()
-            raise Stopped(stop.advice)
-        batch = next(batches, [])
+    for batch in _prompts_ahead(builder, own, batch_size, settings):
+        if stop is not None:
+            stop.check()
         prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
         failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
         if prompts:

@@ -18,7 +18,7 @@ from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
-from rmsd_fast.files import write_text_atomic
+from rmsd_fast.files import environment_advice, is_disk_error, write_text_atomic
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
@@ -119,6 +119,12 @@ def open_run(
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
+
+
+def close_logs(run: Run) -> None:
+    """Close the files that the run appends to; an OSError where one lacks lines, for lack of space."""
+    for file in (run.metrics, *run.logs.values()):
+        file.close()
 
 
 def write_facts(run: Run, *, finished: bool) -> None:
@@ -269,21 +275,15 @@ def run_steps(
                 if stopping and not saved:
                     raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved, {run.stop.advice}")
                 if stopping:
-                    raise Stopped(f"step {number + 1} of {stage} is saved; {run.stop.advice}")
+                    raise Stopped(f"step {number + 1} of {stage} is saved; {run.stop.advice}", together=True)
     finally:
         loader.close()
-    check_stop(run)
+    run.stop.check()
     if run.listed:
         run.metrics.message(
             f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced, of "
             f"{len({question_id for _, question_id in run.listed})} questions: {run.folder / 'bad_media.jsonl'}"
         )
-
-
-def check_stop(run: Run) -> None:
-    """End the run on all processes where one was asked to; all of them have to come by."""
-    if any_rank(run.stop.asked, run.world):
-        raise Stopped(run.stop.advice)
 
 
 def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
@@ -354,6 +354,15 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
     """One checkpoint unit, with an export of the student in it; False where the disk is full."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
+    try:
+        lines = on_main(run.world, lambda: (run.metrics.sync(), {name: file.sync() for name, file in run.logs.items()}))
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        # A resume from it would cut off lines that were never written.
+        if run.world.is_main:
+            log.warning("no checkpoint (%s); training goes on; %s", error, environment_advice(error))
+        return False
     with state.policy.full_weights():
         return save_checkpoint(
             run.folder,
@@ -366,8 +375,8 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "bad": run.bad,
                 "seen": run.seen,
                 "skipped_in_a_row": state.skipped_in_a_row,
-                "metrics_lines": run.metrics.lines,
-                "log_lines": {name: file.lines for name, file in run.logs.items()},
+                "metrics_lines": lines[0],
+                "log_lines": lines[1],
                 "fingerprints": run.fingerprints,
             },
             writers={"export": lambda folder: _write_export(run, state.student, folder, stage)},
