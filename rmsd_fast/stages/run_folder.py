@@ -169,7 +169,7 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
 def _take_changes(settings: RunConfig, folder: Path) -> None:
     """The settings from here on; those before stay beside them. Answers to the questions so far are asked for again."""
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
-    shutil.copy(folder / "config.yaml", folder / f"config.before-{number}.yaml")
+    write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))
     shutil.rmtree(folder / "predictions", ignore_errors=True)
 
