@@ -225,7 +225,7 @@ def test_kill_between_the_renames(tmp_path):
     save(tmp_path, 4)
     root = tmp_path / "checkpoints"
     (root / "step_4").rename(root / "step_4.replaced")
-    (root / "step_4.tmp").mkdir()
+    (root / ".step_4.tmp").mkdir()
     assert loaded(tmp_path) == 4.0
     save(tmp_path, 5, keep=1)
     assert names(tmp_path) == ["latest", "step_5"]
@@ -333,8 +333,8 @@ def test_kill_in_the_middle_of_saving(tmp_path):
     assert process.stdout.readline() == "writing\n"
     process.kill()
     process.wait(timeout=30)
-    assert names(tmp_path) == ["latest", "step_1", "step_2.tmp"]
-    assert (tmp_path / "checkpoints" / "step_2.tmp" / "engines" / "policy" / "tensor.safetensors").exists()
+    assert names(tmp_path) == [".step_2.tmp", "latest", "step_1"]
+    assert (tmp_path / "checkpoints" / ".step_2.tmp" / "engines" / "policy" / "tensor.safetensors").exists()
     assert loaded(tmp_path) == 1.0
     save(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step_1", "step_2"]

@@ -1,6 +1,6 @@
 """Checkpoints: one folder per checkpoint that is there in whole or not at all.
 
-`checkpoints/step_N.tmp` is filled by all ranks, listed in `manifest.json` (sizes and sha256), brought to disk, renamed
+`checkpoints/.step_N.tmp` is filled by all ranks, listed in `manifest.json` (sizes and sha256), brought to disk, renamed
 to `step_N`, and only then named in `checkpoints/latest`. A kill at any point leaves the former checkpoint. Files are
 safetensors and JSON: loading runs no code from them. All ranks must see the run folder.
 """
@@ -82,7 +82,7 @@ def save_checkpoint(
         raise SettingsError(f"checkpoint.keep: expected 1 or more, got {keep}")
     text = json.dumps(dict(state), indent=1, allow_nan=False)
     root = Path(run_folder) / "checkpoints"
-    tmp = root / f"step_{tag}.tmp"
+    tmp = root / f".step_{tag}.tmp"
 
     def prepare() -> dict[str, Any]:
         if world.is_main:
@@ -150,7 +150,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     if world.is_main:
         shutil.rmtree(tmp, ignore_errors=True)
     barrier(world)
-    name = tmp.with_suffix("")
+    name = tmp.with_name(tmp.stem.removeprefix("."))
     if texts["fault"]:
         raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints stay")
     if texts["refused"]:
@@ -198,7 +198,7 @@ def _prune(root: Path, tag: int, keep: int) -> None:
         match = _NAME.fullmatch(path.name)
         if match and (int(match[1]) not in kept or match[2]):
             # Renamed first: a kill in the middle of the removal leaves nothing that looks like a checkpoint.
-            gone = path.with_name(path.name + ".removed.tmp")
+            gone = path.with_name(f".{path.name}.removed.tmp")
             try:
                 path.rename(gone)
                 shutil.rmtree(gone)

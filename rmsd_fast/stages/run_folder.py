@@ -39,8 +39,8 @@ def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterat
         nonlocal lock
         folder = _new_folder(settings) if resume is None else resume
         lock = FolderLock(folder, wait_s=KILLED_S)
-        remove_leftovers(folder)
-        remove_leftovers(folder / "predictions")
+        for place in (folder, folder / "predictions", folder / "checkpoints"):
+            remove_leftovers(place)
         return folder
 
     try:
