@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from errno import (
     EACCES,
     EDQUOT,
+    EEXIST,
     EFBIG,
     EINVAL,
     EIO,
@@ -27,6 +28,7 @@ from errno import (
     ENOSPC,
     ENOSYS,
     ENOTDIR,
+    ENOTEMPTY,
     ENOTSUP,
     EPERM,
     EROFS,
@@ -45,17 +47,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rmsd_fast")
 
+# What the user or an administrator can put right, by error number; no fault of the program.
+ENVIRONMENT_ADVICE = {
+    ENOSPC: "free some space",
+    EDQUOT: "free some space, or ask for a larger quota",
+    EFBIG: "raise the limit of a file's size (ulimit -f)",
+    EIO: "see to the disk",
+    EACCES: "check the permissions",
+    EPERM: "check the permissions",
+    EROFS: "the file system is read-only; mount it for writing, or choose another place",
+    EISDIR: "check the path",
+    ENOTDIR: "check the path",
+    ENAMETOOLONG: "check the path",
+    ELOOP: "check the links",
+    ESTALE: "mount the share again",
+    EMFILE: "raise the limit of open files (ulimit -n)",
+    ENFILE: "raise the system's limit of open files (fs.file-max)",
+}
 # No room on the disk, in the quota or in a file, or a disk that fails. Some of it may pass.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
-# What the user or an administrator can put right; no fault of the program.
-_PERMISSION_ERRORS, _LIMIT_ERRORS = (EACCES, EPERM, EROFS), (EMFILE, ENFILE)
-_PATH_ERRORS = (EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, ESTALE)
-ENVIRONMENT_ERRORS = (*DISK_ERRORS, *_PERMISSION_ERRORS, *_LIMIT_ERRORS, *_PATH_ERRORS)
+
 
 # Longer waits are said.
 LONG_WAIT_S = 10.0
-# The process in the name of a temporary file.
-_WRITER = re.compile(r"\.([0-9]+)\.tmp$")
+# Process and machine in the name of a temporary file.
+_WRITER = re.compile(r"\.([0-9]+)(?:@(.+))?\.tmp$")
 
 
 class Locked(UserError, RuntimeError):
@@ -65,15 +81,6 @@ class Locked(UserError, RuntimeError):
 def is_disk_error(error: BaseException) -> bool:
     """Whether a write failed because of the disk, and not because of the place or the program."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
-
-
-def environment_advice(error: OSError) -> str:
-    """What to do about one of `ENVIRONMENT_ERRORS`."""
-    if error.errno in DISK_ERRORS:
-        return "free some space, or see to the disk"
-    if error.errno in _LIMIT_ERRORS:
-        return "raise the limit of open files (ulimit -n)"
-    return "check the permissions" if error.errno in _PERMISSION_ERRORS else "check the path"
 
 
 @contextmanager
@@ -92,25 +99,30 @@ def os_errors_of_safetensors(path: Path) -> Iterator[None]:
         raise
 
 
+def temporary_path(path: Path) -> Path:
+    """Name a file or folder that this process writes, and that takes the place of `path` when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+
+
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[FileIO]:
-    """A file to write in the place of `path`: readers see the old content or the new one, and a fault leaves the old.
+    """Open a file that takes the place of `path` at the end of the `with` block: readers see old or new content.
 
     sync=False leaves it to the kernel when the content comes to disk, for readers that check what they read.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb", buffering=0) as file:
             yield file
             if sync:
                 os.fsync(file.fileno())
         temporary.replace(path)
-        if sync:
-            sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    if sync:
+        sync_folder(path.parent)
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:
@@ -129,13 +141,28 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def append_whole(file: FileIO, content: bytes) -> None:
-    """Append all bytes to a file, or none: where they do not fit, the file is as it was, and the OSError is raised."""
+    """Append all bytes to a file; where they do not fit, the file is as it was, and the OSError is raised.
+
+    Raises:
+        UserError: the part that was written cannot be removed.
+    """
     size = os.fstat(file.fileno()).st_size
     try:
         write_all(file, content)
-    except OSError:
-        file.truncate(size)
+    except BaseException:
+        truncate(file, size)
         raise
+
+
+def truncate(file: FileIO, size: int) -> None:
+    """Cut a file to the size that it had before a write failed."""
+    try:
+        file.truncate(size)
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: {error.strerror}, and what was written in part cannot be removed; see to the disk, and cut "
+            f"the file to {size} bytes"
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -164,47 +191,60 @@ def file_digest(path: str | os.PathLike) -> str:
 
 @contextmanager
 def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
-    """An empty folder to fill; at the end of the `with` block it is brought to disk and gets the name `final`.
+    """Make an empty folder to fill; at the end of the `with` block it is brought to disk and gets the name `final`.
 
     A kill leaves the former `final`, the new one, or none; what it leaves beside them is removed by the next call for
     the same place, and by `remove_leftovers`.
 
     Args:
-        replace: takes the place of a folder that is there. Otherwise that one stays, and this one is removed: another
-            process was faster.
+        replace: the new folder replaces an existing one; False keeps that one and removes the new folder.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent, of=final.name)
-    staged = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    staged = temporary_path(final)
     staged.mkdir()
     try:
         yield staged
-        sync_tree(staged)
-        if replace and final.exists():
-            # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
-            former = final.with_name(f".{final.name}.{time.monotonic_ns()}.{os.getpid()}.tmp")
-            final.rename(former)
-            staged.rename(final)
-            shutil.rmtree(former, ignore_errors=True)
-        else:
-            try:
-                staged.rename(final)
-            except OSError:
-                if not final.is_dir():
-                    raise
-        sync_folder(final.parent)
+        for path in staged.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        sync_folders(staged)
+        _take_place(staged, final, replace=replace)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
+    former = None
+    if replace and final.exists():
+        # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
+        former = temporary_path(final.with_name(f"{final.name}.{time.monotonic_ns()}"))
+        final.rename(former)
+    try:
+        staged.rename(final)
+    except BaseException as error:
+        if former is not None and not final.exists():
+            former.rename(final)
+        faster = isinstance(error, OSError) and error.errno in (EEXIST, ENOTEMPTY)
+        if replace or not faster:
+            raise
+    sync_folder(final.parent)
+    # Not before the new name is on disk.
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
     """Remove what killed writers left in a folder, `of` one name alone or, with the folder's lock held, of all.
 
-    Files of processes of this machine that are alive are left to them, such as a report that is being written.
+    Files of processes of this machine that are alive are left to them, such as a report that is being written; without
+    the lock, those of other machines too.
     """
     for path in folder.glob(f".{escape(of)}.*.tmp" if of else ".*.tmp"):
-        if (writer := _WRITER.search(path.name)) and _is_alive(int(writer[1])):
-            continue
+        if writer := _WRITER.search(path.name):
+            here = writer[2] in (None, socket.gethostname())
+            if (here and _is_alive(int(writer[1]))) or (of and not here):
+                continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -234,14 +274,18 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sync_tree(folder: Path) -> None:
-    """Bring a folder with all that is in it to disk."""
+def sync_folders(folder: Path) -> None:
+    """Bring the names in a folder and in all below it to disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
-        elif path.is_file():
-            sync_file(path)
     sync_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, which may exist, and bring its name to disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
 
 
 class FolderLock:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import RunConfig, UserError, first_line
-from rmsd_fast.files import ENVIRONMENT_ERRORS, environment_advice
+from rmsd_fast.files import ENVIRONMENT_ADVICE
 from rmsd_fast.process import lenient_output
+from rmsd_fast.runtime.ends import Ends, is_lost_peer
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.runtime.world import World, note_end, others_ended, start, stop
+from rmsd_fast.runtime.world import World, start, stop
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:
@@ -38,38 +39,50 @@ def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSigna
 def _run(
     name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], signals: StopSignal, *, trains: bool
 ) -> int:
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    code, message, together = 0, "", alone
+    error: BaseException | None = None
+    ends: Ends | None = None
     try:
-        work(start(), signals)
-        together = True
-    except Stopped as stopped:
-        message, together = f"stopped by SIGTERM: {stopped}", together or stopped.together
-        # Another code than 0 has torchrun end the processes that this one leaves.
-        code = 0 if together else 128 + signal.SIGTERM
-    except UserError as error:
-        code, message = 2, f"{name}: {error}"
-    except KeyboardInterrupt:
-        code, message = 130, f"interrupted: {signals.advice}"
-    except torch.OutOfMemoryError as error:
-        code, message = 2, f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}"
-    except OSError as error:
-        if error.errno not in ENVIRONMENT_ERRORS:
-            raise
-        # Of a renaming, what the file was to be called.
-        path = error.filename2 or error.filename
-        where = f"{path}: " if path else ""
-        code, message = 2, f"{name}: {where}{error.strerror}; {environment_advice(error)}; {signals.advice}"
-    except RuntimeError:
-        # A collective with a process that has ended: that one has said why.
-        if alone or not others_ended():
-            raise
-        code = 2
-    # What several processes have to say alike is said once.
-    if message and note_end(message):
-        print(message, file=sys.stderr)
+        world = start()
+        ends = Ends(world)
+        work(world, signals)
+    except BaseException as caught:
+        error = caught
+    # What follows takes seconds, and a second signal must not take the message away.
+    signals.ignore()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    code, message = 0, ""
+    match error:
+        case None:
+            pass
+        case Stopped():
+            # torchrun sends SIGTERM to the processes that another one has left, too.
+            if error.together or ends is None or not ends.noted("fault"):
+                message = f"stopped by SIGTERM: {error}"
+            # Another code than 0 has torchrun end the processes that this one leaves.
+            code = 0 if alone or error.together else 128 + signal.SIGTERM
+        case UserError():
+            code, message = 2, f"{name}: {error}"
+        case KeyboardInterrupt():
+            code, message = 130, f"interrupted: {signals.advice}"
+        case torch.OutOfMemoryError():
+            code, message = 2, f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}"
+        case OSError() if error.errno in ENVIRONMENT_ADVICE:
+            # Of a renaming, what the file was to be called.
+            path = error.filename2 or error.filename
+            where = f"{path}: " if path else ""
+            code, message = 2, f"{name}: {where}{error.strerror}; {ENVIRONMENT_ADVICE[error.errno]}; {signals.advice}"
+        case _ if ends is not None and is_lost_peer(error) and ends.noted("fault", "stop"):
+            # The process that is gone has said why.
+            code = 2
+        case _:
+            raise error
+    if message:
+        if ends is not None:
+            ends.note("stop" if isinstance(error, Stopped) else "fault")
+        if ends is None or ends.is_mine_to_tell(message):
+            print(message, file=sys.stderr)
     # Leaving the group waits for the others, who may wait for this process. The process ends soon in any case.
-    if together:
+    if alone or error is None or (isinstance(error, Stopped) and error.together):
         stop()
     return code
 

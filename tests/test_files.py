@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast.files import (
-    ENVIRONMENT_ERRORS,
+    DISK_ERRORS,
+    ENVIRONMENT_ADVICE,
     FolderLock,
     Locked,
     append_whole,
-    environment_advice,
     remove_leftovers,
     replacing,
     staged_folder,
@@ -126,18 +126,43 @@ def test_a_replacement_that_fails_leaves_no_temporary_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("code", "advice"),
-    [
-        (errno.EDQUOT, "free some space, or see to the disk"),
-        (errno.EMFILE, "raise the limit of open files (ulimit -n)"),
-        (errno.EROFS, "check the permissions"),
-        (errno.ENAMETOOLONG, "check the path"),
-    ],
-)
-def test_advice_fits_the_error(code, advice):
-    assert code in ENVIRONMENT_ERRORS
-    assert environment_advice(OSError(code, os.strerror(code))) == advice
+def test_every_error_of_the_disk_has_advice():
+    assert set(DISK_ERRORS) < set(ENVIRONMENT_ADVICE)
+    assert ENVIRONMENT_ADVICE[errno.EMFILE] == "raise the limit of open files (ulimit -n)"
+
+
+def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path, monkeypatch):
+    final = folder(tmp_path / "export", "old")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target == final and (self / "config.json").read_text() == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage(final, "new")
+    assert (final / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_former_folder_goes_when_the_new_name_is_on_disk(tmp_path, monkeypatch):
+    final = folder(tmp_path / "export", "old")
+    done = []
+    monkeypatch.setattr("rmsd_fast.files.sync_folder", lambda path: done.append(("sync", path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: done.append(("remove", path.name[:8])))
+    stage(final, "new")
+    assert done[-3:-1] == [("sync", tmp_path), ("remove", ".export.")]
+
+
+def test_folders_that_other_machines_write_are_left_to_them(tmp_path):
+    (tmp_path / ".export.99999999@elsewhere.tmp").mkdir()
+    stage(tmp_path / "export", "new")
+    assert len(list(tmp_path.iterdir())) == 2
+    # Under the folder's lock nobody writes it.
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
 def test_only_leftovers_are_removed(tmp_path):

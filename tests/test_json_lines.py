@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
-from rmsd_fast.config import CheckpointError
-from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.config import CheckpointError, UserError
+from rmsd_fast.runtime.json_lines import SYNC_LINES, JsonLines
 
 
 def written(file: JsonLines) -> list[int]:
@@ -20,13 +21,14 @@ def written(file: JsonLines) -> list[int]:
 def test_every_line_is_there_at_once_and_is_strict_json(tmp_path):
     path = tmp_path / "x.jsonl"
     file = JsonLines(path)
-    assert not path.exists() and file.records() == [] and file.sync() == 0
+    assert not path.exists() and file.records() == [] and file.lines == 0
     file.append({"n": 1, "values": [0.5, math.nan, (math.inf, "a")], "nested": {"x": -math.inf}, "text": "\ud800"})
     expected = '{"n": 1, "values": [0.5, null, [null, "a"]], "nested": {"x": null}, "text": "\\ud800"}\n'
     assert path.read_text() == expected
     file.close()
     file.append({"n": 2})
-    assert written(file) == [1, 2] and file.sync() == 2
+    file.sync()
+    assert written(file) == [1, 2] and file.lines == 2
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"n": '])
@@ -35,13 +37,15 @@ def test_a_resume_cuts_what_the_checkpoint_does_not_know(tmp_path, torn):
     file = JsonLines(path)
     for n in (1, 2):
         file.append({"n": n})
-    saved = file.sync()
+    file.sync()
+    saved = file.lines
     file.append({"n": 99})
     with path.open("ab") as after:
         after.write(torn)
     again = JsonLines(path, keep=saved)
     again.append({"n": 3})
-    assert written(again) == [1, 2, 3] and again.sync() == 3
+    again.sync()
+    assert written(again) == [1, 2, 3] and again.lines == 3
     # A run that starts over keeps nothing.
     assert JsonLines(path).records() == []
 
@@ -50,7 +54,7 @@ def test_lost_lines_are_told(tmp_path, caplog):
     JsonLines(tmp_path / "x.jsonl").append({"n": 1})
     file = JsonLines(tmp_path / "x.jsonl", keep=3)
     assert "has 1 lines, the checkpoint was saved after 3" in caplog.text
-    assert file.sync() == 1
+    assert file.lines == 1
 
 
 class Full:
@@ -74,13 +78,14 @@ def test_a_full_disk_keeps_lines_until_there_is_space(tmp_path, caplog):
     file._file = Full(real)
     file.append({"n": 2})
     file.append({"n": 3})
-    with pytest.raises(OSError, match="2 lines are not written"):
+    with pytest.raises(OSError, match="lines not written: 2"):
         file.sync()
     assert written(file) == [1]
-    assert caplog.text.count("x.jsonl: the disk is full") == 1
+    assert caplog.text.count("x.jsonl: No space left on device; lines are kept in memory") == 1
     file._file = real
     file.append({"n": 4})
-    assert written(file) == [1, 2, 3, 4] and file.sync() == 4
+    file.sync()
+    assert written(file) == [1, 2, 3, 4] and file.lines == 4
 
 
 def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
@@ -92,7 +97,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(Path, "open", refuse)
         file.append({"n": 1})
-        with pytest.raises(OSError, match="1 lines are not written"):
+        with pytest.raises(OSError, match="lines not written: 1"):
             file.sync()
     file.close()
     assert written(file) == [1]
@@ -104,21 +109,53 @@ def test_lines_that_never_found_space_are_told(tmp_path, caplog, monkeypatch):
     file._file = Full(file._file)
     file.append({"n": 2})
     file.append({"n": 3})
-    with pytest.raises(OSError, match="2 lines are not written"):
+    with pytest.raises(OSError, match="lines not written: 2"):
         file.close()
     assert written(file) == [1]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_is_found_full_only_when_synced(tmp_path, monkeypatch, code):
-    def refuse(_):
-        raise OSError(code, "full")
+    """The kernel reports it once, and may have dropped what was written: all of it is written again."""
+    fsync, faults = os.fsync, [OSError(code, "refused")]
+
+    def refuse_once(number):
+        fsync(number)
+        if faults:
+            raise faults.pop()
 
     file = JsonLines(tmp_path / "x.jsonl")
     file.append({"n": 1})
-    monkeypatch.setattr("os.fsync", refuse)
-    with pytest.raises(OSError, match="full"):
+    file.sync()
+    file.append({"n": 2})
+    file.append({"n": 3})
+    monkeypatch.setattr("os.fsync", refuse_once)
+    with pytest.raises(OSError, match="refused, lines not written: 2") as caught:
         file.sync()
+    assert caught.value.errno == code
+    assert written(file) == [1] and file.lines == 1
+    file.sync()
+    assert written(file) == [1, 2, 3] and file.lines == 3
+
+
+def test_lines_do_not_pile_up_between_checkpoints(tmp_path):
+    file = JsonLines(tmp_path / "x.jsonl")
+    for n in range(SYNC_LINES + 1):
+        file.append({"n": n})
+    assert file.lines == SYNC_LINES
+
+
+def test_a_line_that_can_neither_be_written_nor_removed_ends_the_run(tmp_path, monkeypatch):
+    file = JsonLines(tmp_path / "x.jsonl")
+    file.append({"n": 1})
+    file._file = Full(file._file)
+    monkeypatch.setattr(Full, "truncate", refuse_to_cut, raising=False)
+    with pytest.raises(UserError, match=r"x\.jsonl: Input/output error, .* cut the file to 9 bytes"):
+        file.append({"n": 2})
+
+
+def refuse_to_cut(self, size):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_damaged_lines_are_named(tmp_path):

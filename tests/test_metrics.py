@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -39,7 +40,8 @@ def test_one_valid_json_line_per_step(tmp_path):
     assert text == '{"stage": "sft", "step": 1, "loss": 0.1, "bad": null, "inf": null, "n": 3}\n'
     with pytest.raises(TypeError, match="metric 'x': expected a number or a scalar tensor, got list"):
         metrics.log("sft", 2, {"x": [1]})
-    assert metrics.sync() == 1
+    metrics.sync()
+    assert metrics.lines == 1
     metrics.close()
 
 
@@ -48,7 +50,8 @@ def test_only_rank_0_writes(tmp_path):
     metrics.begin("sft", 2)
     metrics.log("sft", 1, {"loss": 1.0})
     metrics.message("hello")
-    assert metrics.sync() == 0 and not (tmp_path / "run").exists()
+    metrics.sync()
+    assert metrics.lines == 0 and not (tmp_path / "run").exists()
     metrics.close()
 
 
@@ -60,7 +63,8 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, torn):
         whole.log(stage, step, {"loss": step / 7})
     for stage, step in steps[:3]:
         cut.log(stage, step, {"loss": step / 7})
-    saved = cut.sync()
+    cut.sync()
+    saved = cut.lines
     cut.log("warm_up", 2, {"loss": 99.0})  # after the checkpoint, lost with the kill
     with (tmp_path / "cut" / "metrics.jsonl").open("ab") as file:
         file.write(torn)
@@ -68,19 +72,22 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, torn):
     for stage, step in steps[3:]:
         again.log(stage, step, {"loss": step / 7})
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    assert again.sync() == 5
+    again.sync()
+    assert again.lines == 5
 
 
 def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
     metrics = make(tmp_path)
     metrics.log("sft", 1, {"loss": 1.0})
     with monkeypatch.context() as full:
-        full.setattr(JsonLines, "_write", lambda self, line: False)
+        full.setattr(JsonLines, "_write", lambda self, line: OSError(errno.ENOSPC, "full"))
         metrics.log("sft", 2, {"loss": 2.0})
-        with pytest.raises(OSError, match="1 lines are not written"):
+        with pytest.raises(OSError, match="lines not written: 1"):
             metrics.sync()
+        assert metrics.lines == 1
     metrics.log("sft", 3, {"loss": 3.0})
-    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and metrics.sync() == 3
+    metrics.sync()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and metrics.lines == 3
 
 
 def test_an_alarm_is_printed_once_per_run(tmp_path):
@@ -91,9 +98,11 @@ def test_an_alarm_is_printed_once_per_run(tmp_path):
     streams = [io.StringIO() for _ in range(3)]
     whole = make(tmp_path, stream=streams[0])
     steps(whole, 1, 19)
-    before = whole.sync()
+    whole.sync()
+    before = whole.lines
     steps(whole, 20, 22)
-    after = whole.sync()
+    whole.sync()
+    after = whole.lines
     steps(whole, 23, 50)
     assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 20)") == 1
     assert f"python -m rmsd_fast.report {tmp_path}" in streams[0].getvalue()
@@ -111,7 +120,8 @@ def test_tensorboard_continues_per_stage(tmp_path):
     metrics = make(tmp_path, tensorboard=True)
     for stage, step in (("sft", 1), ("sft", 2), ("distill", 1)):
         metrics.log(stage, step, {"loss": float(step), "note": "text"})
-    saved = metrics.sync()
+    metrics.sync()
+    saved = metrics.lines
     metrics.log("distill", 2, {"loss": 99.0})
     metrics.log("distill", 3, {"loss": 99.0})
     metrics.close()

@@ -22,7 +22,7 @@ import torch
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import Frames
-from rmsd_fast.files import remove_leftovers, replacing, write_all
+from rmsd_fast.files import replacing, write_all
 
 log = logging.getLogger("rmsd_fast")
 Value = TypeVar("Value")
@@ -161,14 +161,13 @@ class DiskCache:
 
     def _evict(self, target: float) -> int:
         """Remove the least recently used files until `target` bytes are left; returns what is left."""
+        # The lock is ours: nobody writes them.
+        for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("??/*.tmp")]:
+            left.unlink(missing_ok=True)
         files = []
-        remove_leftovers(self.folder)
-        for path in self.folder.glob("??/*"):
-            if path.suffix == ".tmp":
-                path.unlink(missing_ok=True)  # the lock is ours: nobody writes it
-            else:
-                found = path.stat()
-                files.append((found.st_mtime, found.st_size, path))
+        for path in self.folder.glob("??/*.frames"):
+            entry = path.stat()
+            files.append((entry.st_mtime, entry.st_size, path))
         used = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if used <= target:

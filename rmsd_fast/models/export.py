@@ -57,17 +57,24 @@ def export_student(
             "got other files; choose another folder"
         )
     with staged_folder(folder, replace=True) as staged:
-        with os_errors_of_safetensors(staged):
-            student.model.save_pretrained(staged)
-        student.tokenizer.save_pretrained(staged)
-        write_preprocessor(student.preprocessor, staged)
-        make_portable(staged, eos_id=student.eos_id)
-        card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
-        write_text_atomic(staged / "README.md", card)
-        # safetensors creates files that only their owner can read, but a server may run under another account.
-        mode = (staged / "config.json").stat().st_mode & 0o777
-        for weights in staged.glob("*.safetensors"):
-            weights.chmod(mode)
+        fill_export(student, staged, base_model=base_model, stage=stage, video=video)
+
+
+def fill_export(
+    student: Student, folder: Path, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None
+) -> None:
+    """Write the files of `export_student` into an empty folder that is put in its place as a whole later."""
+    with os_errors_of_safetensors(folder):
+        student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    write_preprocessor(student.preprocessor, folder)
+    make_portable(folder, eos_id=student.eos_id)
+    card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
+    write_text_atomic(folder / "README.md", card)
+    # safetensors creates files that only their owner can read, but a server may run under another account.
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def make_portable(folder: Path, *, eos_id: int) -> None:

@@ -25,11 +25,12 @@ from torch import nn
 
 from rmsd_fast.config import CheckpointError, SettingsError, first_line
 from rmsd_fast.files import (
-    ENVIRONMENT_ERRORS,
+    ENVIRONMENT_ADVICE,
     is_disk_error,
+    make_folder,
     read_tensors,
     sync_file,
-    sync_tree,
+    sync_folders,
     write_tensors,
     write_text_atomic,
 )
@@ -86,7 +87,7 @@ def save_checkpoint(
 
     def prepare() -> dict[str, Any]:
         if world.is_main:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
             for left in root.glob("*.tmp"):
                 # Files in use can outlive their removal on NFS. Only the place of this checkpoint has to be free.
                 shutil.rmtree(left, ignore_errors=left != tmp) if left.is_dir() else left.unlink()
@@ -138,7 +139,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
         text = f"rank {world.rank}: {caught}"
         if is_disk_error(caught):
             kind = "full"
-        elif isinstance(caught, OSError) and caught.errno in ENVIRONMENT_ERRORS:
+        elif isinstance(caught, OSError) and caught.errno in ENVIRONMENT_ADVICE:
             kind = "refused"
         else:
             kind, text = "fault", f"rank {world.rank}: {type(caught).__name__}: {caught}"
@@ -181,7 +182,7 @@ def _sha256(path: Path) -> str:
 
 
 def _commit(root: Path, tmp: Path, tag: int) -> None:
-    sync_tree(tmp)
+    sync_folders(tmp)
     final, replaced = root / f"step_{tag}", root / f"step_{tag}.replaced"
     if final.exists():  # a run that fell back to an earlier checkpoint comes past this step again
         shutil.rmtree(replaced, ignore_errors=True)

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import CheckpointError
-from rmsd_fast.files import append_whole, is_disk_error
+from rmsd_fast.files import append_whole, is_disk_error, sync_folder, truncate
 
 log = logging.getLogger("rmsd_fast")
+
+# Written lines between two calls of fsync, at most.
+SYNC_LINES = 64
 
 
 class JsonLines:
@@ -24,14 +27,17 @@ class JsonLines:
 
     Args:
         path: the file; the first record makes it.
-        keep: what `sync` gave, as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new
+        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new
             file, None = all whole lines.
     """
 
     def __init__(self, path: Path, keep: int | None = 0) -> None:
         self._path = path
         self._file: FileIO | None = None
+        # Lines to be written, and those written since the last fsync.
         self._pending: deque[bytes] = deque()
+        self._unsynced: list[bytes] = []
+        self._fault: OSError | None = None
         self._lines = self._cut(keep)
 
     def _cut(self, keep: int | None) -> int:
@@ -81,41 +87,68 @@ class JsonLines:
         while self._pending:
             # Taken out before it is written: an interrupt in between must not write it twice.
             line = self._pending.popleft()
-            if not self._write(line):
+            if fault := self._write(line):
                 self._pending.appendleft(line)
-                if len(self._pending) == 1:
-                    log.warning(
-                        "%s: the disk is full or fails; lines are kept in memory until they can be written",
-                        self._path.name,
-                    )
+                self._warn(fault)
                 return
-            self._lines += 1
+            self._unsynced.append(line)
+            if len(self._unsynced) >= SYNC_LINES and not self._sync_written():
+                return
 
-    def _write(self, line: bytes) -> bool:
-        """Append a whole line; False where the disk is full, and the file is as it was."""
+    def _write(self, line: bytes) -> OSError | None:
+        """Append a whole line; the error where the disk is full or fails, and the file is as it was."""
         try:
             if self._file is None:
                 # Unbuffered, and appending since a line that did not fit is cut off again.
                 self._file = self._path.open("ab", buffering=0)
+                sync_folder(self._path.parent)
             append_whole(self._file, line)
         except OSError as error:
             if not is_disk_error(error):
                 raise
+            return error
+        return None
+
+    def _sync_written(self) -> bool:
+        """Bring what is written to disk. Where that fails it is written again later: the kernel may have dropped it."""
+        if self._file is None:
+            return True
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if not is_disk_error(error):
+                raise
+            truncate(self._file, os.fstat(self._file.fileno()).st_size - sum(map(len, self._unsynced)))
+            self._pending.extendleft(reversed(self._unsynced))
+            self._unsynced.clear()
+            self._warn(error)
             return False
+        self._lines += len(self._unsynced)
+        self._unsynced.clear()
         return True
 
-    def sync(self) -> int:
-        """Bring all lines to disk; their number: put it into a checkpoint's state and give it back as `keep`.
+    def _warn(self, fault: OSError) -> None:
+        if self._fault is None:
+            log.warning("%s: %s; lines are kept in memory until they can be written", self._path.name, fault.strerror)
+        self._fault = fault
+
+    @property
+    def lines(self) -> int:
+        """Lines on disk at the last `sync`: put it into a checkpoint's state and give it back as `keep`."""
+        return self._lines
+
+    def sync(self) -> None:
+        """Bring all lines to disk.
 
         Raises:
-            OSError: lines are still in memory, for lack of space; a checkpoint after them would lose them.
+            OSError: lines are still in memory, since the disk is full or fails.
         """
         self._write_pending()
+        self._sync_written()
         if self._pending:
-            raise OSError(ENOSPC, f"{len(self._pending)} lines are not written for lack of space", str(self._path))
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-        return self._lines
+            fault = self._fault or OSError(ENOSPC, os.strerror(ENOSPC))
+            raise OSError(fault.errno, f"{fault.strerror}, lines not written: {len(self._pending)}", str(self._path))
+        self._fault = None
 
     def close(self) -> None:
         """Close the file; a later record opens it again.

@@ -46,7 +46,7 @@ class MetricsLog:
 
     Args:
         run_folder: gets `metrics.jsonl` and `tensorboard/<stage>/`.
-        resume_lines: what `sync` gave, as the checkpoint has it; later lines (and a torn one) are cut off, later
+        resume_lines: `lines` as the checkpoint has it; later lines (and a torn one) are cut off, later
             TensorBoard points are hidden. None = a new run.
         totals: steps of each stage, for alarms that belong to the end of one.
         tensorboard: also write TensorBoard files.
@@ -84,13 +84,19 @@ class MetricsLog:
                 # Alarms that were raised before the checkpoint are not raised again.
                 self._alarms.see(record["stage"], record["step"], record)
 
-    def sync(self) -> int:
-        """Bring all lines to disk; their number: put it into a checkpoint's state and give it back as `resume_lines`.
+    @property
+    def lines(self) -> int:
+        """Lines on disk at the last `sync`: put it into a checkpoint's state and give it back as `resume_lines`."""
+        return self._file.lines if self._on else 0
+
+    def sync(self) -> None:
+        """Bring all lines to disk.
 
         Raises:
-            OSError: the disk is full or fails.
+            OSError: lines are still in memory, since the disk is full or fails.
         """
-        return self._file.sync() if self._on else 0
+        if self._on:
+            self._file.sync()
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage of `total` steps starts, or continues after `done` of them."""
@@ -174,7 +180,7 @@ class MetricsLog:
         """Flush and close the files.
 
         Raises:
-            OSError: metrics.jsonl lacks lines, for lack of space.
+            OSError: metrics.jsonl lacks lines, since the disk is full or fails.
         """
         if not self._on:
             return

@@ -15,9 +15,9 @@ _REPEATED_S = 5.0
 
 
 class Stopped(BaseException):
-    """SIGTERM came, and what could be saved is saved. Not an error: the program ends with 0.
+    """SIGTERM came, and what could be saved is saved. Not an error.
 
-    together: all processes end here; otherwise this one leaves the others, whom the launcher ends.
+    together: all processes end here, with 0. Otherwise one of several leaves the others, whom the launcher ends.
     """
 
     def __init__(self, text: str, *, together: bool = False) -> None:
@@ -54,8 +54,7 @@ class StopSignal:
                 with suppress(OSError):
                     os.write(2, b"\nSIGTERM: the run ends as soon as it can be continued from there\n")
         elif time.monotonic() - self._raised_s >= _REPEATED_S:
-            self._raised_s = time.monotonic()
-            raise Stopped(self.advice)
+            raise self.stopped()
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
@@ -82,10 +81,23 @@ class StopSignal:
             raise KeyboardInterrupt
         return self._terminated
 
+    def stopped(self, what: str = "", *, together: bool = False) -> Stopped:
+        """Return the exception to raise; further signals do not interrupt it on its way.
+
+        what: is saved, in words, before the advice.
+        """
+        self._raised_s = time.monotonic()
+        return Stopped(f"{what}; {self.advice}" if what else self.advice, together=together)
+
     def check(self) -> None:
         """End the program where it was asked to end before."""
         if self.asked:
-            raise Stopped(self.advice)
+            raise self.stopped()
+
+    def ignore(self) -> None:
+        """Ignore further signals: the program is ending."""
+        for number in self._former:
+            signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
         """Put the former handlers back."""

@@ -40,8 +40,6 @@ class World:
         return self.rank == 0
 
 
-# Longest wait for the launcher's store; the launcher may have ended.
-STORE_S = 5.0
 # Variables that `start` made up for a process without a launcher.
 _SET_HERE: dict[str, str] = {}
 
@@ -115,45 +113,6 @@ def stop() -> None:
     # Processes started later would take them for a launcher's.
     while _SET_HERE:
         os.environ.pop(_SET_HERE.popitem()[0], None)
-
-
-def note_end(message: str) -> bool:
-    """Note in the launcher's store that this process ends, and why; False where another one has noted the same."""
-    store = _launcher_store()
-    if store is None:
-        return True
-    try:
-        store.add("ends", 1)
-        return store.add(f"ends/{message}", 1) == 1
-    except RuntimeError:
-        return True
-
-
-def others_ended() -> bool:
-    """Whether another process has noted its end: collectives with it fail."""
-    store = _launcher_store()
-    if store is None:
-        return False
-    try:
-        return store.add("ends", 0) > 0
-    except RuntimeError:
-        return False
-
-
-def _launcher_store() -> dist.PrefixStore | None:
-    """torchrun's store, which outlives every rank; None without torchrun, or where it cannot be reached."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            timeout=timedelta(seconds=STORE_S),
-            wait_for_workers=False,
-        )
-    except RuntimeError:
-        return None
-    return dist.PrefixStore(f"rmsd_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def exit_process(code: int) -> NoReturn:

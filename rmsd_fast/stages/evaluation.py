@@ -69,34 +69,33 @@ def answer_questions(
     records = []
     # Without a terminal a line every ten seconds, so that a long evaluation is seen to move.
     live = sys.stderr.isatty()
-    progress = tqdm(
+    with tqdm(
         total=len(own),
         desc=f"evaluate {name}",
         unit="question",
         disable=not world.is_main,
         mininterval=0.1 if live else 10,
         leave=True,
-    )
-    for batch in _prompts_ahead(builder, own, batch_size, settings):
-        if stop is not None:
-            stop.check()
-        prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
-        failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
-        if prompts:
-            answers = engine.generate(student.model, prompts, sampling)
-            records += [
-                _record(
-                    prompt.question,
-                    rollout.text,
-                    settings,
-                    truncated=rollout.truncated,
-                    error="" if rollout.finite else "the student's logits are not finite",
-                )
-                for prompt, (rollout,) in zip(prompts, answers, strict=True)
-            ]
-        records += failed
-        progress.update(len(prompts) + len(failed))
-    progress.close()
+    ) as progress:
+        for batch in _prompts_ahead(builder, own, batch_size, settings):
+            if stop is not None:
+                stop.check()
+            prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]
+            failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
+            if prompts:
+                answers = engine.generate(student.model, prompts, sampling)
+                records += [
+                    _record(
+                        prompt.question,
+                        rollout.text,
+                        settings,
+                        truncated=rollout.truncated,
+                        error="" if rollout.finite else "the student's logits are not finite",
+                    )
+                    for prompt, (rollout,) in zip(prompts, answers, strict=True)
+                ]
+            records += failed
+            progress.update(len(prompts) + len(failed))
     order = {question.id: number for number, question in enumerate(questions)}
     everything = [record for part in all_gather_objects(records, world) for record in part]
     unusable = [record for record in everything if "error" in record]

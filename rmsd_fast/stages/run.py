@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +19,8 @@ from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
-from rmsd_fast.files import environment_advice, is_disk_error, write_text_atomic
-from rmsd_fast.models.export import export_student
+from rmsd_fast.files import ENVIRONMENT_ADVICE, is_disk_error, write_text_atomic
+from rmsd_fast.models.export import export_student, fill_export
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.models.students import Student
@@ -32,7 +33,7 @@ from rmsd_fast.runtime.checkpoint import (
 from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
-from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
+from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
@@ -51,6 +52,7 @@ class Run:
     """One run: `checkpoint` is the one that it continues from, None for a new run.
 
     logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
+    held_back: the last checkpoint was not written, since lines of a log were not.
     fingerprints: settings, and hashes of all that the run reads; `stage1` among them once that stage is done.
     """
 
@@ -65,6 +67,7 @@ class Run:
     fingerprints: dict
     checkpoint: Checkpoint | None = None
     skipped: int = 0
+    held_back: bool = False
     bad: float = 0.0
     seen: float = 0.0
     listed: set[tuple[str, str]] = field(default_factory=set)
@@ -121,10 +124,25 @@ def open_run(
     return run
 
 
+def sync_logs(run: Run) -> None:
+    """Bring the files that the run appends to to disk; an OSError where one lacks lines, after all were tried."""
+    _each([run.metrics.sync, *(file.sync for file in run.logs.values())])
+
+
 def close_logs(run: Run) -> None:
-    """Close the files that the run appends to; an OSError where one lacks lines, for lack of space."""
-    for file in (run.metrics, *run.logs.values()):
-        file.close()
+    """Close the files that the run appends to; an OSError where one lacks lines, after all are closed."""
+    _each([run.metrics.close, *(file.close for file in run.logs.values())])
+
+
+def _each(calls: list[Callable[[], object]]) -> None:
+    faults = []
+    for call in calls:
+        try:
+            call()
+        except OSError as error:
+            faults.append(error)
+    if faults:
+        raise faults[0]
 
 
 def write_facts(run: Run, *, finished: bool) -> None:
@@ -275,7 +293,7 @@ def run_steps(
                 if stopping and not saved:
                     raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved, {run.stop.advice}")
                 if stopping:
-                    raise Stopped(f"step {number + 1} of {stage} is saved; {run.stop.advice}", together=True)
+                    raise run.stop.stopped(f"step {number + 1} of {stage} is saved", together=True)
     finally:
         loader.close()
     run.stop.check()
@@ -355,14 +373,19 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
     try:
-        lines = on_main(run.world, lambda: (run.metrics.sync(), {name: file.sync() for name, file in run.logs.items()}))
+        on_main(run.world, lambda: sync_logs(run))
+        run.held_back = False
     except OSError as error:
         if not is_disk_error(error):
             raise
-        # A resume from it would cut off lines that were never written.
+        # A resume from it would lack the lines that are not written. Of a file that can never be written, they are not
+        # worth more than one checkpoint.
+        run.held_back = not run.held_back
         if run.world.is_main:
-            log.warning("no checkpoint (%s); training goes on; %s", error, environment_advice(error))
-        return False
+            what = "no checkpoint" if run.held_back else "the checkpoint lacks lines"
+            log.warning("%s: %s; training goes on; %s", what, error, ENVIRONMENT_ADVICE[error.errno])
+        if run.held_back:
+            return False
     with state.policy.full_weights():
         return save_checkpoint(
             run.folder,
@@ -375,11 +398,11 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "bad": run.bad,
                 "seen": run.seen,
                 "skipped_in_a_row": state.skipped_in_a_row,
-                "metrics_lines": lines[0],
-                "log_lines": lines[1],
+                "metrics_lines": run.metrics.lines,
+                "log_lines": {name: file.lines for name, file in run.logs.items()},
                 "fingerprints": run.fingerprints,
             },
-            writers={"export": lambda folder: _write_export(run, state.student, folder, stage)},
+            writers={"export": lambda folder: fill_export(state.student, folder, **_origin(run, stage))},
             keep=run.settings.checkpoint.keep,
             world=run.world,
         )
@@ -400,12 +423,12 @@ def forget_stage1(run: Run) -> None:
 def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:
     """Write the student in HF format; all processes wait for it."""
     with engine.full_weights():
-        on_main(run.world, lambda: _write_export(run, student, folder, stage))
+        on_main(run.world, lambda: export_student(student, folder, **_origin(run, stage)))
 
 
-def _write_export(run: Run, student: Student, folder: Path, stage: str) -> None:
-    settings = run.settings
-    export_student(student, folder, base_model=settings.model.path, stage=stage, video=settings.video)
+def _origin(run: Run, stage: str) -> dict[str, Any]:
+    """What a model card says of the training."""
+    return {"base_model": run.settings.model.path, "stage": stage, "video": run.settings.video}
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:

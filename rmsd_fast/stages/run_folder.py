@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rmsd_fast.config import STAGES, CheckpointError, RunConfig, SettingsError, UserError
-from rmsd_fast.files import FolderLock, remove_leftovers, write_text_atomic
+from rmsd_fast.files import FolderLock, remove_leftovers, sync_folder, write_text_atomic
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.runtime.checkpoint import Checkpoint, compare_fingerprints
 from rmsd_fast.runtime.distributed import World, all_gather_objects, on_main
@@ -82,6 +82,7 @@ def _new_folder(settings: RunConfig) -> Path:
         folder = Path(settings.output) / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
+            sync_folder(folder.parent)
             break
         except FileExistsError:
             # Of this run's name and second; or a file where `output` should be.
