@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +21,11 @@ from processes import wait_until_gone
 from safetensors.torch import load_file
 from train_runs import MACHINE, command, environment, made_files, metrics, mini_arguments, only_run, run_train
 
+from rmsd_fast.config import RunConfig
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
 from rmsd_fast.runtime.alarms import CONDITIONS
+from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.world import World
 from rmsd_fast.stages import run as stage_run
 from rmsd_fast.stages import run_folder
@@ -470,6 +474,40 @@ def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
     }
     stage_run.forget_stage1(run)
     assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
+
+
+def test_lines_that_are_not_written_hold_one_checkpoint_back(tmp_path, monkeypatch, caplog):
+    """A resume would lack them. A file that can never be written must not keep a run from its checkpoints."""
+    states = []
+    monkeypatch.setattr(stage_run, "save_checkpoint", lambda *args, state, **_: states.append(state) or True)
+    log, metrics = JsonLines(tmp_path / "rollouts.jsonl"), JsonLines(tmp_path / "metrics.jsonl")
+    run = stage_run.Run(
+        RunConfig(), World(0, 1, 0, torch.device("cpu")), tmp_path, None, None, metrics, {"rollouts": log}, None, {}
+    )
+    state = SimpleNamespace(policy=SimpleNamespace(full_weights=nullcontext), student=None, skipped_in_a_row=0)
+
+    def saved(step):
+        log.append({"n": step})
+        metrics.append({"n": step})
+        return stage_run.save(run, "sft", step, state, {})
+
+    def counts(state):
+        return state["metrics_lines"], state["log_lines"]["rollouts"]
+
+    assert saved(1) and counts(states[-1]) == (1, 1)
+    with monkeypatch.context() as failing:
+        write = JsonLines._write
+        failing.setattr(
+            JsonLines,
+            "_write",
+            lambda self, line: OSError(errno.EIO, os.strerror(errno.EIO)) if self is log else write(self, line),
+        )
+        assert not saved(2) and len(states) == 1
+        assert "no checkpoint: [Errno 5] Input/output error, lines not written: 1" in caplog.text
+        assert saved(3) and counts(states[-1]) == (3, 1)
+        assert "the checkpoint lacks lines: [Errno 5] Input/output error, lines not written: 2" in caplog.text
+        assert not saved(4)
+    assert saved(5) and counts(states[-1]) == (5, 5)
 
 
 def test_lost_output_does_not_end_a_run(whole, tmp_path):
