@@ -45,7 +45,7 @@ def batch(step: int):
     return ids, (torch.arange(5) < lengths[:, None]).float()
 
 
-def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False):
+def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
     """Forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
     from rmsd_fast.runtime.distributed import global_sum
 
@@ -56,6 +56,8 @@ def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False):
         loss = engine(rows, keep) / count * scale
         if poison and i == 1:
             loss = loss * float("nan")
+        if i == 1:
+            loss = loss + added
         engine.backward(loss, last=i == MICRO - 1)
 
 
@@ -134,6 +136,9 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     engine.discard()
     unchanged = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
     result["discard_overflow"] = seen and unchanged
+    accumulate(engine, 7, added=float("-inf") if world.rank == 0 else 0.0)  # a loss alone, its gradients are finite
+    result["loss_seen_on_all"] = not engine.gradients_finite()
+    engine.discard()
     accumulate(engine, 7, scale=1e12)  # large, and as good as any other: clipped
     result["large_is_applied"] = engine.gradients_finite() and 1e9 < engine.step() < 1e18
     if stage == 3:

@@ -43,7 +43,7 @@ class Films:
     def __init__(self, timeout_s: float, max_file_mib: int) -> None:
         self._timeout_s = timeout_s
         self._max_file_mib = max_file_mib
-        self._read: dict[tuple[str, Span], Film] = {}
+        self._read: dict[tuple[str, bool, Span], Film] = {}
         self._nursery: Nursery | None = None
         self._worker: Worker | None = None
         self._lost = 0
@@ -65,9 +65,10 @@ class Films:
         Args:
             span: start and end in seconds of the part of a video that is shown; None = all of it.
         """
-        if (path, span) not in self._read:
-            self._read[path, span] = self._film(path, is_video, span)
-        return self._read[path, span]
+        key = (path, is_video, span)
+        if key not in self._read:
+            self._read[key] = self._film(path, is_video, span)
+        return self._read[key]
 
     def _film(self, path: str, is_video: bool, span: Span) -> Film:
         # The media may have gone since the run, or no decoder is installed here: the page is still worth having.

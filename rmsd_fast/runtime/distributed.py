@@ -139,6 +139,8 @@ class Engine:
             loss: scalar, the local sum over a GLOBAL count. Summed over micro-batches and ranks it is the loss.
             last: this is the last micro-batch before `step`; the same on every rank.
         """
+        # Some losses that are not finite have finite gradients, where a clamp inside holds them back.
+        self._probe.add_(loss.detach().float() * 0)
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world.size)
 
@@ -148,8 +150,8 @@ class Engine:
             group["lr"] = lr
 
     def gradients_finite(self) -> bool:
-        """Whether all gradients since the last step or discard were finite, on all ranks, and so is their global norm.
-        Call it after the last backward, and before any engine's `step`.
+        """Whether all losses and gradients since the last step or discard were finite, on all ranks, and so is the
+        gradients' global norm. Call it after the last backward, and before any engine's `step`.
 
         Raises:
             RuntimeError: the ranks' gradients did not arrive for the same parameters in the same order; ZeRO 1 to 3

@@ -38,7 +38,7 @@ from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
-from rmsd_fast.stages.state import RunState, StepResult, count_skipped, learning_rate
+from rmsd_fast.stages.state import NonFiniteRun, RunState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
 
 log = logging.getLogger("rmsd_fast")
@@ -283,7 +283,11 @@ def run_steps(
                         step=number + 1,
                         total=total,
                     )
-                count_skipped(state, run.settings, result.skipped)
+                try:
+                    count_skipped(state, run.settings, result.skipped)
+                except NonFiniteRun as error:
+                    save(run, stage, number + 1, state, engines)
+                    raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
                 # Its groups hold the step's frames: the next step must not find them in memory.
                 del result
                 stopping = any_rank(run.stop.asked, run.world)
