@@ -27,7 +27,7 @@ import torch
 from kills import differences, result
 from train_runs import command, environment, metrics, mini_arguments, only_run
 
-from rmsd_fast.runtime.world import read_tensors
+from rmsd_fast.files import read_tensors
 
 LONGEST_S = 300
 STEPS = {"sft": 3, "warm_up": 3, "distill": 4}
