@@ -88,17 +88,27 @@ def of_run(mark: str) -> dict[int, str]:
 
 
 def processes_of(mark: str, kind: str) -> list[int]:
-    """Process ids of a kind: all, torchrun, train (each rank), rank (the last one), nursery, worker (one of them)."""
+    """Process ids of a kind: all, torchrun, train (every rank), rank (the last one), nursery, worker (one of them)."""
     alive = of_run(mark)
     if kind == "all":
         return list(alive)
     decoders = {pid for pid, line in alive.items() if "decode_worker" in line}
-    launcher = {pid for pid, line in alive.items() if "torch.distributed.run" in line}
-    if kind in ("worker", "nursery"):
-        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[1]) for pid in decoders}
-        return sorted(pid for pid in decoders if (parents[pid] in decoders) == (kind == "worker"))[:1]
-    ranks = sorted(set(alive) - decoders - launcher)
-    return {"torchrun": list(launcher), "rank": ranks[-1:], "train": ranks}[kind]
+    launchers = {pid for pid, line in alive.items() if "torch.distributed.run" in line}
+    ranks = {pid for pid, line in alive.items() if "rmsd_fast.train" in line} - launchers
+    parents = {pid: _parent(pid) for pid in decoders | ranks}
+    # A process that was just forked has the command line of its parent.
+    ranks = {pid for pid in ranks if parents[pid] not in ranks}
+    nurseries = {pid for pid in decoders if parents[pid] not in decoders}
+    of_kind = {"torchrun": launchers, "train": ranks, "nursery": nurseries, "worker": decoders - nurseries}
+    return sorted(ranks)[-1:] if kind == "rank" else sorted(of_kind[kind])[: 1 if kind == "worker" else None]
+
+
+def _parent(pid: int) -> int:
+    """0 where the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
+    except OSError:
+        return 0
 
 
 def kill_all(mark: str) -> None:
