@@ -134,8 +134,6 @@ def _code(process: subprocess.Popen) -> int:
         return process.wait()
 
 
-# Python takes UTF-8 in the C locale unless it is told not to; then names that are not ASCII are refused.
-ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 # By name: how it is started, the name of its folder, and with how many processes.
 CASES: dict[str, tuple[Callable[[list[str], dict], int], str, tuple[int, ...]]] = {
     "stdin closed": (through_shell("<&-"), "", (1,)),
@@ -154,7 +152,6 @@ CASES: dict[str, tuple[Callable[[list[str], dict], int], str, tuple[int, ...]]] 
     "terminal resized": (terminal(24, 80, resized=True), "", (1,)),
     "ASCII output, other name": (with_variables(PYTHONIOENCODING="ascii"), NON_ASCII, (1,)),
     "C locale, other name": (with_variables(LC_ALL="C"), NON_ASCII, (1,)),
-    "ASCII everywhere": (with_variables(**ASCII), "", (1,)),
 }
 
 
