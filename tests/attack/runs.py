@@ -70,9 +70,12 @@ def uninterrupted(folder: Path, arguments: list[str], processes: int) -> dict:
     """What a run comes to that nothing disturbs. Makes the material too."""
     process = start(arguments, processes)
     _, errors = process.communicate(timeout=LONGEST_S)
-    if process.returncode:
-        raise RuntimeError(f"the undisturbed run: expected exit 0, got {process.returncode}\n{errors[-3000:]}")
-    return result(only_run(folder))
+    try:
+        if process.returncode == 0:
+            return result(only_run(folder))
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"the undisturbed run ended with 0 and without all its files\n{errors[-3000:]}") from error
+    raise RuntimeError(f"the undisturbed run: expected exit 0, got {process.returncode}\n{errors[-3000:]}")
 
 
 def of_run(mark: str) -> dict[int, str]:
