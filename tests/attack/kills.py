@@ -24,53 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_runs import command, environment, made_files, metrics, mini_arguments, only_run
+from runs import LONGEST_S, differences, result, resume, start
+from train_runs import mini_arguments, only_run
 
 from rmsd_fast.files import DISK_ERRORS
-
-HOOK = Path(__file__).parent / "hook"
-LONGEST_S = 600
-
-
-def start(arguments: list[str], processes: int, **others: str) -> subprocess.Popen:
-    """A run in a group of its own, so that a kill reaches torchrun alone or its ranks too."""
-    hooked = {**others, "PYTHONPATH": os.pathsep.join([str(HOOK), os.environ.get("PYTHONPATH", "")])} if others else {}
-    return subprocess.Popen(
-        command(arguments, processes=processes),
-        env=environment() | hooked,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def result(run: Path) -> dict:
-    """What has to be equal."""
-    report = (run / "report.html").read_text()
-    shown = [name for name in ("untrained", "stage1", "stage2") if name in report]
-    return {"metrics": metrics(run), "report": shown, **made_files(run)}
-
-
-def differences(expected: dict, run: Path) -> str:
-    try:
-        got = result(run)
-    except OSError as error:
-        return f"{error.filename} is missing"
-    return ", ".join(sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)))
-
-
-def resume(run_parent: Path, arguments: list[str], processes: int, writers: int) -> tuple[Path, str]:
-    """Continue what a kill left, by so many programs at once. Where it had made no folder with settings, start anew."""
-    runs = [path for path in run_parent.iterdir() if (path / "config.yaml").is_file()]
-    again = ["--resume", str(runs[0])] if runs else arguments
-    others = [start(again, processes) for _ in range(writers if runs else 1)]
-    ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in others]
-    # Of several only one may write. The others are refused, or find the run finished. torchrun turns 2 into 1.
-    refused = [end for end in ends if end[1] and "writes to this folder" in end[0]]
-    faults = [end for end in ends if end[1] and end not in refused]
-    fault = f"exit {faults[0][1]}: {faults[0][0].strip().splitlines()[-1:]}" if faults else ""
-    return only_run(run_parent), fault or ("all were refused" if len(refused) == len(ends) else "")
 
 
 def main() -> int:
