@@ -177,11 +177,59 @@ def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) ->
     assert reader.take_counts() == {**NONE, "decoded": 2, "timeouts": 1}
 
 
-def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaReader) -> None:
+def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaReader, monkeypatch) -> None:
     reader.read(request(clip))
-    os.kill(reader._idle[0].pid, signal.SIGSEGV)
+    read, crashes = Worker.read, [signal.SIGSEGV]
+
+    def crashing(self: Worker, request: MediaRequest, timeout_s: float):
+        if crashes:
+            os.kill(self.pid, crashes.pop())
+            wait_until_gone(self.pid)
+        return read(self, request, timeout_s)
+
+    monkeypatch.setattr(Worker, "read", crashing)
     assert len(reader.read(request(clip, 5)).pixels) == 5
     assert reader.take_counts() == {**NONE, "decoded": 2, "crashes": 1}
+
+
+def test_idle_workers_that_were_killed_are_no_crashes(clip: Path, reader: MediaReader) -> None:
+    """Two dead ones would pass for a file that crashes its decoder twice."""
+    workers = [reader._take_worker() for _ in range(3)]
+    for frames, worker in enumerate(workers, start=4):
+        worker.read(reader._complete(request(clip, frames)), 60.0)
+        reader._give_back(worker)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until_gone(worker.pid)
+    assert len(reader.read(request(clip, 7)).pixels) == 7
+    assert reader.take_counts() == {**NONE, "decoded": 1}
+
+
+def test_a_worker_that_ends_with_its_nursery_blames_no_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    read, kills = Worker.read, [1, 2, 3]
+
+    def killed(self: Worker, request: MediaRequest, timeout_s: float):
+        if kills and self.pid is not None:
+            kills.pop()
+            self.nursery.process.kill()
+            wait_until_gone(self.pid)
+        return read(self, request, timeout_s)
+
+    reader.layout(request(clip))
+    monkeypatch.setattr(Worker, "read", killed)
+    assert len(reader.read(request(clip)).pixels) == 4
+    assert len(reader.read(request(clip, 5)).pixels) == 5
+    assert reader.take_counts() == {**NONE, "decoded": 2}
+
+
+def test_signals_to_all_processes_do_not_reach_decoders(clip: Path, reader: MediaReader) -> None:
+    reader.read(request(clip))
+    (worker,) = reader._idle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
+        reader._nursery.process.send_signal(number)
+    assert len(reader.read(request(clip, 5)).pixels) == 5
+    assert reader._idle == [worker]
 
 
 def test_a_file_that_crashes_every_decoder_is_bad(clip: Path, reader: MediaReader, monkeypatch) -> None:

@@ -98,6 +98,10 @@ class Nursery:
         theirs.close()
         return Worker(ours, self)
 
+    def is_there(self) -> bool:
+        """Return whether the process is alive."""
+        return self.process.poll() is None
+
     def close(self) -> None:
         """End the nursery, and its workers with it."""
         self._control.close()
@@ -131,6 +135,13 @@ class Worker:
     def preview(self, request: PreviewRequest, timeout_s: float) -> Preview:
         """`read_preview` there. Raises as `layout`."""
         return self._call("preview", request, timeout_s)
+
+    def is_there(self) -> bool:
+        """Return whether an idle worker's process is alive, which has nothing to say meanwhile."""
+        try:
+            return not self.lost and not self._connection.poll(0)
+        except OSError:
+            return False
 
     def kill(self) -> None:
         """End the process, at once. A thread that waits for it gets a WorkerLost."""
@@ -245,7 +256,8 @@ def _serve(ours: socket.socket) -> None:
     warnings.simplefilter("ignore")  # what libraries think of a file; what matters comes as an error
     torch.set_num_threads(1)
     connection = Connection(os.dup(ours.fileno()))
-    connection.send(os.getpid())
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(os.getpid())
     while True:
         try:
             operation, request = connection.recv()
@@ -298,7 +310,11 @@ def _answer(
 
 def main(descriptor: int) -> None:
     """The nursery's life: fork a worker for each descriptor that comes in."""
+    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
+    # Signals to all processes of a job are for the program. Without it, they end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
     # Where it cannot be loaded the first request says so.
     with contextlib.suppress(ImportError, RuntimeError, OSError):
@@ -306,7 +322,8 @@ def main(descriptor: int) -> None:
     native.available()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not message:
+        # Requests may have waited while the program ended.
+        if not message or os.getppid() != parent:
             return
         try:
             child = os.fork() == 0

@@ -226,7 +226,10 @@ class MediaReader:
         return frames
 
     def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
-        """What the call gives in some worker; tried once more after a crash, as memory may have run out by chance."""
+        """What the call gives in some worker; tried once more after a crash, as memory may have run out by chance.
+
+        A worker that ends with its nursery tells nothing about its file.
+        """
         crashed = False
         while True:
             worker = self._take_worker()
@@ -239,6 +242,9 @@ class MediaReader:
             except MediaError as error:
                 if self._closed:
                     raise RuntimeError("the media reader was closed") from error
+                if isinstance(error, WorkerLost) and not error.timed_out and not worker.nursery.is_there():
+                    self._drop_nursery(worker.nursery)
+                    continue
                 if not isinstance(error, WorkerLost) or error.timed_out or crashed:
                     raise self._bad_file(state, error) from error
                 self._count("crashes")
@@ -273,7 +279,14 @@ class MediaReader:
                     )
                 self._starts += 1
                 self._nursery = Nursery()
-            worker = self._idle.pop() if self._idle else self._nursery.worker()
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_there():
+                    break
+                # Killed meanwhile, by the machine or somebody.
+                worker.close()
+            else:
+                worker = self._nursery.worker()
             self._busy.add(worker)
             return worker
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Of torchrun each process may get the signal twice, at about the same time. A later one is a new request.
+# Of torchrun each process may get a signal twice, at about the same time, and of a key that is held down many times. A
+# later one is a new request.
 _REPEATED_S = 5.0
 
 
@@ -58,7 +59,9 @@ class StopSignal:
 
     def _interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
-        raise KeyboardInterrupt
+        if time.monotonic() - self._raised_s >= _REPEATED_S:
+            self._raised_s = time.monotonic()
+            raise KeyboardInterrupt
 
     @property
     def advice(self) -> str:

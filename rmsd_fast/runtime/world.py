@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -121,6 +122,8 @@ def exit_process(code: int) -> NoReturn:
     The interpreter's own way out destroys the threads of process groups and stores in no order, which now and then
     aborts a process (SIGABRT) whose work is done, and with it the whole torchrun job.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import differences, result, start
+from small_runs import differences, result, start
 from train_runs import mini_arguments, only_run
 
 LONGEST_S = 300

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import LONGEST_S, differences, result, resume, start
+from small_runs import LONGEST_S, differences, result, resume, start
 from train_runs import mini_arguments, only_run
 
 from rmsd_fast.files import DISK_ERRORS

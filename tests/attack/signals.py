@@ -24,7 +24,7 @@ from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import differences, kill_all, of_run, own_traceback, processes_of, resume, start, uninterrupted
+from small_runs import differences, kill_all, of_run, own_traceback, processes_of, resume, start, uninterrupted
 from train_runs import mini_arguments, only_run
 
 MOST_S = 10.0

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runs import differences, kill_all, uninterrupted
+from small_runs import differences, kill_all, uninterrupted
 from train_runs import command, environment, mini_arguments, only_run
 
 LONGEST_S = 150
