@@ -142,11 +142,17 @@ lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# Half an hour on two cores: runs are killed, damaged, starved of disk space and written to by two programs, then resumed.
-attack: dev ## kill, damage and resume small runs; prints what came of each
-	@$(RUN_ENV) $(BIN)/python tests/attack/kills.py --random 8 --operations 8 --full 6 --writers 2
-	@$(RUN_ENV) $(BIN)/python tests/attack/kills.py --random 3 --operations 3 --full 2 --writers 1 --processes 2
-	@$(RUN_ENV) $(BIN)/python tests/attack/damage.py --every 5
+# Half an hour on two cores. Each program ends with a table and leaves the folders of what failed; all of them are run.
+ATTACKS := "kills.py --random 5 --operations 5 --full 3 --writers 2" \
+	"kills.py --random 2 --operations 2 --full 1 --writers 1 --processes 2" \
+	"damage.py --every 6" "signals.py --every 10" "signals.py --every 16 --processes 2" "streams.py" \
+	"not_finite.py --every 6" "not_finite.py --every 16 --processes 2" "media.py"
+
+attack: dev ## kill, damage, starve, poison and disconnect small runs, and resume them
+	@failed=""; for attack in $(ATTACKS); do \
+		echo "attack: $$attack"; \
+		$(RUN_ENV) $(BIN)/python tests/attack/$$attack || failed="$$failed $$attack;"; \
+	done; test -z "$$failed" || { echo "attack: failed:$$failed" >&2; exit 1; }
 
 bench: dev ## run the benchmarks (each checks its results first)
 	@$(RUN_ENV) $(BIN)/python -m pytest -q $(or $(ARGS),bench)

@@ -117,7 +117,7 @@ def reached(phase: str, folder: Path, made: Path, errors: Path, processes: int, 
     if phase.startswith("evaluate"):
         return phase in errors.read_text(errors="replace")
     if phase == "checkpoint":
-        writing = (re.fullmatch(r"step_(\d+)\.tmp", p.name) for p in folder.glob("*/checkpoints/*.tmp"))
+        writing = (re.fullmatch(r"\.step_(\d+)\.tmp", p.name) for p in folder.glob("*/checkpoints/*.tmp"))
         return any(match and int(match[1]) >= STAGE_2 for match in writing)
     name, word = ("run.json", '"finished"') if phase == "report" else ("metrics.jsonl", f'"{phase}"')
     return any(word in path.read_text() for path in folder.glob(f"*/{name}"))
