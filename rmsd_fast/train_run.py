@@ -55,6 +55,8 @@ def train(
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
             run_stages(run)
         on_main(world, lambda: finish(run))
+        # An interrupt may have become an error of a library, and the report is not there.
+        stop.check()
     return folder
 
 
