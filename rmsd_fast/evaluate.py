@@ -6,13 +6,12 @@ torchrun --nproc-per-node 1 -m rmsd_fast.evaluate quickstart model.path=runs/x/e
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import prepare_process
+from rmsd_fast.process import prepare_process, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.config import RunConfig
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
     arguments = parser.parse_intermixed_args(argv)
     if reason := environment.why_not():
-        print(f"rmsd_fast.evaluate: {reason}", file=sys.stderr)
+        tell(f"rmsd_fast.evaluate: {reason}")
         return 2
     from rmsd_fast.config import UserError
     from rmsd_fast.settings import load_settings
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_settings(arguments.recipe, arguments.overrides)
     except UserError as error:
-        print(f"rmsd_fast.evaluate: {error}", file=sys.stderr)
+        tell(f"rmsd_fast.evaluate: {error}")
         return 2
     from rmsd_fast.program import run_program
 

@@ -68,7 +68,7 @@ ENVIRONMENT_ADVICE = {
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 
 
-# Longer waits are said.
+# Longer waits are logged.
 LONG_WAIT_S = 10.0
 # Process and machine in the name of a temporary file.
 _WRITER = re.compile(r"\.([0-9]+)(?:@(.+))?\.tmp$")
@@ -166,7 +166,10 @@ def truncate(file: FileIO, size: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors into a folder that is brought to disk as a whole: a checkpoint, or a staged one."""
+    """Write tensors as safetensors into a folder that is brought to disk as a whole: a checkpoint, or a staged one.
+
+    Other files of such a folder are written with `Path.write_text`.
+    """
     from safetensors.torch import save_file
 
     with os_errors_of_safetensors(path):
@@ -193,8 +196,8 @@ def file_digest(path: str | os.PathLike) -> str:
 def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
     """Make an empty folder to fill; at the end of the `with` block it is brought to disk and gets the name `final`.
 
-    A kill leaves the former `final`, the new one, or none; what it leaves beside them is removed by the next call for
-    the same place, and by `remove_leftovers`.
+    A kill leaves the former `final`, the new one, or none; what it leaves beside them is removed by the next call of
+    this machine for the same place, and by `remove_leftovers`.
 
     Args:
         replace: the new folder replaces an existing one; False keeps that one and removes the new folder.
@@ -219,11 +222,12 @@ def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
     if replace and final.exists():
         # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
         former = temporary_path(final.with_name(f"{final.name}.{time.monotonic_ns()}"))
-        final.rename(former)
     try:
+        if former is not None:
+            final.rename(former)
         staged.rename(final)
     except BaseException as error:
-        if former is not None and not final.exists():
+        if former is not None and former.exists() and not final.exists():
             former.rename(final)
         faster = isinstance(error, OSError) and error.errno in (EEXIST, ENOTEMPTY)
         if replace or not faster:
@@ -231,7 +235,14 @@ def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
     sync_folder(final.parent)
     # Not before the new name is on disk.
     if former is not None:
-        shutil.rmtree(former, ignore_errors=True)
+        _remove(former)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
@@ -245,14 +256,20 @@ def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
             here = writer[2] in (None, socket.gethostname())
             if (here and _is_alive(int(writer[1]))) or (of and not here):
                 continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _is_alive(pid: int) -> bool:
-    return pid != os.getpid() and os.path.exists(f"/proc/{pid}")
+    """Return whether another process of this machine has this number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -326,7 +343,7 @@ class FolderLock:
                     error.strerror,
                 )
                 return
-        # Words for a message alone: a full disk must not keep a run from its lock.
+        # The text is only for messages: a full disk must not keep a run from its lock.
         with suppress(OSError):
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -90,6 +90,12 @@ def lenient_output() -> Iterator[None]:
         nowhere.close()
 
 
+def tell(message: str) -> None:
+    """Print a message to stderr that all processes of this node have alike: the first one prints it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
 def end_with_parent() -> None:
     """Have this process killed when the one that started it ends, however it ends. On Linux only."""
     if sys.platform == "linux":

@@ -75,6 +75,8 @@ def _run(
             # The process that is gone has said why.
             code = 2
         case _:
+            if ends is not None:
+                ends.note("fault")
             raise error
     if message:
         if ends is not None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import prepare_process
+from rmsd_fast.process import prepare_process, tell
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, run. Imports what a run needs only when there is one: `--help` takes no seconds."""
     if reason := environment.why_not():
-        print(f"rmsd_fast.train: {reason}", file=sys.stderr)
+        tell(f"rmsd_fast.train: {reason}")
         return 2
     from rmsd_fast.config import SettingsError, UserError
     from rmsd_fast.settings import load_settings, to_yaml
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             return _dry_run(settings)
     except UserError as error:
-        print(f"rmsd_fast.train: {error}", file=sys.stderr)
+        tell(f"rmsd_fast.train: {error}")
         return 2
     return _run(settings, arguments)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import CheckpointError, RunConfig
+from rmsd_fast.config import CheckpointError, RunConfig, UserError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
@@ -66,7 +66,7 @@ def run_stages(run: Run) -> None:
         _run_stages(run)
     except BaseException:
         # What ended the run is told, not what came of it.
-        with suppress(OSError):
+        with suppress(OSError, UserError):
             close_logs(run)
         raise
     on_main(run.world, lambda: close_logs(run))

@@ -131,12 +131,17 @@ def test_every_error_of_the_disk_has_advice():
     assert ENVIRONMENT_ADVICE[errno.EMFILE] == "raise the limit of open files (ulimit -n)"
 
 
-def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("done", [True, False])
+def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path, monkeypatch, done):
+    """Right after the first rename, or in place of the second one."""
     final = folder(tmp_path / "export", "old")
     rename = Path.rename
 
     def interrupted(self, target):
-        if target == final and (self / "config.json").read_text() == "new":
+        if done and self == final:
+            rename(self, target)
+            raise KeyboardInterrupt
+        if not done and target == final and (self / "config.json").read_text() == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 

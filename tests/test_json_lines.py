@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
     assert written(file) == [1]
 
 
-def test_lines_that_never_found_space_are_told(tmp_path, caplog, monkeypatch):
+def test_lines_that_never_found_space_are_an_error_at_the_end(tmp_path):
     file = JsonLines(tmp_path / "x.jsonl")
     file.append({"n": 1})
     file._file = Full(file._file)

@@ -313,7 +313,7 @@ def test_a_nursery_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path,
     monkeypatch.setattr("rmsd_fast.data.decode_worker.subprocess.Popen", broken)
     with MediaReader(DataConfig()) as reader:
         for _ in range(2):
-            with pytest.raises(NotInstalled, match="has ended at its start 3 times"):
+            with pytest.raises(NotInstalled, match="has ended 3 times in a row"):
                 reader.read(request(clip))
     assert capfd.readouterr().err.count("no decoder here") == media.MOST_STARTS
 

@@ -119,7 +119,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def disk_full(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tiny, "write_text_atomic", disk_full)
+    monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(OSError, match="No space left"):
         build_tiny_student(tmp_path / "student", texts=TEXTS[:9])
     assert list(tmp_path.iterdir()) == []

@@ -464,6 +464,13 @@ def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path
     assert not (run / "predictions" / "untrained.jsonl").exists()
 
 
+@pytest.mark.parametrize("content", ["[1, null]", "", "3", "{", "null"])
+def test_damaged_fingerprints_are_those_of_the_checkpoint(tmp_path, content):
+    (tmp_path / run_folder.FINGERPRINTS).write_text(content)
+    checkpoint = SimpleNamespace(state={"fingerprints": {"files": {"train": "00"}}})
+    assert run_folder.former_fingerprints(tmp_path, checkpoint) == {"files": {"train": "00"}}
+
+
 def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
     """A kill before `stage1/` is replaced must not leave a record that the former one agrees with."""
     fingerprints = {"settings": {}, "stage1": {"model.safetensors": "00"}}

@@ -30,7 +30,7 @@ import torch
 
 from rmsd_fast.config import NotInstalled, SettingsError, first_line
 from rmsd_fast.data.records import Question, write_questions
-from rmsd_fast.files import staged_folder, write_text_atomic
+from rmsd_fast.files import staged_folder
 from rmsd_fast.method.answers import TASK_TYPES
 
 SIZE = 64
@@ -157,7 +157,7 @@ def make_clips(
         for split, clips in (("train", train_clips), ("heldout", heldout_clips)):
             questions = _make_split(temporary, split, clips, questions_per_clip, seed)
             write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
-        write_text_atomic(temporary / "made.json", json.dumps(settings, indent=1) + "\n")
+        (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     # Another process may have made the same material meanwhile: its copy is as good.
     _check_made(final, settings)
     return material

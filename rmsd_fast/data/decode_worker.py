@@ -28,6 +28,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+# Signals to all processes of a job are for the program, also while this one imports. Without the program it ends.
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
 import torch
 
 from rmsd_fast.config import UserError
@@ -310,11 +315,7 @@ def _answer(
 
 def main(descriptor: int) -> None:
     """The nursery's life: fork a worker for each descriptor that comes in."""
-    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
-    # Signals to all processes of a job are for the program. Without it, they end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
     # Where it cannot be loaded the first request says so.
     with contextlib.suppress(ImportError, RuntimeError, OSError):
@@ -322,8 +323,7 @@ def main(descriptor: int) -> None:
     native.available()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        # Requests may have waited while the program ended.
-        if not message or os.getppid() != parent:
+        if not message:
             return
         try:
             child = os.fork() == 0

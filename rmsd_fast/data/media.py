@@ -274,7 +274,7 @@ class MediaReader:
             if self._nursery is None:
                 if self._starts == MOST_STARTS:
                     raise NotInstalled(
-                        f"the process that decodes media has ended at its start {self._starts} times; see its messages "
+                        f"the process that decodes media has ended {self._starts} times in a row; see its messages "
                         "above"
                     )
                 self._starts += 1

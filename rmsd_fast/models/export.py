@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rmsd_fast.config import ModelError, VideoConfig
-from rmsd_fast.files import os_errors_of_safetensors, staged_folder, write_text_atomic
+from rmsd_fast.files import os_errors_of_safetensors, staged_folder
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
@@ -70,7 +70,7 @@ def fill_export(
     write_preprocessor(student.preprocessor, folder)
     make_portable(folder, eos_id=student.eos_id)
     card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
-    write_text_atomic(folder / "README.md", card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates files that only their owner can read, but a server may run under another account.
     mode = (folder / "config.json").stat().st_mode & 0o777
     for weights in folder.glob("*.safetensors"):
@@ -94,7 +94,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(settings)
     # The format of save_pretrained.
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    write_text_atomic(path, f"{text}\n")
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _spell_rope_twice(config: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from rmsd_fast.data.chat_template import (
 )
 from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
-from rmsd_fast.files import file_digest, write_text_atomic
+from rmsd_fast.files import file_digest
 
 FAMILIES = ("qwen3_vl",)
 # What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
@@ -305,7 +305,7 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
         "cap_pixels_per_frame": True,
     }
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
-        write_text_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def model_digests(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.question_text import ANSWER_FORMAT
-from rmsd_fast.files import staged_folder, write_text_atomic
+from rmsd_fast.files import staged_folder
 from rmsd_fast.models.export import fill_export
 from rmsd_fast.models.students import Student
 
@@ -118,7 +118,7 @@ def build_tiny_student(
     student = Student(_build_model(tokenizer, seed, hidden, layers), tokenizer, Preprocessor())
     with staged_folder(folder, replace=False) as staged:
         fill_export(student, staged)
-        write_text_atomic(staged / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     # Another process may have built the same student meanwhile: its copy is as good.
     _check_same(folder, settings)
 

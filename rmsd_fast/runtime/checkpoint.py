@@ -34,6 +34,7 @@ from rmsd_fast.files import (
     write_tensors,
     write_text_atomic,
 )
+from rmsd_fast.runtime.ends import is_lost_peer
 from rmsd_fast.runtime.world import World, all_gather_objects, barrier, on_main
 
 log = logging.getLogger("rmsd_fast")
@@ -97,9 +98,9 @@ def save_checkpoint(
     def write() -> dict[str, Any]:
         for name, engine in engines.items():
             engine.save(tmp / "engines" / name)
-        write_text_atomic(tmp / f"rng_{world.rank:05d}.json", json.dumps(_rng_state()))
+        (tmp / f"rng_{world.rank:05d}.json").write_text(json.dumps(_rng_state()), encoding="utf-8")
         if world.is_main:
-            write_text_atomic(tmp / "state.json", text + "\n")
+            (tmp / "state.json").write_text(text + "\n", encoding="utf-8")
             for name, module in (extra_modules or {}).items():
                 write_tensors(tmp / f"module_{name}.safetensors", _module_tensors(module))
             for name, writer in (writers or {}).items():
@@ -136,6 +137,8 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     try:
         result = work()
     except Exception as caught:
+        if is_lost_peer(caught):
+            raise
         text = f"rank {world.rank}: {caught}"
         if is_disk_error(caught):
             kind = "full"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
-from rmsd_fast.files import read_tensors, write_tensors, write_text_atomic
+from rmsd_fast.files import read_tensors, write_tensors
 from rmsd_fast.runtime.world import (
     World,
     all_gather_objects,
@@ -266,7 +266,7 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         main = self.world.is_main
         if main:
-            write_text_atomic(folder / "engine.json", json.dumps(self._layout(), indent=1) + "\n")
+            (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n", encoding="utf-8")
             if self.zero_stage != 3:
                 write_tensors(folder / "weights.safetensors", self._weights())
         if main or self.zero_stage > 0:  # under ZeRO-0 all ranks hold the same

@@ -54,7 +54,7 @@ class Ends:
     def is_mine_to_tell(self, message: str) -> bool:
         """Return whether this process should print a message that others may have, too.
 
-        The main process does. Another one waits for it a moment, and prints what it has not said.
+        The main process does. Another one waits a moment, and prints it if the main process has not.
         """
         if self._store is None:
             return True

@@ -8,7 +8,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
-from errno import ENOSPC
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ class JsonLines:
 
     @property
     def lines(self) -> int:
-        """Lines on disk at the last `sync`: put it into a checkpoint's state and give it back as `keep`."""
+        """Lines on disk, all of them after a `sync`: put it into a checkpoint's state and give it back as `keep`."""
         return self._lines
 
     def sync(self) -> None:
@@ -146,8 +145,9 @@ class JsonLines:
         self._write_pending()
         self._sync_written()
         if self._pending:
-            fault = self._fault or OSError(ENOSPC, os.strerror(ENOSPC))
-            raise OSError(fault.errno, f"{fault.strerror}, lines not written: {len(self._pending)}", str(self._path))
+            assert self._fault is not None
+            words = f"{self._fault.strerror}, lines not written: {len(self._pending)}"
+            raise OSError(self._fault.errno, words, str(self._path))
         self._fault = None
 
     def close(self) -> None:

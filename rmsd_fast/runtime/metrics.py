@@ -86,7 +86,7 @@ class MetricsLog:
 
     @property
     def lines(self) -> int:
-        """Lines on disk at the last `sync`: put it into a checkpoint's state and give it back as `resume_lines`."""
+        """Lines on disk, all of them after a `sync`: put it into a checkpoint's state, and back as `resume_lines`."""
         return self._file.lines if self._on else 0
 
     def sync(self) -> None:

@@ -139,7 +139,7 @@ def _each(calls: list[Callable[[], object]]) -> None:
     for call in calls:
         try:
             call()
-        except OSError as error:
+        except (OSError, UserError) as error:
             faults.append(error)
     if faults:
         raise faults[0]
@@ -286,7 +286,6 @@ def run_steps(
                 try:
                     count_skipped(state, run.settings, result.skipped)
                 except NonFiniteRun as error:
-                    save(run, stage, number + 1, state, engines)
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
                 # Its groups hold the step's frames: the next step must not find them in memory.
                 del result
@@ -373,7 +372,7 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
 
 
 def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> bool:
-    """One checkpoint unit, with an export of the student in it; False where the disk is full."""
+    """One checkpoint unit, with an export of the student in it; False where the disk is full or lines of a log wait."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
     try:

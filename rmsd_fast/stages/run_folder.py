@@ -131,7 +131,8 @@ def former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
     """Those of the checkpoint; before the first one, those that the run was started with. `stage1` from its end on."""
     written: dict = {}
     with suppress(OSError, ValueError):
-        written = dict(json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8")))
+        content = json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8"))
+        written = content if isinstance(content, dict) else {}
     if checkpoint is None:
         settings = settings_as_dict(load_settings(str(folder / "config.yaml"), [], resumed=True))
         return {**written, "settings": settings}

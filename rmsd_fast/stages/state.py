@@ -84,8 +84,8 @@ def count_skipped(state: RunState, settings: RunConfig, skipped: bool) -> None:
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if state.skipped_in_a_row >= settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
-            f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row; the weights are "
-            "those of the last good step. Lower the learning rate, or use model.dtype=float32 to look for the cause"
+            f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row, which changed "
+            "nothing. Lower the learning rate, or use model.dtype=float32 to look for the cause"
         )
 
 

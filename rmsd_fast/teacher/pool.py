@@ -29,7 +29,7 @@ from rmsd_fast.data.converters import RECORD_KEYS
 from rmsd_fast.data.errors import DataError, OtherFileError, counted, several_faults
 from rmsd_fast.data.json_records import parse_record
 from rmsd_fast.data.records import Question, parse_id
-from rmsd_fast.files import append_whole, write_text_atomic
+from rmsd_fast.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -135,25 +135,6 @@ def _lines(path: Path) -> Iterator[bytes]:
 def write_pool(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
     """Write a whole pool; the file appears complete or not at all."""
     write_text_atomic(path, "".join(_line(response) for response in responses))
-
-
-def append_responses(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
-    """Append to a pool, all of them or none, and bring them to disk.
-
-    Raises:
-        DataError: the file ends in a torn line, which an append would glue to its first line.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                raise DataError(
-                    f"{path}: expected the last line to end in a newline, got a torn line; remove that line"
-                )
-        append_whole(file, "".join(_line(response) for response in responses).encode())
-        os.fsync(file.fileno())
 
 
 def request_key(

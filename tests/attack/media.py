@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hostile_files import PROGRAMS, STRANGE_NAMES, is_magenta, make_hostile, make_secret, shown
-from kills import start
+from small_runs import start
 from train_runs import MINI, environment, only_run
 
 from rmsd_fast.data.media_cache import DiskCache

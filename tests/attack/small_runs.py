@@ -53,12 +53,12 @@ def differences(expected: dict, run: Path) -> str:
     return ", ".join(sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)))
 
 
-def resume(run_parent: Path, arguments: list[str], processes: int, writers: int, **others: str) -> tuple[Path, str]:
+def resume(run_parent: Path, arguments: list[str], processes: int, writers: int, **variables: str) -> tuple[Path, str]:
     """Continue what a kill left, by so many programs at once. Where it had made no folder with settings, start anew."""
     runs = [path for path in run_parent.iterdir() if (path / "config.yaml").is_file()]
     again = ["--resume", str(runs[0])] if runs else arguments
-    others = [start(again, processes, **others) for _ in range(writers if runs else 1)]
-    ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in others]
+    started = [start(again, processes, **variables) for _ in range(writers if runs else 1)]
+    ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in started]
     # Of several only one may write. The others are refused, or find the run finished. torchrun turns 2 into 1.
     refused = [end for end in ends if end[1] and "writes to this folder" in end[0]]
     faults = [end for end in ends if end[1] and end not in refused]
