@@ -82,9 +82,8 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(JsonLines, "_write", lambda self, line: OSError(errno.ENOSPC, "full"))
         metrics.log("sft", 2, {"loss": 2.0})
-        with pytest.raises(OSError, match="lines not written: 1"):
-            metrics.sync()
-        assert metrics.lines == 1
+        metrics.sync()
+        assert metrics.lines == 1 and len(metrics.waiting) == 1
     metrics.log("sft", 3, {"loss": 3.0})
     metrics.sync()
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3] and metrics.lines == 3

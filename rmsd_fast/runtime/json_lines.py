@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ class JsonLines:
         path: the file; the first record makes it.
         keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new
             file, None = all whole lines.
+        waiting: as the checkpoint has it; these lines follow.
     """
 
-    def __init__(self, path: Path, keep: int | None = 0) -> None:
+    def __init__(self, path: Path, keep: int | None = 0, waiting: Sequence[str] = ()) -> None:
         self._path = path
         self._file: FileIO | None = None
         # Lines to be written, and those written since the last fsync.
@@ -38,6 +39,8 @@ class JsonLines:
         self._unsynced: list[bytes] = []
         self._fault: OSError | None = None
         self._lines = self._cut(keep)
+        self._pending.extend(line.encode() + b"\n" for line in waiting)
+        self._write_pending()
 
     def _cut(self, keep: int | None) -> int:
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
@@ -54,13 +57,14 @@ class JsonLines:
         return len(kept)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read back the records in the file.
+        """Read back the records.
 
         Raises:
             CheckpointError: a line is damaged.
         """
         records = []
-        for number, line in enumerate(self._path.read_bytes().splitlines() if self._path.exists() else [], start=1):
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        for number, line in enumerate([*lines, *self._pending], start=1):
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
@@ -133,31 +137,32 @@ class JsonLines:
 
     @property
     def lines(self) -> int:
-        """Lines on disk, all of them after a `sync`: put it into a checkpoint's state and give it back as `keep`."""
+        """Lines on disk at the last `sync`, or later: put it into a checkpoint's state and give it back as `keep`."""
         return self._lines
 
-    def sync(self) -> None:
-        """Bring all lines to disk.
+    @property
+    def waiting(self) -> list[str]:
+        """Lines that the last `sync` could not bring to disk: put them into the checkpoint's state, too."""
+        return [line.decode().removesuffix("\n") for line in self._pending]
 
-        Raises:
-            OSError: lines are still in memory, since the disk is full or fails.
-        """
+    def sync(self) -> None:
+        """Bring all lines to disk, as far as it takes them."""
         self._write_pending()
         self._sync_written()
-        if self._pending:
-            assert self._fault is not None
-            words = f"{self._fault.strerror}, lines not written: {len(self._pending)}"
-            raise OSError(self._fault.errno, words, str(self._path))
-        self._fault = None
+        if not self._pending:
+            self._fault = None
 
     def close(self) -> None:
         """Close the file; a later record opens it again.
 
         Raises:
-            OSError: as `sync` does; the lines in memory are lost.
+            OSError: the disk is full or fails; the lines in memory are lost.
         """
         try:
             self.sync()
+            if self._fault is not None:
+                words = f"{self._fault.strerror}, lines not written: {len(self._pending)}"
+                raise OSError(self._fault.errno, words, str(self._path))
         finally:
             self._pending.clear()
             if self._file is not None:

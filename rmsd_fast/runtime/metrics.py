@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +48,7 @@ class MetricsLog:
         run_folder: gets `metrics.jsonl` and `tensorboard/<stage>/`.
         resume_lines: `lines` as the checkpoint has it; later lines (and a torn one) are cut off, later
             TensorBoard points are hidden. None = a new run.
+        resume_waiting: `waiting` as the checkpoint has it.
         totals: steps of each stage, for alarms that belong to the end of one.
         tensorboard: also write TensorBoard files.
         stream: where progress goes.
@@ -59,6 +60,7 @@ class MetricsLog:
         world: World,
         *,
         resume_lines: int | None = None,
+        resume_waiting: Sequence[str] = (),
         totals: Mapping[str, int] | None = None,
         tensorboard: bool = True,
         stream: TextIO | None = None,
@@ -76,7 +78,7 @@ class MetricsLog:
         self._shown_step, self._shown_at = 0, -math.inf
         if self._on:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0)
+            self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0, resume_waiting)
             for record in self._file.records():
                 if not isinstance(record.get("stage"), str) or not isinstance(record.get("step"), int):
                     raise CheckpointError(f"{self._folder / 'metrics.jsonl'}: expected stage and step in {record}")
@@ -86,15 +88,16 @@ class MetricsLog:
 
     @property
     def lines(self) -> int:
-        """Lines on disk, all of them after a `sync`: put it into a checkpoint's state, and back as `resume_lines`."""
+        """Lines on disk at the last `sync`, or later: put it into a checkpoint's state, and back as `resume_lines`."""
         return self._file.lines if self._on else 0
 
-    def sync(self) -> None:
-        """Bring all lines to disk.
+    @property
+    def waiting(self) -> list[str]:
+        """Lines that the last `sync` could not bring to disk; they belong into the checkpoint's state, too."""
+        return self._file.waiting if self._on else []
 
-        Raises:
-            OSError: lines are still in memory, since the disk is full or fails.
-        """
+    def sync(self) -> None:
+        """Bring all lines to disk, as far as it takes them."""
         if self._on:
             self._file.sync()
 

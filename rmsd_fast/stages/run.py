@@ -19,7 +19,7 @@ from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.records import Question
-from rmsd_fast.files import ENVIRONMENT_ADVICE, is_disk_error, write_text_atomic
+from rmsd_fast.files import write_text_atomic
 from rmsd_fast.models.export import export_student, fill_export
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.models.liger import describe_liger
@@ -52,7 +52,6 @@ class Run:
     """One run: `checkpoint` is the one that it continues from, None for a new run.
 
     logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
-    held_back: the last checkpoint was not written, since lines of a log were not.
     fingerprints: settings, and hashes of all that the run reads; `stage1` among them once that stage is done.
     """
 
@@ -67,7 +66,6 @@ class Run:
     fingerprints: dict
     checkpoint: Checkpoint | None = None
     skipped: int = 0
-    held_back: bool = False
     bad: float = 0.0
     seen: float = 0.0
     listed: set[tuple[str, str]] = field(default_factory=set)
@@ -109,10 +107,18 @@ def open_run(
     def open_logs() -> None:
         nonlocal metrics
         write_fingerprints(folder, fingerprints)
-        metrics = MetricsLog(folder, world, resume_lines=saved.get("metrics_lines", 0), totals=totals)
+        # What the disk had not taken when the checkpoint was written.
+        waiting = saved.get("waiting", {})
+        metrics = MetricsLog(
+            folder,
+            world,
+            resume_lines=saved.get("metrics_lines", 0),
+            resume_waiting=waiting.get("metrics", ()),
+            totals=totals,
+        )
         # A checkpoint of an earlier version does not count the lines of all of them: these are kept.
         kept = saved.get("log_lines", {}) if checkpoint else dict.fromkeys(LOGS, 0)
-        logs.update({name: JsonLines(folder / f"{name}.jsonl", keep=kept.get(name)) for name in LOGS})
+        logs.update({name: JsonLines(folder / f"{name}.jsonl", kept.get(name), waiting.get(name, ())) for name in LOGS})
         listed.update((record.get("stage"), record.get("id")) for record in logs["bad_media"].records())
 
     # By the main process: what it cannot open ends all of them.
@@ -124,21 +130,12 @@ def open_run(
     return run
 
 
-def sync_logs(run: Run) -> None:
-    """Bring the files that the run appends to to disk; an OSError where one lacks lines, after all were tried."""
-    _each([run.metrics.sync, *(file.sync for file in run.logs.values())])
-
-
 def close_logs(run: Run) -> None:
     """Close the files that the run appends to; an OSError where one lacks lines, after all are closed."""
-    _each([run.metrics.close, *(file.close for file in run.logs.values())])
-
-
-def _each(calls: list[Callable[[], object]]) -> None:
     faults = []
-    for call in calls:
+    for file in (run.metrics, *run.logs.values()):
         try:
-            call()
+            file.close()
         except (OSError, UserError) as error:
             faults.append(error)
     if faults:
@@ -372,23 +369,10 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
 
 
 def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> bool:
-    """One checkpoint unit, with an export of the student in it; False where the disk is full or lines of a log wait."""
+    """One checkpoint unit, with an export of the student in it; False where the disk is full."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
-    try:
-        on_main(run.world, lambda: sync_logs(run))
-        run.held_back = False
-    except OSError as error:
-        if not is_disk_error(error):
-            raise
-        # A resume from it would lack the lines that are not written. Of a file that can never be written, they are not
-        # worth more than one checkpoint.
-        run.held_back = not run.held_back
-        if run.world.is_main:
-            what = "no checkpoint" if run.held_back else "the checkpoint lacks lines"
-            log.warning("%s: %s; training goes on; %s", what, error, ENVIRONMENT_ADVICE[error.errno])
-        if run.held_back:
-            return False
+    on_main(run.world, lambda: [file.sync() for file in (run.metrics, *run.logs.values())])
     with state.policy.full_weights():
         return save_checkpoint(
             run.folder,
@@ -403,6 +387,7 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
                 "skipped_in_a_row": state.skipped_in_a_row,
                 "metrics_lines": run.metrics.lines,
                 "log_lines": {name: file.lines for name, file in run.logs.items()},
+                "waiting": {name: file.waiting for name, file in {"metrics": run.metrics, **run.logs}.items()},
                 "fingerprints": run.fingerprints,
             },
             writers={"export": lambda folder: fill_export(state.student, folder, **_origin(run, stage))},
