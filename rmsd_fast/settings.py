@@ -8,44 +8,20 @@ import inspect
 import math
 import os
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from rmsd_fast import config as config_module
-from rmsd_fast.config import FORMATS, RECIPES, STAGES, RunConfig, SettingsError
+from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
-from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.setting_rules import check_together, refuse_useless
 
-CHOICES = {
-    "packing": ("shared", "padded"),
-    "made.source": ("clips", "real_clips"),
-    "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("sdpa", "eager", "flash_attention_2"),
-    "model.liger": ("auto", "on", "off"),
-    "data.decoder": ("auto", "cpu", "cuda"),
-    "data.format": FORMATS,
-    "data.task_type": ("auto", *TASK_TYPES),
-    "teacher.parse": ("strict", "natural"),
-    "teacher.quality": ("metric", "uniform"),
-    "teacher.numeric_metric": ("epsilon", "mra"),
-    "teacher.ocr_metric": ("wer", "anls"),
-    "evaluate.parse": ("strict", "natural"),
-    "sft.schedule": ("cosine", "constant"),
-    "sft.responses": ("best", "all", "random"),
-    "discriminator.pairing": ("expected", "sampled"),
-    "discriminator.normalizer": ("pairs", "quality"),
-    "reward.normalization": ("gn_then_sum", "sum_then_gn"),
-    "distill.schedule": ("cosine", "constant"),
-    "distill.objective": ("policy", "sft"),
-    "distill.kl": ("k2", "k3", "full"),
-    "distill.aggregation": ("token_mean", "sequence_mean"),
-    "runtime.zero_stage": (0, 1, 2, 3),
-}
 # Settings of earlier versions and what to write instead.
 RENAMED = {
     "sft.micro_batch": "micro_tokens",
@@ -70,30 +46,20 @@ PATHS = [
     "model.path",
     "made.folder",
 ]
-# Lowest and highest value of the other numbers; None = no bound. Optional ones may be null.
-COUNT, NUMBER, SHARE, ABOVE_0 = (1, None), (0, None), (0, 1), (1e-12, None)
-RANGES = {
-    COUNT: "sft.steps sft.batch_size distill.steps distill.batch_size rollout.n micro_tokens "
-    "rollout.max_new_tokens rollout.prompts_per_batch rollout.log_questions teacher.responses evaluate.max_new_tokens "
-    "evaluate.prompts_per_batch data.decode_threads data.max_file_mib data.max_prompt_tokens checkpoint.keep "
-    "runtime.max_skipped_steps "
-    "made.train_clips made.heldout_clips made.responses made.student_layers "
-    "video.min_video_pixels video.max_video_pixels video.max_frame_pixels video.min_image_pixels "
-    "video.max_image_pixels",
-    NUMBER: "sft.lr sft.warmup_steps sft.weight_decay discriminator.lr discriminator.warm_up_steps "
-    "discriminator.warm_up_lr discriminator.score_l2 distill.lr distill.warmup_steps distill.weight_decay "
-    "distill.kl_coef reward.alpha reward.beta reward.eta reward.delta reward.kl_in_reward runtime.grad_clip "
-    "teacher.numeric_eps data.cache_mib data.decode_ahead data.embedding_cache_mib checkpoint.every_steps "
-    "rollout.log_every_steps "
-    "evaluate.max_questions evaluate.samples",
-    SHARE: "teacher.min_quality teacher.max_unanswered_share data.max_bad_share made.teacher_error_rate",
-    ABOVE_0: "rollout.temperature distill.tis_cap distill.sequence_mask_cap reward.score_clip video.fps",
-    (1e-12, 86400): "data.decode_timeout_s",
-    (1e-12, 1e6): "data.disk_cache_gib",
-    (2, None): "video.num_frames video.min_frames video.max_frames evaluate.num_frames",
-    (1, 6): "made.questions_per_clip",
-    (0, 2**32 - 1): "seed made.seed",
-}
+
+
+def _rules(owner: type, prefix: str = "") -> dict[str, Mapping[str, Any]]:
+    rules: dict[str, Mapping[str, Any]] = {}
+    for item in fields(owner):
+        if is_dataclass(item.default_factory):
+            rules |= _rules(item.default_factory, f"{prefix}{item.name}.")
+        elif item.metadata:
+            rules[f"{prefix}{item.name}"] = item.metadata
+    return rules
+
+
+# Choices or bounds of a setting, by its key: the metadata of its field.
+RULES = _rules(RunConfig)
 
 
 def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool = False) -> RunConfig:
@@ -117,7 +83,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
     # same file, with data.heldout on its command line.
     if not resumed and set(own_keys) != set(_keys(schema)):
         checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
-        _refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
+        refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
     for override in overrides:
         if "=" not in override:
             raise SettingsError(f"override {override!r}: expected section.field=value, e.g. distill.steps=20")
@@ -129,7 +95,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
     merged = _merge(merged, from_user, where="override")
     settings = OmegaConf.to_object(merged)
     _check(settings)
-    _refuse_useless(settings, _keys(from_user), where="override")
+    refuse_useless(settings, _keys(from_user), where="override")
     return settings
 
 
@@ -145,37 +111,6 @@ def to_yaml(settings: RunConfig) -> str:
 def settings_as_dict(settings: RunConfig) -> dict:
     """Plain nested dict of all settings, for fingerprints and JSON."""
     return OmegaConf.to_container(OmegaConf.structured(settings))
-
-
-def uses_reference(settings: RunConfig) -> bool:
-    """Whether stage 2 scores its rollouts with the stage-1 student."""
-    policy = "distill" in settings.stages and settings.distill.objective == "policy"
-    return policy and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
-
-
-def uses_discriminator(settings: RunConfig) -> bool:
-    """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
-    late = "warm_up" in settings.stages or "distill" in settings.stages
-    return late and settings.reward.alpha > 0 and settings.distill.objective == "policy"
-
-
-def uses_frozen_tower(settings: RunConfig) -> bool:
-    """Whether any stage encodes media apart from the training passes, with a tower that does not change."""
-    late = {"warm_up", "distill"} & set(settings.stages)
-    imitates = {"sft": settings.sft} if "sft" in settings.stages else {}
-    imitates |= {"distill": settings.distill} if late and settings.distill.objective == "sft" else {}
-    frozen = [not stage.train_vision and settings.runtime.zero_stage < 3 for stage in imitates.values()]
-    return any(frozen) or bool(late and settings.distill.objective == "policy" and not settings.distill.train_vision)
-
-
-def check_room(settings: RunConfig, response: int, what: str) -> None:
-    """Raise SettingsError where the longest prompt and a response of so many tokens do not fit one forward pass."""
-    longest = settings.data.max_prompt_tokens + response
-    if settings.micro_tokens < longest:
-        raise SettingsError(
-            f"micro_tokens: expected room for data.max_prompt_tokens={settings.data.max_prompt_tokens} and {what} "
-            f"({response} tokens) together, {longest}, got {settings.micro_tokens}; raise it, or lower these"
-        )
 
 
 def describe_settings() -> str:
@@ -264,7 +199,7 @@ def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
             OmegaConf.update(given, key, "")
         # YAML reads a bare `on` or `off` as true or false.
         value = OmegaConf.select(given, key)
-        if isinstance(value, bool) and "on" in CHOICES.get(key, ()):
+        if isinstance(value, bool) and "on" in RULES.get(key, {}).get("choices", ()):
             OmegaConf.update(given, key, "on" if value else "off")
     try:
         return OmegaConf.merge(schema, given)
@@ -309,20 +244,36 @@ def _value(settings: RunConfig, key: str):
     return settings
 
 
+def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
+    """Refuse a value outside of its field's choices or bounds; an optional one may be None."""
+    choices = rule.get("choices")
+    if choices and value not in choices:
+        if key == "distill.kl" and value == "k1":
+            raise SettingsError(
+                "distill.kl=k1: as a loss its gradient is zero in expectation; write reward.kl_in_reward=<weight> "
+                "for k1 as a reward, or distill.kl=k2, k3 or full"
+            )
+        raise SettingsError(f"{key}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+    if choices or value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{key}: expected a finite number, got {value}")
+    least, above, most = (rule[name] for name in ("least", "above", "most"))
+    if (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most):
+        return
+    if least is not None and most is not None:
+        expected = f"{least} to {most}"
+    else:
+        low = f"at least {least}" if least is not None else f"a number above {above}"
+        expected = low if most is None else f"{low} and at most {most:g}"
+    raise SettingsError(f"{key}: expected {expected}, got {value}")
+
+
 def _check(settings: RunConfig) -> None:
-    for key, choices in CHOICES.items():
-        if _value(settings, key) not in choices:
-            if key == "distill.kl" and settings.distill.kl == "k1":
-                raise SettingsError(
-                    "distill.kl=k1: as a loss its gradient is zero in expectation; write reward.kl_in_reward=<weight> "
-                    "for k1 as a reward, or distill.kl=k2, k3 or full"
-                )
-            allowed = ", ".join(map(str, choices))
-            raise SettingsError(f"{key}: expected one of {allowed}, got {_value(settings, key)!r}")
+    for key, rule in RULES.items():
+        _check_value(key, _value(settings, key), rule)
     for key in _keys(OmegaConf.structured(settings)):
         value = _value(settings, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f"{key}: expected a finite number, got {value}")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise SettingsError(f"{key}: expected text without NUL and half characters, got {value!r}")
     for key in PATHS:
@@ -331,141 +282,4 @@ def _check(settings: RunConfig) -> None:
                 f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the whole "
                 "path, or one relative to the current folder"
             )
-    for (low, high), keys in RANGES.items():
-        for key in keys.split():
-            value = _value(settings, key)
-            # Written so that NaN fails too.
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                expected = f"at least {low}" if high is None else f"{low} to {high}"
-                raise SettingsError(f"{key}: expected {expected if low != 1e-12 else 'a number above 0'}, got {value}")
-    if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
-        raise SettingsError(
-            f"stages: expected some of {list(STAGES)}, in this order, got {settings.stages}; e.g. stages=[sft]"
-        )
-    if "warm_up" in settings.stages and not uses_discriminator(settings):
-        raise SettingsError(
-            "stages: warm_up trains the discriminator, and with reward.alpha=0 or distill.objective=sft there is none; "
-            "leave it out, e.g. stages=[sft,distill]"
-        )
-    video = settings.video
-    if (video.num_frames is None) == (video.fps is None):
-        raise SettingsError(
-            "video.num_frames and video.fps exclude each other: write video.num_frames=null with video.fps=2, "
-            f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
-        )
-    for low, high in (
-        ("min_frames", "max_frames"),
-        ("min_video_pixels", "max_video_pixels"),
-        ("min_image_pixels", "max_image_pixels"),
-    ):
-        least, most = getattr(video, low), getattr(video, high)
-        if least > most:
-            raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of them")
-    if {"warm_up", "distill"} & set(settings.stages) and settings.distill.objective == "policy":
-        # The discriminator reads rollouts that were cut with an end token.
-        check_room(settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end")
-    if not settings.name or "/" in settings.name:
-        raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
-
-
-def _refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
-    """Raise for a setting that was written but changes nothing in the chosen mode."""
-    stages, distill = settings.stages, settings.distill
-    late = "warm_up" in stages or "distill" in stages
-    control = distill.objective == "sft"
-    warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
-    own_clips = settings.made.enabled and settings.made.source == "clips"
-    # (settings, whether they have no effect, why and what to write); a name that ends in "." is a whole section
-    rules = [
-        (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
-        (
-            [f"distill.{f.name}" for f in fields(distill) if f.name not in ("batch_size", "train_vision")],
-            "distill" not in stages,
-            "stage distill is not in stages; add it to stages",
-        ),
-        (["distill."], not late, "no stage uses it; add warm_up or distill to stages"),
-        (["reward."], late and "distill" not in stages, "the warm-up pays no rewards; add distill to stages"),
-        (["reward.score_clip"], not judged, "no discriminator is trained; give reward.alpha > 0"),
-        (["model.attention"], settings.packing == "shared", "shared prompts have their own; write packing=padded"),
-        (
-            ["teacher.min_quality"],
-            not judged or settings.teacher.quality == "uniform",
-            "it filters what the discriminator is matched with, by a quality that is not uniform",
-        ),
-        (
-            ["made.student_hidden", "made.student_layers"],
-            bool(settings.model.path),
-            "model.path names the student",
-        ),
-        (
-            ["made.responses", "made.teacher_error_rate"],
-            bool(settings.teacher.pool),
-            "teacher.pool names the pool",
-        ),
-        (["rollout.", "reward."], not late, "no stage makes rollouts; add warm_up or distill to stages"),
-        (
-            [
-                "reward.",
-                "rollout.",
-                "distill.kl",
-                "distill.kl_coef",
-                "distill.tis_cap",
-                "distill.sequence_mask_cap",
-                "distill.aggregation",
-            ],
-            control,
-            "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
-        ),
-        (
-            ["rollout.log_questions"],
-            settings.rollout.log_every_steps == 0,
-            "rollout.log_every_steps is 0, so no rollouts are written; write rollout.log_every_steps=10",
-        ),
-        (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
-        (
-            [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],
-            "sft" not in stages,
-            "stage sft is not in stages; the control takes distill.* for it",
-        ),
-        (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
-        (
-            ["discriminator.warm_up_steps", "discriminator.warm_up_lr"],
-            not warm_up,
-            "stage warm_up is not in stages; add it to stages",
-        ),
-        (["discriminator.lr"], "distill" not in stages, "stage distill is not in stages; add it to stages"),
-        (
-            [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
-            not settings.made.enabled,
-            "nothing is made; write made.enabled=true",
-        ),
-        (
-            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip"],
-            not own_clips,
-            "the real clips are what they are; write made.source=clips",
-        ),
-        (
-            ["video.min_frames", "video.max_frames"],
-            settings.video.num_frames is not None,
-            "they bound video.fps, and video.num_frames is given",
-        ),
-        (
-            ["evaluate."],
-            not settings.data.heldout and not settings.made.enabled,
-            "there is nothing to evaluate on; give data.heldout",
-        ),
-        (["data.task_type"], settings.data.format == "rmsd", "records of our own format name their task type"),
-        (["data.disk_cache_gib"], not settings.data.disk_cache, "there is no data.disk_cache; name a folder"),
-        (
-            ["data.embedding_cache_mib"],
-            not uses_frozen_tower(settings),
-            "embeddings are kept only where the vision tower is frozen, and not in stage 1 under ZeRO-3; set "
-            "distill.train_vision=false or sft.train_vision=false",
-        ),
-        (["teacher.numeric_eps"], settings.teacher.numeric_metric != "epsilon", "teacher.numeric_metric is mra"),
-        (["runtime.offload_optimizer"], settings.runtime.zero_stage == 0, "ZeRO-0 keeps it; use runtime.zero_stage=2"),
-    ]
-    for prefixes, useless, reason in rules:
-        for key in given:
-            if useless and any(key == name or (name.endswith(".") and key.startswith(name)) for name in prefixes):
-                raise SettingsError(f"{where}: {key} has no effect: {reason}, or leave {key} out")
+    check_together(settings)

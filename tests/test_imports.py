@@ -23,6 +23,7 @@ LEVELS = {
     "command_line": 1,
     "files": 1,
     "process": 1,
+    "setting_rules": 1,
     "settings": 1,
     "method": 1,
     "data": 2,
@@ -43,7 +44,9 @@ SAME_LEVEL = {
     ("files", "config"),  # the kind of error
     ("settings", "files"),
     ("settings", "config"),  # the filling of the dataclasses
-    ("settings", "method"),  # the task types among the choices
+    ("settings", "setting_rules"),
+    ("setting_rules", "config"),
+    ("config", "method"),  # the task types among the choices
     ("train", "evaluate"),
     ("train", "report"),
     ("program", "runtime"),

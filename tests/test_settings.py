@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
-from rmsd_fast.settings import describe_settings, load_settings, save_settings
+from rmsd_fast.settings import RULES, describe_settings, load_settings, save_settings
 from rmsd_fast.stages.plan import count_parameters, describe_plan
 
 ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -256,3 +256,34 @@ def test_a_recipe_cannot_copy_the_environment(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text('name: "a\\0b"\n')
     with pytest.raises(SettingsError, match="name: expected text without NUL"):
         load_settings(str(tmp_path / "x.yaml"))
+
+
+def number_fields(owner: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Fields of all sections that hold a number, optional or not, by key."""
+    found = {}
+    for item in dataclasses.fields(owner):
+        if dataclasses.is_dataclass(item.default_factory):
+            found |= number_fields(item.default_factory, f"{prefix}{item.name}.")
+        elif set(item.type.split(" | ")) & {"int", "float"}:
+            found[f"{prefix}{item.name}"] = item
+    return found
+
+
+@pytest.mark.parametrize("key", number_fields())
+def test_every_number_has_bounds_that_are_checked(key):
+    rule = RULES[key]
+    if "choices" in rule:
+        wrong = [max(rule["choices"]) + 1]
+    else:
+        assert (rule["least"] is None) != (rule["above"] is None)
+        wrong = [rule["above"] if rule["least"] is None else rule["least"] - 1]
+        wrong += [] if rule["most"] is None else [rule["most"] + 1]
+    for value in wrong:
+        written = str(int(value)) if number_fields()[key].type.startswith("int") else str(value)
+        with pytest.raises(SettingsError, match=rf"{key}: expected .*, got "):
+            load_settings("", [f"{key}={written}"])
+
+
+def test_a_value_above_both_bounds_names_them():
+    with pytest.raises(SettingsError, match="expected a number above 0 and at most 86400, got 100000.0"):
+        load_settings("", ["data.decode_timeout_s=100000"])

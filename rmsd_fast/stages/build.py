@@ -18,7 +18,7 @@ from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.distributed import Engine, World
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.settings import check_room, uses_discriminator, uses_reference
+from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import RunState
 from rmsd_fast.teacher.targets import Targets, build_targets

@@ -19,7 +19,7 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.runtime.distributed import any_rank, global_sum
-from rmsd_fast.settings import uses_discriminator
+from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, set_advantages
 from rmsd_fast.stages.judge import judge, judge_metrics
 from rmsd_fast.stages.state import (

@@ -11,7 +11,7 @@ import torch
 from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.models.folders import find_folder, open_folder
-from rmsd_fast.settings import uses_discriminator, uses_reference
+from rmsd_fast.setting_rules import uses_discriminator, uses_reference
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import check_batches
 
