@@ -115,7 +115,7 @@ class DataConfig:
     """Questions and their media."""
 
     train: str = ""
-    """Training questions, JSONL (format in README)."""
+    """Training questions, JSONL (format in docs/data.md)."""
     heldout: str = ""
     """Evaluation questions, JSONL; empty = no evaluation."""
     format: str = "auto"
@@ -161,7 +161,7 @@ class TeacherConfig:
     """The teacher pool: the only thing training sees of a teacher."""
 
     pool: str = ""
-    """Teacher responses, JSONL (format in README)."""
+    """Teacher responses, JSONL (format in docs/data.md)."""
     responses: int = 4
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
     parse: str = "natural"
