@@ -6,7 +6,7 @@ Variants, per seed (clips, teacher, initial weights and order all change with it
 
 - full: the recipe as it is (untrained, stage 1, stage 2);
 - control: from the full run's stage 1, as many further steps of the same size and learning rate, imitating T_best;
-- single: stage 1 alone on one response per question, taken as it comes (`teacher.responses=1 sft.target=random`).
+- single: stage 1 alone on one response per question, taken as it comes (`teacher.responses=1 sft.responses=random`).
 
 Runs go one after the other and are kept: an interrupted call goes on where it was. The output folder gets `table.md`,
 `accuracy.json`, every answer (`predictions/<student>.jsonl`) and `picture.svg` of the first seed's run.
@@ -64,7 +64,7 @@ def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variant
             control = run(recipe, work / f"control-{seed}", [*own, *changes])
             keep("control", seed, control / "predictions" / "stage2.jsonl")
         if "single" in variants:
-            changes = ["stages=[sft]", "teacher.responses=1", "sft.target=random"]
+            changes = ["stages=[sft]", "teacher.responses=1", "sft.responses=random"]
             single = run(recipe, work / f"single-{seed}", [*own, *changes])
             keep("single", seed, single / "predictions" / "stage1.jsonl")
     return found

@@ -130,7 +130,7 @@ class DataConfig:
     """Questions and their media."""
 
     train: str = ""
-    """Training questions, JSONL (format in README)."""
+    """Training questions, JSONL (format in docs/data.md)."""
     heldout: str = ""
     """Evaluation questions, JSONL; empty = no evaluation."""
     format: str = choice("auto", of=FORMATS)
@@ -176,7 +176,7 @@ class TeacherConfig:
     """The teacher pool: the only thing training sees of a teacher."""
 
     pool: str = ""
-    """Teacher responses, JSONL (format in README)."""
+    """Teacher responses, JSONL (format in docs/data.md)."""
     responses: int = number(4, least=1)
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
     parse: str = choice("natural", of=("strict", "natural"))
