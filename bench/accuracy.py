@@ -46,6 +46,13 @@ def run(recipe: str, folder: Path, overrides: list[str]) -> Path:
     return path
 
 
+# Settings of a variant, which may name the stage-1 student of the full run, and the student that it gives.
+VARIANTS = {
+    "control": (["stages=[distill]", "distill.objective=sft", "model.path={stage1}"], "stage2"),
+    "single": (["stages=[sft]", "teacher.responses=1", "sft.responses=random"], "stage1"),
+}
+
+
 def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variants: list[str]) -> dict[str, list[dict]]:
     """Records of every student over all seeds, ids made unique by the seed."""
     found: dict[str, list[dict]] = {}
@@ -59,14 +66,10 @@ def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variant
         full = run(recipe, work / f"full-{seed}", own)
         for student in ("untrained", "stage1", "stage2"):
             keep(student, seed, full / "predictions" / f"{student}.jsonl")
-        if "control" in variants:
-            changes = ["stages=[distill]", "distill.objective=sft", f"model.path={full / 'stage1'}"]
-            control = run(recipe, work / f"control-{seed}", [*own, *changes])
-            keep("control", seed, control / "predictions" / "stage2.jsonl")
-        if "single" in variants:
-            changes = ["stages=[sft]", "teacher.responses=1", "sft.responses=random"]
-            single = run(recipe, work / f"single-{seed}", [*own, *changes])
-            keep("single", seed, single / "predictions" / "stage1.jsonl")
+        for name in variants:
+            changes, student = VARIANTS[name]
+            path = run(recipe, work / f"{name}-{seed}", [*own, *(c.format(stage1=full / "stage1") for c in changes)])
+            keep(name, seed, path / "predictions" / f"{student}.jsonl")
     return found
 
 
@@ -97,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", default=["control", "single"], choices=["control", "single"])
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where the runs go")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="settings of every run, a.b=c")

@@ -386,3 +386,11 @@ def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed()
     every = {(bench, name) for cases in (CASES, CONDITIONS) for bench, names in cases.items() for name in names}
     every |= {("shared_prefix", name) for name in SHARED_CASES} | {("step", name) for name in STEP_CASES}
     assert every > CLAIM_CASES
+
+
+def test_variants_of_the_accuracy_benchmark_are_settings(tmp_path):
+    from bench.accuracy import VARIANTS
+    from rmsd_fast.settings import load_settings
+
+    for changes, _ in VARIANTS.values():
+        load_settings("quickstart", [change.format(stage1=tmp_path) for change in changes])
