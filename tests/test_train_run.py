@@ -21,12 +21,13 @@ from processes import wait_until_gone
 from safetensors.torch import load_file
 from train_runs import MACHINE, command, environment, made_files, metrics, mini_arguments, only_run, run_train
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
 from rmsd_fast.runtime.alarms import CONDITIONS
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.world import World
+from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import run as stage_run
 from rmsd_fast.stages import run_folder
 
@@ -462,6 +463,22 @@ def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path
     assert process.returncode == 1, errors[-2000:]
     assert errors.count(f"continue with --resume {run}") == 1 and "Stopped" not in errors
     assert not (run / "predictions" / "untrained.jsonl").exists()
+
+
+def test_changes_to_a_complete_stage_are_errors_before_the_next_one_has_a_checkpoint():
+    """Its steps are done; only more of them would change anything."""
+    former = RunConfig()
+    former.sft.steps = 4
+    state = {"stage": "sft", "step": 4, "fingerprints": {"settings": settings_as_dict(former)}}
+    now = RunConfig()
+    now.sft.steps, now.sft.lr = 4, 1e-4
+    with pytest.raises(SettingsError, match="sft.lr=0.0001 has no effect, 4 of 4 steps of sft are done"):
+        run_folder._refuse_late_changes(now, state)
+    now.sft.steps = 6
+    run_folder._refuse_late_changes(now, state)
+    now.sft.steps = 3
+    with pytest.raises(SettingsError, match="sft.steps=3 has no effect"):
+        run_folder._refuse_late_changes(now, state)
 
 
 @pytest.mark.parametrize("content", ["[1, null]", "", "3", "{", "null"])

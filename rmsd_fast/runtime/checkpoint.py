@@ -163,7 +163,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
         )
     if world.is_main:
         log.warning(
-            "%s not written (%s); training goes on, the former checkpoint stays; free some space, or see to the disk",
+            "%s not written (%s); training goes on without it; free some space, or see to the disk",
             name,
             texts["full"],
         )

@@ -125,6 +125,8 @@ def open_run(
     on_main(world, open_logs)
     metrics = metrics or MetricsLog(folder, world, totals=totals)
     run = Run(settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint, listed=listed)
+    if resumed and checkpoint is None:
+        metrics.message("no checkpoint yet: the run starts at its beginning")
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run

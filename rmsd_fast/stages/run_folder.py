@@ -149,17 +149,18 @@ def write_fingerprints(folder: Path, fingerprints: dict) -> None:
 
 
 def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
-    """Refuse other settings of stages that others followed, and fewer steps of the last one than are done."""
+    """Refuse other settings of stages that are complete, and fewer steps of the last one than are done."""
     former = state["fingerprints"]["settings"]
     now = settings_as_dict(settings)
     for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
         section, steps = STEPS[stage]
-        if stage == state["stage"]:
-            late = [steps] if now[section][steps] < state["step"] else []
-        else:
+        # More steps of the last stage are allowed, also where it is complete.
+        if stage != state["stage"] or state["step"] == former[section][steps] == now[section][steps]:
             # The discriminator's section has settings of both its stages.
             names = ("warm_up_steps", "warm_up_lr") if stage == "warm_up" else now[section]
             late = [name for name in names if now[section][name] != former[section].get(name)]
+        else:
+            late = [steps] if now[section][steps] < state["step"] else []
         if late:
             done = state["step"] if stage == state["stage"] else former[section][steps]
             raise SettingsError(
