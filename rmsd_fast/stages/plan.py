@@ -123,11 +123,8 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
     try:
         folder = find_folder(path)
         if folder is None:
-            return (
-                None,
-                f"model.path: {path}, not a folder here; as a model of the Hub not downloaded yet: the run fetches it from the Hub",
-                "",
-            )
+            where = "not a folder here; as a Hub name, not downloaded yet: the run fetches it from the Hub"
+            return None, f"model.path: {path}, {where}", ""
         opening = open_folder(folder).response_opening
     except ModelError as error:
         return None, "", str(error)
