@@ -143,8 +143,8 @@ lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff format --check .
 
 # Half an hour on two cores. Each program ends with a table and leaves the folders of what failed; all of them are run.
-ATTACKS := "kills.py --random 5 --operations 5 --full 3 --writers 2" \
-	"kills.py --random 2 --operations 2 --full 1 --writers 1 --processes 2" \
+ATTACKS := "kills.py --random 4 --operations 4 --full 2 --writers 1" \
+	"kills.py --random 2 --operations 1 --full 1 --writers 1 --processes 2" \
 	"damage.py --every 6" "signals.py --every 10" "signals.py --every 16 --processes 2" "streams.py" \
 	"not_finite.py --every 6" "not_finite.py --every 16 --processes 2" "media.py"
 

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from small_runs import differences, result
+from small_runs import differences, end, result
 from train_runs import command, environment, metrics, mini_arguments, only_run
 
 from rmsd_fast.files import read_tensors
@@ -236,11 +236,7 @@ def main() -> int:
     print(f"| {options.processes} process(es), poisoned | right | wrong |\n|---|---|---|")
     for sort, (right, wrong) in counted.items():
         print(f"| {sort} | {right} | {wrong} |")
-    right, failed = (sum(counts[index] for counts in counted.values()) for index in (0, 1))
-    if not failed:
-        shutil.rmtree(work)
-    # Without a case nothing was tested.
-    return 1 if failed or not right else 0
+    return end(counted.values(), work)
 
 
 if __name__ == "__main__":

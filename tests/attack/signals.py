@@ -24,7 +24,7 @@ from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_runs import differences, kill_all, of_run, own_traceback, processes_of, resume, start, uninterrupted
+from small_runs import differences, end, kill_all, of_run, own_traceback, processes_of, resume, start, uninterrupted
 from train_runs import mini_arguments, only_run
 
 MOST_S = 10.0
@@ -230,11 +230,7 @@ def main() -> int:
     print(f"| {processes} process(es) | equal | failed | missed | slowest end, s |\n|---|---|---|---|---|")
     for phase, (equal, failed, missed, slowest) in counted.items():
         print(f"| {phase} | {equal} | {failed} | {missed} | {slowest:.1f} |")
-    passed, failed = (sum(counts[index] for counts in counted.values()) for index in (0, 1))
-    if not failed:
-        shutil.rmtree(work)
-    # Without a case nothing was tested.
-    return 1 if failed or not passed else 0
+    return end(counted.values(), work)
 
 
 if __name__ == "__main__":

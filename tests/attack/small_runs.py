@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -127,3 +129,13 @@ def own_traceback(errors: str) -> str:
         if "/rmsd_fast/" in block or "[rank" in block:
             return block.splitlines()[-1]
     return ""
+
+
+def end(counted: Iterable[Sequence[float]], work: Path) -> int:
+    """The exit code of an attack, from its counts (passed, failed, …); the folder of its runs is kept if one failed."""
+    rows = list(counted)
+    passed, failed = (sum(row[index] for row in rows) for index in (0, 1))
+    if not failed:
+        shutil.rmtree(work)
+    # Without a case nothing was tested.
+    return 1 if failed or not passed else 0

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_runs import differences, kill_all, uninterrupted
+from small_runs import differences, end, kill_all, uninterrupted
 from train_runs import command, environment, mini_arguments, only_run
 
 LONGEST_S = 150
@@ -214,11 +214,7 @@ def main() -> int:
     print("| streams | equal | failed |\n|---|---|---|")
     for processes, (equal, failed) in counted.items():
         print(f"| {processes} process(es) | {equal} | {failed} |")
-    passed, failed = (sum(counts[index] for counts in counted.values()) for index in (0, 1))
-    if not failed:
-        shutil.rmtree(work)
-    # Without a case nothing was tested.
-    return 1 if failed or not passed else 0
+    return end(counted.values(), work)
 
 
 if __name__ == "__main__":
