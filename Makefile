@@ -142,7 +142,7 @@ lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# Half an hour on two cores. Each program ends with a table and leaves the folders of what failed; all of them are run.
+# Each program ends with a table and leaves the folders of what failed; all of them are run.
 ATTACKS := "kills.py --random 4 --operations 4 --full 2 --writers 1" \
 	"kills.py --random 2 --operations 1 --full 1 --writers 1 --processes 2" \
 	"damage.py --every 6" "signals.py --every 10" "signals.py --every 16 --processes 2" "streams.py" \

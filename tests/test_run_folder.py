@@ -1,0 +1,88 @@
+"""The folder of a run: what tells that a run continues what was begun in it, and lines that wait for the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.world import World
+from rmsd_fast.settings import settings_as_dict
+from rmsd_fast.stages import run as stage_run
+from rmsd_fast.stages import run_folder
+
+
+def test_changes_to_a_complete_stage_are_errors_before_the_next_one_has_a_checkpoint():
+    """Its steps are done; only more of them would change anything."""
+    former = RunConfig()
+    former.sft.steps = 4
+    state = {"stage": "sft", "step": 4, "fingerprints": {"settings": settings_as_dict(former)}}
+    now = RunConfig()
+    now.sft.steps, now.sft.lr = 4, 1e-4
+    with pytest.raises(SettingsError, match="sft.lr=0.0001 has no effect, 4 of 4 steps of sft are done"):
+        run_folder._refuse_late_changes(now, state)
+    now.sft.steps = 6
+    run_folder._refuse_late_changes(now, state)
+    now.sft.steps = 3
+    with pytest.raises(SettingsError, match="sft.steps=3 has no effect"):
+        run_folder._refuse_late_changes(now, state)
+
+
+@pytest.mark.parametrize("content", ["[1, null]", "", "3", "{", "null"])
+def test_damaged_fingerprints_are_those_of_the_checkpoint(tmp_path, content):
+    (tmp_path / run_folder.FINGERPRINTS).write_text(content)
+    checkpoint = SimpleNamespace(state={"fingerprints": {"files": {"train": "00"}}})
+    assert run_folder.former_fingerprints(tmp_path, checkpoint) == {"files": {"train": "00"}}
+
+
+def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
+    """A kill before `stage1/` is replaced must not leave a record that the former one agrees with."""
+    fingerprints = {"settings": {}, "stage1": {"model.safetensors": "00"}}
+    run_folder.write_fingerprints(tmp_path, fingerprints)
+    run = SimpleNamespace(folder=tmp_path, fingerprints=fingerprints, world=World(0, 1, 0, torch.device("cpu")))
+    assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {
+        "stage1": {"model.safetensors": "00"}
+    }
+    stage_run.forget_stage1(run)
+    assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
+
+
+def test_lines_that_the_disk_does_not_take_are_in_the_checkpoint(tmp_path, monkeypatch):
+    states = []
+    monkeypatch.setattr(stage_run, "save_checkpoint", lambda *args, state, **_: states.append(state) or True)
+    log, metrics = JsonLines(tmp_path / "rollouts.jsonl"), JsonLines(tmp_path / "metrics.jsonl")
+    run = stage_run.Run(
+        RunConfig(), World(0, 1, 0, torch.device("cpu")), tmp_path, None, None, metrics, {"rollouts": log}, None, {}
+    )
+    state = SimpleNamespace(policy=SimpleNamespace(full_weights=nullcontext), student=None, skipped_in_a_row=0)
+
+    def save(step):
+        for file in (log, metrics):
+            file.append({"n": step})
+        assert stage_run.save(run, "sft", step, state, {})
+        return states[-1]
+
+    save(1)
+    with monkeypatch.context() as failing:
+        write = JsonLines._write
+        failing.setattr(
+            JsonLines,
+            "_write",
+            lambda self, line: OSError(errno.EIO, os.strerror(errno.EIO)) if self is log else write(self, line),
+        )
+        save(2)
+        saved = save(3)
+    assert saved["metrics_lines"] == 3 and saved["log_lines"] == {"rollouts": 1}
+    assert saved["waiting"] == {"metrics": [], "rollouts": ['{"n": 2}', '{"n": 3}']}
+    # A run that is resumed from it has them, whatever came after.
+    assert save(4)["waiting"] == {"metrics": [], "rollouts": []}
+    again = JsonLines(tmp_path / "rollouts.jsonl", saved["log_lines"]["rollouts"], saved["waiting"]["rollouts"])
+    assert [record["n"] for record in again.records()] == [1, 2, 3]
+    again.sync()
+    assert again.lines == 3
