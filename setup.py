@@ -104,7 +104,7 @@ def native_extensions() -> list[Extension]:
 
 extensions = native_extensions()
 setup(
-    packages=[*find_packages(include=["rmsd_fast", "rmsd_fast.*"]), "rmsd_kernels"],
+    packages=[*find_packages(include=["rmsd_fast", "rmsd_fast.*"]), *find_packages("kernels")],
     ext_modules=extensions,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

@@ -32,7 +32,7 @@ from bench.peers import Unavailable, logprob_weights
 from bench.row_settings import FIRST, MEDIA_WARPS, OTHER_STAGES, Media, PolicyRows, Setting, default_setting, registers
 from bench.section_log import NO_TIME, seconds_left
 from rmsd_fast.losses import linear_logprob
-from rmsd_kernels.chunks import chunk_rows, default_budget
+from rmsd_kernels.heads.chunks import chunk_rows, default_budget
 
 _CHUNKS = (512, 1024, 1664, 2048, 3328, 4096, 8192)
 # A point of a sweep takes less, compilation included.

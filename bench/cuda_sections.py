@@ -96,8 +96,9 @@ def _correctness(run: Run) -> list[str]:
 
 def test_files() -> list[Path]:
     """Those with tests for CUDA or vLLM; the others take a while to import."""
-    first = [ROOT / "tests" / f"test_{name}.py" for name in FIRST_TESTS]
-    others = sorted(set((ROOT / "tests").glob("test_*.py")) - set(first))
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    first = [path for name in FIRST_TESTS for path in tests if path.name == f"test_{name}.py"]
+    others = [path for path in tests if path not in first]
     return [path for path in (*first, *others) if _has_mark(path)]
 
 

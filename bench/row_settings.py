@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bench.peers import CLIP, KL_COEF, Unavailable
 from rmsd_kernels import video_patches
+from rmsd_kernels.heads.torch_rows import PolicyTerms, RowInputs
 from rmsd_kernels.implementations import can_run_triton
-from rmsd_kernels.torch_rows import PolicyTerms, RowInputs
 
 
 class Setting(NamedTuple):
@@ -79,12 +79,12 @@ class PolicyRows:
         name = "triton_rows" if can_run_triton(self.logits) else "torch_rows"
         settings = (KL_COEF, None, CLIP, CLIP, 0.0)
         terms = PolicyTerms(self.scale, self.advantage, None, self.ref_logp, "k3", *settings)
-        importlib.import_module(f"rmsd_kernels.{name}").policy_(self.logits, self.inputs, terms)
+        importlib.import_module(f"rmsd_kernels.heads.{name}").policy_(self.logits, self.inputs, terms)
 
     def launcher(self, setting: Setting) -> Callable[[], Any]:
         """A call that launches the kernel with the setting on logits, in place. Raises: Unavailable."""
         _need_triton(self.logits)
-        from rmsd_kernels import triton_rows
+        from rmsd_kernels.heads import triton_rows
         from rmsd_kernels.triton_launch import row_vectors
 
         stats = triton_rows._new_stats(self.logits, False)
@@ -125,7 +125,7 @@ class Media:
     def launcher(self, warps: int) -> Callable[[], Any]:
         """A call that launches the kernel with so many warps and writes self.out. Raises: Unavailable."""
         _need_triton(self.half)
-        from rmsd_kernels import triton_video_patches as video
+        from rmsd_kernels.video import triton_patches as video
 
         count, channels, in_height, in_width = self.frames.shape
         device = self.frames.device

@@ -49,14 +49,15 @@ def contents(folder: Path) -> tuple[str, set[str]]:
 def sources_that_belong_in_a_wheel() -> set[str]:
     fast = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast").rglob("*.py")}
     recipes = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast" / "recipes").glob("*.yaml")}
-    kernels = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels" / "rmsd_kernels").glob("*.py")}
+    kernels = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")}
     assert fast and recipes and kernels
     return {path.as_posix() for path in fast | recipes | kernels}
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
     """A folder without `__init__.py` works in the source tree and is missing from the wheel."""
-    folders = {path.parent for path in (ROOT / "rmsd_fast").rglob("*.py")}
+    sources = [path for part in ("rmsd_fast", "kernels/rmsd_kernels") for path in (ROOT / part).rglob("*.py")]
+    folders = {path.parent for path in sources}
     bare = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file())
     assert not bare, f"add an __init__.py to {bare}"
 

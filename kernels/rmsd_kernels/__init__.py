@@ -4,17 +4,17 @@ of video frames.
 Depends on torch, never on rmsd_fast; nothing compiled is loaded on import. `rmsd_fast.losses` documents them.
 """
 
-from .discriminator import discriminator_loss, last_token_values, pairwise_discriminator_loss
-from .linear_cross_entropy import linear_cross_entropy
-from .linear_divergence import linear_divergence
-from .linear_logprob import linear_logprob
-from .linear_policy_loss import linear_policy_loss
-from .policy_formula import PolicyLoss
-from .reference import DiscriminatorLoss, DiscriminatorOutput
-from .shared_prefix import SharedPrefixPlan, shared_prefix_attention
-from .shared_prefix_backends import attention_calls
-from .shared_prefix_decode import DecodePlan, shared_prefix_decode
-from .video_patches import resize_frames, video_patches
+from .discriminator.loss import discriminator_loss, last_token_values, pairwise_discriminator_loss
+from .discriminator.reference import DiscriminatorLoss, DiscriminatorOutput
+from .heads.cross_entropy import linear_cross_entropy
+from .heads.divergence import linear_divergence
+from .heads.logprob import linear_logprob
+from .heads.policy_formula import PolicyLoss
+from .heads.policy_loss import linear_policy_loss
+from .shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
+from .shared_prefix.backends import attention_calls
+from .shared_prefix.decode import DecodePlan, shared_prefix_decode
+from .video.patches import resize_frames, video_patches
 
 __all__ = [
     "DecodePlan",

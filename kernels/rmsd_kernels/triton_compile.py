@@ -16,11 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_discriminator_kernels as discriminator
-from . import triton_divergence as divergence
 from . import triton_launch as launch
-from . import triton_rows as rows
-from . import triton_video_patches as video
+from .discriminator import triton_kernels as discriminator
+from .heads import triton_divergence as divergence
+from .heads import triton_rows as rows
+from .video import triton_patches as video
 
 TARGET = GPUTarget("cuda", 90, 32)
 VOCAB = 151936

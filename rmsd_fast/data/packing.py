@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from rmsd_fast.data.micro_batches import check_packing
 from rmsd_fast.data.prompts import Prompt
-from rmsd_kernels.shared_prefix import SharedPrefixPlan
+from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
 
 @dataclass(frozen=True)

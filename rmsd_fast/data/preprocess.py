@@ -1,7 +1,7 @@
 """What a model family does to its pixels: which frames, how large, how normalised, in which patch order.
 
 The numbers are those of transformers' Qwen3-VL and Qwen2-VL video processors and of its Qwen2-VL image processor
-(tests/test_preprocessing.py), without torchvision or transformers. The pixels themselves go through
+(tests/media/test_preprocessing.py), without torchvision or transformers. The pixels themselves go through
 `rmsd_kernels.resize_frames` and `rmsd_kernels.video_patches`.
 """
 

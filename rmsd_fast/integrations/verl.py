@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rmsd_fast.integrations.head import whole
 from rmsd_fast.losses import linear_logprob
-from rmsd_kernels.policy_formula import clipped_objective, guarded_exp, kl_estimate
+from rmsd_kernels.heads.policy_formula import clipped_objective, guarded_exp, kl_estimate
 
 try:
     from verl.trainer.ppo import core_algos

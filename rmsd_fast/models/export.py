@@ -1,6 +1,6 @@
 """Exports: model folders that transformers 4.57 and all later versions read alike, each with a model card.
 
-Versions 5 write the files, and 4.57 differs from them in four points (tests/test_export_versions.py):
+Versions 5 write the files, and 4.57 differs from them in four points (tests/models/test_export_versions.py):
 
 - 4.57 does not know `rope_parameters`. It reads `rope_theta` (default 5e6) and fails if `rope_scaling` is missing.
 - 4.57 fails if `extra_special_tokens` is a list. Both read the list under the name `additional_special_tokens`.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from rmsd_kernels.shared_prefix import SharedPrefixPlan, shared_prefix_attention
-from rmsd_kernels.shared_prefix_decode import DecodePlan, shared_prefix_decode
+from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
+from rmsd_kernels.shared_prefix.decode import DecodePlan, shared_prefix_decode
 
 # Tokens by which the buffers of the responses' own K/V grow. Each growth copies one buffer: over 1,024 tokens that is
 # 1.5% of what attention reads of it; most responses end long before the most they may have.

@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from hostile_files import PROGRAMS, STRANGE_NAMES, is_magenta, make_hostile, make_secret, shown
 from small_runs import start

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from small_runs import differences, end, kill_all, of_run, own_traceback, processes_of, resume, start, uninterrupted
 from train_runs import mini_arguments, only_run

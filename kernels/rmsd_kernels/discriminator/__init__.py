@@ -1,0 +1,1 @@
+"""Losses of the discriminator: value head on the last tokens, and the quality-weighted pairwise loss."""

@@ -1,0 +1,1 @@
+"""Losses of a language-model head straight from hidden states."""

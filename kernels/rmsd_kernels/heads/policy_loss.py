@@ -1,0 +1,224 @@
+"""The clipped, KL-regularised policy-gradient loss straight from hidden states.
+
+Advantages, old and reference log-probs and the normalizer are known before the head runs, so the row pass that finds a
+row's log-prob also turns its logits into their gradient: 6TDV of work (4TDV with a frozen head, 2TDV more for a
+reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only
+after all of their rows: there log-probs come first and the gradient in backward, from logits kept or computed again.
+What tis_cap does without old_logp is known only after the row's own log-prob: there a second pass over the chunk makes
+the gradient.
+"""
+
+from torch import Tensor
+
+from .. import checks
+from ..ops import accumulation_dtype
+from . import autograd, reference
+from .arguments import budget_bytes, head_call
+from .autograd import RowTerms
+from .policy_formula import (
+    PolicyLoss,
+    PolicySettings,
+    guarded_exp,
+    importance_correction,
+    policy_loss,
+    row_weights,
+    scored_of,
+)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: str = "k3",
+    kl_coef: float = 0.0,
+    kl_log_ratio_clip: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    importance_level: str = "token",
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    tis_cap: float | None = None,
+    sequence_mask_cap: float | None = None,
+    entropy_coef: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    impl: str = "auto",
+    memory_budget_bytes: int | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss with KL and entropy terms, straight from hidden states.
+
+    loss = sum over scored rows of token_weights * (-w * min(r*A, clip(r, 1-clip_low, 1+clip_high)*A)
+           + kl_coef * KL - entropy_coef * H) / normalizer
+
+    Args beyond linear_cross_entropy (per-row tensors are float [T]; what stands in ignored rows has no effect, whereas
+    rows with a token weight of 0 are scored and count in the metrics):
+        advantages: A. old_logp: log-probs of the sampling policy in this trainer, r = exp(logp - old_logp); None =
+            on-policy: r is 1 and its gradient stays.
+        ref_logp, or ref_hidden [T, D'] + ref_weight [V, D'] (+ ref_bias [V]): the reference policy.
+        kl: with d = ref_logp - logp, "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1, "full" = sum_v pi (log pi -
+            log ref) (needs ref_hidden). Differentiated as they stand, without a ratio weight: on-policy k2's gradient
+            is that of KL(pi||ref), k1's is zero in expectation. With kl_coef = 0 a given reference is only measured.
+        kl_log_ratio_clip: clamps d to [-c, c] (k1, k2, k3). None is exact; exp's argument is guarded at 80 either way.
+        importance_level: "sequence" takes as r the exponential of the mean log-ratio over the scored rows of the row's
+            sequence. cu_seqlens: edges of the packed sequences, int [B+1]; used for it and for sequence_mask_cap alone.
+        rollout_logp: log-probs as the rollout engine gave them. w = min(exp(old_logp - rollout_logp), tis_cap), and 0
+            for sequences whose mean of exp(old_logp - rollout_logp) is above sequence_mask_cap; detached. w acts on the
+            policy term alone; the rows stay in the normalizer.
+    Returns:
+        PolicyLoss(loss, metrics). Metrics are means over scored rows (0 without any): logp, entropy, mean_ratio,
+        clip_fraction; with a reference kl and kl_k1; with rollout_logp importance_ratio, tis_capped_fraction,
+        sequence_masked_fraction; and rows, their number, to combine them over batches.
+    Source: R-MSD (arXiv 2603.11423) L_RL; its open points as in GAD (arXiv 2511.10643).
+    """
+    checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    checks.check_weights(token_weights, normalizer, hidden)
+    per_row = {"advantages": advantages, "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
+    for name, values in per_row.items():
+        if values is not None or name == "advantages":
+            checks.check_vector(name, values, len(hidden), hidden)
+    checks.check_choice("kl", kl, ("k1", "k2", "k3", "full"))
+    _check_reference(hidden, weight, bias, ref_logp, ref_hidden, ref_weight, ref_bias, kl, kl_coef, kl_log_ratio_clip)
+    _check_ratio(hidden, clip_low, clip_high, importance_level, cu_seqlens, rollout_logp, tis_cap, sequence_mask_cap)
+    checks.check_number("entropy_coef", entropy_coef)
+    settings = PolicySettings(
+        kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, importance_level, tis_cap, sequence_mask_cap, entropy_coef
+    )
+    budget = budget_bytes(memory_budget_bytes, impl)
+    if impl == "reference":
+        return reference.linear_policy_loss(
+            hidden,
+            weight,
+            targets,
+            advantages,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            cu_seqlens=cu_seqlens,
+            token_weights=token_weights,
+            rollout_logp=rollout_logp,
+            normalizer=normalizer,
+            **settings._asdict(),
+        )
+    call = head_call(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    if ref_hidden is not None:
+        other = (t if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias))
+        call = call._replace(**dict(zip(("ref_hidden", "ref_weight", "ref_bias"), other, strict=True)))
+        call = call._replace(full_kl=kl == "full")
+    scored = scored_of(targets, ignore_index, cu_seqlens, accumulation_dtype(hidden))
+    weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(targets)).contiguous()
+    if importance_level == "sequence" or (sequence_mask_cap is not None and old_logp is None):
+        scores = autograd.score(call, impl, budget, entropy_grad=entropy_coef != 0)
+        carrier = 0.0
+    else:
+        terms = _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings)
+        scores, carrier = autograd.one_pass(call, terms, impl, budget)
+    entropy = scores.entropy if entropy_coef else scores.entropy.detach()
+    known = scores.ref_logp if ref_logp is None else ref_logp
+    result = policy_loss(
+        scores.logp, entropy, known, scores.full_kl, advantages, old_logp, rollout_logp, weights, scored, settings
+    )
+    return result._replace(loss=result.loss + carrier)
+
+
+def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings: PolicySettings) -> RowTerms:
+    """What the row pass needs of each row. An importance correction that is known already joins the advantage."""
+    dtype = weights.dtype
+    advantage, old, rollout = (scored.clean(t, dtype) for t in (advantages, old_logp, rollout_logp))
+    late = None
+    if rollout is not None and old is not None:
+        advantage = advantage * importance_correction(guarded_exp(old - rollout), scored, settings)[0]
+    elif rollout is not None and settings.tis_cap is not None:
+        late = rollout
+    return RowTerms(
+        scale=weights,
+        advantage=advantage,
+        old_logp=old,
+        ref_logp=scored.clean(ref_logp, dtype),
+        rollout_logp=late,
+        tis_cap=settings.tis_cap or 0.0,
+        kl=settings.kl if settings.kl_coef else "none",
+        kl_coef=settings.kl_coef,
+        kl_log_ratio_clip=settings.kl_log_ratio_clip,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        entropy_coef=settings.entropy_coef,
+        skip_idle=True,
+    )
+
+
+def _check_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    kl: str,
+    kl_coef: float,
+    kl_log_ratio_clip: float | None,
+) -> None:
+    checks.check_number("kl_coef", kl_coef, least=0.0)
+    if (ref_hidden is None) != (ref_weight is None):
+        raise ValueError("ref_hidden and ref_weight: expected both or neither; for a shared head pass weight twice")
+    if ref_hidden is not None:
+        checks.check_other_head("ref_", ref_hidden, ref_weight, ref_bias, hidden, weight)
+        if bias is not None and ref_bias is None:
+            raise ValueError("ref_bias: expected as the policy's head has a bias, got none; pass zeros if it has none")
+    elif ref_bias is not None:
+        raise ValueError("ref_bias: has no effect without ref_hidden and ref_weight; leave it out")
+    if ref_logp is not None and ref_hidden is not None:
+        raise ValueError("ref_logp and ref_hidden: expected one description of the reference, got both; leave one out")
+    if kl == "full" and ref_hidden is None and (kl_coef or ref_logp is not None):
+        raise ValueError("kl='full': expected ref_hidden and ref_weight, as log-probs of the targets do not suffice")
+    if kl == "full" and kl_log_ratio_clip is not None:
+        raise ValueError("kl_log_ratio_clip: has no effect with kl='full', which is exact; leave it out")
+    if kl_coef and ref_logp is None and ref_hidden is None:
+        raise ValueError(f"kl_coef={kl_coef}: expected ref_logp, or ref_hidden and ref_weight, got no reference")
+    if kl_log_ratio_clip is not None:
+        checks.check_number("kl_log_ratio_clip", kl_log_ratio_clip, above=0.0)
+
+
+def _check_ratio(
+    hidden: Tensor,
+    clip_low: float,
+    clip_high: float,
+    importance_level: str,
+    cu_seqlens: Tensor | None,
+    rollout_logp: Tensor | None,
+    tis_cap: float | None,
+    sequence_mask_cap: float | None,
+) -> None:
+    checks.check_number("clip_low", clip_low, least=0.0)
+    checks.check_number("clip_high", clip_high, least=0.0)
+    checks.check_choice("importance_level", importance_level, ("token", "sequence"))
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, hidden)
+    elif importance_level == "sequence" or sequence_mask_cap is not None:
+        raise ValueError(
+            "cu_seqlens: expected the edges of the sequences for importance_level='sequence' and for "
+            "sequence_mask_cap, got none"
+        )
+    for name, cap in (("tis_cap", tis_cap), ("sequence_mask_cap", sequence_mask_cap)):
+        if cap is not None:
+            checks.check_number(name, cap, above=0.0)
+            if rollout_logp is None:
+                raise ValueError(f"{name}: expected rollout_logp, the log-probs of the rollout engine, got none")

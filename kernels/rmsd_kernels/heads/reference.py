@@ -1,0 +1,159 @@
+"""Reference forms of the heads' losses: eager torch, in the dtype they are given (float64 for the truth of a test).
+
+Every kernel is judged against this file, and it exists once. Logits are a GEMM in the input's dtype; what follows is
+computed in float64 for float64 inputs and in float32 otherwise, which is also the dtype of every result. What happens
+within one row of logits is in `row_formula`.
+
+Rows that carry no loss (target = ignore_index, weight 0 in a divergence) are taken out before the GEMM, so what stands
+in them, NaN included, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN, never a wild read.
+
+What happens to the per-row numbers of the policy loss (ratio, clip, correction, masks, normalizer, metrics) is in
+`policy_formula`, which the fused head shares: hand-worked tests stand for it. All rows at once: the memory is that of
+eager code. Arguments are checked by the public functions, not here.
+
+Symbols: T tokens, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from .policy_formula import PolicyLoss, PolicySettings, policy_loss, row_weights, scored_of
+from .row_formula import divergence_of_rows, head_logits, score_rows, temperature_rows
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log pi(target) [T], and the entropy of pi [T] on request; ignored rows give 0. See rmsd_fast.losses."""
+    keep = _scored_rows(targets, ignore_index)
+    scores = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, return_entropy)
+    zeros = torch.zeros(targets.shape, dtype=scores.logp.dtype, device=hidden.device)
+    logp = zeros.index_copy(0, keep, scores.logp)
+    return (logp, zeros.index_copy(0, keep, scores.entropy)) if return_entropy else logp
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """sum of token_weights * -log pi(target) over the scored rows / normalizer. See rmsd_fast.losses."""
+    if token_weights is not None and ignore_index is not None:
+        targets = torch.where(token_weights == 0, ignore_index, targets)
+    keep = _scored_rows(targets, ignore_index)
+    logp = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, False).logp
+    return weighted_sum(-logp, _rows(token_weights, keep, logp.dtype), normalizer)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: str = "k3",
+    kl_coef: float = 0.0,
+    kl_log_ratio_clip: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    importance_level: str = "token",
+    cu_seqlens: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    tis_cap: float | None = None,
+    sequence_mask_cap: float | None = None,
+    entropy_coef: float = 0.0,
+    normalizer: float | Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss with a KL and an entropy term, from hidden states. See rmsd_fast.losses."""
+    settings = PolicySettings(
+        kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, importance_level, tis_cap, sequence_mask_cap, entropy_coef
+    )
+    keep = _scored_rows(targets, ignore_index)
+    ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
+    found = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, entropy_coef != 0, ref, kl == "full")
+    zeros = torch.zeros(targets.shape, dtype=found.logp.dtype, device=hidden.device)
+    logp, entropy, head_ref_logp, full_kl = (None if t is None else zeros.index_copy(0, keep, t) for t in found)
+    scored = scored_of(targets, ignore_index, cu_seqlens, zeros.dtype)
+    weights = row_weights(scored, token_weights, normalizer, zeros.dtype)
+    known = head_ref_logp if ref_logp is None else ref_logp
+    return policy_loss(logp, entropy, known, full_kl, advantages, old_logp, rollout_logp, weights, scored, settings)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
+    kind: str = "forward_kl",
+    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """sum of token_weights * divergence(teacher, student) over rows / normalizer. See rmsd_fast.losses."""
+    every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    keep = torch.nonzero(every if token_weights is None else token_weights != 0).flatten()
+    teacher = teacher_hidden if teacher_hidden is not None else teacher_logits
+    ids = None
+    if teacher_topk is not None:
+        teacher, ids = teacher_topk
+    teacher_head = None if teacher_weight is None else teacher_weight.detach()
+
+    scale = temperature_rows(temperature, keep, hidden)
+    student_z, teacher_rows = head_logits(hidden[keep], weight, None, scale, None), teacher.detach()[keep]
+    if ids is not None:
+        # Both sides become distributions over the teacher's k ids alone.
+        student_z = student_z.gather(1, ids[keep])
+    if teacher_head is not None:
+        teacher_z = head_logits(teacher_rows, teacher_head, None, scale, None)
+    else:
+        teacher_z = teacher_rows.to(student_z.dtype)
+        teacher_z = teacher_z if scale is None else teacher_z / scale.unsqueeze(1)
+    divergence = divergence_of_rows(teacher_z.log_softmax(-1), student_z.log_softmax(-1), kind, alpha)
+    return weighted_sum(divergence, _rows(token_weights, keep, divergence.dtype), normalizer)
+
+
+def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor:
+    every = torch.ones_like(targets, dtype=torch.bool)
+    return torch.nonzero(every if ignore_index is None else targets != ignore_index).flatten()
+
+
+def weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
+    """sum(weights * values) / normalizer, where a normalizer of 0 (nothing scored anywhere) counts as 1."""
+    if normalizer is None:
+        normalizer = float(len(values)) if weights is None else weights.sum()
+    normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device).detach().reshape(())
+    total = values.sum() if weights is None else (values * weights).sum()
+    return total / torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
+
+
+def _rows(values: Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return None if values is None else values.detach()[keep].to(dtype)

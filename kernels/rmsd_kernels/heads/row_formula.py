@@ -1,0 +1,98 @@
+"""What the reference losses compute per row of logits.
+
+    z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature        (each part only where given)
+    log pi = log_softmax(z)
+
+Logits are a GEMM in the input's dtype; everything after it is float64 for float64 inputs and float32 otherwise.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import accumulation_dtype
+
+
+class RowScores(NamedTuple):
+    """Of n scored rows: log-prob of the target, entropy, and against a reference head its log-prob and the exact KL."""
+
+    logp: Tensor
+    entropy: Tensor
+    ref_logp: Tensor | None
+    full_kl: Tensor | None
+
+
+def score_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    keep: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    entropy_grad: bool,
+    ref: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    full_kl: bool = False,
+) -> RowScores:
+    """RowScores of the rows `keep`. The entropy carries a gradient only on request; the reference never does."""
+    scale, target = temperature_rows(temperature, keep, hidden), targets[keep]
+    logp_V = head_logits(hidden[keep], weight, bias, scale, softcap).log_softmax(dim=-1)
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        entropy = -expectation(logp_V, logp_V)
+    if ref is None:
+        return RowScores(_pick(logp_V, target), entropy, None, None)
+    with torch.no_grad():
+        ref_hidden, ref_weight, ref_bias = ref
+        ref_V = head_logits(ref_hidden[keep], ref_weight, ref_bias, scale, softcap).log_softmax(dim=-1)
+    full = expectation(logp_V, logp_V - ref_V) if full_kl else None
+    return RowScores(_pick(logp_V, target), entropy, _pick(ref_V, target), full)
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, softcap: float | None
+) -> Tensor:
+    """z of the module docstring, [n, V]; scale = temperature of each row, [n]."""
+    logits = F.linear(hidden, weight).to(accumulation_dtype(hidden))
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if scale is None else logits / scale.unsqueeze(1)
+
+
+def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float | None) -> Tensor:
+    """Divergence [n] between log-probabilities [n, V] of teacher p and student q; kinds as in linear_divergence."""
+    if kind == "forward_kl":
+        return expectation(teacher, teacher - student)
+    if kind == "reverse_kl":
+        return expectation(student, student - teacher)
+    alpha = {"jsd": 0.5, "skew_kl": 0.1}[kind] if alpha is None else alpha
+    share = torch.tensor(alpha, dtype=student.dtype, device=student.device)
+    mixture = torch.logaddexp(teacher + share.log(), student + (1 - share).log())
+    skew = expectation(teacher, teacher - mixture)
+    return skew if kind == "skew_kl" else alpha * skew + (1 - alpha) * expectation(student, student - mixture)
+
+
+def expectation(log_probability: Tensor, value: Tensor) -> Tensor:
+    """sum over the vocabulary of exp(log_probability) * value; a probability of 0 adds 0 whatever the value is."""
+    impossible = log_probability == -float("inf")
+    return (log_probability.exp() * value.masked_fill(impossible, 0.0)).sum(dim=-1)
+
+
+def _pick(logp_V: Tensor, target: Tensor) -> Tensor:
+    vocabulary = logp_V.shape[-1]
+    valid = (target >= 0) & (target < vocabulary)
+    picked = logp_V.gather(-1, target.clamp(0, vocabulary - 1).unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid, picked, torch.full_like(picked, float("nan")))
+
+
+def temperature_rows(temperature: float | Tensor, keep: Tensor, hidden: Tensor) -> Tensor | None:
+    """Temperature of each kept row; None where it is 1 everywhere, so that no pass over the logits is spent on it."""
+    if isinstance(temperature, Tensor):
+        rows = temperature.detach().to(device=hidden.device, dtype=accumulation_dtype(hidden))
+        return rows[keep] if rows.ndim else rows.expand(len(keep))
+    if temperature == 1.0:
+        return None
+    return torch.full((len(keep),), temperature, dtype=accumulation_dtype(hidden), device=hidden.device)

@@ -1,0 +1,321 @@
+"""The row back end in Triton: `score`, `gradient_`, `policy_` and `divergence_` of `torch_rows` for CUDA tensors.
+
+One program owns one row [V] of float32, bfloat16 or float16 logits and computes in float32. There are no atomics: two
+runs agree bit for bit. Offsets of rows are int64, since n*V may pass 2^31. How a row is read and written is in
+`triton_row_math`.
+
+Bytes moved per row, with b per logit: score bV; policy_ 2bV while the row stays in cache, 3bV where it does not;
+gradient_ 2bV. A reference head adds bV.
+
+Importing this module imports triton. With TRITON_INTERPRET=1 set before that, the kernels run on CPU tensors.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_launch import DTYPES, SLICED, check_logits, device_of, launch, row_vectors
+from .torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+from .triton_divergence import divergence_
+from .triton_row_math import Ref, Row, View, first_pass, load_or, second_pass, target_of_row
+
+__all__ = ["divergence_", "gradient_", "policy_", "scale_unless_one_", "score"]
+
+# Programs enough to fill any device; each walks through its share of the blocks.
+SCALE_BLOCK = 4096
+SCALE_PROGRAMS = 1024
+SCALE_WARPS = 8
+
+
+@triton.jit
+def _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
+    tl.store(logp_ptr + row, found.logp)
+    tl.store(entropy_ptr + row, found.entropy)
+    tl.store(lse_ptr + row, found.shift + found.log_total)
+    if full_kl_ptr is not None:
+        tl.store(full_kl_ptr + row, found.full_kl)
+
+
+@triton.jit
+def _policy_slope(
+    row,
+    logp,
+    advantage_ptr,
+    old_logp_ptr,
+    ref_logp_ptr,
+    kl_coef,
+    log_ratio_clip,
+    ratio_low,
+    ratio_high,
+    KL: tl.constexpr,
+):
+    """Derivative of a row's policy loss by logp, before its scale."""
+    advantage = tl.load(advantage_ptr + row)
+    g = -advantage
+    if old_logp_ptr is not None:
+        log_ratio = logp - tl.load(old_logp_ptr + row)
+        # Beyond 80 exp would overflow: there the ratio is a constant. NaN passes through.
+        beyond = log_ratio > 80.0
+        ratio = tl.exp(tl.where(beyond, 80.0, log_ratio))
+        clipped = ((ratio > ratio_high) & (advantage > 0.0)) | ((ratio < ratio_low) & (advantage < 0.0))
+        g = tl.where(clipped | beyond, 0.0, -advantage * ratio)
+    if KL == "k1" or KL == "k2" or KL == "k3":
+        d = tl.load(ref_logp_ptr + row) - logp
+        if KL == "k1":
+            slope = tl.full([], 1.0, tl.float32)
+        elif KL == "k2":
+            slope = -d
+        else:
+            slope = 1.0 - tl.where(d > 80.0, 0.0, tl.exp(tl.where(d > 80.0, 80.0, d)))
+        if log_ratio_clip is not None:
+            slope = tl.where(tl.abs(d) > log_ratio_clip, 0.0, slope)
+        g += kl_coef * slope
+    return g
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
+def _score_kernel(
+    logits_ptr,
+    targets_ptr,
+    target_logit_ptr,
+    temperature_ptr,
+    bias_ptr,
+    ref_ptr,
+    ref_bias_ptr,
+    ref_lse_ptr,
+    ref_logp_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    full_kl_ptr,
+    softcap,
+    stride,
+    ref_stride,
+    vocab,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
+    target = target_of_row(row, targets_ptr, target_logit_ptr, view)
+    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
+    ref_lse = load_or(ref_lse_ptr, row, 0.0)
+    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    found = first_pass(logits_ptr + row * stride, ref, target, view, BLOCK, STAGES)
+    _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
+def _policy_kernel(
+    logits_ptr,
+    targets_ptr,
+    target_logit_ptr,
+    temperature_ptr,
+    bias_ptr,
+    ref_ptr,
+    ref_bias_ptr,
+    ref_lse_ptr,
+    ref_logp_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    full_kl_ptr,
+    softcap,
+    stride,
+    ref_stride,
+    vocab,
+    scale_ptr,
+    advantage_ptr,
+    old_logp_ptr,
+    kl_ref_logp_ptr,
+    kl_coef,
+    log_ratio_clip,
+    ratio_low,
+    ratio_high,
+    entropy_coef,
+    KL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
+    target = target_of_row(row, targets_ptr, target_logit_ptr, view)
+    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
+    ref_lse = load_or(ref_lse_ptr, row, 0.0)
+    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    logits_row = logits_ptr + row * stride
+    found = first_pass(logits_row, ref, target, view, BLOCK, STAGES)
+    _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+    scale = tl.load(scale_ptr + row)
+    g_logp = scale * _policy_slope(
+        row,
+        found.logp,
+        advantage_ptr,
+        old_logp_ptr,
+        kl_ref_logp_ptr,
+        kl_coef,
+        log_ratio_clip,
+        ratio_low,
+        ratio_high,
+        KL,
+    )
+    slopes = (g_logp, -scale * entropy_coef, scale * kl_coef)
+    second_pass(logits_row, ref, target, view, found, slopes, HAS_ENTROPY, KL == "full", BLOCK, STAGES)
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
+def _gradient_kernel(
+    logits_ptr,
+    targets_ptr,
+    target_logit_ptr,
+    temperature_ptr,
+    bias_ptr,
+    ref_ptr,
+    ref_bias_ptr,
+    ref_lse_ptr,
+    ref_logp_ptr,
+    logp_ptr,
+    entropy_ptr,
+    lse_ptr,
+    full_kl_ptr,
+    softcap,
+    stride,
+    ref_stride,
+    vocab,
+    g_logp_ptr,
+    g_entropy_ptr,
+    g_full_kl_ptr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_FULL_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
+    target = target_of_row(row, targets_ptr, target_logit_ptr, view)
+    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
+    ref_lse = load_or(ref_lse_ptr, row, 0.0)
+    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    full_kl = load_or(full_kl_ptr, row, 0.0)
+    found = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, tl.load(lse_ptr + row), 0.0)
+    slopes = (tl.load(g_logp_ptr + row), load_or(g_entropy_ptr, row, 0.0), load_or(g_full_kl_ptr, row, 0.0))
+    logits_row = logits_ptr + row * stride
+    second_pass(logits_row, ref, target, view, found, slopes, HAS_ENTROPY, HAS_FULL_KL, BLOCK, STAGES)
+
+
+@triton.jit
+def _scale_kernel(values_ptr, scalar_ptr, numel, BLOCK: tl.constexpr):
+    scalar = tl.load(scalar_ptr)
+    if scalar != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
+            index = start + tl.arange(0, BLOCK)
+            values = tl.load(values_ptr + index, mask=index < numel).to(tl.float32) * scalar
+            tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=index < numel)
+
+
+def score(logits: Tensor, inputs: RowInputs, ref: RowReference | None = None) -> RowStats:
+    """RowStats of logits [n, V], which are only read."""
+    stats = _new_stats(logits, ref is not None)
+    if len(logits):
+        arguments = _row_arguments(logits, inputs, stats, ref)
+        launch(_score_kernel, logits, arguments, two_rows=ref is not None)
+    return stats
+
+
+def gradient_(
+    logits: Tensor,
+    inputs: RowInputs,
+    stats: RowStats,
+    g_logp: Tensor,
+    g_entropy: Tensor | None = None,
+    ref: RowReference | None = None,
+    g_full_kl: Tensor | None = None,
+) -> None:
+    """logits [n, V] become the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl with respect to them."""
+    if g_full_kl is not None and (ref is None or stats.full_kl is None):
+        raise ValueError("g_full_kl: a gradient of the full KL needs ref and the full_kl of stats")
+    if not len(logits):
+        return
+    ref, full_kl = (None, None) if g_full_kl is None else (ref, stats.full_kl)
+    arguments = _row_arguments(logits, inputs, stats._replace(full_kl=full_kl), ref)
+    arguments += row_vectors(logits, g_logp=g_logp, g_entropy=g_entropy, g_full_kl=g_full_kl)
+    arguments += [g_entropy is not None, g_full_kl is not None]
+    launch(_gradient_kernel, logits, arguments, two_rows=ref is not None)
+
+
+def policy_(logits: Tensor, inputs: RowInputs, terms: PolicyTerms, ref: RowReference | None = None) -> RowStats:
+    """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
+    # A coefficient of 0 adds nothing at all: 0 * inf would be NaN.
+    kl = terms.kl if terms.kl_coef else "none"
+    if kl not in ("none", "k1", "k2", "k3", "full"):
+        raise ValueError(f"kl: expected 'none', 'k1', 'k2', 'k3' or 'full', got {kl!r}")
+    if (kl == "full" and ref is None) or (kl in ("k1", "k2", "k3") and terms.ref_logp is None):
+        raise ValueError(f"kl: {kl!r} needs {'ref' if kl == 'full' else 'terms.ref_logp'}, got None")
+    stats = _new_stats(logits, ref is not None)
+    if not len(logits):
+        return stats
+    ref_logp = terms.ref_logp if kl in ("k1", "k2", "k3") else None
+    vectors = {"scale": terms.scale, "advantage": terms.advantage, "old_logp": terms.old_logp, "ref_logp": ref_logp}
+    arguments = _row_arguments(logits, inputs, stats, ref) + row_vectors(logits, **vectors)
+    arguments += [float(terms.kl_coef), _number(terms.kl_log_ratio_clip)]
+    arguments += [1.0 - terms.clip_low, 1.0 + terms.clip_high, float(terms.entropy_coef)]
+    launch(_policy_kernel, logits, [*arguments, kl, bool(terms.entropy_coef)], two_rows=ref is not None)
+    return stats
+
+
+def scale_unless_one_(values: Tensor, scalar: Tensor) -> Tensor:
+    """values *= scalar, one float32 element on the same device, in place. Where it is 1, values are not even read."""
+    if values.dtype not in DTYPES or not values.is_contiguous():
+        raise TypeError(
+            f"values: expected contiguous float32, bfloat16 or float16, got {values.dtype} {values.stride()}"
+        )
+    if scalar.dtype != torch.float32 or scalar.numel() != 1 or scalar.device != values.device:
+        got = f"{scalar.dtype} {list(scalar.shape)} on {scalar.device}"
+        raise ValueError(f"scalar: expected one float32 element on {values.device}, got {got}")
+    if values.numel():
+        programs = min(triton.cdiv(values.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        with device_of(values):
+            _scale_kernel[(programs,)](values, scalar, values.numel(), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
+    return values
+
+
+def _new_stats(logits: Tensor, with_full_kl: bool) -> RowStats:
+    columns = torch.empty(4 if with_full_kl else 3, len(logits), dtype=torch.float32, device=logits.device).unbind()
+    return RowStats(*columns) if with_full_kl else RowStats(*columns, None)
+
+
+def _row_arguments(logits: Tensor, inputs: RowInputs, stats: RowStats, ref: RowReference | None) -> list[Any]:
+    """The arguments that the kernels with a target share."""
+    check_logits("logits", logits, None)
+    if inputs.targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected torch.int64, got {inputs.targets.dtype}")
+    reference = RowReference(None, None, None, None) if ref is None else ref
+    for name, bias in (("bias", inputs.bias), ("ref.bias", reference.bias)):
+        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+            raise TypeError(f"{name}: expected contiguous float32, got {bias.dtype} with strides {bias.stride()}")
+    if ref is not None:
+        check_logits("ref.logits", ref.logits, logits)
+    vectors = row_vectors(logits, target_logit=inputs.target_logit, temperature=inputs.temperature)
+    found = row_vectors(logits, ref_lse=reference.lse, ref_logp=reference.logp, **stats._asdict())
+    return [
+        logits,
+        inputs.targets.contiguous(),
+        *vectors,
+        inputs.bias,
+        reference.logits,
+        reference.bias,
+        *found,
+        _number(inputs.softcap),
+        logits.stride(0),
+        0 if ref is None else ref.logits.stride(0),
+        logits.shape[1],
+    ]
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,147 @@
+"""One decode step of B sequences whose prompts' keys and values are kept once per prompt, never once per sequence.
+
+Attention over the sequence's own keys and over its prompt's are two calls, merged as in `shared_prefix`. Query heads
+that share a key head are folded into query rows, so both calls read each key once for all of them: with nothing masked,
+heads and rows are the same to the mathematics. No gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .attention import autocast, check_heads, check_query
+from .backends import IMPLEMENTATIONS, backend_of, count_call
+from .layout import cumulative, integers
+from .merge import adjacent, merge_
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """Which of B = sum(rows) sequences decodes on which prefix, group by group; see `from_counts`.
+
+    lengths: int64 on the CPU, [1 + 2G]: G, the prefixes' tokens, the rows; `group_queries` and `group_keys`: int32 on
+    the plan's device, [G + 1], edges of each group's sequences and of the prefixes.
+    """
+
+    prefix_lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    lengths: Tensor
+    group_queries: Tensor
+    group_keys: Tensor
+
+    @classmethod
+    def from_counts(
+        cls, prefix_lengths: Sequence[int], rows: Sequence[int], *, device: torch.device | str = "cpu"
+    ) -> "DecodePlan":
+        """rows[g] sequences decode on prefix g.
+
+        Args:
+            prefix_lengths: tokens of each prefix, [G], integers >= 1. rows: [G], integers >= 0, together >= 1.
+            device: where the attention runs.
+        Raises:
+            ValueError: the lists differ in length or hold other numbers. TypeError: a number that is no integer.
+        """
+        prefixes, counts = integers("prefix_lengths", prefix_lengths), integers("rows", rows)
+        if not prefixes or len(prefixes) != len(counts):
+            raise ValueError(
+                f"rows: expected one number per prefix, {len(prefixes)} and at least one, got {len(counts)}"
+            )
+        if min(prefixes) < 1:
+            raise ValueError(f"prefix_lengths: expected at least 1 token each, got {list(prefixes)}")
+        if min(counts) < 0 or not any(counts):
+            raise ValueError(f"rows: expected numbers >= 0, not all of them 0, got {list(counts)}")
+        lengths = torch.tensor([len(prefixes), *prefixes, *counts], dtype=torch.int64)
+        return cls(prefixes, counts, lengths, cumulative(counts, device), cumulative(prefixes, device))
+
+    def to(self, device: torch.device | str) -> "DecodePlan":
+        """The same plan for another device."""
+        edges = (t.to(device, non_blocking=True) for t in (self.group_queries, self.group_keys))
+        return DecodePlan(self.prefix_lengths, self.rows, self.lengths, *edges)
+
+
+def shared_prefix_decode(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of one new token per sequence over its group's prefix and its own tokens.
+
+    Args:
+        q: [B, H, d], float. prefix_k, prefix_v: [Tp, Hkv, d], the prefixes one after another.
+        own_k, own_v: [B, Hkv, t, d], t >= 1, the new token included; may be views of larger buffers.
+        plan: which sequence decodes on which prefix, on the tensors' device.
+        scale, impl: as shared_prefix_attention.
+    Returns:
+        [B, H, d], contiguous, in the dtype of q.
+    Raises:
+        ValueError: shapes, devices or the plan do not fit. TypeError: dtypes do not fit.
+        RuntimeError: impl="flash" cannot serve the call, or a gradient would be needed.
+    """
+    q, prefix_k, prefix_v, own_k, own_v = autocast(q, prefix_k, prefix_v, own_k, own_v)
+    _check_step(q, prefix_k, prefix_v, own_k, own_v, plan)
+    checks.check_choice("impl", impl, IMPLEMENTATIONS)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    edges = (plan.lengths, plan.group_queries, plan.group_keys)
+    return _decode(q, prefix_k, prefix_v, own_k, own_v, *edges, scale, impl)
+
+
+@torch.library.custom_op("rmsd_kernels::shared_prefix_decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    lengths: Tensor,
+    group_queries: Tensor,
+    group_keys: Tensor,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    count_call()
+    groups, *numbers = lengths.tolist()
+    prefixes, rows = numbers[:groups], numbers[groups:]
+    if len(q) != sum(rows) or len(prefix_k) != sum(prefixes):
+        raise ValueError(
+            f"q and prefix_k: expected the plan's B={sum(rows)} and Tp={sum(prefixes)}, "
+            f"got {len(q)} and {len(prefix_k)}"
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        folded = adjacent(q).unflatten(1, (own_k.shape[1], -1))  # [B, Hkv, r, d]
+        backend = backend_of(q, impl)
+        out, lse = backend.attend_own(folded, own_k, own_v, scale)
+        edges = (group_queries, group_keys)
+        other, other_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
+        merge_(out, lse, other, other_lse)
+        return out.to(q.dtype).contiguous()
+
+
+@_decode.register_fake
+def _(q, prefix_k, prefix_v, own_k, own_v, lengths, group_queries, group_keys, scale, impl):
+    return q.new_empty(q.shape)
+
+
+def _check_step(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan) -> None:
+    check_query(q, "[B, H, d]")
+    check_heads(q, prefix_k, prefix_v, ("prefix_k", "prefix_v"), 1, "[Tp, Hkv, d]")
+    check_heads(q, own_k, own_v, ("own_k", "own_v"), 1, "[B, Hkv, t, d]")
+    if own_k.shape[1] != prefix_k.shape[1]:
+        raise ValueError(f"own_k: expected the {prefix_k.shape[1]} heads of prefix_k, got {own_k.shape[1]}")
+    if own_k.shape[0] != q.shape[0] or own_k.shape[2] == 0:
+        raise ValueError(
+            f"own_k: expected B={q.shape[0]} sequences of t >= 1 tokens, the new one included, got {list(own_k.shape)}"
+        )
+    if not isinstance(plan, DecodePlan):
+        raise ValueError(f"plan: expected a DecodePlan, got {type(plan).__name__}; make one with from_counts")
+    checks.check_device("plan", plan.group_queries, q)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, prefix_k, prefix_v, own_k, own_v)):
+        raise RuntimeError("shared_prefix_decode has no gradient; call it under torch.no_grad()")

@@ -1,0 +1,193 @@
+"""Shared-prefix attention as a call per segment: torch's CPU flash kernel, or explicit mathematics on any device.
+
+Neighbouring segments of equal length are one batched call, on views: nothing is copied on the way in.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import accumulation_dtype
+from .layout import Layout, Run
+from .merge import adjacent, merge_
+
+# Scores that exist at once in the explicit form: 64 MiB in float32.
+_SCORES = 1 << 24
+
+
+class Segments(NamedTuple):
+    """A backend made of two functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
+
+    attend(q, k, v, causal, scale) -> (out, lse [B, H, R]);
+    attend_exactly: the same with out in the accumulation dtype, for what is merged and so rounded once more;
+    attend_backward(d_out, q, k, v, out, lse, causal, scale) -> (dq, dk, dv).
+    """
+
+    attend: Callable
+    attend_exactly: Callable
+    attend_backward: Callable
+
+    def forward(self, q, k, v, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [T, H, d], lse [H, T])."""
+        q, k, v = map(adjacent, (q, k, v))
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))
+        responses = out[layout.prefix_tokens :]
+        exact = responses if out.dtype == lse.dtype else responses.new_empty(responses.shape, dtype=lse.dtype)
+        for run in layout.runs:
+            rows = (_batch(t, run.rows, run) for t in (q, k, v))
+            if run.rows.start < layout.prefix_tokens:
+                part, part_lse = self.attend(*rows, True, scale)
+                _batch(out, run.rows, run).copy_(part)
+            else:
+                part, part_lse = self.attend_exactly(*rows, True, scale)
+                _batch(exact, _shifted(run.rows, layout), run).copy_(part)
+            _lse_batch(lse, run).copy_(part_lse)
+        for keys, queries in layout.groups:
+            part, part_lse = self.attend_exactly(_one(q[queries]), _one(k[keys]), _one(v[keys]), False, scale)
+            merge_(exact[_shifted(queries, layout)], lse[:, queries], part[0].transpose(0, 1), part_lse[0])
+        if exact is not responses:
+            responses.copy_(exact)
+        return out, lse
+
+    def backward(self, d_out, q, k, v, out, lse, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv)."""
+        q, k, v = map(adjacent, (q, k, v))
+        gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
+        for run in layout.runs:
+            rows = (_batch(t, run.rows, run) for t in (d_out, q, k, v, out))
+            parts = self.attend_backward(*rows, _lse_batch(lse, run), True, scale)
+            for gradient, part in zip(gradients, parts, strict=True):
+                _batch(gradient, run.rows, run).copy_(part)
+        for keys, queries in layout.groups:
+            places = (queries, queries, keys, keys, queries)
+            rows = (_one(t[place]) for t, place in zip((d_out, q, k, v, out), places, strict=True))
+            parts = self.attend_backward(*rows, lse[:, queries].unsqueeze(0), False, scale)
+            for gradient, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
+                _one(gradient[place]).add_(part)
+        return gradients
+
+    def attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
+        out, lse = self.attend(q, *map(adjacent, (k, v)), False, scale)
+        return out.flatten(1, 2), lse.flatten(1, 2).t()
+
+    def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
+        """The same of each group's rows over its prefix, k, v [Tp, Hkv, d]."""
+        k, v = map(adjacent, (k, v))
+        batch, kv_heads, fold, _ = q.shape
+        out = q.new_empty(q.shape, dtype=accumulation_dtype(q))
+        lse = q.new_empty(kv_heads, batch, fold, dtype=accumulation_dtype(q))
+        row = key = 0
+        for prefix, count in zip(prefixes, rows, strict=True):
+            if count:
+                of_group, keys = slice(row, row + count), slice(key, key + prefix)
+                query = q[of_group].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+                part, part_lse = self.attend(query, _one(k[keys]), _one(v[keys]), False, scale)
+                out[of_group] = part[0].unflatten(1, (count, fold)).transpose(0, 1)
+                lse[:, of_group] = part_lse[0].unflatten(1, (count, fold))
+            row, key = row + count, key + prefix
+        return out.flatten(1, 2), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _one(rows: Tensor) -> Tensor:
+    """[R, H, d] as [1, H, R, d]."""
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+def _shifted(rows: slice, layout: Layout) -> slice:
+    """Rows counted from the first response."""
+    return slice(rows.start - layout.prefix_tokens, rows.stop - layout.prefix_tokens)
+
+
+def _batch(t: Tensor, rows: slice, run: Run) -> Tensor:
+    """A run's rows of [T, H, d] as [count, H, length, d]."""
+    return t[rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
+
+
+def _lse_batch(lse: Tensor, run: Run) -> Tensor:
+    """A run's columns of [H, T] as [count, H, length]."""
+    return lse[:, run.rows].unflatten(1, (run.count, run.length)).transpose(0, 1)
+
+
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+
+
+def cpu_flash_exactly(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    # Rounding both parts to bfloat16 and then their merge costs up to 1.25 times the error of attention in one call.
+    return cpu_flash(*(t.to(accumulation_dtype(t)) for t in (q, k, v)), causal, scale)
+
+
+def cpu_flash_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    # In bfloat16 the kernel adds dK and dV up in bfloat16, over blocks of 32 to 256 queries and over the query heads
+    # of a key head: 2 to 4 times the error of rounding once.
+    rows = (t.to(lse.dtype) for t in (d_out, q, k, v, out))
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(*rows, lse, 0.0, causal, scale=scale)
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Chunked over queries, so that scores never hold more than _SCORES numbers (or one row of queries)."""
+    kv_heads, dtype = k.shape[1], accumulation_dtype(q)
+    k, v = k.to(dtype), v.to(dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
+    for rows, seen in _chunks(q, k, causal):
+        scores = _scores(_fold(q[:, :, rows].to(dtype), kv_heads), k[:, :, :seen], rows, causal, scale)
+        chunk_lse = scores.logsumexp(-1)
+        part = scores.sub_(chunk_lse.unsqueeze(-1)).exp_() @ v[:, :, :seen]
+        out[:, :, rows] = _unfold(part, q.shape[1])
+        lse[:, :, rows] = _unfold(chunk_lse, q.shape[1])
+    return out, lse
+
+
+def explicit_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads, dtype = k.shape[1], accumulation_dtype(q)
+    k, v = k.to(dtype), v.to(dtype)
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for rows, seen in _chunks(q, k, causal):
+        query, gradient, value = (_fold(t[:, :, rows].to(dtype), kv_heads) for t in (q, d_out, out))
+        p = _scores(query, k[:, :, :seen], rows, causal, scale)
+        p.sub_(_fold(lse[:, :, rows], kv_heads).unsqueeze(-1)).exp_()
+        dv[:, :, :seen] += p.mT @ gradient
+        delta = (gradient * value).sum(-1, keepdim=True)
+        ds = (gradient @ v[:, :, :seen].mT).sub_(delta).mul_(p).mul_(scale)
+        dk[:, :, :seen] += ds.mT @ query
+        dq[:, :, rows] = _unfold(ds @ k[:, :, :seen], q.shape[1])
+    return dq, dk, dv
+
+
+def _chunks(q: Tensor, k: Tensor, causal: bool):
+    """(queries of a chunk, keys that they see)."""
+    batch, heads, length, _ = q.shape
+    keys = k.shape[2]
+    size = max(1, _SCORES // (batch * heads * keys))
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        yield slice(start, stop), stop if causal else keys
+
+
+def _fold(t: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, R, …] as [B, Hkv, H / Hkv * R, …]: queries that share their keys are rows of one product."""
+    return t.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _unfold(t: Tensor, heads: int) -> Tensor:
+    return t.unflatten(2, (heads // t.shape[1], -1)).flatten(1, 2)
+
+
+def _scores(query: Tensor, k: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
+    scores = (query @ k.mT).mul_(scale)
+    if causal:
+        count, keys = rows.stop - rows.start, k.shape[2]
+        later = torch.ones(count, keys, dtype=torch.bool, device=k.device).triu_(rows.start + 1)
+        scores.unflatten(2, (-1, count)).masked_fill_(later, float("-inf"))
+    return scores
+
+
+CPU_FLASH = Segments(cpu_flash, cpu_flash_exactly, cpu_flash_backward)
+EXPLICIT = Segments(explicit, explicit, explicit_backward)

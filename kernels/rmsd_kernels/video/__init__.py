@@ -1,0 +1,1 @@
+"""Resize of uint8 frames, and their patches as a vision tower takes them."""

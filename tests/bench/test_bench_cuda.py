@@ -1,0 +1,453 @@
+"""The command that measures everything on a CUDA machine: its time, its processes, what it says, and a rehearsal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cuda_records import step_record
+from processes import wait_until_gone
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_of(folder: Path, **environment: str):
+    from bench.cuda_sections import Run
+
+    own = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return Run(folder / "results.jsonl", folder / "output.log", True, own)
+
+
+def section(code: str, name: str = "one", *, seconds: float = 10, least_s: float = 0.1, required: bool = False):
+    from bench.cuda_sections import Section
+
+    return Section(name, "a test", seconds, least_s, lambda run: [sys.executable, "-c", code], required)
+
+
+def test_time_is_shared_out_and_the_required_section_keeps_its_least():
+    from bench.cuda_sections import ends_of
+
+    first, needed, last = (
+        section("", "a", seconds=50),
+        section("", "b", seconds=25, least_s=20, required=True),
+        section(""),
+    )
+    sections = [first, needed, last]
+    assert ends_of(sections, 0, 85) == [50, 75, 85]
+    # Of 25 seconds the first may take 5, though its share is 14.7.
+    assert ends_of(sections, 0, 25) == [5, 25, 25]
+    # What does not even hold the required one is all for it.
+    assert ends_of(sections, 100, 110) == [100, 110, 110]
+
+
+def test_the_sections_are_eight_minutes():
+    from bench.cuda import arguments
+    from bench.cuda_sections import SECTIONS
+
+    assert sum(section.seconds for section in SECTIONS) == 480 and arguments([]).minutes == 8
+
+
+def test_tests_come_in_order_of_importance():
+    from bench.cuda_sections import FIRST_TESTS, test_files
+
+    names = [path.stem.removeprefix("test_") for path in test_files()]
+    assert tuple(names[: len(FIRST_TESTS)]) == FIRST_TESTS and len(set(names)) == len(names)
+    assert names[len(FIRST_TESTS) :] == sorted(names[len(FIRST_TESTS) :]) and "rollout" in names
+
+
+def test_settings_for_other_programs_are_not_passed_on(monkeypatch):
+    from bench.cuda import NOT_PASSED_ON, environment_of
+
+    for name in NOT_PASSED_ON:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RMSD_BENCH_COMMIT", "abc")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    found = environment_of("cuda")
+    assert not set(found) & set(NOT_PASSED_ON)
+    assert (found["RMSD_BENCH_COMMIT"], found["CUDA_VISIBLE_DEVICES"]) == ("abc", "3")
+    found = environment_of("cpu")
+    assert (found["DS_ACCELERATOR"], found["CUDA_VISIBLE_DEVICES"]) == ("cpu", "") and "RANK" not in found
+
+
+def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
+    from bench.cuda_sections import FAILED, PASSED, run_section
+
+    deadline = time.time() + 60
+    fine = run_section(section("print('hello')"), run_of(tmp_path), deadline, deadline)
+    died = run_section(section("import os; os.abort()"), run_of(tmp_path), deadline, deadline)
+    wrong = run_section(section("raise SystemExit(3)"), run_of(tmp_path), deadline, deadline)
+    assert (fine.outcome, died.outcome, wrong.outcome) == (PASSED, FAILED, FAILED)
+    assert died.reason.startswith("signal SIGABRT") and wrong.reason.startswith("exit code 3")
+    assert b"hello" in (tmp_path / "output.log").read_bytes() and b"hello" in capfdbinary.readouterr().out
+
+
+def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path):
+    from bench import cuda_sections
+
+    child = tmp_path / "child"
+    hang = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open({str(child)!r}, "w").write(str(started.pid))
+print("before", flush=True)
+time.sleep(100)
+"""
+    began = time.time()
+    found = cuda_sections.run_section(section(hang), run_of(tmp_path), began + 30, began + 3)
+    assert found.outcome == cuda_sections.STOPPED and time.time() - began < 20
+    assert b"before" in (tmp_path / "output.log").read_bytes()
+    wait_until_gone(int(child.read_text()))
+
+
+def test_children_have_their_grace_also_where_the_first_process_ends_at_once(tmp_path):
+    from bench.cuda_sections import child, end
+
+    slow = f"""
+import signal, time
+def late(*_):
+    time.sleep(0.7)
+    open({str(tmp_path / "written")!r}, "w")
+    raise SystemExit
+signal.signal(signal.SIGTERM, late)
+print(flush=True)
+time.sleep(100)
+"""
+    first = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {slow!r}]); time.sleep(100)"
+    began = time.time()
+    with child([sys.executable, "-c", first], dict(os.environ)) as process:
+        process.stdout.readline()
+        end(process, patience_s=20)
+        assert (tmp_path / "written").exists() and time.time() - began < 15
+
+
+class Gone:
+    """A terminal that was closed."""
+
+    def write(self, _):
+        raise BrokenPipeError
+
+    flush = None
+
+
+@pytest.mark.parametrize("stdout", [SimpleNamespace(buffer=Gone()), None])
+def test_a_section_goes_on_where_the_terminal_is_gone(tmp_path, monkeypatch, stdout):
+    from bench.cuda_sections import PASSED, run_section
+
+    monkeypatch.setattr(sys, "stdout", stdout)
+    deadline = time.time() + 20
+    # More than a pipe holds.
+    found = run_section(section("for i in range(20000): print('a line', i)"), run_of(tmp_path), deadline, deadline)
+    assert found.outcome == PASSED and (tmp_path / "output.log").read_bytes().endswith(b"a line 19999\n")
+
+
+def test_the_terminal_has_all_where_the_log_cannot_be_written(capfdbinary):
+    from bench.cuda_sections import _copy, terminal
+
+    _copy([b"one\n", b"two\n"], Gone(), terminal())
+    assert capfdbinary.readouterr().out == b"one\ntwo\n"
+
+
+def test_what_makes_files_ahead_prints_to_the_log(tmp_path):
+    from bench.cuda_sections import Section, beside, wait_for
+
+    made = Section("made", "", 1, 0, lambda run: [], ahead=lambda run: [sys.executable, "-c", "print('made'); 1 / 0"])
+    with beside(made, run_of(tmp_path)) as process:
+        wait_for(process, time.time() + 20)
+    text = (tmp_path / "output.log").read_text()
+    assert "made" in text and "ZeroDivisionError" in text
+
+
+@pytest.fixture
+def handlers():
+    """Those of this process come back after the test."""
+    own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in own.items():
+        signal.signal(number, handler)
+
+
+def outcomes_of(run, sections: list, began: float, deadline: float) -> dict[str, tuple[str, str]]:
+    """Of run_sections, by name: outcome and reason."""
+    from bench.cuda import run_sections
+
+    run_sections(run, sections, began, deadline)
+    lines = [line for line in lines_of(run.records.parent) if line["bench"] == "section"]
+    return {line["section"]: (line["outcome"], line["reason"]) for line in lines}
+
+
+def test_starting_up_is_not_at_the_cost_of_the_first_section(tmp_path, handlers):
+    from bench.cuda_sections import PASSED
+
+    sections = [section("", "first", seconds=10), section("", "second", seconds=90)]
+    now = time.time()
+    found = outcomes_of(run_of(tmp_path), sections, now - 60, now + 40)
+    assert found == {"first": (PASSED, ""), "second": (PASSED, "")}
+
+
+def test_an_interruption_keeps_what_its_section_has_found(tmp_path, handlers):
+    from bench.cuda_sections import INTERRUPTED, LEFT_OUT, STOPPED
+
+    line = json.dumps({"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "why"})
+    hang = f"import os, time; open(os.environ['RMSD_BENCH_LOG'], 'w').write({line!r}); time.sleep(100)"
+
+    def interrupt() -> None:
+        log = tmp_path / ".hangs.tests"
+        while not log.exists() or not log.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    now = time.time()
+    found = outcomes_of(run_of(tmp_path), [section(hang, "hangs"), section("", "after")], now, now + 60)
+    assert found == {"hangs": (STOPPED, INTERRUPTED), "after": (LEFT_OUT, INTERRUPTED)} and time.time() - now < 20
+    hangs, _, end = lines_of(tmp_path)
+    assert [test["test"] for test in hangs["tests"]] == ["a"] and INTERRUPTED in end["faults"]
+    assert not list(tmp_path.glob(".*.tests"))
+
+
+def test_a_section_without_time_is_left_out(tmp_path):
+    from bench.cuda_sections import LEFT_OUT, run_section
+
+    found = run_section(section("", least_s=20), run_of(tmp_path), time.time() + 5, time.time() + 60)
+    assert found.outcome == LEFT_OUT and found.reason.startswith("no time left: ")
+
+
+TESTS = """
+import os, time
+import pytest
+
+def test_right(): pass
+
+def test_wrong(): assert 1 == 2, "one is not two"
+
+@pytest.mark.skip(reason="for a reason")
+def test_skipped(): pass
+
+@pytest.fixture
+def broken(): raise ValueError("no fixture")
+
+def test_broken(broken): pass
+
+def test_slow(): time.sleep(float(os.environ["SLOW_S"]))
+
+def test_late(): pass
+"""
+
+
+def logged(folder: Path, until_s: float, slow_s: float) -> dict[str, tuple[str, str]]:
+    """Outcome and reason of each of TESTS, run with bench.section_log."""
+    from bench.cuda_sections import Section, run_section
+
+    path = folder / "test_made.py"
+    path.write_text(TESTS)
+    # -c: this project's settings would have it collected from the repository.
+    options = ["-p", "bench.section_log", "-p", "no:cacheprovider", "-q", "-c", "/dev/null", "--rootdir", str(folder)]
+    made = Section("made", "", 1, 0, lambda run: [sys.executable, "-m", "pytest", *options, str(path)])
+    until = time.time() + until_s
+    result = run_section(made, run_of(folder, SLOW_S=str(slow_s)), until, time.time() + 60)
+    assert (result.outcome, not list(folder.glob(".*.tests"))) == ("FAILED", True)
+    return {test["test"].rpartition("::")[2]: (test["outcome"], test["reason"]) for test in result.tests}
+
+
+def test_each_test_of_a_section_is_logged_and_none_begun_too_late(tmp_path):
+    found = logged(tmp_path, 60, 0)
+    assert found["test_right"] == ("passed", "") and found["test_skipped"] == ("skipped", "for a reason")
+    assert found["test_wrong"][0] == "failed" and "one is not two" in found["test_wrong"][1]
+    assert found["test_broken"] == ("failed", "ValueError: no fixture")
+    assert found["test_late"] == ("passed", "")
+    late = logged(tmp_path, 6, 8)
+    assert late["test_slow"] == ("passed", "") and late["test_late"] == ("skipped", "no time left")
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.cuda", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        **options,
+    )
+
+
+def test_without_a_device_it_says_how_to_rehearse(tmp_path):
+    done = command("--output", str(tmp_path / "results"))
+    assert done.returncode == 2 and "python -m bench.cuda --device cpu" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "0"], "--minutes: expected a number above 0"),
+        (["--minutes", "1"], "--minutes: these sections need at least 1.4"),
+        (["--only", "stepp"], "invalid choice: 'stepp'"),
+        (["--wheels", "/nowhere", "--device", "cpu"], "/nowhere"),
+        (["--output", str(REPOSITORY)], "expected an empty or new folder"),
+    ],
+)
+def test_wrong_arguments(arguments, said):
+    done = command(*arguments)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    done = command("--device", "cpu", "--only", "machine", "--output", str(tmp_path / "file" / "results"))
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_relative_output_is_where_the_run_was_started(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    arguments = ["--device", "cpu", "--only", "machine", "--output", "here"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.cuda", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    lines = lines_of(tmp_path / "here")
+    assert [line["bench"] for line in lines] == ["run", "machine", "section", "end"]
+    assert done.returncode == 1 and "whole steps were not measured" in done.stdout
+    summary = (tmp_path / "here" / "summary.md").read_text()
+    assert summary.startswith("# Rehearsal") and lines[0]["started"] in summary
+
+
+@pytest.mark.slow
+def test_interrupted_it_sums_up_what_it_has(tmp_path):
+    folder = tmp_path / "results"
+    arguments = ["--device", "cpu", "--output", str(folder), "--only", "machine", "correctness", "policy_loss"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.cuda", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("=== correctness:"):
+            break
+    # Its process is there, and loads torch.
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "FAILED: interrupted" in rest
+    summary = (folder / "summary.md").read_text()
+    assert "| machine | passed |" in summary and "| correctness | stopped |" in summary
+    assert "| policy_loss | left out | 0 |  | interrupted |" in summary
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rehearsal(tmp_path):
+    """All sections at toy sizes; what needs a device is left out with its reason."""
+    from bench.cuda_sections import SECTIONS
+
+    folder = tmp_path / "results"
+    done = command("--device", "cpu", "--output", str(folder), "--minutes", "8")
+    lines = lines_of(folder)
+    outcomes = {line["section"]: line["outcome"] for line in lines if line["bench"] == "section"}
+    assert list(outcomes) == [section.name for section in SECTIONS]
+    assert outcomes.pop("correctness") == "left out"
+    assert next(line for line in lines if line["bench"] == "step_4b" and "apart" in line["case"])["optimizer"]["scaled"]
+    assert set(outcomes.values()) == {"passed"}, outcomes
+    assert done.returncode == 0, done.stdout[-3000:]
+    measured = [line for line in lines if "variants" in line]
+    assert all(line["quick"] and line["device"] == "cpu" for line in measured)
+    summary = (folder / "summary.md").read_text()
+    for line in measured:
+        assert f"## {line['bench']} " in summary
+    assert "promised" not in summary
+    # On the terminal without the tables of all cases.
+    assert "## Sections" in done.stdout and "## step_4b " in done.stdout and "## discriminator " not in done.stdout
+
+
+def missing(folder: Path, *records: dict, toy: bool = False) -> bool:
+    from bench.cuda import missing_steps
+    from bench.records import append_line
+
+    run = run_of(folder)
+    run.records.unlink(missing_ok=True)
+    for record in ({"bench": "run"}, *records):
+        append_line(record, run.records)
+    return bool(missing_steps(SimpleNamespace(records=run.records, toy=toy)))
+
+
+def test_whole_steps_are_missing_unless_shared_ones_have_their_optimisers(tmp_path):
+    fine = step_record("one", k4=1.0)
+    assert missing(tmp_path) and not missing(tmp_path, fine)
+    assert not missing(tmp_path, step_record("one", k4_again=1.0))
+    assert missing(tmp_path, step_record("one", k1=1.0, padded=2.0))
+    copies = step_record("one")
+    copies["variants"]["copies K=4 N=8"] = fine["variants"]["shared K=4 N=8"]
+    assert missing(tmp_path, copies)
+    without = step_record("one", k4=1.0)
+    without["variants"]["shared K=4 N=8"]["optimizer_s"] = None
+    assert missing(tmp_path, without) and not missing(tmp_path, without, fine)
+    # Those of a rehearsal count in one alone.
+    assert missing(tmp_path, fine | {"quick": True}) and not missing(tmp_path, fine | {"quick": True}, toy=True)
+
+
+def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path):
+    from bench import video_goals
+    from bench.cuda import missing_steps
+    from bench.cuda_sections import Run
+    from bench.cuda_summary import markdown
+    from bench.records import append_line, load, load_run, read_lines, save
+
+    path = tmp_path / "results.jsonl"
+    assert read_lines(path) == []
+    facts = {"cpu": "one", "threads": 2, "torch": "2", "commit": "a" * 40, "device": "cpu"}
+    record = {"bench": "x", "case": "a", "variants": {}, "quick": True} | facts
+    append_line(record, path)
+    with path.open("a") as out:
+        out.write('{"bench": "x", "ca')
+    append_line(record | {"case": "b"}, path)
+    append_line(
+        {"bench": "section", "section": "s", "outcome": "passed", "seconds": 1, "reason": "", "tests": []}, path
+    )
+    assert len(path.read_text().splitlines()) == 4 and [line["bench"] for line in read_lines(path)] == [
+        "x",
+        "x",
+        "section",
+    ]
+    with path.open("a") as out:
+        out.write('{"bench": "step_4b", "vari')
+    assert [line["case"] for line in load_run(path)] == ["a", "b"]
+    assert missing_steps(Run(path, path, True, {})) and "| s | passed |" in markdown(path, tables=False)
+    for bench in ("media", "losses"):
+        file = tmp_path / "folder" / f"{bench}.jsonl"
+        kind = {"quick": False, "bench": bench, "name" if bench == "media" else "case": "a"}
+        own = {name: value for name, value in record.items() if name != "case"} | kind
+        save(own, file.parent)
+        with file.open("a") as out:
+            out.write("{")
+        save(own, file.parent)
+        assert len(read_lines(file)) == 2 and len(file.read_text().splitlines()) == 3
+    assert len(video_goals.load(file.parent)) == len(load(file.parent)) == 1
+
+
+def test_a_ceiling_is_the_median_of_the_last_half(monkeypatch):
+    import torch
+
+    from bench import cuda_machine
+
+    counts = []
+
+    def timed(run, device, calls):
+        counts.append(calls)
+        return [0.01] * (calls - calls // 2) + [0.02] * (calls // 2)
+
+    monkeypatch.setattr(cuda_machine, "_timed", timed)
+    assert cuda_machine.call_seconds(None, torch.device("cuda"), 1.0) == 0.02
+    cuda_machine.call_seconds(None, torch.device("cpu"), 0.0)
+    # A second of calls that take 10 ms each; where no time is given, few.
+    assert counts == [3, 3, 100, 3, 3, cuda_machine.LEAST_CALLS]

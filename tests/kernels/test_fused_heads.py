@@ -1,0 +1,294 @@
+"""The fused heads against the reference: float64 exactly, lower precisions by their error against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from head_cases import CASES, D, Inputs, T, V, run
+from triton_cases import repair_interpreter
+
+from rmsd_fast import losses
+from rmsd_kernels import native
+from rmsd_kernels.heads import chunks, loops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    repair_interpreter()
+# 33 scored rows and one head: 9 ragged chunks (more than a 16-bit d_weight is rounded for), or 5 (as many as it is).
+SMALL = {torch.float64: 4 * V * 8, torch.float32: 4 * V * 4, torch.bfloat16: 4 * V * 2}
+BUDGETS = {"small": 1, "medium": 7 / 4}
+
+
+def budget_of(name, dtype):
+    return None if name == "default" else int(BUDGETS[name] * SMALL[dtype])
+
+
+# The interpreter is slow: one case per kernel, with all of its options.
+INTERPRETER_CASES = ["logprob_shaped", "logprob_frozen", "cross_entropy", "policy_full", "policy_tis_on", "jsd"]
+ERROR_CASES = INTERPRETER_CASES if INTERPRETED else list(CASES)
+SEEDS = 2 if INTERPRETED else 5
+
+
+def implementations():
+    if INTERPRETED:
+        return ["triton"]
+    on_gpu = pytest.param("triton", marks=pytest.mark.cuda)
+    return ["torch", *(["native"] if native.available() else []), on_gpu]
+
+
+def device_of(impl):
+    return "cuda" if impl == "triton" and not INTERPRETED else "cpu"
+
+
+def needs_interpreter():
+    return pytest.mark.skipif(INTERPRETED, reason="the interpreter's run takes the Triton cases alone")
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("budget", ["small", "default"])
+@pytest.mark.parametrize("case", CASES)
+def test_float64_equals_the_reference(case, budget):
+    limit = budget_of(budget, torch.float64)
+    ours = run(case, Inputs(torch.float64), impl="torch", memory_budget_bytes=limit)
+    for got, expected in zip(ours, run(case, Inputs(torch.float64), impl="reference"), strict=True):
+        assert torch.allclose(got, expected, atol=1e-13, rtol=1e-11)
+
+
+@pytest.mark.parametrize("budget", ["small", "default"] if INTERPRETED else ["small", "medium", "default"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("case", ERROR_CASES)
+def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
+    limit = budget_of(budget, dtype)
+    errors, bars, scales = [], [], []
+    # A scalar's error may happen to be small: the largest of several inputs counts.
+    for seed in range(SEEDS):
+        truth = run(case, Inputs(torch.float64, rounded=dtype, device=device_of(impl), seed=seed), impl="reference")
+        eager = run(case, Inputs(dtype, device=device_of(impl), seed=seed), impl="reference")
+        ours = run(case, Inputs(dtype, device=device_of(impl), seed=seed), impl=impl, memory_budget_bytes=limit)
+        assert all(got.dtype == bar.dtype and got.isfinite().all() for got, bar in zip(ours, eager, strict=True))
+        errors.append([(got - exact).abs().max() for got, exact in zip(ours, truth, strict=True)])
+        bars.append([(bar - exact).abs().max() for bar, exact in zip(eager, truth, strict=True)])
+        scales.append([exact.abs().max() for exact in truth])
+    error, bar, scale = (torch.tensor(t).amax(0) for t in (errors, bars, scales))
+    # Floor: eight units in the last place of float32, on the scale of what is compared.
+    assert (error <= 2 * bar + 1e-6 * scale.clamp(min=1.0)).all(), (error / bar).tolist()
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_two_runs_are_bit_identical(impl):
+    for case in ("policy_full", "cross_entropy", "logprob_shaped", "jsd"):
+        inputs = [Inputs(torch.bfloat16, device=device_of(impl)) for _ in range(2)]
+        runs = [run(case, x, impl=impl, memory_budget_bytes=4000) for x in inputs]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_logp_is_never_above_zero(impl):
+    """A sure token: bfloat16 logits alone would give up to 0.06 nat."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(64, D, generator=g).to(device_of(impl), torch.bfloat16)
+    weight = torch.randn(V, D, generator=g).to(device_of(impl), torch.bfloat16)
+    targets = (hidden.float() @ weight.float().T * 4).argmax(1)
+    logp = losses.linear_logprob(hidden * 4, weight, targets, impl=impl)
+    assert (logp <= 0).all() and (logp > -1e-2).any()
+    logp = losses.linear_logprob(hidden, weight, targets, impl=impl)
+    exact = losses.linear_logprob(hidden.double(), weight.double(), targets, impl="reference")
+    plain = losses.linear_logprob(hidden, weight, targets, impl="reference")
+    assert (logp - exact).abs().mean() < 0.6 * (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("kind", ["empty", "one", "all_ignored"])
+def test_few_rows(impl, kind):
+    rows = {"empty": 0, "one": 1, "all_ignored": 3}[kind]
+    device = device_of(impl)
+    hidden, weight = (torch.randn(n, 4, device=device).requires_grad_() for n in (rows, 7))
+    targets = torch.full((rows,), -100 if kind == "all_ignored" else 2, device=device)
+    calls = [
+        lambda **kw: losses.linear_cross_entropy(hidden, weight, targets, **kw),
+        lambda **kw: losses.linear_logprob(hidden, weight, targets, **kw).sum(),
+        lambda **kw: losses.linear_policy_loss(hidden, weight, targets, torch.ones(rows, device=device), **kw).loss,
+        lambda **kw: losses.linear_divergence(hidden, weight, teacher_hidden=hidden, teacher_weight=weight * 2, **kw),
+    ]
+    for call in calls:
+        results = []
+        for which in (impl, "reference"):
+            hidden.grad = weight.grad = None
+            loss = call(impl=which)
+            loss.backward()
+            results.append((loss.detach(), hidden.grad, weight.grad))
+        for got, expected in zip(*results, strict=True):
+            assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_extreme_logits(impl):
+    """Logits of +-1e4: sure and impossible targets, against float64."""
+    device = device_of(impl)
+    hidden = torch.tensor([[1e4], [-1e4], [1.0]], device=device)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device)
+    targets = torch.tensor([0, 0, 2], device=device)
+    results = {}
+    for which, dtype in ((impl, torch.float32), ("reference", torch.float64)):
+        h, w = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
+        logp, entropy = losses.linear_logprob(h, w, targets, return_entropy=True, impl=which)
+        (logp + entropy).sum().backward()
+        results[which] = [logp.detach(), entropy.detach(), h.grad, w.grad]
+    assert results[impl][0][0] == 0 and results[impl][0][1] == pytest.approx(-2e4)
+    for got, expected in zip(results[impl], results["reference"], strict=True):
+        assert torch.allclose(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", implementations())
+def test_rows_without_ignore_index_need_no_lookup(impl):
+    x = Inputs(torch.float32, device=device_of(impl))
+    x.targets = x.targets.clamp(min=0)
+    a = losses.linear_logprob(x.hidden, x.weight, x.targets, ignore_index=None, impl=impl)
+    assert torch.equal(a, losses.linear_logprob(x.hidden, x.weight, x.targets, impl=impl))
+    a = losses.linear_policy_loss(x.hidden, x.weight, x.targets, x.advantages, ignore_index=None, impl=impl)
+    b = losses.linear_policy_loss(x.hidden, x.weight, x.targets, x.advantages, impl=impl)
+    assert torch.equal(a.loss, b.loss) and a.metrics["rows"] == T
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("impl", implementations())
+def test_second_backward(impl):
+    x = Inputs(torch.float32, device=device_of(impl))
+    loss = CASES["policy_k3"](Inputs(torch.float32, device=device_of(impl)), impl=impl)[0]
+    assert not loss.requires_grad
+    x.hidden.requires_grad_()
+    loss = losses.linear_cross_entropy(x.hidden, x.weight, x.targets, impl=impl)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran a second time.*call the loss again"):
+        loss.backward()
+    # Nothing is used up where backward computes the logits again.
+    x.hidden.grad, weight = None, x.weight.clone().requires_grad_()
+    loss = losses.linear_logprob(x.hidden, weight, x.targets, impl=impl, memory_budget_bytes=1).sum()
+    loss.backward(retain_graph=True)
+    once = x.hidden.grad.clone()
+    loss.backward()
+    assert torch.equal(x.hidden.grad, 2 * once)
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize(
+    "case", ["logprob", "logprob_frozen", "cross_entropy", "policy_full", "policy_sequence", "jsd"]
+)
+def test_compiles_without_graph_breaks(case, impl):
+    def call(hidden, weight, bias):
+        y = Inputs.__new__(Inputs)
+        # One by one, and read outside: torch 2.11's Dynamo neither reads nor updates the __dict__ of an object.
+        for name, value in {**given, "hidden": hidden, "weight": weight, "bias": bias}.items():
+            setattr(y, name, value)
+        return CASES[case](y, impl=impl, memory_budget_bytes=SMALL[torch.float32])
+
+    torch._dynamo.reset()
+    x = Inputs(torch.float32, device=device_of(impl))
+    given, results = vars(x), []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [leaf.clone().requires_grad_() for leaf in x.leaves]
+        outputs = function(*leaves)
+        outputs[0].backward()
+        results.append([*(t.detach() for t in outputs), *(t.grad for t in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
+
+
+@needs_interpreter()
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    x = Inputs(torch.float32)
+
+    def call(hidden, weight):
+        result = losses.linear_policy_loss(hidden, weight, x.targets, x.advantages, ref_logp=x.ref, kl_coef=0.1)
+        return result.loss * 2
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        leaves = [leaf.clone().requires_grad_() for leaf in x.leaves[:2]]
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("case", ["logprob", "policy_full", "jsd", "cross_entropy_plain"])
+def test_ops_pass_opcheck(case, monkeypatch):
+    """Every op of the engine as the case calls it: schema, fake tensors, mutation."""
+    seen = []
+    for name in ("head_score", "head_gradient", "head_policy", "head_divergence", "scale_"):
+        op = getattr(loops, name)
+
+        def record(*args, op=op):
+            seen.append((op, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]))
+            return op(*args)
+
+        monkeypatch.setattr(loops, name, record)
+    x = Inputs(torch.float32)
+    # Kept logits of ignored rows are never written, so they would differ between two calls.
+    x.targets = x.targets.clamp(min=0)
+    run(case, x, impl="torch")
+    assert seen
+    for op, args in seen:
+        torch.library.opcheck(op, tuple(args))
+
+
+@needs_interpreter()
+def test_triton_through_the_interpreter():
+    """This file's own cases on the Triton kernels, in a process where triton runs them on CPU tensors."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        __file__,
+        "-k",
+        "error or few or extreme or advantage or identical or zero",
+    ]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("live", [0, 1, 14])
+def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
+    """Groups whose rollouts all got the same reward: scored for the metrics, in no GEMM of backward."""
+    x = Inputs(torch.float32, device=device_of(impl))
+    x.advantages = torch.where(torch.arange(T, device=x.targets.device) < live, 1.0, 0.0)
+    x.targets = x.targets.clamp(min=0)
+    ours = run("policy_on", x, impl=impl)
+    seen = []
+    add = chunks.Gradients.add
+    monkeypatch.setattr(chunks.Gradients, "add", lambda self, *a: (seen.append(len(a[2])), add(self, *a)))
+    for ignore_index in (-100, None):
+        seen.clear()
+        again = run("policy_on", x, impl=impl, ignore_index=ignore_index, memory_budget_bytes=SMALL[torch.float32])
+        assert sum(seen) == live
+        for a, b, c in zip(ours, again, run("policy_on", x, impl="reference"), strict=True):
+            assert torch.allclose(a, b, atol=1e-6) and torch.allclose(a, c, atol=1e-6)
+
+
+@needs_interpreter()
+def test_float16_gradients_survive_a_large_normalizer():
+    """A mean over 1e7 tokens of a float16 model under a loss scale: gradients of single logits are below float16."""
+    upstream, gradients = 2.0**20, []
+    for dtype in (torch.float16, torch.float64):
+        x = Inputs(dtype, rounded=torch.float16)
+        impl = "torch" if dtype == torch.float16 else "reference"
+        leaves = [t.clone().requires_grad_() for t in (x.hidden, x.weight)]
+        settings = {"old_logp": x.old, "ref_logp": x.ref, "kl_coef": 0.1, "normalizer": 1e7}
+        loss = losses.linear_policy_loss(*leaves, x.targets, x.advantages, impl=impl, **settings).loss
+        (loss * upstream).backward()
+        gradients.append([t.grad.double() for t in leaves])
+    for got, exact in zip(*gradients, strict=True):
+        assert exact.abs().max() > 0.01
+        assert (got - exact).abs().max() < 0.005 * exact.abs().max()

@@ -1,0 +1,226 @@
+"""shared_prefix_decode against one attention per sequence, and against the last row of shared_prefix_attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared_prefix_cases import HEADS, STAND_IN
+from torch import Tensor
+
+from rmsd_kernels import DecodePlan, SharedPrefixPlan, attention_calls, shared_prefix_attention, shared_prefix_decode
+from rmsd_kernels.shared_prefix import decode, segments
+
+# prefix lengths, sequences of each. Equal groups are one dense call on CUDA; a group may have finished.
+STEPS = {
+    "one prefix": ([9], [4]),
+    "one sequence": ([3], [1]),
+    "uneven groups": ([5, 1, 7], [3, 1, 2]),
+    "equal groups": ([4, 4], [3, 3]),
+    "finished groups": ([4, 4, 2, 6], [0, 2, 0, 1]),
+}
+PATHS = ["flash", "torch", "torch in chunks", "CUDA with a stand-in"]
+
+
+@pytest.fixture
+def path(request, monkeypatch) -> str:
+    """impl of a call that takes the named way through the code."""
+    if request.param == "torch in chunks":
+        monkeypatch.setattr(segments, "_SCORES", 50)
+        return "torch"
+    if request.param == "CUDA with a stand-in":
+        monkeypatch.setattr(decode, "backend_of", lambda q, impl: STAND_IN)
+        return "flash"
+    return request.param
+
+
+def random_step(
+    plan: DecodePlan, own: int, heads: tuple[int, int] = (4, 2), size: int = 8, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """q, prefix_k, prefix_v, own_k, own_v; the own ones are views of larger buffers."""
+    queries, keys = heads
+    rows, tokens = sum(plan.rows), sum(plan.prefix_lengths)
+    prefixes = [torch.randn(tokens, keys, size) for _ in range(2)]
+    buffers = [torch.randn(rows, keys, own + 5, size)[:, :, :own] for _ in range(2)]
+    step = [torch.randn(rows, queries, size), *prefixes, *buffers]
+    # Moved one by one, the views would be made adjacent: pad again afterwards.
+    step = [t.to(plan.group_queries.device, dtype) for t in step]
+    return [*step[:3], *(F.pad(t, (0, 0, 0, 5), value=float("nan"))[:, :, :own] for t in step[3:])]
+
+
+def one_by_one(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan, scale: float | None = None) -> Tensor:
+    """The oracle: each sequence over its own row of keys."""
+    ends = torch.tensor([0, *plan.prefix_lengths]).cumsum(0).tolist()
+    groups = [g for g, count in enumerate(plan.rows) for _ in range(count)]
+    out = []
+    for i, g in enumerate(groups):
+        prefix = slice(ends[g], ends[g + 1])
+        k, v = (
+            torch.cat([shared[prefix].transpose(0, 1), own[i]], dim=1)
+            for shared, own in ((prefix_k, own_k), (prefix_v, own_v))
+        )
+        out.append(F.scaled_dot_product_attention(q[i].unsqueeze(1), k, v, scale=scale, enable_gqa=True)[:, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("own", [1, 6])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("step", STEPS)
+def test_fp64_equals_one_by_one(step, heads, own, path):
+    plan = DecodePlan.from_counts(*STEPS[step])
+    tensors = random_step(plan, own, heads)
+    out = shared_prefix_decode(*tensors, plan, scale=0.4, impl=path)
+    assert out.is_contiguous() and (out - one_by_one(*tensors, plan, scale=0.4)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("impl", ["flash", "torch"])
+def test_16_bit_error(impl):
+    plan = DecodePlan.from_counts([300, 64], [4, 3])
+    tensors = random_step(plan, 64, (4, 2), 64, torch.bfloat16)
+    exact = one_by_one(*(t.double() for t in tensors), plan)
+
+    def error(out: Tensor) -> float:
+        return float((out.double() - exact).norm())
+
+    # flash rounds the two parts and their merge, where one attention rounds once.
+    bound = {"flash": 2.0, "torch": 1.2}[impl]
+    assert error(shared_prefix_decode(*tensors, plan, impl=impl)) <= bound * error(one_by_one(*tensors, plan))
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_strides(path):
+    plan = DecodePlan.from_counts([5, 7], [3, 1])
+    tensors = random_step(plan, 3)
+    expected = shared_prefix_decode(*tensors, plan, impl="torch")
+    apart = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    out = shared_prefix_decode(*apart, plan, impl=path)
+    assert out.is_contiguous() and (out - expected).abs().max() <= 1e-12
+
+
+def test_decoding_is_the_last_row_of_the_packed_attention():
+    row = SharedPrefixPlan.from_lengths([6, 4], [[5, 5], [5]])
+    q, k, v = (torch.randn(row.tokens, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = shared_prefix_attention(q, k, v, row)[10:].unflatten(0, (3, 5))[:, -1]
+    own_k, own_v = (t[10:].unflatten(0, (3, 5)).transpose(1, 2) for t in (k, v))
+    last = q[10:].unflatten(0, (3, 5))[:, -1]
+    plan = DecodePlan.from_counts([6, 4], [2, 1])
+    assert (shared_prefix_decode(last, k[:10], v[:10], own_k, own_v, plan) - expected).abs().max() <= 1e-12
+
+
+def test_sequences_do_not_touch_each_other():
+    plan = DecodePlan.from_counts([40], [3])
+    q, prefix_k, prefix_v, own_k, own_v = random_step(plan, 7, dtype=torch.float32)
+    before = shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan)
+    for t in (q, own_k, own_v):
+        t[1] = float("nan")
+    after = shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan)
+    assert after[1].isnan().all() and torch.equal(before[[0, 2]], after[[0, 2]])
+
+
+def test_calls_are_counted_and_inputs_left_alone():
+    plan = DecodePlan.from_counts([4, 3], [2, 1])
+    tensors = random_step(plan, 3)
+    copies = [t.clone() for t in tensors]
+    before = attention_calls()
+    shared_prefix_decode(*tensors, plan)
+    assert attention_calls() == before + 1
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+def test_opcheck_and_compile():
+    plan = DecodePlan.from_counts([4, 3], [2, 1])
+    # Sizes that differ from each other: torch.compile takes equal ones for the same.
+    tensors = random_step(plan, 6, dtype=torch.float32)
+    edges = (plan.lengths, plan.group_queries, plan.group_keys)
+    torch.library.opcheck(decode._decode, (*tensors, *edges, 0.5, "auto"))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *step: shared_prefix_decode(*step, plan), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    compiled(*tensors)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for own in (5, 7, 9):
+            tensors = random_step(plan, own, dtype=torch.float32)
+            assert torch.equal(compiled(*tensors), shared_prefix_decode(*tensors, plan))
+
+
+def test_autocast():
+    plan = DecodePlan.from_counts([4], [2])
+    tensors = random_step(plan, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = shared_prefix_decode(*tensors, plan)
+    expected = shared_prefix_decode(*(t.bfloat16() for t in tensors), plan)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "rows", "message"),
+    [
+        ([], [], "rows: expected one number per prefix, 0 and at least one, got 0"),
+        ([3], [1, 2], "rows: expected one number per prefix, 1 and at least one, got 2"),
+        ([3, 0], [1, 2], "prefix_lengths: expected at least 1 token each"),
+        ([3, 2], [1, -1], "rows: expected numbers >= 0"),
+        ([3, 2], [0, 0], "not all of them 0"),
+    ],
+)
+def test_bad_plans(prefixes, rows, message):
+    with pytest.raises(ValueError, match=message):
+        DecodePlan.from_counts(prefixes, rows)
+
+
+def test_counts_are_integers():
+    for prefixes, rows, name in (([3.5], [2], "prefix_lengths"), ([3], [1.9], "rows")):
+        with pytest.raises(TypeError, match=f"{name}: expected a list of integers"):
+            DecodePlan.from_counts(prefixes, rows)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "kind", "message"),
+    [
+        (0, lambda q: q[:-1], ValueError, "own_k: expected B=2 sequences"),
+        (0, lambda q: q[:, :3], ValueError, "prefix_k: expected a number of heads that divides the 3 heads"),
+        (1, lambda k: k[:-1], ValueError, "prefix_v"),
+        (2, lambda v: v.float(), TypeError, "prefix_v: expected the dtype of q"),
+        (3, lambda k: k[:, :1], ValueError, "own_v"),
+        (4, lambda v: v[0], ValueError, "own_v"),
+        (4, lambda v: v.to("meta"), ValueError, "own_v: expected device cpu"),
+    ],
+)
+def test_bad_tensors(place, change, kind, message):
+    plan = DecodePlan.from_counts([4, 3], [2, 1])
+    tensors = random_step(plan, 3)
+    tensors[place] = change(tensors[place])
+    with pytest.raises(kind, match=message):
+        shared_prefix_decode(*tensors, plan)
+
+
+def test_bad_calls():
+    plan = DecodePlan.from_counts([4, 3], [2, 1])
+    q, prefix_k, prefix_v, own_k, own_v = random_step(plan, 3)
+    with pytest.raises(ValueError, match="own_k: expected B=3 sequences of t >= 1 tokens"):
+        shared_prefix_decode(q, prefix_k, prefix_v, own_k[:, :, :0], own_v[:, :, :0], plan)
+    with pytest.raises(ValueError, match="q and prefix_k: expected the plan's B=3 and Tp=7, got 3 and 6"):
+        shared_prefix_decode(q, prefix_k[:-1], prefix_v[:-1], own_k, own_v, plan)
+    with pytest.raises(ValueError, match="own_k: expected the 2 heads of prefix_k, got 1"):
+        shared_prefix_decode(q, prefix_k, prefix_v, own_k[:, :1], own_v[:, :1], plan)
+    with pytest.raises(ValueError, match="plan: expected a DecodePlan, got SharedPrefixPlan"):
+        shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, SharedPrefixPlan.from_lengths([4], [[2]]))
+    with pytest.raises(ValueError, match="plan: expected device cpu, got meta"):
+        shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan.to("meta"))
+    with pytest.raises(RuntimeError, match="no gradient; call it under torch.no_grad"):
+        shared_prefix_decode(q.requires_grad_(), prefix_k, prefix_v, own_k, own_v, plan)
+    with torch.no_grad():
+        assert not shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan).requires_grad
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("own", [1, 40])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("step", STEPS)
+def test_cuda_flash(step, heads, own):
+    plan = DecodePlan.from_counts(*STEPS[step], device="cuda")
+    tensors = random_step(plan, own, heads, 64, torch.bfloat16)
+    exact = one_by_one(*(t.double() for t in tensors), plan)
+    out = shared_prefix_decode(*tensors, plan, impl="flash")
+    assert float((out.double() - exact).norm()) <= 0.01 * float(exact.norm())

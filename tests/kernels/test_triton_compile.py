@@ -1,0 +1,174 @@
+"""Every Triton kernel compiles for compute capability 9.0, without a GPU, into a binary that fits the machine."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+from rmsd_kernels import triton_compile  # noqa: E402
+from rmsd_kernels.discriminator import triton_loss  # noqa: E402
+from rmsd_kernels.heads import torch_rows, triton_rows  # noqa: E402
+from rmsd_kernels.video import triton_patches  # noqa: E402
+
+REGISTERS_OF_AN_SM = 65536
+SHARED_BYTES_OF_A_PROGRAM = 227 * 1024
+DTYPES = ("bf16", "fp32")
+ROW_KERNELS = ("score", "policy", "gradient", "divergence")
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, triton_compile.Report]:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("triton's compiler comes for Linux alone")
+    variants = [v for d in DTYPES for v in triton_compile.variants(d)]
+    return {variant.name: triton_compile.compile_variant(variant) for variant in variants}
+
+
+def test_nothing_spills_and_every_program_fits(reports):
+    table = triton_compile.table(list(reports.values()))
+    print(table)
+    for report in reports.values():
+        assert report.stack_bytes == report.local_bytes == 0, f"{report.name} spills registers\n{table}"
+        assert 0 < report.registers <= 255
+        assert report.registers * 32 * report.warps <= REGISTERS_OF_AN_SM, report.name
+        assert report.shared_bytes <= SHARED_BYTES_OF_A_PROGRAM, report.name
+
+
+def test_all_kernels_are_in_the_report(reports):
+    assert {name.split()[0] for name in reports} == {*ROW_KERNELS, "scale", "discriminator", "patches", "resize"}
+    # "discriminator pairs" and "resize" know no 16-bit tensor.
+    assert len(reports) == 36 - 2
+
+
+def test_rows_are_found_with_64_bit_offsets(reports):
+    """row * stride passes 2^31: the row is widened before it is multiplied, and no 32-bit product is widened after."""
+    for name, report in reports.items():
+        if name.split()[0] in ROW_KERNELS:
+            (row,) = re.findall(r"(%\S+) = tt\.get_program_id x : i32", report.ttir)
+            (wide,) = re.findall(rf"(%\S+) = arith\.extsi {re.escape(row)} : i32 to i64", report.ttir)
+            assert re.search(rf"arith\.muli {re.escape(wide)}, %\S+ : i64", report.ttir), name
+            assert not re.search(rf"arith\.muli {re.escape(row)},", report.ttir), name
+
+
+def test_frames_are_found_with_64_bit_offsets(reports):
+    """Frames, channels, rows and columns are widened before they meet a stride: nothing is multiplied in 32 bit."""
+    for name in ("patches 16 bf16", "patches 14 fp32", "resize"):
+        widened = re.findall(r"arith\.extsi (%stride_\w) : i32 to i64", reports[name].ttir)
+        assert set(widened) == {"%stride_f", "%stride_c", "%stride_y", "%stride_x"}, name
+        assert not re.search(r"arith\.muli [^:]*%stride_", reports[name].ttir), name
+
+
+def test_patches_are_divided_with_ieee_rounding(reports):
+    """div.full is up to 2 units in the last place off; results are to be those of the torch form."""
+    for name in ("patches 16 bf16", "patches 14 bf16"):
+        ptx = reports[name].ptx
+        assert "div.rn.f32" in ptx and "div.full" not in ptx and re.search(r"cvt\.rn\.bf16", ptx), name
+
+
+def test_no_float64_and_no_atomics(reports):
+    for report in reports.values():
+        assert "f64" not in report.ptx and not re.search(r"\b(atom|red)\.", report.ptx), report.name
+
+
+def test_rows_are_read_wide_and_rounded_to_nearest(reports):
+    """16 bytes per thread and load; bfloat16 gradients are rounded, where the interpreter would cut them off."""
+    assert "cp.async.cg.shared.global" in reports["policy k3 bf16"].ptx
+    assert "st.global.v4.b32" in reports["policy k3 bf16"].ptx
+    for name in ("policy k3 bf16", "gradient bf16", "divergence jsd bf16", "discriminator gradient bf16"):
+        assert re.search(r"cvt\.rn\.bf16", reports[name].ptx), name
+
+
+def test_nan_survives_a_maximum(reports):
+    """max.f32 gives the operand that is no number away; the interpreter cannot show that."""
+    for dtype in DTYPES:
+        assert "max.NaN.f32" in reports[f"divergence jsd {dtype}"].ptx
+
+
+class _Device:
+    """Stands in for a GPU as far as triton asks for one before a launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        return triton_compile.TARGET
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list:
+    """The compiled kernels of launches, in order; CPU tensors go up to the launch itself, which is left out."""
+    run, kernels = triton.JITFunction.run, []
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernels.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Device())
+    return kernels
+
+
+def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
+    """Numbers of rows, and slices that begin anywhere, compile nothing anew; no Python float becomes a float64."""
+    vocab, ones = 5000, torch.ones(64)
+    for start, rows in ((0, 16), (1, 1), (3, 15), (2, 34)):
+        part = slice(start, start + rows)
+        logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+        targets = torch.zeros(64, dtype=torch.int64)[part]
+        inputs = torch_rows.RowInputs(targets, ones[part], torch.ones(vocab), ones[part], 30.0)
+        ref = torch_rows.RowReference(logits, torch.ones(vocab), ones[part], ones[part])
+        stats = triton_rows.score(logits, inputs, ref)
+        rest = ("k3", 0.1, 5.0, 0.2, 0.2, 0.01)
+        terms = torch_rows.PolicyTerms(ones[part], ones[part], ones[part], ones[part], *rest)
+        triton_rows.policy_(logits, inputs, terms)
+        triton_rows.policy_(logits, inputs, terms._replace(kl="full"), ref)
+        triton_rows.gradient_(logits, inputs, stats, ones[part], ones[part], ref, ones[part])
+        triton_rows.divergence_(logits, logits, ones[part], "jsd", None, ones[part])
+
+        hidden = torch.zeros(rows + 48, 64, dtype=torch.bfloat16, requires_grad=True)
+        index = torch.arange(64)[part]
+        pairs = (index % rows, index % 1, ones[part])
+        last = torch.arange(rows + 1)
+        triton_loss.discriminator_loss(
+            hidden, last, hidden[0], *pairs, num_students=rows, score_l2=0.1, normalizer=3.0, norm_weight=hidden[1]
+        ).loss.backward()
+        scores = torch.zeros(rows, requires_grad=True)
+        triton_loss.pairwise_discriminator_loss(scores, scores[:1], *pairs).loss.backward()
+        triton_loss.last_token_values(hidden, last, hidden[0])
+    assert len(launched) == 4 * 9
+    for i, kernel in enumerate(launched):
+        assert "fp64" not in kernel.src.signature.values(), kernel.src.signature
+        assert kernel is launched[i % 9], f"{kernel.name} is compiled again for another batch"
+
+
+def test_media_kernels_compile_once_for_all_videos(launched):
+    """Sizes of one pixel and of any multiple, both layouts, and slices that begin anywhere."""
+    source, room = (torch.zeros(3 * 5 * 90 * 160 + 1, dtype=torch.uint8) for _ in range(2))
+    numbers = torch.ones(3)
+    for count, in_height, in_width, height, width in ((5, 90, 160, 32, 64), (1, 1, 1, 64, 32), (2, 32, 48, 32, 96)):
+        for start in (0, 1):
+            flat = source[start : start + 3 * count * in_height * in_width]
+            out = room[start : start + 3 * count * height * width].view(count, 3, height, width)
+            rows_last = flat.view(count, in_height, in_width, 3).permute(0, 3, 1, 2)
+            for frames in (flat.view(count, 3, in_height, in_width), rows_last):
+                sizes = (height, width, 16, 2, 2, numbers, numbers, torch.bfloat16)
+                triton_patches.video_patches(frames, *sizes)
+                triton_patches.resize_frames_(out, frames)
+    assert len(launched) == 2 * 3 * 2 * 2
+    for i, kernel in enumerate(launched):
+        assert kernel is launched[i % 2], f"{kernel.name} is compiled again for another video"
+
+
+def test_the_table_is_printed(capsys):
+    triton_compile.main(["fp32"])
+    printed = capsys.readouterr().out
+    assert re.search(r"policy k3 fp32 +\d+ +0 +0 +\d+ +32", printed), printed

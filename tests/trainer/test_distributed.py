@@ -1,0 +1,402 @@
+"""Engines on one and two real processes (gloo). This file is also the program that those processes run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+CASES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32")] + [(z, "bfloat16") for z in range(4)]
+ROWS, WIDTH, STEPS, MICRO = 12, 128, 3, 3
+
+
+class Net(nn.Module):
+    """A frozen table, a layer large enough for ZeRO-3 to split it, and small parameters that it keeps whole."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(16, WIDTH)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+        for p in self.parameters():
+            if p.ndim == 2:
+                p.data = torch.randn(p.shape) * 0.1
+        self.table.weight.requires_grad_(False)
+
+    def forward(self, ids, mask):
+        """Masked sum of squared errors over tokens [B, L] against the token id."""
+        score = self.head(self.norm(torch.tanh(self.layer(self.table(ids))))).squeeze(-1)
+        return ((score.float() - ids / 8) ** 2 * mask).sum()
+
+
+def batch(step: int):
+    """Token ids [ROWS, 5] and a mask whose counts per row are 0 to 4, so that ranks and micro-batches are unequal."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, 16, (ROWS, 5), generator=generator)
+    lengths = torch.tensor([4, 4, 4, 4, 3, 4, 1, 0, 2, 0, 0, 1])
+    return ids, (torch.arange(5) < lengths[:, None]).float()
+
+
+def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
+    """Forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
+    from rmsd_fast.runtime.distributed import global_sum
+
+    world = engine.world
+    ids, mask = (t.chunk(world.size)[world.rank] for t in batch(step))
+    count = global_sum({"tokens": mask.sum()}, world)["tokens"]
+    for i, (rows, keep) in enumerate(zip(ids.chunk(MICRO), mask.chunk(MICRO), strict=True)):
+        loss = engine(rows, keep) / count * scale
+        if poison and i == 1:
+            loss = loss * float("nan")
+        if i == 1:
+            loss = loss + added
+        engine.backward(loss, last=i == MICRO - 1)
+
+
+def train(engine, steps) -> list[float]:
+    norms = []
+    for step in steps:
+        engine.set_lr(1e-2 / (step + 1))
+        accumulate(engine, step)
+        assert engine.gradients_finite()
+        norms.append(engine.step())
+    return norms
+
+
+def weights(engine) -> dict:
+    with engine.full_weights():
+        return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+
+
+def optimizer_state(engine) -> list:
+    state = engine.engine.basic_optimizer.state
+    return [m.detach().clone() for m in engine._masters()] + [
+        v.clone() for m in engine._masters() for _, v in sorted(state[m].items())
+    ]
+
+
+def identical(a, b) -> bool:
+    pairs = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def make(world, stage, dtype, seed=0, **options):
+    from rmsd_fast.runtime.distributed import Engine
+
+    options = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 0.5} | options
+    return Engine(Net(seed), zero_stage=stage, dtype=dtype, world=world, **options)
+
+
+def check_case(world, stage, dtype, folder: Path) -> dict:
+    """All checks of one ZeRO stage and dtype; the names of the results are the tests below."""
+    result = {}
+    engine, other = make(world, stage, dtype), make(world, stage, dtype, seed=1)
+    frozen = engine.module.table.weight.detach().clone() if stage < 3 else None
+    result["norms"] = train(engine, range(STEPS))
+    train(other, range(STEPS))
+    torch.save(weights(engine), folder / f"weights_{stage}_{dtype}_{world.size}.pt")
+    if frozen is not None:
+        result["frozen_kept"] = torch.equal(frozen, engine.module.table.weight)
+
+    engine.save(folder / f"engine_{stage}_{dtype}_{world.size}")
+    before = weights(engine), optimizer_state(engine)
+    accumulate(engine, 5, poison=world.rank == world.size - 1)
+    result["seen_on_all"] = not engine.gradients_finite()
+    engine.discard()
+    result["discard_nonfinite"] = identical(before[0], weights(engine)) and identical(
+        before[1], optimizer_state(engine)
+    )
+    accumulate(engine, 6)  # finite gradients of this model, thrown away because the other one's were not
+    result["finite_again"] = engine.gradients_finite()
+    engine.discard()
+    result["discard_finite"] = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
+    expected_norms = train(engine, range(3, 6))  # one that was never disturbed must do the same: see continue_exact
+    expected = weights(engine), optimizer_state(engine)
+    result["moved"] = not identical(before[0], expected[0])
+    torch.distributed.barrier()
+    fresh = make(world, stage, dtype, seed=7)
+    fresh.load(folder / f"engine_{stage}_{dtype}_{world.size}")
+    result["load_exact"] = identical(before[0], weights(fresh))
+    result["continue_exact"] = expected_norms == train(fresh, range(3, 6)) and identical(expected[0], weights(fresh))
+    engine.load(folder / f"engine_{stage}_{dtype}_{world.size}")  # into one that has stepped on
+    result["rewind_exact"] = expected_norms == train(engine, range(3, 6)) and identical(
+        expected[1], optimizer_state(engine)
+    )
+    before = weights(engine), optimizer_state(engine)
+    accumulate(engine, 7, scale=1e25)  # finite gradients whose squares are not
+    seen = not engine.gradients_finite()
+    engine.discard()
+    unchanged = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
+    result["discard_overflow"] = seen and unchanged
+    accumulate(engine, 7, added=float("-inf") if world.rank == 0 else 0.0)  # a loss alone, its gradients are finite
+    result["loss_seen_on_all"] = not engine.gradients_finite()
+    engine.discard()
+    accumulate(engine, 7, scale=1e12)  # large, and as good as any other: clipped
+    result["large_is_applied"] = engine.gradients_finite() and 1e9 < engine.step() < 1e18
+    if stage == 3:
+        result |= check_full_weights(engine)
+    result["two_engines_apart"] = not identical(weights(engine), weights(other))
+    module = other.module
+    kept = weights(other)
+    other.close()
+    again_engine = type(other)(module, lr=1e-2, zero_stage=stage, dtype=dtype, world=world)
+    result["reused"] = identical(kept, weights(again_engine)) and all(n > 0 for n in train(again_engine, range(2)))
+    result["reused_moved"] = not identical(kept, weights(again_engine))
+    for left in (engine, fresh, again_engine):
+        left.close()
+    return result
+
+
+def check_full_weights(engine) -> dict:
+    """Ranks call the module differently often inside `full_weights`, and training goes on after it."""
+    ids, mask = batch(0)
+    with engine.full_weights(), torch.no_grad():
+        values = [engine.module(ids, mask).item() for _ in range(1 + 2 * engine.world.rank)]
+    with torch.no_grad():
+        plain = engine(ids, mask).item()
+    return {"full_weights": all(v == plain for v in values), "after_full": train(engine, range(1))[0] > 0}
+
+
+def check_helpers(world) -> dict:
+    from rmsd_fast.runtime.distributed import (
+        all_gather_objects,
+        any_rank,
+        broadcast_object,
+        global_max,
+        global_sum,
+    )
+
+    return {
+        "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
+        "max": global_max({"a": -float(world.rank)}, world),
+        "any": [any_rank(world.rank == world.size - 1, world), any_rank(False, world)],
+        "broadcast": broadcast_object(f"from {world.rank}", world),
+        "gather": all_gather_objects(world.rank, world),
+    }
+
+
+def check_refusals(world, folder: Path) -> dict:
+    """Messages for what a user can put right."""
+
+    def message(call) -> str:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+        return "no error"
+
+    engine = make(world, 2, "float32")
+    engine.save(folder / f"refuse_{world.size}")
+    torch.distributed.barrier()
+    other_stage = make(world, 1, "float32")
+    other_stage._hooks[0].remove() if world.rank == 1 else None
+    accumulate(other_stage, 0)
+    ranks_differ = message(other_stage.gradients_finite)
+    other_stage.discard()
+    meta = folder / f"refuse_{world.size}" / "engine.json"
+    found = {
+        "stage": message(lambda: other_stage.load(folder / f"refuse_{world.size}")),
+        "ranks_differ": ranks_differ,
+        "range": message(lambda: make(world, 4, "float32")),
+        "dtype": message(lambda: make(world, 2, "float16")),
+        "offload": message(lambda: make(world, 0, "float32", offload_optimizer=True)),
+    }
+    # The other rank may still be reading what is changed next.
+    torch.distributed.barrier()
+    if world.rank == 0:
+        saved = json.loads(meta.read_text())
+        meta.write_text(json.dumps(saved | {"world_size": 8}))
+    torch.distributed.barrier()
+    found["world"] = message(lambda: engine.load(folder / f"refuse_{world.size}"))
+    engine.close()
+    other_stage.close()
+    return found
+
+
+def program(folder: Path) -> None:
+    torch.set_num_threads(1)
+    from rmsd_fast.runtime.distributed import all_gather_objects, barrier, start, stop
+
+    world = start(timeout_s=60)
+    results = {"helpers": check_helpers(world), "refusals": check_refusals(world, folder)}
+    for stage, dtype in CASES:
+        results[f"{stage}-{dtype}"] = check_case(world, stage, dtype, folder)
+    gathered = all_gather_objects(results, world)
+    if world.is_main:
+        (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
+    # Nobody leaves while the other still writes.
+    barrier(world)
+    stop()
+
+
+if __name__ == "__main__":
+    from rmsd_fast.runtime.world import exit_process
+
+    program(Path(sys.argv[1]))
+    exit_process(0)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """Run the program on one process (without torchrun) and on two (with it), side by side."""
+    folder = tmp_path_factory.mktemp("engines")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), env.get("PYTHONPATH", "")])
+    env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    two = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    two += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, *prefix, __file__, str(folder)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for prefix in ([], two)
+    ]
+    outputs = [p.communicate(timeout=400)[0] for p in running]
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+    read = {n: json.loads((folder / f"results_{n}.json").read_text()) for n in (1, 2)}
+    return folder, read, outputs
+
+
+@pytest.mark.parametrize(("stage", "dtype"), CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_faults_and_exact_continuation(outcome, stage, dtype, ranks):
+    """Every check of a ZeRO stage holds on every rank: discard is bit-identical, save and load continue exactly."""
+    for rank, results in enumerate(outcome[1][ranks]):
+        result = results[f"{stage}-{dtype}"]
+        assert result.pop("norms")[0] > 0
+        failed = [name for name, value in result.items() if value is not True]
+        assert not failed, f"rank {rank}: {failed}"
+        assert len(result) >= 11
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_ranks_and_stages_do_not_change_the_result(outcome, stage):
+    """After 3 steps with unequal token counts: two ranks as one, and every ZeRO stage as plain torch."""
+    folder, results, _ = outcome
+    expected, norms = plain_torch()
+    for ranks in (1, 2):
+        got = torch.load(folder / f"weights_{stage}_float32_{ranks}.pt", weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(results[ranks][0][f"{stage}-float32"].get("norms", norms), norms, rtol=1e-5, atol=0)
+
+
+def plain_torch():
+    """The same three steps with nothing but torch: whole batch, one backward, clip, AdamW."""
+    net = Net()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    norms = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        ids, mask = batch(step)
+        (net(ids, mask) / mask.sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach() for n, p in net.named_parameters()}, norms
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bfloat16_follows_float32(outcome, stage):
+    """bfloat16 weights are the float32 ones within bfloat16's rounding of gradients and weights."""
+    folder = outcome[0]
+    start, (end, _) = dict(Net().named_parameters()), plain_torch()
+    for ranks in (1, 2):
+        got = torch.load(folder / f"weights_{stage}_bfloat16_{ranks}.pt", weights_only=True)
+        for name in ("layer.weight", "head.weight"):
+            assert got[name].dtype == torch.bfloat16
+            moved, error = (end[name] - start[name]).norm(), (got[name].float() - end[name]).norm()
+            assert error < 0.35 * moved, (name, ranks, float(error / moved))
+
+
+def test_helpers(outcome):
+    for rank in range(2):
+        got = outcome[1][2][rank]["helpers"]
+        assert got["sum"] == {"a": 1.0, "b": 3.0}
+        assert got["max"] == {"a": 0.0}
+        assert got["any"] == [True, False]
+        assert got["broadcast"] == "from 0"
+        assert got["gather"] == [0, 1]
+    assert outcome[1][1][0]["helpers"]["sum"] == {"a": 0.5, "b": 1.0}
+
+
+def test_refusals(outcome):
+    for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
+        found = results["refusals"]
+        assert "zero_stage differs: saved with 2, this run has 1" in found["stage"]
+        assert "world_size differs: saved with 8" in found["world"]
+        assert "expected 0, 1, 2 or 3, got 4" in found["range"]
+        assert "float16" in found["dtype"] and "offload_optimizer" in found["offload"]
+    assert "different modules in backward" in outcome[1][2][0]["refusals"]["ranks_differ"]
+    assert outcome[1][1][0]["refusals"]["ranks_differ"] == "no error"
+
+
+def test_a_run_is_quiet(outcome):
+    """DeepSpeed's own lines would drown the progress of a run."""
+    assert all(len(output.splitlines()) < 25 for output in outcome[2]), outcome[2][1][-3000:]
+
+
+def test_a_cast_buffer_is_not_accepted(monkeypatch):
+    """DeepSpeed 0.19.0 casts a module with all its buffers, as this stand-in does."""
+    import deepspeed
+
+    from rmsd_fast.config import NotInstalled
+    from rmsd_fast.runtime.distributed import Engine, start, stop
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("inv_freq", torch.rand(8))
+
+    world = start()
+    try:
+        frequencies = Rotary().inv_freq
+        engine = Engine(Rotary(), lr=1e-3, zero_stage=2, dtype="bfloat16", world=world)
+        assert engine.module.inv_freq.dtype == frequencies.dtype == torch.float32
+        initialize = deepspeed.initialize
+
+        def casting(*, model, **others):
+            return initialize(model=model.bfloat16(), **others)
+
+        monkeypatch.setattr(deepspeed, "initialize", casting)
+        with pytest.raises(NotInstalled, match=r"buffer inv_freq torch\.bfloat16, expected torch\.float32.*0\.19\.4"):
+            Engine(Rotary(), lr=1e-3, zero_stage=2, dtype="bfloat16", world=world)
+    finally:
+        stop()
+
+
+def test_a_process_alone_listens_to_nobody_else():
+    """No socket of the process group is open on an interface that other machines reach."""
+    from rmsd_fast.runtime.distributed import start, stop
+
+    start()
+    try:
+        # But the descriptor that lists them, which is gone.
+        numbers = [number for number in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{number}")]
+        sockets = [os.readlink(f"/proc/self/fd/{number}") for number in numbers]
+        inodes = {name.removeprefix("socket:[").removesuffix("]") for name in sockets}
+        listening = [
+            fields[1]
+            for name in ("tcp", "tcp6")
+            for fields in map(str.split, Path(f"/proc/net/{name}").read_text().splitlines()[1:])
+            if fields[3] == "0A" and fields[9] in inodes
+        ]
+        # 127.0.0.1, in the byte order of the file.
+        assert all(address.startswith("0100007F") for address in listening), listening
+    finally:
+        stop()

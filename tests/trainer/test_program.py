@@ -1,0 +1,243 @@
+"""How programs end: exit codes and messages, without a process group."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_runs import environment
+
+from rmsd_fast import program, train_run
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.process import LenientStream
+from rmsd_fast.program import run_program
+from rmsd_fast.report import ReportError
+from rmsd_fast.runtime.stop_signal import Stopped
+from rmsd_fast.runtime.world import World
+
+
+@pytest.fixture(autouse=True)
+def group(monkeypatch):
+    """Notes whether the process group was left."""
+    left = []
+    monkeypatch.setattr(program, "start", lambda: World(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(program, "stop", lambda: left.append(True))
+    return left
+
+
+def end(error=None, *, trains=True, settings=None):
+    def work(world, stop):
+        assert world.size == 1
+        if error is not None:
+            raise error
+
+    return run_program("rmsd_fast.x", settings or RunConfig(), work, trains=trains)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "leaves", "words"),
+    [
+        (None, 0, True, ""),
+        (Stopped("step 3 is saved", together=True), 0, True, "stopped by SIGTERM: step 3 is saved"),
+        (Stopped("nothing was written"), 0, True, "stopped by SIGTERM: nothing was written"),
+        (SettingsError("x: expected 1"), 2, True, "rmsd_fast.x: x: expected 1"),
+        (KeyboardInterrupt(), 130, True, "interrupted: nothing was written"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, True, "micro_tokens=16384 (tokens of one forward"),
+    ],
+)
+def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leaves, words):
+    settings = RunConfig()
+    settings.micro_tokens = 16384
+    assert end(error, settings=settings) == code
+    assert bool(group) == leaves
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "leaves"),
+    [
+        (None, 0, True),
+        (Stopped("x", together=True), 0, True),
+        (Stopped("x"), 143, False),
+        (SettingsError("x"), 2, False),
+        (OSError(errno.ENOSPC, "full", "a"), 2, False),
+    ],
+)
+def test_a_process_that_may_be_the_only_one_does_not_wait_for_the_others(group, monkeypatch, error, code, leaves):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert end(error) == code
+    assert bool(group) == leaves
+
+
+ENDS = """
+import os
+import signal
+import sys
+import time
+
+from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.program import run_program
+from rmsd_fast.runtime.world import barrier, exit_process
+
+
+def work(world, stop):
+    kind = sys.argv[1]
+    if kind == "all" or (kind != "sigterm" and world.rank == 1):
+        raise SettingsError("a.b: expected 1" + kind.removeprefix("all"))
+    if kind == "sigterm" and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "bug":
+        time.sleep(0.02)
+        raise RuntimeError("shapes differ")
+    if kind == "busy":
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            pass
+    try:
+        with stop.deferred():
+            barrier(world)
+    finally:
+        time.sleep(0.1)
+
+
+if sys.argv[1] == "long":
+    sys.argv[1] = "x" * 20_000 + chr(0xDC80)
+exit_process(run_program("rmsd_fast.x", RunConfig(), work, trains=True))
+"""
+
+
+def ends(tmp_path, kind):
+    """What two processes print, but for torchrun's own lines."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [*launcher, str(script), kind],
+        env=environment() | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    # Its log lines, then the traceback with which it always ends.
+    before = done.stderr.rsplit('Traceback (most recent call last):\n  File "<frozen runpy>"', 1)[0]
+    lines = before.splitlines()
+    return [line for line in lines if line and not re.match(r"[EWI]\d{4} |\*{9}|Setting OMP_NUM", line)]
+
+
+@pytest.mark.parametrize("kind", ["all", "one", "busy"])
+def test_several_processes_end_with_one_line(tmp_path, kind):
+    """Also where the fault is that of one, and the others wait for it or are at work."""
+    told = "rmsd_fast.x: a.b: expected 1" + ("" if kind == "all" else kind)
+    lines = ends(tmp_path, kind)
+    # Of a process that waits for a step's end, what torchrun's SIGTERM makes of it.
+    assert [line for line in lines if not line.startswith("SIGTERM: the run ends")] == [told]
+
+
+def test_a_long_message_is_told_once(tmp_path):
+    lines = ends(tmp_path, "long")
+    assert len([line for line in lines if line.startswith("rmsd_fast.x: a.b: expected 1xxx")]) == 1
+    assert not any("Invalid string size" in line for line in lines)
+
+
+def test_a_bug_beside_a_fault_of_the_user_shows_its_traceback(tmp_path):
+    lines = ends(tmp_path, "bug")
+    assert "rmsd_fast.x: a.b: expected 1bug" in lines
+    assert any("RuntimeError: shapes differ" in line for line in lines)
+
+
+def test_sigterm_to_one_process_ends_the_others(tmp_path):
+    lines = ends(tmp_path, "sigterm")
+    assert [line for line in lines if not line.startswith("SIGTERM: the run ends")] == [
+        "stopped by SIGTERM: nothing was written"
+    ]
+
+
+def test_a_signal_during_the_end_does_not_take_the_message_away(capsys, monkeypatch):
+    class Late:
+        def __init__(self, world):
+            pass
+
+        def note(self, kind):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def is_mine_to_tell(self, message):
+            os.kill(os.getpid(), signal.SIGINT)
+            return True
+
+    monkeypatch.setattr(program, "Ends", Late)
+    assert end(SettingsError("x: expected 1")) == 2
+    assert capsys.readouterr().err == "rmsd_fast.x: x: expected 1\n"
+
+
+def test_errors_of_the_disk_are_one_line(capsys):
+    assert end(OSError(errno.ENOSPC, "No space left on device", "a.tmp", None, "runs/x/a.json")) == 2
+    told = capsys.readouterr().err
+    assert told == "rmsd_fast.x: runs/x/a.json: No space left on device; free some space; nothing was written\n"
+
+
+def test_output_that_is_lost_does_not_end_a_program(monkeypatch):
+    class Lost(io.StringIO):
+        encoding = "ascii"
+
+        def write(self, text):
+            raise OSError(errno.EIO, "the terminal is gone")
+
+    monkeypatch.setattr(sys, "stdout", Lost())
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def work(world, stop):
+        print("ä")
+        print("b", file=sys.stderr, flush=True)
+
+    assert run_program("rmsd_fast.x", RunConfig(), work, trains=True) == 0
+    assert sys.stderr is None
+
+
+def test_what_a_terminal_cannot_show_is_shown_in_ascii():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    LenientStream(stream).write("lücke\n")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"l\\xfccke\n"
+
+
+def test_an_evaluation_has_nothing_to_continue(capsys):
+    assert end(KeyboardInterrupt(), trains=False) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert end(torch.OutOfMemoryError("full"), trains=False) == 2
+    told = capsys.readouterr().err
+    assert "evaluate.prompts_per_batch=" in told and "micro_tokens" not in told and "--resume" not in told
+
+
+def test_errors_of_the_program_are_not_swallowed(group):
+    with pytest.raises(ZeroDivisionError):
+        end(ZeroDivisionError())
+    assert not group
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ReportError("samples.jsonl:1: expected x"), "samples.jsonl:1: expected x"),
+        (RuntimeError("a fault"), "RuntimeError: a fault"),
+    ],
+)
+def test_a_report_that_cannot_be_written_fails_no_run(tmp_path, monkeypatch, capsys, error, words):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(train_run, "write_facts", lambda run, *, finished: None)
+    monkeypatch.setattr(train_run, "write_report", fail)
+    train_run.finish(SimpleNamespace(folder=tmp_path))
+    told = capsys.readouterr().err
+    assert f"report not written: {words}" in told and f"python -m rmsd_fast.report {tmp_path}" in told
