@@ -209,16 +209,22 @@ void gradient_row(T* row, int64_t vocab, const Head& head, double temperature, c
 }
 
 struct Policy {
-  const float *scale, *advantage, *old_logp, *ref_logp;  // the last two may be null
+  const float *scale, *advantage, *old_logp, *ref_logp, *rollout_logp;  // the last three may be null
   int64_t kl;
-  double kl_coef, log_ratio_clip, clip_low, clip_high, entropy_coef;
+  double kl_coef, log_ratio_clip, clip_low, clip_high, tis_cap, entropy_coef;
 };
 
 constexpr double kExpLimit = 80.0;  // exp(80) = 5.5e34 is finite in float32
 
-// Derivatives of scale * (-min(r A, clip(r) A) + kl_coef KL - entropy_coef H), r = exp(logp - old_logp).
+// Derivatives of scale * (-w min(r A, clip(r) A) + kl_coef KL - entropy_coef H), r = exp(logp - old_logp),
+// w = min(exp(logp - rollout_logp), tis_cap), a constant.
 Coefficients policy_coefficients(const Policy& policy, int64_t t, float logp) {
-  const double advantage = policy.advantage[t], scale = policy.scale[t];
+  const double scale = policy.scale[t];
+  double advantage = policy.advantage[t];
+  if (policy.rollout_logp != nullptr) {
+    const double correction = std::exp(std::min(static_cast<double>(logp) - policy.rollout_logp[t], kExpLimit));
+    advantage *= correction > policy.tis_cap ? policy.tis_cap : correction;
+  }
   double g = -advantage;
   if (policy.old_logp != nullptr) {
     const double log_ratio = static_cast<double>(logp) - policy.old_logp[t];
@@ -369,12 +375,15 @@ HeadStats row_policy_(const HeadArguments& arguments, const PolicyArguments& giv
                       vector_data<float>(op, "advantage", given.advantage, rows.count),
                       vector_data(op, "old_logp", given.old_logp, rows.count),
                       vector_data(op, "policy_ref_logp", given.ref_logp, rows.count),
+                      vector_data(op, "rollout_logp", given.rollout_logp, rows.count),
                       given.kl,
                       given.kl_coef,
                       given.kl_log_ratio_clip.value_or(std::numeric_limits<double>::infinity()),
                       given.clip_low,
                       given.clip_high,
+                      given.tis_cap.value_or(0.0),
                       given.entropy_coef};
+  STD_TORCH_CHECK(policy.rollout_logp == nullptr || given.tis_cap.has_value(), op, ": rollout_logp: needs tis_cap");
   STD_TORCH_CHECK(given.kl >= kNone && given.kl <= kFull, op,
                   ": kl: expected 0 (none), 1, 2, 3 (k1, k2, k3) or 4 (full)");
   STD_TORCH_CHECK(given.kl < kK1 || given.kl > kK3 || policy.ref_logp != nullptr, op,

@@ -29,11 +29,13 @@ enum KlKind : int64_t { kNone = 0, kK1 = 1, kK2 = 2, kK3 = 3, kFull = 4 };
 
 struct PolicyArguments {
   const torch::stable::Tensor &scale, &advantage;
-  const std::optional<torch::stable::Tensor>&old_logp, &ref_logp;
+  const std::optional<torch::stable::Tensor>&old_logp, &ref_logp, &rollout_logp;
   int64_t kl;
   double kl_coef;
   std::optional<double> kl_log_ratio_clip;
-  double clip_low, clip_high, entropy_coef;
+  double clip_low, clip_high;
+  std::optional<double> tis_cap;  // needed with rollout_logp
+  double entropy_coef;
 };
 
 // logp, entropy, lse [n] and full_kl ([n] with a reference, else [0]), float32.

@@ -32,12 +32,13 @@ void gradient_(const Tensor& logits, const Tensor& targets, const Tensor& target
 HeadStats policy_(const Tensor& logits, const Tensor& targets, const Tensor& target_logit, const Maybe& bias,
                   const Maybe& temperature, std::optional<double> softcap, const Maybe& ref_logits,
                   const Maybe& ref_bias, const Maybe& ref_lse, const Maybe& ref_logp, const Tensor& scale,
-                  const Tensor& advantage, const Maybe& old_logp, const Maybe& policy_ref_logp, int64_t kl,
-                  double kl_coef, std::optional<double> kl_log_ratio_clip, double clip_low, double clip_high,
-                  double entropy_coef) {
+                  const Tensor& advantage, const Maybe& old_logp, const Maybe& policy_ref_logp,
+                  const Maybe& rollout_logp, int64_t kl, double kl_coef, std::optional<double> kl_log_ratio_clip,
+                  double clip_low, double clip_high, std::optional<double> tis_cap, double entropy_coef) {
   return rmsd::row_policy_(
       {logits, targets, target_logit, bias, temperature, softcap, ref_logits, ref_bias, ref_lse, ref_logp},
-      {scale, advantage, old_logp, policy_ref_logp, kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, entropy_coef});
+      {scale, advantage, old_logp, policy_ref_logp, rollout_logp, kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high,
+       tis_cap, entropy_coef});
 }
 
 int64_t cpu_level(int64_t limit) { return rmsd::limit_cpu_level(static_cast<int>(limit)); }
@@ -58,8 +59,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rmsd_kernels, m) {
         "g_full_kl)"
         " -> ()");
   m.def("row_policy_(Tensor(a!)" HEAD_ARGUMENTS
-        ", Tensor scale, Tensor advantage, Tensor? old_logp, Tensor? policy_ref_logp, int kl, float kl_coef, "
-        "float? kl_log_ratio_clip, float clip_low, float clip_high, float entropy_coef)" HEAD_STATS);
+        ", Tensor scale, Tensor advantage, Tensor? old_logp, Tensor? policy_ref_logp, Tensor? rollout_logp, int kl, "
+        "float kl_coef, float? kl_log_ratio_clip, float clip_low, float clip_high, float? tis_cap, "
+        "float entropy_coef)" HEAD_STATS);
   m.def(
       "row_divergence_(Tensor(a!) logits, Tensor teacher_logits, Tensor? temperature, int kind, float alpha, "
       "Tensor? scale) -> Tensor");

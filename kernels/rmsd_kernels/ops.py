@@ -1,7 +1,10 @@
-"""What all ops share: the dtype of their sums, and their bounds towards autocast and second derivatives."""
+"""What all ops share: records as their arguments, the dtype of their sums, autocast and second derivatives."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,6 +24,103 @@ def without_autocast(op: Callable) -> Callable:
             return op(tensor, *arguments)
 
     return run
+
+
+@contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Sum products of 16-bit matrices in float32 throughout; by default cuBLAS may add partial sums in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+class RecordOp:
+    """A torch.library op of a function whose arguments are records (NamedTuples), tensors and plain values.
+
+    The op's schema has one argument per field of a record, named record_field. The op and its fake form are called by
+    keyword with the function's own arguments, so an argument of several ops is spelled in one place, its record.
+    """
+
+    def __init__(self, function: Callable, name: str, mutates: tuple[str, ...]) -> None:
+        hints = get_type_hints(function)
+        self._records = {name: _record(hints[name]) for name in inspect.signature(function).parameters}
+        self.__doc__, self.__name__ = function.__doc__, function.__name__
+        fields = [field for argument, record in self._records.items() for field in _fields(argument, record)]
+
+        def flat(*values):
+            return function(**self._grouped(values))
+
+        flat.__signature__ = inspect.Signature(
+            [inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=k) for field, k in fields],
+            return_annotation=hints["return"],
+        )
+        self.op = torch.library.custom_op(f"rmsd_kernels::{name}", flat, mutates_args=mutates)
+
+    def __call__(self, **arguments):
+        return self.op(*self.values(**arguments))
+
+    def values(self, **arguments) -> list:
+        """The arguments as the op takes them."""
+        values = []
+        for name in self._records:
+            _flatten(arguments[name], values)
+        return values
+
+    def register_fake(self, fake: Callable) -> None:
+        """What the op returns for tensors without data."""
+        self.op.register_fake(lambda *values: fake(**self._grouped(values)))
+
+    def _grouped(self, values: tuple) -> dict:
+        rest = iter(values)
+        return {name: _build(record, rest) for name, record in self._records.items()}
+
+
+def record_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], RecordOp]:
+    """RecordOp of the function below."""
+    return lambda function: RecordOp(function, name, mutates)
+
+
+class _Record(NamedTuple):
+    """A record's type and what its fields hold: types, or further records."""
+
+    kind: type
+    fields: dict[str, Any]
+
+
+def _record(kind: Any) -> Any:
+    if not (isinstance(kind, type) and hasattr(kind, "_fields")):
+        return kind
+    return _Record(kind, {name: _record(field) for name, field in get_type_hints(kind).items()})
+
+
+def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
+    """Name and type of every value."""
+    if not isinstance(record, _Record):
+        yield name, record
+        return
+    for field, inner in record.fields.items():
+        yield from _fields(f"{name}_{field}", inner)
+
+
+def _build(record: Any, values: Iterator) -> Any:
+    if not isinstance(record, _Record):
+        return next(values)
+    return record.kind(*(_build(inner, values) for inner in record.fields.values()))
+
+
+def _flatten(value: Any, into: list) -> None:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        for field in value:
+            _flatten(field, into)
+    else:
+        into.append(value)
 
 
 def first_order(backward: Callable) -> Callable:

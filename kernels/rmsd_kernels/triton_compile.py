@@ -20,6 +20,7 @@ from . import triton_launch as launch
 from .discriminator import triton_kernels as discriminator
 from .heads import triton_divergence as divergence
 from .heads import triton_rows as rows
+from .shared_prefix import triton_merge as merge
 from .video import triton_patches as video
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -35,10 +36,23 @@ class Variant(NamedTuple):
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    registers: int | None = None  # at most
+
+
+class Loop(NamedTuple):
+    """A loop of a compiled kernel: machine instructions and bytes that a thread reads from global memory, per turn."""
+
+    instructions: int
+    loaded_bytes: int
+    barriers: int
+
+    def per_element(self, itemsize: int) -> float:
+        """Instructions per element read."""
+        return self.instructions * itemsize / self.loaded_bytes
 
 
 class Report(NamedTuple):
-    """What a compiled kernel needs. shared_bytes counts what is asked for at launch too."""
+    """What a compiled kernel needs. shared_bytes counts what is asked for at launch too. loops: innermost, in order."""
 
     name: str
     registers: int
@@ -48,6 +62,7 @@ class Report(NamedTuple):
     warps: int
     ttir: str
     ptx: str
+    loops: list[Loop]
 
 
 def row_variants(dtype: str) -> Iterator[Variant]:
@@ -60,34 +75,43 @@ def row_variants(dtype: str) -> Iterator[Variant]:
     ref |= {"ref_ptr": f"*{dtype}", "ref_stride": "i32"}
     terms = dict.fromkeys(("scale_ptr", "advantage_ptr", "old_logp_ptr", "kl_ref_logp_ptr"), "*fp32")
     terms |= dict.fromkeys(("kl_coef", "log_ratio_clip", "ratio_low", "ratio_high", "entropy_coef"), "fp32")
-    one, two = (
-        {"BLOCK": launch.block_of(VOCAB, _FLOATS[dtype], two_rows), "STAGES": launch.STAGES}
-        for two_rows in (False, True)
-    )
 
     def variant(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Variant:
-        return Variant(f"{name} {dtype}", kernel, types, constants, launch.WARPS)
+        two_rows = "ref_ptr" in types or "teacher_ptr" in types
+        chosen = launch.row_launch(VOCAB, _FLOATS[dtype], plain="bias_ptr" not in types, two_rows=two_rows)
+        sizes = {"BLOCK": chosen.block, "LANE": chosen.lane, "STAGES": launch.STAGES}
+        return Variant(f"{name} {dtype}", kernel, types, constants | sizes, chosen.warps, chosen.registers)
 
     plain, everything = common | stats, common | stats | head | ref
-    yield variant("score", rows._score_kernel, plain, {"ref_stride": 0, **one})
-    yield variant("score full_kl head", rows._score_kernel, everything, two)
-    constants = {"KL": "k3", "ref_stride": 0, "HAS_ENTROPY": True, **one}
+    yield variant("score", rows._score_kernel, plain, {"ref_stride": 0})
+    yield variant("score full_kl head", rows._score_kernel, everything, {})
+    both = {name: kind for name, kind in everything.items() if "bias" not in name and name != "softcap"}
+    yield variant("score full_kl", rows._score_kernel, both, {})
+    constants = {"KL": "k3", "ref_stride": 0, "HAS_ENTROPY": True}
     yield variant("policy k3", rows._policy_kernel, plain | terms, constants | {"HAS_ENTROPY": False})
+    trainer = plain | terms | {"temperature_ptr": "*fp32", "tis_cap": "fp32"}
+    yield variant("policy k3 temperature", rows._policy_kernel, trainer, constants | {"HAS_ENTROPY": False})
+    corrected = trainer | {"rollout_logp_ptr": "*fp32"}
+    yield variant("policy k3 correction", rows._policy_kernel, corrected, constants | {"HAS_ENTROPY": False})
     yield variant("policy k3 entropy", rows._policy_kernel, plain | terms, constants)
     yield variant("policy k3 entropy head", rows._policy_kernel, plain | terms | head, constants)
-    constants = {"KL": "full", "HAS_ENTROPY": True, **two}
+    constants = {"KL": "full", "HAS_ENTROPY": True}
+    yield variant("policy full_kl entropy", rows._policy_kernel, both | terms, constants)
     yield variant("policy full_kl entropy head", rows._policy_kernel, everything | terms, constants)
     grads = {"g_logp_ptr": "*fp32"}
-    off = {"HAS_FULL_KL": False, "HAS_ENTROPY": False, "ref_stride": 0, **one}
+    off = {"HAS_FULL_KL": False, "HAS_ENTROPY": False, "ref_stride": 0}
     yield variant("gradient", rows._gradient_kernel, plain | grads, off)
     grads |= {"g_entropy_ptr": "*fp32", "g_full_kl_ptr": "*fp32"}
-    on = {"HAS_FULL_KL": True, "HAS_ENTROPY": True, **two}
+    on = {"HAS_FULL_KL": True, "HAS_ENTROPY": True}
     yield variant("gradient full_kl entropy head", rows._gradient_kernel, everything | grads, on)
     types = shape | dict.fromkeys(("logits_ptr", "teacher_ptr"), f"*{dtype}") | {"teacher_stride": "i32"}
     types |= dict.fromkeys(("temperature_ptr", "scale_ptr", "value_ptr"), "*fp32")
     types |= dict.fromkeys(("share", "log_share", "log_rest"), "fp32")
     for kind in ("reverse_kl", "jsd"):
-        yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind, **two})
+        yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind})
+    types = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "targets_ptr": "*i64", "logit_ptr": "*fp32"}
+    types |= dict.fromkeys(("hidden_stride", "weight_stride", "dim", "vocab"), "i32")
+    yield Variant(f"target_logit {dtype}", rows._target_logit_kernel, types, {"BLOCK": rows.DOT_BLOCK}, rows.DOT_WARPS)
     types = {"values_ptr": f"*{dtype}", "scalar_ptr": "*fp32", "numel": "i64"}
     yield Variant(f"scale {dtype}", rows._scale_kernel, types, {"BLOCK": rows.SCALE_BLOCK}, rows.SCALE_WARPS)
 
@@ -118,6 +142,15 @@ def discriminator_variants(dtype: str) -> Iterator[Variant]:
     yield Variant(f"discriminator gradient {dtype}", d._row_gradient_kernel, types, tile, d.GRAD_WARPS)
 
 
+def shared_prefix_variants(dtype: str) -> Iterator[Variant]:
+    """The merge of two parts of attention, heads of size 128."""
+    types = dict.fromkeys(("out_ptr", "other_ptr"), f"*{dtype}") | dict.fromkeys(("lse_ptr", "other_lse_ptr"), "*fp32")
+    strides = [f"{tensor}_{axis}" for tensor in ("out", "lse", "other", "other_lse") for axis in ("row", "head")]
+    types |= dict.fromkeys((*strides, "heads", "dim"), "i32")
+    constants = {"HEADS": merge.HEADS, "DIM": 128}
+    yield Variant(f"merge {dtype}", merge._merge_kernel, types, constants, merge.WARPS)
+
+
 def video_variants(dtype: str) -> Iterator[Variant]:
     """The media kernels: patches of Qwen3-VL's and Qwen2.5-VL's size in dtype, and the resize alone, once."""
     types = {"frames_ptr": "*u8"} | dict.fromkeys(("start_x_ptr", "start_y_ptr"), "*i32")
@@ -136,6 +169,7 @@ def variants(dtype: str) -> Iterator[Variant]:
     """All kernels for tensors of dtype."""
     yield from row_variants(dtype)
     yield from discriminator_variants(dtype)
+    yield from shared_prefix_variants(dtype)
     yield from video_variants(dtype)
 
 
@@ -152,7 +186,8 @@ def compile_variant(variant: Variant) -> Report:
         if signature[parameter.name][0] in "*i" and not special:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": variant.warps})
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    compiled = triton.compile(source, target=TARGET, options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     shared = max(compiled.metadata.shared, usage["SHARED"])
     return Report(
@@ -164,28 +199,57 @@ def compile_variant(variant: Variant) -> Report:
         variant.warps,
         compiled.asm["ttir"],
         compiled.asm["ptx"],
+        loops_of(_dumped(compiled.asm["cubin"], "nvdisasm", "-c")),
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        raise RuntimeError(f"{tool} is missing: this triton comes without NVIDIA's tools")
+    text = _dumped(cubin, "cuobjdump", "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _dumped(cubin: bytes, tool: str, option: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    if not program.is_file():
+        raise RuntimeError(f"{program} is missing: this triton comes without NVIDIA's tools")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        return subprocess.run([str(program), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def loops_of(assembly: str) -> list[Loop]:
+    """Innermost loops of a disassembled kernel that read global memory: from a label to the branch back to it."""
+    code = [line for line in assembly.splitlines() if re.match(r"\.L_\w+:|\s+/\*[0-9a-f]{4,}\*/", line)]
+    labels = {line.split(":")[0]: i for i, line in enumerate(code) if line.startswith(".L_")}
+    ends: dict[int, int] = {}
+    for i, line in enumerate(code):
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if branch and labels[branch[1]] < i:
+            ends[labels[branch[1]]] = i
+    loops = []
+    for start, end in sorted(ends.items()):
+        if any(start < other and ends[other] < end for other in ends):
+            continue
+        body = [line for line in code[start : end + 1] if not line.startswith(".L_")]
+        loads = [re.search(r"\bLDG(?:STS)?\.E\S*", line) for line in body]
+        sizes = [int((re.search(r"\.(32|64|128)\b", load[0]) or [0, 32])[1]) // 8 for load in loads if load]
+        if sizes:
+            loops.append(Loop(len(body), sum(sizes), sum("BAR" in line for line in body)))
+    return loops
 
 
 def table(reports: list[Report]) -> str:
     """The reports as text."""
-    lines = [f"{'kernel':34} {'registers':>9} {'stack':>6} {'local':>6} {'shared':>7} {'warps':>6}  loads"]
+    lines = [
+        f"{'kernel':34} {'registers':>9} {'stack':>6} {'local':>6} {'shared':>7} {'warps':>6}  "
+        f"{'instructions / bytes per thread':40} loads"
+    ]
     for r in reports:
         wide = sorted(set(re.findall(r"ld\.global[.\w]*\.v\d\.b\d+|cp\.async\.c[ag]\.shared\.global", r.ptx)))
         numbers = f"{r.registers:9} {r.stack_bytes:6} {r.local_bytes:6} {r.shared_bytes:7} {r.warps:6}"
-        lines.append(f"{r.name:34} {numbers}  {' '.join(wide)}")
+        loops = " ".join(f"{loop.instructions}/{loop.loaded_bytes}" for loop in r.loops)
+        lines.append(f"{r.name:34} {numbers}  {loops:40} {' '.join(wide)}")
     return "\n".join(lines)
 
 

@@ -1,20 +1,24 @@
 """How the Triton row kernels are launched: the recorded configuration and the checks that cost nothing."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-# 16 KB blocks, two on their way while a third is worked on, and 32 warps, which makes one program per SM: its 132 rows
-# of 304 KB (V = 151936, 16 bit) are 40 MB and fit the 50 MB of an H200's L2, so that the second pass need not go to
-# memory. This is arithmetic and the compiler's register counts, not a measurement.
-BLOCK_BYTES = 16384
-# Where two rows are read at a time: 8192 columns of 16 bit would spill registers (64 a thread are left at 32 warps).
-COLUMNS_OF_TWO_ROWS = 4096
-STAGES = 3
+# A thread loads 16 bytes at a time, and two of these before it works on them: 32 warps then have 32 KB on their way,
+# about what the latency of memory asks for. One program of 32 warps fills an SM, and the 132 rows of 304 KB (of 151936
+# 16-bit logits) that are worked on are 40 MB and fit the 50 MB of an H200's L2, so that the second pass need not go to
+# memory. A bias or a softcap leaves registers for one load; where two rows are read at a time, half the threads do.
+# This is arithmetic and the compiler's register counts, not a measurement.
+LOAD_BYTES = 16
+LOADS = 2
+REGISTERS_OF_AN_SM = 65536
 WARPS = 32
+WARPS_OF_TWO_ROWS = 16
+# 1: loads go straight to registers. More would send them through shared memory, with a barrier per block.
+STAGES = 1
 # Per-row vectors may be slices of longer ones: without this each alignment of them would be compiled anew.
 SLICED = [
     "targets_ptr",
@@ -30,25 +34,45 @@ SLICED = [
     "advantage_ptr",
     "old_logp_ptr",
     "kl_ref_logp_ptr",
+    "rollout_logp_ptr",
     "g_logp_ptr",
     "g_entropy_ptr",
     "g_full_kl_ptr",
     "value_ptr",
+    "logit_ptr",
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def block_of(vocab: int, itemsize: int, two_rows: bool) -> int:
-    """Columns that a program works on at a time."""
-    block = min(BLOCK_BYTES // itemsize, COLUMNS_OF_TWO_ROWS if two_rows else BLOCK_BYTES)
-    return min(block, max(16, triton.next_power_of_2(vocab)))
+class RowLaunch(NamedTuple):
+    """Columns of a row that a program works on at a time, those of a thread in one load, its warps, registers a thread.
+
+    Where no bound on registers is named, the compiler spills two or three to make room for a second program.
+    """
+
+    block: int
+    lane: int
+    warps: int
+    registers: int
 
 
-def launch(kernel: Any, logits: Tensor, arguments: list[Any], two_rows: bool) -> None:
+def row_launch(vocab: int, itemsize: int, *, plain: bool = True, two_rows: bool = False) -> RowLaunch:
+    """The recorded configuration for rows of `vocab` logits. plain: without bias and softcap."""
+    warps = WARPS_OF_TWO_ROWS if two_rows else WARPS
+    lane = LOAD_BYTES // itemsize
+    loads = LOADS if plain and not two_rows else 1
+    block = min(32 * warps * lane * loads, max(16, triton.next_power_of_2(vocab)))
+    return RowLaunch(block, lane, warps, REGISTERS_OF_AN_SM // (32 * warps))
+
+
+def launch(
+    kernel: Any, logits: Tensor, arguments: dict[str, Any], *, plain: bool = True, two_rows: bool = False
+) -> None:
     """kernel on one program per row of logits."""
-    block = block_of(logits.shape[1], logits.element_size(), two_rows)
+    block, lane, warps, registers = row_launch(logits.shape[1], logits.element_size(), plain=plain, two_rows=two_rows)
+    options = {"num_warps": warps, "maxnreg": registers}
     with device_of(logits):
-        kernel[(len(logits),)](*arguments, BLOCK=block, STAGES=STAGES, num_warps=WARPS)
+        kernel[(len(logits),)](**arguments, BLOCK=block, LANE=lane, STAGES=STAGES, **options)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -67,11 +91,11 @@ def check_logits(name: str, logits: Tensor, like: Tensor | None) -> None:
         raise ValueError(f"{name}: expected rows without gaps, got strides {logits.stride()}")
 
 
-def row_vectors(logits: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
+def row_vectors(logits: Tensor, **vectors: Tensor | None) -> dict[str, Tensor | None]:
     """float32 vectors with one number per row of logits, without gaps; a None stays None."""
     for name, vector in vectors.items():
         if vector is not None and vector.dtype != torch.float32:
             raise TypeError(f"{name}: expected float32, got {vector.dtype}")
         if vector is not None and vector.shape != logits.shape[:1]:
             raise ValueError(f"{name}: expected shape [{len(logits)}], got {list(vector.shape)}")
-    return [None if vector is None else vector.contiguous() for vector in vectors.values()]
+    return {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}

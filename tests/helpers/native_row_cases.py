@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rmsd_kernels.heads import torch_rows
-from rmsd_kernels.heads.torch_rows import PolicyTerms, RowInputs, RowReference
+from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference
 
 FLOOR = 1e-6
 
@@ -47,9 +47,19 @@ def terms_of(case: Case, kl: str, on_policy: bool, entropy_coef: float, clip: fl
     logp = torch_rows.score(case.logits.double(), doubled(case.inputs)).logp.float()
     sampled = kl in ("k1", "k2", "k3")
     return PolicyTerms(
-        case.a.abs(), case.b, None if on_policy else logp + 0.3 * case.c, logp - 0.4 * case.c if sampled else None,
-        kl, 0.2, clip, 0.2, 0.25, entropy_coef,
-    )  # fmt: skip
+        scale=case.a.abs(),
+        advantage=case.b,
+        old_logp=None if on_policy else logp + 0.3 * case.c,
+        ref_logp=logp - 0.4 * case.c if sampled else None,
+        settings=PolicySettings(
+            kl_loss=kl,
+            kl_coef=0.2,
+            kl_log_ratio_clip=clip,
+            clip_low=0.2,
+            clip_high=0.25,
+            entropy_coef=entropy_coef,
+        ),
+    )
 
 
 def doubled(value):

@@ -219,14 +219,15 @@ def test_compiles_with_inductor():
 @needs_interpreter()
 @pytest.mark.parametrize("case", ["logprob", "policy_full", "jsd", "cross_entropy_plain"])
 def test_ops_pass_opcheck(case, monkeypatch):
-    """Every op of the engine as the case calls it: schema, fake tensors, mutation."""
+    """Every op of the loops as the case calls it: schema, fake tensors, mutation."""
     seen = []
     for name in ("head_score", "head_gradient", "head_policy", "head_divergence", "scale_"):
         op = getattr(loops, name)
 
-        def record(*args, op=op):
-            seen.append((op, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]))
-            return op(*args)
+        def record(*args, op=op, **records):
+            flat, values = (op.op, op.values(**records)) if records else (op, args)
+            seen.append((flat, [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in values]))
+            return flat(*values)
 
         monkeypatch.setattr(loops, name, record)
     x = Inputs(torch.float32)
@@ -292,3 +293,73 @@ def test_float16_gradients_survive_a_large_normalizer():
     for got, exact in zip(*gradients, strict=True):
         assert exact.abs().max() > 0.01
         assert (got - exact).abs().max() < 0.005 * exact.abs().max()
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("impl", implementations())
+@pytest.mark.parametrize("chunk_rows", [512, 103, 32])
+def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
+    """The signed error, not its size: sums that were cut off instead of rounded would all be too small."""
+    generator = torch.Generator().manual_seed(0)
+    device, rows, dim, vocabulary = device_of(impl), 512, 64, 600
+    hidden = torch.randn(rows, dim, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(vocabulary, dim, generator=generator).div(8).to(device, torch.bfloat16)
+    targets = torch.randint(vocabulary, (rows,), generator=generator).to(device)
+    upstream = torch.empty(rows).uniform_(-1, 2, generator=generator).to(device)
+
+    def d_weight(dtype, **options):
+        leaf = weight.to(dtype).requires_grad_()
+        logp = losses.linear_logprob(hidden.to(dtype), leaf, targets, **options)
+        (logp * upstream).sum().backward()
+        return leaf.grad.double()
+
+    exact = d_weight(torch.float64, impl="reference")
+    # Bias towards or away from 0: what rounding to nearest has none of.
+    error = (
+        d_weight(torch.bfloat16, impl=impl, memory_budget_bytes=chunk_rows * vocabulary * 2) - exact
+    ) * exact.sign()
+    assert error.mean().abs() <= 4 * error.std() / error.numel() ** 0.5
+
+
+@needs_interpreter()
+def test_chunks_of_a_16_bit_d_weight():
+    """As few as it may be rounded for, where these fit beside it; beyond that float32 sums in chunks of their size."""
+    vocabulary, dim = 151936, 2560
+    weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16, device="meta")
+    row_bytes, in_float32 = 2 * vocabulary, 4 * vocabulary * dim
+    usual = chunks.DEFAULT_BUDGET_BYTES["cpu"]
+    budget = lambda rows: chunks.default_budget(rows, row_bytes, weight, need_weight=True)  # noqa: E731
+    assert budget(100) == usual
+    few = budget(20000)
+    assert usual < few <= usual + in_float32 and 20000 <= chunks.MAX_ROUNDINGS * (few // row_bytes)
+    most = (usual + in_float32) // row_bytes
+    assert budget(5 * most - 200) > in_float32
+    assert budget(5 * most + 200) == in_float32
+    assert chunks.default_budget(20000, row_bytes, weight, need_weight=False) == usual
+    wide = torch.empty(vocabulary, dim, device="meta")
+    assert chunks.default_budget(20000, 2 * row_bytes, wide, need_weight=True) == usual
+
+
+@needs_interpreter()
+def test_products_are_summed_in_float32(monkeypatch):
+    """cuBLAS is told so while a loop runs, also under autocast, and what the caller had set comes back."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    seen, score = [], loops.torch_rows.score
+
+    def watch(*arguments, **options):
+        seen.append((*(getattr(matmul, name) for name in names), torch.is_autocast_enabled("cpu")))
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(loops.torch_rows, "score", watch)
+    x = Inputs(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses.linear_logprob(x.hidden, x.weight, x.targets, impl="torch")
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False, False)]
+    assert [getattr(matmul, name) for name in names] == before
+    monkeypatch.setattr(loops.torch_rows, "score", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        losses.linear_logprob(x.hidden, x.weight, x.targets, impl="torch")
+    assert [getattr(matmul, name) for name in names] == before

@@ -28,9 +28,16 @@ def test_opcheck(full, dtype):
     check(ops.row_score.default, head(x, full))
     check(ops.row_gradient_.default, (*head(x), stats.logp, stats.lse, stats.entropy, stats.full_kl, x.a, x.b, x.c))
     check(ops.row_gradient_.default, (*head(x, False), stats.logp, stats.lse, None, None, x.a, None, None))
-    policy = (x.a, x.b, x.c, None, native_rows.KL_CODES["full"], 0.1, None, 0.2, 0.2, 0.01)
+    policy = (x.a, x.b, x.c, None, x.c, native_rows.KL_CODES["full"], 0.1, None, 0.2, 0.2, 2.0, 0.01)
     check(ops.row_policy_.default, (*head(x), *policy))
     check(ops.row_divergence_.default, (x.logits.clone(), x.ref.logits, x.inputs.temperature, 2, 0.5, x.a))
+
+
+def test_a_correction_needs_its_cap():
+    x = make(torch.float32, 5, False)
+    terms = terms_of(x, "none", True, 0.0, None)._replace(rollout_logp=x.c)
+    with pytest.raises(RuntimeError, match="rollout_logp: needs tis_cap"):
+        native_rows.policy_(x.logits, x.inputs, terms)
 
 
 def test_inside_torch_compile(monkeypatch):
@@ -80,11 +87,11 @@ def test_refusals_of_the_terms():
     x = make(torch.float32, 3, False, rows=2)
     terms = terms_of(x, "k3", True, 0.0, None)
     with pytest.raises(ValueError, match="kl: expected one of none, k1, k2, k3, full, got 'k4'"):
-        native_rows.policy_(x.logits, x.inputs, terms._replace(kl="k4"))
+        native_rows.policy_(x.logits, x.inputs, terms._replace(settings=terms.settings._replace(kl_loss="k4")))
     with pytest.raises(RuntimeError, match="k1, k2 and k3 need ref_logp"):
         native_rows.policy_(x.logits, x.inputs, terms._replace(ref_logp=None))
     with pytest.raises(RuntimeError, match="full needs the reference's logits"):
-        native_rows.policy_(x.logits, x.inputs, terms._replace(kl="full"))
+        native_rows.policy_(x.logits, x.inputs, terms._replace(settings=terms.settings._replace(kl_loss="full")))
     with pytest.raises(RuntimeError, match="ref_logits: expected shape and dtype of logits"):
         native_rows.score(x.logits, x.inputs, x.ref._replace(logits=x.ref.logits.bfloat16()))
     stats = native_rows.score(x.logits, x.inputs)
@@ -100,7 +107,8 @@ def test_refusals_of_the_terms():
 
 def test_missing_library_is_named(tmp_path):
     code = (
-        "from pathlib import Path; import torch; from rmsd_kernels import native; from rmsd_kernels.heads import native_rows\n"
+        "from pathlib import Path; import torch\n"
+        "from rmsd_kernels import native; from rmsd_kernels.heads import native_rows\n"
         f"native.LIBRARY = Path({str(tmp_path)!r}) / '_native.abi3.so'\n"
         "try:\n    native_rows.divergence_(torch.zeros(1, 2), torch.zeros(1, 2), None, 'jsd', None, None)\n"
         "except RuntimeError as error:\n    print(error)\n"

@@ -10,7 +10,7 @@ from native_row_cases import assert_close, assert_stats_close, doubled, make, te
 
 from rmsd_kernels import native
 from rmsd_kernels.heads import native_rows, torch_rows
-from rmsd_kernels.heads.torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference, RowStats
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native ops: {native.why_not()}")
 
@@ -147,11 +147,27 @@ def test_hand_worked_policy(advantage, log_ratio, d, kl, clip, expected):
     # Two columns of logit 0: p = 1/2, so the gradient is +-g/2.
     logits, logp = torch.zeros(1, 2), -math.log(2.0)
     old = None if log_ratio is None else torch.tensor([logp - log_ratio])
-    terms = PolicyTerms(
-        torch.tensor([0.5]), torch.tensor([advantage]), old, torch.tensor([logp + d]), kl, 0.1, clip, 0.2, 0.2, 0.0
-    )
+    settings = PolicySettings(kl_loss=kl, kl_coef=0.1, kl_log_ratio_clip=clip, clip_low=0.2, clip_high=0.2)
+    row = {"scale": 0.5, "advantage": advantage, "ref_logp": logp + d}
+    terms = PolicyTerms(**{n: torch.tensor([v]) for n, v in row.items()}, old_logp=old, settings=settings)
     native_rows.policy_(logits, plain([1], [0.0]), terms)
     assert logits[0].tolist() == pytest.approx([-0.25 * expected, 0.25 * expected], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("rows", [native_rows, torch_rows])
+@pytest.mark.parametrize(
+    ("mismatch", "cap", "correction"),
+    [(math.log(1.5), 2.0, 1.5), (math.log(4.0), 2.0, 2.0), (math.log(0.25), 2.0, 0.25), (90.0, 3.0, 3.0)],
+)
+def test_hand_worked_importance_correction(rows, mismatch, cap, correction):
+    """A weight min(exp(logp - rollout_logp), cap) on the policy term alone, constant for its gradient."""
+    logits, logp = torch.zeros(1, 2), -math.log(2.0)
+    row = {"scale": 0.5, "advantage": 2.0, "ref_logp": logp + 0.5, "rollout_logp": logp - mismatch}
+    settings = PolicySettings(kl_loss="k1", kl_coef=0.1, tis_cap=cap)
+    terms = PolicyTerms(**{name: torch.tensor([value]) for name, value in row.items()}, settings=settings)
+    rows.policy_(logits, plain([1], [0.0]), terms)
+    slope = 0.5 * (-2.0 * correction + 0.1)
+    assert logits[0].tolist() == pytest.approx([-slope / 2, slope / 2], rel=1e-5)
 
 
 def test_hand_worked_divergence():
@@ -184,7 +200,7 @@ def test_extreme_logits(level, dtype):
     logits = torch.stack([ramp, ramp.flip(0), 1e-3 * ramp + 1e4, 1e-3 * ramp - 1e4, spike, torch.zeros(5000)]).to(dtype)
     targets = torch.tensor([4999, 4999, 4500, 3, 4000, 17])
     inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, torch.full((6,), 0.7), None)
-    terms = PolicyTerms(torch.ones(6), torch.ones(6), None, None, "none", 0.0, None, 0.2, 0.2, 0.5)
+    terms = PolicyTerms(torch.ones(6), torch.ones(6), settings=PolicySettings(entropy_coef=0.5))
     got, eager, truth = logits.clone(), logits.clone(), logits.double()
     stats = native_rows.policy_(got, inputs, terms)
     assert_stats_close(
@@ -208,7 +224,8 @@ def test_masked_and_non_finite_rows(level, dtype, temperature):
     heat = None if temperature is None else torch.full((6,), temperature)
     inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, heat, None)
     ref = RowReference(logits, None, torch.full((6,), math.log(100.0)), torch.full((6,), -math.log(100.0)))
-    terms = PolicyTerms(torch.ones(6), torch.ones(6), None, None, "full", 0.3, None, 0.2, 0.2, 0.1)
+    settings = PolicySettings(kl_loss="full", kl_coef=0.3, entropy_coef=0.1)
+    terms = PolicyTerms(torch.ones(6), torch.ones(6), settings=settings)
     got, masked = logits.clone(), logits == -INF
     stats = native_rows.policy_(got, inputs, terms, ref)
     assert stats.logp[0].item() == pytest.approx(-math.log(10)) and stats.logp[1].item() == -INF
@@ -294,7 +311,7 @@ def test_policy_is_score_and_gradient():
 
 def test_no_rows():
     inputs = RowInputs(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None, None)
-    terms = PolicyTerms(torch.empty(0), torch.empty(0), None, None, "none", 0.0, None, 0.2, 0.2, 0.0)
+    terms = PolicyTerms(torch.empty(0), torch.empty(0))
     logits = torch.empty(0, 7)
     assert [t if t is None else t.shape for t in native_rows.policy_(logits, inputs, terms)] == [(0,), (0,), (0,), None]
     stats = native_rows.score(logits, inputs)

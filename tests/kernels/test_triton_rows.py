@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_cases import DTYPES, Case, as_stored, compare, interpret, main
 
 from rmsd_kernels.heads import torch_rows
-from rmsd_kernels.heads.torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference, RowStats
 
 ROWS = 3
 # Three blocks of a row in float32 and two in 16 bit, the last of them ragged.
@@ -62,9 +62,11 @@ class Setup:
         return self
 
     def terms(self, **changes) -> PolicyTerms:
-        given = {"old_logp": None, "ref_logp": None, "kl": "none", "kl_coef": 0.0, "kl_log_ratio_clip": None}
-        given |= {"clip_low": 0.2, "clip_high": 0.3, "entropy_coef": 0.0, "scale": self.uniform(0.1, 1.0)}
-        return PolicyTerms(**{**given, "advantage": self.normal(self.rows), **changes})
+        """Changes are fields of the terms or of their settings."""
+        settings = {name: changes.pop(name) for name in PolicySettings._fields if name in changes}
+        vectors = {"scale": self.uniform(0.1, 1.0), "advantage": self.normal(self.rows)}
+        clips = {"clip_low": 0.2, "clip_high": 0.3}
+        return PolicyTerms(**{**vectors, **changes}, settings=PolicySettings(**clips, **settings))
 
 
 def double(record):
@@ -216,7 +218,7 @@ def masked_logits(device, dtype):
     setup.targets[:] = torch.tensor([5003, 5500, 17])
     setup.inputs = setup.inputs._replace(target_logit=setup.target_logit())
     setup = setup.with_reference()
-    terms = setup.terms(entropy_coef=0.1, kl="full", kl_coef=0.2)
+    terms = setup.terms(entropy_coef=0.1, kl_loss="full", kl_coef=0.2)
     return max(check_score(setup), check_gradient(setup, True, True), check_policy(setup, terms))
 
 
@@ -255,7 +257,7 @@ def target_out_of_range(device, dtype):
     padded = torch.full((3, setup.vocab), 7.0, dtype=dtype, device=device)
     for target in (-1, setup.vocab):
         inputs = RowInputs(torch.tensor([target], device=device), setup.inputs.target_logit[:1], None, None, None)
-        terms = PolicyTerms(*(t if not isinstance(t, Tensor) else t[:1] for t in setup.terms()))
+        terms = setup.terms().rows(slice(1))
         triton_rows.policy_(padded[1:2], inputs, terms)
         assert bool((padded[[0, 2]] == 7).all())
     return 0.0
@@ -328,9 +330,54 @@ def policy_ratio_clip_and_kl(device, dtype):
     ref_logp = logp + torch.linspace(-1, 1, 8, device=device)
     for kl in ("none", "k1", "k2", "k3"):
         for clip in (None, 0.4):
-            terms = setup.terms(advantage=advantage, old_logp=logp - shift, kl=kl, kl_coef=0.3)
-            worst.append(check_policy(setup, terms._replace(ref_logp=ref_logp, kl_log_ratio_clip=clip)))
+            settings = {"kl_loss": kl, "kl_coef": 0.3, "kl_log_ratio_clip": clip}
+            terms = setup.terms(advantage=advantage, old_logp=logp - shift, ref_logp=ref_logp, **settings)
+            worst.append(check_policy(setup, terms))
     return max(worst)
+
+
+@case
+def policy_with_importance_correction(device, dtype):
+    """Weights below, at and above their cap, and beyond what exp can take."""
+    setup = Setup(device, dtype, rows=5)
+    logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
+    mismatch = torch.tensor([-1.0, 0.0, 0.5, 3.0, 90.0], device=device)
+    terms = setup.terms(rollout_logp=logp - mismatch, tis_cap=2.0, entropy_coef=0.05)
+    return check_policy(setup, terms)
+
+
+@case
+def target_logit_of_rows(device, dtype):
+    """Any stride, more numbers than a block, and targets out of range."""
+    from rmsd_kernels.heads import triton_rows
+
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for dim in (7, 1024, 2560):
+        hidden, weight = (torch.randn(n, dim + 3, generator=generator).to(device, dtype)[:, :dim] for n in (6, 11))
+        targets = torch.tensor([0, 10, 5, -100, 11, 1 << 40], device=device)
+        found = triton_rows.target_logit(hidden, weight, targets)
+        eager = torch_rows.target_logit(hidden, weight, targets)
+        exact = torch_rows.target_logit(hidden.double(), weight.double(), targets)
+        worst = max(worst, compare("target_logit", found, eager, exact))
+    return worst
+
+
+@case
+def results_go_where_they_are_wanted(device, dtype):
+    """`out`: slices of a longer tensor, and what stands beside them stays."""
+    from rmsd_kernels.heads import triton_rows
+
+    setup = Setup(device, dtype).with_reference()
+    room = torch.full((4, ROWS + 2), 7.0, device=device)
+    out = RowStats(*room[:, 1:-1])
+    expected = triton_rows.score(setup.logits, setup.inputs, setup.ref)
+    triton_rows.score(setup.logits, setup.inputs, setup.ref, out=out)
+    assert torch.equal(room[:, 1:-1], torch.stack(expected)) and bool((room[:, [0, -1]] == 7).all())
+    gaps = RowStats(*(torch.zeros(2 * ROWS, device=device)[::2] for _ in range(4)))
+    with pytest.raises(ValueError, match=r"out.logp: expected a vector without gaps"):
+        triton_rows.score(setup.logits, setup.inputs, setup.ref, out=gaps)
+    return 0.0
 
 
 @case
@@ -340,7 +387,7 @@ def policy_k3_beyond_exp(device, dtype):
 
     setup = Setup(device, torch.float32, vocab=50, rows=1)
     zero = torch.zeros(1, device=device)
-    terms = setup.terms(advantage=zero, scale=zero + 1, kl="k3", kl_coef=0.5, ref_logp=zero + 95.0)
+    terms = setup.terms(advantage=zero, scale=zero + 1, kl_loss="k3", kl_coef=0.5, ref_logp=zero + 95.0)
     found = setup.logits.clone()
     logp = triton_rows.policy_(found, setup.inputs, terms).logp
     assert found[0, setup.targets[0]].item() == pytest.approx(0.5 * (1 - math.exp(logp.item())), rel=1e-5)
@@ -350,11 +397,11 @@ def policy_k3_beyond_exp(device, dtype):
 @case
 def policy_full_kl(device, dtype):
     plain = Setup(device, dtype).with_reference()
-    worst = [check_policy(plain, plain.terms(kl="full", kl_coef=0.5))]
+    worst = [check_policy(plain, plain.terms(kl_loss="full", kl_coef=0.5))]
     setup = Setup(device, dtype).transformed().with_reference(bias=True)
-    worst += [check_policy(setup, setup.terms(kl="full", kl_coef=0.5, entropy_coef=0.1))]
+    worst += [check_policy(setup, setup.terms(kl_loss="full", kl_coef=0.5, entropy_coef=0.1))]
     # With a coefficient of 0 the KL is reported and has no gradient.
-    worst += [check_policy(setup, setup.terms(kl="full", kl_coef=0.0))]
+    worst += [check_policy(setup, setup.terms(kl_loss="none"))]
     return max(worst)
 
 
@@ -422,7 +469,7 @@ def wrong_arguments(device, dtype):
     with pytest.raises(ValueError, match="logits: expected rows without gaps"):
         triton_rows.score(setup.logits[:, ::2], setup.inputs)
     with pytest.raises(ValueError, match="needs ref"):
-        triton_rows.policy_(setup.logits, setup.inputs, setup.terms(kl="full", kl_coef=1.0))
+        triton_rows.policy_(setup.logits, setup.inputs, setup.terms(kl_loss="full", kl_coef=1.0))
     with pytest.raises(ValueError, match="full_kl"):
         triton_rows.gradient_(setup.logits, setup.inputs, None, setup.uniform(), None, None, setup.uniform())
     with pytest.raises(ValueError, match="kind"):
@@ -454,7 +501,7 @@ def test_on_cuda(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_cuda_with_a_large_vocabulary(dtype):
     setup = Setup(torch.device("cuda"), DTYPES[dtype], vocab=151936, rows=64).transformed().with_reference()
-    check_policy(setup, setup.terms(kl="full", kl_coef=0.5, entropy_coef=0.1))
+    check_policy(setup, setup.terms(kl_loss="full", kl_coef=0.5, entropy_coef=0.1))
     check_gradient(setup, True, True)
 
 
@@ -473,10 +520,10 @@ def test_on_cuda_beyond_2_to_the_31_elements():
     targets[-2:] = setup.targets
     target_logit = 0 * ones
     target_logit[-2:] = setup.inputs.target_logit
-    terms = PolicyTerms(ones, ones, None, None, "none", 0.0, None, 0.2, 0.2, 0.0)
+    terms = PolicyTerms(ones, ones)
     stats = triton_rows.policy_(logits, RowInputs(targets, target_logit, None, None, None), terms)
     last = setup.logits.clone()
-    expected = triton_rows.policy_(last, setup.inputs, PolicyTerms(ones[:2], ones[:2], *terms[2:]))
+    expected = triton_rows.policy_(last, setup.inputs, PolicyTerms(ones[:2], ones[:2]))
     assert torch.equal(stats.logp[-2:], expected.logp) and torch.equal(logits[-2:], last)
     assert stats.logp[0].item() == pytest.approx(-math.log(vocab), abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""Checked arguments of a public function in the form that the engine takes."""
+"""Checked arguments of a public function in the form that the loops take."""
 
 import torch
 from torch import Tensor
@@ -6,22 +6,28 @@ from torch import Tensor
 from .. import checks
 from ..implementations import IMPLEMENTATIONS
 from ..ops import accumulation_dtype
-from .autograd import HeadCall
+from .row_types import Execution, HeadCall
 
 
 def head_call(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    *,
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int | None,
 ) -> HeadCall:
     """A HeadCall without a reference."""
-    heat = temperature_of_rows(temperature, hidden)
     return HeadCall(
-        hidden, weight, bias, targets.contiguous(), heat, None if softcap is None else float(softcap), ignore_index
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        targets=targets.contiguous(),
+        temperature=temperature_of_rows(temperature, hidden),
+        softcap=None if softcap is None else float(softcap),
+        ignore_index=ignore_index,
     )
 
 
@@ -35,12 +41,12 @@ def temperature_of_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor |
     return heat.expand(len(hidden)).contiguous()
 
 
-def budget_bytes(memory_budget_bytes: int | None, impl: str) -> int:
-    """Bytes of logits that may exist at once, 0 = the engine's default; impl is checked too."""
+def execution_of(impl: str, memory_budget_bytes: int | None) -> Execution:
+    """How the loops run, from checked arguments of a public function."""
     checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if memory_budget_bytes is None:
-        return 0
+        return Execution(impl, 0)
     checks.check_number("memory_budget_bytes", memory_budget_bytes, above=0.0)
     if impl == "reference":
         raise ValueError("memory_budget_bytes: has no effect with impl='reference'; leave it out or use 'torch'")
-    return max(1, int(memory_budget_bytes))
+    return Execution(impl, max(1, int(memory_budget_bytes)))

@@ -1,4 +1,4 @@
-"""Gradients of the loops in `loops`: three autograd functions, and the choice between them for log-probs.
+"""Gradients of the loops in `loops`: four autograd functions, and the choice between them for log-probs.
 
 - `one_pass`: the gradient's size per row is known but for one factor, so forward makes all gradients and backward
   multiplies them by it. Its value is a zero that carries the gradient; the loss's own value is computed beside it.
@@ -6,7 +6,8 @@
   the memory budget, else computed again. With a frozen head and log-probs alone, d logp / d hidden is made in forward.
 - `divergence`: as one_pass.
 
-Gradients made in forward and kept logits are used up in place by the first backward; a second one raises.
+Gradients made in forward and kept logits are used up in place by the first backward; a second one raises. The tensors
+that get a gradient are arguments of their own; everything else travels in records and is a constant to autograd.
 """
 
 from typing import NamedTuple
@@ -19,22 +20,7 @@ from ..ops import accumulation_dtype, first_order
 from . import loops
 from .chunks import DEFAULT_KEPT_BYTES
 from .loops import Stat
-
-
-class HeadCall(NamedTuple):
-    """The head and what it is applied to; vectors in the accumulation dtype, refs without gradient."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    temperature: Tensor | None  # [T]
-    softcap: float | None
-    ignore_index: int | None
-    ref_hidden: Tensor | None = None
-    ref_weight: Tensor | None = None
-    ref_bias: Tensor | None = None
-    full_kl: bool = False
+from .row_types import Execution, HeadCall, Needs, PolicyTerms
 
 
 class HeadScores(NamedTuple):
@@ -46,49 +32,38 @@ class HeadScores(NamedTuple):
     full_kl: Tensor | None
 
 
-class RowTerms(NamedTuple):
-    """Arguments of loops.head_policy after full_kl and before need_hidden."""
+def one_pass(
+    call: HeadCall, terms: PolicyTerms, execution: Execution, *, skip_idle: bool = False
+) -> tuple[HeadScores, Tensor]:
+    """Detached scores, and a zero whose gradient is that of the rows' policy losses.
 
-    scale: Tensor
-    advantage: Tensor
-    old_logp: Tensor | None = None
-    ref_logp: Tensor | None = None
-    rollout_logp: Tensor | None = None
-    tis_cap: float = 0.0
-    kl: str = "none"
-    kl_coef: float = 0.0
-    kl_log_ratio_clip: float | None = None
-    clip_low: float = 0.0
-    clip_high: float = 0.0
-    entropy_coef: float = 0.0
-    skip_idle: bool = False  # look for rows whose gradient is 0 beforehand
-
-
-def one_pass(call: HeadCall, terms: RowTerms, impl: str, budget: int) -> tuple[HeadScores, Tensor]:
-    """Detached scores, and a zero whose gradient is that of the rows' policy losses."""
+    skip_idle: look for rows whose gradient is 0 beforehand.
+    """
     needs = _needs(call)
     if not any(needs):
-        return score(call, impl, budget), call.hidden.new_zeros((), dtype=terms.scale.dtype)
+        return score(call, execution), call.hidden.new_zeros((), dtype=terms.scale.dtype)
     unit = _unit(call.hidden, terms.scale)
     if unit is not None:
         terms = terms._replace(scale=terms.scale / unit)
-    stats, carrier = _OnePass.apply(*call, *terms, *needs, impl, budget)
+    arguments = {"terms": terms, "skip_idle": skip_idle, "needs": needs, "execution": execution}
+    stats, carrier = _OnePass.apply(call.hidden, call.weight, call.bias, _constants(call), arguments)
     return _detached(stats, call), carrier if unit is None else carrier * unit
 
 
-def score(call: HeadCall, impl: str, budget: int, entropy_grad: bool = True) -> HeadScores:
+def score(call: HeadCall, execution: Execution, *, entropy_grad: bool = True) -> HeadScores:
     """Scores of the rows, differentiable where an input needs a gradient."""
-    needs = _needs(call)
+    needs, constants = _needs(call), _constants(call)
     if not any(needs):
-        stats, _, _ = loops.head_score(*_constants(call), False, impl, budget)
+        stats, _, _ = loops.head_score(call=constants, keep=False, execution=execution)
         return _detached(stats, call)
     if needs == (True, False, False) and not entropy_grad and not call.full_kl:
-        stats, logp = _FrozenHead.apply(*call, impl, budget)
+        stats, logp = _FrozenHead.apply(call.hidden, constants, execution)
         return _detached(stats, call)._replace(logp=logp)
     row_bytes = len(call.weight) * call.hidden.element_size() * (1 + call.full_kl)
-    kept_bytes = budget or DEFAULT_KEPT_BYTES.get(call.hidden.device.type, DEFAULT_KEPT_BYTES["cpu"])
+    kept_bytes = execution.budget or DEFAULT_KEPT_BYTES.get(call.hidden.device.type, DEFAULT_KEPT_BYTES["cpu"])
     keep = len(call.hidden) * row_bytes <= kept_bytes
-    stats, logp, entropy, full_kl = _Scores.apply(*call, keep, *needs, impl, budget)
+    arguments = (call.hidden, call.weight, call.bias, constants, keep, needs, execution)
+    stats, logp, entropy, full_kl = _Scores.apply(*arguments)
     ref_logp = _detached(stats, call).ref_logp
     return HeadScores(logp, entropy, ref_logp, full_kl if call.full_kl else None)
 
@@ -96,6 +71,7 @@ def score(call: HeadCall, impl: str, budget: int, entropy_grad: bool = True) -> 
 def divergence(
     hidden: Tensor,
     weight: Tensor,
+    *,
     teacher: Tensor,
     teacher_weight: Tensor | None,
     topk_ids: Tensor | None,
@@ -104,59 +80,69 @@ def divergence(
     alpha: float | None,
     scale: Tensor,
     skip_zero_scale: bool,
-    impl: str,
-    budget: int,
+    execution: Execution,
 ) -> Tensor:
     """sum of scale * divergence over rows: a scalar with a gradient. Arguments as loops.head_divergence."""
     grad = torch.is_grad_enabled()
-    needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
+    needs = Needs(grad and hidden.requires_grad, grad and weight.requires_grad, bias=False)
     unit = _unit(hidden, scale) if any(needs) else None
-    row_scale = scale if unit is None else scale / unit
-    arguments = (teacher, teacher_weight, topk_ids, temperature, kind, alpha, row_scale, skip_zero_scale)
+    arguments = {
+        "teacher": teacher,
+        "teacher_weight": teacher_weight,
+        "topk_ids": topk_ids,
+        "temperature": temperature,
+        "kind": kind,
+        "alpha": alpha,
+        "scale": scale if unit is None else scale / unit,
+        "skip_zero_scale": skip_zero_scale,
+        "needs": needs,
+        "execution": execution,
+    }
     if any(needs):
-        values, carrier = _Divergence.apply(hidden, weight, *arguments, *needs, impl, budget)
+        values, carrier = _Divergence.apply(hidden, weight, arguments)
         carrier = carrier if unit is None else carrier * unit
     else:
-        values, _, _ = loops.head_divergence(hidden.detach(), weight.detach(), *arguments, False, False, impl, budget)
+        values, _, _ = loops.head_divergence(hidden=hidden.detach(), weight=weight.detach(), **arguments)
         carrier = 0.0
     return torch.where(scale == 0, 0.0, values * scale).sum() + carrier
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        stats, *gradients = loops.head_policy(*arguments)
-        return _save_gradients(ctx, stats, gradients, len(arguments))
+    def forward(ctx, hidden, weight, bias, call, arguments):
+        stats, *gradients = loops.head_policy(call=call, **arguments)
+        return _save_gradients(ctx, stats, gradients)
 
     @staticmethod
     @first_order
     def backward(ctx, _, g):
-        return _used_up(ctx, g)
+        return *_used_up(ctx, g), None, None
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        values, *gradients = loops.head_divergence(*arguments)
-        return _save_gradients(ctx, values, gradients, len(arguments))
+    def forward(ctx, hidden, weight, arguments):
+        values, *gradients = loops.head_divergence(hidden=hidden.detach(), weight=weight.detach(), **arguments)
+        return _save_gradients(ctx, values, gradients)
 
     @staticmethod
     @first_order
     def backward(ctx, _, g):
-        return _used_up(ctx, g)
+        return *_used_up(ctx, g), None
 
 
 class _FrozenHead(torch.autograd.Function):
     """logp whose gradient by hidden, W[y] - p W, is made in forward: no logits outlive their chunk."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        call, (impl, budget) = HeadCall(*arguments[:-2]), arguments[-2:]
-        ones = torch.ones(len(call.hidden), dtype=accumulation_dtype(call.hidden), device=call.hidden.device)
-        terms = RowTerms(scale=ones, advantage=-ones)
-        stats, d_hidden, _, _ = loops.head_policy(*call, *terms, True, False, False, impl, budget)
+    def forward(ctx, hidden, call, execution):
+        ones = torch.ones(len(hidden), dtype=accumulation_dtype(hidden), device=hidden.device)
+        terms, needs = PolicyTerms(scale=ones, advantage=-ones), Needs(hidden=True, weight=False, bias=False)
+        stats, d_hidden, _, _ = loops.head_policy(
+            call=call, terms=terms, skip_idle=False, needs=needs, execution=execution
+        )
         ctx.save_for_backward(d_hidden, call.targets)
-        ctx.ignore_index, ctx.arguments = call.ignore_index, len(arguments)
+        ctx.ignore_index = call.ignore_index
         ctx.mark_non_differentiable(stats)
         return stats, stats[Stat.LOGP].clone()
 
@@ -167,20 +153,17 @@ class _FrozenHead(torch.autograd.Function):
         if ctx.ignore_index is not None:
             # What reaches an ignored row may be NaN, and 0 times it would be too.
             g_logp = torch.where(targets == ctx.ignore_index, 0.0, g_logp)
-        return (d_hidden * g_logp.unsqueeze(1)).to(d_hidden.dtype), *(None,) * (ctx.arguments - 1)
+        return (d_hidden * g_logp.unsqueeze(1)).to(d_hidden.dtype), None, None
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        call, (keep, *needs, impl, budget) = HeadCall(*arguments[:-6]), arguments[-6:]
-        stats, logits, ref_logits = loops.head_score(*call, keep, impl, budget)
-        tensors = [t for t in call[:10] if isinstance(t, Tensor)]
-        ctx.keep = keep
-        ctx.save_for_backward(*((logits, ref_logits) if keep else ()), stats, *tensors)
-        ctx.layout = [("tensor" if isinstance(t, Tensor) else t) for t in call]
-        ctx.settings = (*needs, impl, budget)
-        ctx.arguments = len(arguments)
+    def forward(ctx, hidden, weight, bias, call, keep, needs, execution):
+        stats, logits, ref_logits = loops.head_score(call=call, keep=keep, execution=execution)
+        tensors = {name: value for name, value in call._asdict().items() if isinstance(value, Tensor)}
+        ctx.save_for_backward(stats, *((logits, ref_logits) if keep else ()), *tensors.values())
+        ctx.tensors, ctx.others = tuple(tensors), {n: v for n, v in call._asdict().items() if n not in tensors}
+        ctx.keep, ctx.needs, ctx.execution = keep, needs, execution
         ctx.mark_non_differentiable(stats)
         # What the loss does not use costs nothing in backward.
         ctx.set_materialize_grads(False)
@@ -191,40 +174,44 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, _, g_logp, g_entropy, g_full_kl):
         if ctx.keep:
             _once(ctx)
-        saved = list(ctx.saved_tensors)
-        kept = [saved.pop(0), saved.pop(0)] if ctx.keep else None
-        stats, *tensors = saved
-        rest = iter(tensors)
-        call = HeadCall(*(next(rest) if isinstance(t, str) else t for t in ctx.layout))
+        stats, *saved = ctx.saved_tensors
+        kept, tensors = (saved[:2], saved[2:]) if ctx.keep else (None, saved)
+        call = HeadCall(**dict(zip(ctx.tensors, tensors, strict=True)), **ctx.others)
         logits, ref_logits = kept or (call.hidden.new_empty(0, len(call.weight)) for _ in range(2))
         checks.refuse_sharded("weight", call.weight)
-        g_logp = torch.zeros_like(stats[Stat.LOGP]) if g_logp is None else g_logp
-        g_full_kl = g_full_kl if call.full_kl else None
         gradients = loops.head_gradient(
-            *call[:10], stats, g_logp, g_entropy, g_full_kl, logits, ref_logits, *ctx.settings
+            call=call,
+            stats=stats,
+            g_logp=torch.zeros_like(stats[Stat.LOGP]) if g_logp is None else g_logp,
+            g_entropy=g_entropy,
+            g_full_kl=g_full_kl if call.full_kl else None,
+            logits=logits,
+            ref_logits=ref_logits,
+            needs=ctx.needs,
+            execution=ctx.execution,
         )
-        return *_present(gradients), *(None,) * (ctx.arguments - 3)
+        return *_present(gradients), None, None, None, None
 
 
-def _save_gradients(ctx, values: Tensor, gradients: list[Tensor], arguments: int) -> tuple[Tensor, Tensor]:
+def _save_gradients(ctx, values: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     ctx.save_for_backward(*gradients)
-    ctx.arguments = arguments
     ctx.mark_non_differentiable(values)
     # No zeros for the gradient of `values`: a launch each.
     ctx.set_materialize_grads(False)
     return values, values.new_zeros(())
 
 
-def _used_up(ctx, g: Tensor | None) -> tuple[Tensor | None, ...]:
+def _used_up(ctx, g: Tensor | None) -> list[Tensor | None]:
     """The gradients of forward times g, in place; none without one."""
-    if g is None:
-        return (None,) * ctx.arguments
-    _once(ctx)
+    if g is not None:
+        _once(ctx)
     gradients = ctx.saved_tensors
+    if g is None:
+        return [None] * len(gradients)
     for gradient in gradients:
         if gradient.numel():
             loops.scale_(gradient, g)
-    return *_present(gradients), *(None,) * (ctx.arguments - len(gradients))
+    return _present(gradients)
 
 
 def _once(ctx) -> None:
@@ -254,11 +241,11 @@ def _present(gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
     return [gradient if gradient.dim() > 1 or gradient.numel() else None for gradient in gradients]
 
 
-def _needs(call: HeadCall) -> tuple[bool, bool, bool]:
-    """Whether hidden, weight and bias need a gradient."""
+def _needs(call: HeadCall) -> Needs:
     if not torch.is_grad_enabled():
-        return False, False, False
-    return call.hidden.requires_grad, call.weight.requires_grad, call.bias is not None and call.bias.requires_grad
+        return Needs(False, False, False)
+    with_bias = call.bias is not None and call.bias.requires_grad
+    return Needs(call.hidden.requires_grad, call.weight.requires_grad, with_bias)
 
 
 def _constants(call: HeadCall) -> HeadCall:

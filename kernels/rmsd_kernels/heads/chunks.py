@@ -3,14 +3,15 @@
 import importlib
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..implementations import resolve_impl
-from ..ops import accumulation_dtype
-from .torch_rows import RowInputs, RowReference
+from ..ops import accumulation_dtype, full_precision_sums
+from .row_types import Execution, HeadCall, Needs, RowInputs, RowReference
 
 # Bytes of a head's logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden
 # has tiles for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above
@@ -24,37 +25,45 @@ MAX_ROUNDINGS = 5
 _CUDA_TILE_ROWS = 128
 _CPU_TILE_ROWS = 32
 _WEIGHT_BLOCK_BYTES = 32 << 20
-_TARGET_BLOCK_BYTES = 16 << 20
 
 
-class Loop:
-    """The arguments every loop shares, and the chunks it walks through."""
+class Loop(ExitStack):
+    """The chunks of a head's rows, and what they share. Inside it, products are computed in the dtypes they are given.
+
+    rows: indices of the scored ones, None = all; the first `live` of them carry a gradient. buffers: tensors [n, V]
+    that a chunk needs.
+    """
 
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
-        temperature: Tensor | None,
         rows: Tensor | None,
-        impl: str,
-        budget: int,
-        buffers: int = 1,
+        execution: Execution,
+        buffers: int,
+        *,
+        bias: Tensor | None = None,
         live: int | None = None,
         need_weight: bool = False,
     ) -> None:
-        self.hidden, self.weight, self.temperature = hidden, weight, temperature
+        super().__init__()
+        self.hidden, self.weight = hidden, weight
         self.dtype = accumulation_dtype(hidden)
         self.bias = self.bias_of(bias)
-        self.backend = _backend(impl, hidden)
+        self.backend = _backend(execution.impl, hidden)
         self.rows = rows
         self.count = len(hidden) if rows is None else len(rows)
-        # The first `live` of them carry a gradient; no chunk holds both kinds.
+        # No chunk holds both kinds.
         self.live = self.count if live is None else live
         row_bytes = weight.shape[0] * hidden.element_size()
-        budget = budget or buffers * default_budget(self.live, row_bytes, weight, need_weight)
+        budget = execution.budget or buffers * default_budget(self.live, row_bytes, weight, need_weight)
         self.step = chunk_rows(self.count, buffers * row_bytes, budget, hidden.device.type)
         self.chunks = math.ceil(self.live / self.step)
+
+    def __enter__(self) -> "Loop":
+        self.enter_context(torch.autocast(self.hidden.device.type, enabled=False))
+        self.enter_context(full_precision_sums())
+        return self
 
     def workspace(self, dtype: torch.dtype | None = None) -> Tensor:
         """Room for a chunk's logits, in the input's dtype where none is named."""
@@ -64,64 +73,72 @@ class Loop:
         """A head's bias as the row functions take it."""
         return None if bias is None else bias.to(self.dtype).contiguous()
 
-    def __iter__(self) -> Iterator[tuple[int, slice | Tensor]]:
-        """(first row among the scored ones, where the chunk's rows stand in hidden)."""
+    def __iter__(self) -> Iterator[tuple[slice, slice | Tensor]]:
+        """(place of a chunk among the scored rows, where its rows stand in hidden)."""
         for first, end in ((0, self.live), (self.live, self.count)):
             for start in range(first, end, self.step):
-                chosen = slice(start, min(start + self.step, end))
-                yield start, chosen if self.rows is None else self.rows[chosen]
+                place = slice(start, min(start + self.step, end))
+                yield place, place if self.rows is None else self.rows[place]
 
-    def inputs(self, rows: Tensor, targets: Tensor, index: slice | Tensor, softcap: float | None) -> RowInputs:
-        temperature = None if self.temperature is None else self.temperature[index]
-        target = targets[index]
-        return RowInputs(target, target_logit(rows, self.weight, target), self.bias, temperature, softcap)
+    def inputs(self, call: HeadCall, rows: Tensor, index: slice | Tensor) -> RowInputs:
+        """What the row functions need of a chunk beside its logits; rows = call.hidden[index]."""
+        temperature, targets = None if call.temperature is None else call.temperature[index], call.targets[index]
+        exact = self.backend.target_logit(rows, self.weight, targets)
+        return RowInputs(targets, exact, self.bias, temperature, call.softcap)
 
 
 class Gradients:
     """d_hidden, d_weight and d_bias, summed over chunks; empty where not needed."""
 
-    def __init__(self, loop: Loop, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        self.loop = loop
+    def __init__(self, loop: Loop, needs: Needs) -> None:
+        self.loop, self.needs = loop, needs
         hidden, weight = loop.hidden, loop.weight
         # Every row is written where none is left out.
         make = torch.empty_like if loop.rows is None else torch.zeros_like
-        self.hidden = make(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+        self.hidden = make(hidden, memory_format=torch.contiguous_format) if needs.hidden else hidden.new_empty(0)
         self.in_float32 = weight.element_size() == 2 and loop.chunks > MAX_ROUNDINGS
         self.weight = weight.new_empty(0)
-        if need_weight:
+        if needs.weight:
             dtype = torch.float32 if self.in_float32 else weight.dtype
             start = torch.zeros if self.in_float32 or not loop.live else torch.empty
             self.weight = start(weight.shape, dtype=dtype, device=weight.device)
-        self.bias = torch.zeros(len(weight) if need_bias else 0, dtype=loop.dtype, device=weight.device)
-        self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
+        self.bias = torch.zeros(len(weight) if needs.bias else 0, dtype=loop.dtype, device=weight.device)
 
     def exact(self, logits: Tensor, ref: RowReference | None) -> tuple[Tensor, RowReference | None]:
         """Logits as the row function gets them: d_bias is a sum of gradients that must not be rounded before."""
-        if not self.need_bias or logits.dtype == self.loop.dtype:
+        if not self.needs.bias or logits.dtype == self.loop.dtype:
             return logits, ref
         other = None if ref is None else ref._replace(logits=ref.logits.to(self.loop.dtype))
         return logits.to(self.loop.dtype), other
 
-    def add(self, start: int, index: slice | Tensor, rows: Tensor, d_logits: Tensor) -> None:
-        if self.need_bias:
+    def add(self, place: slice, index: slice | Tensor, rows: Tensor, d_logits: Tensor) -> None:
+        """Add a chunk's share: rows = hidden[index], whose place among the scored rows is `place`."""
+        if self.needs.bias:
             self.bias += d_logits.sum(dim=0)
             d_logits = d_logits.to(rows.dtype)
-        if self.need_hidden:
+        if self.needs.hidden:
             if isinstance(index, slice):
                 torch.mm(d_logits, self.loop.weight, out=self.hidden[index])
             else:
                 self.hidden.index_copy_(0, index, torch.mm(d_logits, self.loop.weight))
-        if self.need_weight and self.in_float32:
-            step = max(1, _WEIGHT_BLOCK_BYTES // (2 * rows.shape[1]))
-            # On CPU a GEMM of 16-bit matrices has a 16-bit result; what it rounds is one chunk's share.
-            wide = {"out_dtype": torch.float32} if rows.device.type == "cuda" else {}
-            for first in range(0, len(self.weight), step):
-                block = slice(first, first + step)
-                self.weight[block] += torch.mm(d_logits[:, block].t(), rows, **wide)
-        elif self.need_weight and start == 0:
+        if not self.needs.weight:
+            return
+        if self.in_float32:
+            self._add_in_float32(rows, d_logits)
+        elif place.start == 0:
             torch.mm(d_logits.t(), rows, out=self.weight)
-        elif self.need_weight:
+        else:
             self.weight.addmm_(d_logits.t(), rows)
+
+    def _add_in_float32(self, rows: Tensor, d_logits: Tensor) -> None:
+        if rows.device.type == "cuda":
+            torch.addmm(self.weight, d_logits.t(), rows, out_dtype=torch.float32, out=self.weight)
+            return
+        # On CPU a GEMM of 16-bit matrices has a 16-bit result; what it rounds is one chunk's share.
+        step = max(1, _WEIGHT_BLOCK_BYTES // (2 * rows.shape[1]))
+        for first in range(0, len(self.weight), step):
+            block = slice(first, first + step)
+            self.weight[block] += torch.mm(d_logits[:, block].t(), rows)
 
     def result(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         weight = self.weight.to(self.loop.weight.dtype)
@@ -131,13 +148,15 @@ class Gradients:
 def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool) -> int:
     """Bytes of one head's logits where the caller names none.
 
-    A 16-bit d_weight gets chunks large enough for MAX_ROUNDINGS, unless these take more than its float32 form would.
+    A 16-bit d_weight gets chunks large enough for MAX_ROUNDINGS, unless these take more than its float32 form and the
+    usual chunks would. Beyond that it is summed in float32, in chunks of that size, since each one reads and writes it.
     """
     usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_BUDGET_BYTES["cpu"])
     if not need_weight or weight.element_size() != 2:
         return usual
     few = _whole_tiles(math.ceil(rows / MAX_ROUNDINGS), weight.device.type) * row_bytes
-    return max(usual, few) if few <= 4 * weight.numel() else usual
+    in_float32 = 4 * weight.numel()
+    return max(usual, few if few <= usual + in_float32 else in_float32)
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int, device: str) -> int:
@@ -177,14 +196,6 @@ def chunk_buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
     """[n, V] in the input's dtype that a chunk needs: logits, the reference's, and for d_bias float32 forms of both."""
     heads = 1 + full_kl
     return heads + 2 * heads + 1 if need_bias and hidden.element_size() == 2 else heads
-
-
-def target_logit(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden @ weight[target] of each row in the accumulation dtype, [n]; a target out of range takes a nearby row."""
-    dtype, index = accumulation_dtype(rows), targets.clamp(0, len(weight) - 1)
-    step = max(1, _TARGET_BLOCK_BYTES // (8 * rows.shape[1]))
-    blocks = [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
-    return torch.cat([(rows[b].to(dtype) * weight[index[b]].to(dtype)).sum(dim=-1) for b in blocks])
 
 
 def _backend(impl: str, hidden: Tensor) -> ModuleType:

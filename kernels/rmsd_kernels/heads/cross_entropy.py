@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import checks
 from ..ops import accumulation_dtype
 from . import autograd, reference
-from .arguments import budget_bytes, head_call
-from .autograd import RowTerms
+from .arguments import execution_of, head_call
 from .policy_formula import row_weights, scored_of
+from .row_types import PolicyTerms
 
 
 def linear_cross_entropy(
@@ -35,24 +35,23 @@ def linear_cross_entropy(
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     checks.check_weights(token_weights, normalizer, hidden)
-    budget = budget_bytes(memory_budget_bytes, impl)
+    execution = execution_of(impl, memory_budget_bytes)
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
     if impl == "reference":
         return reference.linear_cross_entropy(
             hidden,
             weight,
             targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
+            **head,
             token_weights=token_weights,
             normalizer=normalizer,
         )
-    call = head_call(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    call = head_call(hidden, weight, targets, **head)
     scored = scored_of(targets, ignore_index, None, accumulation_dtype(hidden))
     weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(targets)).contiguous()
     if token_weights is not None and ignore_index is not None:
         # A row of weight 0 carries no loss and is left out like an ignored one.
         call = call._replace(targets=torch.where(weights == 0, ignore_index, targets))
-    scores, carrier = autograd.one_pass(call, RowTerms(weights, torch.ones_like(weights)), impl, budget)
+    terms = PolicyTerms(scale=weights, advantage=torch.ones_like(weights))
+    scores, carrier = autograd.one_pass(call, terms, execution)
     return (-scores.logp * weights).sum() + carrier

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..ops import accumulation_dtype
 from . import autograd, reference
-from .arguments import budget_bytes, temperature_of_rows
+from .arguments import execution_of, temperature_of_rows
 from .policy_formula import row_weights, scored_of
 
 
@@ -54,7 +54,7 @@ def linear_divergence(
         if alpha >= 1:
             raise ValueError(f"alpha: expected a number in (0, 1), got {alpha!r}")
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_logits, teacher_topk)
-    budget = budget_bytes(memory_budget_bytes, impl)
+    execution = execution_of(impl, memory_budget_bytes)
     if impl == "reference":
         return reference.linear_divergence(
             hidden,
@@ -79,16 +79,15 @@ def linear_divergence(
     return autograd.divergence(
         hidden,
         weight,
-        teacher.detach(),
-        None if teacher_weight is None else teacher_weight.detach(),
-        ids,
-        temperature_of_rows(temperature, hidden),
-        kind,
-        alpha,
-        weights,
-        token_weights is not None,
-        impl,
-        budget,
+        teacher=teacher.detach(),
+        teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
+        topk_ids=ids,
+        temperature=temperature_of_rows(temperature, hidden),
+        kind=kind,
+        alpha=alpha,
+        scale=weights,
+        skip_zero_scale=token_weights is not None,
+        execution=execution,
     )
 
 

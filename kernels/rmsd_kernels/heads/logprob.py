@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from . import autograd, reference
-from .arguments import budget_bytes, head_call
+from .arguments import execution_of, head_call
 
 
 def linear_logprob(
@@ -44,18 +44,16 @@ def linear_logprob(
         TypeError: dtypes do not fit. RuntimeError: impl is not available.
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    budget = budget_bytes(memory_budget_bytes, impl)
+    execution = execution_of(impl, memory_budget_bytes)
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
     if impl == "reference":
         return reference.linear_logprob(
             hidden,
             weight,
             targets,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
+            **head,
             return_entropy=return_entropy,
         )
-    call = head_call(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    scores = autograd.score(call, impl, budget, entropy_grad=return_entropy)
+    call = head_call(hidden, weight, targets, **head)
+    scores = autograd.score(call, execution, entropy_grad=return_entropy)
     return (scores.logp, scores.entropy) if return_entropy else scores.logp

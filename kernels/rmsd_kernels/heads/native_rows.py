@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+from .row_types import PolicyTerms, RowInputs, RowReference, RowStats
+from .torch_rows import into, target_logit
+
+__all__ = ["divergence_", "gradient_", "policy_", "score", "target_logit"]
 
 # The ops take these as numbers.
 KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
@@ -24,9 +27,11 @@ DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def score(logits: Tensor, inputs: RowInputs, ref: RowReference | None = None) -> RowStats:
-    """RowStats of logits [n, V], which are only read."""
-    return _stats(_ops(logits).row_score(*_head(logits, inputs, ref)), ref)
+def score(
+    logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
+) -> RowStats:
+    """RowStats of logits [n, V], which are only read; written to `out` where that is given."""
+    return _stats(_ops(logits).row_score(logits, **_head(inputs, ref)), ref, out)
 
 
 def gradient_(
@@ -39,27 +44,37 @@ def gradient_(
     g_full_kl: Tensor | None = None,
 ) -> None:
     """logits [n, V] become the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl with respect to them."""
-    _ops(logits).row_gradient_(
-        *_head(logits, inputs, ref), stats.logp, stats.lse, stats.entropy, stats.full_kl, g_logp, g_entropy, g_full_kl
-    )
+    slopes = {"g_logp": g_logp, "g_entropy": g_entropy, "g_full_kl": g_full_kl}
+    _ops(logits).row_gradient_(logits, **_head(inputs, ref), **stats._asdict(), **slopes)
 
 
-def policy_(logits: Tensor, inputs: RowInputs, terms: PolicyTerms, ref: RowReference | None = None) -> RowStats:
+def policy_(
+    logits: Tensor,
+    inputs: RowInputs,
+    terms: PolicyTerms,
+    ref: RowReference | None = None,
+    *,
+    out: RowStats | None = None,
+) -> RowStats:
     """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
+    settings = terms.settings
     values = _ops(logits).row_policy_(
-        *_head(logits, inputs, ref),
-        terms.scale,
-        terms.advantage,
-        terms.old_logp,
-        terms.ref_logp,
-        _code(KL_CODES, "kl", terms.kl),
-        terms.kl_coef,
-        terms.kl_log_ratio_clip,
-        terms.clip_low,
-        terms.clip_high,
-        terms.entropy_coef,
+        logits,
+        **_head(inputs, ref),
+        scale=terms.scale,
+        advantage=terms.advantage,
+        old_logp=terms.old_logp,
+        policy_ref_logp=terms.ref_logp,
+        rollout_logp=terms.rollout_logp,
+        kl=_code(KL_CODES, "kl", settings.kl_loss),
+        kl_coef=settings.kl_coef,
+        kl_log_ratio_clip=settings.kl_log_ratio_clip,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        tis_cap=settings.tis_cap,
+        entropy_coef=settings.entropy_coef,
     )
-    return _stats(values, ref)
+    return _stats(values, ref, out)
 
 
 def divergence_(
@@ -90,13 +105,14 @@ def _ops(logits: Tensor):
     return torch.ops.rmsd_kernels
 
 
-def _head(logits: Tensor, inputs: RowInputs, ref: RowReference | None) -> tuple[Tensor | float | None, ...]:
-    """The arguments before the op's own ones."""
-    return (logits, *inputs, *((None,) * 4 if ref is None else ref))
+def _head(inputs: RowInputs, ref: RowReference | None) -> dict[str, Tensor | float | None]:
+    """The arguments that say how z is made, by name."""
+    reference = RowReference(None, None, None, None) if ref is None else ref
+    return inputs._asdict() | {f"ref_{name}": value for name, value in reference._asdict().items()}
 
 
-def _stats(values: tuple[Tensor, ...], ref: RowReference | None) -> RowStats:
-    return RowStats(*values[:3], None if ref is None else values[3])
+def _stats(values: tuple[Tensor, ...], ref: RowReference | None, out: RowStats | None) -> RowStats:
+    return into(out, RowStats(*values[:3], None if ref is None else values[3]))
 
 
 def _code(codes: dict[str, int], name: str, value: str) -> int:

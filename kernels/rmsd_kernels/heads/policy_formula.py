@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .torch_rows import EXP_LIMIT
+from .row_types import EXP_LIMIT, PolicySettings
 
 
 class PolicyLoss(NamedTuple):
@@ -16,20 +16,6 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
-
-
-class PolicySettings(NamedTuple):
-    """The arguments of linear_policy_loss that are not tensors."""
-
-    kl: str
-    kl_coef: float
-    kl_log_ratio_clip: float | None
-    clip_low: float
-    clip_high: float
-    importance_level: str
-    tis_cap: float | None
-    sequence_mask_cap: float | None
-    entropy_coef: float
 
 
 class Scored(NamedTuple):
@@ -140,6 +126,7 @@ def guarded_exp(values: Tensor) -> Tensor:
 
 
 def policy_loss(
+    *,
     logp: Tensor,
     entropy: Tensor,
     ref_logp: Tensor | None,
@@ -180,7 +167,6 @@ def policy_loss(
         kind, clip = settings.kl, settings.kl_log_ratio_clip
         divergence = full_kl if kind == "full" else kl_estimate(logp, reference, kind, clip)
         metrics |= {"kl": scored.mean(divergence), "kl_k1": scored.mean(logp - reference)}
-        # A coefficient of 0 adds nothing at all: 0 * inf would be NaN.
-        per_row = per_row + settings.kl_coef * divergence if settings.kl_coef else per_row
+        per_row = per_row if settings.kl_loss == "none" else per_row + settings.kl_coef * divergence
     per_row = per_row - settings.entropy_coef * entropy if settings.entropy_coef else per_row
     return PolicyLoss((per_row * weights).sum(), metrics)

@@ -4,8 +4,6 @@ Advantages, old and reference log-probs and the normalizer are known before the 
 row's log-prob also turns its logits into their gradient: 6TDV of work (4TDV with a frozen head, 2TDV more for a
 reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only
 after all of their rows: there log-probs come first and the gradient in backward, from logits kept or computed again.
-What tis_cap does without old_logp is known only after the row's own log-prob: there a second pass over the chunk makes
-the gradient.
 """
 
 from torch import Tensor
@@ -13,17 +11,16 @@ from torch import Tensor
 from .. import checks
 from ..ops import accumulation_dtype
 from . import autograd, reference
-from .arguments import budget_bytes, head_call
-from .autograd import RowTerms
+from .arguments import execution_of, head_call
 from .policy_formula import (
     PolicyLoss,
-    PolicySettings,
     guarded_exp,
     importance_correction,
     policy_loss,
     row_weights,
     scored_of,
 )
+from .row_types import PolicySettings, PolicyTerms
 
 
 def linear_policy_loss(
@@ -92,20 +89,26 @@ def linear_policy_loss(
     _check_reference(hidden, weight, bias, ref_logp, ref_hidden, ref_weight, ref_bias, kl, kl_coef, kl_log_ratio_clip)
     _check_ratio(hidden, clip_low, clip_high, importance_level, cu_seqlens, rollout_logp, tis_cap, sequence_mask_cap)
     checks.check_number("entropy_coef", entropy_coef)
-    settings = PolicySettings(
-        kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, importance_level, tis_cap, sequence_mask_cap, entropy_coef
-    )
-    budget = budget_bytes(memory_budget_bytes, impl)
+    policy = {
+        "kl": kl,
+        "kl_coef": kl_coef,
+        "kl_log_ratio_clip": kl_log_ratio_clip,
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "importance_level": importance_level,
+        "tis_cap": tis_cap,
+        "sequence_mask_cap": sequence_mask_cap,
+        "entropy_coef": entropy_coef,
+    }
+    execution = execution_of(impl, memory_budget_bytes)
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
     if impl == "reference":
         return reference.linear_policy_loss(
             hidden,
             weight,
             targets,
             advantages,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
+            **head,
             old_logp=old_logp,
             ref_logp=ref_logp,
             ref_hidden=ref_hidden,
@@ -115,30 +118,42 @@ def linear_policy_loss(
             token_weights=token_weights,
             rollout_logp=rollout_logp,
             normalizer=normalizer,
-            **settings._asdict(),
+            **policy,
         )
-    call = head_call(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    settings = PolicySettings.of(**policy)
+    call = head_call(hidden, weight, targets, **head)
     if ref_hidden is not None:
-        other = (t if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias))
-        call = call._replace(**dict(zip(("ref_hidden", "ref_weight", "ref_bias"), other, strict=True)))
-        call = call._replace(full_kl=kl == "full")
+        call = call._replace(
+            ref_hidden=ref_hidden.detach(),
+            ref_weight=ref_weight.detach(),
+            ref_bias=None if ref_bias is None else ref_bias.detach(),
+            full_kl=kl == "full",
+        )
     scored = scored_of(targets, ignore_index, cu_seqlens, accumulation_dtype(hidden))
     weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(targets)).contiguous()
     if importance_level == "sequence" or (sequence_mask_cap is not None and old_logp is None):
-        scores = autograd.score(call, impl, budget, entropy_grad=entropy_coef != 0)
+        scores = autograd.score(call, execution, entropy_grad=entropy_coef != 0)
         carrier = 0.0
     else:
         terms = _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings)
-        scores, carrier = autograd.one_pass(call, terms, impl, budget)
+        scores, carrier = autograd.one_pass(call, terms, execution, skip_idle=True)
     entropy = scores.entropy if entropy_coef else scores.entropy.detach()
-    known = scores.ref_logp if ref_logp is None else ref_logp
     result = policy_loss(
-        scores.logp, entropy, known, scores.full_kl, advantages, old_logp, rollout_logp, weights, scored, settings
+        logp=scores.logp,
+        entropy=entropy,
+        ref_logp=scores.ref_logp if ref_logp is None else ref_logp,
+        full_kl=scores.full_kl,
+        advantages=advantages,
+        old_logp=old_logp,
+        rollout_logp=rollout_logp,
+        weights=weights,
+        scored=scored,
+        settings=settings,
     )
     return result._replace(loss=result.loss + carrier)
 
 
-def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings: PolicySettings) -> RowTerms:
+def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings: PolicySettings) -> PolicyTerms:
     """What the row pass needs of each row. An importance correction that is known already joins the advantage."""
     dtype = weights.dtype
     advantage, old, rollout = (scored.clean(t, dtype) for t in (advantages, old_logp, rollout_logp))
@@ -147,20 +162,13 @@ def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, se
         advantage = advantage * importance_correction(guarded_exp(old - rollout), scored, settings)[0]
     elif rollout is not None and settings.tis_cap is not None:
         late = rollout
-    return RowTerms(
+    return PolicyTerms(
         scale=weights,
         advantage=advantage,
         old_logp=old,
         ref_logp=scored.clean(ref_logp, dtype),
         rollout_logp=late,
-        tis_cap=settings.tis_cap or 0.0,
-        kl=settings.kl if settings.kl_coef else "none",
-        kl_coef=settings.kl_coef,
-        kl_log_ratio_clip=settings.kl_log_ratio_clip,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        entropy_coef=settings.entropy_coef,
-        skip_idle=True,
+        settings=settings,
     )
 
 

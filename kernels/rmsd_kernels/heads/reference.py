@@ -17,8 +17,9 @@ Symbols: T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor
 
-from .policy_formula import PolicyLoss, PolicySettings, policy_loss, row_weights, scored_of
+from .policy_formula import PolicyLoss, policy_loss, row_weights, scored_of
 from .row_formula import divergence_of_rows, head_logits, score_rows, temperature_rows
+from .row_types import PolicySettings
 
 
 def linear_logprob(
@@ -90,8 +91,16 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss with a KL and an entropy term, from hidden states. See rmsd_fast.losses."""
-    settings = PolicySettings(
-        kl, kl_coef, kl_log_ratio_clip, clip_low, clip_high, importance_level, tis_cap, sequence_mask_cap, entropy_coef
+    settings = PolicySettings.of(
+        kl=kl,
+        kl_coef=kl_coef,
+        kl_log_ratio_clip=kl_log_ratio_clip,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        importance_level=importance_level,
+        tis_cap=tis_cap,
+        sequence_mask_cap=sequence_mask_cap,
+        entropy_coef=entropy_coef,
     )
     keep = _scored_rows(targets, ignore_index)
     ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
@@ -101,7 +110,18 @@ def linear_policy_loss(
     scored = scored_of(targets, ignore_index, cu_seqlens, zeros.dtype)
     weights = row_weights(scored, token_weights, normalizer, zeros.dtype)
     known = head_ref_logp if ref_logp is None else ref_logp
-    return policy_loss(logp, entropy, known, full_kl, advantages, old_logp, rollout_logp, weights, scored, settings)
+    return policy_loss(
+        logp=logp,
+        entropy=entropy,
+        ref_logp=known,
+        full_kl=full_kl,
+        advantages=advantages,
+        old_logp=old_logp,
+        rollout_logp=rollout_logp,
+        weights=weights,
+        scored=scored,
+        settings=settings,
+    )
 
 
 def linear_divergence(

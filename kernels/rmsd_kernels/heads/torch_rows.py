@@ -1,76 +1,42 @@
-"""What is done to a chunk of logits: the records that all row back ends share, and the one in eager torch.
+"""What is done to a chunk of logits, in eager torch.
 
-A row back end is a module with `score`, `gradient_`, `policy_` and `divergence_`; the others are `native_rows` (CPU,
-compiled) and `triton_rows` (CUDA). This one takes any floating dtype on any device and serves where nothing is
-compiled; in float64 it is what the others are tested against. It works through a few rows at a time, so that its
-temporaries stay small beside the chunk.
+A row back end is a module with `target_logit`, `score`, `gradient_`, `policy_` and `divergence_`; the others are
+`native_rows` (CPU, compiled) and `triton_rows` (CUDA). This one takes any floating dtype on any device and serves where
+nothing is compiled; in float64 it is what the others are tested against. It works through a few rows at a time, so that
+its temporaries stay small beside the chunk.
 
     z = cap(logits + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)       (each part only where given)
     log p_v = z_v - lse for v != y, and logp for the target y,  lse = log sum exp z,  logp = min(z_y - lse, 0)
 
-In z the logit of the target is `target_logit`, computed by the caller as a dot product in float32: a 16-bit logit is
-off by up to 2^-9 of its size, and that would be the error of the log-prob. A target outside 0..V-1 gives a logp of NaN.
+In z the logit of the target is `target_logit`, a dot product in float32: a 16-bit logit is off by up to 2^-9 of its
+size, and that would be the error of the log-prob. A target outside 0..V-1 gives a logp of NaN.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops import accumulation_dtype
 from .row_formula import divergence_of_rows, expectation
+from .row_types import EXP_LIMIT, PolicyTerms, RowInputs, RowReference, RowStats
 
-# exp(80) = 5.5e34 is finite in float32, and so is its product with an advantage.
-EXP_LIMIT = 80.0
 _TEMPORARY_BYTES = 16 << 20
 
 
-class RowInputs(NamedTuple):
-    """How z is made. All but targets in the accumulation dtype (float32; float64 for float64 logits)."""
-
-    targets: Tensor  # int64 [n]
-    target_logit: Tensor  # [n]
-    bias: Tensor | None  # [V]
-    temperature: Tensor | None  # [n]; None = 1
-    softcap: float | None
+def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden @ weight[target] of each row in the accumulation dtype, [n]; a target out of range takes a nearby row."""
+    dtype, index = accumulation_dtype(hidden), targets.clamp(0, len(weight) - 1)
+    step = max(1, _TEMPORARY_BYTES // (8 * hidden.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, max(1, len(hidden)), step)]
+    return torch.cat([(hidden[b].to(dtype) * weight[index[b]].to(dtype)).sum(dim=-1) for b in blocks])
 
 
-class RowStats(NamedTuple):
-    """Of each row [n]: log-prob of the target, entropy, log-sum-exp, and with a reference sum p (log p - log r)."""
-
-    logp: Tensor
-    entropy: Tensor
-    lse: Tensor
-    full_kl: Tensor | None
-
-
-class RowReference(NamedTuple):
-    """Logits of the reference head for the exact KL, never written, and what `score` found in them."""
-
-    logits: Tensor  # [n, V]
-    bias: Tensor | None  # [V]
-    lse: Tensor  # [n]
-    logp: Tensor  # [n]
-
-
-class PolicyTerms(NamedTuple):
-    """The policy loss of one row, scale * (-min(r*A, clip(r)*A) + kl_coef*KL - entropy_coef*H), r = exp(logp - old)."""
-
-    scale: Tensor  # [n], weight of the row / normalizer
-    advantage: Tensor  # [n], A times the importance correction
-    old_logp: Tensor | None  # [n]; None = on-policy: r is 1 and keeps its gradient
-    ref_logp: Tensor | None  # [n], for k1, k2, k3
-    kl: str  # "none", "k1", "k2", "k3", "full"
-    kl_coef: float
-    kl_log_ratio_clip: float | None
-    clip_low: float
-    clip_high: float
-    entropy_coef: float
-
-
-def score(logits: Tensor, inputs: RowInputs, ref: RowReference | None = None) -> RowStats:
-    """RowStats of logits [n, V], which are only read."""
+def score(
+    logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
+) -> RowStats:
+    """RowStats of logits [n, V], which are only read; written to `out` where that is given."""
 
     def block(rows: slice) -> tuple[Tensor | None, ...]:
         z = _z(logits[rows], _rows_of(inputs, rows))
@@ -81,7 +47,7 @@ def score(logits: Tensor, inputs: RowInputs, ref: RowReference | None = None) ->
         full_kl = None if ref is None else expectation(log_p, log_p - _log_r(ref, inputs, rows))
         return stats.logp, -expectation(log_p, log_p), lse, full_kl
 
-    return RowStats(*_by_blocks(block, logits))
+    return into(out, RowStats(*_by_blocks(block, logits)))
 
 
 def gradient_(
@@ -119,36 +85,51 @@ def gradient_(
     _by_blocks(block, logits)
 
 
-def policy_(logits: Tensor, inputs: RowInputs, terms: PolicyTerms, ref: RowReference | None = None) -> RowStats:
+def policy_(
+    logits: Tensor,
+    inputs: RowInputs,
+    terms: PolicyTerms,
+    ref: RowReference | None = None,
+    *,
+    out: RowStats | None = None,
+) -> RowStats:
     """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
     stats = score(logits, inputs, ref)
-    gradient_(logits, inputs, stats, *policy_coefficients(stats.logp, terms, ref))
-    return stats
+    settings = terms.settings
+    exact_kl = settings.kl_loss == "full"
+    gradient_(
+        logits,
+        inputs,
+        stats,
+        g_logp=terms.scale * _policy_slope(stats.logp, terms),
+        g_entropy=-terms.scale * settings.entropy_coef if settings.entropy_coef else None,
+        ref=ref if exact_kl else None,
+        g_full_kl=terms.scale * settings.kl_coef if exact_kl else None,
+    )
+    return into(out, stats)
 
 
-def policy_coefficients(
-    logp: Tensor, terms: PolicyTerms, ref: RowReference | None
-) -> tuple[Tensor, Tensor | None, RowReference | None, Tensor | None]:
-    """The arguments of gradient_ after stats: derivatives of PolicyTerms' loss by logp, entropy and full KL."""
+def _policy_slope(logp: Tensor, terms: PolicyTerms) -> Tensor:
+    """Derivative of a row's policy loss by logp, before its scale."""
+    settings, advantage = terms.settings, terms.advantage
+    if terms.rollout_logp is not None:
+        advantage = advantage * (logp - terms.rollout_logp).clamp(max=EXP_LIMIT).exp().clamp(max=settings.tis_cap)
     if terms.old_logp is None:
-        g = -terms.advantage
+        g = -advantage
     else:
         log_ratio = logp - terms.old_logp
         ratio = log_ratio.clamp(max=EXP_LIMIT).exp()
-        clipped = ((ratio > 1 + terms.clip_high) & (terms.advantage > 0)) | (
-            (ratio < 1 - terms.clip_low) & (terms.advantage < 0)
+        clipped = ((ratio > 1 + settings.clip_high) & (advantage > 0)) | (
+            (ratio < 1 - settings.clip_low) & (advantage < 0)
         )
-        g = torch.where(clipped | (log_ratio > EXP_LIMIT), 0.0, -terms.advantage * ratio)
-    if terms.kl in ("k1", "k2", "k3"):
-        d = terms.ref_logp - logp
-        slope = {"k1": torch.ones_like, "k2": torch.neg, "k3": _k3_slope}[terms.kl](d)
-        if terms.kl_log_ratio_clip is not None:
-            slope = torch.where(d.abs() > terms.kl_log_ratio_clip, 0.0, slope)
-        g = g + terms.kl_coef * slope
-    g_entropy = -terms.scale * terms.entropy_coef if terms.entropy_coef else None
-    if terms.kl == "full":
-        return terms.scale * g, g_entropy, ref, terms.scale * terms.kl_coef
-    return terms.scale * g, g_entropy, None, None
+        g = torch.where(clipped | (log_ratio > EXP_LIMIT), 0.0, -advantage * ratio)
+    if settings.kl_loss in ("none", "full"):
+        return g
+    d = terms.ref_logp - logp
+    slope = {"k1": torch.ones_like, "k2": torch.neg, "k3": _k3_slope}[settings.kl_loss](d)
+    if settings.kl_log_ratio_clip is not None:
+        slope = torch.where(d.abs() > settings.kl_log_ratio_clip, 0.0, slope)
+    return g + settings.kl_coef * slope
 
 
 def divergence_(
@@ -194,6 +175,16 @@ def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> 
         slope = (1 - share) * (log_q - log_m) if kind == "jsd" else -(1 - share) * (log_p - log_m).exp()
     slope = slope.masked_fill(log_q == -math.inf, 0.0)
     return q * (slope - (q * slope).sum(dim=-1, keepdim=True))
+
+
+def into(out: RowStats | None, stats: RowStats) -> RowStats:
+    """stats, copied into `out` where that is given."""
+    if out is None:
+        return stats
+    for to, values in zip(out, stats, strict=True):
+        if to is not None:
+            to.copy_(values)
+    return out
 
 
 def _by_blocks(block: Callable[[slice], tuple[Tensor | None, ...]], logits: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,8 @@
 """Divergences between rows of logits in Triton: `divergence_` of `torch_rows` for CUDA tensors.
 
 One program owns one row of the student and of the teacher and reads both twice, and a third time to write the gradient:
-2bV bytes from memory and the rest from cache while it holds the two rows, bV more written with a gradient.
+2bV bytes from memory and the rest from cache while it holds the two rows, bV more written with a gradient. Logarithms
+are to base 2 until a result is stored.
 """
 
 import math
@@ -12,17 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import SLICED, check_logits, launch, row_vectors
-from .triton_row_math import View, block_z, load_or, shifted
+from .triton_row_math import LN2, LOG2E, LOWEST, View, block_u, exp2, load_or, online
 
 
 @triton.jit
-def _log_mixture(log_p, log_q, log_share, log_rest):
-    """log(share * p + (1 - share) * q) from logarithms, -inf where both are."""
+def _log2_mixture(log_p, log_q, log_share, log_rest):
+    """log2(share * p + (1 - share) * q) from logarithms, -inf where both are."""
     a = log_p + log_share
     b = log_q + log_rest
     high = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     low = tl.minimum(a, b)
-    return tl.where(high == -float("inf"), high, high + tl.log(1.0 + tl.exp(low - high)))
+    return tl.where(high == -float("inf"), high, high + tl.log2(1.0 + exp2(low - high)))
 
 
 @triton.jit
@@ -32,9 +33,65 @@ def _times(p, log_p, value):
 
 
 @triton.jit
-def _log_softmax(row_ptr, col, view, shift, log_total):
-    z, _ = block_z(row_ptr, col, -1, 0.0, view)
-    return (z - shift) - log_total
+def _log2_softmax(row_ptr, col, view, scale, shift, log_total, MASKED: tl.constexpr):
+    u, _ = block_u(row_ptr, col, -1, view, MASKED)
+    return tl.fma(u, scale, -shift) - log_total
+
+
+@triton.jit
+def _read_block(row_ptr, shift, total, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr):
+    u, _ = block_u(row_ptr, col, -1, view, MASKED)
+    new, _, _, _, _, new_total = online(shift, total, tl.reshape(u, [col.shape[0] // LANE, LANE]), scale)
+    return new, new_total
+
+
+@triton.jit
+def _combined(shift, total):
+    """Shift of all threads, and base-2 logarithm of their sum."""
+    top = tl.max(shift, 0)
+    return top, tl.log2(tl.sum(total * exp2(shift - top), 0))
+
+
+@triton.jit
+def _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND: tl.constexpr, LANE: tl.constexpr):
+    """A block's part of the divergence, and of sum q f for the gradient q * (f - sum q f), f its derivative by q."""
+    q = exp2(log_q)
+    p = exp2(log_p)
+    shape: tl.constexpr = [p.shape[0] // LANE, LANE]
+    if KIND == "forward_kl":
+        value += tl.sum(tl.reshape(_times(p, log_p, log_p - log_q), shape), 1)
+    elif KIND == "reverse_kl":
+        value += tl.sum(tl.reshape(_times(q, log_q, log_q - log_p), shape), 1)
+    else:
+        log_m = _log2_mixture(log_p, log_q, log_share, log_rest)
+        to_m = tl.sum(tl.reshape(_times(p, log_p, log_p - log_m), shape), 1)
+        if KIND == "jsd":
+            from_student = tl.sum(tl.reshape(_times(q, log_q, log_q - log_m), shape), 1)
+            value += share * to_m + (1.0 - share) * from_student
+            mean_slope += (1.0 - share) * from_student
+        else:
+            value += to_m
+            mean_slope -= (1.0 - share) * tl.sum(tl.reshape(_times(q, log_q, exp2(log_p - log_m)), shape), 1)
+    return value, mean_slope
+
+
+@triton.jit
+def _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND: tl.constexpr):
+    """Derivative by z, where logarithms to base 2 have left a factor of ln 2 for the caller."""
+    q = exp2(log_q)
+    if KIND == "forward_kl":
+        dz = q - exp2(log_p)
+    else:
+        if KIND == "reverse_kl":
+            slope = log_q - log_p
+        else:
+            log_m = _log2_mixture(log_p, log_q, log_share, log_rest)
+            if KIND == "jsd":
+                slope = (1.0 - share) * (log_q - log_m)
+            else:
+                slope = -(1.0 - share) * exp2(log_p - log_m)
+        dz = _times(q, log_q, slope - middle)
+    return dz
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
@@ -52,79 +109,66 @@ def _divergence_kernel(
     log_rest,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     inverse_temperature = 1.0 / load_or(temperature_ptr, row, 1.0)
     view = View(None, None, inverse_temperature, vocab)
+    scale = inverse_temperature * LOG2E
     student_row = logits_ptr + row * stride
     teacher_row = teacher_ptr + row * teacher_stride
+    offsets = tl.arange(0, BLOCK)
+    blocks = vocab // BLOCK
+    whole = blocks * BLOCK
     # First pass: log-sum-exp of both rows.
-    m_q = -float("inf")
-    m_p = -float("inf")
-    sum_q = tl.zeros([BLOCK], tl.float32)
-    sum_p = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        z_q, _ = block_z(student_row, col, -1, 0.0, view)
-        z_p, _ = block_z(teacher_row, col, -1, 0.0, view)
-        m_q, _, factor_q, _, e_q = shifted(m_q, z_q)
-        m_p, _, factor_p, _, e_p = shifted(m_p, z_p)
-        sum_q = sum_q * factor_q + e_q
-        sum_p = sum_p * factor_p + e_p
-    log_total_q = tl.log(tl.sum(sum_q, 0))
-    log_total_p = tl.log(tl.sum(sum_p, 0))
+    shift_q = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    shift_p = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    total_q = tl.zeros([BLOCK // LANE], tl.float32)
+    total_p = tl.zeros([BLOCK // LANE], tl.float32)
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        shift_q, total_q = _read_block(student_row, shift_q, total_q, view, scale, start + offsets, LANE, False)
+        shift_p, total_p = _read_block(teacher_row, shift_p, total_p, view, scale, start + offsets, LANE, False)
+    if whole < vocab:
+        shift_q, total_q = _read_block(student_row, shift_q, total_q, view, scale, whole + offsets, LANE, True)
+        shift_p, total_p = _read_block(teacher_row, shift_p, total_p, view, scale, whole + offsets, LANE, True)
+    top_q, log_q_total = _combined(shift_q, total_q)
+    top_p, log_p_total = _combined(shift_p, total_p)
 
-    # Second pass, from the end: the divergence, and sum q f of the gradient q * (f - sum q f), f its derivative by q.
-    blocks = tl.cdiv(vocab, BLOCK)
-    value = tl.zeros([BLOCK], tl.float32)
-    mean_slope = tl.zeros([BLOCK], tl.float32)
+    # Second pass, from the end: the divergence.
+    value = tl.zeros([BLOCK // LANE], tl.float32)
+    mean_slope = tl.zeros([BLOCK // LANE], tl.float32)
+    if whole < vocab:
+        log_q = _log2_softmax(student_row, whole + offsets, view, scale, top_q, log_q_total, True)
+        log_p = _log2_softmax(teacher_row, whole + offsets, view, scale, top_p, log_p_total, True)
+        value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
     for i in tl.range(0, blocks, num_stages=STAGES):
-        col = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        log_q = _log_softmax(student_row, col, view, m_q, log_total_q)
-        log_p = _log_softmax(teacher_row, col, view, m_p, log_total_p)
-        q = tl.exp(log_q)
-        p = tl.exp(log_p)
-        if KIND == "forward_kl":
-            value += _times(p, log_p, log_p - log_q)
-        elif KIND == "reverse_kl":
-            value += _times(q, log_q, log_q - log_p)
-        else:
-            log_m = _log_mixture(log_p, log_q, log_share, log_rest)
-            to_m = _times(p, log_p, log_p - log_m)
-            if KIND == "jsd":
-                from_student = _times(q, log_q, log_q - log_m)
-                value += share * to_m + (1.0 - share) * from_student
-                mean_slope += (1.0 - share) * from_student
-            else:
-                value += to_m
-                mean_slope -= (1.0 - share) * _times(q, log_q, tl.exp(log_p - log_m))
+        col = (blocks - 1 - i) * BLOCK + offsets
+        log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, False)
+        log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, False)
+        value, mean_slope = _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND, LANE)
     total = tl.sum(value, 0)
-    tl.store(value_ptr + row, total)
+    tl.store(value_ptr + row, total * LN2)
 
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + row) * inverse_temperature
+        factor = tl.load(scale_ptr + row) * inverse_temperature
+        if KIND == "reverse_kl" or KIND == "jsd":
+            factor *= LN2
         middle = total
         if KIND == "jsd" or KIND == "skew_kl":
             middle = tl.sum(mean_slope, 0)
-        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            col = start + tl.arange(0, BLOCK)
-            log_q = _log_softmax(student_row, col, view, m_q, log_total_q)
-            log_p = _log_softmax(teacher_row, col, view, m_p, log_total_p)
-            q = tl.exp(log_q)
-            if KIND == "forward_kl":
-                dz = q - tl.exp(log_p)
-            else:
-                if KIND == "reverse_kl":
-                    slope = log_q - log_p
-                else:
-                    log_m = _log_mixture(log_p, log_q, log_share, log_rest)
-                    if KIND == "jsd":
-                        slope = (1.0 - share) * (log_q - log_m)
-                    else:
-                        slope = -(1.0 - share) * tl.exp(log_p - log_m)
-                dz = _times(q, log_q, slope - middle)
-            tl.store(student_row + col, (dz * scale).to(logits_ptr.dtype.element_ty), mask=col < vocab)
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            col = start + offsets
+            log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, False)
+            log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, False)
+            dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND) * factor
+            tl.store(student_row + col, dz.to(logits_ptr.dtype.element_ty))
+        if whole < vocab:
+            col = whole + offsets
+            log_q = _log2_softmax(student_row, col, view, scale, top_q, log_q_total, True)
+            log_p = _log2_softmax(teacher_row, col, view, scale, top_p, log_p_total, True)
+            dz = _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND) * factor
+            tl.store(student_row + col, dz.to(logits_ptr.dtype.element_ty), mask=col < vocab)
 
 
 def divergence_(
@@ -146,7 +190,19 @@ def divergence_(
     value = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         share = float({"jsd": 0.5, "skew_kl": 0.1}.get(kind, 0.5) if alpha is None else alpha)
-        arguments = [logits, teacher_logits, *vectors, value, logits.stride(0), teacher_logits.stride(0)]
-        arguments += [logits.shape[1], share, math.log(share), math.log1p(-share), kind]
+        arguments = {
+            "logits_ptr": logits,
+            "teacher_ptr": teacher_logits,
+            "temperature_ptr": vectors["temperature"],
+            "scale_ptr": vectors["scale"],
+            "value_ptr": value,
+            "stride": logits.stride(0),
+            "teacher_stride": teacher_logits.stride(0),
+            "vocab": logits.shape[1],
+            "share": share,
+            "log_share": math.log2(share),
+            "log_rest": math.log2(1.0 - share),
+            "KIND": kind,
+        }
         launch(_divergence_kernel, logits, arguments, two_rows=True)
     return value

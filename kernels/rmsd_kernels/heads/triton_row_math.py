@@ -1,9 +1,17 @@
-"""Device functions of the Triton row back end: z of a block, the pass that reads a row, the one that writes.
+"""Device functions of the Triton row back end: the pass that reads a row, and the one that writes its gradient.
 
-The first pass keeps a running maximum m and, per lane, the sums of e, e*(z - m) and e*((z - m) - log r) with
-e = exp(z - m), so that no digits are lost to an offset that all logits share; log-sum-exp, entropy and the exact KL
-follow from them. The second pass walks the row from its end, which the cache still holds, and writes the gradient over
-the logits. Everything after a load is float32. What is None in a record is left out when a kernel is compiled.
+    u = cap(logit + bias)    z = u / temperature    d = z * log2(e) - shift    e = 2^d, the only exponential of a pass
+
+The first pass keeps a running maximum per thread (`shift`), and per thread the sums of e, e*d and, with a reference,
+e*(d - log2 r). Threads are combined once, after the loop: no barrier stands inside it. Log-sum-exp, entropy and the
+exact KL follow from the sums, so no digits are lost to an offset that all logits share. The second pass walks the row
+from its end, which the cache still holds, and writes the gradient over the logits. Everything after a load is float32.
+
+The target never takes part in a loop. `hide_target` puts -inf into its place in memory, so it adds nothing to the sums;
+its exact logit joins them afterwards, and its gradient is one store after the second pass.
+
+Whole blocks are read without a mask, the rest of a row with one. What is None in a record is left out when a kernel is
+compiled. Logits whose z * log2(e) is below -1e38 count as -inf.
 
 Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867), carried over to entropy and KL.
 """
@@ -12,6 +20,15 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Below every shift, and so far from the ends of float32 that the distance to any other shift is finite.
+LOWEST = tl.constexpr(-1e38)
+# Stands for log 0 in products with a probability of 0: -inf would make them NaN.
+LOG_OF_ZERO = tl.constexpr(-1e30)
+# Triton's own exp2 spends three instructions on results below 2^-126. The interpreter runs no assembly.
+HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 class View(NamedTuple):
@@ -24,11 +41,12 @@ class View(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Column of a row's target, its logit without bias, its z. Out of range: column -1 and z NaN."""
+    """Column of a row's target, and u of its exact logit. Out of range: column -1, and u adds nothing to a sum."""
 
     col: Any
-    logit: Any
-    z: Any
+    u: Any
+    du: Any  # derivative of u by the logit
+    valid: Any
 
 
 class Ref(NamedTuple):
@@ -42,13 +60,24 @@ class Ref(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the first pass finds. The log-sum-exp is shift + log_total, kept apart because their sum loses digits."""
+    """What the first pass finds. The log-sum-exp is shift + log_total in base 2, kept apart: their sum loses digits."""
 
     logp: Any
     entropy: Any
     full_kl: Any
     shift: Any
     log_total: Any
+
+
+@triton.jit
+def exp2(x):
+    """2^x, 0 below 2^-126."""
+    if HAS_ASM:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -67,47 +96,6 @@ def _tanh(x):
 
 
 @triton.jit
-def _z(x, col, view):
-    """z of raw logits x at columns col, and dz/dx."""
-    slope = view.inverse_temperature
-    if view.bias_ptr is not None:
-        x += tl.load(view.bias_ptr + col, mask=(col >= 0) & (col < view.vocab), other=0.0)
-    if view.softcap is not None:
-        tanh, tanh_slope = _tanh(x / view.softcap)
-        x = view.softcap * tanh
-        slope = slope * tanh_slope
-    return x * view.inverse_temperature, slope
-
-
-@triton.jit
-def block_z(row_ptr, col, target_col, target_logit, view):
-    """z of a block of a row and dz/dlogit. The target's logit is replaced; columns beyond the row give -inf."""
-    inside = col < view.vocab
-    x = tl.load(row_ptr + col, mask=inside, other=-float("inf")).to(tl.float32)
-    z, slope = _z(tl.where(col == target_col, target_logit, x), col, view)
-    # A softcap has made the -inf beyond the row finite.
-    return tl.where(inside, z, -float("inf")), slope
-
-
-@triton.jit
-def _log_r(ref, col, target_col):
-    """log-probabilities of the reference head in a block."""
-    z, _ = block_z(ref.ptr + ref.offset, col, -1, 0.0, ref.view)
-    return tl.where(col == target_col, ref.logp, z - ref.lse)
-
-
-@triton.jit
-def shifted(m, z):
-    """Of a block z and the maximum m so far: the new maximum, m less that, exp of it, z less that, exp of it."""
-    m_new = tl.maximum(m, tl.max(z, 0))
-    # Where nothing but -inf was seen yet, 0 stands in for the maximum: -inf - -inf would be NaN.
-    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-    distance = tl.where(m == -float("inf"), 0.0, m - shift)
-    d = z - shift
-    return m_new, distance, tl.exp(distance), d, tl.exp(d)
-
-
-@triton.jit
 def load_or(ptr, index, default):
     value = default
     if ptr is not None:
@@ -116,42 +104,178 @@ def load_or(ptr, index, default):
 
 
 @triton.jit
+def _columns(ptr, col, vocab, other, MASKED: tl.constexpr):
+    if MASKED:
+        values = tl.load(ptr + col, mask=col < vocab, other=other)
+    else:
+        values = tl.load(ptr + col)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def block_u(row_ptr, col, hidden_col, view, MASKED: tl.constexpr):
+    """u of a block and du/dlogit (1.0 without a softcap). Columns beyond the row, and hidden_col, give -inf."""
+    u = _columns(row_ptr, col, view.vocab, -float("inf"), MASKED)
+    slope = 1.0
+    if view.bias_ptr is not None:
+        u += _columns(view.bias_ptr, col, view.vocab, 0.0, MASKED)
+    if view.softcap is not None:
+        tanh, slope = _tanh(u / view.softcap)
+        # A softcap has made the -inf of what is hidden finite.
+        u = tl.where((col < view.vocab) & (col != hidden_col), view.softcap * tanh, -float("inf"))
+    return u, slope
+
+
+@triton.jit
+def log2_r(ref, col, scale, MASKED: tl.constexpr):
+    """Base-2 log-probabilities of the reference head in a block."""
+    u, _ = block_u(ref.ptr + ref.offset, col, -1, ref.view, MASKED)
+    return tl.fma(u, scale, -ref.lse * LOG2E)
+
+
+@triton.jit
 def target_of_row(row, targets_ptr, target_logit_ptr, view):
     """Target of one row."""
     target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < view.vocab)
     col = tl.where(valid, target, -1).to(tl.int32)
-    logit = tl.load(target_logit_ptr + row)
-    z, _ = _z(logit, col, view)
-    return Target(col, logit, tl.where(valid, z, float("nan")))
+    u = tl.load(target_logit_ptr + row)
+    slope = 1.0
+    if view.bias_ptr is not None:
+        u += tl.load(view.bias_ptr + tl.where(valid, col, 0))
+    if view.softcap is not None:
+        tanh, slope = _tanh(u / view.softcap)
+        u = view.softcap * tanh
+    return Target(col, tl.where(valid, u, -float("inf")), slope, valid)
 
 
 @triton.jit
-def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Row of one row of logits."""
-    m = -float("inf")
-    sum_e = tl.zeros([BLOCK], tl.float32)
-    sum_ed = tl.zeros([BLOCK], tl.float32)
-    sum_ew = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, view.vocab, BLOCK, num_stages=STAGES):
-        col = start + tl.arange(0, BLOCK)
-        z, _ = block_z(logits_row, col, target.col, target.logit, view)
-        m, distance, factor, d, e = shifted(m, z)
-        # What was summed as e*(z - m_old) becomes e*(z - m): the distance enters as often as the sum of e says. A
-        # probability of 0 adds nothing, whatever its logarithm is.
-        if ref.ptr is not None:
-            w = tl.where(e == 0.0, 0.0, d - _log_r(ref, col, target.col))
-            sum_ew = (sum_ew + sum_e * distance) * factor + e * w
-        sum_ed = (sum_ed + sum_e * distance) * factor + e * tl.where(e == 0.0, 0.0, d)
-        sum_e = sum_e * factor + e
-    total = tl.sum(sum_e, 0)
-    log_total = tl.log(total)
-    shift = tl.where(m == -float("inf"), 0.0, m)
-    logp = (target.z - shift) - log_total
+def hide_target(logits_row, target):
+    """Replace the target's logit by -inf; returns what stood there."""
+    raw = tl.load(logits_row + target.col, mask=target.valid, other=0.0)
+    tl.debug_barrier()
+    tl.store(logits_row + target.col, -float("inf"), mask=target.valid)
+    # Other threads read it.
+    tl.debug_barrier()
+    return raw
+
+
+@triton.jit
+def put_target(logits_row, target, value):
+    """Write the target's place, after all threads have read it or written their own."""
+    tl.debug_barrier()
+    tl.store(logits_row + target.col, value.to(logits_row.dtype.element_ty), mask=target.valid)
+
+
+@triton.jit
+def online(shift, total, u, scale):
+    """A thread's maximum and sum over one more block, u as [threads, columns of a thread].
+
+    Returns the new shift, its distance from the old one, 2^distance, d and e of the block, and the new sum of e.
+    """
+    new = tl.maximum(shift, tl.max(u, 1) * scale)
+    distance = shift - new
+    factor = exp2(distance)
+    d = tl.fma(u, scale, -new[:, None])
+    e = exp2(d)
+    return new, distance, factor, d, e, total * factor + tl.sum(e, 1)
+
+
+@triton.jit
+def moment(old, total, distance, factor, e, values):
+    """A thread's sum of e*value over one more block; values are relative to the shift, as total says how often.
+
+    Where e is 0 the value may be anything but infinite.
+    """
+    return (old + total * distance) * factor + tl.sum(e * values, 1)
+
+
+@triton.jit
+def _read_block(
+    shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr
+):
+    shape: tl.constexpr = [col.shape[0] // LANE, LANE]
+    u, _ = block_u(logits_row, col, target.col, view, MASKED)
+    new, distance, factor, d, e, new_total = online(shift, total, tl.reshape(u, shape), scale)
+    # Not the argument of exp2: a NaN must reach the sum of e.
+    sum_ed = moment(sum_ed, total, distance, factor, e, tl.maximum(d, LOG_OF_ZERO))
+    if ref.ptr is not None:
+        # A probability of 0 adds nothing, whatever its logarithm is.
+        w = tl.where(e == 0.0, 0.0, d - tl.reshape(log2_r(ref, col, scale, MASKED), shape))
+        sum_ew = moment(sum_ew, total, distance, factor, e, w)
+    return new, new_total, sum_ed, sum_ew
+
+
+@triton.jit
+def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr):
+    """Row of one row of logits whose target is hidden."""
+    scale = view.inverse_temperature * LOG2E
+    shift = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK // LANE], tl.float32)
+    sum_ed = tl.zeros([BLOCK // LANE], tl.float32)
+    sum_ew = tl.zeros([BLOCK // LANE], tl.float32)
+    offsets = tl.arange(0, BLOCK)
+    whole = view.vocab // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        shift, total, sum_ed, sum_ew = _read_block(
+            shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, start + offsets, LANE, False
+        )
+    if whole < view.vocab:
+        shift, total, sum_ed, sum_ew = _read_block(
+            shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, whole + offsets, LANE, True
+        )
+    # The threads, then the target, on one shift.
+    top = tl.maximum(tl.max(shift, 0), target.u * scale)
+    distance = shift - top
+    factor = exp2(distance)
+    d = tl.fma(target.u, scale, -top)
+    e = exp2(d)
+    all_total = tl.sum(total * factor, 0) + e
+    all_ed = tl.sum((sum_ed + total * distance) * factor, 0) + e * tl.maximum(d, LOG_OF_ZERO)
+    log_total = tl.log2(all_total)
+    logp = (d - log_total) * LN2
     # Not tl.minimum: on a GPU it turns NaN into 0.
-    logp = tl.where(logp > 0.0, 0.0, logp)
-    entropy = log_total - tl.sum(sum_ed, 0) / total
-    return Row(logp, entropy, tl.sum(sum_ew, 0) / total - log_total, shift, log_total)
+    logp = tl.where(target.valid, tl.where(logp > 0.0, 0.0, logp), float("nan"))
+    entropy = (log_total - all_ed / all_total) * LN2
+    full_kl = 0.0
+    if ref.ptr is not None:
+        w = tl.where(e == 0.0, 0.0, e * (d - ref.logp * LOG2E))
+        all_ew = tl.sum((sum_ew + total * distance) * factor, 0) + w
+        full_kl = (all_ew / all_total - log_total) * LN2
+    return Row(logp, entropy, full_kl, top, log_total)
+
+
+@triton.jit
+def _write_block(
+    logits_row,
+    ref,
+    target,
+    view,
+    scale,
+    shift,
+    terms,
+    col,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_FULL_KL: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    constant, of_d, of_log_r = terms
+    u, slope = block_u(logits_row, col, target.col, view, MASKED)
+    d = tl.fma(u, scale, -shift)
+    e = exp2(d)
+    if HAS_ENTROPY or HAS_FULL_KL:
+        dz = e * tl.fma(tl.maximum(d, LOG_OF_ZERO), of_d, constant)
+        if HAS_FULL_KL:
+            dz = tl.where(e == 0.0, dz, dz - of_log_r * (e * log2_r(ref, col, scale, MASKED)))
+    else:
+        dz = e * constant
+    if view.softcap is not None:
+        dz *= slope
+    dz = dz.to(logits_row.dtype.element_ty)
+    if MASKED:
+        tl.store(logits_row + col, dz, mask=col < view.vocab)
+    else:
+        tl.store(logits_row + col, dz)
 
 
 @triton.jit
@@ -160,7 +284,7 @@ def second_pass(
     ref,
     target,
     view,
-    found,
+    row,
     slopes,
     HAS_ENTROPY: tl.constexpr,
     HAS_FULL_KL: tl.constexpr,
@@ -169,17 +293,34 @@ def second_pass(
 ):
     """Logits become their gradient, from the end of the row. slopes: derivatives by logp, entropy and full KL."""
     g_logp, g_entropy, g_full_kl = slopes
-    blocks = tl.cdiv(view.vocab, BLOCK)
+    scale = view.inverse_temperature * LOG2E
+    # dz = p * (-g_logp - g_entropy * (log p + H) + g_full_kl * (log p - log r - KL)), and p = e / total.
+    of_log_p = 0.0
+    constant = -g_logp
+    if HAS_ENTROPY:
+        of_log_p -= g_entropy
+        constant -= g_entropy * row.entropy
+    if HAS_FULL_KL:
+        of_log_p += g_full_kl
+        constant -= g_full_kl * row.full_kl
+    inverse_total = exp2(-row.log_total) * view.inverse_temperature
+    terms = (
+        (constant - of_log_p * (row.log_total * LN2)) * inverse_total,
+        of_log_p * LN2 * inverse_total,
+        g_full_kl * LN2 * inverse_total,
+    )
+    offsets = tl.arange(0, BLOCK)
+    blocks = view.vocab // BLOCK
+    if blocks * BLOCK < view.vocab:
+        col = blocks * BLOCK + offsets
+        _write_block(logits_row, ref, target, view, scale, row.shift, terms, col, HAS_ENTROPY, HAS_FULL_KL, True)
     for i in tl.range(0, blocks, num_stages=STAGES):
-        col = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        z, slope = block_z(logits_row, col, target.col, target.logit, view)
-        log_p = tl.where(col == target.col, found.logp, (z - found.shift) - found.log_total)
-        p = tl.exp(log_p)
-        dz = -g_logp * p
-        if HAS_ENTROPY:
-            dz -= g_entropy * (p * tl.where(p == 0.0, 0.0, log_p + found.entropy))
-        if HAS_FULL_KL:
-            log_r = _log_r(ref, col, target.col)
-            dz += g_full_kl * (p * tl.where(p == 0.0, 0.0, log_p - log_r - found.full_kl))
-        dz = tl.where(col == target.col, dz + g_logp, dz) * slope
-        tl.store(logits_row + col, dz.to(logits_row.dtype.element_ty), mask=col < view.vocab)
+        col = (blocks - 1 - i) * BLOCK + offsets
+        _write_block(logits_row, ref, target, view, scale, row.shift, terms, col, HAS_ENTROPY, HAS_FULL_KL, False)
+    p = tl.exp(row.logp)
+    dz = g_logp - g_logp * p
+    if HAS_ENTROPY:
+        dz -= tl.where(p == 0.0, 0.0, g_entropy * p * (row.logp + row.entropy))
+    if HAS_FULL_KL:
+        dz += tl.where(p == 0.0, 0.0, g_full_kl * p * (row.logp - ref.logp - row.full_kl))
+    put_target(logits_row, target, dz * view.inverse_temperature * target.du)

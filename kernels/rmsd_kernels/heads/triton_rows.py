@@ -1,4 +1,4 @@
-"""The row back end in Triton: `score`, `gradient_`, `policy_` and `divergence_` of `torch_rows` for CUDA tensors.
+"""The row back end in Triton: the functions of `torch_rows` for CUDA tensors.
 
 One program owns one row [V] of float32, bfloat16 or float16 logits and computes in float32. There are no atomics: two
 runs agree bit for bit. Offsets of rows are int64, since n*V may pass 2^31. How a row is read and written is in
@@ -18,12 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import DTYPES, SLICED, check_logits, device_of, launch, row_vectors
-from .torch_rows import PolicyTerms, RowInputs, RowReference, RowStats
+from .row_types import PolicyTerms, RowInputs, RowReference, RowStats
 from .triton_divergence import divergence_
-from .triton_row_math import Ref, Row, View, first_pass, load_or, second_pass, target_of_row
+from .triton_row_math import (
+    LN2,
+    LOG2E,
+    Ref,
+    Row,
+    View,
+    first_pass,
+    hide_target,
+    load_or,
+    put_target,
+    second_pass,
+    target_of_row,
+)
 
-__all__ = ["divergence_", "gradient_", "policy_", "scale_unless_one_", "score"]
+__all__ = ["divergence_", "gradient_", "policy_", "scale_unless_one_", "score", "target_logit"]
 
+# 8 numbers a thread: loads of 16 bytes for 16-bit rows.
+DOT_BLOCK = 1024
+DOT_WARPS = 4
 # Programs enough to fill any device; each walks through its share of the blocks.
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 1024
@@ -34,7 +49,7 @@ SCALE_WARPS = 8
 def _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
     tl.store(logp_ptr + row, found.logp)
     tl.store(entropy_ptr + row, found.entropy)
-    tl.store(lse_ptr + row, found.shift + found.log_total)
+    tl.store(lse_ptr + row, (found.shift + found.log_total) * LN2)
     if full_kl_ptr is not None:
         tl.store(full_kl_ptr + row, found.full_kl)
 
@@ -46,14 +61,20 @@ def _policy_slope(
     advantage_ptr,
     old_logp_ptr,
     ref_logp_ptr,
+    rollout_logp_ptr,
     kl_coef,
     log_ratio_clip,
     ratio_low,
     ratio_high,
+    tis_cap,
     KL: tl.constexpr,
 ):
     """Derivative of a row's policy loss by logp, before its scale."""
     advantage = tl.load(advantage_ptr + row)
+    if rollout_logp_ptr is not None:
+        mismatch = logp - tl.load(rollout_logp_ptr + row)
+        correction = tl.exp(tl.where(mismatch > 80.0, 80.0, mismatch))
+        advantage *= tl.where(correction > tis_cap, tis_cap, correction)
     g = -advantage
     if old_logp_ptr is not None:
         log_ratio = logp - tl.load(old_logp_ptr + row)
@@ -96,6 +117,7 @@ def _score_kernel(
     ref_stride,
     vocab,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -104,7 +126,10 @@ def _score_kernel(
     ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
     ref_lse = load_or(ref_lse_ptr, row, 0.0)
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
-    found = first_pass(logits_ptr + row * stride, ref, target, view, BLOCK, STAGES)
+    logits_row = logits_ptr + row * stride
+    raw = hide_target(logits_row, target)
+    found = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
+    put_target(logits_row, target, raw)
     _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
 
 
@@ -131,14 +156,17 @@ def _policy_kernel(
     advantage_ptr,
     old_logp_ptr,
     kl_ref_logp_ptr,
+    rollout_logp_ptr,
     kl_coef,
     log_ratio_clip,
     ratio_low,
     ratio_high,
+    tis_cap,
     entropy_coef,
     KL: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -148,7 +176,8 @@ def _policy_kernel(
     ref_lse = load_or(ref_lse_ptr, row, 0.0)
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
     logits_row = logits_ptr + row * stride
-    found = first_pass(logits_row, ref, target, view, BLOCK, STAGES)
+    hide_target(logits_row, target)
+    found = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
     _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
     scale = tl.load(scale_ptr + row)
     g_logp = scale * _policy_slope(
@@ -157,10 +186,12 @@ def _policy_kernel(
         advantage_ptr,
         old_logp_ptr,
         kl_ref_logp_ptr,
+        rollout_logp_ptr,
         kl_coef,
         log_ratio_clip,
         ratio_low,
         ratio_high,
+        tis_cap,
         KL,
     )
     slopes = (g_logp, -scale * entropy_coef, scale * kl_coef)
@@ -192,6 +223,7 @@ def _gradient_kernel(
     HAS_ENTROPY: tl.constexpr,
     HAS_FULL_KL: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -201,10 +233,30 @@ def _gradient_kernel(
     ref_lse = load_or(ref_lse_ptr, row, 0.0)
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
     full_kl = load_or(full_kl_ptr, row, 0.0)
-    found = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, tl.load(lse_ptr + row), 0.0)
+    # In two parts, as what is rounded here is an error of every probability.
+    lse = tl.load(lse_ptr + row)
+    shift = lse * LOG2E
+    rest = tl.fma(lse, LOG2E, -shift)
+    found = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, shift, rest)
     slopes = (tl.load(g_logp_ptr + row), load_or(g_entropy_ptr, row, 0.0), load_or(g_full_kl_ptr, row, 0.0))
     logits_row = logits_ptr + row * stride
     second_pass(logits_row, ref, target, view, found, slopes, HAS_ENTROPY, HAS_FULL_KL, BLOCK, STAGES)
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
+def _target_logit_kernel(
+    hidden_ptr, weight_ptr, targets_ptr, logit_ptr, hidden_stride, weight_stride, dim, vocab, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.minimum(tl.maximum(tl.load(targets_ptr + row), 0), vocab - 1)
+    hidden_row = hidden_ptr + row * hidden_stride
+    weight_row = weight_ptr + target * weight_stride
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, dim, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        hidden = tl.load(hidden_row + col, mask=col < dim, other=0.0).to(tl.float32)
+        total += hidden * tl.load(weight_row + col, mask=col < dim, other=0.0).to(tl.float32)
+    tl.store(logit_ptr + row, tl.sum(total, 0))
 
 
 @triton.jit
@@ -218,12 +270,26 @@ def _scale_kernel(values_ptr, scalar_ptr, numel, BLOCK: tl.constexpr):
             tl.store(values_ptr + index, values.to(values_ptr.dtype.element_ty), mask=index < numel)
 
 
-def score(logits: Tensor, inputs: RowInputs, ref: RowReference | None = None) -> RowStats:
-    """RowStats of logits [n, V], which are only read."""
-    stats = _new_stats(logits, ref is not None)
+def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden @ weight[target] of each row in float32, [n]; a target out of range takes a nearby row."""
+    logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    if len(hidden):
+        hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
+        sizes = (hidden.stride(0), weight.stride(0), hidden.shape[1], len(weight))
+        with device_of(hidden):
+            _target_logit_kernel[(len(hidden),)](
+                hidden, weight, targets.contiguous(), logit, *sizes, BLOCK=DOT_BLOCK, num_warps=DOT_WARPS
+            )
+    return logit
+
+
+def score(
+    logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
+) -> RowStats:
+    """RowStats of logits [n, V], which are as before when it returns; written to `out` where that is given."""
+    stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if len(logits):
-        arguments = _row_arguments(logits, inputs, stats, ref)
-        launch(_score_kernel, logits, arguments, two_rows=ref is not None)
+        _launch(_score_kernel, logits, _row_arguments(logits, inputs, stats, ref), inputs, ref)
     return stats
 
 
@@ -241,30 +307,57 @@ def gradient_(
         raise ValueError("g_full_kl: a gradient of the full KL needs ref and the full_kl of stats")
     if not len(logits):
         return
-    ref, full_kl = (None, None) if g_full_kl is None else (ref, stats.full_kl)
-    arguments = _row_arguments(logits, inputs, stats._replace(full_kl=full_kl), ref)
-    arguments += row_vectors(logits, g_logp=g_logp, g_entropy=g_entropy, g_full_kl=g_full_kl)
-    arguments += [g_entropy is not None, g_full_kl is not None]
-    launch(_gradient_kernel, logits, arguments, two_rows=ref is not None)
+    if g_full_kl is None:
+        ref, stats = None, stats._replace(full_kl=None)
+    slopes = {"g_logp": g_logp, "g_entropy": g_entropy, "g_full_kl": g_full_kl}
+    arguments = _row_arguments(logits, inputs, stats, ref) | {
+        **_pointers(row_vectors(logits, **slopes)),
+        "HAS_ENTROPY": g_entropy is not None,
+        "HAS_FULL_KL": g_full_kl is not None,
+    }
+    _launch(_gradient_kernel, logits, arguments, inputs, ref)
 
 
-def policy_(logits: Tensor, inputs: RowInputs, terms: PolicyTerms, ref: RowReference | None = None) -> RowStats:
+def policy_(
+    logits: Tensor,
+    inputs: RowInputs,
+    terms: PolicyTerms,
+    ref: RowReference | None = None,
+    *,
+    out: RowStats | None = None,
+) -> RowStats:
     """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
-    # A coefficient of 0 adds nothing at all: 0 * inf would be NaN.
-    kl = terms.kl if terms.kl_coef else "none"
-    if kl not in ("none", "k1", "k2", "k3", "full"):
+    settings = terms.settings
+    kl, on_target = settings.kl_loss, settings.kl_loss in ("k1", "k2", "k3")
+    if not on_target and kl not in ("none", "full"):
         raise ValueError(f"kl: expected 'none', 'k1', 'k2', 'k3' or 'full', got {kl!r}")
-    if (kl == "full" and ref is None) or (kl in ("k1", "k2", "k3") and terms.ref_logp is None):
+    if (kl == "full" and ref is None) or (on_target and terms.ref_logp is None):
         raise ValueError(f"kl: {kl!r} needs {'ref' if kl == 'full' else 'terms.ref_logp'}, got None")
-    stats = _new_stats(logits, ref is not None)
+    if terms.rollout_logp is not None and settings.tis_cap is None:
+        raise ValueError("tis_cap: rollout_logp needs one, got None")
+    stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if not len(logits):
         return stats
-    ref_logp = terms.ref_logp if kl in ("k1", "k2", "k3") else None
-    vectors = {"scale": terms.scale, "advantage": terms.advantage, "old_logp": terms.old_logp, "ref_logp": ref_logp}
-    arguments = _row_arguments(logits, inputs, stats, ref) + row_vectors(logits, **vectors)
-    arguments += [float(terms.kl_coef), _number(terms.kl_log_ratio_clip)]
-    arguments += [1.0 - terms.clip_low, 1.0 + terms.clip_high, float(terms.entropy_coef)]
-    launch(_policy_kernel, logits, [*arguments, kl, bool(terms.entropy_coef)], two_rows=ref is not None)
+    vectors = row_vectors(
+        logits,
+        scale=terms.scale,
+        advantage=terms.advantage,
+        old_logp=terms.old_logp,
+        kl_ref_logp=terms.ref_logp if on_target else None,
+        rollout_logp=terms.rollout_logp,
+    )
+    arguments = _row_arguments(logits, inputs, stats, ref) | {
+        **_pointers(vectors),
+        "kl_coef": float(settings.kl_coef),
+        "log_ratio_clip": _number(settings.kl_log_ratio_clip),
+        "ratio_low": 1.0 - settings.clip_low,
+        "ratio_high": 1.0 + settings.clip_high,
+        "tis_cap": _number(settings.tis_cap),
+        "entropy_coef": float(settings.entropy_coef),
+        "KL": kl,
+        "HAS_ENTROPY": bool(settings.entropy_coef),
+    }
+    _launch(_policy_kernel, logits, arguments, inputs, ref)
     return stats
 
 
@@ -289,7 +382,14 @@ def _new_stats(logits: Tensor, with_full_kl: bool) -> RowStats:
     return RowStats(*columns) if with_full_kl else RowStats(*columns, None)
 
 
-def _row_arguments(logits: Tensor, inputs: RowInputs, stats: RowStats, ref: RowReference | None) -> list[Any]:
+def _written(out: RowStats) -> RowStats:
+    for name, vector in out._asdict().items():
+        if vector is not None and not vector.is_contiguous():
+            raise ValueError(f"out.{name}: expected a vector without gaps, got stride {vector.stride()}")
+    return out
+
+
+def _row_arguments(logits: Tensor, inputs: RowInputs, stats: RowStats, ref: RowReference | None) -> dict[str, Any]:
     """The arguments that the kernels with a target share."""
     check_logits("logits", logits, None)
     if inputs.targets.dtype != torch.int64:
@@ -300,21 +400,37 @@ def _row_arguments(logits: Tensor, inputs: RowInputs, stats: RowStats, ref: RowR
             raise TypeError(f"{name}: expected contiguous float32, got {bias.dtype} with strides {bias.stride()}")
     if ref is not None:
         check_logits("ref.logits", ref.logits, logits)
-    vectors = row_vectors(logits, target_logit=inputs.target_logit, temperature=inputs.temperature)
-    found = row_vectors(logits, ref_lse=reference.lse, ref_logp=reference.logp, **stats._asdict())
-    return [
+    vectors = row_vectors(
         logits,
-        inputs.targets.contiguous(),
-        *vectors,
-        inputs.bias,
-        reference.logits,
-        reference.bias,
-        *found,
-        _number(inputs.softcap),
-        logits.stride(0),
-        0 if ref is None else ref.logits.stride(0),
-        logits.shape[1],
-    ]
+        target_logit=inputs.target_logit,
+        temperature=inputs.temperature,
+        ref_lse=reference.lse,
+        ref_logp=reference.logp,
+        **stats._asdict(),
+    )
+    return {
+        "logits_ptr": logits,
+        "targets_ptr": inputs.targets.contiguous(),
+        "bias_ptr": inputs.bias,
+        "ref_ptr": reference.logits,
+        "ref_bias_ptr": reference.bias,
+        **_pointers(vectors),
+        "softcap": _number(inputs.softcap),
+        "stride": logits.stride(0),
+        "ref_stride": 0 if ref is None else ref.logits.stride(0),
+        "vocab": logits.shape[1],
+    }
+
+
+def _pointers(vectors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {f"{name}_ptr": vector for name, vector in vectors.items()}
+
+
+def _launch(
+    kernel: Any, logits: Tensor, arguments: dict[str, Any], inputs: RowInputs, ref: RowReference | None
+) -> None:
+    plain = inputs.bias is None and inputs.softcap is None
+    launch(kernel, logits, arguments, plain=plain, two_rows=ref is not None)
 
 
 def _number(value: float | None) -> float | None:
