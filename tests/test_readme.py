@@ -209,6 +209,13 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
 
 
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_lines_are_short(page: Path) -> None:
+    """Tables and blocks of code are as long as they need to be."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not [line for line in text.splitlines() if len(line) > 120 and not line.lstrip().startswith("|")]
+
+
 GLOSSARY = ROOT / "docs" / "glossary.md"
 METRICS = (
     "Metrics of every stage",
