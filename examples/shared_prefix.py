@@ -1,7 +1,7 @@
 """One image and four responses in one packed pass, from pixels to the gradients of LoRA adapters.
 
-A tiny Qwen3-VL with random weights computes the prompt once for all four responses. The script compares the
-log-probs with those of four separate rows, which compute the prompt four times.
+A tiny Qwen3-VL with random weights computes the prompt once for all four responses. The log-probs are compared with
+those of four separate rows.
 
     python examples/shared_prefix.py        # a few seconds on a CPU; without peft it trains all weights
 """
@@ -47,7 +47,9 @@ def add_adapters(model: nn.Module) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*\.[qv]_proj"))
+    # Adapters start at 0 by default; these do not, so that the comparison covers them.
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.[qv]_proj", init_lora_weights=False)
+    return get_peft_model(model, config)
 
 
 def positions_of(model: nn.Module, prompt: Tensor, grid: Tensor, responses: list[Tensor]) -> Tensor:
@@ -77,7 +79,8 @@ def main() -> float:
     advantages = group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.0]))
 
     enable_shared_prefix(model)
-    plan = SharedPrefixPlan.from_lengths([len(prompt)], [[len(ids) for ids in responses]])
+    lengths = [len(ids) for ids in responses]
+    plan = SharedPrefixPlan.from_lengths([len(prompt)], [lengths])
     hidden = run_shared_prefix(
         model.model,
         plan,
@@ -88,21 +91,15 @@ def main() -> float:
     )
     # The last row of the prompt predicts the first token of every response; the plan knows which rows predict what.
     states, targets = hidden[0, plan.predicting_rows()], torch.cat(responses)
-    loss, _ = linear_policy_loss(
-        states,
-        model.lm_head.weight,
-        targets,
-        torch.cat([advantage.expand(len(ids)) for advantage, ids in zip(advantages, responses, strict=True)]),
-        ignore_index=None,
-    )
+    token_advantages = advantages.repeat_interleave(torch.tensor(lengths))
+    loss, _ = linear_policy_loss(states, model.lm_head.weight, targets, token_advantages, ignore_index=None)
     loss.backward()
-    parameters = [weight for weight in trained.parameters() if weight.requires_grad]
-    norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
-    print(f"{len(parameters)} trained tensors, gradient norm {norm:.4f}, packed row of {plan.tokens} tokens")
+    gradients = [weight.grad for weight in trained.parameters() if weight.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    print(f"{plan.tokens} tokens in the packed row, {len(gradients)} trained tensors, gradient norm {norm:.4f}")
 
     with torch.no_grad():
-        logp = linear_logprob(states, model.lm_head.weight, targets, ignore_index=None)
-        packed = logp.split([len(ids) for ids in responses])
+        packed = linear_logprob(states, model.lm_head.weight, targets, ignore_index=None).split(lengths)
         # The model with its own attention again, one row per response.
         disable_shared_prefix(model)
         apart = 0.0

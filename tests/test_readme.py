@@ -209,6 +209,15 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
 
 
+def test_the_readme_explains_its_terms_before_it_uses_them() -> None:
+    text = (ROOT / "README.md").read_text()
+    method = text.index("## The method")
+    assert method < text.index("teacher answers each question K times") < text.index("The quality q_k of answer k is")
+    for term in ("K", "N", "tau", "q_k", "p_k", r"groups?", r"rollouts?", r"pairs?", "[Ww]arm-up"):
+        first = re.search(rf"(?<![\w/.]){term}(?![\w.])", text)
+        assert first and method < first.start() < text.index("## A first real run"), term
+
+
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_lines_are_short(page: Path) -> None:
     """Tables and blocks of code are as long as they need to be."""
