@@ -55,6 +55,7 @@ MADE := $(VENV)/.made
 VENV_STAMP := $(MADE)/venv
 TORCH_STAMP := $(MADE)/torch-$(call hash,constraints-cpu.txt)
 TEST_STAMP := $(MADE)/test-$(call hash,constraints-cpu.txt pyproject.toml)
+DOCS_STAMP := $(MADE)/docs-$(call hash,constraints-cpu.txt pyproject.toml)
 PACKAGE_STAMP := $(MADE)/package-$(call hash,constraints-cpu.txt pyproject.toml setup.py $(sort $(wildcard csrc/*)))
 
 # $(call apt,packages,what for): install Debian packages as root, with sudo after asking, or say what is missing.
@@ -85,7 +86,7 @@ endef
 # linked statically. find_library also sees LD_LIBRARY_PATH.
 FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
 
-.PHONY: help setup dev python ffmpeg demo test attack lint bench wheel clean
+.PHONY: help setup dev python ffmpeg demo test attack lint bench docs wheel clean
 
 help: ## list the targets
 	@echo "targets (set: $(SET), $(CORES) cores):"
@@ -130,6 +131,12 @@ $(TEST_STAMP): $(PACKAGE_STAMP)
 		echo "setup: torchvision could not be installed; the test that compares with it will be skipped" >&2)
 	@rm -f $(MADE)/test-* && touch $@
 
+# Neither torch nor our packages: the site is built from text.
+$(DOCS_STAMP): $(VENV_STAMP)
+	@echo "setup: what the manual's site needs"
+	@$(PIP) $(PINS) $$(sed -n 's/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)
+	@rm -f $(MADE)/docs-* && touch $@
+
 # The quickstart needs nothing from a hub; your own ARGS may.
 demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", default: the quickstart)
 	@$(RUN_ENV) $(if $(ARGS),,HF_HUB_OFFLINE=1) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
@@ -156,6 +163,9 @@ attack: dev ## kill, damage, starve, poison and disconnect small runs, and resum
 
 bench: dev ## run the benchmarks (each checks its results first)
 	@$(RUN_ENV) $(BIN)/python -m pytest -q $(or $(ARGS),bench)
+
+docs: $(DOCS_STAMP) ## build the manual as a site into build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: $(PACKAGE_STAMP) ## build a wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

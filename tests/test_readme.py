@@ -1,7 +1,10 @@
-"""What README.md and the manual in docs/ say can be done."""
+"""What README.md, CONTRIBUTING.md, CHANGELOG.md and the manual in docs/ say is true, and their site can be built."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,14 +13,21 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import train_runs
+import yaml
 
+from rmsd_fast import __version__
 from rmsd_fast.config import RECIPES, RunConfig
 from rmsd_fast.data.question_text import ANSWER_FORMAT
 from rmsd_fast.method.natural import REASONS
+from rmsd_fast.report_page.curves import GROUPS
+from rmsd_fast.runtime.metrics import MAIN_NUMBERS
 from rmsd_fast.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MANUAL = sorted((ROOT / "docs").glob("*.md"))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *MANUAL)
+README_BYTES = 9 * 1024
 # Tensors of an example that must have a gradient when it has run.
 GRADIENTS = {"README.md": ("hidden", "head", "student"), "docs/shared_prefix.md": ("q", "k", "v")}
 # Pages that must have an example that runs.
@@ -26,7 +36,8 @@ SECTIONS = {field.name: field.default_factory for field in fields(RunConfig) if 
 SETTING = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(\w+)(?![\w/])")
 # `report.html` and `teacher.json` are files of a run, though some sections have the same name.
 FILE_ENDINGS = ("json", "jsonl", "html", "md", "py", "yaml", "svg")
-FILE = re.compile(r"(?<![\w./<-])((?:rmsd_fast|kernels|csrc|bench|tests|docs)/(?:[\w.-]+/)*[\w.-]*)(?![\w/<*])")
+FOLDERS = "rmsd_fast|kernels|csrc|bench|tests|docs|examples"
+FILE = re.compile(rf"(?<![\w./<-])((?:{FOLDERS})/(?:[\w.-]+/)*[\w.-]*)(?![\w/<*])")
 DOTTED = re.compile(r"(?<![\w./])((?:rmsd_fast|rmsd_kernels|bench)(?:\.\w+)+)")
 
 
@@ -59,6 +70,18 @@ def module_file(dotted: str) -> Path | None:
     """Return the file of one of our modules or packages."""
     path = (ROOT / "kernels" if dotted.startswith("rmsd_kernels") else ROOT).joinpath(*dotted.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+
+
+def rows_of(page: Path, heading: str) -> list[list[str]]:
+    """Return the cells of the table below a heading of the second level, without its first two lines."""
+    (section,) = re.findall(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^\|(.*)\|$", section, flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+
+
+def keys_of(page: Path, heading: str) -> set[str]:
+    """Return the names in backquotes in the first column of that table."""
+    return {name for row in rows_of(page, heading) for name in re.findall(r"`([^`]+)`", row[0])}
 
 
 def label(page: Path) -> str:
@@ -115,7 +138,7 @@ def test_the_manual_shows_every_recipe() -> None:
 
 def test_the_index_lists_every_page() -> None:
     text = (ROOT / "docs" / "README.md").read_text()
-    for page in PAGES[1:]:
+    for page in MANUAL:
         assert page.name == "README.md" or f"]({page.name})" in text, page.name
 
 
@@ -130,7 +153,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target.exists(), link
+        assert target.is_file(), link
+        # What the site shows; its hooks bring nothing else in.
+        assert target.suffix in (".md", ".svg"), f"{link}: write it as plain code"
         assert not anchor or anchor in anchors(target), link
 
 
@@ -178,3 +203,115 @@ def test_the_first_run_is_there() -> None:
         arguments for arguments in commands(ROOT / "docs" / "training.md", "rmsd_fast.train") if len(arguments) > 9
     )
     assert "rollout.n=4" in tiny
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
+
+
+def test_the_readme_explains_its_terms_before_it_uses_them() -> None:
+    text = (ROOT / "README.md").read_text()
+    method = text.index("## The method")
+    assert method < text.index("teacher answers each question K times") < text.index("The quality q_k of answer k is")
+    for term in ("K", "N", "tau", "q_k", "p_k", r"groups?", r"rollouts?", r"pairs?", "[Ww]arm-up"):
+        first = re.search(rf"(?<![\w/.]){term}(?![\w.])", text)
+        assert first and method < first.start() < text.index("## A first real run"), term
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_lines_are_short(page: Path) -> None:
+    """Tables and blocks of code are as long as they need to be."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = text.splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")]
+    # Code that is broken over two lines cannot be copied.
+    assert not [line for line in lines if line.count("`") % 2]
+
+
+GLOSSARY = ROOT / "docs" / "glossary.md"
+METRICS = (
+    "Metrics of every stage",
+    "Time",
+    "Media",
+    "Imitation",
+    "Discriminator",
+    "Rewards and advantages",
+    "Policy",
+    "Rollouts",
+    "Teacher answers",
+)
+
+
+def glossary_metrics() -> set[str]:
+    return set().union(*(keys_of(GLOSSARY, heading) for heading in METRICS))
+
+
+def test_the_glossary_lists_the_metrics_of_the_report() -> None:
+    """The report names all metrics but the phases, which the trainer names where it times them."""
+    charted = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
+    sources = [path.read_text() for path in (ROOT / "rmsd_fast").rglob("*.py")]
+    phases = {name for source in sources for name in re.findall(r"\btimer\(\"(\w+)\"\)", source)} | {"step"}
+    assert glossary_metrics() == charted | {f"seconds/{phase}" for phase in phases} | {"stage", "step"}
+
+
+def test_the_glossary_explains_the_progress_line() -> None:
+    rows = {row[0].strip("`"): row[1].strip("`") for row in rows_of(GLOSSARY, "The progress line")}
+    shown = {label: key for key, label in MAIN_NUMBERS.items()}
+    assert list(rows)[2:] == list(shown)
+    assert {label: rows[label] for label in shown} == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_functions_it_points_to_exist(page: Path) -> None:
+    """`path/file.py:name` is a function or a method of that file."""
+    for path, name in re.findall(r"`([\w/]+\.py):(\w+)`", page.read_text()):
+        assert re.search(rf"^ *def {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}:{name}"
+
+
+@pytest.mark.slow
+def test_the_glossary_lists_the_numbers_of_a_run(tmp_path: Path) -> None:
+    """One step of every stage, with the settings that add metrics."""
+    more = ("sft.steps=1", "distill.steps=1", "distill.warmup_steps=0", "distill.tis_cap=2")
+    more += ("distill.sequence_mask_cap=3", "reward.kl_in_reward=0.01", "discriminator.pairing=sampled")
+    arguments = train_runs.mini_arguments(tmp_path / "runs", tmp_path / "made", *more)
+    done = train_runs.run_train(arguments)
+    assert done.returncode == 0, done.stderr
+    run = train_runs.only_run(tmp_path / "runs")
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+    assert {key for line in lines("metrics.jsonl") for key in line} == glossary_metrics()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    numbers = {key for student in evaluation["students"].values() for key in student["all"]}
+    numbers |= {key for floor in evaluation["floors"].values() for key in floor}
+    assert numbers == keys_of(GLOSSARY, "Evaluation")
+    assert set(json.loads((run / "teacher.json").read_text())["all"]) == keys_of(GLOSSARY, "The teacher pool")
+    records = [entry for line in lines("rollouts.jsonl") for entry in (*line["teacher"], *line["rollouts"])]
+    assert {key for record in records for key in record} - {"k", "text"} == keys_of(GLOSSARY, "Logged rollouts")
+
+
+def test_the_citation_names_the_software_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["type"], citation["version"]) == ("software", __version__)
+    (paper,) = citation["references"]
+    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2603.11423"}]
+
+
+def test_pictures_are_those_of_their_program(tmp_path: Path) -> None:
+    made = tmp_path / "method.svg"
+    subprocess.run([sys.executable, str(ROOT / "docs" / "method_svg.py"), str(made)], check=True)
+    assert made.read_text() == (ROOT / "docs" / "method.svg").read_text(), "run python docs/method_svg.py"
+
+
+def test_the_site_can_be_built(tmp_path: Path) -> None:
+    """Links and anchors as MkDocs sees them; without it, `test_links_lead_somewhere` checks those that GitHub sees."""
+    if not list(importlib.metadata.distributions(name="mkdocs-material")):
+        pytest.skip("needs mkdocs-material (extra: docs)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for page in ("index.html", "manual.html", "glossary.html", "CONTRIBUTING.html"):
+        assert (tmp_path / page).is_file(), page
