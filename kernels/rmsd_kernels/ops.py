@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -69,8 +70,8 @@ class RecordOp:
     def values(self, **arguments) -> list:
         """The arguments as the op takes them."""
         values = []
-        for name in self._records:
-            _flatten(arguments[name], values)
+        for name, record in self._records.items():
+            _flatten(record, arguments[name], values)
         return values
 
     def register_fake(self, fake: Callable) -> None:
@@ -88,16 +89,18 @@ def record_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], 
 
 
 class _Record(NamedTuple):
-    """A record's type and what its fields hold: types, or further records."""
+    """A record's type and what its fields hold: types, or further records. flat: types alone."""
 
     kind: type
     fields: dict[str, Any]
+    flat: bool
 
 
 def _record(kind: Any) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "_fields")):
         return kind
-    return _Record(kind, {name: _record(field) for name, field in get_type_hints(kind).items()})
+    fields = {name: _record(field) for name, field in get_type_hints(kind).items()}
+    return _Record(kind, fields, not any(isinstance(field, _Record) for field in fields.values()))
 
 
 def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
@@ -112,15 +115,21 @@ def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
 def _build(record: Any, values: Iterator) -> Any:
     if not isinstance(record, _Record):
         return next(values)
+    if record.flat:
+        return record.kind(*islice(values, len(record.fields)))
     return record.kind(*(_build(inner, values) for inner in record.fields.values()))
 
 
-def _flatten(value: Any, into: list) -> None:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        for field in value:
-            _flatten(field, into)
-    else:
+def _flatten(record: Any, value: Any, into: list) -> None:
+    if not isinstance(record, _Record):
         into.append(value)
+    elif type(value) is not record.kind:
+        raise TypeError(f"expected a {record.kind.__name__}, got {type(value).__name__}")
+    elif record.flat:
+        into.extend(value)
+    else:
+        for inner, field in zip(record.fields.values(), value, strict=True):
+            _flatten(inner, field, into)
 
 
 def first_order(backward: Callable) -> Callable:

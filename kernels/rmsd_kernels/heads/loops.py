@@ -240,8 +240,9 @@ class Statistics:
 
     def of(self, place: slice, ref: RowReference | None) -> RowStats:
         """Where a row function writes the results of a chunk."""
-        logp, entropy, lse = (self.packed[stat, place] for stat in (Stat.LOGP, Stat.ENTROPY, Stat.LSE))
-        return RowStats(logp, entropy, lse, None if ref is None else self.packed[Stat.FULL_KL, place])
+        columns = self.packed[:, place].unbind()
+        logp, entropy, lse, full_kl = (columns[i] for i in (Stat.LOGP, Stat.ENTROPY, Stat.LSE, Stat.FULL_KL))
+        return RowStats(logp, entropy, lse, None if ref is None else full_kl)
 
     def of_all_rows(self) -> Tensor:
         """[len(Stat), T], 0 in rows that are not scored."""
