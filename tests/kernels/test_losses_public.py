@@ -237,7 +237,7 @@ BAD_POLICY = [
     ({"importance_level": "word"}, ValueError, "importance_level: expected one of 'token', 'sequence'"),
     ({"importance_level": "sequence"}, ValueError, "cu_seqlens: expected the edges"),
     ({"cu_seqlens": torch.tensor([0, T - 1])}, ValueError, f"T={T}"),
-    ({"cu_seqlens": torch.tensor([0, 5, 3, T])}, ValueError, "never fall"),
+    ({"cu_seqlens": torch.tensor([0, 5, 3, T])}, ValueError, "never decrease"),
     ({"cu_seqlens": torch.tensor([0.0, T])}, TypeError, "cu_seqlens: expected torch.int32"),
     ({"tis_cap": 2.0}, ValueError, "tis_cap: expected rollout_logp"),
     ({"normalizer": -1.0}, ValueError, "normalizer"),

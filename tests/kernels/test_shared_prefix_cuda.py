@@ -133,7 +133,7 @@ def test_flash_attn_3_is_called_by_its_schema(flash_attn_3, monkeypatch):
 
 def test_flash_attn_3_with_another_interface_is_refused(flash_attn_3):
     flash_attn_3(FA3_FORWARD.replace("is_causal", "causal").replace("Tensor? k_new=None", "Tensor? k_new"))
-    with pytest.raises(RuntimeError, match=r"fwd does not know \['is_causal'\] and demands \['k_new'\]"):
+    with pytest.raises(RuntimeError, match=r"fwd does not accept \['is_causal'\] and also requires \['k_new'\]"):
         cuda.flash_attn_3()
 
 

@@ -157,11 +157,11 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("prefixes", "rows", "message"),
     [
-        ([], [], "rows: expected one number per prefix, 0 and at least one, got 0"),
-        ([3], [1, 2], "rows: expected one number per prefix, 1 and at least one, got 2"),
+        ([], [], "rows: expected one number per prefix and at least one prefix, got 0 for 0 prefixes"),
+        ([3], [1, 2], "rows: expected one number per prefix and at least one prefix, got 2 for 1 prefixes"),
         ([3, 0], [1, 2], "prefix_lengths: expected at least 1 token each"),
         ([3, 2], [1, -1], "rows: expected numbers >= 0"),
-        ([3, 2], [0, 0], "not all of them 0"),
+        ([3, 2], [0, 0], "not all 0"),
     ],
 )
 def test_bad_plans(prefixes, rows, message):
