@@ -104,7 +104,7 @@ def parse_ground_truth(
     if task_type == "mcq" and options is not None:
         expected += f" among {option_letters(options)}"
     if answer is None:
-        raise ValueError(f"ground truth of a {task_type} question: expected {expected}, got None; add the answer")
+        raise ValueError(f"ground truth of a {task_type} question: expected {expected}, got none; add the answer")
     text = _ground_truth_text(answer, task_type, expected)
     value = parse_answer_body(text, task_type, options)
     if value is None:

@@ -1,7 +1,7 @@
-"""Colours, style sheet and the few lines of script of the report page.
+"""Colours, style sheet and script of the report page.
 
-One palette serves page and pictures. Each series colour has a contrast of at least 3:1 with the card it is drawn on,
-and series differ by dash or marker as well, so that no reading depends on telling two hues apart.
+Page and pictures use the same palette. Each series colour has a contrast of at least 3:1 with its card. Series also
+differ by dash or marker, so that readers need not distinguish hues.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _svg_rules(colour: dict[str, str]) -> str:
         f".g{{stroke:{colour['grid']};stroke-width:1;fill:none}}",
         f".a{{stroke:{colour['line']};stroke-width:1;fill:none}}",
         f".w{{stroke:{colour['bad']};stroke-width:1;stroke-dasharray:5 4;fill:none}}",
-        # A rim in the card's colour keeps the words legible where a curve crosses them.
+        # An outline in the card's colour keeps the text legible where a curve crosses it.
         f".wt{{fill:{colour['bad']};font:10px system-ui,sans-serif;"
         f"paint-order:stroke;stroke:{colour['card']};stroke-width:3px}}",
         f".fl{{stroke:{colour['ink']};stroke-width:2;stroke-dasharray:3 2;fill:none}}",
@@ -229,7 +229,7 @@ def _mark_rules() -> str:
         variable, bright = ("good", DARK["good"]) if name == "truth" else (f"s{name}", DARK[f"s{name}"])
         rules.append(f".boxes .m-{name}{{stroke:{bright}}}.swatch.m-{name}{{border-color:var(--{variable})}}")
         rules.append(f".track .m-{name}{{background:var(--{variable})}}")
-    # The truth is the broadest and lies below the others: where all agree, each is still seen, and told by its dashes.
+    # The ground truth is the widest line and below the others, so all dashes are visible even if the answers agree.
     rules.append(".boxes .m-truth{stroke-width:5}.boxes .m-1{stroke-dasharray:9 5}.boxes .m-2{stroke-dasharray:3 5}")
     return "\n".join(rules)
 

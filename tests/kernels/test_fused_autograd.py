@@ -1,4 +1,4 @@
-"""What surrounds the fused heads: layouts, dtypes, autocast, autograd's tools, torch.compile with new sizes."""
+"""The fused heads with other layouts and dtypes, autocast, autograd's tools, and torch.compile with new sizes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HEADS = [torch.float32, torch.bfloat16]
 
 
 def spread(values):
-    """The same numbers, every other element of a larger tensor."""
+    """Return the same numbers as every other element of a larger tensor."""
     wide = torch.stack([values, torch.full_like(values, 7)], dim=-1)
     assert not wide[..., 0].is_contiguous() or values.numel() < 2
     return wide[..., 0]
@@ -65,13 +65,13 @@ def test_teacher_logits_of_any_layout_and_dtype(layout, impl):
 @pytest.mark.parametrize("case", ["jsd", "policy_full", "policy_ref_head", "policy_sequence_full"])
 @pytest.mark.parametrize("budget", [None, 4 * V * 4])
 def test_another_head_in_another_dtype(case, impl, budget):
-    """A float32 student in training beside a bfloat16 teacher or reference."""
+    """A float32 student is trained with a bfloat16 teacher or reference."""
     results = []
     for which in (impl, "reference"):
         x = Inputs(torch.float32)
         x.ref_hidden, x.ref_weight = x.ref_hidden.bfloat16(), x.ref_weight.bfloat16()
         results.append(run(case, x, impl=which, **({} if which == "reference" else {"memory_budget_bytes": budget})))
-    # The reference's logits are bfloat16 in both; only its target's logit is more exact in the fused form.
+    # The reference's logits are bfloat16 in both forms. Only its target logit is more exact in the fused form.
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=0.05, atol=0.02)
 
@@ -164,7 +164,7 @@ def test_what_reaches_an_ignored_row_has_no_effect(frozen, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
-    """Hooks take the version counters away that autograd would notice it by."""
+    """Hooks remove the version counters with which autograd would detect it."""
     for case in ("cross_entropy_plain", "logprob"):
         x = Inputs(torch.float32)
         x.hidden.requires_grad_(), x.weight.requires_grad_()
@@ -218,7 +218,7 @@ def test_two_losses_on_one_head_add_up(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_for_all_lengths_at_the_second(impl):
-    """Not with dynamic=True: it makes symbols of floats too, and torch 2.13 fails on them in autograd functions."""
+    """dynamic=True is not used: it turns floats into symbols too, on which torch 2.13 fails in autograd functions."""
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -251,7 +251,7 @@ def test_discriminator_losses_compile():
 
 
 def test_unused_outputs_cost_nothing_in_backward(monkeypatch):
-    """Entropy and exact KL that the loss does not use: no second head in backward."""
+    """If the loss does not use entropy and exact KL, backward does not run the second head."""
     from rmsd_kernels.heads import loops
 
     seen, gradient = [], loops.head_gradient

@@ -31,7 +31,7 @@ def gradients(value, inputs):
     return [g.clone() for g in torch.autograd.grad(value, inputs)]
 
 
-# Scored rows per chunk of the 20 with one head: 5 = full chunks, 7 = a ragged last one; 1 byte = single rows.
+# Of the 20 scored rows with one head: 5 per chunk = full chunks, 7 = a ragged last chunk; 1 byte = single rows.
 BUDGETS = [rows * 8 * V for rows in (5, 7)] + [1, None]
 
 
@@ -85,7 +85,7 @@ def test_chunks_are_bit_identical_between_runs(head):
 
 
 def largest_saved(function) -> int:
-    """Elements of the largest tensor that autograd keeps for backward."""
+    """Return the number of elements of the largest tensor that autograd keeps for backward."""
     sizes = [0]
 
     def pack(tensor):
@@ -173,7 +173,7 @@ def test_a_budget_without_effect_is_refused(head):
 
 
 def partitioned():
-    """What ZeRO-3 leaves of a parameter outside a forward."""
+    """Return a parameter as it is under ZeRO-3 outside of a forward."""
     weight = torch.nn.Parameter(torch.zeros(0))
     weight.ds_id = 0
     return weight
@@ -369,7 +369,7 @@ def test_every_public_function_takes_impl():
 
 
 def test_importing_loads_torch_only():
-    """What comes in beyond torch's own imports is the standard library and our two packages."""
+    """Besides torch and its imports, only the standard library and our two packages are imported."""
     code = """
 import sys, torch, torch.utils.checkpoint
 before = {name.split(".")[0] for name in sys.modules}

@@ -97,7 +97,7 @@ def test_extreme_logits_stay_finite_and_never_above_zero(dtype):
 
 
 def test_cross_entropy_by_hand():
-    # One-hot hidden states read rows of logits out of the weight: log-probs are log(1/4), log(3/4).
+    # One-hot hidden states select rows of the weight as logits: log-probs are log(1/4), log(3/4).
     weight = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0]], dtype=torch.float64).T.contiguous()
     hidden = torch.eye(2, dtype=torch.float64)
     targets = torch.tensor([0, 0])

@@ -13,7 +13,7 @@ from undefined_gradient import Drop
 
 from rmsd_kernels import reference
 
-# Wider than one block of the forward kernel and than several of the backward one; ragged in both.
+# Wider than one block of the forward kernel and several blocks of the backward kernel; the last block is partial.
 TOKENS, DIM = 40, 700
 STUDENTS, TEACHERS, PAIRS = 5, 4, 23
 CASES: dict[str, Case] = {}
@@ -25,7 +25,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """Hidden states, a value head and pairs, with tensors of a dtype that want gradients."""
+    """Hidden states, a value head and pairs, in one dtype and with gradients."""
 
     def __init__(self, device, dtype, students=STUDENTS, teachers=TEACHERS, pairs=PAIRS, dim=DIM):
         generator = torch.Generator().manual_seed(3)
@@ -45,7 +45,7 @@ class Setup:
         self.pair_weight = torch.rand(pairs, generator=generator).to(device)
 
     def losses(self, functions, convert=lambda t: t, *, norm=True, bias=True, weighted=False, factor=1.7, **options):
-        """Outputs and gradients of discriminator_loss * factor, by name, for inputs that `convert` makes."""
+        """Return outputs and gradients of discriminator_loss * factor, by name, with inputs converted by `convert`."""
         leaves = {"hidden": self.hidden, "head": self.head}
         leaves |= {"bias": self.bias} if bias else {}
         leaves |= {"norm_weight": self.norm_weight} if norm else {}
@@ -102,7 +102,7 @@ def loss_normalizers_and_l2(device, dtype):
 
 @case
 def loss_with_shared_rows(device, dtype):
-    """Responses that end at the same row: two, three, and one of each side."""
+    """Two, three, and one of each side of the responses end at the same row."""
     setup = Setup(device, dtype)
     setup.last_index[:] = torch.tensor([7, 3, 7, 9, 9, 9, 1, 3, 0])
     return max(check(setup, dtype, score_l2=0.1), check(setup, dtype, norm=False))
@@ -124,7 +124,7 @@ def loss_with_views(device, dtype):
 
 @case
 def loss_of_many_responses(device, dtype):
-    """Beyond what one program takes, so that rows and pairs are two launches and the scores several programs' work."""
+    """More responses than one program processes: rows and pairs are two launches, with several programs for scores."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, students=triton_loss.ONE_PROGRAM_ROWS - 20, teachers=30, pairs=600, dim=24)
@@ -202,7 +202,7 @@ def check_pairwise(setup: Setup, scores: list[Tensor], dtype: torch.dtype, **opt
 
 @case
 def every_row_is_written(device, dtype):
-    """Rows without a response get 0, in whichever tile they are; what is not written would stay NaN here."""
+    """Rows without a response get 0 in every tile; values that are not written would stay NaN here."""
     from rmsd_kernels.discriminator import triton_loss
 
     tokens = 64 * 16 + 150
@@ -243,7 +243,7 @@ def what_nobody_differentiates(device, dtype):
 
 @case
 def pairwise_scores(device, dtype):
-    """Scores as they are, and margins of ±2e4, of which the loss is the margin or exactly 0."""
+    """Ordinary scores, and margins of ±2e4, for which the loss is the margin or exactly 0."""
     setup, worst = Setup(device, dtype), []
     for size in (1.0, 1e4):
         scores = [size * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (STUDENTS, TEACHERS)]
@@ -271,7 +271,7 @@ def small_losses_keep_their_digits(device, dtype):
 
 @case
 def values(device, dtype):
-    """last_token_values with any upstream gradient, an expanded one too, and only the gradients that are wanted."""
+    """last_token_values with any upstream gradient, including an expanded one, and only the required gradients."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup, worst = Setup(device, dtype), []
@@ -301,7 +301,7 @@ def values(device, dtype):
 
 @case
 def compiled_in_one_graph(device, dtype):
-    """torch.compile(fullgraph=True) gives the same numbers and gradients; the ops hold what they declare."""
+    """torch.compile(fullgraph=True) gives the same numbers and gradients, and the ops match their schemas."""
     from rmsd_kernels.discriminator import triton_loss as ours
 
     setup = Setup(device, dtype, dim=40)
@@ -345,7 +345,7 @@ def refusals(device, dtype):
     setup = Setup(device, dtype, dim=40)
     with pytest.raises(TypeError, match="hidden: expected float32, bfloat16 or float16, got torch.float64"):
         ours.last_token_values(setup.hidden.double(), setup.last_index, setup.head)
-    # There is no second derivative.
+    # Second derivatives are not supported.
     values = ours.last_token_values(setup.hidden.requires_grad_(), setup.last_index, setup.head.requires_grad_())
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(values.sum(), setup.head, create_graph=True)

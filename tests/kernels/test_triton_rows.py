@@ -13,7 +13,7 @@ from rmsd_kernels.heads import torch_rows
 from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference, RowStats
 
 ROWS = 3
-# Three blocks of a row in float32 and two in 16 bit, the last of them ragged.
+# A row has three blocks in float32 and two in 16 bit; the last block is partial.
 VOCAB = 9001
 CASES: dict[str, Case] = {}
 
@@ -24,7 +24,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """A chunk of logits, what goes with it, and the same in float64."""
+    """A chunk of logits and its other inputs, and the same in float64."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, vocab: int = VOCAB, rows: int = ROWS, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ class Setup:
         return torch.empty(self.rows).uniform_(low, high, generator=self.generator).to(self.device)
 
     def target_logit(self) -> Tensor:
-        """As a float32 dot product gives it: near the rounded logit but not equal to it."""
+        """Return the target's logit as a float32 dot product would give it: close to the rounded logit, not equal."""
         picked = self.logits.gather(1, self.targets.clamp(0, self.vocab - 1).unsqueeze(1)).squeeze(1).float()
         return picked + 0.01 * self.normal(self.rows)
 
@@ -62,7 +62,7 @@ class Setup:
         return self
 
     def terms(self, **changes) -> PolicyTerms:
-        """Changes are fields of the terms or of their settings."""
+        """Return terms with changed fields; changes are fields of the terms or of their settings."""
         settings = {name: changes.pop(name) for name in PolicySettings._fields if name in changes}
         vectors = {"scale": self.uniform(0.1, 1.0), "advantage": self.normal(self.rows)}
         clips = {"clip_low": 0.2, "clip_high": 0.3}
@@ -70,7 +70,7 @@ class Setup:
 
 
 def double(record):
-    """A record with its floating tensors in float64."""
+    """Return a record with its floating tensors in float64."""
     if isinstance(record, Tensor):
         return record.double() if record.is_floating_point() else record
     return None if record is None else type(record)(*(doubled(v) for v in record))
@@ -81,7 +81,7 @@ def doubled(value):
 
 
 def compare_gradients(kernel: Tensor, eager: Tensor, exact: Tensor, targets: Tensor | None = None) -> float:
-    """compare, the floor in units of the largest gradient, for the targets' columns and for the many smaller ones."""
+    """Compare target columns and the smaller other columns separately, with floors in units of the largest gradient."""
     at_target = torch.zeros_like(exact, dtype=torch.bool)
     if targets is not None:
         at_target.scatter_(1, targets.clamp(0, exact.shape[1] - 1).unsqueeze(1), True)
@@ -200,7 +200,7 @@ def score_two_logits_by_hand(device, dtype):
 
 @case
 def score_extreme_logits(device, dtype):
-    """±1e4, with the maximum in the last block, so that every sum kept before it vanishes."""
+    """±1e4, with the maximum in the last block, so that all earlier sums vanish."""
     setup = Setup(device, dtype)
     setup.logits *= 1e4 / 3
     setup.logits[0, -1] = 1.5 * setup.logits[0].abs().max()
@@ -224,7 +224,7 @@ def masked_logits(device, dtype):
 
 @case
 def masked_rows_and_nan(device, dtype):
-    """A row of only -inf gives NaN, as does one with NaN or with +inf; the row beside them is untouched by it."""
+    """A row of only -inf, or with NaN or +inf, gives NaN; the row next to it is not affected."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype, rows=4)
@@ -253,7 +253,7 @@ def target_out_of_range(device, dtype):
     exact = torch_rows.score(setup.logits.double(), double(setup.inputs))
     assert stats.logp.isnan().all()
     compare("lse", stats.lse, stats.lse, exact.lse)
-    # Wild writes would land in the rows around the middle one.
+    # Out-of-bounds writes would change the rows around the middle one.
     padded = torch.full((3, setup.vocab), 7.0, dtype=dtype, device=device)
     for target in (-1, setup.vocab):
         inputs = RowInputs(torch.tensor([target], device=device), setup.inputs.target_logit[:1], None, None, None)
@@ -306,7 +306,7 @@ def gradient_of_each_output(device, dtype):
 
 @case
 def gradient_with_an_offset_on_all_logits(device, dtype):
-    """The float32 log-sum-exp is off by up to 2^-13 here; a likely target is judged by logp, which is not."""
+    """The float32 log-sum-exp has an error of up to 2^-13 here; a likely target uses logp, which is exact."""
     setup = Setup(device, dtype)
     setup.logits += 4000.0
     setup.inputs = setup.inputs._replace(target_logit=torch.tensor([4013.3, 4014.4, 4015.5], device=device))
@@ -321,8 +321,10 @@ def policy_on_policy(device, dtype):
 
 @case
 def policy_ratio_clip_and_kl(device, dtype):
-    """Each side of the clip and each estimator, with and without a limit on the log-ratio. Rows: ratio below, inside
-    and above the clip, beyond exp's guard, each with both signs of the advantage."""
+    """Each side of the clip and each estimator, with and without a limit on the log-ratio.
+
+    Rows: ratio below, inside and above the clip, and beyond the limit of exp, each with both signs of the advantage.
+    """
     setup, worst = Setup(device, dtype, vocab=300, rows=8).transformed(), []
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
     shift = torch.tensor([-0.5, 0.1, 0.5, 90.0] * 2, device=device)
@@ -338,7 +340,7 @@ def policy_ratio_clip_and_kl(device, dtype):
 
 @case
 def policy_with_importance_correction(device, dtype):
-    """Weights below, at and above their cap, and beyond what exp can take."""
+    """Weights below, at and above their cap, and beyond the limit of exp."""
     setup = Setup(device, dtype, rows=5)
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
     mismatch = torch.tensor([-1.0, 0.0, 0.5, 3.0, 90.0], device=device)
@@ -348,7 +350,7 @@ def policy_with_importance_correction(device, dtype):
 
 @case
 def target_logit_of_rows(device, dtype):
-    """Any stride, more numbers than a block, and targets out of range."""
+    """Any stride, rows longer than a block, and targets out of range."""
     from rmsd_kernels.heads import triton_rows
 
     generator = torch.Generator().manual_seed(0)
@@ -365,7 +367,7 @@ def target_logit_of_rows(device, dtype):
 
 @case
 def results_go_where_they_are_wanted(device, dtype):
-    """`out`: slices of a longer tensor, and what stands beside them stays."""
+    """`out` may be slices of a longer tensor; the elements next to them do not change."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype).with_reference()
@@ -382,7 +384,7 @@ def results_go_where_they_are_wanted(device, dtype):
 
 @case
 def policy_k3_beyond_exp(device, dtype):
-    """log ref - log pi = 100: the guarded exp has no gradient and leaves the 1 of -d."""
+    """log ref - log pi = 100: the limited exp has no gradient, so only the 1 of -d remains."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, torch.float32, vocab=50, rows=1)
@@ -400,7 +402,7 @@ def policy_full_kl(device, dtype):
     worst = [check_policy(plain, plain.terms(kl_loss="full", kl_coef=0.5))]
     setup = Setup(device, dtype).transformed().with_reference(bias=True)
     worst += [check_policy(setup, setup.terms(kl_loss="full", kl_coef=0.5, entropy_coef=0.1))]
-    # With a coefficient of 0 the KL is reported and has no gradient.
+    # With a coefficient of 0, the KL is reported but has no gradient.
     worst += [check_policy(setup, setup.terms(kl_loss="none"))]
     return max(worst)
 
@@ -414,7 +416,7 @@ def divergences(device, dtype):
         for vocab, tempered in ((VOCAB, False), (37, True), (1, True)):
             setup = Setup(device, dtype, vocab)
             teacher = setup.logits.float() + setup.normal(ROWS, vocab)
-            # A teacher may come in another dtype.
+            # A teacher may have another dtype.
             teacher = teacher.to(torch.float32 if tempered else dtype)
             if kind == "forward_kl" and vocab > 30:
                 teacher[0, 7:20] = -math.inf

@@ -1,4 +1,4 @@
-"""Natural answers: what a careful reader would take, and what would be refused."""
+"""Natural answers: the answers that a careful reader would accept, and those that are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rmsd_fast.method.quality import quality_score
 DRINKS = ["tea", "milk", "water", "juice"]
 CLOTHES = ["a suit and tie", "a T-shirt", "a raincoat", "a police uniform"]
 
-# (task, options, text inside <answer> or None where it is refused, the whole response)
+# (task, options, text inside <answer> or None if it is rejected, the whole response)
 CASES = [
     ("mcq", DRINKS, "B", " The answer is (B) milk."),
     ("mcq", DRINKS, "B", "**Answer: B**"),
@@ -275,8 +275,8 @@ def answers() -> list[dict]:
 
 
 def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
-    """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
-    rows, found = answers(), 0
+    """Rows with `refuse` give no answer, or two. Other rows that are not right give a clear, wrong answer."""
+    rows, read_rightly = answers(), 0
     for row in rows:
         given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
         text = canonical_response(row["text"], row["task_type"], **given)
@@ -287,16 +287,16 @@ def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
         assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
-        found += row["right"] and quality > 0.999
+        read_rightly += row["right"] and quality > 0.999
     right = sum(row["right"] for row in rows)
     # The figures that the documentation states.
     page = " ".join((Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split())
-    assert f"On {len(rows):,} answers written for the purpose ({right:,} right ones" in page
+    assert f"{len(rows):,} answers that were written for the purpose: {right:,} right ones" in page
     assert f"and {len(rows) - right:,} that are" in page
-    assert f"{found:,} right ones are found" in page
+    assert f"The rules read {read_rightly:,} of the right ones" in page
 
 
-# What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.
+# Texts that retract an answer or give another one, and distorted answers, by task; {} is the answer.
 CONTRADICTIONS = {
     "mcq": ["\n\nNo, {}.", "\nSorry, it is {}.", " Wait, actually it's {}.", "\n\n{}", " Correction: {}", " (or {})"],
     "numeric": ["\n\nNo, {}.", " Correction: {}", "\n\n{}"],
@@ -325,7 +325,7 @@ def test_no_right_answer_stands_against_a_second_one():
         task, options = row["task_type"], row["options"]
         given = {"options": options, "finish_reason": row.get("finish_reason")}
         text = canonical_response(row["text"], task, **given)
-        # Behind a sentence that only describes, a bare answer is the answer and no second one.
+        # After a sentence that only describes, a bare answer is the answer, not a second one.
         alone = "<answer>" in row["text"].lower() or "answer is" in row["text"].lower()
         if not row["right"] or task in ("ocr", "open") or text is None:
             continue
@@ -343,8 +343,8 @@ def test_no_right_answer_stands_against_a_second_one():
     assert checked > 8_000
 
 
-# What changes a right answer into an unclear one, written without a look at the rules. {} is the right answer, {0} too,
-# and {1} is another one.
+# Texts that make a right answer unclear, written without looking at the rules. {} and {0} are the right answer, {1} is
+# another one.
 DENIED = """not {} | It is not {} | It isn't {} | {} is wrong | {} is incorrect | {} is false | definitely not {}
 never {}
 anything but {} | everything except {} | neither {} | {} (wrong) | {}, which is wrong | {} - wrong | {} is not right
@@ -451,7 +451,7 @@ def forms(*lists: str) -> list[str]:
 
 
 def changed_texts(task: str, body: str, other: str) -> list[str]:
-    """Responses in which a right answer is denied, doubted, measured otherwise, corrected or taken back."""
+    """Responses in which a right answer is denied, doubted, in another unit, corrected or retracted."""
     measured, texts = forms(MEASURED[task]), []
     # "3 cups million" and "the last from 3s to 5s" are not English.
     if task == "numeric" and body not in ("3", "three"):
@@ -727,7 +727,7 @@ def test_the_reasoning_is_what_stands_before_the_answer():
         ("I'm sorry, I can't view videos.", "mcq", "stop", "refusal"),
         ("<think></think><answer>I'm sorry, I can't view videos.</answer>", "open", "stop", "refusal"),
         ("<think>I look at it", "mcq", "stop", "unfinished"),
-        # What has no end may have been cut: only the server knows, or a letter tells.
+        # A text without an end may have been cut. Only the server knows, unless the answer is a letter.
         ("<think>a</think><answer>12", "numeric", None, "unfinished"),
         ("<think>a</think><answer></answer>", "numeric", "stop", "no_answer"),
         ("I look at the frames. There are many.", "mcq", "stop", "no_answer"),
@@ -765,7 +765,7 @@ def test_an_answer_without_its_closing_tag_counts_where_the_server_says_that_it_
 )
 @pytest.mark.parametrize("task", ["mcq", "temporal", "spatial", "numeric", "ocr"])
 def test_endless_texts_are_refused(text, task):
-    """Searches that are not linear take minutes for some of these."""
+    """Nonlinear searches would take minutes for some of these."""
     assert canonical_response(text, task) is None
 
 
@@ -810,7 +810,7 @@ def test_the_body_alone_says_why_not():
         (["A、茶", "B、牛奶"], ["茶", "牛奶"]),
         (["A：茶", "B：牛奶"], ["茶", "牛奶"]),
         (["A．茶", "B．牛奶"], ["茶", "牛奶"]),
-        # These are texts: the letters are not those of the places, or nothing stands behind them.
+        # These are texts: the letters are not in order, or no text follows them.
         (["I. Newton", "A. Einstein"], ["I. Newton", "A. Einstein"]),
         (["A-frame", "B-road"], ["A-frame", "B-road"]),
         (["A", "B"], ["A", "B"]),

@@ -231,7 +231,7 @@ def test_scores_stay_within_zero_and_one():
 def test_quotes_around_the_whole_text_make_no_difference(metric):
     for text, truth in (('"EXIT"', "EXIT"), ("EXIT", "‘EXIT’"), ("“EXIT”.", "exit"), ('"EXIT"', '"EXIT"')):
         assert q(text, "ocr", truth, ocr_metric=metric) == 1.0
-    # Here they belong to parts of the text.
+    # Here, the quotes belong to parts of the text.
     assert q('"A" or "B"', "ocr", 'A" or "B', ocr_metric=metric) < 1.0
 
 
@@ -255,6 +255,6 @@ def test_the_edit_distance_is_that_of_the_table():
 
 def test_one_final_stop_makes_no_difference():
     assert fold_text("EXIT.") == fold_text("exit 。") == "exit"
-    # Several are a text of their own.
+    # Several full stops are part of the text.
     assert fold_text("Wait...") == "wait.." and fold_text(".") == "."
     assert q("Wait...", "ocr", "Wait.") == 0.0 and q("Wait.", "ocr", "Wait") == 1.0

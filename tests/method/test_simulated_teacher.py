@@ -64,7 +64,7 @@ def test_reported_statistics(questions, reported):
     assert 0.05 < tasks["temporal"]["sd_within"] < 0.25
     assert 1 - tasks["temporal"]["valid_share"] == pytest.approx(0.10, abs=0.03)
     assert all(tasks[task]["valid_share"] > 0.99 for task in TASK_TYPES if task != "temporal")
-    # 1% overall supposes that about one question in twelve is temporal.
+    # 1% overall assumes that about one question in twelve is temporal.
     others = [tasks[task]["valid_share"] for task in TASK_TYPES if task != "temporal"]
     overall = (1 - tasks["temporal"]["valid_share"]) / 12 + (1 - sum(others) / 5) * 11 / 12
     assert overall == pytest.approx(0.01, abs=0.005)
@@ -175,7 +175,7 @@ def real(clip, task, answer, **fields):
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1.0])
 def test_questions_that_nobody_made(clip, rate):
-    """Questions without made content, some at the edge of what can be got wrong."""
+    """Questions without generated content, some of which hardly allow wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),
         real(clip, "mcq", "C"),

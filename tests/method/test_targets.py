@@ -1,4 +1,4 @@
-"""What training takes from a pool."""
+"""The responses that training selects from a pool."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_text_that_may_not_enter_a_model_is_never_matched():
 
 
 def test_only_answers_of_use_are_looked_at():
-    """The others were counted among those that a student cannot be taught."""
+    """Other responses were once counted as responses that cannot be taught to the student."""
     asked = []
 
     def note(text):

@@ -70,7 +70,7 @@ def test_page_of_a_whole_run(run: Path) -> None:
     assert sum(a.get("class") == "card sample" for _, a in page.tags) == 12
     assert page.count("img") == 96
     assert sum((a.get("class") or "").startswith("answer ") for _, a in page.tags) == 36
-    assert "highest value 60 lies outside the picture" in page.text
+    assert "highest value 60 is outside the chart" in page.text
     # Correlation is around 0.36 in stage 2: the warning is said in words; bad samples are shown as there are some.
     assert re.search(r"Warning: correlation is above 0\.3 on \d+ of 120 steps", page.text)
     assert "bad samples" in page.text

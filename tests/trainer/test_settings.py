@@ -161,7 +161,7 @@ def test_a_recipe_may_say_how_to_evaluate_without_held_out_questions(tmp_path):
     assert settings.data.heldout == "" and settings.evaluate.num_frames == 64
     assert settings == load_settings("rmsd_qwen3vl_4b", ["data.heldout="])
     assert load_settings(str(copy), ["data.heldout=h.jsonl", "evaluate.num_frames=32"]).evaluate.num_frames == 32
-    with pytest.raises(SettingsError, match=r"override: evaluate\.num_frames has no effect: there is nothing to"):
+    with pytest.raises(SettingsError, match=r"override: evaluate\.num_frames has no effect: there are no held-out"):
         load_settings(str(copy), ["evaluate.num_frames=32"])
 
 
