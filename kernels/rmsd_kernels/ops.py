@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -70,8 +71,8 @@ class RecordOp:
     def values(self, **arguments) -> list:
         """Return the arguments as the flat list that the op takes."""
         values = []
-        for name in self._records:
-            _flatten(arguments[name], values)
+        for name, record in self._records.items():
+            _flatten(record, arguments[name], values)
         return values
 
     def register_fake(self, fake: Callable) -> None:
@@ -89,16 +90,18 @@ def record_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], 
 
 
 class _Record(NamedTuple):
-    """A record's type, and the type or nested record of each field."""
+    """A record's type, and the type or nested record of each field. flat: no field is a record."""
 
     kind: type
     fields: dict[str, Any]
+    flat: bool
 
 
 def _record(kind: Any) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "_fields")):
         return kind
-    return _Record(kind, {name: _record(field) for name, field in get_type_hints(kind).items()})
+    fields = {name: _record(field) for name, field in get_type_hints(kind).items()}
+    return _Record(kind, fields, not any(isinstance(field, _Record) for field in fields.values()))
 
 
 def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
@@ -113,15 +116,21 @@ def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
 def _build(record: Any, values: Iterator) -> Any:
     if not isinstance(record, _Record):
         return next(values)
+    if record.flat:
+        return record.kind(*islice(values, len(record.fields)))
     return record.kind(*(_build(inner, values) for inner in record.fields.values()))
 
 
-def _flatten(value: Any, into: list) -> None:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        for field in value:
-            _flatten(field, into)
-    else:
+def _flatten(record: Any, value: Any, into: list) -> None:
+    if not isinstance(record, _Record):
         into.append(value)
+    elif type(value) is not record.kind:
+        raise TypeError(f"expected a {record.kind.__name__}, got {type(value).__name__}")
+    elif record.flat:
+        into.extend(value)
+    else:
+        for inner, field in zip(record.fields.values(), value, strict=True):
+            _flatten(inner, field, into)
 
 
 def first_order(backward: Callable) -> Callable:

@@ -110,8 +110,9 @@ def row_variants(dtype: str) -> Iterator[Variant]:
     for kind in ("reverse_kl", "jsd"):
         yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind})
     types = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "targets_ptr": "*i64", "logit_ptr": "*fp32"}
-    types |= dict.fromkeys(("hidden_stride", "weight_stride", "dim", "vocab"), "i32")
-    yield Variant(f"target_logit {dtype}", rows._target_logit_kernel, types, {"BLOCK": rows.DOT_BLOCK}, rows.DOT_WARPS)
+    types |= dict.fromkeys(("hidden_row", "weight_row", "dim", "vocab"), "i32")
+    constants = {"BLOCK": rows.DOT_BLOCK, "hidden_col": 1, "weight_col": 1}
+    yield Variant(f"target_logit {dtype}", rows._target_logit_kernel, types, constants, rows.DOT_WARPS)
     types = {"values_ptr": f"*{dtype}", "scalar_ptr": "*fp32", "numel": "i64"}
     yield Variant(f"scale {dtype}", rows._scale_kernel, types, {"BLOCK": rows.SCALE_BLOCK}, rows.SCALE_WARPS)
 

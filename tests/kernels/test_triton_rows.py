@@ -362,6 +362,8 @@ def target_logit_of_rows(device, dtype):
         eager = torch_rows.target_logit(hidden, weight, targets)
         exact = torch_rows.target_logit(hidden.double(), weight.double(), targets)
         worst = max(worst, compare("target_logit", found, eager, exact))
+        turned = weight.t().contiguous().t()
+        assert torch.equal(triton_rows.target_logit(hidden, turned, targets), found)
     return worst
 
 

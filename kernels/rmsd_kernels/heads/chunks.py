@@ -69,8 +69,11 @@ class Loop(ExitStack):
         self.chunks = math.ceil(self.live / self.step)
 
     def __enter__(self) -> "Loop":
-        self.enter_context(torch.autocast(self.hidden.device.type, enabled=False))
-        self.enter_context(full_precision_sums())
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            self.enter_context(torch.autocast(device, enabled=False))
+        if self.hidden.element_size() == 2:
+            self.enter_context(full_precision_sums())
         return self
 
     def workspace(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -244,8 +244,9 @@ class Statistics:
 
     def outputs(self, span: slice, ref: RowReference | None) -> RowStats:
         """Return the views into which a row function writes a chunk's results."""
-        logp, entropy, lse = (self.packed[stat, span] for stat in (Stat.LOGP, Stat.ENTROPY, Stat.LSE))
-        return RowStats(logp, entropy, lse, None if ref is None else self.packed[Stat.FULL_KL, span])
+        columns = self.packed[:, span].unbind()
+        logp, entropy, lse, full_kl = (columns[i] for i in (Stat.LOGP, Stat.ENTROPY, Stat.LSE, Stat.FULL_KL))
+        return RowStats(logp, entropy, lse, None if ref is None else full_kl)
 
     def in_token_order(self) -> Tensor:
         """Return the results of all rows, [len(Stat), T], 0 in rows that are not scored."""

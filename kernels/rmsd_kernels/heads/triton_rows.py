@@ -245,17 +245,26 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
 def _target_logit_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, logit_ptr, hidden_stride, weight_stride, dim, vocab, BLOCK: tl.constexpr
+    hidden_ptr,
+    weight_ptr,
+    targets_ptr,
+    logit_ptr,
+    hidden_row,
+    hidden_col,
+    weight_row,
+    weight_col,
+    dim,
+    vocab,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.minimum(tl.maximum(tl.load(targets_ptr + row), 0), vocab - 1)
-    hidden_row = hidden_ptr + row * hidden_stride
-    weight_row = weight_ptr + target * weight_stride
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, dim, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        hidden = tl.load(hidden_row + col, mask=col < dim, other=0.0).to(tl.float32)
-        total += hidden * tl.load(weight_row + col, mask=col < dim, other=0.0).to(tl.float32)
+        col = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        hidden = tl.load(hidden_ptr + row * hidden_row + col * hidden_col, mask=col < dim, other=0.0)
+        weight = tl.load(weight_ptr + target * weight_row + col * weight_col, mask=col < dim, other=0.0)
+        total += hidden.to(tl.float32) * weight.to(tl.float32)
     tl.store(logit_ptr + row, tl.sum(total, 0))
 
 
@@ -274,8 +283,7 @@ def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return hidden @ weight[target] of each row in float32, [n]. Targets are clamped to 0..V-1."""
     logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     if len(hidden):
-        hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
-        sizes = (hidden.stride(0), weight.stride(0), hidden.shape[1], len(weight))
+        sizes = (*hidden.stride(), *weight.stride(), hidden.shape[1], len(weight))
         with device_of(hidden):
             _target_logit_kernel[(len(hidden),)](
                 hidden, weight, targets.contiguous(), logit, *sizes, BLOCK=DOT_BLOCK, num_warps=DOT_WARPS
