@@ -51,13 +51,13 @@ def no_ignore(case):
 def test_teacher_logits_of_any_layout_and_dtype(layout, impl):
     x = Inputs(torch.float32)
     logits = (x.ref_hidden @ x.ref_weight.T).detach()
-    given = {
+    teacher_logits = {
         "transposed": lambda: logits.t().contiguous().t(),
         "expanded": lambda: logits[3].expand(T, V),
         "float64": lambda: logits.double(),
         "bfloat16": lambda: logits.bfloat16(),
     }[layout]()
-    call = lambda **kw: losses.linear_divergence(x.hidden, x.weight, teacher_logits=given, kind="jsd", **kw)  # noqa: E731
+    call = lambda **kw: losses.linear_divergence(x.hidden, x.weight, teacher_logits=teacher_logits, kind="jsd", **kw)  # noqa: E731
     assert torch.allclose(call(impl=impl), call(impl="reference"), rtol=1e-5)
 
 
@@ -181,8 +181,8 @@ def test_an_undefined_gradient_of_the_loss_gives_none_and_uses_nothing_up(case, 
     x = Inputs(torch.float32)
     x.hidden.requires_grad_(), x.weight.requires_grad_()
     loss = CASES[case](x, impl=impl)[0]
-    (found,) = torch.autograd.grad(Drop.apply(loss) + x.hidden.sum() * 2, x.hidden, retain_graph=True)
-    assert torch.equal(found, torch.full_like(found, 2))
+    (gradient,) = torch.autograd.grad(Drop.apply(loss) + x.hidden.sum() * 2, x.hidden, retain_graph=True)
+    assert torch.equal(gradient, torch.full_like(gradient, 2))
     loss.backward()
     assert x.hidden.grad.abs().max() > 0
 
@@ -205,15 +205,15 @@ def test_inside_activation_checkpointing(reentrant, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_losses_on_one_head_add_up(impl):
-    parts = []
+    gradients = []
     for cases in (["policy_k3"], ["cross_entropy_plain"], ["logprob"], ["policy_k3", "cross_entropy_plain", "logprob"]):
         x = Inputs(torch.float32)
         h, w = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
         x.hidden, x.weight = h, w
         sum(CASES[case](x, impl=impl)[0] for case in cases).backward()
-        parts.append((h.grad, w.grad))
+        gradients.append((h.grad, w.grad))
     for i in range(2):
-        assert torch.allclose(parts[3][i], parts[0][i] + parts[1][i] + parts[2][i], atol=1e-5)
+        assert torch.allclose(gradients[3][i], gradients[0][i] + gradients[1][i] + gradients[2][i], atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -182,13 +182,13 @@ def test_compiles_without_graph_breaks(case, impl):
     def call(hidden, weight, bias):
         y = Inputs.__new__(Inputs)
         # Assigned one by one and read outside, because torch 2.11's Dynamo does not support the __dict__ of an object.
-        for name, value in {**given, "hidden": hidden, "weight": weight, "bias": bias}.items():
+        for name, value in {**fields, "hidden": hidden, "weight": weight, "bias": bias}.items():
             setattr(y, name, value)
         return CASES[case](y, impl=impl, memory_budget_bytes=SMALL[torch.float32])
 
     torch._dynamo.reset()
     x = Inputs(torch.float32, device=device_of(impl))
-    given, results = vars(x), []
+    fields, results = vars(x), []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         leaves = [leaf.clone().requires_grad_() for leaf in x.leaves]
         outputs = function(*leaves)

@@ -255,11 +255,11 @@ def test_damaged_policy_arguments(change, error, message, head):
 
 def test_one_reference_and_its_bias(head):
     hidden, weight, targets = head
-    other = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
+    reference = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
     with pytest.raises(ValueError, match="got both"):
-        losses.linear_policy_loss(hidden, weight, targets, vector(0), ref_logp=vector(1), **other)
+        losses.linear_policy_loss(hidden, weight, targets, vector(0), ref_logp=vector(1), **reference)
     with pytest.raises(ValueError, match="ref_bias: expected"):
-        losses.linear_policy_loss(hidden, weight, targets, vector(0), bias=torch.zeros(V), **other)
+        losses.linear_policy_loss(hidden, weight, targets, vector(0), bias=torch.zeros(V), **reference)
 
 
 def test_damaged_divergence_arguments(head):

@@ -221,8 +221,8 @@ def test_masked_and_non_finite_rows(level, dtype, temperature):
     logits[4] = -INF
     logits[5, 100:] = -INF
     logits, targets = logits.to(dtype), torch.tensor([3, 0, 0, 0, 0, 7])
-    heat = None if temperature is None else torch.full((6,), temperature)
-    inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, heat, None)
+    row_temperature = None if temperature is None else torch.full((6,), temperature)
+    inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, row_temperature, None)
     ref = RowReference(logits, None, torch.full((6,), math.log(100.0)), torch.full((6,), -math.log(100.0)))
     settings = PolicySettings(kl_loss="full", kl_coef=0.3, entropy_coef=0.1)
     terms = PolicyTerms(torch.ones(6), torch.ones(6), settings=settings)
@@ -321,14 +321,14 @@ def test_no_rows():
 
 def test_offsets_beyond_2_to_the_31():
     """Rows are 2^30 elements apart; only the pages of the rows are touched."""
-    vocab, apart = 300, 2**30 + 8
+    vocab, stride = 300, 2**30 + 8
     try:
-        room = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
+        buffer = torch.empty(2 * stride + vocab, dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip("4.3 GB of address space are not to be had")
     x = make(torch.bfloat16, vocab, False)
     inputs = x.inputs._replace(targets=x.inputs.targets[:3], target_logit=x.inputs.target_logit[:3])
-    far = room.as_strided((3, vocab), (apart, 1)).copy_(x.logits[:3])
+    far = buffer.as_strided((3, vocab), (stride, 1)).copy_(x.logits[:3])
     near = x.logits[:3].clone()
     assert all(torch.equal(a, b) for a, b in zip(*(native_rows.score(t, inputs)[:3] for t in (far, near)), strict=True))
     stats = native_rows.score(near, inputs)

@@ -143,10 +143,10 @@ def test_nothing_beyond_the_frames_is_read(level):
     for shape in ((37, 66, 3), (16, 128, 3), (16, 130, 4), (33, 48, 1), (3, 1, 3), (18, 65, 2)):
         pixels = noise(*shape).contiguous()
         pages = -(-pixels.numel() // page)
-        room = mmap.mmap(-1, (pages + 1) * page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        mapping = mmap.mmap(-1, (pages + 1) * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         assert libc.mprotect(ctypes.c_void_p(address + pages * page), ctypes.c_size_t(page), 0) == 0
-        last = torch.frombuffer(room, dtype=torch.uint8, count=pixels.numel(), offset=pages * page - pixels.numel())
+        last = torch.frombuffer(mapping, dtype=torch.uint8, count=pixels.numel(), offset=pages * page - pixels.numel())
         last.copy_(pixels.flatten())
         for frame in (last.view(shape).permute(2, 0, 1)[None], last.view(1, shape[2], *shape[:2])):
             for height, width in ((28, 56), (96, 100)):
@@ -173,8 +173,8 @@ def test_several_threads_at_once(level):
     patches, small = video_patches(frames, **arguments), resize_frames(frames, height=64, width=96)
 
     def work(i: int) -> bool:
-        part = slice(i % 3, i % 3 + 2)
-        same = torch.equal(resize_frames(frames[part], height=64, width=96), small[part])
+        selected = slice(i % 3, i % 3 + 2)
+        same = torch.equal(resize_frames(frames[selected], height=64, width=96), small[selected])
         return same and torch.equal(video_patches(frames, **arguments), patches)
 
     with ThreadPoolExecutor(4) as pool:

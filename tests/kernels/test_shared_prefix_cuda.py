@@ -111,9 +111,9 @@ def flash_attn_3(monkeypatch):
     ):  # fmt: skip
         lengths = cuda.Lengths(cu_q, cu_k, longest_q, longest_k)
         gradients = stand_in_backward(d_out, q, k, v, out, lse, lengths, causal, scale)
-        for given, made in zip((dq, dk, dv), gradients, strict=True):
-            assert given.is_contiguous()
-            given.copy_(made)
+        for output, gradient in zip((dq, dk, dv), gradients, strict=True):
+            assert output.is_contiguous()
+            output.copy_(gradient)
         return q.new_empty(0)
 
     yield install

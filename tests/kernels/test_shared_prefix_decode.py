@@ -93,8 +93,8 @@ def test_strides(path):
     plan = DecodePlan.from_counts([5, 7], [3, 1])
     tensors = random_step(plan, 3)
     expected = shared_prefix_decode(*tensors, plan, impl="torch")
-    apart = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
-    out = shared_prefix_decode(*apart, plan, impl=path)
+    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    out = shared_prefix_decode(*strided, plan, impl=path)
     assert out.is_contiguous() and (out - expected).abs().max() <= 1e-12
 
 
@@ -140,8 +140,8 @@ def test_opcheck_and_compile():
     )
     compiled(*tensors)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for own in (5, 7, 9):
-            tensors = random_step(plan, own, dtype=torch.float32)
+        for own_tokens in (5, 7, 9):
+            tensors = random_step(plan, own_tokens, dtype=torch.float32)
             assert torch.equal(compiled(*tensors), shared_prefix_decode(*tensors, plan))
 
 
@@ -176,7 +176,7 @@ def test_counts_are_integers():
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "kind", "message"),
+    ("position", "change", "kind", "message"),
     [
         (0, lambda q: q[:-1], ValueError, "own_k: expected B=2 sequences"),
         (0, lambda q: q[:, :3], ValueError, "prefix_k: expected a number of heads that divides the 3 heads"),
@@ -187,10 +187,10 @@ def test_counts_are_integers():
         (4, lambda v: v.to("meta"), ValueError, "own_v: expected device cpu"),
     ],
 )
-def test_bad_tensors(place, change, kind, message):
+def test_bad_tensors(position, change, kind, message):
     plan = DecodePlan.from_counts([4, 3], [2, 1])
     tensors = random_step(plan, 3)
-    tensors[place] = change(tensors[place])
+    tensors[position] = change(tensors[position])
     with pytest.raises(kind, match=message):
         shared_prefix_decode(*tensors, plan)
 

@@ -128,24 +128,24 @@ def test_a_response_does_not_touch_the_others(impl, device, dtype):
     # The changed response contributes to the gradients of its prefix's keys and values.
     other_keys = others.clone()
     other_keys[:40] = False
-    places = (others, others, other_keys, other_keys)
-    for a, b, place in zip(before, run(), places, strict=True):
+    unchanged = (others, others, other_keys, other_keys)
+    for a, b, rows_to_compare in zip(before, run(), unchanged, strict=True):
         assert not torch.equal(a[changed], b[changed])
         # CUDA sums dQ with atomic operations in any order, so one rounding to 16 bits may differ.
         slack = 0 if a is before[0] or device == "cpu" else 2**-7 * float(a.abs().max())
-        assert float((a[place] - b[place]).abs().max()) <= slack
+        assert float((a[rows_to_compare] - b[rows_to_compare]).abs().max()) <= slack
     inputs[2][changed] = float("nan")
     after = run()
     # dV depends only on probabilities and d_out.
     assert [bool(t[changed].isnan().any()) for t in after] == [True, True, True, False]
-    assert not any(t[place].isnan().any() for t, place in zip(after, places, strict=True))
+    assert not any(t[rows_to_compare].isnan().any() for t, rows_to_compare in zip(after, unchanged, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["flash", "torch"])
 def test_order_of_responses_does_not_matter(impl):
     lengths, order = [3, 5, 5, 2], [2, 0, 3, 1]
     plan = SharedPrefixPlan.from_lengths([6], [lengths])
-    other = SharedPrefixPlan.from_lengths([6], [[lengths[i] for i in order]])
+    reordered_plan = SharedPrefixPlan.from_lengths([6], [[lengths[i] for i in order]])
     inputs = [t.detach() for t in random_rows(plan)]
     d_out = torch.randn_like(inputs[0])
 
@@ -158,7 +158,7 @@ def test_order_of_responses_does_not_matter(impl):
         return with_gradients(lambda *rows: shared_prefix_attention(*rows, plan, impl=impl), inputs, d_out)
 
     expected = [reorder(t) for t in run(plan, inputs, d_out)]
-    assert largest_error(run(other, [reorder(t.detach()) for t in inputs], reorder(d_out)), expected) <= 1e-12
+    assert largest_error(run(reordered_plan, [reorder(t.detach()) for t in inputs], reorder(d_out)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)

@@ -66,13 +66,13 @@ def in_double(tensor: Tensor) -> Tensor:
 def check(setup: Setup, dtype: torch.dtype, **options) -> float:
     from rmsd_kernels.discriminator import triton_loss
 
-    found = setup.losses(triton_loss, **options)
+    kernel = setup.losses(triton_loss, **options)
     again = setup.losses(triton_loss, **options)
-    for name in found:
-        assert torch.equal(found[name].nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ"
+    for name in kernel:
+        assert torch.equal(kernel[name].nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ"
     eager, exact = (setup.losses(reference, convert, **options) for convert in (torch.Tensor.float, in_double))
     worst = 0.0
-    for name, value in found.items():
+    for name, value in kernel.items():
         stored = name.startswith("d_")
         assert value.dtype == (dtype if stored else torch.float32) and value.shape == exact[name].shape, name
         expected = as_stored(eager[name], dtype) if stored else eager[name]
@@ -92,8 +92,8 @@ def loss_with_and_without_norm_and_bias(device, dtype):
 def loss_normalizers_and_l2(device, dtype):
     """None, a number, a tensor, and 0, which counts as 1."""
     setup, worst = Setup(device, dtype, dim=40), []
-    given = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
-    for number, l2_number in zip(given, [4.0, None, *given[3:], given[2]], strict=True):
+    normalizers = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
+    for number, l2_number in zip(normalizers, [4.0, None, *normalizers[3:], normalizers[2]], strict=True):
         options = {"weighted": True, "normalizer": number, "l2_normalizer": l2_number, "score_l2": 0.3}
         worst.append(check(setup, dtype, **options))
     setup.pair_weight.zero_()
@@ -192,11 +192,11 @@ def check_pairwise(setup: Setup, scores: list[Tensor], dtype: torch.dtype, **opt
     from rmsd_kernels.discriminator import triton_loss
 
     indices = (setup.student_index, setup.teacher_index)
-    found = pairwise(triton_loss, scores, indices, setup.quality, lambda t: t.clone(), **options)
+    kernel = pairwise(triton_loss, scores, indices, setup.quality, lambda t: t.clone(), **options)
     eager = pairwise(reference, scores, indices, setup.quality, lambda t: t.clone().float(), **options)
     exact = pairwise(reference, scores, indices, setup.quality, in_double, **options)
-    assert [t.dtype for t in found] == [torch.float32] * 3 + [dtype] * 2
-    pairs = [(k, e.to(k.dtype), x) for k, e, x in zip(found, eager, exact, strict=True)]
+    assert [t.dtype for t in kernel] == [torch.float32] * 3 + [dtype] * 2
+    pairs = [(k, e.to(k.dtype), x) for k, e, x in zip(kernel, eager, exact, strict=True)]
     return max(compare(str(i), *(t.reshape(-1) for t in triple)) for i, triple in enumerate(pairs))
 
 
@@ -235,9 +235,9 @@ def what_nobody_differentiates(device, dtype):
     assert out.loss.requires_grad and not any(t.requires_grad for t in out[1:])
     scores = torch.zeros(STUDENTS, device=device, requires_grad=True)
     pairwise = triton_loss.pairwise_discriminator_loss(scores, torch.zeros(TEACHERS, device=device), *pairs)
-    for loss, of in ((out.loss, leaf), (pairwise.loss, scores)):
-        (found,) = torch.autograd.grad(Drop.apply(loss) + of.sum() * 2, of)
-        assert torch.equal(found, torch.full_like(of, 2))
+    for loss, leaf_of_loss in ((out.loss, leaf), (pairwise.loss, scores)):
+        (gradient,) = torch.autograd.grad(Drop.apply(loss) + leaf_of_loss.sum() * 2, leaf_of_loss)
+        assert torch.equal(gradient, torch.full_like(leaf_of_loss, 2))
     return 0.0
 
 
@@ -290,8 +290,8 @@ def values(device, dtype):
             (out.sum() + (out * upstream.to(out.dtype)).sum()).backward()
             gradients = {"hidden": hidden.grad, "head": head.grad, **{n: t.grad for n, t in leaves.items()}}
             results.append({"values": out.detach(), **gradients})
-        found, eager, exact = results
-        for name, value in found.items():
+        kernel, eager, exact = results
+        for name, value in kernel.items():
             assert (value is None) == (name in names and name not in wanted), name
             if value is not None:
                 stored = eager[name] if name == "values" else as_stored(eager[name], dtype)
@@ -329,9 +329,9 @@ def compiled_in_one_graph(device, dtype):
     scores = torch.randn(STUDENTS, device=device), torch.randn(TEACHERS, device=device)
     gradient, saved = torch.randn(STUDENTS + TEACHERS, device=device), torch.rand(2, STUDENTS + TEACHERS, device=device)
     for needed in (True, False):
-        given = (*pairs, *numbers, needed)
-        torch.library.opcheck(ops.discriminator_forward, (*head, 1e-6, STUDENTS, *given), test_utils=tests)
-        torch.library.opcheck(ops.pairwise_discriminator_forward, (*scores, *given), test_utils=tests)
+        pair_arguments = (*pairs, *numbers, needed)
+        torch.library.opcheck(ops.discriminator_forward, (*head, 1e-6, STUDENTS, *pair_arguments), test_utils=tests)
+        torch.library.opcheck(ops.pairwise_discriminator_forward, (*scores, *pair_arguments), test_utils=tests)
         arguments = (gradient, None, *head, saved, True, needed, needed, True)
         torch.library.opcheck(ops.discriminator_backward, arguments, test_utils=tests)
     torch.library.opcheck(ops.last_token_values_forward, (*head, 1e-6), test_utils=tests)

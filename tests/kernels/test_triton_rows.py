@@ -86,11 +86,11 @@ def compare_gradients(kernel: Tensor, eager: Tensor, exact: Tensor, targets: Ten
     if targets is not None:
         at_target.scatter_(1, targets.clamp(0, exact.shape[1] - 1).unsqueeze(1), True)
     worst = 0.0
-    for part in (at_target, ~at_target):
-        if part.any():
-            found = [t[part] for t in (kernel, eager, exact)]
-            largest = found[2].nan_to_num(0, 0, 0).abs().max().item()
-            worst = max(worst, compare("gradient", *found, floor=4e-7 * largest / max(1.0, largest)))
+    for columns in (at_target, ~at_target):
+        if columns.any():
+            selected = [t[columns] for t in (kernel, eager, exact)]
+            largest = selected[2].nan_to_num(0, 0, 0).abs().max().item()
+            worst = max(worst, compare("gradient", *selected, floor=4e-7 * largest / max(1.0, largest)))
     return worst
 
 
@@ -104,26 +104,30 @@ def check_score(setup: Setup) -> float:
     from rmsd_kernels.heads import triton_rows
 
     before = setup.logits.clone()
-    found = triton_rows.score(setup.logits, setup.inputs, setup.ref)
+    kernel = triton_rows.score(setup.logits, setup.inputs, setup.ref)
     assert torch.equal(setup.logits.nan_to_num(), before.nan_to_num()), "score writes"
     again = triton_rows.score(setup.logits, setup.inputs, setup.ref)
-    assert all(a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True))
+    assert all(
+        a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kernel, again, strict=True)
+    )
     eager = torch_rows.score(setup.logits, setup.inputs, setup.ref)
-    return compare_stats(found, eager, torch_rows.score(setup.logits.double(), double(setup.inputs), double(setup.ref)))
+    return compare_stats(
+        kernel, eager, torch_rows.score(setup.logits.double(), double(setup.inputs), double(setup.ref))
+    )
 
 
 def check_policy(setup: Setup, terms: PolicyTerms) -> float:
     from rmsd_kernels.heads import triton_rows
 
-    found, again = setup.logits.clone(), setup.logits.clone()
-    stats = triton_rows.policy_(found, setup.inputs, terms, setup.ref)
+    gradient, again = setup.logits.clone(), setup.logits.clone()
+    stats = triton_rows.policy_(gradient, setup.inputs, terms, setup.ref)
     triton_rows.policy_(again, setup.inputs, terms, setup.ref)
-    assert torch.equal(found.nan_to_num(), again.nan_to_num()), "two runs differ"
+    assert torch.equal(gradient.nan_to_num(), again.nan_to_num()), "two runs differ"
     eager, exact = setup.logits.float(), setup.logits.double()
     eager_stats = torch_rows.policy_(eager, setup.inputs, terms, in_float(setup.ref))
     exact_stats = torch_rows.policy_(exact, double(setup.inputs), double(terms), double(setup.ref))
     worst = compare_stats(stats, eager_stats, exact_stats)
-    return max(worst, compare_gradients(found, as_stored(eager, setup.dtype), exact, setup.targets))
+    return max(worst, compare_gradients(gradient, as_stored(eager, setup.dtype), exact, setup.targets))
 
 
 def check_gradient(setup: Setup, entropy: bool, full_kl: bool) -> float:
@@ -132,16 +136,16 @@ def check_gradient(setup: Setup, entropy: bool, full_kl: bool) -> float:
     exact_inputs, exact_ref = double(setup.inputs), double(setup.ref)
     exact_stats = torch_rows.score(setup.logits.double(), exact_inputs, exact_ref)
     stats = RowStats(*(t if t is None else t.float() for t in exact_stats))
-    given = [setup.normal(setup.rows), setup.normal(setup.rows) if entropy else None]
-    given += [setup.ref, setup.normal(setup.rows) if full_kl else None]
-    found, again = setup.logits.clone(), setup.logits.clone()
-    triton_rows.gradient_(found, setup.inputs, stats, *given)
-    triton_rows.gradient_(again, setup.inputs, stats, *given)
-    assert torch.equal(found.nan_to_num(), again.nan_to_num()), "two runs differ"
+    upstream = [setup.normal(setup.rows), setup.normal(setup.rows) if entropy else None]
+    upstream += [setup.ref, setup.normal(setup.rows) if full_kl else None]
+    gradient, again = setup.logits.clone(), setup.logits.clone()
+    triton_rows.gradient_(gradient, setup.inputs, stats, *upstream)
+    triton_rows.gradient_(again, setup.inputs, stats, *upstream)
+    assert torch.equal(gradient.nan_to_num(), again.nan_to_num()), "two runs differ"
     eager, exact = setup.logits.float(), setup.logits.double()
-    torch_rows.gradient_(eager, setup.inputs, stats, *given[:2], in_float(setup.ref), given[3])
-    torch_rows.gradient_(exact, exact_inputs, exact_stats, *(double(g) for g in given))
-    return compare_gradients(found, as_stored(eager, setup.dtype), exact, setup.targets)
+    torch_rows.gradient_(eager, setup.inputs, stats, *upstream[:2], in_float(setup.ref), upstream[3])
+    torch_rows.gradient_(exact, exact_inputs, exact_stats, *(double(g) for g in upstream))
+    return compare_gradients(gradient, as_stored(eager, setup.dtype), exact, setup.targets)
 
 
 def in_float(ref: RowReference | None) -> RowReference | None:
@@ -233,10 +237,10 @@ def masked_rows_and_nan(device, dtype):
     setup.logits[2, 8000] = math.inf
     setup.targets[:3] = 5
     setup.inputs = setup.inputs._replace(target_logit=setup.target_logit())
-    found = setup.logits.clone()
-    stats = triton_rows.policy_(found, setup.inputs, setup.terms(entropy_coef=0.1))
+    gradient = setup.logits.clone()
+    stats = triton_rows.policy_(gradient, setup.inputs, setup.terms(entropy_coef=0.1))
     assert stats.logp.isnan().tolist() == stats.entropy.isnan().tolist() == [True, True, True, False]
-    assert found.isnan().all(dim=1).tolist() == [True, True, True, False]
+    assert gradient.isnan().all(dim=1).tolist() == [True, True, True, False]
     for kind in ("forward_kl", "reverse_kl", "jsd", "skew_kl"):
         value = triton_rows.divergence_(setup.logits, setup.logits.flip(0), None, kind, None, None)
         assert value.isnan().all(), kind
@@ -273,12 +277,14 @@ def strided_rows(device, dtype):
     wide[:, :VOCAB] = setup.logits
     terms, whole = setup.terms(entropy_coef=0.1), setup.logits.clone()
     expected = triton_rows.policy_(whole, setup.inputs, terms)
-    found = triton_rows.policy_(wide[:, :VOCAB], setup.inputs, terms)
-    assert torch.equal(found.logp, expected.logp) and torch.equal(wide[:, :VOCAB], whole)
+    stats = triton_rows.policy_(wide[:, :VOCAB], setup.inputs, terms)
+    assert torch.equal(stats.logp, expected.logp) and torch.equal(wide[:, :VOCAB], whole)
     assert bool((wide[:, VOCAB:] == 7).all())
     # One temperature for all rows, as a view.
-    one = torch.tensor(0.7, device=device)
-    for_all, per_row = (setup.inputs._replace(temperature=t) for t in (one.expand(ROWS), one.repeat(ROWS)))
+    temperature = torch.tensor(0.7, device=device)
+    for_all, per_row = (
+        setup.inputs._replace(temperature=t) for t in (temperature.expand(ROWS), temperature.repeat(ROWS))
+    )
     assert torch.equal(triton_rows.score(whole, for_all).logp, triton_rows.score(whole, per_row).logp)
     return 0.0
 
@@ -358,12 +364,12 @@ def target_logit_of_rows(device, dtype):
     for dim in (7, 1024, 2560):
         hidden, weight = (torch.randn(n, dim + 3, generator=generator).to(device, dtype)[:, :dim] for n in (6, 11))
         targets = torch.tensor([0, 10, 5, -100, 11, 1 << 40], device=device)
-        found = triton_rows.target_logit(hidden, weight, targets)
+        kernel = triton_rows.target_logit(hidden, weight, targets)
         eager = torch_rows.target_logit(hidden, weight, targets)
         exact = torch_rows.target_logit(hidden.double(), weight.double(), targets)
-        worst = max(worst, compare("target_logit", found, eager, exact))
+        worst = max(worst, compare("target_logit", kernel, eager, exact))
         turned = weight.t().contiguous().t()
-        assert torch.equal(triton_rows.target_logit(hidden, turned, targets), found)
+        assert torch.equal(triton_rows.target_logit(hidden, turned, targets), kernel)
     return worst
 
 
@@ -373,11 +379,11 @@ def results_go_where_they_are_wanted(device, dtype):
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype).with_reference()
-    room = torch.full((4, ROWS + 2), 7.0, device=device)
-    out = RowStats(*room[:, 1:-1])
+    buffer = torch.full((4, ROWS + 2), 7.0, device=device)
+    out = RowStats(*buffer[:, 1:-1])
     expected = triton_rows.score(setup.logits, setup.inputs, setup.ref)
     triton_rows.score(setup.logits, setup.inputs, setup.ref, out=out)
-    assert torch.equal(room[:, 1:-1], torch.stack(expected)) and bool((room[:, [0, -1]] == 7).all())
+    assert torch.equal(buffer[:, 1:-1], torch.stack(expected)) and bool((buffer[:, [0, -1]] == 7).all())
     gaps = RowStats(*(torch.zeros(2 * ROWS, device=device)[::2] for _ in range(4)))
     with pytest.raises(ValueError, match=r"out.logp: expected a contiguous vector"):
         triton_rows.score(setup.logits, setup.inputs, setup.ref, out=gaps)
@@ -392,9 +398,9 @@ def policy_k3_beyond_exp(device, dtype):
     setup = Setup(device, torch.float32, vocab=50, rows=1)
     zero = torch.zeros(1, device=device)
     terms = setup.terms(advantage=zero, scale=zero + 1, kl_loss="k3", kl_coef=0.5, ref_logp=zero + 95.0)
-    found = setup.logits.clone()
-    logp = triton_rows.policy_(found, setup.inputs, terms).logp
-    assert found[0, setup.targets[0]].item() == pytest.approx(0.5 * (1 - math.exp(logp.item())), rel=1e-5)
+    gradient = setup.logits.clone()
+    logp = triton_rows.policy_(gradient, setup.inputs, terms).logp
+    assert gradient[0, setup.targets[0]].item() == pytest.approx(0.5 * (1 - math.exp(logp.item())), rel=1e-5)
     return 0.0
 
 
@@ -424,19 +430,19 @@ def divergences(device, dtype):
                 teacher[0, 7:20] = -math.inf
             temperature = setup.uniform(0.5, 2.0) if tempered else None
             scale = setup.uniform()
-            found, eager, exact = setup.logits.clone(), setup.logits.float(), setup.logits.double()
-            only_read = triton_rows.divergence_(found, teacher, temperature, kind, alpha, None)
-            assert torch.equal(found, setup.logits)
-            value = triton_rows.divergence_(found, teacher, temperature, kind, alpha, scale)
+            gradient, eager, exact = setup.logits.clone(), setup.logits.float(), setup.logits.double()
+            only_read = triton_rows.divergence_(gradient, teacher, temperature, kind, alpha, None)
+            assert torch.equal(gradient, setup.logits)
+            value = triton_rows.divergence_(gradient, teacher, temperature, kind, alpha, scale)
             assert torch.equal(value, only_read)
             again = setup.logits.clone()
             triton_rows.divergence_(again, teacher, temperature, kind, alpha, scale)
-            assert torch.equal(found, again)
+            assert torch.equal(gradient, again)
             eager_value = torch_rows.divergence_(eager, teacher.float(), temperature, kind, alpha, scale)
             doubles = (double(temperature), kind, alpha, double(scale))
             exact_value = torch_rows.divergence_(exact, teacher.double(), *doubles)
             worst.append(compare(f"{kind} value", value, eager_value, exact_value))
-            worst.append(compare_gradients(found, as_stored(eager, dtype), exact))
+            worst.append(compare_gradients(gradient, as_stored(eager, dtype), exact))
     return max(worst)
 
 

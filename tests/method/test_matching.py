@@ -48,12 +48,12 @@ def test_all_zero_where_nothing_is_kept():
 
 
 def test_dtype_follows_quality():
-    for given, expected in (
+    for quality_dtype, expected in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        p = matching_probabilities(torch.ones(3, dtype=given), closed_ended=True, min_quality=0.3)
+        p = matching_probabilities(torch.ones(3, dtype=quality_dtype), closed_ended=True, min_quality=0.3)
         assert p.dtype == expected
         sample_matches(p, 2, seed=0, step=0, question_id="q")
 

@@ -258,14 +258,14 @@ CASES = [
 
 @pytest.mark.parametrize(("task", "options", "body", "text"), CASES)
 def test_an_answer_is_read_as_a_careful_reader_would(task, options, body, text):
-    found = canonical_response(text, task, options=options, finish_reason="stop")
+    canonical = canonical_response(text, task, options=options, finish_reason="stop")
     if body is None:
-        assert found is None
+        assert canonical is None
         assert invalid_reason(text, task, options=options, finish_reason="stop") in REASONS
         return
-    assert found.endswith(f"</think><answer>{body}</answer>")
-    assert parse_answer(found, task, options) is not None
-    assert canonical_response(found, task, options=options) == found
+    assert canonical.endswith(f"</think><answer>{body}</answer>")
+    assert parse_answer(canonical, task, options) is not None
+    assert canonical_response(canonical, task, options=options) == canonical
     assert invalid_reason(text, task, options=options, finish_reason="stop") is None
 
 
@@ -278,13 +278,13 @@ def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
     """Rows with `refuse` give no answer, or two. Other rows that are not right give a clear, wrong answer."""
     rows, read_rightly = answers(), 0
     for row in rows:
-        given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
-        text = canonical_response(row["text"], row["task_type"], **given)
+        arguments = {"options": row["options"], "finish_reason": row.get("finish_reason")}
+        text = canonical_response(row["text"], row["task_type"], **arguments)
         quality = 0.0
         if text is not None:
             quality = quality_score(text, row["task_type"], row["answer"], options=row["options"])
             assert canonical_response(text, row["task_type"], options=row["options"]) == text
-        assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
+        assert (text is None) == (invalid_reason(row["text"], row["task_type"], **arguments) is not None)
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
         read_rightly += row["right"] and quality > 0.999
@@ -323,8 +323,8 @@ def test_no_right_answer_stands_against_a_second_one():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
-        given = {"options": options, "finish_reason": row.get("finish_reason")}
-        text = canonical_response(row["text"], task, **given)
+        arguments = {"options": options, "finish_reason": row.get("finish_reason")}
+        text = canonical_response(row["text"], task, **arguments)
         # After a sentence that only describes, a bare answer is the answer, not a second one.
         alone = "<answer>" in row["text"].lower() or "answer is" in row["text"].lower()
         if not row["right"] or task in ("ocr", "open") or text is None:
@@ -333,7 +333,7 @@ def test_no_right_answer_stands_against_a_second_one():
         other = another(answer, task)
         if alone and not row["text"].rstrip().endswith("|>"):
             for tail in CONTRADICTIONS[task]:
-                assert canonical_response(row["text"] + tail.format(other), task, **given) is None, (row, tail)
+                assert canonical_response(row["text"] + tail.format(other), task, **arguments) is None, (row, tail)
                 checked += 1
         for form in DISTORTIONS[task]:
             distorted = form.format(answer, other)
@@ -476,10 +476,10 @@ def test_no_right_answer_is_read_where_it_is_denied_doubted_measured_or_correcte
     checked, misread = 0, []
     for body, other in RIGHT_BODIES[task]:
         options = None if task != "mcq" else ["Yes", "No"] if body in ("Yes", "No") else DRINKS
-        given = {"options": options, "finish_reason": "stop"}
-        right = answer_body(canonical_response(f"<think>a</think><answer>{body}</answer>", task, **given)).strip()
+        arguments = {"options": options, "finish_reason": "stop"}
+        right = answer_body(canonical_response(f"<think>a</think><answer>{body}</answer>", task, **arguments)).strip()
         for text in changed_texts(task, body, other):
-            read = canonical_response(text, task, **given)
+            read = canonical_response(text, task, **arguments)
             misread += [text] if read is not None and answer_body(read).strip() == right else []
             checked += 1
     assert not misread, misread

@@ -155,7 +155,7 @@ def test_an_invalid_response_scores_zero():
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "value"),
+    ("task", "answer", "value"),
     [
         ("numeric", 3, 3.0),
         ("numeric", 1e-7, 1e-7),
@@ -165,12 +165,12 @@ def test_an_invalid_response_scores_zero():
         ("mcq", "(b)", "B"),
     ],
 )
-def test_ground_truths_may_be_numbers_and_lists(task, given, value):
-    assert parse_ground_truth(given, task) == value
+def test_ground_truths_may_be_numbers_and_lists(task, answer, value):
+    assert parse_ground_truth(answer, task) == value
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "error", "message"),
+    ("task", "answer", "error", "message"),
     [
         ("mcq", "cat", ValueError, "one option letter.*got 'cat'"),
         ("mcq", "E", ValueError, "among ABC.*got 'E'"),
@@ -186,15 +186,15 @@ def test_ground_truths_may_be_numbers_and_lists(task, given, value):
         ("open", "x", ValueError, "expected a closed task"),
     ],
 )
-def test_damaged_ground_truth_says_what_was_expected(task, given, error, message):
+def test_damaged_ground_truth_says_what_was_expected(task, answer, error, message):
     options = ["x", "y", "z"] if task == "mcq" else None
     with pytest.raises(error, match=message):
-        parse_ground_truth(given, task, options)
+        parse_ground_truth(answer, task, options)
     if task != "open":
         # Reported whether or not the response is valid.
         for text in ("garbage", "<think>t</think><answer>A</answer>"):
             with pytest.raises(error, match=message):
-                quality_score(text, task, given, options=options)
+                quality_score(text, task, answer, options=options)
 
 
 @pytest.mark.parametrize(

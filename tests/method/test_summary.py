@@ -21,8 +21,8 @@ NATURAL = ["It is white.\n\nB. milk", "The answer is A.", "<think>w</think><answ
 
 
 def mcq(identity: str, **fields) -> Question:
-    given = {"videos": ("/v.mp4",), "options": DRINKS, "answer": "B"} | fields
-    return Question(identity, "What is poured?", "mcq", **given)
+    values = {"videos": ("/v.mp4",), "options": DRINKS, "answer": "B"} | fields
+    return Question(identity, "What is poured?", "mcq", **values)
 
 
 def described(texts: list[str], questions=None, unanswered=(), others=(), **teacher):

@@ -113,7 +113,7 @@ def test_partial_runs(run: Path, missing: str) -> None:
         "metrics.jsonl": "No training step has been logged",
         "evaluation.json": "has not been evaluated",
         "samples.jsonl": "No answers were kept",
-        "teacher.json": "No statistics of the teacher pool",
+        "teacher.json": "no statistics of the teacher pool",
     }
     assert said.get(missing, "quickstart") in page.text
     assert ("Stage 2: adversarial" in page.text) == (missing not in ("distill", "metrics.jsonl"))
@@ -241,8 +241,8 @@ def test_films_are_evenly_spaced_frames(material) -> None:
     [
         ('{"stage": "sft", "step"', "expected a JSON object"),
         ("[1, 2]", "expected a JSON object, got list"),
-        ('{"stage": "sft"}', "a whole number 'step', got 'sft' and None"),
-        ('{"step": 3, "loss": 1.0}', "a text 'stage'"),
+        ('{"stage": "sft"}', "an integer 'step', got 'sft' and None"),
+        ('{"step": 3, "loss": 1.0}', "a string 'stage'"),
         ('{"stage": "sft", "step": true}', "got 'sft' and True"),
     ],
 )
@@ -300,7 +300,7 @@ def test_folders_that_are_no_run(tmp_path: Path, capsys) -> None:
     for target in (tmp_path, tmp_path / "nothing"):
         assert main([str(target)]) == 2
     err = capsys.readouterr().err
-    assert "not a run: it has no config.yaml" in err and "found nothing" in err
+    assert "a run folder with a config.yaml, got none" in err and "got no such folder" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -332,7 +332,7 @@ def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
         assert words in texts, words
     assert "prefers-color-scheme: dark" in path.read_text()
     assert not (run / "report.html").exists()
-    with pytest.raises(ReportError, match=r"nothing to draw"):
+    with pytest.raises(ReportError, match="evaluate the run first"):
         write_picture(bare, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 

@@ -267,7 +267,7 @@ def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, materi
     targets = state.targets[question.id]
     assert targets.quality[:2].tolist() == [0, 0] and targets.p[:2].tolist() == [0, 0]
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
-    assert "1 answer left out: the response does not fit micro_tokens" in caplog.text
+    assert "1 answer left out: prompt and response together do not fit" in caplog.text
     assert "1 answer left out: the text contains a special token" in caplog.text
     # Where hardly any fits the settings are wrong, not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
