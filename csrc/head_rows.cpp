@@ -1,14 +1,14 @@
-// Rows of a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any mix of them.
+// Rows of a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any linear
+// combination of them.
 //
-//   z_v = cap(logit_v + bias_v) / temperature    cap(x) = softcap * tanh(x / softcap)    (bias, softcap, temperature
-//   are optional)
+//   z_v = cap(logit_v + bias_v) / temperature    cap(x) = softcap * tanh(x / softcap)
 //   lse = log sum exp z    log p_v = z_v - lse    logp = min(log p_y, 0)    H = -sum p log p    KL = sum p (log p - log
 //   r)
 //
-// The logit of the target y is target_logit. The first pass computes the statistics, the second one writes the gradient
-// in place. A row of 151936 columns (608 KB in float32) stays in the L2 cache between them, so memory is read once and
-// written once. The first pass sums exp(z - base) for a running maximum `base`, in float32 within a piece and in double
-// across pieces.
+// Bias, softcap and temperature are optional. The logit of the target y is target_logit. The first pass computes the
+// statistics, the second one writes the gradient in place. A row of 151936 columns (608 KB in float32) stays in the L2
+// cache between them, so memory is read once and written once. The first pass sums exp(z - base) for a running maximum
+// `base`, in float32 within a piece and in double across pieces.
 
 #include "head_rows.h"
 

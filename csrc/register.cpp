@@ -45,7 +45,7 @@ int64_t cpu_level(int64_t limit) { return rmsd::limit_cpu_level(static_cast<int>
 
 }  // namespace
 
-// The arguments up to ref_logp define z of the logits and of the reference's logits; see head_rows.h.
+// The arguments up to ref_logp define how z is computed from the logits, and from the reference's; see head_rows.h.
 #define HEAD_ARGUMENTS                                                                                        \
   " logits, Tensor targets, Tensor target_logit, Tensor? bias, Tensor? temperature, float? softcap, Tensor? " \
   "ref_logits, "                                                                                              \

@@ -25,7 +25,8 @@ constexpr int64_t kGrain = 64 * 1024;  // with fewer logits per task, threads co
 
 inline int64_t rows_per_task(int64_t vocab) { return std::max<int64_t>(1, kGrain / vocab); }
 
-// Prefetches the block after the one at x. The hardware prefetcher stops at each page and is too slow for these loops.
+// Prefetches the block after the one at x. The hardware prefetcher stops at each page, and does not read far enough
+// ahead in these slow loops.
 template <typename T>
 void prefetch_next_block(const T* x, int64_t n) {
   const char* next = reinterpret_cast<const char*>(x + n);

@@ -76,7 +76,7 @@ def test_another_head_in_another_dtype(case, impl, budget):
         assert torch.allclose(a, b, rtol=0.05, atol=0.02)
 
 
-def test_another_head_in_float16_beside_bfloat16_is_refused():
+def test_a_float16_head_with_a_bfloat16_student_is_refused():
     x = Inputs(torch.bfloat16)
     with pytest.raises(TypeError, match="ref_hidden: expected torch.bfloat16, float32 or bfloat16, got torch.float16"):
         CASES["policy_full"](_with(x, ref_hidden=x.ref_hidden.half(), ref_weight=x.ref_weight.half()))
@@ -154,7 +154,7 @@ def test_second_derivatives_are_refused(case, frozen, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_reaches_an_ignored_row_has_no_effect(frozen, impl):
+def test_the_upstream_gradient_of_an_ignored_row_has_no_effect(frozen, impl):
     x = Inputs(torch.float32)
     x.hidden.requires_grad_()
     logp = losses.linear_logprob(x.hidden, x.weight.requires_grad_(not frozen), x.targets, impl=impl)
@@ -177,7 +177,7 @@ def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", ["cross_entropy_plain", "policy_k3", "jsd"])
-def test_an_undefined_gradient_of_the_loss_gives_none_and_uses_nothing_up(case, impl):
+def test_an_undefined_gradient_of_the_loss_gives_none_and_consumes_nothing(case, impl):
     x = Inputs(torch.float32)
     x.hidden.requires_grad_(), x.weight.requires_grad_()
     loss = CASES[case](x, impl=impl)[0]
@@ -217,7 +217,7 @@ def test_two_losses_on_one_head_add_up(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiled_for_all_lengths_at_the_second(impl):
+def test_the_second_length_compiles_for_all_lengths(impl):
     """dynamic=True is not used: it turns floats into symbols too, on which torch 2.13 fails in autograd functions."""
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -145,7 +145,7 @@ def test_results_are_float32(dtype, head):
 
 
 @pytest.mark.parametrize("impl", ["triton", "native", "fastest", None])
-def test_an_implementation_that_is_not_there_is_refused(impl, head):
+def test_a_missing_implementation_is_refused(impl, head):
     scores, index = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     calls = [
         lambda: losses.linear_logprob(*head, impl=impl),

@@ -154,7 +154,7 @@ def test_nothing_beyond_the_frames_is_read(level):
         del last, frame
 
 
-def test_out_is_written_in_place_and_nothing_beside_it(level):
+def test_out_is_written_in_place_and_nothing_next_to_it(level):
     """Use slices of one buffer, like those of a memory map."""
     buffer = torch.full((5, 3, 30, 50), 9, dtype=torch.uint8)
     frames = noise(3, 3, 45, 71)

@@ -46,7 +46,7 @@ def test_logprob_and_entropy_gradients():
     assert gradcheck(function, (hidden, weight, bias))
 
 
-def test_ignored_rows_hold_anything():
+def test_ignored_rows_may_contain_anything():
     hidden, weight, targets = tensors()
     clean = linear_cross_entropy(hidden, weight, targets)
     clean_gradient = torch.autograd.grad(clean, (hidden, weight))
@@ -60,7 +60,7 @@ def test_ignored_rows_hold_anything():
     assert (gradient[0][IGNORED] == 0).all()
 
 
-def test_a_target_out_of_range_gives_nan_and_never_reads_elsewhere():
+def test_a_target_out_of_range_gives_nan_and_reads_nothing_out_of_bounds():
     hidden, weight, targets = tensors()
     targets[0], targets[1] = V, -1
     logp = linear_logprob(hidden, weight, targets)

@@ -189,7 +189,7 @@ def test_16_bit_error_of_kernels_that_round_both_parts(prefixes, responses, devi
 
 
 @pytest.mark.cuda
-def test_cuda_calls_by_a_plan_at_hand_use_no_synchronising_op_of_torch():
+def test_cuda_calls_with_an_existing_plan_do_not_synchronise():
     plan = SharedPrefixPlan.from_lengths(*ROWS["uneven groups"], device="cuda")
     inputs = random_rows(plan, size=64, dtype=torch.bfloat16)
     shared_prefix_attention(*inputs, plan).sum().backward()

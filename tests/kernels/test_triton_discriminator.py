@@ -224,7 +224,7 @@ def every_row_is_written(device, dtype):
 
 
 @case
-def what_nobody_differentiates(device, dtype):
+def outputs_without_a_gradient(device, dtype):
     """accuracy, margin and scores are constants; a loss whose gradient is undefined gives none."""
     from rmsd_kernels.discriminator import triton_loss
 

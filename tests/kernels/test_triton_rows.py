@@ -374,7 +374,7 @@ def target_logit_of_rows(device, dtype):
 
 
 @case
-def results_go_where_they_are_wanted(device, dtype):
+def results_are_written_to_out(device, dtype):
     """`out` may be slices of a longer tensor; the elements next to them do not change."""
     from rmsd_kernels.heads import triton_rows
 

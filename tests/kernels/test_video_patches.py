@@ -144,7 +144,7 @@ def test_patch_order_and_values_by_hand(impl):
         assert got[n, k].item() == pytest.approx((pixel / 255 - mean[c]) / std[c], abs=1e-6), (n, k)
 
 
-def test_auto_takes_the_torch_form_where_nothing_was_built(monkeypatch):
+def test_auto_uses_the_torch_form_if_nothing_was_built(monkeypatch):
     frames = noise(2, 3, 40, 50)
     expected = resize_frames(frames, height=24, width=32), video_patches(frames, height=32, width=64, **HALF)
     monkeypatch.setattr("rmsd_kernels.native.why_not", lambda: "taken away by this test")

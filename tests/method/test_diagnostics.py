@@ -192,7 +192,7 @@ def test_floors():
     assert floors["open"][0] == 1.0
 
 
-def test_floors_of_graded_tasks_use_answers_that_nobody_has():
+def test_floors_of_graded_tasks_use_answers_that_no_question_has():
     temporal = [question("a", "temporal", "0 to 6"), question("b", "temporal", "4 to 10")]
     # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid "0 to 8"
     # has 6/8 and 4/10 -> 0.575, "2 to 8" 4/8 and 4/8, so nothing beats 0.6.

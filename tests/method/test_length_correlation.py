@@ -29,7 +29,7 @@ def test_one_question_by_hand():
     assert correlation(([10, 20, 30], [5.0, 3.0, 1.0])) == pytest.approx(-1)
 
 
-def test_a_question_with_long_answers_and_high_scores_is_no_length_bias():
+def test_a_question_with_long_answers_and_high_scores_is_not_length_bias():
     # +20 within the first question, -20 within the second; all six responses together have a correlation of 0.97.
     short, long = ([10, 20, 30], [1.0, 2.0, 3.0]), ([110, 120, 130], [13.0, 12.0, 11.0])
     assert correlation(short, long) == pytest.approx(0, abs=1e-12)
@@ -39,7 +39,7 @@ def test_a_question_with_long_answers_and_high_scores_is_no_length_bias():
     assert correlation(short, ([110, 120, 130], [11.0, 12.0, 13.0])) == pytest.approx(1)
 
 
-def test_what_does_not_differ_within_a_question_adds_nothing():
+def test_constant_values_within_a_question_add_nothing():
     whole = ([10, 20, 30], [0.0, 1.0, 5.0])
     one = correlation(whole)
     # A single response; equal lengths with different scores only affect the variance of the scores.

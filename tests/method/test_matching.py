@@ -40,7 +40,7 @@ def test_the_threshold_itself_is_kept_in_any_dtype():
             assert matching_probabilities(quality, closed_ended=True, min_quality=tau).tolist() == [1.0, 0.0]
 
 
-def test_all_zero_where_nothing_is_kept():
+def test_all_zero_if_nothing_is_kept():
     assert probabilities([0.1, 0.2]) == [0.0, 0.0]
     assert probabilities([0.1, 0.2], closed=False) == [0.0, 0.0]
     assert probabilities([0.0, 0.0], tau=0.0) == [0.0, 0.0]

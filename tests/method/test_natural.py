@@ -274,7 +274,7 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
+def test_nearly_all_right_answers_are_read_and_no_wrong_one_is_read_as_right():
     """Rows with `refuse` give no answer, or two. Other rows that are not right give a clear, wrong answer."""
     rows, read_rightly = answers(), 0
     for row in rows:
@@ -319,7 +319,7 @@ def another(answer: str, task: str) -> str:
     )()
 
 
-def test_no_right_answer_stands_against_a_second_one():
+def test_no_right_answer_is_read_next_to_a_second_one():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
@@ -472,7 +472,7 @@ def changed_texts(task: str, body: str, other: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", RIGHT_BODIES)
-def test_no_right_answer_is_read_where_it_is_denied_doubted_measured_or_corrected(task):
+def test_no_right_answer_is_read_if_it_is_denied_doubted_or_corrected(task):
     checked, misread = 0, []
     for body, other in RIGHT_BODIES[task]:
         options = None if task != "mcq" else ["Yes", "No"] if body in ("Yes", "No") else DRINKS
@@ -624,7 +624,7 @@ def test_a_text_that_is_in_order_stays_as_it_was_sent(text):
 
 
 @pytest.mark.parametrize("text", DESCRIPTIONS)
-def test_a_description_that_speaks_of_what_cannot_be_seen_is_no_refusal(text):
+def test_a_description_of_something_unseen_is_not_a_refusal(text):
     for response in (text, f"<think>a</think><answer>{text}</answer>"):
         assert answer_body(canonical_response(response, "open", finish_reason="stop")) == text
 
@@ -652,7 +652,7 @@ def test_a_measure_that_is_named_before_an_answer_counts(text, task, body):
     assert (None if read is None else answer_body(read)) == body
 
 
-def test_no_response_that_is_valid_as_sent_loses_by_being_read():
+def test_natural_parsing_lowers_no_response_that_is_valid_as_sent():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
@@ -665,7 +665,7 @@ def test_no_response_that_is_valid_as_sent_loses_by_being_read():
     assert checked > 200
 
 
-def test_reasons_behind_the_answer_are_its_reasoning():
+def test_reasons_after_the_answer_are_its_reasoning():
     for text in (
         "The answer is **B**.\n\nExplanation: The liquid is white.",
         "<answer>B</answer>\nThe liquid is white.",
@@ -696,7 +696,7 @@ def test_any_run_of_marks_and_words_around_a_text_is_read_or_refused():
         assert (read is None) == (invalid_reason(text, "ocr", finish_reason="stop") is not None), text
 
 
-def test_json_may_stand_in_a_text():
+def test_json_may_be_part_of_a_text():
     text = 'Here is the box:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nThe dog is brown.'
     assert canonical_response(text, "spatial") == "<think>Here is the box:</think><answer>1,2,30,40</answer>"
     text = '{"answer": "B"}\n\nNo, C.'
@@ -708,7 +708,7 @@ def test_a_response_in_order_stays_as_it_is():
     assert canonical_response(text, "mcq", options=DRINKS) == text
 
 
-def test_the_reasoning_is_what_stands_before_the_answer():
+def test_the_reasoning_is_the_text_before_the_answer():
     text = "It is white. The answer is B. milk"
     assert canonical_response(text, "mcq", options=DRINKS) == "<think>It is white.</think><answer>B</answer>"
     text = "White.</think>\n\nSo it is:\n<answer>(B) milk</answer> Sure."
@@ -745,7 +745,7 @@ def test_reasons(text, task, finish_reason, reason):
     assert canonical_response(text, task, options=options, finish_reason=finish_reason) is None
 
 
-def test_an_answer_without_its_closing_tag_counts_where_the_server_says_that_it_is_whole():
+def test_an_answer_without_closing_tag_counts_if_the_server_says_it_is_complete():
     assert canonical_response("<think>a</think><answer>12", "numeric", finish_reason="stop").endswith(">12</answer>")
     assert canonical_response("<think>a</think><answer>B", "mcq", options=DRINKS).endswith(">B</answer>")
 

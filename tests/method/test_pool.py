@@ -81,7 +81,7 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_a_question_file_is_no_pool(tmp_path):
+def test_a_question_file_is_not_a_pool(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
     with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text$"):
         load_pool(tmp_path / "p.jsonl")

@@ -98,7 +98,7 @@ def test_best_of_four_beats_one_response(questions):
     assert sum(row[0] for row in closed) / len(closed) < 0.75
 
 
-def test_the_same_whatever_k_order_and_company(questions):
+def test_independent_of_k_order_and_other_questions(questions):
     few = questions[:12]
     whole = by_id(simulate_teacher(few, k=4, seed=3, error_rate=0.5))
     assert by_id(simulate_teacher(few[::-1], k=4, seed=3, error_rate=0.5)) == whole
@@ -174,7 +174,7 @@ def real(clip, task, answer, **fields):
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1.0])
-def test_questions_that_nobody_made(clip, rate):
+def test_questions_without_generated_content(clip, rate):
     """Questions without generated content, some of which hardly allow wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),

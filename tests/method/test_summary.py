@@ -87,7 +87,7 @@ def test_the_end_of_an_answer_that_is_not_known_is_said():
     assert warning.startswith("finish_reason of 3 answers is not known ('odd' 2, 'x' 1)")
 
 
-def test_a_task_of_which_nothing_is_valid_is_a_warning():
+def test_a_task_without_valid_answers_is_a_warning():
     """Spatial questions without a valid answer, among mcq questions that are all answered correctly."""
     boxes = [Question(f"s{i}", "Where?", "spatial", videos=("/v.mp4",), answer="1,2,3,4") for i in range(3)]
     count = Question("n", "How many?", "numeric", videos=("/v.mp4",), answer="7")
@@ -108,7 +108,7 @@ def test_answers_without_reasoning_are_a_warning():
     assert described(["B. milk\n\nIt is white.", "<think>w</think><answer>B</answer>"]).warnings == []
 
 
-def test_few_valid_answers_are_a_warning_and_next_to_none_a_fault():
+def test_few_valid_answers_are_a_warning_and_almost_none_an_error():
     (warning,) = described(NATURAL, parse="strict").warnings
     assert warning == (
         "only 25% of the teacher's mcq answers are valid (format 3); teacher.parse=natural reads answers in other forms"
@@ -148,7 +148,7 @@ def test_ids_by_position_are_counted():
     assert "position" not in describe_questions([mcq("a")], []).text()
 
 
-def test_what_is_probably_not_meant_is_a_warning():
+def test_probable_mistakes_are_warnings():
     long = "A man walks to the door."
     (warning,) = describe_questions([opened("a", long), opened("b", long)], []).warnings
     assert "every question is `open`" in warning and "data.task_type" not in warning

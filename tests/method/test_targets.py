@@ -59,7 +59,7 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
-def test_a_text_that_may_not_enter_a_model_is_never_matched():
+def test_a_text_that_a_model_cannot_take_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
     for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
         t = targets([answer("x<bad>")], open_question, **settings)

@@ -19,7 +19,8 @@ from ..ops import accumulation_dtype
 class DiscriminatorLoss(NamedTuple):
     """Result of pairwise_discriminator_loss.
 
-    loss is a scalar with a gradient. accuracy and margin are detached scalars, weighted by pair_weight; 0 without pairs
+    loss is a scalar with a gradient. accuracy and margin are detached scalars, weighted by pair_weight; without pairs
+    they are 0.
     """
 
     loss: Tensor
@@ -66,7 +67,10 @@ def pairwise_discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorLoss:
-    """sum(pair_weight * quality * softplus(S - T)) / normalizer + score_l2 * mean square. See the public function."""
+    """Return sum(pair_weight * quality * softplus(S - T)) / normalizer + score_l2 * mean square.
+
+    See the public function.
+    """
     dtype = accumulation_dtype(student_scores)
     student, teacher = student_scores.to(dtype), teacher_scores.to(dtype)
     margin = teacher[teacher_index] - student[student_index]
@@ -98,7 +102,7 @@ def discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorOutput:
-    """last_token_values of all responses, then pairwise_discriminator_loss. See the public function."""
+    """Apply last_token_values to all responses, then pairwise_discriminator_loss. See the public function."""
     scores = last_token_values(hidden, last_index, head, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps)
     result = pairwise_discriminator_loss(
         scores[:num_students],

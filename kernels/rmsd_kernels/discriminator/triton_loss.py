@@ -58,7 +58,7 @@ def last_token_values(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """reference.last_token_values, [B] float32."""
+    """Compute reference.last_token_values, [B], float32."""
     return _LastTokenValues.apply(hidden, last_index, weight, bias, norm_weight, float(norm_eps))
 
 
@@ -74,7 +74,7 @@ def pairwise_discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorLoss:
-    """reference.pairwise_discriminator_loss, float32 scalars."""
+    """Compute reference.pairwise_discriminator_loss, float32 scalars."""
     numbers = (*_number(normalizer), *_number(l2_normalizer))
     pairs = (student_index, teacher_index, quality, pair_weight, float(score_l2), *numbers)
     return DiscriminatorLoss(*_Pairwise.apply(student_scores, teacher_scores, *pairs))
@@ -97,7 +97,7 @@ def discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorOutput:
-    """reference.discriminator_loss, float32."""
+    """Compute reference.discriminator_loss in float32."""
     numbers = (*_number(normalizer), *_number(l2_normalizer))
     pairs = (student_index, teacher_index, quality, pair_weight, float(score_l2), *numbers)
     head_arguments = (hidden, last_index, head, bias, norm_weight, float(norm_eps))

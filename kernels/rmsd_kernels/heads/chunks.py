@@ -99,7 +99,7 @@ class Loop(ExitStack):
 
 
 class Gradients:
-    """d_hidden, d_weight and d_bias, summed over chunks; empty where not needed."""
+    """d_hidden, d_weight and d_bias, summed over chunks. Gradients that are not needed are empty."""
 
     def __init__(self, loop: Loop, needs: Needs) -> None:
         self.loop, self.needs = loop, needs

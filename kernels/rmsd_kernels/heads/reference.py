@@ -33,7 +33,7 @@ def linear_logprob(
     ignore_index: int | None = -100,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log pi(target) [T], and optionally the entropy of pi [T]; ignored rows give 0. See the public function."""
+    """Return log pi(target) [T], and optionally the entropy of pi [T]; ignored rows give 0. See the public function."""
     keep = _scored_rows(targets, ignore_index)
     scores = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, return_entropy)
     zeros = torch.zeros(targets.shape, dtype=scores.logp.dtype, device=hidden.device)
@@ -53,7 +53,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Sum of token_weights * -log pi(target) over the scored rows / normalizer. See the public function."""
+    """Return the sum of token_weights * -log pi(target) over scored rows / normalizer. See the public function."""
     if token_weights is not None and ignore_index is not None:
         targets = torch.where(token_weights == 0, ignore_index, targets)
     keep = _scored_rows(targets, ignore_index)
@@ -90,7 +90,7 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped policy-gradient loss with a KL and an entropy term, from hidden states. See the public function."""
+    """Compute the clipped policy-gradient loss with a KL and an entropy term. See the public function."""
     settings = PolicySettings.of(
         kl=kl,
         kl_coef=kl_coef,
@@ -137,7 +137,7 @@ def linear_divergence(
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Sum of token_weights * divergence(teacher, student) over rows / normalizer. See the public function."""
+    """Return the sum of token_weights * divergence over rows / normalizer. See the public function."""
     all_rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     keep = torch.nonzero(all_rows if token_weights is None else token_weights != 0).flatten()
     teacher = teacher_hidden if teacher_hidden is not None else teacher_logits

@@ -68,7 +68,7 @@ class PolicyTerms(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """Flags for the gradients that are needed."""
 
     hidden: bool
     weight: bool

@@ -1,8 +1,8 @@
 """Divergences between rows of logits in Triton: `divergence_` of `torch_rows` for CUDA tensors.
 
-One program processes one row of the student and of the teacher. It reads both rows twice, and a third time if it writes
-the gradient. With b bytes per logit, 2bV bytes come from memory, and the repeated reads from cache as long as it holds
-both rows; a gradient adds bV bytes of writes. Logarithms are to base 2 until a result is stored.
+One program processes one row of student logits and of teacher logits. It reads both rows twice, and a third time if it
+writes the gradient. With b bytes per logit, 2bV bytes come from memory, and the repeated reads come from the cache as
+long as it holds both rows. A gradient adds bV bytes of writes. Logarithms are to base 2 until a result is stored.
 """
 
 import math

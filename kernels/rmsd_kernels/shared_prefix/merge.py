@@ -9,7 +9,7 @@ from ..implementations import can_run_triton
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Merge attention over two sets of keys into out and lse, in place. The content of `other` is lost.
+    """Merge attention over two sets of keys into out and lse, in place. `other` may be overwritten.
 
     Args:
         out: attention over the first set of keys, [R, H, d].

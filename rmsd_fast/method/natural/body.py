@@ -19,7 +19,7 @@ MOST_CHARACTERS = 2_000
 
 _THING = rf"(?:{THING}|it)"
 _ARTICLE = r"(?:so\s+)?(?:(?:the|this|that|its|a|on-?screen)\s+)?"
-# A sentence about a text, up to the start of the text. Note that "says" may also introduce speech.
+# A sentence about a text, up to the start of the text. The word "says" may also introduce speech.
 _SAYS = re.compile(
     rf"{_ARTICLE}(?:[\w-]+\s+){{0,4}}?{_THING}\s+(?:[\w-]+\s+){{0,6}}?"
     r"(?:(?:reads?|says?|spells?|shows?|displays?)\b"

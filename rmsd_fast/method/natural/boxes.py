@@ -136,7 +136,7 @@ def _boxes(text: str) -> tuple[list[str], tuple[str, str]]:
 
 
 def _around(text: str, matches: list[re.Match[str]]) -> tuple[str, str]:
-    """Return the text before the first and after the last match. Raise if the text between two does not join them."""
+    """Return the text before the first and after the last match. Raise if other text separates two matches."""
     for first, last in zip(matches, matches[1:], strict=False):
         if not re.fullmatch(
             r"[\s,;|()\[\]、，]*(?:and|und|y|et|和|=)?[\s,;|()\[\]、，]*", text[first.end() : last.start()]

@@ -277,9 +277,9 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """The answer of a sentence that begins with "so" or "in total", or ends with such a clause."""
+    """Return the answer of a sentence that begins with "so" or "in total", or ends with such a clause; else None."""
     *reason, clause = _LAST_CLAUSE.split(sentence)
-    # "3 → 5" goes from one to the other.
+    # "3 → 5" describes a change, not a conclusion.
     moves = task == "numeric" and re.search("[→⇒]|=>", sentence)
     if reason and task in ("mcq", "numeric") and not moves and not is_unknowing(sentence):
         return read_or_reason(clause, task, options)[0]
