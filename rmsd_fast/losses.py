@@ -33,8 +33,8 @@ Host synchronisation. On CUDA, finding the rows to ignore waits for the device, 
 
 Backward. Cross entropy, policy loss and divergence compute their gradients in forward. This work is done even if
 backward is never called, and twice under activation checkpointing. The gradients of hidden states and head are held
-until backward, which consumes them. Each loss therefore supports one backward and no second derivatives;
-impl="reference" supports both.
+until backward, which consumes them. Each loss therefore supports one backward and no second derivatives.
+impl="reference" supports repeated backward and second derivatives.
 
 Autocast has no effect: the losses compute in the dtype of their inputs. torch.compile captures them in one graph
 (fullgraph=True), also with changing lengths. In torch 2.13, dynamic=True fails on the policy loss, because it turns

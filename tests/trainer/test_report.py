@@ -316,7 +316,7 @@ def test_program(run: Path, tmp_path: Path) -> None:
     refused = call(run, "--output", output, "--picture", tmp_path / "x.svg")
     assert refused.returncode == 2 and "exclude each other" in refused.stderr
     gone = call(run, "--output", tmp_path / "no folder" / "page.html")
-    assert gone.returncode == 2 and "folder that exists" in gone.stderr and "Traceback" not in gone.stderr
+    assert gone.returncode == 2 and "in an existing folder" in gone.stderr and "Traceback" not in gone.stderr
     assert main([str(run), "--output", str(tmp_path)]) == 2
 
 
