@@ -64,7 +64,7 @@ def test_reported_statistics(questions, reported):
     assert 0.05 < tasks["temporal"]["sd_within"] < 0.25
     assert 1 - tasks["temporal"]["valid_share"] == pytest.approx(0.10, abs=0.03)
     assert all(tasks[task]["valid_share"] > 0.99 for task in TASK_TYPES if task != "temporal")
-    # 1% overall supposes that about one question in twelve is temporal.
+    # 1% overall assumes that about one question in twelve is temporal.
     others = [tasks[task]["valid_share"] for task in TASK_TYPES if task != "temporal"]
     overall = (1 - tasks["temporal"]["valid_share"]) / 12 + (1 - sum(others) / 5) * 11 / 12
     assert overall == pytest.approx(0.01, abs=0.005)
@@ -98,7 +98,7 @@ def test_best_of_four_beats_one_response(questions):
     assert sum(row[0] for row in closed) / len(closed) < 0.75
 
 
-def test_the_same_whatever_k_order_and_company(questions):
+def test_independent_of_k_order_and_other_questions(questions):
     few = questions[:12]
     whole = by_id(simulate_teacher(few, k=4, seed=3, error_rate=0.5))
     assert by_id(simulate_teacher(few[::-1], k=4, seed=3, error_rate=0.5)) == whole
@@ -174,8 +174,8 @@ def real(clip, task, answer, **fields):
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1.0])
-def test_questions_that_nobody_made(clip, rate):
-    """Questions without made content, some at the edge of what can be got wrong."""
+def test_questions_without_generated_content(clip, rate):
+    """Questions without generated content, some of which hardly allow wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),
         real(clip, "mcq", "C"),

@@ -1,4 +1,4 @@
-"""What training takes from a pool."""
+"""The responses that training selects from a pool."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
-def test_a_text_that_may_not_enter_a_model_is_never_matched():
+def test_a_text_that_a_model_cannot_take_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
     for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
         t = targets([answer("x<bad>")], open_question, **settings)
@@ -67,7 +67,7 @@ def test_a_text_that_may_not_enter_a_model_is_never_matched():
 
 
 def test_only_answers_of_use_are_looked_at():
-    """The others were counted among those that a student cannot be taught."""
+    """Other responses were once counted as responses that cannot be taught to the student."""
     asked = []
 
     def note(text):

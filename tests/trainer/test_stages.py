@@ -267,8 +267,8 @@ def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, materi
     targets = state.targets[question.id]
     assert targets.quality[:2].tolist() == [0, 0] and targets.p[:2].tolist() == [0, 0]
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
-    assert "1 answer left out: the response does not fit micro_tokens" in caplog.text
-    assert "1 answer left out: the text holds a special token" in caplog.text
+    assert "1 answer left out: prompt and response together do not fit" in caplog.text
+    assert "1 answer left out: the text contains a special token" in caplog.text
     # Where hardly any fits the settings are wrong, not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
     with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
@@ -301,7 +301,7 @@ def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folde
         targets_of(path, "<answer>B</answer>")
     assert "144 of 144 answers cannot be taught to this student: no_think 144 (no_think: the" in str(caught.value)
     # Every kind counts towards the share that may be left out.
-    with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text holds half"):
+    with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")
     with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):
         targets_of(material.model_path, sent, sent, "<|im_end|>", "a\ud800b")
