@@ -8,14 +8,20 @@ group by group throughout ("group-major").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from rmsd_fast.data.micro_batches import check_packing
 from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.transfer import to_device
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
+
+# The tensors of a plan that attention reads on the device.
+PLAN_EDGES = ("segments", "group_queries", "group_keys")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Rows:
         lengths: int64 [M], tokens of each response.
         media_order: places of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
             prompt once; padded: one per row.
+        media_places: int64 [vision tokens], the placeholders in `input_ids.flatten()`.
         lengths_list: `lengths` for the host, to be read without waiting for a device.
         forks: (row, first, count): the row predicts the first tokens of `count` responses from `first` on.
     """
@@ -47,14 +54,20 @@ class Rows:
     last: torch.Tensor
     lengths: torch.Tensor
     media_order: list[int]
+    media_places: torch.Tensor
     lengths_list: list[int]
     forks: list[tuple[int, int, int]]
 
     def to(self, device: torch.device | str) -> Rows:
-        """The same rows on a device."""
+        """The same rows on a device, by one copy that the host does not wait for."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        movable = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | SharedPrefixPlan)}
-        return replace(self, **{name: value.to(device) for name, value in movable.items()})
+        names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+        edges = [] if self.plan is None else [getattr(self.plan, name) for name in PLAN_EDGES]
+        copies = to_device([*(values[name] for name in names), *edges], device)
+        moved = dict(zip(names, copies, strict=False))
+        if self.plan is not None:
+            moved["plan"] = replace(self.plan, **dict(zip(PLAN_EDGES, copies[len(names) :], strict=True)))
+        return replace(self, **moved)
 
 
 def make_rows(packing: str, prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
@@ -114,6 +127,7 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
         last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         media_order=list(range(len(prompts))),
+        media_places=media_places(prompts, list(accumulate(prefix_lengths[:-1], initial=0))),
         lengths_list=lengths,
         forks=forks,
     )
@@ -153,9 +167,16 @@ def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: i
         last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         media_order=owner,
+        media_places=media_places([prompts[place] for place in owner], range(0, input_ids.numel(), length)),
         lengths_list=lengths,
         forks=[],
     )
+
+
+def media_places(prompts: Sequence[Prompt], starts: Sequence[int]) -> torch.Tensor:
+    """Rows of the vision tokens of prompts that begin at these rows, int64, on the CPU."""
+    pairs = zip(prompts, starts, strict=True)
+    return torch.cat([prompt.mm_token_type_ids.nonzero()[:, 0] + start for prompt, start in pairs])
 
 
 def gather_rows(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled, first_line
@@ -273,7 +275,11 @@ def _sample(frames: Frames) -> tuple:
 
 
 def embed(
-    model: Qwen3VLForConditionalGeneration, input_ids: torch.Tensor, features: MediaFeatures, order: list[int]
+    model: Qwen3VLForConditionalGeneration,
+    input_ids: torch.Tensor,
+    features: MediaFeatures,
+    order: list[int],
+    places: torch.Tensor,
 ) -> dict[str, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments of `model.model.language_model` in place of `input_ids`: embeddings with the features in their places.
 
@@ -283,19 +289,48 @@ def embed(
         input_ids: int64 [B, L].
         features: of a list of prompts.
         order: the prompts of that list whose placeholders stand in `input_ids`, from row to row and left to right.
+        places: int64 [vision tokens], these placeholders in `input_ids.flatten()`, on its device.
     """
     embeddings = model.get_input_embeddings()(input_ids)
     media = [medium for index in order for medium in features.media_of(index)]
     if not media:
         return {"inputs_embeds": embeddings}
-    config = model.config
-    places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    add_deepstack_by_index(model.model.language_model)
     pooled = torch.cat([features.pooled[medium] for medium in media]).to(embeddings.dtype)
     return {
-        "inputs_embeds": embeddings.masked_scatter(places[..., None], pooled),
+        "inputs_embeds": embeddings.flatten(0, 1).index_copy(0, places, pooled).view_as(embeddings),
         "visual_pos_masks": places,
         "deepstack_visual_embeds": [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack],
     }
+
+
+def add_deepstack_by_index(language_model: nn.Module) -> None:
+    """Let a language model add deepstack features at an index [vision tokens] in place of a mask [B, L].
+
+    transformers indexes by the mask twice per layer, and each time the host waits for the device to count it. A mask,
+    which the whole model of transformers makes, is still understood.
+
+    Raises:
+        NotInstalled: a version of transformers that adds them by another method.
+    """
+    if not hasattr(language_model, "_deepstack_process"):
+        raise NotInstalled(
+            f"{type(language_model).__name__} of transformers {transformers.__version__} has no _deepstack_process, "
+            "which adds the vision tower's deepstack features; install transformers>=5.17,<5.24"
+        )
+    language_model._deepstack_process = _add_features
+
+
+def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, L, D] of a decoder layer with features [vision tokens, D] added at their places, in place.
+
+    A layer ends with the sum of its residual and its MLP, whose backward does not read it.
+    """
+    if places.dtype == torch.bool:
+        places = places.flatten().nonzero()[:, 0]
+    features = features.to(hidden.device, hidden.dtype)
+    hidden.view(-1, hidden.shape[-1]).index_add_(0, places.to(hidden.device), features)
+    return hidden
 
 
 def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features: MediaFeatures) -> torch.Tensor:
@@ -308,7 +343,7 @@ def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features:
     """
     if rows.plan is None and is_shared_prefix(model):
         raise RuntimeError("padded rows need the model's own attention; call disable_shared_prefix(model) first")
-    inputs = embed(model, rows.input_ids, features, rows.media_order)
+    inputs = embed(model, rows.input_ids, features, rows.media_order, rows.media_places)
     language_model = model.model.language_model
     if rows.plan is not None:
         return run_shared_prefix(language_model, rows.plan, position_ids=rows.position_ids, **inputs)
