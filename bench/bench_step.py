@@ -90,7 +90,8 @@ def make_ways(case: Case, world) -> list[Way]:
 
             def run(state=state, step=step, settings=settings, k=k) -> None:
                 set_teacher(state, prompts, case.response, k)
-                step(state, prompts, settings, rollout_step=0)
+                state.settings = settings
+                step(state, prompts, 0)
 
             load = StepLoad(len(prompts[0].input_ids), [case.response] * n, [case.response] * k, grids)
             ways.append(Way(f"{mode} K={k} N={n}", mode, load, run, state))
@@ -108,7 +109,7 @@ def check(case: Case, world) -> dict[str, float]:
         set_teacher(state, prompts, case.response, 2)
         state.rollouts = Given(state.builder, case.response)
         step = copying_step if mode == "copies" else distill.step
-        metrics = step(state, prompts, settings, rollout_step=0).metrics
+        metrics = step(state, prompts, 0).metrics
         norms[mode] = (metrics["policy/grad_norm"], metrics["discriminator/grad_norm"])
         close(state)
     found = {mode: max(abs(a - b) / b for a, b in zip(norms[mode], norms["shared"], strict=True)) for mode in norms}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import CheckpointError, RunConfig, UserError
+from rmsd_fast.config import CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.runtime.distributed import Engine, World, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
@@ -28,6 +28,7 @@ from rmsd_fast.stages.evaluation import (
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.run import (
     Run,
+    Step,
     close_logs,
     export,
     first_step,
@@ -40,7 +41,8 @@ from rmsd_fast.stages.run import (
     run_steps,
     write_facts,
 )
-from rmsd_fast.stages.run_folder import run_folder, stage_steps
+from rmsd_fast.stages.run_folder import run_folder
+from rmsd_fast.stages.state import StageState
 
 
 def train(
@@ -121,17 +123,13 @@ def control(run: Run) -> None:
     _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
 
 
-def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
+def _imitation_steps(run: Run, state: StageState, stage: str, training: SftConfig | DistillConfig, final: Path) -> None:
     engines = {"policy": state.policy}
     restore(run, (stage,), state, engines)
     questions = [q for q in run.material.train if state.targets[q.id].imitate]
     loader = open_loader(run, state, stage, questions, training.batch_size)
     rates = {"policy": rate_of(training, steps=training.steps)}
-
-    def one(state, prompts, _):
-        return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
+    run_steps(run, stage, state, loader, engines, sft.step, rates)
     export(run, state.student, state.policy, final, stage)
     state.policy.close()
 
@@ -144,30 +142,24 @@ def distillation(run: Run) -> None:
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
     restore(run, ("warm_up", "distill"), state, engines)
-    offset = 0
     if "warm_up" in settings.stages:
-        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
-        offset = stage_steps(settings, "warm_up")
+        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step)
     if "distill" in settings.stages:
-        _adversarial_steps(run, state, engines, "distill", distill.step, offset)
+        _adversarial_steps(run, state, engines, "distill", distill.step)
         export(run, state.student, state.policy, run.folder / "export", "distill")
     for engine in engines.values():
         engine.close()
 
 
-def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) -> None:
+def _adversarial_steps(run: Run, state: StageState, engines: dict[str, Engine], stage: str, step: Step) -> None:
     settings = run.settings
-    judge = settings.discriminator
-    rates = {"discriminator": lambda _: judge.warm_up_lr if stage == "warm_up" else judge.lr}
+    lr = settings.discriminator.warm_up_lr if stage == "warm_up" else settings.discriminator.lr
+    rates = {"discriminator": lambda _: lr}
     if stage == "distill":
         rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
     rates = {name: rate for name, rate in rates.items() if name in engines}
     loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
-
-    def one(state, prompts, number):
-        return step(state, prompts, settings, rollout_step=offset + number)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
+    run_steps(run, stage, state, loader, engines, step, rates)
 
 
 def release_memory() -> None:

@@ -38,12 +38,14 @@ from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
-from rmsd_fast.stages.state import NonFiniteRun, RunState, StepResult, count_skipped, learning_rate
+from rmsd_fast.stages.state import NonFiniteRun, StageState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
 
 log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
+# A stage's step: state, this process's prompts, and the number of the step within the stage, from 0.
+Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
@@ -208,14 +210,14 @@ def first_step(run: Run, stage: str) -> int:
     return saved["step"] if saved["stage"] == stage else stage_steps(run.settings, stage)
 
 
-def restore(run: Run, stages: tuple[str, ...], state: RunState, engines: dict[str, Engine]) -> None:
+def restore(run: Run, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
     """Load the continued run's checkpoint, if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
 
 
-def open_loader(run: Run, state: RunState, stage: str, questions: list[Question], batch_size: int) -> PromptLoader:
+def open_loader(run: Run, state: StageState, stage: str, questions: list[Question], batch_size: int) -> PromptLoader:
     data, world = run.settings.data, run.world
     if not questions:
         raise SettingsError(
@@ -239,16 +241,17 @@ def open_loader(run: Run, state: RunState, stage: str, questions: list[Question]
 def run_steps(
     run: Run,
     stage: str,
-    state: RunState,
+    state: StageState,
     loader: PromptLoader,
     engines: dict[str, Engine],
-    step: Callable[[RunState, list[Prompt], int], StepResult],
+    step: Step,
     rates: dict[str, Callable[[int], float]],
 ) -> None:
     """The loop of a stage: data, learning rates, step, metrics, checkpoint.
 
     Args:
-        engines: all that a checkpoint holds. rates: learning rate by step, for the engines that this stage trains.
+        engines: all that a checkpoint holds.
+        rates: learning rate by step, for the engines that this stage trains.
     Raises:
         Stopped: SIGTERM came; the state is saved.
         NonFiniteRun: too many steps in a row were skipped.
@@ -283,7 +286,7 @@ def run_steps(
                         total=total,
                     )
                 try:
-                    count_skipped(state, run.settings, result.skipped)
+                    count_skipped(state, result.skipped)
                 except NonFiniteRun as error:
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
                 # Its groups hold the step's frames: the next step must not find them in memory.
@@ -349,7 +352,7 @@ def _note_skipped(run: Run, stage: str, step: int, prompts: list[Prompt]) -> Non
         run.logs["skipped"].append({"stage": stage, "step": step, "questions": ids})
 
 
-def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
+def _cost(run: Run, state: StageState, result: StepResult) -> dict[str, float]:
     """Time, rates, memory and faults of a step."""
     cost = global_max(state.timer.take(), run.world)
     seconds, tokens, computed = (
@@ -370,7 +373,7 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
     }
 
 
-def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> bool:
+def save(run: Run, stage: str, step: int, state: StageState, engines: dict[str, Engine]) -> bool:
     """One checkpoint unit, with an export of the student in it; False where the disk is full."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)

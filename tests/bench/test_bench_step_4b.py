@@ -204,12 +204,12 @@ def failing(monkeypatch, error: Exception, which) -> list:
     """Steps of these settings and models fail; returns weak references to what they had made."""
     step, lost = sweep_4b.distill.step, []
 
-    def fail(state, prompts, settings, *, rollout_step):
-        if which(settings, state.student.model):
+    def fail(state, prompts, number):
+        if which(state.settings, state.student.model):
             activations = torch.zeros(10)
             lost.append(weakref.ref(activations))
             raise error
-        return step(state, prompts, settings, rollout_step=rollout_step)
+        return step(state, prompts, number)
 
     monkeypatch.setattr(sweep_4b.distill, "step", fail)
     return lost

@@ -46,7 +46,7 @@ def take_step(folder, material, world, tmp_path):
         if change is not None:
             change(state, prompts)
         step = distill.warm_up_step if warm_up else distill.step
-        groups = step(state, prompts, settings, rollout_step=0).groups
+        groups = step(state, prompts, 0).groups
         file = JsonLines(tmp_path / "rollouts.jsonl")
         log_rollouts(file, groups, settings.rollout, stage="distill", step=1, total=9)
         return groups, file.records()

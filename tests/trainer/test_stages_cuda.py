@@ -30,7 +30,7 @@ def step_metrics(packing: str, dtype: str) -> dict[str, float]:
     prompts = make_prompts(state, PREFIX, 2)
     set_teacher(state, prompts, RESPONSE, K)
     state.rollouts = Given(state.builder, RESPONSE)
-    found = distill.step(state, prompts, settings, rollout_step=0).metrics
+    found = distill.step(state, prompts, 0).metrics
     stop()
     return {**found, "on_cuda": float(world.device.type == "cuda")}
 

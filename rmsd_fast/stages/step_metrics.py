@@ -1,0 +1,42 @@
+"""Metrics of a step over the global batch: each is named once, with the sums that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rmsd_fast.runtime.distributed import World, global_sum
+
+Number = float | Tensor
+# A sum over the processes, or a function and the sums over the processes that it takes: (mean, total, count).
+Metric = Number | tuple[Any, ...]
+Function = Callable[..., float | None]
+
+
+def mean(total: float, count: float) -> float | None:
+    """Return the mean; None where there is nothing to take it of."""
+    return total / count if count else None
+
+
+def global_metrics(record: Mapping[str, Metric], world: World) -> dict[str, float | None]:
+    """Return the metrics over all processes, from one collective.
+
+    Args:
+        record: this process's part of each metric, by the names of metrics.jsonl; the same names on every process.
+    """
+    parts = {name: metric[1:] if isinstance(metric, tuple) else (metric,) for name, metric in record.items()}
+    sums = global_sum(
+        {
+            f"{name} {i}": (part.float() if isinstance(part, Tensor) else part)
+            for name, own in parts.items()
+            for i, part in enumerate(own)
+        },
+        world,
+    )
+    metrics: dict[str, float | None] = {}
+    for name, metric in record.items():
+        totals = [sums[f"{name} {i}"] for i in range(len(parts[name]))]
+        metrics[name] = metric[0](*totals) if isinstance(metric, tuple) else totals[0]
+    return metrics
