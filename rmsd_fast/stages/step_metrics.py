@@ -27,14 +27,7 @@ def global_metrics(record: Mapping[str, Metric], world: World) -> dict[str, floa
         record: this process's part of each metric, by the names of metrics.jsonl; the same names on every process.
     """
     parts = {name: metric[1:] if isinstance(metric, tuple) else (metric,) for name, metric in record.items()}
-    sums = global_sum(
-        {
-            f"{name} {i}": (part.float() if isinstance(part, Tensor) else part)
-            for name, own in parts.items()
-            for i, part in enumerate(own)
-        },
-        world,
-    )
+    sums = global_sum({f"{name} {i}": part for name, own in parts.items() for i, part in enumerate(own)}, world)
     metrics: dict[str, float | None] = {}
     for name, metric in record.items():
         totals = [sums[f"{name} {i}"] for i in range(len(parts[name]))]

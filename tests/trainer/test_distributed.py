@@ -176,6 +176,7 @@ def check_helpers(world) -> dict:
 
     return {
         "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
+        "exact": global_sum({"a": 0.1, "b": torch.tensor([2**40 + 1]), "c": 2.0**40 + 1}, world),
         "max": global_max({"a": -float(world.rank)}, world),
         "any": [any_rank(world.rank == world.size - 1, world), any_rank(False, world)],
         "broadcast": broadcast_object(f"from {world.rank}", world),
@@ -332,6 +333,8 @@ def test_helpers(outcome):
         assert got["broadcast"] == "from 0"
         assert got["gather"] == [0, 1]
     assert outcome[1][1][0]["helpers"]["sum"] == {"a": 0.5, "b": 1.0}
+    # In float64 from the start: float32 has neither of these.
+    assert outcome[1][1][0]["helpers"]["exact"] == {"a": 0.1, "b": 2**40 + 1, "c": 2**40 + 1}
 
 
 def test_refusals(outcome):
