@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     return result
 
 
+def check_offload(world, stage: int, folder: Path) -> dict:
+    """Optimiser states in host memory, with torch's fused AdamW."""
+    path = folder / f"offload_{stage}_{world.size}"
+    engine = make(world, stage, "bfloat16", offload_optimizer=True)
+    train(engine, range(2))
+    engine.save(path)
+    torch.distributed.barrier()
+    norms, expected = train(engine, range(2, 4)), weights(engine)
+    engine.close()
+    fresh = make(world, stage, "bfloat16", seed=7, offload_optimizer=True)
+    fresh.load(path)
+    exact = norms == train(fresh, range(2, 4)) and identical(expected, weights(fresh))
+    fused = fresh.engine.basic_optimizer.defaults["fused"] is True
+    fresh.close()
+    return {"exact": exact, "fused": fused}
+
+
 def check_full_weights(engine) -> dict:
     """Ranks call the module differently often inside `full_weights`, and training goes on after it."""
     ids, mask = batch(0)
@@ -230,6 +248,7 @@ def program(folder: Path) -> None:
     results = {"helpers": check_helpers(world), "refusals": check_refusals(world, folder)}
     for stage, dtype in CASES:
         results[f"{stage}-{dtype}"] = check_case(world, stage, dtype, folder)
+    results["offload"] = [check_offload(world, stage, folder) for stage in (1, 2, 3)]
     gathered = all_gather_objects(results, world)
     if world.is_main:
         (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
@@ -282,6 +301,23 @@ def test_faults_and_exact_continuation(outcome, stage, dtype, ranks):
         failed = [name for name, value in result.items() if value is not True]
         assert not failed, f"rank {rank}: {failed}"
         assert len(result) >= 11
+
+
+def test_offloaded_states_continue_exactly(outcome):
+    for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
+        assert results["offload"] == [{"exact": True, "fused": True}] * 3
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_restored_step_count_stands_where_adamw_looks_for_it(fused):
+    """Fused AdamW on a GPU refuses a count in host memory, the other one a count on the GPU."""
+    from rmsd_fast.runtime.distributed import _restore_state
+
+    master, part = torch.zeros(2, device="meta"), {"state.0.step": torch.tensor(3.0), "state.0.exp_avg": torch.ones(2)}
+    optimizer = SimpleNamespace(state={master: {}}, defaults={"fused": fused})
+    _restore_state(optimizer, master, part, "state.0.")
+    state = optimizer.state[master]
+    assert state["step"].is_meta == bool(fused) and state["exp_avg"].is_meta
 
 
 @pytest.mark.parametrize("stage", range(4))
