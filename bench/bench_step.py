@@ -32,7 +32,7 @@ from bench.memory import keep_freed_memory, peak_extra_bytes
 from bench.rates import predicted_seconds, rates
 from bench.steps import Given, copying_step, make_prompts, make_state, set_teacher, settings_of
 from rmsd_fast.models.cost import StepLoad, step_flops
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 
 BASE = "shared K=4 N=8"

@@ -59,7 +59,7 @@ from bench.section_log import NO_TIME, seconds_left
 from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of
 from bench.sweep_4b import BASE, COPIES, COUNTS, PADDED, PAIR, SEVERAL, Measured, Rig, StepCase, Way, begin, sweep
 from rmsd_fast.models.cost import step_flops
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 
 LONG, SHORT, MIDDLE, FLAT = (8192, 512), (2048, 128), (2048, 512), (8192, 128)
 SHAPES = (LONG, SHORT, MIDDLE, FLAT)

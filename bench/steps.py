@@ -15,10 +15,10 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss, pairwise_discri
 from rmsd_fast.models.students import encode_media
 from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_fast.rollout.base import Rollout, Sampling
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.groups import Group, distinct_texts, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.groups import RolloutGroup, distinct_texts, make_group, make_pairs, set_advantages
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard
 from rmsd_fast.teacher.scores import ScoredResponse
@@ -148,7 +148,7 @@ def _renamed(prompt: Prompt, index: int) -> Prompt:
     return replace(prompt, question=replace(prompt.question, id=f"{prompt.question.id}/{index}"))
 
 
-def _judge(state: StageState, group: Group, groups: int, settings: RunConfig) -> torch.Tensor:
+def _judge(state: StageState, group: RolloutGroup, groups: int, settings: RunConfig) -> torch.Tensor:
     """L_D of a group; leaves the scores in it."""
     n = len(group.rollouts)
     judged = distinct_texts(group, state.builder)

@@ -46,8 +46,9 @@ from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_
 from rmsd_fast.models.students import DTYPES, Student, encode_media
 from rmsd_fast.models.tiny import build_tokenizer
 from rmsd_fast.models.vision_attention import vision_implementation
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import make_discriminator, make_engine, make_policy, make_reference, prepare
 from rmsd_fast.stages.state import StageState

@@ -35,7 +35,7 @@ from bench.student_4b import (
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.models.cost import Load, StepLoad, padded_flops, step_flops
 from rmsd_fast.models.liger import describe_liger
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.state import StageState
 

@@ -35,7 +35,7 @@ from rmsd_fast.files import (
     write_text_atomic,
 )
 from rmsd_fast.runtime.ends import is_lost_peer
-from rmsd_fast.runtime.world import World, all_gather_objects, barrier, on_main
+from rmsd_fast.runtime.process_group import World, all_gather_objects, barrier, on_main
 
 log = logging.getLogger("rmsd_fast")
 _NAME = re.compile(r"step_(\d+)(\.replaced)?")

@@ -16,8 +16,9 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
 from rmsd_fast.stages.state import StageState

@@ -11,8 +11,8 @@ from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import pairwise_discriminator_loss
 from rmsd_fast.method.matching import Pairs
 from rmsd_fast.models.students import MediaFeatures
-from rmsd_fast.runtime.distributed import any_rank, global_sum
-from rmsd_fast.stages.groups import DistinctTexts, Group, distinct_texts, make_pairs
+from rmsd_fast.runtime.process_group import any_rank, global_sum
+from rmsd_fast.stages.groups import DistinctTexts, RolloutGroup, distinct_texts, make_pairs
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
@@ -22,7 +22,7 @@ TIE = 1e-5
 
 
 def discriminator_pass(
-    state: StageState, groups: list[Group], features: MediaFeatures | None
+    state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None
 ) -> tuple[dict[str, Metric], int]:
     """Score every distinct response of the step once, back-propagate L_D, leave the scores in the groups as rewards.
 
@@ -128,7 +128,7 @@ def _in_order(parts: list[Pass], places: list[torch.Tensor], scores: list[torch.
     return torch.empty_like(joined).index_copy_(0, order, joined)
 
 
-def _hand_out(scores: torch.Tensor, groups: list[Group], texts: list[DistinctTexts]) -> None:
+def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[DistinctTexts]) -> None:
     """Leave the scores in the groups as rewards; a question without a teacher has no discriminator reward."""
     sizes = [len(group.rollouts) for group in groups] + [len(group.kept) for group in groups]
     sides = scores[_index_of_sides(texts)].float().split(sizes)

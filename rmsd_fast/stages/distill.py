@@ -17,10 +17,10 @@ from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling
-from rmsd_fast.runtime.distributed import any_rank, global_sum
+from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
-from rmsd_fast.stages.groups import Group, group_record, make_group, set_advantages
+from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, set_advantages
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
@@ -130,7 +130,7 @@ class _PolicyPass:
 
 
 @torch.no_grad()
-def _reference_pass(state: StageState, groups: list[Group], features: MediaFeatures | None) -> list[_PolicyPass]:
+def _reference_pass(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> list[_PolicyPass]:
     """The policy's passes with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
     distill, kl_in_reward = state.settings.distill, state.settings.reward.kl_in_reward
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
@@ -151,13 +151,13 @@ def _reference_pass(state: StageState, groups: list[Group], features: MediaFeatu
     return parts
 
 
-def _rollouts_of(read: Pass, groups: list[Group]) -> list[Rollout]:
+def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
     """The rollouts of a pass, in the order of its rows."""
     pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
     return [groups[i].rollouts[r] for i, chosen in pairs for r in chosen]
 
 
-def _set_log_ratios(groups: list[Group], parts: list[_PolicyPass]) -> None:
+def _set_log_ratios(groups: list[RolloutGroup], parts: list[_PolicyPass]) -> None:
     """k1 of each rollout, mean over its tokens."""
     means = []
     for part in parts:
@@ -172,7 +172,9 @@ def _set_log_ratios(groups: list[Group], parts: list[_PolicyPass]) -> None:
                 groups[i].log_ratio[rollout] = next(every_mean)
 
 
-def _policy_pass(state: StageState, groups: list[Group], parts: list[_PolicyPass]) -> tuple[dict[str, Metric], int]:
+def _policy_pass(
+    state: StageState, groups: list[RolloutGroup], parts: list[_PolicyPass]
+) -> tuple[dict[str, Metric], int]:
     """Forward and backward of the policy loss; the gradients are complete afterwards and not applied.
 
     Returns:
@@ -233,7 +235,7 @@ def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
 
 
-def _samples(groups: list[Group], *, judged: bool, trained: bool) -> int:
+def _samples(groups: list[RolloutGroup], *, judged: bool, trained: bool) -> int:
     """Tokens of the step as a list of samples: each response with a prompt of its own, in each model with gradients."""
     tokens = 0
     for group in groups:

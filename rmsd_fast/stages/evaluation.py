@@ -25,7 +25,7 @@ from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import World, all_gather_objects
+from rmsd_fast.runtime.process_group import World, all_gather_objects
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings

@@ -20,7 +20,7 @@ from rmsd_fast.teacher.targets import Targets
 
 
 @dataclass
-class Group:
+class RolloutGroup:
     """Float tensors are [N], on the CPU; `kept` are the teacher responses that matching can choose (p > 0).
 
     teacher_ids: int64 [R] of each kept teacher response, once the discriminator reads them.
@@ -45,7 +45,9 @@ class Group:
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def make_group(prompt: Prompt, rollouts: list[Rollout], targets: Targets, settings: RunConfig, *, step: int) -> Group:
+def make_group(
+    prompt: Prompt, rollouts: list[Rollout], targets: Targets, settings: RunConfig, *, step: int
+) -> RolloutGroup:
     """Match a question's rollouts with its teacher responses and compute the rewards that need no model."""
     question, options = prompt.question, prompt.question.options
     texts = [rollout.text for rollout in rollouts]
@@ -57,7 +59,7 @@ def make_group(prompt: Prompt, rollouts: list[Rollout], targets: Targets, settin
     matches = None
     if settings.discriminator.pairing == "sampled" and targets.has_teacher:
         matches = sample_matches(targets.p, len(rollouts), seed=settings.seed, step=step, question_id=question.id)
-    return Group(
+    return RolloutGroup(
         prompt=prompt,
         rollouts=rollouts,
         targets=targets,
@@ -70,7 +72,7 @@ def make_group(prompt: Prompt, rollouts: list[Rollout], targets: Targets, settin
     )
 
 
-def make_pairs(groups: list[Group], settings: RunConfig) -> Pairs:
+def make_pairs(groups: list[RolloutGroup], settings: RunConfig) -> Pairs:
     """Pairs over the rollouts of the groups in order, and over their kept teacher responses in order."""
     counts = [len(group.rollouts) for group in groups]
     quality = [group.targets.quality[group.kept] for group in groups]
@@ -80,7 +82,7 @@ def make_pairs(groups: list[Group], settings: RunConfig) -> Pairs:
     return sampled_pairs(counts, matches, quality)
 
 
-def _among_kept(group: Group) -> torch.Tensor | None:
+def _among_kept(group: RolloutGroup) -> torch.Tensor | None:
     if group.matches is None:
         return None
     position_of = {k: position for position, k in enumerate(group.kept)}
@@ -100,7 +102,7 @@ class DistinctTexts:
     teachers: list[int]
 
 
-def distinct_texts(group: Group, builder: PromptBuilder) -> DistinctTexts:
+def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts:
     """Rollouts and kept teacher responses as the discriminator reads them; fills `group.teacher_ids`.
 
     Both sides are the encoding of their text with the end token, also where a rollout was cut: neither tokenisation nor
@@ -127,7 +129,7 @@ def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
     return canonical if len(canonical) <= len(sampled) else torch.cat([canonical[: len(sampled) - 1], canonical[-1:]])
 
 
-def set_advantages(group: Group, settings: RunConfig) -> None:
+def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
     """Fill reward and advantages of a group whose d_score (and log_ratio, for kl_in_reward) are known."""
     reward = settings.reward
     d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
@@ -140,7 +142,7 @@ def set_advantages(group: Group, settings: RunConfig) -> None:
     group.advantages = composite_advantages(*components, weights=weights, normalization=reward.normalization, **penalty)
 
 
-def group_record(groups: list[Group], settings: RunConfig) -> dict[str, Metric]:
+def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, Metric]:
     """This process's part of the metrics of rollouts, teacher responses and rewards."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     answers = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]

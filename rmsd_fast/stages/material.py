@@ -18,7 +18,7 @@ from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
 from rmsd_fast.models.tiny import build_tiny_student
-from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_fast.teacher.simulated import write_simulated_pool

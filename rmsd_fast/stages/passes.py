@@ -13,7 +13,8 @@ from rmsd_fast.data.packing import Rows, make_rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.models.cost import balance_weights
 from rmsd_fast.models.students import MediaFeatures
-from rmsd_fast.runtime.distributed import Engine, global_max
+from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.process_group import global_max
 from rmsd_fast.stages.state import StageState
 
 

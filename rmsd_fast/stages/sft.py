@@ -8,7 +8,7 @@ import torch
 
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import linear_cross_entropy
-from rmsd_fast.runtime.distributed import global_sum
+from rmsd_fast.runtime.process_group import global_sum
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import global_metrics

@@ -11,9 +11,10 @@ from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.stages.groups import Group
+from rmsd_fast.runtime.process_group import World
+from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.teacher.targets import Targets
 
 
@@ -49,7 +50,7 @@ class StepResult:
 
     metrics: dict[str, float | None]
     skipped: bool
-    groups: list[Group] = field(default_factory=list)
+    groups: list[RolloutGroup] = field(default_factory=list)
 
 
 class NonFiniteRun(UserError, RuntimeError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmsd_fast.runtime.distributed import World, global_sum
+from rmsd_fast.runtime.process_group import World, global_sum
 
 Number = float | Tensor
 # A sum over the processes, or a function and the sums over the processes that it takes: (mean, total, count).

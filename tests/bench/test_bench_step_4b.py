@@ -28,8 +28,8 @@ from bench.student_4b import (
 from bench.sweep_4b import BASE, Measured, Rig, StepCase, Way, attempt, begin, sweep
 from bench.verdicts import NOT_MEASURED
 from rmsd_fast.models.cost import step_flops
-from rmsd_fast.runtime import distributed
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime import engine
+from rmsd_fast.runtime.process_group import start, stop
 
 H100, H200 = 85e9, 150e9
 ENGINES, *_, APART = bench_step_4b.toy_cases("cpu")
@@ -328,7 +328,7 @@ def test_a_device_that_is_lost_keeps_what_was_found(rig, monkeypatch):
 
 def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
     # As in the real size, the embedding is larger than DeepSpeed's bucket.
-    monkeypatch.setattr(distributed, "LARGEST_BUCKET", 100_000)
+    monkeypatch.setattr(engine, "LARGEST_BUCKET", 100_000)
     norms = {}
     for apart in (True, False):
         settings = settings_of("shared", 127, 16, 4, 8)

@@ -26,8 +26,8 @@ from rmsd_fast.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from rmsd_fast.runtime.process_group import World, any_rank
 from rmsd_fast.runtime.stop_signal import StopSignal
-from rmsd_fast.runtime.world import World, any_rank
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -228,7 +228,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeyp
     def fail() -> None:
         raise OSError
 
-    monkeypatch.setattr("rmsd_fast.data.decode_worker.Nursery", fail)
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.ForkServer", fail)
     with Films(timeout_s=60.0, max_file_mib=16) as films:
         assert films.read(clip, is_video=True).fault == "OSError"
 

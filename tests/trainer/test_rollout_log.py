@@ -10,8 +10,8 @@ import torch
 from material import tiny_material, tiny_settings
 
 from rmsd_fast.config import RolloutConfig
-from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.rollout_log import log_rollouts

@@ -17,7 +17,7 @@ from rmsd_fast.data.packing import make_rows
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.rollout.base import Sampling
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, load, read_targets
 from rmsd_fast.stages.groups import (

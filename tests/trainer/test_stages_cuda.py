@@ -21,7 +21,7 @@ PREFIX, RESPONSE, N, K = 512, 24, 3, 2
 def step_metrics(packing: str, dtype: str) -> dict[str, float]:
     """One step of policy and discriminator on rollouts that are given, so that no sampling can differ."""
     from bench.steps import Given, make_prompts, make_state, set_teacher, settings_of
-    from rmsd_fast.runtime.distributed import start, stop
+    from rmsd_fast.runtime.process_group import start, stop
     from rmsd_fast.stages import distill
 
     world = start()

@@ -23,32 +23,7 @@ from torch import Tensor, nn
 
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.files import read_tensors, write_tensors
-from rmsd_fast.runtime.world import (
-    World,
-    all_gather_objects,
-    any_rank,
-    barrier,
-    broadcast_object,
-    global_max,
-    global_sum,
-    on_main,
-    start,
-    stop,
-)
-
-__all__ = [
-    "Engine",
-    "World",
-    "all_gather_objects",
-    "any_rank",
-    "barrier",
-    "broadcast_object",
-    "global_max",
-    "global_sum",
-    "on_main",
-    "start",
-    "stop",
-]
+from rmsd_fast.runtime.process_group import World, global_max
 
 # Parameters below this size stay gathered under ZeRO-3: norms and biases, whose gathering costs more than their memory.
 PERSISTENT_NUMEL = 10_000

@@ -48,7 +48,7 @@ def batch(step: int):
 
 def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
     """Forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
-    from rmsd_fast.runtime.distributed import global_sum
+    from rmsd_fast.runtime.process_group import global_sum
 
     world = engine.world
     ids, mask = (t.chunk(world.size)[world.rank] for t in batch(step))
@@ -90,7 +90,7 @@ def identical(a, b) -> bool:
 
 
 def make(world, stage, dtype, seed=0, **options):
-    from rmsd_fast.runtime.distributed import Engine
+    from rmsd_fast.runtime.engine import Engine
 
     options = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 0.5} | options
     return Engine(Net(seed), zero_stage=stage, dtype=dtype, world=world, **options)
@@ -184,13 +184,7 @@ def check_full_weights(engine) -> dict:
 
 
 def check_helpers(world) -> dict:
-    from rmsd_fast.runtime.distributed import (
-        all_gather_objects,
-        any_rank,
-        broadcast_object,
-        global_max,
-        global_sum,
-    )
+    from rmsd_fast.runtime.process_group import all_gather_objects, any_rank, broadcast_object, global_max, global_sum
 
     return {
         "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
@@ -242,7 +236,7 @@ def check_refusals(world, folder: Path) -> dict:
 
 def program(folder: Path) -> None:
     torch.set_num_threads(1)
-    from rmsd_fast.runtime.distributed import all_gather_objects, barrier, start, stop
+    from rmsd_fast.runtime.process_group import all_gather_objects, barrier, start, stop
 
     world = start(timeout_s=60)
     results = {"helpers": check_helpers(world), "refusals": check_refusals(world, folder)}
@@ -258,7 +252,7 @@ def program(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from rmsd_fast.runtime.world import exit_process
+    from rmsd_fast.runtime.process_group import exit_process
 
     program(Path(sys.argv[1]))
     exit_process(0)
@@ -311,7 +305,7 @@ def test_offloaded_states_continue_exactly(outcome):
 @pytest.mark.parametrize("fused", [True, None])
 def test_a_restored_step_count_stands_where_adamw_looks_for_it(fused):
     """Fused AdamW on a GPU refuses a count in host memory, the other one a count on the GPU."""
-    from rmsd_fast.runtime.distributed import _restore_state
+    from rmsd_fast.runtime.engine import _restore_state
 
     master, part = torch.zeros(2, device="meta"), {"state.0.step": torch.tensor(3.0), "state.0.exp_avg": torch.ones(2)}
     optimizer = SimpleNamespace(state={master: {}}, defaults={"fused": fused})
@@ -394,7 +388,8 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
     import deepspeed
 
     from rmsd_fast.config import NotInstalled
-    from rmsd_fast.runtime.distributed import Engine, start, stop
+    from rmsd_fast.runtime.engine import Engine
+    from rmsd_fast.runtime.process_group import start, stop
 
     class Rotary(nn.Module):
         def __init__(self):
@@ -421,7 +416,7 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
 
 def test_a_process_alone_listens_to_nobody_else():
     """No socket of the process group is open on an interface that other machines reach."""
-    from rmsd_fast.runtime.distributed import start, stop
+    from rmsd_fast.runtime.process_group import start, stop
 
     start()
     try:
