@@ -41,10 +41,10 @@ from rmsd_fast.data.packing import pack
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, PromptBuilder
 from rmsd_fast.losses import linear_logprob
+from rmsd_fast.made.student import build_tokenizer
 from rmsd_fast.models.liger import apply_liger, use_liger
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import DTYPES, Student, encode_media
-from rmsd_fast.models.tiny import build_tokenizer
 from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer

@@ -19,6 +19,7 @@ from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import students
 from rmsd_fast.models.folders import find_folder, open_folder, resolve_folder
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
@@ -29,7 +30,6 @@ from rmsd_fast.models.students import (
     freeze,
     load_student,
 )
-from rmsd_fast.models.tiny import build_tiny_student
 
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
 

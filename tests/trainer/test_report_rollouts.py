@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 
-from rmsd_fast.data.clips import make_clips
+from rmsd_fast.made.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
