@@ -25,13 +25,13 @@ from statistics import median
 import pytest
 import torch
 
+from bench.flops import StepLoad, step_flops
 from bench.groups import HIDDEN, LAYERS, Case
 from bench.heads import Outcome
 from bench.measure import Variant, quantiles
 from bench.memory import keep_freed_memory, peak_extra_bytes
 from bench.rates import predicted_seconds, rates
 from bench.steps import Given, copying_step, make_prompts, make_state, set_teacher, settings_of
-from rmsd_fast.models.cost import StepLoad, step_flops
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.flops import Load, StepLoad, padded_flops, step_flops
 from bench.groups import Case
 from bench.memory import peak_extra_bytes
 from bench.rates import predicted_seconds, rates
@@ -33,7 +34,6 @@ from bench.student_4b import (
     switch,
 )
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.models.cost import Load, StepLoad, padded_flops, step_flops
 from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages import distill

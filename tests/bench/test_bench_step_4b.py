@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import bench_optimizer_4b, bench_step_4b, cuda_goals, rates, sweep_4b
+from bench.flops import step_flops
 from bench.records import save, table
 from bench.section_log import NO_TIME
 from bench.student_4b import (
@@ -27,7 +28,6 @@ from bench.student_4b import (
 )
 from bench.sweep_4b import BASE, Measured, Rig, StepCase, Way, attempt, begin, sweep
 from bench.verdicts import NOT_MEASURED
-from rmsd_fast.models.cost import step_flops
 from rmsd_fast.runtime import engine
 from rmsd_fast.runtime.process_group import start, stop
 
