@@ -52,8 +52,11 @@ class HfRollout:
             with shared_prefix_enabled(model):
                 for start in range(0, len(prompts), self.prompts_per_batch):
                     batch = prompts[start : start + self.prompts_per_batch]
-                    own = None if features is None else features.select(range(start, start + len(batch)))
-                    tokens, logp = self._decode(model, batch, own or encode_media(model, batch), sampling)
+                    if features is None:
+                        encoded = encode_media(model, batch)
+                    else:
+                        encoded = features.select(range(start, start + len(batch)))
+                    tokens, logp = self._decode(model, batch, encoded, sampling)
                     rollouts += self._collect(batch, tokens, logp, sampling, policy_version)
             return rollouts
         finally:
@@ -147,16 +150,16 @@ class HfRollout:
         for row, prompt in enumerate(prompts):
             group = []
             for index in range(sampling.n):
-                place = row * sampling.n + index
-                length = int((tokens[place] >= 0).sum())
-                ids = tokens[place, :length].clone()
+                number = row * sampling.n + index
+                length = int((tokens[number] >= 0).sum())
+                ids = tokens[number, :length].clone()
                 group.append(
                     Rollout(
                         question_id=prompt.question.id,
                         index=index,
                         token_ids=ids,
                         text=self.builder.decode_response(ids),
-                        logp=logp[place, :length].clone(),
+                        logp=logp[number, :length].clone(),
                         truncated=int(ids[-1]) != self.builder.eos_id,
                         policy_version=policy_version,
                     )

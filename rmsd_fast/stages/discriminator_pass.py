@@ -35,7 +35,7 @@ def discriminator_pass(
     """
     settings, engine = state.settings, state.discriminator
     texts = [distinct_texts(group, state.builder) for group in groups]
-    responses = [own.responses for own in texts]
+    responses = [distinct.responses for distinct in texts]
     parts = list(passes(state, [group.prompt for group in groups], responses, features))
     places = [_places(part, responses) for part in parts]
     pairs = make_pairs(groups, settings)
@@ -85,7 +85,7 @@ def _pair_loss(
     """
     students, teachers, quality, weight, index = to_device([*pairs[:4], _index_of_sides(texts)], scores.device)
     return pairwise_discriminator_loss(
-        *scores[index].split([sum(len(own.students) for own in texts), sum(len(own.teachers) for own in texts)]),
+        *scores[index].split([sum(len(t.students) for t in texts), sum(len(t.teachers) for t in texts)]),
         students,
         teachers,
         quality,
@@ -99,24 +99,24 @@ def _pair_loss(
 def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
     """Where the rollouts' and then the kept teacher responses' texts stand among the distinct texts, int64."""
     students, teachers, start = [], [], 0
-    for own in texts:
-        students += [start + index for index in own.students]
-        teachers += [start + index for index in own.teachers]
-        start += len(own.responses)
+    for distinct in texts:
+        students += [start + index for index in distinct.students]
+        teachers += [start + index for index in distinct.teachers]
+        start += len(distinct.responses)
     return torch.tensor(students + teachers, dtype=torch.int64)
 
 
 def _is_split(part: Pass, responses: list[list[torch.Tensor]]) -> bool:
     """Whether a pass reads only some of a group's responses."""
     pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    return not part.filler and any(len(own) < len(responses[i]) for i, own in pairs)
+    return not part.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
 
 
 def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
     """Where a pass's responses stand among those of the whole step, group after group; int64, on its device."""
-    starts = list(accumulate((len(own) for own in responses), initial=0))
+    starts = list(accumulate(map(len, responses), initial=0))
     pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    places = torch.tensor([starts[i] + r for i, own in pairs for r in own])
+    places = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
     return to_device([places], part.rows.input_ids.device)[0]
 
 
@@ -139,14 +139,14 @@ def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[Dist
 
 def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> dict[str, Metric]:
     """This process's part of the metrics of scores; pairs weigh as much as in the loss. All tensors on the CPU."""
-    sizes = [[len(own.students) for own in texts], [len(own.teachers) for own in texts]]
+    sizes = [[len(t.students) for t in texts], [len(t.teachers) for t in texts]]
     index, weight = _index_of_sides(texts), pairs.pair_weight.double()
     both = scores[index].double()
     students, teachers = both.split([sum(sizes[0]), sum(sizes[1])])
     margin = teachers[pairs.teacher_index] - students[pairs.student_index]
     # A tie counts half, as in the area under a ROC curve.
     correct = (margin > TIE) + 0.5 * (margin.abs() <= TIE)
-    lengths = torch.tensor([len(ids) for own in texts for ids in own.responses])[index]
+    lengths = torch.tensor([len(ids) for distinct in texts for ids in distinct.responses])[index]
     question = torch.cat([torch.arange(len(side)).repeat_interleave(torch.tensor(side)) for side in sizes])
     return {
         "discriminator/pair_accuracy": (mean, (weight * correct).sum(), weight.sum()),

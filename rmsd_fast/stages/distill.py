@@ -37,14 +37,14 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
         return StepResult({"tokens": 0}, skipped=True)
     with state.timer("matching"):
         groups = [
-            make_group(prompt, own, state.targets[prompt.question.id], settings, step=number)
-            for prompt, own in zip(prompts, rollouts, strict=True)
+            make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=number)
+            for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
     with state.timer("discriminator"):
         scored, computed = discriminator_pass(state, groups, features)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.discriminator])
-    work = {"tokens": _samples(groups, judged=True, trained=False), "tokens_computed": computed}
+    work = {"tokens": _samples(groups, scored=True, trained=False), "tokens_computed": computed}
     metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
     return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups)
 
@@ -59,13 +59,11 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         return StepResult({"tokens": 0}, skipped=True)
     with state.timer("matching"):
         groups = [
-            make_group(prompt, own, state.targets[prompt.question.id], settings, step=rollout_step)
-            for prompt, own in zip(prompts, rollouts, strict=True)
+            make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
+            for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
-    engines, judged = [state.policy], uses_discriminator(settings)
-    scored: dict[str, Metric] = {}
-    scored_tokens = 0
-    if judged:
+    engines, scored, scored_tokens = [state.policy], {}, 0
+    if uses_discriminator(settings):
         with state.timer("discriminator"):
             scored, scored_tokens = discriminator_pass(state, groups, features)
         engines.append(state.discriminator)
@@ -77,12 +75,12 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         trained, trained_tokens = _policy_pass(state, groups, parts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-    work = {
-        "tokens": _samples(groups, judged=judged, trained=True),
-        "tokens_computed": scored_tokens + trained_tokens,
-    }
+    tokens = _samples(groups, scored=bool(scored), trained=True)
+    work = {"tokens": tokens, "tokens_computed": scored_tokens + trained_tokens}
     metrics = global_metrics({**group_record(groups, settings), **trained, **work, **scored}, state.world)
-    metrics |= dict(zip(("policy/grad_norm", "discriminator/grad_norm"), norms, strict=False))
+    metrics["policy/grad_norm"] = norms[0]
+    if scored:
+        metrics["discriminator/grad_norm"] = norms[1]
     return StepResult(metrics, skipped, groups)
 
 
@@ -107,7 +105,7 @@ def roll_out(
             rollouts = state.rollouts.generate(
                 state.student.model, prompts, sampling, features=features, policy_version=rollout_step
             )
-    if any_rank(not all(rollout.finite for own in rollouts for rollout in own), state.world):
+    if any_rank(not all(rollout.finite for drawn in rollouts for rollout in drawn), state.world):
         return None, None
     return rollouts, None if state.train_vision else features
 
@@ -162,7 +160,7 @@ def _set_log_ratios(groups: list[RolloutGroup], parts: list[_PolicyPass]) -> Non
     means = []
     for part in parts:
         log_ratio = (part.rollout_logp - part.ref_logp).split(part.read.rows.lengths_list)
-        means.append(torch.stack([own.mean() for own in log_ratio]))
+        means.append(torch.stack([of_rollout.mean() for of_rollout in log_ratio]))
     every_mean = iter(torch.cat(means).cpu())
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
@@ -235,11 +233,11 @@ def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
 
 
-def _samples(groups: list[RolloutGroup], *, judged: bool, trained: bool) -> int:
+def _samples(groups: list[RolloutGroup], *, scored: bool, trained: bool) -> int:
     """Tokens of the step as a list of samples: each response with a prompt of its own, in each model with gradients."""
     tokens = 0
     for group in groups:
         prompt = len(group.prompt.input_ids)
-        tokens += (judged + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
-        tokens += judged * sum(prompt + len(ids) for ids in group.teacher_ids)
+        tokens += (scored + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
+        tokens += scored * sum(prompt + len(ids) for ids in group.teacher_ids)
     return tokens

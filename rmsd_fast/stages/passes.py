@@ -63,7 +63,7 @@ def passes(
     batches = _plan(state, prompts, responses)
     for number, batch in enumerate(batches):
         read = [prompts[i] for i in batch.prompts]
-        chosen = [[responses[i][r] for r in own] for i, own in zip(batch.prompts, batch.responses, strict=True)]
+        chosen = [[responses[i][r] for r in places] for i, places in zip(batch.prompts, batch.responses, strict=True)]
         rows = make_rows(state.settings.packing, read, chosen, pad_id=state.builder.eos_id).to(state.world.device)
         selected = None if features is None else features.select(batch.prompts)
         yield Pass(read, rows, selected, batch, last=number == len(batches) - 1)
@@ -84,7 +84,7 @@ def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.T
     try:
         return plan_micro_batches(
             [len(prompt.input_ids) for prompt in prompts],
-            [[len(ids) for ids in own] for own in responses],
+            [[len(ids) for ids in answers] for answers in responses],
             packing=state.settings.packing,
             micro_tokens=state.settings.micro_tokens,
             weights=balance_weights(state.student.model.config),

@@ -39,8 +39,8 @@ def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterat
         nonlocal lock
         folder = _new_folder(settings) if resume is None else resume
         lock = FolderLock(folder, wait_s=KILLED_S)
-        for place in (folder, folder / "predictions", folder / "checkpoints"):
-            remove_leftovers(place)
+        for written in (folder, folder / "predictions", folder / "checkpoints"):
+            remove_leftovers(written)
         return folder
 
     try:

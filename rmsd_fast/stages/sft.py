@@ -20,8 +20,8 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     number: of the step within its stage, from 0; imitation draws nothing at random.
     """
     responses = [_imitated(state, prompt) for prompt in prompts]
-    tokens = sum(len(ids) for own in responses for ids in own)
-    samples = tokens + sum(len(prompt.input_ids) * len(own) for prompt, own in zip(prompts, responses, strict=True))
+    tokens = sum(len(ids) for answers in responses for ids in answers)
+    copies = [len(prompt.input_ids) * len(answers) for prompt, answers in zip(prompts, responses, strict=True)]
     normalizer = global_sum({"tokens": tokens}, state.world)["tokens"]
     # Under ZeRO-3 the tower's weights are there within the engine's forward alone.
     inside = state.train_vision or state.settings.runtime.zero_stage == 3
@@ -36,7 +36,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             computed += part.rows.input_ids.numel()
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.policy])
-    record = {"loss": total, "tokens": samples, "tokens_computed": computed}
+    record = {"loss": total, "tokens": tokens + sum(copies), "tokens_computed": computed}
     return StepResult({**global_metrics(record, state.world), "grad_norm": norm}, skipped)
 
 

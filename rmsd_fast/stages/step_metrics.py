@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,6 @@ from rmsd_fast.runtime.process_group import World, global_sum
 Number = float | Tensor
 # A sum over the processes, or a function and the sums over the processes that it takes: (mean, total, count).
 Metric = Number | tuple[Any, ...]
-Function = Callable[..., float | None]
 
 
 def mean(total: float, count: float) -> float | None:
@@ -26,10 +25,10 @@ def global_metrics(record: Mapping[str, Metric], world: World) -> dict[str, floa
     Args:
         record: this process's part of each metric, by the names of metrics.jsonl; the same names on every process.
     """
-    parts = {name: metric[1:] if isinstance(metric, tuple) else (metric,) for name, metric in record.items()}
-    sums = global_sum({f"{name} {i}": part for name, own in parts.items() for i, part in enumerate(own)}, world)
+    formulas = {name: metric if isinstance(metric, tuple) else (float, metric) for name, metric in record.items()}
+    named = {f"{name} {i}": part for name, (_, *parts) in formulas.items() for i, part in enumerate(parts)}
+    sums = global_sum(named, world)
     metrics: dict[str, float | None] = {}
-    for name, metric in record.items():
-        totals = [sums[f"{name} {i}"] for i in range(len(parts[name]))]
-        metrics[name] = metric[0](*totals) if isinstance(metric, tuple) else totals[0]
+    for name, (formula, *parts) in formulas.items():
+        metrics[name] = formula(*(sums[f"{name} {i}"] for i in range(len(parts))))
     return metrics

@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ from rmsd_fast.stages.groups import (
     make_pairs,
     set_advantages,
 )
+from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import NonFiniteRun, count_skipped
-from rmsd_fast.stages.step_metrics import global_metrics
+from rmsd_fast.stages.step_metrics import global_metrics, mean
 
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
 
@@ -162,6 +164,33 @@ def test_every_mode_makes_a_step(folder, material, world, overrides):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("language_model" in name for name in moved)
     assert any("visual" in name for name in moved) == state.settings.distill.train_vision
+
+
+def test_passes_read_each_response_once(folder, material, world):
+    state, prompts = build(folder, material, world)
+    state.settings.micro_tokens = max(len(prompt.input_ids) for prompt in prompts) + 12
+    responses = [[torch.tensor([5 + r] * 4) for r in range(5)] for _ in prompts]
+    parts = list(passes(state, prompts, responses, None))
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > len(prompts)
+    read = [(i, r) for p in parts for i, own in zip(p.batch.prompts, p.batch.responses, strict=True) for r in own]
+    assert sorted(read) == [(i, r) for i in range(len(prompts)) for r in range(5)]
+    assert [ids for part in parts for ids in part.rows.targets[::4].tolist()] == [5 + r for _, r in read]
+    calls = []
+    engine = SimpleNamespace(backward=lambda loss, last: calls.append((float(loss), last)))
+    parts[-1].backward(engine, torch.tensor(3.0))
+    filler = replace(parts[0], batch=replace(parts[0].batch, filler=True))
+    filler.backward(engine, torch.tensor(3.0))
+    assert calls == [(3.0, True), (0.0, False)]
+
+
+def test_metrics_are_sums_or_functions_of_sums(world):
+    record = {
+        "sum": torch.tensor(2),
+        "mean": (mean, torch.tensor(1.0), 4),
+        "none": (mean, 0.0, 0),
+        "own": (max, 1, 2, 3),
+    }
+    assert global_metrics(record, world) == {"sum": 2.0, "mean": 0.25, "none": None, "max": 2.0}
 
 
 def test_reference_equals_the_policy_before_the_first_update(folder, material, world):
@@ -336,9 +365,9 @@ def test_rewards_and_advantages_by_hand(folder, material, world):
     set_advantages(group, state.settings)
     # 0.4 D + 0.1 outer + 0.1 task + 0.4 content
     assert group.reward.tolist() == pytest.approx([1.0, -0.3, 0.0])
-    mean = 0.7 / 3
-    sd = (sum((r - mean) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
-    assert group.advantages.tolist() == pytest.approx([(r - mean) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
+    average = 0.7 / 3
+    sd = (sum((r - average) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
+    assert group.advantages.tolist() == pytest.approx([(r - average) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
 
 
 def test_shares_of_rollouts_by_hand(folder, material, world):
