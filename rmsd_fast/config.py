@@ -225,7 +225,7 @@ class SftConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """The co-evolving judge: a separate copy of the stage-1 student with a scalar head (2603.11423)."""
+    """The co-evolving discriminator: a separate copy of the stage-1 student with a scalar head (2603.11423)."""
 
     lr: float = number(1e-6, least=0)
     """AdamW learning rate (open; GAD 2511.10643)."""

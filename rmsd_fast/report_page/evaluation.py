@@ -10,7 +10,7 @@ from typing import Any
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report_page.curves import PAIR_ACCURACY
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
-from rmsd_fast.report_page.run_folder import ReportError, Run
+from rmsd_fast.report_page.run_folder import ReportedRun, ReportError
 from rmsd_fast.report_page.samples import STUDENT_ORDER
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import curve_svg
@@ -23,7 +23,7 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
 
 
-def student_names(run: Run) -> dict[str, str]:
+def student_names(run: ReportedRun) -> dict[str, str]:
     """Return the students' names on the page. The second student of a control run is named as the control."""
     names = {"untrained": "untrained", "stage1": "stage 1", "stage2": "stage 2"}
     if (run.settings.get("distill") or {}).get("objective") == "sft":
@@ -211,7 +211,7 @@ def _signed_percent(share: float) -> str:
     return f"{100 * share:+.0f}".replace("-", "−") if share else "0"
 
 
-def evaluation_section(run: Run) -> str:
+def evaluation_section(run: ReportedRun) -> str:
     """Return scores and differences, as tables and as charts."""
     evaluation, names = run.evaluation, student_names(run)
     head = '<h2 id="evaluation">Evaluation on held-out questions</h2>'
@@ -239,7 +239,7 @@ def evaluation_section(run: Run) -> str:
     return "".join(out)
 
 
-def evaluation_picture(run: Run) -> str:
+def evaluation_picture(run: ReportedRun) -> str:
     """Return an SVG for a README: scores by task, stage-1 loss and pair accuracy, on a card.
 
     Raises:
@@ -274,7 +274,7 @@ def evaluation_picture(run: Run) -> str:
     return "".join(out) + "</svg>\n"
 
 
-def _picture_curves(run: Run) -> list[tuple[str, str]]:
+def _picture_curves(run: ReportedRun) -> list[tuple[str, str]]:
     """Return (title, drawing) of the curves next to the scores, if the run has them."""
     out = []
     loss = run.metrics.get("sft", {}).get("loss")

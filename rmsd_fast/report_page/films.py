@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rmsd_fast.data.decode_worker import Nursery, Worker
+    from rmsd_fast.data.decode_worker import ForkServer, Worker
     from rmsd_fast.data.media_paths import Span
 
 # Fewer frames would miss events of a second or two in a short clip.
@@ -44,7 +44,7 @@ class Films:
         self._timeout_s = timeout_s
         self._max_file_mib = max_file_mib
         self._read: dict[tuple[str, bool, Span], Film] = {}
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._worker: Worker | None = None
         self._lost = 0
 
@@ -56,8 +56,8 @@ class Films:
     ) -> None:
         if self._worker is not None:
             self._worker.close()
-        if self._nursery is not None:
-            self._nursery.close()
+        if self._fork_server is not None:
+            self._fork_server.close()
 
     def read(self, path: str, *, is_video: bool, span: Span = None) -> Film:
         """Return the preview of a file. If the file cannot be read, it has a fault instead of frames.
@@ -75,7 +75,7 @@ class Films:
     def _film(self, path: str, is_video: bool, span: Span) -> Film:
         # The page is useful even if the media were deleted after the run, or no decoder is installed here.
         from rmsd_fast.config import UserError, first_line
-        from rmsd_fast.data.decode_worker import NotStarted, Nursery, WorkerLost
+        from rmsd_fast.data.decode_worker import ForkServer, NotStarted, WorkerLost
         from rmsd_fast.data.media_file import MediaError
         from rmsd_fast.data.video import PreviewRequest
 
@@ -87,10 +87,10 @@ class Films:
             path, "video" if is_video else "image", FRAMES_PER_FILM, LONGEST_PX, self._max_file_mib, span
         )
         try:
-            if self._nursery is None:
-                self._nursery = Nursery()
+            if self._fork_server is None:
+                self._fork_server = ForkServer()
             if self._worker is None or self._worker.lost:
-                self._worker = self._nursery.worker()
+                self._worker = self._fork_server.worker()
             preview = self._worker.preview(request, self._timeout_s)
         except (MediaError, UserError, NotStarted, OSError) as error:
             self._lost += isinstance(error, WorkerLost)

@@ -23,7 +23,7 @@ from rmsd_fast.report_page.evaluation import (
 )
 from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.rollouts import rollouts_section
-from rmsd_fast.report_page.run_folder import Run
+from rmsd_fast.report_page.run_folder import ReportedRun
 from rmsd_fast.report_page.samples import STUDENT_ORDER, is_number, sample_cards
 from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
@@ -35,7 +35,7 @@ _STAMP = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)")
 _WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
 
 
-def render(run: Run) -> str:
+def render(run: ReportedRun) -> str:
     """Return the report of a run as one self-contained HTML document."""
     data = run.settings.get("data")
     # A config.yaml that was written by hand, or by another version, may lack these settings.
@@ -47,7 +47,7 @@ def render(run: Run) -> str:
         return _render(run, films)
 
 
-def _render(run: Run, films: Films) -> str:
+def _render(run: ReportedRun, films: Films) -> str:
     name = visible(run.settings.get("name") or run.folder.name)
     stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
     links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("rollouts", "Rollouts")]
@@ -80,7 +80,7 @@ def _short(stage: str) -> str:
     return STAGE_TITLES.get(stage, stage).partition(":")[0]
 
 
-def _facts(run: Run) -> str:
+def _facts(run: ReportedRun) -> str:
     """Return name, date, recipe, machine and other facts. Facts that the run did not record are left out."""
     info = run.info
     versions = info.get("versions")
@@ -103,7 +103,7 @@ def _facts(run: Run) -> str:
     return f'<dl class="facts">{shown}</dl>'
 
 
-def _made(run: Run) -> bool:
+def _made(run: ReportedRun) -> bool:
     return bool((run.settings.get("made") or {}).get("enabled"))
 
 
@@ -123,7 +123,7 @@ def _time_of_name(name: str) -> datetime | None:
         return None
 
 
-def _spent(run: Run, started: datetime | None, finished: datetime | None) -> str | None:
+def _spent(run: ReportedRun, started: datetime | None, finished: datetime | None) -> str | None:
     if started and finished and (started.tzinfo is None) == (finished.tzinfo is None):
         return duration(max((finished - started).total_seconds(), 0.0))
     seconds = [keys["seconds/step"] for keys in run.metrics.values() if "seconds/step" in keys]
@@ -131,7 +131,7 @@ def _spent(run: Run, started: datetime | None, finished: datetime | None) -> str
     return f"{duration(total)} in training steps" if total else None
 
 
-def _notes(run: Run) -> str:
+def _notes(run: ReportedRun) -> str:
     """Return notes that must be read before any number: a simulated teacher, damaged files."""
     out = []
     if is_simulated(run.evaluation) or is_simulated(run.teacher):
@@ -146,7 +146,7 @@ def _notes(run: Run) -> str:
     return "".join(out)
 
 
-def _alarms(run: Run) -> str:
+def _alarms(run: ReportedRun) -> str:
     """Return the alarms of the training, each with advice; "" for a run without alarms."""
     out = []
     for alarm in run.alarms:
@@ -169,7 +169,7 @@ def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
     )
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: ReportedRun) -> str:
     """Return headline numbers: the last student's score, the change by each stage, and pair accuracy."""
     tiles = []
     names = student_names(run)
@@ -205,7 +205,7 @@ def _pair_tile(stage: str, curve: Series) -> str:
     return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
-def _samples(run: Run, films: Films) -> str:
+def _samples(run: ReportedRun, films: Films) -> str:
     head = '<h2 id="samples">Answers side by side</h2>'
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'

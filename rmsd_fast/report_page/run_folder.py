@@ -18,7 +18,7 @@ class ReportError(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """The content of a run folder.
 
     Attributes:
@@ -49,7 +49,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path) -> ReportedRun:
     """Read a run folder.
 
     Args:
@@ -72,7 +72,7 @@ def load_run(folder: str | Path) -> Run:
     notes: list[str] = []
     settings, text = _settings(config)
     logged = _lines(folder / "metrics.jsonl", notes)
-    return Run(
+    return ReportedRun(
         folder=folder,
         settings=settings,
         settings_text=text,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.records import load_questions
+from rmsd_fast.made.teacher import simulate_teacher
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.settings import to_yaml
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.simulated import simulate_teacher
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 STUDENTS = ("untrained", "stage1", "stage2")

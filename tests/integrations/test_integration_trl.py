@@ -27,7 +27,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from rmsd_fast.integrations.trl import FusedGRPOMixin, FusedGRPOTrainer
-from rmsd_fast.models.tiny import build_tokenizer
+from rmsd_fast.made.student import build_tokenizer
 
 VOCABULARY = 400
 SHAPE = {

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.clips import make_question, sample_content
 from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.made import teacher as made_teacher
+from rmsd_fast.made.clips import make_question, sample_content
+from rmsd_fast.made.teacher import is_simulated, simulate_teacher, write_simulated_pool
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, parse_answer
 from rmsd_fast.method.quality import quality_score
-from rmsd_fast.teacher import simulated
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.simulated import is_simulated, simulate_teacher, write_simulated_pool
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_error_rate(questions, rate):
     for task in CLOSED_TASKS:
         rows = [answer for q in questions if q.task_type == task for answer in scores[q.id]]
         exact = sum(row.quality == 1.0 for row in rows if row.valid) / sum(row.valid for row in rows)
-        expected = (1 - rate) ** simulated.ERROR_FACTORS[task]
+        expected = (1 - rate) ** made_teacher.ERROR_FACTORS[task]
         assert exact == pytest.approx(expected, abs=0.045), task
 
 
@@ -141,8 +141,8 @@ def test_wrong_answers_stay_in_the_task_format(questions):
 
 
 def test_violations_are_of_several_kinds(questions, monkeypatch):
-    monkeypatch.setattr(simulated, "OTHER_VIOLATIONS", 1.0)
-    monkeypatch.setattr(simulated, "VIOLATION_RATES", {})
+    monkeypatch.setattr(made_teacher, "OTHER_VIOLATIONS", 1.0)
+    monkeypatch.setattr(made_teacher, "VIOLATION_RATES", {})
     texts = []
     for response in simulate_teacher(questions, k=1, seed=0, error_rate=0.0):
         question = next(q for q in questions if q.id == response.id)

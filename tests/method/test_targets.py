@@ -10,7 +10,7 @@ from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.targets import build_targets, content_score
+from rmsd_fast.teacher.targets import build_targets
 
 QUESTION = Question(id="q", question="When?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
 
@@ -117,12 +117,6 @@ def test_random_imitation_takes_any_response_whatever_its_quality():
         question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
         picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate[0]] += 1
     assert set(picked) == {0, 1} and min(picked.values()) > 20
-
-
-def test_content_is_zero_for_open_questions():
-    question = Question(id="o", question="?", task_type="open", videos=("v",))
-    assert content_score(answer("x"), question, TeacherConfig()) == 0.0
-    assert content_score(answer("0.0 to 5.0"), QUESTION, TeacherConfig()) == pytest.approx(0.5)
 
 
 def test_natural_answers_are_taught_in_canonical_form():

@@ -13,7 +13,7 @@ import pytest
 from report_files import EVIL, assert_nothing_is_fetched, made_evaluation, made_run, read
 
 from rmsd_fast.config import RunConfig
-from rmsd_fast.data.clips import make_clips
+from rmsd_fast.made.clips import make_clips
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
 from rmsd_fast.report_page.films import Films

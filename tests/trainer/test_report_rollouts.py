@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 
-from rmsd_fast.data.clips import make_clips
+from rmsd_fast.made.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
@@ -228,7 +228,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeyp
     def fail() -> None:
         raise OSError
 
-    monkeypatch.setattr("rmsd_fast.data.decode_worker.Nursery", fail)
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.ForkServer", fail)
     with Films(timeout_s=60.0, max_file_mib=16) as films:
         assert films.read(clip, is_video=True).fault == "OSError"
 
