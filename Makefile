@@ -23,6 +23,8 @@ ARGS ?=
 SUDO ?=
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CORES := $(shell nproc 2>/dev/null || echo 2)
+# Processes of the test suite: each takes up to 2 GB, and on a GPU some of its memory.
+WORKERS := $(if $(filter cuda,$(SET)),4,$(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 ))))
 BIN := $(VENV)/bin
 # On a terminal pip shows its downloads; elsewhere only what goes wrong.
 PIP_SHOWS := $(shell test -t 2 && echo "--progress-bar on" || echo "-q --progress-bar off")
@@ -143,7 +145,8 @@ demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", defa
 		$(BIN)/python -m rmsd_fast.train $(ARGS)
 
 test: dev ## set up, then run the test suite
-	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 $(or $(ARGS),tests)
+	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 \
+		$(or $(ARGS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests)
 
 lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from bench.records import save
 from bench.section_log import NO_TIME, seconds_left
 from bench.student_4b import free_bytes, layers_that_fit, time_optimizer
 from bench.sweep_4b import StepCase, attempt, is_apart
-from rmsd_fast.runtime.distributed import World, start, stop
+from rmsd_fast.runtime.process_group import World, start, stop
 
 # With less, half of the layers: making the model and its engine, and compiling, take most of it.
 SHORT_S = 22.0

@@ -8,7 +8,7 @@ Per case (prefix, response) the variants are ways and numbers of responses, time
 
 A pass: vision tower (frozen), forward with the fused cross entropy on all response tokens, backward into every
 parameter of the language model. Gradients of `padded` and `copies` are compared with ours in the timed shape
-(`differences`). `predicted_s`: FLOPs of `rmsd_fast.models.cost` at the rates of matrix products and of attention that
+(`differences`). `predicted_s`: FLOPs of `bench.flops` at the rates of matrix products and of attention that
 were measured in the same process (`rates`).
 """
 
@@ -20,13 +20,13 @@ from functools import partial
 import pytest
 import torch
 
+from bench.flops import Load, copies_flops, packed_flops, padded_flops
 from bench.groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
 from bench.heads import Outcome
 from bench.measure import Variant, differences_of, main_time, measure, numbers_of
 from bench.rates import predicted_seconds, rates
 from rmsd_fast.data.packing import make_rows
 from rmsd_fast.losses import linear_cross_entropy
-from rmsd_fast.models.cost import Load, copies_flops, packed_flops, padded_flops
 from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import encode_media, freeze

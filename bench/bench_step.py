@@ -25,14 +25,14 @@ from statistics import median
 import pytest
 import torch
 
+from bench.flops import StepLoad, step_flops
 from bench.groups import HIDDEN, LAYERS, Case
 from bench.heads import Outcome
 from bench.measure import Variant, quantiles
 from bench.memory import keep_freed_memory, peak_extra_bytes
 from bench.rates import predicted_seconds, rates
 from bench.steps import Given, copying_step, make_prompts, make_state, set_teacher, settings_of
-from rmsd_fast.models.cost import StepLoad, step_flops
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 
 BASE = "shared K=4 N=8"
@@ -90,7 +90,8 @@ def make_ways(case: Case, world) -> list[Way]:
 
             def run(state=state, step=step, settings=settings, k=k) -> None:
                 set_teacher(state, prompts, case.response, k)
-                step(state, prompts, settings, rollout_step=0)
+                state.settings = settings
+                step(state, prompts, 0)
 
             load = StepLoad(len(prompts[0].input_ids), [case.response] * n, [case.response] * k, grids)
             ways.append(Way(f"{mode} K={k} N={n}", mode, load, run, state))
@@ -108,7 +109,7 @@ def check(case: Case, world) -> dict[str, float]:
         set_teacher(state, prompts, case.response, 2)
         state.rollouts = Given(state.builder, case.response)
         step = copying_step if mode == "copies" else distill.step
-        metrics = step(state, prompts, settings, rollout_step=0).metrics
+        metrics = step(state, prompts, 0).metrics
         norms[mode] = (metrics["policy/grad_norm"], metrics["discriminator/grad_norm"])
         close(state)
     found = {mode: max(abs(a - b) / b for a, b in zip(norms[mode], norms["shared"], strict=True)) for mode in norms}

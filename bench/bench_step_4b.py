@@ -22,7 +22,7 @@ compared with like. In `not_run` is also what would not end by RMSD_BENCH_UNTIL 
 benchmark fails as well, once the rest is written. So it does where gradient norms of a shared and a padded step differ
 (`gate`).
 
-`utilisation`: FLOPs of `rmsd_fast.models.cost.step_flops` for shared prompts, whatever the way computes, over time and
+`utilisation`: FLOPs of `bench.flops.step_flops` for shared prompts, whatever the way computes, over time and
 the datasheet's dense bf16 peak; `utilisation_of_measured_gemm`: over the rate of GEMMs in `rates`. `predicted_s`, of
 the passes: all FLOPs that run, repeated and recomputed ones too, at `rates`. `peak_mib`: `held_mib` before the step and
 what it adds. `device_allocs`: blocks that a timed step had to ask the device for and so waited; a shared one is then
@@ -52,14 +52,14 @@ from typing import Any
 import pytest
 import torch
 
+from bench.flops import step_flops
 from bench.measure import quantiles
 from bench.rates import datasheet_peak
 from bench.records import hardware_of, read_lines, save, surroundings, table
 from bench.section_log import NO_TIME, seconds_left
 from bench.student_4b import CONFIG_TOY, activation_bytes, counts_of
 from bench.sweep_4b import BASE, COPIES, COUNTS, PADDED, PAIR, SEVERAL, Measured, Rig, StepCase, Way, begin, sweep
-from rmsd_fast.models.cost import step_flops
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 
 LONG, SHORT, MIDDLE, FLAT = (8192, 512), (2048, 128), (2048, 512), (8192, 128)
 SHAPES = (LONG, SHORT, MIDDLE, FLAT)

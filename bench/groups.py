@@ -21,8 +21,8 @@ from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models.students import Student, load_student
-from rmsd_fast.models.tiny import build_tiny_student
 
 # Grid of 32-pixel tokens of a frame and temporal steps that make a prompt of about so many tokens.
 GRIDS = {128: (4, 4, 4), 512: (4, 8, 8), 1024: (8, 8, 15), 2048: (8, 16, 15), 4096: (16, 16, 15), 8192: (16, 22, 22)}

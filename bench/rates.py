@@ -38,7 +38,7 @@ def rates(
     """FLOP/s of matrix products and of attention at the sizes of one decoder layer, forward and backward.
 
     rows: of the products, where there are others than the prefix has.
-    FLOPs are counted as `rmsd_fast.models.cost` counts them: 6TMN for a product with its two gradients, 12 per pair,
+    FLOPs are counted as `bench.flops` counts them: 6TMN for a product with its two gradients, 12 per pair,
     head and size for attention (a backward of two forwards).
     """
     text = config.text_config

@@ -15,12 +15,12 @@ from rmsd_fast.losses import linear_logprob, linear_policy_loss, pairwise_discri
 from rmsd_fast.models.students import encode_media
 from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_fast.rollout.base import Rollout, Sampling
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import build_distillation
-from rmsd_fast.stages.groups import Group, judged_responses, make_group, make_pairs, set_advantages
+from rmsd_fast.stages.groups import RolloutGroup, distinct_texts, make_group, make_pairs, set_advantages
 from rmsd_fast.stages.material import Material
-from rmsd_fast.stages.state import RunState, StepResult, apply_or_discard
+from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard
 from rmsd_fast.teacher.scores import ScoredResponse
 from rmsd_fast.teacher.summary import Summary
 from rmsd_fast.teacher.targets import Targets
@@ -43,7 +43,7 @@ def settings_of(packing: str, prefix: int, response: int, n: int, dtype: str) ->
     )
 
 
-def make_state(settings: RunConfig, world: World) -> RunState:
+def make_state(settings: RunConfig, world: World) -> StageState:
     """Policy, discriminator and reference. No rollout ends by itself: each has `max_new_tokens` tokens."""
     folder = str(student_folder(HIDDEN, LAYERS))
     state = build_distillation(folder, settings, world, Material([], [], {}, True, {}, Summary(), folder, {}))
@@ -56,11 +56,11 @@ def make_state(settings: RunConfig, world: World) -> RunState:
     return state
 
 
-def make_prompts(state: RunState, prefix: int, groups: int) -> list[Prompt]:
+def make_prompts(state: StageState, prefix: int, groups: int) -> list[Prompt]:
     return [make_prompt(state.builder, prefix, number) for number in range(groups)]
 
 
-def set_teacher(state: RunState, prompts: list[Prompt], response: int, k: int) -> None:
+def set_teacher(state: StageState, prompts: list[Prompt], response: int, k: int) -> None:
     """K responses for each prompt, all of quality 1, where the step looks for them."""
     for number, prompt in enumerate(prompts):
         texts = make_texts(state.builder, k, response, seed=100 + number)
@@ -92,12 +92,13 @@ class Given:
         return Rollout(prompt.question.id, index, ids, self.builder.decode_response(ids), logp, False, 0)
 
 
-def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
+def copying_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     """The step with a copy of prompt and video for each response, in generation and in all three models.
 
     The same objective, losses and optimisers as `stages.distill.step`; what differs is that a batch is a list of
     samples. One group per forward pass. The discriminator reads N + K rows; one pair per rollout would be 2N.
     """
+    settings = state.settings
     n, temperature, device = settings.rollout.n, settings.rollout.temperature, state.world.device
     copies = [_renamed(prompt, i) for prompt in prompts for i in range(n)]
     sampling = Sampling(n=1, temperature=temperature, max_new_tokens=settings.rollout.max_new_tokens)
@@ -105,7 +106,7 @@ def copying_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *,
         features = _encode_each(state.student.model, copies)
         rollouts = [one for (one,) in state.rollouts.generate(state.student.model, copies, sampling, features=features)]
     groups = [
-        make_group(p, rollouts[i * n : (i + 1) * n], state.targets[p.question.id], settings, step=rollout_step)
+        make_group(p, rollouts[i * n : (i + 1) * n], state.targets[p.question.id], settings, step=number)
         for i, p in enumerate(prompts)
     ]
     with state.timer("discriminator"):
@@ -147,10 +148,10 @@ def _renamed(prompt: Prompt, index: int) -> Prompt:
     return replace(prompt, question=replace(prompt.question, id=f"{prompt.question.id}/{index}"))
 
 
-def _judge(state: RunState, group: Group, groups: int, settings: RunConfig) -> torch.Tensor:
+def _judge(state: StageState, group: RolloutGroup, groups: int, settings: RunConfig) -> torch.Tensor:
     """L_D of a group; leaves the scores in it."""
     n = len(group.rollouts)
-    judged = judged_responses(group, state.builder)
+    judged = distinct_texts(group, state.builder)
     texts = [judged.responses[place] for place in (*judged.students, *judged.teachers)]
     copies = [group.prompt] * len(texts)
     rows = media_each(pad([group.prompt], [texts], pad_id=0)).to(state.world.device)

@@ -41,16 +41,17 @@ from rmsd_fast.data.packing import pack
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, PromptBuilder
 from rmsd_fast.losses import linear_logprob
+from rmsd_fast.made.student import build_tokenizer
 from rmsd_fast.models.liger import apply_liger, use_liger
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix
 from rmsd_fast.models.students import DTYPES, Student, encode_media
-from rmsd_fast.models.tiny import build_tokenizer
 from rmsd_fast.models.vision_attention import vision_implementation
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.build import make_discriminator, make_engine, make_policy, make_reference, prepare
-from rmsd_fast.stages.state import RunState
+from rmsd_fast.stages.state import StageState
 
 # Bytes per trained parameter of a full optimiser: float32 master and two moments; gradients added up in float32; and,
 # of one engine at a time, AdamW's square root of the second moment.
@@ -250,7 +251,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def make_state(sizes: Sizes, settings: RunConfig, world: World, *, apart: bool) -> RunState:
+def make_state(sizes: Sizes, settings: RunConfig, world: World, *, apart: bool) -> StageState:
     """Policy, discriminator and reference wired by the trainer's own functions; rollouts and targets are to be set.
 
     apart: without optimisers, as `Passes`.
@@ -264,13 +265,13 @@ def make_state(sizes: Sizes, settings: RunConfig, world: World, *, apart: bool) 
 
     own = student()
     policy = engine(make_policy(own, settings, train_vision=False))
-    state = RunState(world, own, PromptBuilder(own, VideoConfig()), {}, PhaseTimer(world.device), policy)
+    state = StageState(settings, world, own, PromptBuilder(own, VideoConfig()), {}, PhaseTimer(world.device), policy)
     state.reference = make_reference(student())
     state.discriminator = engine(make_discriminator(student(), settings))
     return state
 
 
-def switch(state: RunState, packing: str, checkpointing: bool) -> None:
+def switch(state: StageState, packing: str, checkpointing: bool) -> None:
     """Attention and recomputation of the same three models, as a way of stepping wants them."""
     for model in (state.student.model, state.reference.model, state.discriminator.module.model):
         if packing == "shared":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.flops import Load, StepLoad, padded_flops, step_flops
 from bench.groups import Case
 from bench.memory import peak_extra_bytes
 from bench.rates import predicted_seconds, rates
@@ -33,11 +34,10 @@ from bench.student_4b import (
     switch,
 )
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.models.cost import Load, StepLoad, padded_flops, step_flops
 from rmsd_fast.models.liger import describe_liger
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages import distill
-from rmsd_fast.stages.state import RunState
+from rmsd_fast.stages.state import StageState
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Rig:
         self.sizes, self.world = case.sizes, world
         self.apart = is_apart(case, world.device)
         settings = settings_of("shared", case.prefix, case.response, 4, 8)
-        self.state: RunState | None = make_state(self.sizes, settings, world, apart=self.apart)
+        self.state: StageState | None = make_state(self.sizes, settings, world, apart=self.apart)
         self.config = self.state.student.model.config
         self.liger, self.counts = describe_liger(settings.model.liger, world.device), counts_of(self.sizes)
         # Why the device can no longer be used.
@@ -176,7 +176,8 @@ class Rig:
         step = copying_step if way.mode == "copies" else distill.step
 
         def run() -> dict[str, float]:
-            result = step(state, prompts, settings, rollout_step=0)
+            state.settings = settings
+            result = step(state, prompts, 0)
             # None stands for what a step does not tell, such as the accuracy of no pair.
             measured = {name: value for name, value in result.metrics.items() if value is not None}
             bad = {name: value for name, value in measured.items() if not math.isfinite(value)}

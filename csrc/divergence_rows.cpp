@@ -1,10 +1,12 @@
-// Divergence of a teacher's rows p from a student's rows q on CPU, and its gradient by the student's logits in place.
+// Divergence between a teacher's rows p and a student's rows q on CPU, and its gradient with respect to the student's
+// logits, in place.
 //
 //   forward_kl sum p log(p/q)    reverse_kl sum q log(q/p)    with M = a p + (1 - a) q:
 //   skew_kl sum p log(p/M)       jsd a sum p log(p/M) + (1 - a) sum q log(q/M)
 //   dD/dz_v = q_v (f_v - sum q f),  f = dD/dq up to a constant: -p/q, log(q/p), -(1 - a) p/M, (1 - a) log(q/M)
 //
-// Both KLs come from the pass that finds the log-sum-exps; M needs those first, so jsd and skew_kl take one pass more.
+// The pass that computes the log-sum-exps also computes both KLs. M needs the log-sum-exps first, so jsd and skew_kl
+// take one more pass.
 
 #include "head_rows.h"
 #include "row_common.h"
@@ -12,7 +14,7 @@
 namespace rmsd {
 namespace {
 
-// Sums of exponentials of two rows against running maxima, and k = sum e_a ((z_a - base_a) - (z_b - base_b)).
+// Sums of exponentials of two rows relative to running maxima, and k = sum e_a ((z_a - base_a) - (z_b - base_b)).
 struct PairTotals {
   float base_a = kMinusInfinity, base_b = kMinusInfinity;
   double s_a = 0.0, s_b = 0.0, k = 0.0;
@@ -37,7 +39,7 @@ PairTotals pair_totals(const A* a, const B* b, int64_t vocab, float inverse) {
     if (block.top_a > total.base_a || block.top_b > total.base_b) {
       const float base_a = std::max(total.base_a, block.top_a), base_b = std::max(total.base_b, block.top_b);
       block = pair_sums(u_a, u_b, n, live(base_a), live(base_b), inverse);
-      // A row without a live logit so far has sums of 0 (or NaN), or a k that is infinite for good.
+      // A row without a finite logit so far has sums of 0 (or NaN), or a k that stays infinite.
       const double step_a =
           total.base_a == kMinusInfinity ? 0.0 : (static_cast<double>(total.base_a) - base_a) * inverse;
       const double step_b =
@@ -56,7 +58,7 @@ PairTotals pair_totals(const A* a, const B* b, int64_t vocab, float inverse) {
   return total;
 }
 
-// One row. Returns the divergence; with a finite or NaN scale the row q becomes its gradient.
+// Returns the divergence of one row. With a scale, row q is overwritten with the gradient.
 template <typename Q, typename P>
 double divergence_row(Q* q, const P* p, int64_t vocab, double temperature, int64_t kind, double alpha,
                       const float* scale) {
@@ -66,7 +68,7 @@ double divergence_row(Q* q, const P* p, int64_t vocab, double temperature, int64
   mixture.inverse = inverse;
   mixture.share = static_cast<float>(alpha);
   double value, mean = 0.0;
-  // The distribution that the KL is an expectation of comes first.
+  // pair_totals takes the expectation under its first argument.
   if (kind == kForwardKl) {
     const PairTotals total = pair_totals(p, q, vocab, inverse);
     mixture = {total.base_b, static_cast<float>(-total.log_s_b()),
@@ -142,19 +144,19 @@ Tensor row_divergence_(const Tensor& logits, const Tensor& teacher_logits, const
   const bool p_float = teacher_logits.scalar_type() == ScalarType::Float;
   Tensor value = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   float* out = value.mutable_data_ptr<float>();
-  // Written only where a scale is given.
+  // The logits are written only with a scale.
   void* q = scale == nullptr ? const_cast<void*>(logits.const_data_ptr()) : logits.mutable_data_ptr();
   const void* p = teacher_logits.const_data_ptr();
   const int64_t q_stride = logits.stride(0), p_stride = teacher_logits.stride(0);
   torch::stable::parallel_for(0, rows, rows_per_task(vocab), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const double heat = temperature == nullptr ? 1.0 : temperature[t];
+      const double row_temperature = temperature == nullptr ? 1.0 : temperature[t];
       const float* factor = scale == nullptr ? nullptr : scale + t;
       const auto with_teacher = [&](auto* q_row) {
-        return p_float ? divergence_row(q_row, static_cast<const float*>(p) + t * p_stride, vocab, heat, kind, alpha,
-                                        factor)
-                       : divergence_row(q_row, static_cast<const uint16_t*>(p) + t * p_stride, vocab, heat, kind, alpha,
-                                        factor);
+        return p_float ? divergence_row(q_row, static_cast<const float*>(p) + t * p_stride, vocab, row_temperature,
+                                        kind, alpha, factor)
+                       : divergence_row(q_row, static_cast<const uint16_t*>(p) + t * p_stride, vocab, row_temperature,
+                                        kind, alpha, factor);
       };
       out[t] = static_cast<float>(q_float ? with_teacher(static_cast<float*>(q) + t * q_stride)
                                           : with_teacher(static_cast<uint16_t*>(q) + t * q_stride));

@@ -1,13 +1,14 @@
-// Rows of a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any mix of them.
+// Rows of a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any linear
+// combination of them.
 //
-//   z_v = cap(logit_v + bias_v) / temperature    cap(x) = softcap * tanh(x / softcap)    (each part only where given)
+//   z_v = cap(logit_v + bias_v) / temperature    cap(x) = softcap * tanh(x / softcap)
 //   lse = log sum exp z    log p_v = z_v - lse    logp = min(log p_y, 0)    H = -sum p log p    KL = sum p (log p - log
 //   r)
 //
-// with the logit of the target y taken from target_logit. Two passes: statistics, then the gradient in place; a row of
-// 151936 columns (608 KB in float32) stays in the L2 cache between them, so memory is read once and written once. The
-// first pass sums exp(z - base) against a running maximum, piece by piece in float32, and carries the sums on in
-// double.
+// Bias, softcap and temperature are optional. The logit of the target y is target_logit. The first pass computes the
+// statistics, the second one writes the gradient in place. A row of 151936 columns (608 KB in float32) stays in the L2
+// cache between them, so memory is read once and written once. The first pass sums exp(z - base) for a running maximum
+// `base`, in float32 within a piece and in double across pieces.
 
 #include "head_rows.h"
 
@@ -16,7 +17,7 @@
 namespace rmsd {
 namespace {
 
-// How logits become u, and what is replaced: columns of `target` take `target_logit`. target = -1: nothing is.
+// The parameters of u. The logit of column `target` is replaced by `target_logit`; target = -1 replaces nothing.
 struct Head {
   const float* bias;
   float softcap;  // 0: none
@@ -34,16 +35,16 @@ struct Reference {
 
 struct RowResult {
   double logp, entropy, lse, full_kl;
-  float base;      // what the sum of exponentials was taken against
+  float base;      // value that is subtracted before exponentiation
   double log_sum;  // lse = base / temperature + log_sum
 };
 
-// Derivatives of a loss by logp, entropy and full KL.
+// Derivatives of a loss with respect to logp, entropy and full KL.
 struct Coefficients {
   double logp, entropy, full_kl;
 };
 
-// u of the target in double; its slope du/dlogit.
+// Returns u of the target in double, and its slope du/dlogit.
 double target_u(const Head& head, double* slope = nullptr) {
   const double logit = static_cast<double>(head.target_logit) + (head.bias == nullptr ? 0.0 : head.bias[head.target]);
   const double tanh_logit = head.softcap == 0.0f ? 0.0 : std::tanh(logit / head.softcap);
@@ -53,7 +54,7 @@ double target_u(const Head& head, double* slope = nullptr) {
   return head.softcap == 0.0f ? logit : head.softcap * tanh_logit;
 }
 
-// Columns start..start+n as u. Reads the row itself where it holds u already; else the result is in `buffer`.
+// Returns u of columns start..start+n: a pointer into the row if it contains u already, otherwise `buffer`.
 template <typename T>
 const float* block_of(const T* row, const Head& head, int64_t start, int64_t n, float* buffer, float* slope = nullptr) {
   const bool replaced = head.target >= start && head.target < start + n;
@@ -79,12 +80,12 @@ const float* block_of(const T* row, const Head& head, int64_t start, int64_t n, 
   return buffer;
 }
 
-// log r of a block of the reference's row.
+// Computes log r of a block of the reference's row.
 template <typename T>
 void reference_block(const Reference& ref, const Head& head, double temperature, int64_t start, int64_t n,
                      float* log_r) {
-  const Head own{ref.bias, head.softcap, -1, 0.0f};
-  const float* u = block_of(static_cast<const T*>(ref.logits), own, start, n, log_r);
+  const Head ref_head{ref.bias, head.softcap, -1, 0.0f};
+  const float* u = block_of(static_cast<const T*>(ref.logits), ref_head, start, n, log_r);
   const float c = static_cast<float>(ref.lse * temperature);
   log_ratios(u, n, c, static_cast<float>(1.0 / temperature), static_cast<float>(c / temperature - ref.lse), log_r);
   if (head.target >= start && head.target < start + n) {
@@ -104,7 +105,7 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
     const bool direct = head.plain() && ref.logits == nullptr && !has_target;
     const float* u = direct ? nullptr : block_of(row, head, start, n, buffer);
     if (has_target) {
-      // As it goes into the sum, so that logp is 0 where nothing else is in it.
+      // The value that is added to the sum, so that logp is exactly 0 if the target is the only term.
       u_target = u[head.target - start];
     }
     if (ref.logits != nullptr) {
@@ -117,8 +118,9 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
       if (ref.logits == nullptr) {
         return sums(u, n, against, inverse);
       }
-      // z - base - log r is log sum exp(z - base) where both heads agree. That much is taken out of the terms, or the
-      // sum would lose as many digits to it. A number that cannot be this, from a column of no weight, does no harm.
+      // If both heads agree, z - base - log r equals log sum exp(z - base) in every column. It is subtracted from the
+      // terms, because otherwise the sum would lose digits. An implausible value, from a column without weight, is
+      // harmless.
       const float shift = std::fmin(std::fmax((u[0] - against) * inverse - log_r[0], 0.0f), 16.0f);
       Sums block = sums_against(u, log_r, n, against, inverse, shift);
       block.k += block.s * shift;
@@ -127,7 +129,7 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
     Sums block = block_sums(base == kMinusInfinity ? 0.0f : base);
     if (block.top > base) {
       block = block_sums(block.top);
-      // Before the first live logit the sums hold nothing, or a NaN that must stay.
+      // Before the first finite logit, the sums are 0, or a NaN that must be kept.
       const double step = base == kMinusInfinity ? 0.0 : (static_cast<double>(base) - block.top) * inverse;
       const double shrink = std::exp(step);
       w = shrink * (w + s * step);
@@ -153,7 +155,7 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
   return result;
 }
 
-// The row becomes the gradient of g.logp * logp + g.entropy * H + g.full_kl * KL.
+// Overwrites the row with the gradient of g.logp * logp + g.entropy * H + g.full_kl * KL.
 template <typename T>
 void gradient_row(T* row, int64_t vocab, const Head& head, double temperature, const Reference& ref,
                   const RowResult& stats, const Coefficients& g) {
@@ -217,7 +219,7 @@ struct Policy {
 constexpr double kExpLimit = 80.0;  // exp(80) = 5.5e34 is finite in float32
 
 // Derivatives of scale * (-w min(r A, clip(r) A) + kl_coef KL - entropy_coef H), r = exp(logp - old_logp),
-// w = min(exp(logp - rollout_logp), tis_cap), a constant.
+// w = min(exp(logp - rollout_logp), tis_cap), which is not differentiated.
 Coefficients policy_coefficients(const Policy& policy, int64_t t, float logp) {
   const double scale = policy.scale[t];
   double advantage = policy.advantage[t];
@@ -295,7 +297,7 @@ struct Rows {
   }
 };
 
-// Vectors of results; full_kl is empty without a reference.
+// The result vectors; full_kl is empty without a reference.
 struct Output {
   Tensor logp, entropy, lse, full_kl;
   float *logp_data, *entropy_data, *lse_data, *full_kl_data;
@@ -320,7 +322,8 @@ struct Output {
   }
 };
 
-// each(row pointer, t) for every row, in parallel; every row is one thread's, so results do not depend on their number.
+// Calls each(row pointer, t) for all rows in parallel. One thread processes a row, so results do not depend on the
+// number of threads.
 template <typename Each>
 void for_rows(const Rows& rows, void* data, const Each& each) {
   torch::stable::parallel_for(0, rows.count, rows_per_task(rows.vocab), [&](int64_t begin, int64_t end) {
@@ -336,7 +339,7 @@ void for_rows(const Rows& rows, void* data, const Each& each) {
 HeadStats row_score(const HeadArguments& arguments) {
   const Rows rows("row_score", arguments);
   const Output out(arguments.target_logit, rows);
-  // Only read; for_rows hands out pointers that the other ops write through.
+  // The logits are only read here. The cast is needed because for_rows passes writable pointers for the other ops.
   for_rows(rows, const_cast<void*>(arguments.logits.const_data_ptr()), [&](const auto* row, int64_t t) {
     out.put(t, score_row(row, rows.vocab, rows.head(t), rows.temperature_of(t), rows.reference(t)));
   });

@@ -1,4 +1,4 @@
-// The row ops on a head's logits; what they compute stands in head_rows.cpp, their schemas in register.cpp.
+// The row ops on a head's logits. head_rows.cpp documents what they compute, and register.cpp has their schemas.
 
 #pragma once
 
@@ -9,8 +9,9 @@
 
 namespace rmsd {
 
-// n rows, V columns. logits and ref_logits [n, V]: float32 or bfloat16, rows may be strided; bias [V] and the rest [n]:
-// float32, contiguous; targets [n]: int64. ref_* are of the reference head, all given or none but ref_bias.
+// logits and ref_logits [n, V] are float32 or bfloat16, and their rows may be strided. targets [n] is int64. bias [V]
+// and the other vectors [n] are contiguous float32. ref_* belong to the reference head: ref_logits, ref_lse and
+// ref_logp are all present or all absent, and ref_bias is optional.
 struct HeadArguments {
   const torch::stable::Tensor &logits, &targets, &target_logit;
   const std::optional<torch::stable::Tensor>&bias, &temperature;
@@ -38,7 +39,7 @@ struct PolicyArguments {
   double entropy_coef;
 };
 
-// logp, entropy, lse [n] and full_kl ([n] with a reference, else [0]), float32.
+// logp, entropy, lse [n] and full_kl ([n] with a reference, otherwise [0]), float32.
 using HeadStats =
     std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>;
 
@@ -48,8 +49,8 @@ HeadStats row_policy_(const HeadArguments& arguments, const PolicyArguments& giv
 
 enum DivergenceKind : int64_t { kForwardKl = 0, kReverseKl = 1, kJsd = 2, kSkewKl = 3 };
 
-// Divergence [n] of the teacher's rows from the student's (logits); with a scale, logits become scale times its
-// gradient.
+// Returns the divergence [n] between the teacher's rows and the student's rows (logits). With a scale, logits are
+// overwritten with the gradient of the sum of scale * divergence.
 torch::stable::Tensor row_divergence_(const torch::stable::Tensor& logits, const torch::stable::Tensor& teacher_logits,
                                       const std::optional<torch::stable::Tensor>& temperature, int64_t kind,
                                       double alpha, const std::optional<torch::stable::Tensor>& scale);

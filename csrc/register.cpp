@@ -1,5 +1,5 @@
-// Schemas of the CPU ops, against torch's stable ABI (torch >= 2.11); no Python headers. Python forms: native_rows,
-// native_video.
+// Schemas of the CPU ops, for torch's stable ABI (torch >= 2.11), without Python headers. The Python modules
+// heads/native_rows.py and video/native_patches.py call them.
 
 #include <torch/csrc/stable/library.h>
 
@@ -45,7 +45,7 @@ int64_t cpu_level(int64_t limit) { return rmsd::limit_cpu_level(static_cast<int>
 
 }  // namespace
 
-// Arguments before ref_logp say how z is made of the logits and of the reference's; see head_rows.h.
+// The arguments up to ref_logp define how z is computed from the logits, and from the reference's; see head_rows.h.
 #define HEAD_ARGUMENTS                                                                                        \
   " logits, Tensor targets, Tensor target_logit, Tensor? bias, Tensor? temperature, float? softcap, Tensor? " \
   "ref_logits, "                                                                                              \

@@ -1,4 +1,4 @@
-// What the row ops share: a row's columns as float32 blocks, and checks of arguments.
+// Shared by the row ops: reading a row as float32 blocks, and checks of arguments.
 
 #pragma once
 
@@ -21,12 +21,12 @@ using torch::stable::Tensor;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr int64_t kGrain = 64 * 1024;  // logits per task below which threads cost more than they bring
+constexpr int64_t kGrain = 64 * 1024;  // with fewer logits per task, threads cost more than they save
 
 inline int64_t rows_per_task(int64_t vocab) { return std::max<int64_t>(1, kGrain / vocab); }
 
-// Asks for the block after the one at x, for loops too slow to be read ahead of by the processor (it stops at each
-// page).
+// Prefetches the block after the one at x. The hardware prefetcher stops at each page, and does not read far enough
+// ahead in these slow loops.
 template <typename T>
 void prefetch_next_block(const T* x, int64_t n) {
   const char* next = reinterpret_cast<const char*>(x + n);
@@ -35,14 +35,14 @@ void prefetch_next_block(const T* x, int64_t n) {
   }
 }
 
-// A block of x as float32: in place for float32, else in `buffer`.
+// Returns a block of x as float32: x itself if it is float32, otherwise `buffer`.
 inline const float* as_floats(const float* x, int64_t, float*) { return x; }
 inline const float* as_floats(const uint16_t* x, int64_t n, float* buffer) {
   load_bf16(x, n, buffer);
   return buffer;
 }
 
-// [n, V] on CPU, float32 or bfloat16, columns adjacent, rows `stride` apart.
+// Checks for [n, V], float32 or bfloat16, with adjacent columns and rows that do not overlap.
 inline void check_logits(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, op, ": ", name,
                   ": expected float32 or bfloat16");
@@ -52,7 +52,7 @@ inline void check_logits(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.size(0) <= 1 || t.stride(0) >= t.size(1), op, ": ", name, ": rows overlap: stride ", t.stride(0));
 }
 
-// Data of a contiguous vector of `size` numbers.
+// Returns the data of a contiguous vector of `size` numbers.
 template <typename T = float>
 const T* vector_data(const char* op, const char* name, const Tensor& t, int64_t size) {
   constexpr ScalarType kType = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Long;

@@ -1,5 +1,5 @@
-// The loops of row_kernels.h. Each body is inlined into one function per instruction set, so that one library runs
-// everywhere and every build can be tested on one machine. GCC needs -fopenmp-simd for the marked sums to be reordered.
+// The loops of row_kernels.h. Each body is inlined into one function per instruction set, so that one library runs on
+// all processors and all builds can be tested on one machine. GCC needs -fopenmp-simd to reorder the marked sums.
 
 #include "row_kernels.h"
 
@@ -44,7 +44,7 @@ int level = kDetected;
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr float kSmallestExponent = -87.0f;  // e^-87 = 1.6e-38 is a normal float32
-constexpr float kRound = 12582912.0f;        // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+constexpr float kRound = 12582912.0f;        // 1.5 * 2^23: adding it puts the nearest integer into the low bits
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 
@@ -76,21 +76,21 @@ INLINE ScaledExp split_exp(float x) {
   p = p * r + 4.1667200716785036e-2f;
   p = p * r + 0.1666654342325205f;
   p = p * r + 0.4999999814959416f;
-  // The rounding constant's own bits are shifted out of the exponent.
+  // The shift removes the bits of the rounding constant from the exponent.
   return {as_float((as_bits(shifted) << 23) + 0x3f800000u), p * (r * r) + r};
 }
 
-// At least -88, where the exponential is 0 already, so that 0 times it is 0; NaN stays.
+// Returns max(z, -88), and NaN for NaN. The exponential is 0 at -88 already, and 0 times a finite number is 0.
 INLINE float bounded(float z) { return z < -88.0f ? -88.0f : z; }
 
-// e^z for z <= 0 (a little above is fine), 0 below kSmallestExponent.
+// Returns e^z for z <= 0 (or slightly above), and 0 below kSmallestExponent.
 INLINE float exp_or_zero(float z) {
   const ScaledExp e = split_exp(z);
   const float value = e.scale * e.q + e.scale;
   return z < kSmallestExponent ? 0.0f : value;
 }
 
-// log x for 0 < x <= 1: x = 2^e * (1 + f), 1/sqrt2 <= 1 + f < sqrt2; the polynomial's relative error is 6e-9.
+// Returns log x for 0 < x <= 1: x = 2^e * (1 + f), 1/sqrt2 <= 1 + f < sqrt2; the polynomial's relative error is 6e-9.
 INLINE float log_positive(float x) {
   const int32_t e = static_cast<int32_t>(as_bits(x) - 0x3f3504f3u) >> 23;
   const float f = as_float(as_bits(x) - (static_cast<uint32_t>(e) << 23)) - 1.0f;
@@ -106,8 +106,8 @@ INLINE float log_positive(float x) {
   return n * kLn2High + (f + (n * kLn2Low + (square * f * p - 0.5f * square)));
 }
 
-// Asks for what the loop will read `ahead` bytes later: the rows come from memory, and the processor's own prefetcher
-// stops at every 4 KB page. Measured on AVX512: 20% of the first pass over rows in memory.
+// Prefetches what the loop will read `ahead` bytes later. The rows come from memory, and the hardware prefetcher stops
+// at every 4 KB page. Measured on AVX512: saves 20% of the first pass over rows in memory.
 constexpr int64_t kAhead = 2048;
 INLINE void prefetch(const void* from, int64_t bytes, int64_t ahead) {
   const char* p = static_cast<const char*>(from) + ahead;
@@ -116,7 +116,8 @@ INLINE void prefetch(const void* from, int64_t bytes, int64_t ahead) {
   }
 }
 
-// A piece of a row as float32. A loop of its own: with a 16-bit type in it, the loop below would use half vectors.
+// Returns a piece of a row as float32. The conversion is a separate loop, because with a 16-bit type in it, the loop
+// below would use vectors of half the width.
 INLINE const float* as_floats(const float* u, int64_t, float*) { return u; }
 INLINE const float* as_floats(const uint16_t* u, int64_t n, float* buffer) {
 #pragma omp simd
@@ -140,7 +141,7 @@ INLINE Sums sums_body(const T* u, int64_t n, float base, float inverse) {
       const float x = piece[i];
       top = top < x ? x : top;
       float z = (x - base) * inverse;
-      // Cheaper than exact zeros: a masked logit adds at most 1.7e-38, where the sum is at least 1.
+      // Cheaper than exact zeros: a masked logit adds at most 1.7e-38 to a sum of at least 1.
       z = z < kSmallestExponent ? kSmallestExponent : z;
       const ScaledExp split = split_exp(z);
       const float e = split.scale * split.q + split.scale;
@@ -197,7 +198,7 @@ struct Mixed {
   float q, p, q_log_ratio, p_log_ratio;  // log(q / M) and log(p / M), 0 where q or p is 0
 };
 
-// log M by its larger part: log(w1 e^l1 + w2 e^l2) = l1 + log(w1 + w2 e^(l2 - l1)).
+// log M, starting from its larger term: log(w1 e^l1 + w2 e^l2) = l1 + log(w1 + w2 e^(l2 - l1)).
 INLINE Mixed mix(float u_q, float u_p, const Mixture& m) {
   const float log_q = (u_q - m.c_q) * m.inverse + m.d_q, log_p = (u_p - m.c_p) * m.inverse + m.d_p;
   const float difference = log_p - log_q;
@@ -248,8 +249,8 @@ INLINE void add_bias_body(const float* u, const float* bias, int64_t n, float* o
   }
 }
 
-// With e = e^(-2|a|) and t = e - 1, tanh |a| = -t / (2 + t) = 1 - 2 e / (2 + t): the first keeps its digits near 0, the
-// second rounds once where tanh is near 1. 1 - tanh^2 = 4 e / (2 + t)^2.
+// With e = e^(-2|a|) and t = e - 1, tanh |a| = -t / (2 + t) = 1 - 2 e / (2 + t). The first form is accurate near 0; the
+// second one rounds once where tanh is near 1. 1 - tanh^2 = 4 e / (2 + t)^2.
 template <bool kSlope>
 INLINE void cap_body(const float* u, int64_t n, float softcap, float* out, float* slope) {
   const float factor = -2.0f / softcap;
@@ -262,7 +263,7 @@ INLINE void cap_body(const float* u, int64_t n, float softcap, float* out, float
     const bool small = a > -1.0f;
     float ratio = small ? -t : 2.0f * e;
     if constexpr (kSlope) {
-      // One division for both; the gradient can bear a rounding more than the log-sum-exp.
+      // One division for both. The gradient tolerates one more rounding; the log-sum-exp does not.
       const float below = 1.0f / (2.0f + t);
       slope[i] = 4.0f * e * below * below;
       ratio *= below;
@@ -377,7 +378,7 @@ int limit_cpu_level(int limit) { return level = std::clamp(limit, static_cast<in
 
 int cpu_level() { return level; }
 
-// Defines the function in three builds and the one of row_kernels.h that chooses among them.
+// Defines the function in three builds, and the function of row_kernels.h that chooses among them.
 #define DISPATCH(returns, name, label, body, parameters, arguments)                                    \
   namespace {                                                                                          \
   TARGET_AVX512 __attribute__((noinline)) returns label##_avx512 parameters { return body arguments; } \

@@ -1,9 +1,9 @@
 // Loops over one block of a row of logits, each in three builds (AVX512, AVX2 with FMA, portable) chosen at run time.
 //
-// A block is up to kBlock columns; sums are float32 over kPiece or kShort of them and double beyond. Symbols:
+// A block has up to kBlock columns. Sums are float32 within kPiece or kShort columns and double across them. Symbols:
 //
 //   u = cap(logit + bias)    z = u / temperature    base = a value of u near its maximum    inverse = 1 / temperature
-//   exp((u - base) * inverse) is exactly 0 below e^-87; NaN goes through everything.
+//   exp((u - base) * inverse) is exactly 0 below e^-87; all functions propagate NaN.
 
 #pragma once
 
@@ -13,12 +13,12 @@
 namespace rmsd {
 
 constexpr int64_t kBlock = 2048;  // 8 KB of float32: three such buffers stay in L1
-constexpr int64_t kPiece = 512;   // at most 128 numbers are added up one after another in float32 (4 lanes)
-constexpr int64_t kShort = 128;   // the same, where large parts of a sum cancel later
+constexpr int64_t kPiece = 512;   // at most 128 numbers in sequence are summed in float32 (4 lanes)
+constexpr int64_t kShort = 128;   // for sums of which large parts cancel later
 
-// What the loops run on; also the argument and result of the op cpu_level.
+// The instruction sets of the loops; also the argument and result of the op cpu_level.
 enum CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-// Use at most `limit` from now on, never more than the processor has; returns what is used.
+// Uses at most `limit` from now on, and at most what the processor supports; returns the level in use.
 int limit_cpu_level(int limit);
 int cpu_level();
 
@@ -31,7 +31,7 @@ inline float to_float(uint16_t bf16) {
 }
 
 inline void from_float(float x, float* to) { *to = x; }
-// To the nearest bfloat16, ties to even; NaN stays NaN.
+// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
 inline void from_float(float x, uint16_t* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -40,25 +40,25 @@ inline void from_float(float x, uint16_t* to) {
 }
 
 struct Sums {
-  float top;  // max of u; NaN is passed over
-  double s;   // sum of e = exp((u - base) * inverse), right only when top <= base
+  float top;  // maximum of u, ignoring NaN
+  double s;   // sum of e = exp((u - base) * inverse), correct only if top <= base
   double w;   // sum of e * (u - base) * inverse
-  double k;   // sum of e * ((u - base) * inverse - other - shift), where there is an other; e = 0 counts 0
+  double k;   // only sums_against: sum of e * ((u - base) * inverse - other - shift), where e = 0 adds 0
 };
 
 struct PairSums {
   float top_a, top_b;
   double s_a, s_b;
-  double k;  // sum of e_a * (z_a - base_a - (z_b - base_b)); e_a = 0 counts 0
+  double k;  // sum of e_a * (z_a - base_a - (z_b - base_b)), where e_a = 0 adds 0
 };
 
 // exp(z) * (slope_of_log * log p + constant - other_coef * log r) with z = (u - c) * inverse, log p = z + log_offset.
-// The coefficients carry 1/sum and 1/temperature.
+// The coefficients include the factors 1/sum and 1/temperature.
 struct GradientTerms {
   float c, inverse, log_offset, slope_of_log, constant, other_coef;
 };
 
-// Two distributions over a block: log q = (u_q - c_q) * inverse + d_q, and p alike.
+// Two distributions over a block: log q = (u_q - c_q) * inverse + d_q, and the same for p.
 struct Mixture {
   float c_q, d_q, c_p, d_p, inverse;
   float share;  // M = share * p + (1 - share) * q, 0 < share < 1
@@ -91,7 +91,7 @@ void scaled_exp(uint16_t* x, int64_t n, float c, float inverse, float factor);
 // The same with GradientTerms, without log r.
 void entropy_gradient(float* x, int64_t n, const GradientTerms& t);
 void entropy_gradient(uint16_t* x, int64_t n, const GradientTerms& t);
-// g = GradientTerms of u and log_r (null: without), times slope (null: 1). g may be u.
+// g = the expression of GradientTerms for u and log_r (null: no such term), times slope (null: 1). g may be u.
 void general_gradient(const float* u, const float* log_r, const float* slope, int64_t n, const GradientTerms& t,
                       float* g);
 

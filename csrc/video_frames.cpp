@@ -1,11 +1,11 @@
-// Bicubic, antialiased resize of uint8 frames on CPU, and their cut into the normalised patches of a vision tower.
+// Bicubic, antialiased resize of uint8 frames on CPU, and their conversion to the normalised patches of a vision tower.
 //
-// The resize is the one of torch.nn.functional.interpolate for uint8 on CPU, bit for bit: weights of a cubic (a = -0.5)
-// stretched by the shrink, as 16-bit integers with one precision per axis; x first, rounded to uint8, then y. An axis
-// that keeps its size gets the one weight 1, which changes nothing.
+// The resize equals torch.nn.functional.interpolate for uint8 on CPU bit for bit: cubic weights (a = -0.5) stretched by
+// the downscaling factor, as 16-bit integers with one precision per axis; x first, rounded to uint8, then y. An axis
+// that keeps its size gets a single weight of 1, which is exact.
 //
-// A frame is read once and a patch is written once. Between them stand, per thread, the rows along x that the current
-// output row needs and one row of patches, both of which stay in the L2 cache (200 KB for 720p -> 832x448).
+// A frame is read once and a patch is written once. In between, each thread buffers the rows resized along x that the
+// current output row needs, and one row of patches. Both stay in the L2 cache (200 KB for 720p -> 832x448).
 
 #include "video_frames.h"
 
@@ -35,7 +35,8 @@ double cubic(double x) {
   return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * kA : 0.0;
 }
 
-// Taps of each output pixel as doubles, then as 16-bit integers of the largest precision that the largest one allows.
+// Computes the taps of each output pixel as doubles, then as 16-bit integers with the highest precision that the
+// largest tap allows.
 Axis make_axis(int64_t in, int64_t out) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   const double support = 2.0 * std::max(scale, 1.0), inverse = scale >= 1.0 ? 1.0 / scale : 1.0;
@@ -70,7 +71,7 @@ Axis make_axis(int64_t in, int64_t out) {
   while (axis.precision < 22 && static_cast<int>(0.5 + largest * (1 << (axis.precision + 1))) < (1 << 15)) {
     ++axis.precision;
   }
-  // Output pixels beyond the last take no part, but loops that work on several at a time look at them.
+  // Output pixels beyond the last are not used, but loops that process several at a time read them.
   const int64_t padded = round_up(out, kPixelStep);
   axis.start.assign(padded, static_cast<int32_t>(starts[out - 1] / 2 * 2));
   axis.weights.assign(padded * 2 * axis.pairs, 0);
@@ -104,7 +105,7 @@ struct Frames {
 
   const uint8_t* frame(int64_t f) const { return data + f * sf; }
 
-  // Behind the last byte.
+  // One past the last byte.
   const uint8_t* end() const {
     return data + (count - 1) * sf + (channels - 1) * sc + (in_height - 1) * sy + (in_width - 1) * sx + 1;
   }
@@ -114,7 +115,7 @@ struct Frames {
   int64_t sf, sc, sy, sx;
 };
 
-// One thread's view of a frame's resize: output rows are asked for from the first to the last.
+// One thread's resize of a frame. Output rows must be requested in order.
 class Resizer {
  public:
   Resizer(const Frames& frames, const Axis& x, const Axis& y)
@@ -125,7 +126,7 @@ class Resizer {
         room_(x, frames.channels),
         plane_(2 * padded_width()),
         stride_(frames.channels * plane_),
-        // What a row needs, and up to a block less a pair before and after it.
+        // The pairs that a row needs, and up to one block minus one pair before and after them.
         capacity_(round_up(y.pairs + 2 * kBlockPairs, kBlockPairs)),
         window_(capacity_ * stride_),
         needed_(y.pairs) {}
@@ -137,7 +138,7 @@ class Resizer {
     made_ = 0;
   }
 
-  // Channel c of output row i goes to out + c * plane, padded_width() pixels of it.
+  // Writes channel c of output row i to out + c * plane, padded_width() pixels.
   void row(int64_t i, uint8_t* out, int64_t plane) {
     const int64_t first = y_.start[i] / 2;
     const int64_t last = std::min(first + y_.pairs, (frames_.in_height + 1) / 2);
@@ -183,7 +184,7 @@ struct PatchGrid {
   int64_t values(int64_t channels) const { return channels * temporal * patch * patch; }
 };
 
-// Frames of a group are resized one after another, a row of patches at a time; mean and std [C].
+// Resizes the frames of a group in sequence, one row of patches at a time. mean and std are [C].
 template <typename T>
 void write_patches(const Frames& frames, const Axis& x, const Axis& y, const PatchGrid& grid, const float* mean,
                    const float* std, T* out) {
@@ -191,7 +192,7 @@ void write_patches(const Frames& frames, const Axis& x, const Axis& y, const Pat
   const int64_t area = grid.patch * grid.patch, values = grid.values(frames.channels);
   const int64_t group_values = grid.rows * grid.columns * values;
   const PatchRow to{grid.patch, grid.merge, grid.columns, values};
-  // Frames that need no resize and have their pixels side by side are cut where they stand.
+  // Frames that need no resize and have adjacent pixels are read in place.
   const bool in_place = frames.height == frames.in_height && frames.width == frames.in_width && frames.sx == 1;
   const int64_t groups = (frames.count + grid.temporal - 1) / grid.temporal;
   torch::stable::parallel_for(0, groups, kFrameGrain, [&](int64_t begin, int64_t end) {
@@ -227,16 +228,16 @@ void write_patches(const Frames& frames, const Axis& x, const Axis& y, const Pat
   });
 }
 
-// Large results get fresh pages from the system. At 4 KB a page their faults cost as much as all the work on the pixels
-// (64 frames of 720p, 286 MB: 0.20 s with small pages, 0.11 s with large ones). From 32 MB on glibc's malloc gives
-// every block a mapping of its own, with which the advice goes. Stores that pass the cache by were no faster (0.10 s).
+// Large results get new pages from the system. With 4 KB pages, the page faults cost as much as all the work on the
+// pixels (64 frames of 720p, 286 MB: 0.20 s with small pages, 0.11 s with large ones). From 32 MB on, glibc's malloc
+// maps every block separately, so the advice ends with the block. Non-temporal stores were not faster (0.10 s).
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   if (bytes >= (int64_t{32} << 20)) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-    // Advice: where the system does not know it, nothing is lost.
+    // This is only advice: a system that does not support it ignores it.
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #else

@@ -1,4 +1,4 @@
-// The media ops; what they compute stands in video_frames.cpp, their schemas in register.cpp.
+// The media ops. video_frames.cpp documents what they compute, and register.cpp has their schemas.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace rmsd {
 void resize_frames_(const torch::stable::Tensor& out, const torch::stable::Tensor& frames);
 
 // frames uint8 [F, C, H, W], any strides -> patches [N, C * temporal * patch * patch] of dtype float32, bfloat16 or
-// float16. mean and std [C]: float32, in units of pixels.
+// float16. mean and std [C]: float32, on the scale 0..255.
 torch::stable::Tensor video_patches(const torch::stable::Tensor& frames, int64_t height, int64_t width, int64_t patch,
                                     int64_t temporal, int64_t merge, const torch::stable::Tensor& mean,
                                     const torch::stable::Tensor& std, torch::headeronly::ScalarType dtype);

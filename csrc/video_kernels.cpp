@@ -1,4 +1,4 @@
-// The loops of video_kernels.h: the portable ones stand here, those with vector instructions in video_loops.inl.
+// The loops of video_kernels.h. The portable ones are here; video_loops.inl has those with vector instructions.
 
 #include "video_kernels.h"
 
@@ -15,7 +15,7 @@
 namespace rmsd {
 
 Columns::Columns(const Axis& x, int64_t channels) {
-  // 64 output columns of a 1.5-fold shrink keep their input columns within L1; a strong shrink takes fewer.
+  // When downscaling by 1.5, the input columns of 64 output columns fit in L1. Stronger downscaling uses fewer columns.
   constexpr int64_t kWanted = 512;
   const auto needed = [&](int64_t columns) {
     int64_t most = 0;
@@ -27,21 +27,21 @@ Columns::Columns(const Axis& x, int64_t channels) {
   for (chunk = 64; chunk > 8 && needed(chunk) > kWanted; chunk /= 2) {
   }
   pixels = needed(chunk);
-  // Column pairs of kBlockRows rows, 4 bytes each, and room to align them to 64 bytes.
+  // Column pairs of kBlockRows rows, 4 bytes each, and 64 bytes for alignment.
   pairs.resize(pixels / 2 * channels * kBlockRows * 4 + 64);
   staged.resize(kBlockRows * channels * (pixels + 16));
 }
 
 namespace {
 
-// To the nearest float16, ties to even. Beyond 65504 it is infinity; NaN does not occur here.
+// Rounds to the nearest float16, ties to even. Numbers beyond 65504 become infinity; NaN does not occur here.
 inline void from_float(float x, Half* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-  // Exponent from 127 to 15 and 13 bits of mantissa off, rounded.
+  // Changes the exponent bias from 127 to 15 and rounds 13 bits of the mantissa off.
   const uint32_t normal = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
-  // Below 2^-14 the distance between float16 numbers is that of float32 numbers at 0.5, so an addition rounds.
+  // Below 2^-14, float16 numbers are as far apart as float32 numbers at 0.5, so adding 0.5 rounds.
   float magnitude;
   std::memcpy(&magnitude, &size, sizeof(magnitude));
   magnitude += 0.5f;
@@ -53,8 +53,8 @@ inline void from_float(float x, Half* to) {
 }
 using rmsd::from_float;
 
-// One patch at a time: its pixels side by side first, so that the loop after it is one for every patch size. Inlined
-// into a function of each build, whose instructions it gets.
+// Processes one patch at a time. Its pixels are first made adjacent, so that the second loop is the same for every
+// patch size. The function is inlined into each build and compiled with its instruction set.
 template <typename T>
 inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int64_t stride, const PatchRow& to,
                                                         float mean, float std, T* out) {
@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int
     T* at = out + (w / to.merge * to.merge * to.merge + w % to.merge) * to.stride;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      // A division, not a product with 1 / std: the same bits as torch's. The stores take longer.
+      // Dividing, instead of multiplying by 1 / std, gives the same bits as torch. The stores take longer anyway.
       from_float((static_cast<float>(tile[i]) - mean) / std, at + i);
     }
   }
@@ -75,7 +75,7 @@ inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int
 
 namespace portable {
 
-// Rows side by side, as in video_loops.inl, in loops of fixed length that compilers make vectors of.
+// Processes rows in parallel as in video_loops.inl, in loops of fixed length that compilers vectorise.
 void along_x(const RowBlock& rows, const Axis& x, Columns& room, uint8_t* out, int64_t stride, int64_t plane) {
   int16_t* columns = reinterpret_cast<int16_t*>(room.pairs.data());  // [pixel][C][row]
   const int64_t channels = rows.channels;

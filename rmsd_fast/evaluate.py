@@ -15,8 +15,8 @@ from rmsd_fast.process import prepare_process, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.config import RunConfig
+    from rmsd_fast.runtime.process_group import World
     from rmsd_fast.runtime.stop_signal import StopSignal
-    from rmsd_fast.runtime.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,6 +82,6 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
 if __name__ == "__main__":
     prepare_process()
     code = main()
-    from rmsd_fast.runtime.world import exit_process
+    from rmsd_fast.runtime.process_group import exit_process
 
     exit_process(code)

@@ -1,6 +1,6 @@
-"""Losses on the hidden states of a language model, for any trainer; importing this loads torch only.
+"""Losses on the hidden states of a language model, for any trainer. Importing this module loads torch only.
 
-Functions, and nn.Module forms that keep the settings (modules own no parameters; heads are passed to forward):
+Each loss is a function, and an nn.Module that stores the settings. Modules own no parameters; pass the head to forward:
 
 | function                      | module                      | value                                               |
 |-------------------------------|-----------------------------|-----------------------------------------------------|
@@ -12,33 +12,39 @@ Functions, and nn.Module forms that keep the settings (modules own no parameters
 | `pairwise_discriminator_loss` | `PairwiseDiscriminatorLoss` | quality-weighted pair loss                          |
 | `discriminator_loss`          | `DiscriminatorHeadLoss`     | the two above in one call                           |
 
-`impl` chooses how a loss is computed, with the same numbers:
+`impl` selects the implementation. All of them compute the same loss:
 
-- "triton": CUDA. GEMMs of torch over chunks of tokens, and one Triton kernel per chunk that reads its logits and leaves
-  their gradient in their place. The discriminator losses are one kernel forward and one backward.
-- "native": CPU, float32 and bfloat16: the same loop with the compiled row functions of csrc/.
-- "torch": any device and dtype: the same loop in eager torch.
-- "reference": eager torch, all rows at once (rmsd_kernels.reference): the truth that others are tested against.
-- "auto": "triton" for CUDA tensors (float64: "torch"); for CPU tensors "native" where that was built, else "torch".
+- "triton": CUDA. A loop over chunks of tokens: torch GEMMs, and one Triton kernel per chunk that overwrites the logits
+  with their gradient. The discriminator losses use one kernel in forward and one in backward.
+- "native": CPU, float32 and bfloat16. The same loop with the compiled row functions of csrc/.
+- "torch": any device and dtype. The same loop in eager torch.
+- "reference": eager torch on all rows at once (rmsd_kernels.reference). The others are tested against it.
+- "auto": "triton" for CUDA tensors (float64: "torch"). For CPU tensors: "native" if it was built, otherwise "torch".
 
-`memory_budget_bytes` bounds the logits that exist at once (at least one row). Each chunk more than the default's costs
-a little time; losses whose gradient is known only in backward keep all logits where they fit it, else make them again.
-Default: 512 MiB for each head on CUDA, 256 MiB on CPU; kept up to 512 MiB and 1 GiB. A 16-bit trained head gets more,
-so that its gradient is summed over at most 5 chunks (beyond that in float32: 4*V*D bytes, 6*V*D at its end).
+Memory. `memory_budget_bytes` bounds the logits that exist at once; a chunk has at least one row. A smaller budget means
+more chunks, and each extra chunk costs a little time. Losses whose gradient is known only in backward keep all logits
+if they fit the budget, and compute them again otherwise. By default, a chunk's logits take up to 512 MiB per head on
+CUDA and 256 MiB on CPU, and logits are kept for backward up to 512 MiB on CUDA and 1 GiB on CPU. A trained 16-bit head
+gets larger chunks, so that its gradient is summed over at most 5 of them. With more chunks than 5, the gradient is
+summed in float32, which takes 4*V*D bytes, and 6*V*D bytes at the end of the call.
 
-On CUDA, rows that are to be ignored are looked up on the device, which waits for it up to three times per call;
-`ignore_index=None` says that every row is scored and waits for nothing. Cross entropy, policy loss and divergence make
-their gradients in forward. That costs its work also where backward never comes, twice under activation checkpointing,
-and holds the gradients of hidden states and head until backward, which uses them up: one backward per loss, and no
-second derivatives (impl="reference" has both). Autocast has no effect: the losses compute in the dtype of their inputs.
-torch.compile takes them whole (fullgraph), with lengths that change; its dynamic=True, which makes symbols of Python
-floats too, fails on the policy loss in torch 2.13.
+Host synchronisation. On CUDA, finding the rows to ignore waits for the device, up to three times per call. Pass
+`ignore_index=None` if every row is scored; the call then does not wait.
 
-An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64
-inputs. Only hidden states, weights, biases, norm weights and scores receive gradients; advantages, quality, weights of
-tokens and pairs, log-probs of other policies and everything of a teacher or reference are constants. A normalizer is a
-plain divisor: give the count over all ranks and micro-batches, and the sum of the parts is the loss of the whole. A
-normalizer of 0 counts as 1, so that a batch in which nothing is scored has loss 0 and zero gradients.
+Backward. Cross entropy, policy loss and divergence compute their gradients in forward. This work is done even if
+backward is never called, and twice under activation checkpointing. The gradients of hidden states and head are held
+until backward, which consumes them. Each loss therefore supports one backward and no second derivatives.
+impl="reference" supports repeated backward and second derivatives.
+
+Autocast has no effect: the losses compute in the dtype of their inputs. torch.compile captures them in one graph
+(fullgraph=True), also with changing lengths. In torch 2.13, dynamic=True fails on the policy loss, because it turns
+Python floats into symbols too.
+
+An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64 inputs.
+Only hidden states, weights, biases, norm weights and scores receive gradients. Advantages, quality, token and pair
+weights, log-probs of other policies, and all tensors of a teacher or reference are constants. A normalizer is a plain
+divisor: pass the count over all ranks and micro-batches, and the losses of the parts add up to the loss of the whole
+batch. A normalizer of 0 counts as 1, so a batch without scored rows has loss 0 and zero gradients.
 
 Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalised ratios: GSPO (arXiv 2507.18071);
 generalised JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).
@@ -85,18 +91,18 @@ __all__ = [
 
 
 class _LossModule(nn.Module):
-    """Keyword arguments of a loss function, kept; forward takes the rest and may override them."""
+    """Store keyword arguments of a loss function; forward takes the other arguments and may override stored ones."""
 
     function: ClassVar[Callable[..., Any]]
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         parameters = inspect.signature(self.function).parameters.values()
-        known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-        unknown = sorted(set(settings) - set(known))
+        allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        unknown = sorted(set(settings) - set(allowed))
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: unknown settings {', '.join(unknown)}; expected some of {', '.join(known)}"
+                f"{type(self).__name__}: unknown settings {', '.join(unknown)}; expected some of {', '.join(allowed)}"
             )
         self.settings = settings
 
@@ -144,6 +150,6 @@ class PairwiseDiscriminatorLoss(_LossModule):
 
 
 class DiscriminatorHeadLoss(_LossModule):
-    """Module form of discriminator_loss (DiscriminatorLoss is the name of the pair loss's result)."""
+    """Module form of discriminator_loss. The name DiscriminatorLoss is taken by the result of the pair loss."""
 
     function = staticmethod(discriminator_loss)

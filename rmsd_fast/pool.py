@@ -68,10 +68,10 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
         UserError: a file is damaged, or the pool belongs to other questions.
     """
     from rmsd_fast.data.errors import DataError
+    from rmsd_fast.made.teacher import is_simulated
     from rmsd_fast.teacher.diagnostics import pool_statistics
     from rmsd_fast.teacher.pool import check_answered, check_keys
     from rmsd_fast.teacher.scores import score_pool
-    from rmsd_fast.teacher.simulated import is_simulated
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
     settings, questions, pool = _read("check", pool_path, questions_path, overrides)

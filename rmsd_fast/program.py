@@ -14,8 +14,8 @@ from rmsd_fast.config import RunConfig, UserError, first_line
 from rmsd_fast.files import ENVIRONMENT_ADVICE
 from rmsd_fast.process import lenient_output
 from rmsd_fast.runtime.ends import Ends, is_lost_peer
+from rmsd_fast.runtime.process_group import World, start, stop
 from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
-from rmsd_fast.runtime.world import World, start, stop
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:

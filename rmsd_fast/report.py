@@ -20,33 +20,40 @@ __all__ = ["ReportError", "main", "write_picture", "write_report"]
 
 
 def write_report(run_folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page of a run and return its path.
+    """Write the report page of a run and return its path.
 
-    Works for a run at any point: stages, evaluation, samples and teacher statistics that are not there yet are named as
-    missing. A video that cannot be read becomes a placeholder.
+    The run need not be complete: the page lists stages, evaluation, samples and teacher statistics that are missing. A
+    video that cannot be read is replaced by a placeholder.
 
     Args:
-        run_folder: folder that training made.
-        output: file to write; default `report.html` in the folder. It appears whole or not at all.
+        run_folder: folder that training created.
+        output: file to write; None = `report.html` in the run folder. The file is written atomically.
+    Returns:
+        The path of the page.
     Raises:
-        ReportError: the folder is no run, or a file in it is damaged.
+        ReportError: the folder is not a run, or a file in it is damaged.
     """
     page = render(load_run(run_folder))
     return _write(Path(output) if output else Path(run_folder) / "report.html", page)
 
 
 def write_picture(run_folder: str | Path, output: str | Path) -> Path:
-    """Write the picture of a run's evaluation as SVG, legible on white and on dark pages, and return its path.
+    """Write the picture of a run's evaluation as SVG, for light and dark pages, and return its path.
 
+    Args:
+        run_folder: folder that training created.
+        output: file to write.
+    Returns:
+        The path of the picture.
     Raises:
-        ReportError: the folder is no run, a file in it is damaged, or nothing was evaluated.
+        ReportError: the folder is not a run, a file in it is damaged, or the run has no evaluation.
     """
     return _write(Path(output), evaluation_picture(load_run(run_folder)))
 
 
 def _write(path: Path, text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
-        raise ReportError(f"{path}: expected a file name in a folder that exists; make the folder or name another file")
+        raise ReportError(f"{path}: expected a file in an existing folder; create the folder or choose another file")
     write_text_atomic(path, text)
     return path
 
@@ -60,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a run, such as runs/<name>-<time>")
     parser.add_argument("--output", type=Path, metavar="FILE", help="page to write; default <run>/report.html")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the evaluation picture, and no page")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the evaluation picture, not the page")
     arguments = parser.parse_args(argv)
     if arguments.output and arguments.picture:
-        parser.error("--output and --picture exclude each other: the first names the page, the second draws no page")
+        parser.error("--output and --picture exclude each other: with --picture no page is written; leave one out")
     try:
         if arguments.picture:
             path = write_picture(arguments.run, arguments.picture)

@@ -1,4 +1,4 @@
-"""What settings mean together: which models they ask for, what excludes what, and which of them have no effect."""
+"""Rules on combinations of settings: which models they require, which exclude each other, which have no effect."""
 
 from __future__ import annotations
 
@@ -8,50 +8,54 @@ from rmsd_fast.config import STAGES, RunConfig, SettingsError
 
 
 def uses_reference(settings: RunConfig) -> bool:
-    """Whether stage 2 scores its rollouts with the stage-1 student."""
+    """Return whether stage 2 scores its rollouts with the stage-1 student."""
     policy = "distill" in settings.stages and settings.distill.objective == "policy"
     return policy and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
 
 
 def uses_discriminator(settings: RunConfig) -> bool:
-    """Whether this run trains a discriminator at all (the reward gives it weight, and the policy is rewarded)."""
-    late = "warm_up" in settings.stages or "distill" in settings.stages
-    return late and settings.reward.alpha > 0 and settings.distill.objective == "policy"
+    """Return whether this run trains a discriminator, that is, whether the policy's reward gives its score weight."""
+    makes_rollouts = "warm_up" in settings.stages or "distill" in settings.stages
+    return makes_rollouts and settings.reward.alpha > 0 and settings.distill.objective == "policy"
 
 
 def uses_frozen_tower(settings: RunConfig) -> bool:
-    """Whether any stage encodes media apart from the training passes, with a tower that does not change."""
-    late = {"warm_up", "distill"} & set(settings.stages)
+    """Return whether any stage encodes media outside of the training passes, with a frozen vision tower."""
+    late_stages = {"warm_up", "distill"} & set(settings.stages)
     imitates = {"sft": settings.sft} if "sft" in settings.stages else {}
-    imitates |= {"distill": settings.distill} if late and settings.distill.objective == "sft" else {}
-    frozen = [not stage.train_vision and settings.runtime.zero_stage < 3 for stage in imitates.values()]
-    return any(frozen) or bool(late and settings.distill.objective == "policy" and not settings.distill.train_vision)
+    imitates |= {"distill": settings.distill} if late_stages and settings.distill.objective == "sft" else {}
+    if any(not stage.train_vision and settings.runtime.zero_stage < 3 for stage in imitates.values()):
+        return True
+    return bool(late_stages and settings.distill.objective == "policy" and not settings.distill.train_vision)
 
 
 def check_room(settings: RunConfig, response: int, what: str) -> None:
-    """Raise SettingsError where the longest prompt and a response of so many tokens do not fit one forward pass."""
+    """Raise SettingsError if the longest prompt and a response of `response` tokens do not fit one forward pass.
+
+    what: name of the response in the message.
+    """
     longest = settings.data.max_prompt_tokens + response
     if settings.micro_tokens < longest:
         raise SettingsError(
             f"micro_tokens: expected room for data.max_prompt_tokens={settings.data.max_prompt_tokens} and {what} "
-            f"({response} tokens) together, {longest}, got {settings.micro_tokens}; raise it, or lower these"
+            f"({response} tokens) together, {longest}, got {settings.micro_tokens}; raise it, or lower the other two"
         )
 
 
 def check_together(settings: RunConfig) -> None:
-    """Refuse settings that are allowed one by one and not together.
+    """Check settings that are valid on their own but may conflict.
 
     Raises:
-        SettingsError: it says which of them to change.
+        SettingsError: two settings conflict; the message says which one to change.
     """
     if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
         raise SettingsError(
-            f"stages: expected some of {list(STAGES)}, in this order, got {settings.stages}; e.g. stages=[sft]"
+            f"stages: expected a subsequence of {list(STAGES)}, got {settings.stages}; write e.g. stages=[sft]"
         )
     if "warm_up" in settings.stages and not uses_discriminator(settings):
         raise SettingsError(
-            "stages: warm_up trains the discriminator, and with reward.alpha=0 or distill.objective=sft there is none; "
-            "leave it out, e.g. stages=[sft,distill]"
+            "stages: warm_up trains the discriminator, which reward.alpha=0 and distill.objective=sft do not use; "
+            "leave warm_up out, e.g. stages=[sft,distill]"
         )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
@@ -66,22 +70,24 @@ def check_together(settings: RunConfig) -> None:
     ):
         least, most = getattr(video, low), getattr(video, high)
         if least > most:
-            raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of them")
+            raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of the two")
     if {"warm_up", "distill"} & set(settings.stages) and settings.distill.objective == "policy":
-        # The discriminator reads rollouts that were cut with an end token.
-        check_room(settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end")
+        # An end token is appended to truncated rollouts before the discriminator reads them.
+        check_room(
+            settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
+        )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
 
 
-def refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
-    """Raise for a setting that was written but changes nothing in the chosen mode."""
+def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> None:
+    """Raise SettingsError if one of the written keys has no effect in combination with the other settings."""
     stages, distill = settings.stages, settings.distill
-    late = "warm_up" in stages or "distill" in stages
+    makes_rollouts = "warm_up" in stages or "distill" in stages
     control = distill.objective == "sft"
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     own_clips = settings.made.enabled and settings.made.source == "clips"
-    # (settings, whether they have no effect, why and what to write); a name that ends in "." is a whole section
+    # (settings, whether they have no effect, reason and what to write); a name that ends in "." is a whole section.
     rules = [
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
         (
@@ -89,26 +95,34 @@ def refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
             "distill" not in stages,
             "stage distill is not in stages; add it to stages",
         ),
-        (["distill."], not late, "no stage uses it; add warm_up or distill to stages"),
-        (["reward."], late and "distill" not in stages, "the warm-up pays no rewards; add distill to stages"),
+        (["distill."], not makes_rollouts, "no stage uses it; add warm_up or distill to stages"),
+        (
+            ["reward."],
+            makes_rollouts and "distill" not in stages,
+            "the warm-up does not compute rewards; add distill to stages",
+        ),
         (["reward.score_clip"], not judged, "no discriminator is trained; give reward.alpha > 0"),
-        (["model.attention"], settings.packing == "shared", "shared prompts have their own; write packing=padded"),
+        (
+            ["model.attention"],
+            settings.packing == "shared",
+            "packing=shared uses its own attention; write packing=padded",
+        ),
         (
             ["teacher.min_quality"],
             not judged or settings.teacher.quality == "uniform",
-            "it filters what the discriminator is matched with, by a quality that is not uniform",
+            "it only applies when a discriminator is trained and teacher.quality is not uniform; change one of these",
         ),
         (
             ["made.student_hidden", "made.student_layers"],
             bool(settings.model.path),
-            "model.path names the student",
+            "model.path sets the student; leave model.path empty",
         ),
         (
             ["made.responses", "made.teacher_error_rate"],
             bool(settings.teacher.pool),
-            "teacher.pool names the pool",
+            "teacher.pool sets the pool; leave teacher.pool empty",
         ),
-        (["rollout.", "reward."], not late, "no stage makes rollouts; add warm_up or distill to stages"),
+        (["rollout.", "reward."], not makes_rollouts, "no stage makes rollouts; add warm_up or distill to stages"),
         (
             [
                 "reward.",
@@ -131,7 +145,7 @@ def refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         (
             [f"sft.{f.name}" for f in fields(settings.sft) if f.name != "responses"],
             "sft" not in stages,
-            "stage sft is not in stages; the control takes distill.* for it",
+            "stage sft is not in stages, and the control uses distill.* instead; set distill.*",
         ),
         (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
         (
@@ -143,35 +157,47 @@ def refuse_useless(settings: RunConfig, given: list[str], where: str) -> None:
         (
             [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
             not settings.made.enabled,
-            "nothing is made; write made.enabled=true",
+            "no material is generated; write made.enabled=true",
         ),
         (
             ["made.train_clips", "made.heldout_clips", "made.questions_per_clip"],
             not own_clips,
-            "the real clips are what they are; write made.source=clips",
+            "the set of real clips is fixed; write made.source=clips",
         ),
         (
             ["video.min_frames", "video.max_frames"],
             settings.video.num_frames is not None,
-            "they bound video.fps, and video.num_frames is given",
+            "it only applies to video.fps, and video.num_frames is set; write video.num_frames=null and video.fps=2",
         ),
         (
             ["evaluate."],
             not settings.data.heldout and not settings.made.enabled,
-            "there is nothing to evaluate on; give data.heldout",
+            "there are no held-out questions; give data.heldout",
         ),
-        (["data.task_type"], settings.data.format == "rmsd", "records of our own format name their task type"),
-        (["data.disk_cache_gib"], not settings.data.disk_cache, "there is no data.disk_cache; name a folder"),
+        (
+            ["data.task_type"],
+            settings.data.format == "rmsd",
+            "records with data.format=rmsd specify their task type; choose another data.format",
+        ),
+        (["data.disk_cache_gib"], not settings.data.disk_cache, "data.disk_cache is empty; give it a folder"),
         (
             ["data.embedding_cache_mib"],
             not uses_frozen_tower(settings),
-            "embeddings are kept only where the vision tower is frozen, and not in stage 1 under ZeRO-3; set "
+            "embeddings are cached only with a frozen vision tower, and not in stage 1 under ZeRO-3; set "
             "distill.train_vision=false or sft.train_vision=false",
         ),
-        (["teacher.numeric_eps"], settings.teacher.numeric_metric != "epsilon", "teacher.numeric_metric is mra"),
-        (["runtime.offload_optimizer"], settings.runtime.zero_stage == 0, "ZeRO-0 keeps it; use runtime.zero_stage=2"),
+        (
+            ["teacher.numeric_eps"],
+            settings.teacher.numeric_metric != "epsilon",
+            "teacher.numeric_metric is mra; write teacher.numeric_metric=epsilon",
+        ),
+        (
+            ["runtime.offload_optimizer"],
+            settings.runtime.zero_stage == 0,
+            "ZeRO-0 cannot offload the optimiser; write runtime.zero_stage=2",
+        ),
     ]
     for prefixes, useless, reason in rules:
-        for key in given:
+        for key in written_keys:
             if useless and any(key == name or (name.endswith(".") and key.startswith(name)) for name in prefixes):
                 raise SettingsError(f"{where}: {key} has no effect: {reason}, or leave {key} out")

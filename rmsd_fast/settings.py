@@ -1,4 +1,4 @@
-"""Reads, checks and prints settings: a YAML recipe, then `section.field=value` overrides, into a `RunConfig`."""
+"""Read, check and print settings: a YAML recipe, then `section.field=value` overrides, into a `RunConfig`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.setting_rules import check_together, refuse_useless
 
-# Settings of earlier versions and what to write instead.
+# Settings of earlier versions, and their replacements.
 RENAMED = {
     "sft.micro_batch": "micro_tokens",
     "distill.micro_batch": "micro_tokens",
     "distill.micro_prompts": "micro_tokens",
     "sft.target": "sft.responses=best, all or random",
 }
-# Settings of earlier versions that nothing replaces.
+# Settings of earlier versions that have no replacement.
 REMOVED = {
-    "teacher.spatial_format": "boxes are always from 0 to 1000 of the picture's width and height, as the prompt says: "
-    "the student sees resized frames, never the file's pixels; convert ground truths in pixels "
+    "teacher.spatial_format": "box coordinates always range from 0 to 1000 of the picture's width and height, as the "
+    "prompt says, because the student sees resized frames, not the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
 }
-# Settings that are paths.
+# Settings whose values are paths.
 PATHS = [
     "output",
     "data.train",
@@ -58,29 +58,32 @@ def _rules(owner: type, prefix: str = "") -> dict[str, Mapping[str, Any]]:
     return rules
 
 
-# Choices or bounds of a setting, by its key: the metadata of its field.
+# Choices or bounds of each setting, by key: the metadata of its field.
 RULES = _rules(RunConfig)
 
 
 def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool = False) -> RunConfig:
-    """Read a recipe and its overrides, check them, return the run's settings.
+    """Read and check a recipe and its overrides, and return the run's settings.
 
     Args:
         recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`); "" = all defaults. A recipe
-            may start with `base: <recipe>`: it then changes that one.
+            may start with `base: <recipe>` and then overrides that recipe.
         overrides: `section.field=value` strings.
-        resumed: the file was saved by a run, perhaps of an earlier version: keys that it lacks get their defaults.
+        resumed: the file was saved by a run, perhaps of an earlier version; missing keys get their defaults.
+    Returns:
+        The settings.
     Raises:
-        SettingsError: unreadable recipe, unknown key, value of the wrong type or range, setting without effect.
+        SettingsError: the recipe cannot be read, a key is unknown, a value has the wrong type or range, or a setting
+            has no effect.
     """
     overrides = list(overrides)
     schema = OmegaConf.structured(RunConfig)
     from_recipe, own_keys = _read_recipe(recipe) if recipe else (OmegaConf.create({}), [])
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
-    # What a recipe takes over from its base may be of no use to it; what it writes itself must be. A file with all
-    # settings was saved by a run. How to evaluate is useful without held-out questions: rmsd_fast.evaluate takes the
-    # same file, with data.heldout on its command line.
+    # Only settings that a recipe sets itself must have an effect, not those of its base. A file with all settings was
+    # saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads the
+    # same file and takes data.heldout from its command line.
     if not resumed and set(own_keys) != set(_keys(schema)):
         checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
         refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
@@ -100,7 +103,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
 
 
 def save_settings(settings: RunConfig, path: Path) -> None:
-    """Write the settings as YAML that `load_settings` reads back."""
+    """Write the settings as YAML that `load_settings` can read."""
     write_text_atomic(path, to_yaml(settings))
 
 
@@ -109,12 +112,12 @@ def to_yaml(settings: RunConfig) -> str:
 
 
 def settings_as_dict(settings: RunConfig) -> dict:
-    """Plain nested dict of all settings, for fingerprints and JSON."""
+    """Return a nested dict of all settings, for fingerprints and JSON."""
     return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
 def describe_settings() -> str:
-    """All settings with type, default and documentation, for `--help`."""
+    """Return the text of `--help`: all settings with default and documentation."""
     lines = []
     for owner in fields(RunConfig):
         if is_dataclass(owner.default_factory):
@@ -136,7 +139,7 @@ def _describe_fields(cls: type, prefix: str) -> list[str]:
 
 
 def _as_yaml(value: object) -> str:
-    """A default as it would be written on the command line."""
+    """Return a default as it would be written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(value)}]"
     if value is None:
@@ -145,28 +148,28 @@ def _as_yaml(value: object) -> str:
 
 
 def _field_documents() -> dict[str, dict[str, str]]:
-    """The string that follows each field in config.py, by class and field."""
+    """Return the string that follows each field in config.py, by class and field."""
     documents: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(config_module)).body:
         if not isinstance(node, ast.ClassDef):
             continue
-        found = documents.setdefault(node.name, {})
+        by_field = documents.setdefault(node.name, {})
         for item, after in zip(node.body, node.body[1:], strict=False):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(item, ast.AnnAssign) and is_text:
-                found[item.target.id] = " ".join(after.value.value.split())
+                by_field[item.target.id] = " ".join(after.value.value.split())
     return documents
 
 
 def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
-    """A recipe merged onto its base, and the keys that it writes itself."""
+    """Return a recipe merged onto its base, and the keys that the recipe sets itself."""
     path = Path(recipe)
-    # Not by Path.is_file, which raises for names that are too long.
+    # Path.is_file would raise for names that are too long.
     if not os.path.isfile(path):
         path = RECIPES / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
     if not os.path.isfile(path):
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {known}")
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {names}")
     if str(path) in seen:
         raise SettingsError(f"recipe {recipe}: 'base' leads back to itself: {' -> '.join((*seen, str(path)))}")
     try:
@@ -181,77 +184,75 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, l
     if base is None:
         return loaded, own_keys
     beside = path.parent / str(base)
-    under, _ = _read_recipe(str(beside) if beside.is_file() else str(base), (*seen, str(path)))
-    return OmegaConf.merge(under, loaded), own_keys
+    base_settings, _ = _read_recipe(str(beside) if beside.is_file() else str(base), (*seen, str(path)))
+    return OmegaConf.merge(base_settings, loaded), own_keys
 
 
-def _merge(schema: DictConfig, given: DictConfig, where: str) -> DictConfig:
+def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
     known = set(_keys(schema))
-    for key in _keys(given):
+    for key in _keys(changes):
         if key in REMOVED:
             raise SettingsError(f"{where}: {key} was removed: {REMOVED[key]}")
         if key not in known and not any(name.startswith(key + ".") for name in known):
             close = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; --help lists all settings"
             raise SettingsError(f"{where}: unknown setting {key}{hint}")
-        # `data.heldout=` and `data.heldout: null` both mean: none given.
-        if OmegaConf.select(given, key) is None and isinstance(OmegaConf.select(schema, key), str):
-            OmegaConf.update(given, key, "")
+        # `data.heldout=` and `data.heldout: null` both mean an empty value.
+        if OmegaConf.select(changes, key) is None and isinstance(OmegaConf.select(schema, key), str):
+            OmegaConf.update(changes, key, "")
         # YAML reads a bare `on` or `off` as true or false.
-        value = OmegaConf.select(given, key)
+        value = OmegaConf.select(changes, key)
         if isinstance(value, bool) and "on" in RULES.get(key, {}).get("choices", ()):
-            OmegaConf.update(given, key, "on" if value else "off")
+            OmegaConf.update(changes, key, "on" if value else "off")
     try:
-        return OmegaConf.merge(schema, given)
+        return OmegaConf.merge(schema, changes)
     except OmegaConfBaseException as error:
         raise SettingsError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from None
 
 
-def _refuse_references(given: DictConfig, where: str) -> None:
-    """Refuse values that OmegaConf would look up: whoever writes a recipe could have secrets of the environment copied
-    into the files of a run.
-    """
+def _refuse_references(changes: DictConfig, where: str) -> None:
+    """Raise for values that OmegaConf would resolve: a recipe could copy secrets of the environment into run files."""
 
-    def look(value: object, key: str) -> None:
+    def check(value: object, key: str) -> None:
         if isinstance(value, dict):
             for name, item in value.items():
-                look(item, f"{key}.{name}" if key else str(name))
+                check(item, f"{key}.{name}" if key else str(name))
         elif isinstance(value, list):
             for item in value:
-                look(item, key)
+                check(item, key)
         elif isinstance(value, str) and "${" in value:
             raise SettingsError(
                 f"{where}: {key}: expected a value, got the reference {value!r}; write the value itself"
             )
 
-    look(OmegaConf.to_container(given, resolve=False), "")
+    check(OmegaConf.to_container(changes, resolve=False), "")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    found = []
+    keys = []
     for name in node:
         child = node._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none():
-            found += _keys(child, f"{prefix}{name}.")
+            keys += _keys(child, f"{prefix}{name}.")
         else:
-            found.append(f"{prefix}{name}")
-    return found
+            keys.append(f"{prefix}{name}")
+    return keys
 
 
 def _value(settings: RunConfig, key: str):
-    for part in key.split("."):
-        settings = getattr(settings, part)
+    for name in key.split("."):
+        settings = getattr(settings, name)
     return settings
 
 
 def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
-    """Refuse a value outside of its field's choices or bounds; an optional one may be None."""
+    """Raise for a value outside of its field's choices or bounds; an optional value may be None."""
     choices = rule.get("choices")
     if choices and value not in choices:
         if key == "distill.kl" and value == "k1":
             raise SettingsError(
-                "distill.kl=k1: as a loss its gradient is zero in expectation; write reward.kl_in_reward=<weight> "
-                "for k1 as a reward, or distill.kl=k2, k3 or full"
+                "distill.kl=k1: expected k2, k3 or full, because the gradient of k1 as a loss is zero in expectation; "
+                "write reward.kl_in_reward=<weight> for k1 as a reward"
             )
         raise SettingsError(f"{key}: expected one of {', '.join(map(str, choices))}, got {value!r}")
     if choices or value is None:
@@ -275,11 +276,11 @@ def _check(settings: RunConfig) -> None:
     for key in _keys(OmegaConf.structured(settings)):
         value = _value(settings, key)
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-            raise SettingsError(f"{key}: expected text without NUL and half characters, got {value!r}")
+            raise SettingsError(f"{key}: expected text without NUL and unpaired surrogates, got {value!r}")
     for key in PATHS:
         if _value(settings, key).startswith("~"):
             raise SettingsError(
-                f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the whole "
-                "path, or one relative to the current folder"
+                f"{key}: expected a path, got {_value(settings, key)!r}, in which '~' is not expanded; write the "
+                "absolute path, or a path relative to the current folder"
             )
     check_together(settings)

@@ -97,6 +97,6 @@ if __name__ == "__main__":
     code = main()
     if "torch" not in sys.modules:
         sys.exit(code)
-    from rmsd_fast.runtime.world import exit_process
+    from rmsd_fast.runtime.process_group import exit_process
 
     exit_process(code)

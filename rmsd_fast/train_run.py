@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import CheckpointError, RunConfig, UserError
+from rmsd_fast.config import CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
-from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
@@ -27,7 +28,8 @@ from rmsd_fast.stages.evaluation import (
 )
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.run import (
-    Run,
+    Step,
+    TrainingRun,
     close_logs,
     export,
     first_step,
@@ -40,7 +42,8 @@ from rmsd_fast.stages.run import (
     run_steps,
     write_facts,
 )
-from rmsd_fast.stages.run_folder import run_folder, stage_steps
+from rmsd_fast.stages.run_folder import run_folder
+from rmsd_fast.stages.state import StageState
 
 
 def train(
@@ -60,7 +63,7 @@ def train(
     return folder
 
 
-def run_stages(run: Run) -> None:
+def run_stages(run: TrainingRun) -> None:
     """Every stage of a run, each followed by its evaluation."""
     try:
         _run_stages(run)
@@ -72,7 +75,7 @@ def run_stages(run: Run) -> None:
     on_main(run.world, lambda: close_logs(run))
 
 
-def _run_stages(run: Run) -> None:
+def _run_stages(run: TrainingRun) -> None:
     settings = run.settings
     saved = run.checkpoint.state if run.checkpoint else None
     where = f", continuing after step {saved['step']} of {saved['stage']}" if saved else ""
@@ -92,7 +95,7 @@ def _run_stages(run: Run) -> None:
             evaluate(run, str(run.folder / "export"), "stage2")
 
 
-def finish(run: Run) -> None:
+def finish(run: TrainingRun) -> None:
     """The report. The run is done at this point: a page that cannot be written is no reason to fail it."""
     write_facts(run, finished=True)
     try:
@@ -102,7 +105,7 @@ def finish(run: Run) -> None:
         print(f"report not written: {what}\nwrite it with python -m rmsd_fast.report {run.folder}", file=sys.stderr)
 
 
-def imitate(run: Run) -> None:
+def imitate(run: TrainingRun) -> None:
     """Stage 1: SFT on teacher responses, ends with `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
     if first_step(run, "sft") == settings.sft.steps and "stage1" in run.fingerprints:
@@ -115,28 +118,26 @@ def imitate(run: Run) -> None:
     record_stage1(run)
 
 
-def control(run: Run) -> None:
+def control(run: TrainingRun) -> None:
     """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
     state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
     _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
 
 
-def _imitation_steps(run: Run, state, stage: str, training, final: Path) -> None:
+def _imitation_steps(
+    run: TrainingRun, state: StageState, stage: str, training: SftConfig | DistillConfig, final: Path
+) -> None:
     engines = {"policy": state.policy}
     restore(run, (stage,), state, engines)
     questions = [q for q in run.material.train if state.targets[q.id].imitate]
     loader = open_loader(run, state, stage, questions, training.batch_size)
     rates = {"policy": rate_of(training, steps=training.steps)}
-
-    def one(state, prompts, _):
-        return sft.step(state, prompts, run.settings, train_vision=training.train_vision)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
+    run_steps(run, stage, state, loader, engines, sft.step, rates)
     export(run, state.student, state.policy, final, stage)
     state.policy.close()
 
 
-def distillation(run: Run) -> None:
+def distillation(run: TrainingRun) -> None:
     """Discriminator warm-up and stage 2, ends with `export/`."""
     settings = run.settings
     state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
@@ -144,30 +145,24 @@ def distillation(run: Run) -> None:
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
     restore(run, ("warm_up", "distill"), state, engines)
-    offset = 0
     if "warm_up" in settings.stages:
-        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step, 0)
-        offset = stage_steps(settings, "warm_up")
+        _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step)
     if "distill" in settings.stages:
-        _adversarial_steps(run, state, engines, "distill", distill.step, offset)
+        _adversarial_steps(run, state, engines, "distill", distill.step)
         export(run, state.student, state.policy, run.folder / "export", "distill")
     for engine in engines.values():
         engine.close()
 
 
-def _adversarial_steps(run: Run, state, engines, stage: str, step, offset: int) -> None:
+def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, Engine], stage: str, step: Step) -> None:
     settings = run.settings
-    judge = settings.discriminator
-    rates = {"discriminator": lambda _: judge.warm_up_lr if stage == "warm_up" else judge.lr}
+    lr = settings.discriminator.warm_up_lr if stage == "warm_up" else settings.discriminator.lr
+    rates = {"discriminator": lambda _: lr}
     if stage == "distill":
         rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
     rates = {name: rate for name, rate in rates.items() if name in engines}
     loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
-
-    def one(state, prompts, number):
-        return step(state, prompts, settings, rollout_step=offset + number)
-
-    run_steps(run, stage, state, loader, engines, one, rates)
+    run_steps(run, stage, state, loader, engines, step, rates)
 
 
 def release_memory() -> None:
@@ -177,7 +172,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def evaluate(run: Run, path: str, name: str) -> None:
+def evaluate(run: TrainingRun, path: str, name: str) -> None:
     """Answers of a student to the held-out questions, once per run; what is made of them, each time."""
     questions = run.material.heldout
     run.stop.check()
@@ -200,7 +195,7 @@ def evaluate(run: Run, path: str, name: str) -> None:
     on_main(run.world, write)
 
 
-def describe_run(run: Run) -> None:
+def describe_run(run: TrainingRun) -> None:
     """Say what is trained on; write `run.json`, and `teacher.json`: how the pool's quality varies."""
     run.metrics.message(run.material.summary.text())
     write_facts(run, finished=False)

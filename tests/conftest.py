@@ -40,7 +40,13 @@ import torchvision
 """
 
 
+# Whole files go to one process each where several share the suite: the longest first, so that none is left at the end.
+LONGEST = ("test_train_run.py", "test_attacks.py", "test_fused_heads.py", "test_user_errors.py", "test_bench_cuda.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     skip_cuda = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     skip_vllm = pytest.mark.skip(reason="needs vLLM; it is not installed here (extra: vllm)")
     has_vllm = importlib.util.find_spec("vllm") is not None

@@ -30,6 +30,7 @@ LEVELS = {
     "teacher": 2,
     "models": 2,
     "rollout": 2,
+    "made": 2,
     "runtime": 2,
     "integrations": 2,
     "program": 2,
@@ -54,6 +55,9 @@ SAME_LEVEL = {
     ("models", "data"),
     ("rollout", "data"),
     ("rollout", "models"),
+    ("made", "data"),
+    ("made", "teacher"),
+    ("made", "models"),
 }
 
 

@@ -1,7 +1,7 @@
-"""Fused losses (with their reference forms, `reference`, and compiled ops, `native`), shared-prefix attention, patches
-of video frames.
+"""Fused losses, shared-prefix attention, and patches of video frames.
 
-Depends on torch, never on rmsd_fast; nothing compiled is loaded on import. `rmsd_fast.losses` documents them.
+`reference` has the reference forms of the losses, and `native` loads the compiled CPU ops. The package depends on torch
+and never on rmsd_fast, and importing it loads no compiled code. `rmsd_fast.losses` documents the losses.
 """
 
 from .discriminator.loss import discriminator_loss, last_token_values, pairwise_discriminator_loss

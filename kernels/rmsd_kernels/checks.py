@@ -1,8 +1,8 @@
-"""Argument checks of the public losses. A message says what, expected, got, and where useful what to do.
+"""Argument checks of the public losses. A message names the argument, what was expected, what it got, and what to do.
 
-Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are read for CPU tensors only,
-and not inside torch.compile: on an accelerator that would wait for the device in every step. There a bad target or a
-bad index gives NaN and is never followed; RMSD_FAST_DEBUG=1 asserts on the device that there is none.
+Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are checked for CPU tensors
+only, and not inside torch.compile, because reading them on an accelerator would wait for the device in every step.
+There, a target or index out of range gives NaN and is never dereferenced. RMSD_FAST_DEBUG=1 adds device-side asserts.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefix: str = "") -> None:
-    """hidden [T, D] and weight [V, D] of one floating dtype on one device; bias [V]."""
+    """Check hidden [T, D] and weight [V, D], of one floating dtype and on one device, and bias [V]."""
     check_tensor(f"{prefix}hidden", hidden)
     check_tensor(f"{prefix}weight", weight)
     if hidden.ndim != 2:
@@ -25,14 +25,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, prefi
     if not hidden.is_floating_point():
         raise TypeError(f"{prefix}hidden: expected a floating dtype, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"{prefix}weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one")
+        raise TypeError(f"{prefix}weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast it")
     check_device(f"{prefix}weight", weight, hidden)
     if bias is not None:
         check_vector(f"{prefix}bias", bias, weight.shape[0], hidden)
 
 
 def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
-    """A floating tensor of shape [length] on the device of `like`."""
+    """Check for a floating tensor of shape [length] on the device of `like`."""
     check_tensor(name, values)
     refuse_sharded(name, values)
     if values.shape != (length,):
@@ -43,7 +43,7 @@ def check_vector(name: str, values: Tensor, length: int, like: Tensor) -> None:
 
 
 def check_matrix(name: str, values: Tensor, shape: tuple[int, int], like: Tensor) -> None:
-    """A floating tensor of the given shape on the device of `like`."""
+    """Check for a floating tensor of the given shape on the device of `like`."""
     check_tensor(name, values)
     if values.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}")
@@ -53,7 +53,7 @@ def check_matrix(name: str, values: Tensor, shape: tuple[int, int], like: Tensor
 
 
 def check_index(name: str, index: Tensor, length: int | None, limit: int, like: Tensor) -> None:
-    """int64 [length] (None: any length) with values in 0..limit-1."""
+    """Check for int64 [length] with values in 0..limit-1. length=None allows any length."""
     check_tensor(name, index)
     if index.ndim != 1 or (length is not None and len(index) != length):
         raise ValueError(f"{name}: expected shape [{'P' if length is None else length}], got {list(index.shape)}")
@@ -67,7 +67,7 @@ def check_index(name: str, index: Tensor, length: int | None, limit: int, like: 
 
 
 def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int | None) -> None:
-    """int64 [T] in 0..V-1, or ignore_index."""
+    """Check for int64 [T] with values in 0..V-1 or equal to ignore_index."""
     check_tensor("targets", targets)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets: expected shape [{len(hidden)}], one per row of hidden, got {list(targets.shape)}")
@@ -82,13 +82,13 @@ def check_targets(targets: Tensor, hidden: Tensor, vocabulary: int, ignore_index
                 f"got {_extremes(scored)}"
             )
     elif os.environ.get("RMSD_FAST_DEBUG") == "1":
-        fits = (targets >= 0) & (targets < vocabulary)
-        fits = fits if ignore_index is None else fits | (targets == ignore_index)
-        torch._assert_async(fits.all(), f"targets: expected values in 0..{vocabulary - 1} or ignore_index")
+        valid = (targets >= 0) & (targets < vocabulary)
+        valid = valid if ignore_index is None else valid | (targets == ignore_index)
+        torch._assert_async(valid.all(), f"targets: expected values in 0..{vocabulary - 1} or ignore_index")
 
 
 def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
-    """A number above 0, or a tensor of such numbers, [T] or without an axis."""
+    """Check for a number above 0, or a tensor of numbers above 0 with shape [T] or []."""
     if isinstance(temperature, Tensor):
         if temperature.ndim:
             check_vector("temperature", temperature, len(hidden), hidden)
@@ -99,7 +99,8 @@ def check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
 
 
 def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None) -> None:
-    """A finite number, above one bound or at least another. Inside torch.compile it may be a symbol without a value."""
+    """Check for a finite number > above and >= least."""
+    # Inside torch.compile the number may be a symbol without a value.
     if torch.compiler.is_compiling():
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -110,7 +111,8 @@ def check_number(name: str, value: float, *, above: float | None = None, least: 
 
 
 def check_count(name: str, value: int, most: int | None = None) -> None:
-    """An integer of at least 1, and at most `most`. Inside torch.compile it may be a symbol without a value."""
+    """Check for an integer in 1..most; most=None means no upper bound."""
+    # Inside torch.compile the number may be a symbol without a value.
     if torch.compiler.is_compiling():
         return
     bound = "an integer >= 1" if most is None else f"an integer in 1..{most}"
@@ -121,27 +123,27 @@ def check_count(name: str, value: int, most: int | None = None) -> None:
 
 
 def check_frames(name: str, frames: Tensor, channels: int) -> None:
-    """uint8 [F, C, H, W] with C in 1..channels and no empty axis."""
+    """Check for uint8 [F, C, H, W] with C in 1..channels and no empty axis."""
     check_tensor(name, frames)
     if frames.dtype != torch.uint8:
-        raise TypeError(f"{name}: expected uint8, got {frames.dtype}; pass the frames as they were decoded")
+        raise TypeError(f"{name}: expected uint8, got {frames.dtype}; pass the frames as the decoder returned them")
     if frames.ndim != 4 or not 1 <= frames.shape[1] <= channels:
         raise ValueError(
             f"{name}: expected shape [F, C, H, W] with C in 1..{channels}, got {list(frames.shape)}; "
-            "permute frames that have their channels last"
+            "permute channels-last frames"
         )
     if 0 in frames.shape:
         raise ValueError(f"{name}: expected at least one frame and one pixel, got shape {list(frames.shape)}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of the choices."""
+    """Check that value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_normalizer(normalizer: float | Tensor | None, name: str = "normalizer") -> None:
-    """None, a number >= 0, or a tensor of one element."""
+    """Check for None, a number >= 0, or a tensor with one element."""
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {list(normalizer.shape)}")
@@ -151,7 +153,7 @@ def check_normalizer(normalizer: float | Tensor | None, name: str = "normalizer"
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
-    """int32 or int64 [B+1] that starts at 0, never falls and ends at T."""
+    """Check for int32 or int64 [B+1] that starts at 0, never decreases and ends at T."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: expected shape [B+1] with B >= 1, got {list(cu_seqlens.shape)}")
@@ -161,7 +163,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     if _readable(cu_seqlens):
         edges = cu_seqlens.tolist()
         if edges[0] != 0 or edges[-1] != len(hidden) or sorted(edges) != edges:
-            raise ValueError(f"cu_seqlens: expected edges from 0 to T={len(hidden)} that never fall, got {edges}")
+            raise ValueError(f"cu_seqlens: expected edges from 0 to T={len(hidden)} that never decrease, got {edges}")
 
 
 def check_scored(
@@ -187,51 +189,53 @@ def check_weights(token_weights: Tensor | None, normalizer: float | Tensor | Non
 
 
 def check_other_head(
-    prefix: str, other: Tensor, other_weight: Tensor, other_bias: Tensor | None, hidden: Tensor, weight: Tensor
+    prefix: str, other_hidden: Tensor, other_weight: Tensor, other_bias: Tensor | None, hidden: Tensor, weight: Tensor
 ) -> None:
-    """A second model's hidden states and head: its own D, the same T, V and device."""
-    check_head(other, other_weight, other_bias, prefix=prefix)
-    if len(other) != len(hidden) or len(other_weight) != len(weight):
+    """Check a second model's hidden states and head: D may differ, and T, V and device must agree."""
+    check_head(other_hidden, other_weight, other_bias, prefix=prefix)
+    if len(other_hidden) != len(hidden) or len(other_weight) != len(weight):
         raise ValueError(
             f"{prefix}hidden and {prefix}weight: expected T={len(hidden)} rows and V={len(weight)}, "
-            f"got {len(other)} and {len(other_weight)}"
+            f"got {len(other_hidden)} and {len(other_weight)}"
         )
-    if other.dtype not in (hidden.dtype, torch.float32, torch.bfloat16):
-        raise TypeError(f"{prefix}hidden: expected {hidden.dtype}, float32 or bfloat16, got {other.dtype}; cast it")
-    check_device(f"{prefix}hidden", other, hidden)
+    if other_hidden.dtype not in (hidden.dtype, torch.float32, torch.bfloat16):
+        raise TypeError(
+            f"{prefix}hidden: expected {hidden.dtype}, float32 or bfloat16, got {other_hidden.dtype}; cast it"
+        )
+    check_device(f"{prefix}hidden", other_hidden, hidden)
 
 
 def check_not_negative(name: str, values: Tensor) -> None:
-    """All values finite and >= 0 (CPU tensors)."""
+    """Check that all values are finite and >= 0 (CPU tensors only)."""
     if _readable(values) and not bool(((values >= 0) & values.isfinite()).all()):
         raise ValueError(f"{name}: expected finite values >= 0, got {_extremes(values)}")
 
 
 def check_unit_interval(name: str, values: Tensor) -> None:
-    """All values in [0, 1], NaN refused (CPU tensors)."""
+    """Check that all values are in [0, 1] and not NaN (CPU tensors only)."""
     if _readable(values) and not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"{name}: expected values in [0, 1], got {_extremes(values)}")
 
 
 def refuse_sharded(name: str, weight: Tensor) -> None:
-    """A head of which this process holds a part: its rows would be taken for the whole vocabulary."""
+    """Raise ValueError for a sharded tensor: the local rows would be mistaken for the whole vocabulary."""
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"{name}: expected a whole tensor, got a DTensor; pass {name}.full_tensor()")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
             f"{name}: expected a whole tensor, got a parameter that ZeRO-3 has partitioned; call the loss inside the "
-            "module's forward, or inside deepspeed.zero.GatheredParameters until backward is done"
+            "module's forward, or stay inside deepspeed.zero.GatheredParameters until backward is done"
         )
 
 
 def check_tensor(name: str, value: object) -> None:
-    """A tensor at all."""
+    """Check that value is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def check_device(name: str, value: Tensor, like: Tensor) -> None:
-    """On the device of `like`."""
+    """Check that value is on the device of `like`."""
     if value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}; move it there")
 

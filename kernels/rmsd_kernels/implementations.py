@@ -1,6 +1,8 @@
-"""Which implementation serves a call. `auto` never trades a compiled path for a slow one without saying so: on CUDA a
-missing triton is an error; on CPU, where the library of csrc/ was not built, the torch loop gives the same numbers, and
-`native.why_not()` says why."""
+"""The choice of the implementation that serves a call.
+
+On CUDA, `auto` raises if triton is missing instead of falling back to slower code. On CPU, `auto` uses the torch loop,
+which computes the same numbers, if the library of csrc/ was not built; `native.why_not()` returns the reason.
+"""
 
 import importlib.util
 import os
@@ -11,7 +13,7 @@ from torch import Tensor
 from . import native
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# The interpreter runs the kernels on CPU tensors; triton reads the variable when it is imported.
+# Triton's interpreter runs the kernels on CPU tensors. Triton reads this variable on import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = ("triton", "native", "torch", "reference")
 TRITON_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,16 +28,25 @@ def resolve_impl(
     triton_dtypes: tuple[torch.dtype, ...] = TRITON_FLOATS,
     native_dtypes: tuple[torch.dtype, ...] = NATIVE_FLOATS,
 ) -> str:
-    """One of IMPLEMENTATIONS for a call on `tensor`; RuntimeError where the asked one cannot serve it.
+    """Return the implementation, one of IMPLEMENTATIONS, for a call on `tensor`.
 
-    native_form: whether the function has a form in csrc/.
-    triton_dtypes, native_dtypes: what its compiled forms take.
+    Args:
+        impl: the requested implementation, one of IMPLEMENTATIONS or "auto".
+        tensor: an input of the call; its device and dtype decide.
+        native_form: whether the function is implemented in csrc/.
+        triton_dtypes: dtypes that its Triton kernels support.
+        native_dtypes: dtypes that its ops in csrc/ support.
+    Raises:
+        RuntimeError: the requested implementation cannot serve the call.
     """
     device, dtype = tensor.device.type, tensor.dtype
     if impl == "auto" and device == "cuda" and dtype != torch.float64:
         reason = _why_not_triton(device, dtype, triton_dtypes)
         if reason:
-            raise RuntimeError(f"impl='auto' means triton for CUDA tensors, but {reason}; or ask for impl='torch'")
+            raise RuntimeError(
+                f"impl: 'auto' means 'triton' for CUDA tensors, which cannot serve this call: {reason}; "
+                "or use impl='torch'"
+            )
         return "triton"
     if impl == "auto":
         return "native" if native_form and not _why_not_native(device, dtype, native_dtypes) else "torch"
@@ -43,20 +54,20 @@ def resolve_impl(
     if impl == "triton":
         reason = _why_not_triton(device, dtype, triton_dtypes)
     elif impl == "native":
-        reason = _why_not_native(device, dtype, native_dtypes) if native_form else "this loss has no form in csrc/"
+        reason = _why_not_native(device, dtype, native_dtypes) if native_form else "csrc/ does not implement this loss"
     if reason:
         raise RuntimeError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
     return impl
 
 
 def can_run_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor."""
+    """Return whether the Triton kernels support this tensor."""
     return not _why_not_triton(tensor.device.type, tensor.dtype, TRITON_FLOATS)
 
 
 def _why_not_triton(device: str, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:
     if not _HAS_TRITON:
-        return "triton is not installed (pip install triton, in the version your torch names)"
+        return "triton is not installed (pip install triton, in the version that your torch requires)"
     if dtype not in dtypes:
         return f"the kernels take {_names(dtypes)}, got {dtype}"
     return "" if device == "cuda" or _INTERPRETED else f"the kernels run on CUDA, got a tensor on {device}"

@@ -1,8 +1,7 @@
-"""The library of csrc/, CPU ops: loading it, and whether it is there. `native_rows` and `native_video` have the ops'
-Python forms.
+"""Load the library of CPU ops that csrc/ builds. `heads.native_rows` and `video.native_patches` call the ops.
 
-The library is optional: a wheel built without a C++ compiler lacks it. Nothing here falls back by itself; callers ask
-`available()` and say in their log which path runs, or call an op and get a RuntimeError that says why it is missing.
+The library is optional: a wheel that was built without a C++ compiler does not contain it. This module never falls
+back. Callers check `available()` and log which path runs, or call an op and get a RuntimeError with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _LOCK = threading.Lock()
 
 
 def _load() -> str:
-    """Load the library once. Returns "" or the reason why it is not there."""
+    """Load the library once. Return "" or the reason why it is not available."""
     with _LOCK:
         return _load_once()
 
@@ -33,13 +32,13 @@ def _load_once() -> str:
         return f"{LIBRARY} was not built (no C++ compiler or no torch at build time); install g++ and {BUILD}"
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
-        return f"torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} is needed by {LIBRARY}, found {torch.__version__}"
+        return f"{LIBRARY} needs torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, got {torch.__version__}; upgrade torch"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} could not be loaded ({error}); rebuild it for this machine and this torch"
     if not hasattr(torch.ops.rmsd_kernels, "video_patches"):
-        return f"{LIBRARY} comes from an older version and lacks the media ops; {BUILD}"
+        return f"{LIBRARY} was built from an older version and lacks the media ops; {BUILD}"
     torch.library.register_fake("rmsd_kernels::row_score", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_policy_", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_gradient_", lambda *arguments: None)
@@ -57,14 +56,14 @@ def _head_stats_fake(
     temperature: Tensor | None,
     softcap: float | None,
     ref_logits: Tensor | None,
-    *others: Tensor | float | None,
+    *unused: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, lse [n]; full_kl [n], or [0] without a reference."""
+    """Return logp, entropy and lse [n], and full_kl [n], or [0] without a reference."""
     logp, entropy, lse = (target_logit.new_empty(logits.shape[0]) for _ in range(3))
     return logp, entropy, lse, target_logit.new_empty(0 if ref_logits is None else logits.shape[0])
 
 
-def _row_divergence_fake(logits: Tensor, *others: Tensor | float | None) -> Tensor:
+def _row_divergence_fake(logits: Tensor, *unused: Tensor | float | None) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -85,10 +84,10 @@ def _video_patches_fake(
 
 
 def available() -> bool:
-    """Whether the compiled ops can be called in this process. Loads the library on the first call."""
+    """Return whether the compiled ops can be called in this process. The first call loads the library."""
     return _load() == ""
 
 
 def why_not() -> str:
-    """Empty when the ops are available, else the reason and what to do about it."""
+    """Return "" if the ops are available, otherwise the reason and what to do about it."""
     return _load()

@@ -1,9 +1,10 @@
-"""What all ops share: records as their arguments, the dtype of their sums, autocast and second derivatives."""
+"""Shared parts of all ops: records as arguments, the dtype of sums, and the handling of autocast and backward."""
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """dtype of everything after the GEMM, and of results."""
+    """Return the dtype of everything after the GEMM, and of results."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(op: Callable) -> Callable:
-    """An op that computes in the dtypes it is given: autocast would send some of its GEMMs to another one."""
+    """Wrap an op so that it computes in the dtypes of its inputs; autocast would change the dtype of some GEMMs."""
 
     @functools.wraps(op)
     def run(tensor: Tensor, *arguments):
@@ -42,10 +43,11 @@ def full_precision_sums() -> Iterator[None]:
 
 
 class RecordOp:
-    """A torch.library op of a function whose arguments are records (NamedTuples), tensors and plain values.
+    """A torch.library op for a function whose arguments are records (NamedTuples), tensors and plain values.
 
-    The op's schema has one argument per field of a record, named record_field. The op and its fake form are called by
-    keyword with the function's own arguments, so an argument of several ops is spelled in one place, its record.
+    The op's schema has one argument per field of a record, named record_field. The op and its fake implementation are
+    called by keyword with the function's own arguments, so arguments that several ops share are listed only once, in
+    their record.
     """
 
     def __init__(self, function: Callable, name: str, mutates: tuple[str, ...]) -> None:
@@ -67,41 +69,43 @@ class RecordOp:
         return self.op(*self.values(**arguments))
 
     def values(self, **arguments) -> list:
-        """The arguments as the op takes them."""
+        """Return the arguments as the flat list that the op takes."""
         values = []
-        for name in self._records:
-            _flatten(arguments[name], values)
+        for name, record in self._records.items():
+            _flatten(record, arguments[name], values)
         return values
 
     def register_fake(self, fake: Callable) -> None:
-        """What the op returns for tensors without data."""
+        """Register the function that returns the op's outputs for tensors without data."""
         self.op.register_fake(lambda *values: fake(**self._grouped(values)))
 
     def _grouped(self, values: tuple) -> dict:
-        rest = iter(values)
-        return {name: _build(record, rest) for name, record in self._records.items()}
+        remaining = iter(values)
+        return {name: _build(record, remaining) for name, record in self._records.items()}
 
 
 def record_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], RecordOp]:
-    """RecordOp of the function below."""
+    """Return a decorator that turns a function into a RecordOp."""
     return lambda function: RecordOp(function, name, mutates)
 
 
 class _Record(NamedTuple):
-    """A record's type and what its fields hold: types, or further records."""
+    """A record's type, and the type or nested record of each field. flat: no field is a record."""
 
     kind: type
     fields: dict[str, Any]
+    flat: bool
 
 
 def _record(kind: Any) -> Any:
     if not (isinstance(kind, type) and hasattr(kind, "_fields")):
         return kind
-    return _Record(kind, {name: _record(field) for name, field in get_type_hints(kind).items()})
+    fields = {name: _record(field) for name, field in get_type_hints(kind).items()}
+    return _Record(kind, fields, not any(isinstance(field, _Record) for field in fields.values()))
 
 
 def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
-    """Name and type of every value."""
+    """Yield the name and type of every value."""
     if not isinstance(record, _Record):
         yield name, record
         return
@@ -112,26 +116,32 @@ def _fields(name: str, record: Any) -> Iterator[tuple[str, Any]]:
 def _build(record: Any, values: Iterator) -> Any:
     if not isinstance(record, _Record):
         return next(values)
+    if record.flat:
+        return record.kind(*islice(values, len(record.fields)))
     return record.kind(*(_build(inner, values) for inner in record.fields.values()))
 
 
-def _flatten(value: Any, into: list) -> None:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        for field in value:
-            _flatten(field, into)
-    else:
+def _flatten(record: Any, value: Any, into: list) -> None:
+    if not isinstance(record, _Record):
         into.append(value)
+    elif type(value) is not record.kind:
+        raise TypeError(f"expected a {record.kind.__name__}, got {type(value).__name__}")
+    elif record.flat:
+        into.extend(value)
+    else:
+        for inner, field in zip(record.fields.values(), value, strict=True):
+            _flatten(inner, field, into)
 
 
 def first_order(backward: Callable) -> Callable:
-    """A backward whose result must not be differentiated: it is a constant to autograd, so terms would be lost."""
+    """Make a backward raise under create_graph=True: its result is a constant to autograd, so terms would be lost."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):
-        # Autograd records a backward exactly where create_graph asks for it; a trace for torch.compile always does.
+        # In backward, grad mode is on only under create_graph=True, and always while torch.compile traces.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fused losses have no second derivatives (create_graph=True); use impl='reference' for these"
+                "fused losses have no second derivatives (create_graph=True); use impl='reference' for them"
             )
         return backward(ctx, *gradients)
 

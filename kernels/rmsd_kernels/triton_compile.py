@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel for compute capability 9.0 and reads what the binaries need. No GPU is involved.
+"""Compile every Triton kernel for compute capability 9.0 and report the resources of the binaries. Needs no GPU.
 
-`python -m rmsd_kernels.triton_compile` prints the table: registers per thread, bytes of stack (spilled registers live
-there) and of shared memory, warps per program, and whether global memory is read by vector and asynchronous loads.
+`python -m rmsd_kernels.triton_compile` prints a table: registers per thread, bytes of stack (for spilled registers) and
+of shared memory, warps per program, and the vector and asynchronous loads from global memory.
 """
 
 import re
@@ -29,7 +29,7 @@ _FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Variant(NamedTuple):
-    """A kernel with a choice of its arguments: Triton's type names of those given, values of constexpr ones."""
+    """A kernel with a choice of arguments: Triton type names of those that are not None, and constexpr values."""
 
     name: str
     kernel: Any
@@ -40,19 +40,19 @@ class Variant(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop of a compiled kernel: machine instructions and bytes that a thread reads from global memory, per turn."""
+    """A loop of a compiled kernel: per iteration its instructions, bytes loaded per thread, and barriers."""
 
     instructions: int
     loaded_bytes: int
     barriers: int
 
     def per_element(self, itemsize: int) -> float:
-        """Instructions per element read."""
+        """Return the number of instructions per element loaded."""
         return self.instructions * itemsize / self.loaded_bytes
 
 
 class Report(NamedTuple):
-    """What a compiled kernel needs. shared_bytes counts what is asked for at launch too. loops: innermost, in order."""
+    """Resources of a compiled kernel. shared_bytes includes memory requested at launch; loops are innermost loops."""
 
     name: str
     registers: int
@@ -66,7 +66,7 @@ class Report(NamedTuple):
 
 
 def row_variants(dtype: str) -> Iterator[Variant]:
-    """The row kernels with everything off and with everything on."""
+    """Yield the row kernels with all options off, with all options on, and in some combinations between."""
     shape = {"stride": "i32", "vocab": "i32"}
     common = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "target_logit_ptr": "*fp32", **shape}
     stats = dict.fromkeys(("logp_ptr", "entropy_ptr", "lse_ptr"), "*fp32")
@@ -78,9 +78,9 @@ def row_variants(dtype: str) -> Iterator[Variant]:
 
     def variant(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Variant:
         two_rows = "ref_ptr" in types or "teacher_ptr" in types
-        chosen = launch.row_launch(VOCAB, _FLOATS[dtype], plain="bias_ptr" not in types, two_rows=two_rows)
-        sizes = {"BLOCK": chosen.block, "LANE": chosen.lane, "STAGES": launch.STAGES}
-        return Variant(f"{name} {dtype}", kernel, types, constants | sizes, chosen.warps, chosen.registers)
+        config = launch.row_launch(VOCAB, _FLOATS[dtype], plain="bias_ptr" not in types, two_rows=two_rows)
+        sizes = {"BLOCK": config.block, "LANE": config.lane, "STAGES": launch.STAGES}
+        return Variant(f"{name} {dtype}", kernel, types, constants | sizes, config.warps, config.registers)
 
     plain, everything = common | stats, common | stats | head | ref
     yield variant("score", rows._score_kernel, plain, {"ref_stride": 0})
@@ -110,14 +110,15 @@ def row_variants(dtype: str) -> Iterator[Variant]:
     for kind in ("reverse_kl", "jsd"):
         yield variant(f"divergence {kind}", divergence._divergence_kernel, types, {"KIND": kind})
     types = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "targets_ptr": "*i64", "logit_ptr": "*fp32"}
-    types |= dict.fromkeys(("hidden_stride", "weight_stride", "dim", "vocab"), "i32")
-    yield Variant(f"target_logit {dtype}", rows._target_logit_kernel, types, {"BLOCK": rows.DOT_BLOCK}, rows.DOT_WARPS)
+    types |= dict.fromkeys(("hidden_row", "weight_row", "dim", "vocab"), "i32")
+    constants = {"BLOCK": rows.DOT_BLOCK, "hidden_col": 1, "weight_col": 1}
+    yield Variant(f"target_logit {dtype}", rows._target_logit_kernel, types, constants, rows.DOT_WARPS)
     types = {"values_ptr": f"*{dtype}", "scalar_ptr": "*fp32", "numel": "i64"}
     yield Variant(f"scale {dtype}", rows._scale_kernel, types, {"BLOCK": rows.SCALE_BLOCK}, rows.SCALE_WARPS)
 
 
 def discriminator_variants(dtype: str) -> Iterator[Variant]:
-    """The discriminator's kernels with everything on, hidden and head in dtype."""
+    """Yield the discriminator's kernels with all options on, hidden and head in dtype."""
     d = discriminator
     sizes = dict.fromkeys(("count", "tokens", "stride", "dim", "students", "teachers", "pairs"), "i32") | {
         "eps": "fp32"
@@ -143,7 +144,7 @@ def discriminator_variants(dtype: str) -> Iterator[Variant]:
 
 
 def shared_prefix_variants(dtype: str) -> Iterator[Variant]:
-    """The merge of two parts of attention, heads of size 128."""
+    """Yield the merge of two parts of attention, with heads of size 128."""
     types = dict.fromkeys(("out_ptr", "other_ptr"), f"*{dtype}") | dict.fromkeys(("lse_ptr", "other_lse_ptr"), "*fp32")
     strides = [f"{tensor}_{axis}" for tensor in ("out", "lse", "other", "other_lse") for axis in ("row", "head")]
     types |= dict.fromkeys((*strides, "heads", "dim"), "i32")
@@ -152,7 +153,7 @@ def shared_prefix_variants(dtype: str) -> Iterator[Variant]:
 
 
 def video_variants(dtype: str) -> Iterator[Variant]:
-    """The media kernels: patches of Qwen3-VL's and Qwen2.5-VL's size in dtype, and the resize alone, once."""
+    """Yield the media kernels: patches of Qwen3-VL's and Qwen2.5-VL's size in dtype, and the resize, for fp32 only."""
     types = {"frames_ptr": "*u8"} | dict.fromkeys(("start_x_ptr", "start_y_ptr"), "*i32")
     types |= dict.fromkeys(("mean_ptr", "std_ptr", "weight_x_ptr", "weight_y_ptr"), "*fp32")
     types |= dict.fromkeys(video.SIZES, "i32")
@@ -166,7 +167,7 @@ def video_variants(dtype: str) -> Iterator[Variant]:
 
 
 def variants(dtype: str) -> Iterator[Variant]:
-    """All kernels for tensors of dtype."""
+    """Yield all kernels for tensors of dtype."""
     yield from row_variants(dtype)
     yield from discriminator_variants(dtype)
     yield from shared_prefix_variants(dtype)
@@ -174,9 +175,9 @@ def variants(dtype: str) -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant) -> Report:
-    """Compile for TARGET; pointers and sizes count as divisible by 16, as they are at V = 151936."""
+    """Compile for TARGET. Pointers and sizes are assumed to be divisible by 16, as they are for V = 151936."""
     if not hasattr(variant.kernel, "arg_names") or not hasattr(variant.kernel, "cache_key"):
-        raise RuntimeError("TRITON_INTERPRET is set: the kernels cannot be compiled in this process")
+        raise RuntimeError("TRITON_INTERPRET: expected it to be unset, got 1; unset it to compile the kernels")
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {name: variant.constants.get(name) for name in names if signature[name] == "constexpr"}
@@ -211,7 +212,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 def _dumped(cubin: bytes, tool: str, option: str) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     if not program.is_file():
-        raise RuntimeError(f"{program} is missing: this triton comes without NVIDIA's tools")
+        raise RuntimeError(f"{program} is missing; install a triton wheel that includes NVIDIA's tools")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -219,7 +220,7 @@ def _dumped(cubin: bytes, tool: str, option: str) -> str:
 
 
 def loops_of(assembly: str) -> list[Loop]:
-    """Innermost loops of a disassembled kernel that read global memory: from a label to the branch back to it."""
+    """Return the innermost loops of a disassembled kernel that read global memory, from label to backward branch."""
     code = [line for line in assembly.splitlines() if re.match(r"\.L_\w+:|\s+/\*[0-9a-f]{4,}\*/", line)]
     labels = {line.split(":")[0]: i for i, line in enumerate(code) if line.startswith(".L_")}
     ends: dict[int, int] = {}
@@ -229,7 +230,7 @@ def loops_of(assembly: str) -> list[Loop]:
             ends[labels[branch[1]]] = i
     loops = []
     for start, end in sorted(ends.items()):
-        if any(start < other and ends[other] < end for other in ends):
+        if any(start < inner_start and ends[inner_start] < end for inner_start in ends):
             continue
         body = [line for line in code[start : end + 1] if not line.startswith(".L_")]
         loads = [re.search(r"\bLDG(?:STS)?\.E\S*", line) for line in body]
@@ -240,7 +241,7 @@ def loops_of(assembly: str) -> list[Loop]:
 
 
 def table(reports: list[Report]) -> str:
-    """The reports as text."""
+    """Return the reports as a text table."""
     lines = [
         f"{'kernel':34} {'registers':>9} {'stack':>6} {'local':>6} {'shared':>7} {'warps':>6}  "
         f"{'instructions / bytes per thread':40} loads"
@@ -254,7 +255,7 @@ def table(reports: list[Report]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table for the dtypes named, or for all."""
+    """Print the table for the dtypes in `arguments`, or for all."""
     dtypes = arguments or list(_FLOATS)
     print(table([compile_variant(variant) for dtype in dtypes for variant in variants(dtype)]))
 

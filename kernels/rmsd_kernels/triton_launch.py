@@ -1,4 +1,4 @@
-"""How the Triton row kernels are launched: the recorded configuration and the checks that cost nothing."""
+"""Launch the Triton row kernels: the recorded configuration, and argument checks that do not wait for the device."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -7,19 +7,19 @@ import torch
 import triton
 from torch import Tensor
 
-# A thread loads 16 bytes at a time, and two of these before it works on them: 32 warps then have 32 KB on their way,
-# about what the latency of memory asks for. One program of 32 warps fills an SM, and the 132 rows of 304 KB (of 151936
-# 16-bit logits) that are worked on are 40 MB and fit the 50 MB of an H200's L2, so that the second pass need not go to
-# memory. A bias or a softcap leaves registers for one load; where two rows are read at a time, half the threads do.
-# This is arithmetic and the compiler's register counts, not a measurement.
+# A thread makes two 16-byte loads before it uses them, so that 32 warps have 32 KB in flight, about what the memory
+# latency requires. One program of 32 warps fills an SM. The 132 rows in progress, 304 KB each (151936 16-bit logits),
+# are 40 MB and fit the 50 MB L2 of an H200, so the second pass does not read memory. With a bias or a softcap, the
+# registers suffice for one load only. If two rows are read at a time, half the threads are enough. These numbers are
+# calculated and taken from the compiler's register counts; they are not measured.
 LOAD_BYTES = 16
 LOADS = 2
 REGISTERS_OF_AN_SM = 65536
 WARPS = 32
 WARPS_OF_TWO_ROWS = 16
-# 1: loads go straight to registers. More would send them through shared memory, with a barrier per block.
+# With 1 stage, loads go directly to registers. More stages would use shared memory, with a barrier per block.
 STAGES = 1
-# Per-row vectors may be slices of longer ones: without this each alignment of them would be compiled anew.
+# Per-row vectors may be slices of longer ones. Without this, every alignment would compile the kernel again.
 SLICED = [
     "targets_ptr",
     "target_logit_ptr",
@@ -45,19 +45,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RowLaunch(NamedTuple):
-    """Columns of a row that a program works on at a time, those of a thread in one load, its warps, registers a thread.
+    """The launch configuration of a row kernel.
 
-    Where no bound on registers is named, the compiler spills two or three to make room for a second program.
+    Without a bound on registers, the compiler spills two or three of them to make room for a second program per SM.
     """
 
-    block: int
-    lane: int
-    warps: int
-    registers: int
+    block: int  # columns that a program processes at a time
+    lane: int  # columns of one thread's load
+    warps: int  # per program
+    registers: int  # per thread, at most
 
 
 def row_launch(vocab: int, itemsize: int, *, plain: bool = True, two_rows: bool = False) -> RowLaunch:
-    """The recorded configuration for rows of `vocab` logits. plain: without bias and softcap."""
+    """Return the recorded configuration for rows of `vocab` logits. plain: without bias and softcap."""
     warps = WARPS_OF_TWO_ROWS if two_rows else WARPS
     lane = LOAD_BYTES // itemsize
     loads = LOADS if plain and not two_rows else 1
@@ -68,7 +68,7 @@ def row_launch(vocab: int, itemsize: int, *, plain: bool = True, two_rows: bool 
 def launch(
     kernel: Any, logits: Tensor, arguments: dict[str, Any], *, plain: bool = True, two_rows: bool = False
 ) -> None:
-    """kernel on one program per row of logits."""
+    """Launch kernel with one program per row of logits."""
     block, lane, warps, registers = row_launch(logits.shape[1], logits.element_size(), plain=plain, two_rows=two_rows)
     options = {"num_warps": warps, "maxnreg": registers}
     with device_of(logits):
@@ -76,7 +76,7 @@ def launch(
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Return a context in which Triton launches on the tensor's device, not on the current device."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
@@ -92,7 +92,7 @@ def check_logits(name: str, logits: Tensor, like: Tensor | None) -> None:
 
 
 def row_vectors(logits: Tensor, **vectors: Tensor | None) -> dict[str, Tensor | None]:
-    """float32 vectors with one number per row of logits, without gaps; a None stays None."""
+    """Check for float32 vectors with one number per row of logits, and return them contiguous; None stays None."""
     for name, vector in vectors.items():
         if vector is not None and vector.dtype != torch.float32:
             raise TypeError(f"{name}: expected float32, got {vector.dtype}")

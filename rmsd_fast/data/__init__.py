@@ -1,1 +1,1 @@
-"""Questions and their media: schemas and converters, decoding, prompts, made and real clips."""
+"""Questions and their media: schemas and converters, decoding, prompts."""

@@ -1,6 +1,6 @@
 """Processes that read media files and can be killed: a file that hangs or crashes a decoder costs one sample, no run.
 
-`Nursery` starts one process, which imports torch and torchcodec once and forks workers on demand (10 ms each; a new
+`ForkServer` starts one process, which imports torch and torchcodec once and forks workers on demand (10 ms each; a new
 interpreter takes 2 s). A `Worker` serves one thread. It sends back a description of the frames and the descriptor of
 an anonymous piece of memory that holds the pixels, so they are never copied and /dev/shm is not needed. When the
 process that started them ends, however it ends, the workers do.
@@ -39,7 +39,7 @@ from rmsd_fast.config import UserError
 from rmsd_fast.data.media_file import NOT_NOW, MediaError, NotNow, media_digest, undecodable, unreadable, video_command
 from rmsd_fast.data.video import (
     Frames,
-    Layout,
+    MediaLayout,
     MediaRequest,
     Preview,
     PreviewRequest,
@@ -50,7 +50,7 @@ from rmsd_fast.data.video import (
 from rmsd_fast.process import end_with_parent
 from rmsd_kernels import native
 
-# For the first answer of a worker: the nursery may still be importing, on a busy machine or a slow disk.
+# For the first answer of a worker: the fork server may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
 # Memory that a worker may take for itself beside what it starts with. The frames that it gives back do not count.
 # 4K video takes some hundred MiB, the largest picture that is read 1.5 GiB.
@@ -71,7 +71,7 @@ class NotStarted(RuntimeError):
     """The worker ended before its first answer, or never came. The file is not the reason."""
 
 
-class Nursery:
+class ForkServer:
     """The process that forks workers. Safe to use from several threads."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Nursery:
         theirs.close()
 
     def worker(self) -> Worker:
-        """A new worker, at once; it answers as soon as the nursery has started, or is lost if that has ended."""
+        """A new worker, at once; it answers as soon as the fork server has started, or is lost if that has ended."""
         ours, theirs = socket.socketpair()
         with self._lock, contextlib.suppress(OSError):
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -108,7 +108,7 @@ class Nursery:
         return self.process.poll() is None
 
     def close(self) -> None:
-        """End the nursery, and its workers with it."""
+        """End the fork server, and its workers with it."""
         self._control.close()
         self.process.kill()
         self.process.wait()
@@ -117,15 +117,15 @@ class Nursery:
 class Worker:
     """This side of one worker process. For one thread at a time; `kill` may come from any."""
 
-    def __init__(self, ours: socket.socket, nursery: Nursery) -> None:
-        self.nursery = nursery
+    def __init__(self, ours: socket.socket, fork_server: ForkServer) -> None:
+        self.fork_server = fork_server
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
         self.pid: int | None = None
         self.lost = False
         self.answers = 0
 
-    def layout(self, request: MediaRequest, timeout_s: float) -> Layout:
+    def layout(self, request: MediaRequest, timeout_s: float) -> MediaLayout:
         """`read_layout` there. Raises what it raises, WorkerLost and NotStarted."""
         return self._call("layout", request, timeout_s)
 
@@ -314,7 +314,7 @@ def _answer(
 
 
 def main(descriptor: int) -> None:
-    """The nursery's life: fork a worker for each descriptor that comes in."""
+    """The fork server's life: fork a worker for each descriptor that comes in."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
     control = socket.socket(fileno=descriptor)
     # Where it cannot be loaded the first request says so.

@@ -18,10 +18,10 @@ from typing import TypeVar
 import torch
 
 from rmsd_fast.config import DataConfig, NotInstalled, SettingsError, UserError, first_line
-from rmsd_fast.data.decode_worker import MOST_ANSWERS, NotStarted, Nursery, Worker, WorkerLost
+from rmsd_fast.data.decode_worker import MOST_ANSWERS, ForkServer, NotStarted, Worker, WorkerLost
 from rmsd_fast.data.media_cache import ByteLru, DiskCache, held_bytes
 from rmsd_fast.data.media_file import MediaError, NotNow, stat_file, undecodable, video_command
-from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_media
+from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_media
 from rmsd_fast.data.video_file import CpuFallback
 
 log = logging.getLogger("rmsd_fast")
@@ -61,12 +61,12 @@ class MediaReader:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         # A few hundred bytes for each file and way to read it.
-        self._layouts: dict[tuple, Layout] = {}
+        self._layouts: dict[tuple, MediaLayout] = {}
         self._digests: dict[tuple, str] = {}
         self._bad: dict[tuple, str] = {}
         self._flights: dict[str, Future[Frames]] = {}
         # At once: its imports take two seconds, beside those of the model.
-        self._nursery: Nursery | None = Nursery()
+        self._fork_server: ForkServer | None = ForkServer()
         self._starts = 1
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
@@ -85,14 +85,14 @@ class MediaReader:
         """End the workers, also in the middle of a file; a thread that waits for one gets a RuntimeError."""
         with self._lock:
             self._closed = True
-            idle, busy, nursery = self._idle, list(self._busy), self._nursery
-            self._idle, self._nursery = [], None
+            idle, busy, fork_server = self._idle, list(self._busy), self._fork_server
+            self._idle, self._fork_server = [], None
         for worker in idle:
             worker.close()
         for worker in busy:
             worker.kill()
-        if nursery is not None:
-            nursery.close()
+        if fork_server is not None:
+            fork_server.close()
 
     def take_counts(self) -> dict[str, int]:
         """COUNTS since the last call."""
@@ -102,7 +102,7 @@ class MediaReader:
             counts["disk_rebuilt"], self._disk.corrupt = self._disk.corrupt, 0
         return {name: counts[name] for name in COUNTS}
 
-    def layout(self, request: MediaRequest) -> Layout:
+    def layout(self, request: MediaRequest) -> MediaLayout:
         """Stamps and grid of the frames to come: of those that are kept, else from the file's headers."""
         request = self._complete(request)
         state = self._state(request)
@@ -110,7 +110,7 @@ class MediaReader:
             key = self._key(request, state)
             kept = self._memory.get(key) or (self._disk.peek(key) if self._disk is not None else None)
             self._layouts[state] = (
-                Layout(kept.timestamps_s, kept.grid_thw, kept.kind)
+                MediaLayout(kept.timestamps_s, kept.grid_thw, kept.kind)
                 if kept is not None
                 else self._in_worker(state, lambda worker, limit: worker.layout(request, limit))
             )
@@ -228,7 +228,7 @@ class MediaReader:
     def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
         """What the call gives in some worker; tried once more after a crash, as memory may have run out by chance.
 
-        A worker that ends with its nursery tells nothing about its file.
+        A worker that ends with its fork server tells nothing about its file.
         """
         crashed = False
         while True:
@@ -238,12 +238,12 @@ class MediaReader:
                 self._starts = self._failures_in_a_row = 0
                 return result
             except NotStarted:
-                self._drop_nursery(worker.nursery)
+                self._drop_fork_server(worker.fork_server)
             except MediaError as error:
                 if self._closed:
                     raise RuntimeError("the media reader was closed") from error
-                if isinstance(error, WorkerLost) and not error.timed_out and not worker.nursery.is_there():
-                    self._drop_nursery(worker.nursery)
+                if isinstance(error, WorkerLost) and not error.timed_out and not worker.fork_server.is_there():
+                    self._drop_fork_server(worker.fork_server)
                     continue
                 if not isinstance(error, WorkerLost) or error.timed_out or crashed:
                     raise self._bad_file(state, error) from error
@@ -271,14 +271,14 @@ class MediaReader:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the media reader was closed")
-            if self._nursery is None:
+            if self._fork_server is None:
                 if self._starts == MOST_STARTS:
                     raise NotInstalled(
                         f"the process that decodes media has ended {self._starts} times in a row; see its messages "
                         "above"
                     )
                 self._starts += 1
-                self._nursery = Nursery()
+                self._fork_server = ForkServer()
             while self._idle:
                 worker = self._idle.pop()
                 if worker.is_there():
@@ -286,18 +286,18 @@ class MediaReader:
                 # Killed meanwhile, by the machine or somebody.
                 worker.close()
             else:
-                worker = self._nursery.worker()
+                worker = self._fork_server.worker()
             self._busy.add(worker)
             return worker
 
-    def _drop_nursery(self, nursery: Nursery) -> None:
+    def _drop_fork_server(self, fork_server: ForkServer) -> None:
         """Let the next worker come from a new one, unless another thread has seen to it."""
         with self._lock:
-            if self._nursery is not nursery:
+            if self._fork_server is not fork_server:
                 return
-            self._nursery = None
+            self._fork_server = None
             idle, self._idle = self._idle, []
-        nursery.close()
+        fork_server.close()
         for worker in idle:
             worker.close()
 

@@ -19,8 +19,8 @@ class MicroBatch:
     """What one forward and backward pass reads.
 
     Fields:
-        prompts: places of its prompts in the step, ascending.
-        responses: for each of them, places of its responses among that prompt's responses, ascending.
+        prompts: indices of its prompts in the step, ascending.
+        responses: for each of them, indices of its responses among that prompt's, ascending.
         filler: it repeats work of another micro-batch so that ranks make equally many; multiply its loss by 0.
     """
 
@@ -70,12 +70,12 @@ def plan_micro_batches(
     check_packing(packing)
     _check(prefix_lengths, response_lengths, micro_tokens, weights, ids)
     lengths = zip(prefix_lengths, response_lengths, strict=True)
-    groups = [(prompt, prefix, own) for prompt, (prefix, own) in enumerate(lengths) if own]
+    groups = [(prompt, prefix, responses) for prompt, (prefix, responses) in enumerate(lengths) if responses]
     size = partial(_size, padded=packing == "padded", weights=weights)
     parts = [part for group in groups for part in _split(*group, size, micro_tokens)]
     tokens = [size([part])[0] for part in parts]
     # Parts above half the budget never stand together: fewer micro-batches than these need not be tried.
-    needed = max(math.ceil(sum(tokens) / micro_tokens), sum(2 * own > micro_tokens for own in tokens))
+    needed = max(math.ceil(sum(tokens) / micro_tokens), sum(2 * of_part > micro_tokens for of_part in tokens))
     while (fewest := _place(parts, needed, size, micro_tokens)) is None:
         needed += 1
     count = agree(needed)
@@ -102,15 +102,16 @@ def _check(prefix_lengths, response_lengths, micro_tokens, weights, ids) -> None
         raise ValueError(f"expected a list per prompt, got {len(response_lengths)} for {len(prefix_lengths)} prompts")
     if min(weights) < 0 or max(weights) <= 0:
         raise ValueError(f"weights: expected (per_token, per_pair), none negative, one positive, got {weights}")
-    for place, (prefix, own) in enumerate(zip(prefix_lengths, response_lengths, strict=True)):
-        if min([prefix, *own]) < 1:
-            raise ValueError(f"prompt {place}: expected lengths of at least 1, got {prefix} and responses {own}")
-        if own and prefix + max(own) > micro_tokens:
-            name = f"number {place} of the step" if ids is None else repr(ids[place])
+    for number, (prefix, lengths) in enumerate(zip(prefix_lengths, response_lengths, strict=True)):
+        if min([prefix, *lengths]) < 1:
+            raise ValueError(f"prompt {number}: expected lengths of at least 1, got {prefix} and responses {lengths}")
+        longest = max(lengths, default=0)
+        if lengths and prefix + longest > micro_tokens:
+            name = f"number {number} of the step" if ids is None else repr(ids[number])
             raise SettingsError(
-                f"micro_tokens: question {name} has {prefix} prompt tokens and a response of {max(own)}, "
-                f"{prefix + max(own)} in all, got micro_tokens={micro_tokens}; "
-                f"set it to at least {prefix + max(own)}, or allow fewer prompt or response tokens"
+                f"micro_tokens: question {name} has {prefix} prompt tokens and a response of {longest}, "
+                f"{prefix + longest} in all, got micro_tokens={micro_tokens}; "
+                f"set it to at least {prefix + longest}, or allow fewer prompt or response tokens"
             )
 
 
@@ -119,9 +120,9 @@ def _causal_pairs(tokens: int) -> int:
 
 
 def _part(prompt: int, prefix: int, lengths: Sequence[int], responses: list[int]) -> _Part:
-    own = [lengths[response] for response in responses]
-    pairs = _causal_pairs(prefix) + sum(_causal_pairs(length) + length * prefix for length in own)
-    return _Part(prompt, responses, prefix + sum(own), pairs, prefix + max(own))
+    chosen = [lengths[response] for response in responses]
+    pairs = _causal_pairs(prefix) + sum(_causal_pairs(length) + length * prefix for length in chosen)
+    return _Part(prompt, responses, prefix + sum(chosen), pairs, prefix + max(chosen))
 
 
 def _size(parts: list[_Part], *, padded: bool, weights: tuple[float, float]) -> tuple[int, float]:
@@ -141,7 +142,7 @@ def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, mic
     for count in range(1, len(order) + 1):
         parts = [_part(prompt, prefix, lengths, [response]) for response in order[:count]]
         for response in order[count:]:
-            smallest = min(range(count), key=lambda place: size([parts[place]])[0])
+            smallest = min(range(count), key=lambda index: size([parts[index]])[0])
             parts[smallest] = _part(prompt, prefix, lengths, [*parts[smallest].responses, response])
         if all(size([part])[0] <= micro_tokens for part in parts):
             break
@@ -153,16 +154,17 @@ def _place(parts: list[_Part], count: int, size: Callable, micro_tokens: int) ->
     # (cost, number, parts), ascending: the first where a part fits is the cheapest.
     batches: list[tuple[float, int, list[_Part]]] = [(0.0, number, []) for number in range(count)]
     for part in sorted(parts, key=lambda part: -size([part])[1]):
-        place = next((i for i, (_, _, own) in enumerate(batches) if size([*own, part])[0] <= micro_tokens), None)
-        if place is None:
+        fits = (i for i, (_, _, placed) in enumerate(batches) if size([*placed, part])[0] <= micro_tokens)
+        cheapest = next(fits, None)
+        if cheapest is None:
             return None
-        _, number, own = batches.pop(place)
-        insort(batches, (size([*own, part])[1], number, [*own, part]))
-    return [_micro_batch(own) for _, _, own in reversed(batches) if own]
+        _, number, placed = batches.pop(cheapest)
+        insort(batches, (size([*placed, part])[1], number, [*placed, part]))
+    return [_micro_batch(placed) for _, _, placed in reversed(batches) if placed]
 
 
 def _micro_batch(parts: list[_Part]) -> MicroBatch:
     merged: dict[int, list[int]] = {}
     for part in sorted(parts, key=lambda part: part.prompt):
         merged.setdefault(part.prompt, []).extend(part.responses)
-    return MicroBatch(list(merged), [sorted(own) for own in merged.values()], filler=False)
+    return MicroBatch(list(merged), [sorted(responses) for responses in merged.values()], filler=False)

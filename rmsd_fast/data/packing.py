@@ -8,14 +8,20 @@ group by group throughout ("group-major").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from rmsd_fast.data.micro_batches import check_packing
 from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.transfer import to_device
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
+
+# The tensors of a plan that attention reads on the device.
+PLAN_EDGES = ("segments", "group_queries", "group_keys")
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,9 @@ class Rows:
         targets: int64 [S], these tokens.
         last: int64 [M], the row of each response's last token.
         lengths: int64 [M], tokens of each response.
-        media_order: places of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
+        media_order: indices of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
             prompt once; padded: one per row.
+        media_places: int64 [vision tokens], the placeholders in `input_ids.flatten()`.
         lengths_list: `lengths` for the host, to be read without waiting for a device.
         forks: (row, first, count): the row predicts the first tokens of `count` responses from `first` on.
     """
@@ -47,14 +54,20 @@ class Rows:
     last: torch.Tensor
     lengths: torch.Tensor
     media_order: list[int]
+    media_places: torch.Tensor
     lengths_list: list[int]
     forks: list[tuple[int, int, int]]
 
     def to(self, device: torch.device | str) -> Rows:
-        """The same rows on a device."""
+        """The same rows on a device, by one copy that the host does not wait for."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        movable = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | SharedPrefixPlan)}
-        return replace(self, **{name: value.to(device) for name, value in movable.items()})
+        names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+        edges = [] if self.plan is None else [getattr(self.plan, name) for name in PLAN_EDGES]
+        copies = to_device([*(values[name] for name in names), *edges], device)
+        moved = dict(zip(names, copies, strict=False))
+        if self.plan is not None:
+            moved["plan"] = replace(self.plan, **dict(zip(PLAN_EDGES, copies[len(names) :], strict=True)))
+        return replace(self, **moved)
 
 
 def make_rows(packing: str, prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
@@ -81,19 +94,19 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
     """
     flat, _ = _flatten(prompts, responses)
     # A lone response continues its prompt's own segment: plain causal attention, in one call instead of three.
-    heads = [own if len(own) == 1 else [] for own in responses]
-    tails = [own if len(own) != 1 else [] for own in responses]
+    heads = [answers if len(answers) == 1 else [] for answers in responses]
+    tails = [answers if len(answers) != 1 else [] for answers in responses]
     prefix_lengths = [len(prompt.input_ids) + sum(map(len, head)) for prompt, head in zip(prompts, heads, strict=True)]
     ids, positions, tail_ids, tail_positions, predicts, last, forks = [], [], [], [], [], [], []
     row, tail_row = 0, sum(prefix_lengths)
-    for prompt, own, length in zip(prompts, responses, prefix_lengths, strict=True):
+    for prompt, answers, length in zip(prompts, responses, prefix_lengths, strict=True):
         ids.append(prompt.input_ids)
         positions.append(prompt.position_ids)
         end = row + len(prompt.input_ids)
-        lone = len(own) == 1
-        if len(own) > 1:
-            forks.append((end - 1, len(last), len(own)))
-        for response in own:
+        lone = len(answers) == 1
+        if len(answers) > 1:
+            forks.append((end - 1, len(last), len(answers)))
+        for response in answers:
             start = end if lone else tail_row
             (ids if lone else tail_ids).append(response)
             following = (prompt.next_position + torch.arange(len(response))).expand(3, len(response))
@@ -108,12 +121,15 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
         input_ids=torch.cat(ids + tail_ids)[None],
         position_ids=torch.cat(positions + tail_positions, dim=1)[:, None],
         attention_mask=None,
-        plan=SharedPrefixPlan.from_lengths(prefix_lengths, [[len(one) for one in own] for own in tails]),
+        plan=SharedPrefixPlan.from_lengths(
+            prefix_lengths, [[len(response) for response in answers] for answers in tails]
+        ),
         predicts=_joined(predicts),
         targets=_joined(flat),
         last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         media_order=list(range(len(prompts))),
+        media_places=media_places(prompts, list(accumulate(prefix_lengths[:-1], initial=0))),
         lengths_list=lengths,
         forks=forks,
     )
@@ -127,20 +143,20 @@ def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: i
     if not flat:
         raise ValueError("expected at least one response, got none; padded rows are made of responses")
     lengths = [len(response) for response in flat]
-    starts = [len(prompts[place].input_ids) for place in owner]
-    length = max(start + own for start, own in zip(starts, lengths, strict=True))
+    starts = [len(prompts[i].input_ids) for i in owner]
+    length = max(start + tokens for start, tokens in zip(starts, lengths, strict=True))
     input_ids = torch.full((len(flat), length), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(flat), length, dtype=torch.int64)
     position_ids = torch.zeros(3, len(flat), length, dtype=torch.int64)
     following = [prompt.next_position for prompt in prompts]
     predicts, last = [], []
-    for row, (response, place, start) in enumerate(zip(flat, owner, starts, strict=True)):
+    for row, (response, i, start) in enumerate(zip(flat, owner, starts, strict=True)):
         end = start + len(response)
-        input_ids[row, :start] = prompts[place].input_ids
+        input_ids[row, :start] = prompts[i].input_ids
         input_ids[row, start:end] = response
         attention_mask[row, :end] = 1
-        position_ids[:, row, :start] = prompts[place].position_ids
-        position_ids[:, row, start:end] = following[place] + torch.arange(len(response))
+        position_ids[:, row, :start] = prompts[i].position_ids
+        position_ids[:, row, start:end] = following[i] + torch.arange(len(response))
         predicts.append(row * length + torch.arange(start - 1, end - 1))
         last.append(row * length + end - 1)
     return Rows(
@@ -153,9 +169,16 @@ def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: i
         last=torch.tensor(last, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         media_order=owner,
+        media_places=media_places([prompts[i] for i in owner], range(0, input_ids.numel(), length)),
         lengths_list=lengths,
         forks=[],
     )
+
+
+def media_places(prompts: Sequence[Prompt], starts: Sequence[int]) -> torch.Tensor:
+    """Rows of the vision tokens of prompts that begin at these rows, int64, on the CPU."""
+    pairs = zip(prompts, starts, strict=True)
+    return torch.cat([prompt.mm_token_type_ids.nonzero()[:, 0] + start for prompt, start in pairs])
 
 
 def gather_rows(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -208,26 +231,26 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[int]]:
-    """Responses group-major and the place of each one's prompt, after checks."""
+    """Responses group-major, and the index of the prompt of each, after checks."""
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(
             f"expected a list of responses for each prompt, at least one prompt, got {len(responses)} lists "
             f"and {len(prompts)} prompts"
         )
     vision_ids = {index for prompt in prompts for index in prompt.vision_ids}
-    for prompt, own in zip(prompts, responses, strict=True):
-        for place, response in enumerate(own):
-            name = f"response {place} of question {prompt.question.id!r}"
+    for prompt, answers in zip(prompts, responses, strict=True):
+        for number, response in enumerate(answers):
+            name = f"response {number} of question {prompt.question.id!r}"
             if response.dtype != torch.int64 or response.dim() != 1:
                 raise TypeError(f"{name}: expected int64 [R], got {response.dtype} {list(response.shape)}")
             if not len(response):
                 raise ValueError(f"{name} is empty; leave it out, or end it with the end token")
-            found = vision_ids.intersection(response.tolist())
-            if found:
+            vision_tokens = vision_ids.intersection(response.tolist())
+            if vision_tokens:
                 raise ValueError(
-                    f"{name} holds the vision token {min(found)}, which the model would take for a medium or its edge; "
-                    "ban it in generation, or leave the response out"
+                    f"{name} holds the vision token {min(vision_tokens)}, which the model would take for a medium or "
+                    "its edge; ban it in generation, or leave the response out"
                 )
-    flat = [response for own in responses for response in own]
-    owner = [place for place, own in enumerate(responses) for _ in own]
+    flat = [response for answers in responses for response in answers]
+    owner = [i for i, answers in enumerate(responses) for _ in answers]
     return flat, owner

@@ -25,7 +25,7 @@ from rmsd_fast.data.marks import MARK, is_unicode
 from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import Frames, Layout, MediaRequest, read_layout, read_media
+from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_layout, read_media
 
 # Values of `mm_token_type_ids`, as the model's get_rope_index reads them.
 IMAGE_TYPE, VIDEO_TYPE = 1, 2
@@ -133,14 +133,14 @@ class PromptBuilder:
         """The question's media in the order of their placeholders."""
         return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in question.media]
 
-    def _length(self, question: Question, layouts: list[Layout]) -> int:
+    def _length(self, question: Question, layouts: list[MediaLayout]) -> int:
         """Tokens of the prompt. Each temporal patch goes to the tokenizer with one vision token for all of its own."""
         merge = self.preprocessor.merge_size
         short = [replace(layout, grid_thw=(layout.grid_thw[0], merge, merge)) for layout in layouts]
         vision = sum(math.prod(layout.grid_thw) // merge**2 - layout.grid_thw[0] for layout in layouts)
         return len(self._prompt_ids(question, short)) + vision
 
-    def _prompt_ids(self, question: Question, media: Sequence[Frames | Layout]) -> torch.Tensor:
+    def _prompt_ids(self, question: Question, media: Sequence[Frames | MediaLayout]) -> torch.Tensor:
         text = question_text(question)
         self._refuse_special(question, f"{question.system or ''}{text}")
         rendered = render(self.tokenizer, _content(text, media), question.system)
@@ -219,7 +219,7 @@ class PromptBuilder:
                 "remove it from the question"
             )
 
-    def _expand(self, rendered: str, media: Sequence[Frames | Layout], question: Question) -> str:
+    def _expand(self, rendered: str, media: Sequence[Frames | MediaLayout], question: Question) -> str:
         """Put each medium's stamps and placeholder tokens where the chat template left its one pad token.
 
         As the family's processor does since transformers 5.10: the template's own vision start and end stay around the
@@ -235,7 +235,7 @@ class PromptBuilder:
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
 
 
-def _content(text: str, media: Sequence[Frames | Layout]) -> list[dict[str, str]]:
+def _content(text: str, media: Sequence[Frames | MediaLayout]) -> list[dict[str, str]]:
     """Content parts of the user's turn: media at their marks, or in front where there are none."""
     if not MARK.search(text):
         return [*({"type": frames.kind} for frames in media), {"type": "text", "text": text}]
@@ -265,7 +265,7 @@ def _refuse_long(question: Question, tokens: int, most: int) -> None:
         )
 
 
-def media_text(frames: Frames | Layout, preprocessor: Preprocessor) -> str:
+def media_text(frames: Frames | MediaLayout, preprocessor: Preprocessor) -> str:
     """What stands in place of a medium's pad token; each temporal patch of a video is announced by its mean time."""
     steps, height, width = frames.grid_thw
     tokens = height * width // preprocessor.merge_size**2

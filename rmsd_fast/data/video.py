@@ -102,7 +102,7 @@ class Frames:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MediaLayout:
     """What is known of a file's `Frames` without decoding; fields as there. Stamps are those of a constant rate."""
 
     timestamps_s: tuple[float, ...]
@@ -110,16 +110,16 @@ class Layout:
     kind: str
 
 
-def read_layout(request: MediaRequest) -> Layout:
+def read_layout(request: MediaRequest) -> MediaLayout:
     """Read what a file's index tells, decode nothing. Raises as `read_media`, except for damage in the pictures."""
     with _opened(request) as media:
         if request.kind == "image":
-            return Layout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
+            return MediaLayout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
         # Headers alone count frames that an edit list cuts away, or none. Hashing the file costs more than scanning it.
         clip = open_clip(media)
         indices = _choose(request, clip)
         size = _sized(request, *clip.shown, len(indices))
-        return Layout(tuple(map(clip.stamp, indices)), request.preprocessor.grid(len(indices), *size), "video")
+        return MediaLayout(tuple(map(clip.stamp, indices)), request.preprocessor.grid(len(indices), *size), "video")
 
 
 def read_media(

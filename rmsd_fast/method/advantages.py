@@ -1,28 +1,29 @@
 """Group-relative advantages: rewards of the N rollouts of one question, centred and scaled within the group.
 
-Source: R-MSD (arXiv 2603.11423) leaves the advantage open; this is GRPO as GAD (arXiv 2511.10643) uses it.
+Source: R-MSD (arXiv 2603.11423) does not specify the advantage; this is GRPO as in GAD (arXiv 2511.10643).
 """
 
 import torch
 from torch import Tensor
 
-# A spread of rewards below this share of max(1, |mean|) is rounding, not signal.
+# A spread of rewards below this share of max(1, |mean|) is a rounding error.
 DEGENERATE_SPREAD = 1e-6
 
 
 def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """(r - mean) / (sd + eps) over the last axis, with the unbiased standard deviation.
+    """Return (r - mean) / (sd + eps) over the last axis, with the unbiased standard deviation.
 
     A degenerate group (N = 1, or max - min <= 1e-6 * max(1, |mean|)) gives exact zeros. A reward that is not finite
-    makes its whole group NaN, which the non-finite guard of the training step sees.
+    makes its whole group NaN, which the non-finite guard of the training step detects.
 
     Args:
-        reward: [N], or [..., N] for several groups of equal size.
+        reward: rewards, [N], or [..., N] for several groups of equal size.
         eps: added to the standard deviation, > 0.
     Returns:
-        Same shape; reward's dtype where that is float32 or float64, else float32. Computed in float64.
+        Advantages in the shape of reward, computed in float64. Their dtype is that of reward if it is float32 or
+        float64, otherwise float32.
     Raises:
-        ValueError: reward has no axis or an empty group; eps is not above 0.
+        ValueError: reward has no axis or an empty group, or eps is not above 0.
     """
     if reward.ndim == 0 or reward.shape[-1] == 0:
         raise ValueError(f"reward: expected shape [..., N] with N >= 1, got {list(reward.shape)}")
@@ -38,11 +39,11 @@ def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
 
 
 def degenerate_groups(reward: Tensor) -> Tensor:
-    """Which groups carry no signal: bool of reward's shape without its last axis. Count them with ``.sum()``."""
+    """Return which groups carry no signal: bool, in the shape of reward without its last axis."""
     values = reward.double()
     if values.shape[-1] == 1:
         return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
     spread = values.amax(dim=-1) - values.amin(dim=-1)
     tolerance = DEGENERATE_SPREAD * values.mean(dim=-1).abs().clamp(min=1.0)
-    # inf <= inf would call a group with an infinite reward degenerate and hide it behind zeros.
+    # Without isfinite, inf <= inf would make a group with an infinite reward degenerate and replace it by zeros.
     return (spread <= tolerance) & spread.isfinite()

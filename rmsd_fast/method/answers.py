@@ -1,10 +1,10 @@
-"""Reading answers out of responses: the outer format, and what each task type needs inside ``<answer>``.
+"""Parse responses: the outer format, and the content of ``<answer>`` for each task type.
 
-A response is ``<think>…</think><answer>…</answer>``. Each of the four tags stands exactly once and in this order; white
-space is allowed around the whole and between the two blocks. Inside ``<answer>``, after stripping:
+A response is ``<think>…</think><answer>…</answer>``. Each of the four tags occurs exactly once and in this order. White
+space is allowed around the response and between the two blocks. The content of ``<answer>``, after stripping:
 
 ========  ==========================================  =====================
-task      written as                                  parsed value
+task      content                                     parsed value
 ========  ==========================================  =====================
 mcq       ``B``, ``B.``, ``(B)``, ``[B]``, any case   ``"B"``
 temporal  ``12.5 to 20.0`` (seconds)                  ``(12.5, 20.0)``
@@ -14,9 +14,9 @@ ocr       text                                        the text
 open      text                                        the text
 ========  ==========================================  =====================
 
-Parsing is strict: the whole inside must match, nothing is searched for in a sentence. Numbers are ASCII decimals
-(``3``, ``-2.5``, ``.5``, ``1e3``); units, percent signs, thousands separators, underscores, hexadecimal, other scripts'
-digits, ``nan``, ``inf`` and numbers that overflow to infinity (``1e400``) do not parse.
+Parsing is strict: the whole content must match, and answers inside sentences are not found. Numbers are ASCII decimals
+(``3``, ``-2.5``, ``.5``, ``1e3``). Units, percent signs, thousands separators, underscores, hexadecimal, digits of
+other scripts, ``nan``, ``inf`` and numbers that overflow to infinity (``1e400``) do not parse.
 
 Source: R-MSD (arXiv 2603.11423), response format and task types.
 """
@@ -41,11 +41,11 @@ EXPECTED_FORMAT = {
 }
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# How an option's own letter is written: "A. x", "A) x", "(A) x", "[A] x", "A: x", "A - x", "A、x", "a) x".
+# Spellings of an option's letter: "A. x", "A) x", "(A) x", "[A] x", "A: x", "A - x", "A、x", "a) x".
 _OPTION_LABEL = re.compile(
     r"\s*(?:[(\[（【]\s*([A-Za-zＡ-Ｚ])\s*[)\]）】]|([A-Za-zＡ-Ｚ])\s*(?:[.．。:：、)）]|[-–—]\s))\s*"
 )
-# [A-Za-z] and [0-9] are spelled out: re.IGNORECASE would let the Kelvin sign pass as K, and \d other scripts' digits.
+# [A-Za-z] and [0-9] are explicit because re.IGNORECASE would match the Kelvin sign as K, and \d digits of all scripts.
 _LETTER = re.compile(r"([A-Za-z])\.?|\(([A-Za-z])\)|\[([A-Za-z])\]")
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _NUMERIC = re.compile(rf"({_NUMBER})")
@@ -54,16 +54,19 @@ _SPATIAL = re.compile(r"\s*,\s*".join([rf"({_NUMBER})"] * 4))
 
 
 def parse_answer(text: str, task_type: str, options: Sequence[str] | None = None) -> ParsedAnswer | None:
-    """The answer of a whole response, or None where the response is not valid.
+    """Return the answer of a whole response, or None if the response is not valid.
 
-    Valid means that the outer format holds and that the text inside ``<answer>`` parses in full.
+    A response is valid if it has the outer format and the whole text inside ``<answer>`` parses.
 
     Args:
         text: the whole response.
         task_type: one of TASK_TYPES.
-        options: the choices of an ``mcq`` question in order; a letter outside them does not parse. None: any letter.
+        options: the choices of an ``mcq`` question in order; a letter outside them does not parse. None allows any
+            letter.
+    Returns:
+        The parsed value, or None.
     Raises:
-        ValueError: unknown task type, or a number of options outside 1..26.
+        ValueError: the task type is unknown, or the number of options is outside 1..26.
         TypeError: text is not a str, or options is a single str.
     """
     _check_arguments(text, task_type, options)
@@ -73,9 +76,16 @@ def parse_answer(text: str, task_type: str, options: Sequence[str] | None = None
 
 
 def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None = None) -> ParsedAnswer | None:
-    """The value of what stands inside ``<answer>`` (also: of a ground truth), or None where it does not parse.
+    """Return the value of the text inside ``<answer>``, or of a ground truth; None if it does not parse.
 
-    Same arguments and errors as parse_answer.
+    Args:
+        body: the text without tags.
+        task_type: one of TASK_TYPES.
+        options: as in parse_answer.
+    Returns:
+        The parsed value, or None.
+    Raises:
+        ValueError, TypeError: as in parse_answer.
     """
     _check_arguments(body, task_type, options)
     body = body.strip()
@@ -96,7 +106,7 @@ def parse_answer_body(body: str, task_type: str, options: Sequence[str] | None =
 
 
 def has_outer_format(text: str) -> bool:
-    """True where the whole response has the shape ``<think>…</think><answer>…</answer>`` (R_outer)."""
+    """Return whether the whole response has the form ``<think>…</think><answer>…</answer>`` (R_outer)."""
     text = text.strip()
     if any(text.count(tag) != 1 for tag in _TAGS):
         return False
@@ -110,9 +120,9 @@ def has_outer_format(text: str) -> bool:
 
 
 def has_task_format(text: str, task_type: str, options: Sequence[str] | None = None) -> bool:
-    """True where the response holds exactly one ``<answer>…</answer>`` and its inside parses for the task (R_task).
+    """Return whether the response has exactly one ``<answer>…</answer>`` whose content parses for the task (R_task).
 
-    The rest of the outer format is not asked for: R_outer pays for that, and the two rewards stay separate.
+    The rest of the outer format is not required, because R_outer rewards it and the two rewards are separate.
     """
     _check_arguments(text, task_type, options)
     body = answer_body(text)
@@ -120,7 +130,7 @@ def has_task_format(text: str, task_type: str, options: Sequence[str] | None = N
 
 
 def answer_body(text: str) -> str | None:
-    """What stands inside a response's one ``<answer>…</answer>``; None where it has none, or several."""
+    """Return the text inside a response's only ``<answer>…</answer>``; None if there is none, or more than one."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     start, end = text.index("<answer>") + len("<answer>"), text.index("</answer>")
@@ -137,7 +147,7 @@ def is_empty_answer(text: str) -> bool:
 
 
 def option_letters(options: Sequence[str]) -> str:
-    """The letters of the options by their order, "ABC…", whether they are written ``A. x`` or bare."""
+    """Return the letters of the options in order, "ABC…", whether the options are labelled (``A. x``) or bare."""
     if isinstance(options, str):
         raise TypeError(f"options: expected a sequence of strings, got the single string {options!r}; pass a list")
     if not 1 <= len(options) <= 26:
@@ -146,10 +156,10 @@ def option_letters(options: Sequence[str]) -> str:
 
 
 def bare_options(options: Sequence[str]) -> list[str]:
-    """The texts of the options without their letters.
+    """Return the texts of the options without their letters.
 
-    Letters are taken off only where every option carries its own, in order and behind it a text: "I. Newton" alone is
-    a text, and so are the options "A", "B".
+    Letters are removed only if every option has its letter, in order, followed by a text. "I. Newton" alone is a text,
+    and so are the options "A", "B".
     """
     labels = [_OPTION_LABEL.match(option) for option in options]
     if "".join(map(_letter_of, labels)) != option_letters(options):
@@ -159,7 +169,7 @@ def bare_options(options: Sequence[str]) -> list[str]:
 
 
 def own_letter(option: str) -> tuple[str, str]:
-    """Return the letter that an option is written with, and the text behind it; ("", the option) if it has none."""
+    """Return the letter of a labelled option and the text after it, or ("", the option) if it has no letter."""
     label = _OPTION_LABEL.match(option)
     return (_letter_of(label), option[label.end() :].strip()) if label else ("", option.strip())
 

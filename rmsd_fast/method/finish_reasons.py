@@ -1,6 +1,6 @@
-"""How a response ended, in the words of the servers, brought to three: `stop`, `length` or `content_filter`.
+"""Map the finish reasons of all servers to three: `stop`, `length` and `content_filter`.
 
-`length` stands for every response that is not whole: cut at a limit, by an error, or for the call of a tool.
+`length` means that the response is incomplete: cut at a limit, by an error, or by a tool call.
 
 Sources: the API references of OpenAI (chat completions, responses), Anthropic, Gemini, Amazon Bedrock, DashScope,
 Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI and Ollama.
@@ -8,7 +8,7 @@ Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI
 
 import re
 
-# Words without case. Gemini's and Bedrock's content reasons are many; none of them lets an answer through.
+# Words in lower case. Gemini and Bedrock have many reasons for filtered content, and all of them suppress the answer.
 _WORDS = {
     "stop": "stop end_turn stop_sequence stop_token eos eos_token endoftext complete completed finish finished "
     "stop_criteria_met",
@@ -22,22 +22,22 @@ _WORDS = {
     "prohibited_content spii sensitive guardrail_intervened image_safety image_prohibited_content image_recitation",
 }
 FINISH_REASONS = {word: reason for reason, words in _WORDS.items() for word in words.split()}
-# What says nothing.
+# Words that carry no information.
 _UNKNOWN = ("", "null", "none", "unknown", "unspecified")
 _NEXT_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def finish_reason_of(word: str | None) -> str | None:
-    """`stop`, `length` or `content_filter`; None where the word says nothing or is not known (`is_known`)."""
+    """Return `stop`, `length` or `content_filter`; None if the word carries no information or is not known."""
     return FINISH_REASONS.get(_plain(word))
 
 
 def is_known(word: str | None) -> bool:
-    """Whether a server's word has a meaning here, if only that nothing is known."""
+    """Return whether a server's word is known, including words that carry no information."""
     return _plain(word) in FINISH_REASONS or _plain(word) in _UNKNOWN
 
 
 def _plain(word: str | None) -> str:
-    """`FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` and `max-tokens` are `max_tokens`."""
+    """Normalise a word: `FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` become `max_tokens`."""
     last = _NEXT_WORD.sub("_", (word or "").strip().rpartition(".")[2])
     return last.casefold().replace("-", "_").replace(" ", "_").removeprefix("finish_reason_")

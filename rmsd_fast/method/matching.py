@@ -1,7 +1,7 @@
-"""Which teacher response a rollout is compared with, and the pairs that the discriminator loss takes.
+"""Match rollouts with teacher responses, and build the pairs of the discriminator loss.
 
-Every draw is a function of (seed, step, question id, rollout index) through a hash: no random state is kept, so a match
-depends neither on batch, world size, nor on what was drawn before, and a resumed run draws the same.
+Every draw is a hash of (seed, step, question id, rollout index), and no random state is kept. A match therefore does
+not depend on the batch, the world size or earlier draws, and a resumed run makes the same draws.
 
 Source: R-MSD (arXiv 2603.11423), quality-weighted matching. `expected` pairing replaces the sampled pair by its exact
 expectation over the match.
@@ -20,9 +20,12 @@ from torch import Tensor
 class Pairs(NamedTuple):
     """Pairs of the discriminator loss, over the concatenated groups.
 
-    student_index, teacher_index: int64 [P], positions among all rollouts and all teacher responses of the groups.
-    quality: [P], quality of the pair's teacher response. pair_weight: [P].
-    normalizer: number of rollouts that have a teacher; add it up over ranks and micro-batches before dividing.
+    Attributes:
+        student_index: position of each pair's rollout among all rollouts of the groups, [P], int64.
+        teacher_index: position of each pair's teacher response among all teacher responses, [P], int64.
+        quality: quality of each pair's teacher response, [P].
+        pair_weight: weight of each pair, [P].
+        normalizer: number of rollouts that have a teacher. Sum it over ranks and micro-batches before dividing.
     """
 
     student_index: Tensor
@@ -33,26 +36,28 @@ class Pairs(NamedTuple):
 
 
 def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: bool, min_quality: float) -> Tensor:
-    """Probabilities with which the K teacher responses of one question are matched.
+    """Return the probabilities with which the K teacher responses of one question are matched.
 
-    Responses with quality below min_quality, and those of quality 0 (invalid), are dropped. Closed-ended: p_k = q_k /
-    sum of kept q. Open-ended: uniform over the kept ones. All zero where nothing is kept.
+    Responses with quality below min_quality, or with quality 0 (invalid), are dropped. For closed-ended questions,
+    p_k = q_k / sum of the kept q. For open-ended questions, p is uniform over the kept responses. If no response is
+    kept, p is all zero.
 
     Args:
-        quality: [K], each in [0, 1].
+        quality: quality of each response, [K], in [0, 1].
+        closed_ended: whether the question is closed-ended.
         min_quality: tau, in [0, 1].
     Returns:
-        [K], in the dtype of quality (float32 for half precision and integers, float64 for a plain list).
+        Probabilities, [K], in the dtype of quality (float32 for half precision and integers, float64 for a list).
     Raises:
-        ValueError: quality is not one-dimensional, or a value is outside [0, 1].
+        ValueError: quality is not one-dimensional, or a value of it or min_quality is outside [0, 1].
     """
     if not 0.0 <= min_quality <= 1.0:
         raise ValueError(f"min_quality: expected a number in [0, 1], got {min_quality!r}")
     quality = _probability_vector(quality, "quality")
     if not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"quality: expected values in [0, 1], got {quality.tolist()}")
-    # Compared in quality's own dtype: torch rounds the threshold to it, so float32 0.7 is not below 0.7.
-    # Quality 0 means invalid: such a response is never matched, also where nothing is dropped (min_quality 0).
+    # torch rounds the threshold to the dtype of quality, so a float32 0.7 is not below 0.7.
+    # Quality 0 means invalid: such a response is never matched, even with min_quality=0.
     kept = ((quality >= min_quality) & (quality > 0)).double()
     weight = quality.double() * kept if closed_ended else kept
     total = weight.sum()
@@ -60,17 +65,21 @@ def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: b
 
 
 def sample_matches(p: Tensor | Sequence[float], n: int, *, seed: int, step: int, question_id: str) -> Tensor:
-    """m(i) ~ Categorical(p), independently, for the rollouts i = 0..n-1 of one question.
+    """Draw m(i) ~ Categorical(p) independently for the rollouts i = 0..n-1 of one question.
 
-    m(i) depends on (seed, step, question_id, i) alone; a larger n only appends.
+    m(i) depends only on p and (seed, step, question_id, i), so a larger n appends matches without changing the others.
 
     Args:
-        p: [K], not negative, summing to 1.
+        p: matching probabilities, [K], >= 0, with sum 1.
+        n: number of rollouts, >= 0.
+        seed: seed of the run.
+        step: step of the stage.
+        question_id: id of the question.
     Returns:
-        int64 [n], on p's device.
+        Index of the matched teacher response of each rollout, [n], int64, on the device of p.
     Raises:
-        ValueError: p is all zero (nothing to match: leave the question out of the pairs), negative, not finite, or
-            does not sum to 1; n is negative.
+        ValueError: p is all zero (leave the question out of the pairs), negative, not finite, or does not sum to 1, or
+            n is negative.
     """
     p = _probability_vector(p, "p")
     values = p.double().tolist()
@@ -80,22 +89,31 @@ def sample_matches(p: Tensor | Sequence[float], n: int, *, seed: int, step: int,
         raise ValueError(f"p: expected finite probabilities >= 0, got {values}")
     total = sum(values)
     if total == 0:
-        raise ValueError("p: all zero, no teacher response can be matched; leave this question out of the pairs")
+        raise ValueError("p: expected a probability above 0, got all zero; leave this question out of the pairs")
     if abs(total - 1) > 1e-5:
         raise ValueError(f"p: expected probabilities that sum to 1, got the sum {total}")
     cumulative = list(itertools.accumulate(values))
     last = max(k for k, value in enumerate(values) if value > 0)
     draws = (uniform("match", seed, step, question_id, index=i) * cumulative[-1] for i in range(n))
-    # bisect_right never lands on p_k = 0; `last` catches a draw that rounds up to the total.
+    # bisect_right never returns a k with p_k = 0. `last` handles a draw that is rounded up to the total.
     matches = [min(bisect.bisect_right(cumulative, draw), last) for draw in draws]
     return torch.tensor(matches, dtype=torch.int64, device=p.device)
 
 
 def best_response(quality: Tensor | Sequence[float], *, closed_ended: bool, seed: int, question_id: str) -> int | None:
-    """Index of T_best, the response of stage 1; None where no response has a quality above 0.
+    """Return the index of T_best, the response that stage 1 imitates; None if no response has a quality above 0.
 
-    Closed-ended: the highest quality, ties by a seeded uniform draw. Open-ended: a seeded uniform draw among the valid
-    (quality above 0). Ties and open questions are left open by the paper.
+    For closed-ended questions, T_best has the highest quality, and a seeded uniform draw decides ties. For open-ended
+    questions, it is a seeded uniform draw among the valid responses (quality above 0). The paper specifies neither ties
+    nor open questions.
+
+    Args:
+        quality: quality of each response, [K].
+        closed_ended: whether the question is closed-ended.
+        seed: seed of the run.
+        question_id: id of the question.
+    Returns:
+        The index, or None.
     """
     values = _probability_vector(quality, "quality").tolist()
     best = max(values, default=0.0)
@@ -107,43 +125,50 @@ def best_response(quality: Tensor | Sequence[float], *, closed_ended: bool, seed
 
 
 def expected_pairs(num_rollouts: Sequence[int], probabilities: Sequence[Tensor], quality: Sequence[Tensor]) -> Pairs:
-    """All pairs of each group with pair_weight = p_k: the exact expectation of the sampled discriminator loss.
+    """Return all pairs of each group with pair_weight = p_k: the exact expectation of the sampled discriminator loss.
 
-    With the returned normalizer the loss is (1/rollouts) * sum_i sum_k p_k q_k softplus(D(S_i) - D(T_k)). Responses
-    with p_k = 0 give no pair; a group whose probabilities are all zero, or empty, gives none and is not counted.
+    With the returned normalizer, the loss is (1/rollouts) * sum_i sum_k p_k q_k softplus(D(S_i) - D(T_k)). Responses
+    with p_k = 0 are in no pair. A group whose probabilities are empty or all zero has no pairs and does not count in
+    the normalizer.
 
     Args:
         num_rollouts: N of each group.
-        probabilities, quality: [K] of each group; teacher positions count every entry, also those with p_k = 0.
+        probabilities: p of each group, [K].
+        quality: quality of each group's responses, [K]. Teacher positions count all responses, including those with
+            p_k = 0.
+    Returns:
+        The pairs.
     Raises:
         ValueError: lengths differ between the arguments or within a group.
     """
     _check_groups(num_rollouts, probabilities, quality, "probabilities")
-    parts, first_student, first_teacher, normalizer = [], 0, 0, 0
+    group_pairs, first_student, first_teacher, normalizer = [], 0, 0, 0
     for n, p, q in zip(num_rollouts, probabilities, quality, strict=True):
         if p.shape != q.shape or p.ndim != 1:
             raise ValueError(f"probabilities and quality: expected the same shape [K], got {p.shape} and {q.shape}")
         kept = torch.nonzero(p > 0).flatten()
         students = torch.arange(n, device=p.device).repeat_interleave(len(kept))
         teachers = kept.repeat(n)
-        parts.append((students + first_student, teachers + first_teacher, q[teachers], p[teachers]))
+        group_pairs.append((students + first_student, teachers + first_teacher, q[teachers], p[teachers]))
         normalizer += n if len(kept) else 0
         first_student, first_teacher = first_student + n, first_teacher + len(p)
-    return _join_pairs(parts, normalizer)
+    return _join_pairs(group_pairs, normalizer)
 
 
 def sampled_pairs(num_rollouts: Sequence[int], matches: Sequence[Tensor | None], quality: Sequence[Tensor]) -> Pairs:
-    """One pair per rollout, (S_i, T_m(i)), with pair_weight 1: the discriminator loss as the paper writes it.
+    """Return one pair per rollout, (S_i, T_m(i)), with pair_weight 1, as the paper writes the discriminator loss.
 
     Args:
         num_rollouts: N of each group.
-        matches: m, int64 [N] of each group, from sample_matches; None for a group without a teacher.
-        quality: [K] of each group.
+        matches: m of each group, [N], int64, from sample_matches; None for a group without a teacher.
+        quality: quality of each group's responses, [K].
+    Returns:
+        The pairs.
     Raises:
         ValueError: lengths differ, or a match is outside its group's responses.
     """
     _check_groups(num_rollouts, matches, quality, "matches")
-    parts, first_student, first_teacher, normalizer = [], 0, 0, 0
+    group_pairs, first_student, first_teacher, normalizer = [], 0, 0, 0
     for n, match, q in zip(num_rollouts, matches, quality, strict=True):
         if match is not None:
             if match.shape != (n,):
@@ -151,15 +176,15 @@ def sampled_pairs(num_rollouts: Sequence[int], matches: Sequence[Tensor | None],
             if n and not bool(((match >= 0) & (match < len(q))).all()):
                 raise ValueError(f"matches: expected values in 0..{len(q) - 1}, got {match.tolist()}")
             students = torch.arange(n, device=q.device)
-            parts.append((students + first_student, match + first_teacher, q[match], torch.ones_like(q[match])))
+            group_pairs.append((students + first_student, match + first_teacher, q[match], torch.ones_like(q[match])))
             normalizer += n
         first_student, first_teacher = first_student + n, first_teacher + len(q)
-    return _join_pairs(parts, normalizer)
+    return _join_pairs(group_pairs, normalizer)
 
 
 def uniform(purpose: str, seed: int, step: int, question_id: str, *, index: int) -> float:
-    """A number in [0, 1) with 53 random bits, a pure function of its arguments."""
-    # The id comes last and everything before it is free of "|": no two argument lists share a key.
+    """Return a pseudo-random number in [0, 1) with 53 bits, a pure function of the arguments."""
+    # The id comes last and nothing before it contains "|", so different arguments have different keys.
     digest = hashlib.sha256(
         f"{purpose}|{int(seed)}|{int(step)}|{int(index)}|{question_id}".encode("utf-8", "surrogatepass")
     ).digest()
@@ -184,8 +209,8 @@ def _check_groups(num_rollouts: Sequence[int], groups: Sequence[object], quality
         raise ValueError(f"num_rollouts: expected numbers >= 0, got {list(num_rollouts)}")
 
 
-def _join_pairs(parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], normalizer: int) -> Pairs:
-    if not parts:
+def _join_pairs(group_pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]], normalizer: int) -> Pairs:
+    if not group_pairs:
         index, value = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         return Pairs(index, index.clone(), value, value.clone(), normalizer)
-    return Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)), normalizer)
+    return Pairs(*(torch.cat(column) for column in zip(*group_pairs, strict=True)), normalizer)

@@ -1,10 +1,10 @@
 """Quality of a response: q = 1[valid] * metric(response, ground truth), always within [0, 1].
 
 Metrics by task type: option letter (mcq), interval IoU (temporal), box IoU (spatial), epsilon accuracy or mean relative
-accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 where the response is valid.
+accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 if the response is valid.
 
-Interval, box and number arithmetic is exact (rationals of the written decimals): a difference of 0.01 as written passes
-an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
+Interval, box and number arithmetic is exact, with rationals of the written decimals. A written difference of 0.01
+therefore passes an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
 
 Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Bench (arXiv 2412.14171); ANLS: ST-VQA
 (arXiv 1905.13648).
@@ -22,7 +22,7 @@ from .answers import CLOSED_TASKS, EXPECTED_FORMAT, ParsedAnswer, option_letters
 GroundTruth = str | float | Sequence[float]
 
 _QUOTES = str.maketrans("\u2018\u2019\u201b\u2032\u201c\u201d\u201e\u201f\u2033", "''''" + '"""""')
-# Thai, Lao, Burmese, Khmer, kana and Han are written without blanks between words.
+# Thai, Lao, Burmese, Khmer, kana and Han have no spaces between words.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
@@ -46,34 +46,38 @@ def quality_score(
     spatial_format: str = "relative",
     size: tuple[int, int] | None = None,
 ) -> float:
-    """Quality of one response, in [0, 1]; 0 for an invalid response.
+    """Return the quality of one response, in [0, 1]; 0 for an invalid response.
 
     Args:
         text: the whole response.
         task_type: one of TASK_TYPES.
-        answer: ground truth, as the text that belongs inside ``<answer>``; a number (numeric, ocr) or a list of 2
-            (temporal) or 4 (spatial) numbers is accepted. Needed for closed tasks, ignored for ``open``.
+        answer: ground truth, as the text that belongs inside ``<answer>``. A number (numeric, ocr) or a list of 2
+            (temporal) or 4 (spatial) numbers is accepted too. Required for closed tasks, ignored for ``open``.
         options: choices of an ``mcq`` question in order.
-        numeric_metric: "epsilon" (1 where abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
+        numeric_metric: "epsilon" (1 if abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
             in 0.50, 0.55, … 0.95 with abs(a-b)/abs(b) < 1-t; for b = 0 only a = 0 counts).
-        numeric_eps: tolerance of "epsilon"; the paper leaves it open.
-        ocr_metric: "wer" (clip(1 - word error rate, 0, 1); in scripts without blanks, such as Chinese, each character
-            is a word) or "anls" (1 - edit distance / longer length over characters, 0 where that ratio reaches
-            anls_threshold). Both ignore case, full width, the kind of quotes, the amount of white space, a final stop.
-        anls_threshold: in (0, 1].
-        spatial_format: "relative" (coordinates 0-1000) or "pixel"; holds for the response and the ground truth, so
-            the IoU needs no conversion. A ground truth outside the range is refused.
-        size: width, height in pixels of the frame, for spatial_format="pixel": bounds of the ground truth.
+        numeric_eps: tolerance of "epsilon", >= 0; the paper does not specify it.
+        ocr_metric: "wer" (clip(1 - word error rate, 0, 1); in scripts without spaces, such as Chinese, each character
+            is a word) or "anls" (1 - edit distance / longer length over characters, 0 if that ratio reaches
+            anls_threshold). Both ignore case, full width, the kind of quotes, the amount of white space and a final
+            full stop.
+        anls_threshold: threshold of "anls", in (0, 1].
+        spatial_format: "relative" (coordinates 0-1000) or "pixel", for both response and ground truth, so the IoU needs
+            no conversion. A ground truth outside the range is an error.
+        size: (width, height) of the frame in pixels, the bounds of the ground truth for spatial_format="pixel".
+    Returns:
+        The quality.
     Raises:
-        ValueError: unknown task or metric; a closed task without ground truth; a ground truth that does not parse.
-        TypeError: text is not a str, or a ground truth of another type.
+        ValueError: the task or metric is unknown, a closed task has no ground truth, or the ground truth does not
+            parse.
+        TypeError: text is not a str, or the ground truth has another type.
     Source: R-MSD (arXiv 2603.11423), section on quality.
     """
     _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, spatial_format, size)
     predicted = parse_answer(text, task_type, options)
     if task_type not in CLOSED_TASKS:
         return 0.0 if predicted is None else 1.0
-    # Parsed before the response is judged, so that damaged data is reported whatever the response says.
+    # Parsed before the response is judged, so that bad data is reported for every response.
     truth = parse_ground_truth(answer, task_type, options)
     if task_type == "spatial":
         _check_box_range(truth, spatial_format, size)
@@ -93,7 +97,7 @@ def quality_score(
 def parse_ground_truth(
     answer: GroundTruth | None, task_type: str, options: Sequence[str] | None = None
 ) -> ParsedAnswer:
-    """Value of the ground truth of a closed task; ValueError or TypeError say what was expected."""
+    """Return the value of the ground truth of a closed task. ValueError or TypeError say what was expected."""
     expected = EXPECTED_FORMAT.get(task_type)
     if task_type not in CLOSED_TASKS:
         raise ValueError(f"ground truth: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
@@ -131,12 +135,12 @@ def _is_number(value: object) -> bool:
 
 
 def _exact(value: float) -> Fraction:
-    # repr gives the shortest decimal of the float: the number as it was written, not its binary neighbour.
+    # repr gives the shortest decimal of the float: the number as it was written, not its binary approximation.
     return Fraction(repr(float(value)))
 
 
 def _iou(predicted: tuple[float, ...], truth: tuple[float, ...]) -> float:
-    """Intersection over union of two axis-aligned boxes (lows then highs, 1 or 2 axes); 0 where a box is empty."""
+    """Return the IoU of two axis-aligned boxes (lows, then highs; 1 or 2 axes), or 0 if a box is empty."""
     axes = len(truth) // 2
     overlap, area_predicted, area_truth = Fraction(1), Fraction(1), Fraction(1)
     for axis in range(axes):
@@ -164,9 +168,7 @@ def _mra(predicted: float, truth: float) -> float:
 
 
 def fold_text(text: str) -> str:
-    """A text without what no reader calls an error: case, width, kind of quotes, quotes around the whole, amount of
-    blanks, one final stop.
-    """
+    """Normalise what is not an error: case, width, kind of quotes, outer quotes, white space, a final full stop."""
     text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
     if len(text) > 1 and text.endswith((".", "。")):
         text = text[:-1].rstrip()
@@ -175,13 +177,13 @@ def fold_text(text: str) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Words, and each character of scripts that put no blanks between words."""
+    """Return the words of a text; in scripts without spaces between words, each character is a word."""
     return _WORD.findall(fold_text(text))
 
 
 def _word_accuracy(predicted: str, truth: str) -> float:
     words, reference = words_of(predicted), words_of(truth)
-    # The distance is at least the difference in length: an endless response costs no quadratic time.
+    # The distance is at least the difference in length, so a very long response does not take quadratic time.
     if len(words) >= 2 * len(reference):
         return 0.0
     return max(0.0, 1.0 - _edit_distance(words, reference) / len(reference))
@@ -197,27 +199,27 @@ def _anls(predicted: str, truth: str, threshold: float) -> float:
 
 
 def _edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein distance of two sequences.
+    """Return the Levenshtein distance of two sequences.
 
-    A whole row of the usual table is kept as bits of two integers, those places where it grows and where it falls, so
-    that an item of `a` costs a few operations on integers of len(b) bits.
+    Two integers store a whole row of the usual table: bit i says whether the distance increases or decreases at item i
+    of `b`. Each item of `a` thus takes a few operations on integers of len(b) bits.
 
     Source: Myers 1999, in the form of Hyyro 2003.
     """
     if not b:
         return len(a)
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for index, item in enumerate(b):
-        places[item] = places.get(item, 0) | 1 << index
-    whole, last = (1 << len(b)) - 1, len(b) - 1
-    grows, falls, distance = whole, 0, len(b)
+        positions[item] = positions.get(item, 0) | 1 << index
+    all_bits, last = (1 << len(b)) - 1, len(b) - 1
+    increases, decreases, distance = all_bits, 0, len(b)
     for item in a:
-        same = places.get(item, 0)
-        diagonal = (((same & grows) + grows) ^ grows) | same | falls
-        right, left = falls | ~(diagonal | grows), grows & diagonal
+        equal = positions.get(item, 0)
+        diagonal = (((equal & increases) + increases) ^ increases) | equal | decreases
+        right, left = decreases | ~(diagonal | increases), increases & diagonal
         distance += (right >> last & 1) - (left >> last & 1)
         right, left = right << 1 | 1, left << 1
-        grows, falls = (left | ~(diagonal | right)) & whole, right & diagonal & whole
+        increases, decreases = (left | ~(diagonal | right)) & all_bits, right & diagonal & all_bits
     return distance
 
 

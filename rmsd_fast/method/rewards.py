@@ -1,10 +1,11 @@
 """The composite reward of stage 2 and the advantages that are made of it.
 
-    R(S_i) = alpha * D(S_i) + beta * R_outer(S_i) + eta * R_task(S_i) + delta * R_content(S_i)
+    R(S_i) = alpha * D(S_i) + beta * R_outer(S_i) + eta * R_task(S_i) + delta * R_content(S_i) [- c * log_ratio(S_i)]
 
 R_outer and R_task are 0/1 (method.answers), R_content is the task's metric (method.quality; 0 for open questions), D is
 the discriminator's score, unbounded and without a fixed level. A question without teacher responses has no D reward:
-give zeros for its d_score.
+give zeros for its d_score. Where `kl_in_reward`, c, is above 0, log_ratio is the k1 estimate of the KL to the
+reference: log pi - log ref of the rollout, mean over its tokens.
 
 Sources: R-MSD (arXiv 2603.11423), reward and its weights; normalising each component first: PRISM (arXiv 2604.28123).
 """
@@ -45,19 +46,24 @@ def composite_reward(
     content: Tensor,
     *,
     weights: RewardWeights | Mapping[str, float],
+    log_ratio: Tensor | None = None,
+    kl_in_reward: float = 0.0,
 ) -> Tensor:
-    """The plain weighted sum of the four components.
+    """The plain weighted sum of the four components, minus the penalty on the KL.
 
     Args:
         d_score, outer, task, content: [N] or [..., N], all of one shape; bool and integers are accepted.
         weights: RewardWeights, or a mapping with exactly the keys alpha, beta, eta, delta.
+        log_ratio: of the same shape; read where kl_in_reward is above 0.
+        kl_in_reward: weight of log_ratio.
     Returns:
         Same shape; d_score's dtype where that is float32 or float64, else float32.
     Raises:
         ValueError: shapes differ, or weights are incomplete, unknown or negative.
     """
     components, dtype = _components(d_score, outer, task, content)
-    return _weighted_sum(components, weights).to(dtype)
+    reward = _weighted_sum(components, weights).to(dtype)
+    return reward - kl_in_reward * log_ratio if kl_in_reward else reward
 
 
 def composite_advantages(
@@ -68,20 +74,26 @@ def composite_advantages(
     *,
     weights: RewardWeights | Mapping[str, float],
     normalization: str = "gn_then_sum",
+    log_ratio: Tensor | None = None,
+    kl_in_reward: float = 0.0,
 ) -> Tensor:
     """Advantages of one group from its reward components.
 
     "gn_then_sum": each component becomes group advantages of its own (a constant one becomes zeros), their weighted sum
     is the advantage; the scale of D then does not matter. "sum_then_gn": group advantages of the weighted sum, the
-    literal reading of the paper.
+    literal reading of the paper. The penalty on the KL counts as one more component.
 
     Arguments, shapes and errors as composite_reward; ValueError also for another normalization.
     """
     components, dtype = _components(d_score, outer, task, content)
     if normalization == "gn_then_sum":
-        return _weighted_sum([group_advantages(component) for component in components], weights).to(dtype)
+        advantages = _weighted_sum([group_advantages(component) for component in components], weights).to(dtype)
+        return advantages - kl_in_reward * group_advantages(log_ratio) if kl_in_reward else advantages
     if normalization == "sum_then_gn":
-        return group_advantages(_weighted_sum(components, weights)).to(dtype)
+        reward = _weighted_sum(components, weights)
+        if kl_in_reward:
+            reward = reward.to(dtype) - kl_in_reward * log_ratio
+        return group_advantages(reward).to(dtype)
     raise ValueError(f"normalization: expected 'gn_then_sum' or 'sum_then_gn', got {normalization!r}")
 
 

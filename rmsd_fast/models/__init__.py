@@ -1,1 +1,1 @@
-"""Students: loading, freezing, forward passes on padded rows, export; and a tiny one built offline."""
+"""Students: loading, freezing, forward passes on padded rows, export."""

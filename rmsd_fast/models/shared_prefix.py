@@ -62,7 +62,7 @@ class AttendsItself(Protocol):
 
 
 def enable_shared_prefix(model: nn.Module) -> None:
-    """Let the decoder layers attend by a plan, and a vision tower over all frames at once.
+    """Let the decoder layers attend by a plan, and a vision tower over all frames at once. Idempotent.
 
     From here on the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting lives
     in the model's config, which models may share, the checks in the model: enable each of them.
@@ -351,8 +351,8 @@ def _shared_prefix_forward(
 
 
 def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str | None:
-    """What of a layer's arguments the op cannot do."""
-    given = {
+    """Return the first argument of a layer that the op does not support, or None."""
+    arguments = {
         "an attention mask": attention_mask is not None,
         "dropout": dropout > 0.0,
         "a sliding window": kwargs.get("sliding_window") is not None,
@@ -362,7 +362,7 @@ def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str
         "a cache": kwargs.get("past_key_values") is not None,
         "output_attentions": bool(kwargs.get("output_attentions")),
     }
-    return next((name for name, present in given.items() if present), None)
+    return next((name for name, present in arguments.items() if present), None)
 
 
 def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

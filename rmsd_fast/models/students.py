@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from rmsd_fast.config import ModelError, NotInstalled, first_line
@@ -160,13 +162,13 @@ def encode_media(
         layers = len(model.config.vision_config.deepstack_visual_indexes)
         return MediaFeatures([], [[] for _ in range(layers)], [], counts)
     kinds = [frames.kind for frames in media]
-    media, place = _distinct_media(media) if distinct else (media, range(len(media)))
+    media, index_of = _distinct_media(media) if distinct else (media, range(len(media)))
     if cache is None:
         layers = _encode(model, media, tokens_per_call)
     else:
         each = [_encode_cached(model, frames, cache) for frames in media]
-        layers = [[own[layer] for own in each] for layer in range(len(each[0]))]
-    layers = [[layer[index] for index in place] for layer in layers]
+        layers = [[of_medium[layer] for of_medium in each] for layer in range(len(each[0]))]
+    layers = [[layer[index] for index in index_of] for layer in layers]
     for features in layers:
         _check_places(prompts, features)
     return MediaFeatures(layers[0], layers[1:], kinds, counts)
@@ -178,12 +180,12 @@ def _encode(
     """Pooled features of each medium, then those of each deepstack layer."""
     layers: list[list[torch.Tensor]] = [[] for _ in range(1 + len(model.config.vision_config.deepstack_visual_indexes))]
     for part in _parts_of(media, tokens_per_call):
-        found = _run_tower(model, part)
-        layers[0] += found.pooler_output
-        sizes = [len(own) for own in found.pooler_output]
-        for layer, own in zip(layers[1:], found.deepstack_features, strict=True):
+        encoded = _run_tower(model, part)
+        layers[0] += encoded.pooler_output
+        sizes = [len(pooled) for pooled in encoded.pooler_output]
+        for layer, features in zip(layers[1:], encoded.deepstack_features, strict=True):
             # Until transformers 5.17 the tower's own tensors came through, of all media together.
-            layer += own.split(sizes) if isinstance(own, torch.Tensor) else own
+            layer += features.split(sizes) if isinstance(features, torch.Tensor) else features
     return layers
 
 
@@ -192,13 +194,13 @@ def _encode_cached(
 ) -> list[torch.Tensor]:
     """Features of one medium, layer by layer; kept in host memory, pinned where the model is on a GPU."""
     device = model.model.visual.device
-    found = cache.get(frames.key) if frames.key else None
-    if found is not None:
-        return [own.to(device, non_blocking=True) for own in found]
-    layers = [own for (own,) in _encode(model, [frames], None)]
+    cached = cache.get(frames.key) if frames.key else None
+    if cached is not None:
+        return [features.to(device, non_blocking=True) for features in cached]
+    layers = [features for (features,) in _encode(model, [frames], None)]
     if frames.key:
-        kept = [own.detach().cpu() for own in layers]
-        kept = [own.pin_memory() if device.type == "cuda" else own for own in kept]
+        kept = [features.detach().cpu() for features in layers]
+        kept = [features.pin_memory() if device.type == "cuda" else features for features in kept]
         cache.put(frames.key, kept, sum(map(held_bytes, kept)))
     return layers
 
@@ -223,12 +225,12 @@ def _parts_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]
     parts: list[list[Frames]] = []
     tokens = 0
     for frames in media:
-        own = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
-        if not parts or (most_tokens is not None and tokens + own > most_tokens):
+        size = math.prod(frames.grid_thw) // frames.preprocessor.merge_size**2
+        if not parts or (most_tokens is not None and tokens + size > most_tokens):
             parts.append([])
             tokens = 0
         parts[-1].append(frames)
-        tokens += own
+        tokens += size
     return parts
 
 
@@ -236,32 +238,32 @@ def _check_places(prompts: list[Prompt], features: list[torch.Tensor]) -> None:
     """Raise RuntimeError where features would be put into other places than their own."""
     lengths = iter([len(feature) for feature in features])
     for prompt in prompts:
-        places, found = int((prompt.mm_token_type_ids != 0).sum()), sum(next(lengths) for _ in prompt.media)
-        if places != found:
+        places, encoded = int((prompt.mm_token_type_ids != 0).sum()), sum(next(lengths) for _ in prompt.media)
+        if places != encoded:
             raise RuntimeError(
-                f"question {prompt.question.id!r}: the vision tower gave {found} features for {places} places in the "
+                f"question {prompt.question.id!r}: the vision tower gave {encoded} features for {places} places in the "
                 "prompt; the folder's config.json and preprocessor files belong to different models"
             )
 
 
 def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
-    """The media without repetitions, and the place of each in them: several questions are asked of one video."""
-    distinct, place = [], []
+    """The media without repetitions, and the index of each in them: several questions are asked of one video."""
+    distinct, index_of = [], []
     candidates: dict[tuple, list[int]] = {}
     for frames in media:
         alike = candidates.setdefault(_sample(frames), [])
-        found = next((index for index in alike if _same(distinct[index], frames)), None)
-        if found is None:
-            found = len(distinct)
+        index = next((index for index in alike if _same(distinct[index], frames)), None)
+        if index is None:
+            index = len(distinct)
             distinct.append(frames)
-            alike.append(found)
-        place.append(found)
-    return distinct, place
+            alike.append(index)
+        index_of.append(index)
+    return distinct, index_of
 
 
-def _same(one: Frames, other: Frames) -> bool:
+def _same(a: Frames, b: Frames) -> bool:
     # A key stands for all that determines the pixels.
-    return bool(one.key and one.key == other.key) or torch.equal(one.pixels, other.pixels)
+    return bool(a.key and a.key == b.key) or torch.equal(a.pixels, b.pixels)
 
 
 def _sample(frames: Frames) -> tuple:
@@ -273,7 +275,11 @@ def _sample(frames: Frames) -> tuple:
 
 
 def embed(
-    model: Qwen3VLForConditionalGeneration, input_ids: torch.Tensor, features: MediaFeatures, order: list[int]
+    model: Qwen3VLForConditionalGeneration,
+    input_ids: torch.Tensor,
+    features: MediaFeatures,
+    order: list[int],
+    places: torch.Tensor,
 ) -> dict[str, torch.Tensor | list[torch.Tensor] | None]:
     """Arguments of `model.model.language_model` in place of `input_ids`: embeddings with the features in their places.
 
@@ -283,19 +289,48 @@ def embed(
         input_ids: int64 [B, L].
         features: of a list of prompts.
         order: the prompts of that list whose placeholders stand in `input_ids`, from row to row and left to right.
+        places: int64 [vision tokens], these placeholders in `input_ids.flatten()`, on its device.
     """
     embeddings = model.get_input_embeddings()(input_ids)
     media = [medium for index in order for medium in features.media_of(index)]
     if not media:
         return {"inputs_embeds": embeddings}
-    config = model.config
-    places = (input_ids == config.image_token_id) | (input_ids == config.video_token_id)
+    add_deepstack_by_index(model.model.language_model)
     pooled = torch.cat([features.pooled[medium] for medium in media]).to(embeddings.dtype)
     return {
-        "inputs_embeds": embeddings.masked_scatter(places[..., None], pooled),
+        "inputs_embeds": embeddings.flatten(0, 1).index_copy(0, places, pooled).view_as(embeddings),
         "visual_pos_masks": places,
         "deepstack_visual_embeds": [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack],
     }
+
+
+def add_deepstack_by_index(language_model: nn.Module) -> None:
+    """Let a language model add deepstack features at an index [vision tokens] in place of a mask [B, L].
+
+    transformers indexes by the mask twice per layer, and each time the host waits for the device to count it. A mask,
+    which the whole model of transformers makes, is still understood.
+
+    Raises:
+        NotInstalled: a version of transformers that adds them by another method.
+    """
+    if not hasattr(language_model, "_deepstack_process"):
+        raise NotInstalled(
+            f"{type(language_model).__name__} of transformers {transformers.__version__} has no _deepstack_process, "
+            "which adds the vision tower's deepstack features; install transformers>=5.17,<5.24"
+        )
+    language_model._deepstack_process = _add_features
+
+
+def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, L, D] of a decoder layer with features [vision tokens, D] added at their places, in place.
+
+    A layer ends with the sum of its residual and its MLP, whose backward does not read it.
+    """
+    if places.dtype == torch.bool:
+        places = places.flatten().nonzero()[:, 0]
+    features = features.to(hidden.device, hidden.dtype)
+    hidden.view(-1, hidden.shape[-1]).index_add_(0, places.to(hidden.device), features)
+    return hidden
 
 
 def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features: MediaFeatures) -> torch.Tensor:
@@ -308,7 +343,7 @@ def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features:
     """
     if rows.plan is None and is_shared_prefix(model):
         raise RuntimeError("padded rows need the model's own attention; call disable_shared_prefix(model) first")
-    inputs = embed(model, rows.input_ids, features, rows.media_order)
+    inputs = embed(model, rows.input_ids, features, rows.media_order, rows.media_places)
     language_model = model.model.language_model
     if rows.plan is not None:
         return run_shared_prefix(language_model, rows.plan, position_ids=rows.position_ids, **inputs)

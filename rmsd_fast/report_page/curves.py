@@ -1,4 +1,4 @@
-"""Which curves the report shows, by stage and in which order."""
+"""The curves of the report, by stage and in order."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ STAGE_TITLES = {
     "distill": "Stage 2: adversarial distillation",
 }
 PHASE = "seconds/"
-# Phases beyond this many are drawn as one.
+# Further phases are drawn as one.
 MAX_PHASES = 6
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: title, one line on how to read it, (metric key, name) of its curves, and its axis.
+    """One chart: title, a line on how to read it, (metric key, name) of its curves, and its axis.
 
-    Counts and settings are not `smoothed`: they have no noise. `skip_zero` leaves the picture out while all is 0.
+    Counts and settings are not `smoothed`, because they have no noise. `skip_zero` leaves the chart out if all values
+    are 0.
     """
 
     title: str
@@ -39,7 +40,7 @@ class Chart:
 
 PAIR_ACCURACY = Chart(
     "Pair accuracy",
-    "share of (teacher, student) pairs ranked teacher first; 0.5 is a coin",
+    "share of (teacher, student) pairs in which the teacher scores higher; 0.5 = chance",
     (("discriminator/pair_accuracy", "pair accuracy"),),
     y_range=(0.0, 1.0),
     warn=((SEPARATED, f"{SEPARATED}: separated too easily"),),
@@ -61,14 +62,14 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Length correlation",
-                "between length and score of the answers to one question; far from 0 means it judges length",
+                "between length and score of the answers to a question; far from 0: the discriminator judges length",
                 (("discriminator/length_correlation", "correlation"),),
                 y_range=(-1.0, 1.0),
                 warn=((LENGTH_BIAS, f"{LENGTH_BIAS}"), (-LENGTH_BIAS, f"{-LENGTH_BIAS}")),
             ),
             Chart(
                 "Scores",
-                "the level is free; the gap counts",
+                "only the gap between the two matters; the level is arbitrary",
                 (("discriminator/score_teacher", "teacher"), ("discriminator/score_student", "student")),
             ),
             Chart(
@@ -100,13 +101,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Reward, raw: discriminator",
-                "mean score of rollouts; hovers near 0 while D learns along",
+                "mean score of rollouts; stays near 0 while the discriminator keeps learning",
                 (("reward/discriminator/raw", "discriminator"),),
                 include=(0.0,),
             ),
             Chart(
                 "Rewards, weighted",
-                "what each part adds",
+                "contribution of each component to the total",
                 (
                     ("reward/discriminator/weighted", "discriminator"),
                     ("reward/outer/weighted", "outer format"),
@@ -115,10 +116,10 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 ),
                 include=(0.0,),
             ),
-            Chart("Total reward", "no evidence of a better student by itself", (("reward/total", "total"),)),
+            Chart("Total reward", "an increase alone does not show a better student", (("reward/total", "total"),)),
             Chart(
                 "Groups without a signal",
-                "share of questions whose rollouts were all worth the same",
+                "share of questions whose rollouts all had the same reward",
                 (("advantage/zero_share", "groups"),),
                 include=(0.0,),
             ),
@@ -127,7 +128,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Policy",
         (
-            Chart("Policy loss", "its level says little; jumps do", (("policy/loss", "loss"),)),
+            Chart("Policy loss", "watch for jumps; the level says little", (("policy/loss", "loss"),)),
             Chart(
                 "KL to the stage-1 student",
                 "nats per token",
@@ -142,14 +143,14 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Importance ratio",
-                "trainer against rollout engine; 1 when both agree",
+                "probability in the trainer / in the rollout engine; 1 = both agree",
                 (("policy/importance_ratio", "ratio"),),
                 include=(0.99, 1.01),
             ),
             Chart(
-                "Corrected for mismatch",
-                "shares of tokens capped and of responses left out",
-                (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "left out")),
+                "Mismatch correction",
+                "share of tokens whose weight is capped, and in responses that are excluded",
+                (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "excluded")),
                 include=(0.0,),
             ),
             Chart("Log-probability", "mean of the rollouts' tokens", (("policy/logp", "log-probability"),)),
@@ -178,7 +179,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             Chart("Rollout length", "tokens, mean", (("rollout/tokens_mean", "tokens"),), include=(0.0,)),
             Chart(
                 "Rollouts",
-                "shares: cut at the limit, with a valid answer, with an empty one",
+                "shares: cut at the token limit, with a valid answer, with an empty answer",
                 (
                     ("rollout/truncated_share", "truncated"),
                     ("rollout/valid_share", "valid"),
@@ -193,13 +194,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
         (
             Chart(
                 "Throughput",
-                "per second, each response with its prompt; computed: through policy and discriminator, padding too",
+                "per second, each response with its prompt; computed: by policy and discriminator, with padding",
                 (("rate/tokens_per_s", "tokens/s"), ("rate/computed_tokens_per_s", "computed tokens/s")),
                 include=(0.0,),
             ),
             Chart(
                 "Tokens per step",
-                "each response with its prompt; computed: through policy and discriminator, padding too",
+                "each response with its prompt; computed: by policy and discriminator, with padding",
                 (("tokens", "tokens"), ("tokens_computed", "computed tokens")),
                 include=(0.0,),
             ),
@@ -211,7 +212,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Media files per step",
-                "over all processes: decoded, found in memory, found on disk",
+                "over all processes: decoded, read from the memory cache, read from the disk cache",
                 (
                     ("media/decoded", "decoded"),
                     ("media/memory_hits", "from memory"),
@@ -220,22 +221,22 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 include=(0.0,),
             ),
             Chart(
-                "Trouble with media",
+                "Media errors",
                 "files per step",
                 (
                     ("media/timeouts", "timed out"),
                     ("media/crashes", "crashed the decoder"),
-                    ("media/cpu_fallbacks", "on the CPU in place of NVDEC"),
+                    ("media/cpu_fallbacks", "decoded on the CPU instead of NVDEC"),
                     ("media/disk_rebuilt", "damaged cache entries"),
                 ),
                 skip_zero=True,
                 smoothed=False,
             ),
-            Chart("Learning rate", "of what the stage trains", (("lr", "rate"),), include=(0.0,), smoothed=False),
+            Chart("Learning rate", "of the stage's model", (("lr", "rate"),), include=(0.0,), smoothed=False),
             Chart("Peak memory", "MiB on one process", (("memory/peak_mib", "MiB"),), include=(0.0,), smoothed=False),
             Chart(
                 "Faults",
-                "bad samples and steps left out, since the run's start",
+                "bad samples and skipped steps since the start of the run",
                 (("samples/bad", "bad samples"), ("samples/skipped_steps", "skipped steps")),
                 include=(0.0,),
                 skip_zero=True,
@@ -247,14 +248,14 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
 
 
 def draw(chart: Chart, curves: Mapping[str, Series]) -> str:
-    """The chart's card, or nothing when the stage has none of its curves (or only zeros where those say nothing)."""
-    found = [replace(curves[key], name=name) for key, name in chart.keys if key in curves]
-    if not found or (chart.skip_zero and not any(v for s in found for v in s.values)):
+    """Return the chart's card, or "" if the stage has none of its curves (or only zeros, with skip_zero)."""
+    series = [replace(curves[key], name=name) for key, name in chart.keys if key in curves]
+    if not series or (chart.skip_zero and not any(v for s in series for v in s.values)):
         return ""
     return curve_chart(
         chart.title,
         chart.hint,
-        found,
+        series,
         y_range=chart.y_range,
         include=chart.include,
         warn=chart.warn,
@@ -263,46 +264,46 @@ def draw(chart: Chart, curves: Mapping[str, Series]) -> str:
 
 
 def phases(curves: Mapping[str, Series]) -> str:
-    """Stacked seconds per phase, largest first; what the phases leave of the step is drawn as `other`."""
-    parts = [
+    """Return stacked seconds per phase, largest phase first; the remaining time of the step is drawn as `other`."""
+    phase_series = [
         replace(s, name=key.removeprefix(PHASE).replace("_", " "))
         for key, s in curves.items()
         if key.startswith(PHASE) and key != f"{PHASE}step"
     ]
-    whole = curves.get(f"{PHASE}step")
-    if not parts:
-        parts = [replace(whole, name="step")] if whole else []
-        whole = None
-    if not parts:
+    step_series = curves.get(f"{PHASE}step")
+    if not phase_series:
+        phase_series = [replace(step_series, name="step")] if step_series else []
+        step_series = None
+    if not phase_series:
         return ""
-    parts.sort(key=lambda s: -sum(v for v in s.values if math.isfinite(v)))
-    rest: dict[int, float] = {}
-    for s in parts[MAX_PHASES:]:
+    phase_series.sort(key=lambda s: -sum(v for v in s.values if math.isfinite(v)))
+    other: dict[int, float] = {}
+    for s in phase_series[MAX_PHASES:]:
         for step, value in zip(s.steps, s.values, strict=True):
-            rest[step] = rest.get(step, 0.0) + value
-    if whole is not None:
+            other[step] = other.get(step, 0.0) + value
+    if step_series is not None:
         known: dict[int, float] = {}
-        for s in parts:
+        for s in phase_series:
             for step, value in zip(s.steps, s.values, strict=True):
                 known[step] = known.get(step, 0.0) + value
-        for step, value in zip(whole.steps, whole.values, strict=True):
-            rest[step] = rest.get(step, 0.0) + max(value - known.get(step, 0.0), 0.0)
-    parts = parts[:MAX_PHASES]
-    # A remainder of less than half a percent is the clock's own grain.
-    shown = sum(v for s in parts for v in s.values if math.isfinite(v))
-    if sum(v for v in rest.values() if math.isfinite(v)) > 0.005 * shown:
-        parts.append(Series("other", tuple(sorted(rest)), tuple(rest[step] for step in sorted(rest))))
-    return stacked_chart("Seconds per step", "by phase, with each phase's share of the time", parts)
+        for step, value in zip(step_series.steps, step_series.values, strict=True):
+            other[step] = other.get(step, 0.0) + max(value - known.get(step, 0.0), 0.0)
+    phase_series = phase_series[:MAX_PHASES]
+    # A remainder of less than half a percent is within the resolution of the clock.
+    shown = sum(v for s in phase_series for v in s.values if math.isfinite(v))
+    if sum(v for v in other.values() if math.isfinite(v)) > 0.005 * shown:
+        phase_series.append(Series("other", tuple(sorted(other)), tuple(other[step] for step in sorted(other))))
+    return stacked_chart("Seconds per step", "by phase, with each phase's share of the time", phase_series)
 
 
 def stage_section(stage: str, curves: Mapping[str, Series]) -> str:
-    """Heading and charts of one stage; metrics that no chart names follow in a folded block."""
+    """Return heading and charts of one stage. Metrics that are in no chart follow in a folded block."""
     title = STAGE_TITLES.get(stage, stage)
     counts = {s.steps[-1] for s in curves.values() if s.steps}
     steps = max(counts) if counts else 0
     seconds = curves.get(f"{PHASE}step")
     spent = sum(v for v in seconds.values if math.isfinite(v)) if seconds else None
-    lead = f"{steps} steps" + (f", {duration(spent)} in all." if spent is not None else ".")
+    lead = f"{steps} steps" + (f", {duration(spent)} in total." if spent is not None else ".")
     out = [f'<h2 id="stage-{escape(stage, quote=True)}">{escape(title)}</h2><p class="muted">{escape(lead)}</p>']
     named: set[str] = set()
     for heading, charts in GROUPS:
@@ -324,7 +325,7 @@ def stage_section(stage: str, curves: Mapping[str, Series]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span as `12 s`, `3 min 20 s` or `2 h 05 min`."""
+    """Return a time span as `12 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

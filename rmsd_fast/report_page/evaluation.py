@@ -10,7 +10,7 @@ from typing import Any
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report_page.curves import PAIR_ACCURACY
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
-from rmsd_fast.report_page.run_folder import ReportError, Run
+from rmsd_fast.report_page.run_folder import ReportedRun, ReportError
 from rmsd_fast.report_page.samples import STUDENT_ORDER
 from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import curve_svg
@@ -23,8 +23,8 @@ _PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
 
 
-def student_names(run: Run) -> dict[str, str]:
-    """How students are called on the page; a control run's second student is called what it is."""
+def student_names(run: ReportedRun) -> dict[str, str]:
+    """Return the students' names on the page. The second student of a control run is named as the control."""
     names = {"untrained": "untrained", "stage1": "stage 1", "stage2": "stage 2"}
     if (run.settings.get("distill") or {}).get("objective") == "sft":
         names["stage2"] = "control (more imitation)"
@@ -34,15 +34,15 @@ def student_names(run: Run) -> dict[str, str]:
 
 
 def in_order(keys: Sequence[str], order: Sequence[str]) -> list[str]:
-    """Known keys in their order, unknown ones after them."""
+    """Return known keys in the given order, then unknown keys."""
     return [k for k in order if k in keys] + [k for k in keys if k not in order]
 
 
 def value(entry: Mapping[str, Any] | None, key: str) -> float:
-    """A number of an evaluation entry, NaN where there is none."""
-    found = (entry or {}).get(key)
-    good = isinstance(found, int | float) and not isinstance(found, bool)
-    return float(found) if good else math.nan
+    """Return a number of an evaluation entry, or NaN if it has none."""
+    item = (entry or {}).get(key)
+    is_numeric = isinstance(item, int | float) and not isinstance(item, bool)
+    return float(item) if is_numeric else math.nan
 
 
 def percent(share: float, sign: bool = False) -> str:
@@ -53,7 +53,7 @@ def percent(share: float, sign: bool = False) -> str:
 
 
 def interval(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
-    """`62.1 [55.0, 69.2]` in percent, a dash where nothing was measured."""
+    """Return `62.1 [55.0, 69.2]` in percent, or a dash if nothing was measured."""
     mean, low, high = (value(entry, key) for key in ("mean", "low", "high"))
     if not math.isfinite(mean):
         return "–"
@@ -63,7 +63,7 @@ def interval(entry: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def verdict(entry: Mapping[str, Any] | None) -> tuple[str, str]:
-    """CSS class and words: does the interval of a difference contain 0?"""
+    """Return CSS class and words for the position of a difference's interval relative to 0."""
     low, high = value(entry, "low"), value(entry, "high")
     if not (math.isfinite(low) and math.isfinite(high)):
         return "same", "no interval"
@@ -75,26 +75,26 @@ def verdict(entry: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def difference_name(key: str, names: Mapping[str, str]) -> str:
-    """`stage1-untrained` as `stage 1 − untrained`."""
+    """Return `stage1-untrained` as `stage 1 − untrained`."""
     left, _, right = key.partition("-")
     return f"{names.get(left, left)} − {names.get(right, right)}" if right else key
 
 
-def _tasks(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _tasks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     seen: list[str] = []
-    for part in parts.values():
-        seen.extend(task for task in part.get("tasks", {}) if task not in seen)
+    for result in results.values():
+        seen.extend(task for task in result.get("tasks", {}) if task not in seen)
     return in_order(seen, TASK_TYPES)
 
 
-def _entry(part: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:
-    found = part.get(task) if task in ("closed", "all") else part.get("tasks", {}).get(task)
-    return found if isinstance(found, Mapping) else None
+def _entry(result: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:
+    entry = result.get(task) if task in ("closed", "all") else result.get("tasks", {}).get(task)
+    return entry if isinstance(entry, Mapping) else None
 
 
-def _rows(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    totals = [t for t in ("closed", "all") if any(isinstance(p.get(t), Mapping) for p in parts.values())]
-    return [*_tasks(parts), *totals]
+def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    totals = [t for t in ("closed", "all") if any(isinstance(r.get(t), Mapping) for r in results.values())]
+    return [*_tasks(results), *totals]
 
 
 def _labels(task: str) -> str:
@@ -114,7 +114,7 @@ def _mark(entry: Mapping[str, Any], style: tuple[int, str], text: str, sign: boo
 
 
 def score_rows(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> list[IntervalRow]:
-    """Rows of the score chart: one per task, then all closed tasks."""
+    """Return the rows of the score chart: one per task, then all closed tasks."""
     students = evaluation["students"]
     keys = in_order(list(students), STUDENT_ORDER)
     rows = []
@@ -142,7 +142,7 @@ def _score_table(evaluation: Mapping[str, Any], names: Mapping[str, str]) -> str
         cells = []
         for entry in entries:
             valid = value(entry, "valid_share")
-            extra = f"<small>format holds {percent(valid)}</small>" if math.isfinite(valid) else ""
+            extra = f"<small>valid format {percent(valid)}</small>" if math.isfinite(valid) else ""
             cells.append(f"<td>{interval(entry)}{extra}</td>")
         total = ' class="sum"' if task == "closed" else ""
         body.append(
@@ -160,8 +160,8 @@ def _difference_table(differences: Mapping[str, Any], names: Mapping[str, str]) 
     body = []
     for task in _rows(differences):
         cells = []
-        for part in differences.values():
-            entry = _entry(part, task)
+        for difference in differences.values():
+            entry = _entry(difference, task)
             kind, words = verdict(entry)
             extra = f'<small class="{kind}">{words}</small>' if entry is not None else ""
             cells.append(f"<td>{interval(entry, sign=True)}{extra}</td>")
@@ -194,7 +194,7 @@ def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) 
     )
     return interval_figure(
         "Differences between students",
-        "percentage points on the same questions, 95% intervals; the dashed line is no difference",
+        "percentage points on the same questions, 95% intervals; the dashed line marks no difference",
         rows,
         legend,
         domain,
@@ -211,8 +211,8 @@ def _signed_percent(share: float) -> str:
     return f"{100 * share:+.0f}".replace("-", "−") if share else "0"
 
 
-def evaluation_section(run: Run) -> str:
-    """Scores and differences, as tables and as charts."""
+def evaluation_section(run: ReportedRun) -> str:
+    """Return scores and differences, as tables and as charts."""
     evaluation, names = run.evaluation, student_names(run)
     head = '<h2 id="evaluation">Evaluation on held-out questions</h2>'
     if evaluation is None or not evaluation["students"]:
@@ -221,8 +221,8 @@ def evaluation_section(run: Run) -> str:
     legend = mark_legend([(names[k], *_style(k, keys)) for k in keys], floor=bool(evaluation["floors"]))
     lead = (
         f"{visible(evaluation.get('questions', '?'))} questions, greedy answers, score in percent with 95% intervals. "
-        "The floor is what one and the same answer to every question would score at best. Open questions have no "
-        "metric: their score is the share of valid answers."
+        "The floor is the best score of a constant answer to all questions. Open questions have no metric; their score "
+        "is the share of valid answers."
     )
     rows = score_rows(evaluation, names)
     hint = "percent, 95% intervals"
@@ -234,21 +234,19 @@ def evaluation_section(run: Run) -> str:
         out.append(_difference_table(differences, names))
         out.append(
             '<p class="muted small">Differences are paired: both students answered the same questions. An interval '
-            "that contains 0 shows no difference at this number of questions; it does not show that there is none.</p>"
+            "that contains 0 means that this number of questions shows no difference, not that there is none.</p>"
         )
     return "".join(out)
 
 
-def evaluation_picture(run: Run) -> str:
-    """One SVG for a README: scores by task, stage-1 loss and pair accuracy, on a card of its own.
+def evaluation_picture(run: ReportedRun) -> str:
+    """Return an SVG for a README: scores by task, stage-1 loss and pair accuracy, on a card.
 
     Raises:
-        ReportError: nothing was evaluated.
+        ReportError: the run has no evaluation.
     """
     if run.evaluation is None or not run.evaluation["students"]:
-        raise ReportError(
-            f"{run.folder}: expected evaluation.json with students, found none: nothing to draw; evaluate the run first"
-        )
+        raise ReportError(f"{run.folder}: expected an evaluation.json with students, got none; evaluate the run first")
     names = student_names(run)
     keys = in_order(list(run.evaluation["students"]), STUDENT_ORDER)
     curves = _picture_curves(run)
@@ -276,8 +274,8 @@ def evaluation_picture(run: Run) -> str:
     return "".join(out) + "</svg>\n"
 
 
-def _picture_curves(run: Run) -> list[tuple[str, str]]:
-    """(title, drawing) of the curves that stand beside the scores, as far as the run has them."""
+def _picture_curves(run: ReportedRun) -> list[tuple[str, str]]:
+    """Return (title, drawing) of the curves next to the scores, if the run has them."""
     out = []
     loss = run.metrics.get("sft", {}).get("loss")
     pairs = run.metrics.get("distill", {}).get("discriminator/pair_accuracy")
@@ -287,13 +285,13 @@ def _picture_curves(run: Run) -> list[tuple[str, str]]:
     if pairs:
         drawn, _ = curve_svg([pairs], "Pair accuracy", y_range=(0.0, 1.0), warn=PAIR_ACCURACY.warn, **size)
         out.append(("Stage 2: discriminator pair accuracy", drawn))
-    # What serves the page's script has no use in a picture.
+    # A picture has no script, so the script's data are removed.
     strip = re.compile(r' data-plot="[^"]*"|<line class="cursor"[^>]*/>')
     return [(title, strip.sub("", drawn)) for title, drawn in out]
 
 
 def _place(svg: str, x: float, y: float, width: float, height: float) -> str:
-    """A drawing at a place inside another one."""
+    """Return a drawing with a position and size inside another drawing."""
     return svg.replace("<svg ", f'<svg x="{x}" y="{y}" width="{width}" height="{height}" overflow="visible" ', 1)
 
 

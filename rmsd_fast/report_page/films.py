@@ -1,4 +1,4 @@
-"""Previews of media files for the page, read by a process that a bad file may hang or crash."""
+"""Previews of media files for the page, read by a separate process, because a bad file may hang or crash it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rmsd_fast.data.decode_worker import Nursery, Worker
+    from rmsd_fast.data.decode_worker import ForkServer, Worker
     from rmsd_fast.data.media_paths import Span
 
-# Fewer would miss what is seen for a second or two of a short clip.
+# Fewer frames would miss events of a second or two in a short clip.
 FRAMES_PER_FILM = 8
 LONGEST_PX = 240
-# A page with many files on a disk that hangs is written all the same.
+# After this many lost files no more are read, so the page is written even if a disk hangs.
 MOST_LOST = 3
 
 
 @dataclass(frozen=True)
 class Film:
-    """What the page shows of a media file: (source, caption) of its frames, or the fault that left it without them.
+    """The preview of a media file: (source, caption) of its frames, or the fault if there are none.
 
-    seconds: when a video ends, on the file's clock; None for a picture.
+    seconds: end of a video in the file's time; None for a picture.
     """
 
     shots: list[tuple[str, str]]
@@ -33,18 +33,18 @@ class Film:
 
 
 class Films:
-    """Reads previews, each part of a file once.
+    """Reads previews, and reads each part of a file only once.
 
     Args:
-        timeout_s: for one file.
-        max_file_mib: larger files are refused, as the run refuses them.
+        timeout_s: time limit of a file.
+        max_file_mib: larger files are not read, as in the run.
     """
 
     def __init__(self, timeout_s: float, max_file_mib: int) -> None:
         self._timeout_s = timeout_s
         self._max_file_mib = max_file_mib
         self._read: dict[tuple[str, bool, Span], Film] = {}
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._worker: Worker | None = None
         self._lost = 0
 
@@ -56,14 +56,16 @@ class Films:
     ) -> None:
         if self._worker is not None:
             self._worker.close()
-        if self._nursery is not None:
-            self._nursery.close()
+        if self._fork_server is not None:
+            self._fork_server.close()
 
     def read(self, path: str, *, is_video: bool, span: Span = None) -> Film:
-        """The film of a file; a file that cannot be read has a fault in place of frames.
+        """Return the preview of a file. If the file cannot be read, it has a fault instead of frames.
 
         Args:
-            span: start and end in seconds of the part of a video that is shown; None = all of it.
+            path: the media file.
+            is_video: whether it is a video, not a picture.
+            span: start and end in seconds of the part of a video to show; None = the whole video.
         """
         key = (path, is_video, span)
         if key not in self._read:
@@ -71,24 +73,24 @@ class Films:
         return self._read[key]
 
     def _film(self, path: str, is_video: bool, span: Span) -> Film:
-        # The media may have gone since the run, or no decoder is installed here: the page is still worth having.
+        # The page is useful even if the media were deleted after the run, or no decoder is installed here.
         from rmsd_fast.config import UserError, first_line
-        from rmsd_fast.data.decode_worker import NotStarted, Nursery, WorkerLost
+        from rmsd_fast.data.decode_worker import ForkServer, NotStarted, WorkerLost
         from rmsd_fast.data.media_file import MediaError
         from rmsd_fast.data.video import PreviewRequest
 
         if not Path(path).is_file():
             return Film([], f"no such file: {path}")
         if self._lost == MOST_LOST:
-            return Film([], f"not read: {MOST_LOST} files before it could not be")
+            return Film([], f"not read, because {MOST_LOST} files before it could not be read")
         request = PreviewRequest(
             path, "video" if is_video else "image", FRAMES_PER_FILM, LONGEST_PX, self._max_file_mib, span
         )
         try:
-            if self._nursery is None:
-                self._nursery = Nursery()
+            if self._fork_server is None:
+                self._fork_server = ForkServer()
             if self._worker is None or self._worker.lost:
-                self._worker = self._nursery.worker()
+                self._worker = self._fork_server.worker()
             preview = self._worker.preview(request, self._timeout_s)
         except (MediaError, UserError, NotStarted, OSError) as error:
             self._lost += isinstance(error, WorkerLost)

@@ -12,7 +12,7 @@ from rmsd_fast.report_page.svg import number, ticks
 
 @dataclass(frozen=True)
 class Mark:
-    """One dot with its 95% interval; `colour` 1-8, `shape` circle, square or diamond, `text` for the pointer."""
+    """One dot with its 95% interval; `colour` 1-8, `shape` circle, square or diamond, `text` of the tooltip."""
 
     mean: float
     low: float
@@ -24,7 +24,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """One line of an interval chart: its label, its dots and, where there is one, the floor."""
+    """One line of an interval chart: label, dots and optionally the floor."""
 
     label: str
     marks: tuple[Mark, ...]
@@ -57,7 +57,7 @@ def interval_svg(
     width: int = 360,
     left: int = 74,
 ) -> tuple[str, int]:
-    """Dots with intervals, one row of dots per entry of `rows`, floors as dashed ticks. Returns markup and height."""
+    """Return markup and height of a chart of dots with intervals, one line per entry of `rows`, floors dashed."""
     lane, gap, top, bottom = 15, 12, 8, 26
     low, high = domain
     span = width - left - 16
@@ -94,7 +94,7 @@ def interval_svg(
 
 
 def mark_legend(entries: Sequence[tuple[str, int, str]], floor: bool) -> str:
-    """Legend of an interval chart: (name, colour, shape) of each student, and the floor's dashed tick."""
+    """Return the legend of an interval chart: (name, colour, shape) of each student, and the floor's dashed tick."""
     items = []
     for name, colour, shape in entries:
         dot = _dot(Mark(11.0, 1.0, 21.0, colour, shape, name), lambda v: v, 6.0)
@@ -117,7 +117,7 @@ def interval_figure(
     tick_text: Callable[[float], str] = number,
     zero: bool = False,
 ) -> str:
-    """A card that carries its drawing twice, for a wide and for a narrow window: lettering must not shrink."""
+    """Return a card with two drawings, for wide and narrow windows, so that the lettering keeps its size."""
     drawings = []
     for kind, width in (("wide", 560), ("narrow", 350)):
         svg, _ = interval_svg(rows, title, domain=domain, tick_text=tick_text, zero=zero, width=width)

@@ -1,4 +1,4 @@
-"""Answers that can be drawn: boxes over the frames of a question's video, intervals on a time line below them."""
+"""Draw answers: boxes over the frames of a question's video, and intervals on a time line below them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Mark:
 
 
 def truth_mark(task_type: str, answer: object) -> list[Mark]:
-    """Return the mark of a ground truth; none where it cannot be drawn."""
+    """Return the mark of a ground truth, or an empty list if it cannot be drawn."""
     return _mark("ground truth", TRUTH, task_type, str(answer or ""))
 
 
 def response_mark(name: str, colour: int, task_type: str, text: object) -> list[Mark]:
-    """Return the mark of a response's answer, also where the format around the answer is broken."""
+    """Return the mark of a response's answer, even if the format around the answer is broken."""
     return _mark(name, str(colour), task_type, answer_body(str(text or "")))
 
 
@@ -38,7 +38,7 @@ def _mark(name: str, colour: str, task_type: str, body: str | None) -> list[Mark
     if task_type not in ("spatial", "temporal") or body is None:
         return []
     values = parse_answer_body(body, task_type)
-    # Boxes and intervals without an extent score 0 and show nothing.
+    # Boxes and intervals without an extent score 0 and would be invisible.
     half = len(values or ()) // 2
     if values is None or any(end <= start for start, end in zip(values[:half], values[half:], strict=True)):
         return []
@@ -46,7 +46,7 @@ def _mark(name: str, colour: str, task_type: str, body: str | None) -> list[Mark
 
 
 def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
-    """The marks of so many values; answers that agree share one, with all their names."""
+    """Return the marks with this number of values; equal answers share a mark with all their names."""
     names: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for mark in marks:
         if len(mark.values) == values:
@@ -55,7 +55,7 @@ def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
 
 
 def box_overlay(marks: Sequence[Mark]) -> str:
-    """Return the boxes as an SVG that lies over a frame of any size."""
+    """Return the boxes as an SVG that can be placed over a frame of any size."""
     marks = _merged(marks, values=4)
     if not marks:
         return ""
@@ -74,9 +74,10 @@ def box_overlay(marks: Sequence[Mark]) -> str:
 def time_line(
     marks: Sequence[Mark], seconds: float | None, span: tuple[float | None, float | None] | None = None
 ) -> str:
-    """Return one lane with a bar per interval over the length of the clip; nothing without intervals.
+    """Return one lane per interval, with a bar on a time line of the clip; "" without intervals.
 
     Args:
+        marks: the answers to draw; marks of boxes are ignored.
         seconds: length of the clip; None = unknown, the axis then ends with the last interval.
         span: the part of the clip that the question shows, in seconds; it is shaded.
     """
@@ -84,20 +85,20 @@ def time_line(
     if not marks:
         return ""
     end = max(mark.values[1] for mark in marks) if seconds is None else seconds
-    # Less than a frame's time is not a clip; a scale of it could not be drawn either.
+    # No clip is shorter than a frame, and such a scale could not be drawn.
     if not 1e-3 < end < math.inf:
         return ""
 
-    def place(start: float, stop: float) -> str:
+    def bar_style(start: float, stop: float) -> str:
         left, right = (100 * min(max(at / end, 0.0), 1.0) for at in (start, stop))
         return f"left:{left:.2f}%;width:{right - left:.2f}%"
 
     shown = ""
     if span is not None:
-        shown = f'<i class="span" style="{place(span[0] or 0.0, end if span[1] is None else span[1])}"></i>'
+        shown = f'<i class="span" style="{bar_style(span[0] or 0.0, end if span[1] is None else span[1])}"></i>'
     lanes = [
         f'<div class="lane"><span>{visible(mark.name)}</span><div class="track">{shown}'
-        f'<b class="m-{mark.colour}" style="{place(*mark.values)}"></b></div>'
+        f'<b class="m-{mark.colour}" style="{bar_style(*mark.values)}"></b></div>'
         f"<span>{number(mark.values[0], 4)} to {number(mark.values[1], 4)} s</span></div>"
         for mark in marks
     ]
@@ -108,7 +109,7 @@ def time_line(
 
 
 def mark_key(marks: Sequence[Mark], names: Mapping[str, str]) -> str:
-    """Return the legend of the boxes: whose outline has which colour; `names` by colour."""
+    """Return the legend of the boxes. names: name of each colour."""
     colours = [colour for colour in names if any(mark.colour == colour and len(mark.values) == 4 for mark in marks)]
     items = "".join(f'<li><i class="swatch m-{colour}"></i>{visible(names[colour])}</li>' for colour in colours)
     return f'<ul class="legend">{items}</ul>' if items else ""

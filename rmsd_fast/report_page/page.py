@@ -1,4 +1,4 @@
-"""The page as a whole: header, headline numbers, sections, settings."""
+"""The whole page: header, headline numbers, sections, settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rmsd_fast.report_page.evaluation import (
 )
 from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.rollouts import rollouts_section
-from rmsd_fast.report_page.run_folder import Run
+from rmsd_fast.report_page.run_folder import ReportedRun
 from rmsd_fast.report_page.samples import STUDENT_ORDER, is_number, sample_cards
 from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
@@ -35,10 +35,10 @@ _STAMP = re.compile(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)")
 _WORDS = {"up": "above 0", "down": "below 0", "same": "interval contains 0"}
 
 
-def render(run: Run) -> str:
-    """The report of a run as one HTML document that needs nothing else."""
+def render(run: ReportedRun) -> str:
+    """Return the report of a run as one self-contained HTML document."""
     data = run.settings.get("data")
-    # A file that was written by hand, or by another version, may lack them.
+    # A config.yaml that was written by hand, or by another version, may lack these settings.
     timeout_s, max_file_mib = (
         data[name] if isinstance(data, Mapping) and is_number(data.get(name)) else getattr(DataConfig, name)
         for name in ("decode_timeout_s", "max_file_mib")
@@ -47,7 +47,7 @@ def render(run: Run) -> str:
         return _render(run, films)
 
 
-def _render(run: Run, films: Films) -> str:
+def _render(run: ReportedRun, films: Films) -> str:
     name = visible(run.settings.get("name") or run.folder.name)
     stages = in_order(list(run.metrics), tuple(STAGE_TITLES))
     links = [("evaluation", "Evaluation"), *((f"stage-{s}", _short(s)) for s in stages), ("rollouts", "Rollouts")]
@@ -80,8 +80,8 @@ def _short(stage: str) -> str:
     return STAGE_TITLES.get(stage, stage).partition(":")[0]
 
 
-def _facts(run: Run) -> str:
-    """Name, date, recipe, machine. What a run did not record is left out, not guessed."""
+def _facts(run: ReportedRun) -> str:
+    """Return name, date, recipe, machine and other facts. Facts that the run did not record are left out."""
     info = run.info
     versions = info.get("versions")
     started = _time(info.get("started")) or _time_of_name(run.folder.name)
@@ -103,7 +103,7 @@ def _facts(run: Run) -> str:
     return f'<dl class="facts">{shown}</dl>'
 
 
-def _made(run: Run) -> bool:
+def _made(run: ReportedRun) -> bool:
     return bool((run.settings.get("made") or {}).get("enabled"))
 
 
@@ -115,15 +115,15 @@ def _time(text: Any) -> datetime | None:
 
 
 def _time_of_name(name: str) -> datetime | None:
-    """Run folders end in the time at which they were made."""
-    found = _STAMP.search(name)
+    """Return the creation time at the end of a run folder's name."""
+    stamp = _STAMP.search(name)
     try:
-        return datetime(*map(int, found.groups())) if found else None
+        return datetime(*map(int, stamp.groups())) if stamp else None
     except ValueError:
         return None
 
 
-def _spent(run: Run, started: datetime | None, finished: datetime | None) -> str | None:
+def _spent(run: ReportedRun, started: datetime | None, finished: datetime | None) -> str | None:
     if started and finished and (started.tzinfo is None) == (finished.tzinfo is None):
         return duration(max((finished - started).total_seconds(), 0.0))
     seconds = [keys["seconds/step"] for keys in run.metrics.values() if "seconds/step" in keys]
@@ -131,13 +131,13 @@ def _spent(run: Run, started: datetime | None, finished: datetime | None) -> str
     return f"{duration(total)} in training steps" if total else None
 
 
-def _notes(run: Run) -> str:
-    """What must be seen before any number: a simulated teacher, files in a bad state."""
+def _notes(run: ReportedRun) -> str:
+    """Return notes that must be read before any number: a simulated teacher, damaged files."""
     out = []
     if is_simulated(run.evaluation) or is_simulated(run.teacher):
         out.append(
-            f'<div class="note" role="note"><p><b>{SIMULATED}.</b> The responses it was trained on were written by a '
-            "program that knows the ground truth and errs on purpose, not by a model. Scores here show that the method "
+            f'<div class="note" role="note"><p><b>{SIMULATED}.</b> The responses in training were written by a program '
+            "that knows the ground truth and makes deliberate errors, not by a model. The scores show that the method "
             "runs end to end; they say nothing about a real teacher.</p></div>"
         )
     if run.notes:
@@ -146,8 +146,8 @@ def _notes(run: Run) -> str:
     return "".join(out)
 
 
-def _alarms(run: Run) -> str:
-    """What training warned of, each with what to do; nothing for a run without alarms."""
+def _alarms(run: ReportedRun) -> str:
+    """Return the alarms of the training, each with advice; "" for a run without alarms."""
     out = []
     for alarm in run.alarms:
         condition = alarm.condition
@@ -169,8 +169,8 @@ def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
     )
 
 
-def _tiles(run: Run) -> str:
-    """Headline numbers: the last student's score, what each stage changed, pair accuracy."""
+def _tiles(run: ReportedRun) -> str:
+    """Return headline numbers: the last student's score, the change by each stage, and pair accuracy."""
     tiles = []
     names = student_names(run)
     evaluation = run.evaluation or {"students": {}, "differences": {}}
@@ -179,8 +179,8 @@ def _tiles(run: Run) -> str:
         entry = evaluation["students"][students[-1]]["closed"]
         below = f"95% interval {interval(entry).partition(' ')[2]}, n = {number(value(entry, 'n'), 6)}"
         tiles.append(_tile(f"Closed tasks, {names[students[-1]]}", f"{percent(value(entry, 'mean'))}%", below))
-    for key, part in evaluation["differences"].items():
-        entry = part.get("closed")
+    for key, difference in evaluation["differences"].items():
+        entry = difference.get("closed")
         if isinstance(entry, Mapping):
             kind, words = verdict(entry)
             shown = f"{percent(value(entry, 'mean'), sign=True)} points"
@@ -201,14 +201,14 @@ def _pair_tile(stage: str, curve: Series) -> str:
     high = last > SEPARATED
     below = f"0.5 = undecided, warning above {SEPARATED}"
     if high:
-        below = f"above {SEPARATED}: separated by cues that are not quality?"
+        below = f"above {SEPARATED}: separated by cues other than quality?"
     return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
-def _samples(run: Run, films: Films) -> str:
+def _samples(run: ReportedRun, films: Films) -> str:
     head = '<h2 id="samples">Answers side by side</h2>'
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
     cards = sample_cards(run.samples, student_names(run), films)
-    lead = "Held-out questions with frames of their video. The colour of an answer's edge repeats its score."
+    lead = "Held-out questions with frames of their video. The colour of an answer's edge shows its score."
     return f'{head}<p class="muted">{lead}</p>{cards}'

@@ -1,6 +1,6 @@
-"""Rollouts of the report: for some logged steps, each question with its teacher answers and what the student wrote.
+"""Rollouts of the report: for some logged steps, each question with its teacher answers and its rollouts.
 
-Like samples.jsonl, rollouts.jsonl holds text of models and data files: it is escaped.
+Like samples.jsonl, rollouts.jsonl contains text of models and data files, which is escaped.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from rmsd_fast.report_page.samples import film_strip, is_number, question_html, 
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.text import visible
 
-# Of a step; a run may log more.
+# Per step; a run may log more.
 QUESTIONS_SHOWN = 4
 TEACHER_COLOUR, STUDENT_COLOUR = 1, 2
-# How the page calls fields of a record.
+# Names of record fields on the page.
 _NAMES = {"quality": "q", "d_score": "D", "log_ratio": "k1"}
 _COLOURS = {TRUTH: "ground truth", str(TEACHER_COLOUR): "teacher answers", str(STUDENT_COLOUR): "rollouts"}
 
 
 def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films) -> str:
-    """Cards of the first, the middle and the last logged step of each stage.
+    """Return cards of the first, the middle and the last logged step of each stage.
 
     Args:
         rows: lines of rollouts.jsonl, checked by `run_folder`.
@@ -41,8 +41,8 @@ def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films) -> str:
     out = [
         head,
         '<p class="muted">Questions of the first, a middle and the last logged step of each stage, with the teacher '
-        "answers T and the rollouts R, best first; equal answers share a card. q = quality, p = probability of being "
-        "matched, D = score of the discriminator before the step. All logged steps are in rollouts.jsonl.</p>",
+        "answers T and the rollouts R, best first. Equal answers share a card. q = quality, p = matching probability, "
+        "D = discriminator score before the step. All logged steps are in rollouts.jsonl.</p>",
     ]
     for stage, steps in stages.items():
         out.append(f"<h3>{visible(STAGE_TITLES.get(stage, stage))}</h3>")
@@ -77,7 +77,7 @@ def _card(row: Mapping[str, Any], films: Films) -> str:
 
 
 def _rank(rollout: Mapping[str, Any]) -> float:
-    """By advantage; in the warm-up, which has none, by the discriminator's score."""
+    """Return the sort key of a rollout: its advantage, or, in the warm-up, its discriminator score."""
     for key in ("advantage", "d_score"):
         if is_number(rollout.get(key)):
             return rollout[key]
@@ -86,7 +86,7 @@ def _rank(rollout: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a card says: HTML, but for the text; `kind` is the CSS class of its edge."""
+    """The content of a card. All fields but `text` are HTML; `kind` is the CSS class of the card's edge."""
 
     kind: str
     facts: str
@@ -95,7 +95,7 @@ class _Answer:
 
 
 def _teacher_answer(answer: Mapping[str, Any]) -> _Answer:
-    # Nothing of a quality below tau is matched with a rollout.
+    # Responses with a quality below tau are not matched with rollouts.
     unused = answer.get("p") == 0
     facts = f"{_facts(answer, 'quality')} · not used" if unused else _facts(answer, "quality", "p", "d_score")
     return _Answer("unused" if unused else "", facts, "", str(answer.get("text") or ""))
@@ -113,13 +113,13 @@ def _rollout(rollout: Mapping[str, Any]) -> _Answer:
 
 
 def _facts(record: Mapping[str, Any], *keys: str) -> str:
-    """Name and value of the fields that hold a number: the warm-up has no rewards, a run without D has no scores."""
+    """Return name and value of the numeric fields. The warm-up has no rewards, and a run without D has no scores."""
     present = [key for key in keys if is_number(record.get(key))]
     return " · ".join(f"{_NAMES.get(key, key)} {number(record[key]).replace('-', '−')}" for key in present)
 
 
 def _answers(named: Sequence[tuple[str, _Answer]]) -> str:
-    """One card per distinct answer, in order, with the names of all that gave it."""
+    """Return one card per distinct answer, in order, with the names of all responses that gave it."""
     names: dict[_Answer, list[str]] = {}
     for name, answer in named:
         names.setdefault(answer, []).append(name)

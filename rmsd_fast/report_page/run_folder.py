@@ -1,4 +1,4 @@
-"""Reads a run folder for the report. Whatever is missing is left out; whatever is damaged is named."""
+"""Read a run folder for the report. Missing files are left out; damaged files raise an error that names them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from rmsd_fast.runtime.alarms import Alarm, find_alarms
 
 
 class ReportError(ValueError):
-    """The folder is no run, or a file in it is damaged. The message says which file, which line and what to do."""
+    """The folder is not a run, or a file in it is damaged. The message says which file and line, and what to do."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds.
+class ReportedRun:
+    """The content of a run folder.
 
     Attributes:
-        settings: config.yaml as plain data; `settings_text` is the file itself.
-        metrics: stage -> key -> curve over the optimiser steps of that stage.
-        alarms: those that the metrics raise, in the order of the run.
+        folder: the run folder.
+        settings: content of config.yaml.
+        settings_text: text of config.yaml.
+        metrics: curves over the optimiser steps, by stage and metric key.
+        alarms: alarms that the metrics raise, in the order of the run.
         rollouts: lines of rollouts.jsonl.
-        evaluation: evaluation.json, or None when nothing was evaluated.
+        evaluation: content of evaluation.json, or None without an evaluation.
         samples: lines of samples.jsonl.
-        teacher: teacher.json (statistics of the pool), or None.
-        info: run.json (`started`, `finished` as ISO 8601, `recipe`, `hardware`, `world_size`, `versions` by name); may
-            be empty.
-        notes: what the reader of the page has to know about the files.
+        teacher: content of teacher.json (statistics of the pool), or None.
+        info: content of run.json (`started`, `finished` as ISO 8601, `recipe`, `hardware`, `world_size`, `versions` by
+            name); may be empty.
+        notes: notes on the files for the reader of the page.
     """
 
     folder: Path
@@ -47,25 +49,30 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path) -> ReportedRun:
     """Read a run folder.
 
+    Args:
+        folder: folder that training created.
+    Returns:
+        The content of the folder.
     Raises:
         ReportError: there is no config.yaml, or a file is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ReportError(f"{folder}: expected the folder of a run, found {'a file' if folder.exists() else 'nothing'}")
+        kind = "a file" if folder.exists() else "no such folder"
+        raise ReportError(f"{folder}: expected a run folder, got {kind}; give a folder such as runs/<name>-<time>")
     config = folder / "config.yaml"
     if not config.is_file():
         raise ReportError(
-            f"{folder}: not a run: it has no config.yaml; give the folder that training made, such as "
-            "runs/<name>-<time> (its parent holds many runs)"
+            f"{folder}: expected a run folder with a config.yaml, got none; give the folder that training created, "
+            "such as runs/<name>-<time>, not its parent"
         )
     notes: list[str] = []
     settings, text = _settings(config)
     logged = _lines(folder / "metrics.jsonl", notes)
-    return Run(
+    return ReportedRun(
         folder=folder,
         settings=settings,
         settings_text=text,
@@ -96,14 +103,14 @@ def _settings(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _totals(settings: dict[str, Any]) -> dict[str, int]:
-    """Steps of each stage, as far as the settings tell."""
+    """Return the number of steps of each stage that is in the settings."""
     keys = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
     totals = {stage: (settings.get(section) or {}).get(key) for stage, (section, key) in keys.items()}
     return {stage: total for stage, total in totals.items() if isinstance(total, int)}
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None when there is no such file."""
+    """Return the JSON object in a file, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -116,28 +123,28 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
-    """evaluation.json with the parts that the page walks through checked."""
+    """Read evaluation.json and check the structure that the page relies on."""
     value = _object(path)
     if value is None:
         return None
     for key in ("students", "floors", "differences"):
-        part = value.setdefault(key, {})
-        if not isinstance(part, dict) or not all(isinstance(v, dict) for v in part.values()):
+        entries = value.setdefault(key, {})
+        if not isinstance(entries, dict) or not all(isinstance(v, dict) for v in entries.values()):
             raise ReportError(f"{path}: field {key!r}: expected an object of objects; evaluate the run again")
-    for name, part in [*value["students"].items(), *value["differences"].items()]:
-        tasks = part.setdefault("tasks", {})
+    for name, result in [*value["students"].items(), *value["differences"].items()]:
+        tasks = result.setdefault("tasks", {})
         if not isinstance(tasks, dict) or not all(isinstance(v, dict) for v in tasks.values()):
             raise ReportError(f"{path}: field 'tasks' of {name!r}: expected an object per task; evaluate the run again")
     return value
 
 
 def _whole(digits: str) -> float:
-    """A whole number; infinite where it is too large for a float, as 1e999 is."""
+    """Return an integer, or infinity if it is too large for a float."""
     return int(digits) if len(digits) < 300 else float(digits)
 
 
 def _teacher(path: Path) -> dict[str, Any] | None:
-    """teacher.json with the parts that the page walks through checked."""
+    """Read teacher.json and check the structure that the page relies on."""
     value = _object(path)
     for key in ("tasks", "all", "closed") if value else ():
         if not isinstance(value.get(key), dict | None):
@@ -146,9 +153,9 @@ def _teacher(path: Path) -> dict[str, Any] | None:
 
 
 def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) per line of a JSONL file; an unfinished last line is left out and noted.
+    """Return (line number, object) of each line of a JSONL file; skip an unfinished last line with a note.
 
-    A run that is still writing, or was killed while it wrote, ends in such a line; anything else is damage.
+    A run that is still writing, or was killed while writing, ends in such a line. Any other invalid line is an error.
     """
     if not path.is_file():
         return []
@@ -172,7 +179,7 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl with the parts that the page walks through checked."""
+    """Read the lines of samples.jsonl and check the structure that the page relies on."""
     rows = _lines(path, notes)
     for index, row in rows:
         _check_lists(row, f"{path}:{index}")
@@ -180,7 +187,7 @@ def _samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _rollouts(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Lines of rollouts.jsonl with the parts that the page walks through checked."""
+    """Read the lines of rollouts.jsonl and check the structure that the page relies on."""
     rows = _lines(path, notes)
     for index, row in rows:
         where = f"{path}:{index}"
@@ -204,16 +211,16 @@ def _check_stage_and_step(row: dict[str, Any], where: str) -> None:
     stage, step = row.get("stage"), row.get("step")
     if not isinstance(stage, str) or not isinstance(step, int) or isinstance(step, bool):
         raise ReportError(
-            f"{where}: expected a text 'stage' and a whole number 'step', got {stage!r} and {step!r}; "
+            f"{where}: expected a string 'stage' and an integer 'step', got {stage!r} and {step!r}; "
             "delete or fix that line"
         )
 
 
 def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict[str, Series]]:
-    """Curves by stage and key. A step written twice (before and after a resume) counts as written last.
+    """Return the curves by stage and key. If a step was logged twice (before and after a resume), the last one counts.
 
     Raises:
-        ReportError: a line has no usable `stage` or `step`; the line is named.
+        ReportError: a line has no valid `stage` or `step`; the message names the line.
     """
     table: dict[str, dict[int, dict[str, float]]] = {}
     for index, row in rows:
@@ -222,7 +229,7 @@ def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict
         for key, value in row.items():
             if key == "step" or isinstance(value, bool):
                 continue
-            # null stands for a value that was not finite: strict JSON has no NaN.
+            # null represents a value that was not finite, because strict JSON has no NaN.
             if value is None:
                 values[key] = math.nan
             elif isinstance(value, int | float):

@@ -1,6 +1,6 @@
 """Sample cards of the report: frames, question, options, ground truth and the students' answers side by side.
 
-Everything shown here was written by a model or stands in a data file: it is escaped, and tags in it stay visible text.
+All text shown here comes from a model or a data file. It is escaped, so tags in it are visible text.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ def film_strip(
     names: Mapping[str, str],
     films: Films,
 ) -> str:
-    """Draw the frames of a question's media, boxes over them, and intervals on a time line below.
+    """Return the frames of a question's media, with boxes over them and intervals on a time line below.
 
     Args:
         row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
-        marks, names: what to draw, and whose marks have which colour.
-        films: reads the media.
+        marks: the answers to draw.
+        names: name of each colour, for the legend.
+        films: reader of the media.
     """
     media = [(str(path), True, _span(row, index)) for index, path in enumerate(row.get("videos") or ())]
     media += [(str(path), False, None) for path in row.get("images") or ()]
     if not media:
         return '<div class="frames"><figure class="lone"><div class="gone">no media recorded</div></figure></div>'
     if row.get("error"):
-        # The run could not use these files: they are not tried again.
+        # The run could not read these files, so they are not read again.
         return (
             f'<div class="frames"><figure class="lone"><div class="gone">{visible(row["error"])}</div></figure></div>'
         )
     if len(media) > 1:
-        # Nothing says which of them an answer is about.
+        # Boxes and intervals are not drawn, because it is unknown which file an answer refers to.
         return "".join(
             _strip(path, films.read(path, is_video=is_video, span=span), "") for path, is_video, span in media
         )
@@ -80,7 +81,7 @@ def _strip(path: str, film: Film, overlay: str) -> str:
 
 
 def _span(row: Mapping[str, object], index: int) -> tuple[float | None, float | None] | None:
-    """The part of the video with this index that the question shows, in seconds; None = all of it."""
+    """Return the part of the video with this index that the question shows, in seconds; None = all of it."""
     spans = row.get("spans")
     span = spans[index] if isinstance(spans, list) and index < len(spans) else None
     if not (isinstance(span, list) and len(span) == 2 and all(at is None or is_number(at) for at in span)):
@@ -93,14 +94,14 @@ def is_number(value: object) -> bool:
 
 
 def response_html(text: str) -> str:
-    """A response with its tags muted and the text inside <answer> bold."""
+    """Return a response as HTML, with muted tags and the text inside <answer> in bold."""
     out, inside = [], False
-    for part in _TAGS.split(text):
-        if _TAGS.fullmatch(part):
-            inside = part == "<answer>"
-            out.append(f'<span class="tag">{escape(part)}</span>')
-        elif part:
-            out.append(f"<b>{visible(part)}</b>" if inside else visible(part))
+    for piece in _TAGS.split(text):
+        if _TAGS.fullmatch(piece):
+            inside = piece == "<answer>"
+            out.append(f'<span class="tag">{escape(piece)}</span>')
+        elif piece:
+            out.append(f"<b>{visible(piece)}</b>" if inside else visible(piece))
     return "".join(out)
 
 
@@ -110,7 +111,7 @@ def _answer(name: str, row: Mapping[str, object]) -> str:
         return f'<div class="answer bad"><header><b>{visible(name)}</b></header>{fault}</div>'
     score = row.get("score")
     if is_number(score):
-        # The bounds are those of the colour only: full marks, and less than what the teacher filter (0.3) keeps.
+        # Bounds of the colours only: a full score, and less than the default quality threshold of the teacher (0.3).
         kind = "good" if score >= 0.995 else "bad" if score < 0.3 else "part"
         what = f"score {score:.2f}"
     else:
@@ -134,7 +135,7 @@ def _options(options: Sequence[object] | None, answer: object) -> str:
 
 
 def question_html(row: Mapping[str, object]) -> str:
-    """The question with its options and its ground truth."""
+    """Return the question as HTML with its options and its ground truth."""
     truth = row.get("answer")
     return (
         f'<p class="text"><b>{visible(row.get("question", ""))}</b></p>{_options(row.get("options"), truth)}'
@@ -143,12 +144,12 @@ def question_html(row: Mapping[str, object]) -> str:
 
 
 def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str], films: Films) -> str:
-    """Cards, one per question, in the order of the file.
+    """Return one card per question, in the order of the file.
 
     Args:
         rows: lines of samples.jsonl.
-        names: how each student is called on the page, by its key.
-        films: reads the media.
+        names: each student's name on the page, by key.
+        films: reader of the media.
     """
     groups: dict[str, list[Mapping[str, object]]] = {}
     for row in rows:

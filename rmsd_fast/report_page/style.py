@@ -1,7 +1,7 @@
-"""Colours, style sheet and the few lines of script of the report page.
+"""Colours, style sheet and script of the report page.
 
-One palette serves page and pictures. Each series colour has a contrast of at least 3:1 with the card it is drawn on,
-and series differ by dash or marker as well, so that no reading depends on telling two hues apart.
+Page and pictures use the same palette. Each series colour has a contrast of at least 3:1 with its card. Series also
+differ by dash or marker, so that readers need not distinguish hues.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _DASHES = {2: "7 3", 4: "2 3", 5: "9 3 2 3", 7: "4 2", 8: "1 3"}
 
 
 def _svg_rules(colour: dict[str, str]) -> str:
-    """Rules of the drawings, with literal colours: readers of SVG files outside browsers know no CSS variables."""
+    """Return the rules of the drawings, with literal colours, since SVG viewers may not support CSS variables."""
     rules = [
         f".t{{fill:{colour['muted']};font:11px system-ui,sans-serif}}",
         f".tb{{fill:{colour['ink']};font:600 12px system-ui,sans-serif}}",
@@ -63,7 +63,7 @@ def _svg_rules(colour: dict[str, str]) -> str:
         f".g{{stroke:{colour['grid']};stroke-width:1;fill:none}}",
         f".a{{stroke:{colour['line']};stroke-width:1;fill:none}}",
         f".w{{stroke:{colour['bad']};stroke-width:1;stroke-dasharray:5 4;fill:none}}",
-        # A rim in the card's colour keeps the words legible where a curve crosses them.
+        # An outline in the card's colour keeps the text legible where a curve crosses it.
         f".wt{{fill:{colour['bad']};font:10px system-ui,sans-serif;"
         f"paint-order:stroke;stroke:{colour['card']};stroke-width:3px}}",
         f".fl{{stroke:{colour['ink']};stroke-width:2;stroke-dasharray:3 2;fill:none}}",
@@ -80,7 +80,7 @@ def _svg_rules(colour: dict[str, str]) -> str:
 
 
 def svg_style() -> str:
-    """Style sheet of a drawing, light with a dark variant."""
+    """Return the style sheet of a drawing, light with a dark variant."""
     return f"{_svg_rules(LIGHT)}\n@media (prefers-color-scheme: dark){{\n{_svg_rules(DARK)}\n}}"
 
 
@@ -223,19 +223,19 @@ document.querySelectorAll('svg[data-plot]').forEach(function(svg){
 
 
 def _mark_rules() -> str:
-    """Colours of boxes and bars. Boxes lie on video, so theirs are the bright ones in both themes."""
+    """Return the colours of boxes and bars. Boxes are drawn over video, so they have bright colours in both themes."""
     rules = []
     for name in ("truth", *range(1, SERIES_COLOURS + 1)):
         variable, bright = ("good", DARK["good"]) if name == "truth" else (f"s{name}", DARK[f"s{name}"])
         rules.append(f".boxes .m-{name}{{stroke:{bright}}}.swatch.m-{name}{{border-color:var(--{variable})}}")
         rules.append(f".track .m-{name}{{background:var(--{variable})}}")
-    # The truth is the broadest and lies below the others: where all agree, each is still seen, and told by its dashes.
+    # The ground truth is the widest line and below the others, so all dashes are visible even if the answers agree.
     rules.append(".boxes .m-truth{stroke-width:5}.boxes .m-1{stroke-dasharray:9 5}.boxes .m-2{stroke-dasharray:3 5}")
     return "\n".join(rules)
 
 
 def page_style() -> str:
-    """Style sheet of the page, drawings included."""
+    """Return the style sheet of the page, including its drawings."""
     return (
         f":root{{color-scheme:light dark;{_variables(LIGHT)}}}\n"
         f"@media (prefers-color-scheme: dark){{:root{{{_variables(DARK)}}}}}\n"
@@ -244,9 +244,9 @@ def page_style() -> str:
 
 
 def content_policy() -> str:
-    """Content security policy of the page: nothing is fetched, and only our own script runs.
+    """Return the content security policy of the page: nothing is fetched, and only the page's own script runs.
 
-    Text of teacher and student is escaped; should a hole remain, a browser still refuses any script but this one.
+    Text of teacher and student is escaped. If some text were not, browsers would still block any other script.
     """
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

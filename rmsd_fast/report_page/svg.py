@@ -1,7 +1,7 @@
 """Curves and stacked times of the report as inline SVG.
 
-Every function returns markup; whatever text it is given is escaped here. Curves are drawn at about the size at which
-they are shown (360 units wide, one column of a phone), so that the lettering keeps its size.
+The functions return markup and escape all text that they are given. Curves are drawn at about the size at which they
+are shown (360 units wide, one column of a phone), so that the lettering keeps its size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from html import escape
 
 from rmsd_fast.report_page.style import SERIES_COLOURS
 
-# Points of a raw curve that are kept; more than the picture has columns to show.
+# Maximum number of points of a raw curve; the chart has fewer columns than that.
 MAX_POINTS = 600
 MAX_SMOOTH_POINTS = 180
 MAX_BARS = 120
@@ -31,7 +31,7 @@ class Series:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number as a person reads it: `digits` significant ones, `12.3k`, `2e-06`; a dash for what is not finite."""
+    """Return a readable number with `digits` significant digits, such as `12.3k` or `2e-06`; a dash if not finite."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -46,7 +46,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers inside [low, high], about `count` of them (steps of 1, 2 or 5 times a power of ten)."""
+    """Return about `count` round numbers inside [low, high], in steps of 1, 2 or 5 times a power of ten."""
     span = high - low
     if not span > 0:
         return [low]
@@ -59,9 +59,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred moving mean over about a twelfth of the curve, non-finite values left out; short curves stay as they are.
+    """Return the centred moving mean over about a twelfth of the curve, without non-finite values.
 
-    Centred, since a trailing mean shifts every turn of the curve to the right; at both ends the window is cut.
+    A trailing mean would shift every turn of the curve to the right. The window is cut at both ends, and short curves
+    are returned unchanged.
     """
     n = len(values)
     half = min(n // 24, 50)
@@ -81,7 +82,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[list[int], list[float]]:
-    """At most `limit` points that keep the lowest and highest value of every stretch, so that no spike is lost."""
+    """Return at most `limit` points, with the lowest and highest value of every stretch, so that no spike is lost."""
     n = len(values)
     if n <= limit:
         return list(steps), list(values)
@@ -99,7 +100,7 @@ def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[lis
 
 
 def value_range(series: Sequence[Series], include: Sequence[float] = ()) -> tuple[float, float, str]:
-    """Vertical range, and a remark when single spikes were left outside for the sake of the rest."""
+    """Return the vertical range, and a remark if isolated spikes lie outside of it."""
     finite = sorted(v for s in series for v in s.values if math.isfinite(v))
     if not finite:
         return 0.0, 1.0, ""
@@ -108,9 +109,9 @@ def value_range(series: Sequence[Series], include: Sequence[float] = ()) -> tupl
         q_low, q_high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]
         spread = max(q_high - q_low, 1e-12 * max(abs(q_high), 1.0))
         if high - q_high > 4 * spread:
-            remark, high = f"highest value {number(high)} lies outside the picture", q_high + 0.3 * spread
+            remark, high = f"highest value {number(high)} is outside the chart", q_high + 0.3 * spread
         if q_low - low > 4 * spread:
-            remark += f"{'; ' if remark else ''}lowest value {number(low)} lies outside the picture"
+            remark += f"{'; ' if remark else ''}lowest value {number(low)} is outside the chart"
             low = q_low - 0.3 * spread
     low, high = min([low, *include]), max([high, *include])
     if high - low < 1e-12 * max(abs(high), abs(low), 1e-30):
@@ -122,7 +123,7 @@ def value_range(series: Sequence[Series], include: Sequence[float] = ()) -> tupl
 
 
 def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """Path data of a polyline with a gap at every non-finite value; a lone point becomes a dot (round line ends)."""
+    """Return a polyline's path data, with a gap at non-finite values; an isolated point is a dot (round line ends)."""
     out, pen_up = [], True
     for x, y in zip(xs, ys, strict=True):
         if not math.isfinite(y):
@@ -135,7 +136,7 @@ def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Plot area and the two axes' ranges; x and y map values to drawing units, clamped to the area."""
+    """Plot area and ranges of both axes. x and y map values to drawing units; y clamps them to the area."""
 
     width: int
     height: int
@@ -182,7 +183,7 @@ class _Frame:
 
 
 def _plot_data(frame: _Frame, steps: Sequence[int], named: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """What the page's script needs to show values under the pointer, as JSON (not finite = null)."""
+    """Return the data with which the page's script shows values at the pointer, as JSON (null = not finite)."""
 
     def rounded(values: Sequence[float]) -> list[float | None]:
         return [float(f"{v:.4g}") if math.isfinite(v) else None for v in values]
@@ -226,12 +227,12 @@ def curve_svg(
     width: int = 360,
     height: int = 190,
 ) -> tuple[str, str]:
-    """Curves over the step, raw drawn faint below the smoothed one, with warning lines; and a remark on what was cut.
+    """Return a chart of smoothed curves over faint raw ones, with warning lines, and a remark on values outside of it.
 
-    `y_range` fixes the vertical axis; without it the axis follows the values and covers those of `include`.
+    `y_range` fixes the vertical axis. Without it, the axis covers the values and those of `include`.
     """
     low, high, remark = value_range(series, include)
-    # What was cut off must not pull the smoothed curve along.
+    # Spikes outside of the chart must not affect the smoothed curve.
     calm = series if not remark else [_clamped(s, low, high) for s in series]
     if y_range is not None:
         calm, (low, high), remark = series, y_range, ""
@@ -265,7 +266,7 @@ def _clamped(series: Series, low: float, high: float) -> Series:
 
 
 def last_smoothed(series: Series) -> float:
-    """Last finite value of the smoothed curve, single spikes cut as in its picture."""
+    """Return the last finite value of the smoothed curve, with isolated spikes clamped as in the chart."""
     low, high, remark = value_range([series])
     finite = [v for v in smooth((_clamped(series, low, high) if remark else series).values) if math.isfinite(v)]
     return finite[-1] if finite else math.nan
@@ -281,7 +282,7 @@ def curve_chart(
     warn: Sequence[tuple[float, str]] = (),
     smoothed: bool = True,
 ) -> str:
-    """One card with curves. A smoothed value beyond a warning line is also said in words."""
+    """Return a card with curves. If smoothed values are beyond a warning line, the card has a warning text too."""
     series = list(series)[:SERIES_COLOURS]
     svg, remark = curve_svg(
         series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed
@@ -308,20 +309,20 @@ def curve_chart(
 
 
 def _summary(title: str, series: Sequence[Series]) -> str:
-    """What a reader who cannot see the curve is told."""
-    parts = []
+    """Return the text of the chart for screen readers."""
+    sentences = []
     for s in series:
         finite = [v for v in s.values if math.isfinite(v)]
         if finite:
-            parts.append(
+            sentences.append(
                 f"{s.name}: first {number(finite[0])}, last {number(finite[-1])}, "
                 f"lowest {number(min(finite))}, highest {number(max(finite))}"
             )
-    return f"{title}. " + "; ".join(parts)
+    return f"{title}. " + "; ".join(sentences)
 
 
 def stacked_chart(title: str, hint: str, series: Sequence[Series], *, width: int = 360, height: int = 190) -> str:
-    """One card with bars of stacked parts (means over a few steps when there are many) and each part's share."""
+    """Return a card with stacked bars (means over several steps if there are many) and the share of each series."""
     series = list(series)[:SERIES_COLOURS]
     steps = sorted({step for s in series for step in s.steps})
     size = math.ceil(len(steps) / MAX_BARS)

@@ -30,19 +30,19 @@ _LANES = (("sd_across", "sd across questions", 1, "square"), ("sd_within", "sd w
 
 
 def teacher_section(statistics: Mapping[str, Any] | None) -> str:
-    """Table and chart of `teacher.diagnostics.pool_statistics`; a sentence when the run has none."""
+    """Return table and chart of `teacher.diagnostics.pool_statistics`, or a sentence if the run has none."""
     head = '<h2 id="teacher">Teacher responses</h2>'
     tasks = (statistics or {}).get("tasks")
     if not isinstance(tasks, Mapping) or not any(tasks.values()):
-        return f'{head}<p class="muted">No statistics of the teacher pool in this run (no teacher.json).</p>'
+        return f'{head}<p class="muted">This run has no statistics of the teacher pool (no teacher.json).</p>'
     groups = [(task, tasks[task]) for task in in_order(list(tasks), TASK_TYPES) if isinstance(tasks[task], Mapping)]
     totals = [
         (name, statistics[key]) for key, name in (("closed", "all closed"), ("all", "all")) if statistics.get(key)
     ]
     lead = (
-        f"Quality of the first {visible(statistics.get('responses', '?'))} responses per training question, invalid "
-        f"ones counted as 0; kept are those of at least {visible(statistics.get('min_quality', '?'))}. Open questions "
-        "have no metric: a valid answer counts as 1. " + _parse_words(statistics)
+        f"Quality of the first {visible(statistics.get('responses', '?'))} responses per training question. Invalid "
+        f"responses count as 0; responses of at least {visible(statistics.get('min_quality', '?'))} are kept. Open "
+        "questions have no metric: a valid answer counts as 1. " + _parse_words(statistics)
     )
     simulated = f"<p><b>{SIMULATED}: these numbers describe the simulation.</b></p>" if is_simulated(statistics) else ""
     paper = (
@@ -57,7 +57,7 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
 
 
 def _parse_words(statistics: Mapping[str, Any]) -> str:
-    """How texts were read, and why some could not be used; nothing for runs of earlier versions."""
+    """Return how answers were parsed, and why some could not be used; "" for runs of earlier versions."""
     parse, reasons = statistics.get("parse"), (statistics.get("all") or {}).get("reasons")
     words = f"Read with teacher.parse={visible(parse)}." if parse else ""
     if isinstance(reasons, Mapping) and reasons:

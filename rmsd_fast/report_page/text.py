@@ -1,4 +1,4 @@
-"""Untrusted text as HTML."""
+"""Conversion of untrusted text to HTML."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(value: object) -> str:
-    """Untrusted text as HTML: escaped, characters that cannot be shown replaced by U+FFFD."""
+    """Return untrusted text as HTML: escaped, with unprintable characters replaced by U+FFFD."""
     return escape(_UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n")), quote=True)

@@ -5,10 +5,14 @@ The prompts of a batch are prefilled in one packed row; their K/V are kept once 
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 
+from rmsd_fast.data.packing import media_places
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
+from rmsd_fast.data.transfer import to_device
 from rmsd_fast.models.shared_prefix import run_shared_prefix, shared_prefix_enabled
 from rmsd_fast.models.students import MediaFeatures, embed, encode_media
 from rmsd_fast.rollout.base import Rollout, Sampling, sampling_noise
@@ -48,8 +52,11 @@ class HfRollout:
             with shared_prefix_enabled(model):
                 for start in range(0, len(prompts), self.prompts_per_batch):
                     batch = prompts[start : start + self.prompts_per_batch]
-                    own = None if features is None else features.select(range(start, start + len(batch)))
-                    tokens, logp = self._decode(model, batch, own or encode_media(model, batch), sampling)
+                    if features is None:
+                        encoded = encode_media(model, batch)
+                    else:
+                        encoded = features.select(range(start, start + len(batch)))
+                    tokens, logp = self._decode(model, batch, encoded, sampling)
                     rollouts += self._collect(batch, tokens, logp, sampling, policy_version)
             return rollouts
         finally:
@@ -99,15 +106,23 @@ class HfRollout:
         """One forward over the packed prompts; their K/V, and the logits [B, V] that follow each."""
         lengths = [len(p.input_ids) for p in prompts]
         cache = PrefixCache(lengths, device=self.device)
-        input_ids = torch.cat([p.input_ids for p in prompts])[None].to(self.device)
+        ends = list(accumulate(lengths))
+        input_ids, position_ids, places, last = to_device(
+            [
+                torch.cat([p.input_ids for p in prompts])[None],
+                torch.cat([p.position_ids for p in prompts], 1)[:, None],
+                media_places(prompts, [0, *ends[:-1]]),
+                torch.tensor(ends) - 1,
+            ],
+            self.device,
+        )
         hidden = run_shared_prefix(
             model.model.language_model,
             cache,
-            position_ids=torch.cat([p.position_ids for p in prompts], 1)[:, None].to(self.device),
-            **embed(model, input_ids, features, list(range(len(prompts)))),
+            position_ids=position_ids,
+            **embed(model, input_ids, features, list(range(len(prompts))), places),
         )
-        last = torch.tensor(lengths).cumsum(0) - 1
-        return cache, model.lm_head(hidden[0, last.to(self.device)])
+        return cache, model.lm_head(hidden[0, last])
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor, temperature: float):
         """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64.
@@ -135,16 +150,16 @@ class HfRollout:
         for row, prompt in enumerate(prompts):
             group = []
             for index in range(sampling.n):
-                place = row * sampling.n + index
-                length = int((tokens[place] >= 0).sum())
-                ids = tokens[place, :length].clone()
+                number = row * sampling.n + index
+                length = int((tokens[number] >= 0).sum())
+                ids = tokens[number, :length].clone()
                 group.append(
                     Rollout(
                         question_id=prompt.question.id,
                         index=index,
                         token_ids=ids,
                         text=self.builder.decode_response(ids),
-                        logp=logp[place, :length].clone(),
+                        logp=logp[number, :length].clone(),
                         truncated=int(ids[-1]) != self.builder.eos_id,
                         policy_version=policy_version,
                     )

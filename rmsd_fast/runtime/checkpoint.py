@@ -7,7 +7,6 @@ safetensors and JSON: loading runs no code from them. All ranks must see the run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,21 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from rmsd_fast.config import CheckpointError, SettingsError, first_line
 from rmsd_fast.files import (
     ENVIRONMENT_ADVICE,
+    file_sha256,
     is_disk_error,
     make_folder,
-    read_tensors,
     sync_file,
     sync_folders,
-    write_tensors,
     write_text_atomic,
 )
 from rmsd_fast.runtime.ends import is_lost_peer
-from rmsd_fast.runtime.world import World, all_gather_objects, barrier, on_main
+from rmsd_fast.runtime.process_group import World, all_gather_objects, barrier, on_main
 
 log = logging.getLogger("rmsd_fast")
 _NAME = re.compile(r"step_(\d+)(\.replaced)?")
@@ -58,7 +55,6 @@ def save_checkpoint(
     world: World,
     engines: Mapping[str, Any],
     state: Mapping[str, Any],
-    extra_modules: Mapping[str, nn.Module] | None = None,
     writers: Mapping[str, Callable[[Path], None]] | None = None,
     keep: int = 2,
 ) -> bool:
@@ -68,7 +64,6 @@ def save_checkpoint(
         tag: grows over the run; checkpoints of a higher tag belong to a future that was given up and are removed.
         engines: by name, each with `save(folder)` and `load(folder)`.
         state: whatever JSON can hold: stage, step, data cursor, fingerprints, counters.
-        extra_modules: frozen models, whole on every rank; rank 0 writes them.
         writers: by sub-folder name, called on rank 0 with that folder inside the checkpoint, e.g. the export. One that
             reads an engine's weights under ZeRO-3 needs this call to stand inside `engine.full_weights()`.
         keep: newest checkpoints kept, this one included.
@@ -89,9 +84,9 @@ def save_checkpoint(
     def prepare() -> dict[str, Any]:
         if world.is_main:
             make_folder(root)
-            for left in root.glob("*.tmp"):
+            for leftover in root.glob("*.tmp"):
                 # Files in use can outlive their removal on NFS. Only the place of this checkpoint has to be free.
-                shutil.rmtree(left, ignore_errors=left != tmp) if left.is_dir() else left.unlink()
+                shutil.rmtree(leftover, ignore_errors=leftover != tmp) if leftover.is_dir() else leftover.unlink()
             tmp.mkdir()
         return {}
 
@@ -101,8 +96,6 @@ def save_checkpoint(
         (tmp / f"rng_{world.rank:05d}.json").write_text(json.dumps(_rng_state()), encoding="utf-8")
         if world.is_main:
             (tmp / "state.json").write_text(text + "\n", encoding="utf-8")
-            for name, module in (extra_modules or {}).items():
-                write_tensors(tmp / f"module_{name}.safetensors", _module_tensors(module))
             for name, writer in (writers or {}).items():
                 (tmp / name).mkdir()
                 writer(tmp / name)
@@ -148,7 +141,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
             kind, text = "fault", f"rank {world.rank}: {type(caught).__name__}: {caught}"
             log.error("checkpoint: rank %d failed", world.rank, exc_info=caught)
     outcomes = all_gather_objects((result, kind, text), world)
-    texts = {kind: "; ".join(text for _, own, text in outcomes if own == kind) for kind in ("fault", "refused", "full")}
+    texts = {kind: "; ".join(text for _, its, text in outcomes if its == kind) for kind in ("fault", "refused", "full")}
     if not any(texts.values()):
         return [result for result, _, _ in outcomes]
     if world.is_main:
@@ -173,15 +166,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
 def _to_disk(path: Path) -> dict[str, Any]:
     """Bring a file to disk; its size in bytes and sha256."""
     sync_file(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _commit(root: Path, tmp: Path, tag: int) -> None:
@@ -202,10 +187,10 @@ def _prune(root: Path, tag: int, keep: int) -> None:
         match = _NAME.fullmatch(path.name)
         if match and (int(match[1]) not in kept or match[2]):
             # Renamed first: a kill in the middle of the removal leaves nothing that looks like a checkpoint.
-            gone = path.with_name(f".{path.name}.removed.tmp")
+            removed = path.with_name(f".{path.name}.removed.tmp")
             try:
-                path.rename(gone)
-                shutil.rmtree(gone)
+                path.rename(removed)
+                shutil.rmtree(removed)
             except OSError as error:
                 log.warning("%s could not be removed: %s", path, error)
 
@@ -239,10 +224,10 @@ def _candidates(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     try:
-        found = {p.name: m for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))}
+        matches = {p.name: m for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))}
     except OSError as error:
         raise CheckpointError(f"{root}: cannot be read ({error.strerror}); check the folder") from error
-    names = sorted(found, key=lambda n: (int(found[n][1]), not found[n][2]), reverse=True)
+    names = sorted(matches, key=lambda n: (int(matches[n][1]), not matches[n][2]), reverse=True)
     try:
         # Reading a pipe that stands in its place would wait for ever.
         first = (root / "latest").read_text(encoding="utf-8").strip() if (root / "latest").is_file() else ""
@@ -260,22 +245,22 @@ def _problems(folder: Path, world: World) -> list[str]:
         entries = [(str(n), int(e["size"]), str(e["sha256"])) for n, e in sorted(files.items())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json unreadable: {error}"]
-    found = [] if "state.json" in files else ["state.json is not in the manifest"]
+    problems = [] if "state.json" in files else ["state.json is not in the manifest"]
     try:
         unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {*files, "manifest.json"}
         # NFS gives files that were removed while they were open such a name for a while.
         unlisted = {name for name in unlisted if not Path(name).name.startswith(".nfs")}
     except OSError as error:
-        return [*found, f"{error.filename} cannot be read ({error.strerror})"]
-    found += [f"{name} is not in the manifest" for name in sorted(unlisted)]
+        return [*problems, f"{error.filename} cannot be read ({error.strerror})"]
+    problems += [f"{name} is not in the manifest" for name in sorted(unlisted)]
     for name, size, sha256 in entries[world.rank :: world.size]:
         try:
             problem = _problem(folder, folder / name, size, sha256)
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         if problem:
-            found.append(f"{name} {problem}")
-    return found
+            problems.append(f"{name} {problem}")
+    return problems
 
 
 def _problem(folder: Path, path: Path, size: int, sha256: str) -> str:
@@ -287,21 +272,14 @@ def _problem(folder: Path, path: Path, size: int, sha256: str) -> str:
         return "is missing"
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes, expected {size}"
-    return "" if _sha256(path) == sha256 else "has another sha256 than written"
+    return "" if file_sha256(path) == sha256 else "has another sha256 than written"
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint,
-    *,
-    world: World,
-    engines: Mapping[str, Any],
-    extra_modules: Mapping[str, nn.Module] | None = None,
-    rng: bool = True,
-) -> dict[str, Any]:
-    """Put engines, frozen models and random generators back as they were; returns the saved `state`.
+def load_checkpoint(checkpoint: Checkpoint, *, world: World, engines: Mapping[str, Any]) -> dict[str, Any]:
+    """Put engines and random generators back as they were; returns the saved `state`.
 
     Raises:
-        ValueError: saved with other engines, modules, ranks or ZeRO stage than these.
+        ValueError: saved with other engines, ranks or ZeRO stage than these.
     """
     folder = checkpoint.folder
     for name, engine in engines.items():
@@ -315,26 +293,11 @@ def load_checkpoint(
         except FileNotFoundError as error:
             # Neither there nor in the manifest.
             raise CheckpointError(f"{folder}: {first_line(error)}; resume from a copy of the run folder") from error
-    for name, module in (extra_modules or {}).items():
-        path = folder / f"module_{name}.safetensors"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no module '{name}'; resume with the settings it was saved with")
-        saved, now = read_tensors(path), _module_tensors(module)
-        if saved.keys() != now.keys() or any(saved[k].shape != now[k].shape for k in now):
-            raise CheckpointError(f"{path} holds another model: expected the names and shapes of this run's '{name}'")
-        with torch.no_grad():
-            for key, value in saved.items():
-                now[key].copy_(value)
     path = folder / f"rng_{world.rank:05d}.json"
-    if rng:
-        if not path.is_file():
-            raise CheckpointError(f"{folder} was saved by fewer processes than {world.size}; use as many as then")
-        _restore_rng(json.loads(path.read_text(encoding="utf-8")))
+    if not path.is_file():
+        raise CheckpointError(f"{folder} was saved by fewer processes than {world.size}; use as many as then")
+    _restore_rng(json.loads(path.read_text(encoding="utf-8")))
     return checkpoint.state
-
-
-def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.data for n, p in module.named_parameters()} | dict(module.named_buffers())
 
 
 def _rng_state() -> dict[str, Any]:

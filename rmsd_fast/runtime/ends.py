@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from rmsd_fast.runtime.world import World, broadcast_object
+from rmsd_fast.runtime.process_group import World, broadcast_object
 
 # How long another process waits for the main one to give the same message.
 MAIN_S = 2.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from rmsd_fast.config import CheckpointError
 from rmsd_fast.runtime.alarms import AlarmWatch
 from rmsd_fast.runtime.json_lines import JsonLines
-from rmsd_fast.runtime.world import World
+from rmsd_fast.runtime.process_group import World
 
 log = logging.getLogger("rmsd_fast")
 

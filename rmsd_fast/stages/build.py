@@ -16,11 +16,12 @@ from rmsd_fast.models.policy import Policy
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import Engine, World
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.setting_rules import check_room, uses_discriminator, uses_reference
 from rmsd_fast.stages.material import Material
-from rmsd_fast.stages.state import RunState
+from rmsd_fast.stages.state import StageState
 from rmsd_fast.teacher.targets import Targets, build_targets
 
 log = logging.getLogger("rmsd_fast")
@@ -60,7 +61,7 @@ def build_imitation(
     media: MediaReader | None = None,
     *,
     stage: str,
-) -> RunState:
+) -> StageState:
     """State of stage 1, or of the control of stage 2: the student and its engine. media: what reads the videos."""
     training = settings.sft if stage == "sft" else settings.distill
     student = load(path, settings, world)
@@ -70,7 +71,17 @@ def build_imitation(
     policy = make_engine(policy, settings, world, training.lr, training.weight_decay)
     room = 0 if training.train_vision else settings.data.embedding_cache_mib * 2**20
     features = ByteLru(room) if room else None
-    return RunState(world, student, builder, targets, PhaseTimer(world.device), policy, features=features)
+    return StageState(
+        settings,
+        world,
+        student,
+        builder,
+        targets,
+        PhaseTimer(world.device),
+        policy,
+        train_vision=training.train_vision,
+        features=features,
+    )
 
 
 def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig, world: World) -> dict[str, Targets]:
@@ -121,15 +132,15 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
 
 def build_distillation(
     path: str, settings: RunConfig, world: World, material: Material, media: MediaReader | None = None
-) -> RunState:
+) -> StageState:
     """State of warm-up and stage 2: policy, discriminator and reference, all starting from the stage-1 student."""
     state = build_imitation(path, settings, world, material, media, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
         state.reference = make_reference(load(path, settings, world))
     if uses_discriminator(settings):
-        judge = make_discriminator(load(path, settings, world), settings)
-        state.discriminator = make_engine(judge, settings, world, settings.discriminator.lr)
+        discriminator = make_discriminator(load(path, settings, world), settings)
+        state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)
     return state
 
 

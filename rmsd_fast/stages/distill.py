@@ -12,238 +12,232 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from rmsd_fast.config import RunConfig
-from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
 from rmsd_fast.models.students import MediaFeatures, encode_media
-from rmsd_fast.rollout.base import Sampling
-from rmsd_fast.runtime.distributed import any_rank, global_sum
+from rmsd_fast.rollout.base import Rollout, Sampling
+from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules import uses_discriminator
-from rmsd_fast.stages.groups import Group, group_metrics, group_sums, make_group, set_advantages
-from rmsd_fast.stages.judge import judge, judge_metrics
-from rmsd_fast.stages.state import (
-    RunState,
-    StepResult,
-    apply_or_discard,
-    encode_step,
-    micro_batches,
-    rows_of,
-    select_features,
-)
+from rmsd_fast.stages.discriminator_pass import discriminator_pass
+from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, set_advantages
+from rmsd_fast.stages.passes import Pass, passes
+from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
+from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 
 
-def warm_up_step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
-    """One optimiser step of the discriminator on rollouts of a policy that stands still."""
-    groups, features = _roll_out(state, prompts, settings, rollout_step)
-    if groups is None:
+def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
+    """One optimiser step of the discriminator on rollouts of a policy that stands still.
+
+    number: of the step within the warm-up, from 0.
+    """
+    settings = state.settings
+    rollouts, features = roll_out(state, prompts, number)
+    if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
+    with state.timer("matching"):
+        groups = [
+            make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=number)
+            for prompt, drawn in zip(prompts, rollouts, strict=True)
+        ]
     with state.timer("discriminator"):
-        sums = judge(state, groups, features, settings)
+        scored, computed = discriminator_pass(state, groups, features)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.discriminator])
-    samples = _samples(groups, judged=True, trained=False)
-    sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
-    metrics = {**judge_metrics(sums), **group_metrics(sums), **_work(sums), "discriminator/grad_norm": norm}
-    return StepResult(metrics, skipped, groups)
+    work = {"tokens": _samples(groups, scored=True, trained=False), "tokens_computed": computed}
+    metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
+    return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups)
 
 
-def step(state: RunState, prompts: list[Prompt], settings: RunConfig, *, rollout_step: int) -> StepResult:
-    """One optimiser step of policy and discriminator."""
-    groups, features = _roll_out(state, prompts, settings, rollout_step)
-    if groups is None:
+def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
+    """One optimiser step of policy and discriminator. number: of the step within stage 2, from 0."""
+    settings = state.settings
+    # Rollouts and matches are drawn by a number that goes on from the warm-up's.
+    rollout_step = number + ("warm_up" in settings.stages) * settings.discriminator.warm_up_steps
+    rollouts, features = roll_out(state, prompts, rollout_step)
+    if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
-    engines = [state.policy]
-    sums: dict[str, float] = {}
+    with state.timer("matching"):
+        groups = [
+            make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
+            for prompt, drawn in zip(prompts, rollouts, strict=True)
+        ]
+    engines, scored, scored_tokens = [state.policy], {}, 0
     if uses_discriminator(settings):
         with state.timer("discriminator"):
-            sums = judge(state, groups, features, settings)
+            scored, scored_tokens = discriminator_pass(state, groups, features)
         engines.append(state.discriminator)
     with state.timer("reference"):
-        batches = _policy_batches(state, groups, features, settings)
+        parts = _reference_pass(state, groups, features)
     for group in groups:
         set_advantages(group, settings)
     with state.timer("policy"):
-        sums |= _policy_pass(state, batches, settings)
+        trained, trained_tokens = _policy_pass(state, groups, parts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-    samples = _samples(groups, judged=uses_discriminator(settings), trained=True)
-    sums = global_sum({**sums, **group_sums(groups, settings), **samples}, state.world)
-    metrics = {**group_metrics(sums), **_policy_metrics(sums), **_work(sums), "policy/grad_norm": norms[0]}
-    if uses_discriminator(settings):
-        metrics |= {**judge_metrics(sums), "discriminator/grad_norm": norms[1]}
+    tokens = _samples(groups, scored=bool(scored), trained=True)
+    work = {"tokens": tokens, "tokens_computed": scored_tokens + trained_tokens}
+    metrics = global_metrics({**group_record(groups, settings), **trained, **work, **scored}, state.world)
+    metrics["policy/grad_norm"] = norms[0]
+    if scored:
+        metrics["discriminator/grad_norm"] = norms[1]
     return StepResult(metrics, skipped, groups)
 
 
-def _roll_out(
-    state: RunState, prompts: list[Prompt], settings: RunConfig, rollout_step: int
-) -> tuple[list[Group] | None, MediaFeatures | None]:
-    """Groups of the step and the vision features that all three models share; None where each encodes its own.
+def roll_out(
+    state: StageState, prompts: list[Prompt], rollout_step: int
+) -> tuple[list[list[Rollout]] | None, MediaFeatures | None]:
+    """Rollouts of each prompt, and the vision features that all three models share; None where each encodes its own.
 
-    No groups on any process where the policy's logits were not finite on one of them.
+    No rollouts on any process where the policy's logits were not finite on one of them.
     """
-    rollout = settings.rollout
+    settings = state.settings
     sampling = Sampling(
-        n=rollout.n,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
+        n=settings.rollout.n,
+        temperature=settings.rollout.temperature,
+        max_new_tokens=settings.rollout.max_new_tokens,
         seed=settings.seed,
         step=rollout_step,
     )
-    model = state.student.model
     with state.policy.full_weights():
-        features = encode_step(state, prompts, settings)
+        features = encode_step(state, prompts)
         with state.timer("rollout"):
-            responses = state.rollouts.generate(
-                model, prompts, sampling, features=features, policy_version=rollout_step
+            rollouts = state.rollouts.generate(
+                state.student.model, prompts, sampling, features=features, policy_version=rollout_step
             )
-    if any_rank(not all(rollout.finite for own in responses for rollout in own), state.world):
+    if any_rank(not all(rollout.finite for drawn in rollouts for rollout in drawn), state.world):
         return None, None
-    with state.timer("matching"):
-        groups = [
-            make_group(prompt, own, state.targets[prompt.question.id], settings, step=rollout_step)
-            for prompt, own in zip(prompts, responses, strict=True)
-        ]
-    return groups, None if settings.distill.train_vision else features
+    return rollouts, None if state.train_vision else features
 
 
 @dataclass
-class _PolicyBatch:
-    """One micro-batch of the policy loss; log-probs [S] over the tokens of `rows`, in their order.
+class _PolicyPass:
+    """A pass of the policy, with what its loss reads beside it.
 
-    features, ref_features: of policy and reference, the same while the tower is frozen; None: the policy encodes.
+    Fields:
+        read: prompts, rows and features; while the tower is frozen the reference shares the features.
+        ref_features: the reference's; None: nothing reads them.
+        rollout_logp: log-probs of the sampled tokens as the rollouts were drawn, float32 [S], in the order of the rows.
+        ref_logp: those of the reference, where a KL to it on the sampled tokens is taken.
     """
 
-    parts: list[tuple[Group, list[int]]]
-    prompts: list[Prompt]
-    features: MediaFeatures | None
+    read: Pass
     ref_features: MediaFeatures | None
-    rows: Rows
     rollout_logp: torch.Tensor
-    filler: bool
     ref_logp: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def _policy_batches(
-    state: RunState, groups: list[Group], features: MediaFeatures | None, settings: RunConfig
-) -> list[_PolicyBatch]:
-    """Micro-batches with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
-    distill, device = settings.distill, state.world.device
-    score = partial(linear_logprob, temperature=settings.rollout.temperature, ignore_index=None)
-    prompts = [group.prompt for group in groups]
+def _reference_pass(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> list[_PolicyPass]:
+    """The policy's passes with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
+    distill, kl_in_reward = state.settings.distill, state.settings.reward.kl_in_reward
+    score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    batches = []
-    for planned in micro_batches(state, prompts, responses, settings):
-        parts = [(groups[i], own) for i, own in zip(planned.prompts, planned.responses, strict=True)]
-        batch = _PolicyBatch(
-            parts=parts,
-            prompts=[prompts[i] for i in planned.prompts],
-            features=select_features(features, planned.prompts),
-            ref_features=select_features(features, planned.prompts),
-            rows=rows_of(state, planned, prompts, responses, settings),
-            rollout_logp=torch.cat([group.rollouts[r].logp for group, own in parts for r in own]).to(device),
-            filler=planned.filler,
-        )
-        if state.reference is not None and batch.ref_features is None:
-            batch.ref_features = encode_media(state.reference.model, batch.prompts)
-        if (distill.kl_coef and distill.kl != "full") or settings.reward.kl_in_reward:
-            batch.ref_logp = state.reference(batch.prompts, batch.rows, batch.ref_features, score)
-        batches.append(batch)
-    if settings.reward.kl_in_reward:
-        _set_log_ratios(groups, batches)
-    return batches
+    parts = []
+    for read in passes(state, [group.prompt for group in groups], responses, features):
+        logp = torch.cat([rollout.logp for rollout in _rollouts_of(read, groups)])
+        (rollout_logp,) = to_device([logp], state.world.device)
+        ref_features = read.features
+        if state.reference is not None and ref_features is None:
+            ref_features = encode_media(state.reference.model, read.prompts)
+        part = _PolicyPass(read, ref_features, rollout_logp)
+        if (distill.kl_coef and distill.kl != "full") or kl_in_reward:
+            part.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
+        parts.append(part)
+    if kl_in_reward:
+        _set_log_ratios(groups, parts)
+    return parts
 
 
-def _set_log_ratios(groups: list[Group], batches: list[_PolicyBatch]) -> None:
+def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
+    """The rollouts of a pass, in the order of its rows."""
+    pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
+    return [groups[i].rollouts[r] for i, chosen in pairs for r in chosen]
+
+
+def _set_log_ratios(groups: list[RolloutGroup], parts: list[_PolicyPass]) -> None:
     """k1 of each rollout, mean over its tokens."""
-    found = []
-    for batch in batches:
-        log_ratio = (batch.rollout_logp - batch.ref_logp).split(batch.rows.lengths_list)
-        found.append(torch.stack([part.mean() for part in log_ratio]))
-    means = iter(torch.cat(found).cpu())
+    means = []
+    for part in parts:
+        log_ratio = (part.rollout_logp - part.ref_logp).split(part.read.rows.lengths_list)
+        means.append(torch.stack([of_rollout.mean() for of_rollout in log_ratio]))
+    every_mean = iter(torch.cat(means).cpu())
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
-    for batch in batches:
-        for group, own in batch.parts:
-            for rollout in own:
-                group.log_ratio[rollout] = next(means)
+    for part in parts:
+        for i, chosen in zip(part.read.batch.prompts, part.read.batch.responses, strict=True):
+            for rollout in chosen:
+                groups[i].log_ratio[rollout] = next(every_mean)
 
 
-def _policy_pass(state: RunState, batches: list[_PolicyBatch], settings: RunConfig) -> dict[str, torch.Tensor]:
-    """Forward and backward of the policy loss; the gradients are complete afterwards and not applied."""
-    distill, device = settings.distill, state.world.device
-    real = [batch for batch in batches if not batch.filler]
-    tokens = sum(len(batch.rows.targets) for batch in real)
-    sequences = sum(len(batch.rows.lengths_list) for batch in real)
-    counts = global_sum({"tokens": tokens, "sequences": sequences}, state.world)
+def _policy_pass(
+    state: StageState, groups: list[RolloutGroup], parts: list[_PolicyPass]
+) -> tuple[dict[str, Metric], int]:
+    """Forward and backward of the policy loss; the gradients are complete afterwards and not applied.
+
+    Returns:
+        This process's part of the metrics, and the tokens that went through the model.
+    """
+    distill = state.settings.distill
+    real = [part.read.rows for part in parts if not part.read.filler]
+    tokens = sum(len(rows.targets) for rows in real)
+    counts = global_sum({"tokens": tokens, "sequences": sum(len(rows.lengths_list) for rows in real)}, state.world)
     token_mean = distill.aggregation == "token_mean"
-    normalizer = counts["tokens"] if token_mean else counts["sequences"]
     # With kl_coef = 0 k3 is only measured; "full" would need the reference's hidden states for that.
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
-    sums: dict[str, torch.Tensor] = {}
-    for number, batch in enumerate(batches):
-        lengths = batch.rows.lengths
-        advantages = torch.cat([group.advantages[own] for group, own in batch.parts]).to(device)
-        each = 1.0 / lengths
+    totals: dict[str, torch.Tensor] = {}
+    for part in parts:
+        read, rows = part.read, part.read.rows
+        pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
+        advantages = torch.cat([groups[i].advantages[chosen] for i, chosen in pairs])
+        (advantages,) = to_device([advantages], state.world.device)
+        each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
         # A reference that was scored for the reward is measured too, also where the loss has no KL.
-        reference = {} if batch.ref_logp is None else {"ref_logp": batch.ref_logp}
+        reference = {} if part.ref_logp is None else {"ref_logp": part.ref_logp}
         if kl and distill.kl == "full":
             with torch.no_grad():
-                hidden, weight = state.reference(batch.prompts, batch.rows, batch.ref_features, _hidden_and_head)
+                hidden, weight = state.reference(read.prompts, rows, part.ref_features, _hidden_and_head)
             reference = {"ref_hidden": hidden, "ref_weight": weight}
         head = partial(
             linear_policy_loss,
-            advantages=advantages.repeat_interleave(lengths, output_size=len(batch.rows.targets)),
-            token_weights=None if token_mean else each.repeat_interleave(lengths, output_size=len(batch.rows.targets)),
-            normalizer=normalizer,
-            temperature=settings.rollout.temperature,
+            advantages=each_token(advantages),
+            token_weights=None if token_mean else each_token(1.0 / rows.lengths),
+            normalizer=counts["tokens"] if token_mean else counts["sequences"],
+            temperature=state.settings.rollout.temperature,
             ignore_index=None,
-            rollout_logp=batch.rollout_logp,
+            rollout_logp=part.rollout_logp,
             tis_cap=distill.tis_cap,
             sequence_mask_cap=distill.sequence_mask_cap,
-            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
+            cu_seqlens=F.pad(rows.lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
             **kl,
             **reference,
         )
-        result = state.policy(batch.prompts, batch.rows, batch.features, head)
-        state.policy.backward(0.0 * result.loss if batch.filler else result.loss, last=number == len(batches) - 1)
-        sums["p_computed"] = sums.get("p_computed", 0) + batch.rows.input_ids.numel()
-        if batch.filler:
+        result = state.policy(read.prompts, rows, read.features, head)
+        read.backward(state.policy, result.loss)
+        if read.filler:
             continue
-        measured = {"loss": result.loss.detach(), "tokens": len(batch.rollout_logp)}
-        measured |= {name: value * len(batch.rollout_logp) for name, value in result.metrics.items() if name in _MEANS}
-        for name, value in measured.items():
-            sums[f"p_{name}"] = sums.get(f"p_{name}", 0) + value
-    return sums
+        totals["loss"] = totals.get("loss", 0) + result.loss.detach()
+        for name in _MEANS & result.metrics.keys():
+            totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)
+    record: dict[str, Metric] = {"policy/loss": totals.pop("loss")}
+    record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
+    return record, sum(part.read.rows.input_ids.numel() for part in parts)
 
 
-# Means over tokens that the loss reports, those of them that the chosen mode has.
-_MEANS = ("kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction")
+# Means over tokens that the loss reports, those of them that the chosen mode has. importance_ratio is the trainer's
+# probability of the sampled tokens over the engine's: 1 where both compute the same.
+_MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction"}
 
 
 def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
 
 
-def _policy_metrics(sums: dict[str, float]) -> dict[str, float]:
-    # importance_ratio = trainer's over engine's probability of the sampled tokens: 1 where both compute the same.
-    means = {f"policy/{name}": sums[f"p_{name}"] / sums["p_tokens"] for name in _MEANS if f"p_{name}" in sums}
-    return {"policy/loss": sums["p_loss"], **means}
-
-
-def _samples(groups: list[Group], *, judged: bool, trained: bool) -> dict[str, float]:
+def _samples(groups: list[RolloutGroup], *, scored: bool, trained: bool) -> int:
     """Tokens of the step as a list of samples: each response with a prompt of its own, in each model with gradients."""
     tokens = 0
     for group in groups:
         prompt = len(group.prompt.input_ids)
-        tokens += (judged + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
-        tokens += judged * sum(prompt + len(ids) for ids in group.teacher_ids)
-    return {"samples": tokens}
-
-
-def _work(sums: dict[str, float]) -> dict[str, float]:
-    """`tokens` as samples; `tokens_computed` went through policy and discriminator, also those of fillers and of the
-    pass that precedes where a group was split.
-    """
-    return {"tokens": sums["samples"], "tokens_computed": sums.get("computed", 0) + sums.get("p_computed", 0)}
+        tokens += (scored + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
+        tokens += scored * sum(prompt + len(ids) for ids in group.teacher_ids)
+    return tokens

@@ -25,7 +25,7 @@ from rmsd_fast.method.quality import quality_score
 from rmsd_fast.models.students import Student
 from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
-from rmsd_fast.runtime.distributed import World, all_gather_objects
+from rmsd_fast.runtime.process_group import World, all_gather_objects
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings
@@ -65,19 +65,19 @@ def answer_questions(
     batch_size = settings.evaluate.prompts_per_batch
     engine = HfRollout(builder, prompts_per_batch=batch_size, device=world.device)
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
-    own = questions[world.rank :: world.size]
+    share = questions[world.rank :: world.size]
     records = []
     # Without a terminal a line every ten seconds, so that a long evaluation is seen to move.
     live = sys.stderr.isatty()
     with tqdm(
-        total=len(own),
+        total=len(share),
         desc=f"evaluate {name}",
         unit="question",
         disable=not world.is_main,
         mininterval=0.1 if live else 10,
         leave=True,
     ) as progress:
-        for batch in _prompts_ahead(builder, own, batch_size, settings):
+        for batch in _prompts_ahead(builder, share, batch_size, settings):
             if stop is not None:
                 stop.check()
             prompts = [prompt for _, prompt in batch if isinstance(prompt, Prompt)]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import DataError, all_faults
 from rmsd_fast.data.records import Question, load_questions, question_format
+from rmsd_fast.made.teacher import is_simulated
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
-from rmsd_fast.teacher.simulated import is_simulated
 from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
 
 # In this order, whatever order the files are given in.

@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import NotInstalled, RunConfig, SettingsError
-from rmsd_fast.data.clips import make_clips
 from rmsd_fast.data.question_text import question_text
-from rmsd_fast.data.real_clips import write_real_questions
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
+from rmsd_fast.made.clips import make_clips
+from rmsd_fast.made.real_clips import write_real_questions
+from rmsd_fast.made.student import build_tiny_student
+from rmsd_fast.made.teacher import write_simulated_pool
 from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
-from rmsd_fast.models.tiny import build_tiny_student
-from rmsd_fast.runtime.distributed import World, on_main
+from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
-from rmsd_fast.teacher.simulated import write_simulated_pool
 from rmsd_kernels.implementations import resolve_impl
 
 # How long a program waits for another one that makes the same material; less than its other processes wait for it.

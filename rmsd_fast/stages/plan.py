@@ -73,8 +73,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages and late.objective == "policy":
-        judge = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
-        lines.append(f"  reward {judge}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
+        parts = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
+        lines.append(f"  reward {parts}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
     return lines
 
 
@@ -103,8 +103,8 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not os.path.exists(path))
         if media:
-            gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
-            present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")
+            missing = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
+            present.append(f"media: {counted(len(media), 'file')}{missing} (not opened yet)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
     return present, missing

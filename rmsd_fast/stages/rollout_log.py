@@ -13,12 +13,12 @@ import torch
 
 from rmsd_fast.config import RolloutConfig
 from rmsd_fast.runtime.json_lines import JsonLines
-from rmsd_fast.stages.groups import Group
+from rmsd_fast.stages.groups import RolloutGroup
 
 
 def log_rollouts(
     log: JsonLines,
-    groups: Sequence[Group],
+    groups: Sequence[RolloutGroup],
     settings: RolloutConfig,
     *,
     stage: str,
@@ -37,7 +37,7 @@ def log_rollouts(
             log.append({"stage": stage, "step": step, **_record(group)})
 
 
-def _record(group: Group) -> dict[str, Any]:
+def _record(group: RolloutGroup) -> dict[str, Any]:
     question = group.prompt.question
     return {
         "id": question.id,
@@ -54,7 +54,7 @@ def _record(group: Group) -> dict[str, Any]:
     }
 
 
-def _teacher(group: Group) -> list[dict[str, Any]]:
+def _teacher(group: RolloutGroup) -> list[dict[str, Any]]:
     """The question's K answers; those that matching cannot choose have p = 0 and no score."""
     quality, p = group.targets.quality.tolist(), group.targets.p.tolist()
     # Without a discriminator there are no scores.
@@ -65,7 +65,7 @@ def _teacher(group: Group) -> list[dict[str, Any]]:
     ]
 
 
-def _rollout(group: Group, index: int) -> dict[str, Any]:
+def _rollout(group: RolloutGroup, index: int) -> dict[str, Any]:
     rollout = group.rollouts[index]
     record = {
         "text": rollout.text,

@@ -30,25 +30,28 @@ from rmsd_fast.runtime.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from rmsd_fast.runtime.distributed import Engine, World, all_gather_objects, any_rank, global_max, global_sum, on_main
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
+from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
-from rmsd_fast.stages.state import NonFiniteRun, RunState, StepResult, count_skipped, learning_rate
+from rmsd_fast.stages.state import NonFiniteRun, StageState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
 
 log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
+# A stage's step: state, this process's prompts, and the number of the step within the stage, from 0.
+Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One run: `checkpoint` is the one that it continues from, None for a new run.
 
     logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
@@ -86,7 +89,7 @@ def open_run(
     *,
     resumed: bool,
     allow_changes: bool,
-) -> Run:
+) -> TrainingRun:
     """Start a run in its folder, or check and reopen the one to continue.
 
     Raises:
@@ -124,7 +127,9 @@ def open_run(
     # By the main process: what it cannot open ends all of them.
     on_main(world, open_logs)
     metrics = metrics or MetricsLog(folder, world, totals=totals)
-    run = Run(settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint, listed=listed)
+    run = TrainingRun(
+        settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint, listed=listed
+    )
     if resumed and checkpoint is None:
         metrics.message("no checkpoint yet: the run starts at its beginning")
     if checkpoint:
@@ -132,7 +137,7 @@ def open_run(
     return run
 
 
-def close_logs(run: Run) -> None:
+def close_logs(run: TrainingRun) -> None:
     """Close the files that the run appends to; an OSError where one lacks lines, after all are closed."""
     faults = []
     for file in (run.metrics, *run.logs.values()):
@@ -144,7 +149,7 @@ def close_logs(run: Run) -> None:
         raise faults[0]
 
 
-def write_facts(run: Run, *, finished: bool) -> None:
+def write_facts(run: TrainingRun, *, finished: bool) -> None:
     """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
     path = run.folder / "run.json"
     facts = _facts(path)
@@ -175,7 +180,7 @@ def _facts(path: Path) -> dict:
         return {"started": _now()}
 
 
-def _losses(run: Run) -> str:
+def _losses(run: TrainingRun) -> str:
     """Which implementation `auto` takes for the heads, and where it is the slow one on CPU, why."""
     chosen = losses_of(run.settings, run.world)
     return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
@@ -198,7 +203,7 @@ def _hardware(world: World) -> str:
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process"
 
 
-def first_step(run: Run, stage: str) -> int:
+def first_step(run: TrainingRun, stage: str) -> int:
     """Steps of a stage that the continued run has done already."""
     if run.checkpoint is None:
         return 0
@@ -208,14 +213,16 @@ def first_step(run: Run, stage: str) -> int:
     return saved["step"] if saved["stage"] == stage else stage_steps(run.settings, stage)
 
 
-def restore(run: Run, stages: tuple[str, ...], state: RunState, engines: dict[str, Engine]) -> None:
+def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
     """Load the continued run's checkpoint, if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
 
 
-def open_loader(run: Run, state: RunState, stage: str, questions: list[Question], batch_size: int) -> PromptLoader:
+def open_loader(
+    run: TrainingRun, state: StageState, stage: str, questions: list[Question], batch_size: int
+) -> PromptLoader:
     data, world = run.settings.data, run.world
     if not questions:
         raise SettingsError(
@@ -237,18 +244,19 @@ def open_loader(run: Run, state: RunState, stage: str, questions: list[Question]
 
 
 def run_steps(
-    run: Run,
+    run: TrainingRun,
     stage: str,
-    state: RunState,
+    state: StageState,
     loader: PromptLoader,
     engines: dict[str, Engine],
-    step: Callable[[RunState, list[Prompt], int], StepResult],
+    step: Step,
     rates: dict[str, Callable[[int], float]],
 ) -> None:
     """The loop of a stage: data, learning rates, step, metrics, checkpoint.
 
     Args:
-        engines: all that a checkpoint holds. rates: learning rate by step, for the engines that this stage trains.
+        engines: all that a checkpoint holds.
+        rates: learning rate by step, for the engines that this stage trains.
     Raises:
         Stopped: SIGTERM came; the state is saved.
         NonFiniteRun: too many steps in a row were skipped.
@@ -283,7 +291,7 @@ def run_steps(
                         total=total,
                     )
                 try:
-                    count_skipped(state, run.settings, result.skipped)
+                    count_skipped(state, result.skipped)
                 except NonFiniteRun as error:
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
                 # Its groups hold the step's frames: the next step must not find them in memory.
@@ -306,7 +314,7 @@ def run_steps(
         )
 
 
-def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
+def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
     """This process's prompts of a step. A fault of one process, or too many bad samples, ends all of them together."""
     prompts, fault = [], None
     try:
@@ -331,7 +339,7 @@ def _next_prompts(run: Run, loader: PromptLoader, number: int, total: int) -> li
     return prompts
 
 
-def _note_bad(run: Run, loader: PromptLoader) -> None:
+def _note_bad(run: TrainingRun, loader: PromptLoader) -> None:
     """List the questions that could not be used, each once per stage."""
     faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
     for question_id, reason in faults if run.world.is_main else ():
@@ -342,14 +350,14 @@ def _note_bad(run: Run, loader: PromptLoader) -> None:
             run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 
 
-def _note_skipped(run: Run, stage: str, step: int, prompts: list[Prompt]) -> None:
+def _note_skipped(run: TrainingRun, stage: str, step: int, prompts: list[Prompt]) -> None:
     """List the questions of a step whose loss or gradient was not finite."""
     ids = [i for part in all_gather_objects([prompt.question.id for prompt in prompts], run.world) for i in part]
     if run.world.is_main:
         run.logs["skipped"].append({"stage": stage, "step": step, "questions": ids})
 
 
-def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
+def _cost(run: TrainingRun, state: StageState, result: StepResult) -> dict[str, float]:
     """Time, rates, memory and faults of a step."""
     cost = global_max(state.timer.take(), run.world)
     seconds, tokens, computed = (
@@ -370,7 +378,7 @@ def _cost(run: Run, state: RunState, result: StepResult) -> dict[str, float]:
     }
 
 
-def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, Engine]) -> bool:
+def save(run: TrainingRun, stage: str, step: int, state: StageState, engines: dict[str, Engine]) -> bool:
     """One checkpoint unit, with an export of the student in it; False where the disk is full."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
@@ -398,25 +406,25 @@ def save(run: Run, stage: str, step: int, state: RunState, engines: dict[str, En
         )
 
 
-def record_stage1(run: Run) -> None:
+def record_stage1(run: TrainingRun) -> None:
     """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
     run.fingerprints["stage1"] = on_main(run.world, lambda: model_digests(run.folder / "stage1"))
     on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
-def forget_stage1(run: Run) -> None:
+def forget_stage1(run: TrainingRun) -> None:
     """`stage1/`, if there is one, is not that of the steps to come."""
     if run.fingerprints.pop("stage1", None) is not None:
         on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
-def export(run: Run, student: Student, engine: Engine, folder: Path, stage: str) -> None:
+def export(run: TrainingRun, student: Student, engine: Engine, folder: Path, stage: str) -> None:
     """Write the student in HF format; all processes wait for it."""
     with engine.full_weights():
         on_main(run.world, lambda: export_student(student, folder, **_origin(run, stage)))
 
 
-def _origin(run: Run, stage: str) -> dict[str, Any]:
+def _origin(run: TrainingRun, stage: str) -> dict[str, Any]:
     """What a model card says of the training."""
     return {"base_model": run.settings.model.path, "stage": stage, "video": run.settings.video}
 

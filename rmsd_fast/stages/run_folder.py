@@ -13,7 +13,7 @@ from rmsd_fast.config import STAGES, CheckpointError, RunConfig, SettingsError, 
 from rmsd_fast.files import FolderLock, remove_leftovers, sync_folder, write_text_atomic
 from rmsd_fast.models.folders import model_digests
 from rmsd_fast.runtime.checkpoint import Checkpoint, compare_fingerprints
-from rmsd_fast.runtime.distributed import World, all_gather_objects, on_main
+from rmsd_fast.runtime.process_group import World, all_gather_objects, on_main
 from rmsd_fast.settings import load_settings, save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.material import Material
 
@@ -39,8 +39,8 @@ def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterat
         nonlocal lock
         folder = _new_folder(settings) if resume is None else resume
         lock = FolderLock(folder, wait_s=KILLED_S)
-        for place in (folder, folder / "predictions", folder / "checkpoints"):
-            remove_leftovers(place)
+        for written in (folder, folder / "predictions", folder / "checkpoints"):
+            remove_leftovers(written)
         return folder
 
     try:

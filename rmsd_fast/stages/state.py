@@ -6,30 +6,33 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rmsd_fast.config import RunConfig, SettingsError, UserError
+from rmsd_fast.config import RunConfig, UserError
 from rmsd_fast.data.media_cache import ByteLru
-from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
-from rmsd_fast.data.packing import Rows, make_rows
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
-from rmsd_fast.models.cost import balance_weights
 from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
-from rmsd_fast.runtime.distributed import Engine, World, global_max
+from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.metrics import PhaseTimer
-from rmsd_fast.stages.groups import Group
+from rmsd_fast.runtime.process_group import World
+from rmsd_fast.stages.groups import RolloutGroup
 from rmsd_fast.teacher.targets import Targets
 
 
 @dataclass
-class RunState:
-    """The live objects of a stage; `policy.module` is the model inside `student`."""
+class StageState:
+    """The settings and live objects of a stage; `policy.module` is the model inside `student`.
 
+    train_vision: whether the policy's vision tower is trained; then each model encodes the media in its own passes.
+    """
+
+    settings: RunConfig
     world: World
     student: Student
     builder: PromptBuilder
     targets: dict[str, Targets]
     timer: PhaseTimer
     policy: Engine
+    train_vision: bool = False
     discriminator: Engine | None = None
     reference: torch.nn.Module | None = None
     rollouts: RolloutEngine | None = None
@@ -45,9 +48,9 @@ class StepResult:
     groups: this process's questions with their rollouts, in stages that roll out.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     skipped: bool
-    groups: list[Group] = field(default_factory=list)
+    groups: list[RolloutGroup] = field(default_factory=list)
 
 
 class NonFiniteRun(UserError, RuntimeError):
@@ -79,81 +82,20 @@ def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
     return [engine.step() for engine in engines], False
 
 
-def count_skipped(state: RunState, settings: RunConfig, skipped: bool) -> None:
+def count_skipped(state: StageState, skipped: bool) -> None:
     """Count a step as skipped or not; raises NonFiniteRun for the `runtime.max_skipped_steps`-th in a row."""
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    if state.skipped_in_a_row >= settings.runtime.max_skipped_steps:
+    if state.skipped_in_a_row >= state.settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
             f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row, which changed "
             "nothing. Lower the learning rate, or use model.dtype=float32 to look for the cause"
         )
 
 
-def micro_batches(
-    state: RunState, prompts: list[Prompt], responses: list[list[torch.Tensor]], settings: RunConfig
-) -> list[MicroBatch]:
-    """Micro-batches of the prompts with their responses, as many on every process.
-
-    Raises:
-        SettingsError: on all processes, where a prompt with one response exceeds `micro_tokens` on any.
-    """
-    planned = False
-
-    def agree(count: int) -> int:
-        nonlocal planned
-        planned = True
-        found = global_max({"count": count, "fault": 0}, state.world)
-        if found["fault"]:
-            raise SettingsError("another process has a prompt that exceeds micro_tokens; see its message above")
-        return int(found["count"])
-
-    try:
-        return plan_micro_batches(
-            [len(prompt.input_ids) for prompt in prompts],
-            [[len(ids) for ids in own] for own in responses],
-            packing=settings.packing,
-            micro_tokens=settings.micro_tokens,
-            weights=balance_weights(state.student.model.config),
-            ids=[prompt.question.id for prompt in prompts],
-            agree=agree,
-        )
-    except SettingsError:
-        if not planned:
-            global_max({"count": 0, "fault": 1}, state.world)
-        raise
-
-
-def rows_of(
-    state: RunState,
-    batch: MicroBatch,
-    prompts: list[Prompt],
-    responses: list[list[torch.Tensor]],
-    settings: RunConfig,
-) -> Rows:
-    """The rows of a micro-batch on this process's device; responses in the order of the batch."""
-    chosen = [[responses[i][r] for r in own] for i, own in zip(batch.prompts, batch.responses, strict=True)]
-    rows = make_rows(settings.packing, [prompts[i] for i in batch.prompts], chosen, pad_id=state.builder.eos_id)
-    return rows.to(state.world.device)
-
-
-def is_split(batches: list[MicroBatch], responses: list[list[torch.Tensor]]) -> bool:
-    """Whether any group did not fit one micro-batch."""
-    return any(
-        len(own) < len(responses[i])
-        for batch in batches
-        if not batch.filler
-        for i, own in zip(batch.prompts, batch.responses, strict=True)
-    )
-
-
-def encode_step(state: RunState, prompts: list[Prompt], settings: RunConfig) -> MediaFeatures:
+def encode_step(state: StageState, prompts: list[Prompt]) -> MediaFeatures:
     """Vision features of a step's prompts without a graph, each video once. No collective: not under ZeRO-3, unless
     within `full_weights`.
     """
+    tokens = state.settings.micro_tokens
     with state.timer("vision"), torch.no_grad():
-        return encode_media(state.student.model, prompts, tokens_per_call=settings.micro_tokens, cache=state.features)
-
-
-def select_features(features: MediaFeatures | None, indices: list[int]) -> MediaFeatures | None:
-    """Features of some of the prompts; None stays None (each model then encodes its own)."""
-    return None if features is None else features.select(indices)
+        return encode_media(state.student.model, prompts, tokens_per_call=tokens, cache=state.features)

@@ -29,7 +29,7 @@ from rmsd_fast.data.converters import RECORD_KEYS
 from rmsd_fast.data.errors import DataError, OtherFileError, counted, several_faults
 from rmsd_fast.data.json_records import parse_record
 from rmsd_fast.data.records import Question, parse_id
-from rmsd_fast.files import write_text_atomic
+from rmsd_fast.files import file_sha256, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,11 @@ class TeacherResponse:
     """Why the answer was found invalid, a key of `method.natural.REASONS`."""
 
 
-def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict[str, list[TeacherResponse]]:
+def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
     """Responses by question id, each list sorted by k.
 
     Args:
         path: the pool file.
-        allow_torn_tail: leave out a last line that has no newline and does not parse (an append that was interrupted).
     Raises:
         DataError: names file, line, field, what was expected, what was found.
     """
@@ -110,8 +109,6 @@ def load_pool(path: str | os.PathLike, *, allow_torn_tail: bool = False) -> dict
             # Only the last line can be torn, and only one that was never ended by its newline.
             if line.endswith(b"\n"):
                 faults.append(error)
-            elif allow_torn_tail:
-                logger.warning("%s: left out a torn last line of %d bytes", path, len(line))
             else:
                 torn = "the last line has no newline: an append was interrupted, remove it"
                 faults.append(DataError(f"{error} ({torn})"))
@@ -165,7 +162,7 @@ def media_digest(question: Question) -> str:
     for path in (*question.videos, *question.images):
         try:
             stat = os.stat(path)
-            digests.append(_file_digest(path, stat.st_mtime_ns, stat.st_size))
+            digests.append(_cached_sha256(path, stat.st_mtime_ns, stat.st_size))
         except OSError as error:
             reason = error.strerror or error
             raise DataError(
@@ -356,12 +353,8 @@ def _digest(value: object) -> str:
 
 # Questions share clips: each file is read once per process, and again when it changes.
 @lru_cache(maxsize=65536)
-def _file_digest(path: str, mtime_ns: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _cached_sha256(path: str, mtime_ns: int, size: int) -> str:
+    return file_sha256(path)
 
 
 def _some(ids: Sequence[str], shown: int = 5) -> str:

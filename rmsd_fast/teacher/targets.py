@@ -11,8 +11,7 @@ from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import best_response, matching_probabilities, uniform
-from rmsd_fast.method.quality import quality_score
-from rmsd_fast.teacher.scores import ScoredResponse, Scores, quality_settings
+from rmsd_fast.teacher.scores import ScoredResponse, Scores
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,6 @@ class Targets:
     @property
     def has_teacher(self) -> bool:
         return bool((self.p > 0).any())
-
-
-def content_score(text: str, question: Question, teacher: TeacherConfig) -> float:
-    """R_content of a response: the task's metric; 0 for open questions, which have none (arXiv 2603.11423)."""
-    if question.task_type not in CLOSED_TASKS:
-        return 0.0
-    return quality_score(
-        text, question.task_type, question.answer, options=question.options, **quality_settings(teacher)
-    )
 
 
 def build_targets(

@@ -66,7 +66,7 @@ ALONE = (
     Attack("HUP", "train", (SIGHUP,), goes_on=True),
     Attack("STOP, CONT", "train", (SIGSTOP, SIGCONT), gap_s=3.0, goes_on=True),
     Attack("KILL worker", "worker", (SIGKILL,), goes_on=True),
-    Attack("KILL nursery", "nursery", (SIGKILL,), goes_on=True),
+    Attack("KILL fork server", "fork server", (SIGKILL,), goes_on=True),
 )
 SEVERAL = (
     *(Attack(f"{n.name[3:]} {kind}", kind, (n,)) for kind in ("torchrun", "all", "rank") for n in (SIGTERM, SIGINT)),
@@ -96,7 +96,7 @@ WITHOUT_DECODERS = (*EARLY, "making", "report")
 
 def possible(phase: str, attack: Attack, processes: int) -> bool:
     """Whether the phase has processes of that kind."""
-    if attack.kind in ("worker", "nursery"):
+    if attack.kind in ("worker", "fork server"):
         return phase not in WITHOUT_DECODERS
     if phase == "imports":
         return attack.kind != "rank"
@@ -141,7 +141,7 @@ def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Pat
     try:
         while process.poll() is None and not reached(phase, folder, made, errors, processes, began):
             time.sleep(0.002)
-        # The first worker comes when the nursery has imported all it needs.
+        # The first worker comes when the fork server has imported all it needs.
         while process.poll() is None and not (targets := processes_of(mark, attack.kind)):
             time.sleep(0.002)
         if process.poll() is not None:

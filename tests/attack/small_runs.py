@@ -93,7 +93,7 @@ def of_run(mark: str) -> dict[int, str]:
 
 
 def processes_of(mark: str, kind: str) -> list[int]:
-    """Process ids of a kind: all, torchrun, train (every rank), rank (the last one), nursery, worker (one of them)."""
+    """Process ids of a kind: all, torchrun, train (every rank), rank (the last), fork server, worker (one of them)."""
     alive = of_run(mark)
     if kind == "all":
         return list(alive)
@@ -103,8 +103,8 @@ def processes_of(mark: str, kind: str) -> list[int]:
     parents = {pid: _parent(pid) for pid in decoders | ranks}
     # A process that was just forked has the command line of its parent.
     ranks = {pid for pid in ranks if parents[pid] not in ranks}
-    nurseries = {pid for pid in decoders if parents[pid] not in decoders}
-    of_kind = {"torchrun": launchers, "train": ranks, "nursery": nurseries, "worker": decoders - nurseries}
+    fork_servers = {pid for pid in decoders if parents[pid] not in decoders}
+    of_kind = {"torchrun": launchers, "train": ranks, "fork server": fork_servers, "worker": decoders - fork_servers}
     return sorted(ranks)[-1:] if kind == "rank" else sorted(of_kind[kind])[: 1 if kind == "worker" else None]
 
 

@@ -94,8 +94,8 @@ def test_variants_of_a_pass_have_equal_gradients():
 
 
 def test_predictions_add_what_the_rates_say():
+    from bench.flops import Flops
     from bench.rates import predicted_seconds, rates
-    from rmsd_fast.models.cost import Flops
 
     flops = Flops(dense=600, attention=50, head=100, vision=300, vision_attention=50)
     assert predicted_seconds(flops, {"matmul": 1000.0, "attention": 10.0}) == pytest.approx(1.0 + 10.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import bench_optimizer_4b, bench_step_4b, cuda_goals, rates, sweep_4b
+from bench.flops import step_flops
 from bench.records import save, table
 from bench.section_log import NO_TIME
 from bench.student_4b import (
@@ -27,9 +28,8 @@ from bench.student_4b import (
 )
 from bench.sweep_4b import BASE, Measured, Rig, StepCase, Way, attempt, begin, sweep
 from bench.verdicts import NOT_MEASURED
-from rmsd_fast.models.cost import step_flops
-from rmsd_fast.runtime import distributed
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime import engine
+from rmsd_fast.runtime.process_group import start, stop
 
 H100, H200 = 85e9, 150e9
 ENGINES, *_, APART = bench_step_4b.toy_cases("cpu")
@@ -204,12 +204,12 @@ def failing(monkeypatch, error: Exception, which) -> list:
     """Steps of these settings and models fail; returns weak references to what they had made."""
     step, lost = sweep_4b.distill.step, []
 
-    def fail(state, prompts, settings, *, rollout_step):
-        if which(settings, state.student.model):
+    def fail(state, prompts, number):
+        if which(state.settings, state.student.model):
             activations = torch.zeros(10)
             lost.append(weakref.ref(activations))
             raise error
-        return step(state, prompts, settings, rollout_step=rollout_step)
+        return step(state, prompts, number)
 
     monkeypatch.setattr(sweep_4b.distill, "step", fail)
     return lost
@@ -328,7 +328,7 @@ def test_a_device_that_is_lost_keeps_what_was_found(rig, monkeypatch):
 
 def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
     # As in the real size, the embedding is larger than DeepSpeed's bucket.
-    monkeypatch.setattr(distributed, "LARGEST_BUCKET", 100_000)
+    monkeypatch.setattr(engine, "LARGEST_BUCKET", 100_000)
     norms = {}
     for apart in (True, False):
         settings = settings_of("shared", 127, 16, 4, 8)

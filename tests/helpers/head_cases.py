@@ -1,4 +1,4 @@
-"""Calls of the fused heads that cover each path through the engine, for every implementation."""
+"""Calls of the fused heads that cover every code path, for every implementation."""
 
 import torch
 
@@ -10,7 +10,7 @@ EDGES = [0, 9, 9, 20, T]
 
 
 class Inputs:
-    """Random inputs in one dtype, the same numbers in each: rounded to `rounded` first."""
+    """Random inputs in one dtype, rounded to the dtype `rounded` first, so that several dtypes hold equal numbers."""
 
     def __init__(self, dtype, rounded=None, device="cpu", peak=3.0, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -25,13 +25,13 @@ class Inputs:
         if rounded is not None:
             self.ref_hidden, self.ref_weight = (t.to(rounded).to(dtype) for t in (self.ref_hidden, self.ref_weight))
         self.targets = torch.randint(V, (T,), generator=g).to(device)
-        # Half the targets are likely ones, as in training.
+        # Half of the targets are likely tokens, as in training.
         top = (self.hidden.float() @ self.weight.float().T).argmax(1)
         self.targets = torch.where(torch.arange(T, device=device) % 2 == 0, top, self.targets)
         self.targets[IGNORED] = -100
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         row = lambda low, high: torch.empty(T).uniform_(low, high, generator=g).to(device, accumulate)  # noqa: E731
-        self.advantages, self.weights, self.heat = row(-2, 2), row(0.1, 2), row(0.5, 1.5)
+        self.advantages, self.weights, self.temperature = row(-2, 2), row(0.1, 2), row(0.5, 1.5)
         self.upstream, self.upstream_entropy = row(-1, 1), row(-1, 1)
         with torch.no_grad():
             exact = losses.linear_logprob(self.hidden.double(), self.weight.double(), self.targets, impl="reference")
@@ -44,8 +44,8 @@ class Inputs:
 
 def _policy(**settings):
     def call(x, **kw):
-        given = {k: getattr(x, v) if isinstance(v, str) and hasattr(x, v) else v for k, v in settings.items()}
-        result = losses.linear_policy_loss(x.hidden, x.weight, x.targets, x.advantages, **given, **kw)
+        arguments = {k: getattr(x, v) if isinstance(v, str) and hasattr(x, v) else v for k, v in settings.items()}
+        result = losses.linear_policy_loss(x.hidden, x.weight, x.targets, x.advantages, **arguments, **kw)
         return result.loss, *(result.metrics[k] for k in sorted(result.metrics))
 
     return call
@@ -53,15 +53,15 @@ def _policy(**settings):
 
 def _logprob(**settings):
     def call(x, **kw):
-        given = {k: getattr(x, v) if isinstance(v, str) else v for k, v in settings.items()}
-        logp, entropy = losses.linear_logprob(x.hidden, x.weight, x.targets, return_entropy=True, **given, **kw)
+        arguments = {k: getattr(x, v) if isinstance(v, str) else v for k, v in settings.items()}
+        logp, entropy = losses.linear_logprob(x.hidden, x.weight, x.targets, return_entropy=True, **arguments, **kw)
         return (logp * x.upstream + entropy * x.upstream_entropy).sum(), logp, entropy
 
     return call
 
 
 def _frozen(x, **kw):
-    logp = losses.linear_logprob(x.hidden, x.weight.detach(), x.targets, temperature=x.heat, **kw)
+    logp = losses.linear_logprob(x.hidden, x.weight.detach(), x.targets, temperature=x.temperature, **kw)
     return (logp * x.upstream).sum(), logp
 
 
@@ -71,11 +71,11 @@ def _scores_only(x, **kw):
 
 
 def _cross_entropy(x, **kw):
-    heat, weights = x.heat, x.weights.clone()
+    temperature, weights = x.temperature, x.weights.clone()
     weights[5] = 0.0
     return (
         losses.linear_cross_entropy(
-            x.hidden, x.weight, x.targets, bias=x.bias, temperature=heat, token_weights=weights, **kw
+            x.hidden, x.weight, x.targets, bias=x.bias, temperature=temperature, token_weights=weights, **kw
         ),
     )
 
@@ -87,14 +87,14 @@ def _divergence(kind, teacher, **settings):
             "logits": {"teacher_logits": (x.ref_hidden @ x.ref_weight.T).detach()},
             "topk": {"teacher_topk": ((x.ref_hidden @ x.ref_weight.T).detach().gather(1, x.ids), x.ids)},
         }[teacher]
-        given = {k: getattr(x, v) if isinstance(v, str) else v for k, v in settings.items()}
-        return (losses.linear_divergence(x.hidden, x.weight, kind=kind, **source, **given, **kw),)
+        arguments = {k: getattr(x, v) if isinstance(v, str) else v for k, v in settings.items()}
+        return (losses.linear_divergence(x.hidden, x.weight, kind=kind, **source, **arguments, **kw),)
 
     return call
 
 
 REF_HEAD = {"ref_hidden": "ref_hidden", "ref_weight": "ref_weight"}
-SHAPED = {"bias": "bias", "temperature": "heat", "softcap": 4.0}
+SHAPED = {"bias": "bias", "temperature": "temperature", "softcap": 4.0}
 CASES = {
     "logprob": _logprob(),
     "logprob_shaped": _logprob(**SHAPED),
@@ -107,7 +107,9 @@ CASES = {
     "policy_k2_clipped": _policy(ref_logp="ref", kl="k2", kl_coef=0.1, kl_log_ratio_clip=0.5, token_weights="weights"),
     "policy_k1_entropy": _policy(old_logp="old", ref_logp="ref", kl="k1", kl_coef=0.1, entropy_coef=0.2, **SHAPED),
     "policy_ref_head": _policy(kl_coef=0.3, normalizer=50.0, **REF_HEAD),
-    "policy_full": _policy(old_logp="old", kl="full", kl_coef=0.3, entropy_coef=0.1, temperature="heat", **REF_HEAD),
+    "policy_full": _policy(
+        old_logp="old", kl="full", kl_coef=0.3, entropy_coef=0.1, temperature="temperature", **REF_HEAD
+    ),
     "policy_full_measured": _policy(kl="full", **REF_HEAD),
     "policy_sequence": _policy(old_logp="old", importance_level="sequence", cu_seqlens="cu_seqlens", entropy_coef=0.1),
     "policy_sequence_full": _policy(
@@ -119,15 +121,15 @@ CASES = {
     ),
     "policy_mask_on": _policy(rollout_logp="rollout", sequence_mask_cap=1.05, cu_seqlens="cu_seqlens"),
     "forward_kl": _divergence("forward_kl", "head"),
-    "reverse_kl": _divergence("reverse_kl", "logits", temperature="heat", token_weights="weights"),
+    "reverse_kl": _divergence("reverse_kl", "logits", temperature="temperature", token_weights="weights"),
     "jsd": _divergence("jsd", "head", alpha=0.3),
     "skew_kl": _divergence("skew_kl", "logits"),
-    "topk": _divergence("jsd", "topk", temperature="heat"),
+    "topk": _divergence("jsd", "topk", temperature="temperature"),
 }
 
 
 def run(case, x, upstream=0.7, **kw):
-    """Detached outputs and the gradients by hidden, weight and bias (zeros where there is none)."""
+    """Return detached outputs and the gradients of hidden, weight and bias (zeros if there is none)."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in x.leaves]
     x.hidden, x.weight, x.bias = leaves
     outputs = CASES[case](x, **kw)

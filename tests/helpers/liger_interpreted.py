@@ -1,7 +1,7 @@
-"""A program for triton's interpreter (TRITON_INTERPRET=1): a student with and without Liger's kernels.
+"""A program for Triton's interpreter (TRITON_INTERPRET=1): a student with and without Liger's kernels.
 
-Prints, as JSON, how far logits and gradients of the two are apart, and which kernels ran. Takes the folder that holds
-the student and a.png.
+Prints, as JSON, the differences in logits and gradients between the two, and which kernels ran. Takes the folder that
+contains the student and a.png.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from rmsd_fast.models.students import encode_media, forward_hidden, load_student
 
 
 def prepare_interpreter() -> set[str]:
-    """Mend what the interpreter lacks for these kernels; returns the names of those that run, as they do."""
+    """Patch the interpreter for these kernels. Return a set to which each kernel adds its name when it runs."""
     import liger_kernel.ops.rms_norm
 
     repair_interpreter()
     convert, launch, ran = interpreter._implicit_cvt, interpreter.GridExecutor.__call__, set()
 
     def with_floats(argument):
-        # A launch hands a Python float to a kernel as a float32 scalar; the interpreter leaves it a Python float, which
-        # has no `.to`. This makes it what a launch makes it.
+        # A real launch passes a Python float to a kernel as a float32 scalar. The interpreter leaves it a Python float,
+        # which has no `.to`, so it is converted here.
         if isinstance(argument, float):
             handle = interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32)
             return tl.tensor(handle, tl.float32)
         return convert(argument)
 
-    def noted(self, *arguments, **named):
+    def recorded_launch(self, *arguments, **named):
         ran.add(self.fn.__name__)
         return launch(self, *arguments, **named)
 
-    interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = with_floats, noted
-    # libdevice is CUDA's library, so its rsqrt is empty here; triton's own one stands in.
+    interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = with_floats, recorded_launch
+    # libdevice is a CUDA library, so its rsqrt has no body here; Triton's own rsqrt replaces it.
     liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)
     return ran
 
@@ -67,18 +67,18 @@ def main(folder: Path) -> None:
     ran = prepare_interpreter()
     plain, plain_gradients = logits_and_gradients(folder, liger=False)
     logits, gradients = logits_and_gradients(folder, liger=True)
-    apart = [
+    differences = [
         float((gradients[name] - value).abs().max() / value.abs().max()) for name, value in plain_gradients.items()
     ]
-    found = {
+    report = {
         "tokens": len(plain),
         "spread": float(plain.std()),
         "logits": float((logits - plain).abs().max()),
-        "gradients": max(apart),
+        "gradients": max(differences),
         "same_parameters": gradients.keys() == plain_gradients.keys(),
         "kernels": sorted(ran),
     }
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

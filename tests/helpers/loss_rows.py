@@ -1,4 +1,4 @@
-"""Small inputs that the tests of the reference losses share."""
+"""Small inputs for the tests of the reference losses."""
 
 import math
 
@@ -9,7 +9,7 @@ IGNORED = 2
 
 
 def tensors(seed=0, dtype=torch.float64):
-    """hidden [T, D], weight [V, D], targets [T] with one ignored row."""
+    """Return hidden [T, D], weight [V, D] and targets [T] with one ignored row."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(T, D, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(V, D, generator=generator, dtype=dtype).requires_grad_()
@@ -23,7 +23,7 @@ def row_vector(seed, low=-1.0, high=1.0):
 
 
 def probabilities_by_loop(hidden, weight, temperature=1.0, softcap=None, bias=None):
-    """Softmax by the definition, in Python floats."""
+    """Return softmax by definition, in Python floats."""
     table = []
     for h in hidden.tolist():
         z = [sum(a * b for a, b in zip(h, w, strict=True)) for w in weight.tolist()]

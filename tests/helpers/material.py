@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rmsd_fast.config import RunConfig
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import Material, prepare_material
 

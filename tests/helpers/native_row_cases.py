@@ -1,4 +1,4 @@
-"""Rows of logits that the tests of the compiled row back end share, and how its error is judged."""
+"""Rows of logits for the tests of the compiled row back end, and the checks of its error."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class Case(NamedTuple):
 
 
 def make(dtype: torch.dtype, vocab: int, full: bool, rows: int = 5, spread: float = 3.0, seed: int = 0) -> Case:
-    """full: with bias, softcap and a temperature per row. Target logits differ a little from the logits, as the exact
-    ones of a 16-bit GEMM do."""
+    """Return a random Case. full: with bias, softcap and a temperature per row.
+
+    Target logits differ slightly from the logits, as the exact target logits differ from those of a 16-bit GEMM.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=g) * spread).to(dtype)
     ref_logits = (logits.float() + 0.5 * torch.randn(rows, vocab, generator=g)).to(dtype)
@@ -35,15 +37,15 @@ def make(dtype: torch.dtype, vocab: int, full: bool, rows: int = 5, spread: floa
     bias, ref_bias = (torch.randn(vocab, generator=g) if full else None for _ in range(2))
     temperature = torch.rand(rows, generator=g) + 0.5 if full else None
     inputs = RowInputs(targets, pick(logits) * 1.001, bias, temperature, 8.0 if full else None)
-    found = torch_rows.score(
+    ref_stats = torch_rows.score(
         ref_logits.double(), doubled(inputs._replace(target_logit=pick(ref_logits), bias=ref_bias))
     )
-    ref = RowReference(ref_logits, ref_bias, found.lse.float(), found.logp.float())
+    ref = RowReference(ref_logits, ref_bias, ref_stats.lse.float(), ref_stats.logp.float())
     return Case(logits, inputs, ref, *(torch.randn(rows, generator=g) for _ in range(3)))
 
 
 def terms_of(case: Case, kl: str, on_policy: bool, entropy_coef: float, clip: float | None) -> PolicyTerms:
-    """Ratios on both sides of the clip, and log-ratios to the reference on both sides of `clip`."""
+    """Return terms with ratios on both sides of the clip, and log-ratios to the reference on both sides of `clip`."""
     logp = torch_rows.score(case.logits.double(), doubled(case.inputs)).logp.float()
     sampled = kl in ("k1", "k2", "k3")
     return PolicyTerms(
@@ -63,21 +65,21 @@ def terms_of(case: Case, kl: str, on_policy: bool, entropy_coef: float, clip: fl
 
 
 def doubled(value):
-    """The same record or tensor with every floating tensor in float64."""
+    """Return the same record or tensor with every floating tensor in float64."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return type(value)(*map(doubled, value)) if isinstance(value, tuple) else value
 
 
 def assert_close(name: str, got: Tensor | None, eager: Tensor | None, exact: Tensor | None) -> None:
-    """At most twice the error of eager torch on the same inputs, plus a floor."""
+    """Check that the error is at most twice the error of eager torch on the same inputs, plus a floor."""
     if exact is None:
         assert got is None, name
         return
     assert got.shape == exact.shape and got.isfinite().all(), name
-    error, bar = ((t.double() - exact.double()).abs().max().item() for t in (got, eager))
+    error, eager_error = ((t.double() - exact.double()).abs().max().item() for t in (got, eager))
     floor = FLOOR * max(1.0, exact.abs().max().item())
-    assert error <= 2 * bar + floor, f"{name}: error {error:.2e}, eager's {bar:.2e}, floor {floor:.1e}"
+    assert error <= 2 * eager_error + floor, f"{name}: error {error:.2e}, eager {eager_error:.2e}, floor {floor:.1e}"
 
 
 def assert_stats_close(got, eager, exact) -> None:

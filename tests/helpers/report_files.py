@@ -1,4 +1,4 @@
-"""A run folder such as training leaves it, for the tests of the report, and a reader of its page."""
+"""A run folder like that of a training, for the tests of the report, and a reader of its page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.records import load_questions
+from rmsd_fast.made.teacher import simulate_teacher
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.settings import to_yaml
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.simulated import simulate_teacher
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 STUDENTS = ("untrained", "stage1", "stage2")
@@ -71,7 +71,7 @@ def assert_nothing_is_fetched(text: str, page: Page) -> None:
 
 
 def made_metrics(rng: random.Random, steps: dict[str, int]) -> list[dict]:
-    """Lines of metrics.jsonl such as a run might write."""
+    """Return lines of metrics.jsonl like those of a run."""
     rows = []
     for step in range(1, steps.get("sft", 0) + 1):
         fall = math.exp(-step / (0.25 * steps["sft"]))
@@ -133,7 +133,7 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "policy/kl": 0.012 * share + abs(rng.gauss(0, 0.002)),
         "policy/entropy": 0.9 - 0.2 * share + rng.gauss(0, 0.02),
         "policy/importance_ratio": rng.gauss(1.0, 0.001),
-        # One spike: it has to be named and must not flatten the rest.
+        # One spike: the page must mention it, and it must not flatten the curve.
         "policy/grad_norm": 60.0 if 0.5 < share <= 0.5085 else abs(rng.gauss(0.8, 0.2)),
         "policy/logp": rng.gauss(-0.8, 0.05),
         "advantage/zero_share": abs(rng.gauss(0.1, 0.03)),
@@ -189,7 +189,7 @@ def made_evaluation(students: tuple[str, ...] = STUDENTS, n: int = 75) -> dict:
 
 
 def made_run(folder: Path, material, *, steps: dict[str, int] | None = None) -> Path:
-    """A whole run folder as a training would leave it: made clips, a simulated teacher's statistics, noisy curves."""
+    """Write a whole run folder: generated clips, a simulated teacher's statistics, noisy curves."""
     rng = random.Random(7)
     folder.mkdir(parents=True)
     config = RunConfig(name="quickstart")

@@ -1,4 +1,4 @@
-"""What tests of shared-prefix attention share: the dense oracle, rows of every kind, errors, stand-in kernels."""
+"""Shared parts of the tests of shared-prefix attention: a dense oracle, rows of every kind, errors, fake kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rmsd_kernels import SharedPrefixPlan
 from rmsd_kernels.heads.row_formula import accumulation_dtype
 from rmsd_kernels.shared_prefix.cuda import Lengths, Varlen
 
-# prefix lengths, response lengths. One per way through the code: neighbours of equal length (one batched call) and
-# others; groups without responses first, between and last; a response longer than its prefix; single tokens.
+# (prefix lengths, response lengths). One entry per code path: adjacent segments of equal length (one batched call) and
+# of different lengths; groups without responses at the start, in the middle and at the end; a response longer than its
+# prefix; single tokens.
 ROWS = {
     "one group": ([9], [[4, 4, 2]]),
     "one response": ([7], [[5]]),
@@ -27,7 +28,7 @@ HEADS = [(2, 2), (4, 2), (3, 1)]
 
 
 def mask_of(plan: SharedPrefixPlan) -> Tensor:
-    """What each row of the packed row may see, [T, T]."""
+    """Return the attention mask of the packed row, [T, T]."""
     mask = torch.zeros(plan.tokens, plan.tokens, dtype=torch.bool)
     key, row = 0, plan.prefix_tokens
     for prefix, responses in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
@@ -41,7 +42,7 @@ def mask_of(plan: SharedPrefixPlan) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: SharedPrefixPlan, scale: float | None = None) -> Tensor:
-    """The oracle: torch's attention with the 4-D mask of the plan."""
+    """Return the expected result: torch's attention with the 4-D mask of the plan."""
     rows = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     mask = mask_of(plan).to(q.device)[None, None]
     return F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
@@ -50,7 +51,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: SharedPrefixPlan, scale: float 
 def random_rows(
     plan: SharedPrefixPlan, heads: tuple[int, int] = (4, 2), size: int = 8, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """q, k, v that need gradients."""
+    """Return q, k and v that require gradients."""
     queries, keys = heads
     return [
         torch.randn(plan.tokens, n, size).to(device=plan.device, dtype=dtype).requires_grad_()
@@ -72,29 +73,29 @@ def error(values: Tensor, exact: Tensor) -> float:
 
 
 def check_errors(ours: list[Tensor], others: list[Tensor], truth: list[Tensor], plan, bound: float) -> None:
-    # Prefixes and responses apart, as the errors of one could hide behind the other's.
-    for part in (slice(0, plan.prefix_tokens), slice(plan.prefix_tokens, None)):
+    # Prefixes and responses are checked separately, so that the errors of one cannot hide those of the other.
+    for rows in (slice(0, plan.prefix_tokens), slice(plan.prefix_tokens, None)):
         for a, b, exact in zip(ours, others, truth, strict=True):
-            assert error(a[part], exact[part]) <= bound * error(b[part], exact[part])
+            assert error(a[rows], exact[rows]) <= bound * error(b[rows], exact[rows])
 
 
 def _segments(lengths: Lengths, q: Tensor, k: Tensor):
-    """(queries, keys) of each segment; checks what kernels take for granted."""
+    """Return (queries, keys) of each segment, and check what kernels assume about their arguments."""
     edges = [t.tolist() for t in (lengths.queries, lengths.keys)]
-    for t, of_rows, rows in zip((lengths.queries, lengths.keys), edges, (q, k), strict=True):
+    for t, row_edges, rows in zip((lengths.queries, lengths.keys), edges, (q, k), strict=True):
         assert t.dtype == torch.int32 and t.is_contiguous()
-        assert of_rows[0] == 0 and of_rows[-1] == len(rows)
+        assert row_edges[0] == 0 and row_edges[-1] == len(rows)
         assert rows.stride(-1) == 1
     assert len(edges[0]) == len(edges[1])
     spans = [[slice(a, b) for a, b in zip(e, e[1:], strict=False)] for e in edges]
-    # A bound of 1 would send the kernel another way, see shared_prefix_cuda.
+    # With a bound of 1, the kernel would take another path; see shared_prefix/cuda.py.
     assert lengths.longest_queries >= max(2, *(s.stop - s.start for s in spans[0]))
     assert lengths.longest_keys >= max(s.stop - s.start for s in spans[1])
     return zip(*spans, strict=True)
 
 
 def _softmax(q: Tensor, k: Tensor, causal: bool, scale: float, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Probabilities [H, R, P] of q [R, H, d] over k [P, H, d], and lse [H, R]."""
+    """Return probabilities [H, R, P] of q [R, H, d] over k [P, H, d], and lse [H, R]."""
     scores = torch.einsum("rhd,phd->hrp", q, k) * scale
     if causal:
         assert len(q) == len(k)
@@ -104,9 +105,9 @@ def _softmax(q: Tensor, k: Tensor, causal: bool, scale: float, lse: Tensor | Non
 
 
 def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """A variable-length kernel with plain mathematics, as particular about its input as the CUDA ones.
+    """A fake variable-length kernel, computed by definition, that checks its input as strictly as the CUDA kernels.
 
-    In 16 bit it rounds what they round: probabilities before a product, and the result.
+    With 16-bit inputs, it rounds what they round: probabilities before a product, and the result.
     """
     dtype, (q, k, v) = q.dtype, _accumulated(q, k, v)
     if lengths is None:
@@ -119,7 +120,7 @@ def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float
         ]
         return torch.stack(out).to(dtype), torch.stack([lse for _, lse in pairs])
     repeat = q.shape[1] // k.shape[1]
-    # As the kernels: the result follows the strides of q.
+    # As in the kernels, the result has the strides of q.
     out = torch.full_like(q, float("nan"))
     lse = q.new_full((q.shape[1], len(q)), float("nan"))
     for queries, keys in _segments(lengths, q, k):
@@ -129,7 +130,7 @@ def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float
 
 
 def stand_in_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, scale: float):
-    """Its backward: from the out and lse that it is given; gradients of keys that no query sees stay unwritten."""
+    """The backward of the fake kernel, from out and lse. Gradients of keys that no query attends to stay unwritten."""
     assert all(t.is_contiguous() for t in (d_out, out, lse)) and lse.shape == (q.shape[1], len(q))
     dtype, (d_out, q, k, v, out) = q.dtype, _accumulated(d_out, q, k, v, out)
     repeat = q.shape[1] // k.shape[1]
@@ -143,8 +144,8 @@ def stand_in_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, 
         ds = p * (torch.einsum("rhd,phd->hrp", d_out[queries], value) - delta) * scale
         p, ds = _rounded(p, dtype), _rounded(ds, dtype)
         dq[queries] = torch.einsum("hrp,phd->rhd", ds, key)
-        of_heads = torch.einsum("hrp,rhd->phd", ds, q[queries]), torch.einsum("hrp,rhd->phd", p, d_out[queries])
-        dk[keys], dv[keys] = (t.unflatten(1, (-1, repeat)).sum(2) for t in of_heads)
+        per_head = torch.einsum("hrp,rhd->phd", ds, q[queries]), torch.einsum("hrp,rhd->phd", p, d_out[queries])
+        dk[keys], dv[keys] = (t.unflatten(1, (-1, repeat)).sum(2) for t in per_head)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -159,26 +160,26 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
 def one_call_per_response(
     kernel: Varlen, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, plan: SharedPrefixPlan
 ) -> list[Tensor]:
-    """out, dq, dk, dv of the packed row, from a call per `[prefix | response]`; every prefix has responses.
+    """Return out, dq, dk, dv of the packed row, from one call per `[prefix | response]`; every prefix has responses.
 
-    A prefix's gradients are added up over its responses in the accumulation dtype, and rounded once.
+    A prefix's gradients are summed over its responses in the accumulation dtype, and rounded once.
     """
     out, sums = torch.empty_like(q), [torch.zeros_like(t) for t in _accumulated(q, k, v)]
     key, row = 0, plan.prefix_tokens
     for prefix, responses in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
-        for place, response in enumerate(responses):
+        for index, response in enumerate(responses):
             rows = torch.cat([torch.arange(key, key + prefix), torch.arange(row, row + response)]).to(q.device)
-            of_row = [t[rows] for t in (q, k, v)]
+            inputs = [t[rows] for t in (q, k, v)]
             edges = torch.tensor([0, len(rows)], dtype=torch.int32, device=q.device)
-            own = Lengths(edges, edges, len(rows), len(rows))
+            lengths = Lengths(edges, edges, len(rows), len(rows))
             scale = q.shape[-1] ** -0.5
-            out[rows], lse = kernel.attend(*of_row, own, True, scale)
+            out[rows], lse = kernel.attend(*inputs, lengths, True, scale)
             gradient = d_out[rows]
-            # The prefix's own outputs count once.
-            gradient[: prefix if place else 0] = 0
-            parts = kernel.attend_backward(gradient, *of_row, out[rows], lse, own, True, scale)
-            for total, part in zip(sums, parts, strict=True):
-                total.index_add_(0, rows, part.to(total.dtype))
+            # The prefix's outputs count only once, with the first response.
+            gradient[: prefix if index else 0] = 0
+            gradients = kernel.attend_backward(gradient, *inputs, out[rows], lse, lengths, True, scale)
+            for total, share in zip(sums, gradients, strict=True):
+                total.index_add_(0, rows, share.to(total.dtype))
             row += response
         key += prefix
     return [out, *(total.to(q.dtype) for total in sums)]

@@ -1,4 +1,4 @@
-"""What tests of shared prompts in models share: responses, the rows of a packed pass, an object that attends itself."""
+"""Shared parts of the tests of shared prompts in models: responses, rows of a packed pass, and a fake cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from rmsd_fast.models.shared_prefix import run_shared_prefix
 from rmsd_kernels import SharedPrefixPlan
 
-# Two groups; lengths apart, so that a mix-up of segments shows; one response of a single token.
+# Two groups, with different lengths, so that a test fails if segments are mixed up, and a response of a single token.
 LENGTHS = [[5, 3, 1], [4, 2]]
 Responses = list[list[torch.Tensor]]
 Media = Callable[[nn.Module, list[FamilyPrompt]], dict]
@@ -30,29 +30,31 @@ def plan_of(prompts: list[FamilyPrompt], responses: Responses) -> SharedPrefixPl
 
 
 def takes_features(model: nn.Module) -> bool:
-    """Whether the model takes `mm_encoder_outputs`, as all families do since transformers 5.18."""
+    """Return whether the model takes `mm_encoder_outputs`, as all families do since transformers 5.18."""
     return "mm_encoder_outputs" in inspect.signature(model.model.forward).parameters
 
 
 def media_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
-    """Features of the prompts' media where the model takes them, else their pixels."""
+    """Return features of the prompts' media if the model takes them, otherwise their pixels."""
     return {"mm_encoder_outputs": encode(model, prompts)} if takes_features(model) else pixels_of(model, prompts)
 
 
 def packed_rows(
     model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = media_of
 ) -> list[torch.Tensor]:
-    """Hidden states [P + R, D] of every `[prefix | response]`, cut out of one packed pass."""
+    """Return the hidden states [P + R, D] of every `[prefix | response]`, from one packed pass."""
     inputs = pack_inputs(prompts, responses)
     plan = plan_of(prompts, responses)
     hidden = run_shared_prefix(model.model, plan, **inputs, **media(model, prompts))[0]
     prefixes = hidden[: plan.prefix_tokens].split(plan.prefix_lengths)
-    parts = iter(hidden[plan.prefix_tokens :].split([len(response) for group in responses for response in group]))
-    return [torch.cat([prefix, next(parts)]) for prefix, group in zip(prefixes, responses, strict=True) for _ in group]
+    by_response = iter(hidden[plan.prefix_tokens :].split([len(response) for group in responses for response in group]))
+    return [
+        torch.cat([prefix, next(by_response)]) for prefix, group in zip(prefixes, responses, strict=True) for _ in group
+    ]
 
 
 class CausalCache:
-    """Attends each row causally by itself, as a cache would that has seen nothing; notes what it was given."""
+    """A fake cache that attends each row causally to itself, like an empty cache, and records its arguments."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[int, ...], tuple[int, ...], float]] = []

@@ -1,4 +1,4 @@
-"""A loss whose gradient is undefined: what a function gets from one that returns None for its input."""
+"""A loss whose gradient is undefined, because a function after it returns None as the gradient of its input."""
 
 from __future__ import annotations
 

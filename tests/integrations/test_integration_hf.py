@@ -32,8 +32,8 @@ from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.integrations.hf import FusedLossMixin, FusedTrainer
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models.students import load_student
-from rmsd_fast.models.tiny import build_tiny_student
 
 SHAPE = {
     "vocab_size": 97,

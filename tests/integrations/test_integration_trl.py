@@ -27,7 +27,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from rmsd_fast.integrations.trl import FusedGRPOMixin, FusedGRPOTrainer
-from rmsd_fast.models.tiny import build_tokenizer
+from rmsd_fast.made.student import build_tokenizer
 
 VOCABULARY = 400
 SHAPE = {
@@ -407,15 +407,14 @@ def test_several_processes(folders, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in drop}
-    # With the helpers that pytest put there.
-    path = os.pathsep.join(filter(None, sys.path))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, *launcher, str(Path(__file__).parent / "sharded_trainers.py"), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**environment, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env={**environment, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""What surrounds the fused heads: layouts, dtypes, autocast, autograd's tools, torch.compile with new sizes."""
+"""The fused heads with other layouts and dtypes, autocast, autograd's tools, and torch.compile with new sizes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HEADS = [torch.float32, torch.bfloat16]
 
 
 def spread(values):
-    """The same numbers, every other element of a larger tensor."""
+    """Return the same numbers as every other element of a larger tensor."""
     wide = torch.stack([values, torch.full_like(values, 7)], dim=-1)
     assert not wide[..., 0].is_contiguous() or values.numel() < 2
     return wide[..., 0]
@@ -51,13 +51,13 @@ def no_ignore(case):
 def test_teacher_logits_of_any_layout_and_dtype(layout, impl):
     x = Inputs(torch.float32)
     logits = (x.ref_hidden @ x.ref_weight.T).detach()
-    given = {
+    teacher_logits = {
         "transposed": lambda: logits.t().contiguous().t(),
         "expanded": lambda: logits[3].expand(T, V),
         "float64": lambda: logits.double(),
         "bfloat16": lambda: logits.bfloat16(),
     }[layout]()
-    call = lambda **kw: losses.linear_divergence(x.hidden, x.weight, teacher_logits=given, kind="jsd", **kw)  # noqa: E731
+    call = lambda **kw: losses.linear_divergence(x.hidden, x.weight, teacher_logits=teacher_logits, kind="jsd", **kw)  # noqa: E731
     assert torch.allclose(call(impl=impl), call(impl="reference"), rtol=1e-5)
 
 
@@ -65,18 +65,18 @@ def test_teacher_logits_of_any_layout_and_dtype(layout, impl):
 @pytest.mark.parametrize("case", ["jsd", "policy_full", "policy_ref_head", "policy_sequence_full"])
 @pytest.mark.parametrize("budget", [None, 4 * V * 4])
 def test_another_head_in_another_dtype(case, impl, budget):
-    """A float32 student in training beside a bfloat16 teacher or reference."""
+    """A float32 student is trained with a bfloat16 teacher or reference."""
     results = []
     for which in (impl, "reference"):
         x = Inputs(torch.float32)
         x.ref_hidden, x.ref_weight = x.ref_hidden.bfloat16(), x.ref_weight.bfloat16()
         results.append(run(case, x, impl=which, **({} if which == "reference" else {"memory_budget_bytes": budget})))
-    # The reference's logits are bfloat16 in both; only its target's logit is more exact in the fused form.
+    # The reference's logits are bfloat16 in both forms. Only its target logit is more exact in the fused form.
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=0.05, atol=0.02)
 
 
-def test_another_head_in_float16_beside_bfloat16_is_refused():
+def test_a_float16_head_with_a_bfloat16_student_is_refused():
     x = Inputs(torch.bfloat16)
     with pytest.raises(TypeError, match="ref_hidden: expected torch.bfloat16, float32 or bfloat16, got torch.float16"):
         CASES["policy_full"](_with(x, ref_hidden=x.ref_hidden.half(), ref_weight=x.ref_weight.half()))
@@ -154,7 +154,7 @@ def test_second_derivatives_are_refused(case, frozen, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_reaches_an_ignored_row_has_no_effect(frozen, impl):
+def test_the_upstream_gradient_of_an_ignored_row_has_no_effect(frozen, impl):
     x = Inputs(torch.float32)
     x.hidden.requires_grad_()
     logp = losses.linear_logprob(x.hidden, x.weight.requires_grad_(not frozen), x.targets, impl=impl)
@@ -164,7 +164,7 @@ def test_what_reaches_an_ignored_row_has_no_effect(frozen, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
-    """Hooks take the version counters away that autograd would notice it by."""
+    """Hooks remove the version counters with which autograd would detect it."""
     for case in ("cross_entropy_plain", "logprob"):
         x = Inputs(torch.float32)
         x.hidden.requires_grad_(), x.weight.requires_grad_()
@@ -177,12 +177,12 @@ def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", ["cross_entropy_plain", "policy_k3", "jsd"])
-def test_an_undefined_gradient_of_the_loss_gives_none_and_uses_nothing_up(case, impl):
+def test_an_undefined_gradient_of_the_loss_gives_none_and_consumes_nothing(case, impl):
     x = Inputs(torch.float32)
     x.hidden.requires_grad_(), x.weight.requires_grad_()
     loss = CASES[case](x, impl=impl)[0]
-    (found,) = torch.autograd.grad(Drop.apply(loss) + x.hidden.sum() * 2, x.hidden, retain_graph=True)
-    assert torch.equal(found, torch.full_like(found, 2))
+    (gradient,) = torch.autograd.grad(Drop.apply(loss) + x.hidden.sum() * 2, x.hidden, retain_graph=True)
+    assert torch.equal(gradient, torch.full_like(gradient, 2))
     loss.backward()
     assert x.hidden.grad.abs().max() > 0
 
@@ -205,20 +205,20 @@ def test_inside_activation_checkpointing(reentrant, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_losses_on_one_head_add_up(impl):
-    parts = []
+    gradients = []
     for cases in (["policy_k3"], ["cross_entropy_plain"], ["logprob"], ["policy_k3", "cross_entropy_plain", "logprob"]):
         x = Inputs(torch.float32)
         h, w = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
         x.hidden, x.weight = h, w
         sum(CASES[case](x, impl=impl)[0] for case in cases).backward()
-        parts.append((h.grad, w.grad))
+        gradients.append((h.grad, w.grad))
     for i in range(2):
-        assert torch.allclose(parts[3][i], parts[0][i] + parts[1][i] + parts[2][i], atol=1e-5)
+        assert torch.allclose(gradients[3][i], gradients[0][i] + gradients[1][i] + gradients[2][i], atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiled_for_all_lengths_at_the_second(impl):
-    """Not with dynamic=True: it makes symbols of floats too, and torch 2.13 fails on them in autograd functions."""
+def test_the_second_length_compiles_for_all_lengths(impl):
+    """dynamic=True is not used: it turns floats into symbols too, on which torch 2.13 fails in autograd functions."""
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -251,7 +251,7 @@ def test_discriminator_losses_compile():
 
 
 def test_unused_outputs_cost_nothing_in_backward(monkeypatch):
-    """Entropy and exact KL that the loss does not use: no second head in backward."""
+    """If the loss does not use entropy and exact KL, backward does not run the second head."""
     from rmsd_kernels.heads import loops
 
     seen, gradient = [], loops.head_gradient

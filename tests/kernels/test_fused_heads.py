@@ -1,4 +1,4 @@
-"""The fused heads against the reference: float64 exactly, lower precisions by their error against float64."""
+"""The fused heads against the reference: equal in float64, and with bounded error in lower precisions."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from rmsd_kernels.heads import chunks, loops
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     repair_interpreter()
-# 33 scored rows and one head: 9 ragged chunks (more than a 16-bit d_weight is rounded for), or 5 (as many as it is).
+# 33 scored rows and one head: 9 ragged chunks (a 16-bit d_weight is summed in float32), or 5 (it is rounded per chunk).
 SMALL = {torch.float64: 4 * V * 8, torch.float32: 4 * V * 4, torch.bfloat16: 4 * V * 2}
 BUDGETS = {"small": 1, "medium": 7 / 4}
 
@@ -63,7 +63,7 @@ def test_float64_equals_the_reference(case, budget):
 def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
     limit = budget_of(budget, dtype)
     errors, bars, scales = [], [], []
-    # A scalar's error may happen to be small: the largest of several inputs counts.
+    # A scalar's error may be small by chance, so the largest error over several inputs counts.
     for seed in range(SEEDS):
         truth = run(case, Inputs(torch.float64, rounded=dtype, device=device_of(impl), seed=seed), impl="reference")
         eager = run(case, Inputs(dtype, device=device_of(impl), seed=seed), impl="reference")
@@ -73,7 +73,7 @@ def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
         bars.append([(bar - exact).abs().max() for bar, exact in zip(eager, truth, strict=True)])
         scales.append([exact.abs().max() for exact in truth])
     error, bar, scale = (torch.tensor(t).amax(0) for t in (errors, bars, scales))
-    # Floor: eight units in the last place of float32, on the scale of what is compared.
+    # Floor: eight units in the last place of float32, at the scale of the compared values.
     assert (error <= 2 * bar + 1e-6 * scale.clamp(min=1.0)).all(), (error / bar).tolist()
 
 
@@ -87,7 +87,7 @@ def test_two_runs_are_bit_identical(impl):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_logp_is_never_above_zero(impl):
-    """A sure token: bfloat16 logits alone would give up to 0.06 nat."""
+    """A certain token: with bfloat16 logits only, logp would be up to 0.06 nat."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(64, D, generator=g).to(device_of(impl), torch.bfloat16)
     weight = torch.randn(V, D, generator=g).to(device_of(impl), torch.bfloat16)
@@ -126,7 +126,7 @@ def test_few_rows(impl, kind):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_extreme_logits(impl):
-    """Logits of +-1e4: sure and impossible targets, against float64."""
+    """Logits of +-1e4: certain and impossible targets, against float64."""
     device = device_of(impl)
     hidden = torch.tensor([[1e4], [-1e4], [1.0]], device=device)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device)
@@ -164,7 +164,7 @@ def test_second_backward(impl):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="ran a second time.*call the loss again"):
         loss.backward()
-    # Nothing is used up where backward computes the logits again.
+    # If backward computes the logits again, it consumes nothing.
     x.hidden.grad, weight = None, x.weight.clone().requires_grad_()
     loss = losses.linear_logprob(x.hidden, weight, x.targets, impl=impl, memory_budget_bytes=1).sum()
     loss.backward(retain_graph=True)
@@ -181,14 +181,14 @@ def test_second_backward(impl):
 def test_compiles_without_graph_breaks(case, impl):
     def call(hidden, weight, bias):
         y = Inputs.__new__(Inputs)
-        # One by one, and read outside: torch 2.11's Dynamo neither reads nor updates the __dict__ of an object.
-        for name, value in {**given, "hidden": hidden, "weight": weight, "bias": bias}.items():
+        # Assigned one by one and read outside, because torch 2.11's Dynamo does not support the __dict__ of an object.
+        for name, value in {**fields, "hidden": hidden, "weight": weight, "bias": bias}.items():
             setattr(y, name, value)
         return CASES[case](y, impl=impl, memory_budget_bytes=SMALL[torch.float32])
 
     torch._dynamo.reset()
     x = Inputs(torch.float32, device=device_of(impl))
-    given, results = vars(x), []
+    fields, results = vars(x), []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         leaves = [leaf.clone().requires_grad_() for leaf in x.leaves]
         outputs = function(*leaves)
@@ -231,7 +231,7 @@ def test_ops_pass_opcheck(case, monkeypatch):
 
         monkeypatch.setattr(loops, name, record)
     x = Inputs(torch.float32)
-    # Kept logits of ignored rows are never written, so they would differ between two calls.
+    # Kept logits of ignored rows are uninitialised, so they would differ between two calls.
     x.targets = x.targets.clamp(min=0)
     run(case, x, impl="torch")
     assert seen
@@ -241,7 +241,7 @@ def test_ops_pass_opcheck(case, monkeypatch):
 
 @needs_interpreter()
 def test_triton_through_the_interpreter():
-    """This file's own cases on the Triton kernels, in a process where triton runs them on CPU tensors."""
+    """Run the cases of this file on the Triton kernels, in a process where Triton runs them on CPU tensors."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1"}
     command = [
@@ -262,7 +262,7 @@ def test_triton_through_the_interpreter():
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("live", [0, 1, 14])
 def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
-    """Groups whose rollouts all got the same reward: scored for the metrics, in no GEMM of backward."""
+    """Rows of groups whose rollouts have equal rewards are scored for the metrics, but skipped in backward GEMMs."""
     x = Inputs(torch.float32, device=device_of(impl))
     x.advantages = torch.where(torch.arange(T, device=x.targets.device) < live, 1.0, 0.0)
     x.targets = x.targets.clamp(min=0)
@@ -280,7 +280,7 @@ def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
 
 @needs_interpreter()
 def test_float16_gradients_survive_a_large_normalizer():
-    """A mean over 1e7 tokens of a float16 model under a loss scale: gradients of single logits are below float16."""
+    """A mean over 1e7 tokens of a float16 model with a loss scale; gradients of single logits underflow float16."""
     upstream, gradients = 2.0**20, []
     for dtype in (torch.float16, torch.float64):
         x = Inputs(dtype, rounded=torch.float16)
@@ -299,7 +299,7 @@ def test_float16_gradients_survive_a_large_normalizer():
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("chunk_rows", [512, 103, 32])
 def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
-    """The signed error, not its size: sums that were cut off instead of rounded would all be too small."""
+    """Test the signed error: sums that are truncated instead of rounded would all be too small."""
     generator = torch.Generator().manual_seed(0)
     device, rows, dim, vocabulary = device_of(impl), 512, 64, 600
     hidden = torch.randn(rows, dim, generator=generator).to(device, torch.bfloat16)
@@ -314,7 +314,7 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
         return leaf.grad.double()
 
     exact = d_weight(torch.float64, impl="reference")
-    # Bias towards or away from 0: what rounding to nearest has none of.
+    # Bias towards or away from 0; rounding to nearest has none.
     error = (
         d_weight(torch.bfloat16, impl=impl, memory_budget_bytes=chunk_rows * vocabulary * 2) - exact
     ) * exact.sign()
@@ -323,7 +323,7 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
 
 @needs_interpreter()
 def test_chunks_of_a_16_bit_d_weight():
-    """As few as it may be rounded for, where these fit beside it; beyond that float32 sums in chunks of their size."""
+    """At most MAX_ROUNDINGS chunks, if they fit; otherwise float32 sums in chunks of the size of d_weight."""
     vocabulary, dim = 151936, 2560
     weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16, device="meta")
     row_bytes, in_float32 = 2 * vocabulary, 4 * vocabulary * dim
@@ -342,7 +342,7 @@ def test_chunks_of_a_16_bit_d_weight():
 
 @needs_interpreter()
 def test_products_are_summed_in_float32(monkeypatch):
-    """cuBLAS is told so while a loop runs, also under autocast, and what the caller had set comes back."""
+    """The cuBLAS settings are changed while a loop runs, also under autocast, and restored afterwards."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = [getattr(matmul, name) for name in names]

@@ -31,7 +31,7 @@ def gradients(value, inputs):
     return [g.clone() for g in torch.autograd.grad(value, inputs)]
 
 
-# Scored rows per chunk of the 20 with one head: 5 = full chunks, 7 = a ragged last one; 1 byte = single rows.
+# Of the 20 scored rows with one head: 5 per chunk = full chunks, 7 = a ragged last chunk; 1 byte = single rows.
 BUDGETS = [rows * 8 * V for rows in (5, 7)] + [1, None]
 
 
@@ -85,7 +85,7 @@ def test_chunks_are_bit_identical_between_runs(head):
 
 
 def largest_saved(function) -> int:
-    """Elements of the largest tensor that autograd keeps for backward."""
+    """Return the number of elements of the largest tensor that autograd keeps for backward."""
     sizes = [0]
 
     def pack(tensor):
@@ -145,7 +145,7 @@ def test_results_are_float32(dtype, head):
 
 
 @pytest.mark.parametrize("impl", ["triton", "native", "fastest", None])
-def test_an_implementation_that_is_not_there_is_refused(impl, head):
+def test_a_missing_implementation_is_refused(impl, head):
     scores, index = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     calls = [
         lambda: losses.linear_logprob(*head, impl=impl),
@@ -173,7 +173,7 @@ def test_a_budget_without_effect_is_refused(head):
 
 
 def partitioned():
-    """What ZeRO-3 leaves of a parameter outside a forward."""
+    """Return a parameter as it is under ZeRO-3 outside of a forward."""
     weight = torch.nn.Parameter(torch.zeros(0))
     weight.ds_id = 0
     return weight
@@ -237,7 +237,7 @@ BAD_POLICY = [
     ({"importance_level": "word"}, ValueError, "importance_level: expected one of 'token', 'sequence'"),
     ({"importance_level": "sequence"}, ValueError, "cu_seqlens: expected the edges"),
     ({"cu_seqlens": torch.tensor([0, T - 1])}, ValueError, f"T={T}"),
-    ({"cu_seqlens": torch.tensor([0, 5, 3, T])}, ValueError, "never fall"),
+    ({"cu_seqlens": torch.tensor([0, 5, 3, T])}, ValueError, "never decrease"),
     ({"cu_seqlens": torch.tensor([0.0, T])}, TypeError, "cu_seqlens: expected torch.int32"),
     ({"tis_cap": 2.0}, ValueError, "tis_cap: expected rollout_logp"),
     ({"normalizer": -1.0}, ValueError, "normalizer"),
@@ -255,11 +255,11 @@ def test_damaged_policy_arguments(change, error, message, head):
 
 def test_one_reference_and_its_bias(head):
     hidden, weight, targets = head
-    other = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
+    reference = {"ref_hidden": hidden.detach(), "ref_weight": weight.detach()}
     with pytest.raises(ValueError, match="got both"):
-        losses.linear_policy_loss(hidden, weight, targets, vector(0), ref_logp=vector(1), **other)
+        losses.linear_policy_loss(hidden, weight, targets, vector(0), ref_logp=vector(1), **reference)
     with pytest.raises(ValueError, match="ref_bias: expected"):
-        losses.linear_policy_loss(hidden, weight, targets, vector(0), bias=torch.zeros(V), **other)
+        losses.linear_policy_loss(hidden, weight, targets, vector(0), bias=torch.zeros(V), **reference)
 
 
 def test_damaged_divergence_arguments(head):
@@ -369,7 +369,7 @@ def test_every_public_function_takes_impl():
 
 
 def test_importing_loads_torch_only():
-    """What comes in beyond torch's own imports is the standard library and our two packages."""
+    """Besides torch and its imports, only the standard library and our two packages are imported."""
     code = """
 import sys, torch, torch.utils.checkpoint
 before = {name.split(".")[0] for name in sys.modules}

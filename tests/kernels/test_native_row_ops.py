@@ -1,4 +1,4 @@
-"""The schemas, shapes under tracing and refusals of the compiled row ops."""
+"""The compiled row ops: schemas, shapes under tracing, and argument errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_correction_needs_its_cap():
 
 
 def test_inside_torch_compile(monkeypatch):
-    """The writes in place are part of the graph."""
+    """The in-place writes are part of the graph."""
     assert native.available()  # loads the library, which tracing cannot do
     monkeypatch.setattr(native, "available", lambda: True)
     x = make(torch.float32, 700, True)

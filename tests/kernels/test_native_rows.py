@@ -1,4 +1,4 @@
-"""The compiled row back end against torch_rows in float64, judged by the error of torch_rows at the same dtype."""
+"""The compiled row back end against torch_rows in float64, compared with the error of torch_rows in the same dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(params=LEVELS, ids=LEVELS.get)
 def level(request):
-    """Each build of the loops that this processor can run, in turn."""
+    """Use each build of the loops that this processor can run."""
     if torch.ops.rmsd_kernels.cpu_level(request.param) != request.param:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
     yield request.param
@@ -103,7 +103,7 @@ def test_divergence(level, kind, teacher_dtype, dtype):
 
 
 def test_hand_worked_score_and_gradient():
-    # p = 1/8, 2/8, 5/8; target 1; the exact logit of the target is given, the one in the row is not looked at.
+    # p = 1/8, 2/8, 5/8; target 1. The target's exact logit is passed, and its logit in the row is not read.
     logits = torch.tensor([[0.0, 77.0, math.log(5.0)]])
     inputs = plain([1], [math.log(2.0)])
     p = [1 / 8, 2 / 8, 5 / 8]
@@ -160,7 +160,7 @@ def test_hand_worked_policy(advantage, log_ratio, d, kl, clip, expected):
     [(math.log(1.5), 2.0, 1.5), (math.log(4.0), 2.0, 2.0), (math.log(0.25), 2.0, 0.25), (90.0, 3.0, 3.0)],
 )
 def test_hand_worked_importance_correction(rows, mismatch, cap, correction):
-    """A weight min(exp(logp - rollout_logp), cap) on the policy term alone, constant for its gradient."""
+    """The weight min(exp(logp - rollout_logp), cap) multiplies the policy term only, and is not differentiated."""
     logits, logp = torch.zeros(1, 2), -math.log(2.0)
     row = {"scale": 0.5, "advantage": 2.0, "ref_logp": logp + 0.5, "rollout_logp": logp - mismatch}
     settings = PolicySettings(kl_loss="k1", kl_coef=0.1, tis_cap=cap)
@@ -193,7 +193,7 @@ def test_hand_worked_divergence():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(level, dtype):
-    """Ascending rows raise the maximum in every block, descending never; one-hot rows; all at offsets up to 1e4."""
+    """Ascending rows, which raise the maximum in every block, descending and one-hot rows, at offsets up to 1e4."""
     ramp = torch.linspace(-1e4, 1e4, 5000)
     spike = torch.full((5000,), -1e4)
     spike[4000] = 1e4
@@ -214,15 +214,15 @@ def test_extreme_logits(level, dtype):
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_masked_and_non_finite_rows(level, dtype, temperature):
     logits = torch.zeros(6, 3000)
-    logits[0, 10:] = -INF  # the first block holds the only live logits
-    logits[1, :2990] = -INF  # the first block is masked out as a whole
+    logits[0, 10:] = -INF  # only the first block has finite logits
+    logits[1, :2990] = -INF  # the whole first block is masked
     logits[2, 5] = NAN
     logits[3, 2999] = INF
     logits[4] = -INF
     logits[5, 100:] = -INF
     logits, targets = logits.to(dtype), torch.tensor([3, 0, 0, 0, 0, 7])
-    heat = None if temperature is None else torch.full((6,), temperature)
-    inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, heat, None)
+    row_temperature = None if temperature is None else torch.full((6,), temperature)
+    inputs = RowInputs(targets, logits.float().gather(1, targets[:, None])[:, 0], None, row_temperature, None)
     ref = RowReference(logits, None, torch.full((6,), math.log(100.0)), torch.full((6,), -math.log(100.0)))
     settings = PolicySettings(kl_loss="full", kl_coef=0.3, entropy_coef=0.1)
     terms = PolicyTerms(torch.ones(6), torch.ones(6), settings=settings)
@@ -231,7 +231,7 @@ def test_masked_and_non_finite_rows(level, dtype, temperature):
     assert stats.logp[0].item() == pytest.approx(-math.log(10)) and stats.logp[1].item() == -INF
     assert stats.entropy[:2].tolist() == pytest.approx([math.log(10)] * 2)
     assert stats.full_kl[5].item() == pytest.approx(0.0, abs=1e-6)
-    # Row 1's target is masked: d log p_y still pushes it up.
+    # The target of row 1 is masked; d log p_y is still not zero.
     masked[1, 0] = False
     assert got[[0, 1, 5]].isfinite().all() and not got[[0, 1, 5]][masked[[0, 1, 5]]].any()
     for values in (stats.logp, stats.entropy, stats.full_kl):
@@ -298,7 +298,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(dtype):
 
 
 def test_policy_is_score_and_gradient():
-    """On policy the coefficient is -A * scale, so gradient_ on score's numbers is the same up to rounding of lse."""
+    """On-policy, the coefficient is -A * scale, so gradient_ with score's results is equal up to rounding of lse."""
     x = make(torch.float32, 3000, True)
     terms = terms_of(x, "none", True, 0.0, None)
     one, two = x.logits.clone(), x.logits.clone()
@@ -320,15 +320,15 @@ def test_no_rows():
 
 
 def test_offsets_beyond_2_to_the_31():
-    """Rows 2^30 apart: only the pages that rows stand on are touched."""
-    vocab, apart = 300, 2**30 + 8
+    """Rows are 2^30 elements apart; only the pages of the rows are touched."""
+    vocab, stride = 300, 2**30 + 8
     try:
-        room = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
+        buffer = torch.empty(2 * stride + vocab, dtype=torch.bfloat16)
     except RuntimeError:
         pytest.skip("4.3 GB of address space are not to be had")
     x = make(torch.bfloat16, vocab, False)
     inputs = x.inputs._replace(targets=x.inputs.targets[:3], target_logit=x.inputs.target_logit[:3])
-    far = room.as_strided((3, vocab), (apart, 1)).copy_(x.logits[:3])
+    far = buffer.as_strided((3, vocab), (stride, 1)).copy_(x.logits[:3])
     near = x.logits[:3].clone()
     assert all(torch.equal(a, b) for a, b in zip(*(native_rows.score(t, inputs)[:3] for t in (far, near)), strict=True))
     stats = native_rows.score(near, inputs)

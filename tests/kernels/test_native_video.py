@@ -1,4 +1,4 @@
-"""The compiled media ops: bit for bit torch's resize and the torch form's patches, on every build of the loops."""
+"""The compiled media ops equal torch's resize and the torch form's patches bit for bit, in every build of the loops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STATISTICS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0
 
 @pytest.fixture(params=LEVELS, ids=LEVELS.get)
 def level(request):
-    """Each build of the loops that this processor can run, in turn."""
+    """Use each build of the loops that this processor can run."""
     if torch.ops.rmsd_kernels.cpu_level(request.param) != request.param:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
     yield request.param
@@ -47,7 +47,7 @@ def level(request):
 
 
 def layouts(frames: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same frames as they may lie in memory."""
+    """Return the same frames in various memory layouts."""
     padded = F.pad(frames, (1, 2, 3, 1))
     inner = (..., slice(3, -1), slice(1, -2))
     return {
@@ -80,7 +80,7 @@ def test_resize_equals_torch(level, shape, extreme):
 def test_resize_of_random_sizes_equals_torch(level):
     rng = random.Random(level)
     for _ in range(150):
-        # Results of at least 2 pixels: without AVX2 torch 2.13 gives other numbers where an axis has one.
+        # Results of at least 2 pixels: without AVX2, torch 2.13 gives other numbers if an axis has one pixel.
         size = [rng.choice((rng.randint(i, 12), rng.randint(i, 150), rng.randint(i, 500))) for i in (1, 1, 2, 2)]
         frames = noise(1, 3, *size[:2], extreme=rng.random() < 0.5)
         if rng.random() < 0.5:
@@ -92,10 +92,10 @@ def test_hand_worked_resize():
     # From 2 to 1 pixel: taps at distances 0.5 on both sides, weights 1/2 each; 2^14 / 2 and a rounding half up.
     frames = torch.tensor([[[[10, 21]]]], dtype=torch.uint8)
     assert resized(frames, 1, 1).item() == 16
-    # From 1 to any number: every tap but one lies outside, and the weights are divided by their sum.
+    # From 1 to any number: all taps but one are outside, and the weights are divided by their sum.
     assert resized(frames[..., :1], 2, 3).unique().tolist() == [10]
     # Doubling: an output pixel's taps are 1.75, 0.75, 0.25 and 1.25 away, with the weights -3/128, 29/128, 111/128 and
-    # -9/128. One that only reaches the edge's far side with a negative weight is cut off at 0.
+    # -9/128. A pixel that only reaches beyond the edge with a negative weight is clamped to 0.
     row = torch.tensor([[[[0, 0, 0, 255, 255, 255]]]], dtype=torch.uint8)
     assert (
         resized(row, 1, 12).flatten().tolist() == [0] * 5 + [round(255 * 26 / 128), round(255 * 102 / 128)] + [255] * 5
@@ -111,7 +111,7 @@ def test_hand_worked_resize():
 def test_patches_equal_the_torch_form(level, count, patch, span, merge, dtype):
     height, width = 2 * patch * merge, 3 * patch * merge
     sizes = {"patch_size": patch, "temporal_patch_size": span, "merge_size": merge}
-    for in_height, in_width in ((50, 75), (height, width)):  # resized, and cut where they stand or copied
+    for in_height, in_width in ((50, 75), (height, width)):  # resized, and read in place or copied
         for name, frames in layouts(noise(count, 3, in_height, in_width)).items():
             arguments = {"height": height, "width": width, "dtype": dtype, **sizes, **STATISTICS}
             got = video_patches(frames, impl="native", **arguments)
@@ -138,15 +138,15 @@ def test_rounding_of_very_small_and_very_large_values(level, dtype):
 
 
 def test_nothing_beyond_the_frames_is_read(level):
-    """The last frame ends where memory ends: a byte more would kill the process."""
+    """The last frame ends at the end of a mapping, so reading one more byte would kill the process."""
     page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
     for shape in ((37, 66, 3), (16, 128, 3), (16, 130, 4), (33, 48, 1), (3, 1, 3), (18, 65, 2)):
         pixels = noise(*shape).contiguous()
         pages = -(-pixels.numel() // page)
-        room = mmap.mmap(-1, (pages + 1) * page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        mapping = mmap.mmap(-1, (pages + 1) * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         assert libc.mprotect(ctypes.c_void_p(address + pages * page), ctypes.c_size_t(page), 0) == 0
-        last = torch.frombuffer(room, dtype=torch.uint8, count=pixels.numel(), offset=pages * page - pixels.numel())
+        last = torch.frombuffer(mapping, dtype=torch.uint8, count=pixels.numel(), offset=pages * page - pixels.numel())
         last.copy_(pixels.flatten())
         for frame in (last.view(shape).permute(2, 0, 1)[None], last.view(1, shape[2], *shape[:2])):
             for height, width in ((28, 56), (96, 100)):
@@ -154,8 +154,8 @@ def test_nothing_beyond_the_frames_is_read(level):
         del last, frame
 
 
-def test_out_is_written_in_place_and_nothing_beside_it(level):
-    """Slices of one buffer, as of a file's mapping."""
+def test_out_is_written_in_place_and_nothing_next_to_it(level):
+    """Use slices of one buffer, like those of a memory map."""
     buffer = torch.full((5, 3, 30, 50), 9, dtype=torch.uint8)
     frames = noise(3, 3, 45, 71)
     out = resize_frames(frames, height=30, width=50, out=buffer[1:4])
@@ -173,8 +173,8 @@ def test_several_threads_at_once(level):
     patches, small = video_patches(frames, **arguments), resize_frames(frames, height=64, width=96)
 
     def work(i: int) -> bool:
-        part = slice(i % 3, i % 3 + 2)
-        same = torch.equal(resize_frames(frames[part], height=64, width=96), small[part])
+        selected = slice(i % 3, i % 3 + 2)
+        same = torch.equal(resize_frames(frames[selected], height=64, width=96), small[selected])
         return same and torch.equal(video_patches(frames, **arguments), patches)
 
     with ThreadPoolExecutor(4) as pool:
@@ -182,7 +182,7 @@ def test_several_threads_at_once(level):
 
 
 def test_threads_of_torch_change_nothing_and_a_forked_process_works():
-    """After a fork torch's threads are gone; one frame needs none of them."""
+    """After a fork, torch's threads do not exist; a single frame needs none of them."""
     code = """
 import os, torch
 from rmsd_kernels import resize_frames, video_patches
@@ -212,7 +212,7 @@ def test_opcheck(dtype):
 
 
 def test_inside_torch_compile(monkeypatch):
-    """The write in place is part of the graph."""
+    """The in-place write is part of the graph."""
     assert native.available()  # loads the library, which tracing cannot do
     monkeypatch.setattr(native, "available", lambda: True)
     mean, std = torch.full((3,), 127.5), torch.full((3,), 127.5)

@@ -46,7 +46,7 @@ def test_logprob_and_entropy_gradients():
     assert gradcheck(function, (hidden, weight, bias))
 
 
-def test_ignored_rows_hold_anything():
+def test_ignored_rows_may_contain_anything():
     hidden, weight, targets = tensors()
     clean = linear_cross_entropy(hidden, weight, targets)
     clean_gradient = torch.autograd.grad(clean, (hidden, weight))
@@ -60,7 +60,7 @@ def test_ignored_rows_hold_anything():
     assert (gradient[0][IGNORED] == 0).all()
 
 
-def test_a_target_out_of_range_gives_nan_and_never_reads_elsewhere():
+def test_a_target_out_of_range_gives_nan_and_reads_nothing_out_of_bounds():
     hidden, weight, targets = tensors()
     targets[0], targets[1] = V, -1
     logp = linear_logprob(hidden, weight, targets)
@@ -97,7 +97,7 @@ def test_extreme_logits_stay_finite_and_never_above_zero(dtype):
 
 
 def test_cross_entropy_by_hand():
-    # One-hot hidden states read rows of logits out of the weight: log-probs are log(1/4), log(3/4).
+    # One-hot hidden states select rows of the weight as logits: log-probs are log(1/4), log(3/4).
     weight = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0]], dtype=torch.float64).T.contiguous()
     hidden = torch.eye(2, dtype=torch.float64)
     targets = torch.tensor([0, 0])

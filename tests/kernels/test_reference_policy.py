@@ -93,7 +93,7 @@ def test_on_policy_has_ratio_one_and_the_plain_policy_gradient():
 def test_policy_loss_gradients(kind):
     hidden, weight, targets = tensors()
     other_hidden, other_weight, _ = (t.detach() for t in tensors(seed=1))
-    # No ratio near a clip edge, where the loss has a kink.
+    # No ratio is near a clip bound, where the loss is not differentiable.
     old = linear_logprob(hidden, weight, targets, temperature=0.8).detach() + 0.1
 
     def function(h, w):
@@ -116,7 +116,7 @@ def test_policy_loss_gradients(kind):
 
 
 def every_token(seed=0):
-    """One hidden state scored against every token of the vocabulary, with a reference: rows enumerate v."""
+    """Score one hidden state against every token of the vocabulary, with a reference; row v has target v."""
     hidden, weight, _ = tensors(seed)
     state = hidden.detach()[:1].requires_grad_()
     rows = state.expand(V, D)
@@ -128,7 +128,7 @@ def every_token(seed=0):
 
 
 def estimator_loss(kind, rows, weight, targets, ref_logp, token_weights):
-    """Expectation of the estimator over v ~ pi, with pi's probabilities held constant as sampling holds them."""
+    """Return the expectation of the estimator over v ~ pi, with constant probabilities, as in sampling."""
     return linear_policy_loss(
         rows,
         weight,
@@ -220,7 +220,7 @@ def test_kl_estimates_by_hand():
 
 
 def test_ratio_and_k3_stay_finite_at_extreme_log_ratios():
-    """Only exp's argument is guarded, at 80."""
+    """Only the argument of exp is limited, to 80."""
     hidden, weight = torch.zeros(2, 1, requires_grad=True), torch.zeros(2, 1, requires_grad=True)
     targets = torch.tensor([0, 1])
     far = torch.tensor([-1e4, 1e4])
@@ -295,7 +295,7 @@ def test_truncated_importance_weights_and_sequence_mask():
     assert masked.loss.item() == pytest.approx(-(1 + 4) / 5)
     assert masked.metrics["sequence_masked_fraction"].item() == pytest.approx(3 / 5)
     assert call(sequence_mask_cap=4.0, cu_seqlens=CU_SEQLENS).loss.item() == pytest.approx(-15 / 5)
-    # Detached: the gradient is that of the plain loss with these weights on the rows.
+    # The correction is detached: the gradient is that of the plain loss with these row weights.
     plain = -(linear_logprob(hidden, weight, targets) * advantages * ratio.clamp(max=2.0)).sum() / 5
     ours = torch.autograd.grad(capped.loss, weight)[0]
     assert torch.allclose(ours, torch.autograd.grad(plain, weight)[0], atol=1e-13)

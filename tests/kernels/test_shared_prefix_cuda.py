@@ -1,7 +1,7 @@
-"""The kernels behind shared_prefix_attention on CUDA: when they serve a call, how they are called, how far they err.
+"""The CUDA kernels of shared_prefix_attention: when they serve a call, how they are called, and their error.
 
-Stand-ins and meta tensors prove without a GPU that torch's flash attention and FlashAttention-3 are called as their
-schemas say; tests marked cuda hold the real kernels against dense masked attention.
+Fake kernels and meta tensors prove without a GPU that torch's flash attention and FlashAttention-3 are called according
+to their schemas. Tests marked cuda compare the real kernels with dense masked attention.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ FA3_BACKWARD = (
 
 @pytest.fixture
 def flash_attn_3(monkeypatch):
-    """Installs a stand-in for FlashAttention-3 whose ops have the given schemas, for one test."""
+    """Install a fake FlashAttention-3 whose ops have the given schemas, for one test."""
     libraries = []
 
     def install(forward: str = FA3_FORWARD, backward: str | None = FA3_BACKWARD) -> None:
@@ -95,7 +95,7 @@ def flash_attn_3(monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("flash_attn_interface"))
         cuda.flash_attn_3.cache_clear()
 
-    # torch leaves arguments at their schema's defaults out.
+    # torch omits arguments that equal the defaults of the schema.
     def run_forward(
         q, k, v, k_new=None, out=None, cu_q=None, cu_k=None, longest_q=None, longest_k=None, scale=None, causal=False,
         *others,
@@ -111,9 +111,9 @@ def flash_attn_3(monkeypatch):
     ):  # fmt: skip
         lengths = cuda.Lengths(cu_q, cu_k, longest_q, longest_k)
         gradients = stand_in_backward(d_out, q, k, v, out, lse, lengths, causal, scale)
-        for given, made in zip((dq, dk, dv), gradients, strict=True):
-            assert given.is_contiguous()
-            given.copy_(made)
+        for output, gradient in zip((dq, dk, dv), gradients, strict=True):
+            assert output.is_contiguous()
+            output.copy_(gradient)
         return q.new_empty(0)
 
     yield install
@@ -133,7 +133,7 @@ def test_flash_attn_3_is_called_by_its_schema(flash_attn_3, monkeypatch):
 
 def test_flash_attn_3_with_another_interface_is_refused(flash_attn_3):
     flash_attn_3(FA3_FORWARD.replace("is_causal", "causal").replace("Tensor? k_new=None", "Tensor? k_new"))
-    with pytest.raises(RuntimeError, match=r"fwd does not know \['is_causal'\] and demands \['k_new'\]"):
+    with pytest.raises(RuntimeError, match=r"fwd does not accept \['is_causal'\] and also requires \['k_new'\]"):
         cuda.flash_attn_3()
 
 
@@ -153,7 +153,7 @@ def test_cuda_flash_equals_dense(row, heads, size):
 
 @pytest.mark.cuda
 def test_cuda_flash_equals_dense_at_the_size_of_a_model():
-    # The heads of Qwen3-VL-4B; segments of several blocks of queries and keys, the last ones not full.
+    # The heads of Qwen3-VL-4B. Segments have several blocks of queries and keys, and the last blocks are not full.
     plan = SharedPrefixPlan.from_lengths([700, 257], [[130, 64, 1], [129, 200]], device="cuda")
     check_cuda_flash(plan, (32, 8), 128)
 
@@ -171,7 +171,7 @@ def check_cuda_flash(plan: SharedPrefixPlan, heads: tuple[int, int], size: int) 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(("prefixes", "responses"), [([1024, 700], [[128] * 6, [64, 200]]), ([256], [[256] * 4])])
 def test_16_bit_error_of_kernels_that_round_both_parts(prefixes, responses, device, monkeypatch):
-    """On CUDA, and on the CPU with a stand-in that rounds as these kernels do."""
+    """On CUDA, and on the CPU with a fake kernel that rounds like these kernels."""
     kernel = cuda.TORCH_FLASH
     if device == "cpu":
         kernel = STAND_IN
@@ -183,13 +183,13 @@ def test_16_bit_error_of_kernels_that_round_both_parts(prefixes, responses, devi
     truth = with_gradients(lambda *rows: dense(*rows, plan), exact, d_out.double())
     ours = with_gradients(lambda *rows: shared_prefix_attention(*rows, plan), inputs, d_out)
     others = one_call_per_response(kernel, *(t.detach() for t in inputs), d_out, plan)
-    # One call rounds probabilities and the result; two calls round both results, and their sum again: 3 roundings of
-    # about one size against 2 are an error of sqrt(3 / 2) = 1.22 times as much.
+    # One call rounds probabilities and the result. Two calls round both results and then their merge. These are 3
+    # roundings of similar size instead of 2, so the error is sqrt(3 / 2) = 1.22 times as large.
     check_errors(ours, others, truth, plan, 1.35)
 
 
 @pytest.mark.cuda
-def test_cuda_calls_by_a_plan_at_hand_use_no_synchronising_op_of_torch():
+def test_cuda_calls_with_an_existing_plan_do_not_synchronise():
     plan = SharedPrefixPlan.from_lengths(*ROWS["uneven groups"], device="cuda")
     inputs = random_rows(plan, size=64, dtype=torch.bfloat16)
     shared_prefix_attention(*inputs, plan).sum().backward()

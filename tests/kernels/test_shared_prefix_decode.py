@@ -11,7 +11,7 @@ from torch import Tensor
 from rmsd_kernels import DecodePlan, SharedPrefixPlan, attention_calls, shared_prefix_attention, shared_prefix_decode
 from rmsd_kernels.shared_prefix import decode, segments
 
-# prefix lengths, sequences of each. Equal groups are one dense call on CUDA; a group may have finished.
+# (prefix lengths, sequences of each prefix). Equal groups are one dense call on CUDA; finished groups are empty.
 STEPS = {
     "one prefix": ([9], [4]),
     "one sequence": ([3], [1]),
@@ -24,7 +24,7 @@ PATHS = ["flash", "torch", "torch in chunks", "CUDA with a stand-in"]
 
 @pytest.fixture
 def path(request, monkeypatch) -> str:
-    """impl of a call that takes the named way through the code."""
+    """Return the impl with which a call takes the named code path."""
     if request.param == "torch in chunks":
         monkeypatch.setattr(segments, "_SCORES", 50)
         return "torch"
@@ -37,19 +37,19 @@ def path(request, monkeypatch) -> str:
 def random_step(
     plan: DecodePlan, own: int, heads: tuple[int, int] = (4, 2), size: int = 8, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """q, prefix_k, prefix_v, own_k, own_v; the own ones are views of larger buffers."""
+    """Return q, prefix_k, prefix_v, own_k and own_v; own_k and own_v are views of larger buffers."""
     queries, keys = heads
     rows, tokens = sum(plan.rows), sum(plan.prefix_lengths)
     prefixes = [torch.randn(tokens, keys, size) for _ in range(2)]
     buffers = [torch.randn(rows, keys, own + 5, size)[:, :, :own] for _ in range(2)]
     step = [torch.randn(rows, queries, size), *prefixes, *buffers]
-    # Moved one by one, the views would be made adjacent: pad again afterwards.
+    # Moving a view to a device makes it contiguous, so the padding is added again afterwards.
     step = [t.to(plan.group_queries.device, dtype) for t in step]
     return [*step[:3], *(F.pad(t, (0, 0, 0, 5), value=float("nan"))[:, :, :own] for t in step[3:])]
 
 
 def one_by_one(q, prefix_k, prefix_v, own_k, own_v, plan: DecodePlan, scale: float | None = None) -> Tensor:
-    """The oracle: each sequence over its own row of keys."""
+    """Return the expected result: each sequence attends to its own row of keys."""
     ends = torch.tensor([0, *plan.prefix_lengths]).cumsum(0).tolist()
     groups = [g for g, count in enumerate(plan.rows) for _ in range(count)]
     out = []
@@ -83,7 +83,7 @@ def test_16_bit_error(impl):
     def error(out: Tensor) -> float:
         return float((out.double() - exact).norm())
 
-    # flash rounds the two parts and their merge, where one attention rounds once.
+    # flash rounds the two parts and their merge, whereas a single attention call rounds once.
     bound = {"flash": 2.0, "torch": 1.2}[impl]
     assert error(shared_prefix_decode(*tensors, plan, impl=impl)) <= bound * error(one_by_one(*tensors, plan))
 
@@ -93,8 +93,8 @@ def test_strides(path):
     plan = DecodePlan.from_counts([5, 7], [3, 1])
     tensors = random_step(plan, 3)
     expected = shared_prefix_decode(*tensors, plan, impl="torch")
-    apart = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
-    out = shared_prefix_decode(*apart, plan, impl=path)
+    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    out = shared_prefix_decode(*strided, plan, impl=path)
     assert out.is_contiguous() and (out - expected).abs().max() <= 1e-12
 
 
@@ -130,7 +130,7 @@ def test_calls_are_counted_and_inputs_left_alone():
 
 def test_opcheck_and_compile():
     plan = DecodePlan.from_counts([4, 3], [2, 1])
-    # Sizes that differ from each other: torch.compile takes equal ones for the same.
+    # All sizes differ, because torch.compile treats equal sizes as one symbol.
     tensors = random_step(plan, 6, dtype=torch.float32)
     edges = (plan.lengths, plan.group_queries, plan.group_keys)
     torch.library.opcheck(decode._decode, (*tensors, *edges, 0.5, "auto"))
@@ -140,8 +140,8 @@ def test_opcheck_and_compile():
     )
     compiled(*tensors)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for own in (5, 7, 9):
-            tensors = random_step(plan, own, dtype=torch.float32)
+        for own_tokens in (5, 7, 9):
+            tensors = random_step(plan, own_tokens, dtype=torch.float32)
             assert torch.equal(compiled(*tensors), shared_prefix_decode(*tensors, plan))
 
 
@@ -157,11 +157,11 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("prefixes", "rows", "message"),
     [
-        ([], [], "rows: expected one number per prefix, 0 and at least one, got 0"),
-        ([3], [1, 2], "rows: expected one number per prefix, 1 and at least one, got 2"),
+        ([], [], "rows: expected one number per prefix and at least one prefix, got 0 for 0 prefixes"),
+        ([3], [1, 2], "rows: expected one number per prefix and at least one prefix, got 2 for 1 prefixes"),
         ([3, 0], [1, 2], "prefix_lengths: expected at least 1 token each"),
         ([3, 2], [1, -1], "rows: expected numbers >= 0"),
-        ([3, 2], [0, 0], "not all of them 0"),
+        ([3, 2], [0, 0], "not all 0"),
     ],
 )
 def test_bad_plans(prefixes, rows, message):
@@ -176,7 +176,7 @@ def test_counts_are_integers():
 
 
 @pytest.mark.parametrize(
-    ("place", "change", "kind", "message"),
+    ("position", "change", "kind", "message"),
     [
         (0, lambda q: q[:-1], ValueError, "own_k: expected B=2 sequences"),
         (0, lambda q: q[:, :3], ValueError, "prefix_k: expected a number of heads that divides the 3 heads"),
@@ -187,10 +187,10 @@ def test_counts_are_integers():
         (4, lambda v: v.to("meta"), ValueError, "own_v: expected device cpu"),
     ],
 )
-def test_bad_tensors(place, change, kind, message):
+def test_bad_tensors(position, change, kind, message):
     plan = DecodePlan.from_counts([4, 3], [2, 1])
     tensors = random_step(plan, 3)
-    tensors[place] = change(tensors[place])
+    tensors[position] = change(tensors[position])
     with pytest.raises(kind, match=message):
         shared_prefix_decode(*tensors, plan)
 

@@ -1,4 +1,4 @@
-"""shared_prefix_attention against dense masked attention, and what the op promises to autograd and torch.compile."""
+"""shared_prefix_attention against dense masked attention, and the op under autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATHS = ["flash", "torch", "torch in chunks", "CUDA with a stand-in"]
 
 @pytest.fixture
 def path(request, monkeypatch) -> str:
-    """impl of a call that takes the named way through the code."""
+    """Return the impl with which a call takes the named code path."""
     if request.param == "torch in chunks":
         monkeypatch.setattr(segments, "_SCORES", 50)
         return "torch"
@@ -59,7 +59,7 @@ def test_gradcheck(path):
 
 
 def test_numbers_by_hand():
-    # Scores are 0, so everything that is seen weighs the same: 3, (3 + 5) / 2, (3 + 5 + 10) / 3, (3 + 5 + 10 + 2) / 4.
+    # All scores are 0, so all visible values weigh the same: 3, (3 + 5) / 2, (3 + 5 + 10) / 3, (3 + 5 + 10 + 2) / 4.
     plan = SharedPrefixPlan.from_lengths([2], [[2]])
     v = torch.tensor([3.0, 5.0, 10.0, 2.0]).reshape(4, 1, 1)
     for impl in ("flash", "torch"):
@@ -80,9 +80,9 @@ def test_one_response_is_plain_causal_attention():
     ("prefixes", "responses", "heads", "size"),
     [
         ([256], [[32] * 6], (8, 2), 64),
-        # Both parts weigh the same: the case in which rounding each of them tells the most.
+        # Both parts weigh the same, which is the case with the largest effect of rounding both.
         ([64], [[128] * 4], (4, 2), 32),
-        # A part of almost no weight, and the kernel's block sizes differ from those of the dense call.
+        # One part has almost no weight, and the kernel's block sizes differ from those of the dense call.
         ([700], [[100, 1]], (4, 4), 64),
     ],
 )
@@ -125,27 +125,27 @@ def test_a_response_does_not_touch_the_others(impl, device, dtype):
         t[changed] = torch.randn_like(t[changed])
     others = torch.ones(plan.tokens, dtype=torch.bool, device=device)
     others[changed] = False
-    # The changed response has its share in the gradients of its prefix's keys and values.
+    # The changed response contributes to the gradients of its prefix's keys and values.
     other_keys = others.clone()
     other_keys[:40] = False
-    places = (others, others, other_keys, other_keys)
-    for a, b, place in zip(before, run(), places, strict=True):
+    unchanged = (others, others, other_keys, other_keys)
+    for a, b, rows_to_compare in zip(before, run(), unchanged, strict=True):
         assert not torch.equal(a[changed], b[changed])
-        # CUDA adds dQ up by atomic operations, in any order: one rounding to 16 bit may come out otherwise.
+        # CUDA sums dQ with atomic operations in any order, so one rounding to 16 bits may differ.
         slack = 0 if a is before[0] or device == "cpu" else 2**-7 * float(a.abs().max())
-        assert float((a[place] - b[place]).abs().max()) <= slack
+        assert float((a[rows_to_compare] - b[rows_to_compare]).abs().max()) <= slack
     inputs[2][changed] = float("nan")
     after = run()
-    # dV is made of probabilities and d_out alone.
+    # dV depends only on probabilities and d_out.
     assert [bool(t[changed].isnan().any()) for t in after] == [True, True, True, False]
-    assert not any(t[place].isnan().any() for t, place in zip(after, places, strict=True))
+    assert not any(t[rows_to_compare].isnan().any() for t, rows_to_compare in zip(after, unchanged, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["flash", "torch"])
 def test_order_of_responses_does_not_matter(impl):
     lengths, order = [3, 5, 5, 2], [2, 0, 3, 1]
     plan = SharedPrefixPlan.from_lengths([6], [lengths])
-    other = SharedPrefixPlan.from_lengths([6], [[lengths[i] for i in order]])
+    reordered_plan = SharedPrefixPlan.from_lengths([6], [[lengths[i] for i in order]])
     inputs = [t.detach() for t in random_rows(plan)]
     d_out = torch.randn_like(inputs[0])
 
@@ -158,7 +158,7 @@ def test_order_of_responses_does_not_matter(impl):
         return with_gradients(lambda *rows: shared_prefix_attention(*rows, plan, impl=impl), inputs, d_out)
 
     expected = [reorder(t) for t in run(plan, inputs, d_out)]
-    assert largest_error(run(other, [reorder(t.detach()) for t in inputs], reorder(d_out)), expected) <= 1e-12
+    assert largest_error(run(reordered_plan, [reorder(t.detach()) for t in inputs], reorder(d_out)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
@@ -178,7 +178,7 @@ def test_strides(layout, path):
     assert not strided[0].is_contiguous()
     out = shared_prefix_attention(*strided, PLAN, impl=path)
     assert out.is_contiguous() and largest_error([out], [expected]) <= 1e-12
-    # The gradient of a sum is an expanded number.
+    # The gradient of a sum is an expanded scalar.
     gradients = torch.autograd.grad(out.sum(), strided)
     plain = [t.requires_grad_() for t in inputs]
     assert largest_error(gradients, torch.autograd.grad(dense(*plain, PLAN).sum(), plain)) <= 1e-12
@@ -217,7 +217,7 @@ def test_compiled_code_serves_every_plan():
         truth, _ = run(lambda q, k, v, plan: shared_prefix_attention(2 * q, k, v, plan) + 1, plan)
         assert largest_error(ours, truth) <= 1e-12
 
-    # The first call, then other numbers of tokens, of responses and of groups.
+    # The first call, then calls with other numbers of tokens, responses and groups.
     check(([9], [[4, 4]]))
     check(([8], [[5, 1]]))
     check(([8], [[5, 1, 3]]))
@@ -272,7 +272,7 @@ def test_activation_checkpoints(use_reentrant):
 
 
 def with_gradients_of(function, inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
-    # Reentrant checkpoints know backward() alone.
+    # Reentrant checkpoints support only backward().
     inputs = [t.detach().requires_grad_() for t in inputs]
     function(*inputs).backward(d_out)
     return [t.grad for t in inputs]
@@ -303,7 +303,7 @@ def test_autocast_as_scaled_dot_product_attention(compiled):
 
     function = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     with torch.autocast("cpu", torch.bfloat16):
-        # Rotary embeddings leave float32 beside the values of a bfloat16 projection.
+        # Rotary embeddings make q and k float32, while v comes from a bfloat16 projection.
         out = function(q, k, v.detach().bfloat16())
         torch.autograd.grad(out.float().sum(), (q, k))
     expected = shared_prefix_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), PLAN)

@@ -45,12 +45,12 @@ def test_nothing_spills_and_every_program_fits(reports):
 
 def test_all_kernels_are_in_the_report(reports):
     assert {name.split()[0] for name in reports} == {*ROW_KERNELS, *OTHERS}
-    # "discriminator pairs" and "resize" know no 16-bit tensor.
+    # "discriminator pairs" and "resize" have no 16-bit tensors.
     assert len(reports) == 3 * 22 + 2
 
 
 def test_rows_are_found_with_64_bit_offsets(reports):
-    """row * stride passes 2^31: the row is widened before it is multiplied, and no 32-bit product is widened after."""
+    """row * stride may exceed 2^31: rows are widened before the product, and no 32-bit product is widened after it."""
     for name, report in reports.items():
         if name.split()[0] in ROW_KERNELS:
             (row,) = re.findall(r"(%\S+) = tt\.get_program_id x : i32", report.ttir)
@@ -60,7 +60,7 @@ def test_rows_are_found_with_64_bit_offsets(reports):
 
 
 def test_frames_are_found_with_64_bit_offsets(reports):
-    """Frames, channels, rows and columns are widened before they meet a stride: nothing is multiplied in 32 bit."""
+    """Frames, channels, rows and columns are widened before they are multiplied by a stride."""
     for name in ("patches 16 bf16", "patches 14 fp32", "resize"):
         widened = re.findall(r"arith\.extsi (%stride_\w) : i32 to i64", reports[name].ttir)
         assert set(widened) == {"%stride_f", "%stride_c", "%stride_y", "%stride_x"}, name
@@ -68,7 +68,7 @@ def test_frames_are_found_with_64_bit_offsets(reports):
 
 
 def test_patches_are_divided_with_ieee_rounding(reports):
-    """div.full is up to 2 units in the last place off; results are to be those of the torch form."""
+    """div.full has an error of up to 2 units in the last place; results must equal those of the torch form."""
     for name in ("patches 16 bf16", "patches 14 bf16"):
         ptx = reports[name].ptx
         assert "div.rn.f32" in ptx and "div.full" not in ptx and re.search(r"cvt\.rn\.bf16", ptx), name
@@ -79,8 +79,8 @@ def test_no_float64_and_no_atomics(reports):
         assert "f64" not in report.ptx and not re.search(r"\b(atom|red)\.", report.ptx), report.name
 
 
-# Machine instructions per logit, or per pair of logits where two rows are read, pass by pass; the compiler's counts
-# with triton 3.7.1 and some room for other versions.
+# Machine instructions of each pass per logit, or per pair of logits if two rows are read: the compiler's counts with
+# triton 3.7.1, and a margin for other versions.
 INSTRUCTIONS = {
     "score bf16": [9.5],
     "policy k3 temperature bf16": [9.5, 6.5],
@@ -95,7 +95,7 @@ INSTRUCTIONS = {
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_instructions_per_logit(reports, name):
-    """What the row kernels cost where the memory is fast enough, and no barrier in a loop to wait at."""
+    """Instructions bound the row kernels if the memory is fast enough. Their loops must have no barriers."""
     two_rows = "full_kl" in name or "divergence" in name
     loops = reports[name].loops
     counts = [loop.per_element(itemsize=2) * (1 + two_rows) for loop in loops]
@@ -111,7 +111,7 @@ def test_a_policy_row_costs_at_most_17_instructions_per_logit(reports):
 
 
 def test_rows_are_read_wide_and_rounded_to_nearest(reports):
-    """16 bytes per thread and load; bfloat16 gradients are rounded, where the interpreter would cut them off."""
+    """16 bytes per thread and load; bfloat16 gradients are rounded, whereas the interpreter truncates them."""
     assert "ld.global.v4.b32" in reports["policy k3 bf16"].ptx
     assert "st.global.v4.b32" in reports["policy k3 bf16"].ptx
     for name in ("policy k3 bf16", "gradient bf16", "divergence jsd bf16", "discriminator gradient bf16"):
@@ -119,13 +119,13 @@ def test_rows_are_read_wide_and_rounded_to_nearest(reports):
 
 
 def test_nan_survives_a_maximum(reports):
-    """max.f32 gives the operand that is no number away; the interpreter cannot show that."""
+    """max.f32 drops a NaN operand, which the interpreter cannot show."""
     for dtype in DTYPES:
         assert "max.NaN.f32" in reports[f"divergence jsd {dtype}"].ptx
 
 
 class _Device:
-    """Stands in for a GPU as far as triton asks for one before a launch."""
+    """A fake GPU with what Triton queries before a launch."""
 
     def get_current_device(self) -> int:
         return 0
@@ -139,7 +139,7 @@ class _Device:
 
 @pytest.fixture
 def launched(monkeypatch) -> list:
-    """The compiled kernels of launches, in order; CPU tensors go up to the launch itself, which is left out."""
+    """Return the compiled kernels of launches, in order. CPU tensors are used, and the launch itself is skipped."""
     run, kernels = triton.JITFunction.run, []
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -151,7 +151,7 @@ def launched(monkeypatch) -> list:
 
 
 def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
-    """Numbers of rows, and slices that begin anywhere, compile nothing anew; no Python float becomes a float64."""
+    """New numbers of rows and unaligned slices do not compile again, and no Python float becomes a float64."""
     vocab, ones = 5000, torch.ones(64)
     for start, rows in ((0, 16), (1, 1), (3, 15), (2, 34)):
         part = slice(start, start + rows)
@@ -185,7 +185,7 @@ def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
 
 
 def test_media_kernels_compile_once_for_all_videos(launched):
-    """Sizes of one pixel and of any multiple, both layouts, and slices that begin anywhere."""
+    """Sizes of one pixel and of any multiple, both layouts, and unaligned slices."""
     source, room = (torch.zeros(3 * 5 * 90 * 160 + 1, dtype=torch.uint8) for _ in range(2))
     numbers = torch.ones(3)
     for count, in_height, in_width, height, width in ((5, 90, 160, 32, 64), (1, 1, 1, 64, 32), (2, 32, 48, 32, 96)):

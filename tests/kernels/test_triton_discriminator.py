@@ -13,7 +13,7 @@ from undefined_gradient import Drop
 
 from rmsd_kernels import reference
 
-# Wider than one block of the forward kernel and than several of the backward one; ragged in both.
+# Wider than one block of the forward kernel and several blocks of the backward kernel; the last block is partial.
 TOKENS, DIM = 40, 700
 STUDENTS, TEACHERS, PAIRS = 5, 4, 23
 CASES: dict[str, Case] = {}
@@ -25,7 +25,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """Hidden states, a value head and pairs, with tensors of a dtype that want gradients."""
+    """Hidden states, a value head and pairs, in one dtype and with gradients."""
 
     def __init__(self, device, dtype, students=STUDENTS, teachers=TEACHERS, pairs=PAIRS, dim=DIM):
         generator = torch.Generator().manual_seed(3)
@@ -45,7 +45,7 @@ class Setup:
         self.pair_weight = torch.rand(pairs, generator=generator).to(device)
 
     def losses(self, functions, convert=lambda t: t, *, norm=True, bias=True, weighted=False, factor=1.7, **options):
-        """Outputs and gradients of discriminator_loss * factor, by name, for inputs that `convert` makes."""
+        """Return outputs and gradients of discriminator_loss * factor, by name, with inputs converted by `convert`."""
         leaves = {"hidden": self.hidden, "head": self.head}
         leaves |= {"bias": self.bias} if bias else {}
         leaves |= {"norm_weight": self.norm_weight} if norm else {}
@@ -66,13 +66,13 @@ def in_double(tensor: Tensor) -> Tensor:
 def check(setup: Setup, dtype: torch.dtype, **options) -> float:
     from rmsd_kernels.discriminator import triton_loss
 
-    found = setup.losses(triton_loss, **options)
+    kernel = setup.losses(triton_loss, **options)
     again = setup.losses(triton_loss, **options)
-    for name in found:
-        assert torch.equal(found[name].nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ"
+    for name in kernel:
+        assert torch.equal(kernel[name].nan_to_num(), again[name].nan_to_num()), f"{name}: two runs differ"
     eager, exact = (setup.losses(reference, convert, **options) for convert in (torch.Tensor.float, in_double))
     worst = 0.0
-    for name, value in found.items():
+    for name, value in kernel.items():
         stored = name.startswith("d_")
         assert value.dtype == (dtype if stored else torch.float32) and value.shape == exact[name].shape, name
         expected = as_stored(eager[name], dtype) if stored else eager[name]
@@ -92,8 +92,8 @@ def loss_with_and_without_norm_and_bias(device, dtype):
 def loss_normalizers_and_l2(device, dtype):
     """None, a number, a tensor, and 0, which counts as 1."""
     setup, worst = Setup(device, dtype, dim=40), []
-    given = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
-    for number, l2_number in zip(given, [4.0, None, *given[3:], given[2]], strict=True):
+    normalizers = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
+    for number, l2_number in zip(normalizers, [4.0, None, *normalizers[3:], normalizers[2]], strict=True):
         options = {"weighted": True, "normalizer": number, "l2_normalizer": l2_number, "score_l2": 0.3}
         worst.append(check(setup, dtype, **options))
     setup.pair_weight.zero_()
@@ -102,7 +102,7 @@ def loss_normalizers_and_l2(device, dtype):
 
 @case
 def loss_with_shared_rows(device, dtype):
-    """Responses that end at the same row: two, three, and one of each side."""
+    """Two, three, and one of each side of the responses end at the same row."""
     setup = Setup(device, dtype)
     setup.last_index[:] = torch.tensor([7, 3, 7, 9, 9, 9, 1, 3, 0])
     return max(check(setup, dtype, score_l2=0.1), check(setup, dtype, norm=False))
@@ -124,7 +124,7 @@ def loss_with_views(device, dtype):
 
 @case
 def loss_of_many_responses(device, dtype):
-    """Beyond what one program takes, so that rows and pairs are two launches and the scores several programs' work."""
+    """More responses than one program processes: rows and pairs are two launches, with several programs for scores."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, students=triton_loss.ONE_PROGRAM_ROWS - 20, teachers=30, pairs=600, dim=24)
@@ -192,17 +192,17 @@ def check_pairwise(setup: Setup, scores: list[Tensor], dtype: torch.dtype, **opt
     from rmsd_kernels.discriminator import triton_loss
 
     indices = (setup.student_index, setup.teacher_index)
-    found = pairwise(triton_loss, scores, indices, setup.quality, lambda t: t.clone(), **options)
+    kernel = pairwise(triton_loss, scores, indices, setup.quality, lambda t: t.clone(), **options)
     eager = pairwise(reference, scores, indices, setup.quality, lambda t: t.clone().float(), **options)
     exact = pairwise(reference, scores, indices, setup.quality, in_double, **options)
-    assert [t.dtype for t in found] == [torch.float32] * 3 + [dtype] * 2
-    pairs = [(k, e.to(k.dtype), x) for k, e, x in zip(found, eager, exact, strict=True)]
+    assert [t.dtype for t in kernel] == [torch.float32] * 3 + [dtype] * 2
+    pairs = [(k, e.to(k.dtype), x) for k, e, x in zip(kernel, eager, exact, strict=True)]
     return max(compare(str(i), *(t.reshape(-1) for t in triple)) for i, triple in enumerate(pairs))
 
 
 @case
 def every_row_is_written(device, dtype):
-    """Rows without a response get 0, in whichever tile they are; what is not written would stay NaN here."""
+    """Rows without a response get 0 in every tile; values that are not written would stay NaN here."""
     from rmsd_kernels.discriminator import triton_loss
 
     tokens = 64 * 16 + 150
@@ -224,7 +224,7 @@ def every_row_is_written(device, dtype):
 
 
 @case
-def what_nobody_differentiates(device, dtype):
+def outputs_without_a_gradient(device, dtype):
     """accuracy, margin and scores are constants; a loss whose gradient is undefined gives none."""
     from rmsd_kernels.discriminator import triton_loss
 
@@ -235,15 +235,15 @@ def what_nobody_differentiates(device, dtype):
     assert out.loss.requires_grad and not any(t.requires_grad for t in out[1:])
     scores = torch.zeros(STUDENTS, device=device, requires_grad=True)
     pairwise = triton_loss.pairwise_discriminator_loss(scores, torch.zeros(TEACHERS, device=device), *pairs)
-    for loss, of in ((out.loss, leaf), (pairwise.loss, scores)):
-        (found,) = torch.autograd.grad(Drop.apply(loss) + of.sum() * 2, of)
-        assert torch.equal(found, torch.full_like(of, 2))
+    for loss, leaf_of_loss in ((out.loss, leaf), (pairwise.loss, scores)):
+        (gradient,) = torch.autograd.grad(Drop.apply(loss) + leaf_of_loss.sum() * 2, leaf_of_loss)
+        assert torch.equal(gradient, torch.full_like(leaf_of_loss, 2))
     return 0.0
 
 
 @case
 def pairwise_scores(device, dtype):
-    """Scores as they are, and margins of ±2e4, of which the loss is the margin or exactly 0."""
+    """Ordinary scores, and margins of ±2e4, for which the loss is the margin or exactly 0."""
     setup, worst = Setup(device, dtype), []
     for size in (1.0, 1e4):
         scores = [size * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (STUDENTS, TEACHERS)]
@@ -271,7 +271,7 @@ def small_losses_keep_their_digits(device, dtype):
 
 @case
 def values(device, dtype):
-    """last_token_values with any upstream gradient, an expanded one too, and only the gradients that are wanted."""
+    """last_token_values with any upstream gradient, including an expanded one, and only the required gradients."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup, worst = Setup(device, dtype), []
@@ -290,8 +290,8 @@ def values(device, dtype):
             (out.sum() + (out * upstream.to(out.dtype)).sum()).backward()
             gradients = {"hidden": hidden.grad, "head": head.grad, **{n: t.grad for n, t in leaves.items()}}
             results.append({"values": out.detach(), **gradients})
-        found, eager, exact = results
-        for name, value in found.items():
+        kernel, eager, exact = results
+        for name, value in kernel.items():
             assert (value is None) == (name in names and name not in wanted), name
             if value is not None:
                 stored = eager[name] if name == "values" else as_stored(eager[name], dtype)
@@ -301,7 +301,7 @@ def values(device, dtype):
 
 @case
 def compiled_in_one_graph(device, dtype):
-    """torch.compile(fullgraph=True) gives the same numbers and gradients; the ops hold what they declare."""
+    """torch.compile(fullgraph=True) gives the same numbers and gradients, and the ops match their schemas."""
     from rmsd_kernels.discriminator import triton_loss as ours
 
     setup = Setup(device, dtype, dim=40)
@@ -329,9 +329,9 @@ def compiled_in_one_graph(device, dtype):
     scores = torch.randn(STUDENTS, device=device), torch.randn(TEACHERS, device=device)
     gradient, saved = torch.randn(STUDENTS + TEACHERS, device=device), torch.rand(2, STUDENTS + TEACHERS, device=device)
     for needed in (True, False):
-        given = (*pairs, *numbers, needed)
-        torch.library.opcheck(ops.discriminator_forward, (*head, 1e-6, STUDENTS, *given), test_utils=tests)
-        torch.library.opcheck(ops.pairwise_discriminator_forward, (*scores, *given), test_utils=tests)
+        pair_arguments = (*pairs, *numbers, needed)
+        torch.library.opcheck(ops.discriminator_forward, (*head, 1e-6, STUDENTS, *pair_arguments), test_utils=tests)
+        torch.library.opcheck(ops.pairwise_discriminator_forward, (*scores, *pair_arguments), test_utils=tests)
         arguments = (gradient, None, *head, saved, True, needed, needed, True)
         torch.library.opcheck(ops.discriminator_backward, arguments, test_utils=tests)
     torch.library.opcheck(ops.last_token_values_forward, (*head, 1e-6), test_utils=tests)
@@ -345,7 +345,7 @@ def refusals(device, dtype):
     setup = Setup(device, dtype, dim=40)
     with pytest.raises(TypeError, match="hidden: expected float32, bfloat16 or float16, got torch.float64"):
         ours.last_token_values(setup.hidden.double(), setup.last_index, setup.head)
-    # There is no second derivative.
+    # Second derivatives are not supported.
     values = ours.last_token_values(setup.hidden.requires_grad_(), setup.last_index, setup.head.requires_grad_())
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(values.sum(), setup.head, create_graph=True)

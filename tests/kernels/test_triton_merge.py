@@ -18,7 +18,7 @@ def case(function: Case) -> Case:
 
 
 def parts(rows: int, heads: int, dim: int, device, dtype, seed: int = 0) -> tuple[Tensor, ...]:
-    """out and other [R, H, d], lse and other_lse [H, R]."""
+    """Return out and other [R, H, d], lse and other_lse [H, R]."""
     g = torch.Generator().manual_seed(seed)
     out, other = (torch.randn(rows, heads, dim, generator=g).to(device, dtype) for _ in range(2))
     lse, other_lse = (4 * torch.randn(heads, rows, generator=g).to(device) for _ in range(2))
@@ -50,7 +50,7 @@ def heads_and_sizes(device, dtype):
 
 @case
 def slices_and_other_strides(device, dtype):
-    """As the callers have them: rows of a longer tensor, and heads that lie further apart than rows."""
+    """Layouts of the callers: rows of a longer tensor, and heads with a larger stride than rows."""
     out, lse, other, other_lse = parts(9, 6, 16, device, dtype)
     whole, whole_lse = out.clone(), lse.clone()
     worst = check(
@@ -63,7 +63,7 @@ def slices_and_other_strides(device, dtype):
 
 @case
 def parts_without_weight(device, dtype):
-    """A part with a log-sum-exp of -inf has no say; the two may also be far apart."""
+    """A part with a log-sum-exp of -inf has no weight; the two log-sum-exps may also be far apart."""
     from rmsd_kernels.shared_prefix.triton_merge import merge_
 
     out, lse, other, other_lse = parts(4, 2, 8, device, dtype)

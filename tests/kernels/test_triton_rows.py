@@ -13,7 +13,7 @@ from rmsd_kernels.heads import torch_rows
 from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference, RowStats
 
 ROWS = 3
-# Three blocks of a row in float32 and two in 16 bit, the last of them ragged.
+# A row has three blocks in float32 and two in 16 bit; the last block is partial.
 VOCAB = 9001
 CASES: dict[str, Case] = {}
 
@@ -24,7 +24,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """A chunk of logits, what goes with it, and the same in float64."""
+    """A chunk of logits and its other inputs, and the same in float64."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, vocab: int = VOCAB, rows: int = ROWS, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ class Setup:
         return torch.empty(self.rows).uniform_(low, high, generator=self.generator).to(self.device)
 
     def target_logit(self) -> Tensor:
-        """As a float32 dot product gives it: near the rounded logit but not equal to it."""
+        """Return the target's logit as a float32 dot product would give it: close to the rounded logit, not equal."""
         picked = self.logits.gather(1, self.targets.clamp(0, self.vocab - 1).unsqueeze(1)).squeeze(1).float()
         return picked + 0.01 * self.normal(self.rows)
 
@@ -62,7 +62,7 @@ class Setup:
         return self
 
     def terms(self, **changes) -> PolicyTerms:
-        """Changes are fields of the terms or of their settings."""
+        """Return terms with changed fields; changes are fields of the terms or of their settings."""
         settings = {name: changes.pop(name) for name in PolicySettings._fields if name in changes}
         vectors = {"scale": self.uniform(0.1, 1.0), "advantage": self.normal(self.rows)}
         clips = {"clip_low": 0.2, "clip_high": 0.3}
@@ -70,7 +70,7 @@ class Setup:
 
 
 def double(record):
-    """A record with its floating tensors in float64."""
+    """Return a record with its floating tensors in float64."""
     if isinstance(record, Tensor):
         return record.double() if record.is_floating_point() else record
     return None if record is None else type(record)(*(doubled(v) for v in record))
@@ -81,16 +81,16 @@ def doubled(value):
 
 
 def compare_gradients(kernel: Tensor, eager: Tensor, exact: Tensor, targets: Tensor | None = None) -> float:
-    """compare, the floor in units of the largest gradient, for the targets' columns and for the many smaller ones."""
+    """Compare target columns and the smaller other columns separately, with floors in units of the largest gradient."""
     at_target = torch.zeros_like(exact, dtype=torch.bool)
     if targets is not None:
         at_target.scatter_(1, targets.clamp(0, exact.shape[1] - 1).unsqueeze(1), True)
     worst = 0.0
-    for part in (at_target, ~at_target):
-        if part.any():
-            found = [t[part] for t in (kernel, eager, exact)]
-            largest = found[2].nan_to_num(0, 0, 0).abs().max().item()
-            worst = max(worst, compare("gradient", *found, floor=4e-7 * largest / max(1.0, largest)))
+    for columns in (at_target, ~at_target):
+        if columns.any():
+            selected = [t[columns] for t in (kernel, eager, exact)]
+            largest = selected[2].nan_to_num(0, 0, 0).abs().max().item()
+            worst = max(worst, compare("gradient", *selected, floor=4e-7 * largest / max(1.0, largest)))
     return worst
 
 
@@ -104,26 +104,30 @@ def check_score(setup: Setup) -> float:
     from rmsd_kernels.heads import triton_rows
 
     before = setup.logits.clone()
-    found = triton_rows.score(setup.logits, setup.inputs, setup.ref)
+    kernel = triton_rows.score(setup.logits, setup.inputs, setup.ref)
     assert torch.equal(setup.logits.nan_to_num(), before.nan_to_num()), "score writes"
     again = triton_rows.score(setup.logits, setup.inputs, setup.ref)
-    assert all(a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True))
+    assert all(
+        a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kernel, again, strict=True)
+    )
     eager = torch_rows.score(setup.logits, setup.inputs, setup.ref)
-    return compare_stats(found, eager, torch_rows.score(setup.logits.double(), double(setup.inputs), double(setup.ref)))
+    return compare_stats(
+        kernel, eager, torch_rows.score(setup.logits.double(), double(setup.inputs), double(setup.ref))
+    )
 
 
 def check_policy(setup: Setup, terms: PolicyTerms) -> float:
     from rmsd_kernels.heads import triton_rows
 
-    found, again = setup.logits.clone(), setup.logits.clone()
-    stats = triton_rows.policy_(found, setup.inputs, terms, setup.ref)
+    gradient, again = setup.logits.clone(), setup.logits.clone()
+    stats = triton_rows.policy_(gradient, setup.inputs, terms, setup.ref)
     triton_rows.policy_(again, setup.inputs, terms, setup.ref)
-    assert torch.equal(found.nan_to_num(), again.nan_to_num()), "two runs differ"
+    assert torch.equal(gradient.nan_to_num(), again.nan_to_num()), "two runs differ"
     eager, exact = setup.logits.float(), setup.logits.double()
     eager_stats = torch_rows.policy_(eager, setup.inputs, terms, in_float(setup.ref))
     exact_stats = torch_rows.policy_(exact, double(setup.inputs), double(terms), double(setup.ref))
     worst = compare_stats(stats, eager_stats, exact_stats)
-    return max(worst, compare_gradients(found, as_stored(eager, setup.dtype), exact, setup.targets))
+    return max(worst, compare_gradients(gradient, as_stored(eager, setup.dtype), exact, setup.targets))
 
 
 def check_gradient(setup: Setup, entropy: bool, full_kl: bool) -> float:
@@ -132,16 +136,16 @@ def check_gradient(setup: Setup, entropy: bool, full_kl: bool) -> float:
     exact_inputs, exact_ref = double(setup.inputs), double(setup.ref)
     exact_stats = torch_rows.score(setup.logits.double(), exact_inputs, exact_ref)
     stats = RowStats(*(t if t is None else t.float() for t in exact_stats))
-    given = [setup.normal(setup.rows), setup.normal(setup.rows) if entropy else None]
-    given += [setup.ref, setup.normal(setup.rows) if full_kl else None]
-    found, again = setup.logits.clone(), setup.logits.clone()
-    triton_rows.gradient_(found, setup.inputs, stats, *given)
-    triton_rows.gradient_(again, setup.inputs, stats, *given)
-    assert torch.equal(found.nan_to_num(), again.nan_to_num()), "two runs differ"
+    upstream = [setup.normal(setup.rows), setup.normal(setup.rows) if entropy else None]
+    upstream += [setup.ref, setup.normal(setup.rows) if full_kl else None]
+    gradient, again = setup.logits.clone(), setup.logits.clone()
+    triton_rows.gradient_(gradient, setup.inputs, stats, *upstream)
+    triton_rows.gradient_(again, setup.inputs, stats, *upstream)
+    assert torch.equal(gradient.nan_to_num(), again.nan_to_num()), "two runs differ"
     eager, exact = setup.logits.float(), setup.logits.double()
-    torch_rows.gradient_(eager, setup.inputs, stats, *given[:2], in_float(setup.ref), given[3])
-    torch_rows.gradient_(exact, exact_inputs, exact_stats, *(double(g) for g in given))
-    return compare_gradients(found, as_stored(eager, setup.dtype), exact, setup.targets)
+    torch_rows.gradient_(eager, setup.inputs, stats, *upstream[:2], in_float(setup.ref), upstream[3])
+    torch_rows.gradient_(exact, exact_inputs, exact_stats, *(double(g) for g in upstream))
+    return compare_gradients(gradient, as_stored(eager, setup.dtype), exact, setup.targets)
 
 
 def in_float(ref: RowReference | None) -> RowReference | None:
@@ -200,7 +204,7 @@ def score_two_logits_by_hand(device, dtype):
 
 @case
 def score_extreme_logits(device, dtype):
-    """±1e4, with the maximum in the last block, so that every sum kept before it vanishes."""
+    """±1e4, with the maximum in the last block, so that all earlier sums vanish."""
     setup = Setup(device, dtype)
     setup.logits *= 1e4 / 3
     setup.logits[0, -1] = 1.5 * setup.logits[0].abs().max()
@@ -224,7 +228,7 @@ def masked_logits(device, dtype):
 
 @case
 def masked_rows_and_nan(device, dtype):
-    """A row of only -inf gives NaN, as does one with NaN or with +inf; the row beside them is untouched by it."""
+    """A row of only -inf, or with NaN or +inf, gives NaN; the row next to it is not affected."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype, rows=4)
@@ -233,10 +237,10 @@ def masked_rows_and_nan(device, dtype):
     setup.logits[2, 8000] = math.inf
     setup.targets[:3] = 5
     setup.inputs = setup.inputs._replace(target_logit=setup.target_logit())
-    found = setup.logits.clone()
-    stats = triton_rows.policy_(found, setup.inputs, setup.terms(entropy_coef=0.1))
+    gradient = setup.logits.clone()
+    stats = triton_rows.policy_(gradient, setup.inputs, setup.terms(entropy_coef=0.1))
     assert stats.logp.isnan().tolist() == stats.entropy.isnan().tolist() == [True, True, True, False]
-    assert found.isnan().all(dim=1).tolist() == [True, True, True, False]
+    assert gradient.isnan().all(dim=1).tolist() == [True, True, True, False]
     for kind in ("forward_kl", "reverse_kl", "jsd", "skew_kl"):
         value = triton_rows.divergence_(setup.logits, setup.logits.flip(0), None, kind, None, None)
         assert value.isnan().all(), kind
@@ -253,7 +257,7 @@ def target_out_of_range(device, dtype):
     exact = torch_rows.score(setup.logits.double(), double(setup.inputs))
     assert stats.logp.isnan().all()
     compare("lse", stats.lse, stats.lse, exact.lse)
-    # Wild writes would land in the rows around the middle one.
+    # Out-of-bounds writes would change the rows around the middle one.
     padded = torch.full((3, setup.vocab), 7.0, dtype=dtype, device=device)
     for target in (-1, setup.vocab):
         inputs = RowInputs(torch.tensor([target], device=device), setup.inputs.target_logit[:1], None, None, None)
@@ -273,12 +277,14 @@ def strided_rows(device, dtype):
     wide[:, :VOCAB] = setup.logits
     terms, whole = setup.terms(entropy_coef=0.1), setup.logits.clone()
     expected = triton_rows.policy_(whole, setup.inputs, terms)
-    found = triton_rows.policy_(wide[:, :VOCAB], setup.inputs, terms)
-    assert torch.equal(found.logp, expected.logp) and torch.equal(wide[:, :VOCAB], whole)
+    stats = triton_rows.policy_(wide[:, :VOCAB], setup.inputs, terms)
+    assert torch.equal(stats.logp, expected.logp) and torch.equal(wide[:, :VOCAB], whole)
     assert bool((wide[:, VOCAB:] == 7).all())
     # One temperature for all rows, as a view.
-    one = torch.tensor(0.7, device=device)
-    for_all, per_row = (setup.inputs._replace(temperature=t) for t in (one.expand(ROWS), one.repeat(ROWS)))
+    temperature = torch.tensor(0.7, device=device)
+    for_all, per_row = (
+        setup.inputs._replace(temperature=t) for t in (temperature.expand(ROWS), temperature.repeat(ROWS))
+    )
     assert torch.equal(triton_rows.score(whole, for_all).logp, triton_rows.score(whole, per_row).logp)
     return 0.0
 
@@ -306,7 +312,7 @@ def gradient_of_each_output(device, dtype):
 
 @case
 def gradient_with_an_offset_on_all_logits(device, dtype):
-    """The float32 log-sum-exp is off by up to 2^-13 here; a likely target is judged by logp, which is not."""
+    """The float32 log-sum-exp has an error of up to 2^-13 here; a likely target uses logp, which is exact."""
     setup = Setup(device, dtype)
     setup.logits += 4000.0
     setup.inputs = setup.inputs._replace(target_logit=torch.tensor([4013.3, 4014.4, 4015.5], device=device))
@@ -321,8 +327,10 @@ def policy_on_policy(device, dtype):
 
 @case
 def policy_ratio_clip_and_kl(device, dtype):
-    """Each side of the clip and each estimator, with and without a limit on the log-ratio. Rows: ratio below, inside
-    and above the clip, beyond exp's guard, each with both signs of the advantage."""
+    """Each side of the clip and each estimator, with and without a limit on the log-ratio.
+
+    Rows: ratio below, inside and above the clip, and beyond the limit of exp, each with both signs of the advantage.
+    """
     setup, worst = Setup(device, dtype, vocab=300, rows=8).transformed(), []
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
     shift = torch.tensor([-0.5, 0.1, 0.5, 90.0] * 2, device=device)
@@ -338,7 +346,7 @@ def policy_ratio_clip_and_kl(device, dtype):
 
 @case
 def policy_with_importance_correction(device, dtype):
-    """Weights below, at and above their cap, and beyond what exp can take."""
+    """Weights below, at and above their cap, and beyond the limit of exp."""
     setup = Setup(device, dtype, rows=5)
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
     mismatch = torch.tensor([-1.0, 0.0, 0.5, 3.0, 90.0], device=device)
@@ -348,7 +356,7 @@ def policy_with_importance_correction(device, dtype):
 
 @case
 def target_logit_of_rows(device, dtype):
-    """Any stride, more numbers than a block, and targets out of range."""
+    """Any stride, rows longer than a block, and targets out of range."""
     from rmsd_kernels.heads import triton_rows
 
     generator = torch.Generator().manual_seed(0)
@@ -356,41 +364,43 @@ def target_logit_of_rows(device, dtype):
     for dim in (7, 1024, 2560):
         hidden, weight = (torch.randn(n, dim + 3, generator=generator).to(device, dtype)[:, :dim] for n in (6, 11))
         targets = torch.tensor([0, 10, 5, -100, 11, 1 << 40], device=device)
-        found = triton_rows.target_logit(hidden, weight, targets)
+        kernel = triton_rows.target_logit(hidden, weight, targets)
         eager = torch_rows.target_logit(hidden, weight, targets)
         exact = torch_rows.target_logit(hidden.double(), weight.double(), targets)
-        worst = max(worst, compare("target_logit", found, eager, exact))
+        worst = max(worst, compare("target_logit", kernel, eager, exact))
+        turned = weight.t().contiguous().t()
+        assert torch.equal(triton_rows.target_logit(hidden, turned, targets), kernel)
     return worst
 
 
 @case
-def results_go_where_they_are_wanted(device, dtype):
-    """`out`: slices of a longer tensor, and what stands beside them stays."""
+def results_are_written_to_out(device, dtype):
+    """`out` may be slices of a longer tensor; the elements next to them do not change."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype).with_reference()
-    room = torch.full((4, ROWS + 2), 7.0, device=device)
-    out = RowStats(*room[:, 1:-1])
+    buffer = torch.full((4, ROWS + 2), 7.0, device=device)
+    out = RowStats(*buffer[:, 1:-1])
     expected = triton_rows.score(setup.logits, setup.inputs, setup.ref)
     triton_rows.score(setup.logits, setup.inputs, setup.ref, out=out)
-    assert torch.equal(room[:, 1:-1], torch.stack(expected)) and bool((room[:, [0, -1]] == 7).all())
+    assert torch.equal(buffer[:, 1:-1], torch.stack(expected)) and bool((buffer[:, [0, -1]] == 7).all())
     gaps = RowStats(*(torch.zeros(2 * ROWS, device=device)[::2] for _ in range(4)))
-    with pytest.raises(ValueError, match=r"out.logp: expected a vector without gaps"):
+    with pytest.raises(ValueError, match=r"out.logp: expected a contiguous vector"):
         triton_rows.score(setup.logits, setup.inputs, setup.ref, out=gaps)
     return 0.0
 
 
 @case
 def policy_k3_beyond_exp(device, dtype):
-    """log ref - log pi = 100: the guarded exp has no gradient and leaves the 1 of -d."""
+    """log ref - log pi = 100: the limited exp has no gradient, so only the 1 of -d remains."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, torch.float32, vocab=50, rows=1)
     zero = torch.zeros(1, device=device)
     terms = setup.terms(advantage=zero, scale=zero + 1, kl_loss="k3", kl_coef=0.5, ref_logp=zero + 95.0)
-    found = setup.logits.clone()
-    logp = triton_rows.policy_(found, setup.inputs, terms).logp
-    assert found[0, setup.targets[0]].item() == pytest.approx(0.5 * (1 - math.exp(logp.item())), rel=1e-5)
+    gradient = setup.logits.clone()
+    logp = triton_rows.policy_(gradient, setup.inputs, terms).logp
+    assert gradient[0, setup.targets[0]].item() == pytest.approx(0.5 * (1 - math.exp(logp.item())), rel=1e-5)
     return 0.0
 
 
@@ -400,7 +410,7 @@ def policy_full_kl(device, dtype):
     worst = [check_policy(plain, plain.terms(kl_loss="full", kl_coef=0.5))]
     setup = Setup(device, dtype).transformed().with_reference(bias=True)
     worst += [check_policy(setup, setup.terms(kl_loss="full", kl_coef=0.5, entropy_coef=0.1))]
-    # With a coefficient of 0 the KL is reported and has no gradient.
+    # With a coefficient of 0, the KL is reported but has no gradient.
     worst += [check_policy(setup, setup.terms(kl_loss="none"))]
     return max(worst)
 
@@ -414,25 +424,25 @@ def divergences(device, dtype):
         for vocab, tempered in ((VOCAB, False), (37, True), (1, True)):
             setup = Setup(device, dtype, vocab)
             teacher = setup.logits.float() + setup.normal(ROWS, vocab)
-            # A teacher may come in another dtype.
+            # A teacher may have another dtype.
             teacher = teacher.to(torch.float32 if tempered else dtype)
             if kind == "forward_kl" and vocab > 30:
                 teacher[0, 7:20] = -math.inf
             temperature = setup.uniform(0.5, 2.0) if tempered else None
             scale = setup.uniform()
-            found, eager, exact = setup.logits.clone(), setup.logits.float(), setup.logits.double()
-            only_read = triton_rows.divergence_(found, teacher, temperature, kind, alpha, None)
-            assert torch.equal(found, setup.logits)
-            value = triton_rows.divergence_(found, teacher, temperature, kind, alpha, scale)
+            gradient, eager, exact = setup.logits.clone(), setup.logits.float(), setup.logits.double()
+            only_read = triton_rows.divergence_(gradient, teacher, temperature, kind, alpha, None)
+            assert torch.equal(gradient, setup.logits)
+            value = triton_rows.divergence_(gradient, teacher, temperature, kind, alpha, scale)
             assert torch.equal(value, only_read)
             again = setup.logits.clone()
             triton_rows.divergence_(again, teacher, temperature, kind, alpha, scale)
-            assert torch.equal(found, again)
+            assert torch.equal(gradient, again)
             eager_value = torch_rows.divergence_(eager, teacher.float(), temperature, kind, alpha, scale)
             doubles = (double(temperature), kind, alpha, double(scale))
             exact_value = torch_rows.divergence_(exact, teacher.double(), *doubles)
             worst.append(compare(f"{kind} value", value, eager_value, exact_value))
-            worst.append(compare_gradients(found, as_stored(eager, dtype), exact))
+            worst.append(compare_gradients(gradient, as_stored(eager, dtype), exact))
     return max(worst)
 
 

@@ -1,4 +1,4 @@
-"""The media functions: patch order and refusals by hand, the torch form, the Triton kernels in their interpreter."""
+"""The media functions: patch order and errors by hand, the torch form, the Triton kernels in their interpreter."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def case(function: Case) -> Case:
 
 
 def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 values as the store leaves them. Triton's interpreter cuts bfloat16 off instead of rounding."""
+    """Return float32 values as they are stored. Triton's interpreter truncates to bfloat16 instead of rounding."""
     if dtype == torch.bfloat16 and values.device.type == "cpu":
         return (values.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
     return values.to(dtype)
 
 
 def check_patches(frames: Tensor, dtype: torch.dtype, **arguments) -> float:
-    """The kernel's patches against the torch form's of the float route. Returns the share of values that differ."""
+    """Compare the kernel's patches with the torch form of the float resize. Return the share of different values."""
     small = resize_in_float(frames, arguments["height"], arguments["width"])
     got = video_patches(frames, impl="triton", dtype=dtype, **arguments)
     expected = as_stored(video_patches(small, impl="torch", **arguments), dtype)
     assert got.dtype == dtype and got.shape == expected.shape
-    # One level, where float32 sums stand on both sides of a tie.
+    # One level, if float32 sums are on both sides of a tie.
     level = 1.0 / (255 * min(arguments["std"]))
     assert (got.double() - expected.double()).abs().max() <= level * (1.01 if dtype == torch.float32 else 2.0)
     share = (got != expected).float().mean().item()
@@ -64,7 +64,7 @@ def no_resize_every_second_column_of_two_channels(device: torch.device, dtype: t
 
 @case
 def resize_alone(device: torch.device, dtype: torch.dtype) -> float:
-    """Ragged tiles, a strong shrink along one axis, a write into a slice that begins anywhere."""
+    """Partial tiles, strong downscaling along one axis, and a write into an unaligned slice."""
     if dtype != torch.float32:
         return 0.0
     shares = []
@@ -102,7 +102,7 @@ def test_kernels_on_cuda(name, dtype):
 
 @pytest.mark.cuda
 def test_a_clip_on_cuda_agrees_with_torch_there_and_nearly_with_the_cpu():
-    """720p to the model's size: HF's float route on the same device, and the integer route of the CPU."""
+    """720p to the model's size, against HF's float resize on the same device and the integer resize on the CPU."""
     frames = smooth_frames(4, 720, 1280)
     sizes = {"height": 448, "width": 832}
     got = resize_frames(frames.cuda(), **sizes)
@@ -118,7 +118,7 @@ def test_a_clip_on_cuda_agrees_with_torch_there_and_nearly_with_the_cpu():
 
 
 def test_float_route_is_near_the_integer_route():
-    """What the Triton kernels are held to stands as far from the CPU's result as real clips were seen to."""
+    """The float resize, which the Triton kernels must match, is as close to the CPU's result as on real clips."""
     frames = smooth_frames(2, 180, 320)
     difference = (resize_in_float(frames, 112, 208).int() - resize_frames(frames, height=112, width=208).int()).abs()
     assert difference.max() <= 3 and (difference == 0).float().mean() > 0.8
@@ -126,7 +126,7 @@ def test_float_route_is_near_the_integer_route():
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_patch_order_and_values_by_hand(impl):
-    """(t, h, w, mh, mw) by (c, tp, py, px); an odd last frame is its own partner; (x / 255 - mean) / std."""
+    """(t, h, w, mh, mw) by (c, tp, py, px); an odd last frame is repeated; (x / 255 - mean) / std."""
     patch, merge, span, height, width = 3, 2, 2, 12, 18
     frames = noise(3, 2, height, width)
     mean, std = (0.2, 0.6), (0.5, 0.25)
@@ -144,7 +144,7 @@ def test_patch_order_and_values_by_hand(impl):
         assert got[n, k].item() == pytest.approx((pixel / 255 - mean[c]) / std[c], abs=1e-6), (n, k)
 
 
-def test_auto_takes_the_torch_form_where_nothing_was_built(monkeypatch):
+def test_auto_uses_the_torch_form_if_nothing_was_built(monkeypatch):
     frames = noise(2, 3, 40, 50)
     expected = resize_frames(frames, height=24, width=32), video_patches(frames, height=32, width=64, **HALF)
     monkeypatch.setattr("rmsd_kernels.native.why_not", lambda: "taken away by this test")

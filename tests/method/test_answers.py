@@ -1,4 +1,4 @@
-"""Strict reading of responses."""
+"""Strict parsing of responses."""
 
 import pytest
 
@@ -116,7 +116,7 @@ def test_useless_options():
         parse_answer(response("A"), "mcq", ["x"] * 27)
     with pytest.raises(TypeError, match="single string"):
         parse_answer(response("A"), "mcq", "cat")
-    # The response does not decide whether damaged data is noticed.
+    # Bad data is reported for every response.
     with pytest.raises(ValueError, match="got 0"):
         parse_answer("no tags", "mcq", [])
 
@@ -182,7 +182,7 @@ def test_task_format_asks_only_for_one_answer_block():
         ("<answer></answer>", "", True),
         ("<think>a long thought</think><answer> \n</answer>", " \n", True),
         ("<think></think><answer>B</answer>", "B", False),
-        # Not empty but without an answer, or with several: these are invalid.
+        # Not empty, but without an answer or with several answers: these are invalid.
         ("B", None, False),
         ("<think>cut at the lim", None, False),
         ("<think>a</think><answer>", None, False),

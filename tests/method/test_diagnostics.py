@@ -45,7 +45,7 @@ STRICT = TeacherConfig(parse="strict")
 
 
 def scored(pool, questions, cfg):
-    """(valid, quality, reason) by question."""
+    """Return (valid, quality, reason) by question."""
     scores = score_pool(pool, questions, cfg)
     return {name: [(a.valid, a.quality, a.reason) for a in answers] for name, answers in scores.items()}
 
@@ -91,7 +91,7 @@ def test_natural_parsing_reads_what_strict_refuses():
         ("FINISH_REASON_SAFETY contentFilter guardrailIntervened", "filtered"),
         ("content_filter SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII refusal", "filtered"),
         ("guardrail_intervened content_filtered sensitive IMAGE_SAFETY", "filtered"),
-        # What says nothing, and what is not known.
+        # Words without information, and unknown words.
         ("null FINISH_REASON_UNSPECIFIED elsewhere", None),
     ],
 )
@@ -104,7 +104,7 @@ def test_every_servers_word_for_the_end_counts_in_both_modes(words, reason, pars
 
 
 def test_an_answer_whose_end_is_not_known_needs_its_tags():
-    """A cut "12" may have been to become "125"."""
+    """A truncated "12" might have become "125"."""
     cut = TeacherResponse("none", 0, "", "<think>t</think><answer>3")
     reasons = {
         word: score_response(replace(cut, finish_reason=word), QUESTIONS[3], TeacherConfig()).reason
@@ -133,7 +133,7 @@ def test_special_tokens_make_an_answer_invalid_whatever_the_student():
     pool = {"o": [said("o", 0, "a <|im_end|> b"), said("o", 1, "a <|x|"), said("o", 2, "<|fim_prefix2|>")]}
     judged = scored(pool, [QUESTIONS[2]], TeacherConfig())["o"]
     assert judged == [(False, 0.0, "special_token"), (True, 1.0, None), (False, 0.0, "special_token")]
-    # Marks of regions in the reasoning are special tokens too; with natural parsing what they mark stays.
+    # Marks of regions in the reasoning are special tokens too. Natural parsing keeps the text between them.
     text = "<think>at <|box_start|>(1,2),(3,4)<|box_end|></think><answer>3</answer>"
     pool = {"none": [TeacherResponse("none", 0, "", text)]}
     assert score_pool(pool, [QUESTIONS[3]], TeacherConfig())["none"][0].text == text.replace(
@@ -185,14 +185,14 @@ def test_floors():
     openness = [question("p", "open", None)]
     floors = best_constant_floor([*mcq, *numeric, *ocr, *openness])
     assert floors["mcq"] == (0.5, "B")
-    # "3" and "3.0" are the same number: 2 of 5; so is 5, and "3" comes first in the alphabet.
+    # "3" and "3.0" are the same number, 2 of 5. So is 5, and "3" comes first in the alphabet.
     assert floors["numeric"] == (0.4, "3")
     # "H 4" against itself 1, against "H 5" and "L 4" one word of two.
     assert floors["ocr"] == (pytest.approx(2 / 3), "H 4")
     assert floors["open"][0] == 1.0
 
 
-def test_floors_of_graded_tasks_use_answers_that_nobody_has():
+def test_floors_of_graded_tasks_use_answers_that_no_question_has():
     temporal = [question("a", "temporal", "0 to 6"), question("b", "temporal", "4 to 10")]
     # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid "0 to 8"
     # has 6/8 and 4/10 -> 0.575, "2 to 8" 4/8 and 4/8, so nothing beats 0.6.
@@ -212,10 +212,10 @@ def test_floors_leave_out_what_cannot_be_scored():
 
 
 def test_floors_of_many_questions_are_found_in_a_sample_and_scored_in_full():
-    """4,000 questions of a task took the square of that."""
+    """The time for 4,000 questions of a task was once quadratic."""
     numeric = [question(f"n{i}", "numeric", str(i % 1999)) for i in range(4000)]
     score, _ = best_constant_floor(numeric)["numeric"]
-    # The largest numbers have the widest tolerance: around 1979 it is 19.8 on either side, 2 questions a number.
+    # The largest numbers have the widest tolerance: around 1979 it is ±19.8, with 2 questions per number.
     assert score == pytest.approx(2 * 39.6 / 4000, rel=0.05)
     text = [question(f"o{i}", "ocr", f"{'EXIT' if i % 2 else i} {i}") for i in range(4000)]
     assert best_constant_floor(text)["ocr"][0] == pytest.approx(0.25, abs=0.01)
@@ -224,11 +224,11 @@ def test_floors_of_many_questions_are_found_in_a_sample_and_scored_in_full():
 
 
 def test_the_floor_of_long_texts_takes_seconds():
-    """1,000 answers of 60 words took 12 s, and the square of their length."""
+    """1,000 answers of 60 words once took 12 s, and the time was quadratic in their length."""
     words = [f"w{i}" for i in range(300)]
     texts = [" ".join(words[(7 * i + j * j) % 300] for j in range(60)) for i in range(1000)]
     long = [question(f"o{i}", "ocr", text) for i, text in enumerate([*texts, *["EXIT " * 59 + "now"] * 250])]
     started = process_time()
-    # A fifth of the questions has the one answer that is worth most.
+    # A fifth of the questions have the answer that scores best.
     assert best_constant_floor(long)["ocr"][0] == pytest.approx(0.2, abs=0.01)
     assert process_time() - started < 6

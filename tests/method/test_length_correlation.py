@@ -5,22 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmsd_fast.stages.judge import length_correlation, length_sums
+from rmsd_fast.stages.discriminator_pass import length_correlation, length_sums
 
 
-def sums_of(questions: list[tuple[list[int], list[float]]]) -> dict[str, float]:
-    """Sums of a process that has these questions, each with the lengths and scores of its responses."""
+def sums_of(questions: list[tuple[list[int], list[float]]]) -> tuple[float, ...]:
+    """Return the sums of a process with these questions, each with the lengths and scores of its responses."""
     lengths = torch.tensor([length for own, _ in questions for length in own])
     scores = torch.tensor([score for _, own in questions for score in own])
     question = torch.tensor([index for index, (own, _) in enumerate(questions) for _ in own])
-    # Rollouts come before teacher responses: the responses of a question do not stand side by side.
+    # Rollouts come before teacher responses, so the responses of a question are not adjacent.
     order = torch.tensor([*range(0, len(question), 2), *range(1, len(question), 2)])
-    sums = length_sums(lengths[order], scores[order], question[order])
-    return {**sums, "d_students": float(len(question)), "d_teachers": 0.0}
+    return length_sums(lengths[order], scores[order], question[order])
 
 
 def correlation(*questions) -> float:
-    return length_correlation(sums_of(list(questions)))
+    return length_correlation(*sums_of(list(questions)))
 
 
 def test_one_question_by_hand():
@@ -29,8 +28,8 @@ def test_one_question_by_hand():
     assert correlation(([10, 20, 30], [5.0, 3.0, 1.0])) == pytest.approx(-1)
 
 
-def test_a_question_with_long_answers_and_high_scores_is_no_length_bias():
-    # Within the first +20, within the second -20; all six together correlate by 0.97.
+def test_a_question_with_long_answers_and_high_scores_is_not_length_bias():
+    # +20 within the first question, -20 within the second; all six responses together have a correlation of 0.97.
     short, long = ([10, 20, 30], [1.0, 2.0, 3.0]), ([110, 120, 130], [13.0, 12.0, 11.0])
     assert correlation(short, long) == pytest.approx(0, abs=1e-12)
     together = torch.tensor([[*short[0], *long[0]], [*short[1], *long[1]]])
@@ -39,10 +38,10 @@ def test_a_question_with_long_answers_and_high_scores_is_no_length_bias():
     assert correlation(short, ([110, 120, 130], [11.0, 12.0, 13.0])) == pytest.approx(1)
 
 
-def test_what_does_not_differ_within_a_question_adds_nothing():
+def test_constant_values_within_a_question_add_nothing():
     whole = ([10, 20, 30], [0.0, 1.0, 5.0])
     one = correlation(whole)
-    # A single response; equal lengths with other scores weigh on the scores' side only.
+    # A single response; equal lengths with different scores only affect the variance of the scores.
     assert correlation(whole, ([500], [9.0])) == pytest.approx(one)
     assert correlation(whole, ([7, 7], [1.0, 3.0])) == pytest.approx(50 / (200 * 16) ** 0.5)
     assert correlation(([7, 7], [1.0, 3.0])) is None
@@ -53,7 +52,7 @@ def test_what_does_not_differ_within_a_question_adds_nothing():
 def test_sums_of_processes_add_up_to_those_of_one():
     questions = [([10, 20, 30], [0.0, 1.0, 5.0]), ([4, 8], [2.0, 1.0]), ([50, 70, 60], [1.0, 0.5, 2.0])]
     parts = [sums_of(questions[:1]), sums_of(questions[1:])]
-    together = {key: sum(part[key] for part in parts) for key in parts[0]}
-    assert length_correlation(together) == pytest.approx(length_correlation(sums_of(questions)))
+    together = [sum(sums) for sums in zip(*parts, strict=True)]
+    assert length_correlation(*together) == pytest.approx(length_correlation(*sums_of(questions)))
     # 50 - 2 - 5; 200 + 8 + 200; 14 + 0.5 + (1/6)^2 + (4/6)^2 + (5/6)^2
-    assert length_correlation(together) == pytest.approx(43 / (408 * (14.5 + 42 / 36)) ** 0.5)
+    assert length_correlation(*together) == pytest.approx(43 / (408 * (14.5 + 42 / 36)) ** 0.5)

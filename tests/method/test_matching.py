@@ -40,7 +40,7 @@ def test_the_threshold_itself_is_kept_in_any_dtype():
             assert matching_probabilities(quality, closed_ended=True, min_quality=tau).tolist() == [1.0, 0.0]
 
 
-def test_all_zero_where_nothing_is_kept():
+def test_all_zero_if_nothing_is_kept():
     assert probabilities([0.1, 0.2]) == [0.0, 0.0]
     assert probabilities([0.1, 0.2], closed=False) == [0.0, 0.0]
     assert probabilities([0.0, 0.0], tau=0.0) == [0.0, 0.0]
@@ -48,12 +48,12 @@ def test_all_zero_where_nothing_is_kept():
 
 
 def test_dtype_follows_quality():
-    for given, expected in (
+    for quality_dtype, expected in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        p = matching_probabilities(torch.ones(3, dtype=given), closed_ended=True, min_quality=0.3)
+        p = matching_probabilities(torch.ones(3, dtype=quality_dtype), closed_ended=True, min_quality=0.3)
         assert p.dtype == expected
         sample_matches(p, 2, seed=0, step=0, question_id="q")
 
@@ -115,7 +115,7 @@ def test_matches_are_the_same_in_another_process():
         "from rmsd_fast.method.matching import sample_matches;"
         "print(sample_matches([0.25, 0.75], 16, seed=3, step=4, question_id='ü').tolist())"
     )
-    # Another hash seed: the draw must not rest on Python's own hash.
+    # With another hash seed, because the draw must not depend on Python's hash.
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment(PYTHONHASHSEED="5")
     )
@@ -160,7 +160,7 @@ def test_uniform_is_within_the_unit_interval_and_separates_purposes():
     assert 0 <= min(values) and max(values) < 1
     assert abs(sum(values) / 2000 - 0.5) < 0.03
     assert uniform("best", 0, 0, "q", index=0) != values[0]
-    # Digits that move from one field to the next make another key.
+    # Moving digits from one field to the next changes the key.
     assert uniform("match", 1, 11, "q", index=0) != uniform("match", 11, 1, "q", index=0)
 
 
@@ -240,7 +240,7 @@ def test_expected_equals_the_mean_of_sampled_over_many_seeds():
         losses.append(pair_loss(student, teacher, sampled_pairs(num_rollouts, draw, quality)))
     losses = torch.tensor(losses, dtype=torch.float64)
     expected = pair_loss(student, teacher, expected_pairs(num_rollouts, p, quality))
-    assert losses.std() > 1e-3  # there is something to average
+    assert losses.std() > 1e-3  # the losses differ, so the average is not trivial
     assert abs(losses.mean().item() - expected) < 4 * losses.std().item() / len(losses) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""Natural answers: what a careful reader would take, and what would be refused."""
+"""Natural answers: the answers that a careful reader would accept, and those that are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rmsd_fast.method.quality import quality_score
 DRINKS = ["tea", "milk", "water", "juice"]
 CLOTHES = ["a suit and tie", "a T-shirt", "a raincoat", "a police uniform"]
 
-# (task, options, text inside <answer> or None where it is refused, the whole response)
+# (task, options, text inside <answer> or None if it is rejected, the whole response)
 CASES = [
     ("mcq", DRINKS, "B", " The answer is (B) milk."),
     ("mcq", DRINKS, "B", "**Answer: B**"),
@@ -258,14 +258,14 @@ CASES = [
 
 @pytest.mark.parametrize(("task", "options", "body", "text"), CASES)
 def test_an_answer_is_read_as_a_careful_reader_would(task, options, body, text):
-    found = canonical_response(text, task, options=options, finish_reason="stop")
+    canonical = canonical_response(text, task, options=options, finish_reason="stop")
     if body is None:
-        assert found is None
+        assert canonical is None
         assert invalid_reason(text, task, options=options, finish_reason="stop") in REASONS
         return
-    assert found.endswith(f"</think><answer>{body}</answer>")
-    assert parse_answer(found, task, options) is not None
-    assert canonical_response(found, task, options=options) == found
+    assert canonical.endswith(f"</think><answer>{body}</answer>")
+    assert parse_answer(canonical, task, options) is not None
+    assert canonical_response(canonical, task, options=options) == canonical
     assert invalid_reason(text, task, options=options, finish_reason="stop") is None
 
 
@@ -274,29 +274,29 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_nearly_all_right_answers_are_found_and_no_other_turns_right():
-    """Rows with `refuse` give no answer, or two. The others that are not right give a clear and wrong answer."""
-    rows, found = answers(), 0
+def test_nearly_all_right_answers_are_read_and_no_wrong_one_is_read_as_right():
+    """Rows with `refuse` give no answer, or two. Other rows that are not right give a clear, wrong answer."""
+    rows, read_rightly = answers(), 0
     for row in rows:
-        given = {"options": row["options"], "finish_reason": row.get("finish_reason")}
-        text = canonical_response(row["text"], row["task_type"], **given)
+        arguments = {"options": row["options"], "finish_reason": row.get("finish_reason")}
+        text = canonical_response(row["text"], row["task_type"], **arguments)
         quality = 0.0
         if text is not None:
             quality = quality_score(text, row["task_type"], row["answer"], options=row["options"])
             assert canonical_response(text, row["task_type"], options=row["options"]) == text
-        assert (text is None) == (invalid_reason(row["text"], row["task_type"], **given) is not None)
+        assert (text is None) == (invalid_reason(row["text"], row["task_type"], **arguments) is not None)
         assert row["right"] or quality < 0.999, row
         assert not row.get("refuse") or text is None, row
-        found += row["right"] and quality > 0.999
+        read_rightly += row["right"] and quality > 0.999
     right = sum(row["right"] for row in rows)
     # The figures that the documentation states.
     page = " ".join((Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split())
-    assert f"On {len(rows):,} answers written for the purpose ({right:,} right ones" in page
+    assert f"{len(rows):,} answers that were written for the purpose: {right:,} right ones" in page
     assert f"and {len(rows) - right:,} that are" in page
-    assert f"{found:,} right ones are found" in page
+    assert f"The rules read {read_rightly:,} of the right ones" in page
 
 
-# What takes back an answer or gives another one, and answers that are none, by task; {} is the answer.
+# Texts that retract an answer or give another one, and distorted answers, by task; {} is the answer.
 CONTRADICTIONS = {
     "mcq": ["\n\nNo, {}.", "\nSorry, it is {}.", " Wait, actually it's {}.", "\n\n{}", " Correction: {}", " (or {})"],
     "numeric": ["\n\nNo, {}.", " Correction: {}", "\n\n{}"],
@@ -319,13 +319,13 @@ def another(answer: str, task: str) -> str:
     )()
 
 
-def test_no_right_answer_stands_against_a_second_one():
+def test_no_right_answer_is_read_next_to_a_second_one():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
-        given = {"options": options, "finish_reason": row.get("finish_reason")}
-        text = canonical_response(row["text"], task, **given)
-        # Behind a sentence that only describes, a bare answer is the answer and no second one.
+        arguments = {"options": options, "finish_reason": row.get("finish_reason")}
+        text = canonical_response(row["text"], task, **arguments)
+        # After a sentence that only describes, a bare answer is the answer, not a second one.
         alone = "<answer>" in row["text"].lower() or "answer is" in row["text"].lower()
         if not row["right"] or task in ("ocr", "open") or text is None:
             continue
@@ -333,7 +333,7 @@ def test_no_right_answer_stands_against_a_second_one():
         other = another(answer, task)
         if alone and not row["text"].rstrip().endswith("|>"):
             for tail in CONTRADICTIONS[task]:
-                assert canonical_response(row["text"] + tail.format(other), task, **given) is None, (row, tail)
+                assert canonical_response(row["text"] + tail.format(other), task, **arguments) is None, (row, tail)
                 checked += 1
         for form in DISTORTIONS[task]:
             distorted = form.format(answer, other)
@@ -343,8 +343,8 @@ def test_no_right_answer_stands_against_a_second_one():
     assert checked > 8_000
 
 
-# What changes a right answer into an unclear one, written without a look at the rules. {} is the right answer, {0} too,
-# and {1} is another one.
+# Texts that make a right answer unclear, written without looking at the rules. {} and {0} are the right answer, {1} is
+# another one.
 DENIED = """not {} | It is not {} | It isn't {} | {} is wrong | {} is incorrect | {} is false | definitely not {}
 never {}
 anything but {} | everything except {} | neither {} | {} (wrong) | {}, which is wrong | {} - wrong | {} is not right
@@ -451,7 +451,7 @@ def forms(*lists: str) -> list[str]:
 
 
 def changed_texts(task: str, body: str, other: str) -> list[str]:
-    """Responses in which a right answer is denied, doubted, measured otherwise, corrected or taken back."""
+    """Responses in which a right answer is denied, doubted, in another unit, corrected or retracted."""
     measured, texts = forms(MEASURED[task]), []
     # "3 cups million" and "the last from 3s to 5s" are not English.
     if task == "numeric" and body not in ("3", "three"):
@@ -472,14 +472,14 @@ def changed_texts(task: str, body: str, other: str) -> list[str]:
 
 
 @pytest.mark.parametrize("task", RIGHT_BODIES)
-def test_no_right_answer_is_read_where_it_is_denied_doubted_measured_or_corrected(task):
+def test_no_right_answer_is_read_if_it_is_denied_doubted_or_corrected(task):
     checked, misread = 0, []
     for body, other in RIGHT_BODIES[task]:
         options = None if task != "mcq" else ["Yes", "No"] if body in ("Yes", "No") else DRINKS
-        given = {"options": options, "finish_reason": "stop"}
-        right = answer_body(canonical_response(f"<think>a</think><answer>{body}</answer>", task, **given)).strip()
+        arguments = {"options": options, "finish_reason": "stop"}
+        right = answer_body(canonical_response(f"<think>a</think><answer>{body}</answer>", task, **arguments)).strip()
         for text in changed_texts(task, body, other):
-            read = canonical_response(text, task, **given)
+            read = canonical_response(text, task, **arguments)
             misread += [text] if read is not None and answer_body(read).strip() == right else []
             checked += 1
     assert not misread, misread
@@ -624,7 +624,7 @@ def test_a_text_that_is_in_order_stays_as_it_was_sent(text):
 
 
 @pytest.mark.parametrize("text", DESCRIPTIONS)
-def test_a_description_that_speaks_of_what_cannot_be_seen_is_no_refusal(text):
+def test_a_description_of_something_unseen_is_not_a_refusal(text):
     for response in (text, f"<think>a</think><answer>{text}</answer>"):
         assert answer_body(canonical_response(response, "open", finish_reason="stop")) == text
 
@@ -652,7 +652,7 @@ def test_a_measure_that_is_named_before_an_answer_counts(text, task, body):
     assert (None if read is None else answer_body(read)) == body
 
 
-def test_no_response_that_is_valid_as_sent_loses_by_being_read():
+def test_natural_parsing_lowers_no_response_that_is_valid_as_sent():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
@@ -665,7 +665,7 @@ def test_no_response_that_is_valid_as_sent_loses_by_being_read():
     assert checked > 200
 
 
-def test_reasons_behind_the_answer_are_its_reasoning():
+def test_reasons_after_the_answer_are_its_reasoning():
     for text in (
         "The answer is **B**.\n\nExplanation: The liquid is white.",
         "<answer>B</answer>\nThe liquid is white.",
@@ -696,7 +696,7 @@ def test_any_run_of_marks_and_words_around_a_text_is_read_or_refused():
         assert (read is None) == (invalid_reason(text, "ocr", finish_reason="stop") is not None), text
 
 
-def test_json_may_stand_in_a_text():
+def test_json_may_be_part_of_a_text():
     text = 'Here is the box:\n```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "dog"}]\n```\nThe dog is brown.'
     assert canonical_response(text, "spatial") == "<think>Here is the box:</think><answer>1,2,30,40</answer>"
     text = '{"answer": "B"}\n\nNo, C.'
@@ -708,7 +708,7 @@ def test_a_response_in_order_stays_as_it_is():
     assert canonical_response(text, "mcq", options=DRINKS) == text
 
 
-def test_the_reasoning_is_what_stands_before_the_answer():
+def test_the_reasoning_is_the_text_before_the_answer():
     text = "It is white. The answer is B. milk"
     assert canonical_response(text, "mcq", options=DRINKS) == "<think>It is white.</think><answer>B</answer>"
     text = "White.</think>\n\nSo it is:\n<answer>(B) milk</answer> Sure."
@@ -727,7 +727,7 @@ def test_the_reasoning_is_what_stands_before_the_answer():
         ("I'm sorry, I can't view videos.", "mcq", "stop", "refusal"),
         ("<think></think><answer>I'm sorry, I can't view videos.</answer>", "open", "stop", "refusal"),
         ("<think>I look at it", "mcq", "stop", "unfinished"),
-        # What has no end may have been cut: only the server knows, or a letter tells.
+        # A text without an end may have been cut. Only the server knows, unless the answer is a letter.
         ("<think>a</think><answer>12", "numeric", None, "unfinished"),
         ("<think>a</think><answer></answer>", "numeric", "stop", "no_answer"),
         ("I look at the frames. There are many.", "mcq", "stop", "no_answer"),
@@ -745,7 +745,7 @@ def test_reasons(text, task, finish_reason, reason):
     assert canonical_response(text, task, options=options, finish_reason=finish_reason) is None
 
 
-def test_an_answer_without_its_closing_tag_counts_where_the_server_says_that_it_is_whole():
+def test_an_answer_without_closing_tag_counts_if_the_server_says_it_is_complete():
     assert canonical_response("<think>a</think><answer>12", "numeric", finish_reason="stop").endswith(">12</answer>")
     assert canonical_response("<think>a</think><answer>B", "mcq", options=DRINKS).endswith(">B</answer>")
 
@@ -765,7 +765,7 @@ def test_an_answer_without_its_closing_tag_counts_where_the_server_says_that_it_
 )
 @pytest.mark.parametrize("task", ["mcq", "temporal", "spatial", "numeric", "ocr"])
 def test_endless_texts_are_refused(text, task):
-    """Searches that are not linear take minutes for some of these."""
+    """Nonlinear searches would take minutes for some of these."""
     assert canonical_response(text, task) is None
 
 
@@ -810,7 +810,7 @@ def test_the_body_alone_says_why_not():
         (["A、茶", "B、牛奶"], ["茶", "牛奶"]),
         (["A：茶", "B：牛奶"], ["茶", "牛奶"]),
         (["A．茶", "B．牛奶"], ["茶", "牛奶"]),
-        # These are texts: the letters are not those of the places, or nothing stands behind them.
+        # These are texts: the letters are not in order, or no text follows them.
         (["I. Newton", "A. Einstein"], ["I. Newton", "A. Einstein"]),
         (["A-frame", "B-road"], ["A-frame", "B-road"]),
         (["A", "B"], ["A", "B"]),

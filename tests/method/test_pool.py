@@ -41,7 +41,7 @@ def test_write_load(tmp_path):
 def test_a_line_needs_no_more_than_id_k_and_text(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0, "text": "x"}) + "\n")
     (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
-    # How it ended is not known: nothing says that it was not cut.
+    # The finish reason is unknown, so the response may have been cut.
     assert response == TeacherResponse("q1", 0, "", "x") and response.finish_reason is None
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0}) + "\n")
     with pytest.raises(DataError, match=r"p\.jsonl:1: field 'text'.*needs id, k, text"):
@@ -81,7 +81,7 @@ def test_errors_name_file_line_and_field(tmp_path, change, message):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_a_question_file_is_no_pool(tmp_path):
+def test_a_question_file_is_not_a_pool(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1"}) + "\n")
     with pytest.raises(DataError, match="field 'k': expected a value, got nothing; a pool line needs id, k, text$"):
         load_pool(tmp_path / "p.jsonl")
@@ -90,7 +90,7 @@ def test_a_question_file_is_no_pool(tmp_path):
         (tmp_path / "p.jsonl").write_text((json.dumps(record) + "\n") * 3)
         with pytest.raises(DataError) as caught:
             load_pool(tmp_path / "p.jsonl")
-        # Once, not for every line, and without the advice to remove what questions need.
+        # Reported once, not for every line, and without the advice to remove lines that questions need.
         assert "p.jsonl:1: expected a teacher answer with id, k, text, got the keys" in str(caught.value)
         assert "is this the question file? Swap the two files" in str(caught.value)
         assert "\n" not in str(caught.value) and "remove" not in str(caught.value)
@@ -119,14 +119,14 @@ def test_fields_of_other_programs_say_where_they_belong(tmp_path, line, advice):
 
 
 def test_no_text_is_an_empty_answer(tmp_path):
-    """As OpenAI's interface sends what its filter stopped."""
+    """The format in which OpenAI's API returns a filtered response."""
     (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"text": None, "finish_reason": "content_filter"}) + "\n")
     (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
     assert (response.text, response.finish_reason) == ("", "content_filter")
 
 
 def test_the_finish_reason_may_be_an_object(tmp_path):
-    """As SGLang's native interface sends it."""
+    """The format of SGLang's native API."""
     endings = [{"type": "length", "length": 5}, {"type": "stop", "matched": 151645}]
     lines = [json.dumps(LINE | {"k": k, "finish_reason": ending}) + "\n" for k, ending in enumerate(endings)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
@@ -151,16 +151,16 @@ def test_doubled_responses_name_both_lines(tmp_path):
 def test_torn_tail(tmp_path):
     whole, torn = json.dumps(LINE), json.dumps(LINE | {"k": 1, "text": "é"}, ensure_ascii=False).encode()
     path = tmp_path / "p.jsonl"
-    # Cut inside the two bytes of "é", so that the tail is not even UTF-8.
+    # Cut between the two bytes of "é", so that the tail is not valid UTF-8.
     path.write_bytes(whole.encode() + b"\n" + torn[: torn.index("é".encode()) + 1])
     with pytest.raises(DataError, match=r"p\.jsonl:2: .*interrupted"):
         load_pool(path)
-    assert len(load_pool(path, allow_torn_tail=True)["q1"]) == 1
-    # A damaged line in the middle, or one that was ended, is never taken for a torn tail.
+    # A damaged line in the middle, or one with a line end, is not a torn tail.
     for text in (whole[:-5] + "\n" + whole, whole + "\n" + whole[:-5] + "\n"):
         path.write_text(text)
-        with pytest.raises(DataError):
-            load_pool(path, allow_torn_tail=True)
+        with pytest.raises(DataError) as caught:
+            load_pool(path)
+        assert "interrupted" not in str(caught.value)
 
 
 def test_empty_and_missing(tmp_path):
@@ -207,7 +207,7 @@ def test_check_pool(question, tmp_path, caplog):
         DataError, match=r"got them for 1 of 2 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"
     ):
         check_pool(pool(""), [question, replace(question, id="q2")])
-    # However many may be missing: a pool that has none belongs to other questions.
+    # A pool without any of the questions belongs to other questions, whatever share may be missing.
     with pytest.raises(DataError, match=r"got them for 0 of 1 \(missing: 'q2'"):
         check_pool(pool(""), [replace(question, id="q2")], max_unanswered_share=1.0)
     with pytest.raises(DataError, match=r"questions as they are now, got others for 1 question \(ids: 'q1'\).*collect"):

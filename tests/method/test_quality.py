@@ -155,7 +155,7 @@ def test_an_invalid_response_scores_zero():
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "value"),
+    ("task", "answer", "value"),
     [
         ("numeric", 3, 3.0),
         ("numeric", 1e-7, 1e-7),
@@ -165,12 +165,12 @@ def test_an_invalid_response_scores_zero():
         ("mcq", "(b)", "B"),
     ],
 )
-def test_ground_truths_may_be_numbers_and_lists(task, given, value):
-    assert parse_ground_truth(given, task) == value
+def test_ground_truths_may_be_numbers_and_lists(task, answer, value):
+    assert parse_ground_truth(answer, task) == value
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "error", "message"),
+    ("task", "answer", "error", "message"),
     [
         ("mcq", "cat", ValueError, "one option letter.*got 'cat'"),
         ("mcq", "E", ValueError, "among ABC.*got 'E'"),
@@ -186,15 +186,15 @@ def test_ground_truths_may_be_numbers_and_lists(task, given, value):
         ("open", "x", ValueError, "expected a closed task"),
     ],
 )
-def test_damaged_ground_truth_says_what_was_expected(task, given, error, message):
+def test_damaged_ground_truth_says_what_was_expected(task, answer, error, message):
     options = ["x", "y", "z"] if task == "mcq" else None
     with pytest.raises(error, match=message):
-        parse_ground_truth(given, task, options)
+        parse_ground_truth(answer, task, options)
     if task != "open":
         # Reported whether or not the response is valid.
         for text in ("garbage", "<think>t</think><answer>A</answer>"):
             with pytest.raises(error, match=message):
-                quality_score(text, task, given, options=options)
+                quality_score(text, task, answer, options=options)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_scores_stay_within_zero_and_one():
 def test_quotes_around_the_whole_text_make_no_difference(metric):
     for text, truth in (('"EXIT"', "EXIT"), ("EXIT", "‘EXIT’"), ("“EXIT”.", "exit"), ('"EXIT"', '"EXIT"')):
         assert q(text, "ocr", truth, ocr_metric=metric) == 1.0
-    # Here they belong to parts of the text.
+    # Here, the quotes belong to parts of the text.
     assert q('"A" or "B"', "ocr", 'A" or "B', ocr_metric=metric) < 1.0
 
 
@@ -255,6 +255,6 @@ def test_the_edit_distance_is_that_of_the_table():
 
 def test_one_final_stop_makes_no_difference():
     assert fold_text("EXIT.") == fold_text("exit 。") == "exit"
-    # Several are a text of their own.
+    # Several full stops are part of the text.
     assert fold_text("Wait...") == "wait.." and fold_text(".") == "."
     assert q("Wait...", "ocr", "Wait.") == 0.0 and q("Wait.", "ocr", "Wait") == 1.0

@@ -41,6 +41,19 @@ def test_sum_then_gn():
     assert advantages.tolist() == pytest.approx([unit, -unit], abs=1e-12)
 
 
+def test_kl_in_reward():
+    # 1.2 - 0.5 * 2 and 0.1 - 0.5 * -1.
+    penalty = {"weights": WEIGHTS, "log_ratio": torch.tensor([2.0, -1.0]), "kl_in_reward": 0.5}
+    components = (D, OUTER, TASK, CONTENT)
+    assert composite_reward(*components, **penalty).tolist() == pytest.approx([0.2, 0.6])
+    unit = lambda gap: gap / 2 / (gap / math.sqrt(2) + 1e-6)  # noqa: E731
+    literal = composite_advantages(*components, **penalty, normalization="sum_then_gn")
+    assert literal.tolist() == pytest.approx([-unit(0.4), unit(0.4)])
+    apart = composite_advantages(*components, **penalty)
+    expected = 0.4 * unit(3) + 0.1 * unit(1) - 0.4 * unit(0.5) - 0.5 * unit(3)
+    assert apart.tolist() == pytest.approx([expected, -expected], abs=1e-6)
+
+
 def test_the_scale_and_level_of_d_do_not_matter_in_gn_then_sum():
     d, content = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     rest = (torch.ones(8), torch.ones(8), content)

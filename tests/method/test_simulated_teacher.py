@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.clips import make_question, sample_content
 from rmsd_fast.data.records import DataError, Question
+from rmsd_fast.made import teacher as made_teacher
+from rmsd_fast.made.clips import make_question, sample_content
+from rmsd_fast.made.teacher import is_simulated, simulate_teacher, write_simulated_pool
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, parse_answer
 from rmsd_fast.method.quality import quality_score
-from rmsd_fast.teacher import simulated
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.simulated import is_simulated, simulate_teacher, write_simulated_pool
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_reported_statistics(questions, reported):
     assert 0.05 < tasks["temporal"]["sd_within"] < 0.25
     assert 1 - tasks["temporal"]["valid_share"] == pytest.approx(0.10, abs=0.03)
     assert all(tasks[task]["valid_share"] > 0.99 for task in TASK_TYPES if task != "temporal")
-    # 1% overall supposes that about one question in twelve is temporal.
+    # 1% overall assumes that about one question in twelve is temporal.
     others = [tasks[task]["valid_share"] for task in TASK_TYPES if task != "temporal"]
     overall = (1 - tasks["temporal"]["valid_share"]) / 12 + (1 - sum(others) / 5) * 11 / 12
     assert overall == pytest.approx(0.01, abs=0.005)
@@ -77,7 +77,7 @@ def test_error_rate(questions, rate):
     for task in CLOSED_TASKS:
         rows = [answer for q in questions if q.task_type == task for answer in scores[q.id]]
         exact = sum(row.quality == 1.0 for row in rows if row.valid) / sum(row.valid for row in rows)
-        expected = (1 - rate) ** simulated.ERROR_FACTORS[task]
+        expected = (1 - rate) ** made_teacher.ERROR_FACTORS[task]
         assert exact == pytest.approx(expected, abs=0.045), task
 
 
@@ -98,7 +98,7 @@ def test_best_of_four_beats_one_response(questions):
     assert sum(row[0] for row in closed) / len(closed) < 0.75
 
 
-def test_the_same_whatever_k_order_and_company(questions):
+def test_independent_of_k_order_and_other_questions(questions):
     few = questions[:12]
     whole = by_id(simulate_teacher(few, k=4, seed=3, error_rate=0.5))
     assert by_id(simulate_teacher(few[::-1], k=4, seed=3, error_rate=0.5)) == whole
@@ -141,8 +141,8 @@ def test_wrong_answers_stay_in_the_task_format(questions):
 
 
 def test_violations_are_of_several_kinds(questions, monkeypatch):
-    monkeypatch.setattr(simulated, "OTHER_VIOLATIONS", 1.0)
-    monkeypatch.setattr(simulated, "VIOLATION_RATES", {})
+    monkeypatch.setattr(made_teacher, "OTHER_VIOLATIONS", 1.0)
+    monkeypatch.setattr(made_teacher, "VIOLATION_RATES", {})
     texts = []
     for response in simulate_teacher(questions, k=1, seed=0, error_rate=0.0):
         question = next(q for q in questions if q.id == response.id)
@@ -174,8 +174,8 @@ def real(clip, task, answer, **fields):
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1.0])
-def test_questions_that_nobody_made(clip, rate):
-    """Questions without made content, some at the edge of what can be got wrong."""
+def test_questions_without_generated_content(clip, rate):
+    """Questions without generated content, some of which hardly allow wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),
         real(clip, "mcq", "C"),

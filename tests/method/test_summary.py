@@ -1,4 +1,4 @@
-"""What is said at the start of a run, and `python -m rmsd_fast.pool`."""
+"""The summary at the start of a run, and `python -m rmsd_fast.pool`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NATURAL = ["It is white.\n\nB. milk", "The answer is A.", "<think>w</think><answ
 
 
 def mcq(identity: str, **fields) -> Question:
-    given = {"videos": ("/v.mp4",), "options": DRINKS, "answer": "B"} | fields
-    return Question(identity, "What is poured?", "mcq", **given)
+    values = {"videos": ("/v.mp4",), "options": DRINKS, "answer": "B"} | fields
+    return Question(identity, "What is poured?", "mcq", **values)
 
 
 def described(texts: list[str], questions=None, unanswered=(), others=(), **teacher):
@@ -65,7 +65,7 @@ def test_answers_that_a_run_does_not_read_are_counted():
         "  not used: 12 answers to ids that no question has (x0, x1, x2, x3, x4, …)",
         "  not used: 2 answers beyond the first 4 (teacher.responses)",
     ]
-    # Six are judged: their models are named, the first three of them.
+    # Six models wrote the responses; the first three are named.
     assert (
         described(["B"], others=others[:2], responses=6)
         .lines[0]
@@ -87,14 +87,14 @@ def test_the_end_of_an_answer_that_is_not_known_is_said():
     assert warning.startswith("finish_reason of 3 answers is not known ('odd' 2, 'x' 1)")
 
 
-def test_a_task_of_which_nothing_is_valid_is_a_warning():
-    """Spatial questions without a valid answer among mcq questions that are all right."""
+def test_a_task_without_valid_answers_is_a_warning():
+    """Spatial questions without a valid answer, among mcq questions that are all answered correctly."""
     boxes = [Question(f"s{i}", "Where?", "spatial", videos=("/v.mp4",), answer="1,2,3,4") for i in range(3)]
     count = Question("n", "How many?", "numeric", videos=("/v.mp4",), answer="7")
     summary = described(["White.\n\nB"], [mcq(f"q{i}") for i in range(9)] + boxes, responses=1)
     (warning,) = summary.warnings
     assert warning == "only 0% of the teacher's spatial answers are valid (no_answer 3)"
-    # Valid, and never right.
+    # Valid, but never right.
     asked = [Question(f"n{i}", "How many?", "numeric", videos=("/v.mp4",), answer="7") for i in range(3)] + [count]
     summary = described(["I count.\n\n2"], [*asked, Question("o", "?", "open", videos=("/v.mp4",))], responses=1)
     (warning,) = summary.warnings
@@ -104,18 +104,18 @@ def test_a_task_of_which_nothing_is_valid_is_a_warning():
 def test_answers_without_reasoning_are_a_warning():
     (warning,) = described(["B", "The answer is B.", "<think>w</think><answer>B</answer>"]).warnings
     assert warning.startswith("67% of the valid answers have no reasoning: a student that imitates them learns to")
-    # What stands behind the answer is its reasoning.
+    # The text after the answer is its reasoning.
     assert described(["B. milk\n\nIt is white.", "<think>w</think><answer>B</answer>"]).warnings == []
 
 
-def test_few_valid_answers_are_a_warning_and_next_to_none_a_fault():
+def test_few_valid_answers_are_a_warning_and_almost_none_an_error():
     (warning,) = described(NATURAL, parse="strict").warnings
     assert warning == (
         "only 25% of the teacher's mcq answers are valid (format 3); teacher.parse=natural reads answers in other forms"
     )
     (fault,) = described(["I'm sorry, I can't view videos."] * 4).faults
     assert fault.startswith("teacher pool: 0.0% of 4 answers are valid") and fault.endswith("Reasons: refusal 4")
-    # Valid answers of which none is right are as bad.
+    # Valid answers that are all wrong are as bad.
     (fault,) = described(["A"] * 4).faults
     assert "100.0% of 4 answers are valid, and 0.0% of the questions have one" in fault
 
@@ -148,11 +148,11 @@ def test_ids_by_position_are_counted():
     assert "position" not in describe_questions([mcq("a")], []).text()
 
 
-def test_what_is_probably_not_meant_is_a_warning():
+def test_probable_mistakes_are_warnings():
     long = "A man walks to the door."
     (warning,) = describe_questions([opened("a", long), opened("b", long)], []).warnings
     assert "every question is `open`" in warning and "data.task_type" not in warning
-    # The setting is for records that name no task type.
+    # The setting is for records without a task type.
     (warning,) = describe_questions([opened("a", long, inferred=True)], []).warnings
     assert warning.endswith("name their task type in data.task_type, or in the records, with an answer")
     (same,) = describe_questions([mcq("q1")], [mcq("h")]).warnings
@@ -182,11 +182,11 @@ def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     assert warning.startswith("1 training question without a task type became `open`") and repr(answer) in warning
     (warning,) = describe_questions(train, inferred).warnings
     assert warning.startswith("1 held-out question without a task type")
-    # A list of options says so too, whatever the answer.
+    # A list of options makes a question mcq too, whatever the answer.
     listed = replace(opened("l", "The answer is the first one.", inferred=True), question="Which?\nA. tea\nB. milk")
     (warning,) = describe_questions([*train, listed], []).warnings
     assert "with options or an answer like those of a closed question (l: 'The answer is the first one.')" in warning
-    # Named ones are told where there are many.
+    # If there are many, some of them are named.
     assert describe_questions([*train, opened("x", answer)], []).warnings == []
     (warning,) = describe_questions([mcq("q"), opened("x", answer)], []).warnings
     assert warning.startswith("1 open training question with an answer like that of a closed question (x: ")
@@ -274,7 +274,7 @@ def test_pool_check_judges_what_there_is_where_too_many_questions_lack_answers(f
     assert "  left out: 1 question without an answer (2)" in shown.out and "  two_answers: several" in shown.out
     (fault,) = shown.err.splitlines()
     assert "got them for 1 of 2 (missing: '2'; the pool has '1', 'other')" in fault
-    # Up to the share that a run accepts it is no fault.
+    # Up to the share that a run accepts, it is not an error.
     assert run("check", *files, "teacher.max_unanswered_share=0.5") == 0
     assert capsys.readouterr().err == ""
 
@@ -304,7 +304,7 @@ def test_pool_check_names_the_faults_of_both_files(files, capsys):
         file.write(json.dumps(box) + "\n")
     assert run("check", *files) == 2
     error = capsys.readouterr().err
-    # Boxes in pixels were a traceback.
+    # Boxes in pixels once caused a traceback.
     assert "questions.jsonl:3: field 'answer': expected 'x1,y1,x2,y2'" in error and "1000 * pixels / width" in error
     assert "pool.jsonl:2: field 'text': expected a value" in error
     questions.write_text(questions.read_text().rpartition('{"id": 3')[0])
@@ -332,7 +332,7 @@ def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_pat
     # A second repair starts from the texts as they were sent.
     assert run("repair", output, questions, "--output", tmp_path / "twice.jsonl") == 0
     assert load_pool(tmp_path / "twice.jsonl") == repaired
-    # What was sent in another form stays a format violation, however it is read now.
+    # A response that was sent in another form remains a format violation after the repair.
     for path in (pool, output):
         for parse in ("natural", "strict"):
             capsys.readouterr()
@@ -348,7 +348,7 @@ def test_pool_repair_never_overwrites(files, tmp_path, capsys):
         assert run("repair", pool, questions, "--output", output) == 2
         assert "expected a new file, got one that exists; name another" in capsys.readouterr().err
     assert [path.read_text() for path in files] == before and not (tmp_path / "nothing.jsonl").exists()
-    # A folder that cannot be made.
+    # A folder that cannot be created.
     assert run("repair", pool, questions, "--output", pool / "below" / "x.jsonl") == 2
     assert "x.jsonl: cannot be written (" in capsys.readouterr().err
     # A pool of other questions.

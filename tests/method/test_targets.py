@@ -1,4 +1,4 @@
-"""What training takes from a pool."""
+"""The responses that training selects from a pool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.targets import build_targets, content_score
+from rmsd_fast.teacher.targets import build_targets
 
 QUESTION = Question(id="q", question="When?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
 
@@ -59,7 +59,7 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
-def test_a_text_that_may_not_enter_a_model_is_never_matched():
+def test_a_text_that_a_model_cannot_take_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
     for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
         t = targets([answer("x<bad>")], open_question, **settings)
@@ -67,7 +67,7 @@ def test_a_text_that_may_not_enter_a_model_is_never_matched():
 
 
 def test_only_answers_of_use_are_looked_at():
-    """The others were counted among those that a student cannot be taught."""
+    """Other responses were once counted as responses that cannot be taught to the student."""
     asked = []
 
     def note(text):
@@ -117,12 +117,6 @@ def test_random_imitation_takes_any_response_whatever_its_quality():
         question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
         picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate[0]] += 1
     assert set(picked) == {0, 1} and min(picked.values()) > 20
-
-
-def test_content_is_zero_for_open_questions():
-    question = Question(id="o", question="?", task_type="open", videos=("v",))
-    assert content_score(answer("x"), question, TeacherConfig()) == 0.0
-    assert content_score(answer("0.0 to 5.0"), QUESTION, TeacherConfig()) == pytest.approx(0.5)
 
 
 def test_natural_answers_are_taught_in_canonical_form():

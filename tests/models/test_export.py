@@ -24,9 +24,9 @@ from rmsd_fast.data.preprocess import load_preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.question_text import ANSWER_FORMAT
 from rmsd_fast.data.records import Question
+from rmsd_fast.made.student import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_student
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import Student, load_student
-from rmsd_fast.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, build_tiny_student
 
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
 PROBE = "a<|im_end|><think>é 漢字 😀\n\n  x</think>\n<answer>12.5 to 20.0</answer><|video_pad|>b"

@@ -34,10 +34,10 @@ from rmsd_fast.data.preprocess import video_patches, video_size
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
+from rmsd_fast.made.student import TAGS, build_tiny_student
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.model_card import FRAME_CAP, VIDEO_EDGES
 from rmsd_fast.models.students import Student, load_student
-from rmsd_fast.models.tiny import TAGS, build_tiny_student
 
 VARIABLE = "RMSD_FAST_TRANSFORMERS_457"
 READER = Path(__file__).parents[1] / "helpers" / "export_reader.py"

@@ -18,9 +18,9 @@ from media_files import noise_frames
 
 from rmsd_fast import train
 from rmsd_fast.config import NotInstalled, SettingsError
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models.liger import _with_rotation, apply_liger, describe_liger, use_liger
 from rmsd_fast.models.students import load_student
-from rmsd_fast.models.tiny import build_tiny_student
 from rmsd_fast.settings import load_settings, save_settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -15,7 +15,7 @@ from media_files import write_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsd_fast.config import VideoConfig
-from rmsd_fast.data.packing import pack
+from rmsd_fast.data.packing import media_places, pack
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.policy import Policy
@@ -80,7 +80,7 @@ def _recomputed_row(model, builder, prompt, features, sampling, index):
         positions = prompt.next_position + torch.arange(t).expand(3, -1)
         input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.int64)])[None]
         hidden = model.model.language_model(
-            **embed(model, input_ids, features, [0]),
+            **embed(model, input_ids, features, [0], media_places([prompt], [0])),
             position_ids=torch.cat([prompt.position_ids, positions], 1)[:, None],
             use_cache=False,
         ).last_hidden_state
@@ -356,7 +356,8 @@ def _storages(value, found=None):
 def test_the_model_is_as_it_was(setup):
     student, builder, prompts = setup
     model = student.model
-    inputs = embed(model, prompts[0].input_ids[None], encode_media(model, prompts[:1]), [0])
+    features, places = encode_media(model, prompts[:1]), media_places(prompts[:1], [0])
+    inputs = embed(model, prompts[0].input_ids[None], features, [0], places)
 
     def state():
         with torch.no_grad():

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rmsd_fast.data.packing import gather_rows, make_rows
 from rmsd_fast.data.preprocess import video_patches
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
+from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import students
 from rmsd_fast.models.folders import find_folder, open_folder, resolve_folder
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
@@ -28,7 +30,6 @@ from rmsd_fast.models.students import (
     freeze,
     load_student,
 )
-from rmsd_fast.models.tiny import build_tiny_student
 
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
 
@@ -148,6 +149,29 @@ def test_rows_equal_single_rows_of_plain_transformers(
     for own, whole, last, (_, response) in zip(predicting, expected, rows.last, flat, strict=True):
         assert (own - whole[-len(response) - 1 : -1]).abs().max() < 1e-5
         assert (hidden[last] - whole[-1]).abs().max() < 1e-5
+
+
+def test_deepstack_features_by_index_are_those_by_mask(ask: Callable[[str], Prompt], student: Student) -> None:
+    """Bit for bit, values and gradients; a mask, as the whole model gives it, is understood too."""
+    language_model = student.model.model.language_model
+    by_mask = partial(type(language_model)._deepstack_process, language_model)
+    torch.manual_seed(0)
+    mask = torch.rand(2, 9) < 0.4
+    places = mask.flatten().nonzero()[:, 0]
+    hidden, features = torch.randn(2, 9, 8, dtype=torch.bfloat16), torch.randn(len(places), 8)
+    weight = torch.randn(2, 9, 8)
+    results = []
+    for add, where in ((by_mask, mask), (students._add_features, mask), (students._add_features, places)):
+        leaves = [hidden.clone().requires_grad_(), features.clone().requires_grad_()]
+        # A layer's output is not a leaf.
+        out = add(leaves[0] + 0, where, leaves[1])
+        results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    prompt, (response,) = ask("ab"), _responses(student, "red")
+    plain = _plain_hidden(student, prompt, response)
+    students.add_deepstack_by_index(language_model)
+    assert torch.equal(_plain_hidden(student, prompt, response), plain)
 
 
 def test_padding_does_not_matter(ask: Callable[[str], Prompt], student: Student) -> None:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from rmsd_fast.data.question_text import ANSWER_FORMAT
-from rmsd_fast.models import tiny
+from rmsd_fast.made import student as made_student
+from rmsd_fast.made.student import SPECIAL_TOKENS, TAGS, build_tiny_student, build_tokenizer
 from rmsd_fast.models.students import load_student
-from rmsd_fast.models.tiny import SPECIAL_TOKENS, TAGS, build_tiny_student, build_tokenizer
 
 WORDS = [
     "red",
@@ -98,7 +98,7 @@ def test_same_arguments_write_the_same_bytes(folder: Path, tmp_path: Path) -> No
     assert torch.equal(torch.random.get_rng_state(), state)
     build_tiny_student(tmp_path / "other", texts=TEXTS, seed=4)
     ours, other = _digests(folder), _digests(tmp_path / "other")
-    assert {name for name in ours if ours[name] != other[name]} == {"model.safetensors", tiny.SETTINGS_FILE}
+    assert {name for name in ours if ours[name] != other[name]} == {"model.safetensors", made_student.SETTINGS_FILE}
 
 
 def test_a_finished_folder_is_left_alone_and_another_is_refused(folder: Path, tmp_path: Path) -> None:

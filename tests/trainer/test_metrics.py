@@ -14,7 +14,7 @@ import torch
 
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, fit_line, peak_mib, progress_parts
-from rmsd_fast.runtime.world import World
+from rmsd_fast.runtime.process_group import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

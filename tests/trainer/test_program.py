@@ -21,8 +21,8 @@ from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.process import LenientStream
 from rmsd_fast.program import run_program
 from rmsd_fast.report import ReportError
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.runtime.stop_signal import Stopped
-from rmsd_fast.runtime.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ import time
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.program import run_program
-from rmsd_fast.runtime.world import barrier, exit_process
+from rmsd_fast.runtime.process_group import barrier, exit_process
 
 
 def work(world, stop):

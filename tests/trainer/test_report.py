@@ -13,7 +13,7 @@ import pytest
 from report_files import EVIL, assert_nothing_is_fetched, made_evaluation, made_run, read
 
 from rmsd_fast.config import RunConfig
-from rmsd_fast.data.clips import make_clips
+from rmsd_fast.made.clips import make_clips
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
 from rmsd_fast.report_page.films import Films
@@ -70,7 +70,7 @@ def test_page_of_a_whole_run(run: Path) -> None:
     assert sum(a.get("class") == "card sample" for _, a in page.tags) == 12
     assert page.count("img") == 96
     assert sum((a.get("class") or "").startswith("answer ") for _, a in page.tags) == 36
-    assert "highest value 60 lies outside the picture" in page.text
+    assert "highest value 60 is outside the chart" in page.text
     # Correlation is around 0.36 in stage 2: the warning is said in words; bad samples are shown as there are some.
     assert re.search(r"Warning: correlation is above 0\.3 on \d+ of 120 steps", page.text)
     assert "bad samples" in page.text
@@ -113,7 +113,7 @@ def test_partial_runs(run: Path, missing: str) -> None:
         "metrics.jsonl": "No training step has been logged",
         "evaluation.json": "has not been evaluated",
         "samples.jsonl": "No answers were kept",
-        "teacher.json": "No statistics of the teacher pool",
+        "teacher.json": "no statistics of the teacher pool",
     }
     assert said.get(missing, "quickstart") in page.text
     assert ("Stage 2: adversarial" in page.text) == (missing not in ("distill", "metrics.jsonl"))
@@ -241,8 +241,8 @@ def test_films_are_evenly_spaced_frames(material) -> None:
     [
         ('{"stage": "sft", "step"', "expected a JSON object"),
         ("[1, 2]", "expected a JSON object, got list"),
-        ('{"stage": "sft"}', "a whole number 'step', got 'sft' and None"),
-        ('{"step": 3, "loss": 1.0}', "a text 'stage'"),
+        ('{"stage": "sft"}', "an integer 'step', got 'sft' and None"),
+        ('{"step": 3, "loss": 1.0}', "a string 'stage'"),
         ('{"stage": "sft", "step": true}', "got 'sft' and True"),
     ],
 )
@@ -300,7 +300,7 @@ def test_folders_that_are_no_run(tmp_path: Path, capsys) -> None:
     for target in (tmp_path, tmp_path / "nothing"):
         assert main([str(target)]) == 2
     err = capsys.readouterr().err
-    assert "not a run: it has no config.yaml" in err and "found nothing" in err
+    assert "a run folder with a config.yaml, got none" in err and "got no such folder" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -316,7 +316,7 @@ def test_program(run: Path, tmp_path: Path) -> None:
     refused = call(run, "--output", output, "--picture", tmp_path / "x.svg")
     assert refused.returncode == 2 and "exclude each other" in refused.stderr
     gone = call(run, "--output", tmp_path / "no folder" / "page.html")
-    assert gone.returncode == 2 and "folder that exists" in gone.stderr and "Traceback" not in gone.stderr
+    assert gone.returncode == 2 and "in an existing folder" in gone.stderr and "Traceback" not in gone.stderr
     assert main([str(run), "--output", str(tmp_path)]) == 2
 
 
@@ -332,7 +332,7 @@ def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
         assert words in texts, words
     assert "prefers-color-scheme: dark" in path.read_text()
     assert not (run / "report.html").exists()
-    with pytest.raises(ReportError, match=r"nothing to draw"):
+    with pytest.raises(ReportError, match="evaluate the run first"):
         write_picture(bare, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 

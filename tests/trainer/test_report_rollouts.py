@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from report_files import EVIL, Page, assert_nothing_is_fetched, made_run, read
 
-from rmsd_fast.data.clips import make_clips
+from rmsd_fast.made.clips import make_clips
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.report_page.films import MOST_LOST, Films
 from rmsd_fast.report_page.marks import box_overlay, response_mark, time_line, truth_mark
@@ -180,7 +180,7 @@ def test_a_file_that_hangs_costs_its_time_and_no_page(tmp_path, clip, monkeypatc
     with Films(timeout_s=0.0, max_file_mib=16) as films:
         faults = [films.read(str(path), is_video=True).fault for path in hanging]
     assert all("not read within" in fault for fault in faults[:MOST_LOST])
-    assert faults[MOST_LOST] == f"not read: {MOST_LOST} files before it could not be"
+    assert faults[MOST_LOST] == f"not read, because {MOST_LOST} files before it could not be read"
 
 
 def test_files_that_the_run_could_not_use_are_not_tried_again(clip) -> None:
@@ -228,7 +228,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeyp
     def fail() -> None:
         raise OSError
 
-    monkeypatch.setattr("rmsd_fast.data.decode_worker.Nursery", fail)
+    monkeypatch.setattr("rmsd_fast.data.decode_worker.ForkServer", fail)
     with Films(timeout_s=60.0, max_file_mib=16) as films:
         assert films.read(clip, is_video=True).fault == "OSError"
 
@@ -359,7 +359,7 @@ def test_hostile_rollouts_stay_text(run) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"step": "1"}, "a whole number 'step'"),
+        ({"step": "1"}, "an integer 'step'"),
         ({"teacher": None}, "field 'teacher': expected a list of objects"),
         ({"rollouts": ["x"]}, "field 'rollouts': expected a list of objects"),
         ({"videos": 5}, "field 'videos': expected a list or null"),

@@ -10,8 +10,8 @@ import torch
 from material import tiny_material, tiny_settings
 
 from rmsd_fast.config import RolloutConfig
-from rmsd_fast.runtime.distributed import start, stop
 from rmsd_fast.runtime.json_lines import JsonLines
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.rollout_log import log_rollouts
@@ -46,7 +46,7 @@ def take_step(folder, material, world, tmp_path):
         if change is not None:
             change(state, prompts)
         step = distill.warm_up_step if warm_up else distill.step
-        groups = step(state, prompts, settings, rollout_step=0).groups
+        groups = step(state, prompts, 0).groups
         file = JsonLines(tmp_path / "rollouts.jsonl")
         log_rollouts(file, groups, settings.rollout, stage="distill", step=1, total=9)
         return groups, file.records()

@@ -12,7 +12,7 @@ import torch
 
 from rmsd_fast.config import RunConfig, SettingsError
 from rmsd_fast.runtime.json_lines import JsonLines
-from rmsd_fast.runtime.world import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import run as stage_run
 from rmsd_fast.stages import run_folder
@@ -57,7 +57,7 @@ def test_lines_that_the_disk_does_not_take_are_in_the_checkpoint(tmp_path, monke
     states = []
     monkeypatch.setattr(stage_run, "save_checkpoint", lambda *args, state, **_: states.append(state) or True)
     log, metrics = JsonLines(tmp_path / "rollouts.jsonl"), JsonLines(tmp_path / "metrics.jsonl")
-    run = stage_run.Run(
+    run = stage_run.TrainingRun(
         RunConfig(), World(0, 1, 0, torch.device("cpu")), tmp_path, None, None, metrics, {"rollouts": log}, None, {}
     )
     state = SimpleNamespace(policy=SimpleNamespace(full_weights=nullcontext), student=None, skipped_in_a_row=0)

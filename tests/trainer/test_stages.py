@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,18 +18,19 @@ from rmsd_fast.data.packing import make_rows
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.rollout.base import Sampling
-from rmsd_fast.runtime.distributed import start, stop
+from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, load, read_targets
 from rmsd_fast.stages.groups import (
-    group_metrics,
-    group_sums,
-    judged_responses,
+    distinct_texts,
+    group_record,
     make_group,
     make_pairs,
     set_advantages,
 )
+from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import NonFiniteRun, count_skipped
+from rmsd_fast.stages.step_metrics import global_metrics, mean
 
 SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
 
@@ -53,7 +55,14 @@ def build(folder, material, world, *overrides):
     settings = tiny_settings(folder, *SMALL, *overrides)
     state = build_distillation(material.model_path, settings, world, material)
     prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].imitate][:4]
-    return settings, state, prompts
+    return state, prompts
+
+
+def roll_out(state, prompts):
+    """The groups of a step."""
+    rollouts, _ = distill.roll_out(state, prompts, 0)
+    pairs = zip(prompts, rollouts, strict=True)
+    return [make_group(p, own, state.targets[p.question.id], state.settings, step=0) for p, own in pairs]
 
 
 def weights(state):
@@ -78,9 +87,9 @@ MODES = [
 def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
     """Metrics and the gradients of policy and discriminator of one step, and nothing applied."""
     overrides = ("runtime.zero_stage=0", "rollout.max_new_tokens=30", *overrides)
-    settings, state, prompts = build(folder, material, world, *overrides)
+    state, prompts = build(folder, material, world, *overrides)
     if room is not None:
-        settings.micro_tokens = max(len(p.input_ids) for p in prompts) + room
+        state.settings.micro_tokens = max(len(p.input_ids) for p in prompts) + room
     found = {}
 
     def keep(engines):
@@ -93,7 +102,7 @@ def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
         return [0.0] * len(engines), False
 
     monkeypatch.setattr(distill, "apply_or_discard", keep)
-    metrics = distill.step(state, prompts, settings, rollout_step=0).metrics
+    metrics = distill.step(state, prompts, 0).metrics
     return metrics, found
 
 
@@ -118,7 +127,7 @@ def test_packing_and_micro_batches_do_not_change_a_step(folder, material, world,
 @pytest.mark.parametrize("packing", ["shared", "padded"])
 @pytest.mark.parametrize("imitated", ["best", "all"])
 def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, packing, imitated):
-    settings, state, prompts = build(folder, material, world, f"packing={packing}", f"sft.responses={imitated}")
+    state, prompts = build(folder, material, world, f"packing={packing}", f"sft.responses={imitated}")
     own = [state.targets[p.question.id] for p in prompts]
     responses = [[state.builder.encode_response(t.answers[k].text) for k in t.imitate] for t in own]
     assert (max(map(len, responses)) > 1) == (imitated == "all")
@@ -126,7 +135,7 @@ def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, 
     with torch.no_grad():
         logp = state.policy.module(prompts, rows, None, linear_logprob)
     before = weights(state)
-    result = sft.step(state, prompts, settings, train_vision=False)
+    result = sft.step(state, prompts, 0)
     assert result.metrics["loss"] == pytest.approx(-float(logp.mean()), rel=1e-5)
     assert not same(before, weights(state))
 
@@ -144,52 +153,79 @@ def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, 
     ids=lambda o: " ".join(o),
 )
 def test_every_mode_makes_a_step(folder, material, world, overrides):
-    settings, state, prompts = build(folder, material, world, *overrides)
+    state, prompts = build(folder, material, world, *overrides)
     before = weights(state)
-    assert not distill.warm_up_step(state, prompts, settings, rollout_step=9).skipped
+    assert not distill.warm_up_step(state, prompts, 9).skipped
     for number in range(2):
-        result = distill.step(state, prompts, settings, rollout_step=number)
+        result = distill.step(state, prompts, number)
         assert not result.skipped
         assert all(value == value for value in result.metrics.values())
     after = weights(state)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("language_model" in name for name in moved)
-    assert any("visual" in name for name in moved) == settings.distill.train_vision
+    assert any("visual" in name for name in moved) == state.settings.distill.train_vision
+
+
+def test_passes_read_each_response_once(folder, material, world):
+    state, prompts = build(folder, material, world)
+    state.settings.micro_tokens = max(len(prompt.input_ids) for prompt in prompts) + 12
+    responses = [[torch.tensor([5 + r] * 4) for r in range(5)] for _ in prompts]
+    parts = list(passes(state, prompts, responses, None))
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > len(prompts)
+    read = [(i, r) for p in parts for i, own in zip(p.batch.prompts, p.batch.responses, strict=True) for r in own]
+    assert sorted(read) == [(i, r) for i in range(len(prompts)) for r in range(5)]
+    assert [ids for part in parts for ids in part.rows.targets[::4].tolist()] == [5 + r for _, r in read]
+    calls = []
+    engine = SimpleNamespace(backward=lambda loss, last: calls.append((float(loss), last)))
+    parts[-1].backward(engine, torch.tensor(3.0))
+    filler = replace(parts[0], batch=replace(parts[0].batch, filler=True))
+    filler.backward(engine, torch.tensor(3.0))
+    assert calls == [(3.0, True), (0.0, False)]
+
+
+def test_metrics_are_sums_or_functions_of_sums(world):
+    record = {
+        "sum": torch.tensor(2),
+        "mean": (mean, torch.tensor(1.0), 4),
+        "none": (mean, 0.0, 0),
+        "max": (max, 1, 2),
+    }
+    assert global_metrics(record, world) == {"sum": 2.0, "mean": 0.25, "none": None, "max": 2.0}
 
 
 def test_reference_equals_the_policy_before_the_first_update(folder, material, world):
-    settings, state, prompts = build(folder, material, world, "distill.kl=full")
-    first = distill.step(state, prompts, settings, rollout_step=0).metrics
+    state, prompts = build(folder, material, world, "distill.kl=full")
+    first = distill.step(state, prompts, 0).metrics
     assert first["policy/kl"] == pytest.approx(0.0, abs=1e-6)
     # The engine leaves out banned ids, the loss does not: about 1.3% of an untrained student's mass.
     assert 0.98 < first["policy/importance_ratio"] < 1
-    second = distill.step(state, prompts, settings, rollout_step=1).metrics
+    second = distill.step(state, prompts, 1).metrics
     assert second["policy/kl"] > 1e-7
 
 
 def test_warm_up_trains_the_discriminator_alone(folder, material, world):
-    settings, state, prompts = build(folder, material, world, "discriminator.warm_up_lr=1e-3")
+    state, prompts = build(folder, material, world, "discriminator.warm_up_lr=1e-3")
     state.discriminator.set_lr(1e-3)
     before = weights(state)
-    losses = [distill.warm_up_step(state, prompts, settings, rollout_step=0).metrics for _ in range(6)]
+    losses = [distill.warm_up_step(state, prompts, 0).metrics for _ in range(6)]
     assert same(before, weights(state))
     assert losses[-1]["discriminator/loss"] < losses[0]["discriminator/loss"]
     assert losses[-1]["discriminator/margin"] > losses[0]["discriminator/margin"]
 
 
 def test_a_question_without_teacher_gives_no_pair_and_no_d_reward(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
+    state, prompts = build(folder, material, world)
     for prompt in prompts[:2]:
         targets = state.targets[prompt.question.id]
         state.targets[prompt.question.id] = replace(targets, p=torch.zeros_like(targets.p))
-    metrics = distill.step(state, prompts, settings, rollout_step=0).metrics
+    metrics = distill.step(state, prompts, 0).metrics
     assert metrics["teacher/empty_share"] == 0.5
-    groups, _ = distill._roll_out(state, prompts, settings, 0)
-    assert make_pairs(groups, settings).normalizer == 2 * settings.rollout.n
+    groups = roll_out(state, prompts)
+    assert make_pairs(groups, state.settings).normalizer == 2 * state.settings.rollout.n
     for prompt in prompts[2:]:
         targets = state.targets[prompt.question.id]
         state.targets[prompt.question.id] = replace(targets, p=torch.zeros_like(targets.p))
-    none = distill.step(state, prompts, settings, rollout_step=1).metrics
+    none = distill.step(state, prompts, 1).metrics
     assert none["teacher/empty_share"] == 1 and none["reward/discriminator/raw"] == 0
     # No pair: only the score L2 is left, a mean square times 1e-3.
     assert none["discriminator/pair_accuracy"] is None and none["discriminator/score_teacher"] is None
@@ -197,33 +233,33 @@ def test_a_question_without_teacher_gives_no_pair_and_no_d_reward(folder, materi
 
 
 def test_cut_rollouts_look_like_any_other_to_the_discriminator(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
-    groups, _ = distill._roll_out(state, prompts, settings, 0)
+    state, prompts = build(folder, material, world)
+    groups = roll_out(state, prompts)
     assert any(r.truncated for g in groups for r in g.rollouts)
     for group in groups:
-        judged = judged_responses(group, state.builder)
+        judged = distinct_texts(group, state.builder)
         assert all(ids[-1] == state.builder.eos_id for ids in judged.responses)
         assert len(judged.students) == len(group.rollouts) and len(judged.teachers) == len(group.kept)
 
 
 def test_equal_texts_are_judged_once(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
-    groups, _ = distill._roll_out(state, prompts[:1], settings, 0)
+    state, prompts = build(folder, material, world)
+    groups = roll_out(state, prompts[:1])
     one, *_, last = groups[0].rollouts
     targets = state.targets[prompts[0].question.id]
     twice = replace(targets, answers=(targets.answers[0],) * 2, quality=torch.ones(2), p=torch.full((2,), 0.5))
-    group = make_group(prompts[0], [one, last, one], replace(twice, valid=(True, True)), settings, step=0)
-    judged = judged_responses(group, state.builder)
+    group = make_group(prompts[0], [one, last, one], replace(twice, valid=(True, True)), state.settings, step=0)
+    judged = distinct_texts(group, state.builder)
     assert judged.students == [0, 1, 0] and judged.teachers == [2, 2] and len(judged.responses) == 3
     assert torch.equal(judged.responses[2], state.builder.encode_response(targets.answers[0].text))
 
 
 def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
-    groups, _ = distill._roll_out(state, prompts[:1], settings, 0)
+    state, prompts = build(folder, material, world)
+    groups = roll_out(state, prompts[:1])
     spelled = [replace(groups[0].rollouts[0], text="a <|video_pad|>")]
-    group = make_group(prompts[0], spelled, replace(groups[0].targets, p=torch.zeros(4)), settings, step=0)
-    ids = judged_responses(group, state.builder).responses[0].tolist()
+    group = make_group(prompts[0], spelled, replace(groups[0].targets, p=torch.zeros(4)), state.settings, step=0)
+    ids = distinct_texts(group, state.builder).responses[0].tolist()
     sampled = spelled[0].token_ids.tolist()
     assert ids == sampled + [state.builder.eos_id] * spelled[0].truncated
 
@@ -240,8 +276,8 @@ def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_
     prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].imitate][:2]
     assert all(state.builder.decode_response(prompt.input_ids[-2:]).endswith("<think>\n") for prompt in prompts)
     imitated = [state.builder.encode_response(a.text) for a in state.targets[prompts[0].question.id].answers if a.valid]
-    groups, _ = distill._roll_out(state, prompts, settings, 0)
-    judged = [judged_responses(group, state.builder) for group in groups]
+    groups = roll_out(state, prompts)
+    judged = [distinct_texts(group, state.builder) for group in groups]
     teachers = [own.responses[place] for own in judged for place in own.teachers]
     assert imitated and teachers
     assert not any(set(opened) & set(ids.tolist()) for ids in (*imitated, *teachers))
@@ -249,8 +285,8 @@ def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_
     assert all(rollout.text.startswith("<think>\n") for group in groups for rollout in group.rollouts)
     whole = replace(groups[0].rollouts[0], text="<think>\na</think><answer>B</answer>")
     assert make_group(prompts[0], [whole], groups[0].targets, settings, step=0).outer.tolist() == [1.0]
-    sft.step(state, prompts, settings, train_vision=False)
-    distill.step(state, prompts, settings, rollout_step=0)
+    sft.step(state, prompts, 0)
+    distill.step(state, prompts, 0)
 
 
 def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, material, world, caplog):
@@ -267,8 +303,8 @@ def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, materi
     targets = state.targets[question.id]
     assert targets.quality[:2].tolist() == [0, 0] and targets.p[:2].tolist() == [0, 0]
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
-    assert "1 answer left out: the response does not fit micro_tokens" in caplog.text
-    assert "1 answer left out: the text holds a special token" in caplog.text
+    assert "1 answer left out: prompt and response together do not fit" in caplog.text
+    assert "1 answer left out: the text contains a special token" in caplog.text
     # Where hardly any fits the settings are wrong, not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
     with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
@@ -301,7 +337,7 @@ def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folde
         targets_of(path, "<answer>B</answer>")
     assert "144 of 144 answers cannot be taught to this student: no_think 144 (no_think: the" in str(caught.value)
     # Every kind counts towards the share that may be left out.
-    with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text holds half"):
+    with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")
     with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):
         targets_of(material.model_path, sent, sent, "<|im_end|>", "a\ud800b")
@@ -312,70 +348,72 @@ def replace_answer(answer, text):
 
 
 def test_rewards_and_advantages_by_hand(folder, material, world):
-    settings, state, _ = build(folder, material, world, "reward.normalization=sum_then_gn")
+    state, _ = build(folder, material, world, "reward.normalization=sum_then_gn")
     question = next(q for q in material.train if q.task_type == "mcq")
     prompt = state.builder.build(question)
-    groups, _ = distill._roll_out(state, [prompt], settings, 0)
+    groups = roll_out(state, [prompt])
     right = f"<think>a</think><answer>{question.answer}</answer>"
     texts = [right, right.replace("<think>a</think>", ""), "nothing"]
     rollouts = [replace(r, text=text) for r, text in zip(groups[0].rollouts, texts, strict=True)]
-    group = make_group(prompt, rollouts, state.targets[question.id], settings, step=0)
+    group = make_group(prompt, rollouts, state.targets[question.id], state.settings, step=0)
     assert group.outer.tolist() == [1, 0, 0]
     assert group.task.tolist() == [1, 1, 0]
     assert group.content.tolist() == [1, 0, 0]
+    opened = replace(prompt, question=replace(question, task_type="open", options=()))
+    assert make_group(opened, rollouts, group.targets, state.settings, step=0).content.tolist() == [0, 0, 0]
     group.d_score = torch.tensor([1.0, -1.0, 0.0])
-    set_advantages(group, settings)
+    set_advantages(group, state.settings)
     # 0.4 D + 0.1 outer + 0.1 task + 0.4 content
     assert group.reward.tolist() == pytest.approx([1.0, -0.3, 0.0])
-    mean = 0.7 / 3
-    sd = (sum((r - mean) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
-    assert group.advantages.tolist() == pytest.approx([(r - mean) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
+    average = 0.7 / 3
+    sd = (sum((r - average) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
+    assert group.advantages.tolist() == pytest.approx([(r - average) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
 
 
 def test_shares_of_rollouts_by_hand(folder, material, world):
-    settings, state, _ = build(folder, material, world)
+    state, _ = build(folder, material, world)
     question = next(q for q in material.train if q.task_type == "mcq")
-    groups, _ = distill._roll_out(state, [state.builder.build(question)], settings, 0)
+    groups = roll_out(state, [state.builder.build(question)])
     texts = [f"<think>a</think><answer>{question.answer}</answer>", "<think>a</think><answer> </answer>", ""]
     rollouts = [
         replace(r, text=text, truncated=cut)
         for r, text, cut in zip(groups[0].rollouts, texts, (False, False, True), strict=True)
     ]
-    group = make_group(groups[0].prompt, rollouts, state.targets[question.id], settings, step=0)
-    metrics = group_metrics(group_sums([group], settings))
+    group = make_group(groups[0].prompt, rollouts, state.targets[question.id], state.settings, step=0)
+    metrics = global_metrics(group_record([group], state.settings), world)
     assert metrics["rollout/empty_share"] == pytest.approx(2 / 3)
     assert metrics["rollout/valid_share"] == pytest.approx(1 / 3)
     assert metrics["rollout/truncated_share"] == pytest.approx(1 / 3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):
-    settings, state, prompts = build(folder, material, world)
-    distill.step(state, prompts, settings, rollout_step=0)
+    state, prompts = build(folder, material, world)
+    distill.step(state, prompts, 0)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
     hook = state.discriminator.module.register_forward_hook(lambda module, given, scores: scores * torch.nan)
     for number in (1, 2):
-        assert distill.step(state, prompts, settings, rollout_step=number).skipped
+        assert distill.step(state, prompts, number).skipped
     assert same(before, weights(state))
     assert same(judge, dict(state.discriminator.module.named_parameters()))
     hook.remove()
-    assert not distill.step(state, prompts, settings, rollout_step=4).skipped
+    assert not distill.step(state, prompts, 4).skipped
     assert not same(before, weights(state))
 
 
 @pytest.mark.parametrize("engine", ["policy", "discriminator"])
 def test_a_norm_that_overflows_keeps_both_optimisers_from_stepping(folder, material, world, engine):
     """Finite gradients, of one engine alone, whose squares are not finite in float32."""
-    settings, state, prompts = build(folder, material, world)
+    state, prompts = build(folder, material, world)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
     backward = getattr(state, engine).backward
     getattr(state, engine).backward = lambda loss, last: backward(1e25 * loss, last=last)
-    assert distill.step(state, prompts, settings, rollout_step=0).skipped
+    assert distill.step(state, prompts, 0).skipped
     assert same(before, weights(state))
     assert same(judge, dict(state.discriminator.module.named_parameters()))
     getattr(state, engine).backward = backward
-    assert not distill.step(state, prompts, settings, rollout_step=1).skipped
+    assert not distill.step(state, prompts, 1).skipped
     counts = {
         int(s["step"]) for e in (state.policy, state.discriminator) for s in e.engine.basic_optimizer.state.values()
     }
@@ -385,7 +423,7 @@ def test_a_norm_that_overflows_keeps_both_optimisers_from_stepping(folder, mater
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("stage", ["warm_up_step", "step"])
 def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material, world, value, stage):
-    settings, state, prompts = build(folder, material, world)
+    state, prompts = build(folder, material, world)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
 
@@ -400,7 +438,7 @@ def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material
     # The last row is spoilt at its first token: it ends there, and says so.
     assert rollouts[-1][-1].token_ids.tolist() == [state.builder.eos_id]
     assert not rollouts[-1][-1].finite and rollouts[0][0].finite
-    result = getattr(distill, stage)(state, prompts, settings, rollout_step=0)
+    result = getattr(distill, stage)(state, prompts, 0)
     hook.remove()
     assert result.skipped and result.metrics == {"tokens": 0}
     assert same(before, weights(state))
@@ -408,9 +446,9 @@ def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material
 
 
 def test_skipped_steps_in_a_row_end_the_run(folder, material, world):
-    settings, state, _ = build(folder, material, world)
-    settings.runtime.max_skipped_steps = 3
+    state, _ = build(folder, material, world)
+    state.settings.runtime.max_skipped_steps = 3
     for skipped in (True, True, False, True, True):
-        count_skipped(state, settings, skipped)
+        count_skipped(state, skipped)
     with pytest.raises(NonFiniteRun, match="3 steps in a row"):
-        count_skipped(state, settings, True)
+        count_skipped(state, True)

@@ -21,7 +21,7 @@ PREFIX, RESPONSE, N, K = 512, 24, 3, 2
 def step_metrics(packing: str, dtype: str) -> dict[str, float]:
     """One step of policy and discriminator on rollouts that are given, so that no sampling can differ."""
     from bench.steps import Given, make_prompts, make_state, set_teacher, settings_of
-    from rmsd_fast.runtime.distributed import start, stop
+    from rmsd_fast.runtime.process_group import start, stop
     from rmsd_fast.stages import distill
 
     world = start()
@@ -30,7 +30,7 @@ def step_metrics(packing: str, dtype: str) -> dict[str, float]:
     prompts = make_prompts(state, PREFIX, 2)
     set_teacher(state, prompts, RESPONSE, K)
     state.rollouts = Given(state.builder, RESPONSE)
-    found = distill.step(state, prompts, settings, rollout_step=0).metrics
+    found = distill.step(state, prompts, 0).metrics
     stop()
     return {**found, "on_cuda": float(world.device.type == "cuda")}
 

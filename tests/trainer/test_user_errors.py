@@ -12,7 +12,7 @@ from material import tiny_material
 
 from rmsd_fast import evaluate, pool, train
 from rmsd_fast.config import SettingsError
-from rmsd_fast.runtime.distributed import World
+from rmsd_fast.runtime.process_group import World
 from rmsd_fast.settings import load_settings
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.plan import describe_plan

@@ -1,7 +1,7 @@
-"""Public discriminator losses: arguments checked, implementation chosen. The formulas are in `reference`.
+"""Public discriminator losses: argument checks and the choice of implementation. The formulas are in `reference`.
 
-These move a few kilobytes and there is nothing to cut into chunks, so "torch" and "reference" are the same code here.
-On CUDA one launch each way (`triton_loss`) replaces about 25 of eager code: what is gained is latency.
+The losses move a few kilobytes, so no chunks are needed, and "torch" and "reference" run the same code. On CUDA, one
+launch in each direction (`triton_loss`) replaces about 25 launches of eager code, which saves latency.
 """
 
 from types import ModuleType
@@ -24,24 +24,30 @@ def last_token_values(
     norm_eps: float = 1e-6,
     impl: str = "auto",
 ) -> Tensor:
-    """Scalar head on the hidden state of the last token of each response; the other rows are never touched.
+    """Apply a scalar head to the hidden state of the last token of each response. Other rows are not read.
 
     Same as: (rms_norm(hidden[last_index]) * weight).sum(-1) + bias, in float32.
 
     Args:
-        hidden: packed hidden states, [T, D], float. weight: [D]. bias: one element, [1] or without an axis.
-        last_index: row of the LAST response token of each response (no minus-one shift), [B], int64.
-        norm_weight: [D], applies RMSNorm with norm_eps first; None where hidden is normalised already.
+        hidden: packed hidden states, [T, D], floating.
+        last_index: row of each response's last token in hidden, without a shift by one, [B], int64.
+        weight: the scalar head, [D], floating.
+        bias: bias of the head, [1] or [], floating; None means 0.
+        norm_weight: weight of an RMSNorm that is applied before the head, [D], floating. None skips the norm, for
+            hidden states that are already normalised.
+        norm_eps: epsilon of the RMSNorm, >= 0.
+        impl: see rmsd_fast.losses.
     Returns:
-        [B], float32 (float64 for float64).
+        Scores of the responses, [B], float32 (float64 for float64 inputs).
     Raises:
-        ValueError: shapes or devices do not fit; an index out of range (CPU). TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not match, or an index is out of range (checked for CPU tensors).
+        TypeError: a dtype does not match.
         RuntimeError: impl is not available.
     Source: R-MSD (arXiv 2603.11423), discriminator on the last response token.
     """
-    form = _form(impl, hidden)
+    backend = _backend(impl, hidden)
     _check_values(hidden, last_index, weight, bias, norm_weight, norm_eps)
-    return form.last_token_values(
+    return backend.last_token_values(
         hidden, last_index, weight, bias=_scalar(bias), norm_weight=norm_weight, norm_eps=norm_eps
     )
 
@@ -59,34 +65,42 @@ def pairwise_discriminator_loss(
     l2_normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> DiscriminatorLoss:
-    """Quality-weighted discriminator loss over (student, teacher) pairs.
+    """Compute the quality-weighted discriminator loss over (student, teacher) pairs.
 
-    loss = sum of pair_weight * quality * softplus(S[student_index] - T[teacher_index]) / normalizer
+    loss = sum(pair_weight * quality * softplus(S[student_index] - T[teacher_index])) / normalizer
            + score_l2 * (sum of all squared scores) / l2_normalizer
 
     Args:
-        student_scores: scores of rollouts, [S], float. teacher_scores: of distinct teacher responses, [R].
-        student_index, teacher_index: the pairs, [P], int64.
-        quality: of each pair's teacher response, in [0, 1], [P], float; a constant, like pair_weight.
-        pair_weight: [P], >= 0. `expected` pairing: all pairs with the matching probability as weight, and as normalizer
-            the number of rollouts that have a teacher (rmsd_fast.method.matching.expected_pairs makes them).
-        normalizer: None = number of pairs, or the sum of pair_weight where given. 0 counts as 1.
-        l2_normalizer: None = S + R, so that score_l2 weighs the mean square; give the global count to make the loss
-            independent of micro-batching.
+        student_scores: scores S of the rollouts, [S], floating.
+        teacher_scores: scores T of the distinct teacher responses, [R], floating.
+        student_index: rollout of each pair, [P], int64.
+        teacher_index: teacher response of each pair, [P], int64.
+        quality: quality of each pair's teacher response, in [0, 1], [P], floating; a constant.
+        pair_weight: weight of each pair, >= 0, [P], floating; a constant. None means 1. For `expected` pairing, pass
+            all pairs with their matching probabilities as weights, and the number of rollouts that have a teacher as
+            the normalizer (rmsd_fast.method.matching.expected_pairs returns them).
+        score_l2: coefficient of the squared scores, >= 0.
+        normalizer: divisor of the sum over pairs, a number or a tensor with one element. None means the sum of
+            pair_weight, or the number of pairs without pair_weight. 0 counts as 1.
+        l2_normalizer: divisor of the squared scores, like normalizer. None means S + R, so that score_l2 weighs the
+            mean square. Pass the global count to make the loss independent of micro-batching.
+        impl: see rmsd_fast.losses.
     Returns:
-        DiscriminatorLoss(loss, accuracy, margin): the share of pairs with T > S and the mean of T - S, both weighted by
-        pair_weight and 0 where there are no pairs.
+        DiscriminatorLoss(loss, accuracy, margin): the loss, the share of pairs with T > S, and the mean of T - S. Share
+        and mean are weighted by pair_weight, and 0 without pairs.
     Raises:
-        ValueError: shapes or devices differ; on CPU also an index out of range, a quality outside [0, 1] or NaN, a
-            negative pair_weight. TypeError: dtypes. RuntimeError: impl is not available.
+        ValueError: shapes or devices do not match. For CPU tensors also: an index is out of range, a quality is NaN or
+            outside [0, 1], or a pair_weight is negative.
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
     Source: R-MSD (arXiv 2603.11423), discriminator loss; score L2: PRISM (arXiv 2604.28123).
     """
-    form = _form(impl, student_scores)
+    backend = _backend(impl, student_scores)
     for name, scores in (("student_scores", student_scores), ("teacher_scores", teacher_scores)):
         checks.check_vector(name, scores, scores.shape[0] if getattr(scores, "ndim", 0) else 0, student_scores)
     _check_pairs(student_scores, len(student_scores), len(teacher_scores), student_index, teacher_index, quality)
     _check_reduction(student_index, quality, pair_weight, score_l2, normalizer, l2_normalizer)
-    return form.pairwise_discriminator_loss(
+    return backend.pairwise_discriminator_loss(
         student_scores,
         teacher_scores,
         student_index,
@@ -117,23 +131,40 @@ def discriminator_loss(
     l2_normalizer: float | Tensor | None = None,
     impl: str = "auto",
 ) -> DiscriminatorOutput:
-    """last_token_values of all responses and pairwise_discriminator_loss of their scores, in one call.
+    """Score all responses with last_token_values and compute pairwise_discriminator_loss of the scores, in one call.
 
-    Args beyond those two:
-        last_index: [S+R], the S = num_students rollouts first, then the R teacher responses. head: [D].
+    Args:
+        hidden: packed hidden states, [T, D], floating.
+        last_index: row of each response's last token, [S+R], int64; the S rollouts first, then the R teacher responses.
+        head: the scalar head, [D], floating.
+        student_index: rollout of each pair, [P], int64, in 0..S-1.
+        teacher_index: teacher response of each pair, [P], int64, in 0..R-1.
+        quality: quality of each pair's teacher response, in [0, 1], [P], floating; a constant.
+        num_students: S, the number of rollouts in last_index.
+        bias: bias of the head, [1] or [], floating; None means 0.
+        norm_weight: weight of an RMSNorm that is applied before the head, [D], floating; None skips the norm.
+        norm_eps: epsilon of the RMSNorm, >= 0.
+        pair_weight: as in pairwise_discriminator_loss, [P], floating.
+        score_l2: coefficient of the squared scores, >= 0.
+        normalizer: as in pairwise_discriminator_loss.
+        l2_normalizer: as in pairwise_discriminator_loss.
+        impl: see rmsd_fast.losses.
     Returns:
-        DiscriminatorOutput(loss, accuracy, margin, scores): scores [S+R] are detached, those of the first S are the
+        DiscriminatorOutput(loss, accuracy, margin, scores). scores [S+R] are detached; the first S of them are the
         rewards of the rollouts.
-    Raises: as the two; ValueError also for num_students outside 0..S+R.
+    Raises:
+        ValueError: as in the two functions, or num_students is outside 0..S+R.
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
     """
-    form = _form(impl, hidden)
+    backend = _backend(impl, hidden)
     _check_values(hidden, last_index, head, bias, norm_weight, norm_eps)
     if not 0 <= num_students <= len(last_index):
         raise ValueError(f"num_students: expected 0..{len(last_index)}, the length of last_index, got {num_students}")
     num_teachers = len(last_index) - num_students
     _check_pairs(hidden, num_students, num_teachers, student_index, teacher_index, quality)
     _check_reduction(student_index, quality, pair_weight, score_l2, normalizer, l2_normalizer)
-    return form.discriminator_loss(
+    return backend.discriminator_loss(
         hidden,
         last_index,
         head,
@@ -151,8 +182,8 @@ def discriminator_loss(
     )
 
 
-def _form(impl: str, tensor: Tensor) -> ModuleType:
-    """The module whose functions of the same names serve the call; triton is imported on first use."""
+def _backend(impl: str, tensor: Tensor) -> ModuleType:
+    """Return the module whose functions of the same names serve the call; triton is imported on first use."""
     checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if resolve_impl(impl, tensor, native_form=False) != "triton":
         return reference
@@ -174,8 +205,8 @@ def _check_values(
     norm_eps: float,
 ) -> None:
     if not isinstance(hidden, Tensor) or hidden.ndim != 2:
-        found = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"hidden: expected a tensor [T, D], got {found}; flatten batch and length (row b*L + i)")
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: expected a tensor [T, D], got {got}; flatten batch and length (row b*L + i)")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: expected a floating dtype, got {hidden.dtype}")
     checks.check_vector("weight", weight, hidden.shape[1], hidden)

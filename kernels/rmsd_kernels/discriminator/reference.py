@@ -1,7 +1,7 @@
-"""Reference forms of the discriminator's losses: eager torch, in the dtype they are given.
+"""Reference forms of the discriminator's losses: eager torch, in the dtype of the inputs.
 
-Every kernel is judged against this file. Sums are float64 for float64 inputs and float32 otherwise, which is also the
-dtype of every result. Arguments are checked by the public functions, not here.
+Every kernel is tested against this file. Sums and results are float64 for float64 inputs and float32 otherwise.
+Arguments are checked by the public functions, not here.
 
 Symbols: T tokens, D hidden, B sequences, S rollout scores, R teacher scores, P pairs.
 """
@@ -17,7 +17,11 @@ from ..ops import accumulation_dtype
 
 
 class DiscriminatorLoss(NamedTuple):
-    """loss: scalar with a gradient. accuracy, margin: detached scalars, weighted by pair_weight, 0 without pairs."""
+    """Result of pairwise_discriminator_loss.
+
+    loss is a scalar with a gradient. accuracy and margin are detached scalars, weighted by pair_weight; without pairs
+    they are 0.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -25,7 +29,7 @@ class DiscriminatorLoss(NamedTuple):
 
 
 class DiscriminatorOutput(NamedTuple):
-    """DiscriminatorLoss and the detached scores it was made of, [S+R] in the order of last_index."""
+    """DiscriminatorLoss, and the detached scores [S+R] that it was computed from, in the order of last_index."""
 
     loss: Tensor
     accuracy: Tensor
@@ -42,7 +46,7 @@ def last_token_values(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """Value head on chosen rows, [B]: gather, optional RMSNorm, dot product. See rmsd_fast.losses."""
+    """Apply the value head to the chosen rows, [B]: gather, optional RMSNorm, dot product. See the public function."""
     dtype = accumulation_dtype(hidden)
     rows = hidden[last_index].to(dtype)
     if norm_weight is not None:
@@ -63,12 +67,15 @@ def pairwise_discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorLoss:
-    """sum of pair_weight * quality * softplus(S - T) / normalizer + score_l2 * mean square. See rmsd_fast.losses."""
+    """Return sum(pair_weight * quality * softplus(S - T)) / normalizer + score_l2 * mean square.
+
+    See the public function.
+    """
     dtype = accumulation_dtype(student_scores)
     student, teacher = student_scores.to(dtype), teacher_scores.to(dtype)
     margin = teacher[teacher_index] - student[student_index]
     weights = None if pair_weight is None else pair_weight.detach().to(dtype)
-    # softplus(S - T) = -log sigmoid(T - S); torch's softplus switches to the identity at 20, logsigmoid is exact.
+    # softplus(S - T) = -log sigmoid(T - S). torch's softplus switches to the identity at 20; logsigmoid is exact.
     loss = weighted_sum(-F.logsigmoid(margin) * quality.detach().to(dtype), weights, normalizer)
     if score_l2:
         squares = torch.cat([student, teacher]).square()
@@ -95,7 +102,7 @@ def discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorOutput:
-    """last_token_values of all responses, then pairwise_discriminator_loss. See rmsd_fast.losses."""
+    """Apply last_token_values to all responses, then pairwise_discriminator_loss. See the public function."""
     scores = last_token_values(hidden, last_index, head, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps)
     result = pairwise_discriminator_loss(
         scores[:num_students],

@@ -1,7 +1,7 @@
 """Triton kernels of the discriminator's losses; formulas and launches are in `triton_loss`.
 
-Optional pointers and numbers are None, which leaves their part out when the kernel is compiled. Per-batch sizes are not
-specialised on. Everything after a load is float32.
+An optional pointer or number that is None removes its code when the kernel is compiled. The kernels do not specialise
+on sizes that change per batch. Everything after a load is float32.
 """
 
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# The recorded configurations, from the compiler's register counts and not from measurements. Beyond ONE_PROGRAM_ROWS
-# one SM would gather longer than a second launch takes.
+# Recorded configurations, chosen from the compiler's register counts, not from measurements. Beyond ONE_PROGRAM_ROWS,
+# gathering the rows on one SM takes longer than a second launch.
 ONE_PROGRAM_ROWS = 128
 TILE_ROWS = 16
 ROW_BLOCK_D = 512
@@ -23,7 +23,7 @@ GRAD_BLOCK_D = 64
 GRAD_WARPS = 8
 
 SIZES = ["students", "teachers", "pairs", "count", "tokens"]
-# Vectors that may begin anywhere in a longer one: their alignment is not specialised on.
+# These may be slices of longer vectors, so the kernels do not specialise on their alignment.
 UNALIGNED = [
     "last_index_ptr",
     "scores_ptr",
@@ -81,7 +81,7 @@ def _load_float(ptr, index, mask):
 
 @triton.jit
 def _row_starts(index_ptr, i, count, tokens, stride):
-    """Row of each response (-1 beyond the last one), whether hidden has it, and where it begins."""
+    """Return each response's row (-1 beyond the last response), whether hidden has this row, and its offset."""
     index = tl.load(index_ptr + i, mask=i < count, other=-1)
     valid = (index >= 0) & (index < tokens)
     return index, valid, tl.where(valid, index, 0) * stride
@@ -89,7 +89,7 @@ def _row_starts(index_ptr, i, count, tokens, stride):
 
 @triton.jit
 def _store_scores(head, first, scores_ptr, saved_ptr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Scores of ROWS responses; with a norm also rstd and rstd^2 * (score - bias) / D, which backward needs."""
+    """Store scores of ROWS responses; with a norm also rstd and rstd^2 * (score - bias) / D, for backward."""
     i = first + tl.arange(0, ROWS)
     _, valid, start = _row_starts(head.index_ptr, i, head.count, head.tokens, head.stride)
     dots = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -116,7 +116,7 @@ def _store_scores(head, first, scores_ptr, saved_ptr, ROWS: tl.constexpr, BLOCK_
 
 @triton.jit
 def _log1p(e):
-    """log(1 + e) for e in [0, 1] with the digits that 1 + e would lose: 2 atanh(e / (2 + e)), relative error 1e-9."""
+    """Return log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): relative error 1e-9, while 1 + e would lose digits."""
     s = e / (2.0 + e)
     u = s * s
     p = u / 15.0 + 1.0 / 13.0
@@ -130,7 +130,7 @@ def _log1p(e):
 
 @triton.jit
 def _pair_block(pairs, p):
-    """Of pairs p: index of student and teacher, quality, weight (0 beyond the last pair), margin (NaN: bad index)."""
+    """Load pairs p: student and teacher index, quality, weight (0 beyond the last pair), margin (NaN: bad index)."""
     inside = p < pairs.count
     s = tl.load(pairs.student_index_ptr + p, mask=inside, other=0)
     t = tl.load(pairs.teacher_index_ptr + p, mask=inside, other=0)
@@ -145,7 +145,7 @@ def _pair_block(pairs, p):
 
 @triton.jit
 def _divisor(value, normalizer, normalizer_ptr):
-    """The normalizer that is given, else value; 1 for 0."""
+    """Return the normalizer if there is one, otherwise value; 0 becomes 1."""
     if normalizer_ptr is not None:
         value = tl.load(normalizer_ptr).to(tl.float32)
     elif normalizer is not None:
@@ -168,14 +168,14 @@ def _pair_losses(
     SCORE_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """loss, accuracy and margin, stored by the first program, and a share of the gradient by the scores from each."""
+    """Store loss, accuracy and margin (first program only) and this program's share of the gradient of the scores."""
     losses = tl.zeros([PAIR_BLOCK], tl.float32)
     right = tl.zeros([PAIR_BLOCK], tl.float32)
     margins = tl.zeros([PAIR_BLOCK], tl.float32)
     weights = tl.zeros([PAIR_BLOCK], tl.float32)
     for begin in range(0, pairs.count, PAIR_BLOCK):
         _, _, quality, weight, margin = _pair_block(pairs, begin + tl.arange(0, PAIR_BLOCK))
-        # -log sigmoid(margin); NaN fails the comparison and stays.
+        # -log sigmoid(margin). A NaN margin fails the comparison and stays NaN.
         softplus = tl.where(margin > 0.0, 0.0, -margin) + _log1p(tl.exp(-tl.abs(margin)))
         losses += softplus * quality * weight
         right += tl.where(margin > 0.0, weight, 0.0)
@@ -220,7 +220,7 @@ def _pair_losses(
 
 @triton.jit
 def _score_of(pairs, j):
-    """Scores j of students and teachers in a row; 0 beyond."""
+    """Load scores j of the concatenated students and teachers; 0 beyond the last score."""
     is_student = j < pairs.students
     is_teacher = (j >= pairs.students) & (j < pairs.students + pairs.teachers)
     student = _load_float(pairs.student_ptr, j, is_student)
@@ -244,7 +244,7 @@ def _rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores, ROWS responses per program."""
+    """Compute the scores, ROWS responses per program."""
     head = _Head(hidden_ptr, last_index_ptr, head_ptr, bias_ptr, norm_ptr, eps, count, tokens, stride, dim)
     _store_scores(head, tl.program_id(0) * ROWS, scores_ptr, saved_ptr, ROWS, BLOCK_D)
 
@@ -272,7 +272,7 @@ def _pairs_kernel(
     SCORE_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Loss of the pairs; the scores, for the gradient by them, are shared out among the programs."""
+    """Compute the loss of the pairs. The programs divide the scores among them to compute the scores' gradient."""
     scores = (student_ptr, teacher_ptr, students, teachers)
     _pair_losses(
         _Pairs(*scores, student_index_ptr, teacher_index_ptr, quality_ptr, pair_weight_ptr, pairs),
@@ -324,7 +324,7 @@ def _forward_kernel(
     SCORE_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Scores and loss in a single program."""
+    """Compute scores and loss in a single program."""
     count = students + teachers
     head = _Head(hidden_ptr, last_index_ptr, head_ptr, bias_ptr, norm_ptr, eps, count, tokens, stride, dim)
     for first in range(0, count, ROWS):
@@ -359,7 +359,7 @@ def _forward_kernel(
 
 @triton.jit
 def _clear_rows(out_ptr, index_ptr, count, tokens, dim, d, inside, ROWS: tl.constexpr):
-    """0 into columns d of the rows at which no response ends, shared out among the programs of the second axis."""
+    """Zero columns d of the rows at which no response ends. The programs of the second axis divide the rows."""
     for first in range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS):
         row = first + tl.arange(0, ROWS)
         ends = tl.zeros([ROWS], tl.int32)
@@ -388,7 +388,7 @@ def _row_gradients(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients by the rows at which responses end, and by head, bias and norm; columns d."""
+    """Store columns d of the gradients of the rows at which responses end, and of head, bias and norm."""
     factor = 1.0
     if grad_loss_ptr is not None:
         factor = tl.load(grad_loss_ptr).to(tl.float32)
@@ -419,7 +419,7 @@ def _row_gradients(
             row = rstd[:, None] * (norm * weight)[None, :]
             if head.norm_ptr is not None:
                 row -= x * _load_float(saved_ptr, head.count + i, i < head.count)[:, None]
-            # hidden has gaps between its rows where it is a view; d_hidden has none.
+            # hidden may be a view with gaps between its rows; d_hidden is contiguous.
             out = d_hidden_ptr + tl.where(valid, index, 0)[:, None] * head.dim + d[None, :]
             row = (shared[:, None] * row).to(d_hidden_ptr.dtype.element_ty)
             tl.store(out, row, mask=valid[:, None] & inside[None, :])
@@ -451,7 +451,7 @@ def _row_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients for BLOCK_D columns from those of the scores, all responses in order; rows without a response get 0."""
+    """Compute BLOCK_D columns of the gradients from the scores' gradients; rows without a response get 0."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < dim
     if tl.program_id(1) == 0:

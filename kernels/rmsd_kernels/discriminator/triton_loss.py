@@ -1,17 +1,17 @@
-"""The discriminator's losses in Triton for CUDA tensors: the functions of the same names in `reference`.
+"""The discriminator's losses in Triton for CUDA tensors, with the same function names as `reference`.
 
     n = row * rsqrt(mean(row^2) + eps) * norm_weight       (row itself without norm_weight)
     score = sum(n * head) + bias                            row = hidden[last_index]
     loss = sum(w * q * softplus(S - T)) / normalizer + score_l2 * sum(score^2) / l2_normalizer
 
-Forward of up to ONE_PROGRAM_ROWS responses is one launch of one program: scores, then pairs, and with them the gradient
-of the loss by each score, which needs the pairs anyway. Backward is one launch over blocks of D, which also sets the
-rows of d_hidden at which no response ends to 0. Sums run in float32 and in a fixed order; there are no atomics. Two
-responses that end at the same row share its gradient: each writes their sum. This is a matter of latency: some
-2*(S+R)*D*itemsize bytes move, and T*D*itemsize of d_hidden.
+Forward of up to ONE_PROGRAM_ROWS responses is one launch of one program. It computes the scores, then the pairs, and
+with them the gradient of the loss with respect to each score, which needs the pairs anyway. Backward is one launch over
+blocks of D, which also zeroes the rows of d_hidden at which no response ends. Sums run in float32 and in a fixed order,
+without atomics. If several responses end at the same row, each of them writes the sum of their gradients there. Latency
+dominates: about 2*(S+R)*D*itemsize bytes move, and T*D*itemsize bytes for d_hidden.
 
-An index out of range gives NaN and is never followed. Importing this module imports triton; with TRITON_INTERPRET=1 set
-before that, the kernels run on CPU tensors.
+An index out of range gives NaN and is never dereferenced. Importing this module imports triton. If TRITON_INTERPRET=1
+is set before the import, the kernels run on CPU tensors.
 """
 
 from typing import Any
@@ -40,8 +40,8 @@ from .triton_kernels import (
     _rows_kernel,
 )
 
-# Programs beside each other that set rows to 0, each several tiles in turn: with 40 blocks of columns (D = 2560) some 5
-# for each SM. With a program for each tile, each would wait for its indices before the only store it makes.
+# Number of programs per block of columns that zero rows, each a series of tiles. With 40 blocks of columns (D = 2560)
+# this is about 5 programs per SM. With one program per tile, each would wait for its indices before its only store.
 _MOST_TILES = 16
 _LIBRARY = torch.library.Library("rmsd_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor last_index, Tensor head"
@@ -58,7 +58,7 @@ def last_token_values(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """reference.last_token_values, [B] float32."""
+    """Compute reference.last_token_values, [B], float32."""
     return _LastTokenValues.apply(hidden, last_index, weight, bias, norm_weight, float(norm_eps))
 
 
@@ -74,7 +74,7 @@ def pairwise_discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorLoss:
-    """reference.pairwise_discriminator_loss, float32 scalars."""
+    """Compute reference.pairwise_discriminator_loss, float32 scalars."""
     numbers = (*_number(normalizer), *_number(l2_normalizer))
     pairs = (student_index, teacher_index, quality, pair_weight, float(score_l2), *numbers)
     return DiscriminatorLoss(*_Pairwise.apply(student_scores, teacher_scores, *pairs))
@@ -97,7 +97,7 @@ def discriminator_loss(
     normalizer: float | Tensor | None = None,
     l2_normalizer: float | Tensor | None = None,
 ) -> DiscriminatorOutput:
-    """reference.discriminator_loss, float32."""
+    """Compute reference.discriminator_loss in float32."""
     numbers = (*_number(normalizer), *_number(l2_normalizer))
     pairs = (student_index, teacher_index, quality, pair_weight, float(score_l2), *numbers)
     head_arguments = (hidden, last_index, head, bias, norm_weight, float(norm_eps))
@@ -105,7 +105,7 @@ def discriminator_loss(
 
 
 def _number(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """A normalizer as the two arguments it is to the ops."""
+    """Return a normalizer as the two arguments that the ops take: number, tensor."""
     if isinstance(value, Tensor):
         return None, value.detach()
     return (None if value is None else float(value)), None
@@ -137,7 +137,7 @@ class _Discriminator(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, last_index, head, bias, norm_weight, saved, score_grad)
         ctx.mark_non_differentiable(accuracy, margin, scores)
-        # No zeros for the gradients of the other three: a launch each.
+        # Materialising zero gradients of the other three outputs would cost a launch each.
         ctx.set_materialize_grads(False)
         return loss, accuracy, margin, scores
 
@@ -176,19 +176,19 @@ class _Pairwise(torch.autograd.Function):
 
 
 def _head_gradients(saved, score_grad, grad_loss, *needed: bool) -> list[Tensor | None]:
-    """Gradients of hidden, head, bias, norm_weight; None where not needed or not given."""
+    """Return gradients of hidden, head, bias and norm_weight; None for an input that is None or needs no gradient."""
     hidden, last_index, head, bias, norm_weight, stats = saved
     gradients = torch.ops.rmsd_kernels.discriminator_backward(
         score_grad, grad_loss, hidden, last_index, head, bias, norm_weight, stats, *needed
     )
-    given = (True, True, bias is not None, norm_weight is not None)
-    return [g if need and has else None for g, need, has in zip(gradients, needed, given, strict=True)]
+    present = (True, True, bias is not None, norm_weight is not None)
+    return [g if need and has else None for g, need, has in zip(gradients, needed, present, strict=True)]
 
 
 def last_token_values_forward(
     hidden: Tensor, last_index: Tensor, head: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B], and what backward needs of the norm: [2, B], or [2, 0] without one. One launch."""
+    """Return the scores [B], and the norm's statistics for backward [2, B] ([2, 0] without a norm). One launch."""
     hidden, vectors = _head_arguments(hidden, last_index, head, bias, norm_weight)
     scores, saved = _row_outputs(hidden, last_index, norm_weight)
     _launch_rows(hidden, vectors, scores, saved, norm_eps)
@@ -214,8 +214,10 @@ def discriminator_forward(
     l2_normalizer_tensor: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, accuracy, margin, scores [S+R], derivative of the loss by them ([0] unless need_grad), and what backward
-    needs of the norm. One launch up to ONE_PROGRAM_ROWS responses, else two."""
+    """Return loss, accuracy, margin, scores [S+R], the scores' gradient, and the norm's statistics for backward.
+
+    The gradient is [S+R], or [0] unless need_grad. One launch up to ONE_PROGRAM_ROWS responses, otherwise two.
+    """
     hidden, vectors = _head_arguments(hidden, last_index, head, bias, norm_weight)
     scores, saved = _row_outputs(hidden, last_index, norm_weight)
     results, score_grad = _pair_outputs(scores, len(scores), need_grad)
@@ -264,7 +266,7 @@ def pairwise_discriminator_forward(
     l2_normalizer_tensor: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, accuracy, margin, and the derivative of the loss by the scores [S+R] ([0] unless need_grad). One launch."""
+    """Return loss, accuracy, margin, and the gradient of the scores [S+R] ([0] unless need_grad). One launch."""
     _check_floats(student_scores=student_scores, teacher_scores=teacher_scores)
     numbers = (score_l2, normalizer, normalizer_tensor, l2_normalizer, l2_normalizer_tensor)
     pairs = _pair_arguments(student_index, teacher_index, quality, pair_weight, *numbers)
@@ -289,11 +291,13 @@ def discriminator_backward(
     need_bias: bool,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden [T, D], head, bias and norm_weight from those of the scores [B], times grad_loss where given.
-    Empty where not needed. One launch."""
+    """Return gradients of hidden [T, D], head, bias and norm_weight from the scores' gradients [B], in one launch.
+
+    The results are multiplied by grad_loss unless it is None. Gradients that are not needed are empty.
+    """
     hidden, vectors = _head_arguments(hidden, last_index, head, bias, norm_weight)
     outputs = _gradient_outputs(hidden, head, bias, norm_weight, need_hidden, need_head, need_bias, need_norm)
-    dim, given = hidden.shape[1], [g if g.numel() else None for g in outputs]
+    dim, output_pointers = hidden.shape[1], [g if g.numel() else None for g in outputs]
     block = min(GRAD_BLOCK_D, triton.next_power_of_2(dim))
     tiles = min(max(triton.cdiv(len(hidden), GRAD_ROWS), 1), _MOST_TILES) if need_hidden else 1
     with device_of(hidden):
@@ -304,7 +308,7 @@ def discriminator_backward(
             saved if norm_weight is not None else None,
             score_grad.contiguous(),
             grad_loss,
-            *given,
+            *output_pointers,
             len(last_index),
             len(hidden),
             hidden.stride(0),
@@ -349,7 +353,7 @@ def _launch_pairs(student: Tensor, teacher: Tensor, pairs: list, outputs: tuple,
 def _head_arguments(
     hidden: Tensor, last_index: Tensor, head: Tensor, bias: Tensor | None, norm_weight: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """hidden with rows without gaps, and [last_index, head, bias, norm_weight] as the kernels take them."""
+    """Return hidden with adjacent columns, and [last_index, head, bias, norm_weight] as contiguous vectors."""
     _check_floats(hidden=hidden, head=head, bias=bias, norm_weight=norm_weight)
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     vectors = (last_index, head, bias, norm_weight)
@@ -362,7 +366,7 @@ def _pair_arguments(
     _check_floats(quality=quality, pair_weight=pair_weight)
     pairs = (student_index, teacher_index, quality, pair_weight)
     numbers = [n.to(quality.device) if isinstance(n, Tensor) else n for n in numbers]
-    # 0 leaves the term out altogether, at compile time.
+    # None instead of 0 removes the term when the kernel is compiled.
     return [*(None if t is None else t.contiguous() for t in pairs), float(score_l2) if score_l2 else None, *numbers]
 
 

@@ -1,1 +1,1 @@
-"""Losses of a language-model head straight from hidden states."""
+"""Losses of a language-model head, computed from hidden states."""

@@ -1,4 +1,4 @@
-"""Checked arguments of a public function in the form that the loops take."""
+"""Convert checked arguments of a public function to the records that the loops take."""
 
 import torch
 from torch import Tensor
@@ -19,30 +19,30 @@ def head_call(
     softcap: float | None,
     ignore_index: int | None,
 ) -> HeadCall:
-    """A HeadCall without a reference."""
+    """Return a HeadCall without a reference."""
     return HeadCall(
         hidden=hidden,
         weight=weight,
         bias=bias,
         targets=targets.contiguous(),
-        temperature=temperature_of_rows(temperature, hidden),
+        temperature=per_row_temperature(temperature, hidden),
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
     )
 
 
-def temperature_of_rows(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
-    """[T] in the accumulation dtype; None where it is 1 for all rows."""
+def per_row_temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
+    """Return the temperature as [T] in the accumulation dtype, or None if it is the number 1."""
     if not isinstance(temperature, Tensor):
         if temperature == 1.0:
             return None
         temperature = torch.full((), temperature, dtype=accumulation_dtype(hidden), device=hidden.device)
-    heat = temperature.detach().to(device=hidden.device, dtype=accumulation_dtype(hidden))
-    return heat.expand(len(hidden)).contiguous()
+    temperature = temperature.detach().to(device=hidden.device, dtype=accumulation_dtype(hidden))
+    return temperature.expand(len(hidden)).contiguous()
 
 
 def execution_of(impl: str, memory_budget_bytes: int | None) -> Execution:
-    """How the loops run, from checked arguments of a public function."""
+    """Return the Execution for the public arguments `impl` and `memory_budget_bytes`."""
     checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if memory_budget_bytes is None:
         return Execution(impl, 0)

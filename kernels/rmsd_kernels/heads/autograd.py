@@ -1,13 +1,15 @@
 """Gradients of the loops in `loops`: four autograd functions, and the choice between them for log-probs.
 
-- `one_pass`: the gradient's size per row is known but for one factor, so forward makes all gradients and backward
-  multiplies them by it. Its value is a zero that carries the gradient; the loss's own value is computed beside it.
-- `score`: log-probs, entropy and exact KL with any gradient per row. Logits are kept for backward where all of them fit
-  the memory budget, else computed again. With a frozen head and log-probs alone, d logp / d hidden is made in forward.
+- `one_pass`: forward computes all gradients, because each row's gradient is known up to one common factor. Backward
+  multiplies them by this factor. The function returns a zero that carries the gradient; the value of the loss is
+  computed separately from the scores.
+- `score`: log-probs, entropy and exact KL, with any upstream gradient per row. Logits are kept for backward if all of
+  them fit the memory budget, and computed again otherwise. If the head is frozen and only log-probs are
+  differentiated, forward computes d logp / d hidden instead.
 - `divergence`: as one_pass.
 
-Gradients made in forward and kept logits are used up in place by the first backward; a second one raises. The tensors
-that get a gradient are arguments of their own; everything else travels in records and is a constant to autograd.
+The first backward consumes gradients made in forward and kept logits in place, so a second backward raises. Tensors
+that receive a gradient are separate arguments; everything else travels in records and is a constant to autograd.
 """
 
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from .row_types import Execution, HeadCall, Needs, PolicyTerms
 
 
 class HeadScores(NamedTuple):
-    """Of each row [T]: logp, entropy and full_kl with a gradient, ref_logp without; None where not asked for."""
+    """Per-row scores [T]: logp, entropy and full_kl with a gradient, ref_logp without. None if not requested."""
 
     logp: Tensor
     entropy: Tensor
@@ -35,9 +37,9 @@ class HeadScores(NamedTuple):
 def one_pass(
     call: HeadCall, terms: PolicyTerms, execution: Execution, *, skip_idle: bool = False
 ) -> tuple[HeadScores, Tensor]:
-    """Detached scores, and a zero whose gradient is that of the rows' policy losses.
+    """Return detached scores, and a zero whose gradient is the gradient of the summed policy losses of the rows.
 
-    skip_idle: look for rows whose gradient is 0 beforehand.
+    skip_idle: find rows whose gradient is known to be 0 and skip their backward GEMMs.
     """
     needs = _needs(call)
     if not any(needs):
@@ -51,7 +53,7 @@ def one_pass(
 
 
 def score(call: HeadCall, execution: Execution, *, entropy_grad: bool = True) -> HeadScores:
-    """Scores of the rows, differentiable where an input needs a gradient."""
+    """Return the scores of the rows, differentiable if an input needs a gradient."""
     needs, constants = _needs(call), _constants(call)
     if not any(needs):
         stats, _, _ = loops.head_score(call=constants, keep=False, execution=execution)
@@ -82,7 +84,7 @@ def divergence(
     skip_zero_scale: bool,
     execution: Execution,
 ) -> Tensor:
-    """sum of scale * divergence over rows: a scalar with a gradient. Arguments as loops.head_divergence."""
+    """Return the sum of scale * divergence over rows, a scalar with a gradient. Arguments as in head_divergence."""
     grad = torch.is_grad_enabled()
     needs = Needs(grad and hidden.requires_grad, grad and weight.requires_grad, bias=False)
     unit = _unit(hidden, scale) if any(needs) else None
@@ -116,7 +118,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, _, g):
-        return *_used_up(ctx, g), None, None
+        return *_scale_saved_gradients(ctx, g), None, None
 
 
 class _Divergence(torch.autograd.Function):
@@ -128,11 +130,11 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, _, g):
-        return *_used_up(ctx, g), None
+        return *_scale_saved_gradients(ctx, g), None
 
 
 class _FrozenHead(torch.autograd.Function):
-    """logp whose gradient by hidden, W[y] - p W, is made in forward: no logits outlive their chunk."""
+    """logp with d logp / d hidden = W[y] - p W computed in forward, so that no logits outlive their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, call, execution):
@@ -151,7 +153,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, _, g_logp):
         d_hidden, targets = ctx.saved_tensors
         if ctx.ignore_index is not None:
-            # What reaches an ignored row may be NaN, and 0 times it would be too.
+            # The upstream gradient of an ignored row may be NaN, and 0 * NaN is NaN.
             g_logp = torch.where(targets == ctx.ignore_index, 0.0, g_logp)
         return (d_hidden * g_logp.unsqueeze(1)).to(d_hidden.dtype), None, None
 
@@ -162,10 +164,10 @@ class _Scores(torch.autograd.Function):
         stats, logits, ref_logits = loops.head_score(call=call, keep=keep, execution=execution)
         tensors = {name: value for name, value in call._asdict().items() if isinstance(value, Tensor)}
         ctx.save_for_backward(stats, *((logits, ref_logits) if keep else ()), *tensors.values())
-        ctx.tensors, ctx.others = tuple(tensors), {n: v for n, v in call._asdict().items() if n not in tensors}
+        ctx.tensors, ctx.values = tuple(tensors), {n: v for n, v in call._asdict().items() if n not in tensors}
         ctx.keep, ctx.needs, ctx.execution = keep, needs, execution
         ctx.mark_non_differentiable(stats)
-        # What the loss does not use costs nothing in backward.
+        # Outputs that the loss does not use then cost nothing in backward.
         ctx.set_materialize_grads(False)
         return stats, stats[Stat.LOGP].clone(), stats[Stat.ENTROPY].clone(), stats[Stat.FULL_KL].clone()
 
@@ -173,10 +175,10 @@ class _Scores(torch.autograd.Function):
     @first_order
     def backward(ctx, _, g_logp, g_entropy, g_full_kl):
         if ctx.keep:
-            _once(ctx)
+            _allow_one_backward(ctx)
         stats, *saved = ctx.saved_tensors
         kept, tensors = (saved[:2], saved[2:]) if ctx.keep else (None, saved)
-        call = HeadCall(**dict(zip(ctx.tensors, tensors, strict=True)), **ctx.others)
+        call = HeadCall(**dict(zip(ctx.tensors, tensors, strict=True)), **ctx.values)
         logits, ref_logits = kept or (call.hidden.new_empty(0, len(call.weight)) for _ in range(2))
         checks.refuse_sharded("weight", call.weight)
         gradients = loops.head_gradient(
@@ -196,15 +198,15 @@ class _Scores(torch.autograd.Function):
 def _save_gradients(ctx, values: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(values)
-    # No zeros for the gradient of `values`: a launch each.
+    # Materialising a zero gradient of `values` would cost a launch.
     ctx.set_materialize_grads(False)
     return values, values.new_zeros(())
 
 
-def _used_up(ctx, g: Tensor | None) -> list[Tensor | None]:
-    """The gradients of forward times g, in place; none without one."""
+def _scale_saved_gradients(ctx, g: Tensor | None) -> list[Tensor | None]:
+    """Multiply the gradients made in forward by g, in place, and return them; return Nones if g is None."""
     if g is not None:
-        _once(ctx)
+        _allow_one_backward(ctx)
     gradients = ctx.saved_tensors
     if g is None:
         return [None] * len(gradients)
@@ -214,23 +216,24 @@ def _used_up(ctx, g: Tensor | None) -> list[Tensor | None]:
     return _present(gradients)
 
 
-def _once(ctx) -> None:
-    """What backward uses up in place can serve one backward. A compiled graph has no state to ask."""
+def _allow_one_backward(ctx) -> None:
+    """Raise if backward already ran: it consumes its saved tensors in place."""
+    # A compiled graph has no such state.
     if torch.compiler.is_compiling():
         return
-    if getattr(ctx, "used_up", False):
+    if getattr(ctx, "backward_done", False):
         raise RuntimeError(
-            "backward through a fused loss ran a second time, but the first has used its gradients up in place; call "
-            "the loss again, or add the losses up and call backward once"
+            "backward through a fused loss ran a second time, but the first one consumed the gradients in place; call "
+            "the loss again, or sum the losses and call backward once"
         )
-    ctx.used_up = True
+    ctx.backward_done = True
 
 
 def _unit(hidden: Tensor, scale: Tensor) -> Tensor | None:
-    """What float16 gradients are divided by in forward, as their factors come later; None for other dtypes.
+    """Return the divisor of float16 gradients made in forward, or None for other dtypes.
 
-    Gradients of a mean over T tokens are too small for float16 before a loss scale has multiplied them, and sums of T
-    gradients of size 1 may be too large: sqrt(T) lies between.
+    The loss scale multiplies the gradients only in backward. Before that, gradients of a mean over T tokens are too
+    small for float16, while sums of T gradients of size 1 may be too large; a factor of sqrt(T) lies in between.
     """
     if hidden.dtype != torch.float16 or not scale.numel():
         return None

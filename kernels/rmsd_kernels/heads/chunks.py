@@ -1,4 +1,4 @@
-"""Chunks of tokens: how many rows at a time, their logits' inputs, and the sums of gradients over them."""
+"""Chunks of tokens: their size, the inputs of their logits, and the sums of gradients over them."""
 
 import importlib
 import math
@@ -13,14 +13,15 @@ from ..implementations import resolve_impl
 from ..ops import accumulation_dtype, full_precision_sums
 from .row_types import Execution, HeadCall, Needs, RowInputs, RowReference
 
-# Bytes of a head's logits where the caller names none. CUDA: 1664 rows of V = 151936 in bf16, whose GEMM for d_hidden
-# has tiles for 98.5% of an H200 (arithmetic). CPU: each further chunk reads and writes d_weight once more, and above
-# about 1000 rows its GEMM in bf16 gets slower (measured with V = 151936 on AVX512 and AMX, 2 cores).
+# Bytes of one head's logits if the caller sets no budget. CUDA: 1664 rows of V = 151936 in bf16; the tiles of their
+# d_hidden GEMM fill 98.5% of an H200 (calculated, not measured). CPU: each additional chunk reads and writes d_weight
+# again, but above about 1000 rows the bf16 GEMM of d_weight gets slower (measured with V = 151936 on AVX512 and AMX,
+# 2 cores).
 DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
-# Up to these all logits are kept for a backward that is not known in forward, which saves their second GEMM.
+# If the gradient is known only in backward, up to this many bytes of logits are kept, which saves a second GEMM.
 DEFAULT_KEPT_BYTES = {"cuda": 512 << 20, "cpu": 1 << 30}
-# A 16-bit d_weight may be rounded once per chunk without leaving the error of a single GEMM behind (measured in the
-# tests); with more chunks it is summed in float32.
+# Up to this many chunks, rounding a 16-bit d_weight once per chunk keeps the error of a single GEMM (measured in the
+# tests). With more chunks it is summed in float32.
 MAX_ROUNDINGS = 5
 _CUDA_TILE_ROWS = 128
 _CPU_TILE_ROWS = 32
@@ -28,10 +29,17 @@ _WEIGHT_BLOCK_BYTES = 32 << 20
 
 
 class Loop(ExitStack):
-    """The chunks of a head's rows, and what they share. Inside it, products are computed in the dtypes they are given.
+    """Iterate over chunks of a head's rows. Inside the context, GEMMs are computed in the dtype of their inputs.
 
-    rows: indices of the scored ones, None = all; the first `live` of them carry a gradient. buffers: tensors [n, V]
-    that a chunk needs.
+    Args:
+        hidden: hidden states, [T, D].
+        weight: the head, [V, D].
+        rows: indices of the scored rows, int64; None means all.
+        execution: implementation and memory budget.
+        buffers: number of [n, V] tensors that a chunk of n rows needs.
+        bias: bias of the head, [V].
+        live: the first `live` scored rows carry a gradient; None means all.
+        need_weight: whether d_weight is needed.
     """
 
     def __init__(
@@ -53,7 +61,7 @@ class Loop(ExitStack):
         self.backend = _backend(execution.impl, hidden)
         self.rows = rows
         self.count = len(hidden) if rows is None else len(rows)
-        # No chunk holds both kinds.
+        # A chunk holds either rows with a gradient or rows without one, never both.
         self.live = self.count if live is None else live
         row_bytes = weight.shape[0] * hidden.element_size()
         budget = execution.budget or buffers * default_budget(self.live, row_bytes, weight, need_weight)
@@ -61,39 +69,42 @@ class Loop(ExitStack):
         self.chunks = math.ceil(self.live / self.step)
 
     def __enter__(self) -> "Loop":
-        self.enter_context(torch.autocast(self.hidden.device.type, enabled=False))
-        self.enter_context(full_precision_sums())
+        device = self.hidden.device.type
+        if torch.is_autocast_enabled(device):
+            self.enter_context(torch.autocast(device, enabled=False))
+        if self.hidden.element_size() == 2:
+            self.enter_context(full_precision_sums())
         return self
 
     def workspace(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for a chunk's logits, in the input's dtype where none is named."""
+        """Return an empty tensor for a chunk's logits, in the dtype of hidden by default."""
         return self.hidden.new_empty(self.step if self.count else 0, self.weight.shape[0], dtype=dtype)
 
     def bias_of(self, bias: Tensor | None) -> Tensor | None:
-        """A head's bias as the row functions take it."""
+        """Return a head's bias as the row functions take it: contiguous, in the accumulation dtype."""
         return None if bias is None else bias.to(self.dtype).contiguous()
 
     def __iter__(self) -> Iterator[tuple[slice, slice | Tensor]]:
-        """(place of a chunk among the scored rows, where its rows stand in hidden)."""
+        """Yield (span, index) of each chunk: its slice of the scored rows, and its rows in hidden."""
         for first, end in ((0, self.live), (self.live, self.count)):
             for start in range(first, end, self.step):
-                place = slice(start, min(start + self.step, end))
-                yield place, place if self.rows is None else self.rows[place]
+                span = slice(start, min(start + self.step, end))
+                yield span, span if self.rows is None else self.rows[span]
 
     def inputs(self, call: HeadCall, rows: Tensor, index: slice | Tensor) -> RowInputs:
-        """What the row functions need of a chunk beside its logits; rows = call.hidden[index]."""
+        """Return the inputs of the row functions besides the logits; rows = call.hidden[index]."""
         temperature, targets = None if call.temperature is None else call.temperature[index], call.targets[index]
-        exact = self.backend.target_logit(rows, self.weight, targets)
-        return RowInputs(targets, exact, self.bias, temperature, call.softcap)
+        target_logit = self.backend.target_logit(rows, self.weight, targets)
+        return RowInputs(targets, target_logit, self.bias, temperature, call.softcap)
 
 
 class Gradients:
-    """d_hidden, d_weight and d_bias, summed over chunks; empty where not needed."""
+    """d_hidden, d_weight and d_bias, summed over chunks. Gradients that are not needed are empty."""
 
     def __init__(self, loop: Loop, needs: Needs) -> None:
         self.loop, self.needs = loop, needs
         hidden, weight = loop.hidden, loop.weight
-        # Every row is written where none is left out.
+        # Without ignored rows, the chunks write every row of d_hidden.
         make = torch.empty_like if loop.rows is None else torch.zeros_like
         self.hidden = make(hidden, memory_format=torch.contiguous_format) if needs.hidden else hidden.new_empty(0)
         self.in_float32 = weight.element_size() == 2 and loop.chunks > MAX_ROUNDINGS
@@ -104,15 +115,15 @@ class Gradients:
             self.weight = start(weight.shape, dtype=dtype, device=weight.device)
         self.bias = torch.zeros(len(weight) if needs.bias else 0, dtype=loop.dtype, device=weight.device)
 
-    def exact(self, logits: Tensor, ref: RowReference | None) -> tuple[Tensor, RowReference | None]:
-        """Logits as the row function gets them: d_bias is a sum of gradients that must not be rounded before."""
+    def unrounded(self, logits: Tensor, ref: RowReference | None) -> tuple[Tensor, RowReference | None]:
+        """Return logits in the accumulation dtype if d_bias is needed: it sums gradients that must not be rounded."""
         if not self.needs.bias or logits.dtype == self.loop.dtype:
             return logits, ref
-        other = None if ref is None else ref._replace(logits=ref.logits.to(self.loop.dtype))
-        return logits.to(self.loop.dtype), other
+        ref = None if ref is None else ref._replace(logits=ref.logits.to(self.loop.dtype))
+        return logits.to(self.loop.dtype), ref
 
-    def add(self, place: slice, index: slice | Tensor, rows: Tensor, d_logits: Tensor) -> None:
-        """Add a chunk's share: rows = hidden[index], whose place among the scored rows is `place`."""
+    def add(self, span: slice, index: slice | Tensor, rows: Tensor, d_logits: Tensor) -> None:
+        """Add a chunk's gradients: rows = hidden[index], and `span` is the chunk's slice of the scored rows."""
         if self.needs.bias:
             self.bias += d_logits.sum(dim=0)
             d_logits = d_logits.to(rows.dtype)
@@ -125,7 +136,7 @@ class Gradients:
             return
         if self.in_float32:
             self._add_in_float32(rows, d_logits)
-        elif place.start == 0:
+        elif span.start == 0:
             torch.mm(d_logits.t(), rows, out=self.weight)
         else:
             self.weight.addmm_(d_logits.t(), rows)
@@ -134,7 +145,7 @@ class Gradients:
         if rows.device.type == "cuda":
             torch.addmm(self.weight, d_logits.t(), rows, out_dtype=torch.float32, out=self.weight)
             return
-        # On CPU a GEMM of 16-bit matrices has a 16-bit result; what it rounds is one chunk's share.
+        # On CPU, a GEMM of 16-bit matrices has a 16-bit result, so each chunk's share is rounded once.
         step = max(1, _WEIGHT_BLOCK_BYTES // (2 * rows.shape[1]))
         for first in range(0, len(self.weight), step):
             block = slice(first, first + step)
@@ -146,10 +157,11 @@ class Gradients:
 
 
 def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool) -> int:
-    """Bytes of one head's logits where the caller names none.
+    """Return the bytes of one head's logits if the caller sets no budget.
 
-    A 16-bit d_weight gets chunks large enough for MAX_ROUNDINGS, unless these take more than its float32 form and the
-    usual chunks would. Beyond that it is summed in float32, in chunks of that size, since each one reads and writes it.
+    For a 16-bit d_weight, chunks are so large that at most MAX_ROUNDINGS of them are needed, unless they would take
+    more bytes than a float32 d_weight and chunks of the usual size together. In that case d_weight is summed in
+    float32, in chunks of its own size, because each chunk reads and writes it once.
     """
     usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_BUDGET_BYTES["cpu"])
     if not need_weight or weight.element_size() != 2:
@@ -160,7 +172,7 @@ def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool)
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int, device: str) -> int:
-    """Rows per chunk: as many as the budget holds, cut to whole GEMM tiles, and on CPU into chunks of equal size."""
+    """Return the rows per chunk: as many as fit the budget, in whole GEMM tiles, and on CPU in chunks of equal size."""
     most = max(1, budget // row_bytes)
     if rows <= most:
         return max(1, rows)
@@ -175,7 +187,7 @@ def _whole_tiles(rows: int, device: str) -> int:
 
 
 def scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Indices of the rows whose target is not ignore_index; None: all. Finding them waits for an accelerator."""
+    """Return the indices of rows whose target is not ignore_index; None means all. Waits for an accelerator."""
     if ignore_index is None:
         return None
     rows = torch.nonzero(targets != ignore_index).flatten()
@@ -183,7 +195,10 @@ def scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor | None:
 
 
 def live_first(rows: Tensor | None, coefficient: Tensor) -> tuple[Tensor | None, int]:
-    """The rows, those with a coefficient other than 0 first, and how many these are: one wait for an accelerator."""
+    """Return the rows, sorted so that rows with a nonzero coefficient come first, and the number of these rows.
+
+    Waits once for an accelerator.
+    """
     idle = (coefficient if rows is None else coefficient[rows]) == 0
     live = len(idle) - int(idle.sum())
     if live == len(idle):
@@ -193,11 +208,14 @@ def live_first(rows: Tensor | None, coefficient: Tensor) -> tuple[Tensor | None,
 
 
 def chunk_buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
-    """[n, V] in the input's dtype that a chunk needs: logits, the reference's, and for d_bias float32 forms of both."""
+    """Return how many [n, V] tensors in the dtype of hidden a chunk needs.
+
+    These are the logits, the reference's logits, and float32 copies of both for a 16-bit d_bias.
+    """
     heads = 1 + full_kl
     return heads + 2 * heads + 1 if need_bias and hidden.element_size() == 2 else heads
 
 
 def _backend(impl: str, hidden: Tensor) -> ModuleType:
-    """The row back end that serves `hidden`; triton is imported here, on first use."""
+    """Return the row back end that serves `hidden`. Triton is imported here, on first use."""
     return importlib.import_module(f".{resolve_impl(impl, hidden)}_rows", __package__)

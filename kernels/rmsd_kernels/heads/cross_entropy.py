@@ -1,6 +1,6 @@
-"""Cross entropy straight from hidden states: forward makes the gradients too, 6TDV (4TDV with a frozen head).
+"""Cross entropy from hidden states. Forward computes the gradients too: 6TDV of work (4TDV with a frozen head).
 
-It is the policy loss with advantage 1 on-policy: its gradient by logp is -token_weights / normalizer.
+It equals the on-policy policy loss with advantage 1: the derivative with respect to logp is -token_weights/normalizer.
 """
 
 import torch
@@ -28,10 +28,29 @@ def linear_cross_entropy(
     impl: str = "auto",
     memory_budget_bytes: int | None = None,
 ) -> Tensor:
-    """Sum over scored rows of -token_weights * logp, divided by normalizer: a scalar.
+    """Compute the weighted negative log-likelihood of the targets from hidden states.
 
-    Args beyond linear_logprob:
-        token_weights: [T]. normalizer: None = number of scored rows, or the sum of their token_weights where given.
+    loss = sum over scored rows of -token_weights * logp / normalizer
+
+    Args:
+        hidden: hidden states, [T, D], floating.
+        weight: the head, [V, D], dtype of hidden.
+        targets: target ids, [T], int64.
+        token_weights: weight of each row, [T], floating; a constant. None means 1.
+        normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of the scored rows'
+            token_weights, or the number of scored rows without token_weights. 0 counts as 1.
+        bias: bias of the head, [V], floating.
+        temperature: divides the logits; above 0, one number or one per row, [T].
+        softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.
+        ignore_index: rows with this target are not scored. None: every row is scored.
+        impl: see rmsd_fast.losses.
+        memory_budget_bytes: see rmsd_fast.losses.
+    Returns:
+        The loss, a scalar, float32 (float64 for float64 inputs).
+    Raises:
+        ValueError: shapes, devices or values do not match, or targets are out of range (checked for CPU tensors).
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     checks.check_weights(token_weights, normalizer, hidden)
@@ -50,7 +69,7 @@ def linear_cross_entropy(
     scored = scored_of(targets, ignore_index, None, accumulation_dtype(hidden))
     weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(targets)).contiguous()
     if token_weights is not None and ignore_index is not None:
-        # A row of weight 0 carries no loss and is left out like an ignored one.
+        # A row with weight 0 adds nothing to the loss and is skipped like an ignored row.
         call = call._replace(targets=torch.where(weights == 0, ignore_index, targets))
     terms = PolicyTerms(scale=weights, advantage=torch.ones_like(weights))
     scores, carrier = autograd.one_pass(call, terms, execution)

@@ -1,7 +1,7 @@
-"""Divergence between a teacher's and a student's distributions straight from the student's hidden states.
+"""Divergence between a teacher's and a student's distributions, from the student's hidden states.
 
-Forward makes the gradients too: 6TDV (4TDV with a frozen head), and 2TDV more where the teacher is given as hidden
-states and a head. Logits of both sides exist for one chunk at a time.
+Forward computes the gradients too: 6TDV of work (4TDV with a frozen head), and 2TDV more if the teacher is passed as
+hidden states and a head. Logits that the loss computes, of either side, exist for one chunk at a time.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..ops import accumulation_dtype
 from . import autograd, reference
-from .arguments import execution_of, temperature_of_rows
+from .arguments import execution_of, per_row_temperature
 from .policy_formula import row_weights, scored_of
 
 
@@ -30,18 +30,35 @@ def linear_divergence(
     impl: str = "auto",
     memory_budget_bytes: int | None = None,
 ) -> Tensor:
-    """Sum over rows of token_weights * divergence between teacher p and student q, divided by normalizer: a scalar.
+    """Compute a divergence between a teacher's distribution p and the student's distribution q, per row and weighted.
+
+    loss = sum over rows of token_weights * divergence(p, q) / normalizer
+
+    Pass exactly one teacher: teacher_hidden with teacher_weight, teacher_logits, or teacher_topk.
 
     Args:
-        hidden [T, D], weight [V, D]: the student; gradients go here only.
-        One teacher of: teacher_hidden [T, D'] + teacher_weight [V, D']; teacher_logits [T, V]; teacher_topk = (logits
-            or log-probs [T, k], int64 ids [T, k]), where both sides become distributions over those k ids.
-        kind: "forward_kl" KL(p||q); "reverse_kl" KL(q||p); "jsd" alpha KL(p||m) + (1-alpha) KL(q||m) with
-            m = alpha p + (1-alpha) q; "skew_kl" KL(p||m).
-        alpha: in (0, 1), for jsd (None: 0.5) and skew_kl (None: 0.1) alone.
-        temperature: divides the logits of both sides; the loss is not scaled by its square.
-        token_weights: [T]; rows of weight 0 take no part. normalizer: None = T, or the sum of given token_weights.
-    Raises: as linear_logprob; ValueError also for no teacher or several.
+        hidden: the student's hidden states, [T, D], floating. Only hidden and weight receive gradients.
+        weight: the student's head, [V, D], dtype of hidden.
+        teacher_hidden: the teacher's hidden states, [T, D'].
+        teacher_weight: the teacher's head, [V, D'].
+        teacher_logits: the teacher's logits, [T, V].
+        teacher_topk: (logits or log-probs [T, k], ids [T, k] int64). Both sides are renormalised over these k ids.
+        kind: "forward_kl": KL(p||q). "reverse_kl": KL(q||p). "jsd": alpha KL(p||m) + (1-alpha) KL(q||m) with
+            m = alpha p + (1-alpha) q. "skew_kl": KL(p||m).
+        alpha: share of p in m, in (0, 1), for "jsd" (None means 0.5) and "skew_kl" (None means 0.1) only.
+        temperature: divides the logits of both sides; above 0, one number or one per row, [T]. The loss is not
+            multiplied by its square.
+        token_weights: weight of each row, [T], floating; a constant. Rows with weight 0 are skipped. None means 1.
+        normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of token_weights, or
+            T without token_weights. 0 counts as 1.
+        impl: see rmsd_fast.losses.
+        memory_budget_bytes: see rmsd_fast.losses.
+    Returns:
+        The loss, a scalar, float32 (float64 for float64 inputs).
+    Raises:
+        ValueError: shapes, devices or values do not match, or there is not exactly one teacher.
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
     """
     checks.check_head(hidden, weight)
     checks.check_temperature(temperature, hidden)
@@ -73,8 +90,8 @@ def linear_divergence(
     ids = None
     if teacher_topk is not None:
         teacher, ids = teacher_topk
-    every = torch.empty(len(hidden), device=hidden.device)
-    scored = scored_of(every, None, None, accumulation_dtype(hidden))
+    placeholder = torch.empty(len(hidden), device=hidden.device)
+    scored = scored_of(placeholder, None, None, accumulation_dtype(hidden))
     weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(hidden)).contiguous()
     return autograd.divergence(
         hidden,
@@ -82,7 +99,7 @@ def linear_divergence(
         teacher=teacher.detach(),
         teacher_weight=None if teacher_weight is None else teacher_weight.detach(),
         topk_ids=ids,
-        temperature=temperature_of_rows(temperature, hidden),
+        temperature=per_row_temperature(temperature, hidden),
         kind=kind,
         alpha=alpha,
         scale=weights,
@@ -99,21 +116,21 @@ def _check_teacher(
     teacher_logits: Tensor | None,
     teacher_topk: tuple[Tensor, Tensor] | None,
 ) -> None:
-    given = [
+    present = [
         teacher_hidden is not None or teacher_weight is not None,
         teacher_logits is not None,
         teacher_topk is not None,
     ]
-    if sum(given) != 1:
+    if sum(present) != 1:
         raise ValueError(
             "teacher: expected exactly one of teacher_hidden + teacher_weight, teacher_logits, teacher_topk, "
-            f"got {sum(given)}"
+            f"got {sum(present)}"
         )
-    if given[0]:
+    if present[0]:
         if teacher_hidden is None or teacher_weight is None:
-            raise ValueError("teacher_hidden and teacher_weight: expected both, got one")
+            raise ValueError("teacher_hidden and teacher_weight: expected both, got only one of them")
         checks.check_other_head("teacher_", teacher_hidden, teacher_weight, None, hidden, weight)
-    elif given[1]:
+    elif present[1]:
         checks.check_matrix("teacher_logits", teacher_logits, (len(hidden), len(weight)), hidden)
     else:
         values, ids = teacher_topk

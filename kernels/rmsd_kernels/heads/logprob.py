@@ -1,9 +1,9 @@
-"""Log-probability and entropy of targets straight from hidden states, without a [T, V] tensor beyond the budget.
+"""Log-probability and entropy of targets from hidden states, without a [T, V] tensor that exceeds the budget.
 
     logp[t] = z[y_t] - log sum_v exp z_v,  z = softcapped (hidden[t] @ weight.T + bias) / temperature[t]
 
-Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained one; where the logits do not fit the budget,
-8TDV with a trained head and 6TDV with a frozen one whose entropy is differentiated too. The loop is in `loops`, its
+Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. If the logits do not fit the budget, a
+trained head takes 8TDV, and a frozen head whose entropy is differentiated takes 6TDV. The loop is in `loops`, its
 gradient in `autograd`, the formula in `reference`.
 """
 
@@ -27,21 +27,31 @@ def linear_logprob(
     impl: str = "auto",
     memory_budget_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each target, and on request the entropy, of log_softmax(softcapped logits / temperature).
+    """Compute the log-probability of each target, and optionally the entropy, from hidden states.
+
+    Same as log_softmax(softcapped logits / temperature) at the targets.
 
     Args:
-        hidden: [T, D], float. weight: [V, D], same dtype. bias: [V]. targets: [T], int64.
-        temperature: one for all rows or one per row, [T]; above 0.
-        softcap: logits become softcap * tanh(logits / softcap), before the temperature.
-        ignore_index: rows with this target give 0 and no gradient, whatever their hidden state holds. None: there are
-            none, which spares CUDA a wait.
-        impl, memory_budget_bytes: see rmsd_fast.losses. Logits are kept for backward where all T fit the budget, else
-            computed again (8TDV instead of 6TDV).
+        hidden: hidden states, [T, D], floating.
+        weight: the head, [V, D], dtype of hidden.
+        targets: target ids, [T], int64.
+        bias: bias of the head, [V], floating.
+        temperature: divides the logits; above 0, one number or one per row, [T].
+        softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.
+        ignore_index: rows with this target give 0 and no gradient, even if their hidden state holds NaN. None: every
+            row is scored, and on CUDA the call does not wait for the device.
+        return_entropy: whether to return the entropy too.
+        impl: see rmsd_fast.losses.
+        memory_budget_bytes: see rmsd_fast.losses. If the logits of all T rows fit the budget, they are kept for
+            backward; otherwise backward computes them again (8TDV of work instead of 6TDV).
     Returns:
-        logp [T], or (logp [T], entropy [T]); both differentiable, logp never above 0.
+        logp [T], or (logp [T], entropy [T]), float32 (float64 for float64 inputs). Both are differentiable; logp is
+        never above 0.
     Raises:
-        ValueError: shapes, devices or values do not fit; targets out of range (CPU; elsewhere they give NaN).
-        TypeError: dtypes do not fit. RuntimeError: impl is not available.
+        ValueError: shapes, devices or values do not match. Targets out of range raise for CPU tensors; elsewhere they
+            give NaN.
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     execution = execution_of(impl, memory_budget_bytes)

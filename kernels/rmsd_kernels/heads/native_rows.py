@@ -1,12 +1,12 @@
 """Row back end on CPU: the compiled ops of csrc/ behind the functions of `torch_rows`, float32 and bfloat16 logits.
 
-Each function is two passes over a row that stays in the cache between them: logits are read once from memory and
-written at most once (n*V*itemsize bytes each). Sums are float32 within 512 columns and double beyond; a row is one
-thread's, so results do not depend on the number of threads. Rows may be any distance apart, columns are adjacent;
-vectors are contiguous float32, targets int64. Nothing is differentiable here.
+Each function makes two passes over a row, which stays in the cache between them. Logits are read from memory once and
+written at most once (n*V*itemsize bytes each). Sums are float32 within 512 columns and double across them. One thread
+processes a row, so results do not depend on the number of threads. Rows may be any distance apart, but columns must be
+adjacent. Vectors are contiguous float32; targets are int64. Nothing here is differentiable.
 
 Raises (all functions):
-    RuntimeError: the library is not there (see native.why_not), or a shape, stride or dtype of a vector differs.
+    RuntimeError: the library is not available (see native.why_not), or a vector has the wrong shape, stride or dtype.
     TypeError: logits are neither float32 nor bfloat16.
 """
 
@@ -21,7 +21,7 @@ from .torch_rows import into, target_logit
 
 __all__ = ["divergence_", "gradient_", "policy_", "score", "target_logit"]
 
-# The ops take these as numbers.
+# The ops take the names as these numbers.
 KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
 DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """RowStats of logits [n, V], which are only read; written to `out` where that is given."""
+    """Return RowStats of logits [n, V], in `out` if there is one. Logits are only read."""
     return _stats(_ops(logits).row_score(logits, **_head(inputs, ref)), ref, out)
 
 
@@ -43,7 +43,7 @@ def gradient_(
     ref: RowReference | None = None,
     g_full_kl: Tensor | None = None,
 ) -> None:
-    """logits [n, V] become the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl with respect to them."""
+    """Overwrite logits [n, V] with the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl."""
     slopes = {"g_logp": g_logp, "g_entropy": g_entropy, "g_full_kl": g_full_kl}
     _ops(logits).row_gradient_(logits, **_head(inputs, ref), **stats._asdict(), **slopes)
 
@@ -56,7 +56,7 @@ def policy_(
     *,
     out: RowStats | None = None,
 ) -> RowStats:
-    """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
+    """Return RowStats of logits [n, V] and overwrite logits with the gradient of the rows' summed policy losses."""
     settings = terms.settings
     values = _ops(logits).row_policy_(
         logits,
@@ -85,10 +85,10 @@ def divergence_(
     alpha: float | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """Divergence [n] of teacher from student; kinds as in linear_divergence. Teacher logits of another dtype than
-    float32 and bfloat16 are copied to float32.
+    """Return the divergence [n] between teacher and student; kinds as in linear_divergence.
 
-    Where scale [n] is given, logits become scale times its gradient with respect to them; else they are only read.
+    With scale [n], overwrite logits with the gradient of the sum of scale * divergence; without it, only read them.
+    Teacher logits that are neither float32 nor bfloat16 are copied to float32.
     """
     code = _code(DIVERGENCE_CODES, "kind", kind)
     if alpha is None:
@@ -106,7 +106,7 @@ def _ops(logits: Tensor):
 
 
 def _head(inputs: RowInputs, ref: RowReference | None) -> dict[str, Tensor | float | None]:
-    """The arguments that say how z is made, by name."""
+    """Return the arguments that define z, by name."""
     reference = RowReference(None, None, None, None) if ref is None else ref
     return inputs._asdict() | {f"ref_{name}": value for name, value in reference._asdict().items()}
 

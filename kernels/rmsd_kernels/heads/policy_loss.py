@@ -1,9 +1,10 @@
-"""The clipped, KL-regularised policy-gradient loss straight from hidden states.
+"""The clipped, KL-regularised policy-gradient loss, computed from hidden states.
 
-Advantages, old and reference log-probs and the normalizer are known before the head runs, so the row pass that finds a
-row's log-prob also turns its logits into their gradient: 6TDV of work (4TDV with a frozen head, 2TDV more for a
-reference head), and logits of one chunk at a time. Ratios of whole sequences and masks of sequences are known only
-after all of their rows: there log-probs come first and the gradient in backward, from logits kept or computed again.
+Advantages, old and reference log-probs and the normalizer are known before the head runs. The row pass that computes a
+row's log-prob can therefore also overwrite its logits with their gradient. This takes 6TDV of work (4TDV with a frozen
+head, 2TDV more for a reference head), and logits exist for one chunk at a time. Sequence-level ratios and sequence
+masks are known only after all rows of a sequence. In these cases forward computes the log-probs, and backward computes
+the gradient from logits that were kept or are computed again.
 """
 
 from torch import Tensor
@@ -54,30 +55,63 @@ def linear_policy_loss(
     impl: str = "auto",
     memory_budget_bytes: int | None = None,
 ) -> PolicyLoss:
-    """Clipped policy-gradient loss with KL and entropy terms, straight from hidden states.
+    """Compute the clipped policy-gradient loss with KL and entropy terms, from hidden states.
 
     loss = sum over scored rows of token_weights * (-w * min(r*A, clip(r, 1-clip_low, 1+clip_high)*A)
            + kl_coef * KL - entropy_coef * H) / normalizer
 
-    Args beyond linear_cross_entropy (per-row tensors are float [T]; what stands in ignored rows has no effect, whereas
-    rows with a token weight of 0 are scored and count in the metrics):
-        advantages: A. old_logp: log-probs of the sampling policy in this trainer, r = exp(logp - old_logp); None =
-            on-policy: r is 1 and its gradient stays.
-        ref_logp, or ref_hidden [T, D'] + ref_weight [V, D'] (+ ref_bias [V]): the reference policy.
-        kl: with d = ref_logp - logp, "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1, "full" = sum_v pi (log pi -
-            log ref) (needs ref_hidden). Differentiated as they stand, without a ratio weight: on-policy k2's gradient
-            is that of KL(pi||ref), k1's is zero in expectation. With kl_coef = 0 a given reference is only measured.
-        kl_log_ratio_clip: clamps d to [-c, c] (k1, k2, k3). None is exact; exp's argument is guarded at 80 either way.
-        importance_level: "sequence" takes as r the exponential of the mean log-ratio over the scored rows of the row's
-            sequence. cu_seqlens: edges of the packed sequences, int [B+1]; used for it and for sequence_mask_cap alone.
-        rollout_logp: log-probs as the rollout engine gave them. w = min(exp(old_logp - rollout_logp), tis_cap), and 0
-            for sequences whose mean of exp(old_logp - rollout_logp) is above sequence_mask_cap; detached. w acts on the
-            policy term alone; the rows stay in the normalizer.
+    The values of per-row tensors in ignored rows have no effect. Rows with a token weight of 0 are scored: they add
+    nothing to the loss, but count in the metrics.
+
+    Args:
+        hidden: hidden states, [T, D], floating.
+        weight: the policy's head, [V, D], dtype of hidden.
+        targets: sampled token ids, [T], int64.
+        advantages: advantage A of each row, [T], floating.
+        old_logp: log-probs under the sampling policy, computed by this trainer, [T], floating; r = exp(logp -
+            old_logp). None means on-policy: r has the value 1 and keeps its gradient.
+        ref_logp: log-probs under the reference policy, [T], floating. Pass either this or ref_hidden and ref_weight.
+        ref_hidden: the reference policy's hidden states, [T, D'].
+        ref_weight: the reference policy's head, [V, D'].
+        ref_bias: bias of the reference policy's head, [V].
+        kl: KL estimate with d = ref_logp - logp: "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1, or "full" = sum_v pi
+            (log pi - log ref), which needs ref_hidden. The estimate is differentiated as is, without a ratio weight.
+            On-policy, the gradient of k2 is that of KL(pi||ref), and the gradient of k1 is zero in expectation.
+        kl_coef: coefficient of the KL, >= 0. If it is 0, a reference only contributes metrics.
+        kl_log_ratio_clip: c > 0 clamps d to [-c, c] for k1, k2 and k3. None does not clamp. The argument of exp is
+            limited to 80 in any case.
+        clip_low: lower clip of the ratio, >= 0.
+        clip_high: upper clip of the ratio, >= 0.
+        importance_level: "token", or "sequence": r is the exponential of the mean log-ratio over the scored rows of
+            the row's sequence.
+        cu_seqlens: edges of the packed sequences, [B+1], int32 or int64. Only used for importance_level="sequence" and
+            for sequence_mask_cap.
+        token_weights: weight of each row, [T], floating; a constant. None means 1.
+        rollout_logp: log-probs that the rollout engine returned, [T], floating. They give w =
+            min(exp(old_logp - rollout_logp), tis_cap), detached. w only multiplies the policy term, and the normalizer
+            does not depend on it.
+        tis_cap: upper bound of w, > 0; needs rollout_logp. None means w = 1.
+        sequence_mask_cap: w is 0 in sequences whose mean of exp(old_logp - rollout_logp) is above this number, > 0.
+        entropy_coef: coefficient of the entropy H.
+        normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of the scored rows'
+            token_weights, or the number of scored rows without token_weights. 0 counts as 1.
+        bias: bias of the policy's head, [V], floating.
+        temperature: divides the logits; above 0, one number or one per row, [T].
+        softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.
+        ignore_index: rows with this target are not scored. None: every row is scored.
+        impl: see rmsd_fast.losses.
+        memory_budget_bytes: see rmsd_fast.losses.
     Returns:
-        PolicyLoss(loss, metrics). Metrics are means over scored rows (0 without any): logp, entropy, mean_ratio,
-        clip_fraction; with a reference kl and kl_k1; with rollout_logp importance_ratio, tis_capped_fraction,
-        sequence_masked_fraction; and rows, their number, to combine them over batches.
-    Source: R-MSD (arXiv 2603.11423) L_RL; its open points as in GAD (arXiv 2511.10643).
+        PolicyLoss(loss, metrics). Metrics are means over scored rows, or 0 if there are none: logp, entropy, mean_ratio
+        and clip_fraction; with a reference also kl and kl_k1; with rollout_logp also importance_ratio,
+        tis_capped_fraction and sequence_masked_fraction. metrics["rows"] is the number of scored rows, for combining
+        the means of several batches.
+    Raises:
+        ValueError: shapes, devices or values do not match, targets are out of range (checked for CPU tensors), or an
+            argument is missing or has no effect.
+        TypeError: a dtype does not match.
+        RuntimeError: impl is not available.
+    Source: R-MSD (arXiv 2603.11423) L_RL; details that it leaves open follow GAD (arXiv 2511.10643).
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     checks.check_weights(token_weights, normalizer, hidden)
@@ -154,20 +188,20 @@ def linear_policy_loss(
 
 
 def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings: PolicySettings) -> PolicyTerms:
-    """What the row pass needs of each row. An importance correction that is known already joins the advantage."""
+    """Return the per-row inputs of the row pass. An importance correction that is known scales the advantage."""
     dtype = weights.dtype
     advantage, old, rollout = (scored.clean(t, dtype) for t in (advantages, old_logp, rollout_logp))
-    late = None
+    deferred_rollout = None
     if rollout is not None and old is not None:
         advantage = advantage * importance_correction(guarded_exp(old - rollout), scored, settings)[0]
     elif rollout is not None and settings.tis_cap is not None:
-        late = rollout
+        deferred_rollout = rollout
     return PolicyTerms(
         scale=weights,
         advantage=advantage,
         old_logp=old,
         ref_logp=scored.clean(ref_logp, dtype),
-        rollout_logp=late,
+        rollout_logp=deferred_rollout,
         settings=settings,
     )
 
@@ -186,17 +220,25 @@ def _check_reference(
 ) -> None:
     checks.check_number("kl_coef", kl_coef, least=0.0)
     if (ref_hidden is None) != (ref_weight is None):
-        raise ValueError("ref_hidden and ref_weight: expected both or neither; for a shared head pass weight twice")
+        raise ValueError(
+            "ref_hidden and ref_weight: expected both or neither, got only one of them; for a shared head pass weight "
+            "as ref_weight too"
+        )
     if ref_hidden is not None:
         checks.check_other_head("ref_", ref_hidden, ref_weight, ref_bias, hidden, weight)
         if bias is not None and ref_bias is None:
-            raise ValueError("ref_bias: expected as the policy's head has a bias, got none; pass zeros if it has none")
+            raise ValueError(
+                "ref_bias: expected a tensor because the policy's head has a bias, got None; pass zeros if the "
+                "reference's head has no bias"
+            )
     elif ref_bias is not None:
         raise ValueError("ref_bias: has no effect without ref_hidden and ref_weight; leave it out")
     if ref_logp is not None and ref_hidden is not None:
         raise ValueError("ref_logp and ref_hidden: expected one description of the reference, got both; leave one out")
     if kl == "full" and ref_hidden is None and (kl_coef or ref_logp is not None):
-        raise ValueError("kl='full': expected ref_hidden and ref_weight, as log-probs of the targets do not suffice")
+        raise ValueError(
+            "kl='full': expected ref_hidden and ref_weight, because log-probs of the targets alone do not suffice"
+        )
     if kl == "full" and kl_log_ratio_clip is not None:
         raise ValueError("kl_log_ratio_clip: has no effect with kl='full', which is exact; leave it out")
     if kl_coef and ref_logp is None and ref_hidden is None:
@@ -222,11 +264,11 @@ def _check_ratio(
         checks.check_cu_seqlens(cu_seqlens, hidden)
     elif importance_level == "sequence" or sequence_mask_cap is not None:
         raise ValueError(
-            "cu_seqlens: expected the edges of the sequences for importance_level='sequence' and for "
-            "sequence_mask_cap, got none"
+            "cu_seqlens: expected the edges of the sequences for importance_level='sequence' or sequence_mask_cap, "
+            "got None"
         )
     for name, cap in (("tis_cap", tis_cap), ("sequence_mask_cap", sequence_mask_cap)):
         if cap is not None:
             checks.check_number(name, cap, above=0.0)
             if rollout_logp is None:
-                raise ValueError(f"{name}: expected rollout_logp, the log-probs of the rollout engine, got none")
+                raise ValueError(f"{name}: expected rollout_logp, the log-probs of the rollout engine, too, got None")

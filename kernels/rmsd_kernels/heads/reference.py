@@ -1,15 +1,15 @@
-"""Reference forms of the heads' losses: eager torch, in the dtype they are given (float64 for the truth of a test).
+"""Reference forms of the heads' losses: eager torch, in the dtype of the inputs. Tests use float64 as the truth.
 
-Every kernel is judged against this file, and it exists once. Logits are a GEMM in the input's dtype; what follows is
-computed in float64 for float64 inputs and in float32 otherwise, which is also the dtype of every result. What happens
-within one row of logits is in `row_formula`.
+Every kernel is tested against this one file. Logits are a GEMM in the dtype of hidden. Everything after it, and every
+result, is float64 for float64 inputs and float32 otherwise. The computation within one row of logits is in
+`row_formula`.
 
-Rows that carry no loss (target = ignore_index, weight 0 in a divergence) are taken out before the GEMM, so what stands
-in them, NaN included, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN, never a wild read.
+Rows without a loss (target = ignore_index, or weight 0 in a divergence) are removed before the GEMM, so their content,
+even NaN, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN and is never dereferenced.
 
-What happens to the per-row numbers of the policy loss (ratio, clip, correction, masks, normalizer, metrics) is in
-`policy_formula`, which the fused head shares: hand-worked tests stand for it. All rows at once: the memory is that of
-eager code. Arguments are checked by the public functions, not here.
+The computation on the per-row numbers of the policy loss (ratio, clip, correction, masks, normalizer, metrics) is in
+`policy_formula`. The fused head uses the same code, so tests with numbers worked out by hand check it. All rows are
+processed at once, with the memory of eager code. Arguments are checked by the public functions, not here.
 
 Symbols: T tokens, D hidden, V vocabulary.
 """
@@ -33,7 +33,7 @@ def linear_logprob(
     ignore_index: int | None = -100,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log pi(target) [T], and the entropy of pi [T] on request; ignored rows give 0. See rmsd_fast.losses."""
+    """Return log pi(target) [T], and optionally the entropy of pi [T]; ignored rows give 0. See the public function."""
     keep = _scored_rows(targets, ignore_index)
     scores = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, return_entropy)
     zeros = torch.zeros(targets.shape, dtype=scores.logp.dtype, device=hidden.device)
@@ -53,7 +53,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """sum of token_weights * -log pi(target) over the scored rows / normalizer. See rmsd_fast.losses."""
+    """Return the sum of token_weights * -log pi(target) over scored rows / normalizer. See the public function."""
     if token_weights is not None and ignore_index is not None:
         targets = torch.where(token_weights == 0, ignore_index, targets)
     keep = _scored_rows(targets, ignore_index)
@@ -90,7 +90,7 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped policy-gradient loss with a KL and an entropy term, from hidden states. See rmsd_fast.losses."""
+    """Compute the clipped policy-gradient loss with a KL and an entropy term. See the public function."""
     settings = PolicySettings.of(
         kl=kl,
         kl_coef=kl_coef,
@@ -104,16 +104,15 @@ def linear_policy_loss(
     )
     keep = _scored_rows(targets, ignore_index)
     ref = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    found = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, entropy_coef != 0, ref, kl == "full")
-    zeros = torch.zeros(targets.shape, dtype=found.logp.dtype, device=hidden.device)
-    logp, entropy, head_ref_logp, full_kl = (None if t is None else zeros.index_copy(0, keep, t) for t in found)
+    scores = score_rows(hidden, weight, targets, keep, bias, temperature, softcap, entropy_coef != 0, ref, kl == "full")
+    zeros = torch.zeros(targets.shape, dtype=scores.logp.dtype, device=hidden.device)
+    logp, entropy, head_ref_logp, full_kl = (None if t is None else zeros.index_copy(0, keep, t) for t in scores)
     scored = scored_of(targets, ignore_index, cu_seqlens, zeros.dtype)
     weights = row_weights(scored, token_weights, normalizer, zeros.dtype)
-    known = head_ref_logp if ref_logp is None else ref_logp
     return policy_loss(
         logp=logp,
         entropy=entropy,
-        ref_logp=known,
+        ref_logp=head_ref_logp if ref_logp is None else ref_logp,
         full_kl=full_kl,
         advantages=advantages,
         old_logp=old_logp,
@@ -138,9 +137,9 @@ def linear_divergence(
     token_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """sum of token_weights * divergence(teacher, student) over rows / normalizer. See rmsd_fast.losses."""
-    every = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    keep = torch.nonzero(every if token_weights is None else token_weights != 0).flatten()
+    """Return the sum of token_weights * divergence over rows / normalizer. See the public function."""
+    all_rows = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    keep = torch.nonzero(all_rows if token_weights is None else token_weights != 0).flatten()
     teacher = teacher_hidden if teacher_hidden is not None else teacher_logits
     ids = None
     if teacher_topk is not None:
@@ -150,7 +149,7 @@ def linear_divergence(
     scale = temperature_rows(temperature, keep, hidden)
     student_z, teacher_rows = head_logits(hidden[keep], weight, None, scale, None), teacher.detach()[keep]
     if ids is not None:
-        # Both sides become distributions over the teacher's k ids alone.
+        # Both sides are renormalised over the teacher's k ids.
         student_z = student_z.gather(1, ids[keep])
     if teacher_head is not None:
         teacher_z = head_logits(teacher_rows, teacher_head, None, scale, None)
@@ -162,12 +161,12 @@ def linear_divergence(
 
 
 def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor:
-    every = torch.ones_like(targets, dtype=torch.bool)
-    return torch.nonzero(every if ignore_index is None else targets != ignore_index).flatten()
+    all_rows = torch.ones_like(targets, dtype=torch.bool)
+    return torch.nonzero(all_rows if ignore_index is None else targets != ignore_index).flatten()
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
-    """sum(weights * values) / normalizer, where a normalizer of 0 (nothing scored anywhere) counts as 1."""
+    """Return sum(weights * values) / normalizer. A normalizer of 0 (no row is scored) counts as 1."""
     if normalizer is None:
         normalizer = float(len(values)) if weights is None else weights.sum()
     normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device).detach().reshape(())

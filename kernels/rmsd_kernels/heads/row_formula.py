@@ -1,9 +1,9 @@
-"""What the reference losses compute per row of logits.
+"""The computation of the reference losses within a row of logits.
 
-    z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature        (each part only where given)
+    z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature       (bias, softcap, temperature: optional)
     log pi = log_softmax(z)
 
-Logits are a GEMM in the input's dtype; everything after it is float64 for float64 inputs and float32 otherwise.
+Logits are a GEMM in the dtype of hidden; everything after it is float64 for float64 inputs and float32 otherwise.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..ops import accumulation_dtype
 
 
 class RowScores(NamedTuple):
-    """Of n scored rows: log-prob of the target, entropy, and against a reference head its log-prob and the exact KL."""
+    """Of n scored rows: log-prob of the target and entropy; with a reference also its log-prob and the exact KL."""
 
     logp: Tensor
     entropy: Tensor
@@ -36,7 +36,7 @@ def score_rows(
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None,
     full_kl: bool = False,
 ) -> RowScores:
-    """RowScores of the rows `keep`. The entropy carries a gradient only on request; the reference never does."""
+    """Return RowScores of the rows `keep`. The entropy has a gradient only if entropy_grad; the reference has none."""
     scale, target = temperature_rows(temperature, keep, hidden), targets[keep]
     logp_V = head_logits(hidden[keep], weight, bias, scale, softcap).log_softmax(dim=-1)
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
@@ -53,7 +53,7 @@ def score_rows(
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, softcap: float | None
 ) -> Tensor:
-    """z of the module docstring, [n, V]; scale = temperature of each row, [n]."""
+    """Return z of the module docstring, [n, V]. scale is the temperature of each row, [n]."""
     logits = F.linear(hidden, weight).to(accumulation_dtype(hidden))
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
@@ -63,7 +63,7 @@ def head_logits(
 
 
 def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float | None) -> Tensor:
-    """Divergence [n] between log-probabilities [n, V] of teacher p and student q; kinds as in linear_divergence."""
+    """Return the divergence [n] between log-probabilities [n, V] of teacher and student; kinds as linear_divergence."""
     if kind == "forward_kl":
         return expectation(teacher, teacher - student)
     if kind == "reverse_kl":
@@ -76,7 +76,7 @@ def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float
 
 
 def expectation(log_probability: Tensor, value: Tensor) -> Tensor:
-    """sum over the vocabulary of exp(log_probability) * value; a probability of 0 adds 0 whatever the value is."""
+    """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 adds 0 for any value."""
     impossible = log_probability == -float("inf")
     return (log_probability.exp() * value.masked_fill(impossible, 0.0)).sum(dim=-1)
 
@@ -89,7 +89,7 @@ def _pick(logp_V: Tensor, target: Tensor) -> Tensor:
 
 
 def temperature_rows(temperature: float | Tensor, keep: Tensor, hidden: Tensor) -> Tensor | None:
-    """Temperature of each kept row; None where it is 1 everywhere, so that no pass over the logits is spent on it."""
+    """Return the temperature of each kept row, or None if it is the number 1, which saves a pass over the logits."""
     if isinstance(temperature, Tensor):
         rows = temperature.detach().to(device=hidden.device, dtype=accumulation_dtype(hidden))
         return rows[keep] if rows.ndim else rows.expand(len(keep))

@@ -1,7 +1,7 @@
 """The records that the loops, the autograd functions and all row back ends share.
 
 The fields of `HeadCall`, `PolicyTerms`, `PolicySettings`, `Needs` and `Execution` are also the arguments of the ops in
-`loops`, see `ops.record_op`: a field is added in one place.
+`loops` (see `ops.record_op`), so a new field is added only here.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ EXP_LIMIT = 80.0
 
 
 class HeadCall(NamedTuple):
-    """A head and what it is applied to; vectors in the accumulation dtype, the reference without a gradient."""
+    """A head and its inputs. Vectors are in the accumulation dtype; the reference has no gradient."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -25,14 +25,14 @@ class HeadCall(NamedTuple):
     ref_hidden: Tensor | None = None  # [T, D']
     ref_weight: Tensor | None = None  # [V, D']
     ref_bias: Tensor | None = None  # [V]
-    full_kl: bool = False  # whether the exact KL from the reference is asked for
+    full_kl: bool = False  # whether to compute the exact KL from the reference
 
 
 class PolicySettings(NamedTuple):
-    """The arguments of linear_policy_loss that are neither tensors nor about the head. Made by `of`."""
+    """The arguments of linear_policy_loss that are neither tensors nor part of the head. Create it with `of`."""
 
-    kl: str = "k3"  # how a reference is measured
-    kl_loss: str = "none"  # what of it enters the loss: "none" or the same
+    kl: str = "k3"  # KL estimate of the metrics
+    kl_loss: str = "none"  # KL estimate in the loss: the same, or "none"
     kl_coef: float = 0.0
     kl_log_ratio_clip: float | None = None
     clip_low: float = 0.0
@@ -44,30 +44,31 @@ class PolicySettings(NamedTuple):
 
     @classmethod
     def of(cls, *, kl: str, kl_coef: float, **others) -> "PolicySettings":
-        """A coefficient of 0 adds nothing at all, as 0 * inf would be NaN; nothing else asks whether it is 0."""
+        """Return the settings, with kl_loss="none" if kl_coef is 0, because 0 * inf would be NaN."""
         return cls(kl=kl, kl_loss=kl if kl_coef else "none", kl_coef=kl_coef, **others)
 
 
 class PolicyTerms(NamedTuple):
-    """The policy loss of a row, scale * (-w * min(r*A, clip(r)*A) + kl_coef*KL - entropy_coef*H).
+    """The policy loss of a row: scale * (-w * min(r*A, clip(r)*A) + kl_coef*KL - entropy_coef*H).
 
-    r = exp(logp - old_logp), or 1 with its gradient; w = min(exp(logp - rollout_logp), tis_cap), a constant, or 1.
+    With old_logp, r = exp(logp - old_logp); otherwise r has the value 1 and keeps its gradient. With rollout_logp,
+    w = min(exp(logp - rollout_logp), tis_cap), detached; otherwise w is 1.
     """
 
     scale: Tensor  # [n], weight of the row / normalizer
-    advantage: Tensor  # [n], A times the importance correction where that is known beforehand
+    advantage: Tensor  # [n], A, times the importance correction if it is known before the head runs
     old_logp: Tensor | None = None  # [n]; None = on-policy
     ref_logp: Tensor | None = None  # [n], for k1, k2, k3
-    rollout_logp: Tensor | None = None  # [n], where the policy itself is the old one
+    rollout_logp: Tensor | None = None  # [n], only on-policy, when the correction depends on logp
     settings: PolicySettings = PolicySettings()
 
     def rows(self, index) -> "PolicyTerms":
-        """The terms of some of the rows."""
+        """Return the terms of the rows `index`."""
         return PolicyTerms(*(t[index] if isinstance(t, Tensor) else t for t in self))
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """Flags for the gradients that are needed."""
 
     hidden: bool
     weight: bool
@@ -75,14 +76,14 @@ class Needs(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """How an op runs: the implementation, and bytes of logits at once (0: as recorded in `chunks`)."""
+    """The implementation of an op, and the bytes of logits that may exist at once (0: the defaults of `chunks`)."""
 
     impl: str
     budget: int
 
 
 class RowInputs(NamedTuple):
-    """How z is made. All but targets in the accumulation dtype (float32; float64 for float64 logits)."""
+    """Inputs of z besides the logits; all but targets in the accumulation dtype (float64 for float64, else float32)."""
 
     targets: Tensor  # int64 [n]
     target_logit: Tensor  # [n]
@@ -92,7 +93,7 @@ class RowInputs(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of each row [n]: log-prob of the target, entropy, log-sum-exp, and with a reference sum p (log p - log r)."""
+    """Of each row [n]: log-prob of the target, entropy, log-sum-exp, and, with a reference, sum p (log p - log r)."""
 
     logp: Tensor
     entropy: Tensor
@@ -101,7 +102,7 @@ class RowStats(NamedTuple):
 
 
 class RowReference(NamedTuple):
-    """Logits of the reference head for the exact KL, never written, and what `score` found in them."""
+    """Logits of the reference head for the exact KL, which are only read, and the results of `score` for them."""
 
     logits: Tensor  # [n, V]
     bias: Tensor | None  # [V]

@@ -1,15 +1,15 @@
-"""What is done to a chunk of logits, in eager torch.
+"""The row back end in eager torch: operations on a chunk of logits.
 
-A row back end is a module with `target_logit`, `score`, `gradient_`, `policy_` and `divergence_`; the others are
-`native_rows` (CPU, compiled) and `triton_rows` (CUDA). This one takes any floating dtype on any device and serves where
-nothing is compiled; in float64 it is what the others are tested against. It works through a few rows at a time, so that
-its temporaries stay small beside the chunk.
+A row back end is a module with `target_logit`, `score`, `gradient_`, `policy_` and `divergence_`. The other two are
+`native_rows` (CPU, compiled) and `triton_rows` (CUDA). This one supports any floating dtype on any device and is used
+if no compiled one is available. In float64 it is the reference in tests of the others. It processes a few rows at a
+time, so its temporaries are small compared with the chunk.
 
-    z = cap(logits + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)       (each part only where given)
+    z = cap(logits + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)   (bias, softcap, temperature: optional)
     log p_v = z_v - lse for v != y, and logp for the target y,  lse = log sum exp z,  logp = min(z_y - lse, 0)
 
-In z the logit of the target is `target_logit`, a dot product in float32: a 16-bit logit is off by up to 2^-9 of its
-size, and that would be the error of the log-prob. A target outside 0..V-1 gives a logp of NaN.
+In z, the target's logit is replaced by `target_logit`, a dot product in float32. A 16-bit logit has an error of up to
+2^-9 of its size, which would otherwise be the error of the log-prob. A target outside 0..V-1 gives a logp of NaN.
 """
 
 import math
@@ -26,7 +26,7 @@ _TEMPORARY_BYTES = 16 << 20
 
 
 def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden @ weight[target] of each row in the accumulation dtype, [n]; a target out of range takes a nearby row."""
+    """Return hidden @ weight[target] of each row in the accumulation dtype, [n]. Targets are clamped to 0..V-1."""
     dtype, index = accumulation_dtype(hidden), targets.clamp(0, len(weight) - 1)
     step = max(1, _TEMPORARY_BYTES // (8 * hidden.shape[1]))
     blocks = [slice(start, start + step) for start in range(0, max(1, len(hidden)), step)]
@@ -36,10 +36,10 @@ def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """RowStats of logits [n, V], which are only read; written to `out` where that is given."""
+    """Return RowStats of logits [n, V], in `out` if there is one. Logits are only read."""
 
     def block(rows: slice) -> tuple[Tensor | None, ...]:
-        z = _z(logits[rows], _rows_of(inputs, rows))
+        z = _z(logits[rows], _select_rows(inputs, rows))
         lse = z.logsumexp(dim=-1)
         logp = _pick(z, inputs.targets[rows]) - lse
         stats = RowStats(logp.clamp(max=0.0), lse, lse, None)
@@ -59,25 +59,26 @@ def gradient_(
     ref: RowReference | None = None,
     g_full_kl: Tensor | None = None,
 ) -> None:
-    """logits [n, V] become the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl with respect to them."""
+    """Overwrite logits [n, V] with the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl."""
 
     def block(rows: slice) -> tuple[()]:
-        part, given = _rows_of(inputs, rows), RowStats(*(t if t is None else t[rows] for t in stats))
-        z = _z(logits[rows], part)
-        factor = 1.0 if part.temperature is None else 1.0 / part.temperature.unsqueeze(1)
-        if part.softcap is not None:
-            tempered = z if part.temperature is None else z * part.temperature.unsqueeze(1)
-            factor = factor * (1.0 - (tempered / part.softcap).square())
-        log_p = _log_p(z, part.targets, given)
+        block_inputs = _select_rows(inputs, rows)
+        block_stats = RowStats(*(t if t is None else t[rows] for t in stats))
+        z = _z(logits[rows], block_inputs)
+        factor = 1.0 if block_inputs.temperature is None else 1.0 / block_inputs.temperature.unsqueeze(1)
+        if block_inputs.softcap is not None:
+            capped = z if block_inputs.temperature is None else z * block_inputs.temperature.unsqueeze(1)
+            factor = factor * (1.0 - (capped / block_inputs.softcap).square())
+        log_p = _log_p(z, block_inputs.targets, block_stats)
         p = log_p.exp()
         dz = -g_logp[rows].unsqueeze(1) * p
-        dz.scatter_add_(1, _valid(part.targets, z)[1].unsqueeze(1), g_logp[rows].unsqueeze(1))
+        dz.scatter_add_(1, _valid(block_inputs.targets, z)[1].unsqueeze(1), g_logp[rows].unsqueeze(1))
         impossible = log_p == -math.inf
         if g_entropy is not None:
-            inner = p * (log_p + given.entropy.unsqueeze(1)).masked_fill(impossible, 0.0)
+            inner = p * (log_p + block_stats.entropy.unsqueeze(1)).masked_fill(impossible, 0.0)
             dz -= g_entropy[rows].unsqueeze(1) * inner
         if g_full_kl is not None:
-            inner = log_p - _log_r(ref, inputs, rows) - given.full_kl.unsqueeze(1)
+            inner = log_p - _log_r(ref, inputs, rows) - block_stats.full_kl.unsqueeze(1)
             dz += g_full_kl[rows].unsqueeze(1) * (p * inner.masked_fill(impossible, 0.0))
         logits[rows] = dz * factor
         return ()
@@ -93,7 +94,7 @@ def policy_(
     *,
     out: RowStats | None = None,
 ) -> RowStats:
-    """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
+    """Return RowStats of logits [n, V] and overwrite logits with the gradient of the rows' summed policy losses."""
     stats = score(logits, inputs, ref)
     settings = terms.settings
     exact_kl = settings.kl_loss == "full"
@@ -110,7 +111,7 @@ def policy_(
 
 
 def _policy_slope(logp: Tensor, terms: PolicyTerms) -> Tensor:
-    """Derivative of a row's policy loss by logp, before its scale."""
+    """Return the derivative of a row's policy loss with respect to logp, without the row's scale."""
     settings, advantage = terms.settings, terms.advantage
     if terms.rollout_logp is not None:
         advantage = advantage * (logp - terms.rollout_logp).clamp(max=EXP_LIMIT).exp().clamp(max=settings.tis_cap)
@@ -140,9 +141,9 @@ def divergence_(
     alpha: float | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """Divergence [n] of teacher from student; kinds as in linear_divergence.
+    """Return the divergence [n] between teacher and student; kinds as in linear_divergence.
 
-    Where scale [n] is given, logits become scale times its gradient with respect to them; else they are only read.
+    With scale [n], overwrite logits with the gradient of the sum of scale * divergence; without it, only read them.
     """
     share = {"jsd": 0.5, "skew_kl": 0.1}.get(kind, 0.0) if alpha is None else alpha
 
@@ -163,7 +164,7 @@ def divergence_(
 
 
 def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> Tensor:
-    """Derivative of a divergence by the student's z: q * (f - sum q f), f its derivative by q."""
+    """Return the derivative of a divergence with respect to the student's z: q * (f - sum q f), f = d value / dq."""
     q = log_q.exp()
     if kind == "forward_kl":
         return q - log_p.exp()
@@ -171,31 +172,31 @@ def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> 
         slope = log_q - log_p
     else:
         log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-        # jsd: what its two parts add to each other's derivative cancels but for this.
+        # jsd: the derivatives of its two terms through m cancel except for this one.
         slope = (1 - share) * (log_q - log_m) if kind == "jsd" else -(1 - share) * (log_p - log_m).exp()
     slope = slope.masked_fill(log_q == -math.inf, 0.0)
     return q * (slope - (q * slope).sum(dim=-1, keepdim=True))
 
 
 def into(out: RowStats | None, stats: RowStats) -> RowStats:
-    """stats, copied into `out` where that is given."""
+    """Copy stats into `out` and return it; return stats if there is no `out`."""
     if out is None:
         return stats
-    for to, values in zip(out, stats, strict=True):
-        if to is not None:
-            to.copy_(values)
+    for target, values in zip(out, stats, strict=True):
+        if target is not None:
+            target.copy_(values)
     return out
 
 
 def _by_blocks(block: Callable[[slice], tuple[Tensor | None, ...]], logits: Tensor) -> tuple[Tensor | None, ...]:
-    """block(slice of rows) over all rows, its results joined."""
+    """Call block(slice of rows) for blocks of all rows, and concatenate its results."""
     rows, vocabulary = logits.shape
     step = max(1, _TEMPORARY_BYTES // (8 * vocabulary))
-    parts = [block(slice(start, min(start + step, rows))) for start in range(0, max(rows, 1), step)]
-    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+    results = [block(slice(start, min(start + step, rows))) for start in range(0, max(rows, 1), step)]
+    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True))
 
 
-def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
+def _select_rows(inputs: RowInputs, rows: slice) -> RowInputs:
     temperature = None if inputs.temperature is None else inputs.temperature[rows]
     return inputs._replace(
         targets=inputs.targets[rows], target_logit=inputs.target_logit[rows], temperature=temperature
@@ -203,7 +204,7 @@ def _rows_of(inputs: RowInputs, rows: slice) -> RowInputs:
 
 
 def _z(logits: Tensor, inputs: RowInputs) -> Tensor:
-    """z of the module docstring, a fresh [n, V]."""
+    """Return z of the module docstring in a new tensor [n, V]."""
     z = logits.to(inputs.target_logit.dtype, copy=True)
     valid, index = _valid(inputs.targets, z)
     exact = torch.where(valid, inputs.target_logit, z.gather(1, index.unsqueeze(1)).squeeze(1))
@@ -226,7 +227,7 @@ def _pick(z: Tensor, targets: Tensor) -> Tensor:
 
 
 def _log_p(z: Tensor, targets: Tensor, stats: RowStats) -> Tensor:
-    """z becomes log p in place."""
+    """Overwrite z with log p and return it."""
     z -= stats.lse.unsqueeze(1)
     valid, index = _valid(targets, z)
     exact = torch.where(valid, stats.logp, z.gather(1, index.unsqueeze(1)).squeeze(1))
@@ -234,12 +235,12 @@ def _log_p(z: Tensor, targets: Tensor, stats: RowStats) -> Tensor:
 
 
 def _log_r(ref: RowReference, inputs: RowInputs, rows: slice) -> Tensor:
-    """log r of the reference's rows."""
-    part = _rows_of(inputs, rows)._replace(bias=ref.bias)
-    given = RowStats(ref.logp[rows], ref.lse[rows], ref.lse[rows], None)
-    return _log_p(_z(ref.logits[rows], part), part.targets, given)
+    """Return log r of the reference's rows."""
+    ref_inputs = _select_rows(inputs, rows)._replace(bias=ref.bias)
+    ref_stats = RowStats(ref.logp[rows], ref.lse[rows], ref.lse[rows], None)
+    return _log_p(_z(ref.logits[rows], ref_inputs), ref_inputs.targets, ref_stats)
 
 
 def _k3_slope(d: Tensor) -> Tensor:
-    """Derivative of exp(d) - d - 1 by logp = ref_logp - d, exp's argument guarded at EXP_LIMIT."""
+    """Return the derivative of exp(d) - d - 1 with respect to logp = ref_logp - d, with exp limited to EXP_LIMIT."""
     return torch.where(d > EXP_LIMIT, 1.0, 1.0 - d.clamp(max=EXP_LIMIT).exp())

@@ -1,8 +1,8 @@
 """Divergences between rows of logits in Triton: `divergence_` of `torch_rows` for CUDA tensors.
 
-One program owns one row of the student and of the teacher and reads both twice, and a third time to write the gradient:
-2bV bytes from memory and the rest from cache while it holds the two rows, bV more written with a gradient. Logarithms
-are to base 2 until a result is stored.
+One program processes one row of student logits and of teacher logits. It reads both rows twice, and a third time if it
+writes the gradient. With b bytes per logit, 2bV bytes come from memory, and the repeated reads come from the cache as
+long as it holds both rows. A gradient adds bV bytes of writes. Logarithms are to base 2 until a result is stored.
 """
 
 import math
@@ -18,7 +18,7 @@ from .triton_row_math import LN2, LOG2E, LOWEST, View, block_u, exp2, load_or, o
 
 @triton.jit
 def _log2_mixture(log_p, log_q, log_share, log_rest):
-    """log2(share * p + (1 - share) * q) from logarithms, -inf where both are."""
+    """Return log2(share * p + (1 - share) * q) from log2 p and log2 q; -inf if both are -inf."""
     a = log_p + log_share
     b = log_q + log_rest
     high = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -28,7 +28,7 @@ def _log2_mixture(log_p, log_q, log_share, log_rest):
 
 @triton.jit
 def _times(p, log_p, value):
-    """p * value, 0 where p is impossible whatever value is."""
+    """Return p * value, or 0 if p is 0, even if value is not finite."""
     return p * tl.where(log_p == -float("inf"), 0.0, value)
 
 
@@ -47,14 +47,14 @@ def _read_block(row_ptr, shift, total, view, scale, col, LANE: tl.constexpr, MAS
 
 @triton.jit
 def _combined(shift, total):
-    """Shift of all threads, and base-2 logarithm of their sum."""
+    """Return the common shift of all threads, and the base-2 logarithm of their sum."""
     top = tl.max(shift, 0)
     return top, tl.log2(tl.sum(total * exp2(shift - top), 0))
 
 
 @triton.jit
 def _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND: tl.constexpr, LANE: tl.constexpr):
-    """A block's part of the divergence, and of sum q f for the gradient q * (f - sum q f), f its derivative by q."""
+    """Add a block to the divergence, and to sum q f of the gradient q * (f - sum q f), f = d divergence / dq."""
     q = exp2(log_q)
     p = exp2(log_p)
     shape: tl.constexpr = [p.shape[0] // LANE, LANE]
@@ -77,7 +77,7 @@ def _add_block(value, mean_slope, log_p, log_q, log_share, log_rest, share, KIND
 
 @triton.jit
 def _slope_of_block(log_p, log_q, log_share, log_rest, share, middle, KIND: tl.constexpr):
-    """Derivative by z, where logarithms to base 2 have left a factor of ln 2 for the caller."""
+    """Return the derivative with respect to z. The caller multiplies by ln 2 for logarithms to base 2."""
     q = exp2(log_q)
     if KIND == "forward_kl":
         dz = q - exp2(log_p)
@@ -135,7 +135,7 @@ def _divergence_kernel(
     top_q, log_q_total = _combined(shift_q, total_q)
     top_p, log_p_total = _combined(shift_p, total_p)
 
-    # Second pass, from the end: the divergence.
+    # Second pass, from the end of the row, which is still in the cache: the divergence.
     value = tl.zeros([BLOCK // LANE], tl.float32)
     mean_slope = tl.zeros([BLOCK // LANE], tl.float32)
     if whole < vocab:
@@ -179,9 +179,9 @@ def divergence_(
     alpha: float | None,
     scale: Tensor | None,
 ) -> Tensor:
-    """Divergence [n] of teacher from student; kinds as in linear_divergence.
+    """Return the divergence [n] between teacher and student; kinds as in linear_divergence.
 
-    Where scale [n] is given, logits become scale times its gradient with respect to them; else they are only read.
+    With scale [n], overwrite logits with the gradient of the sum of scale * divergence; without it, only read them.
     """
     if kind not in ("forward_kl", "reverse_kl", "jsd", "skew_kl"):
         raise ValueError(f"kind: expected 'forward_kl', 'reverse_kl', 'jsd' or 'skew_kl', got {kind!r}")

@@ -1,19 +1,19 @@
-"""Device functions of the Triton row back end: the pass that reads a row, and the one that writes its gradient.
+"""Device functions of the Triton row back end: the pass that reads a row, and the pass that writes its gradient.
 
     u = cap(logit + bias)    z = u / temperature    d = z * log2(e) - shift    e = 2^d, the only exponential of a pass
 
-The first pass keeps a running maximum per thread (`shift`), and per thread the sums of e, e*d and, with a reference,
-e*(d - log2 r). Threads are combined once, after the loop: no barrier stands inside it. Log-sum-exp, entropy and the
-exact KL follow from the sums, so no digits are lost to an offset that all logits share. The second pass walks the row
-from its end, which the cache still holds, and writes the gradient over the logits. Everything after a load is float32.
+In the first pass, each thread keeps a running maximum (`shift`) and the sums of e, e*d and, with a reference,
+e*(d - log2 r). The threads are combined once, after the loop, so the loop has no barrier. Log-sum-exp, entropy and the
+exact KL follow from the sums, so an offset that all logits share costs no digits. The second pass runs from the end of
+the row, which is still in the cache, and overwrites the logits with their gradient. Everything after a load is float32.
 
-The target never takes part in a loop. `hide_target` puts -inf into its place in memory, so it adds nothing to the sums;
-its exact logit joins them afterwards, and its gradient is one store after the second pass.
+The loops never process the target. `hide_target` replaces it in memory by -inf, so it adds nothing to the sums. Its
+exact logit is added to them afterwards, and its gradient is a single store after the second pass.
 
-Whole blocks are read without a mask, the rest of a row with one. What is None in a record is left out when a kernel is
-compiled. Logits whose z * log2(e) is below -1e38 count as -inf.
+Whole blocks are read without a mask, and the tail of a row with one. A field of a record that is None removes its code
+when the kernel is compiled. Logits whose z * log2(e) is below -1e38 count as -inf.
 
-Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867), carried over to entropy and KL.
+Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867), extended to entropy and KL.
 """
 
 from typing import Any, NamedTuple
@@ -23,16 +23,16 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every shift, and so far from the ends of float32 that the distance to any other shift is finite.
+# Below every other shift, and far enough from the limits of float32 that the distance to any shift is finite.
 LOWEST = tl.constexpr(-1e38)
-# Stands for log 0 in products with a probability of 0: -inf would make them NaN.
+# Replaces log 0 in products with a probability of 0, which -inf would make NaN.
 LOG_OF_ZERO = tl.constexpr(-1e30)
-# Triton's own exp2 spends three instructions on results below 2^-126. The interpreter runs no assembly.
+# Triton's exp2 takes three instructions more to handle results below 2^-126. The interpreter cannot run assembly.
 HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 class View(NamedTuple):
-    """How z is made of a row's logits. What is None is left out when the kernel is compiled."""
+    """The parameters of z for a row. A field that is None removes its code when the kernel is compiled."""
 
     bias_ptr: Any
     softcap: Any
@@ -41,16 +41,16 @@ class View(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Column of a row's target, and u of its exact logit. Out of range: column -1, and u adds nothing to a sum."""
+    """Column of a row's target, and u of its exact logit. A target out of range has column -1 and u = -inf."""
 
     col: Any
     u: Any
-    du: Any  # derivative of u by the logit
+    du: Any  # derivative of u with respect to the logit
     valid: Any
 
 
 class Ref(NamedTuple):
-    """The reference head's logits (None: there is none), where this row begins, its log-sum-exp and log-prob."""
+    """The reference head's logits (None without a reference), the row's offset, log-sum-exp and log-prob."""
 
     ptr: Any
     offset: Any
@@ -60,7 +60,7 @@ class Ref(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the first pass finds. The log-sum-exp is shift + log_total in base 2, kept apart: their sum loses digits."""
+    """Results of the first pass. shift + log_total is the base-2 log-sum-exp; adding the two would lose digits."""
 
     logp: Any
     entropy: Any
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 @triton.jit
 def exp2(x):
-    """2^x, 0 below 2^-126."""
+    """Return 2^x, or 0 if the result is below 2^-126."""
     if HAS_ASM:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -82,7 +82,7 @@ def exp2(x):
 
 @triton.jit
 def _tanh(x):
-    """tanh(x) and its derivative, without overflow, and without cancellation for small and for large x."""
+    """Return tanh(x) and its derivative, without overflow and without cancellation for small or large x."""
     e = tl.exp(-2.0 * tl.abs(x))
     large = 1.0 - 2.0 * e / (1.0 + e)
     # Fitted to (tanh(x) - x) / x^3 for |x| < 0.65; the relative error of tanh is 7e-9.
@@ -114,28 +114,28 @@ def _columns(ptr, col, vocab, other, MASKED: tl.constexpr):
 
 @triton.jit
 def block_u(row_ptr, col, hidden_col, view, MASKED: tl.constexpr):
-    """u of a block and du/dlogit (1.0 without a softcap). Columns beyond the row, and hidden_col, give -inf."""
+    """Return u of a block, and du/dlogit (1.0 without a softcap). u is -inf beyond the row and at hidden_col."""
     u = _columns(row_ptr, col, view.vocab, -float("inf"), MASKED)
     slope = 1.0
     if view.bias_ptr is not None:
         u += _columns(view.bias_ptr, col, view.vocab, 0.0, MASKED)
     if view.softcap is not None:
         tanh, slope = _tanh(u / view.softcap)
-        # A softcap has made the -inf of what is hidden finite.
+        # The softcap makes the -inf of hidden columns finite, so they are set again.
         u = tl.where((col < view.vocab) & (col != hidden_col), view.softcap * tanh, -float("inf"))
     return u, slope
 
 
 @triton.jit
 def log2_r(ref, col, scale, MASKED: tl.constexpr):
-    """Base-2 log-probabilities of the reference head in a block."""
+    """Return the base-2 log-probabilities of the reference head in a block."""
     u, _ = block_u(ref.ptr + ref.offset, col, -1, ref.view, MASKED)
     return tl.fma(u, scale, -ref.lse * LOG2E)
 
 
 @triton.jit
 def target_of_row(row, targets_ptr, target_logit_ptr, view):
-    """Target of one row."""
+    """Return the Target of one row."""
     target = tl.load(targets_ptr + row)
     valid = (target >= 0) & (target < view.vocab)
     col = tl.where(valid, target, -1).to(tl.int32)
@@ -151,27 +151,27 @@ def target_of_row(row, targets_ptr, target_logit_ptr, view):
 
 @triton.jit
 def hide_target(logits_row, target):
-    """Replace the target's logit by -inf; returns what stood there."""
+    """Replace the target's logit by -inf and return the previous value."""
     raw = tl.load(logits_row + target.col, mask=target.valid, other=0.0)
     tl.debug_barrier()
     tl.store(logits_row + target.col, -float("inf"), mask=target.valid)
-    # Other threads read it.
+    # Other threads read the -inf.
     tl.debug_barrier()
     return raw
 
 
 @triton.jit
 def put_target(logits_row, target, value):
-    """Write the target's place, after all threads have read it or written their own."""
+    """Write the target's column, after all threads have finished their reads and writes of the row."""
     tl.debug_barrier()
     tl.store(logits_row + target.col, value.to(logits_row.dtype.element_ty), mask=target.valid)
 
 
 @triton.jit
 def online(shift, total, u, scale):
-    """A thread's maximum and sum over one more block, u as [threads, columns of a thread].
+    """Add a block, u as [threads, columns of a thread], to each thread's maximum and sum.
 
-    Returns the new shift, its distance from the old one, 2^distance, d and e of the block, and the new sum of e.
+    Return the new shift, old shift - new shift = distance, 2^distance, d and e of the block, and the new sum of e.
     """
     new = tl.maximum(shift, tl.max(u, 1) * scale)
     distance = shift - new
@@ -183,9 +183,9 @@ def online(shift, total, u, scale):
 
 @triton.jit
 def moment(old, total, distance, factor, e, values):
-    """A thread's sum of e*value over one more block; values are relative to the shift, as total says how often.
+    """Add a block to each thread's sum of e*value, where values are relative to the shift and total is the sum of e.
 
-    Where e is 0 the value may be anything but infinite.
+    If e is 0, the value may be any finite number.
     """
     return (old + total * distance) * factor + tl.sum(e * values, 1)
 
@@ -197,10 +197,10 @@ def _read_block(
     shape: tl.constexpr = [col.shape[0] // LANE, LANE]
     u, _ = block_u(logits_row, col, target.col, view, MASKED)
     new, distance, factor, d, e, new_total = online(shift, total, tl.reshape(u, shape), scale)
-    # Not the argument of exp2: a NaN must reach the sum of e.
+    # Only this copy of d is bounded, not the argument of exp2: a NaN must reach the sum of e.
     sum_ed = moment(sum_ed, total, distance, factor, e, tl.maximum(d, LOG_OF_ZERO))
     if ref.ptr is not None:
-        # A probability of 0 adds nothing, whatever its logarithm is.
+        # A probability of 0 adds nothing, even if its logarithm is -inf.
         w = tl.where(e == 0.0, 0.0, d - tl.reshape(log2_r(ref, col, scale, MASKED), shape))
         sum_ew = moment(sum_ew, total, distance, factor, e, w)
     return new, new_total, sum_ed, sum_ew
@@ -208,7 +208,7 @@ def _read_block(
 
 @triton.jit
 def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr):
-    """Row of one row of logits whose target is hidden."""
+    """Return the Row of one row of logits whose target is hidden."""
     scale = view.inverse_temperature * LOG2E
     shift = tl.full([BLOCK // LANE], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // LANE], tl.float32)
@@ -224,7 +224,7 @@ def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.cons
         shift, total, sum_ed, sum_ew = _read_block(
             shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, whole + offsets, LANE, True
         )
-    # The threads, then the target, on one shift.
+    # Bring all threads and the target to one shift.
     top = tl.maximum(tl.max(shift, 0), target.u * scale)
     distance = shift - top
     factor = exp2(distance)
@@ -234,7 +234,7 @@ def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.cons
     all_ed = tl.sum((sum_ed + total * distance) * factor, 0) + e * tl.maximum(d, LOG_OF_ZERO)
     log_total = tl.log2(all_total)
     logp = (d - log_total) * LN2
-    # Not tl.minimum: on a GPU it turns NaN into 0.
+    # tl.minimum would turn NaN into 0 on a GPU.
     logp = tl.where(target.valid, tl.where(logp > 0.0, 0.0, logp), float("nan"))
     entropy = (log_total - all_ed / all_total) * LN2
     full_kl = 0.0
@@ -291,7 +291,7 @@ def second_pass(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Logits become their gradient, from the end of the row. slopes: derivatives by logp, entropy and full KL."""
+    """Overwrite logits with their gradient, from the end of the row. slopes: d loss / d (logp, entropy, full KL)."""
     g_logp, g_entropy, g_full_kl = slopes
     scale = view.inverse_temperature * LOG2E
     # dz = p * (-g_logp - g_entropy * (log p + H) + g_full_kl * (log p - log r - KL)), and p = e / total.

@@ -1,13 +1,13 @@
 """The row back end in Triton: the functions of `torch_rows` for CUDA tensors.
 
-One program owns one row [V] of float32, bfloat16 or float16 logits and computes in float32. There are no atomics: two
-runs agree bit for bit. Offsets of rows are int64, since n*V may pass 2^31. How a row is read and written is in
-`triton_row_math`.
+One program processes one row [V] of float32, bfloat16 or float16 logits and computes in float32. There are no atomics,
+so two runs agree bit for bit. Row offsets are int64, because n*V may exceed 2^31. `triton_row_math` has the passes over
+a row.
 
-Bytes moved per row, with b per logit: score bV; policy_ 2bV while the row stays in cache, 3bV where it does not;
-gradient_ 2bV. A reference head adds bV.
+Bytes moved per row, with b bytes per logit: score bV; policy_ 2bV if the row stays in cache, otherwise 3bV; gradient_
+2bV. A reference head adds bV.
 
-Importing this module imports triton. With TRITON_INTERPRET=1 set before that, the kernels run on CPU tensors.
+Importing this module imports triton. If TRITON_INTERPRET=1 is set before the import, the kernels run on CPU tensors.
 """
 
 from typing import Any
@@ -36,22 +36,22 @@ from .triton_row_math import (
 
 __all__ = ["divergence_", "gradient_", "policy_", "scale_unless_one_", "score", "target_logit"]
 
-# 8 numbers a thread: loads of 16 bytes for 16-bit rows.
+# 8 numbers per thread: 16-byte loads for 16-bit rows.
 DOT_BLOCK = 1024
 DOT_WARPS = 4
-# Programs enough to fill any device; each walks through its share of the blocks.
+# Enough programs to fill any device; each processes several blocks.
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 1024
 SCALE_WARPS = 8
 
 
 @triton.jit
-def _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
-    tl.store(logp_ptr + row, found.logp)
-    tl.store(entropy_ptr + row, found.entropy)
-    tl.store(lse_ptr + row, (found.shift + found.log_total) * LN2)
+def _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
+    tl.store(logp_ptr + row, row_stats.logp)
+    tl.store(entropy_ptr + row, row_stats.entropy)
+    tl.store(lse_ptr + row, (row_stats.shift + row_stats.log_total) * LN2)
     if full_kl_ptr is not None:
-        tl.store(full_kl_ptr + row, found.full_kl)
+        tl.store(full_kl_ptr + row, row_stats.full_kl)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _policy_slope(
     tis_cap,
     KL: tl.constexpr,
 ):
-    """Derivative of a row's policy loss by logp, before its scale."""
+    """Return the derivative of a row's policy loss with respect to logp, without the row's scale."""
     advantage = tl.load(advantage_ptr + row)
     if rollout_logp_ptr is not None:
         mismatch = logp - tl.load(rollout_logp_ptr + row)
@@ -78,7 +78,7 @@ def _policy_slope(
     g = -advantage
     if old_logp_ptr is not None:
         log_ratio = logp - tl.load(old_logp_ptr + row)
-        # Beyond 80 exp would overflow: there the ratio is a constant. NaN passes through.
+        # Above 80, exp would overflow in float32, so the ratio is a constant there. NaN passes through.
         beyond = log_ratio > 80.0
         ratio = tl.exp(tl.where(beyond, 80.0, log_ratio))
         clipped = ((ratio > ratio_high) & (advantage > 0.0)) | ((ratio < ratio_low) & (advantage < 0.0))
@@ -128,9 +128,9 @@ def _score_kernel(
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
     logits_row = logits_ptr + row * stride
     raw = hide_target(logits_row, target)
-    found = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
+    row_stats = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
     put_target(logits_row, target, raw)
-    _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+    _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
@@ -177,12 +177,12 @@ def _policy_kernel(
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
     logits_row = logits_ptr + row * stride
     hide_target(logits_row, target)
-    found = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
-    _store_stats(row, found, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+    row_stats = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
+    _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
     scale = tl.load(scale_ptr + row)
     g_logp = scale * _policy_slope(
         row,
-        found.logp,
+        row_stats.logp,
         advantage_ptr,
         old_logp_ptr,
         kl_ref_logp_ptr,
@@ -195,7 +195,7 @@ def _policy_kernel(
         KL,
     )
     slopes = (g_logp, -scale * entropy_coef, scale * kl_coef)
-    second_pass(logits_row, ref, target, view, found, slopes, HAS_ENTROPY, KL == "full", BLOCK, STAGES)
+    second_pass(logits_row, ref, target, view, row_stats, slopes, HAS_ENTROPY, KL == "full", BLOCK, STAGES)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
@@ -233,29 +233,38 @@ def _gradient_kernel(
     ref_lse = load_or(ref_lse_ptr, row, 0.0)
     ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
     full_kl = load_or(full_kl_ptr, row, 0.0)
-    # In two parts, as what is rounded here is an error of every probability.
+    # Two numbers, because a rounding error here would affect every probability.
     lse = tl.load(lse_ptr + row)
     shift = lse * LOG2E
-    rest = tl.fma(lse, LOG2E, -shift)
-    found = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, shift, rest)
+    shift_error = tl.fma(lse, LOG2E, -shift)
+    row_stats = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, shift, shift_error)
     slopes = (tl.load(g_logp_ptr + row), load_or(g_entropy_ptr, row, 0.0), load_or(g_full_kl_ptr, row, 0.0))
     logits_row = logits_ptr + row * stride
-    second_pass(logits_row, ref, target, view, found, slopes, HAS_ENTROPY, HAS_FULL_KL, BLOCK, STAGES)
+    second_pass(logits_row, ref, target, view, row_stats, slopes, HAS_ENTROPY, HAS_FULL_KL, BLOCK, STAGES)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
 def _target_logit_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, logit_ptr, hidden_stride, weight_stride, dim, vocab, BLOCK: tl.constexpr
+    hidden_ptr,
+    weight_ptr,
+    targets_ptr,
+    logit_ptr,
+    hidden_row,
+    hidden_col,
+    weight_row,
+    weight_col,
+    dim,
+    vocab,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.minimum(tl.maximum(tl.load(targets_ptr + row), 0), vocab - 1)
-    hidden_row = hidden_ptr + row * hidden_stride
-    weight_row = weight_ptr + target * weight_stride
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, dim, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        hidden = tl.load(hidden_row + col, mask=col < dim, other=0.0).to(tl.float32)
-        total += hidden * tl.load(weight_row + col, mask=col < dim, other=0.0).to(tl.float32)
+        col = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        hidden = tl.load(hidden_ptr + row * hidden_row + col * hidden_col, mask=col < dim, other=0.0)
+        weight = tl.load(weight_ptr + target * weight_row + col * weight_col, mask=col < dim, other=0.0)
+        total += hidden.to(tl.float32) * weight.to(tl.float32)
     tl.store(logit_ptr + row, tl.sum(total, 0))
 
 
@@ -271,11 +280,10 @@ def _scale_kernel(values_ptr, scalar_ptr, numel, BLOCK: tl.constexpr):
 
 
 def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden @ weight[target] of each row in float32, [n]; a target out of range takes a nearby row."""
+    """Return hidden @ weight[target] of each row in float32, [n]. Targets are clamped to 0..V-1."""
     logit = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     if len(hidden):
-        hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
-        sizes = (hidden.stride(0), weight.stride(0), hidden.shape[1], len(weight))
+        sizes = (*hidden.stride(), *weight.stride(), hidden.shape[1], len(weight))
         with device_of(hidden):
             _target_logit_kernel[(len(hidden),)](
                 hidden, weight, targets.contiguous(), logit, *sizes, BLOCK=DOT_BLOCK, num_warps=DOT_WARPS
@@ -286,7 +294,7 @@ def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """RowStats of logits [n, V], which are as before when it returns; written to `out` where that is given."""
+    """Return RowStats of logits [n, V], in `out` if there is one. Logits are changed temporarily and restored."""
     stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if len(logits):
         _launch(_score_kernel, logits, _row_arguments(logits, inputs, stats, ref), inputs, ref)
@@ -302,9 +310,9 @@ def gradient_(
     ref: RowReference | None = None,
     g_full_kl: Tensor | None = None,
 ) -> None:
-    """logits [n, V] become the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl with respect to them."""
+    """Overwrite logits [n, V] with the gradient of g_logp*logp + g_entropy*entropy + g_full_kl*full_kl."""
     if g_full_kl is not None and (ref is None or stats.full_kl is None):
-        raise ValueError("g_full_kl: a gradient of the full KL needs ref and the full_kl of stats")
+        raise ValueError("g_full_kl: expected ref and stats.full_kl too, got None; its gradient needs ref and full_kl")
     if not len(logits):
         return
     if g_full_kl is None:
@@ -326,7 +334,7 @@ def policy_(
     *,
     out: RowStats | None = None,
 ) -> RowStats:
-    """RowStats of logits [n, V], which become the gradient of the sum of the rows' policy losses."""
+    """Return RowStats of logits [n, V] and overwrite logits with the gradient of the rows' summed policy losses."""
     settings = terms.settings
     kl, on_target = settings.kl_loss, settings.kl_loss in ("k1", "k2", "k3")
     if not on_target and kl not in ("none", "full"):
@@ -334,7 +342,7 @@ def policy_(
     if (kl == "full" and ref is None) or (on_target and terms.ref_logp is None):
         raise ValueError(f"kl: {kl!r} needs {'ref' if kl == 'full' else 'terms.ref_logp'}, got None")
     if terms.rollout_logp is not None and settings.tis_cap is None:
-        raise ValueError("tis_cap: rollout_logp needs one, got None")
+        raise ValueError("tis_cap: expected a number with rollout_logp, got None")
     stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if not len(logits):
         return stats
@@ -362,7 +370,7 @@ def policy_(
 
 
 def scale_unless_one_(values: Tensor, scalar: Tensor) -> Tensor:
-    """values *= scalar, one float32 element on the same device, in place. Where it is 1, values are not even read."""
+    """Multiply values in place by scalar, one float32 element on the same device. If it is 1, values are not read."""
     if values.dtype not in DTYPES or not values.is_contiguous():
         raise TypeError(
             f"values: expected contiguous float32, bfloat16 or float16, got {values.dtype} {values.stride()}"
@@ -385,12 +393,12 @@ def _new_stats(logits: Tensor, with_full_kl: bool) -> RowStats:
 def _written(out: RowStats) -> RowStats:
     for name, vector in out._asdict().items():
         if vector is not None and not vector.is_contiguous():
-            raise ValueError(f"out.{name}: expected a vector without gaps, got stride {vector.stride()}")
+            raise ValueError(f"out.{name}: expected a contiguous vector, got stride {vector.stride()}")
     return out
 
 
 def _row_arguments(logits: Tensor, inputs: RowInputs, stats: RowStats, ref: RowReference | None) -> dict[str, Any]:
-    """The arguments that the kernels with a target share."""
+    """Return the arguments that all kernels with a target share."""
     check_logits("logits", logits, None)
     if inputs.targets.dtype != torch.int64:
         raise TypeError(f"targets: expected torch.int64, got {inputs.targets.dtype}")

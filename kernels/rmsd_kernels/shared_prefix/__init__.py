@@ -1,1 +1,1 @@
-"""Attention of groups of responses that share a prompt, in training and in decoding."""
+"""Attention for groups of responses that share a prompt, in training and in decoding."""

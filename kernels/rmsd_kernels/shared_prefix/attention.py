@@ -1,18 +1,19 @@
-"""Attention over one packed row in which responses share their group's prefix: each prefix is read once, exactly.
+"""Exact attention over one packed row whose responses share their group's prefix. Each prefix is processed once.
 
     row:     [P_1 | P_2 | … | P_G | R_11 R_12 … | R_21 …]       prefixes first, then the responses, group by group
     call A:  every segment, prefix or response, attends to itself, causally
     call B:  all responses of a group attend to the group's prefix, not causally
     merge:   out = out_A + sigmoid(lse_B - lse_A) (out_B - out_A),  lse = logaddexp(lse_A, lse_B)     on response rows
 
-Backward is the same two calls, both given the merged out and lse: a flash backward computes p = exp(s - lse) and
-delta = dout·out from what it is given, so each call returns exactly its share of dQ and its own dK and dV, and the
-shares add up. Merging outside of one autograd function would be wrong without a sign of it, as the gradient of a flash
-kernel's lse is dropped everywhere.
+Backward makes the same two calls, both with the merged out and lse. A flash backward computes p = exp(s - lse) and
+delta = dout·out from its arguments, so each call returns exactly its share of dQ and its own dK and dV, and the shares
+add up. Merging outside of a single autograd function would silently give wrong gradients, because flash kernels drop
+the gradient of lse.
 
-Work with M responses of R tokens on P tokens: P²/2 + M (R²/2 + R P) pairs of query and key, against M (P + R)²/2 in
-separate rows. Each direction is one torch.library op, so autograd, both kinds of checkpointing and torch.compile see
-one call. Lengths reach it as tensors: compiled code serves every plan. Nothing but making a plan waits for the device.
+Work for M responses of R tokens on a prefix of P tokens: P²/2 + M (R²/2 + R P) query-key pairs, compared with
+M (P + R)²/2 in separate rows. Each direction is one torch.library op, so autograd, both kinds of checkpointing and
+torch.compile see a single call. Lengths are passed as tensors, so compiled code serves every plan. Only creating a plan
+waits for the device.
 """
 
 from collections.abc import Sequence
@@ -29,13 +30,16 @@ from .layout import cumulative, integers, layout_of
 
 @dataclass(frozen=True, eq=False)
 class SharedPrefixPlan:
-    """Segments of one packed row of T tokens; see `from_lengths`.
+    """The segments of one packed row of T tokens. Create it with `from_lengths`.
 
-    prefix_lengths: tokens of each prefix, [G]; response_lengths: tokens of each group's responses, [G][M_g].
-    lengths: int64 on the CPU, [1 + 2G + M]: G, the prefixes' tokens, the groups' numbers of responses, the responses'
-        tokens. The other tensors are int32 on the plan's device: `segments` [G + M + 1], edges of all segments in the
-        row; `group_queries` [G + 1], edges of each group's responses, counted from the first response; `group_keys`
-        [G + 1], edges of the prefixes.
+    Attributes:
+        prefix_lengths: tokens of each prefix, [G].
+        response_lengths: tokens of each group's responses, [G][M_g].
+        lengths: G, the prefixes' tokens, the number of responses of each group, and the responses' tokens,
+            [1 + 2G + M], int64 on the CPU.
+        segments: edges of all segments in the row, [G + M + 1], int32 on the plan's device.
+        group_queries: edges of each group's responses, counted from the first response, [G + 1], int32, likewise.
+        group_keys: edges of the prefixes, [G + 1], int32, likewise.
     """
 
     prefix_lengths: tuple[int, ...]
@@ -53,15 +57,18 @@ class SharedPrefixPlan:
         *,
         device: torch.device | str = "cpu",
     ) -> "SharedPrefixPlan":
-        """The plan of a row with these segments.
+        """Create the plan of a row with these segments.
 
         Args:
             prefix_lengths: tokens of each prefix, [G], integers >= 1.
-            response_lengths: for each prefix the tokens of its responses, integers >= 1; a prefix may have none.
-            device: where the attention runs.
+            response_lengths: tokens of each prefix's responses, [G][M_g], integers >= 1; M_g may be 0.
+            device: device on which the attention runs.
+        Returns:
+            The plan.
         Raises:
-            ValueError: no prefix, an empty prefix or response, not one list of responses per prefix.
-            TypeError: a length that is no integer.
+            ValueError: there is no prefix, a prefix or response is empty, or there is not one list of responses per
+                prefix.
+            TypeError: a length is not an integer.
         """
         prefixes = integers("prefix_lengths", prefix_lengths)
         responses = tuple(integers(f"response_lengths[{g}]", group) for g, group in enumerate(response_lengths))
@@ -93,34 +100,37 @@ class SharedPrefixPlan:
 
     @property
     def tokens(self) -> int:
-        """T, of prefixes and responses together."""
+        """T, the number of tokens of all prefixes and responses."""
         return self.prefix_tokens + sum(map(sum, self.response_lengths))
 
     @property
     def prefix_tokens(self) -> int:
-        """Tokens of all prefixes: where the responses begin."""
+        """Number of tokens of all prefixes, which is also the row of the first response token."""
         return sum(self.prefix_lengths)
 
     @property
     def device(self) -> torch.device:
-        """Where attention with this plan runs."""
+        """Device on which attention with this plan runs."""
         return self.segments.device
 
     def predicting_rows(self) -> Tensor:
-        """For each response token, response by response, the row of the packed row that predicts it: int64 [S], CPU.
+        """Return, for each of the S response tokens in order, the index in the packed row that predicts it.
 
-        The first token of a response is predicted by its prefix's last row, every other by the row before it.
+        A response's first token is predicted at its prefix's last token, every other token at the token before it.
+
+        Returns:
+            Indices, [S], int64 on the CPU.
         """
-        found, start, end = [], self.prefix_tokens, 0
+        rows, start, end = [], self.prefix_tokens, 0
         for prefix, group in zip(self.prefix_lengths, self.response_lengths, strict=True):
             end += prefix
             for length in group:
-                found += [end - 1, *range(start, start + length - 1)]
+                rows += [end - 1, *range(start, start + length - 1)]
                 start += length
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64)
 
     def to(self, device: torch.device | str) -> "SharedPrefixPlan":
-        """The same plan for another device."""
+        """Return the same plan on another device."""
         edges = (t.to(device, non_blocking=True) for t in (self.segments, self.group_queries, self.group_keys))
         return SharedPrefixPlan(self.prefix_lengths, self.response_lengths, self.lengths, *edges)
 
@@ -134,24 +144,32 @@ def shared_prefix_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Causal attention of a packed row in which every response sees its group's prefix and itself.
+    """Compute causal attention of a packed row in which each response attends to its group's prefix and to itself.
 
-    Same as scaled_dot_product_attention with the [T, T] mask of the plan, which is never made. Differentiable once.
+    Same as scaled_dot_product_attention with the plan's [T, T] mask, which is never materialised. The result can be
+    differentiated once.
 
     Args:
-        q: [T, H, d], float. k, v: [T, Hkv, d], the same dtype, H a multiple of Hkv; any strides.
-        plan: the row's segments, on the tensors' device.
-        scale: of the scores; None: d ** -0.5.
-        impl: "flash": on CUDA flash-attn 3 where it is installed and the device is of compute capability 9.0, else
-            torch's own flash kernels (bfloat16 and float16, d a multiple of 8 up to 256); on CPU torch's CPU flash, in
-            16 bit with float32 inside where parts are added up. On CUDA the two parts are rounded to 16 bit before they
-            are merged: on response rows, out and dq may err up to 1.25 times as much as from one flash call.
-            "torch": explicit mathematics in float32 (float64 for float64), any device and floating dtype.
-            "auto": flash where it can serve the call, else torch.
+        q: queries, [T, H, d], floating, any strides.
+        k: keys, [T, Hkv, d], dtype of q, any strides; H is a multiple of Hkv.
+        v: values, [T, Hkv, d], dtype of q, any strides.
+        plan: the row's segments, on the device of q.
+        scale: factor of the scores; None means d ** -0.5.
+        impl: "flash", "torch" or "auto".
+            "flash" uses flash kernels. On CUDA these are FlashAttention-3 if it is installed and the device has compute
+            capability 9.0, otherwise torch's own (bfloat16 and float16; d a multiple of 8, up to 256). CUDA kernels
+            round both parts to 16 bits before they are merged; on response rows, the error of out and dq may be up to
+            1.25 times the error of a single flash call. On CPU, torch's CPU flash kernel is used, and 16-bit inputs are
+            converted to float32 where parts are summed.
+            "torch" uses explicit matrix products in float32 (float64 for float64 inputs), for any device and floating
+            dtype.
+            "auto" uses flash kernels if they can serve the call, otherwise "torch".
     Returns:
-        [T, H, d], contiguous, in the dtype of q. Under autocast, in its dtype, as scaled_dot_product_attention.
+        The attention output, [T, H, d], contiguous, in the dtype of q; under autocast in the autocast dtype, as
+        scaled_dot_product_attention.
     Raises:
-        ValueError: shapes, devices or the plan do not fit. TypeError: dtypes do not fit.
+        ValueError: shapes, devices or the plan do not match.
+        TypeError: dtypes do not match.
         RuntimeError: impl="flash" cannot serve the call.
     """
     q, k, v = autocast(q, k, v)
@@ -175,7 +193,7 @@ def _forward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out [T, H, d], lse [H, T])."""
+    """Return (out [T, H, d], lse [H, T])."""
     count_call()
     layout = layout_of(lengths)
     if q.shape[0] != layout.tokens:
@@ -205,7 +223,7 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of the merged attention."""
+    """Return (dq, dk, dv) of the merged attention."""
     edges = (segments, group_queries, group_keys)
     return backend_of(q, impl).backward(d_out.contiguous(), q, k, v, out, lse, layout_of(lengths), edges, scale)
 
@@ -224,22 +242,22 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_out, _):
-    # Autograd records a backward exactly where create_graph asks for it; a trace for torch.compile always does.
+    # In backward, grad mode is on only under create_graph=True, and always while torch.compile traces.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "shared_prefix_attention has no second derivatives (create_graph=True); use dense attention for these"
+            "shared_prefix_attention has no second derivatives (create_graph=True); use dense attention for them"
         )
-    nothing = (None,) * 6
+    no_gradients = (None,) * 6
     if d_out is None:
-        return None, None, None, *nothing
-    return *_backward(d_out, *ctx.saved_tensors, ctx.scale, ctx.impl), *nothing
+        return None, None, None, *no_gradients
+    return *_backward(d_out, *ctx.saved_tensors, ctx.scale, ctx.impl), *no_gradients
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would hand to scaled_dot_product_attention."""
+    """Return the tensors as autocast would pass them to scaled_dot_product_attention."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -248,24 +266,29 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], axis: int, shape: str) -> None:
-    """k and v of one shape, with the dtype, device and head size of q, and a number of heads that divides that of q."""
-    for name, other in zip(names, (k, v), strict=True):
-        if other.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {other.dtype}; cast one")
-        checks.check_device(name, other, q)
-        if other.ndim != len(shape.split(",")) or other.shape[-1] != q.shape[-1] or other.shape != k.shape:
+    """Check that k and v have one shape, the dtype, device and head size of q, and heads that divide those of q.
+
+    names: of k and v in messages. axis: the axis of their heads. shape: their expected shape in messages.
+    """
+    for name, tensor in zip(names, (k, v), strict=True):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}; cast it")
+        checks.check_device(name, tensor, q)
+        if tensor.ndim != len(shape.split(",")) or tensor.shape[-1] != q.shape[-1] or tensor.shape != k.shape:
             raise ValueError(
-                f"{name}: expected shape {shape} with d={q.shape[-1]} as q, k and v alike, got {list(other.shape)}"
+                f"{name}: expected shape {shape} with d={q.shape[-1]} as in q, the same for k and v, "
+                f"got {list(tensor.shape)}"
             )
-    heads, own = q.shape[1], k.shape[axis]
-    if own == 0 or heads % own:
-        raise ValueError(f"{names[0]}: expected a number of heads that divides the {heads} heads of q, got {own}")
+    heads, kv_heads = q.shape[1], k.shape[axis]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{names[0]}: expected a number of heads that divides the {heads} heads of q, got {kv_heads}")
 
 
 def check_query(q: Tensor, shape: str) -> None:
+    """Check for a floating tensor with 3 nonempty axes. shape: its expected shape in messages."""
     if not isinstance(q, Tensor) or q.ndim != 3 or 0 in q.shape:
         got = list(q.shape) if isinstance(q, Tensor) else type(q).__name__
-        raise ValueError(f"q: expected shape {shape}, none of them 0, got {got}")
+        raise ValueError(f"q: expected shape {shape} with no empty axis, got {got}")
     if not q.is_floating_point():
         raise TypeError(f"q: expected a floating dtype, got {q.dtype}")
 

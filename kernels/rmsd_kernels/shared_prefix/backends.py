@@ -1,4 +1,4 @@
-"""Which kernels serve a call of the shared-prefix ops, and the count of these calls."""
+"""The choice of kernels for the shared-prefix ops, and a counter of their calls."""
 
 import threading
 from typing import Protocol
@@ -14,7 +14,7 @@ _count = threading.local()
 
 
 class Backend(Protocol):
-    """Both directions on one packed row, and one decode step. edges: the plan's int32 tensors."""
+    """Forward and backward on one packed row. edges: the plan's int32 tensors."""
 
     def forward(self, q, k, v, layout: Layout, edges: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]: ...
 
@@ -22,9 +22,9 @@ class Backend(Protocol):
 
 
 def attention_calls() -> int:
-    """How often this thread has executed shared_prefix_attention's or shared_prefix_decode's forward so far.
+    """Return how often this thread has executed the forward of shared_prefix_attention and shared_prefix_decode.
 
-    Counted where the attention happens, so compiled code counts too, and tracing does not.
+    The op itself counts, so runs of compiled code are included and tracing is not.
     """
     return getattr(_count, "calls", 0)
 
@@ -34,7 +34,7 @@ def count_call() -> None:
 
 
 def backend_of(q: Tensor, impl: str) -> Backend:
-    """The kernels for queries like q; RuntimeError where impl="flash" has none."""
+    """Return the kernels for queries like q. Raise RuntimeError if impl is "flash" and no flash kernel fits."""
     if impl != "torch":
         reason = _why_not_flash(q)
         if not reason:
@@ -49,6 +49,6 @@ def _why_not_flash(q: Tensor) -> str:
     if device == "cuda":
         return cuda.why_not(q)
     if device != "cpu":
-        return f"there are flash kernels for cpu and cuda, got a tensor on {device}"
-    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return "" if q.dtype in known else f"the CPU flash kernel takes {', '.join(map(str, known))}, got {q.dtype}"
+        return f"flash kernels exist for cpu and cuda only, got a tensor on {device}"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return "" if q.dtype in dtypes else f"the CPU flash kernel takes {', '.join(map(str, dtypes))}, got {q.dtype}"

@@ -1,15 +1,18 @@
-"""Shared-prefix attention on CUDA: two variable-length flash calls for all groups together, whatever their number.
+"""Shared-prefix attention on CUDA: two variable-length flash calls serve any number of groups.
 
-torch's own kernels are FlashAttention-2, so the package flash_attn (2) would bring nothing and is not used.
-FlashAttention-3 (`flash_attn_interface`) is, on the devices it is written for (compute capability 9.0): its ops are
-checked against the arguments given here when they are first used, since its interface is not a stable one.
+torch's own kernels are FlashAttention-2, so the package flash_attn (2) would add nothing and is not used.
+FlashAttention-3 (`flash_attn_interface`) is used on the devices that it is written for (compute capability 9.0). Its
+interface is not stable, so the first use checks that its ops take the arguments that this file passes.
 
-Facts on the kernels that this file relies on: lse of variable-length calls is [H, T], and backward reads it as one
-block; gradients of keys that no query sees need not be written; with a longest query of 1 the FlashAttention-2 forward
-takes the row for one query per segment, which a group without responses breaks, so 2 is said instead (it is a bound).
+This file relies on these properties of the kernels:
+- lse of variable-length calls is [H, T], and backward expects it to be contiguous.
+- Gradients of keys that no query attends to may be left uninitialised.
+- With a maximum query length of 1, the FlashAttention-2 forward assumes one query per segment, which is wrong for a
+  group without responses. This file passes 2 instead, which is valid because the argument is only an upper bound.
 
-The kernels round both parts to 16 bit before they are merged, in float32, and rounded again: on response rows, and in
-gradients that are sums of two parts of equal size, up to 1.25 times the error of one call (found with CPU kernels).
+The kernels round both parts to 16 bits. The merge is in float32, and its result is rounded again. On response rows, and
+in gradients that are sums of two parts of similar size, the error is up to 1.25 times that of one call (measured with
+CPU kernels).
 """
 
 import importlib
@@ -39,63 +42,64 @@ class Lengths(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """A backend made of a kernel's two directions on q [T, H, d] and k, v [S, Hkv, d] with Lengths.
+    """A backend built from a kernel's forward and backward on q [T, H, d] and k, v [S, Hkv, d] with Lengths.
 
-    attend(q, k, v, lengths, causal, scale) -> (out, lse [H, T]); with lengths=None on [B, T, H, d] and [B, S, Hkv, d],
-    whose lse is [B, H, T]. attend_backward(d_out, q, k, v, out, lse, lengths, causal, scale) -> (dq, dk, dv).
+    attend(q, k, v, lengths, causal, scale) returns (out, lse [H, T]). With lengths=None, it takes q [B, T, H, d] and
+    k, v [B, S, Hkv, d], and lse is [B, H, T].
+    attend_backward(d_out, q, k, v, out, lse, lengths, causal, scale) returns (dq, dk, dv).
     """
 
     attend: Callable
     attend_backward: Callable
 
     def forward(self, q, k, v, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [T, H, d], lse [H, T])."""
+        """Return (out [T, H, d], lse [H, T])."""
         q, k, v = map(adjacent, (q, k, v))
-        own, shared = _calls(layout, edges)
-        out, lse = self.attend(q, k, v, own, True, scale)
-        # The op promises adjacent rows, a kernel may follow the strides of q.
+        within_segments, over_prefixes = _calls(layout, edges)
+        out, lse = self.attend(q, k, v, within_segments, True, scale)
+        # The op returns contiguous tensors, but a kernel may use the strides of q.
         out = out.contiguous()
         if layout.groups:
             keys, queries = slice(0, layout.prefix_tokens), slice(layout.prefix_tokens, None)
-            part, part_lse = self.attend(q[queries], k[keys], v[keys], shared, False, scale)
-            merge_(out[queries], lse[:, queries], part, part_lse)
+            prefix_out, prefix_lse = self.attend(q[queries], k[keys], v[keys], over_prefixes, False, scale)
+            merge_(out[queries], lse[:, queries], prefix_out, prefix_lse)
         return out, lse
 
     def backward(self, d_out, q, k, v, out, lse, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv)."""
+        """Return (dq, dk, dv)."""
         q, k, v = map(adjacent, (q, k, v))
-        own, shared = _calls(layout, edges)
-        parts = self.attend_backward(d_out, q, k, v, out, lse, own, True, scale)
-        dq, dk, dv = (t.contiguous() for t in parts)
+        within_segments, over_prefixes = _calls(layout, edges)
+        gradients = self.attend_backward(d_out, q, k, v, out, lse, within_segments, True, scale)
+        dq, dk, dv = (t.contiguous() for t in gradients)
         if layout.groups:
             keys, queries = slice(0, layout.prefix_tokens), slice(layout.prefix_tokens, None)
             rows = (d_out[queries], q[queries], k[keys], v[keys], out[queries], lse[:, queries].contiguous())
-            part_q, part_k, part_v = self.attend_backward(*rows, shared, False, scale)
-            dq[queries].add_(part_q)
-            for used in _joined(layout.groups):
-                dk[used].add_(part_k[used])
-                dv[used].add_(part_v[used])
+            prefix_dq, prefix_dk, prefix_dv = self.attend_backward(*rows, over_prefixes, False, scale)
+            dq[queries].add_(prefix_dq)
+            for prefix_rows in _joined(layout.groups):
+                dk[prefix_rows].add_(prefix_dk[prefix_rows])
+                dv[prefix_rows].add_(prefix_dv[prefix_rows])
         return dq, dk, dv
 
     def attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
+        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
         rows = (t.transpose(1, 2) for t in (q, *map(adjacent, (k, v))))
         out, lse = self.attend(*rows, None, False, scale)
         return out.transpose(1, 2).flatten(1, 2), lse.flatten(1, 2).t()
 
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
-        """The same of each group's rows over its prefix, k, v [Tp, Hkv, d].
+        """Return the same for each group's rows over its prefix, with k, v [Tp, Hkv, d].
 
-        Prompts of one length with equally many rows are one dense call, for which FlashAttention-2 divides the keys
-        among thread blocks. Its variable-length call, which all others take, does not: each block then reads a whole
-        prefix, and few groups leave most of a device idle.
+        If all prompts have one length and equally many rows, this is a dense call, in which FlashAttention-2 divides
+        the keys among thread blocks. Otherwise it is a variable-length call, in which each block reads a whole prefix,
+        so that few groups leave most of the device idle.
         """
         k, v = map(adjacent, (k, v))
         batch, _, fold, _ = q.shape
         query = q.transpose(1, 2).flatten(0, 1)  # [B r, Hkv, d]
         if len(set(prefixes)) == 1 and len(set(rows)) == 1:
-            of_groups = (t.unflatten(0, (len(prefixes), -1)) for t in (query, k, v))
-            out, lse = self.attend(*of_groups, None, False, scale)
+            batched = (t.unflatten(0, (len(prefixes), -1)) for t in (query, k, v))
+            out, lse = self.attend(*batched, None, False, scale)
             out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1, 2)
         else:
             longest = max(max(rows) * fold, _LEAST_BOUND)
@@ -106,15 +110,16 @@ class Varlen(NamedTuple):
 
 
 def _calls(layout: Layout, edges: tuple[Tensor, ...]) -> tuple[Lengths, Lengths]:
-    """Every segment over itself; each group's responses over its prefix."""
+    """Return the Lengths of the two calls: every segment over itself, and each group's responses over its prefix."""
     segments, group_queries, group_keys = edges
     longest = max(layout.longest_segment, _LEAST_BOUND)
-    own = Lengths(segments, segments, longest, longest)
-    return own, Lengths(group_queries, group_keys, max(layout.longest_queries, _LEAST_BOUND), layout.longest_keys)
+    within_segments = Lengths(segments, segments, longest, longest)
+    longest_queries = max(layout.longest_queries, _LEAST_BOUND)
+    return within_segments, Lengths(group_queries, group_keys, longest_queries, layout.longest_keys)
 
 
 def _joined(groups: tuple[Group, ...]) -> list[slice]:
-    """The groups' keys, neighbours as one."""
+    """Return the slices of the groups' keys, with adjacent slices joined."""
     joined: list[slice] = []
     for keys, _ in groups:
         if joined and joined[-1].stop == keys.start:
@@ -124,21 +129,21 @@ def _joined(groups: tuple[Group, ...]) -> list[slice]:
 
 
 def why_not(q: Tensor) -> str:
-    """Why the flash kernels do not take queries like q on CUDA, "" where they do."""
+    """Return why the CUDA flash kernels do not support queries like q, or "" if they do."""
     if torch.version.hip:
-        return "the lse of ROCm's flash kernels has another layout than is read here"
+        return "the lse of ROCm's flash kernels has a layout that is not supported"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA flash kernels take bfloat16 and float16, got {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"the CUDA flash kernels take head sizes that are multiples of 8 up to 256, got {q.shape[-1]}"
     capability = torch.cuda.get_device_capability(q.device)
     if capability < (8, 0):
-        return f"the CUDA flash kernels need compute capability 8.0, got {capability[0]}.{capability[1]}"
+        return f"the CUDA flash kernels need compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
     return ""
 
 
 def kernels_for(q: Tensor) -> Varlen:
-    """FlashAttention-3 where it is installed and meant for the device, else torch's kernels."""
+    """Return FlashAttention-3 if it is installed and supports the device, otherwise torch's kernels."""
     if torch.cuda.get_device_capability(q.device) == (9, 0) and _has_flash_attn_3():
         return flash_attn_3()
     return TORCH_FLASH
@@ -150,16 +155,16 @@ def _has_flash_attn_3() -> bool:
 
 
 def torch_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None, causal: bool, scale: float):
-    given = (None, None, q.shape[1], k.shape[1]) if lengths is None else lengths
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *given, 0.0, causal, False, scale=scale)
+    bounds = (None, None, q.shape[1], k.shape[1]) if lengths is None else lengths
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, causal, False, scale=scale)
     return out, lse
 
 
 def torch_flash_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, scale: float):
-    # The state of the random numbers is read with dropout alone.
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
+    # The random state is read only with dropout.
+    rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
     backward = torch.ops.aten._flash_attention_backward
-    return backward(d_out, q, k, v, out, lse, *lengths, 0.0, causal, state, state.new_empty(()), scale=scale)
+    return backward(d_out, q, k, v, out, lse, *lengths, 0.0, causal, rng_state, rng_state.new_empty(()), scale=scale)
 
 
 TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
@@ -167,7 +172,7 @@ TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
 
 @lru_cache(maxsize=1)
 def flash_attn_3() -> Varlen:
-    """The ops of FlashAttention-3; RuntimeError where they take other arguments than the ones given here."""
+    """Return the ops of FlashAttention-3. Raise RuntimeError if they do not take the arguments that are passed here."""
     importlib.import_module("flash_attn_interface")
     settings = (*_LENGTHS, "softmax_scale", "is_causal")
     forward = _op("fwd", ("q", "k", "v", *settings))
@@ -175,8 +180,8 @@ def flash_attn_3() -> Varlen:
     backward = _op("bwd", (*tensors, *settings, "deterministic"))
 
     def attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        given = {} if lengths is None else dict(zip(_LENGTHS, lengths, strict=True))
-        out, lse, *_ = forward(q=q, k=k, v=v, softmax_scale=scale, is_causal=causal, **given)
+        bounds = {} if lengths is None else dict(zip(_LENGTHS, lengths, strict=True))
+        out, lse, *_ = forward(q=q, k=k, v=v, softmax_scale=scale, is_causal=causal, **bounds)
         return out, lse
 
     def attend_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, scale: float):
@@ -193,21 +198,23 @@ def flash_attn_3() -> Varlen:
     return Varlen(attend, attend_backward)
 
 
-def _op(name: str, given: tuple[str, ...]) -> Callable:
-    """torch.ops.flash_attn_3.<name>, which must know every argument given and demand no other."""
+def _op(name: str, passed: tuple[str, ...]) -> Callable:
+    """Return torch.ops.flash_attn_3.<name>, which must accept every argument in `passed` and require no other."""
     try:
         op = getattr(torch.ops.flash_attn_3, name).default
     except AttributeError:
-        raise RuntimeError(_unknown(f"has no op flash_attn_3::{name}")) from None
+        raise RuntimeError(_unsupported(f"has no op flash_attn_3::{name}")) from None
     arguments = op._schema.arguments
-    unknown = sorted(set(given) - {argument.name for argument in arguments})
-    missing = sorted(a.name for a in arguments if not a.has_default_value() and a.name not in given)
+    unknown = sorted(set(passed) - {argument.name for argument in arguments})
+    missing = sorted(a.name for a in arguments if not a.has_default_value() and a.name not in passed)
     if unknown or missing:
         raise RuntimeError(
-            _unknown(f"has another interface: flash_attn_3::{name} does not know {unknown} and demands {missing}")
+            _unsupported(
+                f"has another interface: flash_attn_3::{name} does not accept {unknown} and also requires {missing}"
+            )
         )
     return op
 
 
-def _unknown(what: str) -> str:
+def _unsupported(what: str) -> str:
     return f"the installed flash_attn_interface {what}; install another version, remove it, or use impl='torch'"

@@ -1,8 +1,8 @@
-"""One decode step of B sequences whose prompts' keys and values are kept once per prompt, never once per sequence.
+"""One decode step of B sequences. Keys and values of a prompt are stored once per prompt, not once per sequence.
 
-Attention over the sequence's own keys and over its prompt's are two calls, merged as in `shared_prefix`. Query heads
-that share a key head are folded into query rows, so both calls read each key once for all of them: with nothing masked,
-heads and rows are the same to the mathematics. No gradient.
+Attention over a sequence's own keys and attention over its prompt's keys are two calls, merged as in `attention`. Query
+heads that share a key head are folded into query rows, so that both calls read each key once for all of these heads.
+This is exact because nothing is masked. There is no gradient.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,14 @@ from .merge import adjacent, merge_
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """Which of B = sum(rows) sequences decodes on which prefix, group by group; see `from_counts`.
+    """The prefix of each of B = sum(rows) sequences, group by group. Create it with `from_counts`.
 
-    lengths: int64 on the CPU, [1 + 2G]: G, the prefixes' tokens, the rows; `group_queries` and `group_keys`: int32 on
-    the plan's device, [G + 1], edges of each group's sequences and of the prefixes.
+    Attributes:
+        prefix_lengths: tokens of each prefix, [G].
+        rows: number of sequences of each prefix, [G].
+        lengths: G, prefix_lengths and rows, [1 + 2G], int64 on the CPU.
+        group_queries: edges of each group's sequences, [G + 1], int32 on the plan's device.
+        group_keys: edges of the prefixes, [G + 1], int32 on the plan's device.
     """
 
     prefix_lengths: tuple[int, ...]
@@ -36,28 +40,33 @@ class DecodePlan:
     def from_counts(
         cls, prefix_lengths: Sequence[int], rows: Sequence[int], *, device: torch.device | str = "cpu"
     ) -> "DecodePlan":
-        """rows[g] sequences decode on prefix g.
+        """Create the plan in which rows[g] sequences decode on prefix g.
 
         Args:
-            prefix_lengths: tokens of each prefix, [G], integers >= 1. rows: [G], integers >= 0, together >= 1.
-            device: where the attention runs.
+            prefix_lengths: tokens of each prefix, [G], integers >= 1.
+            rows: number of sequences of each prefix, [G], integers >= 0, not all 0.
+            device: device on which the attention runs.
+        Returns:
+            The plan.
         Raises:
-            ValueError: the lists differ in length or hold other numbers. TypeError: a number that is no integer.
+            ValueError: the lists differ in length, or a number is out of range.
+            TypeError: a number is not an integer.
         """
         prefixes, counts = integers("prefix_lengths", prefix_lengths), integers("rows", rows)
         if not prefixes or len(prefixes) != len(counts):
             raise ValueError(
-                f"rows: expected one number per prefix, {len(prefixes)} and at least one, got {len(counts)}"
+                f"rows: expected one number per prefix and at least one prefix, got {len(counts)} for "
+                f"{len(prefixes)} prefixes"
             )
         if min(prefixes) < 1:
             raise ValueError(f"prefix_lengths: expected at least 1 token each, got {list(prefixes)}")
         if min(counts) < 0 or not any(counts):
-            raise ValueError(f"rows: expected numbers >= 0, not all of them 0, got {list(counts)}")
+            raise ValueError(f"rows: expected numbers >= 0, not all 0, got {list(counts)}")
         lengths = torch.tensor([len(prefixes), *prefixes, *counts], dtype=torch.int64)
         return cls(prefixes, counts, lengths, cumulative(counts, device), cumulative(prefixes, device))
 
     def to(self, device: torch.device | str) -> "DecodePlan":
-        """The same plan for another device."""
+        """Return the same plan on another device."""
         edges = (t.to(device, non_blocking=True) for t in (self.group_queries, self.group_keys))
         return DecodePlan(self.prefix_lengths, self.rows, self.lengths, *edges)
 
@@ -73,18 +82,24 @@ def shared_prefix_decode(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of one new token per sequence over its group's prefix and its own tokens.
+    """Compute attention of one new token per sequence over its group's prefix and its own tokens.
 
     Args:
-        q: [B, H, d], float. prefix_k, prefix_v: [Tp, Hkv, d], the prefixes one after another.
-        own_k, own_v: [B, Hkv, t, d], t >= 1, the new token included; may be views of larger buffers.
-        plan: which sequence decodes on which prefix, on the tensors' device.
-        scale, impl: as shared_prefix_attention.
+        q: queries, [B, H, d], floating.
+        prefix_k: keys of all prefixes, concatenated, [Tp, Hkv, d], dtype of q.
+        prefix_v: values of all prefixes, concatenated, [Tp, Hkv, d], dtype of q.
+        own_k: keys of each sequence's own tokens, including the new token, [B, Hkv, t, d], t >= 1, dtype of q. May be a
+            view of a larger buffer.
+        own_v: values of each sequence's own tokens, [B, Hkv, t, d], dtype of q. May be a view of a larger buffer.
+        plan: the prefix of each sequence, on the device of q.
+        scale: factor of the scores; None means d ** -0.5.
+        impl: as in shared_prefix_attention.
     Returns:
-        [B, H, d], contiguous, in the dtype of q.
+        The attention output, [B, H, d], contiguous, in the dtype of q; under autocast in the autocast dtype.
     Raises:
-        ValueError: shapes, devices or the plan do not fit. TypeError: dtypes do not fit.
-        RuntimeError: impl="flash" cannot serve the call, or a gradient would be needed.
+        ValueError: shapes, devices or the plan do not match.
+        TypeError: dtypes do not match.
+        RuntimeError: impl="flash" cannot serve the call, or an input requires a gradient.
     """
     q, prefix_k, prefix_v, own_k, own_v = autocast(q, prefix_k, prefix_v, own_k, own_v)
     _check_step(q, prefix_k, prefix_v, own_k, own_v, plan)
@@ -120,8 +135,8 @@ def _decode(
         backend = backend_of(q, impl)
         out, lse = backend.attend_own(folded, own_k, own_v, scale)
         edges = (group_queries, group_keys)
-        other, other_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
-        merge_(out, lse, other, other_lse)
+        prefix_out, prefix_lse = backend.attend_prefixes(folded, prefix_k, prefix_v, prefixes, rows, edges, scale)
+        merge_(out, lse, prefix_out, prefix_lse)
         return out.to(q.dtype).contiguous()
 
 

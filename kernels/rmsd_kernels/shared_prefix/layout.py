@@ -1,4 +1,4 @@
-"""Where the segments of a packed row lie, read from the length tensor that travels through the ops."""
+"""The positions of a packed row's segments, computed from the length tensor that is passed through the ops."""
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """A prefix with at least one response, as rows of the packed row."""
+    """A prefix with at least one response: the slices of its keys and of its responses' queries in the packed row."""
 
     keys: slice
     queries: slice
 
 
 class Run(NamedTuple):
-    """`count` neighbouring segments of `length` tokens each: one batched call."""
+    """`count` adjacent segments of `length` tokens each, which are one batched call."""
 
     rows: slice
     count: int
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Of a packed row: T, the prefixes' tokens, all segments as runs, groups with responses, and longest lengths."""
+    """The layout of a packed row: token counts, all segments as runs, groups with responses, and maximum lengths."""
 
     tokens: int
     prefix_tokens: int
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
 
 def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    """The values as Python's integers; TypeError for others, of which int() would drop a part."""
+    """Return the values as Python integers. Raise TypeError for floats, which int() would truncate."""
     try:
         return tuple(map(index, values))
     except TypeError:
@@ -46,16 +46,16 @@ def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 
 def cumulative(lengths: Iterable[int], device: torch.device | str) -> Tensor:
-    """Edges from 0, int32, as varlen kernels take them."""
+    """Return the cumulative lengths from 0, int32, as varlen kernels take them."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 def layout_of(lengths: Tensor) -> Layout:
-    """The Layout of a plan's `lengths`."""
+    """Return the Layout of a plan's `lengths`."""
     return _layout(tuple(lengths.tolist()))
 
 
-# A step goes through every layer with the same few plans.
+# In a step, all layers use the same few plans.
 @lru_cache(maxsize=256)
 def _layout(lengths: tuple[int, ...]) -> Layout:
     groups = lengths[0]
@@ -65,17 +65,18 @@ def _layout(lengths: tuple[int, ...]) -> Layout:
         lengths[1 + 2 * groups :],
     )
     runs, row = [], 0
-    # A run holds prefixes or responses, not both.
+    # A run contains either prefixes or responses.
     for (_, length), equal in groupby([*((0, length) for length in prefixes), *((1, length) for length in responses)]):
         count = len(list(equal))
         runs.append(Run(slice(row, row + count * length), count, length))
         row += count * length
-    used, key, first, query = [], 0, 0, sum(prefixes)
+    nonempty, key, first, query = [], 0, 0, sum(prefixes)
     longest = 0
     for prefix, count in zip(prefixes, counts, strict=True):
         rows = sum(responses[first : first + count])
         if rows:
-            used.append(Group(slice(key, key + prefix), slice(query, query + rows)))
+            nonempty.append(Group(slice(key, key + prefix), slice(query, query + rows)))
         key, first, query = key + prefix, first + count, query + rows
         longest = max(longest, rows)
-    return Layout(row, sum(prefixes), tuple(runs), tuple(used), max((*prefixes, *responses)), longest, max(prefixes))
+    longest_segment = max((*prefixes, *responses))
+    return Layout(row, sum(prefixes), tuple(runs), tuple(nonempty), longest_segment, longest, max(prefixes))

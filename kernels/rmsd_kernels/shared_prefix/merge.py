@@ -1,4 +1,4 @@
-"""Attention over two sets of keys from the attention over each, and what every back end needs beside it."""
+"""Merge attention over two sets of keys, and a helper on strides that all back ends use."""
 
 import importlib
 
@@ -9,9 +9,13 @@ from ..implementations import can_run_triton
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Attention over two sets of keys from that over each, in place; `other` is used up.
+    """Merge attention over two sets of keys into out and lse, in place. `other` may be overwritten.
 
-    out, other: [R, H, d]; lse, other_lse: [H, R] in the accumulation dtype, in which the arithmetic is.
+    Args:
+        out: attention over the first set of keys, [R, H, d].
+        lse: its log-sum-exp, [H, R], in the accumulation dtype, in which the merge is computed.
+        other: attention over the second set of keys, [R, H, d].
+        other_lse: its log-sum-exp, [H, R], dtype of lse.
     """
     if lse.dtype == torch.float32 and can_run_triton(out) and out.stride(-1) == other.stride(-1) == 1:
         importlib.import_module(".triton_merge", __package__).merge_(out, lse, other, other_lse)
@@ -22,5 +26,5 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
 
 def adjacent(t: Tensor) -> Tensor:
-    """t with neighbouring numbers in its last dimension, which the kernels take for granted; other strides are free."""
+    """Return t with stride 1 in its last dimension, as the kernels require; other strides may be anything."""
     return t if t.stride(-1) == 1 else t.contiguous()

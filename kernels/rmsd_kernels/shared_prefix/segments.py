@@ -1,6 +1,6 @@
-"""Shared-prefix attention as a call per segment: torch's CPU flash kernel, or explicit mathematics on any device.
+"""Shared-prefix attention with one call per segment: torch's CPU flash kernel, or explicit products on any device.
 
-Neighbouring segments of equal length are one batched call, on views: nothing is copied on the way in.
+Adjacent segments of equal length are one batched call on views, so inputs are not copied.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from ..ops import accumulation_dtype
 from .layout import Layout, Run
 from .merge import adjacent, merge_
 
-# Scores that exist at once in the explicit form: 64 MiB in float32.
+# Number of scores that exist at once in the explicit form: 64 MiB in float32.
 _SCORES = 1 << 24
 
 
 class Segments(NamedTuple):
-    """A backend made of two functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
+    """A backend built from three functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
 
-    attend(q, k, v, causal, scale) -> (out, lse [B, H, R]);
-    attend_exactly: the same with out in the accumulation dtype, for what is merged and so rounded once more;
-    attend_backward(d_out, q, k, v, out, lse, causal, scale) -> (dq, dk, dv).
+    attend(q, k, v, causal, scale) returns (out, lse [B, H, R]).
+    attend_exactly is the same with out in the accumulation dtype, for results that are rounded after a merge.
+    attend_backward(d_out, q, k, v, out, lse, causal, scale) returns (dq, dk, dv).
     """
 
     attend: Callable
@@ -30,7 +30,7 @@ class Segments(NamedTuple):
     attend_backward: Callable
 
     def forward(self, q, k, v, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [T, H, d], lse [H, T])."""
+        """Return (out [T, H, d], lse [H, T])."""
         q, k, v = map(adjacent, (q, k, v))
         out = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))
@@ -39,43 +39,44 @@ class Segments(NamedTuple):
         for run in layout.runs:
             rows = (_batch(t, run.rows, run) for t in (q, k, v))
             if run.rows.start < layout.prefix_tokens:
-                part, part_lse = self.attend(*rows, True, scale)
-                _batch(out, run.rows, run).copy_(part)
+                run_out, run_lse = self.attend(*rows, True, scale)
+                _batch(out, run.rows, run).copy_(run_out)
             else:
-                part, part_lse = self.attend_exactly(*rows, True, scale)
-                _batch(exact, _shifted(run.rows, layout), run).copy_(part)
-            _lse_batch(lse, run).copy_(part_lse)
+                run_out, run_lse = self.attend_exactly(*rows, True, scale)
+                _batch(exact, _shifted(run.rows, layout), run).copy_(run_out)
+            _lse_batch(lse, run).copy_(run_lse)
         for keys, queries in layout.groups:
-            part, part_lse = self.attend_exactly(_one(q[queries]), _one(k[keys]), _one(v[keys]), False, scale)
-            merge_(exact[_shifted(queries, layout)], lse[:, queries], part[0].transpose(0, 1), part_lse[0])
+            prefix_inputs = (_as_batch(q[queries]), _as_batch(k[keys]), _as_batch(v[keys]))
+            prefix_out, prefix_lse = self.attend_exactly(*prefix_inputs, False, scale)
+            merge_(exact[_shifted(queries, layout)], lse[:, queries], prefix_out[0].transpose(0, 1), prefix_lse[0])
         if exact is not responses:
             responses.copy_(exact)
         return out, lse
 
     def backward(self, d_out, q, k, v, out, lse, layout: Layout, edges, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv)."""
+        """Return (dq, dk, dv)."""
         q, k, v = map(adjacent, (q, k, v))
         gradients = tuple(t.new_empty(t.shape) for t in (q, k, v))
         for run in layout.runs:
             rows = (_batch(t, run.rows, run) for t in (d_out, q, k, v, out))
-            parts = self.attend_backward(*rows, _lse_batch(lse, run), True, scale)
-            for gradient, part in zip(gradients, parts, strict=True):
-                _batch(gradient, run.rows, run).copy_(part)
+            run_gradients = self.attend_backward(*rows, _lse_batch(lse, run), True, scale)
+            for gradient, run_gradient in zip(gradients, run_gradients, strict=True):
+                _batch(gradient, run.rows, run).copy_(run_gradient)
         for keys, queries in layout.groups:
-            places = (queries, queries, keys, keys, queries)
-            rows = (_one(t[place]) for t, place in zip((d_out, q, k, v, out), places, strict=True))
-            parts = self.attend_backward(*rows, lse[:, queries].unsqueeze(0), False, scale)
-            for gradient, place, part in zip(gradients, (queries, keys, keys), parts, strict=True):
-                _one(gradient[place]).add_(part)
+            slices = (queries, queries, keys, keys, queries)
+            rows = (_as_batch(t[rows]) for t, rows in zip((d_out, q, k, v, out), slices, strict=True))
+            shares = self.attend_backward(*rows, lse[:, queries].unsqueeze(0), False, scale)
+            for gradient, rows, share in zip(gradients, (queries, keys, keys), shares, strict=True):
+                _as_batch(gradient[rows]).add_(share)
         return gradients
 
     def attend_own(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
+        """Return the attention of q [B, Hkv, r, d] over k, v [B, Hkv, t, d]: out [B, Hkv r, d], lse [Hkv r, B]."""
         out, lse = self.attend(q, *map(adjacent, (k, v)), False, scale)
         return out.flatten(1, 2), lse.flatten(1, 2).t()
 
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
-        """The same of each group's rows over its prefix, k, v [Tp, Hkv, d]."""
+        """Return the same for each group's rows over its prefix, with k, v [Tp, Hkv, d]."""
         k, v = map(adjacent, (k, v))
         batch, kv_heads, fold, _ = q.shape
         out = q.new_empty(q.shape, dtype=accumulation_dtype(q))
@@ -83,32 +84,32 @@ class Segments(NamedTuple):
         row = key = 0
         for prefix, count in zip(prefixes, rows, strict=True):
             if count:
-                of_group, keys = slice(row, row + count), slice(key, key + prefix)
-                query = q[of_group].transpose(0, 1).flatten(1, 2).unsqueeze(0)
-                part, part_lse = self.attend(query, _one(k[keys]), _one(v[keys]), False, scale)
-                out[of_group] = part[0].unflatten(1, (count, fold)).transpose(0, 1)
-                lse[:, of_group] = part_lse[0].unflatten(1, (count, fold))
+                group_rows, keys = slice(row, row + count), slice(key, key + prefix)
+                query = q[group_rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+                group_out, group_lse = self.attend(query, _as_batch(k[keys]), _as_batch(v[keys]), False, scale)
+                out[group_rows] = group_out[0].unflatten(1, (count, fold)).transpose(0, 1)
+                lse[:, group_rows] = group_lse[0].unflatten(1, (count, fold))
             row, key = row + count, key + prefix
         return out.flatten(1, 2), lse.transpose(1, 2).flatten(0, 1)
 
 
-def _one(rows: Tensor) -> Tensor:
-    """[R, H, d] as [1, H, R, d]."""
+def _as_batch(rows: Tensor) -> Tensor:
+    """Return [R, H, d] as [1, H, R, d]."""
     return rows.transpose(0, 1).unsqueeze(0)
 
 
 def _shifted(rows: slice, layout: Layout) -> slice:
-    """Rows counted from the first response."""
+    """Return the slice counted from the first response."""
     return slice(rows.start - layout.prefix_tokens, rows.stop - layout.prefix_tokens)
 
 
 def _batch(t: Tensor, rows: slice, run: Run) -> Tensor:
-    """A run's rows of [T, H, d] as [count, H, length, d]."""
+    """Return a run's rows of [T, H, d] as [count, H, length, d]."""
     return t[rows].unflatten(0, (run.count, run.length)).transpose(1, 2)
 
 
 def _lse_batch(lse: Tensor, run: Run) -> Tensor:
-    """A run's columns of [H, T] as [count, H, length]."""
+    """Return a run's columns of [H, T] as [count, H, length]."""
     return lse[:, run.rows].unflatten(1, (run.count, run.length)).transpose(0, 1)
 
 
@@ -117,20 +118,20 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
 
 
 def cpu_flash_exactly(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    # Rounding both parts to bfloat16 and then their merge costs up to 1.25 times the error of attention in one call.
+    # Rounding both parts to bfloat16, and their merge again, gives up to 1.25 times the error of one attention call.
     return cpu_flash(*(t.to(accumulation_dtype(t)) for t in (q, k, v)), causal, scale)
 
 
 def cpu_flash_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    # In bfloat16 the kernel adds dK and dV up in bfloat16, over blocks of 32 to 256 queries and over the query heads
-    # of a key head: 2 to 4 times the error of rounding once.
+    # For bfloat16 inputs, the kernel sums dK and dV in bfloat16, over blocks of 32 to 256 queries and over the query
+    # heads of a key head, which gives 2 to 4 times the error of rounding once.
     rows = (t.to(lse.dtype) for t in (d_out, q, k, v, out))
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return backward(*rows, lse, 0.0, causal, scale=scale)
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Chunked over queries, so that scores never hold more than _SCORES numbers (or one row of queries)."""
+    """Attend with matrix products, in chunks of queries with at most _SCORES scores (or one query)."""
     kv_heads, dtype = k.shape[1], accumulation_dtype(q)
     k, v = k.to(dtype), v.to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -138,8 +139,8 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tup
     for rows, seen in _chunks(q, k, causal):
         scores = _scores(_fold(q[:, :, rows].to(dtype), kv_heads), k[:, :, :seen], rows, causal, scale)
         chunk_lse = scores.logsumexp(-1)
-        part = scores.sub_(chunk_lse.unsqueeze(-1)).exp_() @ v[:, :, :seen]
-        out[:, :, rows] = _unfold(part, q.shape[1])
+        chunk_out = scores.sub_(chunk_lse.unsqueeze(-1)).exp_() @ v[:, :, :seen]
+        out[:, :, rows] = _unfold(chunk_out, q.shape[1])
         lse[:, :, rows] = _unfold(chunk_lse, q.shape[1])
     return out, lse
 
@@ -162,7 +163,7 @@ def explicit_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> t
 
 
 def _chunks(q: Tensor, k: Tensor, causal: bool):
-    """(queries of a chunk, keys that they see)."""
+    """Yield (slice of a chunk's queries, number of keys that they attend to)."""
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
     size = max(1, _SCORES // (batch * heads * keys))
@@ -172,7 +173,7 @@ def _chunks(q: Tensor, k: Tensor, causal: bool):
 
 
 def _fold(t: Tensor, kv_heads: int) -> Tensor:
-    """[B, H, R, …] as [B, Hkv, H / Hkv * R, …]: queries that share their keys are rows of one product."""
+    """Return [B, H, R, …] as [B, Hkv, H / Hkv * R, …], so that queries with the same keys are rows of one product."""
     return t.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 

@@ -1,6 +1,6 @@
 """`merge_` of `merge` in Triton for CUDA tensors: one kernel that reads both parts once and writes the result.
 
-One program owns some heads of one row. Arithmetic is float32, and the result is rounded once.
+One program processes several heads of one row. Arithmetic is float32, and the result is rounded once.
 """
 
 import triton
@@ -11,7 +11,7 @@ from ..triton_launch import device_of
 
 HEADS = 8
 WARPS = 4
-# Slices of longer tensors: without this each alignment of them would be compiled again.
+# These are slices of longer tensors. Without this, every alignment would compile the kernel again.
 SLICED = ["lse_ptr", "other_lse_ptr"]
 
 
@@ -38,26 +38,26 @@ def _merge_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside = head < heads
     head = head.to(tl.int64)
-    lse_place = lse_ptr + row * lse_row + head * lse_head
-    lse = tl.load(lse_place, mask=inside, other=0.0)
+    lse_address = lse_ptr + row * lse_row + head * lse_head
+    lse = tl.load(lse_address, mask=inside, other=0.0)
     other_lse = tl.load(other_lse_ptr + row * other_lse_row + head * other_lse_head, mask=inside, other=0.0)
     weight = 1.0 / (1.0 + tl.exp(lse - other_lse))
     col = tl.arange(0, DIM)
     mask = inside[:, None] & (col < dim)[None, :]
-    out_place = out_ptr + row * out_row + head[:, None] * out_head + col[None, :]
-    other_place = other_ptr + row * other_row + head[:, None] * other_head + col[None, :]
-    out = tl.load(out_place, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(other_place, mask=mask, other=0.0).to(tl.float32)
+    out_address = out_ptr + row * out_row + head[:, None] * out_head + col[None, :]
+    other_address = other_ptr + row * other_row + head[:, None] * other_head + col[None, :]
+    out = tl.load(out_address, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(other_address, mask=mask, other=0.0).to(tl.float32)
     merged = out + (other - out) * weight[:, None]
-    tl.store(out_place, merged.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_address, merged.to(out_ptr.dtype.element_ty), mask=mask)
     high = tl.maximum(lse, other_lse)
-    # Where both are -inf their distance would be NaN.
+    # If both are -inf, their difference would be NaN.
     distance = tl.where(lse == other_lse, 0.0, -tl.abs(lse - other_lse))
-    tl.store(lse_place, high + tl.log(1.0 + tl.exp(distance)), mask=inside)
+    tl.store(lse_address, high + tl.log(1.0 + tl.exp(distance)), mask=inside)
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """As merge.merge_, for float32 lse; the last axis of out and other has stride 1. `other` is only read."""
+    """Merge as merge.merge_, for float32 lse; the last axis of out and other has stride 1. `other` is only read."""
     rows, heads, dim = out.shape
     if not out.numel():
         return

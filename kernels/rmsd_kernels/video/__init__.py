@@ -1,1 +1,1 @@
-"""Resize of uint8 frames, and their patches as a vision tower takes them."""
+"""Resizing of uint8 frames, and their patches in the layout that a vision tower takes."""

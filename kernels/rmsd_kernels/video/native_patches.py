@@ -1,11 +1,11 @@
 """Media back end on CPU: the compiled ops of csrc/ on uint8 frames of any strides, 1 to 4 channels.
 
-The resize equals torch.nn.functional.interpolate on uint8 bit for bit. A frame is read once and its result is written
-once; between them stand the rows that an output row needs, a few hundred KB per thread. Groups of frames are spread
-over torch's threads; a single frame is one thread's. Nothing is differentiable here.
+The resize equals torch.nn.functional.interpolate on uint8 bit for bit. Each frame is read once and its result is
+written once. In between, a thread buffers only the rows that an output row needs, a few hundred KB. Groups of frames
+are distributed over torch's threads; one thread processes a single frame. Nothing here is differentiable.
 
 Raises (all functions):
-    RuntimeError: the library is not there (see native.why_not), or a shape or dtype is not what the op takes.
+    RuntimeError: the library is not available (see native.why_not), or the op does not support a shape or dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import native
 
 
 def resize_frames_(out: Tensor, frames: Tensor) -> None:
-    """out [F, C, height, width], uint8 and contiguous, becomes frames [F, C, H, W] resized."""
+    """Write frames [F, C, H, W], resized, to out [F, C, height, width], uint8 and contiguous."""
     _ops().resize_frames_(out, frames)
 
 
@@ -32,7 +32,7 @@ def video_patches(
     std: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Patches of frames; mean and std [C] are float32 in units of pixels, on CPU."""
+    """Return the patches of frames. mean and std [C] are float32 on CPU, on the scale 0..255."""
     return _ops().video_patches(frames, height, width, patch_size, temporal_patch_size, merge_size, mean, std, dtype)
 
 

@@ -1,15 +1,15 @@
-"""Video frames to the patches of a vision tower: bicubic antialiased resize, normalisation and patch order in one pass.
+"""Convert video frames to the patches of a vision tower: bicubic antialiased resize, normalisation and patch order.
 
-    x = clamp(round(W_y round(W_x frame)), 0, 255)      uint8, the resize of torch's CPU route for uint8
+    x = clamp(round(W_y round(W_x frame)), 0, 255)      uint8, torch's resize of uint8 on CPU
     v = (x - 255 mean) / (255 std)                      float32, rounded once to the result's dtype
     patches[(t, h, w, mh, mw), (c, tp, py, px)]         t: pairs of frames; h, w: blocks of merge x merge patches
 
-W_x and W_y are cubic weights (a = -0.5) stretched by the shrink. On CUDA the resize is that of the float route, what
-HF's processors do there: no rounding between the axes. Of real clips 85-89% of the values are the same on both, none
-further than 3 levels apart.
+W_x and W_y are cubic weights (a = -0.5), stretched by the downscaling factor. On CUDA, the resize is in floating point,
+as in HF's processors on CUDA: values are not rounded between the axes. On real clips, 85-89% of the values agree
+between the two, and no value differs by more than 3 levels.
 
-Bytes moved: F C H W read and N C tp patch^2 itemsize written (64 frames of 720p to 832 x 448, float32: 177 + 286 MB);
-the resized clip is never in memory. torch's own operations write 286 MB three times on the way, and read them back.
+Bytes moved: F C H W read and N C tp patch^2 itemsize written (64 frames of 720p to 832 x 448, float32: 177 + 286 MB).
+The resized clip is never in memory; torch's own operations would write and read back 286 MB three times.
 
 Source: the processors of Qwen2.5-VL (patch 14) and Qwen3-VL (patch 16); Pillow's resize.
 """
@@ -45,21 +45,30 @@ def video_patches(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """Normalised patches of frames resized to (height, width), as `pixel_values_videos` has them. No gradient.
+    """Resize frames to (height, width), normalise them, and return their patches in the order of pixel_values_videos.
+
+    The result has no gradient.
 
     Args:
-        frames: uint8 [F, C, H, W] with C in 1..4, any strides. A last frame without a partner (and the one frame of an
-            image) is repeated.
-        height, width: multiples of patch_size * merge_size. Frames of that size are not resized.
-        mean, std: of each channel, on the scale 0..1.
-        dtype: of the result, float32, bfloat16 or float16; the arithmetic is float32.
-        impl: "auto" (Triton on CUDA; on CPU the compiled op, or torch where it was not built), "native", "triton" or
-            "torch".
+        frames: video frames, [F, C, H, W] with C in 1..4, uint8, any strides. If the last group of temporal_patch_size
+            frames is incomplete, as for a single image, its last frame is repeated.
+        height: height after the resize, a multiple of patch_size * merge_size.
+        width: width after the resize, a multiple of patch_size * merge_size. Frames of the final size are not resized.
+        patch_size: height and width of a patch, in 1..64.
+        temporal_patch_size: number of frames in a patch, >= 1.
+        merge_size: the patches are ordered in blocks of merge_size x merge_size, >= 1.
+        mean: mean of each channel, [C], on the scale 0..1.
+        std: standard deviation of each channel, [C], on the scale 0..1, > 0.
+        dtype: dtype of the result, float32, bfloat16 or float16. The arithmetic is float32.
+        impl: "native", "triton", "torch", or "auto": Triton on CUDA, and on CPU the compiled op, or torch if the op was
+            not built.
     Returns:
-        [ceil(F / temporal) * height/patch * width/patch, C * temporal * patch * patch] on the device of frames.
+        Patches, [ceil(F / temporal) * height/patch * width/patch, C * temporal * patch * patch], on the device of
+        frames.
     Raises:
-        TypeError: frames are not uint8, or dtype is another. ValueError: a shape or a number. RuntimeError: the asked
-        implementation cannot run.
+        ValueError: a shape or a number is out of range.
+        TypeError: frames are not uint8, or dtype is not supported.
+        RuntimeError: the implementation cannot serve the call.
     """
     _check_frames(frames, height, width, impl)
     for name, value in (("temporal_patch_size", temporal_patch_size), ("merge_size", merge_size)):
@@ -69,7 +78,7 @@ def video_patches(
     if height % factor or width % factor:
         raise ValueError(
             f"height and width: expected multiples of {factor} (patch_size * merge_size), got {height} and {width}; "
-            "round them as smart_resize does"
+            "round them with smart_resize"
         )
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
@@ -79,17 +88,21 @@ def video_patches(
 
 
 def resize_frames(frames: Tensor, *, height: int, width: int, out: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """Bicubic, antialiased resize, rounded to uint8. No gradient.
+    """Resize frames with bicubic antialiased interpolation, rounded to uint8. The result has no gradient.
 
     Args:
-        frames: uint8 [F, C, H, W] with C in 1..4, any strides.
-        out: uint8 [F, C, height, width], contiguous, that is written and returned (a slice of a file's mapping, say);
-            it does not overlap with frames. None: a new tensor.
+        frames: video frames, [F, C, H, W] with C in 1..4, uint8, any strides.
+        height: height after the resize, >= 1.
+        width: width after the resize, >= 1.
+        out: tensor to write and return, [F, C, height, width], uint8, contiguous, for example a slice of a memory map.
+            It must not overlap with frames. None allocates a new tensor.
         impl: as in `video_patches`.
     Returns:
-        uint8 [F, C, height, width], contiguous.
+        The resized frames, [F, C, height, width], uint8, contiguous.
     Raises:
-        As `video_patches`.
+        ValueError: a shape or a number is out of range.
+        TypeError: frames or out are not uint8.
+        RuntimeError: the implementation cannot serve the call.
     """
     _check_frames(frames, height, width, impl)
     shape = (*frames.shape[:2], height, width)
@@ -110,7 +123,7 @@ def resize_frames(frames: Tensor, *, height: int, width: int, out: Tensor | None
 
 
 def resize_in_float(frames: Tensor, height: int, width: int) -> Tensor:
-    """The float route: what HF's processors do with uint8 frames on CUDA, on any device."""
+    """Resize uint8 frames in floating point, as HF's processors do on CUDA. Works on any device."""
     if (height, width) == tuple(frames.shape[2:]):
         return frames
     resized = F.interpolate(frames.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -118,7 +131,7 @@ def resize_in_float(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 class TorchForm:
-    """The same in torch's own operations, on any device; the reference of the others."""
+    """The same with torch operations, on any device; the reference for the other implementations."""
 
     @staticmethod
     def resized(frames: Tensor, height: int, width: int) -> Tensor:
@@ -127,8 +140,8 @@ class TorchForm:
         if (height, width) == tuple(frames.shape[2:]):
             return frames
         if frames.shape[3] == 1 or height * width == 1:
-            # torch 2.13 takes some one-pixel axes for another memory format: it reads beyond the frames or raises. A
-            # fresh channels-last copy is safe.
+            # torch 2.13 misinterprets the memory format of some one-pixel axes, and then reads beyond the frames or
+            # raises. A new channels-last copy is safe.
             rows = frames.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
             frames = rows.permute(0, 3, 1, 2)
         return F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -156,7 +169,7 @@ class TorchForm:
 def cut_patches(
     frames: Tensor, patch: int, span: int, merge: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Patches of frames that have their final size; mean and std [C] in units of pixels."""
+    """Return the patches of frames that have their final size. mean and std [C] are on the scale 0..255."""
     if missing := -frames.shape[0] % span:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     count, channels, height, width = frames.shape
@@ -167,10 +180,10 @@ def cut_patches(
 
 
 def _form(impl: str, frames: Tensor):
-    chosen = resolve_impl(impl, frames, triton_dtypes=(torch.uint8,), native_dtypes=(torch.uint8,))
-    if chosen == "torch":
+    resolved = resolve_impl(impl, frames, triton_dtypes=(torch.uint8,), native_dtypes=(torch.uint8,))
+    if resolved == "torch":
         return TorchForm
-    module = {"native": "native_patches", "triton": "triton_patches"}[chosen]
+    module = {"native": "native_patches", "triton": "triton_patches"}[resolved]
     return importlib.import_module(f".{module}", __package__)
 
 
@@ -182,10 +195,10 @@ def _check_frames(frames: Tensor, height: int, width: int, impl: str) -> None:
 
 
 def _per_channel(name: str, values: Sequence[float], frames: Tensor) -> Tensor:
-    """255 * values as float32 [C], with the roundings of HF's processors."""
+    """Return 255 * values as float32 [C], rounded as in HF's processors."""
     if len(values) != frames.shape[1]:
         raise ValueError(f"{name}: expected {frames.shape[1]} numbers, one per channel of frames, got {len(values)}")
     for value in values:
         checks.check_number(name, value, above=0.0 if name == "std" else None)
-    # Made on the CPU: so few bytes are copied to a GPU without waiting for it.
+    # Computed on the CPU; the copy of these few bytes to a GPU does not wait for the device.
     return torch.tensor(values, dtype=torch.float32).mul(255).to(frames.device, non_blocking=True)

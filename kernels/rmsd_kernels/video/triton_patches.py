@@ -1,15 +1,15 @@
 """Media back end in Triton: resize, normalisation and patch order of uint8 frames in one pass, for CUDA tensors.
 
-A program of one warp owns one channel of one patch: patch^2 values that stand side by side in the result. Each value is
-a sum over the taps of its row of sums over the taps of its column, straight from the uint8 frame: in a shrink by s that
-is (4 s + 1)^2 loads, nearly all of which the L1 cache serves, and nothing between frame and patch is ever stored. The
-warp's eight values per lane share a column, so that a tap's weight is loaded once for all of them.
+A program of one warp computes one channel of one patch: patch^2 values that are adjacent in the result. Each value is a
+sum over the vertical taps of sums over the horizontal taps, computed directly from the uint8 frame. Downscaling by s
+takes (4 s + 1)^2 loads per value, nearly all of them from the L1 cache, and stores nothing between frame and patch. The
+eight values of a lane share a column, so a tap's weight is loaded once for all of them.
 
-The float route (see video_patches): float32 weights and sums, x before y, clamped and rounded to an integer; then
-(x - mean) / std, divided with IEEE rounding. A sum that lies within float32 rounding of a tie may fall on either side
-of it, one level apart.
+The resize is in floating point (see video_patches): float32 weights and sums, x before y, clamped and rounded to an
+integer. Then (x - mean) / std is computed with IEEE division. A sum within float32 rounding of a tie may be rounded to
+either side, one level apart.
 
-The kernels are compiled once per dtype and patch size: sizes, strides and numbers of taps are run-time numbers.
+The kernels are compiled once per dtype and patch size. Sizes, strides and numbers of taps are run-time arguments.
 """
 
 import functools
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from ..triton_launch import device_of
 
-# No size of a clip, and no alignment of a slice of frames, compiles anything anew.
+# Kernels are not compiled again for other clip sizes or for other alignments of a slice of frames.
 SIZES = [
     *("stride_f", "stride_c", "stride_y", "stride_x", "frames", "in_height", "in_width", "height", "width"),
     *("taps_x", "taps_y", "channels", "temporal", "merge"),
 ]
 SLICED = ["frames_ptr", "out_ptr"]
 WARPS = 1
-# A tile of resized frames: 32 bytes, a sector of memory, per row.
+# A tile of resized frames has 32 bytes per row, one memory sector.
 TILE_ROWS, TILE_COLUMNS = 8, 32
-# Adding and subtracting it leaves the nearest integer, ties to even.
+# Adding and subtracting it rounds to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
 
@@ -39,8 +39,8 @@ def _resized(
     plane_ptr, start_x_ptr, weight_x_ptr, start_y_ptr, weight_y_ptr, row, col, stride_y, stride_x, in_height, in_width,
     height, width, taps_x, taps_y,
 ):  # fmt: skip
-    """Output pixels (row [R], col [C]) of one channel of one frame, float32 [R, C], whole numbers in 0..255."""
-    # Pixels beyond the frame are computed from the last ones and not stored.
+    """Return the output pixels (row [R], col [C]) of one channel of one frame, float32 [R, C], integers in 0..255."""
+    # Pixels beyond the frame repeat the last row or column; they are not stored.
     row = tl.minimum(row, height - 1)
     col = tl.minimum(col, width - 1)
     start_y = tl.load(start_y_ptr + row)
@@ -48,7 +48,7 @@ def _resized(
     total = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
     for i in range(0, taps_y):
         weight_y = tl.load(weight_y_ptr + i * height + row)
-        # Taps beyond the input have the weight 0.
+        # Taps beyond the input have weight 0.
         y = tl.minimum(start_y + i, in_height - 1).to(tl.int64)
         line_ptr = plane_ptr + (y * stride_y)[:, None]
         line = tl.zeros([row.shape[0], col.shape[0]], tl.float32)
@@ -69,7 +69,7 @@ def _patches_kernel(
     PATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one patch follow each other: they read the same lines of memory.
+    # Programs of one patch have adjacent ids because they read the same cache lines.
     program = tl.program_id(0)
     slot = program % temporal
     channel = (program // temporal) % channels
@@ -82,7 +82,7 @@ def _patches_kernel(
     block = patch // (merge * merge)
     w = (block % blocks_x) * merge + mw
     h = (block // blocks_x % blocks_y) * merge + mh
-    # The last frame stands in for those that its group lacks.
+    # The last frame is repeated to complete its group.
     frame = tl.minimum(block // (blocks_x * blocks_y) * temporal + slot, frames - 1)
     plane_ptr = frames_ptr + frame.to(tl.int64) * stride_f + channel.to(tl.int64) * stride_c
     y = tl.arange(0, BLOCK)
@@ -92,9 +92,9 @@ def _patches_kernel(
         stride_y, stride_x, in_height, in_width, height, width, taps_x, taps_y,
     )  # fmt: skip
     values = tl.div_rn(pixels - tl.load(mean_ptr + channel), tl.load(std_ptr + channel) + tl.zeros_like(pixels))
-    at = ((patch.to(tl.int64) * channels + channel) * temporal + slot) * (PATCH * PATCH)
+    offset = ((patch.to(tl.int64) * channels + channel) * temporal + slot) * (PATCH * PATCH)
     inside = (y < PATCH)[:, None] & (x < PATCH)[None, :]
-    tl.store(out_ptr + at + (y * PATCH)[:, None] + x[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offset + (y * PATCH)[:, None] + x[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
@@ -117,15 +117,17 @@ def _resize_kernel(
         plane_ptr, start_x_ptr, weight_x_ptr, start_y_ptr, weight_y_ptr, row, col,
         stride_y, stride_x, in_height, in_width, height, width, taps_x, taps_y,
     )  # fmt: skip
-    row_at = (frame * channels + channel) * height + row
+    out_row = (frame * channels + channel) * height + row
     inside = (row < height)[:, None] & (col < width)[None, :]
-    tl.store(out_ptr + (row_at * width)[:, None] + col[None, :], pixels.to(tl.uint8), mask=inside)
+    tl.store(out_ptr + (out_row * width)[:, None] + col[None, :], pixels.to(tl.uint8), mask=inside)
 
 
 @functools.lru_cache(maxsize=256)
 def axis_weights(size: int, out: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First input pixel of each output pixel, int32 [out], and the weights of its taps, float32 [taps, out]. An axis
-    that keeps its size has one tap of weight 1. Computed in float64; a few KB per size."""
+    """Return the first input pixel of each output pixel, int32 [out], and its taps' weights, float32 [taps, out].
+
+    An axis that keeps its size has one tap with weight 1. The weights are computed in float64 and take a few KB.
+    """
     if size == out:
         start, weights = torch.arange(out), torch.ones(1, out)
     else:
@@ -144,7 +146,7 @@ def axis_weights(size: int, out: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def resize_frames_(out: Tensor, frames: Tensor) -> None:
-    """out [F, C, height, width], uint8 and contiguous, becomes frames [F, C, H, W] resized."""
+    """Write frames [F, C, H, W], resized, to out [F, C, height, width], uint8 and contiguous."""
     count, channels, in_height, in_width = frames.shape
     height, width = out.shape[2:]
     tables = (axis_weights(in_width, width, frames.device), axis_weights(in_height, height, frames.device))
@@ -171,7 +173,7 @@ def video_patches(
     std: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Patches of frames; mean and std [C] are float32 in units of pixels, on the device of frames."""
+    """Return the patches of frames. mean and std [C] are float32 on the device of frames, on the scale 0..255."""
     count, channels, in_height, in_width = frames.shape
     groups = triton.cdiv(count, temporal_patch_size)
     patches = groups * (height // patch_size) * (width // patch_size)

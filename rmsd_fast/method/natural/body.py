@@ -1,4 +1,4 @@
-"""The text of one answer in the form that `method.answers` parses."""
+"""Convert the text of one answer to the form that `method.answers` parses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .reasons import Unreadable
 from .text import json_object, strip_outside, unquoted, visible
 from .times import read_interval
 
-# Longer texts do not answer closed questions; some searches take quadratic time.
+# Longer texts do not answer closed questions, and some searches take quadratic time.
 MOST_CHARACTERS = 2_000
 
 _THING = rf"(?:{THING}|it)"
 _ARTICLE = r"(?:so\s+)?(?:(?:the|this|that|its|a|on-?screen)\s+)?"
-# A sentence about a text, up to where the text begins. Behind "says" stands what a person says, too.
+# A sentence about a text, up to the start of the text. The word "says" may also introduce speech.
 _SAYS = re.compile(
     rf"{_ARTICLE}(?:[\w-]+\s+){{0,4}}?{_THING}\s+(?:[\w-]+\s+){{0,6}}?"
     r"(?:(?:reads?|says?|spells?|shows?|displays?)\b"
@@ -35,7 +35,7 @@ _SAYS = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
-# "It might say EXIT"; a text itself may well begin with "It might be".
+# "It might say EXIT". A text itself may begin with "It might be".
 _HEDGED = re.compile(
     rf"(?:maybe|perhaps|possibly)[,\s]+(?:it|{_ARTICLE}{_THING})\s+(?:says|reads)\b"
     rf"|{_ARTICLE}(?:[\w-]+\s+){{0,3}}?{_THING}\s+(?:[\w-]+\s+){{0,3}}?(?:could|might|may)\s+(?:[\w-]+\s+)?(?:say"
@@ -45,7 +45,7 @@ _HEDGED = re.compile(
 )
 _MAYBE = re.compile(r"\b(?:might|may|could|possibly|perhaps|maybe)\b|可能|也许", re.IGNORECASE)
 _SAYS_AGAIN = re.compile(r"[.!?;]\s+.*\b(?:says?|reads?|shows?)\b", re.IGNORECASE | re.DOTALL)
-# Behind "the text is:" the rest of the answer is the text; "The title is: Dune" may itself be what is read.
+# After "the text is:", the rest of the answer is the text. "The title is: Dune" may itself be the text.
 _TEXT_IS = re.compile(
     r"(?:(?:the|this)\s+(?:\w+\s+){0,2}?(?:text|words?|writing|inscription)\b|.{0,20}?文字).*[:：]\s*", re.IGNORECASE
 )
@@ -67,7 +67,7 @@ _ILLEGIBLE = re.compile(
 _UNKNOWN_CHARACTER = re.compile(
     r"(?:^|\s)[A-Za-z0-9]+\?[A-Za-z0-9]+[?]?(?=\s|$)|[□▯▢\ufffd]|\[(?:illegible|unreadable|unclear)\]", re.IGNORECASE
 )
-# What describes a text rather than belongs to it: "EXIT in green letters".
+# Words that describe a text and do not belong to it: "EXIT in green letters".
 _DESCRIBES = re.compile(
     r"[,;]\s|\b(?:letters|lettering|font|background|frames?|video|clip|seconds?|visible|written|printed|capitals"
     r"|throughout|colou?rs?|corner|beginning|which|when|while)\b",
@@ -79,16 +79,19 @@ _READERS = {"temporal": read_interval, "spatial": read_box, "numeric": read_numb
 
 
 def canonical_body(body: str, task_type: str, options: Sequence[str] | None = None, *, as_sent: bool = False) -> str:
-    """The answer as it should stand inside `<answer>`, so that `parse_answer_body` takes it.
+    """Return the answer in the form that belongs inside `<answer>` and that `parse_answer_body` parses.
 
     Args:
-        body: the text of the answer alone, without reasoning.
+        body: the text of the answer, without reasoning.
         task_type: one of TASK_TYPES.
         options: choices of an `mcq` question in order, bare or labelled.
-        as_sent: the response is in order, so a text in it is rewritten only where a sentence clearly tells of it.
+        as_sent: the response already has the canonical format, so an ocr text is rewritten only if a sentence clearly
+            quotes it.
+    Returns:
+        The canonical answer.
     Raises:
-        Unreadable: there is no answer, more than one, or one that can be read in two ways.
-        ValueError: unknown task type, or a number of options outside 1..26.
+        Unreadable: there is no answer, more than one, or an ambiguous one.
+        ValueError: the task type is unknown, or the number of options is outside 1..26.
     """
     if task_type not in TASK_TYPES:
         raise ValueError(f"task_type: expected one of {', '.join(TASK_TYPES)}, got {task_type!r}")
@@ -107,7 +110,7 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
 
 
 def read_text(body: str, *, as_sent: bool = False) -> str:
-    """The text that an ocr answer names: without marks around it, or what a sentence about a sign quotes.
+    """Return the text of an ocr answer: without outer marks, or the quotation if the answer is a sentence about a sign.
 
     as_sent: as in `canonical_body`.
     """
@@ -127,15 +130,14 @@ def read_text(body: str, *, as_sent: bool = False) -> str:
 
 
 def is_legible(text: str) -> bool:
-    """Whether no mark in a text says that some of its characters could not be read."""
+    """Return whether a text has no marks for characters that could not be read."""
     return not _UNKNOWN_CHARACTER.search(text)
 
 
 def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
-    """What a sign says according to a sentence about it, `The sign reads "EXIT".`; None for any other text.
+    """Return the text of a sign from a sentence about it, such as `The sign reads "EXIT".`; None for any other text.
 
-    Args:
-        quoted_only: only quotations count, and what stands behind "The text is:".
+    quoted_only: accept only quotations, and the text after "The text is:".
     """
     if says := _SAYS.match(sentence):
         rest = sentence[says.end() :].strip()
@@ -150,7 +152,7 @@ def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
             return unquoted(quotation[quotation.lastindex])
         if len(_QUOTED.findall(rest)) > 1 or _SAYS_AGAIN.search(rest):
             raise Unreadable("two_answers")
-        # Without a quotation only what is sure to be about a text.
+        # Without a quotation, accept only sentences that are certainly about a text.
         if not quotation and re.match(r"(?:the|this|it|its|on-?screen)\b|[^\x00-\x7f]", sentence, re.IGNORECASE):
             return _unquoted_value(rest, says[0])
     quotation = _QUOTED.search(sentence)
@@ -160,19 +162,20 @@ def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
 
 
 def _unquoted_value(rest: str, says: str) -> str | None:
-    """What stands behind "The clock shows" without quotation marks; None where it need not be a text, as "the time".
+    """Return the unquoted text after "The clock shows"; None if it need not be a text, such as "the time".
 
     Raises:
-        Unreadable: words that describe the text cannot be told from it.
+        Unreadable: words that describe the text cannot be distinguished from it.
     """
     rest = rest.rstrip(".。")
     if not rest or (rest[0].islower() and rest[0].isascii() and not says.rstrip().endswith((":", "："))):
         return None
     if re.match(r"[\"“”„«]", rest):
         raise Unreadable("no_answer")
-    first, *others = rest.split()
+    first, *later_words = rest.split()
     capital = not re.search(r"[a-z]", first) and len(first) > 1
-    lower = capital and any(word.islower() and word.isascii() for word in _UNITS.sub("", " ".join(others)).split())
+    words = _UNITS.sub("", " ".join(later_words)).split()
+    lower = capital and any(word.islower() and word.isascii() for word in words)
     if "\n" not in rest and ((lower and not first.endswith(":")) or _DESCRIBES.search(rest)):
         raise Unreadable("no_answer")
     return unquoted(rest)

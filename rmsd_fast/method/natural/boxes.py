@@ -1,4 +1,4 @@
-"""One box, as models write it."""
+"""Read one box in the notations that models use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BOX_TAGS = re.compile(
 )
 # "(coordinates from 0 to 1000)", "normalized to 0-1000".
 _SCALE = re.compile(r"\(?[a-z ,]{0,60}\b0\s*(?:-|to|~)\s*1,?000\b[a-z ]{0,30}\)?", re.IGNORECASE)
-# The names of the corners in the order that is asked for, where they only announce the numbers.
+# The names of the corners in the required order, if they only announce the numbers.
 _NAMES_IN_ORDER = re.compile(
     r"[\[(]?\b(?:x1[\s,]+y1[\s,]+x2[\s,]+y2|x_?min[\s,]+y_?min[\s,]+x_?max[\s,]+y_?max"
     r"|left[\s,]+top[\s,]+right[\s,]+bottom|xyxy)\b\s*[\])]?(?!\s*[=:]\s*-?[0-9.]+\s*(?:$|[;,]\s*[a-z]))",
@@ -39,7 +39,7 @@ _OTHER_BOX = re.compile(
     r"|percent\w*|normali[sz]ed|scaled|relative|[xy][12]|[xy]_?(?:min|max))\b|%|±|像素|中心|百分",
     re.IGNORECASE,
 )
-# What may stand directly before a box: nothing, a colon, or a word that announces it.
+# Allowed directly before a box: nothing, a colon, or a word that announces it.
 _BEFORE = re.compile(
     r"(?:^|[:：=(,，、]|\.\s|(?<![a-z])(?:is|are|was|at|in|to be|box|bbox|bbox_2d|bounding[ _]box|boxes|coordinates?"
     r"|coords|region"
@@ -48,7 +48,7 @@ _BEFORE = re.compile(
     r"|[是为為在はがの的]|约|大约|位于)\s*$",
     re.IGNORECASE,
 )
-# What may stand behind it: the end, or words that say where and when.
+# Allowed after a box: the end, or words that say where and when.
 _AFTER = re.compile(
     r"(?:[\s.,;:!)\]”\"。，、|]|\b(?:in|on|of|at|the|this|that|image|picture|frame|frames|video|scene|photo"
     r"|respectively|as|shown"
@@ -56,7 +56,7 @@ _AFTER = re.compile(
     r"|dog|object)\b|です|でした|处|位置|坐标|[-+]?[0-9]+(?:\.[0-9]+)?\s*(?:s|sec|seconds?|秒)(?![a-z]))*",
     re.IGNORECASE,
 )
-# "dog 2", "player 23", "At 5.0 s": numbers that are those of an object or a moment.
+# "dog 2", "player 23", "At 5.0 s": numbers of an object or a moment.
 _NUMBERED = re.compile(
     r"\b(?!from\b|to\b|by\b|and\b|of\b|x\b|y\b)[a-z]{2,}\s+(?:no\.?\s*)?[0-9]{1,4}(?![0-9.x×%:/])|[0-9]{1,4}(?:st|nd"
     r"|rd|th)\b|[0-9]{1,4}号"
@@ -81,12 +81,12 @@ _NAMED = re.compile(
     rf"\b(x1|y1|x2|y2|[xy]_?min|[xy]_?max|left|top|right|bottom)\b\s*[:=]\s*({_N})(?![\w%])", re.IGNORECASE
 )
 _KEYS = ("bbox_2d", "bbox", "box", "boxes", "bounding_box", "boundingbox", "coordinates", "answer", "final_answer")
-# Beside a box these name the object, or the moment.
+# Next to a box, these keys name the object or the moment.
 _REMARKS = ("category", "class", "name", "object", "score", "time", "timestamp", "frame", "id", "object_name", "color")
 
 
 def read_box(body: str) -> str:
-    """`x1,y1,x2,y2`; raises Unreadable where an answer is not one box."""
+    """Return an answer as `x1,y1,x2,y2`. Raise Unreadable if it is not one box."""
     if as_it_is := strict(body, "spatial"):
         return as_it_is
     text = plain(_BOX_TAGS.sub(" ", strip_outside(body)))
@@ -108,12 +108,12 @@ def read_box(body: str) -> str:
 
 
 def boxes_in(text: str) -> set[str]:
-    """All boxes that a sentence behind an answer names."""
+    """Return all boxes in a sentence that follows an answer."""
     return {_listed(match[0]) for pattern in (_BARE, _TWO_CORNERS) for match in pattern.finditer(text)}
 
 
 def _boxes(text: str) -> tuple[list[str], tuple[str, str]]:
-    """The boxes of a sentence, and what stands before and behind them."""
+    """Return the boxes of a sentence, and the text before and after them."""
     if four := list(_FOUR.finditer(text)):
         return [_listed(box[0]) for box in four], _around(text, four)
     if corners := list(_TWO_CORNERS.finditer(text)):
@@ -136,7 +136,7 @@ def _boxes(text: str) -> tuple[list[str], tuple[str, str]]:
 
 
 def _around(text: str, matches: list[re.Match[str]]) -> tuple[str, str]:
-    """What stands before the first match, and behind the last one; between two only what may join them."""
+    """Return the text before the first and after the last match. Raise if other text separates two matches."""
     for first, last in zip(matches, matches[1:], strict=False):
         if not re.fullmatch(
             r"[\s,;|()\[\]、，]*(?:and|und|y|et|和|=)?[\s,;|()\[\]、，]*", text[first.end() : last.start()]
@@ -150,14 +150,14 @@ def _listed(text: str) -> str:
 
 
 def _checked(box: str) -> str:
-    """The box, unless its coordinates are shares of the frame, 0 to 1, where thousandths are asked for."""
+    """Return the box. Raise if its coordinates are from 0 to 1 instead of thousandths of the frame."""
     if max(map(Decimal, box.split(","))) <= 1:
         raise Unreadable("not_a_box")
     return box
 
 
 def _box_in_json(value: object) -> str:
-    """A box in JSON: four numbers, two corners, `{"bbox_2d": […], "label": …}`, `{"x1": …}`, corner and size."""
+    """Read a box in JSON: four numbers, two corners, `{"bbox_2d": […], "label": …}`, `{"x1": …}`, corner and size."""
     while isinstance(value, list) and len(value) == 1:
         (value,) = value
     if isinstance(value, str):
@@ -181,7 +181,7 @@ def _box_of_object(names: dict[str, object]) -> str:
     for size in (("x", "y", "width", "height"), ("x", "y", "w", "h")):
         if set(size) == set(names):
             return _sized_box([names[key] for key in size])
-    # A key that is not known may name another order, or another scale.
+    # An unknown key may mean another order or another scale.
     if len(names) != 1 or not set(names) <= set(_KEYS):
         raise Unreadable("not_a_box")
     (box,) = names.values()
@@ -189,7 +189,7 @@ def _box_of_object(names: dict[str, object]) -> str:
 
 
 def _sized_box(values: list[object]) -> str:
-    """The box of a top left corner, a width and a height."""
+    """Return the box with a top left corner, a width and a height."""
     try:
         x, y, width, height = (Decimal(str(value)) for value in values)
     except InvalidOperation:

@@ -1,7 +1,6 @@
-"""Doubt, denial and correction, for all closed task types.
+"""Detect doubt, denial and correction, for all closed task types.
 
-An answer is tested as it was written, before labels, remarks and signs are taken off it: what is taken off may be what
-denies it.
+An answer is tested as it was written, before labels, remarks and signs are removed, because they may deny it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _UNCERTAIN = (
     r"|(?<!\bno )(?<!\bwithout )(?<!\bwithout a )doubt\w*|guess\w*|(?:low|little|no) confidence|if (?:i|anything"
     r"|at all)|assum\w*|ambiguous|undecided|random\w*|none of the (?:options|choices|answers)"
 )
-# Nothing is claimed: "maybe", "it could be", "I am not sure".
+# Words that claim nothing: "maybe", "it could be", "I am not sure".
 _DOUBTED = re.compile(
     rf"\b(?:{_UNCERTAIN})|\b(?:might|may|could|maybe|perhaps|possib\w*|seemingly|suppos\w*|suspect\w*|presum\w*"
     rf"|tentativ\w*|conceivabl\w*|arguabl\w*|seems? like|hopefully"
@@ -38,7 +37,7 @@ _DENIED = re.compile(
     r"|\b(?:old|previous|initial|former|earlier|original) (?:box|answer|interval|count|estimate)\b",
     re.IGNORECASE,
 )
-# What is absent can be counted, but it is not what stands in the picture.
+# Absent things can be counted, but they are not in the picture.
 _ABSENT = re.compile(
     r"\b(?:no(?! doubt)|fake|unlikely|least|outside|nearly|almost|absent|absence|missing|lacks?"
     r"|lacking|nowhere|invisible|used to|formerly|previous(?:ly)?|pretend\w*|refus\w*|avoid\w*|ignor\w*|replaced"
@@ -50,7 +49,7 @@ _UNKNOWING = re.compile(
     rf"|わかりません",
     re.IGNORECASE,
 )
-# Words that take back an answer that stands before them.
+# Words that retract an answer before them.
 _TAKEN_BACK = re.compile(
     rf"\b(?:{_UNCERTAIN}|however|wait|actually|alternatively|on (?:second|further|closer) \w+|on reflection|on balance"
     r"|correction|scratch that|or (?:maybe|perhaps|possibly|rather)|hmm|oops|unless|(?:could|may|might) (?:also"
@@ -86,16 +85,16 @@ def is_doubted(text: str) -> bool:
 
 
 def is_unknowing(text: str) -> bool:
-    """Whether a sentence around an answer says that the answer is not known."""
+    """Return whether a sentence around an answer says that the answer is unknown."""
     return _UNKNOWING.search(text) is not None
 
 
 def is_retracted(text: str) -> bool:
-    """Whether a text behind an answer holds words that take it back."""
+    """Return whether a text after an answer retracts it."""
     return _TAKEN_BACK.search(text) is not None
 
 
 def contrast(text: str) -> tuple[str, str] | None:
-    """The two sides of "B, not A"; None for other texts. The second may be no answer at all: "B, not sure"."""
+    """Return the two sides of "B, not A", or None. The second side need not be an answer: "B, not sure"."""
     match = _CONTRAST.search(text)
     return (text[: match.start()], match[1]) if match else None

@@ -1,4 +1,4 @@
-"""One number, as people write it, in decimals that `method.answers` parses."""
+"""Read one number in the notations that people use, and write it as a decimal that `method.answers` parses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .doubts import contrast, is_denied, is_doubted, is_retracted
 from .reasons import Unreadable
 from .text import json_object, plain, without_remarks
 
-# In "0,125" the comma is a decimal one.
+# In "0,125", the comma is a decimal comma.
 NUMBER = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -20,13 +20,13 @@ _WORDS = {word: value for value, word in enumerate((*_ONES, *_TEENS))}
 _WORDS |= {word: 10 * ten for ten, word in enumerate(_TENS, start=2)}
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _WORD = rf"(?:{'|'.join(sorted((*_WORDS, *_MULTIPLES), key=len, reverse=True))})"
-# "He claps twice"; but "twice as many" and "twice the number" compare.
+# "He claps twice", but not the comparisons "twice as many" and "twice the number".
 _TWICE = re.compile(r"\b(twice|thrice)\b(?! (?:as|the|that|what|more)\b)", re.IGNORECASE)
 _POINT = re.compile(
     rf"\b({_WORD}) point ((?:{'|'.join(_ONES[:10])})(?:\s+(?:{'|'.join(_ONES[:10])}))*)\b(?!\s+{_WORD})", re.IGNORECASE
 )
 _WORDS_IN_A_ROW = re.compile(rf"(?<![A-Za-z0-9-])(?:{_WORD}(?:(?:[\s-]+|\s+and\s+)(?={_WORD}\b))?)+(?![A-Za-z-])", re.I)
-# "One of them", "no one", "the other one": no number is meant.
+# "One of them", "no one", "the other one": a pronoun, not a number.
 _PRONOUN = re.compile(
     r"\b(?:no|this|that|which|each|every|any|other|another|last|next|first|second|third|fourth|fifth)[ -]one\b"
     r"|\bonly[ -]one\b(?! (?!who|that|which|of|in|is|and|or)[a-z])|\bone (?:of|another|can|could|sees?|is|which)\b",
@@ -37,7 +37,7 @@ _HAN_BY_VALUE = ("零〇", "一", "二两兩", "三", "四", "五", "六", "七"
 _HAN_DIGITS = {digit: value for value, digits in enumerate(_HAN_BY_VALUE) for digit in digits}
 _HAN_POWERS = {"十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
 _HAN = "".join((*_HAN_DIGITS, *_HAN_POWERS))
-# What is counted one by one. A pair (双) or a multiple (倍) is not among them.
+# Measure words for single things. A pair (双) or a multiple (倍) is not included.
 _MEASURE = (
     "(?:[个個只隻名人次辆輛件张張条條位种種本杯台朵棵块塊米秒岁歲层層つ匹回頭头根支枚座间間把颗顆粒片艘架部幅瓶碗盏扇度元圆"
     "天年月日箱包盒盘袋串束脚滴句行列排级圈步声首封份门盆桶罐套笔轮局场集项处歳円分羽冊口道段页頁]"
@@ -54,7 +54,7 @@ _SCALE = (
     r"|[百千万萬亿億](?![克米瓦卡赫帕]))"
 )
 _SCALES = re.compile("|".join(sorted(_POWERS_OF_TEN, key=len, reverse=True)), re.IGNORECASE)
-# A number with all that belongs to its value: sign, currency, exponent or power, scale.
+# A number with everything that affects its value: sign, currency, exponent or power, scale.
 _COUNTED = re.compile(
     rf"(?<![A-Za-z0-9_.,:/^])(?P<sign>[+-]?)[€£¥]?(?P<number>{NUMBER})"
     r"(?:[eE](?P<e>[+-]?[0-9]{1,2})(?![A-Za-z0-9])|\s*(?:\*|×|x|\\times|·)\s*10\s*(?:\^|\*\*)\s*[({]?\s*"
@@ -67,7 +67,7 @@ _APOSTROPHES = re.compile(r"(?<![0-9'’])[1-9][0-9]{0,2}(?:['’][0-9]{3})+(?![
 _FRACTION = re.compile(r"[\s$]*(-?)\s*\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}[\s$.]*")
 _HALVES = {"½": "0.5", "¼": "0.25", "¾": "0.75"}
 _BELOW_ZERO = re.compile(r"(?:\b(?:minus|negative)\s+|[负負]|零下)(?=[0-9])", re.IGNORECASE)
-# What may stand directly before a count. Any other word may change it: "double 3", "beyond 3", "Frame 3".
+# Allowed directly before a count. Any other word may change it: "double 3", "beyond 3", "Frame 3".
 _BEFORE = re.compile(
     r"(?:^|[:：=≈~(\[，、。“\"]|,\s|(?:[a-z]{4}|approx)[.!;]\s"
     r"|(?<![A-Za-z'’-])(?:is|are|was|were|be|been|has|have|had|i|we|he|she|they|see|sees|saw|seen|counts?|counted"
@@ -86,13 +86,13 @@ _BEFORE = re.compile(
     r"|[有共约約是为為了着见見现現计計数數は이がにで]|[看数听见得]到|上|中|里|答案)\s*$",
     re.IGNORECASE,
 )
-# Things that a number names rather than counts, and words that change it.
+# Things that a number identifies instead of counting them, and words that change a number.
 _NAMED_BY_NUMBER = re.compile(
     r"\b(?:frames?|steps?|scenes?|options?|parts?|pages?|levels?|versions?|channels?|rooms?|gates?|platforms?|figures?"
     r"|questions?|chapters?|doubles?|triples?|twice|half|every|each|or|to)\s$",
     re.IGNORECASE,
 )
-# Any verb in the third person, and any participle: "carries 20", "marked 2500 kg", "filled to 0.75 cups".
+# Any verb in the third person and any participle: "carries 20", "marked 2500 kg", "filled to 0.75 cups".
 _VERB = re.compile(
     r"(?<![A-Za-z])(?!(?:frames|steps|scenes|options|parts|pages|levels|versions|channels|rooms|gates|platforms|figures"
     r"|questions|chapters|seconds|minutes|hours|doubles|triples|halves|plus|minus|perhaps|unless|besides|always|times"
@@ -105,7 +105,7 @@ _UNIT = re.compile(
     r"(?:/(?:km|h|s|m|min|kg|l|L|hr)\b)?(?![A-Za-z0-9^*×+])"
 )
 _AFTER_WORDS = r"(?:in|on|at|is|so|as|by|he|it|of (?:them|the|these|those|which)|to the|und|et|y|de|no)(?![A-Za-z])"
-# Scales, shares, multiples and additions that a count does not have; a word of one or two letters may be a scale, too.
+# Scales, shares, multiples and additions, which are not counted things. Words of one or two letters may be scales too.
 _NO_NOUN = re.compile(
     r"\w*illi(?:on|ard|ón)\w*|millones|lakhs?|lacs?|crores?|mio|mrd|mln|mld|tsd|dozens?|scores?|gross|hundreds?"
     r"|thousands?|tens"
@@ -129,7 +129,7 @@ _BOUND = re.compile(
     re.IGNORECASE,
 )
 _RANGE = re.compile(rf"{NUMBER}\s*(?:-|~|〜|\bto\b|\bbis\b|到|至)\s*{NUMBER}", re.IGNORECASE)
-# Sums, fractions, ordinals, times of day, shares. A unit such as km/h is not among them.
+# Sums, fractions, ordinals, times of day, shares. Units such as km/h are not included.
 _NO_COUNT = re.compile(
     r"[0-9]\s*(?:[/√÷\\+-]|:\s*[0-9])|[*/√×÷]\s*[0-9]|[0-9]\s*[*×x]\s*[0-9]|[0-9](?:st|nd|rd|th)\b|第|倍|分之|根号|[双對对半]"
     r"|\b(?:half|halves|quarters?|dozens?|couple|pairs?|few|several|minus|negative|plus|twice|double|triple|additional"
@@ -141,7 +141,7 @@ _ASIDE = re.compile(r"(?<=\S)\s*\(([^()]*)\)")
 _UNSURE = re.compile(r"\b(?:maybe|perhaps|possibly|or|could|might|may|if)\b|也许|可能|或", re.IGNORECASE)
 _CONVERTED = re.compile(r"°\s*[CF]\b|\b(?:km/h|mph|km|miles?|kg|lbs?|cm|inch(?:es)?)\b")
 _BREAKDOWN = re.compile(r"[:：(]|其中|\bincluding\b|\bof which\b", re.IGNORECASE)
-# Behind an answer these state another one; a mere number there may be that of a frame.
+# After an answer, these words state another answer. A number without them may be that of a frame.
 _RECOUNTED = re.compile(
     rf"\b(?:there (?:are|is|were)|it(?:['’]s| is)|i (?:now )?(?:count|see)|making|makes?|total(?:l?ing|s)?(?: of"
     rf"| is)?|brings? .{{1,20}} to"
@@ -154,19 +154,19 @@ _KEYS = {"answer", "count", "number", "value", "result", "total", "final_answer"
 
 
 def strict(text: str, task: str) -> str | None:
-    """What parses as it stands, with its white space made regular and without a stop behind it."""
+    """Return a text that parses strictly, with normalised white space and without a final full stop; otherwise None."""
     text = re.sub(r"(?<=[0-9])\.$", "", " ".join(text.split()))
     return text if parse_answer_body(text, task) is not None else None
 
 
 def decimal_text(value: Decimal) -> str:
-    """A decimal without an exponent and without zeros at its end."""
+    """Return a decimal as text, without an exponent and without trailing zeros."""
     text = format(value, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def digits_of_words(text: str) -> str:
-    """The text with digits in place of "three", "two hundred and five" and "three point five"; pronouns stay."""
+    """Replace "three", "two hundred and five" and "three point five" by digits, but keep the pronoun "one"."""
 
     def digits(match: re.Match[str]) -> str:
         value = _value_of_words(re.findall(r"[a-z]+", match[0].lower()))
@@ -178,14 +178,14 @@ def digits_of_words(text: str) -> str:
             match[0] if whole is None else f"{whole}." + "".join(str(_WORDS[word]) for word in match[2].lower().split())
         )
 
-    # A pronoun is hidden from the search and brought back.
+    # Pronouns are replaced by a placeholder during the search.
     text = _PRONOUN.sub(lambda match: re.sub("(?i)one", "\0", match[0]), text)
     text = re.sub(r"\ban? (?=(?:hundred|thousand|million)\b)", "one ", text, flags=re.IGNORECASE)
     return _WORDS_IN_A_ROW.sub(digits, _POINT.sub(decimals, text)).replace("\0", "one")
 
 
 def _value_of_words(words: list[str]) -> int | None:
-    """The number that words such as two, hundred, and, five spell; None where they spell none, or several."""
+    """Return the number that words such as two, hundred, and, five spell; None if they do not spell one number."""
     total, group, last = 0, 0, 10**12
     for word in words:
         if word == "and":
@@ -205,7 +205,7 @@ def _value_of_words(words: list[str]) -> int | None:
             if word not in _WORDS:
                 return None
             value = _WORDS[word]
-            # Behind twenty comes a digit, behind hundred anything below, behind three nothing.
+            # "twenty" is followed by a digit, "hundred" by anything smaller, and "three" by nothing.
             fits = last >= 100 or (20 <= last < 100 and 0 < value < 10)
             if not fits:
                 return None
@@ -214,7 +214,7 @@ def _value_of_words(words: list[str]) -> int | None:
 
 
 def read_number(body: str) -> str:
-    """A decimal number; raises Unreadable where an answer is not one number."""
+    """Return an answer as a decimal number. Raise Unreadable if it is not one number."""
     if as_it_is := strict(body, "numeric"):
         return as_it_is
     if re.fullmatch(r"\s*(?:one |a |the )?number[.\s]*", body, re.IGNORECASE):
@@ -236,7 +236,7 @@ def read_number(body: str) -> str:
     text = _with_digits(text)
     if _BOUND.search(text) or _RANGE.search(text):
         raise Unreadable("a_range")
-    # "x = 3", "2 + 1 = 3": what stands behind the sign of equality.
+    # "x = 3", "2 + 1 = 3": the side after the equals sign.
     sides = re.split(r"[=≈]", text)
     if len(sides) > 2:
         raise Unreadable("two_answers")
@@ -254,18 +254,18 @@ def read_number(body: str) -> str:
         raise Unreadable("two_answers")
     if _NO_COUNT.search(_COUNTED.sub("0", text)) or not _stands_as_a_count(text, counts[0]):
         raise Unreadable("not_a_number")
-    # As it is written, with its zeros, where nothing changes its value.
+    # The number as written, with its zeros, if nothing changes its value.
     simple = counts[0]["number"].replace(",", "")
     return counts[0]["sign"].lstrip("+") + simple if abs(values[0]) == Decimal(simple) else decimal_text(values[0])
 
 
 def recounted(sentence: str) -> set[Decimal]:
-    """The counts that a sentence behind an answer states: "there are 4", "making 4", "plus 2"."""
+    """Return the counts in a sentence that follows an answer: "there are 4", "making 4", "plus 2"."""
     return {_value(_COUNTED.match(match[1])) for match in _RECOUNTED.finditer(digits_of_words(sentence))}
 
 
 def _with_digits(text: str) -> str:
-    """The text with digits in place of number words, and without spaces in a number that is the whole answer."""
+    """Replace number words by digits, and remove spaces from a number that is the whole answer."""
     if _SPACED.fullmatch(text):
         return re.sub(r"\s", "", text)
     text = _TWICE.sub(lambda match: "2 times" if match[1].lower() == "twice" else "3 times", text)
@@ -275,10 +275,10 @@ def _with_digits(text: str) -> str:
 
 
 def _value(count: re.Match[str]) -> Decimal:
-    """The value of a number with its sign, exponent and scale."""
+    """Return the value of a number with its sign, exponent and scale."""
     value = Decimal(count["number"].replace(",", ""))
     if count["power"]:
-        # The 3 of "5³" may be that of a footnote.
+        # The 3 of "5³" may mark a footnote.
         if value != 10:
             raise Unreadable("not_a_number")
         value = value ** int(count["power"])
@@ -291,9 +291,9 @@ def _value(count: re.Match[str]) -> Decimal:
 
 
 def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
-    """Whether the words directly around a number leave it its value."""
+    """Return whether the words directly around a number do not change its value."""
     before, after = text[: count.start()], text[count.end() :]
-    # What is done 3 times may be any verb.
+    # Any verb may precede "3 times".
     near = before[-40:] if len(before) > 40 else before
     repeated = re.match(r"\s*times\b", after) and not _NAMED_BY_NUMBER.search(near)
     # "the number 20", but not "number 3 on the list".
@@ -309,10 +309,10 @@ def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
 
 
 def _without_asides(text: str) -> str:
-    """The text without remarks in brackets: "2 times (at 0:03 and 0:09)", "7 (3 left, 4 right)".
+    """Remove remarks in brackets: "2 times (at 0:03 and 0:09)", "7 (3 left, 4 right)".
 
     Raises:
-        Unreadable: a remark names another number: "3 (maybe 4)", "6 (seven)".
+        Unreadable: a remark gives another number: "3 (maybe 4)", "6 (seven)".
     """
     outside = _ASIDE.sub("", text)
     numbers = {Decimal(match["number"].replace(",", "")) for match in _COUNTED.finditer(outside)}
@@ -332,7 +332,7 @@ def _without_asides(text: str) -> str:
 
 
 def _han_digits(numeral: str) -> str:
-    """A Chinese numeral below 10,000 in digits; unchanged if it is not a numeral, or larger: "三四" is 3 or 4."""
+    """Convert a Chinese numeral below 10,000 to digits. Return other texts unchanged, such as "三四" (3 or 4)."""
     total, digit, last = 0, None, 4
     for sign in numeral:
         if sign in "零〇" and len(numeral) > 1:
@@ -344,7 +344,7 @@ def _han_digits(numeral: str) -> str:
             digit = _HAN_DIGITS[sign]
         else:
             power = _HAN_POWERS[sign]
-            # 十五 begins with the ten itself.
+            # In 十五 (15), no digit precedes the ten.
             if power >= last or (digit is None and (power > 1 or total)):
                 return numeral
             total, digit, last = total + (1 if digit is None else digit) * 10**power, None, power

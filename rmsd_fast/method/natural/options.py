@@ -1,4 +1,4 @@
-"""The letter of an option, from its letter, its words or both."""
+"""Find the letter of an option from its letter, its words or both."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .reasons import Unreadable, the_only
 from .text import compatible, json_value, plain, without_remarks
 
 _ONE_LETTER = re.compile(r"[(\[{<【「]?\s*([A-Za-z])\s*[)\]}>】」]?\s*[.:、,)]?")
-# "B. milk", "(b) milk", "B - milk", "B, milk". Behind a blank alone the rest has to tell: "A man" begins with a word.
+# "B. milk", "(b) milk", "B - milk", "B, milk". After a space only, the rest decides: "A man" begins with a word.
 _LED = re.compile(
     r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:、,-]?|([A-Za-z])\s*[.:、)]|([A-Z])\s*-+(?=\s)|([A-Z])\s*[,;(])\s*(.+)",
     re.DOTALL,
 )
 _LED_BY_BLANK = re.compile(r"([A-Z])(?:\s+|(?=[^\x00-\x7f]))(.+)", re.DOTALL)
-# Words in front of an answer that say nothing about it.
+# Words before an answer that say nothing about it.
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore|hence|then|yes|well|ok|okay|and|but|honestly|probably|likely|most likely|definitely"
     r"|clearly|obviously|surely|i(?:['’]m| am)(?: very| quite| fairly)? (?:confident|sure|certain)(?: that)?"
@@ -35,7 +35,7 @@ _AFFIRMED = re.compile(
     r"|(?:because|since|as|given|due to|based on)\b|是?(?:最|更)?(?:正确|符合|合适|准确|对)|因为|由于|[✓✔✅]",
     re.IGNORECASE,
 )
-# Capitals alone, or any letter in brackets, inside a sentence.
+# A single capital, or any letter in brackets, inside a sentence.
 _MENTION = re.compile(r"[(\[]([A-Za-z])[)\]]|(?<![A-Za-z0-9_'’.-])([A-Z])(?![A-Za-z0-9_'’-]|\.[A-Za-z0-9])")
 _A_WORD = re.compile(r"\s+(?!(?:or|and|is|nor|vs)\b)[a-z]")
 _NAMED = re.compile(
@@ -48,14 +48,14 @@ _NAMED = re.compile(
 _EXPLAINED = re.compile(r"\b(?:because|since|as|given|due to)\b|因为|由于", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:the|a|an)\s+")
 _MY = re.compile(r"\s+(?:the|a|an|his|her|its|their|glass of|cup of|bottle of|some)$")
-# "The jacket is", "He wears": what may stand before an option's words at the end of a sentence.
+# "The jacket is", "He wears": allowed before an option's words at the end of a sentence.
 _TELLING = re.compile(
     r"(?:\b(?:is|are|was|were|wears?|wore|wearing|holds?|holding|has|have|shows?|showing|pours?|pouring|poured"
     r"|plays?|playing"
     r"|drinks?|drinking|eats?|eating|uses?|using|carries|carrying|rides?|riding|drives?|driving|says|reads|turns"
     r"|becomes?|in|on|at|into|made|[a-z]{3,}(?:ing|ed))|[是为為在了着到有穿拿])$"
 )
-# Options that deny or affirm a question. Inside a sentence these words do not answer it: "no idea", "not yes".
+# Options that affirm or deny a question. Inside a sentence, these words are not answers: "no idea", "not yes".
 _POLAR = {
     "yes",
     "no",
@@ -78,22 +78,23 @@ _POLAR_ANSWER = re.compile(r"\W*([A-Za-z]+|[是不否有没对会能可以]+?)�
 _CALLED_WRONG = re.compile(
     r"\W*(?:(?:which|that|this) is )?(?:wrong|incorrect|false|not (?:right|correct|true))\b|\W*[✗✘❌]", re.I
 )
-# Marks that the comparison of words does not see.
+# Marks that the comparison of words ignores.
 _CROSSED = re.compile(r"[?？✗✘❌]")
-# "Option B is a trap": a judgement that has to affirm.
+# "Option B is a trap": such a judgement counts only if it affirms the option.
 _JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can|could|has)\b", re.IGNORECASE)
 _KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
-# The words of the option beside its letter.
+# Keys for the option's words, next to its letter.
 _TEXT_KEYS = {"text", "option_text", "answer_text"}
-# A longer sentence may repeat an option for another reason than to choose it.
+# A longer sentence may repeat an option without choosing it.
 MOST_WORDS = 30
 _ALL_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def read_letter(body: str, options: Sequence[str] | None) -> str:
-    """The letter of the one option that an answer names; raises Unreadable otherwise.
+    """Return the letter of the only option that an answer names. Raise Unreadable otherwise.
 
-    Without options a letter has to stand alone, or to be named as the answer: a capital in a sentence is a word.
+    Without options, the letter must be the whole text or be named as the answer, since a capital in a sentence may be a
+    word.
     """
     text = plain(_inside_json(body))
     if not text:
@@ -104,7 +105,7 @@ def read_letter(body: str, options: Sequence[str] | None) -> str:
         text = sides[0]
     if letter := _as_a_whole(text, options, letters):
         return letter
-    # A sentence: one option named by its letter or told in its words, nothing denied and nothing doubted.
+    # A sentence that names one option by its letter or its words, without denial or doubt.
     named = {
         next(group for group in match.groups() if group).upper()
         for match in _NAMED.finditer(text)
@@ -121,10 +122,10 @@ def read_letter(body: str, options: Sequence[str] | None) -> str:
 
 
 def whole_option(text: str, options: Sequence[str] | None) -> str | None:
-    """The letter of a text that is an option as a whole: its letter, its words, or both, also with an explanation.
+    """Return the letter if the whole text is an option: its letter, its words, or both, possibly with an explanation.
 
     Raises:
-        Unreadable: it names two.
+        Unreadable: the text names two options.
     """
     letters = _ALL_LETTERS if options is None else option_letters(options)
     text = plain(text)
@@ -134,7 +135,7 @@ def whole_option(text: str, options: Sequence[str] | None) -> str | None:
 
 
 def names_another(sentence: str, letter: str, options: Sequence[str] | None) -> bool:
-    """Whether a sentence behind an answer names another option, and does not deny it."""
+    """Return whether a sentence after an answer names another option without denying it."""
     letters = _ALL_LETTERS if options is None else option_letters(options)
     mentioned = {name for name in _mentioned(sentence, letters) if name in letters}
     if mentioned - {letter} and not _is_denied_beside(sentence, options):
@@ -150,7 +151,7 @@ def names_another(sentence: str, letter: str, options: Sequence[str] | None) -> 
 
 
 def quotes_another(text: str, letter: str, options: Sequence[str] | None) -> bool:
-    """Whether a few words beside an answer hold another option's letter or words, whatever they say of it."""
+    """Return whether a few words next to an answer contain another option's letter or words, even if they deny it."""
     letters = _ALL_LETTERS if options is None else option_letters(options)
     texts = comparable_options(options)
     polar = {
@@ -160,7 +161,7 @@ def quotes_another(text: str, letter: str, options: Sequence[str] | None) -> boo
 
 
 def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
-    """Whether a text that may have been cut is a letter with its label: "B", "(B)", "B. mi"; "A" may become "A man"."""
+    """Return whether a possibly truncated text is a complete option letter: "B", "(B)", "B. mi"; not "A" of "A man"."""
     text = plain(text)
     texts = bare_options(options) if options is not None else []
     if _ONE_LETTER.fullmatch(text):
@@ -172,7 +173,7 @@ def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
 
 
 def comparable_options(options: Sequence[str] | None) -> Sequence[str]:
-    """The options' words without their letters, for comparison."""
+    """Return the options' words without their letters, normalised for comparison."""
     return () if options is None else _comparable_options(tuple(options))
 
 
@@ -183,14 +184,14 @@ def _comparable_options(options: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _option_words(options: tuple[str, ...]) -> re.Pattern[str] | None:
-    """What finds the options' own words in a sentence, the longer ones first."""
+    """Return a pattern for the options' words in a sentence, longer options first."""
     texts = sorted((text for text in bare_options(options) if comparable(text) not in _POLAR), key=len, reverse=True)
     words = [rf"(?<!\w){re.escape(text)}(?!\w)" if text.isascii() else re.escape(text) for text in texts if text]
     return re.compile("|".join(words), re.IGNORECASE) if words else None
 
 
 def comparable(text: str) -> str:
-    """Words of an option or answer for comparison: case, punctuation and articles make no difference."""
+    """Return the words of an option or answer without case, punctuation and a leading article, for comparison."""
     text = compatible(text).casefold()
     text = " ".join(re.sub(r"[^\w\s.%+-]|[.](?!\d)", " ", text).split())
     return _ARTICLE.sub("", text)
@@ -205,7 +206,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
             text = text[1:-1].strip()
         if letter := _ONE_LETTER.fullmatch(text):
             return _among(letter[1].upper(), letters)
-        # Before the words are compared: in "A. milk" the A is not an article.
+        # Tested before the words are compared, because the A of "A. milk" is not an article.
         if led := _LED.fullmatch(text):
             letter = next(group for group in led.groups()[:4] if group).upper()
             return _followed(letter, led[5], options, letters)
@@ -219,7 +220,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
             if affirmed or letter in _equal(rest, texts, letters):
                 return _followed(letter, rest, options, letters)
         lead = _LEAD_IN.match(text)
-        # "Yes and no" where these are options.
+        # The lead-in may itself be an option, such as "Yes".
         if not lead or lead.end() == len(text) or _equal(lead[0].strip(" ,:;.—-"), texts, letters):
             return None
         text = text[lead.end() :].strip()
@@ -227,7 +228,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
 
 
 def _inside_json(body: str) -> str:
-    """The answer of `{"answer": "B"}` or `["B"]`; any other text as it is."""
+    """Return the answer of `{"answer": "B"}` or `["B"]`, and any other text unchanged."""
     text = body.strip()
     value = json_value(text) if text.startswith(("{", "[")) else None
     if isinstance(value, list) and len(value) == 1:
@@ -236,7 +237,7 @@ def _inside_json(body: str) -> str:
         record = without_remarks(value)
         answers = [item for key, item in record.items() if key in _KEYS]
         words = [item for key, item in record.items() if key in _TEXT_KEYS]
-        # A key that is not known may deny the answer.
+        # An unknown key may deny the answer.
         if len(answers) != 1 or len(answers) + len(words) < len(record) or len(words) > 1:
             raise Unreadable("not_an_option")
         value = answers[0]
@@ -250,7 +251,7 @@ def _inside_json(body: str) -> str:
 
 
 def _is_another(text: str, options: Sequence[str] | None, letters: str) -> bool:
-    """Whether what stands behind "not" is an option itself: "B, not A"; but not "B, not sure"."""
+    """Return whether the text after "not" is an option itself: "B, not A", but not "B, not sure"."""
     try:
         if _as_a_whole(text.strip(), options, letters) is not None:
             return True
@@ -267,7 +268,7 @@ def _without_option_words(text: str, options: Sequence[str] | None) -> str:
 
 
 def _is_unsure(text: str, options: Sequence[str] | None) -> bool:
-    """Whether a sentence denies, doubts or takes back; an option's own "not" denies nothing."""
+    """Return whether a sentence denies, doubts or retracts. A "not" in the words of an option does not count."""
     text = _without_option_words(text, options)
     return is_denied(text) or is_doubted(text) or is_absent(text) or is_retracted(text)
 
@@ -278,11 +279,11 @@ def _is_denied_beside(sentence: str, options: Sequence[str] | None) -> bool:
 
 
 def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: str) -> str:
-    """A letter that is followed by words: its option's own, or an explanation that names no other option."""
+    """Return a letter that is followed by its option's words, or by an explanation that names no other option."""
     _among(letter, letters)
     texts = comparable_options(options)
     same = _equal(rest, texts, letters)
-    # The option's words, also where their end was left out.
+    # The option's words, possibly without their end.
     words = comparable(rest)
     begun = [letters[index] for index, text in enumerate(texts) if len(words) > 20 and text.startswith(words)]
     if letter in same or begun == [letter]:
@@ -301,7 +302,7 @@ def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: st
 
 
 def _equal(text: str, texts: Sequence[str], letters: str) -> list[str]:
-    """The options that a text is; also "No, he does not" where No is one."""
+    """Return the letters of options that equal a text; "No, he does not" equals the option "No"."""
     words = comparable(text)
     same = [letters[index] for index, option in enumerate(texts) if option and option == words]
     if same or not _POLAR.intersection(texts):
@@ -320,7 +321,7 @@ def _equal(text: str, texts: Sequence[str], letters: str) -> list[str]:
 
 
 def _told(text: str, texts: Sequence[str], letters: str) -> set[str]:
-    """Options whose words end or begin a sentence that affirms them: "The jacket is red", "Milk is the correct one"."""
+    """Return options whose words end or begin an affirming sentence: "The jacket is red", "Milk is the correct one"."""
     words, told = comparable(text), set()
     for index, option in enumerate(texts):
         if not option or option in _POLAR or option not in words:
@@ -333,7 +334,7 @@ def _told(text: str, texts: Sequence[str], letters: str) -> set[str]:
 
 
 def _told_in_words(text: str, texts: Sequence[str], letters: str) -> set[str]:
-    """The one option of several words that a sentence repeats; a single word may be there for another reason."""
+    """Return the only option that a sentence repeats, if it has several words; a single word may be a coincidence."""
     quoted = _quoted(text, texts, letters)
     words = [texts[letters.index(letter)] for letter in quoted]
     several = len(words) == 1 and (" " in words[0] or (not words[0].isascii() and len(words[0]) > 3))
@@ -341,7 +342,7 @@ def _told_in_words(text: str, texts: Sequence[str], letters: str) -> set[str]:
 
 
 def _mentioned(text: str, letters: str) -> set[str]:
-    """Letters that stand for options in a sentence; an A or I that is a word does not count."""
+    """Return the letters in a sentence that refer to options, without an A or I that is a word."""
     mentioned = set()
     for match in _MENTION.finditer(text):
         letter = (match[1] or match[2]).upper()
@@ -352,11 +353,11 @@ def _mentioned(text: str, letters: str) -> set[str]:
 
 
 def _quoted(text: str, texts: Sequence[str], letters: str) -> set[str]:
-    """Options whose words occur in a sentence; where the words of one hold another's, only the longer one."""
+    """Return options whose words occur in a sentence. If one option contains another, only the longer one counts."""
     text = f" {comparable(text)} "
     quoted = set()
     for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
-        # Scripts that write no blanks have no word boundary to look for.
+        # Scripts without spaces have no word boundaries.
         words = f" {texts[index]} " if texts[index].isascii() else texts[index]
         if words.strip() and texts[index] not in _POLAR and words in text:
             quoted.add(letters[index])

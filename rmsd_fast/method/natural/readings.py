@@ -1,8 +1,8 @@
-"""What sentences without answer tags say about a text in a picture: `The sign reads "EXIT", in green letters.`
+"""Read the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
 
-One quoted or emphasised text in a sentence that speaks of what is written is the reading, whatever else the sentence
-says. Two different ones are no reading, unless the second stands behind "not". The text of a picture may hold quotation
-marks itself, so a quotation counts only in a sentence about a text.
+If a sentence about a text contains one quoted or emphasised text, this is the reading, whatever else the sentence says.
+Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself contain
+quotation marks, so a quotation counts only in a sentence about a text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .text import unquoted
 
 MOST_QUOTATIONS = 50
 
-# Things that carry a text. In capitals they may be the text itself: "Joe's Book Shop".
+# Things that carry a text. In capitals, they may be the text itself: "Joe's Book Shop".
 THING = (
     r"(?:texts?|sign(?:s|age|board|post)?|captions?|subtitles?|titles?|head(?:line|er|ing)s?|labels?|words?|wording"
     r"|phrases?|sentences?|letter(?:s|ing)?|inscription|writing|messages?|notes?|banner|display|screen|monitor"
@@ -28,7 +28,7 @@ THING = (
     r"|url|address|tattoo|graffiti|credits?|watermark|username|handle|button|chyron|ticker|overlay|graphic|stamp|mat"
     r"|ribbon|flag|arrow|line|row|code)"
 )
-# Verbs of a text. Behind "is" and "has" the sentence must name a thing that carries a text.
+# Verbs for texts. With "is" and "has", the sentence must also name a thing that carries a text.
 _WRITES = (
     r"(?:reads?|reading|says?|saying|spells?|spelling|shows?|showing|displays?|displayed|displaying|states?|stating"
     r"|indicates?|bears?|bearing|carries|writes?|written|writing|prints?|printed|painted|engraved|inscribed|embossed"
@@ -61,7 +61,7 @@ _HEDGED = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\bno (?:dice|pone|muestra|indica|es)\b|\bn['’]|\bnon (?:dice|è)\b|\bне\b", re.IGNORECASE)
-# The text, or a part of it, cannot be read well.
+# Words for a text that is not fully legible.
 _BLURRED = re.compile(
     r"\b(?:blur\w*|illegible|unreadable|unclear|partial\w*|partly|covered|hidden|obscured|obstructed|cut off|washed out"
     r"|(?:hard|difficult) to (?:read|see|make out)|make out|made out|guess\w*|mirrored|(?:not|n['’]t) (?:\w+ )?"
@@ -119,9 +119,9 @@ _HEADING = re.compile(
 
 
 class Reading(NamedTuple):
-    """A text that was read in a picture, and what stands before and behind it in the response.
+    """A text that was read in a picture, and the parts of the response before and after it.
 
-    quoted: the text stood in quotation marks, so that no sentence about it is left in it.
+    quoted: the text was in quotation marks, so it does not contain a sentence about itself.
     """
 
     before: str
@@ -131,7 +131,7 @@ class Reading(NamedTuple):
 
 
 def split_ending(text: str) -> tuple[str, str, bool]:
-    """The text without polite sentences and a labelled explanation at its end, the explanation, whether any was cut."""
+    """Return the text without final polite sentences and explanation, the explanation, and whether either was cut."""
     cut = False
     while True:
         sentences = [0, *(stop.end() for stop in _STOP.finditer(text))]
@@ -145,12 +145,15 @@ def split_ending(text: str) -> tuple[str, str, bool]:
 
 
 def quoted_reading(text: str, *, stated: bool = False) -> Reading | None:
-    """The one text that a response quotes where it speaks of what is written; None where it quotes nothing so.
+    """Return the only text that a response quotes in sentences about a text; None if there is no such quotation.
 
     Args:
-        stated: the text stands behind "The answer is".
+        text: the response, or the part of it that may contain the quotation.
+        stated: the text follows "The answer is".
+    Returns:
+        The reading, or None.
     Raises:
-        Unreadable: it quotes several, doubts or denies what it quotes, or takes it back.
+        Unreadable: the response quotes several texts, or doubts, denies or retracts the quotation.
     """
     body, explanation, _ = split_ending(text)
     masked, quotations = _masked(body)
@@ -175,7 +178,7 @@ def quoted_reading(text: str, *, stated: bool = False) -> Reading | None:
         _check_telling(kept[index])
     _check_others(kept[: telling[0]], kept[telling[-1] + 1 :], explanation)
     mark = _MASK.search(" ".join(kept))[0]
-    # A sentence that was cut inside its quotation.
+    # A stray quotation mark means that the response was cut inside a quotation.
     if _STRAY.search(masked):
         raise Unreadable("no_answer")
     reading = unquoted(quotations[ord(mark) - 0xE000]).rstrip(",，;")
@@ -184,12 +187,12 @@ def quoted_reading(text: str, *, stated: bool = False) -> Reading | None:
 
 
 def _masked(text: str) -> tuple[str, list[str]]:
-    """The text with one character in place of each quotation, and the quotations."""
+    """Return the text with a private-use character in place of each quotation, and the quotations."""
     quotations: list[str] = []
 
     def mask(match: re.Match[str]) -> str:
         inside = match[match.lastindex]
-        # "**Text:** EXIT" and "The **red sign** reads": emphasis of a label and of a thing.
+        # "**Text:** EXIT" and "The **red sign** reads": a label or a thing is emphasised, not a quotation.
         if match[0].startswith("*") and (
             inside.rstrip().endswith((":", "："))
             or re.match(r"\s*[:：]", match.string[match.end() :])
@@ -200,11 +203,11 @@ def _masked(text: str) -> tuple[str, list[str]]:
             raise Unreadable("two_answers")
         quotations.append(inside)
         mark = chr(0xE000 + len(quotations) - 1)
-        # "It says 'Stop.' The sign is red.": the stop inside ends the sentence.
+        # "It says 'Stop.' The sign is red.": the full stop inside the quotation ends the sentence.
         goes_on = re.match(r"\s+[A-Z]", match.string[match.end() :][:20])
         return f"{mark}." if inside.rstrip()[-1:] in (".", "!", "?") and goes_on else mark
 
-    # Icons of private fonts stand in the range of the masks.
+    # Private-use characters in the text, such as icons, would look like masks.
     return _QUOTATION.sub(mask, _MASK.sub(" ", text)), quotations
 
 
@@ -213,9 +216,9 @@ def _folded(text: str) -> str:
 
 
 def _tells(sentence: str, *, first: bool) -> bool:
-    """Whether a sentence tells of a text that it quotes, or is that text as a whole.
+    """Return whether a sentence is about a text that it quotes, or consists of the quotation.
 
-    first: it begins what stands behind "The answer is".
+    first: the sentence directly follows "The answer is".
     """
     if not _MASK.search(sentence) or _PERSON.search(sentence):
         return False
@@ -228,7 +231,7 @@ def _tells(sentence: str, *, first: bool) -> bool:
 
 
 def _speaks_before(sentence: str) -> bool:
-    """Whether a label such as "Sign:" stands right before the quotation."""
+    """Return whether a label such as "Sign:" directly precedes the quotation."""
     before = _MASK.split(sentence)[0]
     return bool(_SPEAKS.search(before)) if before.rstrip().endswith((":", "：")) else False
 
@@ -237,7 +240,7 @@ def _check_telling(sentence: str) -> None:
     words = _MASK.sub(" ", sentence)
     if is_doubted(words) or _HEDGED.search(words):
         raise Unreadable("two_answers")
-    # A quotation may be a part of the text: "The sign reads Welcome to "Joe's" Diner".
+    # The quotation may be only part of the text: "The sign reads Welcome to "Joe's" Diner".
     bridge = _BRIDGE.search(sentence)
     if _NEXT.search(sentence) or (bridge and _CAPITAL.search(bridge[1])):
         raise Unreadable("two_answers")
@@ -246,7 +249,7 @@ def _check_telling(sentence: str) -> None:
 
 
 def _check_others(before: list[str], after: list[str], explanation: str) -> None:
-    """Raise Unreadable where other sentences than the telling one leave the text open, or give another one."""
+    """Raise Unreadable if sentences around the one with the quotation make the text uncertain, or give another text."""
     for sentence in (*before, *after, explanation):
         words = _MASK.sub(" ", sentence)
         if is_unknowing(words) or _BLURRED.search(words):
@@ -260,10 +263,10 @@ def _check_others(before: list[str], after: list[str], explanation: str) -> None
 
 
 def block_reading(text: str) -> Reading | None:
-    """The block behind "it reads:", or under a heading such as "### Text in the video"; None for other texts.
+    """Return the block after "it reads:", or under a heading such as "### Text in the video"; None for other texts.
 
     Raises:
-        Unreadable: several paragraphs, or a list of texts, stand there.
+        Unreadable: the block has several paragraphs, or is a list of texts.
     """
     body, explanation, _ = split_ending(text)
     if heading := _HEADING.fullmatch(body):
@@ -283,7 +286,7 @@ def block_reading(text: str) -> Reading | None:
 
 
 def block_text(text: str) -> str:
-    """The text of a paragraph, without marks of a block quotation or of a list.
+    """Return the text of a paragraph without the marks of a block quotation or a list item.
 
     Raises:
         Unreadable: there are several paragraphs, or a list of texts.
@@ -301,7 +304,7 @@ def block_text(text: str) -> str:
 
 
 def labelled_reading(text: str) -> Reading | None:
-    """What stands behind "Text on the sign:" in a text of one line; None for other texts.
+    """Return the text after "Text on the sign:" in a single line; None for other texts.
 
     Raises:
         Unreadable: a label such as "Serial number:" may itself be part of the text.
@@ -319,7 +322,7 @@ def labelled_reading(text: str) -> Reading | None:
 
 
 def speaks_of_a_text(text: str) -> bool:
-    """Whether a text without quotations begins as a sentence about a text in a picture."""
+    """Return whether a text without quotations begins like a sentence about a text in a picture."""
     return bool(
         re.match(
             rf"(?:(?:on|in|at|above|below)\s+)?(?:the|this|that|its|a|an|it|there|here)\b[^.:]{{0,120}}\b{THING}\b[^.]{{0,80}}"
@@ -332,7 +335,11 @@ def speaks_of_a_text(text: str) -> bool:
 
 
 def last_sentence(text: str) -> tuple[str, str] | None:
-    """What stands before the last sentence, and that sentence, if nothing before it leaves open what it tells."""
+    """Return the text before the last sentence, and that sentence, if it is about a text; otherwise None.
+
+    Raises:
+        Unreadable: an earlier sentence makes the text uncertain, or gives another text.
+    """
     sentences = [sentence.strip() for sentence in _STOP.split(text) if sentence.strip()]
     if len(sentences) < 2 or "\n" in text or not speaks_of_a_text(sentences[-1]):
         return None

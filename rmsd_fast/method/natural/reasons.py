@@ -1,15 +1,15 @@
-"""Why a response cannot be used."""
+"""The reasons why a response cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 REASONS = {
-    "empty": "there is no text",
+    "empty": "the response is empty",
     "truncated": "the response was cut, at the token limit or by an error of the server",
     "filtered": "a content filter of the server stopped the response",
     "refusal": "the teacher declined to answer",
-    "unfinished": "the reasoning or the answer has no end",
+    "unfinished": "the reasoning or the answer is not closed",
     "format": "the response is not <think>…</think><answer>…</answer>",
     "no_answer": "no final answer was found",
     "two_answers": "several different answers were given",
@@ -18,15 +18,15 @@ REASONS = {
     "not_a_box": "the answer is not one box x1,y1,x2,y2",
     "not_a_number": "the answer is not one number",
     "a_range": "the answer is a range or a bound, not one number",
-    "special_token": "the text holds a special token of the student's tokenizer",
-    "not_unicode": "the text holds half of a surrogate pair, which no tokenizer takes",
-    "no_think": "the student's chat template opens the response with <think>, and the text does not begin with it",
-    "too_long": "the response does not fit micro_tokens beside a prompt",
+    "special_token": "the text contains a special token of the student's tokenizer",
+    "not_unicode": "the text contains an unpaired surrogate, which tokenizers reject",
+    "no_think": "the student's chat template opens the response with <think>, but the text does not begin with it",
+    "too_long": "prompt and response together do not fit in micro_tokens",
 }
 
 
 class Unreadable(ValueError):
-    """An answer that is not one clear answer; `reason` is a key of REASONS."""
+    """Raised if a text does not give one clear answer; `reason` is a key of REASONS."""
 
     def __init__(self, reason: str):
         super().__init__(REASONS[reason])
@@ -34,7 +34,7 @@ class Unreadable(ValueError):
 
 
 def the_only(answers: Sequence[str]) -> str:
-    """The one answer that all of them are; raises Unreadable where they differ."""
+    """Return the answer if all answers are equal. Raise Unreadable otherwise."""
     if len(set(answers)) != 1:
         raise Unreadable("two_answers")
     return answers[0]

@@ -1,4 +1,4 @@
-"""Responses in which a teacher declines, or says that it has seen no video."""
+"""Detect responses in which a teacher declines to answer, or says that it has not seen a video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DECLINES = re.compile(
     r"|ich (?:kann|sehe|habe) (?:leider )?(?:das |kein)|je ne (?:vois|peux) pas|no (?:veo|puedo)\b",
     re.IGNORECASE,
 )
-# Nobody in a film says these words of a teacher, whatever follows.
+# Words of a teacher that a person in a film would not say, whatever follows.
 _SURE = re.compile(
     rf"{_POLITE}{_UNABLE}\s+(?:to )?{_WHAT}(?:comply|determine|assist with|process|analy[sz]e)\b"
     rf"|{_AI},?\s+i\b|作为.{{0,8}}(?:AI|人工智能|语言模型)"
@@ -36,7 +36,7 @@ _SURE = re.compile(
     r"|without (?:access to|seeing|being able to (?:see|view|watch)) (?:the|your) (?:video|image|clip|frames?)\b",
     re.IGNORECASE,
 )
-# What is a refusal only as the whole answer.
+# Texts that are a refusal only if they are the whole answer.
 _WHOLE = re.compile(
     rf"{_POLITE}(?:{_UNABLE}|i (?:must|have to) decline)(?: to (?:answer|assist|help))?\W*|i (?:must"
     rf"|have to) decline\W.*"
@@ -69,16 +69,18 @@ _NO_MEDIUM = re.compile(
     r"|(?:未|没有)(?:提供|看到|收到)(?:任何)?(?:视频|图片)",
     re.IGNORECASE | re.DOTALL,
 )
-# "No image available" may stand in a picture.
+# "No image available" may be a text in a picture.
 _SHOWN = re.compile(rf"no {_FILE} (?:available|provided|found)\W*", re.IGNORECASE)
 
 
 def is_refusal(text: str, *, task: str, inside_answer: bool) -> bool:
-    """Whether a text begins with a refusal.
+    """Return whether a text begins with a refusal.
 
     Args:
-        inside_answer: the text stands in an answer block, where it may be a line of a film or a description: only a
-            refusal that speaks of a medium, a text or a request counts.
+        text: the response, or the content of its answer block.
+        task: one of TASK_TYPES.
+        inside_answer: the text is in an answer block, where it may be a line of a film or a description. Only a refusal
+            that mentions a medium, a text or a request counts there.
     """
     text = text.lstrip(' \n"“*')
     if _SPEECH.search(text[:200]) or (task == "ocr" and _SHOWN.fullmatch(text)):

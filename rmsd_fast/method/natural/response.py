@@ -1,8 +1,8 @@
-"""The answer of a whole response.
+"""Find the answer of a whole response.
 
-Looked for are, in this order: an `<answer>` block, also in other spellings; `\\boxed{}`; a sentence such as "The
-answer is B."; a text that stands by itself behind the reasoning, or instead of it, and is an answer as a whole. What
-stands outside the reasoning and gives another answer makes the response unreadable.
+Searched for, in this order: an `<answer>` block, in any spelling; `\\boxed{}`; a sentence such as "The answer is B.";
+and a text after the reasoning, or instead of it, that consists of an answer. If another part of the response outside
+the reasoning gives another answer, the response is unreadable.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from .text import REASONING_KEYS, find_json, strip_outside, visible, without_cou
 Options = Sequence[str] | None
 # A longer text without an answer block does not answer a closed question.
 MOST_CHARACTERS = 20_000
-# A shorter text without reasoning may say its answer in any of its sentences, if there is one only.
+# A text without reasoning that is at most this long may give its only answer in any sentence.
 MOST_WORDS = 60
 _LIST_MARK = re.compile(r"^\s*[-*•]\s+(?=[A-Za-z*])", re.MULTILINE)
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
-# A placeholder of the prompt, or the question once more.
+# A placeholder from the prompt, or a repeated question.
 _NO_ANSWER = re.compile(
     r"\[?(?:your |the )?answer(?: here)?\]?|(?:the )?text(?: read)?|\.{3}|…"
     r"|the (?:question|user|task) (?:asks|wants|is asking)\b.*|null|n/a|(?:图中|图片中|视频中|画面中)?(?:没有"
@@ -62,7 +62,7 @@ _NO_ANSWER = re.compile(
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _CLAUSE_START = re.compile(r"[;；]|\b(?:so|therefore|thus|hence)\b|[所因]以?此?", re.IGNORECASE)
-# A line that talks about a picture rather than repeats what it reads.
+# Words of a line that describes a picture instead of quoting its text.
 _TALK = re.compile(
     r"\b(?:is|are|appears?|seems?|cannot|can't|unclear|legible|visible|frames?|video|picture|image)\b|画面|视频",
     re.IGNORECASE,
@@ -77,18 +77,20 @@ _ANSWER_KEYS = ("answer", "final_answer", "correct_answer", "choice", "option")
 def canonical_response(
     text: str, task_type: str, *, options: Options = None, finish_reason: str | None = None
 ) -> str | None:
-    """The response as `<think>…</think><answer>…</answer>` whose answer parses, or None if no answer is clear.
+    """Return the response as `<think>…</think><answer>…</answer>` whose answer parses, or None if no answer is clear.
 
-    A response that is in this form already comes back as it is, unless its answer has a simpler spelling.
+    A response that has this form already is returned unchanged, unless its answer has a simpler spelling.
 
     Args:
         text: the whole response.
         task_type: one of TASK_TYPES.
-        options: choices of an `mcq` question in order, bare or labelled; None = letters stand in the question's text.
-        finish_reason: what the server said, in the words of any (`method.finish_reasons`). A response that was cut,
-            stopped by an error or by a filter is invalid; None = unknown.
+        options: choices of an `mcq` question in order, bare or labelled; None = the options are in the question's text.
+        finish_reason: finish reason of any server (see `method.finish_reasons`). A response that was cut, or stopped by
+            an error or a filter, is invalid. None = unknown.
+    Returns:
+        The canonical response, or None.
     Raises:
-        ValueError: unknown task type, or a number of options outside 1..26.
+        ValueError: the task type is unknown, or the number of options is outside 1..26.
     """
     try:
         return read_response(text, task_type, options, finish_reason)
@@ -99,7 +101,7 @@ def canonical_response(
 def invalid_reason(
     text: str, task_type: str, *, options: Options = None, finish_reason: str | None = None
 ) -> str | None:
-    """Why `canonical_response` gives None, as a key of REASONS; None where it gives a text."""
+    """Return why `canonical_response` returns None, as a key of REASONS; None if it returns a text."""
     try:
         read_response(text, task_type, options, finish_reason)
     except Unreadable as error:
@@ -108,7 +110,7 @@ def invalid_reason(
 
 
 def read_response(text: str, task: str, options: Options, finish_reason: str | None) -> str:
-    """`canonical_response` and `invalid_reason` in one pass: raises Unreadable, with the reason, in place of None."""
+    """Return the canonical response. Raise Unreadable, with the reason, if there is none."""
     finish_reason = finish_reason_of(finish_reason)
     if finish_reason in _NOT_WHOLE:
         raise Unreadable(_NOT_WHOLE[finish_reason])
@@ -125,7 +127,7 @@ def read_response(text: str, task: str, options: Options, finish_reason: str | N
         raise Unreadable("no_answer")
     else:
         before, answer, after = _untagged(final, task, options, reasoned=reasoning is not None)
-    # What is in order already stays as it was written, line breaks and all.
+    # A response in canonical form keeps its text, including line breaks.
     if ordered and answer_body(text).strip() == answer:
         result = without_region_marks(text)
     else:
@@ -136,7 +138,7 @@ def read_response(text: str, task: str, options: Options, finish_reason: str | N
 
 
 def _text_in_order(text: str, task: str) -> str:
-    """A response in order whose answer is a text: it stays as it is but for marks that no picture shows."""
+    """Return a canonical response whose answer is a text, without tokens that mark boxes and regions."""
     body = without_answer_marks(answer_body(text)).strip()
     if is_refusal(body, task=task, inside_answer=True):
         raise Unreadable("refusal")
@@ -148,7 +150,7 @@ def _text_in_order(text: str, task: str) -> str:
 
 
 def _reasoning(tagged: str | None, before: str, after: str) -> str:
-    """The reasoning that tags set apart; else what stands before the answer; else what explains it behind."""
+    """Return the first of these that is not empty: tagged reasoning, text before the answer, explanation after it."""
     for text in (tagged or "", before, after):
         if clean := without_tags(text):
             return clean[match.end() :] if (match := _EXPLANATION.match(clean)) else clean
@@ -156,14 +158,14 @@ def _reasoning(tagged: str | None, before: str, after: str) -> str:
 
 
 def _tagged(final: str, task: str, options: Options, finish_reason: str | None) -> tuple[str, str, str]:
-    """What stands before the first answer block, the one answer of all blocks, and what stands behind them."""
+    """Return the text before the first answer block, the only answer of all blocks, and the text after the last one."""
     lead, opened, rest = final.partition("<answer>")
     if not opened:
         body, _, after = final.partition("</answer>")
         return "", _body(body, task, options), after
     inside, closed, after = rest.rpartition("</answer>")
     if not closed or "<answer>" in after:
-        # Nothing says that "12" was not to become "125", or "red" "red and blue"; a letter is whole or not there.
+        # "12" might have become "125", and "red" "red and blue". Only a letter is certainly complete.
         if finish_reason != "stop" and not (task == "mcq" and is_whole_letter(rest, options)):
             raise Unreadable("unfinished")
         inside, after = rest, ""
@@ -184,15 +186,15 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
     return lead, answer, after
 
 
-# Where the sentence of an answer block begins and ends: "at least <answer>3</answer> million".
+# The parts of a sentence before and after an answer block: "at least <answer>3</answer> million".
 _BEGINS = re.compile(r"[^\n.!?:。！？：]*\Z")
 _GOES_ON = re.compile(r"(?! *\n)(?: ?[(（]?[a-z%+*/^°~-]|[百千万亿个倍秒分帧])[^\n.!?。！？]*")
 
 
 def _check_beside(lead: str, answer: str, after: str, task: str, options: Options) -> None:
-    """Raise Unreadable where the words of the same sentence change the answer of a block, or deny it."""
+    """Raise Unreadable if other words of the same sentence change the answer of a block, or deny it."""
     before, behind = _BEGINS.search(lead[-200:])[0], _GOES_ON.match(after[:200])
-    # "It is not tea, so <answer>B</answer>": the clause of the block counts.
+    # "It is not tea, so <answer>B</answer>": only the clause of the block counts.
     before = re.split(r"[,，]\s", _CLAUSE_START.split(before)[-1])[-1]
     before = "" if before.strip() in ("", "-", "*", "**", "•", ">") and before[-1:] != "-" else before
     rest = behind[0] if behind else ""
@@ -208,9 +210,9 @@ def _check_beside(lead: str, answer: str, after: str, task: str, options: Option
 
 
 def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
-    """What stands before the answer of a text without answer tags, the answer, and what stands behind it.
+    """Return the parts of a text without answer tags: the text before the answer, the answer, and the text after it.
 
-    reasoned: the reasoning was set apart already.
+    reasoned: the reasoning was in tags and is not part of the text.
     """
     whole = strip_outside(final)
     if (split := find_json(whole)) and (read := _in_json(split, task, options)):
@@ -232,13 +234,13 @@ def _untagged(final: str, task: str, options: Options, *, reasoned: bool) -> tup
 
 
 def _opening_letter(text: str, options: Options) -> str | None:
-    """The option that a response begins with before it explains: "B. milk" and a reason."""
+    """Return the option with which a response begins, before an explanation: "B. milk" and a reason."""
     first = sentences_in(text, "mcq", options)[0]
     try:
         alone = standing_alone(text, "mcq", options)
     except Unreadable:
         return None
-    # More words tell of an option rather than choose it.
+    # A longer sentence may describe an option without choosing it.
     return alone[0][1] if alone and alone[0][0] == first and len(first.text.split()) <= 4 else None
 
 
@@ -261,7 +263,7 @@ def _in_json(split: tuple[str, object, str], task: str, options: Options) -> tup
     return before, answer, after
 
 
-# "EXIT. Or maybe EXIST.", and a note in a paragraph of its own.
+# "EXIT. Or maybe EXIST.", and a note in a separate paragraph.
 _ANOTHER_TEXT = re.compile(r"[.!?\n]\s*(?:or|or maybe|maybe|perhaps|possibly|alternatively)\b|或者", re.IGNORECASE)
 # "Hard to see, perhaps EXIT" in Chinese.
 _UNSURE_TEXT = re.compile(r"(?:看不(?:太)?清楚?)?[，,]?\s*(?:可能|好像|似乎|大概|应该)是|看不(?:太)?清楚?[，,]")
@@ -279,7 +281,7 @@ def _untagged_text(text: str, task: str, options: Options, *, reasoned: bool) ->
 
 
 def _untagged_reading(text: str, *, reasoned: bool) -> tuple[str, str, str]:
-    """`_untagged` for a text that was read in a picture."""
+    """Do the same as `_untagged` for a text that was read in a picture."""
     if read := _boxed_text(text):
         return read
     if stated := text_statement(text) or heading(text):
@@ -309,7 +311,7 @@ def _reading_body(read: Reading) -> str:
 
 
 def _stated_reading(text: str) -> Reading:
-    """The text that stands behind "The answer is", without what explains it."""
+    """Return the text after "The answer is", without its explanation."""
     if read := quoted_reading(text, stated=True):
         return read
     text, explanation, _ = split_ending(text)
@@ -321,7 +323,7 @@ def _stated_reading(text: str) -> Reading:
 
 
 def _boxed_text(text: str) -> tuple[str, str, str] | None:
-    """The content of the only `\\boxed{}` of a text, as it is read in a picture."""
+    """Return the content of a text's only `\\boxed{}` as a text that was read in a picture, or None."""
     boxes = list(_BOXED.finditer(text))
     if not boxes:
         return None
@@ -334,7 +336,7 @@ def _boxed_text(text: str) -> tuple[str, str, str] | None:
 
 
 def _check_one_text(text: str) -> None:
-    """Raise Unreadable where remarks or a second reading stand behind a text that was read in a picture."""
+    """Raise Unreadable if remarks or a second reading follow a text that was read in a picture."""
     if _ANOTHER_TEXT.search(text):
         raise Unreadable("two_answers")
     if _NOTE.search(text):
@@ -342,7 +344,7 @@ def _check_one_text(text: str) -> None:
 
 
 def _boxed(text: str, task: str, options: Options) -> tuple[str, str, str] | None:
-    """The answer of the sentences that hold a `\\boxed{}`, each read with the box's content in its place."""
+    """Return the answer of sentences with a `\\boxed{}`; each sentence is read with the content in place of the box."""
     boxes = list(_BOXED.finditer(text))
     if not boxes:
         return None
@@ -370,20 +372,19 @@ def _boxed(text: str, task: str, options: Options) -> tuple[str, str, str] | Non
     return plain_text[:first], answer, plain_text[last:]
 
 
-def _in_its_sentence(text: str, places: tuple[int, int, int, int], task: str, options: Options) -> str:
-    """The answer of a box, read in its clause.
+def _in_its_sentence(text: str, bounds: tuple[int, int, int, int], task: str, options: Options) -> str:
+    """Return the answer of a box, read in its clause.
 
-    Args:
-        places: where the sentence begins, the box begins and ends, and the sentence ends.
+    bounds: start of the sentence, start and end of the box, end of the sentence.
     """
-    first, start, end, last = places
+    first, start, end, last = bounds
     before, content, after = text[first:start], text[start:end], text[end:last]
     answer = canonical_body(content, task, options)
     if not (before + after).strip(" $*\\()[].。\n"):
         return answer
     if is_unknowing(before) or after.rstrip(" $*").endswith("?"):
         raise Unreadable("no_answer")
-    # "It is not brown, so \\boxed{B}": the clause of the box counts.
+    # "It is not brown, so \\boxed{B}": only the clause of the box counts.
     lead = _CLAUSE_START.split(before)[-1]
     aside, _, clause = lead.rpartition(", ")
     if task == "mcq" or not (re.search("[0-9]", aside) or is_denied(aside) or is_absent(aside)):
@@ -399,7 +400,7 @@ def _in_its_sentence(text: str, places: tuple[int, int, int, int], task: str, op
 
 
 def _stated(text: str, task: str, options: Options) -> tuple[str, str, str] | None:
-    """The answer of the sentences that state one; None where none does."""
+    """Return the answer of the sentences that state one, with the text before and after; None without a statement."""
     stated = statements(text, task, options)
     if any(statement.reason in ("two_answers", "a_range") for statement in stated):
         raise Unreadable("two_answers")
@@ -407,21 +408,21 @@ def _stated(text: str, task: str, options: Options) -> tuple[str, str, str] | No
     if not answers:
         return None
     last = stated[-1]
-    # The last word counts: one that cannot be read, or is taken back, leaves the answer open.
+    # The last statement decides. If it cannot be read or is retracted, the answer is not clear.
     if last.answer is None or is_taken_back(text[last.end :], last.answer, task, options):
         raise Unreadable("two_answers")
     return text[: last.start], the_only(answers), text[last.end :]
 
 
 def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) -> tuple[str, str, str]:
-    """An answer that is the text, or stands by itself at its end or beginning."""
+    """Return an answer that is the whole text, or a separate sentence at its end or beginning."""
     sentences = sentences_in(final, task, options)
     if len(sentences) > 1:
         alone = standing_alone(final, task, options)
         ends = [(sentence, answer) for sentence, answer in alone if sentence in (sentences[0], sentences[-1])]
         if ends:
             sentence, answer = ends[-1]
-            # At the beginning a "No." takes nothing back.
+            # At the beginning of a text, "No." does not retract anything.
             if (sentence.start > 0 and takes_back(sentence.text)) or is_taken_back(
                 final[sentence.end :], answer, task, options
             ):
@@ -429,7 +430,7 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
             return final[: sentence.start], the_only([answer, *(answer for _, answer in alone)]), final[sentence.end :]
         joined = " ".join(_LIST_MARK.sub("", final).split())
         if task in ("temporal", "spatial") and (answer := short(joined, task, options)):
-            # "Start: 3 s" and "End: 5 s" in lines of their own.
+            # "Start: 3 s" and "End: 5 s" on separate lines.
             return "", answer, ""
         before, _, paragraph = final.strip().rpartition("\n\n")
         if before and not takes_back(paragraph) and (answer := short(" ".join(paragraph.split()), task, options)):
@@ -450,7 +451,7 @@ def _standing_alone(final: str, task: str, options: Options, *, reasoned: bool) 
 
 
 def _body(text: str, task: str, options: Options) -> str:
-    """The canonical form of a text that is known to be the answer."""
+    """Return the canonical form of a text that is known to be the answer."""
     text = visible(without_answer_marks(text)).strip()
     if task in ("open", "ocr"):
         answer, reason = read_or_reason(text, task, options)

@@ -1,4 +1,4 @@
-"""Where an answer stands in a text without tags: statements such as "The answer is B." and answers by themselves."""
+"""Find the answer in a text without tags: statements such as "The answer is B.", and lines that are only an answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .times import intervals_in
 
 Options = Sequence[str] | None
 
-# Only sentences that hold one of these are searched for a statement.
+# Only sentences that contain one of these are searched for a statement.
 _CUE = re.compile(
     r"answer|choice|option|\bans\b|\bI\b|respuesta|antwort|lösung|réponse|答|选|選|正解|回答", re.IGNORECASE
 )
@@ -34,7 +34,7 @@ _STATEMENT = re.compile(
     r"|(?<![不别非])(?:故|应|所以|因此|我)?(?<![不别非])(?:选择|选)(?=\s*[(（]?[A-ZＡ-Ｚ])\s*",
     re.IGNORECASE,
 )
-# In open and ocr questions a "choice" or an "option" is a word of the answer as any other.
+# In open and ocr questions, "choice" and "option" are ordinary words.
 _TEXT_STATEMENT = re.compile(
     r"[\s*#]*(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answer|答案|antwort|respuesta|réponse)"
     r"(?:\**\s*is\b\**\s*[:：]?\**|\**\s*(?:[:：是]|为)\**)\s*",
@@ -96,7 +96,7 @@ _CLAUSES = re.compile(r"[,，;；:：]")
 
 
 class Sentence(NamedTuple):
-    """A sentence of a text, and where it stands."""
+    """A sentence of a text, and its position."""
 
     start: int
     end: int
@@ -104,7 +104,7 @@ class Sentence(NamedTuple):
 
 
 def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
-    """The sentences of a text; in ocr questions its lines, since a stop may belong to what is read."""
+    """Return the sentences of a text. For ocr questions, return its lines, since a full stop may belong to the text."""
     sentences = []
     for line in re.finditer(r"[^\n]+", text):
         start, ends = line.start(), []
@@ -123,7 +123,7 @@ def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
 
 
 def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
-    """Whether a stop is that of a sentence, and not of an abbreviation such as "i.e."."""
+    """Return whether a full stop ends a sentence, and does not belong to an abbreviation such as "i.e."."""
     before = line[max(0, stop.start() - 2) : stop.start()]
     if re.match(
         r"\.\s*(?:[0-9]|one|two|three|four|five|six|seven|eight|nine|ten)", line[stop.start() :][:8]
@@ -133,7 +133,7 @@ def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
 
 
 def _is_label(before: str, after: str, options: Options) -> bool:
-    """Whether a stop belongs to the letter of an option: "B. milk", but not "The answer is B. It is white."."""
+    """Return whether a full stop follows an option's letter: "B. milk", but not "The answer is B. It is white."."""
     if not _LABEL_STOP.search(before):
         return False
     words = comparable(after[:1000])
@@ -142,7 +142,7 @@ def _is_label(before: str, after: str, options: Options) -> bool:
 
 
 class Statement(NamedTuple):
-    """A sentence that says what the answer is. answer: None where it cannot be read, for `reason`."""
+    """A sentence that states the answer. answer is None if it cannot be read, for `reason`."""
 
     start: int
     end: int
@@ -151,7 +151,7 @@ class Statement(NamedTuple):
 
 
 def statements(text: str, task: str, options: Options) -> list[Statement]:
-    """All statements of a text in order, also those that cannot be read."""
+    """Return all statements of a text in order, including those that cannot be read."""
     sentences, stated = sentences_in(text, task, options), []
     for index, sentence in enumerate(sentences):
         if not _CUE.search(sentence.text):
@@ -161,7 +161,7 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
             ends = matches[number + 1].start() if number + 1 < len(matches) else len(sentence.text)
             value, end = sentence.text[match.end() : ends].strip(), sentence.end
             if not value.strip("*:： ") and number + 1 == len(matches) and index + 1 < len(sentences):
-                # "The answer is:" and the answer in the next line.
+                # "The answer is:", with the answer in the next line.
                 value, end = sentences[index + 1].text, sentences[index + 1].end
             before = sentence.text[max(0, match.start() - 200) : match.start()]
             if _NO_STATEMENT.search(before):
@@ -178,7 +178,7 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
 
 
 def text_statement(text: str) -> tuple[str, str] | None:
-    """What stands before and behind the last line or sentence that begins with "The answer is"."""
+    """Return the text before and after "The answer is" at the start of a line or sentence, the last such place."""
     starts = [sentence.start for sentence in sentences_in(text, "open", None)]
     for start in reversed(starts):
         if match := _TEXT_STATEMENT.match(text, start):
@@ -187,7 +187,7 @@ def text_statement(text: str) -> tuple[str, str] | None:
 
 
 def heading(text: str) -> tuple[str, str] | None:
-    """What stands before and behind the last heading such as "### Answer"."""
+    """Return the text before and after the last heading such as "### Answer"."""
     lines = text.split("\n")
     for index in range(len(lines) - 2, -1, -1):
         if lines[index].strip() and _HEADING.fullmatch(lines[index]):
@@ -196,12 +196,12 @@ def heading(text: str) -> tuple[str, str] | None:
 
 
 def takes_back(text: str) -> bool:
-    """Whether a text begins with a word such as "No," that takes back what stands before it."""
+    """Return whether a text begins with a word such as "No," that retracts the text before it."""
     return _RETRACTION.match(text) is not None
 
 
 def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
-    """Whether the text behind an answer takes it back, or gives another one."""
+    """Return whether the text after an answer retracts it, or gives another answer."""
     if not text.strip():
         return False
     if is_retracted(text) or {alone for _, alone in standing_alone(text, task, options)} - {answer}:
@@ -210,7 +210,7 @@ def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
 
 
 def _gives_another(sentence: str, answer: str, task: str, options: Options) -> bool:
-    """Whether a sentence behind an answer gives another one, and does not deny it."""
+    """Return whether a sentence after an answer gives another answer without denying it."""
     if len(sentence) > MOST_CHARACTERS:
         return False
     if task == "mcq":
@@ -222,12 +222,12 @@ def _gives_another(sentence: str, answer: str, task: str, options: Options) -> b
         return bool(recounted(sentence) - {Decimal(answer)})
     if task == "temporal":
         return bool(intervals_in(sentence) - {tuple(map(Decimal, answer.split(" to ")))})
-    # "The cat is at [610, 30, 880, 300]" tells of another object.
+    # "The cat is at [610, 30, 880, 300]" is about another object.
     return _OF_THE_ANSWER.search(sentence) is not None and bool(boxes_in(sentence) - {re.sub(r"\s", "", answer)})
 
 
 def check_lead(text: str, task: str, options: Options) -> None:
-    """Raise Unreadable where the sentences right before an answer make it unknown, or one in another measure."""
+    """Raise Unreadable if the sentences before an answer say that it is unknown, or in another unit."""
     lines = [sentence.text for sentence in sentences_in(text[-1000:], task, options)[-2:]]
     if any(is_unknowing(line) for line in lines):
         raise Unreadable("no_answer")
@@ -237,10 +237,10 @@ def check_lead(text: str, task: str, options: Options) -> None:
 
 
 def standing_alone(text: str, task: str, options: Options) -> list[tuple[Sentence, str]]:
-    """Lines and sentences that are an answer as a whole, in order.
+    """Return the lines and sentences that consist of an answer, in order.
 
-    The options in a row do not count, since a response often repeats them, nor do the entries of a numbered list.
-    Two answers in one sentence raise Unreadable.
+    A list of the options does not count, since a response often repeats it, nor do the items of a numbered list. Raise
+    Unreadable for two answers in one sentence.
     """
     sentences = sentences_in(text, task, options)
     listed = [_LISTED.match(sentence.text) if task == "mcq" else None for sentence in sentences]
@@ -256,10 +256,10 @@ def standing_alone(text: str, task: str, options: Options) -> list[tuple[Sentenc
 
 
 def short(text: str, task: str, options: Options) -> str | None:
-    """The answer that a few words are as a whole; None for a sentence that merely mentions one.
+    """Return the answer if a short text consists of it; None for a sentence that only mentions an answer.
 
     Raises:
-        Unreadable: it gives two answers.
+        Unreadable: the text gives two answers.
     """
     if task == "mcq":
         if len(text) > MOST_CHARACTERS:
@@ -277,9 +277,9 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """The answer of a sentence that begins with "so" or "in total", or ends with such a clause."""
+    """Return the answer of a sentence that begins with "so" or "in total", or ends with such a clause; else None."""
     *reason, clause = _LAST_CLAUSE.split(sentence)
-    # "3 → 5" goes from one to the other.
+    # "3 → 5" describes a change, not a conclusion.
     moves = task == "numeric" and re.search("[→⇒]|=>", sentence)
     if reason and task in ("mcq", "numeric") and not moves and not is_unknowing(sentence):
         return read_or_reason(clause, task, options)[0]
@@ -288,7 +288,7 @@ def concluded(sentence: str, task: str, options: Options) -> str | None:
 
 
 def read_or_reason(text: str, task: str, options: Options) -> tuple[str | None, str]:
-    """The canonical answer and "", or None and why there is none."""
+    """Return (canonical answer, ""), or (None, reason)."""
     try:
         return canonical_body(text, task, options), ""
     except Unreadable as error:

@@ -1,4 +1,4 @@
-"""The tags around reasoning and answer, in all their spellings."""
+"""Normalise the tags around reasoning and answer, and split a response at them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SPELLINGS = [
     (re.compile(rf"<\s*{_ANSWER}\s*>|\[\s*answer\s*\]|<\|begin_of_box\|>", re.IGNORECASE), "<answer>"),
     (re.compile(rf"<\s*/\s*{_ANSWER}\s*>|\[\s*/\s*answer\s*\]|<\|end_of_box\|>", re.IGNORECASE), "</answer>"),
 ]
-# Qwen's marks of boxes in the reasoning are special tokens of the student too; what stands between them stays.
+# Qwen's marks of boxes in the reasoning are special tokens of the student too. Only the marks are removed.
 _REGION_MARKS = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
-# GLM's marks of an answer, where they stand inside an answer block.
+# GLM's marks of an answer, which may occur inside an answer block.
 _BOX_MARKS = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _ANY_TAG = re.compile(r"</?(?:think|answer)>")
-# What servers leave at the end of a text.
+# Tokens that servers leave at the end of a text.
 _END_TOKENS = ("im_end", "endoftext", "eot_id", "end", "end_of_text", "return")
 _END_TOKENS = (*(f"<|{token}|>" for token in _END_TOKENS), "</s>", "<eos>", "<end_of_turn>")
 
 
 def one_spelling(text: str) -> str:
-    """The text with every spelling of a tag as the tag itself, and without end tokens and unseen characters."""
+    """Return the text with all spellings of the tags normalised, and without end tokens and invisible characters."""
     text = text.rstrip()
     while text.endswith(_END_TOKENS):
         text = text[: text.rindex("<")].rstrip()
@@ -44,12 +44,12 @@ def one_spelling(text: str) -> str:
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:
-    """Reasoning that tags set apart, None where there are no such tags, and the text that holds the answer."""
+    """Return the reasoning inside tags (None without such tags), and the text that contains the answer."""
     reasoning, closed, final = text.rpartition("</think>")
     if closed and final.strip():
         return reasoning, final
     if closed:
-        # Everything stands inside the reasoning, or the answer in front of it.
+        # The answer is inside the reasoning, or before it.
         before, opened, inside = reasoning.partition("<answer>")
         if not opened:
             raise Unreadable("no_answer")
@@ -67,7 +67,7 @@ def has_tags(text: str) -> bool:
 
 
 def without_tags(text: str) -> str:
-    """Reasoning as it can stand inside `<think>`."""
+    """Return reasoning without tags and marks that are not allowed inside `<think>`."""
     return without_region_marks(_ANY_TAG.sub("", text)).strip()
 
 

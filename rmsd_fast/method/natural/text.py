@@ -1,4 +1,4 @@
-"""Markup, labels, quotation marks and unseen characters around an answer."""
+"""Remove markup, labels, quotation marks and invisible characters around an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .doubts import is_doubted
 from .reasons import Unreadable
 
-# Keys of JSON beside an answer that say nothing about its value.
+# JSON keys next to an answer that do not affect its value.
 REASONING_KEYS = ("think", "thinking", "thought", "reasoning", "reason", "analysis", "explanation", "rationale")
 REMARK_KEYS = {
     *REASONING_KEYS,
@@ -29,7 +29,7 @@ REMARK_KEYS = {
     "items",
 }
 
-# Zero-width spaces and joiners, marks of direction, byte order marks, soft hyphens.
+# Zero-width spaces and joiners, direction marks, byte order marks, soft hyphens.
 _UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
 _DASHES = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63]")
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n?(.*?)\n?[ \t]*```", re.DOTALL)
@@ -41,7 +41,7 @@ _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(
 _LATEX_PERCENT = re.compile(r"\\([%$])")
 _LATEX_ESCAPE = re.compile(r"\\([%$&#_{} ])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
-# A dash before a number may be its sign, and ">" a bound.
+# A dash before a number may be a sign, and ">" a bound.
 _LINE_MARK = re.compile(
     r"^\s*(?:#{1,6}\s+|[*•]\s+|[>-]\s+(?![$€£¥]?\s*[.0-9]|(?:one|two|three|four|five|six|seven|eight|nine|ten)\b))",
     re.MULTILINE | re.IGNORECASE,
@@ -53,7 +53,7 @@ _EMPHASIS = re.compile(
     r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
 )
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
-# With apostrophes inside words: 'It's now or never'.
+# Allows apostrophes inside words: 'It's now or never'.
 _SINGLE_QUOTES = re.compile(r"[‘']((?:[^‘’'\n]|(?<=\w)[’'](?=\w))+)[’']")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"
@@ -61,7 +61,7 @@ _LABEL = re.compile(
     r"|(?:最终|最後の?|正确|正確な?|正しい)?的?(?:答案|选项|答え|回答|解答)(?:应该|应当)?\s*[是为選选:：=は]+\s*",
     re.IGNORECASE,
 )
-# "Let me know if you need more detail!" behind an answer. With a number it may be an answer itself.
+# "Let me know if you need more detail!" after an answer. A sentence with a number may be an answer itself.
 _COURTESY = re.compile(
     r"(?<=[.!?)*”\"\]\n。！])\s*(?:please )?(?:let me know|do let me know|feel free|tell me|i hope (?:this|that)"
     r"|hope (?:this|that)"
@@ -69,19 +69,19 @@ _COURTESY = re.compile(
     r"|is there anything|don['’]t hesitate|如果[您你]|希望(?:这|对)|需要我)[^\n0-9.!?。！？]*[.!?。！？]*\s*$",
     re.IGNORECASE,
 )
-# "<45.0> to <52.0>": the marks of the format that was asked for.
+# "<45.0> to <52.0>": placeholder marks of the format in the prompt.
 _TEMPLATE_MARK = re.compile(r"<([0-9][0-9.,:]*)>")
-# "Bです" is B.
+# "Bです" ("it is B") is B.
 _POLITE_END = re.compile(r"(?:です|である|になります|だ)$")
 
 
 def visible(text: str) -> str:
-    """The text without characters that are not seen, in Unicode's composed form."""
+    """Return the text without invisible characters, in Unicode's composed form."""
     return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
 def strip_outside(text: str) -> str:
-    """The text without white space and a code fence around the whole of it."""
+    """Return the text without outer white space and an outer code fence."""
     text = text.strip()
     if text.startswith("```") and (fenced := _FENCE.fullmatch(text)):
         text = fenced[1].strip()
@@ -89,13 +89,13 @@ def strip_outside(text: str) -> str:
 
 
 def without_courtesy(text: str) -> str:
-    """The text without a polite sentence at its end that offers more."""
-    # There may be two.
+    """Return the text without a final polite sentence that offers more help."""
+    # There may be two such sentences.
     return _COURTESY.sub("", _COURTESY.sub("", text))
 
 
 def unquoted(text: str) -> str:
-    """A text that was read in a picture, without emphasis and quotation marks around the whole of it."""
+    """Return a text that was read in a picture, without outer emphasis and quotation marks."""
     text = strip_outside(text)
     if whole := _LATEX_WHOLE.fullmatch(text):
         text = _LATEX_ESCAPE.sub(r"\1", strip_latex_text(whole[1])).strip()
@@ -104,7 +104,7 @@ def unquoted(text: str) -> str:
         for mark in ("***", "**", "__", "`"):
             if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
                 text = text[len(mark) : -len(mark)].strip()
-        # The stop of a sentence that ends with a quotation.
+        # The full stop of a sentence that ends with a quotation.
         sentence = text[:-1].rstrip() if text[-1:] in (".", "。") else text
         if (inside := _unwrapped(sentence, _QUOTES)) != sentence:
             text = inside
@@ -115,10 +115,10 @@ def unquoted(text: str) -> str:
 
 
 def plain(body: str) -> str:
-    """A short answer in compatibility characters (`Ｂ` is `B`), without markup, label and closing punctuation.
+    """Return a short answer in compatibility characters (`Ｂ` is `B`), without markup, label and final punctuation.
 
     Raises:
-        Unreadable: it is a question.
+        Unreadable: the answer is a question or struck out.
     """
     # The full-width comma of Chinese is not part of a number.
     text = compatible(html.unescape(strip_outside(body)).replace("，", "， "))
@@ -137,7 +137,7 @@ def plain(body: str) -> str:
 
 
 def compatible(text: str) -> str:
-    """The text in compatibility characters, with one kind of dash; the 5 of 10⁵ stays an exponent, 10^5."""
+    """Return the text in compatibility characters, with one kind of dash and exponents as 10^5 for 10⁵."""
     if text.isascii():
         return text
     text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
@@ -145,17 +145,17 @@ def compatible(text: str) -> str:
 
 
 def strip_latex_text(text: str) -> str:
-    r"""`\text{B}` as `B`, also where it is nested."""
+    r"""Replace `\text{B}` by `B`, also if it is nested."""
     while (inner := _LATEX_TEXT.sub(r"\1", text)) != text:
         text = inner
     return text
 
 
 def json_value(text: str) -> object | None:
-    """The value of a text in JSON, its numbers as they are written, keys in lower case; None for any other text.
+    """Return the value of a JSON text, with numbers as written and keys in lower case; None for any other text.
 
     Raises:
-        Unreadable: an object has a key twice.
+        Unreadable: an object has the same key twice.
     """
     try:
         return _DECODER.decode(text)
@@ -166,7 +166,7 @@ def json_value(text: str) -> object | None:
 
 
 def json_object(text: str) -> dict[str, object]:
-    """The object in a text of JSON, also where it is the only one of a list. {} for other texts."""
+    """Return the object in a JSON text, or the only object of a list; {} for other texts."""
     value = json_value(text) if text.startswith(("{", "[")) else None
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -174,9 +174,9 @@ def json_object(text: str) -> dict[str, object]:
 
 
 def without_remarks(record: dict[str, object]) -> dict[str, object]:
-    """The keys of an object that may hold an answer, or change it.
+    """Return the keys of an object that may contain or affect an answer.
 
-    Every key outside REMARK_KEYS counts, since it may name another unit, another sign or another order.
+    These are all keys outside REMARK_KEYS, since a key may specify another unit, sign or order.
     """
     if any(is_doubted(f"{item} confidence") for key, item in record.items() if key == "confidence"):
         raise Unreadable("no_answer")
@@ -194,7 +194,7 @@ _DECODER = json.JSONDecoder(parse_float=str, parse_int=str, object_pairs_hook=_u
 
 
 def find_json(text: str) -> tuple[str, object, str] | None:
-    """What stands before the first object or list of JSON that begins a line, its value, and what stands behind it."""
+    """Return the text before the first JSON object or list that begins a line, its value, and the text after it."""
     for match in list(_JSON_START.finditer(text))[:5]:
         try:
             value, end = _DECODER.raw_decode(text, match.end() - 1)
@@ -209,7 +209,7 @@ def find_json(text: str) -> tuple[str, object, str] | None:
 
 
 def _unwrapped(text: str, pairs: Sequence[str]) -> str:
-    """The text without a pair of marks around the whole of it."""
+    """Return the text without an outer pair of marks."""
     for left, right in pairs:
         inner = text[1:-1]
         if len(text) > 2 and text[0] == left and text[-1] == right and left not in inner and right not in inner:

@@ -1,4 +1,4 @@
-"""One interval in seconds, as people write it."""
+"""Read one interval in the notations that people use, and write it in seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .reasons import Unreadable
 from .text import json_value, plain, without_remarks
 
 _CLOCK = r"[0-9]{1,2}:[0-5]?[0-9](?::[0-5]?[0-9])?(?:\.[0-9]+|,[0-9]{3}(?![0-9]))?"
-# Each unit in seconds. What follows a time must not go on as another word, unit or fraction.
+# Each unit in seconds. A time must not continue as another word, unit or fraction.
 _UNITS = {
     "h": (r"(?:h|hrs?|hours?|小时|时间|時間)(?![a-z])", Decimal(3600)),
     "m": (r"(?:m|mins?|minutes?|minuten|minutos?|分钟|分鐘|分)(?![a-z])", Decimal(60)),
@@ -30,8 +30,8 @@ _JOINER = (
     r"(?:to|until|till|til|through|thru|bis|hasta|a|à|ends?|ending|ended|end_?time|finish(?:es|ed|ing)?|"
     r"stops?|stopped|stopping|-+>?|[~〜]|→|到|至|から|まで|结束)"
 )
-# What may stand between the two times besides a joiner. "lasts", "for" and "within" are not among them: a duration
-# would be taken for the end.
+# Allowed between the two times, besides a joiner. "lasts", "for" and "within" are not included, because a duration
+# would be read as the end.
 _BETWEEN = re.compile(
     rf"(?:\s|[,;:=\"'(\[]|\b(?:t\s*=|and|y|und|et|it|the|this|event|action|scene|which|then|at|around|about"
     rf"|approximately|"
@@ -44,7 +44,7 @@ _AND = re.compile(r"\s*(?:s\s*)?(?:and|y|und|et|[,，和])\s*(?:(?:at|about|the)
 _OPENED = re.compile(
     r"\b(?:between|entre|zwischen|starts?|begins?|starting|beginning|start_time|from)\b[^0-9]{0,20}$|在$", re.IGNORECASE
 )
-# "(frames 90-150)"; but "(frames)" is the unit of what stands before it.
+# "(frames 90-150)"; but "(frames)" alone is the unit of the numbers before it.
 _ASIDE = re.compile(r"[(（][^()（）]*(?:frames?|帧|コマ)[^()（）]*[0-9][^()（）]*[)）]", re.IGNORECASE)
 _OTHER_TIME = re.compile(
     r"\b(?:minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms)\b|分钟|小时|毫秒|\bhours\s*:", re.IGNORECASE
@@ -62,13 +62,13 @@ _OTHER_UNIT = re.compile(
     r"|[(（]\s*(?:in\s+)?(?:minutes?|mins?|hours?|ms|milliseconds?)\s*[)）]",
     re.IGNORECASE,
 )
-# Words that make an interval a duration, or count from another moment than the start of the video.
+# Words that make an interval a duration, or relative to another moment than the start of the video.
 _DURATION = re.compile(
     r"\b(?:long|in length|in duration|duration|apart|later|earlier|remain\w*|from the end|before the end|of footage"
     r"|span of|length)\b|时长|长达|持续了|之?[前后]$|後$|最后|最後",
     re.IGNORECASE,
 )
-# What may stand directly before an interval with a unit, and before one without, up to the start of its sentence.
+# Allowed directly before an interval with a unit (_BEFORE), and in the whole sentence before one without (_FRAME).
 _BEFORE = re.compile(
     r"(?:^|[:：=(\[，,;\"“]|\.\s|(?<![a-z])(?:is|are|was|at|about|approximately|approx|roughly|around|circa|ca"
     r"|of about|the"
@@ -95,13 +95,13 @@ _NOT_DIRECTLY = re.compile(
     r"|(?:^|\s)-[\[(]$",
     re.IGNORECASE,
 )
-# "starts between 3 and 5 s" gives no end.
+# "starts between 3 and 5 s" does not give an end.
 _NOT_BETWEEN = re.compile(
     r"\b(?:starts?|begins?|ends?|stops?|lasts?|lasting|takes?|took|duration|sometimes?|somewhere|anywhere|away|apart"
     r"|far|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)$",
     re.IGNORECASE,
 )
-# What may stand directly behind an interval; any other word may be its unit, or another point to count from.
+# Allowed directly after an interval. Any other word may be its unit, or another reference time.
 _AFTER = re.compile(
     r"\s*(?:$|[.,;:!)\]\"”，。；、(（]|(?:in|on)\s+(?:the\s+)?(?:video|clip|footage|recording|film|timeline|seconds)\b"
     r"|(?:of|into)\s+the\s+(?:video|clip|footage|recording|film|timeline)\b"
@@ -110,9 +110,9 @@ _AFTER = re.compile(
     r"|之?[间間]|期间|まで|[的でにの]|です|结束|一直|处|時点|发生|出现|=|-\s)",
     re.IGNORECASE,
 )
-# "i.e. 7 to 10 seconds": what stands behind explains what stands before.
+# "i.e. 7 to 10 seconds": the text after it explains the text before it.
 _THAT_IS = re.compile(r"\bi\.e\.,?|\bthat is,?\s|即")
-# 3,5 bis 7,25: where no point is written, a comma with one or two digits behind it is one.
+# 3,5 bis 7,25: without a decimal point, a comma followed by one or two digits is a decimal comma.
 _DECIMAL_COMMA = re.compile(r"(?<![0-9,:])([0-9]+),([0-9]{1,2})(?![0-9,])")
 _JOINED_NUMBERS = re.compile(rf"[0-9]\s*(?:{_S}\s*)?(?:\bto\b|\bbis\b|\bhasta\b|à|-)\s*[0-9]", re.IGNORECASE)
 
@@ -131,7 +131,7 @@ _KEYS = {
     "time_range",
 }
 _KEYS |= {"time_interval", "time_segment", "span", "window", "period"}
-# Spellings that are brought into the usual one: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
+# Spellings that are normalised: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
 _SPELLINGS = (
     (re.compile(r"(?<![0-9:.])([0-9]{1,3})['’′]([0-5][0-9])(?:\"|''|”|″)"), r"\1:\2"),
     (
@@ -150,7 +150,7 @@ _TO_SQUARE = str.maketrans("()", "[]")
 
 
 def read_interval(body: str) -> str:
-    """`<start> to <end>` in seconds; raises Unreadable where an answer is not one interval."""
+    """Return an answer as `<start> to <end>` in seconds. Raise Unreadable if it is not one interval."""
     if as_it_is := strict(body, "temporal"):
         return as_it_is
     text = plain(body)
@@ -179,7 +179,7 @@ def read_interval(body: str) -> str:
         else:
             others.append(times[index])
             index += 1
-    # A digit that no time has taken would be dropped without a word.
+    # A digit outside of all times would be dropped silently.
     if not intervals or re.search(r"[0-9]", _TIME.sub(" ", text)):
         raise Unreadable("not_an_interval")
     if is_retracted(text[intervals[0][1].end() :]):
@@ -197,7 +197,7 @@ def read_interval(body: str) -> str:
 
 
 def intervals_in(text: str) -> set[tuple[Decimal, Decimal]]:
-    """All intervals that a sentence behind an answer names."""
+    """Return all intervals in a sentence that follows an answer."""
     text = _usual_spelling(digits_of_words(text))
     times, intervals = list(_TIME.finditer(text)), set()
     for first, last in zip(times, times[1:], strict=False):
@@ -216,7 +216,7 @@ def _usual_spelling(text: str) -> str:
         text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     text = _CLOCK_IN_SECONDS.sub(_same_clock, text)
     if named := _CLOCK_NAMED.search(text):
-        # The clock times have as many fields as the name says, and the last one is of seconds.
+        # All clock times must have the named fields, the last of them seconds.
         fields = named[1].lower().split(":")
         clocks = re.findall(r"[0-9]+(?::[0-9]+)+", text)
         if [field[0] for field in fields] != list("hms")[-len(fields) :] or any(
@@ -228,7 +228,7 @@ def _usual_spelling(text: str) -> str:
 
 
 def _same_clock(match: re.Match[str]) -> str:
-    """ "1:02 (62 s)" is 1:02, and an error where the two differ."""
+    """Return "1:02" for "1:02 (62 s)". Raise Unreadable if the two differ."""
     clock = _TIME.match(match[1])
     if clock is None or Decimal(_seconds(clock)) != Decimal(match[2]):
         raise Unreadable("not_an_interval")
@@ -236,7 +236,7 @@ def _same_clock(match: re.Match[str]) -> str:
 
 
 def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
-    """Whether the words around two joined times leave them a start and an end."""
+    """Return whether the words around two joined times allow them to be a start and an end."""
     before, after = text[: first.start()], re.sub(rf"^\s*[\])）]+(?:\s*{_S})?", "", text[last.end() :])
     if _NOT_DIRECTLY.search(before[-20:]) and not re.search(
         "end|stop|finish|结束", text[first.end() : last.start()], re.I
@@ -251,12 +251,12 @@ def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str])
         return False
     if _NOT_BETWEEN.search(before[-80:].rstrip("[( ")):
         return False
-    # Without a unit, "The score is 3 to 5" is not an interval: all words before it have to speak of one.
+    # Without a unit, "The score is 3 to 5" is not an interval, so all words before it must be about an interval.
     return bool(_BEFORE.search(before[-40:]) if in_seconds else _FRAME.fullmatch(before))
 
 
 def _check_other_time(time: re.Match[str], start: Decimal, end: Decimal, *, explicit: bool) -> None:
-    """A time beside the interval has to be one of its ends or its length; "2 cups" in a sentence is not a time."""
+    """Raise unless a time next to the interval is one of its ends or its length; "2 cups" is not a time."""
     if time["number"] and explicit and re.match(r"\s+[a-z]", time.string[time.end() :], re.IGNORECASE):
         return
     if Decimal(_seconds(time)) not in (start, end, end - start):
@@ -264,7 +264,7 @@ def _check_other_time(time: re.Match[str], start: Decimal, end: Decimal, *, expl
 
 
 def _is_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
-    """Whether the text between two times joins them, and they are not below zero."""
+    """Return whether the text between two times joins them, and the first is not negative."""
     between, before = text[first.end() : last.start()], text[max(0, first.start() - 80) : first.start()].rstrip()
     if re.search(r"(?:^|[\s(\[,])-$", before):
         return False
@@ -272,7 +272,7 @@ def _is_interval(text: str, first: re.Match[str], last: re.Match[str]) -> bool:
         return True
     if _AND.fullmatch(between) and _OPENED.search(before + " "):
         return True
-    # "[3, 5]" in a sentence, "3, 5"; but "3,5" is one number in half of the world.
+    # "[3, 5]" in a sentence, and "3, 5"; but "3,5" may be one number with a decimal comma.
     return between.strip() == "," and (before.endswith(("[", "(")) or between != ",")
 
 
@@ -281,9 +281,9 @@ def _interval(first: re.Match[str], last: re.Match[str]) -> tuple[str, str]:
     if first["number"] and not last["number"] and not last["clock"]:
         units = [unit for unit in ("h", "m", "s", "ms") if last[unit]]
         if len(units) > 1:
-            # "3 to 5 min 10 s": 3 seconds or minutes?
+            # "3 to 5 min 10 s": the unit of 3 is ambiguous.
             raise Unreadable("not_an_interval")
-        # "1 to 2 minutes": a unit that only the end has counts for both.
+        # "1 to 2 minutes": a unit at the end applies to both times.
         if units != ["s"]:
             start = decimal_text(Decimal(start) * _UNITS[units[0]][1])
     elif last["number"] and not first["number"] and not (first["s"] or first["clock"]):
@@ -309,9 +309,9 @@ def _seconds(time: re.Match[str]) -> str:
 
 
 def _interval_in_json(value: object) -> str:
-    """An interval in JSON: `[3, 5]`, `[[3, 5]]`, `{"start": 3, "end": 5}`, `{"time": [3, 5]}`."""
+    """Read an interval in JSON: `[3, 5]`, `[[3, 5]]`, `{"start": 3, "end": 5}`, `{"time": [3, 5]}`."""
     while isinstance(value, list | dict) and len(value) == 1:
-        # A key that is not known may say that these are no seconds.
+        # An unknown key may mean another unit.
         if isinstance(value, dict) and not set(value) <= _KEYS:
             raise Unreadable("not_an_interval")
         (value,) = value.values() if isinstance(value, dict) else value

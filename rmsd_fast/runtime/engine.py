@@ -23,32 +23,7 @@ from torch import Tensor, nn
 
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.files import read_tensors, write_tensors
-from rmsd_fast.runtime.world import (
-    World,
-    all_gather_objects,
-    any_rank,
-    barrier,
-    broadcast_object,
-    global_max,
-    global_sum,
-    on_main,
-    start,
-    stop,
-)
-
-__all__ = [
-    "Engine",
-    "World",
-    "all_gather_objects",
-    "any_rank",
-    "barrier",
-    "broadcast_object",
-    "global_max",
-    "global_sum",
-    "on_main",
-    "start",
-    "stop",
-]
+from rmsd_fast.runtime.process_group import World, global_max
 
 # Parameters below this size stay gathered under ZeRO-3: norms and biases, whose gathering costs more than their memory.
 PERSISTENT_NUMEL = 10_000
@@ -97,10 +72,13 @@ class Engine:
         if dtype == "float32":
             module = module.float()
         dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+        # One pass over weights and moments and no temporary of their size. Without a GPU torch's default stays: the
+        # fused CPU kernel rounds differently.
+        fused = world.device.type == "cuda" or offload_optimizer
         with redirect_stdout(StringIO()):  # it prints memory figures
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module,
-                optimizer=torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay),
+                optimizer=torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=fused or None),
                 config=config,
                 dist_init_required=False,
             )
@@ -305,7 +283,7 @@ class Engine:
                 target.copy_(weights[name])
             for i, master in enumerate(self._masters()):
                 master.copy_(part[f"master.{i}"])
-                _restore_state(self.engine.basic_optimizer.state, master, part, f"state.{i}.")
+                _restore_state(self.engine.basic_optimizer, master, part, f"state.{i}.")
         if persistent:
             persistent[0].all_gather(persistent)
         self.discard()
@@ -342,18 +320,17 @@ class Engine:
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
 
 
-def _restore_state(
-    state: dict[Tensor, dict[str, Tensor]], master: Tensor, part: dict[str, Tensor], prefix: str
-) -> None:
+def _restore_state(optimizer: torch.optim.Optimizer, master: Tensor, part: dict[str, Tensor], prefix: str) -> None:
     """Put AdamW's saved state of one tensor back, in place where there is one: DeepSpeed holds views of it."""
     saved = {k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)}
-    current = state.get(master, {})
+    current = optimizer.state.get(master, {})
     for key, value in saved.items():
         if key in current:
             current[key].copy_(value)
         else:
-            # AdamW counts its steps in host memory.
-            state[master][key] = value if key == "step" else value.to(master.device)
+            # Fused AdamW counts its steps beside the weights, the other one in host memory.
+            on_host = key == "step" and not optimizer.defaults["fused"]
+            optimizer.state[master][key] = value if on_host else value.to(master.device)
     for key in current.keys() - saved.keys():
         current[key].zero_()  # saved before the first step: zeros are AdamW's start
 

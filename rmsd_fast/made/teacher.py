@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rmsd_fast.data.clips import COLORS, DIGITS, LETTERS, Content, article
 from rmsd_fast.data.records import Question
+from rmsd_fast.made.clips import COLORS, DIGITS, LETTERS, Content, article
 from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters, parse_answer_body
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 

@@ -41,6 +41,7 @@ class World:
         return self.rank == 0
 
 
+_ZERO = torch.zeros((), dtype=torch.float64)
 # Variables that `start` made up for a process without a launcher.
 _SET_HERE: dict[str, str] = {}
 
@@ -145,8 +146,15 @@ def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict
     if not values:
         return {}
     keys = sorted(values)
-    parts = [torch.as_tensor(values[k]).detach().to(world.device, torch.float64).reshape(()) for k in keys]
-    packed = torch.stack(parts)
+    numbers = [values[key] for key in keys]
+    scalars = [v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
+    # Numbers of the host go to the device in one copy, those of the device do not come to the host.
+    packed = torch.stack([s.reshape(()).double() if s.device.type == "cpu" else _ZERO for s in scalars]).to(
+        world.device
+    )
+    for i, scalar in enumerate(scalars):
+        if scalar.device.type != "cpu":
+            packed[i] = scalar.reshape(())
     if world.size > 1:
         dist.all_reduce(packed, op=op)
     return dict(zip(keys, packed.tolist(), strict=True))

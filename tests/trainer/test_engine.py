@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def batch(step: int):
 
 def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
     """Forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
-    from rmsd_fast.runtime.distributed import global_sum
+    from rmsd_fast.runtime.process_group import global_sum
 
     world = engine.world
     ids, mask = (t.chunk(world.size)[world.rank] for t in batch(step))
@@ -89,7 +90,7 @@ def identical(a, b) -> bool:
 
 
 def make(world, stage, dtype, seed=0, **options):
-    from rmsd_fast.runtime.distributed import Engine
+    from rmsd_fast.runtime.engine import Engine
 
     options = {"lr": 1e-2, "weight_decay": 0.1, "grad_clip": 0.5} | options
     return Engine(Net(seed), zero_stage=stage, dtype=dtype, world=world, **options)
@@ -155,6 +156,23 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     return result
 
 
+def check_offload(world, stage: int, folder: Path) -> dict:
+    """Optimiser states in host memory, with torch's fused AdamW."""
+    path = folder / f"offload_{stage}_{world.size}"
+    engine = make(world, stage, "bfloat16", offload_optimizer=True)
+    train(engine, range(2))
+    engine.save(path)
+    torch.distributed.barrier()
+    norms, expected = train(engine, range(2, 4)), weights(engine)
+    engine.close()
+    fresh = make(world, stage, "bfloat16", seed=7, offload_optimizer=True)
+    fresh.load(path)
+    exact = norms == train(fresh, range(2, 4)) and identical(expected, weights(fresh))
+    fused = fresh.engine.basic_optimizer.defaults["fused"] is True
+    fresh.close()
+    return {"exact": exact, "fused": fused}
+
+
 def check_full_weights(engine) -> dict:
     """Ranks call the module differently often inside `full_weights`, and training goes on after it."""
     ids, mask = batch(0)
@@ -166,16 +184,11 @@ def check_full_weights(engine) -> dict:
 
 
 def check_helpers(world) -> dict:
-    from rmsd_fast.runtime.distributed import (
-        all_gather_objects,
-        any_rank,
-        broadcast_object,
-        global_max,
-        global_sum,
-    )
+    from rmsd_fast.runtime.process_group import all_gather_objects, any_rank, broadcast_object, global_max, global_sum
 
     return {
         "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
+        "exact": global_sum({"a": 0.1, "b": torch.tensor([2**40 + 1]), "c": 2.0**40 + 1}, world),
         "max": global_max({"a": -float(world.rank)}, world),
         "any": [any_rank(world.rank == world.size - 1, world), any_rank(False, world)],
         "broadcast": broadcast_object(f"from {world.rank}", world),
@@ -223,12 +236,13 @@ def check_refusals(world, folder: Path) -> dict:
 
 def program(folder: Path) -> None:
     torch.set_num_threads(1)
-    from rmsd_fast.runtime.distributed import all_gather_objects, barrier, start, stop
+    from rmsd_fast.runtime.process_group import all_gather_objects, barrier, start, stop
 
     world = start(timeout_s=60)
     results = {"helpers": check_helpers(world), "refusals": check_refusals(world, folder)}
     for stage, dtype in CASES:
         results[f"{stage}-{dtype}"] = check_case(world, stage, dtype, folder)
+    results["offload"] = [check_offload(world, stage, folder) for stage in (1, 2, 3)]
     gathered = all_gather_objects(results, world)
     if world.is_main:
         (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
@@ -238,7 +252,7 @@ def program(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from rmsd_fast.runtime.world import exit_process
+    from rmsd_fast.runtime.process_group import exit_process
 
     program(Path(sys.argv[1]))
     exit_process(0)
@@ -281,6 +295,23 @@ def test_faults_and_exact_continuation(outcome, stage, dtype, ranks):
         failed = [name for name, value in result.items() if value is not True]
         assert not failed, f"rank {rank}: {failed}"
         assert len(result) >= 11
+
+
+def test_offloaded_states_continue_exactly(outcome):
+    for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
+        assert results["offload"] == [{"exact": True, "fused": True}] * 3
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_restored_step_count_stands_where_adamw_looks_for_it(fused):
+    """Fused AdamW on a GPU refuses a count in host memory, the other one a count on the GPU."""
+    from rmsd_fast.runtime.engine import _restore_state
+
+    master, part = torch.zeros(2, device="meta"), {"state.0.step": torch.tensor(3.0), "state.0.exp_avg": torch.ones(2)}
+    optimizer = SimpleNamespace(state={master: {}}, defaults={"fused": fused})
+    _restore_state(optimizer, master, part, "state.0.")
+    state = optimizer.state[master]
+    assert state["step"].is_meta == bool(fused) and state["exp_avg"].is_meta
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -332,6 +363,8 @@ def test_helpers(outcome):
         assert got["broadcast"] == "from 0"
         assert got["gather"] == [0, 1]
     assert outcome[1][1][0]["helpers"]["sum"] == {"a": 0.5, "b": 1.0}
+    # In float64 from the start: float32 has neither of these.
+    assert outcome[1][1][0]["helpers"]["exact"] == {"a": 0.1, "b": 2**40 + 1, "c": 2**40 + 1}
 
 
 def test_refusals(outcome):
@@ -355,7 +388,8 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
     import deepspeed
 
     from rmsd_fast.config import NotInstalled
-    from rmsd_fast.runtime.distributed import Engine, start, stop
+    from rmsd_fast.runtime.engine import Engine
+    from rmsd_fast.runtime.process_group import start, stop
 
     class Rotary(nn.Module):
         def __init__(self):
@@ -382,7 +416,7 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
 
 def test_a_process_alone_listens_to_nobody_else():
     """No socket of the process group is open on an interface that other machines reach."""
-    from rmsd_fast.runtime.distributed import start, stop
+    from rmsd_fast.runtime.process_group import start, stop
 
     start()
     try:

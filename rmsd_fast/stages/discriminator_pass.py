@@ -1,0 +1,188 @@
+"""The discriminator in stage 2 and its warm-up: one forward gives the rewards and the loss (arXiv 2603.11423)."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from rmsd_fast.config import RunConfig
+from rmsd_fast.data.transfer import to_device
+from rmsd_fast.losses import pairwise_discriminator_loss
+from rmsd_fast.method.matching import Pairs
+from rmsd_fast.models.students import MediaFeatures
+from rmsd_fast.runtime.process_group import any_rank, global_sum
+from rmsd_fast.stages.groups import DistinctTexts, RolloutGroup, distinct_texts, make_pairs
+from rmsd_fast.stages.passes import Pass, passes
+from rmsd_fast.stages.state import StageState
+from rmsd_fast.stages.step_metrics import Metric, mean
+
+# Equal texts score the same up to this much rounding.
+TIE = 1e-5
+
+
+def discriminator_pass(
+    state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None
+) -> tuple[dict[str, Metric], int]:
+    """Score every distinct response of the step once, back-propagate L_D, leave the scores in the groups as rewards.
+
+    The engine's gradients are complete afterwards and not applied. Scores are those before the update. Where a group
+    did not fit one micro-batch its pairs meet only after all of it is scored: then a pass without gradient comes first,
+    on all processes.
+
+    Returns:
+        This process's part of the metrics, and the tokens that went through the model.
+    """
+    settings, engine = state.settings, state.discriminator
+    texts = [distinct_texts(group, state.builder) for group in groups]
+    responses = [distinct.responses for distinct in texts]
+    parts = list(passes(state, [group.prompt for group in groups], responses, features))
+    places = [_places(part, responses) for part in parts]
+    pairs = make_pairs(groups, settings)
+    counts = global_sum(
+        {
+            "pairs": pairs.normalizer,
+            "quality": float((pairs.pair_weight * pairs.quality).sum()),
+            "scores": sum(len(group.rollouts) + len(group.kept) for group in groups),
+        },
+        state.world,
+    )
+    split = any_rank(any(_is_split(part, responses) for part in parts), state.world)
+    if split:
+        with torch.no_grad():
+            scores = _in_order(parts, places, [engine(part.prompts, part.rows, part.features) for part in parts])
+        scores.requires_grad_()
+        (gradient,) = torch.autograd.grad(_pair_loss(scores, texts, pairs, settings, counts), scores)
+    scored = []
+    for part, part_places in zip(parts, places, strict=True):
+        scores = engine(part.prompts, part.rows, part.features)
+        if part.filler:
+            loss = scores.sum()
+        elif split:
+            # Its value means nothing; its gradient is that of the loss of whole groups.
+            loss = (scores * gradient[part_places]).sum()
+        else:
+            part_pairs = make_pairs([groups[i] for i in part.batch.prompts], settings)
+            loss = _pair_loss(scores, [texts[i] for i in part.batch.prompts], part_pairs, settings, counts)
+        part.backward(engine, loss)
+        scored.append(scores.detach())
+    scores = _in_order(parts, places, scored).cpu()
+    _hand_out(scores, groups, texts)
+    record = {"discriminator/loss": _pair_loss(scores, texts, pairs, settings, counts), **_record(scores, texts, pairs)}
+    computed = sum(part.rows.input_ids.numel() for part in parts) * (2 if split else 1)
+    return record, computed
+
+
+def _pair_loss(
+    scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs, settings: RunConfig, counts: dict[str, float]
+) -> torch.Tensor:
+    """L_D of some groups as a function of their texts' scores; the sum over all groups and processes is the loss.
+
+    Args:
+        scores: of the distinct texts, group after group, [R].
+        texts, pairs: of these groups.
+        counts: sums over the global batch that L_D is divided by: pairs, their qualities, and scores of both sides.
+    """
+    students, teachers, quality, weight, index = to_device([*pairs[:4], _index_of_sides(texts)], scores.device)
+    return pairwise_discriminator_loss(
+        *scores[index].split([sum(len(t.students) for t in texts), sum(len(t.teachers) for t in texts)]),
+        students,
+        teachers,
+        quality,
+        pair_weight=weight,
+        normalizer=max(counts[settings.discriminator.normalizer], 1e-12),
+        score_l2=settings.discriminator.score_l2,
+        l2_normalizer=counts["scores"],
+    ).loss
+
+
+def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
+    """Where the rollouts' and then the kept teacher responses' texts stand among the distinct texts, int64."""
+    students, teachers, start = [], [], 0
+    for distinct in texts:
+        students += [start + index for index in distinct.students]
+        teachers += [start + index for index in distinct.teachers]
+        start += len(distinct.responses)
+    return torch.tensor(students + teachers, dtype=torch.int64)
+
+
+def _is_split(part: Pass, responses: list[list[torch.Tensor]]) -> bool:
+    """Whether a pass reads only some of a group's responses."""
+    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
+    return not part.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
+
+
+def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Where a pass's responses stand among those of the whole step, group after group; int64, on its device."""
+    starts = list(accumulate(map(len, responses), initial=0))
+    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
+    places = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
+    return to_device([places], part.rows.input_ids.device)[0]
+
+
+def _in_order(parts: list[Pass], places: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
+    """Scores of the whole step, group after group, from those of its passes."""
+    real = [number for number, part in enumerate(parts) if not part.filler]
+    joined = torch.cat([scores[number] for number in real])
+    order = torch.cat([places[number] for number in real])
+    return torch.empty_like(joined).index_copy_(0, order, joined)
+
+
+def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[DistinctTexts]) -> None:
+    """Leave the scores in the groups as rewards; a question without a teacher has no discriminator reward."""
+    sizes = [len(group.rollouts) for group in groups] + [len(group.kept) for group in groups]
+    sides = scores[_index_of_sides(texts)].float().split(sizes)
+    for group, student_scores, teacher_scores in zip(groups, sides[: len(groups)], sides[len(groups) :], strict=True):
+        group.d_score = student_scores if group.kept else torch.zeros(len(student_scores))
+        group.teacher_d_score = teacher_scores
+
+
+def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> dict[str, Metric]:
+    """This process's part of the metrics of scores; pairs weigh as much as in the loss. All tensors on the CPU."""
+    sizes = [[len(t.students) for t in texts], [len(t.teachers) for t in texts]]
+    index, weight = _index_of_sides(texts), pairs.pair_weight.double()
+    both = scores[index].double()
+    students, teachers = both.split([sum(sizes[0]), sum(sizes[1])])
+    margin = teachers[pairs.teacher_index] - students[pairs.student_index]
+    # A tie counts half, as in the area under a ROC curve.
+    correct = (margin > TIE) + 0.5 * (margin.abs() <= TIE)
+    lengths = torch.tensor([len(ids) for distinct in texts for ids in distinct.responses])[index]
+    question = torch.cat([torch.arange(len(side)).repeat_interleave(torch.tensor(side)) for side in sizes])
+    return {
+        "discriminator/pair_accuracy": (mean, (weight * correct).sum(), weight.sum()),
+        "discriminator/margin": (mean, (weight * margin).sum(), weight.sum()),
+        "discriminator/length_correlation": (length_correlation, *length_sums(lengths, both, question)),
+        "discriminator/score_student": (mean, students.sum(), len(students)),
+        "discriminator/score_teacher": (mean, teachers.sum(), len(teachers)),
+    }
+
+
+def length_sums(
+    lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Return this process's sums for `length_correlation`, centred within each question.
+
+    A question with long answers and high scores is not a sign of a length bias, so only the differences between the
+    responses to one question count.
+
+    Args:
+        lengths, scores: of all responses that D reads, rollouts and teacher responses, [R].
+        question: index of each response's question, int64 [R].
+    Returns:
+        Squares of lengths, squares of scores, their products, and R.
+    """
+    x, y = (_centred(values.double(), question) for values in (lengths, scores))
+    return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
+
+
+def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    counts = torch.bincount(question)
+    means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, question, values) / counts
+    return values - means[question]
+
+
+def length_correlation(xx: float, yy: float, xy: float, responses: float) -> float | None:
+    """Return the correlation between length and score within questions; None where one of them does not differ."""
+    if xx == 0 or yy <= responses * TIE**2:
+        return None
+    return xy / (xx * yy) ** 0.5

@@ -1,0 +1,97 @@
+"""The passes of a step: prompts with their responses in micro-batches, as rows on this process's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rmsd_fast.config import SettingsError
+from rmsd_fast.data.micro_batches import MicroBatch, plan_micro_batches
+from rmsd_fast.data.packing import Rows, make_rows
+from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.models.cost import balance_weights
+from rmsd_fast.models.students import MediaFeatures
+from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.process_group import global_max
+from rmsd_fast.stages.state import StageState
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward and backward pass of a model reads.
+
+    Fields:
+        prompts: those of the micro-batch.
+        rows: the prompts with their responses, on this process's device.
+        features: vision features of the prompts; None: each model encodes its own.
+        batch: which prompts and responses of the step these are.
+        last: it is the last pass of the step.
+    """
+
+    prompts: list[Prompt]
+    rows: Rows
+    features: MediaFeatures | None
+    batch: MicroBatch
+    last: bool
+
+    @property
+    def filler(self) -> bool:
+        """Whether it repeats work of another pass, so that all processes make equally many."""
+        return self.batch.filler
+
+    def backward(self, engine: Engine, loss: torch.Tensor) -> None:
+        """Add the gradients of this pass to the engine's; those of a filler are zero."""
+        engine.backward(0.0 * loss if self.filler else loss, last=self.last)
+
+
+def passes(
+    state: StageState,
+    prompts: list[Prompt],
+    responses: list[list[torch.Tensor]],
+    features: MediaFeatures | None,
+) -> Iterator[Pass]:
+    """Yield the passes over the prompts with their responses, equally many on every process.
+
+    Args:
+        prompts, responses: of the step on this process; each prompt's responses are int64 [R].
+        features: of the prompts; None: each model encodes its own.
+    Raises:
+        SettingsError: on all processes, where a prompt with one response exceeds `micro_tokens` on any.
+    """
+    batches = _plan(state, prompts, responses)
+    for number, batch in enumerate(batches):
+        read = [prompts[i] for i in batch.prompts]
+        chosen = [[responses[i][r] for r in places] for i, places in zip(batch.prompts, batch.responses, strict=True)]
+        rows = make_rows(state.settings.packing, read, chosen, pad_id=state.builder.eos_id).to(state.world.device)
+        selected = None if features is None else features.select(batch.prompts)
+        yield Pass(read, rows, selected, batch, last=number == len(batches) - 1)
+
+
+def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> list[MicroBatch]:
+    """Micro-batches of this process; a process that cannot plan tells the others before it raises."""
+    agreed = False
+
+    def agree(count: int) -> int:
+        nonlocal agreed
+        agreed = True
+        most = global_max({"count": count, "fault": 0}, state.world)
+        if most["fault"]:
+            raise SettingsError("another process has a prompt that exceeds micro_tokens; see its message above")
+        return int(most["count"])
+
+    try:
+        return plan_micro_batches(
+            [len(prompt.input_ids) for prompt in prompts],
+            [[len(ids) for ids in answers] for answers in responses],
+            packing=state.settings.packing,
+            micro_tokens=state.settings.micro_tokens,
+            weights=balance_weights(state.student.model.config),
+            ids=[prompt.question.id for prompt in prompts],
+            agree=agree,
+        )
+    except SettingsError:
+        if not agreed:
+            global_max({"count": 0, "fault": 1}, state.world)
+        raise

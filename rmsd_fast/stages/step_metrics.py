@@ -1,0 +1,34 @@
+"""Metrics of a step over the global batch: each is named once, with the sums that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rmsd_fast.runtime.process_group import World, global_sum
+
+Number = float | Tensor
+# A sum over the processes, or a function and the sums over the processes that it takes: (mean, total, count).
+Metric = Number | tuple[Any, ...]
+
+
+def mean(total: float, count: float) -> float | None:
+    """Return the mean; None where there is nothing to take it of."""
+    return total / count if count else None
+
+
+def global_metrics(record: Mapping[str, Metric], world: World) -> dict[str, float | None]:
+    """Return the metrics over all processes, from one collective.
+
+    Args:
+        record: this process's part of each metric, by the names of metrics.jsonl; the same names on every process.
+    """
+    formulas = {name: metric if isinstance(metric, tuple) else (float, metric) for name, metric in record.items()}
+    named = {f"{name} {i}": part for name, (_, *parts) in formulas.items() for i, part in enumerate(parts)}
+    sums = global_sum(named, world)
+    metrics: dict[str, float | None] = {}
+    for name, (formula, *parts) in formulas.items():
+        metrics[name] = formula(*(sums[f"{name} {i}"] for i in range(len(parts))))
+    return metrics
