@@ -59,6 +59,14 @@ def test_shared_prefix_agrees_with_separate_rows(tmp_path: Path) -> None:
     assert 0 < difference < 1e-5
 
 
+def test_shared_prefix_text_learns_and_agrees_with_separate_rows(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft (extra: test)")
+    first, last, difference = map(float, re.findall(NUMBER, last_line("shared_prefix_text", tmp_path)))
+    assert first > 4 and last < 2
+    # Float32, sums in another order.
+    assert 0 < difference < 1e-4
+
+
 def test_fused_grpo_trainer_learns(tmp_path: Path) -> None:
     if importlib.util.find_spec("trl") is None:
         pytest.skip("needs trl (extra: test, Python 3.11 or later)")

@@ -1,9 +1,11 @@
-"""TRL's GRPOTrainer with the fused head.
+"""TRL's GRPOTrainer and SFTTrainer with the fused head.
 
     from rmsd_fast.integrations.trl import FusedGRPOTrainer     # in place of trl.GRPOTrainer
     class MyTrainer(FusedGRPOMixin, SomeGRPOTrainer): ...        # for a subclass of it
+    from rmsd_fast.integrations.trl import FusedSFTTrainer      # in place of trl.SFTTrainer, see `hf`
+    class MyTrainer(FusedLossMixin, SomeSFTTrainer): ...
 
-Two objectives, chosen by `fused_objective`:
+GRPO has two objectives, chosen by `fused_objective`:
 
 - "policy": the whole loss from hidden states in one pass (6TDV of work, no logits kept), where TRL's settings are those
   of a clipped ratio with a k3 KL. Prompt, padding, tool and masked tokens never meet the head.
@@ -20,20 +22,20 @@ that does otherwise is refused, and "policy" is for 1.16 alone.
 from __future__ import annotations
 
 import functools
-import inspect
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmsd_fast.integrations.head import Head, add_head_call, base_of, same_dtype, shifted_rows
-from rmsd_fast.losses import linear_logprob, linear_policy_loss
+from rmsd_fast.integrations.head import Head, base_of, same_dtype, shifted_rows
+from rmsd_fast.integrations.hf import FusedLossMixin
+from rmsd_fast.losses import linear_policy_loss
 
 try:
     import trl
-    from trl import GRPOTrainer
-    from trl.trainer import utils as trl_utils
+    from trl import GRPOTrainer, SFTTrainer
+
+    from rmsd_fast.integrations.trl_head import answer_fused_head, missing_hooks, per_token_output
 except ImportError as error:
     raise ImportError(
         f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0 with the torch that is installed "
@@ -114,24 +116,10 @@ class FusedGRPOMixin:
         self.fused_objective = fused_objective
         self.memory_budget_bytes = memory_budget_bytes
         self._fused_calls = 0
-        self._fuse(self.model, with_entropy=True)
+        answer_fused_head(self.model, functools.partial(self._log_probs, with_entropy=True))
         if getattr(self, "ref_model", None) is not None:
-            self._fuse(self.accelerator.unwrap_model(self.ref_model), with_entropy=False)
-
-    def _fuse(self, model: nn.Module, *, with_entropy: bool) -> None:
-        """Answer `fused_lm_head=True` on this one model with the fused head; other calls go where they went."""
-        model = base_of(model)
-        add_head_call(model)
-        # Not bound: a deep copy of the model calls it with itself.
-        inner = model.forward.__func__
-
-        @functools.wraps(type(model).forward)
-        def forward(this: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            if fused_lm_head:
-                kwargs.setdefault("head_call", functools.partial(self._log_probs, with_entropy=with_entropy))
-            return inner(this, *args, **kwargs)
-
-        model.forward = types.MethodType(forward, model)
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            answer_fused_head(reference, functools.partial(self._log_probs, with_entropy=False))
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         calls = self._fused_calls
@@ -159,31 +147,16 @@ class FusedGRPOMixin:
         *,
         with_entropy: bool,
     ) -> Any:
-        """What TRL's own fused head returns: log_probs and entropy [B, L-1], 0 where there is no label."""
         hidden, head = self._dtyped(hidden, head)
-        rows, targets = shifted_rows(hidden, labels, shift_labels)
-        scored = targets != -100
-        with torch.autocast(rows.device.type, enabled=False):
-            found = linear_logprob(
-                rows[scored],
-                head.weight,
-                targets[scored],
-                ignore_index=None,
-                return_entropy=with_entropy,
-                memory_budget_bytes=self.memory_budget_bytes,
-                **head.arguments(self.temperature),
-            )
-
-        def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(scored.shape).masked_scatter(scored, values).view(len(hidden), -1)
-
-        logp, entropy = found if with_entropy else (found, None)
-        normalizer = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return trl_utils.FusedCausalLMOutput(
-            loss=-logp.sum() / normalizer,
-            log_probs=spread(logp),
-            entropy=None if entropy is None else spread(entropy),
-            label_mask=scored.view(len(hidden), -1),
+        return per_token_output(
+            hidden,
+            head,
+            labels,
+            shift_labels,
+            num_items_in_batch,
+            temperature=self.temperature,
+            with_entropy=with_entropy,
+            memory_budget_bytes=self.memory_budget_bytes,
         )
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -289,6 +262,10 @@ class FusedGRPOTrainer(FusedGRPOMixin, GRPOTrainer):
     """trl.GRPOTrainer with the fused head."""
 
 
+class FusedSFTTrainer(FusedLossMixin, SFTTrainer):
+    """trl.SFTTrainer with the fused head."""
+
+
 def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
     """Settings, with their values, that the one-pass policy loss does not have; needs fused_objective='log_prob'."""
     arguments = trainer.args
@@ -319,11 +296,7 @@ def _check_version(trainer: GRPOTrainer) -> None:
     missing = [name for name in USED if not hasattr(trainer, name)]
     options = ("delta", "use_bias_correction_kl", "cast_lm_head_to_fp32", "steps_per_generation")
     missing += [f"args.{name}" for name in options if not hasattr(trainer.args, name)]
-    if not hasattr(trl_utils, "FusedCausalLMOutput"):
-        missing.append("trl.trainer.utils.FusedCausalLMOutput")
-    forward = vars(base_of(trainer.model)).get("forward")
-    if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
-        missing.append("a fused_lm_head argument on the model's forward")
+    missing += missing_hooks(trainer.model)
     if missing:
         raise RuntimeError(
             f"trl {trl.__version__}: looked for {', '.join(missing)} and did not find it; this integration is written "

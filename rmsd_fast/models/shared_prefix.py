@@ -23,14 +23,24 @@ from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_kernels import SharedPrefixPlan, attention_calls, shared_prefix_attention
 
 SHARED_PREFIX = "rmsd_shared_prefix"
-# Families proven against separate rows, with the language models that were.
+# Families that were tested against separate rows, each with the language models that were tested. A text model is its
+# own language model.
 FAMILIES = {
     "qwen3_vl": ("qwen3_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "internvl": ("qwen2", "qwen3", "llama"),
     "llava_onevision": ("qwen2",),
     "smolvlm": ("llama",),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "llama": ("llama",),
+    "mistral": ("mistral",),
+    "smollm3": ("smollm3",),
+    "olmo2": ("olmo2",),
+    "granite": ("granite",),
 }
+# Adapters of peft that were tested. Each changes what a module computes for a token, and nothing else.
+ADAPTERS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA")
 # Rotary scalings whose frequencies follow from the longest row of a batch: packing would change them.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _ADVICE = (
@@ -52,18 +62,22 @@ class AttendsItself(Protocol):
 
 
 def enable_shared_prefix(model: nn.Module) -> None:
-    """Let the decoder layers attend by a plan, and the vision tower over all frames at once. Idempotent.
+    """Let the decoder layers attend by a plan, and a vision tower over all frames at once. Idempotent.
 
     From here on the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting lives
     in the model's config, which models may share, the checks in the model: enable each of them.
 
     Args:
-        model: a transformers model of one of `FAMILIES`, or a module that wraps one.
+        model: a transformers model of one of `FAMILIES`, or a module that wraps one. With peft, pass peft's model and
+            enable it after its adapters were added: adapters are checked here.
     Raises:
-        ModelError: another family, layers that the op cannot serve, or a model that did not take the setting. The
-            message names which and why; the model is as it was.
+        ModelError: another family, layers or adapters that the op cannot serve, or a model that did not take the
+            setting. The message names which and why; the model is as it was.
     """
+    reason = _adapter_reason(model)
     model = _transformers_model(model)
+    if reason:
+        raise ModelError(f"{model.config.model_type}: cannot share prompts, {reason}")
     if is_shared_prefix(model) and _checks_inputs(model):
         return
     reason = unsupported(model)
@@ -72,19 +86,20 @@ def enable_shared_prefix(model: nn.Module) -> None:
             f"{model.config.model_type}: cannot share prompts, {reason}; use a model of a family that can: "
             f"{', '.join(FAMILIES)}"
         )
-    text, config = _text_model(model), model.config
-    before = (config.text_config._attn_implementation, config.vision_config._attn_implementation)
-    wanted = (SHARED_PREFIX, vision_implementation(model) or before[1])
-    _set_attention(model, wanted)
-    taken = {layer.self_attn.config._attn_implementation for layer in text.layers}
-    vision = config.vision_config._attn_implementation
-    if (taken, vision) != ({wanted[0]}, wanted[1]):
-        _set_attention(model, before)
+    text, before = _text_model(model), _attention(model)
+    wanted = {name: vision_implementation(model) or attention for name, attention in before.items()}
+    wanted[_text_part(model)] = SHARED_PREFIX
+    model.set_attn_implementation(wanted)
+    in_layers = {layer.self_attn.config._attn_implementation for layer in text.layers}
+    if _attention(model) != wanted or in_layers != {SHARED_PREFIX}:
+        got = f"{sorted(map(str, in_layers))} in the decoder layers, {_attention(model)} in the config"
+        model.set_attn_implementation(before)
         raise ModelError(
-            f"{config.model_type}: asked for attention {wanted} in text and vision, found {sorted(map(str, taken))} "
-            f"and {vision}: {type(model).__name__} does not take it; use the class of transformers for this family"
+            f"{model.config.model_type}: asked for attention {wanted}, found {got}: {type(model).__name__} does not "
+            "take it; use the class of transformers for this family, and leave whole attention modules out of peft's "
+            "modules_to_save"
         )
-    if before[0] != SHARED_PREFIX:
+    if before[_text_part(model)] != SHARED_PREFIX:
         text.attention_before_shared_prefix = before
     if not _checks_inputs(model):
         # Stays when disabled: then it refuses a plan, which the model's own attention would ignore.
@@ -103,12 +118,13 @@ def disable_shared_prefix(model: nn.Module) -> None:
         return
     text = _text_model(model)
     before = getattr(text, "attention_before_shared_prefix", None)
-    if before is None:
+    # A language model and the whole model that holds it have other parts, but the same text model.
+    if before is None or before.keys() != _attention(model).keys():
         raise ModelError(
             f"{model.config.model_type}: shared prompts were not switched on here, but on another model built on the "
             "same config or by set_attn_implementation; switch them off there"
         )
-    _set_attention(model, before)
+    model.set_attn_implementation(before)
     del text.attention_before_shared_prefix
 
 
@@ -133,12 +149,12 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     """Hidden states after the final norm, of a packed row [1, T, D] or of what a cache decodes [B, L, D].
 
     Args:
-        body: the model without its head, `model.model`.
+        body: the model without its head, `model.model`; with peft, `model.get_base_model().model`.
         plan: the row's layout, on the row's device; or an object that attends itself.
         inputs: what `body` takes: `input_ids` [1, T], `position_ids` ([3, 1, T] where positions have three rows, else
-            [1, T]), pixels, or features as `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which
-            need transformers 5.18; before it, they can only be embedded outside, for a text model as `body`, as it is
-            done for Qwen3-VL students.
+            [1, T], see `count_positions`), pixels, or features as
+            `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which need transformers 5.18; before
+            it, they can only be embedded outside, for a text model as `body`, as it is done for Qwen3-VL students.
     Raises:
         RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
             transformers would drop `mm_encoder_outputs`.
@@ -147,6 +163,11 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     """
     if not isinstance(plan, SharedPrefixPlan) and not hasattr(plan, "attend"):
         raise ValueError(f"plan: expected a SharedPrefixPlan, got {type(plan).__name__}; see its from_lengths")
+    if hasattr(body, "get_base_model"):
+        raise ValueError(
+            f"{type(body).__name__}: expected the model without its head, got peft's wrapper; pass "
+            "model.get_base_model().model, whose layers hold the adapters"
+        )
     if body.get_output_embeddings() is not None:
         raise ValueError(f"{type(body).__name__}: expected the model without its head; pass model.model")
     config = body.config.get_text_config()
@@ -163,6 +184,10 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     _refuse_mask_and_cache(type(body).__name__, inputs)
     if inputs.pop("use_cache", False):
         raise ValueError(f"{type(body).__name__}: shared-prompt attention cannot take use_cache; {_ADVICE}")
+    if inputs.get("adapter_names") is not None:
+        raise ValueError(
+            f"{type(body).__name__}: adapter_names is read by peft's wrapper alone; call model.set_adapter(name) before"
+        )
     _check_rows(plan, inputs)
     if inputs.get("mm_encoder_outputs") is not None:
         _check_features(body, inputs["mm_encoder_outputs"])
@@ -176,6 +201,17 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
             "layers, so the hidden states are wrong; use the unchanged decoder layers of transformers"
         )
     return hidden
+
+
+def count_positions(plan: SharedPrefixPlan) -> torch.Tensor:
+    """Return the positions [1, T] of a packed row of text: each response counts on from its prompt.
+
+    Int64, on the plan's device. For models whose positions have three rows (Qwen-VL), take get_rope_index instead.
+    """
+    parts = [torch.arange(prompt) for prompt in plan.prefix_lengths]
+    for prompt, group in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
+        parts += [torch.arange(prompt, prompt + length) for length in group]
+    return torch.cat(parts)[None].to(plan.device, non_blocking=True)
 
 
 def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) -> None:
@@ -197,8 +233,8 @@ def _check_features(body: nn.Module, features: Any) -> None:
     forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
     if "mm_encoder_outputs" not in forward.parameters:
         raise RuntimeError(
-            f"{body.config.model_type}: transformers {transformers.__version__} ignores mm_encoder_outputs, so the "
-            "model would see no video; install transformers>=5.18"
+            f"{body.config.model_type}: {type(body).__name__} of transformers {transformers.__version__} ignores "
+            "mm_encoder_outputs, so the model would see no video; pass a vision-language model, with transformers>=5.18"
         )
     # A model's output is a mapping too, of other names.
     if type(features) is not dict or not features or features.keys() - {"image", "video"}:
@@ -231,10 +267,8 @@ def _config_reason(config: Any, text_config: Any) -> str | None:
     others = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
     if others:
         return f"since it has layers of other kinds than attention to all tokens ({', '.join(others)})"
-    sliding = "sliding_attention" in layer_types or (
-        getattr(text_config, "use_sliding_window", False) and not layer_types
-    )
-    if sliding:
+    window = getattr(text_config, "use_sliding_window", getattr(text_config, "sliding_window", None))
+    if "sliding_attention" in layer_types or (window and not layer_types):
         return "since it has sliding-window layers"
     for name in ("attn_logit_softcapping", "attn_logit_softcap"):
         if getattr(text_config, name, None):
@@ -248,6 +282,27 @@ def _config_reason(config: Any, text_config: Any) -> str | None:
     for kind in LENGTH_DEPENDENT_ROPE:
         if kind in kinds:
             return f"since its rotary frequencies depend on the longest row (rope_type={kind})"
+    return None
+
+
+def _adapter_reason(model: nn.Module) -> str | None:
+    """Why peft's adapters cannot work on packed rows; None where they can. Reads the configs that peft keeps."""
+    for part in model.modules():
+        # PeftModel has them, and every model whose layers were given adapters.
+        for name, adapter in (getattr(part, "peft_config", None) or {}).items():
+            kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+            if getattr(adapter, "is_prompt_learning", False):
+                return (
+                    f"since the adapter {name!r} ({kind}) puts learned tokens before a prompt, outside of the layers; "
+                    "use an adapter on the layers, such as LoRA"
+                )
+            if getattr(adapter, "alora_invocation_tokens", None):
+                return (
+                    f"since the adapter {name!r} (activated LoRA) starts at a token that peft's wrapper looks for in "
+                    "each row; use LoRA without alora_invocation_tokens"
+                )
+            if kind not in ADAPTERS:
+                return f"since it was not tested with the adapter {name!r} ({kind}); use one of {', '.join(ADAPTERS)}"
     return None
 
 
@@ -373,8 +428,16 @@ def _checks_inputs(model: nn.Module) -> bool:
     return any(_check_inputs in part._forward_pre_hooks.values() for part in model.modules())
 
 
-def _set_attention(model: PreTrainedModel, implementations: tuple[str, str]) -> None:
-    model.set_attn_implementation({"text_config": implementations[0], "vision_config": implementations[1]})
+def _text_part(model: PreTrainedModel) -> str:
+    """What set_attn_implementation calls the text model: a part of its config, or "" for a model of text alone."""
+    return "" if model.config.get_text_config() is model.config else "text_config"
+
+
+def _attention(model: PreTrainedModel) -> dict[str, str]:
+    """The attention of text and vision, as set_attn_implementation takes it."""
+    if not _text_part(model):
+        return {"": model.config._attn_implementation}
+    return {name: getattr(model.config, name)._attn_implementation for name in ("text_config", "vision_config")}
 
 
 AttentionInterface.register(SHARED_PREFIX, _shared_prefix_forward)

@@ -53,7 +53,8 @@ class FamilyPrompt:
     """A prompt of any family.
 
     input_ids: [P]. position_ids: [3, P] where the family's positions have three rows, else [P]. next_position: that of
-    the first response token. kind: "image" or "video". pixels: what the vision tower takes. grid_thw: of a Qwen tower.
+    the first response token. kind: "image", "video" or "text". pixels: what the vision tower takes. grid_thw: of a Qwen
+    tower.
     """
 
     input_ids: torch.Tensor
@@ -114,12 +115,28 @@ def _smolvlm(text: dict[str, Any]) -> nn.Module:
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
+def _text_model(name: str, text: dict[str, Any]) -> nn.Module:
+    config = transformers.AutoConfig.for_model(name, **{**TEXT, **TEXT_FAMILIES[name], **text})
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "qwen3_vl": _qwen3_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
     "smolvlm": _smolvlm,
+}
+# Text models, with what their config needs beside TEXT.
+TEXT_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    # Every other layer without rotary positions, attention scaled by a setting, norms behind the layers.
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    "olmo2": {},
 }
 
 
@@ -130,7 +147,7 @@ def build_family(name: str, *, seed: int = 0, **text: Any) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BUILDERS[name](text)
+        model = BUILDERS[name](text) if name in BUILDERS else _text_model(name, text)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim > 1:
@@ -178,9 +195,9 @@ def compute_in_float64(model: nn.Module, monkeypatch: Any) -> nn.Module:
 
 
 def family_prompts(name: str, model: nn.Module, *, seed: int = 0) -> list[FamilyPrompt]:
-    """Two prompts of different length; for Qwen one with a video of two frames and one with an image."""
+    """Two prompts of different length; for Qwen-VL one with a video of two frames and one with an image."""
     generator = torch.Generator().manual_seed(seed)
-    makers = {"qwen3_vl": _qwen_prompts, "qwen2_5_vl": _qwen_prompts}
+    makers = {"qwen3_vl": _qwen_prompts, "qwen2_5_vl": _qwen_prompts, **dict.fromkeys(TEXT_FAMILIES, _text_prompts)}
     return makers.get(name, _image_prompts)(name, model, generator)
 
 
@@ -208,6 +225,11 @@ def _qwen_prompts(name: str, model: nn.Module, generator: torch.Generator) -> li
         pixels = torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 2 * 2, generator=generator, dtype=torch.float64)
         prompts.append(FamilyPrompt(ids, positions[:, 0], int(positions.max()) + 1, kind, pixels, grid_thw))
     return prompts
+
+
+def _text_prompts(name: str, model: nn.Module, generator: torch.Generator) -> list[FamilyPrompt]:
+    prompts = [_text(count, generator) for count in (11, 6)]
+    return [FamilyPrompt(ids, torch.arange(len(ids)), len(ids), "text", torch.empty(0)) for ids in prompts]
 
 
 def _image_prompts(name: str, model: nn.Module, generator: torch.Generator) -> list[FamilyPrompt]:

@@ -86,6 +86,10 @@ def trained(build, own_class, fused_class, before: dict[str, torch.Tensor], loss
     }
 
 
+def loss_history(trainer) -> torch.Tensor:
+    return torch.tensor([float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry])
+
+
 def main(folder: Path) -> None:
     import deepspeed
 
@@ -95,11 +99,14 @@ def main(folder: Path) -> None:
     results = {f"FSDP2, {family}": fully_sharded(folder, family) for family in ("own head", "tied head")}
 
     import test_integration_hf as hf
+    import test_integration_sft as sft
     from transformers import Trainer
+    from trl import SFTTrainer
 
     from rmsd_fast.integrations.hf import FusedTrainer
+    from rmsd_fast.integrations.trl import FusedSFTTrainer
 
-    before = hf.model("own head").state_dict()
+    before, sft_before = hf.model("own head").state_dict(), sft.start("qwen3")
 
     # DDP first: a ZeRO-3 setting stays alive.
     for name, setting in (("DDP", None), ("ZeRO-3", zero3(**BATCH))):
@@ -107,7 +114,11 @@ def main(folder: Path) -> None:
         def build_trainer(cls, setting=setting):
             return hf.build(cls, folder, family="own head", deepspeed=setting, max_steps=3)
 
+        def build_sft(cls, setting=setting):
+            return sft.build(cls, folder, options={"deepspeed": setting, "max_steps": 3})
+
         results[f"{name}, Trainer"] = trained(build_trainer, Trainer, FusedTrainer, before, hf.losses)
+        results[f"{name}, SFTTrainer"] = trained(build_sft, SFTTrainer, FusedSFTTrainer, sft_before, loss_history)
 
     import test_integration_trl as grpo
     from safetensors.torch import load_file
@@ -133,7 +144,7 @@ def main(folder: Path) -> None:
             return grpo.build(cls, folder / "qwen3", tokenizer, options=options, **chosen)
 
         results[f"ZeRO-3, GRPOTrainer, {objective}"] = trained(
-            build_grpo, GRPOTrainer, FusedGRPOTrainer, before, lambda t: torch.tensor(grpo.history(t, "loss"))
+            build_grpo, GRPOTrainer, FusedGRPOTrainer, before, loss_history
         )
     if torch.distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

@@ -12,6 +12,7 @@ import torch
 from family_students import (
     BUILDERS,
     MROPE,
+    TEXT_FAMILIES,
     FamilyPrompt,
     build_family,
     compute_in_float64,
@@ -19,20 +20,32 @@ from family_students import (
     pack_inputs,
     pixels_of,
 )
-from shared_prefix_students import LENGTHS, CausalCache, Media, Responses, make_responses, media_of, packed_rows
+from shared_prefix_students import (
+    LENGTHS,
+    CausalCache,
+    Media,
+    Responses,
+    make_responses,
+    media_of,
+    packed_rows,
+    plan_of,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from rmsd_fast.config import ModelError
 from rmsd_fast.models.shared_prefix import (
     SHARED_PREFIX,
+    count_positions,
     disable_shared_prefix,
     enable_shared_prefix,
     is_shared_prefix,
     run_shared_prefix,
     shared_prefix_enabled,
 )
+from rmsd_kernels import SharedPrefixPlan
 
-STUDENTS = [(name, {}) for name in BUILDERS] + [
+STUDENTS = [(name, {}) for name in (*BUILDERS, *TEXT_FAMILIES)] + [
     ("internvl", {"model_type": "qwen3", "head_dim": 8}),
     ("internvl", {"model_type": "llama"}),
 ]
@@ -87,7 +100,7 @@ def check_against_separate_rows(model: nn.Module, tolerance: float, media: Media
         found_gradients = gradients(model, found)
     for row, oracle in zip(found, wanted, strict=True):
         assert (row - oracle).abs().max() <= tolerance * oracle.abs().max()
-    # Everything but the head takes part: the tower, its deepstack mergers or projector, every decoder layer.
+    # Everything but the head takes part: a tower, its deepstack mergers or projector, every decoder layer.
     body = {name for name, _ in model.named_parameters() if "lm_head" not in name}
     assert body - wanted_gradients.keys() == UNUSED.get(model.config.model_type, set())
     check_gradients(found_gradients, wanted_gradients, tolerance)
@@ -105,7 +118,7 @@ def test_packed_pass_equals_separate_rows_in_float64_throughout(
     check_against_separate_rows(compute_in_float64(build_family(name, **text), monkeypatch), 1e-9)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*BUILDERS, "qwen3"])
 def test_bfloat16_is_as_close_to_the_truth_as_separate_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_as_close_as_separate_rows(build_family(name).bfloat16(), media_of, "cpu", monkeypatch)
 
@@ -150,7 +163,7 @@ def check_as_close_as_separate_rows(
     assert packed[1] <= bound * separate[1]
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*BUILDERS, "qwen3"])
 def test_a_response_does_not_reach_the_others(name: str) -> None:
     model = build_family(name)
     prompts, responses = family_prompts(name, model), make_responses()
@@ -183,7 +196,7 @@ def test_one_response_equals_a_plain_causal_row_and_a_prefix_may_be_one_token(mo
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "qwen2"])
 def test_checkpointed_layers_give_the_same_gradients(name: str, use_reentrant: bool) -> None:
     model = build_family(name).train()
     prompts, responses = family_prompts(name, model), make_responses()
@@ -255,6 +268,39 @@ def test_enabling_sets_what_was_asked_and_disabling_brings_it_back(name: str) ->
     assert settings() == before and before[1] == "eager"
     disable_shared_prefix(model)
     assert settings() == before
+
+
+def test_enabling_a_text_model_and_disabling_it() -> None:
+    model = build_family("qwen3")
+    model.set_attn_implementation("eager")
+    with shared_prefix_enabled(model):
+        assert model.config._attn_implementation == SHARED_PREFIX and is_shared_prefix(model.model)
+        with shared_prefix_enabled(model.model):
+            pass
+        assert is_shared_prefix(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_language_model_of_a_family_is_a_text_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was enabled through it is not disabled through the model around it, whose parts have other names."""
+    model = compute_in_float64(build_family("internvl"), monkeypatch)
+    language = model.model.language_model
+    plan = SharedPrefixPlan.from_lengths([4], [[2, 3]])
+    ids = torch.arange(3, 12)[None]
+    wanted = language(input_ids=ids[:, :6], use_cache=False).last_hidden_state
+    with shared_prefix_enabled(language):
+        found = run_shared_prefix(language, plan, input_ids=ids, position_ids=count_positions(plan))
+        with pytest.raises(ModelError, match="switch them off there"):
+            disable_shared_prefix(model)
+    torch.testing.assert_close(found[:, :6], wanted, rtol=1e-9, atol=1e-9)
+    assert not is_shared_prefix(model) and model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_positions_of_text_are_counted_from_the_prompt() -> None:
+    prompts, responses = family_prompts("qwen2", build_family("qwen2")), make_responses()
+    wanted = pack_inputs(prompts, responses)["position_ids"]
+    assert torch.equal(count_positions(plan_of(prompts, responses)), wanted)
+    assert count_positions(SharedPrefixPlan.from_lengths([2, 1], [[], [2]])).tolist() == [[0, 1, 0, 1, 2]]
 
 
 def test_a_copy_of_an_enabled_model_is_enabled_and_independent() -> None:

@@ -21,6 +21,8 @@ from rmsd_fast.models.shared_prefix import (
 )
 from rmsd_kernels import SharedPrefixPlan
 
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
 
 def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_family("qwen3_vl")
@@ -47,7 +49,9 @@ def other_config(model_type: str, **text):
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "scores are capped"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, "attention sinks"),
         ("llama", {"attention_dropout": 0.1}, "attention dropout"),
-        ("llama", {}, "not tested with this family"),
+        ("cohere", {}, "not tested with this family"),
+        ("mistral", {"sliding_window": 8}, "sliding-window layers"),
+        ("llama", {"rope_parameters": DYNAMIC_ROPE}, "longest row"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window layers"),
     ],
 )
@@ -68,7 +72,7 @@ def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: s
             {"model_type": "mistral", "sliding_window": None},
             "not tested with mistral as the language",
         ),
-        ("internvl", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "longest row"),
+        ("internvl", {"rope_parameters": DYNAMIC_ROPE}, "longest row"),
     ],
 )
 def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict, reason: str) -> None:
@@ -79,8 +83,7 @@ def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict
 
 
 def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    model = build_family("internvl", rope_parameters=rope)
+    model = build_family("internvl", rope_parameters=DYNAMIC_ROPE)
     model.set_attn_implementation({"text_config": SHARED_PREFIX})
     for enable in (enable_shared_prefix, lambda model: shared_prefix_enabled(model).__enter__()):
         with pytest.raises(ModelError, match="longest row"):

@@ -1,0 +1,119 @@
+"""The fused head as TRL's trainers call it: `model(..., labels=labels, fused_lm_head=True)`.
+
+TRL 1.16 gives a model a chunked head of its own under that argument. Here one model answers the call with the fused
+losses instead; every other call goes where it went. The trainers' own code computes loss and metrics from the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from trl.trainer import utils as trl_utils
+
+from rmsd_fast.integrations.head import Head, add_head_call, base_of, shifted_rows
+from rmsd_fast.losses import linear_logprob
+
+# Logits at a time for the few rows whose most likely token has to be looked up.
+TOP1_BUDGET_BYTES = 64 << 20
+
+
+def missing_hooks(model: nn.Module) -> list[str]:
+    """What of TRL's fused head is not there: its output record, its argument on this model's forward."""
+    missing = [] if hasattr(trl_utils, "FusedCausalLMOutput") else ["trl.trainer.utils.FusedCausalLMOutput"]
+    forward = vars(base_of(model)).get("forward")
+    if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+        missing.append("a fused_lm_head argument on the model's forward")
+    return missing
+
+
+def answer_fused_head(model: nn.Module, head_call: Callable[..., Any]) -> None:
+    """Answer `fused_lm_head=True` on this one model with head_call(hidden, head, **loss inputs), see add_head_call.
+
+    A caller that gives another head_call gets that.
+    """
+    model = base_of(model)
+    add_head_call(model)
+    # Not bound: a deep copy of the model calls it with itself.
+    inner = model.forward.__func__
+
+    @functools.wraps(type(model).forward)
+    def forward(this: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if fused_lm_head:
+            kwargs.setdefault("head_call", head_call)
+        return inner(this, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def per_token_output(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    with_top1: bool = False,
+    memory_budget_bytes: int | None = None,
+) -> Any:
+    """Return what TRL's own head returns: a FusedCausalLMOutput, its values [B, L-1], 0 where there is no label.
+
+    Args:
+        hidden: [B, L, D], in the dtype of the head.
+        labels, shift_labels, num_items_in_batch: as the model was given them.
+        with_top1: whether each label is the most likely token, the first one if several are.
+    """
+    rows, targets = shifted_rows(hidden, labels, shift_labels)
+    scored = targets != -100
+    rows, targets = rows[scored], targets[scored]
+    with torch.autocast(rows.device.type, enabled=False):
+        found = linear_logprob(
+            rows,
+            head.weight,
+            targets,
+            ignore_index=None,
+            return_entropy=with_entropy,
+            memory_budget_bytes=memory_budget_bytes,
+            **head.arguments(temperature),
+        )
+        logp, entropy = found if with_entropy else (found, None)
+        top1 = is_most_likely(rows, head, targets, logp) if with_top1 else None
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(scored.shape).masked_scatter(scored, values).view(len(hidden), -1)
+
+    normalizer = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return trl_utils.FusedCausalLMOutput(
+        loss=-logp.sum() / normalizer,
+        log_probs=spread(logp),
+        entropy=spread(entropy),
+        is_top1=spread(top1),
+        label_mask=scored.view(len(hidden), -1),
+    )
+
+
+@torch.no_grad()
+def is_most_likely(rows: Tensor, head: Head, targets: Tensor, logp: Tensor) -> Tensor:
+    """Whether each target is the first of the most likely tokens, bool [T].
+
+    A token with p > 1/2 is, whatever the others are. Only the remaining rows meet the head a second time.
+    """
+    top1 = logp > -math.log(2)
+    unsure = (~top1).nonzero().flatten()
+    rows_at_once = max(1, TOP1_BUDGET_BYTES // (head.weight.shape[0] * head.weight.element_size()))
+    for index in unsure.split(rows_at_once):
+        # Scale and softcap keep the order of the logits.
+        logits = F.linear(rows[index], head.weight, head.bias)
+        top1[index] = logits.argmax(-1) == targets[index]
+    return top1
