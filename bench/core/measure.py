@@ -12,19 +12,26 @@ Numbers of a variant: median, p20 and p80 in ms of forward, backward and both; `
 from __future__ import annotations
 
 import importlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench.core.memory import fill_thread_cache, keep_freed_memory, page_faults, peak_extra_bytes
 
+Thing = TypeVar("Thing")
 GEMMS, OURS, EAGER = "bare GEMMs", "ours", "eager"
+# Beside the environment and not in it: torchvision's wheel breaks `import transformers` on CPU builds of torch.
+ORACLE = Path(sys.prefix) / "oracle"
+# Definitions of ops go with the object that made them.
+_LIBRARIES: list[torch.library.Library] = []
 # Timed in rounds however long they take.
 ALWAYS = (GEMMS, OURS, EAGER)
 _SWEEP_MIB = 256
@@ -49,6 +56,17 @@ def need(module: str) -> ModuleType:
         raise Unavailable(f"{missing} is not installed" + ("" if own else f", which {module} imports")) from error
     except Exception as error:
         raise Unavailable(f"import of {module} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+
+def find_torchvision() -> None:
+    """Let torchvision be imported where `make` has put it. Call it before anything imports transformers."""
+    if (ORACLE / "torchvision").is_dir():
+        sys.path.append(str(ORACLE))
+    if torch.version.cuda is None and not _LIBRARIES:
+        # The CUDA wheel of torchvision registers shapes for two ops that its library does not bring to a CPU torch.
+        _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _LIBRARIES[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -160,18 +178,24 @@ def time_once(variant: Variant, device: torch.device) -> Timing:
     return Timing((middle - start) * 1e3, (end - middle) * 1e3 if variant.backward else 0.0, faults)
 
 
+def in_turns(things: Sequence[Thing], rounds: int) -> Iterator[tuple[int, Thing]]:
+    """Every thing once per round, with the number of the round; each round begins with another one."""
+    for number in range(rounds):
+        turn = number % max(len(things), 1)
+        for thing in (*things[turn:], *things[:turn]):
+            yield number, thing
+
+
 def interleaved(variants: list[Variant], effort: Effort, device: torch.device) -> dict[str, dict[int, Timing]]:
     """Timings by variant and round. Each takes part until its time is used up, or the rounds are."""
     sweep = torch.zeros(_SWEEP_MIB * 2**18, device=device)
     found: dict[str, dict[int, Timing]] = {variant.name: {} for variant in variants}
-    for index in range(effort.most_rounds):
-        turn = index % max(len(variants), 1)
-        for variant in variants[turn:] + variants[:turn]:
-            own = found[variant.name]
-            least = effort.always_rounds if variant.name in ALWAYS else effort.least_rounds
-            if index < least or sum(t.total_ms for t in own.values()) < effort.seconds * 1e3:
-                sweep.add_(1.0)
-                own[index] = time_once(variant, device)
+    for index, variant in in_turns(variants, effort.most_rounds):
+        own = found[variant.name]
+        least = effort.always_rounds if variant.name in ALWAYS else effort.least_rounds
+        if index < least or sum(t.total_ms for t in own.values()) < effort.seconds * 1e3:
+            sweep.add_(1.0)
+            own[index] = time_once(variant, device)
     return found
 
 

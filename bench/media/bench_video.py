@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from bench.core.goals import GOPS, MOST_LEVELS, SIZES, verdicts
-from bench.core.measure import OURS, Unavailable
+from bench.core.measure import OURS, Unavailable, in_turns
 from bench.media import files
 from bench.media.process import VariantProcess
 from bench.media.variants import PARTS, cpu_count
@@ -99,16 +99,12 @@ def wanted_arguments(part: str, name: str) -> set[str]:
 def interleaved(calls: dict[str, Callable[[], dict]], pace: Pace) -> dict[str, list[dict]]:
     """Calls of each variant, in rounds whose order turns."""
     found: dict[str, list[dict]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(pace.most):
-        turn = index % len(names)
-        best = min((calls[0]["cpu_s"] for calls in found.values() if calls), default=float("inf"))
-        for name in names[turn:] + names[:turn]:
-            own = found[name]
-            slow = own and own[0]["cpu_s"] > max(pace.slow_s, pace.slow_times * best)
-            least = min(pace.least, pace.least_slow) if slow else pace.least
-            if index < least or (not slow and sum(call["wall_s"] for call in own) < pace.seconds):
-                own.append(calls[name]())
+    for index, name in in_turns(list(calls), pace.most):
+        own, first = found[name], [calls[0]["cpu_s"] for calls in found.values() if calls]
+        slow = own and own[0]["cpu_s"] > max(pace.slow_s, pace.slow_times * min(first))
+        least = min(pace.least, pace.least_slow) if slow else pace.least
+        if index < least or (not slow and sum(call["wall_s"] for call in own) < pace.seconds):
+            own.append(calls[name]())
     return found
 
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 
 import rmsd_kernels
-from bench.core.measure import Unavailable, need
+from bench.core.measure import Unavailable, find_torchvision, need
 from bench.media import loader
 from bench.media.work import Spec, Work
 from rmsd_fast.config import DataConfig, VideoConfig
@@ -203,22 +202,10 @@ def patches_two_steps(raw: str) -> Work:
     return Work(run, save=save_patches, library=_ours_library())
 
 
-# Definitions of ops go with the object that made them.
-_KEPT: list[torch.library.Library] = []
-
-
 @functools.cache
 def hf_processor() -> Any:
     """Qwen3-VL's video processor, which needs torchvision; it is kept where nothing but an oracle finds it."""
-    folder = Path(sys.prefix) / "oracle"
-    if (folder / "torchvision").is_dir():
-        sys.path.append(str(folder))
-    if torch.version.cuda is None:
-        # The CUDA wheel of torchvision registers shapes for two ops that its library does not bring to a CPU torch.
-        library = torch.library.Library("torchvision", "DEF")
-        _KEPT.append(library)
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    find_torchvision()
     need("torchvision")
     module = need("transformers.models.qwen3_vl.video_processing_qwen3_vl")
     processor = module.Qwen3VLVideoProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)

@@ -277,4 +277,4 @@ def test_against_trl(quick: bool, toy: bool, publish: Callable[[dict], dict]) ->
     missing = trl_peer.missing()
     if missing:
         pytest.skip(missing)
-    publish(trl_peer.measure(steps=2 if quick else 4, times=1 if quick else 2))
+    publish(trl_peer.measure(*((2, 1, 32) if quick else (4, 2, 128))))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.core.measure import in_turns
 from bench.core.memory import keep_freed_memory, peak_extra_bytes
 from bench.cuda.section_log import NO_TIME, seconds_left
 from bench.step import models
@@ -274,27 +275,25 @@ def _time_rounds(rig: Rig, found: Measured, ways: list[Way], prompts: list[Promp
     failed: dict[Way, str] = {}
     # The base comes in every part: as often as what it stands beside.
     others = [way for way in ways if way not in (BASE, BASE.recomputing())] or ways
-    for number in range(max((_rounds_of(rig, found, way) for way in others), default=0)):
-        turn = number % len(ways)
-        for way in ways[turn:] + ways[:turn]:
-            late = seconds_left() < found.expected_s(rig.config, way) and way in found.rounds
-            enough = number >= _rounds_of(rig, found, way) or _is_slow(rig, found, way)
-            if late or enough or rig.lost or way in failed:
-                continue
+    for number, way in in_turns(ways, max((_rounds_of(rig, found, way) for way in others), default=0)):
+        late = seconds_left() < found.expected_s(rig.config, way) and way in found.rounds
+        enough = number >= _rounds_of(rig, found, way) or _is_slow(rig, found, way)
+        if late or enough or rig.lost or way in failed:
+            continue
 
-            def one(way: Way = way) -> dict[str, float]:
-                return timed(rig, way, rig.prepare(way, prompts, found.case.response))
+        def one(way: Way = way) -> dict[str, float]:
+            return timed(rig, way, rig.prepare(way, prompts, found.case.response))
 
-            numbers, reason, memory = attempt(one, rig.release)
-            if not reason:
-                _add(rig, found, way, numbers)
-                continue
-            if memory and way == BASE:
-                found.recompute = True
-                return []
-            if way not in found.rounds:
-                found.not_run[way.name] = reason
-            failed[way] = "" if memory else f"{way.name}: {reason}"
+        numbers, reason, memory = attempt(one, rig.release)
+        if not reason:
+            _add(rig, found, way, numbers)
+            continue
+        if memory and way == BASE:
+            found.recompute = True
+            return []
+        if way not in found.rounds:
+            found.not_run[way.name] = reason
+        failed[way] = "" if memory else f"{way.name}: {reason}"
     return [fault for fault in failed.values() if fault]
 
 

@@ -1,6 +1,6 @@
 """Seconds of a whole RL step by TRL's GRPOTrainer and by ours, of the same small student on the same pictures. CPU.
 
-    python -m bench.step.trl_peer VARIANT STEPS FOLDER        # one process of `measure`; a line of JSON
+    python -m bench.step.trl_peer VARIANT STEPS R FOLDER      # one process of `measure`; a line of JSON
 
 A prompt has 16 pictures, a step one prompt with N = 8 rollouts of exactly R tokens. Like for like: rollouts, reference,
 policy with KL, AdamW; the reward costs nothing. `ours with discriminator` adds what R-MSD adds, a discriminator on
@@ -24,14 +24,12 @@ from typing import Any
 
 import torch
 
-from bench.core.measure import quantiles
+from bench.core.measure import ORACLE, find_torchvision, in_turns, quantiles
 from bench.core.records import REPOSITORY
 
 OURS, FULL, TRL = "ours", "ours with discriminator", "TRL GRPOTrainer"
 PICTURES, WIDTH, HEIGHT = 16, 512, 256
-N, K, RESPONSE = 8, 4, 128
-# Where `make` puts torchvision, which Qwen3VLProcessor imports: beside the environment, not in it.
-_ORACLE = Path(sys.prefix) / "oracle"
+N, K = 8, 4
 
 
 def missing() -> str:
@@ -39,12 +37,12 @@ def missing() -> str:
     for name in ("trl", "datasets", "PIL"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
-    if importlib.util.find_spec("torchvision") is None and not (_ORACLE / "torchvision").is_dir():
+    if importlib.util.find_spec("torchvision") is None and not (ORACLE / "torchvision").is_dir():
         return "torchvision is not installed, which Qwen3-VL's processor imports"
     return ""
 
 
-def measure(steps: int, times: int) -> dict[str, Any]:
+def measure(steps: int, times: int, response: int) -> dict[str, Any]:
     """The record: `times` processes of each variant in turned order, each of so many steps after its first."""
     from bench.prefix.groups import HIDDEN, LAYERS
 
@@ -53,26 +51,24 @@ def measure(steps: int, times: int) -> dict[str, Any]:
     prompt = 0
     with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
         make_pictures(Path(folder), 1 + steps)
-        for turn in range(times):
-            names = list(seconds)
-            for name in names[turn % 3 :] + names[: turn % 3]:
-                command = [sys.executable, "-m", "bench.step.trl_peer", name, str(1 + steps), folder]
-                done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-                if done.returncode != 0:
-                    raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-                found = json.loads(done.stdout.splitlines()[-1])
-                seconds[name] += found["seconds"][1:]
-                prompt = found.get("prompt_tokens", 0) or prompt
-                own = {key: found[key] for key in ("peak_mib", "response_tokens")}
-                facts[name] = max(own, facts.get(name, own), key=lambda own: own["peak_mib"])
+        for _, name in in_turns(list(seconds), times):
+            command = [sys.executable, "-m", "bench.step.trl_peer", name, str(1 + steps), str(response), folder]
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            seconds[name] += found["seconds"][1:]
+            prompt = found.get("prompt_tokens", 0) or prompt
+            own = {key: found[key] for key in ("peak_mib", "response_tokens")}
+            facts[name] = max(own, facts.get(name, own), key=lambda own: own["peak_mib"])
     variants = {
         name: {"rounds": len(own), "forward": quantiles([1e3 * s for s in own]), **facts[name]}
         for name, own in seconds.items()
     }
     return {
         "bench": "step",
-        "case": f"pictures-P2048-R{RESPONSE}-float32",
-        "shape": {"P": prompt, "R": RESPONSE, "N": N, "D": HIDDEN, "layers": LAYERS},
+        "case": f"pictures-P2048-R{response}-float32",
+        "shape": {"P": prompt, "R": response, "N": N, "D": HIDDEN, "layers": LAYERS},
         "student": "small, random weights",
         "dtype": "float32",
         "device": "cpu",
@@ -96,7 +92,7 @@ def pictures_of(folder: Path, step: int) -> list[Path]:
     return [folder / f"{step}-{number}.png" for number in range(PICTURES)]
 
 
-def run_ours(steps: int, folder: Path, *, discriminator: bool) -> dict[str, Any]:
+def run_ours(steps: int, response: int, folder: Path, *, discriminator: bool) -> dict[str, Any]:
     from bench.prefix.groups import TEXTS
     from bench.step.models import SMALL, make_state, set_teacher, settings_of, start, stop, trainer_step
     from rmsd_fast.data.media import MediaReader
@@ -106,7 +102,7 @@ def run_ours(steps: int, folder: Path, *, discriminator: bool) -> dict[str, Any]
     if not discriminator:
         rewards = ("reward.alpha=0.0", "reward.beta=0.167", "reward.eta=0.167", "reward.delta=0.667")
         changes += [*rewards, "stages=[sft,distill]"]
-    settings = settings_of(SMALL, "shared", 2560, RESPONSE, K, N, *changes)
+    settings = settings_of(SMALL, "shared", 2560, response, K, N, *changes)
     media = MediaReader(settings.data)
     state = make_state(SMALL, settings, start(), media=media)
     seconds = []
@@ -115,7 +111,7 @@ def run_ours(steps: int, folder: Path, *, discriminator: bool) -> dict[str, Any]
         images = tuple(map(str, pictures_of(folder, step)))
         facts = {"question": TEXTS[0], "task_type": "temporal", "answer": "0.0 to 1.0"}
         prompt = state.builder.build(Question(id=f"q{step}", images=images, **facts))
-        set_teacher(state, [prompt], RESPONSE, K)
+        set_teacher(state, [prompt], response, K)
         result = trainer_step(state, [prompt], settings)
         seconds.append(time.perf_counter() - began)
         assert not result.skipped
@@ -125,14 +121,8 @@ def run_ours(steps: int, folder: Path, *, discriminator: bool) -> dict[str, Any]
     return {"seconds": seconds, "prompt_tokens": len(prompt.input_ids), "response_tokens": tokens}
 
 
-def run_trl(steps: int, folder: Path) -> dict[str, Any]:
-    if importlib.util.find_spec("torchvision") is None:
-        sys.path.append(str(_ORACLE))
-    if torch.version.cuda is None:
-        # The CUDA wheel of torchvision registers shapes for two ops that its library does not bring to a CPU torch.
-        operators = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+def run_trl(steps: int, response: int, folder: Path) -> dict[str, Any]:
+    find_torchvision()
     from datasets import Dataset
     from PIL import Image
     from transformers import (
@@ -169,7 +159,7 @@ def run_trl(steps: int, folder: Path) -> dict[str, Any]:
             seconds.append(time.perf_counter() - self.last)
             self.last += seconds[-1]
 
-    rollouts = dict(num_generations=N, max_completion_length=RESPONSE, generation_kwargs={"min_new_tokens": RESPONSE})
+    rollouts = dict(num_generations=N, max_completion_length=response, generation_kwargs={"min_new_tokens": response})
     training = dict(per_device_train_batch_size=N, max_steps=steps, beta=0.01, learning_rate=1e-5)
     switches = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, use_vllm=False, shuffle_dataset=False)
     logs = dict(
@@ -189,10 +179,10 @@ def run_trl(steps: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    variant, steps, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    variant, sizes, folder = sys.argv[1], map(int, sys.argv[2:4]), Path(sys.argv[4])
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.manual_seed(0)
-    found = run_trl(steps, folder) if variant == TRL else run_ours(steps, folder, discriminator=variant == FULL)
+    found = run_trl(*sizes, folder) if variant == TRL else run_ours(*sizes, folder, discriminator=variant == FULL)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(found | {"peak_mib": peak}))
 
