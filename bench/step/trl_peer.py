@@ -66,7 +66,7 @@ def measure(steps: int, times: int, response: int) -> dict[str, Any]:
         for name, own in seconds.items()
     }
     return {
-        "bench": "step",
+        "bench": "step_trl",
         "case": f"pictures-P2048-R{response}-float32",
         "shape": {"P": prompt, "R": response, "N": N, "D": HIDDEN, "layers": LAYERS},
         "student": "small, random weights",
