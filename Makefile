@@ -146,7 +146,7 @@ demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", defa
 
 test: dev ## set up, then run the test suite
 	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 \
-		$(or $(ARGS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests)
+		$(or $(ARGS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests tools)
 
 lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .

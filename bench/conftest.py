@@ -1,4 +1,4 @@
-"""Options, device and reporting of the benchmarks. What is measured and how stands in measure.py and memory.py."""
+"""Options, cases and reporting of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from bench.claims import CLAIM_CASES
-from bench.heads import Outcome
-from bench.measure import Effort
-from bench.memory import keep_freed_memory
-from bench.records import save, table
+from bench.core.goals import CLAIM_CASES, GOALS
+from bench.core.measure import Effort, Outcome
+from bench.core.memory import keep_freed_memory
+from bench.core.records import save
+from bench.core.report import case_text
+from bench.cuda.section_log import has_deadline
 
 QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
 FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
@@ -30,7 +31,7 @@ PEDANTIC_S = {True: 1.0, False: 3.0}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary")
     parser.addoption("--toy", action="store_true", help="tiny shapes on any device: a rehearsal, no measurement")
-    parser.addoption("--claims", action="store_true", help="only the cases whose numbers claims.py judges")
+    parser.addoption("--claims", action="store_true", help="only the cases on CPU with a goal of their own")
     parser.addoption(
         "--record",
         metavar="PLACE",
@@ -47,10 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`cases(quick, device)` of the bench file gives the cases of every test that asks for one, with --toy
-    `toy_cases(device)`.
+    """Parametrize `case` with the module's `cases(quick, device)`, or `toy_cases(device)` with --toy, and
+    `condition_case` with its `conditions(quick, device)`.
     """
-    bench, toy = metafunc.module.__name__.rpartition("bench_")[2], metafunc.config.getoption("toy")
+    bench, toy = getattr(metafunc.module, "NAME", ""), metafunc.config.getoption("toy")
     for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
             if toy:
@@ -62,6 +63,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
             none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no case for this device and size"))
             metafunc.parametrize(argument, cases or [none], ids=lambda case: getattr(case, "name", None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the cases that carry a goal first if the run has a deadline: it may end before the others."""
+    if has_deadline():
+        promised = {(goal.bench, goal.case) for goal in GOALS if goal.device == device_name()}
+        items.sort(key=lambda item: _case_of(item) not in promised and not getattr(item.module, "FIRST", False))
+
+
+def _case_of(item: pytest.Item) -> tuple[str, str]:
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    return getattr(item.module, "NAME", ""), getattr(case, "name", "")
 
 
 def device_name() -> str:
@@ -98,15 +111,26 @@ def _free() -> None:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest, benchmark, capsys, quick: bool) -> Callable[[Outcome], None]:
-    """Prints and saves the record, then lets pytest-benchmark time our call for its own JSON."""
+def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[dict], dict]:
+    """Print and save a record; returns it as it was saved."""
 
-    def run(outcome: Outcome) -> None:
-        record = {**outcome.record, "quick": quick}
+    def run(record: dict) -> dict:
+        record = {**record, "quick": quick}
         with capsys.disabled():
-            print(table(record), flush=True)
+            print("\n" + case_text(record), flush=True)
         if request.config.getoption("record"):
             save(record, request.config.getoption("record"))
+        return record
+
+    return run
+
+
+@pytest.fixture
+def report(benchmark, publish: Callable[[dict], dict], quick: bool) -> Callable[[Outcome], None]:
+    """Publish the record, then let pytest-benchmark time our call for its own JSON."""
+
+    def run(outcome: Outcome) -> None:
+        record = publish(outcome.record)
         benchmark.extra_info.update(record)
         rounds = max(1, min(5, int(PEDANTIC_S[quick] / max(outcome.seconds, 1e-6))))
         device = torch.device(record["device"])

@@ -10,8 +10,8 @@ from torch import Tensor
 # A thread makes two 16-byte loads before it uses them, so that 32 warps have 32 KB in flight, about what the memory
 # latency requires. One program of 32 warps fills an SM. The 132 rows in progress, 304 KB each (151936 16-bit logits),
 # are 40 MB and fit the 50 MB L2 of an H200, so the second pass does not read memory. With a bias or a softcap, the
-# registers suffice for one load only. If two rows are read at a time, half the threads are enough. These numbers are
-# calculated and taken from the compiler's register counts; they are not measured.
+# registers suffice for one load only. If two rows are read at a time, a program has half the threads, each with twice
+# the registers. These numbers are calculated and taken from the compiler's register counts; they are not measured.
 LOAD_BYTES = 16
 LOADS = 2
 REGISTERS_OF_AN_SM = 65536

@@ -1,4 +1,4 @@
-"""What a token and an attended pair cost in the decoder: balances micro-batches. `bench/flops.py` counts the rest.
+"""What a token and an attended pair cost in the decoder: balances micro-batches. `bench/step/flops.py` counts the rest.
 
 `config` is a transformers config, or the same as nested dicts.
 """

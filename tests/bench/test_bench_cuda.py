@@ -20,20 +20,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_of(folder: Path, **environment: str):
-    from bench.cuda_sections import Run
+    from bench.cuda.sections import Run
 
     own = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
     return Run(folder / "results.jsonl", folder / "output.log", True, own)
 
 
 def section(code: str, name: str = "one", *, seconds: float = 10, least_s: float = 0.1, required: bool = False):
-    from bench.cuda_sections import Section
+    from bench.cuda.sections import Section
 
     return Section(name, "a test", seconds, least_s, lambda run: [sys.executable, "-c", code], required)
 
 
 def test_time_is_shared_out_and_the_required_section_keeps_its_least():
-    from bench.cuda_sections import ends_of
+    from bench.cuda.sections import ends_of
 
     first, needed, last = (
         section("", "a", seconds=50),
@@ -49,22 +49,30 @@ def test_time_is_shared_out_and_the_required_section_keeps_its_least():
 
 
 def test_the_sections_are_eight_minutes():
-    from bench.cuda import arguments
-    from bench.cuda_sections import SECTIONS
+    from bench.cuda.__main__ import arguments
+    from bench.cuda.sections import SECTIONS
 
     assert sum(section.seconds for section in SECTIONS) == 480 and arguments([]).minutes == 8
 
 
 def test_tests_come_in_order_of_importance():
-    from bench.cuda_sections import FIRST_TESTS, test_files
+    from bench.cuda.sections import FIRST_TESTS, KERNEL_TESTS, test_files
 
-    names = [path.stem.removeprefix("test_") for path in test_files()]
-    assert tuple(names[: len(FIRST_TESTS)]) == FIRST_TESTS and len(set(names)) == len(names)
-    assert names[len(FIRST_TESTS) :] == sorted(names[len(FIRST_TESTS) :]) and "rollout" in names
+    kernels, others = ([path.stem.removeprefix("test_") for path in test_files(own)] for own in (True, False))
+    assert tuple(kernels) == KERNEL_TESTS and tuple(others[: len(FIRST_TESTS)]) == FIRST_TESTS
+    assert len({*kernels, *others}) == len(kernels) + len(others) and "rollout" in others
+
+
+def test_sections_come_in_order_of_importance():
+    from bench.cuda.sections import SECTIONS
+
+    names = [section.name for section in SECTIONS]
+    assert names == ["machine", "correctness", "heads", "prefix", "step", "media", "stages", "optimizer"]
+    assert [section.name for section in SECTIONS if section.required] == ["machine", "step"]
 
 
 def test_settings_for_other_programs_are_not_passed_on(monkeypatch):
-    from bench.cuda import NOT_PASSED_ON, environment_of
+    from bench.cuda.__main__ import NOT_PASSED_ON, environment_of
 
     for name in NOT_PASSED_ON:
         monkeypatch.setenv(name, "1")
@@ -73,12 +81,13 @@ def test_settings_for_other_programs_are_not_passed_on(monkeypatch):
     found = environment_of("cuda")
     assert not set(found) & set(NOT_PASSED_ON)
     assert (found["RMSD_BENCH_COMMIT"], found["CUDA_VISIBLE_DEVICES"]) == ("abc", "3")
+    assert (found["NCCL_SOCKET_IFNAME"], found["NCCL_IB_DISABLE"], found["NCCL_NVLS_ENABLE"]) == ("lo", "1", "0")
     found = environment_of("cpu")
     assert (found["DS_ACCELERATOR"], found["CUDA_VISIBLE_DEVICES"]) == ("cpu", "") and "RANK" not in found
 
 
 def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
-    from bench.cuda_sections import FAILED, PASSED, run_section
+    from bench.cuda.sections import FAILED, PASSED, run_section
 
     deadline = time.time() + 60
     fine = run_section(section("print('hello')"), run_of(tmp_path), deadline, deadline)
@@ -90,7 +99,7 @@ def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
 
 
 def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path):
-    from bench import cuda_sections
+    from bench.cuda import sections as cuda_sections
 
     child = tmp_path / "child"
     hang = f"""
@@ -109,7 +118,7 @@ time.sleep(100)
 
 
 def test_children_have_their_grace_also_where_the_first_process_ends_at_once(tmp_path):
-    from bench.cuda_sections import child, end
+    from bench.cuda.sections import child, end
 
     slow = f"""
 import signal, time
@@ -140,7 +149,7 @@ class Gone:
 
 @pytest.mark.parametrize("stdout", [SimpleNamespace(buffer=Gone()), None])
 def test_a_section_goes_on_where_the_terminal_is_gone(tmp_path, monkeypatch, stdout):
-    from bench.cuda_sections import PASSED, run_section
+    from bench.cuda.sections import PASSED, run_section
 
     monkeypatch.setattr(sys, "stdout", stdout)
     deadline = time.time() + 20
@@ -150,14 +159,14 @@ def test_a_section_goes_on_where_the_terminal_is_gone(tmp_path, monkeypatch, std
 
 
 def test_the_terminal_has_all_where_the_log_cannot_be_written(capfdbinary):
-    from bench.cuda_sections import _copy, terminal
+    from bench.cuda.sections import _copy, terminal
 
     _copy([b"one\n", b"two\n"], Gone(), terminal())
     assert capfdbinary.readouterr().out == b"one\ntwo\n"
 
 
 def test_what_makes_files_ahead_prints_to_the_log(tmp_path):
-    from bench.cuda_sections import Section, beside, wait_for
+    from bench.cuda.sections import Section, beside, wait_for
 
     made = Section("made", "", 1, 0, lambda run: [], ahead=lambda run: [sys.executable, "-c", "print('made'); 1 / 0"])
     with beside(made, run_of(tmp_path)) as process:
@@ -177,7 +186,7 @@ def handlers():
 
 def outcomes_of(run, sections: list, began: float, deadline: float) -> dict[str, tuple[str, str]]:
     """Of run_sections, by name: outcome and reason."""
-    from bench.cuda import run_sections
+    from bench.cuda.__main__ import run_sections
 
     run_sections(run, sections, began, deadline)
     lines = [line for line in lines_of(run.records.parent) if line["bench"] == "section"]
@@ -185,7 +194,7 @@ def outcomes_of(run, sections: list, began: float, deadline: float) -> dict[str,
 
 
 def test_starting_up_is_not_at_the_cost_of_the_first_section(tmp_path, handlers):
-    from bench.cuda_sections import PASSED
+    from bench.cuda.sections import PASSED
 
     sections = [section("", "first", seconds=10), section("", "second", seconds=90)]
     now = time.time()
@@ -194,7 +203,7 @@ def test_starting_up_is_not_at_the_cost_of_the_first_section(tmp_path, handlers)
 
 
 def test_an_interruption_keeps_what_its_section_has_found(tmp_path, handlers):
-    from bench.cuda_sections import INTERRUPTED, LEFT_OUT, STOPPED
+    from bench.cuda.sections import INTERRUPTED, LEFT_OUT, STOPPED
 
     line = json.dumps({"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "why"})
     hang = f"import os, time; open(os.environ['RMSD_BENCH_LOG'], 'w').write({line!r}); time.sleep(100)"
@@ -215,7 +224,7 @@ def test_an_interruption_keeps_what_its_section_has_found(tmp_path, handlers):
 
 
 def test_a_section_without_time_is_left_out(tmp_path):
-    from bench.cuda_sections import LEFT_OUT, run_section
+    from bench.cuda.sections import LEFT_OUT, run_section
 
     found = run_section(section("", least_s=20), run_of(tmp_path), time.time() + 5, time.time() + 60)
     assert found.outcome == LEFT_OUT and found.reason.startswith("no time left: ")
@@ -244,13 +253,23 @@ def test_late(): pass
 
 
 def logged(folder: Path, until_s: float, slow_s: float) -> dict[str, tuple[str, str]]:
-    """Outcome and reason of each of TESTS, run with bench.section_log."""
-    from bench.cuda_sections import Section, run_section
+    """Outcome and reason of each of TESTS, run with bench.cuda.section_log."""
+    from bench.cuda.sections import Section, run_section
 
     path = folder / "test_made.py"
     path.write_text(TESTS)
     # -c: this project's settings would have it collected from the repository.
-    options = ["-p", "bench.section_log", "-p", "no:cacheprovider", "-q", "-c", "/dev/null", "--rootdir", str(folder)]
+    options = [
+        "-p",
+        "bench.cuda.section_log",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(folder),
+    ]
     made = Section("made", "", 1, 0, lambda run: [sys.executable, "-m", "pytest", *options, str(path)])
     until = time.time() + until_s
     result = run_section(made, run_of(folder, SLOW_S=str(slow_s)), until, time.time() + 60)
@@ -291,7 +310,7 @@ def test_without_a_device_it_says_how_to_rehearse(tmp_path):
     ("arguments", "said"),
     [
         (["--minutes", "0"], "--minutes: expected a number above 0"),
-        (["--minutes", "1"], "--minutes: these sections need at least 1.4"),
+        (["--minutes", "1"], "--minutes: these sections need at least 1.1"),
         (["--only", "stepp"], "invalid choice: 'stepp'"),
         (["--wheels", "/nowhere", "--device", "cpu"], "/nowhere"),
         (["--output", str(REPOSITORY)], "expected an empty or new folder"),
@@ -324,7 +343,7 @@ def test_a_relative_output_is_where_the_run_was_started(tmp_path):
 @pytest.mark.slow
 def test_interrupted_it_sums_up_what_it_has(tmp_path):
     folder = tmp_path / "results"
-    arguments = ["--device", "cpu", "--output", str(folder), "--only", "machine", "correctness", "policy_loss"]
+    arguments = ["--device", "cpu", "--output", str(folder), "--only", "machine", "correctness", "heads"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.cuda", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
@@ -338,7 +357,7 @@ def test_interrupted_it_sums_up_what_it_has(tmp_path):
     assert process.returncode == 1 and "FAILED: interrupted" in rest
     summary = (folder / "summary.md").read_text()
     assert "| machine | passed |" in summary and "| correctness | stopped |" in summary
-    assert "| policy_loss | left out | 0 |  | interrupted |" in summary
+    assert "| heads | left out | 0 |  | interrupted |" in summary
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -349,15 +368,17 @@ def lines_of(folder: Path) -> list[dict]:
 @pytest.mark.timeout(900)
 def test_rehearsal(tmp_path):
     """All sections at toy sizes; what needs a device is left out with its reason."""
-    from bench.cuda_sections import SECTIONS
+    from bench.cuda.sections import SECTIONS
 
     folder = tmp_path / "results"
     done = command("--device", "cpu", "--output", str(folder), "--minutes", "8")
     lines = lines_of(folder)
     outcomes = {line["section"]: line["outcome"] for line in lines if line["bench"] == "section"}
     assert list(outcomes) == [section.name for section in SECTIONS]
-    assert outcomes.pop("correctness") == "left out"
-    assert next(line for line in lines if line["bench"] == "step_4b" and "apart" in line["case"])["optimizer"]["scaled"]
+    assert outcomes.pop("correctness") == outcomes.pop("stages") == "left out"
+    # Written again with the optimiser, which was measured after the steps.
+    apart = [line for line in lines if line["bench"] == "step" and "apart" in line["case"]]
+    assert "not measured" in apart[0]["optimizer"]["how"] and apart[-1]["optimizer"]["scaled"]
     assert set(outcomes.values()) == {"passed"}, outcomes
     assert done.returncode == 0, done.stdout[-3000:]
     measured = [line for line in lines if "variants" in line]
@@ -367,12 +388,12 @@ def test_rehearsal(tmp_path):
         assert f"## {line['bench']} " in summary
     assert "promised" not in summary
     # On the terminal without the tables of all cases.
-    assert "## Sections" in done.stdout and "## step_4b " in done.stdout and "## discriminator " not in done.stdout
+    assert "## Sections" in done.stdout and "## step " in done.stdout and "## discriminator " not in done.stdout
 
 
 def missing(folder: Path, *records: dict, toy: bool = False) -> bool:
-    from bench.cuda import missing_steps
-    from bench.records import append_line
+    from bench.core.records import append_line
+    from bench.cuda.__main__ import missing_steps
 
     run = run_of(folder)
     run.records.unlink(missing_ok=True)
@@ -381,7 +402,7 @@ def missing(folder: Path, *records: dict, toy: bool = False) -> bool:
     return bool(missing_steps(SimpleNamespace(records=run.records, toy=toy)))
 
 
-def test_whole_steps_are_missing_unless_shared_ones_have_their_optimisers(tmp_path):
+def test_whole_steps_are_missing_unless_shared_ones_were_measured(tmp_path):
     fine = step_record("one", k4=1.0)
     assert missing(tmp_path) and not missing(tmp_path, fine)
     assert not missing(tmp_path, step_record("one", k4_again=1.0))
@@ -389,19 +410,15 @@ def test_whole_steps_are_missing_unless_shared_ones_have_their_optimisers(tmp_pa
     copies = step_record("one")
     copies["variants"]["copies K=4 N=8"] = fine["variants"]["shared K=4 N=8"]
     assert missing(tmp_path, copies)
-    without = step_record("one", k4=1.0)
-    without["variants"]["shared K=4 N=8"]["optimizer_s"] = None
-    assert missing(tmp_path, without) and not missing(tmp_path, without, fine)
     # Those of a rehearsal count in one alone.
     assert missing(tmp_path, fine | {"quick": True}) and not missing(tmp_path, fine | {"quick": True}, toy=True)
 
 
 def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path):
-    from bench import video_goals
-    from bench.cuda import missing_steps
-    from bench.cuda_sections import Run
-    from bench.cuda_summary import markdown
-    from bench.records import append_line, load, load_run, read_lines, save
+    from bench.core.records import append_line, load, load_run, read_lines, save
+    from bench.core.report import summary
+    from bench.cuda.__main__ import missing_steps
+    from bench.cuda.sections import Run
 
     path = tmp_path / "results.jsonl"
     assert read_lines(path) == []
@@ -420,10 +437,10 @@ def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path):
         "section",
     ]
     with path.open("a") as out:
-        out.write('{"bench": "step_4b", "vari')
+        out.write('{"bench": "step", "vari')
     assert [line["case"] for line in load_run(path)] == ["a", "b"]
-    assert missing_steps(Run(path, path, True, {})) and "| s | passed |" in markdown(path, tables=False)
-    for bench in ("media", "losses"):
+    assert missing_steps(Run(path, path, True, {})) and "| s | passed |" in summary(path, tables=False)
+    for bench, subject in (("media", "media"), ("discriminator", "heads")):
         file = tmp_path / "folder" / f"{bench}.jsonl"
         kind = {"quick": False, "bench": bench, "name" if bench == "media" else "case": "a"}
         own = {name: value for name, value in record.items() if name != "case"} | kind
@@ -432,13 +449,13 @@ def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path):
             out.write("{")
         save(own, file.parent)
         assert len(read_lines(file)) == 2 and len(file.read_text().splitlines()) == 3
-    assert len(video_goals.load(file.parent)) == len(load(file.parent)) == 1
+        assert len(load(file.parent, subject)) == 1
 
 
 def test_a_ceiling_is_the_median_of_the_last_half(monkeypatch):
     import torch
 
-    from bench import cuda_machine
+    from bench.core import launches
 
     counts = []
 
@@ -446,8 +463,8 @@ def test_a_ceiling_is_the_median_of_the_last_half(monkeypatch):
         counts.append(calls)
         return [0.01] * (calls - calls // 2) + [0.02] * (calls // 2)
 
-    monkeypatch.setattr(cuda_machine, "_timed", timed)
-    assert cuda_machine.call_seconds(None, torch.device("cuda"), 1.0) == 0.02
-    cuda_machine.call_seconds(None, torch.device("cpu"), 0.0)
+    monkeypatch.setattr(launches, "_timed", timed)
+    assert launches.call_seconds(None, torch.device("cuda"), 1.0) == 0.02
+    launches.call_seconds(None, torch.device("cpu"), 0.0)
     # A second of calls that take 10 ms each; where no time is given, few.
-    assert counts == [3, 3, 100, 3, 3, cuda_machine.LEAST_CALLS]
+    assert counts == [3, 3, 100, 3, 3, launches.LEAST_CALLS]

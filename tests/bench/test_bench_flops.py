@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.flops import Flops, Load, StepLoad, copies_flops, packed_flops, padded_flops, step_flops
+from bench.step.flops import Flops, Load, StepLoad, copies_flops, packed_flops, padded_flops, step_flops
 from rmsd_fast.models.cost import balance_weights
 
 QWEN3_VL_4B = {

@@ -7,13 +7,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_records import bench_modules
 
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
     """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
     yield
-    from bench.memory import plain_malloc
+    from bench.core.memory import plain_malloc
 
     with plain_malloc():
         pass
@@ -26,7 +27,7 @@ MIB = 2**20
 def _variant(name, calls, seconds=0.0):
     import time
 
-    from bench.measure import Variant
+    from bench.core.measure import Variant
 
     def forward():
         calls.append(name)
@@ -37,7 +38,7 @@ def _variant(name, calls, seconds=0.0):
 
 
 def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
-    from bench.measure import Effort, interleaved
+    from bench.core.measure import Effort, interleaved
 
     calls = []
     variants = [_variant("a", calls), _variant("b", calls, 0.02), _variant("c", calls)]
@@ -54,7 +55,7 @@ def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
 
 
 def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
-    from bench.measure import GEMMS, Effort, measure, numbers_of
+    from bench.core.measure import GEMMS, Effort, measure, numbers_of
 
     calls = []
     # The baseline is timed properly however long it takes.
@@ -69,7 +70,7 @@ def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
-    from bench.measure import OURS, Effort, Variant, measure
+    from bench.core.measure import OURS, Effort, Variant, measure
 
     def broken():
         raise RuntimeError("not enough memory\nmore")
@@ -83,7 +84,7 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
 
 
 def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
-    from bench.measure import EAGER, OURS, Effort, difference, measure, with_gradients
+    from bench.core.measure import EAGER, OURS, Effort, difference, measure, with_gradients
 
     weight, bias = torch.ones(100, requires_grad=True), torch.ones(4, requires_grad=True)
 
@@ -106,7 +107,7 @@ def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
 
 
 def test_ratios_of_medians_and_by_round():
-    from bench.measure import quantiles, ratio
+    from bench.core.measure import quantiles, ratio
 
     totals = {"gemms": {0: 10.0, 1: 20.0, 2: 30.0}, "ours": {0: 20.0, 1: 25.0, 2: 30.0}, "alone": {-1: 40.0}}
     assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 20.0 / 25.0)
@@ -118,8 +119,8 @@ def test_ratios_of_medians_and_by_round():
 
 
 def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off():
-    from bench.measure import Effort, measure, numbers_of, with_gradients
-    from bench.memory import peak_extra_bytes
+    from bench.core.measure import Effort, measure, numbers_of, with_gradients
+    from bench.core.memory import peak_extra_bytes
 
     if peak_extra_bytes(lambda: None, CPU)[0] is None:
         pytest.skip("peak memory is counted on Linux with glibc only")
@@ -139,7 +140,7 @@ def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off()
 
 
 def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
-    from bench.memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
+    from bench.core.memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
 
     def faults_of_a_block():
         fill_thread_cache()
@@ -164,7 +165,7 @@ def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
 
 @pytest.mark.parametrize(("passes", "products"), [("score", 1), ("frozen", 2), ("trainable", 3)])
 def test_bare_gemms_are_those_of_the_loss(passes, products):
-    from bench.measure import bare_gemms, gemm_flop
+    from bench.core.measure import bare_gemms, gemm_flop
 
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     gemms = bare_gemms(hidden, weight, passes)
@@ -175,7 +176,7 @@ def test_bare_gemms_are_those_of_the_loss(passes, products):
 
 
 def test_inputs_follow_the_case():
-    from bench.cases import Case, head_inputs
+    from bench.heads.cases import Case, head_inputs
 
     small = {"hidden": 64, "dtype": torch.float32, "vocabulary": 500}
     plain = head_inputs(Case(40, **small))
@@ -192,8 +193,8 @@ def test_inputs_follow_the_case():
 
 
 def test_gate_accepts_eager_itself_and_refuses_what_is_off():
-    from bench.cases import Case, checked
-    from bench.peers import eager_cross_entropy
+    from bench.heads.cases import Case, checked
+    from bench.heads.peers import eager_cross_entropy
 
     def eager(x):
         return eager_cross_entropy(x.hidden, x.weight, x.targets)
@@ -217,8 +218,8 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
 
 
 def test_peers_agree_and_those_that_do_not_run_are_named():
-    from bench.cases import Case, head_inputs
-    from bench.peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
+    from bench.heads.cases import Case, head_inputs
+    from bench.heads.peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
 
     x = head_inputs(Case(32, 64, torch.float32, mask=50, vocabulary=500))
     for peers in (CROSS_ENTROPY, LOGPROB, POLICY):
@@ -233,7 +234,7 @@ def test_peers_agree_and_those_that_do_not_run_are_named():
 
 
 def test_both_forms_of_the_discriminator_pass_its_gate():
-    from bench.bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
+    from bench.heads.bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
 
     case = Case(torch.float32, "train", batch=3, length=5, hidden=64)
     assert set(gate(case)) == set(FORMS) == {"ours", "ours in one call"}
@@ -273,43 +274,44 @@ def _record(bench="linear_policy_loss", ours_ms=5.0, **changes):
 
 
 def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
-    from bench.records import load, save, table
+    from bench.core.records import load, save
+    from bench.core.report import case_text
 
     save(_record(ours_ms=6.0), tmp_path)
     path = save(_record(), tmp_path)
     save(_record(bench="linear_cross_entropy"), tmp_path)
     assert len(path.read_text().splitlines()) == 2
-    found = load(tmp_path)
+    found = load(tmp_path, "heads")
     assert [record["bench"] for record in found] == ["linear_cross_entropy", "linear_policy_loss"]
     assert found[1]["variants"]["ours"]["both"]["median_ms"] == 5.0
     assert {"cpu", "threads", "torch", "python", "commit"} <= set(found[1])
-    text = table(_record())
+    text = case_text(_record())
     assert "QuACK: not run: CuTe kernels for CUDA only" in text and "92%" in text
 
 
 def test_chart_draws_what_the_records_hold(tmp_path):
-    from bench.chart import chosen, draw
-    from bench.records import load, save
+    from bench.core.records import load, save
+    from bench.core.report import heads_chart
 
     shorter = _record(shape={"T": 512, "D": 2560, "V": 151936}, case="T512")
     cold = _record()
     cold["variants"]["a peer"]["memory_pass_only"] = True
     for record in (cold, shorter, _record(mask_percent=50, case="masked"), _record(case="x-conditions")):
         save(record, tmp_path)
-    picked = chosen(load(tmp_path))
-    assert [record["shape"]["T"] for record in picked] == [2048]
-    root = ElementTree.fromstring(draw(picked))
+    root = ElementTree.fromstring(heads_chart(load(tmp_path, "heads")))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    # 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number; a star for its one cold call.
-    assert {"ours", "eager", "a peer *", "1.09", "13", "900"} <= set(words)
-    with pytest.raises(ValueError, match="at least one plain case"):
-        draw([])
+    # The longest plain case alone. 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number; a
+    # star for its one cold call.
+    assert {"ours", "eager", "a peer *", "1.09", "13", "900"} <= set(words) and words.count("ours") == 1
+    assert any("T = 2048" in word for word in words)
+    with pytest.raises(ValueError, match="at least one case"):
+        heads_chart([])
 
 
 def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
     import json
 
-    from bench.records import hardware_of, load, sources
+    from bench.core.records import hardware_of, load, sources
 
     def line(case, **changes):
         facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
@@ -317,42 +319,42 @@ def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
 
     file = tmp_path / "linear_policy_loss.jsonl"
     file.write_text(line("x") + line("y") + line("z") + line("y", commit="b" * 40 + "-dirty") + line("x", quick=True))
-    found = load(tmp_path)
+    found = load(tmp_path, "heads")
     assert [record["case"] for record in found] == ["x", "y", "z"] and not any(r.get("quick") for r in found)
     assert sources(found) == "one, 2 threads, torch 2.13.0, commits aaaaaaaaaa (2 cases), bbbbbbbbbb-dirty (1 cases)"
     with file.open("a") as out:
         out.write(line("x", threads=16) + line("x", device="cuda", gpu="big"))
     with pytest.raises(ValueError, match="several machines"):
-        load(tmp_path)
-    assert [record["threads"] for record in load(tmp_path, hardware="16 threads")] == [16]
-    assert [hardware_of(record) for record in load(tmp_path, "cuda")] == ["big"]
+        load(tmp_path, "heads")
+    assert [record["threads"] for record in load(tmp_path, "heads", hardware="16 threads")] == [16]
+    assert [hardware_of(record) for record in load(tmp_path, "heads", device="cuda")] == ["big"]
 
 
 def test_table_holds_ratios_and_leaves_cold_calls_out():
-    from bench.chart import markdown
+    from bench.core.report import heads_page
 
     facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
     record = _record() | facts
     conditions = {name: {"times_base": 0.5} for name in ("50% masked", "90% masked", "peaked", "frozen head")}
     conditions["ours"] = {"rounds": 7}
-    text = markdown([record, _record(case="x-conditions", variants=conditions) | facts])
+    text = heads_page([record, _record(case="x-conditions", variants=conditions) | facts])
     assert "| policy loss | bfloat16, T 2048, D 2560 | 92% | 1.40 | 12.20 (a peer) | 1,500 / 1,500 (1.00) |" in text
     assert "| 0.50 | 0.50 | 0.50 | 0.50 | 7 |" in text and "commit aaaaaaaaaa." in text
     record["variants"]["a peer"]["memory_pass_only"] = True
-    assert "| 1.40 | - |" in markdown([record])
+    assert "| 1.40 | - |" in heads_page([record])
 
 
 def test_claims_are_checked_against_the_records():
-    from bench.claims import CASES, CONDITIONS, GOALS, verdicts
+    from bench.core.goals import CONDITIONS, GOALS, verdicts
 
     def of(*records):
-        return [v for v in verdicts(list(records)) if v.where == f"linear_policy_loss {_record()['case']}"]
+        return [v for v in verdicts(list(records), "cpu") if v.where == f"linear_policy_loss {_record()['case']}"]
 
     found = of(_record())
     # Rate; whole peak and peak beyond gradients; eager and the peer.
     assert [verdict.status for verdict in found] == ["MISSED", "MISSED", "met", "met", "met"]
     assert "92.0%" in found[0].what and "n = 3" in found[0].what
-    assert "1.0000 of eager's" in found[1].what and "0.1111 of eager's" in found[2].what
+    assert "1.0000 of eager" in found[1].what and "0.1111 of eager" in found[2].what
     assert [verdict.status for verdict in of(_record(ours_ms=7.5))] == ["MISSED", "MISSED", "met", "MISSED", "met"]
     cold = _record()
     cold["variants"]["a peer"]["memory_pass_only"] = True
@@ -361,36 +363,36 @@ def test_claims_are_checked_against_the_records():
     del without["variants"]["eager"]
     assert [verdict.status for verdict in of(without)] == ["MISSED", *["NOT MEASURED"] * 3, "met"]
     # Without any record every goal is there all the same.
-    assert [verdict.status for verdict in verdicts([])] == ["NOT MEASURED"] * len(GOALS)
+    on_cpu = [goal for goal in GOALS if goal.device == "cpu"]
+    assert [verdict.status for verdict in verdicts([], "cpu")] == ["NOT MEASURED"] * len(on_cpu)
     conditions = _record(case=CONDITIONS["linear_policy_loss"][1])
     conditions["variants"] = {
         "ours": {"rounds": 7},
         "frozen head": {"times_base": 0.7, "rounds": 7},
         "90% masked": {"times_base": 0.25, "rounds": 8},
     }
-    found = [verdict for verdict in verdicts([conditions]) if verdict.status != "NOT MEASURED"]
+    found = [verdict for verdict in verdicts([conditions], "cpu") if verdict.status != "NOT MEASURED"]
     assert [verdict.status for verdict in found] == ["met", "MISSED"]
-    assert set(CASES) >= set(CONDITIONS)
 
 
 def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
-    import importlib
+    from bench.core.goals import CASES, CLAIM_CASES, CONDITIONS, METRICS, SWEPT, TABLE
 
-    from bench.claims import CASES, CLAIM_CASES, CONDITIONS, SHARED_CASES, STEP_CASES
-
+    modules = bench_modules()
     for bench, names in CASES.items():
-        module = importlib.import_module(f"bench.bench_{bench}")
-        assert sorted(case.name for case in module.cases(False, "cpu")) == sorted(names)
-        conditions = module.conditions(False, "cpu") if hasattr(module, "conditions") else []
+        assert sorted(case.name for case in modules[bench].cases(False, "cpu")) == sorted(names)
+        conditions = modules[bench].conditions(False, "cpu") if hasattr(modules[bench], "conditions") else []
         assert tuple(f"{case.name}-conditions" for case in conditions) == CONDITIONS.get(bench, ())
     every = {(bench, name) for cases in (CASES, CONDITIONS) for bench, names in cases.items() for name in names}
-    every |= {("shared_prefix", name) for name in SHARED_CASES} | {("step", name) for name in STEP_CASES}
-    assert every > CLAIM_CASES
+    assert {(bench, case) for bench, case in CLAIM_CASES if bench != "media"} < every
+    assert {metric for *_, metric, _ in TABLE} == set(METRICS)
+    swept = [case.name for case in modules["step"].cases(False, "cpu") if len(case.ways) == 10]
+    assert swept == list(SWEPT)
 
 
 def test_variants_of_the_accuracy_benchmark_are_settings(tmp_path):
-    from bench.accuracy import VARIANTS
     from rmsd_fast.settings import load_settings
+    from tools.accuracy import VARIANTS
 
     for changes, _ in VARIANTS.values():
         load_settings("quickstart", [change.format(stage1=tmp_path) for change in changes])

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def _malloc_restored():
     """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
     yield
-    from bench.memory import plain_malloc
+    from bench.core.memory import plain_malloc
 
     with plain_malloc():
         pass
@@ -31,13 +31,13 @@ def _malloc_restored():
 
 @pytest.fixture
 def effort():
-    from bench.measure import Effort
+    from bench.core.measure import Effort
 
     return Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1, always_rounds=1)
 
 
 def small(**changes):
-    from bench.prefix_variants import Case
+    from bench.prefix.variants import Case
 
     return Case(4, 3, 2, heads=4, key_heads=2, size=8, dtype=torch.float32, **changes)
 
@@ -46,8 +46,8 @@ def small(**changes):
 
 
 def test_pairs_and_bytes_by_hand():
-    from bench.prefix_decode import EXPANDED, decode_bytes
-    from bench.prefix_variants import make_inputs, visible
+    from bench.prefix.decode import EXPANDED, decode_bytes
+    from bench.prefix.variants import make_inputs, visible
 
     case = small()
     # The prefix with itself 1 + 2 + 3 + 4; each response 1 + 2 + 3 with itself and 3 * 4 with the prefix.
@@ -62,7 +62,7 @@ def test_pairs_and_bytes_by_hand():
 
 
 def test_mask_keeps_responses_apart():
-    from bench.prefix_variants import make_inputs, visible
+    from bench.prefix.variants import make_inputs, visible
 
     case = replace(small(), prefix=2, response=2)
     rows = ["100000", "110000", "111000", "111100", "110010", "110011"]
@@ -70,8 +70,8 @@ def test_mask_keeps_responses_apart():
 
 
 def test_floor_by_hand():
-    from bench.bench_prefix_attention import floor_of
-    from bench.prefix_variants import CEILING
+    from bench.prefix.bench_attention import floor_of
+    from bench.prefix.variants import CEILING
 
     def side(pairs: int, ms: float) -> dict:
         return {"pairs": pairs, "device_ms": {"forward": ms, "backward": 2 * ms, "both": 3 * ms}}
@@ -83,7 +83,7 @@ def test_floor_by_hand():
 
 
 def test_bytes_of_rows_and_frames():
-    from bench.row_settings import Media, PolicyRows
+    from bench.heads.profile import Media, PolicyRows
 
     assert PolicyRows(3, 50, torch.bfloat16, "cpu").bytes == 2 * 3 * 50 * 2
     # 2 frames of 3 channels, 1 byte each; patches of the same number of pixels at half the height, 2 bytes each.
@@ -94,8 +94,8 @@ def test_bytes_of_rows_and_frames():
 
 
 def test_variants_agree_in_values_and_gradients():
-    from bench.bench_prefix_attention import compare
-    from bench.prefix_variants import DENSE, LOOP, build_ways, make_inputs
+    from bench.prefix.bench_attention import compare
+    from bench.prefix.variants import DENSE, LOOP, build_ways, make_inputs
 
     ways, not_run = build_ways(small(), make_inputs(small()), {DENSE: "why"})
     differences = compare(ways, not_run)
@@ -105,8 +105,8 @@ def test_variants_agree_in_values_and_gradients():
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
-    from bench.bench_prefix_attention import compare
-    from bench.prefix_variants import LOOP, build_ways, make_inputs
+    from bench.prefix.bench_attention import compare
+    from bench.prefix.variants import LOOP, build_ways, make_inputs
 
     def broken(*_):
         raise RuntimeError("no kernel\nmore")
@@ -120,8 +120,8 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
 
 
 def test_gate_refuses_responses_that_see_each_other(monkeypatch):
-    from bench import prefix_variants
-    from bench.bench_prefix_attention import gate
+    from bench.prefix import variants as prefix_variants
+    from bench.prefix.bench_attention import gate
 
     def leaky(q, k, v, plan):
         rows = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -140,7 +140,7 @@ def test_gate_refuses_responses_that_see_each_other(monkeypatch):
 def test_flex_attention_gets_the_same_mask():
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from bench.prefix_variants import explicit, make_inputs, sees, visible
+    from bench.prefix.variants import explicit, make_inputs, sees, visible
 
     case = replace(small(), prefix=130, response=20)
     x = make_inputs(case)
@@ -152,7 +152,7 @@ def test_flex_attention_gets_the_same_mask():
 
 
 def test_torch_varlen_takes_fewer_key_heads():
-    from bench.prefix_variants import _torch_varlen
+    from bench.prefix.variants import _torch_varlen
 
     q, k = (torch.empty(9, n, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (4, 2))
     edges = torch.empty(3, dtype=torch.int32, device="meta")
@@ -161,8 +161,8 @@ def test_torch_varlen_takes_fewer_key_heads():
 
 
 def test_variable_length_functions_get_the_copies_one_after_another(monkeypatch):
-    from bench import prefix_variants as own
-    from bench.bench_prefix_attention import compare
+    from bench.prefix import variants as own
+    from bench.prefix.bench_attention import compare
 
     def flash(q, k, v, edges, edges_k, longest, longest_k):
         assert edges.dtype == torch.int32 and torch.equal(edges, edges_k) and longest == longest_k == 7
@@ -200,7 +200,7 @@ CALL = [("Memset (Device)", 1.0), ("forward", 5.0), ("add", 2.0), ("add", 3.0)]
 
 
 def test_launches_are_those_between_the_markers():
-    from bench.launches import calls_of, device_events, typical
+    from bench.core.launches import calls_of, device_events, typical
 
     slow = [(name, us + 1.0) for name, us in CALL]
     events = session([CALL, slow, CALL])
@@ -219,7 +219,7 @@ def test_launches_are_those_between_the_markers():
 
 
 def test_kernels_lost_at_the_head_of_a_session_do_not_count():
-    from bench.launches import Unavailable, calls_of, device_events
+    from bench.core.launches import Unavailable, calls_of, device_events
 
     events = device_events(session([CALL] * 3))
     # All of the padding and the first sweep; the call itself is whole.
@@ -233,14 +233,14 @@ def test_kernels_lost_at_the_head_of_a_session_do_not_count():
 
 
 def test_a_call_with_an_unusual_number_of_launches_is_no_example():
-    from bench.launches import calls_of, device_events, typical
+    from bench.core.launches import calls_of, device_events, typical
 
     found = typical(calls_of(device_events(session([CALL, [*CALL, ("compiled", 1.0)], CALL]))))
     assert found.count == 3
 
 
 def test_a_record_says_why_nothing_was_counted(monkeypatch):
-    from bench import launches
+    from bench.core import launches
 
     assert launches.count_launches(lambda: None, CPU) is None
     assert launches.launches_of({"ours": lambda: None}, CPU) == {
@@ -256,7 +256,7 @@ def test_a_record_says_why_nothing_was_counted(monkeypatch):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """A device whose kernels are events of a session: names are launched, each takes 2 µs."""
-    from bench import launches
+    from bench.core import launches
 
     launched: list[str] = []
 
@@ -294,7 +294,7 @@ def pretended_gpu(monkeypatch):
 
 
 def test_a_session_is_what_is_read_from_it(pretended_gpu):
-    from bench.launches import COUNTED, launches_of
+    from bench.core.launches import COUNTED, launches_of
 
     def run():
         pretended_gpu.extend(["forward", "fill", "backward"])
@@ -307,8 +307,8 @@ def test_a_session_is_what_is_read_from_it(pretended_gpu):
 
 
 def test_device_timings_leave_out_what_goes_before(pretended_gpu):
-    from bench.launches import device_ms, device_timings
-    from bench.measure import Variant
+    from bench.core.launches import device_ms, device_timings
+    from bench.core.measure import Variant
 
     def forward():
         pretended_gpu.append("a")
@@ -321,8 +321,8 @@ def test_device_timings_leave_out_what_goes_before(pretended_gpu):
 
 
 def test_parts_of_a_head_by_name_and_order():
-    from bench.head_parts import GEMMS, parts_of
-    from bench.launches import Event
+    from bench.core.launches import Event
+    from bench.heads.profile import GEMMS, parts_of
 
     chunk = ["gather", "nvjet_tst", "_policy_kernel", "nvjet_tst", "cublasLt::splitKreduce_kernel", "nvjet_tst"]
     timeline = [Event(name, 0.0, 1000.0) for name in ["Memcpy DtoH", *chunk, *chunk, "_scale_kernel"]]
@@ -342,7 +342,7 @@ def test_parts_of_a_head_by_name_and_order():
 
 
 def test_a_sweep_keeps_what_it_has_when_time_is_up(monkeypatch):
-    from bench.bench_head_profile import COMPLETE, sweep
+    from bench.heads.bench_profile import COMPLETE, sweep
 
     def broken():
         raise RuntimeError("out of registers\nmore")
@@ -359,7 +359,7 @@ def test_a_sweep_keeps_what_it_has_when_time_is_up(monkeypatch):
 
 
 def test_an_interrupted_part_is_reported(monkeypatch, effort):
-    from bench import bench_head_profile as bench
+    from bench.heads import bench_profile as bench
 
     def sweep(record, points):
         record["variants"] |= dict([(name, run()) for name, run in [next(iter(points))]])
@@ -379,15 +379,15 @@ def test_an_interrupted_part_is_reported(monkeypatch, effort):
 
 def complete(record: dict) -> dict:
     """The record as it would be read back, after the table on the terminal has been made of it."""
-    from bench.records import table
+    from bench.core.report import case_text
 
     assert {"bench", "case", "shape", "dtype", "device", "baseline", "variants"} <= record.keys()
-    assert record["baseline"] in table(record)
+    assert record["baseline"] in case_text(record)
     return json.loads(json.dumps(record))
 
 
 def test_rehearsal_of_attention(effort):
-    from bench import bench_prefix_attention as bench
+    from bench.prefix import bench_attention as bench
 
     reported = []
     for case in bench.toy_cases("cpu"):
@@ -406,7 +406,7 @@ def test_rehearsal_of_attention(effort):
 
 
 def test_rehearsal_of_the_discriminator(effort):
-    from bench import bench_discriminator as bench
+    from bench.heads import bench_discriminator as bench
 
     reported = []
     for case in bench.toy_cases("cpu"):
@@ -417,7 +417,7 @@ def test_rehearsal_of_the_discriminator(effort):
 
 
 def test_what_is_counted_of_the_discriminator_is_its_loss():
-    from bench import bench_discriminator as bench
+    from bench.heads import bench_discriminator as bench
 
     x = bench.make_inputs(bench.Case(torch.float32, "rows", batch=3, length=1, hidden=64))
     _, *expected = bench._grad(bench.eager(x), x)[1:]
@@ -430,7 +430,7 @@ def test_what_is_counted_of_the_discriminator_is_its_loss():
 
 
 def test_rehearsal_of_the_head_profile(effort):
-    from bench import bench_head_profile as bench
+    from bench.heads import bench_profile as bench
 
     found = {}
     for case in bench.toy_cases("cpu"):
@@ -452,7 +452,7 @@ def test_rehearsal_of_the_head_profile(effort):
 INTERPRETED = """
 import sys
 import torch
-from bench import row_settings as own
+from bench.heads import profile as own
 
 sys.path.append("tests/helpers")
 from triton_cases import repair_interpreter
@@ -484,14 +484,13 @@ def test_launchers_of_other_settings_compute_what_the_package_does():
 
 
 def test_settings_of_the_sweep_compile_without_spills():
-    from bench.row_settings import FIRST
+    from bench.heads.profile import FIRST
     from rmsd_kernels import triton_compile
 
-    policy = next(v for v in triton_compile.row_variants("bf16") if v.name == "policy k3 bf16")
-    # The heaviest of each number of registers at hand.
-    for setting in (
-        own for own in FIRST if (own.warps, own.columns) in ((4, 4096), (8, 8192), (16, 8192), (32, 16384))
-    ):
+    policy = next(v for v in triton_compile.row_variants("bf16") if v.name == "policy k3 temperature bf16")
+    for setting in FIRST:
         constants = policy.constants | {"BLOCK": setting.columns, "STAGES": setting.stages}
-        report = triton_compile.compile_variant(policy._replace(constants=constants, warps=setting.warps))
+        registers = min(255, 65536 // (32 * setting.warps))
+        changes = {"constants": constants, "warps": setting.warps, "registers": registers}
+        report = triton_compile.compile_variant(policy._replace(**changes))
         assert report.stack_bytes == 0 and report.local_bytes == 0, setting

@@ -1,26 +1,39 @@
-"""Records like those of the CUDA benchmarks, with times chosen by a test."""
+"""Records as the benchmarks of a CUDA machine leave them, with times chosen by a test."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+def bench_modules() -> dict[str, ModuleType]:
+    """The files of benchmarks, by the name of their records."""
+    modules = [importlib.import_module(f"bench.{p.parent.name}.{p.stem}") for p in BENCH.glob("*/bench_*.py")]
+    return {module.NAME: module for module in modules}
+
 
 def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
-    """Return a record of a head benchmark. times_ms: time of each variant, _ for a space; the GEMMs take 20 ms."""
+    """Variants by name (_ for a space); a GEMM takes 20 ms."""
     variants = {"bare GEMMs": {"both": {"median_ms": 20.0}, "rounds": 10}}
     for name, ms in {"ours": 22.0, **times_ms}.items():
-        result = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}
-        variants[name.replace("_", " ")] = result
+        own = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}
+        variants[name.replace("_", " ")] = own
     case = f"T8192-D2560-bfloat16-mask0-random-{head}"
-    return {"bench": bench, "case": case, "head": head, "quick": False, "variants": variants}
+    return {"bench": bench, "case": case, "head": head, "device": "cuda", "quick": False, "variants": variants}
 
 
 def step_record(case: str, **seconds: float) -> dict:
-    """Return a record of a step benchmark. seconds: time of each variant, by short name; the prediction is 1 s."""
+    """Variants by a short name; the model predicts a second."""
     names = {"k4": "shared K=4 N=8", "k1": "shared K=1 N=8", "padded": "padded K=4 N=8"}
     names["several"] = "shared K=4 N=8, 4 groups"
     variants = {}
     for name, s in seconds.items():
-        result = {"passes_s": s, "whole_s": s + 0.5, "optimizer_s": 0.5, "predicted_s": 1.0, "rounds": 3}
-        result["utilisation"] = {"whole": 0.6 / (s + 0.5)}
-        variants[names[name.removesuffix("_again")] + ", checkpointing" * name.endswith("_again")] = result
-    record = {"bench": "step_4b", "case": case, "quick": False, "variants": variants, "not_run": {}, "remarks": {}}
-    return record | {"optimizer": {"how": "apart"}}
+        own = {"passes_s": s, "whole_s": s + 0.5, "optimizer_s": 0.5, "predicted_s": 1.0, "rounds": 3}
+        own["utilisation"] = {"whole": 0.6 / (s + 0.5)}
+        own |= {"forward": {"median_ms": 1e3 * (s + 0.5)}, "training": {"median_ms": 1e3 * s}}
+        variants[names[name.removesuffix("_again")] + ", checkpointing" * name.endswith("_again")] = own
+    record = {"bench": "step", "case": case, "device": "cuda", "quick": False, "variants": variants, "not_run": {}}
+    return record | {"remarks": {}, "differences": {"padded": 0.01}, "optimizer": {"how": "apart"}}

@@ -168,7 +168,11 @@ def test_torch_form_writes_into_out_and_keeps_one_pixel_axes_right():
     [
         ({"frames": None}, TypeError, "frames: expected a torch.Tensor, got NoneType"),
         ({"frames": torch.zeros(2, 3, 32, 32)}, TypeError, "frames: expected uint8, got torch.float32"),
-        ({"frames": noise(2, 32, 32, 3)}, ValueError, r"C in 1\.\.4, got \[2, 32, 32, 3\]; permute channels-last frames"),
+        (
+            {"frames": noise(2, 32, 32, 3)},
+            ValueError,
+            r"C in 1\.\.4, got \[2, 32, 32, 3\]; permute channels-last frames",
+        ),
         ({"frames": noise(3, 32, 32)}, ValueError, r"expected shape \[F, C, H, W\]"),
         ({"frames": noise(0, 3, 32, 32)}, ValueError, "at least one frame and one pixel"),
         ({"height": 32.0}, TypeError, "height: expected an integer >= 1, got float 32.0"),

@@ -20,13 +20,14 @@ PREFIX, RESPONSE, N, K = 512, 24, 3, 2
 
 def step_metrics(packing: str, dtype: str) -> dict[str, float]:
     """One step of policy and discriminator on rollouts that are given, so that no sampling can differ."""
-    from bench.steps import Given, make_prompts, make_state, set_teacher, settings_of
+    from bench.step.models import SMALL, make_prompts, make_state, set_teacher, settings_of
+    from bench.step.way import Given
     from rmsd_fast.runtime.process_group import start, stop
     from rmsd_fast.stages import distill
 
     world = start()
-    settings = settings_of(packing, PREFIX, RESPONSE, N, dtype)
-    state = make_state(settings, world)
+    settings = settings_of(SMALL, packing, PREFIX, RESPONSE, K, N, f"model.dtype={dtype}")
+    state = make_state(SMALL, settings, world)
     prompts = make_prompts(state, PREFIX, 2)
     set_teacher(state, prompts, RESPONSE, K)
     state.rollouts = Given(state.builder, RESPONSE)

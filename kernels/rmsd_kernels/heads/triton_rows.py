@@ -346,15 +346,23 @@ def policy_(
     stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if not len(logits):
         return stats
+    _launch(_policy_kernel, logits, _policy_arguments(logits, inputs, stats, terms, ref), inputs, ref)
+    return stats
+
+
+def _policy_arguments(
+    logits: Tensor, inputs: RowInputs, stats: RowStats, terms: PolicyTerms, ref: RowReference | None
+) -> dict[str, Any]:
+    settings = terms.settings
     vectors = row_vectors(
         logits,
         scale=terms.scale,
         advantage=terms.advantage,
         old_logp=terms.old_logp,
-        kl_ref_logp=terms.ref_logp if on_target else None,
+        kl_ref_logp=terms.ref_logp if settings.kl_loss in ("k1", "k2", "k3") else None,
         rollout_logp=terms.rollout_logp,
     )
-    arguments = _row_arguments(logits, inputs, stats, ref) | {
+    return _row_arguments(logits, inputs, stats, ref) | {
         **_pointers(vectors),
         "kl_coef": float(settings.kl_coef),
         "log_ratio_clip": _number(settings.kl_log_ratio_clip),
@@ -362,11 +370,9 @@ def policy_(
         "ratio_high": 1.0 + settings.clip_high,
         "tis_cap": _number(settings.tis_cap),
         "entropy_coef": float(settings.entropy_coef),
-        "KL": kl,
+        "KL": settings.kl_loss,
         "HAS_ENTROPY": bool(settings.entropy_coef),
     }
-    _launch(_policy_kernel, logits, arguments, inputs, ref)
-    return stats
 
 
 def scale_unless_one_(values: Tensor, scalar: Tensor) -> Tensor:

@@ -1,0 +1,215 @@
+"""What a CUDA device does during a call: kernels by name from torch's profiler, and times without the host's.
+
+Two habits of the profiler are planned for. A session may lose its first kernels without a word (pytorch issue 192021):
+each begins with marker kernels that nobody needs, calls stand between markers, and these are counted from the end. It
+lists synchronisations and events as if they ran on the device: those are left out.
+
+Before a call a marker spins, so that the host is ahead when the device begins (see measure.time_once).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, supported_activities
+
+from bench.core.measure import AHEAD_CYCLES, Timing, Unavailable, Variant, time_once
+
+_SWEEP_BYTES = 256 << 20
+# torch.cuda._sleep launches a kernel of this name.
+_MARKER = "spin_kernel"
+# Sessions of one process have been seen to lose one kernel more each.
+_LOST_AT_MOST, _CALLS = 128, 3
+_NAME_LENGTH = 160
+LEAST_CALLS = 20
+_NO_WORK = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event", "Event Record")
+COUNTED = "torch.profiler"
+
+
+class Event(NamedTuple):
+    """One kernel, copy or fill of the device; times in µs."""
+
+    name: str
+    start: float
+    end: float
+
+    @property
+    def us(self) -> float:
+        return self.end - self.start
+
+    @property
+    def is_copy(self) -> bool:
+        return self.name.startswith(("Memcpy", "Memset"))
+
+
+class Launches(NamedTuple):
+    """Of one call: kernels and copies {name: (launches, µs)}, the number of kernels, µs of kernels and copies together,
+    µs from the first one's start to the last one's end, and all of them in order.
+    """
+
+    kernels: dict[str, tuple[int, float]]
+    copies: dict[str, tuple[int, float]]
+    count: int
+    total_us: float
+    span_us: float
+    timeline: tuple[Event, ...]
+
+    def facts(self) -> dict[str, object]:
+        """For a record, kernels with most time first."""
+        kernels = sorted(self.kernels.items(), key=lambda item: -item[1][1])
+        found = {"count": self.count, "device_us": self.total_us, "span_us": self.span_us, "kernels": dict(kernels)}
+        return found | ({"copies": self.copies} if self.copies else {})
+
+
+def count_launches(run: Callable[[], object], device: torch.device) -> Launches | None:
+    """Kernels of one call of `run`, warmed up here, with cold caches; None on CPU. Raises: Unavailable, the reason."""
+    if device.type != "cuda":
+        return None
+    if ProfilerActivity.CUDA not in supported_activities():
+        raise Unavailable("torch.profiler knows no CUDA activities here: CUPTI is missing")
+    run()
+    sweep = sweeper(device)
+    torch.cuda.synchronize(device)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as session:
+            for _ in range(_LOST_AT_MOST):
+                torch.cuda._sleep(1)
+            for _ in range(_CALLS):
+                sweep()
+                torch.cuda._sleep(AHEAD_CYCLES)
+                run()
+                torch.cuda._sleep(1)
+            torch.cuda.synchronize(device)
+        events = device_events(session.events())
+    except RuntimeError as error:
+        raise Unavailable(f"torch.profiler fails: {str(error).splitlines()[0][:200]}") from error
+    return typical(calls_of(events))
+
+
+def device_events(events: Iterable[Any]) -> list[Event]:
+    """What ran on the device, in order, from the events of a session. torch 2.13 and later name the kind of each."""
+    found = []
+    for event in events:
+        kind = getattr(event, "activity_type", None)
+        if event.device_type != DeviceType.CUDA or event.name in _NO_WORK or event.is_user_annotation:
+            continue
+        if kind and not any(word in kind for word in ("kernel", "memcpy", "memset")):
+            continue
+        found.append(Event(event.name, event.time_range.start, event.time_range.end))
+    return sorted(found, key=lambda event: event.start)
+
+
+def calls_of(events: Sequence[Event]) -> list[list[Event]]:
+    """The calls of a session, the last one first: before each stands a marker, and before that the sweep, one kernel.
+
+    Raises: Unavailable where the markers are not there or do not part calls and sweeps.
+    """
+    marks = [place for place, event in enumerate(events) if _MARKER in event.name]
+    between = [list(events[a + 1 : b]) for a, b in zip(marks, marks[1:], strict=False)][::-1]
+    calls, sweeps = between[0 : 2 * _CALLS : 2], between[1 : 2 * _CALLS - 2 : 2]
+    if len(calls) < _CALLS or any(len(sweep) != 1 for sweep in sweeps) or not all(calls):
+        raise Unavailable(f"torch.profiler lost kernels: {len(events)} events, {len(marks)} markers")
+    return calls
+
+
+def typical(calls: list[list[Event]]) -> Launches:
+    """The call with the median time among those with the usual number of launches."""
+    usual, _ = Counter(map(len, calls)).most_common(1)[0]
+    same = sorted((call for call in calls if len(call) == usual), key=lambda call: sum(event.us for event in call))
+    call = same[len(same) // 2]
+    kernels = _by_name(event for event in call if not event.is_copy)
+    copies = _by_name(event for event in call if event.is_copy)
+    span = max(event.end for event in call) - call[0].start
+    count = sum(number for number, _ in kernels.values())
+    return Launches(kernels, copies, count, sum(event.us for event in call), span, tuple(call))
+
+
+def _by_name(events: Iterable[Event]) -> dict[str, tuple[int, float]]:
+    found: dict[str, tuple[int, float]] = {}
+    for event in events:
+        number, us = found.get(event.name[:_NAME_LENGTH], (0, 0.0))
+        found[event.name[:_NAME_LENGTH]] = (number + 1, us + event.us)
+    return found
+
+
+def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, object]:
+    """For a record: `launches`, facts of each run, and `profiler`, where they are from or why there are none."""
+    found: dict[str, dict] = {}
+    try:
+        for name, run in runs.items():
+            own = count_launches(run, device)
+            if own is None:
+                return {"launches": {}, "profiler": "launches are counted on CUDA only"}
+            found[name] = own.facts()
+    except Unavailable as reason:
+        return {"launches": found, "profiler": str(reason)}
+    return {"launches": found, "profiler": COUNTED}
+
+
+def sweeper(device: torch.device) -> Callable[[], object]:
+    """Writes a buffer larger than a GPU's caches, in one kernel; nothing on CPU."""
+    buffer = torch.empty(_SWEEP_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    return lambda: buffer.fill_(1)
+
+
+def device_timings(
+    variant: Variant, device: torch.device, calls: int = 10, prepare: Callable[[], object] | None = None
+) -> list[Timing]:
+    """Timings of calls of a variant that has been called before, each after `prepare`, which is not timed.
+
+    See time_once.
+    """
+    found = []
+    for _ in range(calls):
+        if prepare is not None:
+            prepare()
+        found.append(time_once(variant, device))
+    return found
+
+
+def device_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    """Median ms of a call, warmed up here."""
+    run()
+    return median(timing.forward_ms for timing in device_timings(Variant("", run), device, calls))
+
+
+def copy_gb_per_s(device: torch.device, size: int) -> float:
+    """Rate of a copy of so many bytes on the device, bytes read and bytes written."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / device_ms(lambda: target.copy_(source), device) / 1e6
+
+
+def call_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, of the last half of the calls that fill `seconds`, or of LEAST_CALLS.
+
+    The half before warms up: a power limit lowers the clock of a GPU only after a while.
+    """
+    # Those that load and choose kernels.
+    _timed(run, device, 3)
+    count = max(LEAST_CALLS, int(seconds / median(_timed(run, device, 3))))
+    return median(_timed(run, device, count)[count // 2 :])
+
+
+def _timed(run: Callable[[], object], device: torch.device, calls: int) -> list[float]:
+    """Seconds of each call."""
+    if device.type != "cuda":
+        found = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+        return found
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]

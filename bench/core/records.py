@@ -1,0 +1,152 @@
+"""Records of the benchmarks, as JSON lines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "bench" / "results"
+# The file of all records of one run of bench.cuda.
+RECORDS = "results.jsonl"
+_PACKAGES = (
+    *("triton", "transformers", "deepspeed", "torchcodec", "vllm"),
+    *("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "flash-attn"),
+)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@functools.cache
+def surroundings() -> dict[str, object]:
+    """Hardware, versions and commit of this process."""
+    facts: dict[str, object] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    for name in _PACKAGES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return facts | {"python": platform.python_version(), "commit": _commit()}
+
+
+def _commit() -> str:
+    """Commit of the measured code, with -dirty where that differs from it; new results alone do not count.
+
+    A copy without git may be told in RMSD_BENCH_COMMIT what it is a copy of.
+    """
+    commands = (
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"],
+    )
+    told = os.environ.get("RMSD_BENCH_COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return told
+    outputs = []
+    for command in commands:
+        done = subprocess.run(["git", *command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        outputs.append(done.stdout.strip() if done.returncode == 0 else "")
+    return outputs[0] + "-dirty" * bool(outputs[1]) if outputs[0] else told
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a file, none where there is no file; without those that a kill has cut."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append_line(record: dict[str, object], path: Path) -> None:
+    """A JSON line at the end of a file: on a line of its own, even where a kill has cut the last one."""
+    line = json.dumps(record).encode() + b"\n"
+    with path.open("a+b") as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+            line = line if out.read() == b"\n" else b"\n" + line
+        out.write(line)
+
+
+def save(record: dict[str, object], place: Path) -> Path:
+    """Append the record and the surroundings to <place>/<bench>.jsonl, or to `place` where it is a .jsonl file."""
+    path = place if place.suffix == ".jsonl" else place / f"{record['bench']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_line(record | surroundings(), path)
+    return path
+
+
+# Benchmarks whose records are shown together, and so come from one machine.
+SUBJECTS = {
+    "heads": (
+        *("linear_cross_entropy", "linear_divergence", "linear_logprob", "linear_policy_loss"),
+        "discriminator",
+    ),
+    "sharing": ("shared_prefix", "step"),
+    "media": ("media",),
+}
+
+
+def load(
+    folder: Path, subject: str, *, device: str = "cpu", hardware: str | None = None, quick: bool = False
+) -> list[dict]:
+    """Return the newest record of each case of a subject, in the order of SUBJECTS and of the files.
+
+    Args:
+        hardware: a part of the name that hardware_of gives.
+        quick: the records of --quick, which otherwise never count.
+    Raises:
+        ValueError: the records are from several machines.
+    """
+    newest: dict[tuple[str, str], dict] = {}
+    for bench in SUBJECTS[subject]:
+        for record in read_lines(folder / f"{bench}.jsonl"):
+            own = bool(record.get("quick")) == quick and record["device"] == device
+            if own and (hardware or "") in hardware_of(record):
+                newest[bench, case_of(record)] = record
+    machines = sorted({hardware_of(record) for record in newest.values()})
+    if len(machines) > 1:
+        raise ValueError(f"records of several machines in {folder}: {machines}; name one with --hardware")
+    return list(newest.values())
+
+
+def load_run(path: Path) -> list[dict]:
+    """The newest record of each case in the results.jsonl of a run of bench.cuda; of media the case is its `name`."""
+    newest: dict[tuple[str, str], dict] = {}
+    for record in read_lines(path):
+        if "variants" in record:
+            newest[record["bench"], case_of(record)] = record
+    return list(newest.values())
+
+
+def case_of(record: dict) -> str:
+    return record["case"] if "case" in record else record["name"]
+
+
+def hardware_of(record: dict) -> str:
+    return record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
+
+
+def sources(records: list[dict]) -> str:
+    """Hardware, torch and commit, one line; several commits each with their number of cases."""
+    commits = Counter(record["commit"] for record in records)
+    short = {commit: commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits}
+    named = [short[commit] + (f" ({count} cases)" if len(commits) > 1 else "") for commit, count in commits.items()]
+    torches = ", ".join(sorted({record["torch"] for record in records}))
+    return f"{hardware_of(records[0])}, torch {torches}, commit{'s' * (len(commits) > 1)} {', '.join(named)}"

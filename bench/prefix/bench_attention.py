@@ -1,0 +1,195 @@
+"""The attention op alone at the shape of Qwen3-VL-4B: one group, M responses over a prefix of P tokens; a decode step.
+
+FLOP are counted by the pairs of query and key that a variant has to compute: per head and pair 4 * size forward and
+8 * size backward. `device_ms` are medians with cold caches. `floor`: ms that our pairs take at the rate of causal flash
+attention over the prefix alone, and our time over it: 1 where merging and short responses cost nothing.
+
+The gate, on a short row: in norm, on prefix and responses each, ours errs at most 2 * 1.25 times as much as eager code
+of the same dtype against the formula in float64 (1.25: both parts are rounded before they are merged). In the timed
+shape the gradients of all variants are compared with ours (`differences`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.core.launches import device_timings, launches_of, sweeper
+from bench.core.measure import OURS, Effort, Outcome, Timing, difference, facts_of, main_time, measure, numbers_of
+from bench.cuda.section_log import seconds_left
+from bench.prefix.decode import measure_decode
+from bench.prefix.variants import (
+    CEILING,
+    DENSE,
+    FLEX,
+    LOOP,
+    VARLEN,
+    Case,
+    Inputs,
+    Way,
+    build_ways,
+    explicit,
+    make_inputs,
+    visible,
+)
+
+NAME = "prefix_attention"
+
+# Roundings of two parts and of their sum against one call's.
+_ALLOWANCE = 1.25
+# Of the norm of a gradient; 16 bit rounds to 0.5%, a response that sees another's tokens makes far more.
+_MOST_DIFFERENCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
+# Those of torch's own kernels that have been in use for years: they must agree with ours.
+_TRUSTED = (VARLEN, LOOP, DENSE)
+_GATE = {"prefix": 320, "response": 64, "count": 3}
+# FlexAttention compiles for about 40 s a shape: left out where that would cost other cases.
+_FLEX_S = 100.0
+# FlexAttention is compiled anew for each shape, and a dense mask is slow: where the most and the least is shared.
+_FLEX_SHAPES, _DENSE_SHAPE = ((8192, 512), (2048, 128)), (2048, 128)
+
+
+def cases(quick: bool, device: str) -> list[Case]:
+    """On CUDA alone: bench_shared_prefix has whole passes for CPU. What says most comes first: a run may end early."""
+    if device != "cuda":
+        return []
+    sizes = ((8192, 512), (2048, 128), (8192, 8, True), (8192, 64, True))
+    sizes += () if quick else ((8192, 128), (2048, 512), (2048, 8, True), (2048, 64, True))
+    return [Case(p, 256, n, *decode, device=device) if decode else Case(p, n, device=device) for p, n, *decode in sizes]
+
+
+def toy_cases(device: str) -> list[Case]:
+    small = {"heads": 4, "key_heads": 2, "size": 64, "device": device}
+    return [Case(128, 16, 3, **small), Case(64, 8, 4, decode=True, **small)]
+
+
+@functools.cache
+def gate(case: Case) -> dict[str, dict[str, float]]:
+    """Errors in norm of each variant, by part of the row, for a short case; AssertionError where ours are too large.
+
+    Without FlexAttention, which would be compiled for this shape too: in the timed one its difference to ours is found.
+    """
+    x, wide = make_inputs(case), make_inputs(case, torch.float64)
+    mask = visible(case, x)
+    truth = _with_gradients(explicit(wide, mask), wide)
+    errors = {"eager": _errors(_with_gradients(explicit(x, mask), x), truth, case.prefix)}
+    for name, way in build_ways(case, x, {FLEX: ""})[0].items():
+        try:
+            errors |= {name: _errors(_outcome(way), truth, case.prefix)} if way.packed else {}
+        except Exception:
+            # Ours has to work. A peer that fails will be named by the timed shape.
+            if name == OURS:
+                raise
+    # For what eager code hits by luck, in units of the dtype's rounding.
+    floor = torch.finfo(case.dtype).eps / 32
+    far = {n: e for n, e in errors[OURS].items() if not e <= 2 * _ALLOWANCE * errors["eager"][n] + floor}
+    assert not far, f"{case.name}: too far from float64: {far}, eager {errors['eager']}"
+    return errors
+
+
+def _with_gradients(out: Tensor, x: Inputs) -> dict[str, Tensor]:
+    return _named(out.detach(), *torch.autograd.grad(out, x.leaves, x.d_out))
+
+
+def _outcome(way: Way) -> dict[str, Tensor]:
+    out = way.variant.forward()
+    return _named(way.packed(out).detach(), *way.variant.backward(out))
+
+
+def _named(*tensors: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("out", "dq", "dk", "dv"), tensors, strict=True))
+
+
+def _errors(found: dict[str, Tensor], truth: dict[str, Tensor], prefix: int) -> dict[str, float]:
+    parts = {"prefix": slice(0, prefix), "responses": slice(prefix, None)}
+    return {
+        f"{name} {part}": ((found[name][rows].double() - exact[rows]).norm() / exact[rows].norm()).item()
+        for name, exact in truth.items()
+        for part, rows in parts.items()
+    }
+
+
+def compare(ways: dict[str, Way], not_run: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Differences of each variant to ours in the timed shape; those that fail move to not_run."""
+    differences, expected = {}, {}
+    for name, way in list(ways.items()):
+        try:
+            found = _outcome(way) if way.packed is not None else {}
+            if way.packed is None:
+                way.variant()
+        except Exception as error:
+            if name == OURS:
+                raise
+            not_run[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            del ways[name]
+            continue
+        if name == OURS:
+            expected = found
+        elif found:
+            differences[name] = {key: difference(found[key], expected[key]) for key in expected}
+    return differences
+
+
+@pytest.mark.timeout(600)
+def test_prefix_attention(case: Case, effort, report) -> None:
+    if case.decode:
+        record, variant = measure_decode(case, effort)
+        report(Outcome(_facts(case) | record, variant, main_time(record["variants"][OURS]) / 1e3))
+        return
+    outcome = run_attention(case, effort)
+    report(outcome)
+    trusted = {name: d for name, d in outcome.record["differences"].items() if name in _TRUSTED}
+    far = {name: d for name, d in trusted.items() if not max(d.values()) <= _MOST_DIFFERENCE[case.dtype]}
+    assert not far, f"gradients differ from ours in the timed shape: {far}"
+
+
+def run_attention(case: Case, effort: Effort) -> Outcome:
+    device, skip = torch.device(case.device), {}
+    if case.device == "cuda" and (case.prefix, case.response) not in _FLEX_SHAPES:
+        skip[FLEX] = "compiled for two shapes alone"
+    elif seconds_left() < _FLEX_S:
+        skip[FLEX] = f"no time left to compile it: {seconds_left():.0f} s"
+    if case.device == "cuda" and (case.prefix, case.response) != _DENSE_SHAPE:
+        skip[DENSE] = "for the smallest shape alone"
+    errors = gate(replace(case, **_GATE))
+    ways, not_run = build_ways(case, make_inputs(case), skip)
+    differences = compare(ways, not_run)
+    variants = [way.variant for way in ways.values()]
+    numbers = numbers_of(measure(variants, effort, device, not_run), variants, baseline=None)
+    sweep = sweeper(device)
+    for name, own in numbers.items():
+        times = _medians(device_timings(ways[name].variant, device, effort.always_rounds, sweep))
+        own |= {"pairs": ways[name].pairs, "flop": 12 * case.heads * case.size * ways[name].pairs, "device_ms": times}
+        own["tflop_per_s"] = own["flop"] / times["both"] / 1e9
+    record = _facts(case) | {"variants": numbers, "floor": floor_of(numbers)}
+    record |= {"pairs": {"shared": case.shared_pairs, "separate": case.separate_pairs}}
+    record |= {"errors": errors, "differences": differences, "not_run": not_run}
+    record |= launches_of({name: ways[name].variant for name in (OURS, VARLEN) if name in numbers}, device)
+    return Outcome(record, ways[OURS].variant, main_time(numbers[OURS]) / 1e3)
+
+
+def floor_of(numbers: dict[str, dict]) -> dict[str, float]:
+    """ms that our pairs take at the ceiling's rate, and ours over it, by direction."""
+    if CEILING not in numbers:
+        return {}
+    ours, ceiling = numbers[OURS], numbers[CEILING]
+    found = {}
+    for key in ("forward", "backward", "both"):
+        found[f"{key}_ms"] = ceiling["device_ms"][key] * ours["pairs"] / ceiling["pairs"]
+        found[f"{key}_times"] = ours["device_ms"][key] / found[f"{key}_ms"]
+    return found
+
+
+def _medians(timings: list[Timing]) -> dict[str, float]:
+    found = {"forward": [t.forward_ms for t in timings], "backward": [t.backward_ms for t in timings]}
+    return {name: median(values) for name, values in found.items()} | {"both": median(t.total_ms for t in timings)}
+
+
+def _facts(case: Case) -> dict[str, object]:
+    shape = {"P": case.prefix, "R": case.response, "N" if case.decode else "M": case.count}
+    shape |= {"H": case.heads, "Hkv": case.key_heads, "d": case.size}
+    return facts_of(NAME, case, shape)
