@@ -15,7 +15,7 @@ from bench.core.metrics import STEP_BASE, STEP_ONE, STEP_PADDED, STEP_SEVERAL
 from bench.core.records import save
 from bench.core.report import case_text
 from bench.cuda.section_log import NO_TIME
-from bench.step import bench_optimizer, bench_step, flops
+from bench.step import bench_optimizer, bench_step, rates
 from bench.step import sweep as sweeps
 from bench.step.flops import step_flops
 from bench.step.models import (
@@ -30,7 +30,7 @@ from bench.step.models import (
 )
 from bench.step.sweep import Measured, Rig, attempt, begin, sweep
 from bench.step.way import BASE, Rounds, StepCase, Way
-from rmsd_fast.runtime import distributed
+from rmsd_fast.runtime import engine
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill
 
@@ -98,7 +98,7 @@ def test_model_flops_of_a_load_by_hand():
     ],
 )
 def test_peaks_of_datasheets(name, peak):
-    assert flops.datasheet_peak(name) == peak
+    assert rates.datasheet_peak(name) == peak
 
 
 def test_cases_of_a_gpu_and_their_names():
@@ -195,12 +195,12 @@ def failing(monkeypatch, error: Exception, which) -> list:
     """Steps of these settings and models fail; returns weak references to what they had made."""
     step, lost = distill.step, []
 
-    def fail(state, prompts, settings, *, rollout_step):
-        if which(settings, state.student.model):
+    def fail(state, prompts, number):
+        if which(state.settings, state.student.model):
             activations = torch.zeros(10)
             lost.append(weakref.ref(activations))
             raise error
-        return step(state, prompts, settings, rollout_step=rollout_step)
+        return step(state, prompts, number)
 
     monkeypatch.setattr(distill, "step", fail)
     return lost
@@ -318,7 +318,7 @@ def test_a_device_that_is_lost_keeps_what_was_found(rig, monkeypatch):
 
 def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
     # As in the real size, the embedding is larger than DeepSpeed's bucket.
-    monkeypatch.setattr(distributed, "LARGEST_BUCKET", 100_000)
+    monkeypatch.setattr(engine, "LARGEST_BUCKET", 100_000)
     norms = {}
     for apart in (True, False):
         # The room decides whether the optimisers are there.
