@@ -68,6 +68,8 @@ def can_run_triton(tensor: Tensor) -> bool:
 def _why_not_triton(device: str, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:
     if not _HAS_TRITON:
         return "triton is not installed (pip install triton, in the version that your torch requires)"
+    if torch.version.hip:
+        return "the kernels contain instructions of NVIDIA's GPUs, and this is a ROCm build of torch"
     if dtype not in dtypes:
         return f"the kernels take {_names(dtypes)}, got {dtype}"
     return "" if device == "cuda" or _INTERPRETED else f"the kernels run on CUDA, got a tensor on {device}"

@@ -37,8 +37,9 @@ def _load_once() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} could not be loaded ({error}); rebuild it for this machine and this torch"
-    if not hasattr(torch.ops.rmsd_kernels, "video_patches"):
-        return f"{LIBRARY} was built from an older version and lacks the media ops; {BUILD}"
+    ops = torch.ops.rmsd_kernels
+    if not hasattr(ops, "video_patches") or "tis_cap" not in str(ops.row_policy_.default._schema):
+        return f"{LIBRARY} was built from an older version of csrc/; {BUILD}"
     torch.library.register_fake("rmsd_kernels::row_score", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_policy_", _head_stats_fake)
     torch.library.register_fake("rmsd_kernels::row_gradient_", lambda *arguments: None)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -27,19 +28,41 @@ def without_autocast(op: Callable) -> Callable:
     return run
 
 
+_SUMS_LOCK = threading.Lock()
+_sums_inside, _sums_before = 0, []
+
+
 @contextmanager
 def full_precision_sums() -> Iterator[None]:
-    """Sum products of 16-bit matrices in float32 throughout; by default cuBLAS may add partial sums in 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = {name: getattr(matmul, name) for name in names}
+    """Sum products of 16-bit matrices on CUDA in float32; by default cuBLAS may add partial sums in 16 bits.
+
+    The flags belong to the process: the first thread that enters saves them, and the last one restores them.
+    """
+    global _sums_inside, _sums_before
+    with _SUMS_LOCK:
+        _sums_inside += 1
+        if _sums_inside == 1:
+            _sums_before = [_flags(get()) for get, _ in _reduction_flags()]
+        for _, set_flags in _reduction_flags():
+            set_flags(False, False)
     try:
-        for name in names:
-            setattr(matmul, name, False)
         yield
     finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
+        with _SUMS_LOCK:
+            _sums_inside -= 1
+            if not _sums_inside:
+                for (_, set_flags), flags in zip(_reduction_flags(), _sums_before, strict=True):
+                    set_flags(*flags)
+
+
+def _reduction_flags() -> list[tuple[Callable, Callable]]:
+    """Return (getter, setter) for bfloat16 and float16. The attributes of torch.backends hide the second flag."""
+    names = ("cublas_allow_bf16_reduced_precision_reduction", "cublas_allow_fp16_reduced_precision_reduction")
+    return [(getattr(torch._C, f"_get_{name}"), getattr(torch._C, f"_set_{name}")) for name in names]
+
+
+def _flags(value: bool | tuple[bool, bool]) -> tuple[bool, bool]:
+    return value if isinstance(value, tuple) else (value, True)
 
 
 class RecordOp:
@@ -70,6 +93,9 @@ class RecordOp:
 
     def values(self, **arguments) -> list:
         """Return the arguments as the flat list that the op takes."""
+        if arguments.keys() != self._records.keys():
+            expected, got = sorted(self._records), sorted(arguments)
+            raise TypeError(f"{self.__name__}: expected the arguments {expected}, got {got}")
         values = []
         for name, record in self._records.items():
             _flatten(record, arguments[name], values)

@@ -268,3 +268,24 @@ def test_unused_outputs_cost_nothing_in_backward(monkeypatch):
     losses.linear_policy_loss(h, w, x.targets, x.advantages, cu_seqlens=x.cu_seqlens, **settings).loss.backward()
     assert [[g is not None for g in g_of] for g_of in seen] == [[True, False, False]] * 2
     assert h.grad.shape == (T, D)
+
+
+def test_parameters_are_saved_and_not_aliases_of_them():
+    """Hooks for saved tensors, offloading and ZeRO-3 know a parameter by identity."""
+    x = Inputs(torch.float32)
+    hidden, weight = x.hidden.requires_grad_(), torch.nn.Parameter(x.weight)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        losses.linear_logprob(hidden, weight, x.targets, impl="torch", return_entropy=True)
+    assert any(tensor is weight for tensor in saved)
+    assert any(tensor is hidden for tensor in saved)
+
+
+def test_a_head_that_is_partitioned_before_backward_is_refused():
+    x = Inputs(torch.float32)
+    hidden, weight = x.hidden.requires_grad_(), torch.nn.Parameter(x.weight)
+    logp, entropy = losses.linear_logprob(hidden, weight, x.targets, impl="torch", return_entropy=True)
+    weight.ds_id = 0
+    weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="ZeRO-3 has partitioned|partition"):
+        (logp + entropy).sum().backward()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from head_cases import CASES, D, Inputs, T, V, run
 from triton_cases import repair_interpreter
 
 from rmsd_fast import losses
-from rmsd_kernels import native
+from rmsd_kernels import native, ops
 from rmsd_kernels.heads import chunks, loops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -322,34 +323,42 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
 
 
 @needs_interpreter()
-def test_chunks_of_a_16_bit_d_weight():
-    """At most MAX_ROUNDINGS chunks, if they fit; otherwise float32 sums in chunks of the size of d_weight."""
+@pytest.mark.parametrize("tokens", [2048, 20000, 32768, 34400, 40000, 50000, 51300, 60000, 200000])
+def test_chunks_of_a_16_bit_d_weight(tokens):
+    """At most MAX_ROUNDINGS chunks, if that takes no more memory than a sum in float32."""
     vocabulary, dim = 151936, 2560
     weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16, device="meta")
-    row_bytes, in_float32 = 2 * vocabulary, 4 * vocabulary * dim
-    usual = chunks.DEFAULT_BUDGET_BYTES["cpu"]
-    budget = lambda rows: chunks.default_budget(rows, row_bytes, weight, need_weight=True)  # noqa: E731
-    assert budget(100) == usual
-    few = budget(20000)
-    assert usual < few <= usual + in_float32 and 20000 <= chunks.MAX_ROUNDINGS * (few // row_bytes)
-    most = (usual + in_float32) // row_bytes
-    assert budget(5 * most - 200) > in_float32
-    assert budget(5 * most + 200) == in_float32
-    assert chunks.default_budget(20000, row_bytes, weight, need_weight=False) == usual
-    wide = torch.empty(vocabulary, dim, device="meta")
-    assert chunks.default_budget(20000, 2 * row_bytes, wide, need_weight=True) == usual
+    row_bytes, usual = 2 * vocabulary, chunks.DEFAULT_BUDGET_BYTES["cpu"]
+    budget = chunks.default_budget(tokens, row_bytes, weight, need_weight=True)
+    number = -(-tokens // chunks.chunk_rows(tokens, row_bytes, budget, "cpu"))
+
+    def peak(chunk_bytes: float, in_float32: bool) -> float:
+        """Chunk and d_weight; a float32 sum is converted at the end, when its chunk has been freed."""
+        size = vocabulary * dim
+        return max(chunk_bytes + 4 * size, 6 * size) if in_float32 else chunk_bytes + 2 * size
+
+    few = max(usual, tokens / chunks.MAX_ROUNDINGS * row_bytes)
+    if number <= chunks.MAX_ROUNDINGS:
+        assert peak(budget, False) <= 1.01 * peak(4 * vocabulary * dim, True) + 2 * vocabulary * dim
+        assert budget <= 1.02 * few
+    else:
+        assert peak(budget, True) + 2 * vocabulary * dim <= 1.01 * peak(few, False)
 
 
 @needs_interpreter()
-def test_products_are_summed_in_float32(monkeypatch):
-    """The cuBLAS settings are changed while a loop runs, also under autocast, and restored afterwards."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
+def test_other_weights_get_chunks_of_the_usual_size():
+    usual = chunks.DEFAULT_BUDGET_BYTES["cpu"]
+    for dtype, need_weight in ((torch.bfloat16, False), (torch.float32, True)):
+        weight = torch.empty(151936, 2560, dtype=dtype, device="meta")
+        assert chunks.default_budget(20000, 151936 * dtype.itemsize, weight, need_weight=need_weight) == usual
+
+
+@needs_interpreter()
+def test_loops_compute_outside_of_autocast(monkeypatch):
     seen, score = [], loops.torch_rows.score
 
     def watch(*arguments, **options):
-        seen.append((*(getattr(matmul, name) for name in names), torch.is_autocast_enabled("cpu")))
+        seen.append(torch.is_autocast_enabled("cpu"))
         return score(*arguments, **options)
 
     monkeypatch.setattr(loops.torch_rows, "score", watch)
@@ -357,9 +366,95 @@ def test_products_are_summed_in_float32(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses.linear_logprob(x.hidden, x.weight, x.targets, impl="torch")
         assert torch.is_autocast_enabled("cpu")
-    assert seen == [(False, False, False)]
-    assert [getattr(matmul, name) for name in names] == before
-    monkeypatch.setattr(loops.torch_rows, "score", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        losses.linear_logprob(x.hidden, x.weight, x.targets, impl="torch")
-    assert [getattr(matmul, name) for name in names] == before
+        monkeypatch.setattr(loops.torch_rows, "score", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            losses.linear_logprob(x.hidden, x.weight, x.targets, impl="torch")
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
+def reduction_flags() -> list:
+    return [get() for get, _ in ops._reduction_flags()]
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("flags", [(True, True), (False, False), (False, True)])
+def test_flags_of_cublas_come_back(flags):
+    """Both of them, also after an error and after nested use."""
+    before = reduction_flags()
+    try:
+        for _, set_flags in ops._reduction_flags():
+            set_flags(*flags)
+        with ops.full_precision_sums(), ops.full_precision_sums():
+            assert reduction_flags() == [(False, False)] * 2
+        with pytest.raises(ZeroDivisionError), ops.full_precision_sums():
+            1 / 0  # noqa: B018
+        assert reduction_flags() == [flags] * 2
+    finally:
+        for (_, set_flags), value in zip(ops._reduction_flags(), before, strict=True):
+            set_flags(*value)
+
+
+@needs_interpreter()
+def test_flags_of_cublas_come_back_after_threads_that_overlap():
+    before, first, second = reduction_flags(), threading.Event(), threading.Event()
+
+    def outer():
+        with ops.full_precision_sums():
+            first.set()
+            assert second.wait(10)
+
+    thread = threading.Thread(target=outer)
+    thread.start()
+    assert first.wait(10)
+    with ops.full_precision_sums():
+        second.set()
+        thread.join(10)
+        # The other thread has left, and this one still computes.
+        assert reduction_flags() == [(False, False)] * 2
+    assert reduction_flags() == before
+
+
+@needs_interpreter()
+@pytest.mark.parametrize("impl", ["torch", *(["native"] if native.available() else [])])
+@pytest.mark.parametrize("case", ["logprob_shaped", "policy_full", "cross_entropy", "jsd"])
+def test_padded_rows_of_logits_change_nothing(case, impl, monkeypatch):
+    """What CUDA gets for vocabularies that are no multiple of 64."""
+    expected = run(case, Inputs(torch.float32), impl=impl)
+
+    def padded(like, rows, vocabulary, dtype=None):
+        return like.new_full((rows, vocabulary + 19), float("nan"), dtype=dtype)[:, :vocabulary]
+
+    monkeypatch.setattr(chunks, "empty_logits", padded)
+    monkeypatch.setattr(loops, "empty_logits", padded)
+    found = run(case, Inputs(torch.float32), impl=impl)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@needs_interpreter()
+def test_rows_of_logits_are_aligned_on_cuda():
+    class OnCuda:
+        """What empty_logits asks of a tensor."""
+
+        device = torch.device("cuda")
+
+        @staticmethod
+        def new_empty(rows: int, width: int, dtype=None) -> torch.Tensor:
+            return torch.empty(rows, width, dtype=dtype)
+
+    for vocabulary, width in ((50257, 50304), (151936, 151936), (7, 64)):
+        logits = chunks.empty_logits(OnCuda, 3, vocabulary)
+        assert logits.shape == (3, vocabulary) and logits.stride() == (width, 1)
+    assert chunks.empty_logits(torch.empty(1), 3, 7).is_contiguous()
+
+
+@needs_interpreter()
+def test_unknown_arguments_of_an_op_are_refused():
+    x = Inputs(torch.float32)
+    call = loops.HeadCall(x.hidden, x.weight, None, x.targets, None, None, -100)
+    known = {"call": call, "keep": False, "execution": loops.Execution("torch", 0)}
+    loops.head_score(**known)
+    with pytest.raises(TypeError, match="head_score: expected the arguments"):
+        loops.head_score(**known, budget=3)
+    with pytest.raises(TypeError, match="expected a HeadCall, got tuple"):
+        loops.head_score(**known | {"call": tuple(call)})

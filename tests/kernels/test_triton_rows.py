@@ -391,6 +391,36 @@ def results_are_written_to_out(device, dtype):
 
 
 @case
+def very_negative_masks(device, dtype):
+    """Finite numbers that stand for -inf, in part of a row: 2^d is 0, and products with d must not overflow."""
+    worst = 0.0
+    for mask in (-1e9, -1e30, -1e37, float(torch.finfo(dtype).min)):
+        setup = Setup(device, dtype)
+        setup.logits[:, 100:900] = mask
+        setup.logits[1, :] = mask
+        setup.logits[1, :3] = 0.5
+        setup.targets[:] = torch.tensor([950, 1, 2])
+        setup.inputs = setup.inputs._replace(target_logit=setup.target_logit())
+        terms = setup.terms(entropy_coef=0.1)
+        worst = max(worst, check_score(setup), check_policy(setup, terms), check_gradient(setup, True, False))
+    return worst
+
+
+@case
+def peaked_rows_and_low_temperatures(device, dtype):
+    worst = 0.0
+    for spread, temperature in ((30.0, 1.0), (3.0, 0.1)):
+        setup = Setup(device, dtype)
+        setup.logits = (spread * setup.logits.float()).to(dtype)
+        setup.inputs = setup.inputs._replace(
+            target_logit=setup.target_logit(), temperature=torch.full((setup.rows,), temperature, device=device)
+        )
+        setup = setup.with_reference()
+        worst = max(worst, check_score(setup), check_gradient(setup, True, True))
+    return worst
+
+
+@case
 def policy_k3_beyond_exp(device, dtype):
     """log ref - log pi = 100: the limited exp has no gradient, so only the 1 of -d remains."""
     from rmsd_kernels.heads import triton_rows

@@ -162,6 +162,8 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call, keep, needs, execution):
         stats, logits, ref_logits = loops.head_score(call=call, keep=keep, execution=execution)
+        # The inputs themselves, not detached aliases: hooks for saved tensors and ZeRO-3 know parameters by identity.
+        call = call._replace(hidden=hidden, weight=weight, bias=bias)
         tensors = {name: value for name, value in call._asdict().items() if isinstance(value, Tensor)}
         ctx.save_for_backward(stats, *((logits, ref_logits) if keep else ()), *tensors.values())
         ctx.tensors, ctx.values = tuple(tensors), {n: v for n, v in call._asdict().items() if n not in tensors}

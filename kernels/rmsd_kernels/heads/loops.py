@@ -24,7 +24,7 @@ from torch import Tensor
 from ..implementations import can_run_triton
 from ..ops import accumulation_dtype, record_op
 from . import torch_rows
-from .chunks import Gradients, Loop, chunk_buffers, live_first, scored_rows
+from .chunks import Gradients, Loop, chunk_buffers, empty_logits, live_first, scored_rows
 from .row_types import Execution, HeadCall, Needs, PolicyTerms, RowInputs, RowReference, RowStats
 
 
@@ -46,8 +46,8 @@ def head_score(call: HeadCall, keep: bool, execution: Execution) -> tuple[Tensor
     rows = scored_rows(call.targets, call.ignore_index)
     with Loop(hidden, call.weight, rows, execution, buffers=1 + call.full_kl, bias=call.bias) as loop:
         stats = Statistics(loop)
-        kept = hidden.new_empty(len(hidden) if keep else 0, len(call.weight))
-        ref_kept = hidden.new_empty(len(hidden) if keep_ref else 0, len(call.weight))
+        kept = empty_logits(hidden, len(hidden) if keep else 0, len(call.weight))
+        ref_kept = empty_logits(hidden, len(hidden) if keep_ref else 0, len(call.weight))
         workspace = None if keep else loop.workspace()
         score_reference = _reference_scorer(loop, call, stats, workspace, allocate=not keep_ref)
         for span, index in loop:
@@ -62,8 +62,8 @@ def head_score(call: HeadCall, keep: bool, execution: Execution) -> tuple[Tensor
 @head_score.register_fake
 def _(call, keep, execution):
     rows, vocabulary = call.hidden.shape[0], call.weight.shape[0]
-    kept = call.hidden.new_empty(rows if keep else 0, vocabulary)
-    return _fake_statistics(call.hidden), kept, call.hidden.new_empty(rows if keep and call.full_kl else 0, vocabulary)
+    kept, ref_kept = (empty_logits(call.hidden, rows if k else 0, vocabulary) for k in (keep, keep and call.full_kl))
+    return _fake_statistics(call.hidden), kept, ref_kept
 
 
 @record_op("head_gradient", mutates=("logits",))
@@ -110,6 +110,8 @@ def head_gradient(
             slopes = {name: None if g is None else g[index].contiguous() for name, g in slopes.items()}
             loop.backend.gradient_(chunk, inputs, row_stats, ref=ref, **slopes)
             gradients.add(span, index, rows, chunk)
+        # Free the chunk before a float32 d_weight is converted.
+        chunk = ref_chunk = ref = workspace = ref_workspace = None
         return gradients.result(call.bias)
 
 
@@ -153,6 +155,8 @@ def head_policy(
             logits, ref = gradients.unrounded(logits, ref)
             loop.backend.policy_(logits, inputs, row_terms, ref, out=row_stats)
             gradients.add(span, index, rows, logits)
+        # Free the chunk before a float32 d_weight is converted.
+        logits = ref = workspace = score_reference = None
         return stats.in_token_order(), *gradients.result(call.bias)
 
 

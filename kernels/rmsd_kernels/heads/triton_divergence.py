@@ -33,23 +33,23 @@ def _times(p, log_p, value):
 
 
 @triton.jit
-def _log2_softmax(row_ptr, col, view, scale, shift, log_total, MASKED: tl.constexpr):
+def _log2_softmax(row_ptr, col, view, scale, top, log_total, MASKED: tl.constexpr):
     u, _ = block_u(row_ptr, col, -1, view, MASKED)
-    return tl.fma(u, scale, -shift) - log_total
+    return tl.fma(u - top, scale, -log_total)
 
 
 @triton.jit
-def _read_block(row_ptr, shift, total, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr):
+def _read_block(row_ptr, tops, total, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr):
     u, _ = block_u(row_ptr, col, -1, view, MASKED)
-    new, _, _, _, _, new_total = online(shift, total, tl.reshape(u, [col.shape[0] // LANE, LANE]), scale)
+    new, _, _, _, _, new_total = online(tops, total, tl.reshape(u, [col.shape[0] // LANE, LANE]), scale)
     return new, new_total
 
 
 @triton.jit
-def _combined(shift, total):
-    """Return the common shift of all threads, and the base-2 logarithm of their sum."""
-    top = tl.max(shift, 0)
-    return top, tl.log2(tl.sum(total * exp2(shift - top), 0))
+def _combined(tops, total, scale):
+    """Return the top of all threads, and the base-2 logarithm of their sum."""
+    top = tl.max(tops, 0)
+    return top, tl.log2(tl.sum(total * exp2((tops - top) * scale), 0))
 
 
 @triton.jit
@@ -122,18 +122,18 @@ def _divergence_kernel(
     blocks = vocab // BLOCK
     whole = blocks * BLOCK
     # First pass: log-sum-exp of both rows.
-    shift_q = tl.full([BLOCK // LANE], LOWEST, tl.float32)
-    shift_p = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    tops_q = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    tops_p = tl.full([BLOCK // LANE], LOWEST, tl.float32)
     total_q = tl.zeros([BLOCK // LANE], tl.float32)
     total_p = tl.zeros([BLOCK // LANE], tl.float32)
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        shift_q, total_q = _read_block(student_row, shift_q, total_q, view, scale, start + offsets, LANE, False)
-        shift_p, total_p = _read_block(teacher_row, shift_p, total_p, view, scale, start + offsets, LANE, False)
+        tops_q, total_q = _read_block(student_row, tops_q, total_q, view, scale, start + offsets, LANE, False)
+        tops_p, total_p = _read_block(teacher_row, tops_p, total_p, view, scale, start + offsets, LANE, False)
     if whole < vocab:
-        shift_q, total_q = _read_block(student_row, shift_q, total_q, view, scale, whole + offsets, LANE, True)
-        shift_p, total_p = _read_block(teacher_row, shift_p, total_p, view, scale, whole + offsets, LANE, True)
-    top_q, log_q_total = _combined(shift_q, total_q)
-    top_p, log_p_total = _combined(shift_p, total_p)
+        tops_q, total_q = _read_block(student_row, tops_q, total_q, view, scale, whole + offsets, LANE, True)
+        tops_p, total_p = _read_block(teacher_row, tops_p, total_p, view, scale, whole + offsets, LANE, True)
+    top_q, log_q_total = _combined(tops_q, total_q, scale)
+    top_p, log_p_total = _combined(tops_p, total_p, scale)
 
     # Second pass, from the end of the row, which is still in the cache: the divergence.
     value = tl.zeros([BLOCK // LANE], tl.float32)

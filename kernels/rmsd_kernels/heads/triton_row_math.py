@@ -1,17 +1,18 @@
 """Device functions of the Triton row back end: the pass that reads a row, and the pass that writes its gradient.
 
-    u = cap(logit + bias)    z = u / temperature    d = z * log2(e) - shift    e = 2^d, the only exponential of a pass
+    u = cap(logit + bias)    z = u / temperature    d = (u - top) * log2(e) / temperature    e = 2^d
 
-In the first pass, each thread keeps a running maximum (`shift`) and the sums of e, e*d and, with a reference,
-e*(d - log2 r). The threads are combined once, after the loop, so the loop has no barrier. Log-sum-exp, entropy and the
-exact KL follow from the sums, so an offset that all logits share costs no digits. The second pass runs from the end of
-the row, which is still in the cache, and overwrites the logits with their gradient. Everything after a load is float32.
+In the first pass, each thread keeps a running maximum of u (`top`) and the sums of e, e*d and, with a reference,
+e*(d*ln 2 - log r). The threads are combined once, after the loop, so the loop has no barrier. Log-sum-exp, entropy and
+the exact KL follow from the sums, so an offset that all logits share costs no digits. The second pass runs from the end
+of the row, which is still in the cache, and overwrites the logits with their gradient. Everything after a load is
+float32.
 
 The loops never process the target. `hide_target` replaces it in memory by -inf, so it adds nothing to the sums. Its
 exact logit is added to them afterwards, and its gradient is a single store after the second pass.
 
 Whole blocks are read without a mask, and the tail of a row with one. A field of a record that is None removes its code
-when the kernel is compiled. Logits whose z * log2(e) is below -1e38 count as -inf.
+when the kernel is compiled.
 
 Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867), extended to entropy and KL.
 """
@@ -23,10 +24,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every other shift, and far enough from the limits of float32 that the distance to any shift is finite.
-LOWEST = tl.constexpr(-1e38)
-# Replaces log 0 in products with a probability of 0, which -inf would make NaN.
-LOG_OF_ZERO = tl.constexpr(-1e30)
+# Below every logit but -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Up to this size of u * log2(e) / temperature, the rounding error of that product is far below the largest exponent.
+LARGEST_PRODUCT = tl.constexpr(1e9)
+# Replaces base-2 logarithms whose power is 0 in float32, in products with that 0: -inf would make them NaN.
+LOG_OF_ZERO = tl.constexpr(-1e3)
 # Triton's exp2 takes three instructions more to handle results below 2^-126. The interpreter cannot run assembly.
 HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -60,12 +63,12 @@ class Ref(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Results of the first pass. shift + log_total is the base-2 log-sum-exp; adding the two would lose digits."""
+    """Results of the first pass: log p = (u - top) / temperature - log_total. top is the largest u, or a likely one."""
 
     logp: Any
     entropy: Any
     full_kl: Any
-    shift: Any
+    top: Any
     log_total: Any
 
 
@@ -127,10 +130,18 @@ def block_u(row_ptr, col, hidden_col, view, MASKED: tl.constexpr):
 
 
 @triton.jit
-def log2_r(ref, col, scale, MASKED: tl.constexpr):
-    """Return the base-2 log-probabilities of the reference head in a block."""
+def log_r(ref, col, MASKED: tl.constexpr):
+    """Return the log-probabilities of the reference head in a block."""
     u, _ = block_u(ref.ptr + ref.offset, col, -1, ref.view, MASKED)
-    return tl.fma(u, scale, -ref.lse * LOG2E)
+    return tl.fma(u, ref.view.inverse_temperature, -ref.lse)
+
+
+@triton.jit
+def ref_of_row(row, ref_ptr, ref_stride, ref_lse_ptr, ref_logp_ptr, ref_bias_ptr, view):
+    """Return the Ref of one row."""
+    ref_view = View(ref_bias_ptr, view.softcap, view.inverse_temperature, view.vocab)
+    lse, logp = load_or(ref_lse_ptr, row, 0.0), load_or(ref_logp_ptr, row, 0.0)
+    return Ref(ref_ptr, row * ref_stride, lse, logp, ref_view)
 
 
 @triton.jit
@@ -168,22 +179,23 @@ def put_target(logits_row, target, value):
 
 
 @triton.jit
-def online(shift, total, u, scale):
+def online(top, total, u, scale):
     """Add a block, u as [threads, columns of a thread], to each thread's maximum and sum.
 
-    Return the new shift, old shift - new shift = distance, 2^distance, d and e of the block, and the new sum of e.
+    Return the new top, the distance of the old one from it, 2^distance, d and e of the block, and the new sum of e.
     """
-    new = tl.maximum(shift, tl.max(u, 1) * scale)
-    distance = shift - new
+    new = tl.maximum(top, tl.max(u, 1))
+    distance = tl.maximum((top - new) * scale, LOG_OF_ZERO)
     factor = exp2(distance)
-    d = tl.fma(u, scale, -new[:, None])
+    # Not one multiply-add with a product of top and scale: its rounding error is d where u is top.
+    d = (u - new[:, None]) * scale
     e = exp2(d)
     return new, distance, factor, d, e, total * factor + tl.sum(e, 1)
 
 
 @triton.jit
 def moment(old, total, distance, factor, e, values):
-    """Add a block to each thread's sum of e*value, where values are relative to the shift and total is the sum of e.
+    """Add a block to each thread's sum of e*value, where values are relative to top and total is the sum of e.
 
     If e is 0, the value may be any finite number.
     """
@@ -192,17 +204,17 @@ def moment(old, total, distance, factor, e, values):
 
 @triton.jit
 def _read_block(
-    shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr
+    top, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, col, LANE: tl.constexpr, MASKED: tl.constexpr
 ):
     shape: tl.constexpr = [col.shape[0] // LANE, LANE]
     u, _ = block_u(logits_row, col, target.col, view, MASKED)
-    new, distance, factor, d, e, new_total = online(shift, total, tl.reshape(u, shape), scale)
+    new, distance, factor, d, e, new_total = online(top, total, tl.reshape(u, shape), scale)
     # Only this copy of d is bounded, not the argument of exp2: a NaN must reach the sum of e.
     sum_ed = moment(sum_ed, total, distance, factor, e, tl.maximum(d, LOG_OF_ZERO))
     if ref.ptr is not None:
         # A probability of 0 adds nothing, even if its logarithm is -inf.
-        w = tl.where(e == 0.0, 0.0, d - tl.reshape(log2_r(ref, col, scale, MASKED), shape))
-        sum_ew = moment(sum_ew, total, distance, factor, e, w)
+        w = tl.where(e == 0.0, 0.0, tl.fma(d, LN2, -tl.reshape(log_r(ref, col, MASKED), shape)))
+        sum_ew = moment(sum_ew, total, distance * LN2, factor, e, w)
     return new, new_total, sum_ed, sum_ew
 
 
@@ -210,25 +222,25 @@ def _read_block(
 def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.constexpr, STAGES: tl.constexpr):
     """Return the Row of one row of logits whose target is hidden."""
     scale = view.inverse_temperature * LOG2E
-    shift = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+    tops = tl.full([BLOCK // LANE], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // LANE], tl.float32)
     sum_ed = tl.zeros([BLOCK // LANE], tl.float32)
     sum_ew = tl.zeros([BLOCK // LANE], tl.float32)
     offsets = tl.arange(0, BLOCK)
     whole = view.vocab // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        shift, total, sum_ed, sum_ew = _read_block(
-            shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, start + offsets, LANE, False
+        tops, total, sum_ed, sum_ew = _read_block(
+            tops, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, start + offsets, LANE, False
         )
     if whole < view.vocab:
-        shift, total, sum_ed, sum_ew = _read_block(
-            shift, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, whole + offsets, LANE, True
+        tops, total, sum_ed, sum_ew = _read_block(
+            tops, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, whole + offsets, LANE, True
         )
-    # Bring all threads and the target to one shift.
-    top = tl.maximum(tl.max(shift, 0), target.u * scale)
-    distance = shift - top
+    # Bring all threads and the target to one top.
+    top = tl.maximum(tl.max(tops, 0), target.u)
+    distance = tl.maximum((tops - top) * scale, LOG_OF_ZERO)
     factor = exp2(distance)
-    d = tl.fma(target.u, scale, -top)
+    d = (target.u - top) * scale
     e = exp2(d)
     all_total = tl.sum(total * factor, 0) + e
     all_ed = tl.sum((sum_ed + total * distance) * factor, 0) + e * tl.maximum(d, LOG_OF_ZERO)
@@ -239,10 +251,10 @@ def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.cons
     entropy = (log_total - all_ed / all_total) * LN2
     full_kl = 0.0
     if ref.ptr is not None:
-        w = tl.where(e == 0.0, 0.0, e * (d - ref.logp * LOG2E))
-        all_ew = tl.sum((sum_ew + total * distance) * factor, 0) + w
-        full_kl = (all_ew / all_total - log_total) * LN2
-    return Row(logp, entropy, full_kl, top, log_total)
+        w = tl.where(e == 0.0, 0.0, e * (d * LN2 - ref.logp))
+        all_ew = tl.sum((sum_ew + total * (distance * LN2)) * factor, 0) + w
+        full_kl = all_ew / all_total - log_total * LN2
+    return Row(logp, entropy, full_kl, top, log_total * LN2)
 
 
 @triton.jit
@@ -252,23 +264,27 @@ def _write_block(
     target,
     view,
     scale,
-    shift,
+    row,
     terms,
     col,
     HAS_ENTROPY: tl.constexpr,
     HAS_FULL_KL: tl.constexpr,
+    FAST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    constant, of_d, of_log_r = terms
+    constant, of_log_p, of_log_r, product = terms
     u, slope = block_u(logits_row, col, target.col, view, MASKED)
-    d = tl.fma(u, scale, -shift)
-    e = exp2(d)
-    if HAS_ENTROPY or HAS_FULL_KL:
-        dz = e * tl.fma(tl.maximum(d, LOG_OF_ZERO), of_d, constant)
-        if HAS_FULL_KL:
-            dz = tl.where(e == 0.0, dz, dz - of_log_r * (e * log2_r(ref, col, scale, MASKED)))
+    if FAST:
+        dz = exp2(tl.fma(u, scale, -product)) * constant
     else:
-        dz = e * constant
+        log_p = tl.fma(u - row.top, view.inverse_temperature, -row.log_total)
+        p = exp2(log_p * LOG2E)
+        if HAS_ENTROPY or HAS_FULL_KL:
+            dz = p * tl.fma(tl.maximum(log_p, LOG_OF_ZERO), of_log_p, constant)
+            if HAS_FULL_KL:
+                dz = tl.where(p == 0.0, dz, dz - of_log_r * (p * log_r(ref, col, MASKED)))
+        else:
+            dz = p * constant
     if view.softcap is not None:
         dz *= slope
     dz = dz.to(logits_row.dtype.element_ty)
@@ -276,6 +292,31 @@ def _write_block(
         tl.store(logits_row + col, dz, mask=col < view.vocab)
     else:
         tl.store(logits_row + col, dz)
+
+
+@triton.jit
+def _write_row(
+    logits_row,
+    ref,
+    target,
+    view,
+    scale,
+    row,
+    terms,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_FULL_KL: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    offsets = tl.arange(0, BLOCK)
+    blocks = view.vocab // BLOCK
+    if blocks * BLOCK < view.vocab:
+        col = blocks * BLOCK + offsets
+        _write_block(logits_row, ref, target, view, scale, row, terms, col, HAS_ENTROPY, HAS_FULL_KL, FAST, True)
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        col = (blocks - 1 - i) * BLOCK + offsets
+        _write_block(logits_row, ref, target, view, scale, row, terms, col, HAS_ENTROPY, HAS_FULL_KL, FAST, False)
 
 
 @triton.jit
@@ -290,11 +331,15 @@ def second_pass(
     HAS_FULL_KL: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    FAST: tl.constexpr = False,
 ):
-    """Overwrite logits with their gradient, from the end of the row. slopes: d loss / d (logp, entropy, full KL)."""
+    """Overwrite logits with their gradient, from the end of the row. slopes: d loss / d (logp, entropy, full KL).
+
+    FAST: take one instruction less per logit where logits are not huge; without entropy and full KL.
+    """
     g_logp, g_entropy, g_full_kl = slopes
     scale = view.inverse_temperature * LOG2E
-    # dz = p * (-g_logp - g_entropy * (log p + H) + g_full_kl * (log p - log r - KL)), and p = e / total.
+    # dz = p * (-g_logp - g_entropy * (log p + H) + g_full_kl * (log p - log r - KL)).
     of_log_p = 0.0
     constant = -g_logp
     if HAS_ENTROPY:
@@ -303,22 +348,23 @@ def second_pass(
     if HAS_FULL_KL:
         of_log_p += g_full_kl
         constant -= g_full_kl * row.full_kl
-    inverse_total = exp2(-row.log_total) * view.inverse_temperature
-    terms = (
-        (constant - of_log_p * (row.log_total * LN2)) * inverse_total,
-        of_log_p * LN2 * inverse_total,
-        g_full_kl * LN2 * inverse_total,
-    )
-    offsets = tl.arange(0, BLOCK)
-    blocks = view.vocab // BLOCK
-    if blocks * BLOCK < view.vocab:
-        col = blocks * BLOCK + offsets
-        _write_block(logits_row, ref, target, view, scale, row.shift, terms, col, HAS_ENTROPY, HAS_FULL_KL, True)
-    for i in tl.range(0, blocks, num_stages=STAGES):
-        col = (blocks - 1 - i) * BLOCK + offsets
-        _write_block(logits_row, ref, target, view, scale, row.shift, terms, col, HAS_ENTROPY, HAS_FULL_KL, False)
+    constant *= view.inverse_temperature
+    terms = (constant, of_log_p * view.inverse_temperature, g_full_kl * view.inverse_temperature, 0.0)
+    if FAST:
+        product = row.top * scale
+        if tl.abs(product) < LARGEST_PRODUCT:
+            # The sum of e is relative to top, and the product is rounded.
+            error = tl.fma(row.top, scale, -product)
+            fast = (constant * exp2(-row.log_total * LOG2E - error), 0.0, 0.0, product)
+            _write_row(logits_row, ref, target, view, scale, row, fast, False, False, True, BLOCK, STAGES)
+        else:
+            _write_row(logits_row, ref, target, view, scale, row, terms, False, False, False, BLOCK, STAGES)
+    else:
+        _write_row(logits_row, ref, target, view, scale, row, terms, HAS_ENTROPY, HAS_FULL_KL, False, BLOCK, STAGES)
     p = tl.exp(row.logp)
-    dz = g_logp - g_logp * p
+    # 1 - p without the digits that the difference loses where p is near 1.
+    half, _ = _tanh(0.5 * row.logp)
+    dz = g_logp * (-2.0 * half / (1.0 - half))
     if HAS_ENTROPY:
         dz -= tl.where(p == 0.0, 0.0, g_entropy * p * (row.logp + row.entropy))
     if HAS_FULL_KL:

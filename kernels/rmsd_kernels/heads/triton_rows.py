@@ -21,15 +21,13 @@ from ..triton_launch import DTYPES, SLICED, check_logits, device_of, launch, row
 from .row_types import PolicyTerms, RowInputs, RowReference, RowStats
 from .triton_divergence import divergence_
 from .triton_row_math import (
-    LN2,
-    LOG2E,
-    Ref,
     Row,
     View,
     first_pass,
     hide_target,
     load_or,
     put_target,
+    ref_of_row,
     second_pass,
     target_of_row,
 )
@@ -46,10 +44,10 @@ SCALE_WARPS = 8
 
 
 @triton.jit
-def _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
+def _store_stats(row, row_stats, inverse_temperature, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr):
     tl.store(logp_ptr + row, row_stats.logp)
     tl.store(entropy_ptr + row, row_stats.entropy)
-    tl.store(lse_ptr + row, (row_stats.shift + row_stats.log_total) * LN2)
+    tl.store(lse_ptr + row, tl.fma(row_stats.top, inverse_temperature, row_stats.log_total))
     if full_kl_ptr is not None:
         tl.store(full_kl_ptr + row, row_stats.full_kl)
 
@@ -123,14 +121,12 @@ def _score_kernel(
     row = tl.program_id(0).to(tl.int64)
     view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
     target = target_of_row(row, targets_ptr, target_logit_ptr, view)
-    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
-    ref_lse = load_or(ref_lse_ptr, row, 0.0)
-    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    ref = ref_of_row(row, ref_ptr, ref_stride, ref_lse_ptr, ref_logp_ptr, ref_bias_ptr, view)
     logits_row = logits_ptr + row * stride
     raw = hide_target(logits_row, target)
     row_stats = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
     put_target(logits_row, target, raw)
-    _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+    _store_stats(row, row_stats, view.inverse_temperature, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
@@ -172,13 +168,11 @@ def _policy_kernel(
     row = tl.program_id(0).to(tl.int64)
     view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
     target = target_of_row(row, targets_ptr, target_logit_ptr, view)
-    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
-    ref_lse = load_or(ref_lse_ptr, row, 0.0)
-    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    ref = ref_of_row(row, ref_ptr, ref_stride, ref_lse_ptr, ref_logp_ptr, ref_bias_ptr, view)
     logits_row = logits_ptr + row * stride
     hide_target(logits_row, target)
     row_stats = first_pass(logits_row, ref, target, view, BLOCK, LANE, STAGES)
-    _store_stats(row, row_stats, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
+    _store_stats(row, row_stats, view.inverse_temperature, logp_ptr, entropy_ptr, lse_ptr, full_kl_ptr)
     scale = tl.load(scale_ptr + row)
     g_logp = scale * _policy_slope(
         row,
@@ -195,7 +189,8 @@ def _policy_kernel(
         KL,
     )
     slopes = (g_logp, -scale * entropy_coef, scale * kl_coef)
-    second_pass(logits_row, ref, target, view, row_stats, slopes, HAS_ENTROPY, KL == "full", BLOCK, STAGES)
+    FAST: tl.constexpr = not HAS_ENTROPY and KL != "full"
+    second_pass(logits_row, ref, target, view, row_stats, slopes, HAS_ENTROPY, KL == "full", BLOCK, STAGES, FAST)
 
 
 @triton.jit(do_not_specialize_on_alignment=SLICED)
@@ -229,15 +224,15 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     view = View(bias_ptr, softcap, 1.0 / load_or(temperature_ptr, row, 1.0), vocab)
     target = target_of_row(row, targets_ptr, target_logit_ptr, view)
-    ref_view = View(ref_bias_ptr, softcap, view.inverse_temperature, vocab)
-    ref_lse = load_or(ref_lse_ptr, row, 0.0)
-    ref = Ref(ref_ptr, row * ref_stride, ref_lse, load_or(ref_logp_ptr, row, 0.0), ref_view)
+    ref = ref_of_row(row, ref_ptr, ref_stride, ref_lse_ptr, ref_logp_ptr, ref_bias_ptr, view)
     full_kl = load_or(full_kl_ptr, row, 0.0)
-    # Two numbers, because a rounding error here would affect every probability.
+    # u relative to the target's, unless it is unlikely: its log-prob is smaller than the log-sum-exp, so it has more
+    # digits.
     lse = tl.load(lse_ptr + row)
-    shift = lse * LOG2E
-    shift_error = tl.fma(lse, LOG2E, -shift)
-    row_stats = Row(tl.load(logp_ptr + row), tl.load(entropy_ptr + row), full_kl, shift, shift_error)
+    logp = tl.load(logp_ptr + row)
+    likely = target.valid & (logp > -64.0)
+    top = tl.where(likely, target.u, 0.0)
+    row_stats = Row(logp, tl.load(entropy_ptr + row), full_kl, top, tl.where(likely, -logp, lse))
     slopes = (tl.load(g_logp_ptr + row), load_or(g_entropy_ptr, row, 0.0), load_or(g_full_kl_ptr, row, 0.0))
     logits_row = logits_ptr + row * stride
     second_pass(logits_row, ref, target, view, row_stats, slopes, HAS_ENTROPY, HAS_FULL_KL, BLOCK, STAGES)

@@ -42,17 +42,20 @@ def _merge_kernel(
     lse = tl.load(lse_address, mask=inside, other=0.0)
     other_lse = tl.load(other_lse_ptr + row * other_lse_row + head * other_lse_head, mask=inside, other=0.0)
     weight = 1.0 / (1.0 + tl.exp(lse - other_lse))
+    own_weight = 1.0 / (1.0 + tl.exp(other_lse - lse))
     col = tl.arange(0, DIM)
     mask = inside[:, None] & (col < dim)[None, :]
     out_address = out_ptr + row * out_row + head[:, None] * out_head + col[None, :]
     other_address = other_ptr + row * other_row + head[:, None] * other_head + col[None, :]
     out = tl.load(out_address, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(other_address, mask=mask, other=0.0).to(tl.float32)
-    merged = out + (other - out) * weight[:, None]
+    merged = out * own_weight[:, None] + other * weight[:, None]
     tl.store(out_address, merged.to(out_ptr.dtype.element_ty), mask=mask)
     high = tl.maximum(lse, other_lse)
     # If both are -inf, their difference would be NaN.
     distance = tl.where(lse == other_lse, 0.0, -tl.abs(lse - other_lse))
+    # Threads that hold other heads have read lse for their weights before it is overwritten.
+    tl.debug_barrier()
     tl.store(lse_address, high + tl.log(1.0 + tl.exp(distance)), mask=inside)
 
 
