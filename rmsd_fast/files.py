@@ -330,7 +330,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
         self._file = (folder / ".lock").open("a+")
-        end, told = time.monotonic() + wait_s, False
+        end, warned = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -339,8 +339,8 @@ class FolderLock:
                 self._file.seek(0)
                 holder = self._file.read().strip() or "another process"
                 if time.monotonic() < end:
-                    if wait_s > LONG_WAIT_S and not told:
-                        told = True
+                    if wait_s > LONG_WAIT_S and not warned:
+                        warned = True
                         log.warning("%s: waiting for %s, which is writing to this folder", folder, holder)
                     time.sleep(0.1)
                     continue

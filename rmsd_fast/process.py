@@ -107,8 +107,10 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have a rank of torchrun killed when torchrun ends. Otherwise it would keep training, and meet a resumed run's
-    ranks."""
+    """Have a rank of torchrun killed when torchrun ends.
+
+    Otherwise it would keep training, and meet the ranks of the resumed run.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     end_with_parent()

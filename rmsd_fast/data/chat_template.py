@@ -27,8 +27,7 @@ def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = N
 
 
 def response_opening(tokenizer: Any) -> str:
-    """Return the text that the template writes at the start of a response: "", or `<think>` and blanks (Thinking
-    models).
+    """Return the text that opens a response in the template: "", or `<think>` and blanks (Thinking models).
 
     Raises:
         ModelError: the template drops or moves parts of a question, ends turns differently from the model family,

@@ -203,8 +203,10 @@ def _walk(file: BinaryIO, size: int, measure: Callable[[bytes, int], int | None]
 
 
 def _box(head: bytes, left: int) -> int | None:
-    """Measure an MP4 box: 4 bytes of size, 4 of type. Size 1: 8 bytes of size follow. Size 0: up to the end of the
-    file."""
+    """Measure an MP4 box: 4 bytes of size, 4 of type.
+
+    With size 1, 8 bytes of size follow. With size 0, the box extends to the end of the file.
+    """
     length = int.from_bytes(head[:4], "big")
     if length == 1:
         length = int.from_bytes(head[8:16], "big")

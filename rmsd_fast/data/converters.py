@@ -147,9 +147,9 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
     """
     first, *others = [key for key in RECORD_KEYS if record.get(key) not in (None, [], "")] or [""]
     if others:
-        raise DataError.at(where, others[0], f"none beside '{first}'", record[others[0]], "keep one of the two")
+        raise DataError.at(where, others[0], f"no value next to '{first}'", record[others[0]], "keep one of the two")
     if format == "rmsd":
-        return _own(record, where)
+        return _convert_own(record, where)
     for key in ("audios", "audio"):
         if record.get(key):
             raise DataError.at(where, key, "only videos and images", record[key], "leave such questions out")
@@ -227,11 +227,11 @@ def _meaning(answer: object, raw: dict[str, Any]) -> object:
         return fold_text(str(answer))
 
 
-def _own(record: dict[str, Any], where: str) -> Converted:
+def _convert_own(record: dict[str, Any], where: str) -> Converted:
     """Convert a record in this package's own format; `video` may stand for `videos`, and a path for a list."""
     names = {}
     for ours, other in (("videos", "video"), ("images", "image")):
-        name = _the_one(record, (ours, other), where, _listed)
+        name = _agreed_key(record, (ours, other), where, _listed)
         values = _listed(record[name]) if name else []
         record = {key: value for key, value in record.items() if key not in (ours, other)}
         if name:
@@ -244,7 +244,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _the_one(record: dict[str, Any], keys: tuple[str, ...], where: str, read=lambda value: value) -> str | None:
+def _agreed_key(record: dict[str, Any], keys: tuple[str, ...], where: str, read=lambda value: value) -> str | None:
     """Return the first key that a record has, of several keys with the same meaning.
 
     Raises:
@@ -268,7 +268,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
         turns = [{speaker_key: "user", text_key: record["query"]}]
         turns += [{speaker_key: "assistant", text_key: record["response"]}] if "response" in record else []
     elif "response" in record:
-        raise DataError.at(where, "response", f"none beside '{key}'", record["response"], "keep one of the two")
+        raise DataError.at(where, "response", f"no value next to '{key}'", record["response"], "keep one of the two")
     if record.get("history"):
         raise DataError.at(where, "history", "one question and its answer", record["history"], _SPLIT_TURNS)
     if not isinstance(turns, list):
@@ -277,7 +277,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     system, question, reply = _turns(turns, where, key, (speaker_key, text_key), media)
     raw: dict[str, Any] = {"question": question}
     for ours, other in (("videos", "video"), ("images", "image")):
-        name = _the_one(record, (ours, other), where, _listed)
+        name = _agreed_key(record, (ours, other), where, _listed)
         if name and media[ours] and _listed(record[name]) != media[ours]:
             raise DataError.at(
                 where, name, f"no files, or those in the parts of '{key}'", record[name], "list them only once"
@@ -289,7 +289,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     if "<bbox>" in question + (reply or "") or "<ref-object>" in question + (reply or ""):
         todo = "write the numbers from 'objects' into the text"
         raise DataError.at(where, key, "boxes as numbers", "marks <bbox> or <ref-object>", todo)
-    name = _the_one(record, ("answer", "solution"), where, _inside_answer)
+    name = _agreed_key(record, ("answer", "solution"), where, _inside_answer)
     names["answer"] = name or names["reply"]
     reply = _inside_answer(reply)
     raw["answer"] = _inside_answer(record[name]) if name else reply
@@ -297,7 +297,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
         raw["reply"] = reply
     raw |= {name: record[name] for name in ("id", "task_type", *_EXTRA) if name in record}
     if system:
-        _the_one({"system": record.get("system"), key: system}, ("system", key), where, _stripped)
+        _agreed_key({"system": record.get("system"), key: system}, ("system", key), where, _stripped)
         raw.setdefault("system", system)
     return raw, names, used
 
@@ -367,7 +367,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         raise DataError.at(where, "problem", "the question's text", problem, "add it")
     names = {"question": "problem", "kind": "problem_type"}
     used = {"problem", "data_type", "solution", "answer", "path", "task_type", *_EXTRA}
-    names["answer"] = _the_one(record, ("solution", "answer"), where, _inside_answer) or "solution"
+    names["answer"] = _agreed_key(record, ("solution", "answer"), where, _inside_answer) or "solution"
     answer = record.get(names["answer"])
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
         raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
@@ -390,7 +390,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
             raise DataError.at(where, "path", "paths of media", record.get("path"), "add it")
         keys[f"{data_type}s"] = ("path", *keys[f"{data_type}s"])
     for ours, theirs in keys.items():
-        if name := _the_one(record, theirs, where, _listed):
+        if name := _agreed_key(record, theirs, where, _listed):
             raw[ours], names[ours] = _listed(record[name]), name
     if task := _task_of(kind, record.get("task_type"), where):
         raw["task_type"] = task

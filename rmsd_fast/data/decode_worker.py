@@ -1,5 +1,4 @@
-"""Processes that read media files and can be killed, so that a hang or crash of a decoder costs one sample, not the
-run.
+"""Processes that read media files and can be killed: a decoder that hangs or crashes costs one sample, not the run.
 
 `ForkServer` starts one process, which imports torch and torchcodec once and forks workers on demand (10 ms each; a new
 interpreter takes 2 s). A `Worker` serves one thread. It returns a description of the frames and the file descriptor of
@@ -62,8 +61,10 @@ MOST_ANSWERS = 200
 
 
 class WorkerLost(MediaError):
-    """The worker is gone and must be replaced: timed_out tells whether it was killed at the time limit or ended
-    itself."""
+    """The worker is gone and must be replaced.
+
+    `timed_out` tells whether it was killed at the time limit or ended by itself.
+    """
 
     def __init__(self, message: str, *, timed_out: bool):
         super().__init__(message)
@@ -100,8 +101,10 @@ class ForkServer:
         theirs.close()
 
     def worker(self) -> Worker:
-        """Return a new worker without waiting. It answers after the fork server has started, and is lost if that
-        ended."""
+        """Return a new worker without waiting.
+
+        It answers after the fork server has started, and is lost if the fork server has ended.
+        """
         ours, theirs = socket.socketpair()
         with self._lock, contextlib.suppress(OSError):
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -166,8 +169,10 @@ class Worker:
         self._socket.close()
 
     def _call(self, operation: str, request: MediaRequest | PreviewRequest, timeout_s: float) -> Any:
-        """Return the worker's answer. If an answer is not read completely, end the worker: its next one would be
-        torn."""
+        """Return the worker's answer.
+
+        If an answer is not read completely, end the worker, because its next answer would be torn.
+        """
         if self.pid is None:
             self._start()
         try:
@@ -295,8 +300,9 @@ def _serve(ours: socket.socket) -> None:
 def _answer(
     operation: str, request: MediaRequest | PreviewRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]
 ) -> tuple:
-    """Return the message to send: ("ok", value), ("frames", (frames without pixels, shape)), ("bad" or "not now",
-    text), or ("error", exception).
+    """Return the message to send.
+
+    It is ("ok", value), ("frames", (frames without pixels, shape)), ("bad" or "not now", text) or ("error", error).
     """
     try:
         if operation == "layout":

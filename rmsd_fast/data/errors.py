@@ -21,8 +21,7 @@ class DataError(UserError, ValueError):
 
 
 class OtherFileError(DataError):
-    """A file of a different kind than expected, for example if two were given in the wrong order. One record is
-    enough."""
+    """A file of a different kind than expected, for example if two were swapped. One record shows it."""
 
 
 def several_faults(path: Path, faults: Sequence[DataError], records: int) -> DataError:

@@ -14,8 +14,7 @@ Located = tuple[str, dict[str, Any] | DataError]
 
 
 class _RepeatedKey(Exception):
-    """An object has the same key twice, and json.loads would keep the last. The message names it and says what to
-    do."""
+    """An object has the same key twice, of which json.loads would keep the last. The message says what to do."""
 
 
 def read_records(path: Path) -> Iterator[Located]:
@@ -115,8 +114,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Located]:
-    """Yield the records of a file that is a single object: the object, or the items of the only list of objects in
-    it."""
+    """Yield the records of a file that is a single object: that object, or the items of its only list of objects."""
     lists = [
         value
         for value in whole.values()

@@ -73,7 +73,7 @@ class MediaReader:
         self._busy: set[Worker] = set()
         self._closed = False
         self._failures_in_a_row = 0
-        self._told_fallback = False
+        self._warned_of_fallback = False
         self._stream = torch.cuda.Stream(self.device) if self.decoder == "cuda" else None
 
     def __enter__(self) -> MediaReader:
@@ -181,8 +181,8 @@ class MediaReader:
                 return self._on_cuda(request, state)
             except CpuFallback as reason:
                 self._count("cpu_fallbacks")
-                if not self._told_fallback:
-                    self._told_fallback = True
+                if not self._warned_of_fallback:
+                    self._warned_of_fallback = True
                     log.warning(
                         "%s: NVDEC cannot decode this video, so the CPU decodes it (%s); further videos are counted in "
                         "media/cpu_fallbacks",
@@ -315,8 +315,7 @@ class MediaReader:
         return replace(request, check_frames=self.data.check_frames, max_file_mib=self.data.max_file_mib)
 
     def _state(self, request: MediaRequest) -> tuple:
-        """Return the request's digest and its file's state. Raise MediaError if the file is missing or known to be
-        bad."""
+        """Return the request's digest and its file's state. Raise MediaError if the file is missing or known as bad."""
         file = stat_file(request.path, request.max_file_mib)
         wanted = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
         state = (wanted, request.path, file.st_size, file.st_mtime_ns, file.st_ino)

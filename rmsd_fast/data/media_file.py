@@ -68,8 +68,10 @@ def stat_file(path: str, max_file_mib: int) -> os.stat_result:
 
 @dataclass(frozen=True)
 class MediaFile:
-    """An opened media file. Libraries get its descriptor instead of its name, so they read exactly this file: not one
-    that replaced it after the check, nor a picture sequence or anything else that a name can stand for.
+    """An opened media file.
+
+    Libraries get its descriptor instead of its name, so they read exactly this file: not one that replaced it after the
+    check, nor a picture sequence or anything else that a name can stand for.
 
     Fields:
         path: path as the user knows it, for messages.
@@ -152,8 +154,7 @@ def video_command(path: str, head: bytes = b"", *, flatten: bool = False) -> str
 
 
 def unseekable_video(head: bytes) -> str | None:
-    """Return the format of a file in which decoders cannot find frames reliably, from its first bytes; otherwise
-    None."""
+    """Return a file's format if decoders cannot find its frames reliably, otherwise None. `head` is its first bytes."""
     if _is_animated_webp(head):
         return "an animated WebP, which FFmpeg cannot read"
     container = container_of(head)
@@ -175,8 +176,7 @@ def _refuse_text(media: MediaFile) -> None:
 
 
 def _refuse_other_kinds(media: MediaFile) -> None:
-    """Refuse files not identified as a video, whatever their name: FFmpeg may read them as a list of arbitrary
-    files."""
+    """Refuse files not identified as a video, whatever their name: FFmpeg may read them as a list of other files."""
     path, head = media.path, media.head
     if b"\0" not in head:
         media.file.seek(len(head))

@@ -158,8 +158,10 @@ def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, mic
 
 
 def _place(parts: list[_Part], count: int, size: Callable, micro_tokens: int) -> list[MicroBatch] | None:
-    """Put each part, most expensive first, into the cheapest of `count` micro-batches that it fits; None if it fits
-    none."""
+    """Put each part, most expensive first, into the cheapest of `count` micro-batches with room for it.
+
+    Return None if there is no room for a part.
+    """
     # (cost, number, parts), ascending, so the first micro-batch that a part fits is the cheapest.
     batches: list[tuple[float, int, list[_Part]]] = [(0.0, number, []) for number in range(count)]
     for part in sorted(parts, key=lambda part: -size([part])[1]):

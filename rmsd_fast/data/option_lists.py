@@ -18,9 +18,9 @@ _LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
 # Matches the first two letters and their delimiters, each followed by a text: "(A) tea (B) milk", "A. tea B. milk".
 # Does not match "U.S.A. or B.C." and "f(a)". Lower-case letters need a bracket, because "a." may end a word.
-_BEFORE, _BEHIND = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
-_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_BEHIND}"
-_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_BEHIND}"
+_BEFORE, _AFTER = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
+_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_AFTER}"
+_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_AFTER}"
 _WITHIN_A_LINE = [
     re.compile(f"{label.format(first)}.*?{label.format(second)}", re.DOTALL)
     for label, first, second in ((_SET_OFF, "A", "B"), (_SMALL, "a", "b"))
@@ -123,8 +123,7 @@ def _check_letters(question: str, options: Sequence[str]) -> None:
 
 
 def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the first and last line of every list of at least two options. Its lines may be separated by empty
-    lines."""
+    """Return the first and last line of every list of at least two options. Empty lines may separate its lines."""
     filled = [number for number, line in enumerate(lines) if line.strip()]
     lists = []
     first = 0

@@ -113,8 +113,7 @@ def read_picture(media: MediaFile) -> np.ndarray:
 
 @contextmanager
 def _opened(media: MediaFile) -> Iterator[Any]:
-    """Open a Pillow image of one picture without reading its pixels. Errors raised while it is open become
-    MediaError."""
+    """Open a Pillow image of one picture without reading its pixels. Errors inside the context become MediaError."""
     try:
         from PIL import Image, UnidentifiedImageError, features
     except ImportError as error:

@@ -95,8 +95,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _family(files: list[dict[str, Any]]) -> str:
-    """Return the family of the first name that identifies one. Image processors do not: Qwen3-VL uses that of
-    Qwen2-VL."""
+    """Return the family of the first name that identifies one.
+
+    Names of image processors do not, because Qwen3-VL uses that of Qwen2-VL.
+    """
     for settings in files:
         for key in ("video_processor_type", "processor_class", "model_type"):
             name = str(settings.get(key, "")).lower()
@@ -226,8 +228,7 @@ def smart_resize(
 def video_size(
     num_frames: int, height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor
 ) -> tuple[int, int]:
-    """Return height and width of a video after resizing, with the cap per frame. Raises ValueError as
-    `smart_resize`."""
+    """Return a video's height and width after resizing, with the cap per frame. Raises as `smart_resize`."""
     share = min(settings.max_frame_pixels, settings.max_video_pixels // num_frames)
     per_frame = max(share, int(settings.min_video_pixels * FRAME_CAP_FLOOR))
     # Qwen2-VL's processor computes the size of each frame separately, as for an image.
@@ -257,8 +258,9 @@ def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Pre
 
 
 def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the patches [N, C * span * patch²] that the model's vision tower takes, from resized uint8 frames [F, C,
-    H, W].
+    """Return the patches of resized frames as the model's vision tower takes them.
+
+    Frames are uint8 [F, C, H, W], patches [N, C * span * patch²].
 
     All arithmetic is in float32, whatever the dtype.
     """

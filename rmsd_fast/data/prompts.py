@@ -32,8 +32,7 @@ IMAGE_TYPE, VIDEO_TYPE = 1, 2
 
 
 class PromptError(ValueError):
-    """A question that cannot be given to the student. The message names the question and says what is wrong and what to
-    do."""
+    """A question that cannot be given to the student. The message names it, the problem and what to do."""
 
 
 class ResponseError(ValueError):
@@ -137,8 +136,10 @@ class PromptBuilder:
         return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in question.media]
 
     def _length(self, question: Question, layouts: list[MediaLayout]) -> int:
-        """Return the tokens of the prompt. The tokenizer sees one vision token in place of all those of a temporal
-        patch."""
+        """Return the number of tokens of the prompt.
+
+        The tokenizer sees one vision token in place of all those of a temporal patch.
+        """
         merge = self.preprocessor.merge_size
         short = [replace(layout, grid_thw=(layout.grid_thw[0], merge, merge)) for layout in layouts]
         vision = sum(math.prod(layout.grid_thw) // merge**2 - layout.grid_thw[0] for layout in layouts)
@@ -201,8 +202,10 @@ class PromptBuilder:
             )
 
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
-        """Return the full text of a response: the template's opening, then its ids up to the first end token, no
-        special ones."""
+        """Return the full text of a response.
+
+        It is the template's opening, then the ids up to the first end token, without special tokens.
+        """
         ids = [int(index) for index in ids]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
@@ -271,8 +274,7 @@ def _refuse_long(question: Question, tokens: int, most: int) -> None:
 
 
 def media_text(frames: Frames | MediaLayout, preprocessor: Preprocessor) -> str:
-    """Return the text that replaces a medium's pad token. Each temporal patch of a video is preceded by its mean
-    time."""
+    """Return the text that replaces a medium's pad token. The mean time of each temporal patch precedes its tokens."""
     steps, height, width = frames.grid_thw
     tokens = height * width // preprocessor.merge_size**2
     if frames.kind == "image":

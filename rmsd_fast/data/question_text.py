@@ -18,8 +18,7 @@ ANSWER_FORMAT = {
 
 
 def question_text(question: Question) -> str:
-    """Return the user's turn: question, one line per option (`A. text`), answer format. Media marks stay in the
-    text."""
+    """Return the user's turn: question, one line per option (`A. text`), answer format. Media marks stay in it."""
     options = bare_options(question.options) if question.options else []
     lines = [f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options)]
     return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])

@@ -200,7 +200,7 @@ def parse_question(
     identity = parse_id(raw.get("id"))
     for name, value in (("id", identity), ("question", raw.get("question"))):
         if not isinstance(value, str) or not value.strip():
-            raise fail(name, "text that is not empty", value, "add it")
+            raise fail(name, "non-empty text", value, "add it")
     _check_text("id", identity, fail)
     task = raw.get("task_type")
     if task not in TASK_TYPES:
@@ -249,7 +249,7 @@ def parse_question(
     system = raw.get("system")
     if system is not None:
         if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):
-            raise fail("system", "plain text that is not empty", system, "fix it or leave it out")
+            raise fail("system", "non-empty plain text", system, "fix it or leave it out")
         _check_text("system", system, fail)
     return Question(
         id=identity,
@@ -267,8 +267,7 @@ def parse_question(
 
 
 def parse_id(value: object) -> object:
-    """Return an id as text if it is a number. Tables write whole numbers next to empty cells as 12.0, which becomes
-    12."""
+    """Return an id as text if it is a number. 12.0, as tables write whole numbers next to empty cells, becomes 12."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if isinstance(value, float):
@@ -317,7 +316,7 @@ def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
     if isinstance(value, list):
         value = [str(item) if is_number(item) else item for item in value]
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-        raise fail("options", "a list of texts that are not empty", value, 'write ["red", "green"]')
+        raise fail("options", "a list of non-empty texts", value, 'write ["red", "green"]')
     if not 2 <= len(value) <= MOST_OPTIONS:
         raise fail("options", "2 to 26 options", value, "fix the list")
     return tuple(value)
@@ -364,5 +363,5 @@ def _duration(value: object, fail) -> float | None:
     if value is None:
         return None
     if not is_number(value) or value <= 0:
-        raise fail("duration", "seconds above 0", value, "fix it or leave it out")
+        raise fail("duration", "a number of seconds above 0", value, "fix it or leave it out")
     return float(value)

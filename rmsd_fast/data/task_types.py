@@ -74,8 +74,7 @@ def is_yes_or_no(answer: object) -> bool:
 
 
 def names_an_option(answer: object, options: Sequence[str]) -> bool:
-    """Return whether an answer names an option in a list: by its letter, its text, or a reply that begins with its
-    letter."""
+    """Return whether an answer names a listed option: by letter, by text, or in a reply that begins with its letter."""
     try:
         read_ground_truth(answer, "mcq", options)
     except GroundTruthError:

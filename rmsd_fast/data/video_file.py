@@ -88,13 +88,11 @@ class Clip:
         return self.late_s + (self.end_s - self.begin_s)
 
     def stamp(self, index: int) -> float:
-        """Return a frame's time on the file's clock at a constant rate, as the model families' processors compute
-        it."""
+        """Return a frame's time on the file's clock at a constant rate, as the model families' processors do."""
         return self.late_s + index / self.fps
 
     def middle(self, index: int) -> float:
-        """Return the decoder's time in the middle of a frame at a constant rate, where rounding cannot change the
-        frame."""
+        """Return the decoder's time in the middle of a frame at a constant rate, where rounding is harmless."""
         return min(self.begin_s + (index + 0.5) / self.fps, math.nextafter(self.end_s, self.begin_s))
 
 

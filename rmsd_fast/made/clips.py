@@ -234,8 +234,7 @@ def is_heldout_sign(sign: str) -> bool:
 def make_question(
     content: Content, task: str, rng: random.Random, *, identity: str, clip: Path, letter: str | None = None
 ) -> Question:
-    """Return a question of the given type about the clip, with its ground truth; `letter` marks the correct mcq
-    option."""
+    """Return a question of the given type about the clip, with its ground truth. `letter` is the correct mcq option."""
     shape = f"{content.color} {content.shape}"
     options, asked = None, task
     if task == "mcq":

@@ -124,8 +124,7 @@ def build_tiny_student(
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer on texts, with the family's special tokens, chat template and digit
-    splitting."""
+    """Train a byte-level BPE tokenizer with the family's special tokens, chat template and digit splitting."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,5 +1,4 @@
-"""Statistics of a pool: quality by task across and within inputs, validity and its reasons, responses kept by the
-filter.
+"""Statistics of a pool: quality by task across and within inputs, validity and its reasons, and the kept responses.
 
 Source: R-MSD (arXiv 2603.11423), teacher statistics and filter.
 """

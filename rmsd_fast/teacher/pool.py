@@ -275,7 +275,7 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
             )
     record["id"] = parse_id(record["id"])
     if not isinstance(record["id"], str) or not record["id"]:
-        raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
+        raise DataError.at(where, "id", "non-empty text", record["id"], "write the question's id")
     if isinstance(record["k"], float) and record["k"].is_integer():
         record["k"] = int(record["k"])
     if type(record["k"]) is not int or record["k"] < 0:

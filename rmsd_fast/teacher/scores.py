@@ -47,8 +47,7 @@ class ScoredResponse(NamedTuple):
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
-    """Score the first `cfg.responses` answers of each question id, in order of k. Questions not in the pool get
-    none."""
+    """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get none."""
     return {
         question.id: [
             score_response(response, question, cfg) for response in pool.get(question.id, [])[: cfg.responses]

@@ -275,7 +275,9 @@ def test_what_the_machine_lacks_is_not_the_files_fault(clip: Path, reader: Media
     limit = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (3, limit[1]))
     for frames in (5, 6):
-        with pytest.raises(MediaError, match=r"clip\.mp4: cannot be read on this machine \(Too many open files\); check"):
+        with pytest.raises(
+            MediaError, match=r"clip\.mp4: cannot be read on this machine \(Too many open files\); check"
+        ):
             reader.read(request(clip, frames))
     with pytest.raises(MediaUnreachable, match="3 files in a row were not read"):
         reader.read(request(clip, 7))

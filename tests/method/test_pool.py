@@ -61,7 +61,7 @@ def test_nulls_of_servers_are_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": [3]}, "field 'id': expected text"),
+        ({"id": [3]}, "field 'id': expected non-empty text"),
         ({"k": -1}, "field 'k': expected an integer from 0, got -1"),
         ({"k": True}, "field 'k'"),
         ({"k": 1.5}, "field 'k'"),
