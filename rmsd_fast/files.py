@@ -1,4 +1,4 @@
-"""How files are written and folders are locked: whole or not at all, and by one program at a time."""
+"""Write files atomically, and lock folders so that one program at a time writes to them."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rmsd_fast")
 
-# What the user or an administrator can put right, by error number; no fault of the program.
+# Advice by error number, for errors that the user or an administrator can fix. None of them is the program's fault.
 ENVIRONMENT_ADVICE = {
     ENOSPC: "free some space",
     EDQUOT: "free some space, or ask for a larger quota",
-    EFBIG: "raise the limit of a file's size (ulimit -f)",
-    EIO: "see to the disk",
+    EFBIG: "raise the file size limit (ulimit -f)",
+    EIO: "check the disk",
     EACCES: "check the permissions",
     EPERM: "check the permissions",
     EROFS: "the file system is read-only; mount it for writing, or choose another place",
@@ -60,34 +60,35 @@ ENVIRONMENT_ADVICE = {
     ENOTDIR: "check the path",
     ENAMETOOLONG: "check the path",
     ELOOP: "check the links",
-    ESTALE: "mount the share again",
-    EMFILE: "raise the limit of open files (ulimit -n)",
-    ENFILE: "raise the system's limit of open files (fs.file-max)",
+    ESTALE: "remount the share",
+    EMFILE: "raise the limit on open files (ulimit -n)",
+    ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
-# No room on the disk, in the quota or in a file, or a disk that fails. Some of it may pass.
+# No space on the disk, in the quota or within the file size limit, or a failing disk. Some of these errors are
+# temporary.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 
 
 # Longer waits are logged.
 LONG_WAIT_S = 10.0
-# Process and machine in the name of a temporary file.
+# Process id and host in the name of a temporary file.
 _WRITER = re.compile(r"\.([0-9]+)(?:@(.+))?\.tmp$")
 
 
 class Locked(UserError, RuntimeError):
-    """Another program writes to a folder."""
+    """Another program is writing to a folder."""
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether a write failed because of the disk, and not because of the place or the program."""
+    """Return whether a write failed because of the disk, rather than the path or the program."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
 @contextmanager
 def os_errors_of_safetensors(path: Path) -> Iterator[None]:
-    """Inside, what the operating system reports while tensors are written is an OSError, as for other files.
+    """Convert operating system errors of safetensors to OSError inside the context.
 
-    safetensors has an error class of its own, whose text ends with the number of the error.
+    safetensors has its own error class, whose text ends with the error number.
     """
     from safetensors import SafetensorError
 
@@ -100,15 +101,15 @@ def os_errors_of_safetensors(path: Path) -> Iterator[None]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Name a file or folder that this process writes, and that takes the place of `path` when it is whole."""
+    """Return the path of a temporary file or folder of this process, which replaces `path` when it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
 
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[FileIO]:
-    """Open a file that takes the place of `path` at the end of the `with` block: readers see old or new content.
+    """Open a file that replaces `path` at the end of the context. Readers see either the old or the new content.
 
-    sync=False leaves it to the kernel when the content comes to disk, for readers that check what they read.
+    With sync=False, the kernel decides when the content reaches the disk, for readers that verify what they read.
     """
     temporary = temporary_path(path)
     try:
@@ -126,14 +127,14 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[FileIO]:
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:
-    """Write all bytes; an unbuffered file may take fewer at a time."""
+    """Write all bytes. An unbuffered file may accept fewer at a time."""
     view = memoryview(content).cast("B")
     while len(view):
         view = view[file.write(view) :]
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write, bring to disk, rename, and bring the folder to disk: readers see the old file or the new one."""
+    """Write, sync, rename, and sync the folder. Readers see either the old or the new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -141,10 +142,10 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def append_whole(file: FileIO, content: bytes) -> None:
-    """Append all bytes to a file; where they do not fit, the file is as it was, and the OSError is raised.
+    """Append all bytes to a file. If they do not fit, restore the file and raise the OSError.
 
     Raises:
-        UserError: the part that was written cannot be removed.
+        UserError: the bytes written so far cannot be removed.
     """
     size = os.fstat(file.fileno()).st_size
     try:
@@ -155,18 +156,18 @@ def append_whole(file: FileIO, content: bytes) -> None:
 
 
 def truncate(file: FileIO, size: int) -> None:
-    """Cut a file to the size that it had before a write failed."""
+    """Truncate a file to the size that it had before a write failed."""
     try:
         file.truncate(size)
     except OSError as error:
         raise UserError(
-            f"{file.name}: {error.strerror}, and what was written in part cannot be removed; see to the disk, and cut "
+            f"{file.name}: {error.strerror}, and a partial write cannot be removed; check the disk, and truncate "
             f"the file to {size} bytes"
         ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors into a folder that is brought to disk as a whole: a checkpoint, or a staged one.
+    """Write tensors as safetensors to a folder that is synced as a whole: a checkpoint, or a staged one.
 
     Other files of such a folder are written with `Path.write_text`.
     """
@@ -184,12 +185,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """Hash of a file's content that only this program compares, at about 1 GB/s."""
+    """Return a hash of a file's content that only this program compares, at about 1 GB/s."""
     return _digest(path, hashlib.blake2b(digest_size=16))
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file's content, for what other programs may check: manifests and keys of a pool."""
+    """Return the SHA-256 of a file's content, which other programs may check: for manifests and keys of a pool."""
     return _digest(path, hashlib.sha256())
 
 
@@ -202,13 +203,13 @@ def _digest(path: str | os.PathLike, digest: hashlib._Hash) -> str:
 
 @contextmanager
 def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
-    """Make an empty folder to fill; at the end of the `with` block it is brought to disk and gets the name `final`.
+    """Create an empty folder to fill. At the end of the context, it is synced and renamed to `final`.
 
-    A kill leaves the former `final`, the new one, or none; what it leaves beside them is removed by the next call of
-    this machine for the same place, and by `remove_leftovers`.
+    After a kill, `final` is the old folder, the new one, or missing. Other leftovers are removed by the next call on
+    this machine for the same path, and by `remove_leftovers`.
 
     Args:
-        replace: the new folder replaces an existing one; False keeps that one and removes the new folder.
+        replace: whether the new folder replaces an existing one; False keeps that one and removes the new folder.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent, of=final.name)
@@ -228,7 +229,7 @@ def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
 def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
     former = None
     if replace and final.exists():
-        # Files that are in use can outlive their removal on NFS: each former folder gets a name of its own.
+        # On NFS, files in use can outlive their removal, so each old folder gets a unique name.
         former = temporary_path(final.with_name(f"{final.name}.{time.monotonic_ns()}"))
     try:
         if former is not None:
@@ -241,7 +242,7 @@ def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
         if replace or not faster:
             raise
     sync_folder(final.parent)
-    # Not before the new name is on disk.
+    # Only after the new name is on disk.
     if former is not None:
         _remove(former)
 
@@ -254,10 +255,14 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
-    """Remove what killed writers left in a folder, `of` one name alone or, with the folder's lock held, of all.
+    """Remove temporary files that killed writers left in a folder.
 
-    Files of processes of this machine that are alive are left to them, such as a report that is being written; without
-    the lock, those of other machines too.
+    Files of live processes on this machine are kept, such as a report that is being written. Without the folder's lock,
+    files of other machines are kept too.
+
+    Args:
+        folder: the folder.
+        of: name whose temporary files are removed; None removes those of all names, and requires the folder's lock.
     """
     for path in folder.glob(f".{escape(of)}.*.tmp" if of else ".*.tmp"):
         if writer := _WRITER.search(path.name):
@@ -268,7 +273,7 @@ def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Return whether another process of this machine has this number."""
+    """Return whether another process on this machine has this process id."""
     if pid == os.getpid():
         return False
     try:
@@ -281,12 +286,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk."""
+    """Sync the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems do not know how; they bring names to disk by themselves.
+        # Some network file systems do not support this, and sync names to disk by themselves.
         if error.errno != EINVAL:
             raise
     finally:
@@ -294,13 +299,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's content to disk."""
+    """Sync a file's content to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folders(folder: Path) -> None:
-    """Bring the names in a folder and in all below it to disk."""
+    """Sync the names in a folder and its subfolders to disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
@@ -308,24 +313,24 @@ def sync_folders(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, which may exist, and bring its name to disk."""
+    """Create a folder unless it exists, and sync its name to disk."""
     folder.mkdir(parents=True, exist_ok=True)
     sync_folder(folder.parent)
 
 
 class FolderLock:
-    """An exclusive lock on a folder, as a context manager. The kernel releases it when the process ends, however.
+    """Lock a folder exclusively, as a context manager. The kernel releases the lock when the process ends in any way.
 
     Args:
-        folder: gets a file `.lock`, which tells who holds the lock and stays there.
-        wait_s: how long to wait for another program to let go of it.
+        folder: folder to lock. The file `.lock` in it names the holder of the lock, and is never removed.
+        wait_s: how long to wait for another program to release the lock, in seconds.
     Raises:
         Locked: another program holds the lock.
     """
 
     def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
         self._file = (folder / ".lock").open("a+")
-        end, told = time.monotonic() + wait_s, False
+        end, warned = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,31 +339,31 @@ class FolderLock:
                 self._file.seek(0)
                 holder = self._file.read().strip() or "another process"
                 if time.monotonic() < end:
-                    if wait_s > LONG_WAIT_S and not told:
-                        told = True
-                        log.warning("%s: waiting for %s, which writes to this folder", folder, holder)
+                    if wait_s > LONG_WAIT_S and not warned:
+                        warned = True
+                        log.warning("%s: waiting for %s, which is writing to this folder", folder, holder)
                     time.sleep(0.1)
                     continue
                 self._file.close()
-                raise Locked(f"{folder}: {holder} writes to this folder; wait for it, or stop it first") from None
+                raise Locked(f"{folder}: {holder} is writing to this folder; wait for it, or stop it first") from None
             except OSError as error:
                 if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
                     self._file.close()
                     raise
                 log.warning(
-                    "%s: its file system has no locks (%s); make sure that no other program writes there",
+                    "%s: its file system does not support locks (%s); make sure that no other program writes there",
                     folder,
                     error.strerror,
                 )
                 return
-        # The text is only for messages: a full disk must not keep a run from its lock.
+        # The text is only for messages, so a full disk must not prevent a run from locking.
         with suppress(OSError):
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._file.close()
 
     def __enter__(self) -> FolderLock:

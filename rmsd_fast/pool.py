@@ -1,4 +1,4 @@
-"""Look at a teacher pool before training, or bring its answers into the format that training asks for.
+"""Check a teacher pool before training, or rewrite its answers in the format that training requires.
 
 python -m rmsd_fast.pool check pool.jsonl questions.jsonl
 python -m rmsd_fast.pool repair pool.jsonl questions.jsonl --output repaired.jsonl
@@ -20,7 +20,7 @@ from rmsd_fast.command_line import Parser
 if TYPE_CHECKING:
     from rmsd_fast.teacher.summary import Summary
 
-# The settings that each command reads.
+# Settings that each command reads.
 _READ_BY_BOTH = (
     "data.format",
     "data.task_type",
@@ -37,7 +37,7 @@ SHOWN_CHARACTERS = 160
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and do one of the two; ends with 2 where next to no answer can be used."""
+    """Parse the arguments and run one command. Return 2 if almost no answer can be used."""
     arguments = _parse(argv)
     if reason := environment.why_not(("torch", "omegaconf")):
         print(f"rmsd_fast.pool: {reason}", file=sys.stderr)
@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) -> Summary:
-    """Counts of all answers by task and by reason, and three examples of each reason.
+    """Count all answers by task and by reason, and show three examples of each reason.
 
     Returns:
-        What there is to say; its faults name what keeps a run from starting.
+        The summary; its faults say what prevents a run from starting.
     Raises:
         UserError: a file is damaged, or the pool belongs to other questions.
     """
@@ -81,7 +81,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     try:
         check_answered(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
     except DataError as error:
-        # The answers that there are can be judged all the same.
+        # The existing answers can be judged anyway.
         if not answered:
             raise
         faults.append(str(error))
@@ -94,7 +94,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     summary += describe_pool(answered, pool, statistics, unanswered, settings)
     summary.faults += faults
     if used != most:
-        summary.lines.append(f"  every answer was judged; a run reads the first teacher.responses={used} of a question")
+        summary.lines.append(f"  all answers were judged; a run reads the first teacher.responses={used} per question")
     examples: dict[str, list[str]] = defaultdict(list)
     for question in answered:
         for answer, response in zip(scores[question.id], pool[question.id], strict=True):
@@ -106,10 +106,10 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
 
 
 def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Sequence[str] = ()) -> str:
-    """Write a pool whose clear answers are in canonical form, the text as sent beside each; says what was done.
+    """Write a pool with readable answers in canonical form, each next to its text as sent. Return a report.
 
-    Answers that stay invalid are kept as they are, with their reason. Answers to questions that the file does not have
-    are left alone.
+    Answers that stay invalid are kept unchanged, with their reason. Answers to questions that are not in the file are
+    kept unchanged too.
 
     Raises:
         UserError: a file is damaged, the pool belongs to other questions, or the output exists or cannot be written.
@@ -119,9 +119,9 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     from rmsd_fast.teacher.pool import check_pool, write_pool
     from rmsd_fast.teacher.scores import score_response
 
-    # A link that leads nowhere is something too.
+    # A dangling symbolic link counts as existing too.
     if output.exists() or output.is_symlink():
-        raise SettingsError(f"--output {output}: expected a new file, got one that exists; name another")
+        raise SettingsError(f"--output {output}: expected a new file, got an existing one; choose another name")
     settings, questions, pool = _read("repair", pool_path, questions_path, overrides)
     check_pool(pool, questions, max_unanswered_share=1.0)
     by_id = {question.id: question for question in questions}
@@ -132,7 +132,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
                 foreign += 1
                 repaired.append(response)
                 continue
-            # The text as sent, also where the pool was repaired before.
+            # Judge the text as sent, even if the pool was repaired before.
             sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
             answer = score_response(sent, by_id[identity], settings.teacher)
             changed = answer.text != sent.text
@@ -146,15 +146,15 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
         write_pool(output, repaired)
     except OSError as error:
         raise SettingsError(
-            f"--output {output}: cannot be written ({error.strerror or error}); name a file in a folder of yours"
+            f"--output {output}: cannot be written ({error.strerror or error}); choose a folder that you can write to"
         ) from error
-    alone = f", {foreign:,} to questions that {questions_path} lacks left alone" if foreign else ""
+    alone = f", {foreign:,} to questions not in {questions_path} left unchanged" if foreign else ""
     done = f"{rewritten:,} brought into canonical form, {invalid:,} invalid"
     return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
 
 
 def _read(command: str, pool_path: Path, questions_path: Path, overrides: Sequence[str]):
-    """Settings, questions and answers; the faults of both files in one error, as at the start of a run.
+    """Return settings, questions and answers. Errors of both files are raised together, as at the start of a run.
 
     Raises:
         UserError: also for a setting that the command does not read.
@@ -187,17 +187,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="rmsd_fast.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("check", "counts by task and by reason, with examples"),
-        ("repair", "write a pool with canonical texts, each text as sent beside it under `raw`"),
+        ("check", "count answers by task and by reason, with examples"),
+        ("repair", "write a pool with canonical texts, and each text as sent under `raw`"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("pool", type=Path, help="teacher answers, JSONL")
-        command.add_argument("questions", type=Path, help="the questions that they answer")
+        command.add_argument("questions", type=Path, help="the questions that the pool answers")
         command.add_argument(
             "overrides", nargs="*", metavar="section.field=value", help="settings, e.g. teacher.parse=strict"
         )
         if name == "repair":
-            command.add_argument("--output", type=Path, required=True, help="pool to write, a new file")
+            command.add_argument("--output", type=Path, required=True, help="pool to write; must not exist")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""How a program lives with its surroundings: with output that is lost, and with a parent that ends."""
+"""Process setup: output that can be lost without an error, and processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class LenientStream:
-    """A text stream whose writes are lost, without an error, where they cannot be made."""
+    """Wrap a text stream. Writes that fail are dropped without an error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -29,7 +29,7 @@ class LenientStream:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        # A ValueError is that of a closed file.
+        # ValueError: the file is closed.
         except (OSError, ValueError):
             pass
         return len(text)
@@ -39,7 +39,7 @@ class LenientStream:
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Whether a terminal shows the stream; not one that is gone."""
+        """Return whether the stream is a terminal. A terminal that is gone does not count."""
         try:
             return self._stream.isatty()
         except (OSError, ValueError):
@@ -50,26 +50,26 @@ class LenientStream:
 
 
 def prepare_process() -> None:
-    """What a program does before it imports or opens anything.
+    """Set up the process before the program imports or opens anything.
 
-    Descriptors 0 to 2 that are closed are opened to nowhere: otherwise the next file would get one of them, and with it
-    everything that libraries print. SIGHUP, which a closed terminal sends, is ignored. A rank ends with its launcher.
+    If any of the descriptors 0 to 2 is closed, open it to /dev/null: otherwise the next file would get it, and with it
+    everything that libraries print. Ignore SIGHUP, which a closed terminal sends. Make a rank end with its launcher.
     """
     end_with_launcher()
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # It takes the lowest number that is free.
+            # open() returns the lowest free number.
             os.open(os.devnull, os.O_RDWR)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Inside, the program outlives its terminal, its pipes and its log.
+    """Inside the context, keep the program running if its terminal, pipe or log is gone.
 
-    Threads of libraries that end at a full disk say so in one line; TensorBoard has one.
+    If a full disk ends a thread of a library, such as TensorBoard's, print one line.
     """
     former, hook = (sys.stdout, sys.stderr), threading.excepthook
 
@@ -91,28 +91,31 @@ def lenient_output() -> Iterator[None]:
 
 
 def tell(message: str) -> None:
-    """Print a message to stderr that all processes of this node have alike: the first one prints it."""
+    """Print a message that all processes of this node share to stderr, once: only the first process prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends, however it ends. On Linux only."""
+    """Have this process killed when its parent ends, in any way. Linux only."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            # It ended in between.
+            # The parent ended in between.
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
-    """Have a rank of torchrun killed when torchrun ends: it would train on, and meet the ranks of the resumed run."""
+    """Have a rank of torchrun killed when torchrun ends.
+
+    Otherwise it would keep training, and meet the ranks of the resumed run.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     end_with_parent()
     if os.getppid() == 1:
-        # Adopted, as torchrun has ended already; unless torchrun is the first process of a container.
+        # Process 1 adopted this one because torchrun has ended, unless torchrun itself is process 1 of a container.
         with suppress(OSError):
             if b"torch" not in Path("/proc/1/cmdline").read_bytes():
                 os.kill(os.getpid(), signal.SIGKILL)

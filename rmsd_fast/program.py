@@ -1,4 +1,4 @@
-"""What the programs that compute have in common: the process group around the work, and how each end is told."""
+"""Shared entry point of the programs that compute: the process group around the work, and the message at each end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from rmsd_fast.runtime.stop_signal import Stopped, StopSignal
 
 
 def run_program(name: str, settings: RunConfig, work: Callable[[World, StopSignal], None], *, trains: bool) -> int:
-    """Join the process group, do the work, leave the group; returns the exit code.
+    """Join the process group, do the work, leave the group, and return the exit code.
 
     Args:
-        name: of the program, for messages.
-        trains: it is a run, which can be continued.
+        name: name of the program, for messages.
+        settings: settings of the run.
+        work: function that does the work.
+        trains: whether this is a training run, which can be resumed.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -47,7 +49,7 @@ def _run(
         work(world, signals)
     except BaseException as caught:
         error = caught
-    # What follows takes seconds, and a second signal must not take the message away.
+    # The rest takes seconds, and a second signal must not suppress the message.
     signals.ignore()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     code, message = 0, ""
@@ -55,10 +57,10 @@ def _run(
         case None:
             pass
         case Stopped():
-            # torchrun sends SIGTERM to the processes that another one has left, too.
+            # torchrun also sends SIGTERM to the remaining processes after one has ended.
             if error.together or ends is None or not ends.noted("fault"):
                 message = f"stopped by SIGTERM: {error}"
-            # Another code than 0 has torchrun end the processes that this one leaves.
+            # A nonzero exit code makes torchrun end the remaining processes.
             code = 0 if alone or error.together else 128 + signal.SIGTERM
         case UserError():
             code, message = 2, f"{name}: {error}"
@@ -67,12 +69,12 @@ def _run(
         case torch.OutOfMemoryError():
             code, message = 2, f"{name}: {_out_of_memory(settings, error, signals.run_folder, trains=trains)}"
         case OSError() if error.errno in ENVIRONMENT_ADVICE:
-            # Of a renaming, what the file was to be called.
+            # If a rename failed, name its target.
             path = error.filename2 or error.filename
             where = f"{path}: " if path else ""
             code, message = 2, f"{name}: {where}{error.strerror}; {ENVIRONMENT_ADVICE[error.errno]}; {signals.advice}"
         case _ if ends is not None and is_lost_peer(error) and ends.noted("fault", "stop"):
-            # The process that is gone has said why.
+            # The process that is gone has already printed the reason.
             code = 2
         case _:
             if ends is not None:
@@ -83,14 +85,14 @@ def _run(
             ends.note("stop" if isinstance(error, Stopped) else "fault")
         if ends is None or ends.is_mine_to_tell(message):
             print(message, file=sys.stderr)
-    # Leaving the group waits for the others, who may wait for this process. The process ends soon in any case.
+    # Leaving the group waits for the other processes, which may wait for this one. The process ends soon in any case.
     if alone or error is None or (isinstance(error, Stopped) and error.together):
         stop()
     return code
 
 
 def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | None, *, trains: bool) -> str:
-    """What to lower where a GPU ran out of memory, with the values of now."""
+    """Return which settings to lower after a GPU ran out of memory, with their current values."""
     video, runtime, evaluate = settings.video, settings.runtime, settings.evaluate
     head = f"out of GPU memory ({first_line(error)}). Lower, in this order:"
     pixels = f"  video.max_video_pixels={video.max_video_pixels}"
@@ -100,14 +102,14 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     lines = [
         head,
         f"  micro_tokens={settings.micro_tokens} (tokens of one forward pass)",
-        f"  rollout.prompts_per_batch={settings.rollout.prompts_per_batch}, where it happened in rollouts; "
-        f"evaluate.prompts_per_batch={evaluate.prompts_per_batch}, in evaluation",
+        f"  rollout.prompts_per_batch={settings.rollout.prompts_per_batch}, if it happened in rollouts; "
+        f"evaluate.prompts_per_batch={evaluate.prompts_per_batch}, if in evaluation",
         f"{pixels}, data.max_prompt_tokens={settings.data.max_prompt_tokens}",
     ]
     if not settings.model.gradient_checkpointing:
-        lines.append("  and write model.gradient_checkpointing=true")
+        lines.append("  and set model.gradient_checkpointing=true")
     if runtime.zero_stage < 3:
-        lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on as many GPUs as there are")
+        lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on all available GPUs")
     if not runtime.offload_optimizer:
         lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
     again = f"continue with --resume {run_folder} --allow-changes" if run_folder else "start it again with"

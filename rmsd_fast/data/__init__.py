@@ -1,1 +1,1 @@
-"""Questions and their media: schemas and converters, decoding, prompts."""
+"""Questions and media: record schemas and converters, decoding, and prompts."""

@@ -1,4 +1,4 @@
-"""What a model's chat template makes of a question. Everything that it adds is looked at before a prompt is built."""
+"""Render questions with a model's chat template, and check first that the template keeps every part of a question."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
-# Texts with all that a question may hold and a template could change: signs of HTML, quotes, several blanks and line
-# breaks, capitals, other scripts, more than a page. Parts of a question between two media begin and end with blanks.
+# Probe texts contain everything in a question that a template could change: HTML, quotes, repeated blanks and line
+# breaks, capitals, other scripts, and more than a page of text. Text parts between two media begin and end with a
+# blank.
 _HARD = ' <b>"it\'s"</b> &amp;  {{ two }}\n\n\tCafé 漢 ' + "a long text " * 400
 _SYSTEM, _FIRST, _SECOND = f"system{_HARD}end of system", f"first{_HARD}end of first ", f" second{_HARD}end of second"
 _REPLY = f"reply{_HARD}end of reply"
 
 
 def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = None) -> str:
-    """The prompt of one user turn, up to where the response begins."""
+    """Return the prompt of one user turn, up to the position where the response begins."""
     turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     turns += [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def response_opening(tokenizer: Any) -> str:
-    """What the template writes at the beginning of a response: "", or `<think>` and blanks (Thinking models).
+    """Return the text that opens a response in the template: "", or `<think>` and blanks (Thinking models).
 
     Raises:
-        ModelError: the template drops or moves parts of a question, ends turns in another way than the family does,
-            writes the current date, or opens a response so that `<think>…</think><answer>…</answer>` cannot follow.
+        ModelError: the template drops or moves parts of a question, ends turns differently from the model family,
+            writes
+            the current date, or opens a response so that `<think>…</think><answer>…</answer>` cannot follow.
     """
 
     def refuse(what: str) -> ModelError:
@@ -39,7 +41,7 @@ def response_opening(tokenizer: Any) -> str:
         )
 
     if "strftime_now" in str(tokenizer.chat_template):
-        raise refuse("it writes the current date, so that a resumed run would see other prompts")
+        raise refuse("it writes the current date, so a resumed run would get different prompts")
     content = [
         {"type": "text", "text": _FIRST},
         {"type": "video"},
@@ -55,7 +57,7 @@ def response_opening(tokenizer: Any) -> str:
             ],
             tokenize=False,
         )
-    # Templates raise whatever Jinja does, on purpose or not.
+    # Templates raise arbitrary exceptions, some of them on purpose.
     except Exception as error:
         reason = first_line(error)
         raise refuse(f"it cannot render a question ({reason})") from error
@@ -69,16 +71,16 @@ def response_opening(tokenizer: Any) -> str:
                     f"got it {rendered.count(part)} times"
                 )
         if sorted(expected.values(), key=rendered.index) != list(expected.values()):
-            raise refuse("it moves media or turns to other places than the question gives them")
+            raise refuse("it changes the order of media or turns")
     if prompt[prompt.index(_FIRST) :] != with_system[with_system.index(_FIRST) :]:
-        raise refuse("it renders a question in another way where there is a system turn")
+        raise refuse("it renders a question differently if there is a system turn")
     if not re.search(rf"{re.escape(_REPLY)}\s*{re.escape(END_TOKEN)}\s*$", whole):
-        raise refuse(f"expected it to keep a response as it is and to end it with {END_TOKEN}")
+        raise refuse(f"expected it to keep a response unchanged and to end it with {END_TOKEN}")
     tail = prompt.partition(_SECOND)[2]
     turn = re.fullmatch(rf"\s*{re.escape(END_TOKEN)}\s*<\|im_start\|>assistant\n(?P<opening>.*)", tail, re.DOTALL)
     if turn is None:
         raise refuse(f"expected {END_TOKEN} and an assistant turn after the question, got {tail[:80]!r}")
     opening = turn["opening"]
     if opening and not re.fullmatch(r"<think>\s*", opening):
-        raise refuse(f"expected a response to begin empty or with <think>, got {opening!r}")
+        raise refuse(f"expected a response to begin with nothing or with <think>, got {opening!r}")
     return opening

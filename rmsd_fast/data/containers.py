@@ -1,17 +1,19 @@
-"""What a media file is by how it begins, and how long it has to be by the sizes that it states.
+"""Identify media files by their first bytes, and compute how long a video must be from the sizes in its headers.
 
-Videos are accepted by how they begin. FFmpeg reads more kinds of files, but some of them are lists of other files,
-which may lie anywhere: HLS, DASH, IMF, concat scripts. Such lists are text, and a check for text alone misses some, for
-example those with a long comment in another script. So kinds that are not listed here are refused by name.
+Videos are accepted by their first bytes. FFmpeg reads more formats, but some of them are lists of other files, which
+may be stored anywhere: HLS, DASH, IMF and concat scripts. Such lists are text, but a check for text alone misses some
+of them, for example lists that begin with a long comment in a non-Latin script. Formats that are not listed here are
+therefore refused by name.
 
-Decoders read a video that was cut as a shorter one, mostly without an error. `Container.needed` finds cuts by the sizes
-of the file's chunks. It cannot find these:
+Decoders read a truncated video as a shorter one, usually without an error. `Container.needed` detects truncation from
+the sizes of the file's chunks. It cannot detect these cases:
 
-- a cut exactly between two chunks, where no size covers the whole file: fragmented MP4, FLV, MXF, IVF, and Matroska
-  and AVI whose program could not go back to write their size, as in live recordings;
-- a cut of ASF that was broadcast, of a transport or program stream, DV, Y4M, NUT, or a stream without a container: they
-  state no sizes;
-- missing data inside a file of the right size, as in downloads that reserve the space first.
+- truncation exactly between two chunks if no size covers the whole file: fragmented MP4, FLV, MXF, IVF, and Matroska
+  and
+  AVI whose writer could not go back to fill in the size, as in live recordings;
+- truncation of a broadcast ASF, a transport or program stream, DV, Y4M, NUT, or a stream without a container: these
+  formats store no sizes;
+- missing data inside a file of the right size, as in downloads that preallocate their space.
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Literal
 
-# As much of a file as tells its kind. Matroska's tracks may stand behind some KiB of padding.
+# Enough bytes to identify a file. Matroska's tracks may follow several KiB of padding.
 HEAD_BYTES = 2**16
-# FFmpeg searches so many bytes, up to the first zero, for the words that make a file a list of others.
+# FFmpeg searches this many bytes, up to the first zero, for the words that mark a file as a list of other files.
 PROBED_BYTES = 2**20
 _LIST = re.compile(rb"<mpd|<compositionplaylist", re.IGNORECASE)
-# A file is text if its first bytes are; this is longer than any container's magic number.
+# A file is text if its first bytes are text. 64 bytes are longer than any container's magic number.
 _TEXT_BYTES = 64
 _TEXT = frozenset(b"\t\n\r" + bytes(range(32, 127)))
-# Pictures that begin with text: PPM and its kin, XPM, XBM.
+# Picture formats that begin with text: PPM and related formats, XPM, XBM.
 _PICTURE_TEXT = re.compile(rb"P[1-7Ff]\s|/\* XPM \*/|#define \w+_width ")
 
-# What a file may be that is neither video nor picture, by how it begins, and what to do about it.
+# Files that are neither videos nor pictures: first bytes, description, advice.
 _FETCH, _EXPORT, _CONVERT = "fetch the file itself", "export it as PNG", "save it as PNG or JPEG"
 _OTHERS = (
     (rb"#EXTM3U|ffconcat version", "a playlist", "fetch the video that it names"),
@@ -46,23 +48,23 @@ _OTHERS = (
     (rb"RIFF.{4}WAVE|ID3|fLaC|\xff[\xf2\xf3\xfb]", "an audio file", "name the video"),
 )
 RAW_STREAM = "a raw stream"
-# In which decoders find no frames, or others than those that were asked for.
+# In these, decoders find no frames, or return different frames from those requested.
 WITHOUT_INDEX = ("a transport stream", "a program stream")
 AVIF = "an AVIF picture"
-# What a file may be that Pillow cannot open.
+# Pictures that Pillow cannot open.
 _PICTURES = (
-    # The brand may stand behind a general one.
+    # The AVIF brand may follow a more general one.
     (rb".{4}ftyp(avi|(mif1|msf1).{4}(.{4}){0,8}?avi[fs])", AVIF, _CONVERT),
     (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC picture", _CONVERT),
     (rb"\xff\x0a|.{4}JXL ", "a JPEG XL picture", _CONVERT),
-    (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow does not read", _CONVERT),
-    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM.{4}\0", "a picture whose header is damaged", "fetch it again"),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF or raw file of a kind that Pillow cannot read", _CONVERT),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|BM.{4}\0", "a picture with a damaged header", "fetch it again"),
 )
 
-# Enough of a chunk to know its size, in every container.
+# In every container, these bytes are enough to compute a chunk's size.
 _CHUNK_HEAD = 32
 _BOXES = frozenset(b"ftyp moov mdat moof free skip wide uuid meta mfra sidx ssix styp emsg prft pnot".split())
-# Elements of Matroska: the file, its segment and cluster, and what these two hold.
+# Matroska elements: the file, its segment and cluster, and the children of both.
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 _ELEMENTS = frozenset(
     bytes.fromhex(name)
@@ -72,17 +74,18 @@ _ELEMENTS = frozenset(
     )
 )
 _RIFF_CHUNK = re.compile(rb"RIFF|LIST|JUNK|idx1|ix\d\d|\d\d(d[bc]|wb|pc|tx)")
-# Objects of ASF (header, data, indexes) by the beginning of their identifiers, and the header's object with its flags.
+# ASF objects (header, data, indexes) by the first bytes of their GUIDs; the file properties object, which holds the
+# flags.
 _ASF_OBJECTS = (b"0&\xb2u", b"6&\xb2u", b"\x90\x08\x003", b"\xd3)\xe2\xd6", b"\xf8\x03\xb1\xfe", b"\xd0?\xb7<")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_FLAGS_AT, _ASF_BROADCAST = 88, 1
-# How wide a video is shown and how high: Matroska's elements DisplayWidth and DisplayHeight; AVI's vprp has high first.
+# Display size: DisplayWidth and DisplayHeight in Matroska; vprp in AVI, where the height comes first.
 _SIZED = rb"(?:\x81(.)|\x82(..)|\x83(...)|\x84(....))"
 _MATROSKA_DISPLAY = re.compile(rb"\x54\xb0" + _SIZED + rb"\x54\xba" + _SIZED, re.DOTALL)
 _AVI_DISPLAY = re.compile(rb"vprp.{24}(..)(..)", re.DOTALL)
-# MP4's box about the shape of pixels: how wide they are, and how high.
+# MP4's pixel aspect ratio box: the width, then the height of a pixel.
 _MP4_PIXEL = re.compile(rb"\0\0\0\x10pasp(....)(....)", re.DOTALL)
-# An hour takes one MiB or two.
+# One hour of video takes 1 to 2 MiB.
 _LONGEST_MOVIE_HEADER = 2**26
 _FLV_TAGS = (8, 9, 18)
 _OGG_LONGEST_PAGE, _OGG_END_OF_STREAM = 27 + 255 + 255 * 255, 4
@@ -90,12 +93,12 @@ _OGG_LONGEST_PAGE, _OGG_END_OF_STREAM = 27 + 255 + 255 * 255, 4
 
 @dataclass(frozen=True)
 class Container:
-    """A kind of video file.
+    """A video file format.
 
     Fields:
-        name: for messages.
-        start: how its files begin.
-        needed: returns how long a file of this size has to be at least; None if the container does not tell.
+        name: name used in messages.
+        start: pattern of a file's first bytes.
+        needed: returns the least size that a file of the given size must have; None if the format stores no sizes.
     """
 
     name: str
@@ -104,22 +107,22 @@ class Container:
 
 
 def container_of(head: bytes) -> Container | None:
-    """Return the container whose files begin like this, or None."""
+    """Return the container that a file with these first bytes has, or None."""
     return next((container for container in CONTAINERS if container.start.match(head)), None)
 
 
 def is_text(head: bytes) -> bool:
-    """Return whether a file is text, and not a picture that begins with text."""
+    """Return whether a file is text. Picture formats that begin with text do not count."""
     return set(head[:_TEXT_BYTES]) <= _TEXT and not _PICTURE_TEXT.match(head)
 
 
 def lists_files(head: bytes) -> bool:
-    """Return whether FFmpeg might take a file for a list of others, by its first PROBED_BYTES."""
+    """Return whether FFmpeg might read a file as a list of other files, given its first PROBED_BYTES."""
     return bool(_LIST.search(head.partition(b"\0")[0]))
 
 
 def name_content(head: bytes) -> tuple[str, str] | None:
-    """Return what a file is that Pillow cannot open, with what to do about it; None if it is not known."""
+    """Return what a file that Pillow cannot open is, and what to do about it; None if it is unknown."""
     if known := _first_match((*_OTHERS, *_PICTURES), head):
         return known
     container = container_of(head)
@@ -127,7 +130,7 @@ def name_content(head: bytes) -> tuple[str, str] | None:
 
 
 def name_other(head: bytes) -> tuple[str, str] | None:
-    """Return what a file is that is not a video, with what to do about it; None if it is not known."""
+    """Return what a file that is not a video is, and what to do about it; None if it is unknown."""
     if lists_files(head):
         return "a playlist", "fetch the video that it names"
     if known := _first_match(_OTHERS, head):
@@ -143,13 +146,13 @@ def _first_match(contents: tuple[tuple[bytes, str, str], ...], head: bytes) -> t
 
 
 def pixel_aspect(file: BinaryIO, size: int, width: int, height: int) -> float | None:
-    """Return how many times as wide as high pixels are shown by what a container states; None if it does not.
+    """Return the pixel aspect ratio (width / height) that a container states, or None.
 
-    VP8, VP9 and AV1 state it nowhere else. Players believe the container rather than the stream.
+    For VP8, VP9 and AV1, only the container states it. Players trust the container over the stream.
 
     Args:
-        size: of the file.
-        width, height: of the frames as they are stored, not turned.
+        size: size of the file in bytes.
+        width, height: size of the stored frames, before rotation.
     """
     head = file.read(HEAD_BYTES)
     if head.startswith(b"\x1aE\xdf\xa3"):
@@ -169,7 +172,7 @@ def _numbers(match: re.Match[bytes] | None, order: Literal["big", "little"]) -> 
 
 
 def _movie_header(file: BinaryIO, size: int) -> bytes:
-    """Return the box of an MP4 file that describes it; empty if there is none."""
+    """Return the `moov` box of an MP4 file; empty if there is none."""
     at = 0
     while at < size:
         file.seek(at)
@@ -183,12 +186,12 @@ def _movie_header(file: BinaryIO, size: int) -> bytes:
 
 
 def _walk(file: BinaryIO, size: int, measure: Callable[[bytes, int], int | None], at: int = 0) -> int:
-    """Return where the last chunk ends that begins in the file.
+    """Return the end offset of the last chunk that begins inside the file.
 
     Args:
-        measure: returns the length of a chunk by its first bytes and by the number of bytes that are left; None if no
-            chunk begins there, as in tags that some programs append.
-        at: where the first chunk begins.
+        measure: returns a chunk's length from its first bytes and the number of remaining bytes; None if no chunk
+            begins there, as in tags that some programs append.
+        at: offset of the first chunk.
     """
     while at < size:
         file.seek(at)
@@ -200,17 +203,20 @@ def _walk(file: BinaryIO, size: int, measure: Callable[[bytes, int], int | None]
 
 
 def _box(head: bytes, left: int) -> int | None:
-    """Measure a box of MP4: 4 bytes of size, 4 of type; size 1 means that 8 bytes of size follow, 0 the whole file."""
+    """Measure an MP4 box: 4 bytes of size, 4 of type.
+
+    With size 1, 8 bytes of size follow. With size 0, the box extends to the end of the file.
+    """
     length = int.from_bytes(head[:4], "big")
     if length == 1:
         length = int.from_bytes(head[8:16], "big")
-    # What does not fit is a tag behind the last box, unless its type is known.
+    # A box that does not fit is a tag after the last box, unless its type is known.
     return length if length >= 8 and (length <= left or head[4:8] in _BOXES) else None
 
 
 def _element(head: bytes, left: int) -> int | None:
-    """Measure an element of Matroska. One of unknown size is entered: it counts no more than its header."""
-    # The zero bits ahead of the first one tell how many bytes follow, of the name and of the size.
+    """Measure a Matroska element. An element of unknown size is entered, so only its header counts."""
+    # The number of leading zero bits is the number of bytes that follow, both for the name and for the size.
     name = head[: 9 - head[0].bit_length()]
     first = head[len(name)] if len(head) > len(name) else 0
     width = 9 - first.bit_length()
@@ -223,16 +229,16 @@ def _element(head: bytes, left: int) -> int | None:
 
 
 def _riff_chunk(head: bytes, left: int) -> int | None:
-    """Measure a chunk of AVI or WebP, in which files above 1 GiB have several of the name RIFF.
+    """Measure an AVI or WebP chunk. Files above 1 GiB have several chunks named RIFF.
 
-    Programs that cannot go back leave 0 or the highest number as the size of a list; it is entered, to its chunks.
+    Programs that cannot go back leave 0 or the highest number as the size of a list. Such a list is entered.
     """
     length = int.from_bytes(head[4:8], "little")
     if head[:4] in (b"RIFF", b"LIST") and length in (0, 2**32 - 1):
         return 12
     length += 8 + length % 2
     if head[:4] == b"RIFF" and left < length <= left + 9:
-        # Some programs count the 8 bytes of the header too, or a byte of padding that they do not write.
+        # Some programs also count the 8 header bytes, or a padding byte that they do not write.
         return left
     return length if _RIFF_CHUNK.match(head) else None
 
@@ -243,7 +249,7 @@ def _asf_object(head: bytes, left: int) -> int | None:
 
 
 def _asf_needed(file: BinaryIO, size: int) -> int:
-    """Measure an ASF file by its objects, unless a flag in its header says that it was broadcast, without sizes."""
+    """Measure an ASF file by its objects, unless a flag in its header marks it as broadcast, that is without sizes."""
     file.seek(0)
     head = file.read(HEAD_BYTES)
     flags = head.find(_ASF_PROPERTIES) + _ASF_FLAGS_AT
@@ -253,7 +259,8 @@ def _asf_needed(file: BinaryIO, size: int) -> int:
 
 def _flv_needed(file: BinaryIO, size: int) -> int:
     file.seek(5)
-    # Before the first tag and after each stand 4 bytes with the length of the tag before; the last ones may be missing.
+    # The 4 bytes before the first tag and after each tag hold the length of the previous tag. The last 4 may be
+    # missing.
     return _walk(file, size, _flv_tag, int.from_bytes(file.read(4), "big") + 4)
 
 
@@ -263,7 +270,7 @@ def _flv_tag(head: bytes, left: int) -> int | None:
 
 
 def _mxf_packet(head: bytes, left: int) -> int | None:
-    """Measure a packet of MXF: a key of 16 bytes, and its size in one byte or in as many as its lower 7 bits say."""
+    """Measure an MXF packet: a 16-byte key, then its size in one byte, or in as many bytes as the low 7 bits state."""
     if not head.startswith(b"\x06\x0e\x2b\x34"):
         return None
     if len(head) < 17:
@@ -283,7 +290,7 @@ def _png_chunk(head: bytes, left: int) -> int | None:
 
 
 def _gif_needed(file: BinaryIO, size: int) -> int:
-    """Walk the blocks of a GIF to the byte that ends it."""
+    """Walk the blocks of a GIF to its trailer byte."""
 
     def palette(flags: bytes) -> int:
         return 3 * 2 ** ((flags[0] & 7) + 1) if flags and flags[0] & 128 else 0
@@ -296,7 +303,7 @@ def _gif_needed(file: BinaryIO, size: int) -> int:
         if head[:1] not in (b"!", b","):
             return at + 1 if head[:1] == b";" else 0
         file.seek(at + (2 if head[:1] == b"!" else 11 + palette(head[9:10])))
-        # Parts of up to 255 bytes, each behind its length; the last has the length 0.
+        # Sub-blocks of up to 255 bytes, each after its length. The last one has length 0.
         while length := int.from_bytes(file.read(1), "big"):
             file.seek(length, 1)
         at = file.tell()
@@ -304,7 +311,7 @@ def _gif_needed(file: BinaryIO, size: int) -> int:
 
 
 def _ogg_needed(file: BinaryIO, size: int) -> int:
-    """The last page of an Ogg file is marked as the last of its stream."""
+    """Return the size of an Ogg file; one more byte if its last page is not marked as the end of its stream."""
     start = max(0, size - 2 * _OGG_LONGEST_PAGE)
     file.seek(start)
     tail = file.read()
@@ -312,7 +319,7 @@ def _ogg_needed(file: BinaryIO, size: int) -> int:
     page = tail[at:] if at >= 0 else b""
     if len(page) < 27 or not page[5] & _OGG_END_OF_STREAM:
         return size + 1
-    # A page is 27 bytes, the lengths of its parts, and the parts.
+    # A page is 27 bytes, the segment lengths, and the segments.
     lengths = page[27 : 27 + page[26]]
     return start + at + 27 + page[26] + sum(lengths)
 
@@ -322,7 +329,7 @@ def _container(name: str, start: bytes, needed: Callable[[BinaryIO, int], int] |
 
 
 CONTAINERS = (
-    # Old MOV files have no `ftyp`. Words that a text may hold are boxes only behind a size below 16 MiB.
+    # Old MOV files have no `ftyp`. Words that may occur in a text count as boxes only after a size below 16 MiB.
     _container(
         "an MP4 or MOV video",
         rb".{4}(ftyp|moov|moof|mdat|styp|sidx|jP  )|\0.{3}(free|skip|wide|uuid|pnot)",
@@ -345,8 +352,8 @@ CONTAINERS = (
     _container("a WTV recording", rb"\xb7\xd8\0 7I\xda\x11"),
     _container("a program stream", rb"\0\0\x01\xba"),
     _container("a GXF video", rb"\0\0\0\0\x01\xbc"),
-    # Streams without a container: start codes of MPEG-1 to MPEG-4, H.264 and H.265, and AV1's first unit.
+    # Streams without a container: start codes of MPEG-1 to MPEG-4, H.264 and H.265, and the first unit of AV1.
     _container(RAW_STREAM, rb"\0{2,3}\x01[^\0]|\x12\0\x0a"),
-    # Packets of 188 bytes, with 4 more ahead of each on Blu-ray, or 16 behind it for error correction.
+    # Packets of 188 bytes. Blu-ray adds 4 bytes before each packet, error correction adds 16 bytes after it.
     _container("a transport stream", rb".{0,203}?G((.{187}G){2}|(.{191}G){2}|(.{203}G){2})"),
 )

@@ -1,32 +1,32 @@
-"""Records of other trainers' question files, turned into ours.
+"""Convert question records of other trainers to this package's schema.
 
 ========  =====================================================  ===================================================
 format    keys                                                   task type
 ========  =====================================================  ===================================================
-ms-swift  `messages` (role, content as text or parts), or        key `task_type`, else by the answer
+ms-swift  `messages` (role, content as text or parts), or        key `task_type`, otherwise from the answer
           `query` and `response`; `videos` | `images`
-llava     `conversations` (from, value), `video` | `image`       key `task_type`, else by the answer
-video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`, else by the answer
+llava     `conversations` (from, value), `video` | `image`       key `task_type`, otherwise from the answer
+video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`, otherwise from the answer
           `path` with `data_type` (Video-R1), or in `videos`,
           `images` (EasyR1, EasyVideoR1), `image_path`;
           `solution` | `answer`
 ========  =====================================================  ===================================================
 
-A record that names no task type gets one from its options and its answer, unless `data.task_type` names one
-(`task_types`); the summary at the start counts them (`meta["inferred"]`). Options that stand as a list in the question
-(`A. tea`, `B. milk`, one a line) are the options of a record that has none of its own. A letter alone does not
-make a question mcq: without options it might be a letter on a sign. Yes/no questions (`boolean`) are mcq, with Yes and
-No as their options where the record has none. What no task type can grade (tracking, code, a formula) is an
-error.
+A record without a task type gets one from its options and its answer, unless `data.task_type` names one (see
+`task_types`). The summary at the start counts these records (`meta["inferred"]`). If a record has no options of its
+own, a list of options in the question (`A. tea`, `B. milk`, one per line) is used. A letter alone does not make a
+question mcq: without options, it might be a letter on a sign. Yes/no questions (`boolean`) are mcq, with the options
+Yes and No if the record has none. Questions that no task type can grade (tracking, code, a formula) are errors.
 
-The answer is the key `answer` or `solution`, else the assistant's turn, and an error where both have one and they
-differ; where it holds one `<answer>…</answer>`, the
-text inside. The extra keys `task_type`, `options`, `duration`, `system` and `id` are read where a record has them; null
-is the same as a missing key; other keys are kept in `meta["source"]`. Two keys of one meaning have to agree: a record
-that gives its media, its answer, its task type or its system text twice and differently is an error, and so are the
-keys of two formats and more than one user turn. Ids: `id` (Video-R1: `problem_id`), else "<file stem>-<index from 0>",
-which the summary at the start counts (`meta["id_by_position"]`).
-Video-R1's regression questions are graded like every numeric one: choose `teacher.numeric_metric=mra` for them.
+The answer is the key `answer` or `solution`, otherwise the assistant's turn. If both exist and differ, the record is an
+error. If the answer contains exactly one `<answer>…</answer>`, only the text inside is used. The optional keys
+`task_type`, `options`, `duration`, `system` and `id` are read from every format. A null value counts as a missing key.
+All other keys are kept in `meta["source"]`. Keys with the same meaning must agree: a record that states its media,
+answer, task type or system text twice with different values is an error. Keys of two formats and more than one user
+turn are errors too. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the summary
+at the start counts (`meta["id_by_position"]`).
+
+Video-R1's regression questions are graded as numeric questions. Set `teacher.numeric_metric=mra` for them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rmsd_fast.data.task_types import (
 from rmsd_fast.method.answers import bare_options, parse_answer_body
 from rmsd_fast.method.quality import fold_text
 
-# Keys that tell a format, in this order.
+# Keys that identify a format, tried in this order.
 RECORD_KEYS = {
     "messages": "ms-swift",
     "query": "ms-swift",
@@ -77,7 +77,7 @@ _PROBLEM_TYPES = {
     "math": _MATH,
     "mathematics": _MATH,
 }
-# What a problem type that is no task type may turn out to be.
+# Task types that a problem type which is not a task type itself may stand for.
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system")
@@ -87,17 +87,17 @@ Converted = tuple[dict[str, Any], dict[str, str]]
 
 
 def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without the keys whose value is null, as tables fill them in."""
+    """Return a record without the keys whose value is null, which tables add."""
     return {key: value for key, value in record.items() if value is not None}
 
 
 def detect_format(record: dict[str, Any], where: str) -> str:
-    """The format that a record's keys belong to.
+    """Return the format that a record's keys belong to.
 
     Args:
-        record: as it was read, nulls included.
+        record: the record as read, including nulls.
     Raises:
-        DataError: none fits, or the key that tells it is null.
+        DataError: no format fits, or the key that identifies the format is null.
     """
     if format := _format_of(record):
         return format
@@ -106,8 +106,8 @@ def detect_format(record: dict[str, Any], where: str) -> str:
         raise DataError.at(where, name, "the question", None, "add it, or remove the record")
     if "prompt" in record:
         raise DataError(
-            f"{where}: expected one of the formats that are read, got the keys {', '.join(map(repr, record))}, as verl "
-            "writes them; rename 'prompt' to 'messages', and write the ground truth of 'reward_model' under 'solution'"
+            f"{where}: expected a supported format, got the keys {', '.join(map(repr, record))}, as verl writes them; "
+            "rename 'prompt' to 'messages', and write the ground truth of 'reward_model' under 'solution'"
         )
     raise DataError(
         f"{where}: expected a key 'question' (our format), 'messages' or 'query' (ms-swift), 'conversations' (llava) "
@@ -117,18 +117,18 @@ def detect_format(record: dict[str, Any], where: str) -> str:
 
 
 def check_format(record: dict[str, Any], format: str, where: str, *, named: bool) -> None:
-    """Refuse a record whose keys tell another format than that in which its file is read.
+    """Raise DataError if a record's keys identify another format than that of its file.
 
     Args:
-        named: the setting names the format; otherwise the first record tells it.
+        named: whether the setting names the format; otherwise the first record determines it.
     """
     looks = _format_of(record)
     has_its_own = any(record.get(key) is not None for key, other in RECORD_KEYS.items() if other == format)
     if looks and looks != format and not has_its_own:
-        why = f"data.format={format}" if named else "by its first record"
+        why = f"data.format={format}" if named else "the format of the first record"
         raise DataError(
-            f"{where}: expected a record of the format {format}, in which the file is read ({why}), got one that looks "
-            f"like {looks}; give each format a file of its own"
+            f"{where}: expected a record of the format {format} ({why}), got one that looks like {looks}; "
+            "use a separate file for each format"
         )
 
 
@@ -137,22 +137,22 @@ def _format_of(record: dict[str, Any]) -> str | None:
 
 
 def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, task_type: str = "auto") -> Converted:
-    """A record in our schema, not yet checked, and what its source calls our fields (for messages).
+    """Return a record in this package's schema, not yet checked, and the source's names of the fields for messages.
 
     Args:
-        record: without nulls.
-        task_type: of a record that names none; "auto" = by its options and answer.
+        record: the record without nulls.
+        task_type: task type of a record that names none; "auto" infers it from options and answer.
     Raises:
-        DataError: the record lacks what its format promises, or holds what cannot be used.
+        DataError: the record lacks required keys of its format, or holds a value that cannot be used.
     """
     first, *others = [key for key in RECORD_KEYS if record.get(key) not in (None, [], "")] or [""]
     if others:
-        raise DataError.at(where, others[0], f"none beside '{first}'", record[others[0]], "keep one of the two")
+        raise DataError.at(where, others[0], f"no value next to '{first}'", record[others[0]], "keep one of the two")
     if format == "rmsd":
-        return _own(record, where)
+        return _convert_own(record, where)
     for key in ("audios", "audio"):
         if record.get(key):
-            raise DataError.at(where, key, "videos and images only", record[key], "leave such questions out")
+            raise DataError.at(where, key, "only videos and images", record[key], "leave such questions out")
     if format == "video-r1":
         raw, names, used = _problem(record, where)
     else:
@@ -164,7 +164,7 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
     reply = raw.pop("reply", None)
     meta |= _settle_task(raw, names, where, task_type, prose=format != "video-r1")
     if reply is not None and _meaning(reply, raw) != _meaning(raw["answer"], raw):
-        expected = f"an answer in it that is the same as '{names['answer']}' ({raw['answer']!r:.60}), or none"
+        expected = f"no answer in it, or the same as '{names['answer']}' ({raw['answer']!r:.60})"
         raise DataError.at(where, names["reply"], expected, reply, "keep one of the two")
     others = {key: value for key, value in record.items() if key not in used}
     raw["meta"] = meta | ({"source": others} if others else {})
@@ -174,10 +174,10 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
 def _settle_task(
     raw: dict[str, Any], names: dict[str, str], where: str, task_type: str, *, prose: bool
 ) -> dict[str, bool]:
-    """Fill task type, options and answer as far as they follow from each other; what the record's meta says of it.
+    """Infer task type, options and answer from each other where one is missing; return notes for the record's meta.
 
     Args:
-        prose: the answer is a reply, in which "A. tea is poured" names a letter.
+        prose: whether the answer is a reply, in which "A. tea is poured" names a letter.
     """
     listed = None if raw.get("options") else find_options(raw["question"])
     options = raw.get("options") or (listed[1] if listed else [])
@@ -193,8 +193,8 @@ def _settle_task(
         )
         by_answer = "mcq" if is_choice else infer_task(answer)
         if task == _MATH and by_answer not in ("mcq", "numeric"):
-            expected = "a number, or the letter of an option that the record shows, since its type is math"
-            todo = "write it so, without signs of formulas, or leave the record out"
+            expected = "a number, or the letter of an option in the record, since its type is math"
+            todo = "write it in this form, without formula markup, or leave the record out"
             raise DataError.at(where, names["answer"], expected, answer, todo)
         task = by_answer
     if task == _YES_NO:
@@ -208,13 +208,13 @@ def _settle_task(
     if task == "mcq" and listed:
         raw["question"], raw["options"] = listed
     if task == "mcq" and prose and (letter := letter_of_reply(answer, options)):
-        # With its text, since options may be letters themselves.
+        # The text is included because options may be letters themselves.
         raw["answer"] = f"{letter}. {bare_options(options)[ord(letter) - ord('A')]}"
     return {"inferred": True} if inferred else {}
 
 
 def _meaning(answer: object, raw: dict[str, Any]) -> object:
-    """What two spellings of one answer have in common: "B" and "B. milk", 2 and "2"."""
+    """Return a value that is equal for all spellings of an answer: "B" and "B. milk", 2 and "2"."""
     options = raw.get("options") or None
     options = list(options.values()) if isinstance(options, dict) else options
     if raw["task_type"] == "mcq" and options and (letter := letter_of_reply(answer, options)):
@@ -222,16 +222,16 @@ def _meaning(answer: object, raw: dict[str, Any]) -> object:
     try:
         value = parse_answer_body(read_ground_truth(answer, raw["task_type"], options), raw["task_type"], options)
         return fold_text(value) if isinstance(value, str) else value
-    # Another task type's, or options of a wrong kind: told when the record is checked.
+    # The answer fits another task type, or the options have a wrong type. The check of the record reports it.
     except (GroundTruthError, TypeError, ValueError):
         return fold_text(str(answer))
 
 
-def _own(record: dict[str, Any], where: str) -> Converted:
-    """Our own format, with `video` for `videos` and one path in place of a list."""
+def _convert_own(record: dict[str, Any], where: str) -> Converted:
+    """Convert a record in this package's own format; `video` may stand for `videos`, and a path for a list."""
     names = {}
     for ours, other in (("videos", "video"), ("images", "image")):
-        name = _the_one(record, (ours, other), where, _listed)
+        name = _agreed_key(record, (ours, other), where, _listed)
         values = _listed(record[name]) if name else []
         record = {key: value for key, value in record.items() if key not in (ours, other)}
         if name:
@@ -240,15 +240,15 @@ def _own(record: dict[str, Any], where: str) -> Converted:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Media as a list: one path alone is a list of it."""
+    """Return media as a list; a single path becomes a list of one."""
     return value if isinstance(value, list) else [value]
 
 
-def _the_one(record: dict[str, Any], keys: tuple[str, ...], where: str, read=lambda value: value) -> str | None:
-    """The first of several keys of one meaning that a record has.
+def _agreed_key(record: dict[str, Any], keys: tuple[str, ...], where: str, read=lambda value: value) -> str | None:
+    """Return the first key that a record has, of several keys with the same meaning.
 
     Raises:
-        DataError: it has two of them, and what `read` makes of their values differs.
+        DataError: the record has two of them, and the values returned by `read` differ.
     """
     present = [key for key in keys if record.get(key) not in (None, [], "")]
     for key in present[1:]:
@@ -268,7 +268,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
         turns = [{speaker_key: "user", text_key: record["query"]}]
         turns += [{speaker_key: "assistant", text_key: record["response"]}] if "response" in record else []
     elif "response" in record:
-        raise DataError.at(where, "response", f"none beside '{key}'", record["response"], "keep one of the two")
+        raise DataError.at(where, "response", f"no value next to '{key}'", record["response"], "keep one of the two")
     if record.get("history"):
         raise DataError.at(where, "history", "one question and its answer", record["history"], _SPLIT_TURNS)
     if not isinstance(turns, list):
@@ -277,19 +277,19 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
     system, question, reply = _turns(turns, where, key, (speaker_key, text_key), media)
     raw: dict[str, Any] = {"question": question}
     for ours, other in (("videos", "video"), ("images", "image")):
-        name = _the_one(record, (ours, other), where, _listed)
+        name = _agreed_key(record, (ours, other), where, _listed)
         if name and media[ours] and _listed(record[name]) != media[ours]:
             raise DataError.at(
-                where, name, f"the files in the parts of '{key}', or none", record[name], "give them once"
+                where, name, f"no files, or those in the parts of '{key}'", record[name], "list them only once"
             )
         if name or media[ours]:
             raw[ours] = _listed(record[name]) if name else media[ours]
             names[ours] = name or key
         used |= {ours, other}
     if "<bbox>" in question + (reply or "") or "<ref-object>" in question + (reply or ""):
-        todo = "write the numbers of 'objects' into the text"
+        todo = "write the numbers from 'objects' into the text"
         raise DataError.at(where, key, "boxes as numbers", "marks <bbox> or <ref-object>", todo)
-    name = _the_one(record, ("answer", "solution"), where, _inside_answer)
+    name = _agreed_key(record, ("answer", "solution"), where, _inside_answer)
     names["answer"] = name or names["reply"]
     reply = _inside_answer(reply)
     raw["answer"] = _inside_answer(record[name]) if name else reply
@@ -297,7 +297,7 @@ def _chat(record: dict[str, Any], where: str, key: str) -> tuple[dict[str, Any],
         raw["reply"] = reply
     raw |= {name: record[name] for name in ("id", "task_type", *_EXTRA) if name in record}
     if system:
-        _the_one({"system": record.get("system"), key: system}, ("system", key), where, _stripped)
+        _agreed_key({"system": record.get("system"), key: system}, ("system", key), where, _stripped)
         raw.setdefault("system", system)
     return raw, names, used
 
@@ -309,7 +309,7 @@ def _stripped(value: Any) -> Any:
 def _turns(
     turns: list[Any], where: str, key: str, turn_keys: tuple[str, str], media: dict[str, list[Any]]
 ) -> tuple[str | None, str, str | None]:
-    """System text, the user's text, the assistant's text. Media of content parts go into `media`."""
+    """Return the system text, the user's text and the assistant's text. Media of content parts are added to `media`."""
     speaker_key, text_key = turn_keys
     system, users, replies = [], [], []
     for index, turn in enumerate(turns):
@@ -329,7 +329,7 @@ def _turns(
         elif speaker in _ASSISTANT:
             replies.append(text)
         else:
-            expected = f"{speaker_key!r} to be system, {' or '.join(_USER)}, {' or '.join(_ASSISTANT)}"
+            expected = f"{speaker_key!r} to be one of system, {', '.join(_USER)}, {', '.join(_ASSISTANT)}"
             raise DataError.at(where, f"{name}.{speaker_key}", expected, speaker, "fix the turn")
     if len(users) != 1 or len(replies) > 1:
         got = f"{len(users)} user and {len(replies)} assistant turns"
@@ -340,16 +340,16 @@ def _turns(
 
 
 def _part(part: Any, where: str, name: str, media: dict[str, list[Any]]) -> str:
-    """The text of one content part; a medium leaves its mark."""
+    """Return the text of one content part. For a medium, this is its mark."""
     if isinstance(part, dict):
-        # Tables give every part the keys of all of them.
+        # Tables give every part the keys of all parts.
         part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if kind in ("video", "image") and kind in part:
         if unknown := sorted(set(part) - {"type", kind, "video_start", "video_end"}):
-            todo = "set frames and pixels for the whole run (video.*) and remove it"
+            todo = "set frames and pixels for the whole run (video.*) and remove the key"
             raise DataError.at(
                 where, f"{name}.{unknown[0]}", f"type, {kind}, video_start and video_end", unknown[0], todo
             )
@@ -367,13 +367,13 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         raise DataError.at(where, "problem", "the question's text", problem, "add it")
     names = {"question": "problem", "kind": "problem_type"}
     used = {"problem", "data_type", "solution", "answer", "path", "task_type", *_EXTRA}
-    names["answer"] = _the_one(record, ("solution", "answer"), where, _inside_answer) or "solution"
+    names["answer"] = _agreed_key(record, ("solution", "answer"), where, _inside_answer) or "solution"
     answer = record.get(names["answer"])
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
         raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
     raw: dict[str, Any] = {"question": problem, "answer": _inside_answer(answer)}
     raw |= {name: record[name] for name in _EXTRA if name in record}
-    # An `id` beside `problem_id` counts something else, and is kept in the meta.
+    # If there is a `problem_id`, `id` counts something else, and is kept in the meta.
     names["id"] = "problem_id" if "problem_id" in record else "id"
     if names["id"] in record:
         raw["id"] = record[names["id"]]
@@ -383,12 +383,14 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     has_media = any(record.get(key) for key in (*keys["videos"], *keys["images"]))
     if "path" in record or not has_media:
         if data_type not in ("video", "image"):
-            raise DataError.at(where, "data_type", "'video' or 'image'", data_type, "say what the file at 'path' is")
+            raise DataError.at(
+                where, "data_type", "'video' or 'image'", data_type, "state the type of the file at 'path'"
+            )
         if not record.get("path"):
             raise DataError.at(where, "path", "paths of media", record.get("path"), "add it")
         keys[f"{data_type}s"] = ("path", *keys[f"{data_type}s"])
     for ours, theirs in keys.items():
-        if name := _the_one(record, theirs, where, _listed):
+        if name := _agreed_key(record, theirs, where, _listed):
             raw[ours], names[ours] = _listed(record[name]), name
     if task := _task_of(kind, record.get("task_type"), where):
         raw["task_type"] = task
@@ -396,10 +398,10 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
 
 
 def _task_of(kind: object, named: object, where: str) -> object:
-    """The task type of a record with this `problem_type` and `task_type`; None where it has neither.
+    """Return the task type of a record with this `problem_type` and `task_type`; None if it has neither.
 
     Raises:
-        DataError: the two differ, or there is only a `problem_type`, and it has no task type.
+        DataError: the two differ, or the record has only a `problem_type` that maps to no task type.
     """
     task = _PROBLEM_TYPES.get(" ".join(re.split(r"[\s_-]+", kind.strip().lower()))) if isinstance(kind, str) else None
     if kind is None or (task is None and named is not None):
@@ -409,7 +411,7 @@ def _task_of(kind: object, named: object, where: str) -> object:
     if named is not None and named not in _TASKS_OF.get(task, (task,)):
         expected = f"the task type of its 'problem_type' {kind!r:.60}, {' or '.join(_TASKS_OF.get(task, (task,)))}"
         raise DataError.at(where, "task_type", expected, named, "keep one of the two")
-    # Yes/no questions may need their options.
+    # Yes/no questions may need their options set.
     return named if named is not None and task != _YES_NO else task
 
 
@@ -418,11 +420,12 @@ def _no_task(where: str, name: str, kind: object) -> DataError:
         "one of multiple choice, numerical, regression, OCR, free-form, open-ended, temporal grounding, spatial "
         "grounding, boolean, math (a letter or a number)"
     )
-    return DataError.at(where, name, expected, kind, "leave out what no task type can grade, or name the type")
+    todo = "leave out questions that no task type can grade, or name the type"
+    return DataError.at(where, name, expected, kind, todo)
 
 
 def _inside_answer(text: Any) -> Any:
-    """The text inside one `<answer>…</answer>`; anything else as it is, and nothing for an empty text."""
+    """Return the text inside one `<answer>…</answer>`, None for an empty text, and anything else unchanged."""
     if not isinstance(text, str):
         return text
     blocks = _ANSWER.findall(text)

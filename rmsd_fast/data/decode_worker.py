@@ -1,9 +1,9 @@
-"""Processes that read media files and can be killed: a file that hangs or crashes a decoder costs one sample, no run.
+"""Processes that read media files and can be killed: a decoder that hangs or crashes costs one sample, not the run.
 
 `ForkServer` starts one process, which imports torch and torchcodec once and forks workers on demand (10 ms each; a new
-interpreter takes 2 s). A `Worker` serves one thread. It sends back a description of the frames and the descriptor of
-an anonymous piece of memory that holds the pixels, so they are never copied and /dev/shm is not needed. When the
-process that started them ends, however it ends, the workers do.
+interpreter takes 2 s). A `Worker` serves one thread. It returns a description of the frames and the file descriptor of
+the anonymous memory that holds the pixels, so pixels are never copied and /dev/shm is not needed. The workers end when
+the process that started them ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Signals to all processes of a job are for the program, also while this one imports. Without the program it ends.
+# Signals sent to all processes of a job are meant for the program, even during the imports here. Without the program,
+# this process ends.
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -50,17 +51,20 @@ from rmsd_fast.data.video import (
 from rmsd_fast.process import end_with_parent
 from rmsd_kernels import native
 
-# For the first answer of a worker: the fork server may still be importing, on a busy machine or a slow disk.
+# Time limit for a worker's first answer. The fork server may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
-# Memory that a worker may take for itself beside what it starts with. The frames that it gives back do not count.
-# 4K video takes some hundred MiB, the largest picture that is read 1.5 GiB.
+# Memory that a worker may allocate on top of what it starts with. Frames that it returns do not count. 4K video takes
+# some hundred MiB, the largest accepted picture 1.5 GiB.
 MOST_MEMORY_BYTES = 4 * 2**30
-# A worker is replaced after so many answers: decoders and allocators that hold on to memory stay bounded.
+# A worker is replaced after this many answers, to bound the memory that decoders and allocators hold on to.
 MOST_ANSWERS = 200
 
 
 class WorkerLost(MediaError):
-    """The worker is gone and has to be replaced: killed after its time, or ended by itself. timed_out tells which."""
+    """The worker is gone and must be replaced.
+
+    `timed_out` tells whether it was killed at the time limit or ended by itself.
+    """
 
     def __init__(self, message: str, *, timed_out: bool):
         super().__init__(message)
@@ -68,7 +72,7 @@ class WorkerLost(MediaError):
 
 
 class NotStarted(RuntimeError):
-    """The worker ended before its first answer, or never came. The file is not the reason."""
+    """The worker ended before its first answer, or never started. The file is not the reason."""
 
 
 class ForkServer:
@@ -77,7 +81,8 @@ class ForkServer:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
-        # One thread each: there are as many workers as are wanted, and a process with threads cannot be forked safely.
+        # Each worker has one thread: there are as many workers as needed, and a process with threads cannot be forked
+        # safely.
         quiet = {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
@@ -89,14 +94,17 @@ class ForkServer:
             [sys.executable, "-m", "rmsd_fast.data.decode_worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            # A Ctrl-C is for the program, which then closes its workers.
+            # Ctrl-C is meant for the program, which then closes its workers.
             start_new_session=True,
             env={**os.environ, **quiet, **path},
         )
         theirs.close()
 
     def worker(self) -> Worker:
-        """A new worker, at once; it answers as soon as the fork server has started, or is lost if that has ended."""
+        """Return a new worker without waiting.
+
+        It answers after the fork server has started, and is lost if the fork server has ended.
+        """
         ours, theirs = socket.socketpair()
         with self._lock, contextlib.suppress(OSError):
             socket.send_fds(self._control, [b"w"], [theirs.fileno()])
@@ -108,14 +116,14 @@ class ForkServer:
         return self.process.poll() is None
 
     def close(self) -> None:
-        """End the fork server, and its workers with it."""
+        """End the fork server and its workers."""
         self._control.close()
         self.process.kill()
         self.process.wait()
 
 
 class Worker:
-    """This side of one worker process. For one thread at a time; `kill` may come from any."""
+    """The parent's side of one worker process. Use it from one thread at a time; any thread may call `kill`."""
 
     def __init__(self, ours: socket.socket, fork_server: ForkServer) -> None:
         self.fork_server = fork_server
@@ -126,42 +134,45 @@ class Worker:
         self.answers = 0
 
     def layout(self, request: MediaRequest, timeout_s: float) -> MediaLayout:
-        """`read_layout` there. Raises what it raises, WorkerLost and NotStarted."""
+        """Call `read_layout` in the worker. Raises what it raises, WorkerLost and NotStarted."""
         return self._call("layout", request, timeout_s)
 
     def digest(self, request: MediaRequest, timeout_s: float) -> str:
-        """`media_digest` there. Raises as `layout`."""
+        """Call `media_digest` in the worker. Raises as `layout`."""
         return self._call("digest", request, timeout_s)
 
     def read(self, request: MediaRequest, timeout_s: float) -> Frames:
-        """`read_media` there; the pixels lie in memory that both processes see. Raises as `layout`."""
+        """Call `read_media` in the worker; the pixels lie in memory shared by both processes. Raises as `layout`."""
         return self._call("read", request, timeout_s)
 
     def preview(self, request: PreviewRequest, timeout_s: float) -> Preview:
-        """`read_preview` there. Raises as `layout`."""
+        """Call `read_preview` in the worker. Raises as `layout`."""
         return self._call("preview", request, timeout_s)
 
     def is_there(self) -> bool:
-        """Return whether an idle worker's process is alive, which has nothing to say meanwhile."""
+        """Return whether an idle worker's process is alive and has sent nothing in the meantime."""
         try:
             return not self.lost and not self._connection.poll(0)
         except OSError:
             return False
 
     def kill(self) -> None:
-        """End the process, at once. A thread that waits for it gets a WorkerLost."""
+        """End the process immediately. A thread that waits for it gets a WorkerLost."""
         if self.pid is not None and not self.lost:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close this side; an idle process then ends by itself."""
+        """Close the parent's side. An idle process then ends by itself."""
         self.lost = True
         self._connection.close()
         self._socket.close()
 
     def _call(self, operation: str, request: MediaRequest | PreviewRequest, timeout_s: float) -> Any:
-        """The worker's answer. Whatever keeps it from being read whole ends the worker: its next one would be torn."""
+        """Return the worker's answer.
+
+        If an answer is not read completely, end the worker, because its next answer would be torn.
+        """
         if self.pid is None:
             self._start()
         try:
@@ -183,12 +194,12 @@ class Worker:
                 "question, or raise the limit",
                 timed_out=True,
             ) from error
-        # A closed socket has no descriptor to unpack.
+        # A closed socket sends no descriptor to unpack.
         except (EOFError, OSError, ValueError) as error:
             self.kill()
             self.close()
             raise WorkerLost(
-                f"{request.path}: the process that decoded it ended (a crash in the decoder, or out of memory); "
+                f"{request.path}: the decoder process ended (a crash in the decoder, or out of memory); "
                 f"{_repair(request)} or drop the question",
                 timed_out=False,
             ) from error
@@ -210,7 +221,7 @@ class Worker:
             self.pid = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
-            raise NotStarted("the process that decodes media did not start") from error
+            raise NotStarted("the decoder process did not start") from error
 
     def _wait(self, timeout_s: float) -> None:
         if not self._connection.poll(timeout_s):
@@ -218,16 +229,17 @@ class Worker:
 
 
 def _repair(request: MediaRequest | PreviewRequest) -> str:
-    """What to do about a file that the decoder hangs or crashes at. Opens nothing: its disk may be what hangs."""
+    """Return what to do if a file hangs or crashes the decoder. Opens no file, because its disk may be what hangs."""
     return (
         f"re-encode it with `{video_command(request.path, b'')}`" if request.kind == "video" else "save it again as PNG"
     )
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """uint8 tensor over the memory of a descriptor, which is closed; the memory lives as long as tensors over it.
+    """Return a uint8 tensor over the memory of a descriptor, and close the descriptor.
 
-    Not by Python's mmap, which keeps a descriptor open for each mapping: caches hold thousands.
+    The memory lives as long as any tensor over it. Python's mmap is not used because it keeps a descriptor open for
+    each mapping, and caches hold thousands of them.
     """
     try:
         path = f"/dev/fd/{descriptor}"
@@ -237,7 +249,7 @@ def _mapped(descriptor: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _anonymous_memory(size: int) -> int:
-    """Descriptor of `size` bytes that no file name leads to."""
+    """Return the descriptor of `size` bytes of memory without a file name."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("rmsd-frames")
     else:
@@ -248,17 +260,17 @@ def _anonymous_memory(size: int) -> int:
 
 
 def _serve(ours: socket.socket) -> None:
-    """A worker's life: answer requests until the other side closes."""
+    """Answer requests in a worker until the other side closes."""
     end_with_parent()
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_MEMORY_BYTES,) * 2)
-        # Where memory runs out, a file is lost rather than the run.
+        # If memory runs out, lose a file rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
-    os.nice(10)  # where the CPU trains too, training goes first (bench/results/media-demo.md)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    warnings.simplefilter("ignore")  # what libraries think of a file; what matters comes as an error
+    os.nice(10)  # if the CPU trains too, training has priority (bench/results/media-demo.md)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # exists in glibc
+    warnings.simplefilter("ignore")  # libraries warn about files; everything that matters is raised as an error
     torch.set_num_threads(1)
     connection = Connection(os.dup(ours.fileno()))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -280,7 +292,7 @@ def _serve(ours: socket.socket) -> None:
             socket.send_fds(ours, [b"p"], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        # Frames of many sizes leave holes in the heap: 150 MiB after 2,000 videos, given back in 0.2 ms.
+        # Frames of many sizes fragment the heap: 150 MiB after 2,000 videos, released in 0.2 ms.
         if trim is not None:
             trim(0)
 
@@ -288,8 +300,9 @@ def _serve(ours: socket.socket) -> None:
 def _answer(
     operation: str, request: MediaRequest | PreviewRequest, allocate: Callable[[tuple[int, ...]], torch.Tensor]
 ) -> tuple:
-    """What is sent back: ("ok", value), ("frames", (frames without pixels, shape)), ("bad" or "not now", text), or
-    ("error", it).
+    """Return the message to send.
+
+    It is ("ok", value), ("frames", (frames without pixels, shape)), ("bad" or "not now", text) or ("error", error).
     """
     try:
         if operation == "layout":
@@ -314,10 +327,10 @@ def _answer(
 
 
 def main(descriptor: int) -> None:
-    """The fork server's life: fork a worker for each descriptor that comes in."""
+    """Run the fork server: fork a worker for each descriptor that arrives."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
     control = socket.socket(fileno=descriptor)
-    # Where it cannot be loaded the first request says so.
+    # If it cannot be loaded, the first request reports it.
     with contextlib.suppress(ImportError, RuntimeError, OSError):
         import torchcodec.decoders  # noqa: F401
     native.available()
@@ -328,7 +341,7 @@ def main(descriptor: int) -> None:
         try:
             child = os.fork() == 0
         except OSError:
-            child = False  # the other side sees its worker lost
+            child = False  # the parent sees that its worker is lost
         if child:
             control.close()
             status = 1

@@ -1,4 +1,4 @@
-"""Faults of data files: where they are, what was expected, what was found, and what to do."""
+"""Errors in data files: the location, what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rmsd_fast.config import UserError
 
-# Faults of one file that a report lists.
+# Number of errors of one file that a report lists.
 SHOWN_FAULTS = 20
 
 
@@ -16,16 +16,16 @@ class DataError(UserError, ValueError):
 
     @classmethod
     def at(cls, where: str, name: str, expected: str, got: object, todo: str) -> DataError:
-        """The error in its usual words; `got` is shown shortened, None as nothing."""
+        """Build an error in the standard wording. `got` is shortened, and None is shown as nothing."""
         return cls(f"{where}: field '{name}': expected {expected}, got {short(got)}; {todo}")
 
 
 class OtherFileError(DataError):
-    """A file of another kind than was asked for, as where two were given in the wrong order: one record tells."""
+    """A file of a different kind than expected, for example if two were swapped. One record shows it."""
 
 
 def several_faults(path: Path, faults: Sequence[DataError], records: int) -> DataError:
-    """Return one error for all faults of a file."""
+    """Return one error that lists the faults of a file."""
     if len(faults) == 1:
         return faults[0]
     shown = "".join(f"\n  {fault}" for fault in faults[:SHOWN_FAULTS])
@@ -34,12 +34,12 @@ def several_faults(path: Path, faults: Sequence[DataError], records: int) -> Dat
 
 
 def all_faults(faults: Sequence[UserError]) -> UserError:
-    """Return one error for the faults of several files."""
+    """Return one error that lists the faults of several files."""
     return faults[0] if len(faults) == 1 else DataError("\n".join(str(fault) for fault in faults))
 
 
 def short(value: object) -> str:
-    """A value as an error shows it."""
+    """Return a value as errors show it."""
     if value is None:
         return "nothing"
     text = repr(value)
@@ -47,5 +47,5 @@ def short(value: object) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """`1 question`, `2,000 questions`, `2 processes` with the plural given."""
+    """Return a number with its noun: `1 question`, `2,000 questions`, or `2 processes` if the plural is given."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

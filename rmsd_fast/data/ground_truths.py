@@ -1,8 +1,8 @@
-"""Ground truths: a few strict spellings, rewritten to what belongs inside `<answer>`.
+"""Ground truths: a few strict spellings, rewritten to the text that belongs inside `<answer>`.
 
-The prose of a teacher is read leniently (`method.natural`). A ground truth decides what is right, so nothing is
-guessed: every other spelling, and what could be read in two ways, is refused with what to write instead. Around the
-closed ones may stand `\\boxed{}` or `Answer:`.
+A teacher's prose is read leniently (`method.natural`). A ground truth decides what is correct, so it is never guessed:
+any other spelling, and any text with two readings, is refused with a note on what to write instead. Closed answers may
+be wrapped in `\\boxed{}` or preceded by `Answer:`.
 
 ========  ==============================================================================================
 task      written as
@@ -39,7 +39,7 @@ _LABEL = r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s*[.:)、。]?)"
 _LETTER = re.compile(_LABEL)
 _LETTER_AND_TEXT = re.compile(rf"{_LABEL}(?:\s+|(?<=[)\].:、。]))(?:[-–—]\s+)?(\S.*)", re.DOTALL)
 _DIGITS = re.compile(r"[(\[]?\s*([0-9]+)\s*[)\].:]?")
-# In "0,125" the comma is a decimal one.
+# In "0,125" the comma is a decimal comma.
 _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _CLOCK = r"(?:[0-9]{1,2}:[0-5][0-9]:[0-5][0-9]|[0-9]{1,3}:[0-5][0-9])(?:\.[0-9]+)?"
 _TIME = rf"({_CLOCK})|([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:seconds?|secs?|s|秒))?"
@@ -51,22 +51,22 @@ _BRACKETS = {"[": "]", "(": ")"}
 
 
 class GroundTruthError(ValueError):
-    """A ground truth that is not one clear answer. The message says what to do."""
+    """A ground truth that is not one unambiguous answer. The message says what to do."""
 
 
 class CoordinatesError(GroundTruthError):
-    """A box that is spelled as one, but not in coordinates from 0 to 1000."""
+    """A box in the right spelling, but not in coordinates from 0 to 1000."""
 
 
 def read_ground_truth(value: object, task: str, options: Sequence[str] | None = None) -> str:
-    """A ground truth as it belongs inside `<answer>`.
+    """Return a ground truth as it belongs inside `<answer>`.
 
     Args:
-        value: what the record holds: text, a number, a list or an object.
+        value: the value in the record: a text, a number, a list or an object.
         task: one of TASK_TYPES.
-        options: choices of an mcq question in order, bare or labelled; None = only a letter can be read.
+        options: options of an mcq question in order, bare or labelled; None means that only a letter is accepted.
     Raises:
-        GroundTruthError: any other spelling than those above, or two ways to read it.
+        GroundTruthError: the spelling is not in the table above, or has two readings.
     """
     if task not in ("ocr", "open") and isinstance(value, str) and (wrapped := _WRAPPED.fullmatch(value.strip())):
         value = wrapped[1] or wrapped[2]
@@ -86,14 +86,13 @@ def read_ground_truth(value: object, task: str, options: Sequence[str] | None = 
 
 
 def check_times(start: float, end: float, *, duration: float | None, span: Span) -> None:
-    """Refuse an interval that the video cannot hold, since frames and stamps never reach it.
+    """Raise GroundTruthError for an interval that the video cannot contain, so that no frame or stamp reaches it.
 
     Args:
-        duration: seconds of the video, if the record names them.
-        span: the part of the video that is shown. Its bounds count in place of the duration, which might be that of
-            the part.
+        duration: duration of the video in seconds, if the record states it.
+        span: the part of the video that is shown. Its bounds replace the duration, which might be that of the part.
     Raises:
-        GroundTruthError: the interval leaves the video or its part by more than 1 s or 5%, whichever is more.
+        GroundTruthError: the interval exceeds the video or its part by more than 1 s or 5%, whichever is more.
     """
     if start < 0:
         raise GroundTruthError("times count from 0 at the start of the video")
@@ -102,7 +101,7 @@ def check_times(start: float, end: float, *, duration: float | None, span: Span)
     slack = 1.0 if high is None else max(1.0, 0.05 * (high - low))
     if span and (start < low - slack or (high is not None and end > high + slack)):
         shown = f"{low:g} s to {'its end' if high is None else f'{high:g} s'}"
-        raise GroundTruthError(f"the part shown is {shown}, and times are those of the whole file: write them so")
+        raise GroundTruthError(f"the part shown is {shown}; write times that count from the start of the whole file")
     if not span and high is not None and end > high + slack:
         raise GroundTruthError(f"the video has a duration of {high:g} s: write seconds, not frames or milliseconds")
 
@@ -125,11 +124,11 @@ def _letter(value: object, options: Sequence[str] | None) -> str:
         if letter in letters[: len(texts)] and texts[letters.index(letter)] == words:
             readings.add(letter)
     if digits := _DIGITS.fullmatch(text):
-        # A number that is an option's text as well might count the options, from 0 or from 1.
+        # A number that is also an option's text might be an index, from 0 or from 1.
         indices = [int(digits[1]) - first for first in (0, 1)] if len(digits[1]) <= 2 else []
         by_index = {letters[index] for index in indices if 0 <= index < len(texts)}
         if not readings or by_index - readings:
-            raise GroundTruthError("an index may count from 0 or from 1, write the letter")
+            raise GroundTruthError("an index may count from 0 or from 1; write the letter")
     if len(readings) == 1:
         return readings.pop()
     if not readings:
@@ -182,7 +181,7 @@ def _interval(value: object) -> str:
 
 
 def _joined(first: tuple[str | None, ...], last: tuple[str | None, ...], todo: str) -> str:
-    """Two times, each as a clock time or as seconds. In "3 to 0:05" the 3 might be minutes."""
+    """Join two times, each in clock format or in seconds. In "3 to 0:05", the 3 might be minutes."""
     if (first[0] is None) != (last[0] is None):
         raise GroundTruthError(todo)
     return f"{_seconds(*first)} to {_seconds(*last)}"
@@ -218,14 +217,14 @@ def _box(value: object) -> str:
     if box is None:
         raise GroundTruthError(todo)
     if max(box) <= 1:
-        raise CoordinatesError("coordinates from 0 to 1? Multiply them by 1000")
+        raise CoordinatesError("the coordinates seem to be from 0 to 1; multiply them by 1000")
     if max(box) > 1000 or min(box) < 0:
         raise CoordinatesError(f"{todo}: 1000 * pixels / width, 1000 * pixels / height")
     return ",".join(part.strip() for part in text.split(","))
 
 
 def _parsed_json(value: Any) -> Any:
-    """The value of a text that is a list or an object in JSON; anything else as it is."""
+    """Return the value of a text that is a JSON list or object; anything else unchanged."""
     if isinstance(value, str) and value.strip().startswith(("[", "{")):
         try:
             return json.loads(value)

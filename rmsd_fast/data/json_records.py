@@ -1,4 +1,4 @@
-"""JSON objects of a file, each with the place that an error about it names."""
+"""JSON objects of a file, each with the location that errors about it name."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Located = tuple[str, dict[str, Any] | DataError]
 
 
 class _RepeatedKey(Exception):
-    """An object has a key twice, of which json.loads would keep the last. The message names it, and what to do."""
+    """An object has the same key twice, of which json.loads would keep the last. The message says what to do."""
 
 
 def read_records(path: Path) -> Iterator[Located]:
-    """Objects of a JSONL file or of a JSON list. A line that does not parse comes as its error.
+    """Yield the objects of a JSONL file or a JSON list. A line that cannot be parsed is yielded as an error.
 
-    A list may stand alone in an object, on one line or on several: `{"data": []}`. Other keys beside it are refused,
-    since what they say about the records would be lost.
+    A list may be the only value of an object, on one line or on several: `{"data": []}`. Other keys next to it are
+    refused, because their statements about the records would be lost.
     """
     text = _read_text(path)
-    # Not splitlines(): that would also cut at U+2028, which JSON strings may hold.
+    # splitlines() would also split at U+2028, which JSON strings may contain.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("["):
         yield from _items(path, _parse_whole(path, text))
@@ -40,15 +40,15 @@ def read_records(path: Path) -> Iterator[Located]:
 
 
 def parse_record(line: str, where: str) -> dict[str, Any]:
-    """One line of JSONL as a dict; DataError otherwise."""
+    """Parse one line of JSONL as a dict. Raise DataError if it is not a JSON object."""
     try:
         record = json.loads(line, object_pairs_hook=_object)
     except _RepeatedKey as error:
         raise DataError(f"{where}: {error}") from None
-    # ValueError: JSON that does not parse, or a number of more digits than Python converts.
+    # ValueError: invalid JSON, or a number with more digits than Python converts.
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: expected one JSON object per line, got text that does not parse ({error}); fix it"
+            f"{where}: expected one JSON object per line, got text that cannot be parsed ({error}); fix it"
         ) from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, got {short(record)}; write one object per line")
@@ -66,16 +66,16 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        todo = f"convert it from its own encoding, e.g. iconv -f GB18030 -t UTF-8 {path.name} > new.jsonl"
+        todo = f"convert it from its encoding, e.g. iconv -f GB18030 -t UTF-8 {path.name} > new.jsonl"
         raise DataError(
             f"{path}: expected UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start} ({error.reason}); {todo}"
         ) from error
 
 
 def _is_one_object(lines: list[str]) -> bool:
-    """Whether a file that begins with these lines is one object: on one line, or on several.
+    """Return whether a file that begins with these lines is a single object, on one line or on several.
 
-    In JSONL with a damaged first line the second one is an object.
+    In JSONL with a damaged first line, the second line is an object by itself.
     """
     whole = [line.lstrip().startswith("{") and _parses(line) for line in lines]
     return whole == [True] or (whole == [False, False] and lines[0].lstrip().startswith("{"))
@@ -96,17 +96,17 @@ def _parse_whole(path: Path, text: str) -> Any:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise DataError(f"{path}:{line}: expected JSON, got text that does not parse ({error}); fix it") from error
+        raise DataError(f"{path}:{line}: expected JSON, got text that cannot be parsed ({error}); fix it") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of these keys and values; _RepeatedKey if a key occurs twice."""
+    """Return a JSON object with these keys and values. Raise _RepeatedKey if a key occurs twice."""
     record: dict[str, Any] = {}
     for key, value in pairs:
         if key in record:
             identity = f" in the object of id {short(record['id'])}" if "id" in record else ""
             raise _RepeatedKey(
-                f"field {key!r}: expected every key once, got {short(record[key])} and {short(value)}{identity}; "
+                f"field {key!r}: expected each key once, got {short(record[key])} and {short(value)}{identity}; "
                 "keep one of the two"
             )
         record[key] = value
@@ -114,7 +114,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Located]:
-    """The records of a file that is one object: that object, or the items of the one list of objects in it."""
+    """Yield the records of a file that is a single object: that object, or the items of its only list of objects."""
     lists = [
         value
         for value in whole.values()
@@ -126,15 +126,15 @@ def _whole_object(path: Path, line: int, whole: dict[str, Any]) -> Iterator[Loca
     others = [key for key, value in whole.items() if value is not None and value is not lists[0]]
     if others:
         raise DataError(
-            f"{path}: expected JSONL (one object per line), a JSON list or an object with one list and nothing else, "
-            f"got one object with the keys {', '.join(map(repr, whole))}; write the records one per line, with what "
-            "holds for all of them in each"
+            f"{path}: expected JSONL (one object per line), a JSON list or an object that holds only one list, "
+            f"got one object with the keys {', '.join(map(repr, whole))}; write one record per line, and repeat "
+            "shared values in each record"
         )
     yield from _items(path, lists[0])
 
 
 def _is_turn(item: dict[str, Any]) -> bool:
-    """Whether an object is a turn of a conversation, which belongs to a record and is none itself."""
+    """Return whether an object is a turn of a conversation, which is part of a record but not a record."""
     return {"role", "content"} <= set(item) or {"from", "value"} <= set(item)
 
 

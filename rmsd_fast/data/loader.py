@@ -1,7 +1,7 @@
-"""Which questions a step takes, and their prompts, decoded ahead of the step.
+"""Choose the questions of each step, and decode their prompts ahead of the step.
 
-The order is a function of (seed, stage, epoch): a position in the run is an integer, and that integer is all the state
-there is to save.
+The order is a function of (seed, stage, epoch). A position in the run is an integer, and that integer is the only state
+to save.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import Question
 
 ATTEMPTS = 20
-# Id of a question that cannot be used, and why.
+# Id of a question that cannot be used, and the reason.
 Fault = tuple[str, str]
 
 
 class TooManyBadSamples(UserError, RuntimeError):
-    """More samples than `data.max_bad_share` could not be used."""
+    """More samples than `data.max_bad_share` allows could not be used."""
 
 
 def order_position(n: int, position: int, *, seed: int, stage: str) -> int:
-    """Index of the question at a position of the endless shuffled stream over n questions."""
+    """Return the index of the question at a position of the endless shuffled stream over n questions."""
     epoch, place = divmod(position, n)
     return int(_permutation(n, seed, stage, epoch)[place])
 
@@ -42,24 +42,27 @@ def _hash(text: str) -> int:
 
 
 class PromptLoader:
-    """Prompts of a stage's steps, in an order that depends on nothing but settings.
+    """Yield the prompts of a stage's steps, in an order that depends only on settings.
 
-    A question that cannot be used is replaced by another one, chosen by a hash of its position, and named in `faults`.
+    A question that cannot be used is replaced by another one, chosen by a hash of its position, and listed in `faults`.
 
-    Threads decode the prompts of the next `ahead` steps while a step is computed, and no more than these: memory is
-    bounded by their frames, and a slow step holds decoding up. Results are taken in order, so timing changes nothing.
+    Threads decode the prompts of the next `ahead` steps while a step is computed. Their number bounds the memory of the
+    frames, because decoding waits for a slow step. Results are taken in order, so timing does not affect them.
 
     Args:
         builder: `PromptBuilder`; its media reader caches frames.
+        questions: the stage's questions.
+        stage: name of the stage.
+        seed: seed of the order.
         positions_per_step: questions per step over all processes.
         rank, size: this process takes the rank-th contiguous share of each step.
-        threads: how many prompts are built at once.
-        ahead: steps; 0 = a step's prompts are built when it asks for them.
-        max_prompt_tokens: longer prompts are unusable.
+        threads: number of prompts that are built at the same time.
+        ahead: number of steps to decode ahead; 0 builds a step's prompts when it asks for them.
+        max_prompt_tokens: longer prompts cannot be used.
 
     Attributes:
-        faults: (question id, reason) of each question that the last step passed over. Counted when a step takes them,
-            not when they are decoded ahead: they are part of what a resume repeats.
+        faults: (question id, reason) of each question that the last step skipped. They are counted when a step takes
+            them, not when they are decoded ahead, because a resumed run repeats them.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class PromptLoader:
     ):
         if positions_per_step % size:
             raise SettingsError(
-                f"batch_size of stage {stage}: expected a multiple of the {size} processes, got {positions_per_step}"
+                f"batch_size of stage {stage}: expected a multiple of the {size} processes, got {positions_per_step}; "
+                "change batch_size or the number of processes"
             )
         self.builder, self.questions, self.stage, self.seed = builder, questions, stage, seed
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
@@ -89,10 +93,10 @@ class PromptLoader:
         self.faults: list[Fault] = []
 
     def step(self, step: int, last_step: int) -> list[Prompt]:
-        """This process's prompts of a step (counted from 0); starts those of the steps after it, before last_step.
+        """Return this process's prompts of a step (counted from 0), and start those of the next steps before last_step.
 
         Raises:
-            TooManyBadSamples: none of ATTEMPTS questions in a row could be used; `faults` has them all.
+            TooManyBadSamples: ATTEMPTS questions in a row could not be used; `faults` lists all of them.
         """
         self._submit(step)
         for later in range(step + 1, min(step + 1 + self.ahead, last_step)):
@@ -101,11 +105,13 @@ class PromptLoader:
         self.faults = [fault for _, faults in results for fault in faults]
         prompts = [prompt for prompt, _ in results if prompt is not None]
         if len(prompts) < len(results):
-            raise TooManyBadSamples(f"no usable question found in {ATTEMPTS} tries for one place of step {step + 1}")
+            raise TooManyBadSamples(
+                f"no usable question after {ATTEMPTS} tries for one position of step {step + 1}; see the reasons above"
+            )
         return prompts
 
     def close(self) -> None:
-        """Begin no more prompts. Those that are being built are not waited for: a file may hang."""
+        """Start no more prompts. Prompts in progress are not waited for, because a file may hang."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, step: int) -> None:
@@ -114,7 +120,7 @@ class PromptLoader:
             self.submitted[step] = [self.pool.submit(self._prompt_at, first + i) for i in range(self.share)]
 
     def _prompt_at(self, position: int) -> tuple[Prompt | None, list[Fault]]:
-        """The prompt of a position, None where none was found, and the questions that were passed over for it."""
+        """Return the prompt of a position, or None if none was found, and the questions that were skipped for it."""
         n = len(self.questions)
         index = order_position(n, position, seed=self.seed, stage=self.stage)
         faults = []

@@ -1,8 +1,8 @@
-"""Marks in a question's text, which are not text: `<image>` and `<video>` stand where the media do.
+"""Marks in a question's text: `<image>` and `<video>` show where the media belong, and are not text.
 
-A text without marks has its media in front of it, videos first. Read are also `<IMAGE>`, numbered marks in their order
-(`<image_1>`, `<image 2>`) and the family's own `<|vision_start|><|image_pad|><|vision_end|>`. Other blanks inside make
-them text, as in a question about HTML.
+If a text has no marks, its media come before it, videos first. `<IMAGE>`, numbered marks in order (`<image_1>`, `<image
+2>`) and the model family's own `<|vision_start|><|image_pad|><|vision_end|>` are accepted too. Marks with other blanks
+inside are text, as in a question about HTML.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rmsd_fast.data.errors import counted
 
 MARK = re.compile(r"<(image|video)>")
-# How tokenizers spell their special tokens. In a text of ours they would not be read as text.
+# The spelling of special tokens. Inside a question's text, the tokenizer would not read them as text.
 SPECIAL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _SPELLINGS = re.compile(
     r"<\|vision_start\|><\|(?P<token>image|video)_pad\|><\|vision_end\|>"
@@ -23,7 +23,7 @@ _SPELLINGS = re.compile(
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text is whole: JSON can carry lone surrogates, which no tokenizer takes."""
+    """Return whether a text is valid Unicode. JSON can contain lone surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -32,13 +32,13 @@ def is_unicode(text: str) -> bool:
 
 
 class MarkError(ValueError):
-    """Marks that do not fit the files. The message says which there are and what to do."""
+    """The marks do not match the files. The message says which marks there are and what to do."""
 
 
 def with_video_mark(text: str) -> str:
-    """The text of a record with one video and nothing else, its one `<image>` written `<video>`.
+    """Return the text of a record with one video and no other media, with its only `<image>` rewritten to `<video>`.
 
-    LLaVA-Video marks its video so. Anything else comes back as it is, for `place_marks` to judge.
+    LLaVA-Video marks videos this way. Any other text is returned unchanged, for `place_marks` to check.
     """
     marks = list(_SPELLINGS.finditer(text))
     if len(marks) != 1 or marks[0][0].lower() != "<image>":
@@ -47,13 +47,13 @@ def with_video_mark(text: str) -> str:
 
 
 def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
-    """The texts with every mark as `<image>` or `<video>`, and none where all media stand in front anyway.
+    """Return the texts with every mark as `<image>` or `<video>`, and without marks if all media come first anyway.
 
     Args:
-        texts: the parts of a prompt in order: the question, then its options.
+        texts: parts of a prompt in order: the question, then its options.
         videos, images: number of files.
     Raises:
-        MarkError: there are marks, and not one for each file.
+        MarkError: there are marks, but not exactly one for each file.
     """
     marks = [match for text in texts for match in _SPELLINGS.finditer(text)]
     if not marks:
@@ -64,8 +64,7 @@ def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
         got = f"{kinds.count('video')} <video> and {kinds.count('image')} <image>"
         raise MarkError(
             f"expected one mark for each of {counted(videos, 'video')} and {counted(images, 'image')}, got {got}; fix "
-            "the marks or the files, or write no marks "
-            "(media then stand in front)"
+            "the marks or the files, or remove the marks (media then come before the text)"
         )
     for kind in ("image", "video"):
         written = [match["number"] for match, its_kind in zip(marks, kinds, strict=True) if its_kind == kind]
@@ -74,7 +73,7 @@ def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
             got = ", ".join(map(str, numbers))
             raise MarkError(
                 f"expected {kind} marks numbered 1 to {len(written)} in this order, got {got}; "
-                f"reorder the files, or write <{kind}> where each of them stands"
+                f"reorder the files, or write <{kind}> at the position of each of them"
             )
     next_kinds = iter(kinds)
     placed = [_SPELLINGS.sub(lambda _: f"<{next(next_kinds)}>", text) for text in texts]

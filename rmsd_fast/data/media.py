@@ -1,4 +1,4 @@
-"""Reads media for a run: from the caches, else in a worker that can be killed, or on the GPU."""
+"""Read media for a run: from the caches, otherwise in a worker that can be killed, or on the GPU."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ from rmsd_fast.data.video_file import CpuFallback
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 
-# After so many files in a row that were not read, or not in time, the machine is at fault and not the files.
+# After this many consecutive files that were not read, or not in time, blame the machine, not the files.
 MOST_HANGS = 3
-# The process that decodes is started so often without any result.
+# Number of times that the decoder process is started without any result.
 MOST_STARTS = 3
-# Since `take_counts` was called last: files decoded, hits of the caches, and what went wrong.
+# Counts since the last call of `take_counts`: decoded files, cache hits and failures.
 COUNTS = ("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks")
 
 
 class MediaUnreachable(UserError, RuntimeError):
-    """Files cannot be read in time, one after the other."""
+    """Several consecutive files could not be read, or not in time."""
 
 
 class MediaReader:
-    """Frames of media files, decoded once and kept as long as there is room. Safe with several threads.
+    """Decode the frames of media files once, and keep them while they fit the caches. Thread-safe.
 
-    Two threads that ask for the same frames at once wait for one decode. A file found bad is not opened again until it
-    changes. Close it at the end; it is a context manager.
+    Two threads that ask for the same frames at the same time wait for one decode. A file that was found bad is not
+    opened again until it changes. Close the reader at the end, or use it as a context manager.
 
     Args:
-        data: decoder, time-out, caches and checks.
-        device: of the model. Frames come on it where CUDA decodes; where the CPU decodes for it, in pinned memory.
+        data: decoder, timeout, caches and checks.
+        device: device of the model. If CUDA decodes, frames are on this device; if the CPU decodes for CUDA, they are
+            in pinned memory.
     Attributes:
-        decoder: "cpu" or "cuda", what `data.decoder` came to.
-        decoder_reason: why `auto` came to "cpu" on a CUDA machine, else "".
+        decoder: "cpu" or "cuda", as resolved from `data.decoder`.
+        decoder_reason: why `auto` resolved to "cpu" on a CUDA machine, otherwise "".
     """
 
     def __init__(self, data: DataConfig, device: torch.device | str = "cpu") -> None:
@@ -60,19 +61,19 @@ class MediaReader:
         self._disk = DiskCache(data.disk_cache, int(data.disk_cache_gib * 2**30)) if data.disk_cache else None
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        # A few hundred bytes for each file and way to read it.
+        # A few hundred bytes per file and way of reading it.
         self._layouts: dict[tuple, MediaLayout] = {}
         self._digests: dict[tuple, str] = {}
         self._bad: dict[tuple, str] = {}
         self._flights: dict[str, Future[Frames]] = {}
-        # At once: its imports take two seconds, beside those of the model.
+        # Started now, because its imports take two seconds and overlap with those of the model.
         self._fork_server: ForkServer | None = ForkServer()
         self._starts = 1
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._closed = False
         self._failures_in_a_row = 0
-        self._told_fallback = False
+        self._warned_of_fallback = False
         self._stream = torch.cuda.Stream(self.device) if self.decoder == "cuda" else None
 
     def __enter__(self) -> MediaReader:
@@ -82,7 +83,7 @@ class MediaReader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, also in the middle of a file; a thread that waits for one gets a RuntimeError."""
+        """End the workers, even in the middle of a file. A thread that waits for one gets a RuntimeError."""
         with self._lock:
             self._closed = True
             idle, busy, fork_server = self._idle, list(self._busy), self._fork_server
@@ -95,7 +96,7 @@ class MediaReader:
             fork_server.close()
 
     def take_counts(self) -> dict[str, int]:
-        """COUNTS since the last call."""
+        """Return COUNTS since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         if self._disk is not None:
@@ -103,7 +104,7 @@ class MediaReader:
         return {name: counts[name] for name in COUNTS}
 
     def layout(self, request: MediaRequest) -> MediaLayout:
-        """Stamps and grid of the frames to come: of those that are kept, else from the file's headers."""
+        """Return stamps and grid of a file's frames: from the caches, otherwise from the file's headers."""
         request = self._complete(request)
         state = self._state(request)
         if state not in self._layouts:
@@ -117,11 +118,11 @@ class MediaReader:
         return self._layouts[state]
 
     def read(self, request: MediaRequest) -> Frames:
-        """Frames of a file.
+        """Return the frames of a file.
 
         Raises:
             MediaError: the file cannot be used.
-            MediaUnreachable, NotInstalled, SettingsError: nothing can be read here, or with these settings.
+            MediaUnreachable, NotInstalled, SettingsError: nothing can be read on this machine, or with these settings.
         """
         request = self._complete(request)
         state = self._state(request)
@@ -143,7 +144,7 @@ class MediaReader:
         return flight.result()
 
     def _key(self, request: MediaRequest, state: tuple) -> str:
-        """The cache key, by the file's content, which is hashed once per file."""
+        """Return the cache key. It depends on the file's content, which is hashed once per file."""
         file = state[1:]
         if file not in self._digests:
             self._digests[file] = self._in_worker(state, lambda worker, limit: worker.digest(request, limit))
@@ -161,7 +162,7 @@ class MediaReader:
             frames = replace(self._decode(request, state), key=key)
             if self._state(request) != state:
                 raise MediaError(
-                    f"{request.path}: the file was changed while it was read; do not write to it during a run"
+                    f"{request.path}: the file changed while it was read; do not modify media during a run"
                 )
             self._count("decoded")
             if self._disk is not None:
@@ -169,7 +170,7 @@ class MediaReader:
         if self.decoder == "cuda":
             frames = replace(frames, pixels=frames.pixels.to(self.device))
         elif self.device.type == "cuda":
-            # Copies from pinned memory need not be waited for.
+            # Copies from pinned memory do not block the host.
             frames = replace(frames, pixels=frames.pixels.pin_memory())
         self._memory.put(key, frames, held_bytes(frames.pixels))
         return frames
@@ -180,10 +181,10 @@ class MediaReader:
                 return self._on_cuda(request, state)
             except CpuFallback as reason:
                 self._count("cpu_fallbacks")
-                if not self._told_fallback:
-                    self._told_fallback = True
+                if not self._warned_of_fallback:
+                    self._warned_of_fallback = True
                     log.warning(
-                        "%s: NVDEC cannot decode this video, the CPU does (%s); further ones are counted in "
+                        "%s: NVDEC cannot decode this video, so the CPU decodes it (%s); further videos are counted in "
                         "media/cpu_fallbacks",
                         request.path,
                         reason,
@@ -191,12 +192,12 @@ class MediaReader:
         return self._in_worker(state, lambda worker, limit: worker.read(request, limit))
 
     def _on_cuda(self, request: MediaRequest, state: tuple) -> Frames:
-        """Decode with NVDEC in a thread of its own: one that hangs is left behind."""
+        """Decode with NVDEC in a separate thread. A thread that hangs is abandoned."""
         done: Future[Frames] = Future()
 
         def work() -> None:
             try:
-                # On a stream of its own: the model's kernels neither wait nor are waited for.
+                # On a separate stream, so that decoding and the model's kernels do not wait for each other.
                 with torch.cuda.stream(self._stream):
                     frames = read_media(request, device=str(self.device))
                     self._stream.synchronize()
@@ -217,7 +218,7 @@ class MediaReader:
             raise self._bad_file(state, lost) from None
         except MediaError as error:
             raise self._bad_file(state, error) from error
-        # RuntimeError stands for the device too, for example if its memory is full.
+        # A RuntimeError may also come from the device, for example if its memory is full.
         except (UserError, RuntimeError):
             raise
         except Exception as error:
@@ -226,9 +227,9 @@ class MediaReader:
         return frames
 
     def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
-        """What the call gives in some worker; tried once more after a crash, as memory may have run out by chance.
+        """Return the result of a call in any worker. After a crash, try once more: memory may have run out by chance.
 
-        A worker that ends with its fork server tells nothing about its file.
+        A worker that ends together with its fork server says nothing about its file.
         """
         crashed = False
         while True:
@@ -253,15 +254,15 @@ class MediaReader:
                 self._give_back(worker)
 
     def _bad_file(self, state: tuple, error: MediaError) -> Exception:
-        """The error to raise. The file is remembered as bad, unless this machine is what failed."""
+        """Return the error to raise. Remember the file as bad, unless the machine has failed."""
         if isinstance(error, WorkerLost):
             self._count("timeouts" if error.timed_out else "crashes")
         here = isinstance(error, NotNow) or (isinstance(error, WorkerLost) and error.timed_out)
         self._failures_in_a_row = self._failures_in_a_row + 1 if here else 0
         if self._failures_in_a_row >= MOST_HANGS:
             return MediaUnreachable(
-                f"{self._failures_in_a_row} files in a row were not read, or not in time, the last: {error}. Is their "
-                "disk reachable, and the machine not overloaded?"
+                f"{self._failures_in_a_row} files in a row were not read, or not in time, the last: {error}. Check "
+                "that their disk can be reached and that the machine is not overloaded"
             )
         if not isinstance(error, NotNow):
             self._bad[state] = str(error)
@@ -274,8 +275,7 @@ class MediaReader:
             if self._fork_server is None:
                 if self._starts == MOST_STARTS:
                     raise NotInstalled(
-                        f"the process that decodes media has ended {self._starts} times in a row; see its messages "
-                        "above"
+                        f"the decoder process has ended {self._starts} times in a row; see its messages above"
                     )
                 self._starts += 1
                 self._fork_server = ForkServer()
@@ -283,7 +283,7 @@ class MediaReader:
                 worker = self._idle.pop()
                 if worker.is_there():
                     break
-                # Killed meanwhile, by the machine or somebody.
+                # It was killed in the meantime, by the system or a user.
                 worker.close()
             else:
                 worker = self._fork_server.worker()
@@ -291,7 +291,7 @@ class MediaReader:
             return worker
 
     def _drop_fork_server(self, fork_server: ForkServer) -> None:
-        """Let the next worker come from a new one, unless another thread has seen to it."""
+        """Let the next worker come from a new fork server, unless another thread has already replaced this one."""
         with self._lock:
             if self._fork_server is not fork_server:
                 return
@@ -315,7 +315,7 @@ class MediaReader:
         return replace(request, check_frames=self.data.check_frames, max_file_mib=self.data.max_file_mib)
 
     def _state(self, request: MediaRequest) -> tuple:
-        """The request, and its file's state; raises MediaError where there is no file, or it is known to be bad."""
+        """Return the request's digest and its file's state. Raise MediaError if the file is missing or known as bad."""
         file = stat_file(request.path, request.max_file_mib)
         wanted = hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
         state = (wanted, request.path, file.st_size, file.st_mtime_ns, file.st_ino)
@@ -329,11 +329,11 @@ class MediaReader:
 
 
 def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:
-    """What decodes, "cpu" or "cuda", and why it is not CUDA where `auto` could have taken it.
+    """Return the decoder, "cpu" or "cuda", and the reason if `auto` did not choose CUDA on a CUDA device.
 
     Raises:
         SettingsError: data.decoder=cuda without a CUDA device.
-        NotInstalled: data.decoder=cuda where a test video cannot be decoded with it.
+        NotInstalled: data.decoder=cuda, but a test video cannot be decoded with CUDA.
     """
     if wanted == "cpu" or (wanted == "auto" and device.type != "cuda"):
         return "cpu", ""
@@ -346,7 +346,7 @@ def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 def why_not_cuda(device: torch.device) -> str:
-    """Empty where a small video, made here, is decoded by NVDEC; else what happened."""
+    """Return "" if NVDEC decodes a small test video, otherwise the reason why not."""
     try:
         from torchcodec.decoders import VideoDecoder
         from torchcodec.encoders import VideoEncoder

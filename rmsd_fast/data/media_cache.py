@@ -27,18 +27,18 @@ from rmsd_fast.files import replacing, write_all
 log = logging.getLogger("rmsd_fast")
 Value = TypeVar("Value")
 
-# What an entry begins with: a name of the format and the CRC-32 of all behind it, then the length of the header.
+# An entry begins with the name of the format, the CRC-32 of everything after the checksum, and the header's length.
 MAGIC = b"rmsdfr02"
 CHECK, LENGTH = struct.Struct("<8sI"), struct.Struct("<I")
 BLOCK = 4096
-# Evicting a little more than is needed spares the next writers a scan of the folder.
+# Evicting a little more than needed saves the next writers a scan of the folder.
 KEEP_SHARE = 0.9
-# Longest wait for other writers; then the frames are not kept.
+# Longest wait for other writers. After that, the frames are not kept.
 LOCK_S = 30.0
 
 
 class ByteLru(Generic[Value]):
-    """Values by key; the least recently used leave when the bytes exceed the budget. Safe with several threads."""
+    """Cache values by key, and evict the least recently used ones when the bytes exceed the budget. Thread-safe."""
 
     def __init__(self, budget_bytes: int):
         self.budget = budget_bytes
@@ -54,7 +54,7 @@ class ByteLru(Generic[Value]):
             return self._entries[key][0]
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """Keep a value of `size` bytes; one larger than the budget is not kept."""
+        """Keep a value of `size` bytes. A value larger than the budget is not kept."""
         with self._lock:
             if size > self.budget or key in self._entries:
                 return
@@ -66,21 +66,21 @@ class ByteLru(Generic[Value]):
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that a tensor holds; torch takes pinned memory in powers of two."""
+    """Return the bytes that a tensor occupies. torch allocates pinned memory in powers of two."""
     return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_pinned() else tensor.nbytes
 
 
 class DiskCache:
-    """Resized frames in a folder, one file each; several processes may use it at once.
+    """Keep resized frames in a folder, one file per entry, shared by several processes.
 
-    A file is a checksum of all that follows, the length of a JSON header, the header padded to 4 KiB, and the pixels.
-    It is written beside its place and renamed, so readers see whole files; one that does not check is removed and
-    counted in `corrupt`, and its frames are decoded again. One process writes at a time, so the folder's total, which
-    stands in `bytes`, is exact. Over the budget the files go first that were not used for longest. What goes wrong with
-    the disk costs entries, never the run.
+    A file contains a checksum of everything after it, the length of a JSON header, the header padded to 4 KiB, and the
+    pixels. It is written under a temporary name and renamed, so readers never see a partial file. A file that fails its
+    check is removed and counted in `corrupt`, and its frames are decoded again. Only one process writes at a time, so
+    the folder's total in the file `bytes` is exact. Above the budget, the least recently used files are evicted. Disk
+    failures cost entries, never the run.
 
     Raises:
-        SettingsError: the folder cannot be made.
+        SettingsError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path, budget_bytes: int):
@@ -89,13 +89,13 @@ class DiskCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(
-                f"data.disk_cache: cannot make {self.folder} ({error.strerror}); choose another folder"
+                f"data.disk_cache: cannot create {self.folder} ({error.strerror}); choose another folder"
             ) from error
         self.corrupt = 0
         self._told = False
 
     def get(self, key: str) -> Frames | None:
-        """The frames of a key, in memory of their own; None where there are none or the file is damaged."""
+        """Return the frames of a key, in newly allocated memory. Return None if there is no entry, or it is damaged."""
         path = self._path(key)
         try:
             with path.open("rb", buffering=0) as file:
@@ -104,7 +104,7 @@ class DiskCache:
             return None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self.corrupt += 1
-            log.warning("%s: damaged cache entry (%s), decoded again", path, str(error).split("\n", 1)[0])
+            log.warning("%s: damaged cache entry (%s); decoding again", path, str(error).split("\n", 1)[0])
             with suppress(OSError):
                 path.unlink()
             return None
@@ -113,7 +113,7 @@ class DiskCache:
         return frames
 
     def peek(self, key: str) -> Frames | None:
-        """What `get` would give, without pixels and not checked; None where there is nothing of the kind."""
+        """Return what `get` would return, without pixels and unchecked; None if there is no such entry."""
         try:
             with self._path(key).open("rb", buffering=0) as file:
                 _, _, text = _read_header(file)
@@ -122,7 +122,7 @@ class DiskCache:
             return None
 
     def put(self, key: str, frames: Frames) -> None:
-        """Write the frames. Where that fails they are not kept, which is said once."""
+        """Write the frames. If that fails, they are not kept, and a warning is logged once."""
         path, header = self._path(key), _header(key, frames)
         size = CHECK.size + len(header) + frames.pixels.nbytes
         if size > self.budget or path.exists():
@@ -137,7 +137,7 @@ class DiskCache:
                     write_all(file, CHECK.pack(MAGIC, crc) + header)
                     write_all(file, pixels)
         except OSError as error:
-            # The total is counted again.
+            # The total is then counted again.
             with suppress(OSError):
                 (self.folder / "bytes").unlink()
             if not self._told:
@@ -148,7 +148,7 @@ class DiskCache:
         return self.folder / key[:2] / f"{key}.frames"
 
     def _make_room(self, size: int) -> None:
-        """Remove what is in the way of so many bytes, and count them in."""
+        """Evict until `size` bytes fit, then reserve them."""
         ledger = self.folder / "bytes"
         try:
             used = int(ledger.read_text())
@@ -160,8 +160,8 @@ class DiskCache:
             write_all(file, str(used + size).encode())
 
     def _evict(self, target: float) -> int:
-        """Remove the least recently used files until `target` bytes are left; returns what is left."""
-        # The lock is ours: nobody writes them.
+        """Remove the least recently used files until at most `target` bytes remain. Return the remaining bytes."""
+        # This process holds the lock, so no other process is writing these files.
         for left in [*self.folder.glob(".*.tmp"), *self.folder.glob("??/*.tmp")]:
             left.unlink(missing_ok=True)
         files = []
@@ -178,7 +178,7 @@ class DiskCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder's lock. OSError where another process does not let go of it."""
+        """Hold the folder's lock. Raise OSError if another process does not release it."""
         with (self.folder / "lock").open("w") as file:
             end = time.monotonic() + LOCK_S
             while True:
@@ -193,7 +193,7 @@ class DiskCache:
 
 
 def _header(key: str, frames: Frames) -> bytes:
-    """Length and JSON of all but the pixels, with room for the checksum before it a multiple of 4 KiB."""
+    """Return the header's length and its JSON, padded so that the checksum and the header fill a multiple of 4 KiB."""
     fields = {
         "key": key,
         "shape": tuple(frames.pixels.shape),
@@ -210,7 +210,7 @@ def _header(key: str, frames: Frames) -> bytes:
 
 
 def _read(file, key: str) -> Frames:
-    """ValueError and others: the file is damaged."""
+    """Return the frames of an entry. ValueError and other exceptions mean that the file is damaged."""
     crc, length, text = _read_header(file)
     pixels = torch.empty(os.fstat(file.fileno()).st_size - file.tell(), dtype=torch.uint8)
     view = pixels.numpy()
@@ -222,7 +222,7 @@ def _read(file, key: str) -> Frames:
 
 
 def _read_header(file) -> tuple[int, bytes, bytes]:
-    """Checksum of all behind it, the length as it stands there, and the JSON text."""
+    """Return the checksum of everything after it, the length as stored, and the JSON text."""
     magic, crc = CHECK.unpack(_read_exactly(file, bytearray(CHECK.size)))
     length = _read_exactly(file, bytearray(LENGTH.size))
     (size,) = LENGTH.unpack(length)
@@ -248,7 +248,7 @@ def _frames(fields: dict, pixels: torch.Tensor, key: str) -> Frames:
 
 
 def _read_exactly(file, buffer):
-    """Fill the buffer from the file and return it; ValueError where the file ends before."""
+    """Fill the buffer from the file and return it. Raise ValueError if the file is too short."""
     view = memoryview(buffer)
     while len(view):
         got = file.readinto(view)

@@ -1,4 +1,4 @@
-"""Media files without decoding: checks, the kind of content, a hash, and the command that makes a usable video."""
+"""Checks of media files without decoding: type of content, hash, and the command that produces a usable video."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from rmsd_fast.data.containers import (
 )
 from rmsd_fast.files import DISK_ERRORS, file_digest
 
-# Matroska, and its element AlphaMode with the value 1.
+# Matroska's magic number, and its AlphaMode element with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
-# FFmpeg filters. H.264 halves the resolution of colours, so sides must be even; those of videos are.
+# FFmpeg filter. H.264 halves the resolution of colours, so sides must be even; the sides of videos already are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
-# Errors of the machine and not of the file.
+# Errors of the machine, not of the file.
 NOT_NOW = (*DISK_ERRORS, EMFILE, ENFILE, ENOMEM, ESTALE)
 
 
@@ -38,14 +38,14 @@ class MediaError(RuntimeError):
 
 
 class NotNow(MediaError):
-    """This machine could not read the file just now; nothing is known of the file."""
+    """This machine could not read the file at this time. The file may be fine."""
 
 
 def stat_file(path: str, max_file_mib: int) -> os.stat_result:
-    """Return the state of a file. Opens nothing, so no pipe or device can hold it up.
+    """Return the state of a file without opening it, so a pipe or device cannot block.
 
     Raises:
-        MediaError: it is missing, empty, larger than `max_file_mib`, or a folder, pipe, socket or device.
+        MediaError: the file is missing, empty, larger than `max_file_mib`, or a folder, pipe, socket or device.
     """
     try:
         state = os.stat(path)
@@ -60,22 +60,24 @@ def stat_file(path: str, max_file_mib: int) -> os.stat_result:
         raise MediaError(f"{path}: the file is empty; fetch it again or drop the question")
     if state.st_size > max_file_mib * 2**20:
         raise MediaError(
-            f"{path}: expected at most data.max_file_mib={max_file_mib}, got {state.st_size / 2**20:.0f} MiB; cut it, "
-            "or raise the limit"
+            f"{path}: expected at most data.max_file_mib={max_file_mib}, got {state.st_size / 2**20:.0f} MiB; shorten "
+            "it, or raise the limit"
         )
     return state
 
 
 @dataclass(frozen=True)
 class MediaFile:
-    """An opened media file. Libraries get its descriptor in place of its name, and so read this file and no other: not
-    one that was put in its place since it was checked, nor a series of pictures or whatever else a name can stand for.
+    """An opened media file.
+
+    Libraries get its descriptor instead of its name, so they read exactly this file: not one that replaced it after the
+    check, nor a picture sequence or anything else that a name can stand for.
 
     Fields:
-        path: as the user knows it, for messages.
-        file: open for reading.
-        size: bytes.
-        head: its beginning, long enough to name its kind.
+        path: path as the user knows it, for messages.
+        file: file object, open for reading.
+        size: size in bytes.
+        head: first bytes, enough to identify the format.
     """
 
     path: str
@@ -85,22 +87,22 @@ class MediaFile:
 
     @property
     def name(self) -> str:
-        """The name under which libraries open it."""
+        """Return the name under which libraries open the file."""
         return f"/dev/fd/{self.file.fileno()}"
 
     def command(self, *, flatten: bool = False) -> str:
-        """The command that makes a usable video of it; see `video_command`."""
+        """Return the command that makes a usable video of the file; see `video_command`."""
         return video_command(self.path, self.head, flatten=flatten)
 
 
 @contextmanager
 def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterator[MediaFile]:
-    """Open a file of a sensible size that is either a complete video or not text.
+    """Open a file of an acceptable size that is either a complete video or not text.
 
     Args:
-        picture: whether it is to be read as a picture, by Pillow, which knows the kinds that it reads and their ends.
+        picture: whether Pillow will read the file as a picture. Pillow identifies formats and truncation itself.
     Raises:
-        MediaError: it is not such a file.
+        MediaError: the file is not acceptable.
     """
     stat_file(path, max_file_mib)
     try:
@@ -109,7 +111,7 @@ def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterat
         raise unreadable(path, error) from error
     with file:
         try:
-            # Of the file that was opened: another may have been put in its place.
+            # Check the opened file, because another one may have replaced the file that was checked above.
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise MediaError(f"{path}: expected a file, got another kind; check the path in the question file")
             media = MediaFile(path, file, os.fstat(file.fileno()).st_size, file.read(HEAD_BYTES))
@@ -124,20 +126,20 @@ def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterat
 
 
 def video_command(path: str, head: bytes = b"", *, flatten: bool = False) -> str:
-    """Return the command that makes a video of a file that cannot be read as it is, for error messages.
+    """Return the command that converts a file into a usable video, for error messages.
 
-    Audio is kept: it may start before the video, and then the file's clock starts with it.
+    Audio is kept: it may start before the video, and the file's clock then starts with it.
 
     Args:
         path: the file.
-        head: its beginning, as far as it is known.
+        head: its first bytes, as far as they are known.
         flatten: put transparent pictures on white.
     """
     source = Path(path)
     target = source.with_suffix(".mp4") if source.suffix.lower() != ".mp4" else source.with_stem(f"{source.stem}-new")
     before = ""
     if _is_animated_webp(head):
-        # FFmpeg cannot read it; Pillow can, and writes a PNG that FFmpeg reads.
+        # FFmpeg cannot read it. Pillow can, and writes a PNG that FFmpeg reads.
         source, flatten = source.with_name(f"{source.stem}-animated.png"), True
         save = "import sys; from PIL import Image; Image.open(sys.argv[1]).save(sys.argv[2], save_all=True)"
         before = f"{shlex.join(['python', '-c', save, path, str(source)])} && "
@@ -152,15 +154,15 @@ def video_command(path: str, head: bytes = b"", *, flatten: bool = False) -> str
 
 
 def unseekable_video(head: bytes) -> str | None:
-    """Return what a file is if decoders find its frames unreliably or not at all, by its beginning; otherwise None."""
+    """Return a file's format if decoders cannot find its frames reliably, otherwise None. `head` is its first bytes."""
     if _is_animated_webp(head):
-        return "an animated WebP, which FFmpeg does not read"
+        return "an animated WebP, which FFmpeg cannot read"
     container = container_of(head)
     return f"{container.name}, which has no index" if container and container.name in WITHOUT_INDEX else None
 
 
 def media_digest(path: str) -> str:
-    """Hash of a media file's content; raises MediaError where it cannot be read."""
+    """Return a hash of a media file's content. Raise MediaError if it cannot be read."""
     try:
         return file_digest(path)
     except OSError as error:
@@ -174,7 +176,7 @@ def _refuse_text(media: MediaFile) -> None:
 
 
 def _refuse_other_kinds(media: MediaFile) -> None:
-    """Refuse what is not known as a video, whatever its name: FFmpeg may read it as a list of files anywhere."""
+    """Refuse files not identified as a video, whatever their name: FFmpeg may read them as a list of other files."""
     path, head = media.path, media.head
     if b"\0" not in head:
         media.file.seek(len(head))
@@ -189,12 +191,12 @@ def _refuse_other_kinds(media: MediaFile) -> None:
     if container.name == RAW_STREAM:
         raise MediaError(
             f"{path}: expected a video with a clock, got {RAW_STREAM}, which has no index and no clock; re-encode "
-            f"it with `{media.command()}`, its rate given by -framerate before -i, or drop the question"
+            f"it with `{media.command()}`, with its rate given by -framerate before -i, or drop the question"
         )
 
 
 def _refuse_truncated(media: MediaFile) -> None:
-    """Refuse a file that ends before its last chunk does: decoders take the beginning as a shorter video."""
+    """Refuse a file that ends before its last chunk ends: decoders would read it as a shorter video."""
     media.file.seek(0)
     container = container_of(media.head)
     needed = container.needed(media.file, media.size) if container and container.needed else 0
@@ -206,22 +208,22 @@ def _refuse_truncated(media: MediaFile) -> None:
 
 
 def undecodable(path: str, error: Exception) -> MediaError:
-    """Return the error for a file at which a library failed in a way of its own, as they do at damaged files."""
+    """Return the error for a file on which a library raised an unexpected exception, as happens for damaged files."""
     return MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error}); drop the question")
 
 
 def unreadable(path: str, error: OSError) -> MediaError:
-    """Return the error for a file at which the operating system failed."""
+    """Return the error for a file that the operating system could not read."""
     if error.errno in NOT_NOW:
         return NotNow(
-            f"{path}: cannot be read here ({error.strerror}); see to the machine's memory, its disks and its limit on "
+            f"{path}: cannot be read on this machine ({error.strerror}); check its memory, its disks and its limit on "
             "open files"
         )
     return MediaError(f"{path}: cannot be opened ({error.strerror}); check the file or drop the question")
 
 
 def has_alpha_aside(head: bytes) -> bool:
-    """Return whether a WebM holds its transparency in a second stream, which FFmpeg's own decoders ignore."""
+    """Return whether a WebM stores its transparency in a second stream, which FFmpeg's own decoders ignore."""
     return _alpha_decoder(head) != ""
 
 
@@ -233,5 +235,5 @@ def _alpha_decoder(head: bytes) -> str:
 
 
 def _is_animated_webp(head: bytes) -> bool:
-    """Return whether an extended WebP says, in the flags behind its first chunk's size, that it is animated."""
+    """Return whether the flags of an extended WebP, after its first chunk's size, mark it as animated."""
     return head[8:16] == b"WEBPVP8X" and head[20:21] > b"" and bool(head[20] & 2)

@@ -1,4 +1,4 @@
-"""Paths of media in a question's record, checked against the media root, and the parts of videos that are shown."""
+"""Media paths of a question's record, checked against the media root, and the spans of videos that are shown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from urllib.parse import unquote
 from rmsd_fast.data.errors import DataError
 
 Span = tuple[float | None, float | None] | None
-# (field, expected, got, what to do) -> the error
+# Returns the error for (field, expected, got, what to do).
 Fail = Callable[[str, str, object, str], DataError]
 
 
 def split_spans(value: object, fail: Fail) -> tuple[object, tuple[Span, ...]]:
-    """The paths of `videos` alone, and the span of each where any is given; anything but a list comes back as it is."""
+    """Return the paths of `videos`, and the span of each if any record states one. Only lists are changed."""
     if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
         return value, ()
     paths, spans = [], []
@@ -38,14 +38,14 @@ def split_spans(value: object, fail: Fail) -> tuple[object, tuple[Span, ...]]:
 
 
 def with_span(path: str, span: Span) -> object:
-    """A video as a record writes it."""
+    """Return a video in the form that records use."""
     if span is None:
         return path
     return {"path": path} | {name: at for name, at in zip(("start", "end"), span, strict=True) if at is not None}
 
 
 def media_paths(value: object, name: str, root: Path, follow_symlinks: bool, fail: Fail) -> tuple[str, ...]:
-    """Absolute paths of one kind of media. They need not exist, but have to lie in the media root."""
+    """Return absolute paths of one kind of media. They need not exist, but must lie in the media root."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -66,20 +66,21 @@ def _media_path(item: object, name: str, root: Path, follow_symlinks: bool, fail
     if "://" in item or item.startswith("data:"):
         raise fail(name, "a local path", item, "download the file into the media root first")
     if item.startswith("~") and not (root / item).exists():
-        raise fail(name, "a path", item, "'~' is not expanded: write the whole path, or one relative to the media root")
+        todo = "'~' is not expanded; write the full path, or a path relative to the media root"
+        raise fail(name, "a path", item, todo)
     try:
         if "\\" in item and not (root / item).exists():
             item = item.replace("\\", "/")
         path = Path(os.path.normpath(root / item)) if follow_symlinks else (root / item).resolve()
         inside = path.is_relative_to(root if follow_symlinks else root.resolve())
         is_folder = _is_folder(path)
-    # A name that is too long, a circle of links, a folder that may not be entered, a lone surrogate.
+    # A name that is too long, a loop of symbolic links, a folder without permission, or a lone surrogate.
     except (OSError, RuntimeError, ValueError) as error:
         raise fail(name, "a path that can be looked up", item, f"{error}; fix it") from None
     if not inside:
         todo = f"move the file there or set data.media_root (now {root})"
-        todo += "" if follow_symlinks else "; links that lead out of it are followed with data.follow_symlinks=true"
-        raise fail(name, "a path inside the media root, also after symbolic links", item, todo)
+        todo += "" if follow_symlinks else "; data.follow_symlinks=true allows links that lead out of it"
+        raise fail(name, "a path inside the media root, with symbolic links resolved", item, todo)
     if is_folder:
         raise fail(name, "a file", f"{item} (a folder)", f"name the file in it; if it holds frames, {encode}")
     return str(path)
@@ -93,9 +94,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a number that a float can hold."""
+    """Return whether a JSON value is a number that a float can represent."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    # An integer beyond the largest float.
+    # An integer larger than the largest float.
     except OverflowError:
         return False

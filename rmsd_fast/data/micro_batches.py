@@ -1,6 +1,6 @@
-"""Groups to micro-batches of balanced cost, as many on every rank. A group = one prompt and all its responses.
+"""Pack groups into micro-batches of balanced cost, equally many on every rank. A group is one prompt and its responses.
 
-A group is split only where it exceeds the budget: each part of a packed group computes the prompt again.
+A group is split only if it exceeds the budget, because each part of a packed group computes the prompt again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from rmsd_fast.config import SettingsError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass reads.
+    """The input of one forward and backward pass.
 
     Fields:
         prompts: indices of its prompts in the step, ascending.
-        responses: for each of them, indices of its responses among that prompt's, ascending.
-        filler: it repeats work of another micro-batch so that ranks make equally many; multiply its loss by 0.
+        responses: for each prompt, indices of its responses in the prompt's group, ascending.
+        filler: whether it repeats another micro-batch's work so that all ranks have equally many. Multiply its loss by
+            0.
     """
 
     prompts: list[int]
@@ -31,7 +32,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some responses of one prompt: tokens and attended pairs as a packed row, tokens of the longest padded row."""
+    """Some responses of one prompt: tokens and attended pairs as a packed row, and tokens of the longest padded row."""
 
     prompt: int
     responses: list[int]
@@ -50,22 +51,26 @@ def plan_micro_batches(
     agree: Callable[[int], int] = lambda count: count,
     ids: Sequence[str] | None = None,
 ) -> list[MicroBatch]:
-    """Share out this rank's responses, each once, over micro-batches of similar cost within a budget of tokens.
+    """Distribute this rank's responses, each once, over micro-batches of similar cost within a token budget.
 
-    The dearest come first, so that ranks in lockstep do similar work and memory runs out at once or never.
+    The most expensive micro-batches come first, so ranks in lockstep do similar work, and memory runs out early or
+    never.
 
     Args:
-        prefix_lengths, response_lengths: tokens of each prompt and of each of its responses, of which it may have none.
-        packing: "shared": tokens of a micro-batch = its prompts once + its responses. "padded": rows x longest row.
-        micro_tokens: most tokens of a micro-batch.
+        prefix_lengths: tokens of each prompt.
+        response_lengths: tokens of each prompt's responses; a prompt may have none.
+        packing: "shared": the tokens of a micro-batch are its prompts once + its responses. "padded": rows x longest
+            row.
+        micro_tokens: largest number of tokens of a micro-batch.
         weights: cost of a token and of an attended (query, key) pair, e.g. `rmsd_fast.models.cost.balance_weights`.
-        agree: from the number this rank needs to the number all ranks make, the maximum over ranks; called once.
-        ids: names of the questions, for messages.
+        agree: maps the number this rank needs to the number all ranks use, the maximum over ranks; called once.
+        ids: question ids, for messages.
     Returns:
-        As many micro-batches as agreed on. The last are fillers where needed: the cheapest prompt with one response.
+        As many micro-batches as agreed on. The last ones may be fillers: the cheapest prompt with one response.
     Raises:
         SettingsError: a prompt with one response exceeds `micro_tokens`.
-        ValueError: bad packing, lengths or weights; fewer micro-batches agreed on than needed; nothing to repeat.
+        ValueError: packing, lengths or weights are invalid, fewer micro-batches are agreed on than needed, or there is
+            nothing to repeat.
     """
     check_packing(packing)
     _check(prefix_lengths, response_lengths, micro_tokens, weights, ids)
@@ -74,7 +79,7 @@ def plan_micro_batches(
     size = partial(_size, padded=packing == "padded", weights=weights)
     parts = [part for group in groups for part in _split(*group, size, micro_tokens)]
     tokens = [size([part])[0] for part in parts]
-    # Parts above half the budget never stand together: fewer micro-batches than these need not be tried.
+    # Two parts above half the budget never fit together, which gives a lower bound on the number of micro-batches.
     needed = max(math.ceil(sum(tokens) / micro_tokens), sum(2 * of_part > micro_tokens for of_part in tokens))
     while (fewest := _place(parts, needed, size, micro_tokens)) is None:
         needed += 1
@@ -82,8 +87,8 @@ def plan_micro_batches(
     if count < needed:
         raise ValueError(f"agree: expected at least {needed} micro-batches, got {count}; give the maximum over ranks")
     if count and not parts:
-        raise ValueError("this rank has no responses to repeat and other ranks have some; give each rank a response")
-    # With more micro-batches than needed the placement can still fail, though rarely.
+        raise ValueError("this rank has no responses to repeat but other ranks have some; give each rank a response")
+    # Even with more micro-batches than needed, the placement can fail, though rarely.
     plan = _place(parts, count, size, micro_tokens) or fewest
     if len(plan) < count:
         singles = [_part(*group, [response]) for group in groups for response in range(len(group[2]))]
@@ -126,7 +131,7 @@ def _part(prompt: int, prefix: int, lengths: Sequence[int], responses: list[int]
 
 
 def _size(parts: list[_Part], *, padded: bool, weights: tuple[float, float]) -> tuple[int, float]:
-    """Tokens and cost of a micro-batch."""
+    """Return the tokens and the cost of a micro-batch."""
     if padded:
         rows = sum(len(part.responses) for part in parts)
         longest = max((part.longest for part in parts), default=0)
@@ -137,7 +142,10 @@ def _size(parts: list[_Part], *, padded: bool, weights: tuple[float, float]) -> 
 
 
 def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, micro_tokens: int) -> list[_Part]:
-    """The whole group if it fits, else as few even parts as fit: each response, longest first, to the smallest."""
+    """Return the whole group if it fits, otherwise as few even parts as possible.
+
+    Each response, longest first, goes to the smallest part.
+    """
     order = sorted(range(len(lengths)), key=lambda response: -lengths[response])
     for count in range(1, len(order) + 1):
         parts = [_part(prompt, prefix, lengths, [response]) for response in order[:count]]
@@ -150,8 +158,11 @@ def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, mic
 
 
 def _place(parts: list[_Part], count: int, size: Callable, micro_tokens: int) -> list[MicroBatch] | None:
-    """Each part, dearest first, into the cheapest of `count` micro-batches where it fits; None: it fits in none."""
-    # (cost, number, parts), ascending: the first where a part fits is the cheapest.
+    """Put each part, most expensive first, into the cheapest of `count` micro-batches with room for it.
+
+    Return None if there is no room for a part.
+    """
+    # (cost, number, parts), ascending, so the first micro-batch that a part fits is the cheapest.
     batches: list[tuple[float, int, list[_Part]]] = [(0.0, number, []) for number in range(count)]
     for part in sorted(parts, key=lambda part: -size([part])[1]):
         fits = (i for i, (_, _, placed) in enumerate(batches) if size([*placed, part])[0] <= micro_tokens)

@@ -1,4 +1,4 @@
-"""Lists of options inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
+"""Option lists inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rmsd_fast.method.quality import fold_text
 
 _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选项\s*[:：]?", re.IGNORECASE)
 MOST_OPTIONS = 26
-# A letter, an option's text and what may follow it, in folded text: "(b) tea", "which? a. tea b. milk".
+# A letter, an option's text and what may follow it, in case-folded text: "(b) tea", "which? a. tea b. milk".
 _LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
-# "a.m.", "B.C.", "J.S. Bach" begin with no letter of an option.
+# The first letter of "a.m.", "B.C." or "J.S. Bach" is not the letter of an option.
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
-# The first two letters with what sets them off, each with a text behind it: "(A) tea (B) milk", "A. tea B. milk". Not
-# in "U.S.A. or B.C." and "f(a)". Small letters only with a bracket, since "a." ends words.
-_BEFORE, _BEHIND = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
-_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_BEHIND}"
-_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_BEHIND}"
+# Matches the first two letters and their delimiters, each followed by a text: "(A) tea (B) milk", "A. tea B. milk".
+# Does not match "U.S.A. or B.C." and "f(a)". Lower-case letters need a bracket, because "a." may end a word.
+_BEFORE, _AFTER = r"(?<![^\W_])(?<![^\W_]\.)", r"\s*(?![A-Za-z]\.)(?=[^\s)\]?!.,;:])"
+_SET_OFF = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}(?:[.:)、]|\s+[-–—]\s)){_AFTER}"
+_SMALL = rf"{_BEFORE}(?:\({{0}}\)|\[{{0}}\]|(?<![(\[]){{0}}\)){_AFTER}"
 _WITHIN_A_LINE = [
     re.compile(f"{label.format(first)}.*?{label.format(second)}", re.DOTALL)
     for label, first, second in ((_SET_OFF, "A", "B"), (_SMALL, "a", "b"))
@@ -28,15 +28,15 @@ _WITHIN_A_LINE = [
 
 
 class OptionsError(ValueError):
-    """Options that can be read in two ways. The message says what was expected, what was found and what to do."""
+    """Options with two readings. The message says what was expected, what was found and what to do."""
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuse options of which an answer's letter could mean two, or which show no difference.
+    """Refuse options if a letter could mean two of them, or if they do not differ.
 
     Raises:
-        OptionsError: the letters that the options are written with contradict their order; or two of them are the same
-            text; or one of them is only a letter beside others that are more.
+        OptionsError: the options' letters contradict their order, two options have the same text, or one option is only
+            a letter while others are more.
     """
     if not options:
         return
@@ -45,7 +45,7 @@ def check_options(options: Sequence[str]) -> None:
         *(("", option) if _ABBREVIATION.match(option) else own_letter(option) for option in options), strict=True
     )
     misplaced = [letter for letter, place in zip(written, letters, strict=True) if letter and letter != place]
-    # "A. Lincoln", "G. Washington" are names: G is not the letter of an option. After A and B, a D is one.
+    # "A. Lincoln" and "G. Washington" are names, so G is not an option's letter. After A and B, a D is one.
     if set(misplaced) & set(letters) or (misplaced and all(written) and written[:2] == ("A", "B")):
         todo = "put the options in the order of their letters; if the letters belong to the texts, reword these"
         raise OptionsError(
@@ -53,33 +53,33 @@ def check_options(options: Sequence[str]) -> None:
         )
     if not all(texts) and any(texts):
         index = texts.index("")
-        raise OptionsError(f"expected a text behind each letter, got {options[index]!r}; add it or remove the option")
+        raise OptionsError(f"expected a text after each letter, got {options[index]!r}; add it or remove the option")
     bare = [" ".join(option.split()) for option in bare_options(options)]
-    # Media differ, though their marks are the same.
+    # Media options differ although their marks are the same.
     if repeated := [option for option in bare if bare.count(option) > 1 and not MARK.search(option)]:
-        raise OptionsError(f"expected options that differ, got {repeated[0]!r} twice; remove one of the two")
+        raise OptionsError(f"expected different options, got {repeated[0]!r} twice; remove one of the two")
 
 
 def find_options(question: str) -> tuple[str, list[str]] | None:
-    """Return a question without the list of options in it, and the options without letters.
+    """Return a question without its list of options, and the options without letters.
 
-    None where there is no such list, or more than one: then nothing says which of them is meant.
+    Return None if there is no such list, or more than one, because then it is unclear which list is meant.
     """
     lists = _lists(question.split("\n"))
     return _cut(question, *lists[0]) if len(lists) == 1 else None
 
 
 def shows_options(question: str) -> bool:
-    """Whether a question shows lettered options anywhere: one a line, or A and B within a line."""
+    """Return whether a question contains lettered options: one per line, or A and B within a line."""
     text = unicodedata.normalize("NFKC", question)
     return bool(_lists(question.split("\n"))) or any(pattern.search(text) for pattern in _WITHIN_A_LINE)
 
 
 def without_options(question: str, options: Sequence[str]) -> str:
-    """The question without a list of its own options, which the prompt would show a second time.
+    """Return the question without a list of its own options, which the prompt would otherwise show twice.
 
     Raises:
-        OptionsError: the question gives an option another letter than the prompt does, or lists other options beside
+        OptionsError: the question gives an option a different letter from the prompt, or lists further options besides
             some of these.
     """
     if not options:
@@ -95,14 +95,15 @@ def without_options(question: str, options: Sequence[str]) -> str:
             repeated.append((start, end))
         elif set(texts) & set(own):
             raise OptionsError(
-                f"expected the list in the question to be that of 'options', got {listed!r:.80}; remove one of the two"
+                f"expected the list in the question to be the same as 'options', got {listed!r:.80}; remove one of "
+                "the two"
             )
     cut = _cut(question, *repeated[-1]) if repeated else None
     return cut[0] if cut else question
 
 
 def _check_letters(question: str, options: Sequence[str]) -> None:
-    """Refuse a question that lists two options or more and gives one of them another letter than its own."""
+    """Refuse a question that lists at least two of its options and gives one of them a different letter."""
     letters = option_letters(options).lower()
     folded = [fold_text(line) for line in question.split("\n")]
     labelled = {
@@ -116,13 +117,13 @@ def _check_letters(question: str, options: Sequence[str]) -> None:
         for match in matches:
             if next(filter(None, match.groups())) not in own:
                 raise OptionsError(
-                    f"expected {text!r} behind {' or '.join(own).upper()}, its letter in 'options', got {match[0]!r}; "
-                    "give both the same order, or remove the list from the question"
+                    f"expected {text!r} after {' or '.join(own).upper()}, its letter in 'options', got {match[0]!r}; "
+                    "use the same order in both, or remove the list from the question"
                 )
 
 
 def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last line of every list of two options or more. Empty lines may stand between its lines."""
+    """Return the first and last line of every list of at least two options. Empty lines may separate its lines."""
     filled = [number for number, line in enumerate(lines) if line.strip()]
     lists = []
     first = 0
@@ -137,13 +138,13 @@ def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _are_labelled(lines: Sequence[str], numbers: Sequence[int]) -> bool:
-    """Whether these lines carry the letters A, B, … in this order, each with a text behind it."""
+    """Return whether these lines have the letters A, B, … in this order, each followed by a text."""
     listed = [lines[number] for number in numbers]
     return bare_options(listed) != [line.strip() for line in listed]
 
 
 def _cut(question: str, start: int, end: int) -> tuple[str, list[str]] | None:
-    """The question without these lines and the heading above them, and their texts; None where nothing is left."""
+    """Return the question without these lines and the heading above, and their texts; None if nothing remains."""
     lines = question.split("\n")
     before = lines[:start]
     while before and (not before[-1].strip() or _HEADING.fullmatch(before[-1].strip())):

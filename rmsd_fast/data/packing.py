@@ -1,9 +1,9 @@
-"""Groups to rows. A group = one prompt and all its responses; `plan_micro_batches` says which stand in one pass.
+"""Arrange groups in rows. A group is one prompt and all its responses; `plan_micro_batches` chooses those of one pass.
 
-Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once; a lone response stands in its prompt's
-own segment. Padded: `[prompt | response | pad]` per response, the oracle that packed rows are tested against. Both say
-in the same way which hidden states predict which tokens: a loss need not know what it was given. Responses are numbered
-group by group throughout ("group-major").
+Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once. A single response is part of its
+prompt's own segment. Padded: `[prompt | response | pad]` per response, the reference that packed rows are tested
+against. Both describe in the same way which hidden states predict which tokens, so a loss does not depend on the
+layout. Responses are always numbered group by group ("group-major").
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.transfer import to_device
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan
 
-# The tensors of a plan that attention reads on the device.
+# Tensors of a plan that attention reads on the device.
 PLAN_EDGES = ("segments", "group_queries", "group_keys")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one forward pass reads: B rows of L tokens, S response tokens in M responses.
+    """The input of one forward pass: B rows of L tokens, with S response tokens in M responses.
 
     Fields:
         input_ids: int64 [B, L].
         position_ids: int64 [3, B, L]; 0 on padding.
-        attention_mask: int64 [B, L]; None: packed, B = 1 and no padding.
-        plan: which tokens of a packed row are which; None: padded.
+        attention_mask: int64 [B, L]; None for packed rows, with B = 1 and no padding.
+        plan: the segments of a packed row; None for padded rows.
         predicts: int64 [S], response by response: the row of `hidden.flatten(0, 1)` that predicts the token. The first
             token of a response is predicted by the last row of its prompt.
         targets: int64 [S], these tokens.
         last: int64 [M], the row of each response's last token.
         lengths: int64 [M], tokens of each response.
-        media_order: indices of the prompts whose media the rows carry, in the order of their placeholders. Packed: each
-            prompt once; padded: one per row.
+        media_order: indices of the prompts whose media the rows contain, in the order of their placeholders. Packed:
+            each prompt once; padded: one per row.
         media_places: int64 [vision tokens], the placeholders in `input_ids.flatten()`.
-        lengths_list: `lengths` for the host, to be read without waiting for a device.
-        forks: (row, first, count): the row predicts the first tokens of `count` responses from `first` on.
+        lengths_list: `lengths` on the host, which can be read without waiting for a device.
+        forks: (row, first, count): the row predicts the first tokens of `count` responses, starting with `first`.
     """
 
     input_ids: torch.Tensor
@@ -59,7 +59,7 @@ class Rows:
     forks: list[tuple[int, int, int]]
 
     def to(self, device: torch.device | str) -> Rows:
-        """The same rows on a device, by one copy that the host does not wait for."""
+        """Return the same rows on a device, with one copy that does not block the host."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         names = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
         edges = [] if self.plan is None else [getattr(self.plan, name) for name in PLAN_EDGES]
@@ -71,29 +71,29 @@ class Rows:
 
 
 def make_rows(packing: str, prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
-    """`pack` for packing="shared", `pad` for "padded".
+    """Call `pack` for packing="shared" and `pad` for "padded".
 
     Raises:
-        ValueError: another packing, or what those two raise.
+        ValueError: packing is neither, or `pack` or `pad` raises it.
     """
     check_packing(packing)
     return pack(prompts, responses) if packing == "shared" else pad(prompts, responses, pad_id=pad_id)
 
 
 def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
-    """One packed row of all prompts and responses.
+    """Return one packed row of all prompts and responses.
 
     Args:
         prompts: G prompts.
-        responses: the responses of each prompt, int64 [R] each, the end token included where there is one. A prompt may
+        responses: the responses of each prompt, each int64 [R], including the end token if there is one. A prompt may
             have none.
     Raises:
-        ValueError: no prompts, lists of different length, an empty response, a response with one of the prompts'
-            `vision_ids`.
-        TypeError: a response that is not a one-dimensional int64 tensor.
+        ValueError: there are no prompts, the lists differ in length, or a response is empty or contains one of the
+            prompts' `vision_ids`.
+        TypeError: a response is not a one-dimensional int64 tensor.
     """
     flat, _ = _flatten(prompts, responses)
-    # A lone response continues its prompt's own segment: plain causal attention, in one call instead of three.
+    # A single response continues its prompt's segment: plain causal attention, in one call instead of three.
     heads = [answers if len(answers) == 1 else [] for answers in responses]
     tails = [answers if len(answers) != 1 else [] for answers in responses]
     prefix_lengths = [len(prompt.input_ids) + sum(map(len, head)) for prompt, head in zip(prompts, heads, strict=True)]
@@ -136,12 +136,13 @@ def pack(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> Rows:
 
 
 def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: int) -> Rows:
-    """A row `[prompt | response]` per response, padded on the right with `pad_id`. Arguments and errors as `pack`;
-    no response at all is an error here.
+    """Return one row `[prompt | response]` per response, padded on the right with `pad_id`.
+
+    Arguments and errors as `pack`, except that at least one response is required.
     """
     flat, owner = _flatten(prompts, responses)
     if not flat:
-        raise ValueError("expected at least one response, got none; padded rows are made of responses")
+        raise ValueError("expected at least one response, got none; padded rows consist of responses")
     lengths = [len(response) for response in flat]
     starts = [len(prompts[i].input_ids) for i in owner]
     length = max(start + tokens for start, tokens in zip(starts, lengths, strict=True))
@@ -176,30 +177,30 @@ def pad(prompts: list[Prompt], responses: list[list[torch.Tensor]], *, pad_id: i
 
 
 def media_places(prompts: Sequence[Prompt], starts: Sequence[int]) -> torch.Tensor:
-    """Rows of the vision tokens of prompts that begin at these rows, int64, on the CPU."""
+    """Return the rows of the vision tokens of prompts that begin at these rows, int64, on the CPU."""
     pairs = zip(prompts, starts, strict=True)
     return torch.cat([prompt.mm_token_type_ids.nonzero()[:, 0] + start for prompt, start in pairs])
 
 
 def gather_rows(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """`hidden[rows.predicts]`, with a backward that is exact where one row predicts several tokens.
+    """Return `hidden[rows.predicts]`, with a backward that is exact if one row predicts several tokens.
 
-    Responses of one packed prompt have their first tokens predicted by the same row. Its gradient is their sum, taken
-    in float32 (float64 for float64), in the order of the responses, and rounded once. Plain indexing would round after
-    each addition.
+    The same row predicts the first tokens of all responses of a packed prompt. Its gradient is their sum, taken in
+    float32 (float64 for float64) in the order of the responses, and rounded once. Plain indexing would round after each
+    addition.
 
     Args:
         hidden: [B * L, D], any floating dtype.
-        rows: the rows it was computed from, on its device.
+        rows: the rows that `hidden` was computed from, on its device.
     Returns:
-        [S, D], dtype of `hidden`.
+        [S, D], in the dtype of `hidden`.
     Raises:
-        ValueError: `hidden` has another number of rows.
+        ValueError: the number of rows of `hidden` is wrong.
     """
     if hidden.dim() != 2 or len(hidden) != rows.input_ids.numel():
         raise ValueError(
             f"hidden: expected [{rows.input_ids.numel()}, D], one row per token, got {list(hidden.shape)}; "
-            "give hidden.flatten(0, 1) of the forward pass that read these rows"
+            "pass hidden.flatten(0, 1) of the forward pass that read these rows"
         )
     return _GatherRows.apply(hidden, rows)
 
@@ -215,12 +216,12 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad):
         rows = ctx.rows
         grad_hidden = grad.new_zeros(ctx.shape)
-        # The shared rows come several times here, in any order; they are written again below.
+        # Shared rows occur several times here, in any order. They are written again below.
         grad_hidden[rows.predicts] = grad
         if rows.forks:
             precision = torch.float64 if grad.dtype == torch.float64 else torch.float32
             firsts = grad[rows.lengths.cumsum(0) - rows.lengths]
-            # Read from the host: no wait for the device.
+            # Read from the host, so there is no wait for the device.
             for row, first, count in rows.forks:
                 grad_hidden[row] = firsts[first : first + count].sum(0, dtype=precision)
         return grad_hidden, None
@@ -231,7 +232,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[int]]:
-    """Responses group-major, and the index of the prompt of each, after checks."""
+    """Check the responses, and return them in group-major order with the index of each one's prompt."""
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(
             f"expected a list of responses for each prompt, at least one prompt, got {len(responses)} lists "
@@ -244,12 +245,12 @@ def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tupl
             if response.dtype != torch.int64 or response.dim() != 1:
                 raise TypeError(f"{name}: expected int64 [R], got {response.dtype} {list(response.shape)}")
             if not len(response):
-                raise ValueError(f"{name} is empty; leave it out, or end it with the end token")
+                raise ValueError(f"{name} is empty; leave it out, or append the end token")
             vision_tokens = vision_ids.intersection(response.tolist())
             if vision_tokens:
                 raise ValueError(
-                    f"{name} holds the vision token {min(vision_tokens)}, which the model would take for a medium or "
-                    "its edge; ban it in generation, or leave the response out"
+                    f"{name} contains the vision token {min(vision_tokens)}, which the model would take for a medium "
+                    "or its delimiter; ban it in generation, or leave the response out"
                 )
     flat = [response for answers in responses for response in answers]
     owner = [i for i, answers in enumerate(responses) for _ in answers]

@@ -1,22 +1,22 @@
-"""Picture files to upright 8-bit RGB, and their size without decoding them.
+"""Read picture files as upright 8-bit RGB, and their size without decoding them.
 
 A picture is read as a person sees it, or refused with a message that says what was found:
 
-- Transparent parts show white. A picture of which next to nothing is visible is refused: programs that write no
-  transparency leave alpha 0 in pixels that they show. Where a TGA or BMP file says that its alpha is not used, it is
-  not.
-- 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused, since
-  no format says what their black and white are. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most
-  one level below the scaled value. Values of 10 or 12 bits that a program stored in 16 look nearly black, as they do
-  in viewers.
-- CMYK, YCbCr and LAB become RGB as Pillow converts them. Colour profiles are ignored, as the processors of model
-  families ignore them.
-- The EXIF orientation is applied; other EXIF tags are not looked at, so damage in them does not matter. Orientations in
-  XMP are ignored, as browsers ignore them.
+- Transparent parts become white. A picture with almost no visible pixels is refused, because programs that write no
+  transparency leave alpha 0 in pixels that they show. Alpha is ignored if a TGA or BMP file says that it is not used.
+- 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
+  because
+  no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most one
+  level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in viewers.
+- CMYK, YCbCr and LAB are converted to RGB by Pillow. Colour profiles are ignored, as the processors of model families
+  ignore them.
+- The EXIF orientation is applied. Other EXIF tags are not read, so damage in them does not matter. Orientations in XMP
+  are ignored, as browsers ignore them.
 - A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
-  detected: any bytes are picture data.
-- Animations and files of several pages are refused. Some formats hold one picture in several versions: its reduced
-  copies in TIFF, its sizes in ICO, its layers in PSD, its second views in MPO. Their first or largest picture is read.
+  detected, because any bytes are valid picture data.
+- Animations and multi-page files are refused. Some formats hold several versions of one picture: reduced copies in
+  TIFF,
+  sizes in ICO, layers in PSD, second views in MPO. Their first or largest picture is read.
 """
 
 from __future__ import annotations
@@ -35,32 +35,33 @@ from rmsd_fast.config import NotInstalled, first_line
 from rmsd_fast.data.containers import AVIF, name_content
 from rmsd_fast.data.media_file import MediaError, MediaFile
 
-# Larger pictures take gigabytes while they are read (Pillow's own bound for a warning).
+# Larger pictures need gigabytes while they are read. Pillow warns above the same limit.
 MOST_PIXELS = 89_478_485
-# A pixel of a lower alpha differs from the white behind it by at most 7 of 255 levels, which nobody sees. Programs
-# leave such pixels in pictures that are otherwise transparent, and a few of any alpha: 9 of 1000x1000 are no content.
+# A pixel with a lower alpha differs from the white behind it by at most 7 of 255 levels, which nobody sees. Programs
+# leave such pixels in pictures that are otherwise transparent, and a few of any alpha: 9 of 1000x1000 are not content.
 LEAST_ALPHA, LEAST_VISIBLE = 8, 1e-5
-# Values of EXIF's orientation that exchange height and width.
+# Values of the EXIF orientation that swap height and width.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 # TIFF tags.
 _SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC = 254, 256, 257, 258, 262
-# Bits of NewSubfileType: a reduced copy of another picture, and a mask of one.
+# Bits of NewSubfileType: a reduced copy of another picture, and a transparency mask for another picture.
 _REDUCED, _MASK = 1, 4
 _WHITE_IS_ZERO = 0
 # Formats whose "frames" are versions of one picture.
 _VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
-# What Pillow may take a file for, whatever its name. It knows more, some of which other programs read for it, as
-# Ghostscript does EPS.
+# Formats that Pillow may identify, whatever a file's name. Pillow knows more, some of which it reads through other
+# programs, such as EPS through Ghostscript.
 _FORMATS = ("AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD")
 _FORMATS += ("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM")
-# A TGA file's byte that tells, in its lower 4 bits, how many bits of alpha each pixel has.
+# Offset of the TGA byte whose low 4 bits are the number of alpha bits per pixel.
 _TGA_ALPHA_BITS = 17
 # Formats whose 16-bit values run from 0 to 65535. Pillow opens some of them in its 32-bit mode "I".
 _SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _TO_RGB = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-# A PNG of 2 or 4 bits per pixel names its transparent grey in those bits; Pillow scales the pixels and not the name.
+# A PNG with 2 or 4 bits per pixel states its transparent grey in those bits. Pillow scales the pixels but not this
+# value.
 _SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
 # A JPEG marker other than stuffed bytes, fill bytes and restarts.
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -68,19 +69,19 @@ _START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, b"\xff\xd9"
 _RESTART_INTERVAL = 0xDD
 _RESTARTS = 8
-# Rows that are hashed at once.
+# Number of rows that are hashed at once.
 _STRIP = 256
 
 
 def picture_size(media: MediaFile) -> tuple[int, int]:
-    """Return height and width of the upright picture. Decodes only ICO and ICNS for it. Raises as `read_picture`."""
+    """Return height and width of the upright picture. Decodes only ICO and ICNS. Raises as `read_picture`."""
     with _opened(media) as image:
         width, height = image.size
         if image.format == "TIFF":
-            # Some versions of Pillow exchange them here, others when the pixels are read.
+            # Some versions of Pillow swap width and height here, others when the pixels are read.
             width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
         elif image.format in ("ICO", "ICNS"):
-            # The index of these formats may state another size than the picture has.
+            # The index of these formats may state a different size from that of the picture.
             image.load()
             width, height = image.size
         return (width, height) if _orientation(media, image) in _QUARTER_TURNS else (height, width)
@@ -90,15 +91,16 @@ def read_picture(media: MediaFile) -> np.ndarray:
     """Return the upright picture, uint8 [H, W, 3].
 
     Raises:
-        MediaError: the file is damaged or truncated, is not one picture, shows nothing, or its values have no defined
-            black and white.
+        MediaError: the file is damaged or truncated, does not hold exactly one picture, shows nothing, or its values
+            have
+            no defined black and white.
         NotInstalled: Pillow is not installed.
     """
     with _opened(media) as image:
         scale = _SCALE_OF_KEY.get(_raw_mode(image), 1)
         orientation = _orientation(media, image)
         if image.format == "TIFF":
-            # Pillow turns TIFF files itself when it reads their pixels, and would do so by XMP too.
+            # Pillow itself rotates TIFF files when it reads their pixels, and would also apply an orientation in XMP.
             orientation = 1
             image.info.pop("xmp", None)
         image = _loaded(media, image)
@@ -111,7 +113,7 @@ def read_picture(media: MediaFile) -> np.ndarray:
 
 @contextmanager
 def _opened(media: MediaFile) -> Iterator[Any]:
-    """Open a Pillow image of one picture, pixels not read yet. Damage found while it is open becomes a MediaError."""
+    """Open a Pillow image of one picture without reading its pixels. Errors inside the context become MediaError."""
     try:
         from PIL import Image, UnidentifiedImageError, features
     except ImportError as error:
@@ -130,12 +132,12 @@ def _opened(media: MediaFile) -> Iterator[Any]:
     except MediaError:
         raise
     except UnidentifiedImageError as error:
-        what, advice = name_content(media.head) or ("a format that is not read here", "save it as PNG or JPEG")
-        # Pillow reads AVIF since 11.3, if it was built with libavif.
+        what, advice = name_content(media.head) or ("an unsupported format", "save it as PNG or JPEG")
+        # Pillow reads AVIF since version 11.3 if it was built with libavif.
         if what == AVIF and "avif" in features.modules and features.check_module("avif"):
-            what, advice = "an AVIF picture that is damaged", "fetch it again"
+            what, advice = "a damaged AVIF picture", "fetch it again"
         raise MediaError(f"{path}: expected a picture, got {what}; {advice}, or drop the question") from error
-    # Pillow's plugins report damage with whatever their parsing raises.
+    # Pillow's plugins raise arbitrary exceptions for damaged files.
     except Exception as error:
         reason = first_line(error).replace(media.name, "the file")
         raise MediaError(
@@ -157,17 +159,17 @@ def _refuse_several(media: MediaFile, image: Any) -> None:
             count = _full_pages(image, count)
             if count > 1:
                 raise MediaError(
-                    f"{path}: expected one picture, got a TIFF file of {count} pages; save the page asked about as PNG"
+                    f"{path}: expected one picture, got a TIFF file of {count} pages; save the relevant page as PNG"
                 )
     if count > 1:
         raise MediaError(
             f"{path}: expected one picture, got an animation of {count} pictures ({image.format}); save one of them as "
-            f"PNG, or ask about it as a video after `{media.command()}`"
+            f"PNG, or use it as a video after `{media.command()}`"
         )
 
 
 def _full_pages(image: Any, pages: int) -> int:
-    """Return the number of pages of a TIFF file that are neither reduced copies nor masks of others."""
+    """Return the number of pages of a TIFF file that are neither reduced copies nor masks of other pages."""
     full = 0
     for page in range(pages):
         image.seek(page)
@@ -182,16 +184,16 @@ def _subfile_type(image: Any) -> int:
 
 
 def _raw_mode(image: Any) -> str:
-    """Return how a PNG stores its pixels, for example "RGB;16B"; empty for other formats."""
+    """Return the storage mode of a PNG's pixels, for example "RGB;16B"; empty for other formats."""
     layout = image.tile[0][3] if image.format == "PNG" and image.tile else ""
     return layout if isinstance(layout, str) else str(layout[0])
 
 
 def _refuse_deep_colour_key(path: str, image: Any) -> None:
-    """Refuse a transparent colour of 16 bits: Pillow keeps 8 of them, in which other colours may be equal to it."""
+    """Refuse a 16-bit transparent colour: Pillow keeps only 8 bits of it, and other colours may be equal in those."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
-            f"{path}: expected transparency as an alpha channel, got a transparent colour of 16 bits; save it as an "
+            f"{path}: expected transparency as an alpha channel, got a 16-bit transparent colour; save it as an "
             "8-bit PNG"
         )
 
@@ -204,21 +206,21 @@ def _orientation(media: MediaFile, image: Any) -> int:
         if image.format == "TIFF":
             value = image.tag_v2.get(_ORIENTATION, 1)
         else:
-            # Not by `getexif`, which decodes a PNG without EXIF, and takes an orientation from XMP.
+            # `getexif` is not used, because it decodes a PNG without EXIF, and takes an orientation from XMP.
             exif = Image.Exif()
             exif.load(_png_exif(media) if image.format == "PNG" else image.info.get("exif", b""))
             value = exif.get(_ORIENTATION, 1)
-    # Whatever Pillow raises at damaged EXIF: the pixels may be whole.
+    # Pillow raises arbitrary exceptions for damaged EXIF, and the pixels may be intact.
     except Exception:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _png_exif(media: MediaFile) -> bytes:
-    """Return the EXIF of a PNG, which may stand behind its pixels; empty if it has none."""
+    """Return the EXIF of a PNG, which may come after its pixels; empty if it has none."""
     with open(media.name, "rb") as file:
         file.seek(8)
-        # A chunk is 4 bytes of size, 4 of type, the data, and 4 of checksum.
+        # A chunk is a 4-byte size, a 4-byte type, the data, and a 4-byte checksum.
         while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
             length = int.from_bytes(head[:4], "big")
             if head[4:] == b"eXIf":
@@ -228,7 +230,7 @@ def _png_exif(media: MediaFile) -> bytes:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn and mirror [H, W, 3] as an EXIF orientation asks."""
+    """Rotate and mirror [H, W, 3] according to an EXIF orientation."""
     if orientation in _QUARTER_TURNS:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -239,7 +241,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _loaded(media: MediaFile, image: Any) -> Any:
-    """Return the image with its pixels read. A JPEG that lacks only its end is read with an end."""
+    """Return the image with its pixels read. If a JPEG lacks only its end marker, the marker is added."""
     try:
         image.load()
         return image
@@ -247,9 +249,9 @@ def _loaded(media: MediaFile, image: Any) -> Any:
         if image.format not in ("JPEG", "MPO") or "truncated" not in str(error):
             raise
         with open(media.name, "rb") as file:
-            # A last 0xff is half of a marker, or half of a pair that stands for one byte.
+            # A last 0xff is half of a marker, or half of an escape pair that stands for one byte.
             data = file.read().rstrip(b"\xff")
-        # Its pixels would be a third copy beside the two that are compared.
+        # Its pixels would be a third copy, in addition to the two that are compared.
         image.close()
         whole = _complete_jpeg(data)
         if whole is None:
@@ -260,10 +262,11 @@ def _loaded(media: MediaFile, image: Any) -> Any:
 
 
 def _complete_jpeg(data: bytes) -> Any | None:
-    """Return a JPEG without an end, its pixels read; None unless the data holds all of them.
+    """Return a JPEG without an end marker, with its pixels read; None unless the data holds all of them.
 
-    The decoder does not tell: it fills missing data with grey. So the file is decoded several times, with nothing and
-    with different noise in place of the missing bytes. If the pixels are equal each time, they need none of them.
+    The decoder does not report missing data, but fills it with grey. The file is therefore decoded several times, with
+    nothing and with different noise in place of the missing bytes. If the pixels are the same each time, they do not
+    depend on these bytes.
     """
     from PIL import Image
 
@@ -272,7 +275,7 @@ def _complete_jpeg(data: bytes) -> Any | None:
         return None
     whole = Image.open(io.BytesIO(data + _END_OF_IMAGE))
     pixels = _digest(whole)
-    # Without restarts two kinds of noise are enough: nothing in them is skipped.
+    # Without restarts, two kinds of noise are enough, because the decoder skips none of it.
     for seed in range(_RESTARTS if restarts else 2):
         with Image.open(io.BytesIO(data + _noise(seed) + _END_OF_IMAGE)) as image:
             if _digest(image) != pixels:
@@ -281,7 +284,7 @@ def _complete_jpeg(data: bytes) -> Any | None:
 
 
 def _digest(image: Any) -> bytes:
-    """Return a hash of the pixels, without a copy of all of them."""
+    """Return a hash of the pixels without copying all of them."""
     digest = hashlib.blake2b(digest_size=16)
     for top in range(0, image.height, _STRIP):
         digest.update(image.crop((0, top, image.width, min(top + _STRIP, image.height))).tobytes())
@@ -289,11 +292,11 @@ def _digest(image: Any) -> bytes:
 
 
 def _noise(seed: int) -> bytes:
-    """Return wrong picture data with restart markers in it.
+    """Return invalid picture data that contains restart markers.
 
-    A decoder that waits for a restart marker skips what comes before it, and gives up at a marker from further on. So
-    each seed begins with another marker. Each part is longer than the data of the largest block of pixels, which is
-    left out if it is incomplete.
+    A decoder that waits for a restart marker skips the data before it, and gives up at a marker that is too far ahead.
+    Each seed therefore begins with a different marker. Each part is longer than the data of the largest block of
+    pixels, because an incomplete block is left out.
     """
     generator = random.Random(seed)
     parts = [generator.randbytes(4096).replace(b"\xff", b"") for _ in range(_RESTARTS)]
@@ -301,7 +304,7 @@ def _noise(seed: int) -> bytes:
 
 
 def _scans(data: bytes) -> tuple[bool, bool]:
-    """Return whether the scans of a JPEG bring all coefficients to their last bit, and whether it may have restarts."""
+    """Return whether a JPEG's scans contain all bits of all coefficients, and whether it may have restart markers."""
     at, missing, restarts = 2, {None}, False
     while match := _JPEG_MARKER.search(data, at):
         kind, start = match[1][0], match.end()
@@ -312,7 +315,7 @@ def _scans(data: bytes) -> tuple[bool, bool]:
             missing = {(component, index) for component in body[6::3] for index in range(64)}
         elif kind == _START_OF_SCAN and len(body) == 4 + 2 * body[0]:
             first, last, bits = body[-3:]
-            # The lower four bits count the bits that are still to come.
+            # The lower four bits are the number of bits still to come.
             if bits & 15 == 0:
                 missing -= {(part, index) for part in body[1:-3:2] for index in range(first, last + 1)}
     return not missing, restarts
@@ -326,7 +329,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
         return np.repeat(_grey(path, image)[:, :, None], 3, axis=2)
     palette_alpha = image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
     if image.mode in _WITH_ALPHA or palette_alpha or "transparency" in image.info:
-        # Pillow knows no direct way from this mode to RGBA.
+        # Pillow has no direct conversion from this mode to RGBA.
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -340,7 +343,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
 
 
 def _grey(path: str, image: Any) -> np.ndarray:
-    """Return pixels of more than 8 bits as 8 bits, [H, W]."""
+    """Convert pixels of more than 8 bits to 8 bits, [H, W]."""
     values = np.asarray(image)
     sixteen = image.format in (_SIXTEEN_BIT if image.mode.startswith("I;16") else _SIXTEEN_BIT_AS_I)
     if image.mode != "F" and sixteen:
@@ -366,9 +369,9 @@ def _grey(path: str, image: Any) -> np.ndarray:
 
 
 def _check_visible(path: str, visible: np.ndarray) -> None:
-    """Raise MediaError if nearly no pixel of a picture is visible; visible: bool [H, W]."""
+    """Raise MediaError if almost no pixels of a picture are visible; visible: bool [H, W]."""
     if np.count_nonzero(visible) < LEAST_VISIBLE * visible.size:
         raise MediaError(
-            f"{path}: expected visible pixels, got a picture that is transparent nearly everywhere; if its colours are "
+            f"{path}: expected visible pixels, got a picture that is almost entirely transparent; if its colours are "
             "meant to show, remove the alpha channel, or drop the question"
         )

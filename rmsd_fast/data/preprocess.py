@@ -1,7 +1,7 @@
-"""What a model family does to its pixels: which frames, how large, how normalised, in which patch order.
+"""Preprocess pixels as a model family does: choice of frames, size, normalisation and order of patches.
 
-The numbers are those of transformers' Qwen3-VL and Qwen2-VL video processors and of its Qwen2-VL image processor
-(tests/media/test_preprocessing.py), without torchvision or transformers. The pixels themselves go through
+The results are those of transformers' Qwen3-VL and Qwen2-VL video processors and its Qwen2-VL image processor
+(tests/media/test_preprocessing.py), without torchvision or transformers. The pixels are computed by
 `rmsd_kernels.resize_frames` and `rmsd_kernels.video_patches`.
 """
 
@@ -18,20 +18,20 @@ import torch
 import rmsd_kernels
 from rmsd_fast.config import ModelError, SettingsError, VideoConfig
 
-# Longest side over shortest side that the family's processors accept.
+# Largest ratio of the longest to the shortest side that the family's processors accept.
 MAX_ASPECT_RATIO = 200
 # The per-frame cap never falls below this multiple of the lower budget (as in the family's processor).
 FRAME_CAP_FLOOR = 1.05
-# Whose video processor a name in a model folder stands for: Qwen3-VL's, or that of Qwen2-VL and Qwen2.5-VL.
+# Prefixes of names in a model folder that identify a video processor: Qwen3-VL's, or that of Qwen2-VL and Qwen2.5-VL.
 FAMILIES = {"qwen3_vl": ("qwen3vl", "qwen3_vl"), "qwen2_vl": ("qwen2vl", "qwen2_vl", "qwen2_5_vl", "qwen25vl")}
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What a model expects of its pixels; read from the model's own folder by `load_preprocessor`.
+    """Preprocessing settings of a model, read from its folder by `load_preprocessor`.
 
-    Means and deviations are per RGB channel on the 0-1 scale. Resizing is always bicubic and antialiased. family: whose
-    rules choose frames and sizes, one of FAMILIES.
+    Means and standard deviations are per RGB channel on the 0-1 scale. Resizing is always bicubic and antialiased.
+    `family` is the key of FAMILIES whose rules choose frames and sizes.
     """
 
     patch_size: int = 16
@@ -43,23 +43,23 @@ class Preprocessor:
 
     @property
     def factor(self) -> int:
-        """Pixels of one vision token's side; heights and widths are multiples of it."""
+        """Return the side of one vision token in pixels. Heights and widths are multiples of it."""
         return self.patch_size * self.merge_size
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Patches along time, height and width of so many resized frames."""
+        """Return the number of patches along time, height and width for `frames` resized frames."""
         return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
 
 
 def load_preprocessor(folder: str | Path) -> Preprocessor:
     """Read patch sizes and normalisation from a model folder.
 
-    Looks at `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
-    `preprocessor_config.json`; the image settings, where given, have to agree with those of videos.
+    Reads `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
+    `preprocessor_config.json`. Image settings, if there are any, must agree with the video settings.
 
     Raises:
-        ModelError: a file is missing or does not hold a JSON object, a value is missing or wrong, or this code does not
-            follow the settings.
+        ModelError: a file is missing or does not hold a JSON object, a value is missing or wrong, or the settings are
+            not supported.
     """
     folder = Path(folder)
     joint = _read_json(folder / "processor_config.json")
@@ -74,7 +74,7 @@ def load_preprocessor(folder: str | Path) -> Preprocessor:
         )
     if parsed[0] != parsed[-1]:
         raise ModelError(
-            f"{folder}: images and videos are preprocessed differently ({parsed[-1]} and {parsed[0]}); "
+            f"{folder}: expected the same preprocessing for images and videos, got {parsed[-1]} and {parsed[0]}; "
             "models of the Qwen-VL families share these settings, so check the two JSON files"
         )
     return parsed[0]
@@ -87,7 +87,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path}: not readable as JSON ({error}); restore it from the original model folder"
+            f"{path}: cannot be read as JSON ({error}); restore it from the original model folder"
         ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -95,7 +95,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _family(files: list[dict[str, Any]]) -> str:
-    """Family by the first name that tells; image processors do not, Qwen3-VL uses that of Qwen2-VL."""
+    """Return the family of the first name that identifies one.
+
+    Names of image processors do not, because Qwen3-VL uses that of Qwen2-VL.
+    """
     for settings in files:
         for key in ("video_processor_type", "processor_class", "model_type"):
             name = str(settings.get(key, "")).lower()
@@ -121,24 +124,27 @@ def _parse_preprocessor(settings: dict[str, Any], folder: Path, family: str) -> 
     except KeyError as error:
         raise ModelError(f"{folder}: the preprocessor settings lack {error.args[0]!r}; restore them") from error
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: the preprocessor settings have a wrong value ({error}); restore them") from error
+        raise ModelError(
+            f"{folder}: the preprocessor settings have an invalid value ({error}); restore them"
+        ) from error
 
 
 def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: Preprocessor) -> list[int]:
-    """Indices of the frames taken from a video: evenly spaced, as the model family spaces them.
+    """Return the indices of the frames taken from a video, spaced evenly as the model family spaces them.
 
-    Qwen3-VL takes the first and the last frame and repeats some where `num_frames` asks for more than there are.
-    Qwen2-VL and 2.5 take the first of equal parts, and a multiple of `temporal_patch_size` (where there are fewer than
-    `num_frames`, as many as there are; transformers refuses such videos).
+    Qwen3-VL takes the first and the last frame, and repeats frames if `num_frames` exceeds the number of frames.
+    Qwen2-VL and Qwen2.5-VL take the first frame of equal parts, and a multiple of `temporal_patch_size`. If the video
+    has fewer than `num_frames` frames, they take as many as it has (transformers refuses such videos).
 
     Args:
-        total: frames in the video, at least `temporal_patch_size`.
-        fps: its frame rate in Hz.
-        settings: `num_frames` takes exactly that many; `fps` takes that many per second, within
-            [min_frames, max_frames], at most `total`, and at least one temporal patch.
+        total: number of frames in the video, at least `temporal_patch_size`.
+        fps: frame rate in Hz.
+        settings: `num_frames` takes exactly that many frames. `fps` takes that many per second, within [min_frames,
+            max_frames], at most `total`, and at least one temporal patch.
+        preprocessor: the model's preprocessing settings.
     Raises:
         SettingsError: as `check_frame_counts`.
-        ValueError: fewer frames than a temporal patch has, or a frame rate that is not above 0.
+        ValueError: there are fewer frames than in a temporal patch, or the frame rate is not above 0.
     """
     check_frame_counts(settings, preprocessor)
     needed = preprocessor.temporal_patch_size
@@ -149,18 +155,18 @@ def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: P
 
 
 def check_frame_counts(settings: VideoConfig, preprocessor: Preprocessor) -> None:
-    """Raise SettingsError for settings that could choose fewer frames of a video than one temporal patch has."""
+    """Raise SettingsError if the settings could choose fewer frames of a video than a temporal patch has."""
     if (settings.num_frames is None) == (settings.fps is None):
         raise SettingsError(
-            f"video.num_frames={settings.num_frames} and video.fps={settings.fps}: exactly one of them has to be set; "
-            "give the other as null"
+            f"video.num_frames={settings.num_frames} and video.fps={settings.fps}: expected exactly one of them; "
+            "set the other to null"
         )
     names = ("num_frames",) if settings.fps is None else ("min_frames", "max_frames")
     for name in names:
         if getattr(settings, name) < preprocessor.temporal_patch_size:
             raise SettingsError(
-                f"video.{name}: expected at least {preprocessor.temporal_patch_size}, the frames that the model takes "
-                f"at once, got {getattr(settings, name)}; raise it"
+                f"video.{name}: expected at least {preprocessor.temporal_patch_size}, the number of frames in a patch "
+                f"of the model, got {getattr(settings, name)}; raise it"
             )
 
 
@@ -170,7 +176,7 @@ def _spread_qwen3(total: int, fps: float, settings: VideoConfig, span: int) -> l
     else:
         count = int(total / fps * settings.fps)
         count = min(max(count, settings.min_frames), settings.max_frames, total)
-    # float64 and rounding half to even are what numpy's linspace().round() gives, which the processor uses.
+    # float64 and rounding half to even give the same values as numpy's linspace().round() in the processor.
     return torch.linspace(0, total - 1, count, dtype=torch.float64).round().to(torch.int64).tolist()
 
 
@@ -180,20 +186,19 @@ def _spread_qwen2(total: int, fps: float, settings: VideoConfig, span: int) -> l
     else:
         most = min(settings.max_frames, total) // span * span
         count = int(min(max(total / fps * settings.fps, settings.min_frames), most)) // span * span
-    # The processor steps in float32.
-    # One too many, behind the end, where the step is rounded down.
+    # The processor steps in float32. If the step is rounded down, arange yields one index too many, past the end.
     return torch.arange(0, total, total / count).int().tolist()[:count]
 
 
 def smart_resize(
     num_frames: int, height: int, width: int, *, factor: int, temporal_factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width nearest to the given ones that are multiples of `factor` and keep T*H*W within the budgets.
+    """Return the nearest height and width that are multiples of `factor` and keep T*H*W within the budgets.
 
-    `temporal_factor` 1 with `num_frames` 1 is the rule for images: there a side below `factor` is not enlarged first.
+    For images, pass `temporal_factor` 1 and `num_frames` 1: a side below `factor` is then not enlarged first.
 
     Raises:
-        ValueError: fewer frames than `temporal_factor`, an empty frame, or an aspect ratio above 200.
+        ValueError: there are fewer frames than `temporal_factor`, a frame is empty, or an aspect ratio is above 200.
     """
     if num_frames < temporal_factor:
         raise ValueError(f"expected at least {temporal_factor} frames, got {num_frames}")
@@ -223,10 +228,10 @@ def smart_resize(
 def video_size(
     num_frames: int, height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor
 ) -> tuple[int, int]:
-    """Height and width of a video after resizing, with the cap per frame. Raises ValueError as `smart_resize`."""
+    """Return a video's height and width after resizing, with the cap per frame. Raises as `smart_resize`."""
     share = min(settings.max_frame_pixels, settings.max_video_pixels // num_frames)
     per_frame = max(share, int(settings.min_video_pixels * FRAME_CAP_FLOOR))
-    # Qwen2-VL's processor sizes each frame on its own, as an image.
+    # Qwen2-VL's processor computes the size of each frame separately, as for an image.
     whole = preprocessor.family == "qwen3_vl"
     return smart_resize(
         num_frames if whole else 1,
@@ -240,7 +245,7 @@ def video_size(
 
 
 def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Preprocessor) -> tuple[int, int]:
-    """Height and width of an image after resizing. Raises ValueError as `smart_resize`."""
+    """Return height and width of an image after resizing. Raises ValueError as `smart_resize`."""
     return smart_resize(
         1,
         height,
@@ -253,9 +258,11 @@ def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Pre
 
 
 def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Patches of resized uint8 frames [F, C, H, W] as the model's vision tower takes them, [N, C * span * patch²].
+    """Return the patches of resized frames as the model's vision tower takes them.
 
-    The arithmetic is float32 whatever the dtype.
+    Frames are uint8 [F, C, H, W], patches [N, C * span * patch²].
+
+    All arithmetic is in float32, whatever the dtype.
     """
     patches = rmsd_kernels.video_patches(
         pixels,

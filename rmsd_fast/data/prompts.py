@@ -1,4 +1,4 @@
-"""Questions to prompt tokens (chat template, frame stamps, vision tokens, M-RoPE positions); responses to tokens."""
+"""Turn questions into prompt tokens (chat template, frame stamps, vision tokens, M-RoPE), and responses into tokens."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_layout, read_media
 
-# Values of `mm_token_type_ids`, as the model's get_rope_index reads them.
+# Values of `mm_token_type_ids` in the model's get_rope_index.
 IMAGE_TYPE, VIDEO_TYPE = 1, 2
 
 
 class PromptError(ValueError):
-    """A question that cannot be put to the student. The message names the question, what is wrong and what to do."""
+    """A question that cannot be given to the student. The message names it, the problem and what to do."""
 
 
 class ResponseError(ValueError):
-    """A response text that cannot be taught.
+    """A response text that cannot be trained on.
 
-    reason: why, a key of `method.natural.REASONS`. The message says it of this text, and what to do.
+    `reason` is a key of `method.natural.REASONS`. The message gives the reason for this text, and says what to do.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -51,12 +51,12 @@ class Prompt:
     """One question as the student sees it.
 
     Fields:
-        question: where it came from.
+        question: the question that the prompt was built from.
         input_ids: int64 [P].
         mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
-        position_ids: int64 [3, P]: time, height, width. The first response token stands at `next_position` on each.
-        media: decoded media in the order of their placeholders, that of `question.media`.
-        vision_ids: the ids that a model takes for media or their edges, whether this prompt holds them or not.
+        position_ids: int64 [3, P]: time, height, width. The first response token has `next_position` on each axis.
+        media: decoded media in the order of their placeholders, which is that of `question.media`.
+        vision_ids: the ids that a model takes for media or their delimiters, whether or not this prompt contains them.
     """
 
     question: Question
@@ -72,20 +72,20 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Builds prompts and encodes responses for one student. Safe to call from several threads.
+    """Build prompts and encode responses for one student. Thread-safe.
 
     Args:
-        student: `rmsd_fast.models.students.Student`, or anything with its `model`, `tokenizer` and `preprocessor`.
+        student: `rmsd_fast.models.students.Student`, or any object with its `model`, `tokenizer` and `preprocessor`.
         video: frames and pixel budgets.
         media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
     Raises:
-        SettingsError: `video` could choose fewer frames than the model takes at once.
+        SettingsError: `video` could choose fewer frames than a temporal patch has.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
-        opening: what the chat template opens a response with: "", or `<think>` and a line break for Thinking models. It
-            belongs to the prompt: texts of responses are whole, their ids begin behind it.
-        banned_ids: int64, ids that generation must never choose: every special token but the end token, and ids of the
-            embedding beyond the tokenizer's.
+        opening: text with which the chat template opens a response: "", or `<think>` and a line break for Thinking
+            models. It belongs to the prompt: a response's text includes it, but its ids begin after it.
+        banned_ids: int64, ids that generation must never choose: every special token except the end token, and
+            embedding rows beyond the tokenizer's vocabulary.
     """
 
     def __init__(self, student: Any, video: VideoConfig, media: Any = None) -> None:
@@ -104,7 +104,7 @@ class PromptBuilder:
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        # Most texts hold none: two characters are looked for before all the tokens are.
+        # Most texts contain no special token, so look for their first two characters before looking for the tokens.
         self._special_starts = sorted({content[:2] for content in special.values()})
         self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
         beyond = range(len(self.tokenizer), config.text_config.vocab_size)
@@ -114,11 +114,13 @@ class PromptBuilder:
         """Decode the question's media and build its prompt.
 
         Args:
-            max_tokens: longest prompt. The headers of the media tell its length, so a longer one is not decoded.
+            question: the question.
+            max_tokens: length of the longest prompt. The length is computed from media headers, so media of a longer
+                prompt are not decoded.
         Raises:
             MediaError: a media file cannot be used.
-            PromptError: the text holds a special token, the prompt is longer than max_tokens, or the answer's times lie
-                behind the end of the video.
+            PromptError: the text contains a special token, the prompt is longer than max_tokens, or the answer's times
+                are after the end of the video.
         """
         requests = self.media_requests(question)
         if max_tokens is not None:
@@ -130,11 +132,14 @@ class PromptBuilder:
         return prompt
 
     def media_requests(self, question: Question) -> list[MediaRequest]:
-        """The question's media in the order of their placeholders."""
+        """Return requests for the question's media, in the order of their placeholders."""
         return [MediaRequest(path, kind, self.video, self.preprocessor, span) for kind, path, span in question.media]
 
     def _length(self, question: Question, layouts: list[MediaLayout]) -> int:
-        """Tokens of the prompt. Each temporal patch goes to the tokenizer with one vision token for all of its own."""
+        """Return the number of tokens of the prompt.
+
+        The tokenizer sees one vision token in place of all those of a temporal patch.
+        """
         merge = self.preprocessor.merge_size
         short = [replace(layout, grid_thw=(layout.grid_thw[0], merge, merge)) for layout in layouts]
         vision = sum(math.prod(layout.grid_thw) // merge**2 - layout.grid_thw[0] for layout in layouts)
@@ -147,7 +152,7 @@ class PromptBuilder:
         return self._encode(self._expand(rendered, media, question))
 
     def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
-        """The same with media decoded before, in the order of `question.media`."""
+        """Build the prompt from media that are already decoded, in the order of `question.media`."""
         ids = self._prompt_ids(question, media)
         types = torch.zeros_like(ids)
         types[ids == self._image_id] = IMAGE_TYPE
@@ -160,9 +165,9 @@ class PromptBuilder:
         return Prompt(question, ids, types, positions[:, 0], media, self._vision_ids)
 
     def encode_response(self, text: str) -> torch.Tensor:
-        """Token ids of a response, int64 [R], the end token included.
+        """Return the token ids of a response, int64 [R], including the end token.
 
-        White space around the text is left out for teachers and students alike, so that it cannot tell them apart.
+        White space around the text is stripped for teachers and students alike, so that it cannot tell them apart.
 
         Raises:
             ResponseError: as `check_response`.
@@ -174,10 +179,10 @@ class PromptBuilder:
         return torch.cat([self._encode(text), torch.tensor([self.eos_id])])
 
     def check_response(self, text: str) -> None:
-        """Refuse a text that cannot be taught, without encoding it.
+        """Raise ResponseError for a text that cannot be trained on, without encoding it.
 
         Raises:
-            ResponseError: the text holds a special token (vision tokens in it would be taken for pixels), is not
+            ResponseError: the text contains a special token (vision tokens would be taken for pixels), is not valid
                 Unicode, or does not begin with the `<think>` that the prompt ends with.
         """
         if not is_unicode(text):
@@ -197,7 +202,10 @@ class PromptBuilder:
             )
 
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
-        """Whole text of a response: the template's opening, then its ids up to the first end token, no special ones."""
+        """Return the full text of a response.
+
+        It is the template's opening, then the ids up to the first end token, without special tokens.
+        """
         ids = [int(index) for index in ids]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
@@ -220,10 +228,10 @@ class PromptBuilder:
             )
 
     def _expand(self, rendered: str, media: Sequence[Frames | MediaLayout], question: Question) -> str:
-        """Put each medium's stamps and placeholder tokens where the chat template left its one pad token.
+        """Replace the pad token of each medium by its stamps and placeholder tokens.
 
-        As the family's processor does since transformers 5.10: the template's own vision start and end stay around the
-        whole video, although each of its temporal patches brings a pair of its own.
+        As in the family's processor since transformers 5.10, the template's own vision start and end stay around the
+        whole video, although each of its temporal patches has its own pair.
         """
         pieces = re.split(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", rendered)
         if len(pieces) != len(media) + 1:
@@ -236,17 +244,17 @@ class PromptBuilder:
 
 
 def _content(text: str, media: Sequence[Frames | MediaLayout]) -> list[dict[str, str]]:
-    """Content parts of the user's turn: media at their marks, or in front where there are none."""
+    """Return the content parts of the user's turn: media at their marks, or before the text if there are no marks."""
     if not MARK.search(text):
         return [*({"type": frames.kind} for frames in media), {"type": "text", "text": text}]
-    # MARK.split gives text, kind, text, …
+    # MARK.split yields text, kind, text, …
     pieces = enumerate(MARK.split(text))
     parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in pieces]
     return [part for part in parts if part.get("text") != ""]
 
 
 def _refuse_times(prompt: Prompt) -> None:
-    """Refuse a ground truth that the video cannot hold; records need not name a duration, the file does."""
+    """Refuse a ground truth that the video cannot contain. Records need not state a duration, but the file does."""
     question = prompt.question
     if question.task_type != "temporal" or len(prompt.media) != 1 or not question.answer:
         return
@@ -266,7 +274,7 @@ def _refuse_long(question: Question, tokens: int, most: int) -> None:
 
 
 def media_text(frames: Frames | MediaLayout, preprocessor: Preprocessor) -> str:
-    """What stands in place of a medium's pad token; each temporal patch of a video is announced by its mean time."""
+    """Return the text that replaces a medium's pad token. The mean time of each temporal patch precedes its tokens."""
     steps, height, width = frames.grid_thw
     tokens = height * width // preprocessor.merge_size**2
     if frames.kind == "image":
@@ -274,7 +282,7 @@ def media_text(frames: Frames | MediaLayout, preprocessor: Preprocessor) -> str:
     span = preprocessor.temporal_patch_size
     times = list(frames.timestamps_s)
     times += times[-1:] * (steps * span - len(times))
-    # The mean of a patch's first and last frame, as the family's processor takes it.
+    # The mean of a patch's first and last frame, as in the family's processor.
     stamps = [(times[index] + times[index + span - 1]) / 2 for index in range(0, len(times), span)]
     block = VISION_START + VIDEO_PAD * tokens + VISION_END
     return "".join(f"<{stamp:.1f} seconds>{block}" for stamp in stamps)

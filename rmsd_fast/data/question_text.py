@@ -1,4 +1,4 @@
-"""The words of a prompt. A teacher is asked with the same ones; nothing heavy is imported for them."""
+"""The text of a prompt, which is also the text to ask a teacher with. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import bare_options
 
 _REPLY = "Reply as <think>reasoning</think><answer>{answer}</answer>"
-# The last line of each prompt. Short on purpose: every rollout of every question carries it.
+# The last line of each prompt. It is short because every rollout of every question contains it.
 ANSWER_FORMAT = {
     "mcq": _REPLY.format(answer="option letter"),
     "temporal": _REPLY.format(answer="start to end") + ", in seconds",
@@ -18,7 +18,7 @@ ANSWER_FORMAT = {
 
 
 def question_text(question: Question) -> str:
-    """The user's turn: question, one line per option (`A. text`), answer format. Marks of media stay in it."""
+    """Return the user's turn: question, one line per option (`A. text`), answer format. Media marks stay in it."""
     options = bare_options(question.options) if question.options else []
     lines = [f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options)]
     return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])

@@ -1,16 +1,18 @@
-"""Questions: the JSONL schema, reading, checking, writing.
+"""Questions: JSONL schema, reading, validation and writing.
 
 One JSON object per line:
 ``{"id", "videos": [path], "images": [path], "question", "task_type",
 "options"?, "answer"?, "system"?, "duration"?, "meta"?}``
-with at least one video or image; `video` and `image` are understood too, and null is the same as a missing key.
-`<video>` and `<image>` in the question or its options stand where the media do; without such marks media stand in
-front.
-A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` in place of the path (seconds; either may be
-left out): frames are taken from it, and stamps and answers keep the times of the whole file.
-Files of other trainers are read through `converters`, ground truths by `ground_truths`. Relative paths start at the
-media root, and every path has to lie in it after symbolic links are followed. Media files need not exist here: a run
-counts missing ones before it starts, and replaces the samples that it cannot use.
+with at least one video or image. `video` and `image` are accepted too, and null counts as a missing key.
+
+`<video>` and `<image>` in the question or its options mark the positions of the media. Without such marks, media come
+before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` instead of the path (in
+seconds; either bound may be omitted). Frames are taken from this part, while stamps and answers use the times of the
+whole file.
+
+`converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths start at the media
+root, and every path must lie in it after symbolic links are resolved. Media files need not exist on this machine: a run
+counts missing ones before it starts, and replaces samples that it cannot use.
 """
 
 from __future__ import annotations
@@ -42,29 +44,29 @@ class Question:
 
     id: str
     question: str
-    """The text; `<video>` and `<image>` in it, and in the options, stand where the media do."""
+    """The text. `<video>` and `<image>` in it and in the options mark the positions of the media."""
     task_type: str
     """One of TASK_TYPES."""
     videos: tuple[str, ...] = ()
-    """Absolute paths inside the media root once loaded."""
+    """Absolute paths inside the media root after loading."""
     images: tuple[str, ...] = ()
-    """Absolute paths inside the media root once loaded."""
+    """Absolute paths inside the media root after loading."""
     spans: tuple[Span, ...] = ()
-    """Per video the start and end in seconds (None = open) of the part that is shown, None = all of it; () = all."""
+    """Start and end in seconds of the part of each video that is shown (None = open); None or () shows whole videos."""
     options: tuple[str, ...] | None = None
-    """Choices of an mcq question in order, bare or written `A. x`; None = the question's text shows them."""
+    """Options of an mcq question in order, bare or written `A. x`; None means that the question's text shows them."""
     answer: str | None = None
-    """Ground truth as it stands inside `<answer>`; a reference text for open questions."""
+    """Ground truth as it belongs inside `<answer>`; for open questions, a reference text."""
     system: str | None = None
-    """Text of a system turn in front of the question."""
+    """Text of a system turn before the question."""
     duration: float | None = None
-    """Length of the video in seconds; of several, that of the longest."""
+    """Duration of the video in seconds; of several videos, that of the longest."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Anything else; training reads none of it."""
+    """Any other data. Training does not read it."""
 
     @property
     def media(self) -> list[tuple[str, str, Span]]:
-        """Kind, path and span of each medium, in the order in which the prompt shows them."""
+        """Return kind, path and span of each medium, in the order in which the prompt shows them."""
         spans = self.spans or (None,) * len(self.videos)
         by_kind = {
             "video": [("video", path, span) for path, span in zip(self.videos, spans, strict=True)],
@@ -85,23 +87,24 @@ def load_questions(
     require_answer: bool = True,
     follow_symlinks: bool = False,
 ) -> list[Question]:
-    """Read and check a question file.
+    """Read and validate a question file.
 
     Args:
         path: JSONL, or a JSON list of the same objects.
-        media_root: folder that every media path has to lie in; None or "" = the folder of the file.
-        format: one of FORMATS; "auto" goes by the keys of the first record.
-        task_type: of records of other formats that name none; "auto" = by their options and answer.
+        media_root: folder that every media path must lie in; None or "" means the folder of the file.
+        format: one of FORMATS; "auto" infers it from the keys of the first record.
+        task_type: task type of records of other formats that name none; "auto" infers it from options and answer.
         require_answer: refuse closed tasks without ground truth.
-        follow_symlinks: let symbolic links in the media root lead out of it.
+        follow_symlinks: allow symbolic links in the media root to lead out of it.
     Raises:
-        DataError: names file, line, field, what was expected, what was found; several faults of a file in one report.
-        SettingsError: unknown format.
+        DataError: the message names file, line, field, what was expected and what was found. Several errors of a file
+            are reported together.
+        SettingsError: the format is unknown.
     """
     if format not in FORMATS:
         raise SettingsError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     path = Path(path)
-    # absolute() first: resolve() of a relative path that does not exist would still be right, its message would not.
+    # absolute() comes first: resolve() of a missing relative path gives the right path, but a wrong message.
     root = (Path(media_root) if media_root else path.parent).absolute()
     questions: list[Question] = []
     faults: list[DataError] = []
@@ -127,7 +130,7 @@ def load_questions(
                 inferred=format != "rmsd" and "inferred" in raw["meta"],
             )
             if question.id in seen:
-                todo = f"it was used at {seen[question.id]} already, give every question its own id"
+                todo = f"it was already used at {seen[question.id]}; give every question its own id"
                 raise DataError.at(where, names.get("id", "id"), "an id that occurs once", question.id, todo)
         except OtherFileError:
             raise
@@ -146,13 +149,13 @@ def load_questions(
 def _refuse_teacher_answer(record: dict[str, Any], where: str) -> None:
     if {"k", "text"} <= set(record) and not set(record) & set(converters.RECORD_KEYS):
         raise OtherFileError(
-            f"{where}: expected a question, got the keys {', '.join(map(repr, record))} of a teacher answer; is this "
-            "the pool? Swap the two files, or name the question file here"
+            f"{where}: expected a question, got the keys {', '.join(map(repr, record))} of a teacher answer; if this "
+            "is the pool, swap the two files or name the question file here"
         )
 
 
 def question_format(path: str | os.PathLike) -> str:
-    """The format that the first record of a file belongs to, one of FORMATS but "auto".
+    """Return the format that the first record of a file belongs to, one of FORMATS except "auto".
 
     Raises:
         DataError: the file cannot be read, or its first record belongs to no format.
@@ -174,21 +177,21 @@ def parse_question(
     names: dict[str, str] | None = None,
     inferred: bool = False,
 ) -> Question:
-    """Check one record of our schema.
+    """Validate one record in this package's schema.
 
     Args:
         raw: the record.
         where: "<file>:<line>".
-        media_root: absolute folder that media lie in.
-        require_answer, follow_symlinks: as for load_questions.
-        names: what a converter's source calls our fields, for the messages.
-        inferred: the task type was read off the answer, and may be wrong where the answer is.
+        media_root: absolute folder that media must lie in.
+        require_answer, follow_symlinks: as in load_questions.
+        names: the source's names of the fields, for messages.
+        inferred: whether the task type was inferred from the answer. It may be wrong if the answer is wrong.
     """
     names = names or {}
 
     def fail(name: str, expected: str, got: object, todo: str) -> DataError:
         if inferred and name == "answer":
-            todo += f"; or name the record's task_type, which the answer made {raw['task_type']}"
+            todo += f"; or set the record's task_type, which was inferred from the answer as {raw['task_type']}"
         return DataError.at(where, names.get(name, name), expected, got, todo)
 
     for key in raw:
@@ -197,11 +200,11 @@ def parse_question(
     identity = parse_id(raw.get("id"))
     for name, value in (("id", identity), ("question", raw.get("question"))):
         if not isinstance(value, str) or not value.strip():
-            raise fail(name, "text that is not empty", value, "add it")
+            raise fail(name, "non-empty text", value, "add it")
     _check_text("id", identity, fail)
     task = raw.get("task_type")
     if task not in TASK_TYPES:
-        raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, "name the type that the answer has")
+        raise fail("task_type", f"one of {', '.join(TASK_TYPES)}", task, "name the type of the answer")
     listed, spans = split_spans(raw.get("videos"), fail)
     videos, images = (
         media_paths(value, name, media_root, follow_symlinks, fail)
@@ -211,13 +214,13 @@ def parse_question(
         raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), "add it")
     options = _options(raw.get("options"), task, fail)
     if task == "mcq" and options is None and not shows_options(raw["question"]):
-        expected = "the choices of an mcq question, here or as a list 'A. …', 'B. …' in the question"
-        todo = 'add them, or choose another task_type; write ["A", "B"] where the picture shows the letters'
+        expected = "the options of an mcq question, here or as a list 'A. …', 'B. …' in the question"
+        todo = 'add them, or choose another task_type; write ["A", "B"] if the picture shows the letters'
         raise fail("options", expected, raw.get("options"), todo)
     duration = _duration(raw.get("duration"), fail)
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
     if task == "temporal" and not videos:
-        raise fail("videos", "a video, since temporal answers are times of one", None, "add it or change the task type")
+        raise fail("videos", "a video, since temporal answers are times in one", None, "add it or change the task type")
     if task == "temporal" and answer is not None:
         try:
             _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
@@ -246,7 +249,7 @@ def parse_question(
     system = raw.get("system")
     if system is not None:
         if not isinstance(system, str) or not system.strip() or SPECIAL_TOKEN.search(system):
-            raise fail("system", "plain text that is not empty", system, "fix it or leave it out")
+            raise fail("system", "non-empty plain text", system, "fix it or leave it out")
         _check_text("system", system, fail)
     return Question(
         id=identity,
@@ -264,7 +267,7 @@ def parse_question(
 
 
 def parse_id(value: object) -> object:
-    """An id as text where it is a number; 12.0, as tables write whole numbers beside empty cells, is 12."""
+    """Return an id as text if it is a number. 12.0, as tables write whole numbers next to empty cells, becomes 12."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if isinstance(value, float):
@@ -273,13 +276,13 @@ def parse_id(value: object) -> object:
 
 
 def _check_text(name: str, text: str, fail) -> None:
-    """Refuse text that could be neither tokenised nor written as UTF-8."""
+    """Refuse text that cannot be tokenized or written as UTF-8."""
     if not is_unicode(text):
-        raise fail(name, "Unicode text", text, "it holds a lone surrogate, fix the escape")
+        raise fail(name, "Unicode text", text, "it contains a lone surrogate; fix the escape")
 
 
 def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, media_root: str | os.PathLike) -> None:
-    """Write our schema with media paths relative to `media_root`; the file appears whole or not at all."""
+    """Write questions in this package's schema with media paths relative to `media_root`. The write is atomic."""
     root = Path(media_root).absolute().resolve()
     lines = []
     for question in questions:
@@ -313,9 +316,9 @@ def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
     if isinstance(value, list):
         value = [str(item) if is_number(item) else item for item in value]
     if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-        raise fail("options", "a list of texts that are not empty", value, 'write ["red", "green"]')
+        raise fail("options", "a list of non-empty texts", value, 'write ["red", "green"]')
     if not 2 <= len(value) <= MOST_OPTIONS:
-        raise fail("options", "2 to 26 choices", value, "fix the list")
+        raise fail("options", "2 to 26 options", value, "fix the list")
     return tuple(value)
 
 
@@ -334,18 +337,18 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
         raise fail("answer", expected, value, str(error)) from None
     _check_text("answer", text, fail)
     parsed = parse_answer_body(text, task, options)
-    # A number beyond the largest float.
+    # A number larger than the largest float.
     if parsed is None:
-        raise fail("answer", expected, value, "write it as it should stand inside <answer>")
+        raise fail("answer", expected, value, "write it as it belongs inside <answer>")
     if task == "temporal" and parsed[1] <= parsed[0]:
-        raise fail("answer", "an end after the start", value, "no answer could score above 0, fix it")
+        raise fail("answer", "an end after the start", value, "no answer could score above 0; fix it")
     if task == "spatial" and (parsed[2] <= parsed[0] or parsed[3] <= parsed[1]):
-        raise fail("answer", "x1 < x2 and y1 < y2", value, "no answer could score above 0, fix it")
+        raise fail("answer", "x1 < x2 and y1 < y2", value, "no answer could score above 0; fix it")
     return text
 
 
 def _check_times(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
-    """Refuse an interval that none of the videos can hold. Of several, nothing says which one is meant."""
+    """Refuse an interval that none of the videos can contain. If there are several, any of them may be meant."""
     faults = []
     for span in spans:
         try:
@@ -360,5 +363,5 @@ def _duration(value: object, fail) -> float | None:
     if value is None:
         return None
     if not is_number(value) or value <= 0:
-        raise fail("duration", "seconds above 0", value, "fix it or leave it out")
+        raise fail("duration", "a number of seconds above 0", value, "fix it or leave it out")
     return float(value)

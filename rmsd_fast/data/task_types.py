@@ -1,4 +1,4 @@
-"""The task type that a record's answer speaks for, where the record names none."""
+"""Infer the task type of a record that names none from its answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rmsd_fast.method.quality import fold_text, words_of
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)
-# Words that join a second answer, deny the first one or doubt it. Clear replies hold some of them too. A clear reply
-# that is refused is reported, and its letter can be written alone; an unclear one would make a wrong ground truth.
+# Words that join a second answer, deny the first one or express doubt. Some clear replies contain them too. A clear
+# reply that is refused is reported, and its letter can be written alone, but an unclear one would make a wrong ground
+# truth.
 _UNCLEAR = re.compile(
     r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|"
     r"untrue|but|however|although|though|unless|except|instead|rather|otherwise|alternatively|maybe|perhaps|possibly|"
@@ -24,26 +25,26 @@ _UNCLEAR = re.compile(
     r"|n['’]t\b|[?&/+]|或|和|与|及|不|没|可能|也许|大概|但",
     re.IGNORECASE,
 )
-# The letter of an option: a capital that stands alone, or any letter with a sign of labels.
+# The letter of an option: a capital letter on its own, or any letter with a label's punctuation.
 _ANY_LETTER = re.compile(
     r"(?<![A-Za-z0-9'’])(?:([A-Z])(?![A-Za-z0-9'’])|[(\[]([a-z])[)\]]|([a-z])[.):](?![A-Za-z0-9]))"
 )
 # "3-5" may be a score, a range or a pair of years.
 _RANGE = re.compile(r"[0-9]+\s*[-–—~]\s*[0-9]+")
-# Whole answers to closed questions, in folded text: one word, a few that Chinese writes without blanks.
+# Complete answers to closed questions, in case-folded text: one word, or a few Chinese answers, written without blanks.
 _ONE_WORD = re.compile(r"[a-z0-9][a-z0-9'%°/–-]*[!?]?|是的?|不是|不|否|对|错|有|没有|[一二三四五六七八九十]")
-# How answers to closed questions begin: a letter with its sign, JSON; a number, in a short answer.
+# How answers to closed questions begin: a letter with its punctuation, or JSON; in a short answer, also a number.
 _CLOSED_START = re.compile(r"[(\[]?[A-Za-z][)\].:](?:\s|$)|[\[{]")
 _NUMBER_FIRST = re.compile(r"\(?[-+]?[.]?[0-9]")
 SHORT_NUMBERS = 5
 
 
 def infer_task(answer: object) -> str:
-    """`temporal`, `spatial` or `numeric` for an answer that is written as such, otherwise `open`."""
+    """Return `temporal`, `spatial` or `numeric` for an answer in the form of one, otherwise `open`."""
     for task in ("temporal", "spatial", "numeric"):
         try:
             read_ground_truth(answer, task)
-        # A box all the same, which is refused when the record is read.
+        # This is still a box. It is refused when the record is read.
         except CoordinatesError:
             return task
         except GroundTruthError:
@@ -53,14 +54,14 @@ def infer_task(answer: object) -> str:
 
 
 def looks_like_a_letter(answer: object) -> bool:
-    """Whether an answer is one capital letter."""
+    """Return whether an answer is a single capital letter."""
     return isinstance(answer, str) and bool(_LETTER.fullmatch(answer.strip()))
 
 
 def looks_closed(answer: str) -> bool:
-    """Whether the answer to an open question looks like that to a closed one, which a metric could grade.
+    """Return whether the answer to an open question looks like a closed question's, which a metric could grade.
 
-    One word does; a phrase, such as "a thing", does not.
+    A single word does, but a phrase such as "a thing" does not.
     """
     if _ONE_WORD.fullmatch(fold_text(answer)) or _CLOSED_START.match(answer.strip()):
         return True
@@ -68,12 +69,12 @@ def looks_closed(answer: str) -> bool:
 
 
 def is_yes_or_no(answer: object) -> bool:
-    """Whether an answer is Yes or No, in any case."""
+    """Return whether an answer is Yes or No, in upper or lower case."""
     return isinstance(answer, str) and fold_text(answer.strip()) in ("yes", "no")
 
 
 def names_an_option(answer: object, options: Sequence[str]) -> bool:
-    """Whether an answer is an option of a list: by its letter, its text, or a reply that begins with its letter."""
+    """Return whether an answer names a listed option: by letter, by text, or in a reply that begins with its letter."""
     try:
         read_ground_truth(answer, "mcq", options)
     except GroundTruthError:
@@ -82,10 +83,10 @@ def names_an_option(answer: object, options: Sequence[str]) -> bool:
 
 
 def letter_of_reply(answer: object, options: Sequence[object]) -> str | None:
-    """The letter of a reply such as "B. milk" or "B. Milk is poured in."; None where it does not begin with one.
+    """Return the letter of a reply such as "B. milk" or "B. Milk is poured in."; None if it does not begin with one.
 
-    None also unless the words behind the letter, and behind the text of its option, speak for this option alone: not
-    where they name another option by its letter or its text, join a second answer, deny the first one, or doubt it.
+    Also return None unless the words after the letter, and after the text of its option, speak for this option alone:
+    they must not name another option by letter or text, join a second answer, deny the first one, or express doubt.
     """
     led = _LED_BY_LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
     if led is None or len(options) > MOST_OPTIONS or not all(isinstance(option, str) for option in options):
@@ -100,17 +101,17 @@ def letter_of_reply(answer: object, options: Sequence[object]) -> str | None:
         return letter
     texts = [text for other, option in bare.items() if other != letter and (text := fold_text(option))]
     begun = [text for text in (its_text, *texts) if text and words.startswith(text)]
-    # "red truck" begins with "red" too.
+    # "red truck" also begins with "red".
     if begun and max(begun, key=len) != its_text:
         return None
     rest = words[len(its_text) :] if begun else words
-    # The text of an option may hold letters: "Vitamin C".
+    # The text of an option may contain letters: "Vitamin C".
     named = (_letters_in(reply) - _letters_in(bare[letter]) - {letter}) & set(letters)
     unclear = named or _UNCLEAR.search(rest) or any(text in rest for text in texts)
     return None if unclear else letter
 
 
 def _letters_in(text: str) -> set[str]:
-    """Letters of options that a text names."""
+    """Return the letters of options that a text names."""
     found = _ANY_LETTER.finditer(unicodedata.normalize("NFKC", text))
     return {next(filter(None, match.groups())).upper() for match in found}

@@ -1,4 +1,4 @@
-"""Small tensors to a device in one copy. Each blocking copy makes the host wait until the device has caught up."""
+"""Copy small tensors to a device in one transfer. Each blocking copy makes the host wait until the device is idle."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bytes between the beginnings of two tensors: kernels are compiled anew for pointers that are not aligned to 16.
+# Tensors start at multiples of this many bytes, because kernels are recompiled for pointers not aligned to 16.
 ALIGNMENT = 128
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Return copies of CPU tensors on a device, made by one transfer that the host does not wait for.
+    """Return copies of CPU tensors on a device, made by one transfer that does not block the host.
 
     Args:
-        tensors: on the CPU, of any shapes and dtypes, without a graph.
-        device: where the copies are, as views of one buffer.
+        tensors: tensors on the CPU, of any shapes and dtypes, without a graph.
+        device: device of the copies, which are views of one buffer.
     """
     device = torch.device(device)
     starts, size = [], 0
@@ -26,12 +26,12 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     staged = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, tensor in zip(_views(staged, starts, tensors), tensors, strict=True):
         part.copy_(tensor)
-    # torch keeps the pinned buffer until the copy has been made.
+    # torch keeps the pinned buffer until the copy is complete.
     return _views(staged.to(device, non_blocking=True), starts, tensors)
 
 
 def _views(buffer: Tensor, starts: list[int], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Parts of a buffer of bytes with the shapes and dtypes of the tensors."""
+    """Return views of a byte buffer with the shapes and dtypes of the tensors."""
     return [
         buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for start, tensor in zip(starts, tensors, strict=True)

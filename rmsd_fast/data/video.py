@@ -1,12 +1,11 @@
-"""Media files to resized uint8 frames: checks of the file, decoding, frame choice, resizing, checks of the frames.
+"""Read media files as resized uint8 frames: check the file, choose frames, decode, resize, and check the frames.
 
-Here a file is read in the calling thread. A run reads its files through `rmsd_fast.data.media`, which adds caches and
-processes that can be killed. torchcodec and Pillow are imported when a file is opened.
+This module reads files in the calling thread. A run reads its files through `rmsd_fast.data.media`, which adds caches
+and processes that can be killed. torchcodec and Pillow are imported when a file is opened. Times in spans and stamps
+use the file's clock, which is described in `rmsd_fast.data.video_file`.
 
-Times, in spans and in stamps, are those of the file's clock, which `rmsd_fast.data.video_file` explains.
-
-A file that cannot be used raises `MediaError`: one bad sample, which the caller may replace. A machine that cannot
-decode at all raises a plain `RuntimeError`.
+A file that cannot be used raises `MediaError`: it is one bad sample, which the caller may replace. A machine that
+cannot decode at all raises a plain `RuntimeError`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,14 @@ from rmsd_fast.data.pictures import picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 from rmsd_fast.data.video_file import Clip, decode, open_clip
 
-# Part of every cache key. Raise it whenever the same file and settings would give other pixels or stamps.
-# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock. 3: videos as wide as they are shown.
+# Part of every cache key. Raise it whenever the same file and settings would give different pixels or stamps.
+# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock. 3: videos in their display aspect
+# ratio.
 VERSION = 3
-# The grey (YUV 128, 128, 128) with which FFmpeg fills pictures whose references are lost is 128 or 130 in RGB.
+# FFmpeg fills frames whose reference frames are lost with grey (YUV 128, 128, 128), which is 128 or 130 in RGB.
 LOST_GREY = range(127, 133)
 
-# Which fields of VideoConfig the frames of each kind depend on.
+# The fields of VideoConfig that the frames of each kind depend on.
 SETTINGS_OF = {
     "video": (
         *("num_frames", "fps", "min_frames", "max_frames"),
@@ -48,14 +48,14 @@ SETTINGS_OF = {
 
 @dataclass(frozen=True)
 class MediaRequest:
-    """A file, or a part of it, and what to make of it.
+    """A file or a part of it, and how to read it.
 
     Fields:
         path: the file.
         kind: "video" or "image".
         settings: frame choice and pixel budgets.
-        preprocessor: of the model.
-        span: start and end in seconds of the file's clock, None = open; None as a whole = the whole video.
+        preprocessor: the model's preprocessing settings.
+        span: start and end in seconds on the file's clock (None = open); None instead of both reads the whole video.
         check_frames: refuse videos whose frames show damage (see `check_frames`).
         max_file_mib: refuse larger files.
     """
@@ -69,7 +69,7 @@ class MediaRequest:
     max_file_mib: int = 16384
 
     def key(self, digest: str, device: str) -> str:
-        """Hash of everything that determines the pixels, given the file's content and the device that decodes."""
+        """Return a hash of everything that determines the pixels, given the file's content and the decoding device."""
         chosen = [(name, getattr(self.settings, name)) for name in SETTINGS_OF[self.kind]]
         library = _version("pillow" if self.kind == "image" else "torchcodec")
         what = (VERSION, library, digest, device, self.kind, self.span, chosen, self.preprocessor, self.check_frames)
@@ -83,12 +83,12 @@ class Frames:
     Fields:
         pixels: uint8 [F, 3, H, W], resized. An image has F = 1.
         timestamps_s: time of each frame on the file's clock in seconds, F values; empty for an image.
-        grid_thw: patches along time, height and width.
+        grid_thw: number of patches along time, height and width.
         kind: "video" or "image".
-        preprocessor: what they were resized for; `video_patches` needs it to cut them.
-        duration_s: when the last frame of the whole video ends, on the same clock; None for an image.
-        key: what caches know them by; empty where they were not read through one.
-        decoder: "cpu" or "cuda", what decoded them.
+        preprocessor: settings that the pixels were resized with; `video_patches` needs them.
+        duration_s: end of the last frame of the whole video on the same clock, in seconds; None for an image.
+        key: cache key; empty if the frames were not read through a cache.
+        decoder: the device that decoded them, "cpu" or "cuda".
     """
 
     pixels: torch.Tensor
@@ -103,7 +103,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class MediaLayout:
-    """What is known of a file's `Frames` without decoding; fields as there. Stamps are those of a constant rate."""
+    """The parts of a file's `Frames` that are known without decoding. Stamps assume a constant rate."""
 
     timestamps_s: tuple[float, ...]
     grid_thw: tuple[int, int, int]
@@ -111,11 +111,12 @@ class MediaLayout:
 
 
 def read_layout(request: MediaRequest) -> MediaLayout:
-    """Read what a file's index tells, decode nothing. Raises as `read_media`, except for damage in the pictures."""
+    """Read a file's index without decoding anything. Raises as `read_media`, except for damage in the pictures."""
     with _opened(request) as media:
         if request.kind == "image":
             return MediaLayout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
-        # Headers alone count frames that an edit list cuts away, or none. Hashing the file costs more than scanning it.
+        # The headers alone count frames that an edit list removes, or none. Hashing the file costs more than scanning
+        # it.
         clip = open_clip(media)
         indices = _choose(request, clip)
         size = _sized(request, *clip.shown, len(indices))
@@ -125,16 +126,17 @@ def read_layout(request: MediaRequest) -> MediaLayout:
 def read_media(
     request: MediaRequest, *, device: str = "cpu", allocate: Callable[[tuple[int, ...]], torch.Tensor] | None = None
 ) -> Frames:
-    """Decode the chosen frames of a file and resize them. Opens its own decoder, so threads may call it at once.
+    """Decode the chosen frames of a file and resize them. Thread-safe, because each call opens its own decoder.
 
     Args:
-        device: "cuda:0" decodes a video with NVDEC and leaves the pixels there; images are read on the CPU, to the CPU.
-        allocate: makes the uint8 tensor of a shape that the resized frames go into; torch.empty by default.
+        request: the file and how to read it.
+        device: "cuda:0" decodes a video with NVDEC and leaves the pixels there. Images are always read on the CPU.
+        allocate: returns an uint8 tensor of the given shape for the resized frames; torch.empty by default.
     Raises:
-        MediaError: the file is missing, empty, damaged, too large, a folder or pipe, or holds too few frames.
-        CpuFallback: device is CUDA, and it cannot decode this video.
+        MediaError: the file is missing, empty, damaged, too large, a folder or a pipe, or contains too few frames.
+        CpuFallback: the device is CUDA and cannot decode this video.
         NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
-        SettingsError: the settings ask for fewer frames than one temporal patch has (see `check_frame_counts`).
+        SettingsError: the settings ask for fewer frames than a temporal patch has (see `check_frame_counts`).
     """
     device = "cpu" if request.kind == "image" else device
     allocate = allocate or (lambda shape: torch.empty(shape, dtype=torch.uint8, device=device))
@@ -145,37 +147,38 @@ def read_media(
 
 
 def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
-    """Raise MediaError where frames look like what decoders make of damaged streams, mostly without an error.
+    """Raise MediaError if frames look like those of damaged streams, which mostly decode without an error.
 
     Args:
+        path: the file, for messages.
         pixels: uint8 [F, C, H, W].
-        different: how many frames of the file they are. A variable rate may show one of them all the time.
+        different: number of distinct frames in the file among them. With a variable rate, this may be one frame.
     """
     if len(pixels) < 2:
         return
     low, high = pixels.amin((2, 3)), pixels.amax((2, 3))
     flat = (low == high).all(1)
-    meant = "if that is meant, set data.check_frames=false"
+    meant = "if this is intended, set data.check_frames=false"
     if flat.all():
-        raise MediaError(f"{path}: each of the {len(pixels)} frames is of a single colour; fetch it again, or {meant}")
+        raise MediaError(f"{path}: each of the {len(pixels)} frames has a single colour; fetch it again, or {meant}")
     lost = flat & (low >= LOST_GREY.start).all(1) & (low < LOST_GREY.stop).all(1)
     if lost.any():
         raise MediaError(
-            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that stands for lost pictures; the "
-            f"file is damaged, fetch it again, or {meant}"
+            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that replaces lost frames; the file "
+            f"is damaged: fetch it again, or {meant}"
         )
     if different > 1 and all(torch.equal(pixels[0], frame) for frame in pixels[1:]):
-        raise MediaError(f"{path}: the {len(pixels)} frames are all the same; fetch it again, or {meant}")
+        raise MediaError(f"{path}: the {len(pixels)} frames are all identical; fetch it again, or {meant}")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What people are shown of a file.
+    """Pictures or frames of a file that are shown to people.
 
     Fields:
-        frames: uint8 [F, H, W, 3], of the shape in which the file is shown. A picture has F = 1.
+        frames: uint8 [F, H, W, 3], in the display aspect ratio. A picture has F = 1.
         times_s: time of each frame on the file's clock in seconds; empty for a picture.
-        seconds: when the last frame of a video ends, on the same clock; None for a picture.
+        seconds: end of a video's last frame on the same clock; None for a picture.
     """
 
     frames: np.ndarray
@@ -185,10 +188,15 @@ class Preview:
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """A picture, or evenly spaced frames of a video, for people to look at.
+    """A picture, or evenly spaced frames of a video, to be shown to people.
 
-    kind: "video" or "image". count: frames of a video; fewer if it has fewer. longest_px: of the longer side of what
-    is shown. max_file_mib: larger files are refused. span: the part of a video that they come from, as in MediaRequest.
+    Fields:
+        path: the file.
+        kind: "video" or "image".
+        count: number of frames of a video; fewer if the video has fewer.
+        longest_px: longer side of the result in pixels.
+        max_file_mib: refuse larger files.
+        span: part of the video to take frames from, as in MediaRequest.
     """
 
     path: str
@@ -200,7 +208,7 @@ class PreviewRequest:
 
 
 def read_preview(request: PreviewRequest) -> Preview:
-    """Read what `PreviewRequest` asks for.
+    """Return the preview that a `PreviewRequest` asks for.
 
     Raises:
         MediaError, NotInstalled: as `read_media`.
@@ -232,7 +240,7 @@ def _opened(request: MediaRequest | PreviewRequest) -> AbstractContextManager[Me
 
 
 def _within(longest_px: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the same shape, not larger than before."""
+    """Return height and width with the same aspect ratio that fit into `longest_px`, without enlarging."""
     scale = min(1.0, longest_px / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -264,7 +272,7 @@ def _read_video(
 
 
 def _choose(request: MediaRequest, clip: Clip) -> list[int]:
-    """Indices of the frames that are taken; with a span, of the frames in it."""
+    """Return the indices of the chosen frames; with a span, of frames inside it."""
     needed = request.preprocessor.temporal_patch_size
     first, total = _part(clip, request.span)
     if total < needed:
@@ -273,16 +281,16 @@ def _choose(request: MediaRequest, clip: Clip) -> list[int]:
 
 
 def _part(clip: Clip, span: Span) -> tuple[int, int]:
-    """Index of the first frame in a span, and the number of frames in it; None = all frames.
+    """Return the index of the first frame in a span, and the number of frames in it; None = all frames.
 
     Raises:
-        MediaError: the span ends so far behind the video that it is not that of this file.
+        MediaError: the span ends so far after the video that it must belong to a different file.
     """
     start, end = span or (None, None)
     if end is not None and end > clip.length_s + max(1.0, 0.05 * clip.length_s):
         raise MediaError(
-            f"{clip.media.path}: expected a part that ends by {clip.length_s:g} s, as the video does, got {end:g} s; "
-            "check start and end, or drop the question"
+            f"{clip.media.path}: expected a part that ends by {clip.length_s:g} s, the end of the video, got "
+            f"{end:g} s; check start and end, or drop the question"
         )
     low = 0.0 if start is None else (start - clip.late_s) * clip.fps - 1e-6
     high = math.inf if end is None else (end - clip.late_s) * clip.fps + 1e-6
@@ -296,7 +304,7 @@ def _too_few(clip: Clip, span: Span, needed: int, total: int) -> MediaError:
     if span is not None:
         start, end = span
         where = f" between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}"
-        advice = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s, check start and end"
+        advice = f"its video runs from {clip.late_s:g} to {clip.stamp(clip.frames):g} s; check start and end"
     return MediaError(
         f"{clip.media.path}: too few frames{where}: expected at least {needed}, got {total}; {advice}, or drop the "
         "question"
@@ -304,7 +312,7 @@ def _too_few(clip: Clip, span: Span, needed: int, total: int) -> MediaError:
 
 
 def _sized(request: MediaRequest, height: int, width: int, frames: int = 0) -> tuple[int, int]:
-    """Height and width after resizing."""
+    """Return height and width after resizing."""
     try:
         if request.kind == "image":
             return image_size(height, width, request.settings, request.preprocessor)

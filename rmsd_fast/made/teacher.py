@@ -1,15 +1,15 @@
-"""A simulated teacher: responses with known faults, in the schema of a real pool. No model stands behind it.
+"""A simulated teacher: responses with known errors, in the schema of a real pool. No model is involved.
 
-Everything it writes carries `model="simulated"`, and whatever is computed from it has to say so. It knows the ground
-truth of every question (and what a made clip shows) and gets a chosen share of the answers wrong, with reasoning that
-agrees with the answer it gives. Two ways of choosing the share:
+All of its responses have `model="simulated"`, and everything computed from them must say so. It knows the ground truth
+of every question (and the content of a generated clip), and gets a chosen share of the answers wrong, with reasoning
+that agrees with the answer it gives. There are two ways to choose this share:
 
-- `error_rate` in [0, 1]: that share of closed-task answers is wrong or off, more in ocr and grounding, less in mcq.
-- `error_rate=None`: the spread that R-MSD reports of its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22
+- `error_rate` in [0, 1]: this share of closed-task answers is wrong or inexact, more in ocr and grounding, less in mcq.
+- `error_rate=None`: the spread that R-MSD reports for its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22
   across inputs, mcq 0.96, ocr between 0.50 and 0.85, sd within an input from 0.07 (mcq) to 0.15 (graded tasks).
 
-Format violations are drawn on top: 10% of temporal answers and 0.2% of the others (reported: up to 10% on temporal, 1%
-overall, which supposes fewer temporal questions than one in six).
+Format violations are drawn in addition: 10% of temporal answers and 0.2% of the others. The paper reports up to 10% on
+temporal and 1% overall, which implies that fewer than one question in six is temporal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters,
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
 MODEL = "simulated"
-# Raised whenever the same settings would give other responses.
+# Raise it whenever the same settings would give different responses.
 VERSION = 2
 
 # Exponents f of 1 - (1 - error_rate)**f, the share of wrong answers; their mean over the closed tasks is 1.
@@ -40,15 +40,15 @@ OTHER_VIOLATIONS = 0.002
 
 @dataclass(frozen=True)
 class Spread:
-    """Quality before format violations: its mean over inputs, sd across inputs, sd within an input."""
+    """Quality before format violations: its mean over inputs, its sd across inputs, and its sd within an input."""
 
     mean: float
     across: float
     within: float
 
 
-# Chosen so that the pool reproduces the reported numbers (tested); mcq, numeric and ocr answers are right or wrong per
-# letter, number or word, which gives them their sd within an input by itself.
+# Chosen so that the pool reproduces the reported numbers (tested). mcq, numeric and ocr answers are right or wrong per
+# letter, number or word, which alone produces their sd within an input.
 REPORTED = {
     "mcq": Spread(0.96, 0.0, 0.0),
     "temporal": Spread(0.72, 0.16, 0.15),
@@ -62,15 +62,15 @@ REPORTED = {
 def simulate_teacher(
     questions: Sequence[Question], *, k: int, seed: int, error_rate: float | None
 ) -> list[TeacherResponse]:
-    """K responses to every question. The first responses do not depend on K, nor one question on another.
+    """Return K responses to every question. The first responses do not depend on K, nor questions on each other.
 
     Args:
-        questions: with ground truths; media files have to exist, since the request key covers their contents.
+        questions: questions with ground truths. Media files must exist, because the request key covers their contents.
         k: responses per question.
-        seed: of all draws.
-        error_rate: share of answers that are wrong or off, in [0, 1]; None = the reported spread.
+        seed: seed of all draws.
+        error_rate: share of answers that are wrong or inexact, in [0, 1]; None means the reported spread.
     Raises:
-        ValueError: a number out of range, or a closed question without ground truth.
+        ValueError: a number is out of range, or a closed question has no ground truth.
         DataError: a media file cannot be read.
     """
     if k < 1:
@@ -98,7 +98,7 @@ def simulate_teacher(
 def write_simulated_pool(
     folder: str | os.PathLike, questions: Sequence[Question], *, k: int, seed: int, error_rate: float | None
 ) -> Path:
-    """Write `pool-<hash of settings and questions>.jsonl` into the folder, once, and return its path."""
+    """Write `pool-<hash of settings and questions>.jsonl` to the folder, unless it exists, and return its path."""
     settings = [VERSION, k, seed, error_rate, [[question.id, question.question] for question in questions]]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = Path(folder) / f"pool-{name}.jsonl"
@@ -108,19 +108,19 @@ def write_simulated_pool(
 
 
 def is_simulated(pool: dict[str, list[TeacherResponse]]) -> bool:
-    """True where any response of the pool was simulated, so that its numbers have to be labelled."""
+    """Return whether any response of the pool was simulated, so that its numbers must be labelled."""
     return any(response.model == MODEL for responses in pool.values() for response in responses)
 
 
 def _question_level(question: Question, seed: int) -> float:
-    """How well the teacher does on this input, for the reported spread."""
+    """Return how well the teacher does on this input, for the reported spread."""
     spread = REPORTED[question.task_type]
     rng = random.Random(f"simulated level {seed} {question.id}")
     return min(1.0, max(0.1, rng.gauss(spread.mean, spread.across)))
 
 
 def _respond(question: Question, level: float, error_rate: float | None, rng: random.Random) -> tuple[str, str]:
-    """Text and finish reason of one response."""
+    """Return the text and the finish reason of one response."""
     task = question.task_type
     if error_rate is None:
         spread = REPORTED[task]
@@ -136,7 +136,7 @@ def _respond(question: Question, level: float, error_rate: float | None, rng: ra
 
 
 def _graded(question: Question, target: float, rng: random.Random) -> str:
-    """An answer whose quality is `target`, exactly (graded tasks) or in the mean (all others)."""
+    """Return an answer whose quality is `target`, exactly (graded tasks) or on average (all others)."""
     task, answer = question.task_type, question.answer
     if task == "temporal":
         start, end = parse_answer_body(answer, task)
@@ -155,7 +155,7 @@ def _graded(question: Question, target: float, rng: random.Random) -> str:
 
 
 def _wrong(question: Question, rng: random.Random) -> str:
-    """An answer that differs from the ground truth: a near miss or another one altogether, half and half."""
+    """Return an answer that differs from the ground truth: a near miss or an entirely different one, half and half."""
     task, answer = question.task_type, question.answer
     if task == "mcq":
         letters = option_letters(question.options) if question.options else "ABCD"
@@ -166,7 +166,7 @@ def _wrong(question: Question, rng: random.Random) -> str:
         return _wrong_box(parse_answer_body(answer, task), rng)
     if task == "numeric":
         value = parse_answer_body(answer, task)
-        # Off by one for counts, by a tenth for measures; at zero there is nothing below.
+        # Off by one for counts, by a tenth for measurements. At zero, only upwards.
         step = 1.0 if value == int(value) else abs(value) / 10
         return f"{value + step * (1 if value <= step or rng.random() < 0.5 else -1):.6g}"
     words = answer.split()
@@ -180,12 +180,12 @@ def _wrong_interval(start: float, end: float, duration: float | None, rng: rando
     limit = max(end, duration or 0.0)
     step = max(0.1, round(limit / 8, 1))
     if rng.random() < 0.5:
-        # One end off by an eighth of the clip; the one that leaves an interval within the clip.
+        # Move one end by an eighth of the clip, so that an interval within the clip remains.
         moves = [(start - step, end), (start + step, end), (start, end - step), (start, end + step)]
     else:
         moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
     moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
-    # An interval that fills a clip of one step has no neighbour: half of it remains.
+    # An interval that fills a clip of one step has no neighbour, so halve it.
     return _interval(*rng.choice(moves)) if moves else _interval(start, (start + end) / 2)
 
 
@@ -211,7 +211,7 @@ def _other_word(word: str, rng: random.Random) -> str:
     for alphabet in (LETTERS, DIGITS):
         if word in alphabet:
             return rng.choice([other for other in alphabet if other != word])
-    # A misread character, and never the same word in other case.
+    # A misread character, which must not give the same word in a different case.
     place = rng.randrange(len(word))
     return (
         word[:place] + rng.choice([c for c in "ae0o1lst" if c.casefold() != word[place].casefold()]) + word[place + 1 :]
@@ -219,7 +219,7 @@ def _other_word(word: str, rng: random.Random) -> str:
 
 
 def _reasoning(question: Question, answer: str | None, rng: random.Random) -> tuple[str, str]:
-    """Reasoning that leads to the (right or wrong) answer, naming what is seen; and the answer's text."""
+    """Return reasoning that leads to the (right or wrong) answer and names what is seen, and the answer's text."""
     task = question.task_type
     if "made" in question.meta:
         return _made_reasoning(question, _content(question.meta["made"]), answer, rng)
@@ -243,8 +243,8 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         chosen = question.options[option_letters(question.options).index(answer)]
         claimed = replace(content, **{question.meta["asked"]: chosen}) if question.meta["asked"] != "place" else content
         place = chosen if question.meta["asked"] == "place" else content.place
-        # The options again with their letters behind them: the way from an option to its letter is then one that a
-        # tiny student can learn to copy.
+        # Repeat the options, each followed by its letter. A tiny student can then learn to copy the letter from the
+        # option.
         listed = ", ".join(f"{option} {letter}" for option, letter in zip(question.options, "ABCD", strict=True))
         return f"{listed}. {_seen(claimed, place)}. So {chosen} {answer}.", answer
     if task == "temporal":
@@ -257,7 +257,7 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         return f"I count {answer} {content.dot_color} dots.", answer
     if task == "ocr":
         return f"The sign reads {answer}.", answer
-    # An open answer that was cut short stands for a wrong one: another colour is claimed instead.
+    # An open answer that was shortened stands for a wrong one, so claim a different colour.
     if answer != question.answer:
         content = replace(content, color=rng.choice([name for name in COLORS if name != content.color]))
     seen = _seen(content, content.place)
@@ -269,7 +269,7 @@ def _seen(content: Content, place: str) -> str:
 
 
 def _violate(think: str, answer: str, task: str, rng: random.Random) -> tuple[str, str]:
-    """A response whose format is broken in one of the usual ways, and its finish reason."""
+    """Return a response whose format is broken in one of the usual ways, and its finish reason."""
     whole = f"<think>{think}</think><answer>{answer}</answer>"
     inside = {
         "temporal": [answer.replace(" to ", "-"), f"from {answer}", answer.replace(" to ", " s to ") + " s"],

@@ -1,1 +1,1 @@
-"""The black-box teacher: its pool of responses, and what the pool's numbers say."""
+"""The black-box teacher: its pool of responses, and the statistics of the pool."""

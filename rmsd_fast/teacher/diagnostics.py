@@ -1,4 +1,4 @@
-"""What a pool's numbers say: quality by task across and within inputs, validity and its reasons, what the filter keeps.
+"""Statistics of a pool: quality by task across and within inputs, validity and its reasons, and the kept responses.
 
 Source: R-MSD (arXiv 2603.11423), teacher statistics and filter.
 """
@@ -19,24 +19,32 @@ _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
 
 
 def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig, *, simulated: bool) -> dict:
-    """Teacher statistics by task type, over closed tasks and over all questions.
+    """Return teacher statistics by task type, over closed tasks and over all questions.
 
-    Quality here is always that of the metric, so that a run with uniform quality can still be judged. Invalid answers
-    count as 0. Open questions have no metric: their quality only says how many answers are valid, so they enter "all"
-    for shares but are left out of "closed".
+    Quality here is always the metric's, so that a run with uniform quality can still be judged. Invalid answers count
+    as 0. Open questions have no metric: their quality only shows how many answers are valid, so they are part of "all"
+    for the shares, but not of "closed".
 
     Args:
-        scores: from score_pool.
+        scores: result of score_pool.
+        questions: the questions to include.
+        cfg: teacher settings.
         simulated: whether a simulated teacher wrote the pool.
     Returns:
         {"teacher_simulated": bool, "responses": K used at most, "min_quality": tau, "parse": how texts were read,
-         "tasks": {task: group}, "closed": group, "all": group}; a group without answers is None, any other is
+         "tasks": {task: group}, "closed": group, "all": group}. A group without answers is None. Any other group is
         {"questions", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share", "as_sent_share",
-         "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}: mean, sd, lowest
-        and highest of the inputs' mean quality; the mean over inputs of the sd among their answers; shares of answers
-        that are valid, valid as they were sent, kept at tau, truncated; the share of the valid ones with reasoning;
-        shares of questions with nothing kept, and with an answer that stage 1 can imitate; number of invalid answers
-        by reason. Both sd are those of the whole population (divided by n).
+         "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}:
+
+        - mean, sd_across, low, high: mean, sd, minimum and maximum of the inputs' mean quality;
+        - sd_within: mean over inputs of the sd among their answers;
+        - valid_share, as_sent_share, kept_share, truncated_share: shares of answers that are valid, valid as sent, kept
+          at tau, truncated;
+        - reasoned_share: share of valid answers with reasoning;
+        - empty_share, best_share: shares of questions with no answer kept, and with an answer that stage 1 can imitate;
+        - reasons: number of invalid answers by reason.
+
+        Both sd are population values (divided by n).
     """
     groups = {task: [question for question in questions if question.task_type == task] for task in TASK_TYPES}
     closed = [question for question in questions if question.task_type in CLOSED_TASKS]
@@ -58,7 +66,7 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
     flat = [answer for row in rows for answer in row]
     qualities = [[answer.quality for answer in row] for row in rows]
     means = [statistics.fmean(row) for row in qualities]
-    # What matching keeps: q >= tau, and never q = 0.
+    # The filter of the matching: q >= tau, and never q = 0.
     kept = [[quality >= cfg.min_quality and quality > 0 for quality in row] for row in qualities]
     return {
         "questions": len(questions),
@@ -80,6 +88,6 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
 
 
 def _share(flags: Iterable[bool]) -> float:
-    """Share of flags that are set; 0 of none."""
+    """Return the share of flags that are set; 0 if there are none."""
     values = [float(flag) for flag in flags]
     return statistics.fmean(values) if values else 0.0

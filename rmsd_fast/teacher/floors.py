@@ -1,4 +1,4 @@
-"""What one and the same best answer to every question scores: the floor that a student has to beat.
+"""The score of the best constant answer to all questions: the floor that a student has to beat.
 
 A search over every answer would cost the square of the number of questions. Candidates are therefore bounded
 (ground truths, and a grid), graded tasks are scored in floating point, and only the best candidate is scored exactly.
@@ -20,8 +20,8 @@ from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, option_letters, p
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
-# Ground truths that are tried: the most frequent ones, and a sample of the others. Texts are compared pair by
-# pair: fewer of them, on a sample of the questions that is the smaller the longer the texts are (a second or two).
+# Limits on the ground truths that are tried: the most frequent ones, and a sample of the others. Texts are compared in
+# pairs, so fewer are tried, on a sample of questions that shrinks as texts get longer (this takes a second or two).
 MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS, MOST_CHARACTERS = 1000, 50, 500, 3_000_000
 LEAST_QUESTIONS = 10
 
@@ -29,15 +29,15 @@ LEAST_QUESTIONS = 10
 def best_constant_floor(
     questions: Sequence[Question], cfg: TeacherConfig | None = None
 ) -> dict[str, tuple[float, str]]:
-    """By task type, the best mean score found for one and the same answer to all questions, and that answer.
+    """Return, by task type, the best mean score of a constant answer to all questions, and that answer.
 
-    Tried are every letter (mcq), up to 1,000 ground truths (ocr: 50), a grid of intervals (temporal: tenths of the
-    latest end) and of boxes (spatial: fifths of the picture). The score of the answer that is returned is exact. Open
+    Candidates are every letter (mcq), up to 1,000 ground truths (ocr: 50), a grid of intervals (temporal: tenths of the
+    latest end) and a grid of boxes (spatial: fifths of the picture). The score of the returned answer is exact. Open
     questions score 1 for any text. Questions without ground truth are left out.
 
     Args:
-        questions: those that are evaluated.
-        cfg: metric settings; None = the defaults.
+        questions: the evaluated questions.
+        cfg: metric settings; None means the defaults.
     """
     cfg = cfg or TeacherConfig()
     floors = {}
@@ -50,7 +50,7 @@ def best_constant_floor(
             continue
         candidates = sorted(_candidates(task, members))
         scores = np.round(_mean_scores(task, candidates, members, cfg), 9)
-        # Of equals the one first in the alphabet, whatever the order of the questions.
+        # Among equal scores, take the first answer in alphabetical order, whatever the order of the questions.
         answer = candidates[int(scores.argmax())]
         floors[task] = (_constant_score(answer, members, cfg), answer)
     return floors
@@ -88,13 +88,13 @@ def _some_truths(task: str, counts: Counter) -> set[str]:
 
 
 def _mean_scores(task: str, candidates: list[str], questions: Sequence[Question], cfg: TeacherConfig) -> np.ndarray:
-    """Mean score of each candidate, in floating point; texts on a sample of the questions."""
+    """Return the mean score of each candidate in floating point. Texts are scored on a sample of the questions."""
     if task in ("mcq", "ocr"):
         if task == "mcq":
             counts = Counter(question.answer for question in questions)
             return np.array([counts[letter] / len(questions) for letter in candidates])
         enough = max(LEAST_QUESTIONS, MOST_CHARACTERS // sum(map(len, candidates)))
-        # Not every n-th: files are often ordered, with a period.
+        # A random sample rather than every n-th question, because files often have a periodic order.
         sample = random.Random(0).sample(list(questions), min(MOST_QUESTIONS, enough, len(questions)))
         return np.array([_constant_score(text, sample, cfg) for text in candidates])
     truths = np.array([np.atleast_1d(parse_answer_body(q.answer, task)) for q in questions], dtype=np.float64)
@@ -104,7 +104,7 @@ def _mean_scores(task: str, candidates: list[str], questions: Sequence[Question]
 
 
 def _overlaps(value: np.ndarray, truths: np.ndarray, cfg: TeacherConfig) -> np.ndarray:
-    """Intersection over union of one interval or box with each truth."""
+    """Return the intersection over union of one interval or box with each ground truth."""
     axes = len(value) // 2
     low, high = np.maximum(value[:axes], truths[:, :axes]), np.minimum(value[axes:], truths[:, axes:])
     overlap = np.clip(high - low, 0, None).prod(1)
@@ -114,7 +114,7 @@ def _overlaps(value: np.ndarray, truths: np.ndarray, cfg: TeacherConfig) -> np.n
 
 
 def _number_scores(value: np.ndarray, truths: np.ndarray, cfg: TeacherConfig) -> np.ndarray:
-    """Epsilon accuracy, or mean relative accuracy, of one number for each truth."""
+    """Return the epsilon accuracy, or the mean relative accuracy, of one number for each ground truth."""
     error, size = np.abs(truths[:, 0] - value[0]), np.abs(truths[:, 0])
     if cfg.numeric_metric == "epsilon":
         return (error <= cfg.numeric_eps * np.maximum(1, size) + 1e-12).astype(np.float64)

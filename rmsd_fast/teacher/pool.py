@@ -1,14 +1,16 @@
-"""The teacher pool: JSONL, one line per (question id, k), appended to and never rewritten in place.
+"""The teacher pool: JSONL with one line per (question id, k), which is appended to and never rewritten in place.
 
 ``{"id","k","key","text","finish_reason","usage","model","sampling","valid"?,"quality"?,"raw"?,"reason"?}``
 
-`key` names everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`, made
-by `request_key`. A pool is checked against its questions by the first part (and the second on request), so a pool that
-was collected for other questions, or before a question was edited, is seen. The third part tells a collection that goes
-on whether sampling or frames have changed. An empty key means that the origin is not known: such a line is matched by
-id only. Invalid and truncated responses are lines like any other (their quality is 0); a `text` that is null, which
-servers send where a filter stopped the answer, is an empty one. A pool that was repaired keeps the text as it was sent
-under `raw`, and under `reason` why an answer cannot be used.
+`key` identifies everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
+made by `request_key`. A pool is checked against its questions by the first digest, and on request by the second. This
+detects a pool that was collected for other questions, or before a question was edited. The third digest tells a resumed
+collection whether sampling or frames have changed. An empty key means that the origin is unknown; such a line is
+matched by id only.
+
+Invalid and truncated responses are ordinary lines with quality 0. A null `text`, which servers send if a filter stopped
+the answer, is an empty one. A repaired pool keeps the text as sent under `raw`, and the reason why an answer cannot be
+used under `reason`.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
 _REQUIRED = ("id", "k", "text")
 _FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality", "raw", "reason")
-# Under which names servers and other programs store the reasoning, and what a line needs.
+# Field names under which servers and other programs store the reasoning and the required fields.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "think")
 _OTHER_NAMES = {
     "id": ("question_id", "qid", "custom_id"),
     "k": ("index", "sample", "sample_id"),
     "text": ("response", "content", "answer", "output", "completion", "prediction", "generated_text"),
 }
-# What tells a question, whatever its format.
+# Fields that identify a question in any format.
 _OF_QUESTIONS = (*RECORD_KEYS, "task_type", "options", "videos", "video", "images", "image")
 
 
@@ -54,44 +56,44 @@ class TeacherResponse:
     id: str
     """Question id."""
     k: int
-    """Number of the response, from 0."""
+    """Index of the response, from 0."""
     key: str
-    """What request_key gave for the request; "" = not known, the line is matched by id alone."""
+    """Result of request_key for the request; "" means unknown, and the line is matched by id only."""
     text: str
-    """The whole response, as sent; where `raw` holds that, its canonical form."""
+    """The full response as sent; if `raw` holds that, its canonical form."""
     finish_reason: str | None = None
-    """How it ended, in the server's words (`method.finish_reasons` reads them); None = not known. Where the server sent
-    an object, its `type`."""
+    """How it ended, in the server's words (`method.finish_reasons` reads them); None means unknown. If the server sent
+    an object, this is its `type`."""
     usage: dict[str, Any] = field(default_factory=dict)
     """Token counts as the server reported them."""
     model: str = ""
-    """The teacher's name; `simulated` for made responses."""
+    """The teacher's name; `simulated` for simulated responses."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters of the request."""
     valid: bool | None = None
-    """Validity as seen at collection; training computes its own."""
+    """Validity as determined at collection. Training computes its own."""
     quality: float | None = None
-    """Quality as seen at collection; training computes its own."""
+    """Quality as determined at collection. Training computes its own."""
     raw: str | None = None
-    """The text as sent, where `text` is a canonical form of it; None where `text` is as sent."""
+    """The text as sent if `text` is its canonical form; None if `text` is as sent."""
     reason: str | None = None
-    """Why the answer was found invalid, a key of `method.natural.REASONS`."""
+    """Why the answer is invalid, a key of `method.natural.REASONS`."""
 
 
 def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
-    """Responses by question id, each list sorted by k.
+    """Return the responses by question id, each list sorted by k.
 
     Args:
         path: the pool file.
     Raises:
-        DataError: names file, line, field, what was expected, what was found.
+        DataError: the message names file, line, field, what was expected and what was found.
     """
     path = Path(path)
     pool: dict[str, list[TeacherResponse]] = {}
     places: dict[tuple[str, int], int] = {}
     faults: list[DataError] = []
     number = 0
-    # The same few settings stand in every line: kept once.
+    # The same few settings occur in every line, so they are kept only once.
     shared: dict[str, Any] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -101,16 +103,16 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
             response = _parse_response(_decode(line, where), where, shared)
             first = places.setdefault((response.id, response.k), number)
             if first != number:
-                todo = f"it stands at {path}:{first} already, remove one of the two lines"
-                raise DataError.at(where, "k", f"every (id, k) once, here id {response.id!r}", response.k, todo)
+                todo = f"it is already at {path}:{first}; remove one of the two lines"
+                raise DataError.at(where, "k", f"each (id, k) once, here id {response.id!r}", response.k, todo)
         except OtherFileError:
             raise
         except DataError as error:
-            # Only the last line can be torn, and only one that was never ended by its newline.
+            # Only the last line can be torn, and only if its newline is missing.
             if line.endswith(b"\n"):
                 faults.append(error)
             else:
-                torn = "the last line has no newline: an append was interrupted, remove it"
+                torn = "the last line has no newline: an append was interrupted; remove the line"
                 faults.append(DataError(f"{error} ({torn})"))
             continue
         pool.setdefault(response.id, []).append(response)
@@ -130,30 +132,30 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def write_pool(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
-    """Write a whole pool; the file appears complete or not at all."""
+    """Write a whole pool atomically."""
     write_text_atomic(path, "".join(_line(response) for response in responses))
 
 
 def request_key(
     question: Question, *, sampling: dict[str, Any], frame_indices: Sequence[int] | None, media_digest: str
 ) -> str:
-    """The key of a request: `<question>-<media>-<request>`, 16 hex digits each.
+    """Return the key of a request: `<question>-<media>-<request>`, 16 hex digits each.
 
-    K is no part of it: asking for more responses later continues the same request. Neither are ground truth, `meta` and
-    the media's place on disk, which the teacher never sees.
+    K is not part of it, because asking for more responses later continues the same request. Neither are ground truth,
+    `meta` and the media's paths, which the teacher never sees.
 
     Args:
-        question: text, task type, options and kinds of media count.
-        sampling: sampling parameters and whatever else shapes the request (system prompt, template).
-        frame_indices: frames that were sent; None where the media went whole.
-        media_digest: from media_digest.
+        question: the question; its text, task type, options and kinds of media are part of the key.
+        sampling: sampling parameters, and everything else that determines the request (system prompt, template).
+        frame_indices: frames that were sent; None if the media were sent as a whole.
+        media_digest: result of media_digest.
     """
     request = {"sampling": sampling, "frame_indices": None if frame_indices is None else list(frame_indices)}
     return f"{_question_digest(question)}-{_digest(media_digest)}-{_digest(request)}"
 
 
 def media_digest(question: Question) -> str:
-    """sha256 over the contents of the question's media, in order.
+    """Return the SHA-256 of the contents of the question's media, in order.
 
     Raises:
         DataError: a file cannot be read.
@@ -178,17 +180,17 @@ def check_pool(
     max_unanswered_share: float = 0.0,
     check_media: bool = False,
 ) -> list[str]:
-    """Refuse a pool that belongs to other questions. Ids that only the pool has are fine (a subset is trained on).
+    """Refuse a pool that belongs to other questions. The pool may contain further ids, if a subset is trained on.
 
     Args:
-        pool: from load_pool.
-        questions: those to be trained on.
-        max_unanswered_share: largest share of the questions that may have no response; never all of them.
-        check_media: also compare the contents of the media files (reads them all).
+        pool: result of load_pool.
+        questions: the questions to train on.
+        max_unanswered_share: largest share of the questions that may have no response. It is an error if none has one.
+        check_media: also compare the contents of the media files, which reads all of them.
     Returns:
         Ids of the questions that have no response.
     Raises:
-        DataError: says which ids, and what to do.
+        DataError: the message says which ids, and what to do.
     """
     missing = check_answered(pool, questions, max_unanswered_share=max_unanswered_share)
     check_keys(pool, questions, check_media=check_media)
@@ -201,7 +203,7 @@ def check_answered(
     """Return the ids of the questions that have no response.
 
     Raises:
-        DataError: they are a larger share of the questions than this, or all of them.
+        DataError: their share exceeds `max_unanswered_share`, or they are all of the questions.
     """
     missing = [question.id for question in questions if question.id not in pool]
     if missing and (len(missing) > max_unanswered_share * len(questions) or len(missing) == len(questions)):
@@ -218,10 +220,10 @@ def check_answered(
 def check_keys(
     pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
 ) -> None:
-    """Refuse responses to other questions, or to other texts or media of these, as far as they have keys.
+    """Refuse responses to other questions, or to other texts or media of these questions. Empty keys are not checked.
 
     Raises:
-        DataError: says which ids, and what to do.
+        DataError: the message says which ids, and what to do.
     """
     changed, foreign, moved, without_key = [], [], [], 0
     for question in questions:
@@ -249,15 +251,15 @@ def check_keys(
             raise DataError(f"teacher pool: expected {what}, got {got}; {todo}")
     if without_key:
         shown = counted(without_key, "question")
-        logger.info("teacher pool: responses to %s have no key and are matched by id alone", shown)
+        logger.info("teacher pool: responses to %s have no key and are matched by id only", shown)
 
 
 def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) -> TeacherResponse:
     if not {"k", "text"} & set(record) and (asked := [name for name in _OF_QUESTIONS if name in record]):
         raise OtherFileError(
             f"{where}: expected a teacher answer with {', '.join(_REQUIRED)}, got the keys "
-            f"{', '.join(map(repr, record))}, and {asked[0]!r} belongs to a question; is this the question file? Swap "
-            "the two files, or name the pool here"
+            f"{', '.join(map(repr, record))}, and {asked[0]!r} belongs to a question; if this is the question file, "
+            "swap the two files or name the pool here"
         )
     for name in record:
         if name not in _FIELDS:
@@ -273,16 +275,16 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
             )
     record["id"] = parse_id(record["id"])
     if not isinstance(record["id"], str) or not record["id"]:
-        raise DataError.at(where, "id", "text that is not empty", record["id"], "write the question's id")
+        raise DataError.at(where, "id", "non-empty text", record["id"], "write the question's id")
     if isinstance(record["k"], float) and record["k"].is_integer():
         record["k"] = int(record["k"])
     if type(record["k"]) is not int or record["k"] < 0:
         raise DataError.at(where, "k", "an integer from 0", record["k"], "number the responses of a question")
-    # Servers send no text where a filter stopped the answer, or a tool was called: an empty answer, which is invalid.
+    # Servers send no text if a filter stopped the answer, or a tool was called. This is an empty answer, and invalid.
     if record["text"] is None:
         record["text"] = ""
     ending = record.get("finish_reason")
-    # SGLang's own: {"type": "length", "length": 512}.
+    # SGLang's format: {"type": "length", "length": 512}.
     if isinstance(ending, dict) and isinstance(ending.get("type"), str):
         record["finish_reason"] = ending["type"]
     for name, kind, shown in (
@@ -297,7 +299,7 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
         ("reason", str, "text"),
     ):
         value = record.get(name)
-        # Servers write null for what they do not report; the required ones have to be there.
+        # Servers write null for values that they do not report. Required fields must not be null.
         if not isinstance(value, kind) and (value is not None or name in _REQUIRED):
             raise DataError.at(where, name, shown, value, "fix the line")
     quality = record.get("quality")
@@ -311,7 +313,7 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
 
 
 def _advice(name: str, record: dict[str, Any]) -> str:
-    """What to do about a field that a pool line does not have."""
+    """Return what to do about a field that pool lines do not have."""
     if name in _REASONING:
         return "put it into 'text', as <think>…</think> before the answer, and remove the field"
     ours = next((ours for ours, theirs in _OTHER_NAMES.items() if name in theirs), None)
@@ -329,7 +331,7 @@ def _decode(line: bytes, where: str) -> dict[str, Any]:
 def _line(response: TeacherResponse) -> str:
     record = {name: getattr(response, name) for name in _FIELDS}
     record = {name: value for name, value in record.items() if value is not None}
-    # ASCII escapes: a lone surrogate in a response could not be written as UTF-8.
+    # ASCII escapes are needed because a lone surrogate in a response cannot be written as UTF-8.
     return json.dumps(record) + "\n"
 
 
@@ -340,7 +342,7 @@ def _question_digest(question: Question) -> str:
         "options": question.options,
         "media": [len(question.videos), len(question.images)],
     }
-    # Only where there are any: keys made before these existed stay valid.
+    # Added only if there are any, so that keys made before spans existed stay valid.
     asked |= {"spans": question.spans} if any(question.spans) else {}
     asked |= {"system": question.system} if question.system else {}
     return _digest(asked)
@@ -351,7 +353,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Questions share clips: each file is read once per process, and again when it changes.
+# Questions share clips, so each file is read once per process, and again if it changes.
 @lru_cache(maxsize=65536)
 def _cached_sha256(path: str, mtime_ns: int, size: int) -> str:
     return file_sha256(path)

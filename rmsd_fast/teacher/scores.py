@@ -1,4 +1,4 @@
-"""What each teacher answer is worth to training: its text in canonical form, whether it is valid, its quality."""
+"""Score teacher answers as training uses them: the text in canonical form, its validity and its quality."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
 
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
-# Why the text inside <answer> does not parse, by task type.
+# Reason if the text inside <answer> cannot be parsed, by task type.
 _NOT_PARSED = {
     "mcq": "not_an_option",
     "temporal": "not_an_interval",
@@ -33,21 +33,21 @@ class ScoredResponse(NamedTuple):
     """One teacher answer as training uses it."""
 
     k: int
-    """Its number in the pool."""
+    """Its index in the pool."""
     text: str
-    """The whole text: canonical with `teacher.parse=natural` where that could read it, else as sent."""
+    """The full text: canonical if `teacher.parse=natural` could read it, otherwise as sent."""
     valid: bool
     quality: float
-    """The task's metric in [0, 1]; 0 where the answer is invalid, 1 for valid answers to open questions."""
+    """The task's metric in [0, 1]; 0 for invalid answers, 1 for valid answers to open questions."""
     reason: str | None = None
-    """Why it is invalid, a key of `method.natural.REASONS`; None where it is valid."""
+    """Why it is invalid, a key of `method.natural.REASONS`; None if it is valid."""
     as_sent: bool = True
-    """Whether the text as sent, before any repair, keeps the format (arXiv 2603.11423 counts the others as format
-    violations)."""
+    """Whether the text as sent, before any repair, keeps the format. arXiv 2603.11423 counts the others as format
+    violations."""
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
-    """The first `cfg.responses` answers by question id, in order of k; a question that the pool lacks gets none."""
+    """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get none."""
     return {
         question.id: [
             score_response(response, question, cfg) for response in pool.get(question.id, [])[: cfg.responses]
@@ -57,7 +57,7 @@ def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) ->
 
 
 def score_response(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> ScoredResponse:
-    """Validity, reason and quality of one answer. Truncated and filtered answers are invalid whatever they say."""
+    """Return validity, reason and quality of one answer. Truncated and filtered answers are always invalid."""
     text, task, options = response.text, question.task_type, question.options
     ended = finish_reason_of(response.finish_reason)
     strict = _strict_reason(text, ended, question)
@@ -71,7 +71,7 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
         reason = strict
     if reason is None and SPECIAL_TOKEN.search(text):
         reason = "special_token"
-    # JSON can carry lone surrogates.
+    # JSON can contain lone surrogates.
     if reason is None and not is_unicode(text):
         reason = "not_unicode"
     quality = 0.0
@@ -81,7 +81,7 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
 
 
 def quality_settings(teacher: TeacherConfig) -> dict:
-    """Metric settings as `method.quality.quality_score` takes them."""
+    """Return metric settings as arguments of `method.quality.quality_score`."""
     return {
         "numeric_metric": teacher.numeric_metric,
         "numeric_eps": teacher.numeric_eps,
@@ -90,7 +90,7 @@ def quality_settings(teacher: TeacherConfig) -> dict:
 
 
 def _strict_reason(text: str, ended: str | None, question: Question) -> str | None:
-    """Why a text is not valid, judged by the format alone. ended: from finish_reason_of."""
+    """Return why a text is invalid, judged by the format alone. `ended` is the result of finish_reason_of."""
     if ended in _NOT_WHOLE:
         return _NOT_WHOLE[ended]
     if not text.strip():

@@ -1,4 +1,4 @@
-"""What a run is about to train on, in words: questions, teacher answers and why some of them cannot be used."""
+"""Describe what a run is about to train on: questions, teacher answers, and why some of them cannot be used."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.teacher.scores import Pool
 
-# Below this share of valid answers something is wrong with the pool as a whole.
+# Below this share of valid answers, the pool as a whole is wrong.
 LEAST_VALID = 0.05
 SHOWN_IDS, SHOWN_NAMES, SHOWN_COUNTS = 5, 3, 4
-# Above this share of a file, questions that are named `open` and have an answer like a closed one's are a warning.
+# Warn if more than this share of a file's questions are named `open` but have an answer like a closed question's.
 CLOSED_SHARE = 0.05
 
 
 @dataclass
 class Summary:
-    """lines: what there is. warnings: what is probably not meant. faults: why a run cannot start."""
+    """Lines of a summary, warnings about probable mistakes, and faults that prevent a run from starting."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -40,21 +40,21 @@ class Summary:
 
 
 def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -> Summary:
-    """Questions by task type, the first prompt, and what looks wrong about them."""
+    """Describe questions by task type, the first prompt, and probable mistakes in them."""
     summary = Summary([f"questions: {_counts_by_task(train)}"])
     if heldout:
         summary.lines.append(f"held out: {_counts_by_task(heldout)}")
     for role, questions in (("training", train), ("held-out", heldout)):
         summary.lines += _ids_by_position(role, questions)
     shown = question_text(train[0]).replace("\n", "\n  | ")
-    summary.lines.append(f"the user's turn, for a teacher too (question {train[0].id!r}):\n  | {shown}")
+    summary.lines.append(f"the user's turn, also for a teacher (question {train[0].id!r}):\n  | {shown}")
     if all(question.task_type == "open" for question in train):
         todo = "give the records another task_type and an answer"
         if any("inferred" in question.meta for question in train):
             todo = "name their task type in data.task_type, or in the records, with an answer"
         summary.warnings.append(
-            "every question is `open`: any text that keeps the format scores 1, so neither teacher quality nor the "
-            f"content reward says anything; {todo}"
+            "every question is `open`: any text in the right format scores 1, so neither teacher quality nor the "
+            f"content reward carries information; {todo}"
         )
     for role, questions in (("training", train), ("held-out", heldout)):
         summary.warnings += _closed_answers(role, questions)
@@ -63,7 +63,7 @@ def describe_questions(train: Sequence[Question], heldout: Sequence[Question]) -
 
 
 def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
-    """How many questions have an id that changes with the order of their file. A pool without keys cannot tell."""
+    """Warn about questions whose id depends on the order of their file, which a pool without keys cannot detect."""
     ids = [question.id for question in questions if "id_by_position" in question.meta]
     if not ids:
         return []
@@ -74,7 +74,7 @@ def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
-    """Open questions whose answers look like those of closed ones, by whether their task type was inferred."""
+    """Warn about open questions whose answers look like those of closed ones, by whether the task type was inferred."""
     answered = [question for question in questions if question.task_type == "open" and question.answer]
     closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
     inferred = [question for question in closed if "inferred" in question.meta]
@@ -84,13 +84,13 @@ def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
         warnings.append(
             f"{counted(len(inferred), f'{role} question')} without a task type became `open`, with options or an "
             f"answer like those of a closed question ({inferred[0].id}: {inferred[0].answer!r:.60}): any text in the "
-            "format scores 1; name the task type in the records (mcq with options) or in data.task_type"
+            "right format scores 1; name the task type in the records (mcq with options) or in data.task_type"
         )
     if len(named) > CLOSED_SHARE * len(questions):
         warnings.append(
             f"{counted(len(named), f'open {role} question')} with an answer like that of a closed question "
-            f"({named[0].id}: {named[0].answer!r:.60}), which nothing is compared with: any text in the format scores "
-            "1; make them mcq (with options), numeric or ocr"
+            f"({named[0].id}: {named[0].answer!r:.60}), which nothing is compared with: any text in the right format "
+            "scores 1; make them mcq (with options), numeric or ocr"
         )
     return warnings
 
@@ -98,15 +98,15 @@ def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
 def describe_pool(
     questions: Sequence[Question], pool: Pool, statistics: dict, unanswered: Sequence[str], settings: RunConfig
 ) -> Summary:
-    """Teacher answers by task type: how many, how many of use, and why the others are not.
+    """Describe teacher answers by task type: how many there are, how many can be used, and why the others cannot.
 
     Args:
-        questions: those that are trained on.
-        pool: all answers that there are.
-        statistics: of the answers that are used, from pool_statistics.
+        questions: the questions to train on.
+        pool: all answers.
+        statistics: result of pool_statistics for the answers that are used.
         unanswered: ids of questions that are left out because the pool has no answer to them.
     Returns:
-        The summary; its faults say where next to no answer can be used.
+        The summary. It has a fault if almost no answer can be used.
     """
     cfg = settings.teacher
     every = statistics["all"]
@@ -133,8 +133,8 @@ def describe_pool(
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
         summary.faults.append(
             f"teacher pool: {every['valid_share']:.1%} of {counted(every['responses'], 'answer')} are valid, and "
-            f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most. "
-            f"Reasons: {_reasons(every) or 'none is right'}{_advice(cfg.parse)}"
+            f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most of both. "
+            f"Reasons: {_reasons(every) or 'no answer is correct'}{_advice(cfg.parse)}"
         )
         return summary
     if every["reasoned_share"] < 0.5:
@@ -152,14 +152,14 @@ def describe_pool(
         elif group and group["best_share"] < 0.5:
             summary.warnings.append(
                 f"only {group['best_share']:.0%} of the {task} questions have an answer of quality above 0, which "
-                "stage 1 could imitate; is the pool that of these questions, and does the ground truth have the "
-                "teacher's units?"
+                "stage 1 could imitate; check that the pool belongs to these questions, and that the ground truth has "
+                "the teacher's units"
             )
     return summary
 
 
 def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
-    """What a run does not read of its pool."""
+    """Return lines about the answers in the pool that a run does not read."""
     asked = {question.id for question in questions}
     foreign = [identity for identity in pool if identity not in asked]
     beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
@@ -168,21 +168,21 @@ def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
         answers = counted(sum(len(pool[identity]) for identity in foreign), "answer")
         lines.append(f"  not used: {answers} to ids that no question has ({some_ids(foreign)})")
     if beyond:
-        lines.append(f"  not used: {counted(beyond, 'answer')} beyond the first {most} (teacher.responses)")
+        lines.append(f"  not used: {counted(beyond, 'answer')} after the first {most} (teacher.responses)")
     return lines
 
 
 def _endings(words: Sequence[str | None]) -> Summary:
-    """What `finish_reason` leaves open: whether an answer was cut."""
+    """Return lines and warnings about answers whose `finish_reason` does not show whether they were truncated."""
     summary = Summary()
     if missing := sum(is_known(word) and finish_reason_of(word) is None for word in words):
-        summary.lines.append(f"  no finish_reason: {counted(missing, 'answer')}; a cut at their end may go unseen")
+        summary.lines.append(f"  no finish_reason: {counted(missing, 'answer')}; truncation may go undetected")
     unknown = Counter(word for word in words if not is_known(word))
     if unknown:
         named = ", ".join(f"{word!r:.40} {number:,}" for word, number in unknown.most_common(SHOWN_NAMES))
         summary.warnings.append(
-            f"finish_reason of {counted(unknown.total(), 'answer')} is not known ({named}"
-            f"{', …' if len(unknown) > SHOWN_NAMES else ''}): whether they were cut is not seen; write stop, length or "
+            f"finish_reason of {counted(unknown.total(), 'answer')} is unknown ({named}"
+            f"{', …' if len(unknown) > SHOWN_NAMES else ''}): truncation is not detected; write stop, length or "
             "content_filter"
         )
     return summary
@@ -222,19 +222,19 @@ def _table(statistics: dict) -> list[str]:
 
 
 def _reasons(group: dict, shown: int = 5) -> str:
-    """`refusal 12, two_answers 3`; REASONS says what they mean."""
+    """Return `refusal 12, two_answers 3`; REASONS explains the names."""
     reasons = list(group["reasons"].items())
     more = sum(count for _, count in reasons[shown:])
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons[:shown]) + (f", other {more:,}" if more else "")
 
 
 def explain_reasons(reasons: Sequence[str]) -> dict[str, str]:
-    """One line for each reason, in the order of REASONS."""
+    """Return one line for each reason, in the order of REASONS."""
     return {reason: f"  {reason}: {text}" for reason, text in REASONS.items() if reason in reasons}
 
 
 def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[str]:
-    """Held-out questions that are trained on, and others whose media are."""
+    """Warn about held-out questions that are trained on, and those whose media are."""
     asked = {_content(question) for question in train}
     media = {path for question in train for path in (*question.videos, *question.images)}
     same = [question.id for question in heldout if _content(question) in asked]
@@ -247,8 +247,8 @@ def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[st
     warnings = []
     if same:
         warnings.append(
-            f"held-out questions that are training questions too: {len(same):,} of {total} ({some_ids(same)}); scores "
-            "on them say nothing about new questions, remove them from one of the two files"
+            f"held-out questions that are also training questions: {len(same):,} of {total} ({some_ids(same)}); scores "
+            "on them say nothing about new questions; remove them from one of the two files"
         )
     if shared:
         warnings.append(

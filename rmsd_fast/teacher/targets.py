@@ -1,4 +1,4 @@
-"""What training uses of the pool: per question the teacher's answers, their quality and matching probabilities."""
+"""The part of the pool that training uses: each question's answers, their quality and matching probabilities."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from rmsd_fast.teacher.scores import ScoredResponse, Scores
 
 @dataclass(frozen=True)
 class Targets:
-    """Teacher side of one question. Texts are tokenised where a step uses them: a pool of 200,000 would take minutes.
+    """Teacher side of one question. Texts are tokenized when a step uses them: a pool of 200,000 would take minutes.
 
-    answers: the K answers. quality, p: float32 [K], p = matching probabilities, all zero where nothing is kept. valid:
-    K flags. imitate: indices of the answers that stage 1 imitates; empty where there is none.
+    Fields:
+        answers: the K answers.
+        quality: float32 [K].
+        p: matching probabilities, float32 [K]; all zero if no answer is kept.
+        valid: K flags.
+        imitate: indices of the answers that stage 1 imitates; empty if there are none.
     """
 
     answers: tuple[ScoredResponse, ...]
@@ -42,11 +46,11 @@ def build_targets(
     seed: int,
     imitate: str,
 ) -> dict[str, Targets]:
-    """Targets of every question; a question without answers gets empty ones.
+    """Return the targets of every question. A question without answers gets empty ones.
 
     Args:
-        refuse: why a text may not enter the model, None where it may. Such an answer counts as invalid. It is asked
-            only of answers that could be of use.
+        refuse: returns why a text may not be trained on, or None. Such an answer counts as invalid. It is called only
+            for answers that could be used.
         imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
@@ -64,7 +68,7 @@ def _targets_of(
     imitate: str,
 ) -> Targets:
     closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
-    # Invalid answers have no quality of their own, but uniform quality and random imitation take them as they are.
+    # Invalid answers have quality 0, but uniform quality and random imitation use them as they are.
     takes_invalid = teacher.quality == "uniform" or imitate == "random"
     uses = [(answer.valid or takes_invalid) and refuse(answer.text) is None for answer in answers]
     quality = [1.0 if teacher.quality == "uniform" else answer.quality for answer in answers]

@@ -62,7 +62,7 @@ def resume(run_parent: Path, arguments: list[str], processes: int, writers: int,
     started = [start(again, processes, **variables) for _ in range(writers if runs else 1)]
     ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in started]
     # Of several only one may write. The others are refused, or find the run finished. torchrun turns 2 into 1.
-    refused = [end for end in ends if end[1] and "writes to this folder" in end[0]]
+    refused = [end for end in ends if end[1] and "is writing to this folder" in end[0]]
     faults = [end for end in ends if end[1] and end not in refused]
     fault = f"exit {faults[0][1]}: {faults[0][0].strip().splitlines()[-1:]}" if faults else ""
     return only_run(run_parent), fault or ("all were refused" if len(refused) == len(ends) else "")

@@ -232,10 +232,10 @@ FAULTS = (
     Fault("truncated WebM", _truncated_as("webm", "libvpx-vp9"), "truncated: expected at least"),
     Fault("audio only", _audio_only, "got a file without a video stream"),
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
-    Fault("many flipped bytes", _flipped, "plain grey that stands for lost pictures", True),
+    Fault("many flipped bytes", _flipped, "plain grey that replaces lost frames", True),
     Fault("one flipped byte", _slightly_flipped, ""),
-    Fault("single colour", _single_colour, "of a single colour", True),
-    Fault("frozen picture", _frozen, "are all the same", True),
+    Fault("single colour", _single_colour, "a single colour", True),
+    Fault("frozen picture", _frozen, "are all identical", True),
     Fault("variable frame rate", _variable_rate, ""),
     Fault("rotated", _rotated, ""),
 )

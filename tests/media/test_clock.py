@@ -134,7 +134,7 @@ def test_prompts_tell_the_time_of_the_file(tmp_path: Path, made: Path) -> None:
 
 def test_spans_without_pictures_say_where_they_are(tmp_path: Path, made: Path) -> None:
     path = make(tmp_path, made, "x.mp4", LATE)
-    message = r"between 0 s and 1\.9 s: expected at least 2, got 0; its video runs from 2 to 8 s, check start"
+    message = r"between 0 s and 1\.9 s: expected at least 2, got 0; its video runs from 2 to 8 s; check start"
     for call in (read_media, read_layout):
         with pytest.raises(MediaError, match=message):
             call(request(path, span=(None, 1.9)))
@@ -259,7 +259,7 @@ def test_gif_is_a_video_whose_ground_is_white(tmp_path: Path) -> None:
     ("name", "codec", "found"),
     [
         ("x.png", (), "got one with an alpha channel"),
-        ("x.webp", (), "got an animated WebP, which FFmpeg does not read|got one with an alpha channel"),
+        ("x.webp", (), "got an animated WebP, which FFmpeg cannot read|got one with an alpha channel"),
         ("x.mov", ("prores_ks", "-pix_fmt", "yuva444p10le"), "got one with an alpha channel"),
         ("x.webm", ("libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", 5, "-b:v", 0), "got one with an alpha channel"),
     ],
@@ -283,7 +283,7 @@ def test_transparent_animations_are_refused_with_a_command_that_puts_them_on_whi
 def test_frames_without_times_are_refused(tmp_path: Path, made: Path) -> None:
     options = ("-c", "copy", "-avoid_negative_ts", "disabled", "-output_ts_offset", -1)
     ffmpeg("-i", made / "both.mp4", *options, tmp_path / "x.mkv")
-    with pytest.raises(MediaError, match="expected a time of display for each frame, got frames without one"):
+    with pytest.raises(MediaError, match="expected a presentation time for each frame, got frames without one"):
         read_layout(request(tmp_path / "x.mkv"))
 
 

@@ -89,7 +89,9 @@ def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
 @pytest.mark.parametrize(("answer", "task"), [("3 to 2", "temporal"), ("30,20,10,5", "spatial")])
 def test_a_fault_of_an_answer_that_told_the_task_type_says_so(tmp_path, answer, task):
     """A score is no interval."""
-    with pytest.raises(DataError, match=rf"fix it; or name the record's task_type, which the answer made {task}$"):
+    with pytest.raises(
+        DataError, match=rf"fix it; or set the record's task_type, which was inferred from the answer as {task}$"
+    ):
         load(tmp_path, asked("What is the score?", answer))
     (question,) = load(tmp_path, asked("What is the score?", answer, task_type="ocr"))
     assert question.answer == answer
@@ -115,7 +117,7 @@ def test_null_is_the_same_as_absent_inside_too(tmp_path):
 
 def test_options_make_it_multiple_choice(tmp_path):
     record = SWIFT | {"messages": SWIFT["messages"][1:], "options": ["two", "2", "6"]}
-    with pytest.raises(DataError, match=r"got '2'; an index may count from 0 or from 1, write the letter"):
+    with pytest.raises(DataError, match=r"got '2'; an index may count from 0 or from 1; write the letter"):
         load(tmp_path, record)
     record |= {"messages": SWIFT["messages"][1:2], "options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"}
     (question,) = load(tmp_path, record)
@@ -232,7 +234,7 @@ def test_a_letter_without_options_is_no_choice(tmp_path, question):
     (read,) = load(tmp_path, asked(question, "B"))
     assert (read.task_type, read.answer) == ("open", "B")
     for record in (asked(question, "B", task_type="mcq"), VIDEO_R1 | {"problem": question, "options": []}):
-        with pytest.raises(DataError, match=r"field 'options': expected the choices of an mcq question, here or as"):
+        with pytest.raises(DataError, match=r"field 'options': expected the options of an mcq question, here or as"):
             load(tmp_path, record)
 
 
@@ -340,20 +342,26 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"answer": "2", "solution": "3"}, r"field 'solution': expected the same as 'answer' \('2'\), got '3'"),
         (
             SWIFT | {"solution": "3"},
-            r"field 'messages': expected an answer in it that is the same as 'solution' \('3'\), or none, got '2'",
+            r"field 'messages': expected no answer in it, or the same as 'solution' \('3'\), got '2'",
         ),
-        (LLAVA | {"answer": "A bus."}, r"field 'conversations': .* the same as 'answer' \('A bus\.'\), or none, got"),
+        (LLAVA | {"answer": "A bus."}, r"field 'conversations': .* the same as 'answer' \('A bus\.'\), got"),
         (
             {"query": "<video>How many?", "response": "2", "solution": "3", "videos": ["v.mp4"]},
-            r"field 'response': expected an answer in it that is the same as 'solution'",
+            r"field 'response': expected no answer in it, or the same as 'solution'",
         ),
         (SWIFT | {"system": "Be long."}, r"field 'messages': expected the same as 'system' \('Be long\.'\)"),
-        (SWIFT | {"query": "How many?"}, r"field 'query': expected none beside 'messages'"),
-        (SWIFT | {"response": "2"}, r"field 'response': expected none beside 'messages'"),
-        (SWIFT | {"conversations": LLAVA["conversations"]}, r"field 'conversations': expected none beside 'messages'"),
-        (VIDEO_R1 | {"question": "Which two?"}, r"field 'question': expected none beside 'problem', got 'Which two\?'"),
-        (LLAVA | {"problem": "Which?"}, r"field 'problem': expected none beside 'conversations', got 'Which\?'"),
-        ({"query": "How many?", "videos": ["v.mp4"], "question": "Who?"}, r"field 'question': .* beside 'query'"),
+        (SWIFT | {"query": "How many?"}, r"field 'query': expected no value next to 'messages'"),
+        (SWIFT | {"response": "2"}, r"field 'response': expected no value next to 'messages'"),
+        (
+            SWIFT | {"conversations": LLAVA["conversations"]},
+            r"field 'conversations': expected no value next to 'messages'",
+        ),
+        (
+            VIDEO_R1 | {"question": "Which two?"},
+            r"field 'question': expected no value next to 'problem', got 'Which two\?'",
+        ),
+        (LLAVA | {"problem": "Which?"}, r"field 'problem': expected no value next to 'conversations', got 'Which\?'"),
+        ({"query": "How many?", "videos": ["v.mp4"], "question": "Who?"}, r"field 'question': .* next to 'query'"),
         (
             VIDEO_R1 | {"problem_type": "numerical", "task_type": "open"},
             r"field 'task_type': expected the task type of its 'problem_type' 'numerical', numeric, got 'open'",
@@ -363,7 +371,7 @@ def test_one_image_may_be_named_twice(tmp_path):
         (SWIFT | {"history": [["a", "b"]]}, r"field 'history': expected one question and its answer"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}], "videos": ["w.mp4"]},
-            r"field 'videos': expected the files in the parts of 'messages', or none, got \['w\.mp4'\]",
+            r"field 'videos': expected no files, or those in the parts of 'messages', got \['w\.mp4'\]",
         ),
     ],
 )
@@ -499,14 +507,14 @@ def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answ
         (SWIFT | {"messages": SWIFT["messages"][1:] * 2}, r"expected one user turn.*got 2 user and 2 assistant turns"),
         (
             SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": "two"}], "task_type": "mcq"},
-            r"field 'options': expected the choices of an mcq question",
+            r"field 'options': expected the options of an mcq question",
         ),
         (
             SWIFT | {"messages": LETTERED, "task_type": "mcq", "options": ["tea", "milk"]},
             r"field 'messages': expected one option letter",
         ),
         (SWIFT | {"videos": []}, r"at least one path under 'videos' or 'images'"),
-        (SWIFT | {"audios": ["a.wav"]}, r"field 'audios': expected videos and images only"),
+        (SWIFT | {"audios": ["a.wav"]}, r"field 'audios': expected only videos and images"),
         (SWIFT | {"videos": [["1.jpg", "2.jpg"]]}, r"field 'videos': expected paths of files, got 'a list of frames'"),
         (SWIFT | {"videos": ["v.mp4", "w.mp4"]}, r"expected one mark for each of 2 videos and 0 images, got 1"),
         (SWIFT | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\]': expected a part"),
@@ -542,9 +550,7 @@ def test_errors_name_the_fields_of_the_source(tmp_path, record, message):
 
 
 def test_a_named_format_is_not_guessed(tmp_path):
-    with pytest.raises(
-        DataError, match=r"format video-r1, in which the file is read \(data\.format=video-r1\), got one"
-    ):
+    with pytest.raises(DataError, match=r"format video-r1 \(data\.format=video-r1\), got one"):
         load(tmp_path, SWIFT, format="video-r1")
     with pytest.raises(DataError, match=r"field 'problem'"):
         load(tmp_path, {"path": "v.mp4"}, format="video-r1")
@@ -557,8 +563,8 @@ def test_two_formats_in_one_file_are_refused(tmp_path):
         (own, LLAVA, "rmsd", "llava"),
         (SWIFT, own, "ms-swift", "rmsd"),
     ):
-        message = rf"data\.jsonl:2: expected a record of the format {read}, in which the file is read \(by its first "
-        with pytest.raises(DataError, match=message + rf"record\), got one that looks like {looks}; give each"):
+        message = rf"data\.jsonl:2: expected a record of the format {read} \(the format of the "
+        with pytest.raises(DataError, match=message + rf"first record\), got one that looks like {looks}; use a"):
             load(tmp_path, first, second)
 
 
@@ -578,9 +584,7 @@ def test_a_record_of_verl_is_named(tmp_path):
     record = {"prompt": [{"role": "user", "content": "<video>How many?"}]}
     more = {"data_source": "x", "reward_model": {"ground_truth": "3"}, "videos": ["v.mp4"]}
     for fields in ({}, more):
-        message = (
-            r"data\.jsonl:1: expected one of the formats that are read, got the keys 'prompt'.*, as verl writes them"
-        )
+        message = r"data\.jsonl:1: expected a supported format, got the keys 'prompt'.*, as verl writes them"
         with pytest.raises(DataError, match=message + "; rename 'prompt' to 'messages'"):
             load(tmp_path, record | fields)
     (question,) = load(tmp_path, {"messages": record["prompt"], "solution": "3", "videos": ["v.mp4"]})

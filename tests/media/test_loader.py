@@ -90,7 +90,7 @@ def test_bad_samples_are_replaced_and_named():
 
 def test_too_long_prompts_are_bad_samples():
     used = loader(Builder(tokens=11))
-    with pytest.raises(TooManyBadSamples, match=r"no usable question found in 20 tries for one place of step 1"):
+    with pytest.raises(TooManyBadSamples, match=r"no usable question after 20 tries for one position of step 1"):
         used.step(0, 1)
     assert {reason for _, reason in used.faults} == {"exceeds data.max_prompt_tokens"}
 

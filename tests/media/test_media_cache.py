@@ -147,7 +147,7 @@ def test_a_disk_that_does_not_answer_is_a_miss_and_no_damage(tmp_path: Path, mon
 
 def test_a_folder_that_cannot_be_made_is_a_setting_to_mend(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"data\.disk_cache: cannot make"):
+    with pytest.raises(SettingsError, match=r"data\.disk_cache: cannot create"):
         DiskCache(tmp_path / "file" / "cache", 2**20)
 
 

@@ -178,7 +178,9 @@ def test_bad_responses_are_named() -> None:
             make_rows(name, prompts, [[_ids(3)[None]], [_ids(3)]], pad_id=0)
         # No prompt holds an image, and only one a video.
         for index in VISION_IDS:
-            with pytest.raises(ValueError, match=rf"response 1 of question 'a' holds the vision token {index}, which"):
+            with pytest.raises(
+                ValueError, match=rf"response 1 of question 'a' contains the vision token {index}, which"
+            ):
                 make_rows(name, prompts, [[_ids(3), _ids(3, index)], [_ids(3)]], pad_id=0)
         with pytest.raises(ValueError, match="a list of responses for each prompt"):
             make_rows(name, prompts, [[_ids(3)]], pad_id=0)
@@ -482,7 +484,7 @@ def test_a_rank_without_work() -> None:
     options = {"packing": "shared", "micro_tokens": 100}
     assert plan_micro_batches([], [], **options) == []
     assert plan_micro_batches([5], [[]], **options) == []
-    with pytest.raises(ValueError, match="this rank has no responses to repeat and other ranks have some"):
+    with pytest.raises(ValueError, match="this rank has no responses to repeat but other ranks have some"):
         plan_micro_batches([5], [[]], **options, agree=lambda count: 1)
 
 

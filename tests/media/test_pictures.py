@@ -292,7 +292,7 @@ def test_a_damaged_avif_is_not_one_of_an_unknown_kind(tmp_path: Path) -> None:
     # The brand may stand behind a general one.
     for start in (data[:100], data[:8] + b"mif1" + data[12:100]):
         path.write_bytes(start)
-        assert refusal(path).startswith("expected a picture, got an AVIF picture that is damaged; fetch it again, or")
+        assert refusal(path).startswith("expected a picture, got a damaged AVIF picture; fetch it again, or")
 
 
 def test_an_avif_that_pillow_does_not_read_is_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_animations_are_refused_with_a_command_that_works(tmp_path: Path, name: 
 
 def test_pages_of_tiff(tmp_path: Path) -> None:
     path = save_all(tmp_path / "pages.tiff", three_pictures())
-    expected = "expected one picture, got a TIFF file of 3 pages; save the page asked about as PNG"
+    expected = "expected one picture, got a TIFF file of 3 pages; save the relevant page as PNG"
     assert refusal(path) == expected
     with pytest.raises(MediaError, match="a TIFF file of 3 pages"):
         picture_size(path)
@@ -386,8 +386,8 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
         (b"\0\0\0\x18ftypheic" + bytes(12), "got a HEIC picture; save it as PNG or JPEG"),
         (b"\0\0\0\x18ftypisom" + bytes(12), "got an MP4 or MOV video; list it under videos"),
         ((b"G" + bytes(187)) * 3, "got a transport stream; list it under videos"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(9), "got a picture whose header is damaged; fetch it again"),
-        (bytes(range(256)), "got a format that is not read here; save it as PNG or JPEG"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(9), "got a picture with a damaged header; fetch it again"),
+        (bytes(range(256)), "got an unsupported format; save it as PNG or JPEG"),
         (b"just words", "got text; check the path in the question file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

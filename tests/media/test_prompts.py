@@ -202,8 +202,8 @@ def _with_template(folder: Path, template: str) -> Student:
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "expected the first text once and unchanged"),
-        (WHOLE.replace("OPENING", "<think>\\n\\n</think>\\n\\n"), "expected a response to begin empty or with <think>"),
-        (WHOLE.replace("OPENING", "Sure! "), "expected a response to begin empty or with <think>"),
+        (WHOLE.replace("OPENING", "<think>\\n\\n</think>\\n\\n"), "expected a response to begin with nothing or"),
+        (WHOLE.replace("OPENING", "Sure! "), "expected a response to begin with nothing or with <think>"),
         (WHOLE.replace("<|im_end|>", "</s>").replace("OPENING", ""), "and to end it with <|im_end|>"),
         (WHOLE.replace("OPENING", "{{ strftime_now('%Y') }}"), "it writes the current date"),
         ("{{ raise_exception('text only') }}", "it cannot render a question (text only"),
@@ -226,9 +226,12 @@ def _with_template(folder: Path, template: str) -> Student:
         ),
         (
             WHOLE.replace("OPENING", "{{ '<think>' if messages[0].role == 'system' else '' }}"),
-            "it renders a question in another way where there is a system turn",
+            "it renders a question differently if there is a system turn",
         ),
-        (WHOLE.replace("OPENING", "").replace("m.content", "m.content | sort(attribute='type')"), "it moves media"),
+        (
+            WHOLE.replace("OPENING", "").replace("m.content", "m.content | sort(attribute='type')"),
+            "it changes the order of media",
+        ),
     ],
 )  # fmt: skip
 def test_templates_that_cannot_be_right_are_refused_by_name(folder: Path, template: str, message: str) -> None:

@@ -66,13 +66,15 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
         (tmp_path / "q.json").write_text(json.dumps(GOOD, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1"]
     (tmp_path / "q.json").write_text(json.dumps({"train": records, "test": records}))
-    with pytest.raises(DataError, match=r"one list and nothing else, got one object with the keys 'train', 'test'"):
+    with pytest.raises(
+        DataError, match=r"an object that holds only one list, got one object with the keys 'train', 'test'"
+    ):
         load_questions(tmp_path / "q.json")
     # What stands beside the list might hold for every record.
     for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
         (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
         keys = ", ".join(map(repr, beside))
-        with pytest.raises(DataError, match=rf"got one object with the keys {keys}, 'data'; write the records one per"):
+        with pytest.raises(DataError, match=rf"got one object with the keys {keys}, 'data'; write one record per"):
             load_questions(tmp_path / "q.json")
     (tmp_path / "q.json").write_text(json.dumps({"data": []}))
     with pytest.raises(DataError, match="expected at least one question"):
@@ -85,7 +87,7 @@ def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
             load_questions(write(tmp_path / "q.jsonl", *lines))
     # One object over several lines names its own line.
     (tmp_path / "q.jsonl").write_text(json.dumps({"data": [GOOD]}, indent=2).replace('"red",', '"red"'))
-    with pytest.raises(DataError, match=r"q\.jsonl:\d+: expected JSON, got text that does not parse"):
+    with pytest.raises(DataError, match=r"q\.jsonl:\d+: expected JSON, got text that cannot be parsed"):
         load_questions(tmp_path / "q.jsonl")
 
 
@@ -102,7 +104,7 @@ def test_marks_with_blanks_inside_are_text(tmp_path):
 def test_a_key_that_occurs_twice_is_refused(tmp_path):
     """The last value would count, without a word."""
     twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')
-    message = r"field 'answer': expected every key once, got 'B' and 'A' in the object of id 'q1'; keep one of the two"
+    message = r"field 'answer': expected each key once, got 'B' and 'A' in the object of id 'q1'; keep one of the two"
     with pytest.raises(DataError, match=r"q\.jsonl:2: " + message):
         load_questions(write(tmp_path / "q.jsonl", GOOD | {"id": "q0"}, twice))
     for text in (f"[{twice}]", f'{{"data": [{twice}]}}', twice.replace("{", "{\n", 1)):
@@ -111,7 +113,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
             load_questions(tmp_path / "q.json")
     # Inside other values, and alike too.
     inner = json.dumps(GOOD).replace('["a.mp4"]', '[{"path": "a.mp4", "start": 1, "start": 1}]')
-    with pytest.raises(DataError, match=r"q\.jsonl: field 'start': expected every key once, got 1 and 1; keep one"):
+    with pytest.raises(DataError, match=r"q\.jsonl: field 'start': expected each key once, got 1 and 1; keep one"):
         load_questions(write(tmp_path / "q.jsonl", inner))
 
 
@@ -137,15 +139,15 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Which?\nA. green\nB. red", r"expected 'red' behind A, its letter in 'options', got 'b\. red'; give both"),
-        ("A. green\nB. red", r"expected 'red' behind A"),
-        ("Which?\nB. red\nA. green", r"expected 'red' behind A"),
-        ("Which? (A) Green (B) Red", r"expected 'red' behind A, its letter in 'options', got '\(b\) red'"),
-        ("Which? A: green; B: red.", r"expected 'red' behind A"),
-        ("Which?\nB. red\nC. green", r"expected 'red' behind A"),
+        ("Which?\nA. green\nB. red", r"expected 'red' after A, its letter in 'options', got 'b\. red'; use the same"),
+        ("A. green\nB. red", r"expected 'red' after A"),
+        ("Which?\nB. red\nA. green", r"expected 'red' after A"),
+        ("Which? (A) Green (B) Red", r"expected 'red' after A, its letter in 'options', got '\(b\) red'"),
+        ("Which? A: green; B: red.", r"expected 'red' after A"),
+        ("Which?\nB. red\nC. green", r"expected 'red' after A"),
         # Two lists in one prompt, of which one letter means two.
-        ("Which?\nA. red\nB. blue", r"expected the list in the question to be that of 'options', got \['A\. red'"),
-        ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be that of 'options'"),
+        ("Which?\nA. red\nB. blue", r"expected the list in the question to be the same as 'options', got \['A\. red'"),
+        ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be the same as 'options'"),
     ],
 )
 def test_a_question_that_gives_options_other_letters_is_refused(tmp_path, text, message):
@@ -165,9 +167,9 @@ def test_a_question_that_gives_options_other_letters_is_refused(tmp_path, text, 
         # Not every option has one.
         (["B. tea", "milk"], r"got B;"),
         (["tea", "A. milk"], r"got A;"),
-        (["A. tea", "B.  "], r"expected a text behind each letter, got 'B\.  '; add it or remove the option"),
-        (["tea", "B."], r"expected a text behind each letter, got 'B\.'"),
-        (["tea", "tea"], r"expected options that differ, got 'tea' twice; remove one of the two"),
+        (["A. tea", "B.  "], r"expected a text after each letter, got 'B\.  '; add it or remove the option"),
+        (["tea", "B."], r"expected a text after each letter, got 'B\.'"),
+        (["tea", "tea"], r"expected different options, got 'tea' twice; remove one of the two"),
         (["A. tea", "B. tea "], r"got 'tea' twice"),
         ([5, "5"], r"got '5' twice"),
     ],
@@ -202,9 +204,9 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": ""}, r"field 'id': expected text that is not empty, got ''"),
+        ({"id": ""}, r"field 'id': expected non-empty text, got ''"),
         ({"id": True}, r"field 'id'"),
-        ({"question": None}, r"field 'question': expected text that is not empty, got nothing"),
+        ({"question": None}, r"field 'question': expected non-empty text, got nothing"),
         ({"task_type": "quiz"}, r"field 'task_type': expected one of mcq, temporal.*got 'quiz'"),
         ({"task_type": ["mcq"]}, r"field 'task_type'"),
         ({"videos": {"a": 1}}, r"field 'videos': expected path, start and end, got 'a'"),
@@ -228,9 +230,9 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"question": "<|fim_prefix2|>Who?"}, r"expected plain text, got '<\|fim_prefix2\|>'"),
         ({"question": "a\ud800b"}, r"field 'question': expected Unicode text"),
         ({"id": "a\ud800b"}, r"field 'id': expected Unicode text"),
-        ({"system": ""}, r"field 'system': expected plain text that is not empty"),
+        ({"system": ""}, r"field 'system': expected non-empty plain text"),
         ({"options": {"A": "x", "C": "y"}}, r"field 'options': expected the letters A, B, C"),
-        ({"answer": 1}, r"an index may count from 0 or from 1, write the letter"),
+        ({"answer": 1}, r"an index may count from 0 or from 1; write the letter"),
         ({"answer": "A or B"}, r"field 'answer': expected one option letter.*got 'A or B'; write the letter"),
         ({"videos": ["x" * 300 + ".mp4"]}, r"field 'videos': expected a path that can be looked up"),
         ({"videos": ["https://x.org/a.mp4"]}, r"expected a local path"),
@@ -241,11 +243,11 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"videos": [{"path": "a.mp4", "start": 3, "end": 3}]}, r"expected an end after the start, got \[3, 3\]"),
         (
             {"options": []},
-            r"field 'options': expected the choices of an mcq question, here or as a list.*got \[\]; add",
+            r"field 'options': expected the options of an mcq question, here or as a list.*got \[\]; add",
         ),
-        ({"options": None}, r"field 'options': expected the choices of an mcq question.*got nothing; add them, or"),
-        ({"options": ["red"]}, r"field 'options': expected 2 to 26 choices"),
-        ({"options": "red"}, r"field 'options': expected a list of texts"),
+        ({"options": None}, r"field 'options': expected the options of an mcq question.*got nothing; add them, or"),
+        ({"options": ["red"]}, r"field 'options': expected 2 to 26 options"),
+        ({"options": "red"}, r"field 'options': expected a list of non-empty texts"),
         ({"options": ["red", ""]}, r"field 'options'"),
         ({"answer": "C"}, r"field 'answer': expected one option letter such as 'B' among AB, got 'C'"),
         (
@@ -257,9 +259,9 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
         ({"task_type": "numeric"}, r"field 'options': expected none"),
         ({"task_type": "temporal", "options": None, "answer": "5 to 5"}, r"expected an end after the start"),
         ({"task_type": "spatial", "options": None, "answer": "5,1,4,9"}, r"expected x1 < x2 and y1 < y2"),
-        ({"duration": -1}, r"field 'duration': expected seconds above 0"),
+        ({"duration": -1}, r"field 'duration': expected a number of seconds above 0"),
         ({"duration": "8"}, r"field 'duration'"),
-        ({"duration": 10**400}, r"field 'duration': expected seconds above 0, got 1000"),
+        ({"duration": 10**400}, r"field 'duration': expected a number of seconds above 0, got 1000"),
         ({"task_type": "numeric", "options": None, "answer": 10**400}, r"field 'answer': expected one finite number"),
         ({"task_type": "temporal", "options": None, "answer": [3, 10**400]}, r"field 'answer': expected '<start> to"),
         ({"task_type": "ocr", "options": None, "answer": 10**400}, r"field 'answer': expected text"),
@@ -373,8 +375,8 @@ def test_a_pool_is_no_question_file(tmp_path):
         with pytest.raises(DataError) as caught:
             load_questions(write(tmp_path / "q.jsonl", line, line | {"k": 1}), format=format)
         assert str(caught.value).endswith(
-            "q.jsonl:1: expected a question, got the keys 'id', 'k', 'text', 'model' of a teacher answer; is this the "
-            "pool? Swap the two files, or name the question file here"
+            "q.jsonl:1: expected a question, got the keys 'id', 'k', 'text', 'model' of a teacher answer; if this is "
+            "the pool, swap the two files or name the question file here"
         )
 
 
@@ -421,7 +423,7 @@ def test_paths_stay_inside_the_media_root(tmp_path, bad):
 
 def test_a_home_folder_is_written_out(tmp_path):
     for path in ("~/a.mp4", "~you/a.mp4"):
-        with pytest.raises(DataError, match=r"field 'videos': expected a path, got '~.*'~' is not expanded: write the"):
+        with pytest.raises(DataError, match=r"field 'videos': expected a path, got '~.*'~' is not expanded; write the"):
             load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": [path]}))
     # A name may begin so.
     (tmp_path / "~a.mp4").write_bytes(b"x")

@@ -133,10 +133,10 @@ def test_what_frames_that_look_damaged_are() -> None:
     still = moving[:1].expand(4, -1, -1, -1)
     check_frames("x", moving, different=4)
     check_frames("x", still, different=1)
-    with pytest.raises(MediaError, match="the 4 frames are all the same"):
+    with pytest.raises(MediaError, match="the 4 frames are all identical"):
         check_frames("x", still, different=2)
     # A colour is one whatever the rate.
-    with pytest.raises(MediaError, match="each of the 4 frames is of a single colour"):
+    with pytest.raises(MediaError, match="each of the 4 frames has a single colour"):
         check_frames("x", grey, different=1)
     with pytest.raises(MediaError, match="1 of 4 frames are the plain grey"):
         check_frames("x", torch.cat([moving[:3], grey[:1]]), different=4)
@@ -171,7 +171,9 @@ def test_a_part_of_a_video_keeps_the_times_of_the_whole(tmp_path: Path, span, ex
     assert frames.duration_s == pytest.approx(2.0, abs=0.01)
     with pytest.raises(MediaError, match=r"too few frames between 2 s and 2.5 s: expected at least 2, got 0"):
         decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(2.0, 2.5))
-    with pytest.raises(MediaError, match=r"expected a part that ends by 2 s, as the video does, got 9 s; check start"):
+    with pytest.raises(
+        MediaError, match=r"expected a part that ends by 2 s, the end of the video, got 9 s; check start"
+    ):
         decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(1.0, 9.0))
 
 

@@ -61,7 +61,7 @@ def test_nulls_of_servers_are_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": [3]}, "field 'id': expected text"),
+        ({"id": [3]}, "field 'id': expected non-empty text"),
         ({"k": -1}, "field 'k': expected an integer from 0, got -1"),
         ({"k": True}, "field 'k'"),
         ({"k": 1.5}, "field 'k'"),
@@ -92,7 +92,7 @@ def test_a_question_file_is_not_a_pool(tmp_path):
             load_pool(tmp_path / "p.jsonl")
         # Reported once, not for every line, and without the advice to remove lines that questions need.
         assert "p.jsonl:1: expected a teacher answer with id, k, text, got the keys" in str(caught.value)
-        assert "is this the question file? Swap the two files" in str(caught.value)
+        assert "if this is the question file, swap the two files" in str(caught.value)
         assert "\n" not in str(caught.value) and "remove" not in str(caught.value)
 
 
@@ -136,9 +136,7 @@ def test_the_finish_reason_may_be_an_object(tmp_path):
 def test_a_key_that_occurs_twice_is_refused(tmp_path):
     line = json.dumps(LINE).replace('"text"', '"text": "<think>a</think><answer>A</answer>", "text"')
     (tmp_path / "p.jsonl").write_text(json.dumps(LINE) + "\n" + line + "\n")
-    with pytest.raises(
-        DataError, match=r"p\.jsonl:2: field 'text': expected every key once, got '<think>a</think><ans"
-    ):
+    with pytest.raises(DataError, match=r"p\.jsonl:2: field 'text': expected each key once, got '<think>a</think><ans"):
         load_pool(tmp_path / "p.jsonl")
 
 

@@ -63,7 +63,7 @@ def test_answers_that_a_run_does_not_read_are_counted():
     summary = described(NATURAL, others=others)
     assert summary.lines[-2:] == [
         "  not used: 12 answers to ids that no question has (x0, x1, x2, x3, x4, …)",
-        "  not used: 2 answers beyond the first 4 (teacher.responses)",
+        "  not used: 2 answers after the first 4 (teacher.responses)",
     ]
     # Six models wrote the responses; the first three are named.
     assert (
@@ -82,9 +82,9 @@ def test_the_end_of_an_answer_that_is_not_known_is_said():
     ]
     others += [TeacherResponse("q1", 6 + k, "", "B", finish_reason=word) for k, word in enumerate(("odd", "odd", "x"))]
     summary = described(NATURAL, others=others, responses=9)
-    assert "  no finish_reason: 2 answers; a cut at their end may go unseen" in summary.lines
+    assert "  no finish_reason: 2 answers; truncation may go undetected" in summary.lines
     warning = summary.warnings[0]
-    assert warning.startswith("finish_reason of 3 answers is not known ('odd' 2, 'x' 1)")
+    assert warning.startswith("finish_reason of 3 answers is unknown ('odd' 2, 'x' 1)")
 
 
 def test_a_task_without_valid_answers_is_a_warning():
@@ -126,7 +126,7 @@ def test_questions_by_task_and_the_prompt_that_a_teacher_needs():
     assert summary.lines == [
         "questions: 2 (mcq 1, numeric 1); the task types of 1 were inferred from options and answers",
         "held out: 1 (mcq 1)",
-        "the user's turn, for a teacher too (question 'q1'):\n  | What is poured?\n  | A. tea\n  | B. milk\n"
+        "the user's turn, also for a teacher (question 'q1'):\n  | What is poured?\n  | A. tea\n  | B. milk\n"
         "  | Reply as <think>reasoning</think><answer>option letter</answer>",
     ]
     assert summary.warnings == []
@@ -156,7 +156,9 @@ def test_probable_mistakes_are_warnings():
     (warning,) = describe_questions([opened("a", long, inferred=True)], []).warnings
     assert warning.endswith("name their task type in data.task_type, or in the records, with an answer")
     (same,) = describe_questions([mcq("q1")], [mcq("h")]).warnings
-    assert same.startswith("held-out questions that are training questions too: 1 of 1 (h); scores on them say nothing")
+    assert same.startswith(
+        "held-out questions that are also training questions: 1 of 1 (h); scores on them say nothing"
+    )
     (shared,) = describe_questions([mcq("q1")], [mcq("i", options=("milk", "tea"))]).warnings
     assert shared.startswith("held-out questions about the media of training questions: 1 of 1 (i); scores on them")
 
@@ -164,7 +166,7 @@ def test_probable_mistakes_are_warnings():
 def test_shared_media_are_told_beside_a_question_that_is_the_same():
     heldout = [mcq("h"), *(mcq(f"i{index}", options=("milk", "tea")) for index in range(6)), mcq("j", videos=("/w",))]
     same, shared = describe_questions([mcq("q1")], heldout).warnings
-    assert "training questions too: 1 of 8 (h)" in same
+    assert "also training questions: 1 of 8 (h)" in same
     assert "media of training questions: 6 of 8 (i0, i1, i2, i3, i4, …)" in shared
 
 
@@ -251,7 +253,7 @@ def test_pool_check_judges_every_answer(files, capsys):
     assert run("check", *files) == 0
     printed = capsys.readouterr().out
     assert "teacher: 9 answers, up to K=8 of each question (1 question has 8, 1 question has 1)" in printed
-    assert "every answer was judged; a run reads the first teacher.responses=4 of a question" in printed
+    assert "all answers were judged; a run reads the first teacher.responses=4 per question" in printed
     assert "refusal 4" in printed and "    1 k=6: " in printed
 
 
@@ -283,7 +285,7 @@ def test_pool_check_of_swapped_files_says_so_once_for_each(files, capsys):
     pool, questions = files
     assert run("check", questions, pool) == 2
     error = capsys.readouterr().err
-    assert error.count("Swap the two files") == 2 and "is this the pool?" in error and "remove" not in error
+    assert error.count("swap the two files") == 2 and "if this is the pool" in error and "remove" not in error
 
 
 def test_answers_without_a_text_are_counted(files, capsys):
@@ -346,7 +348,7 @@ def test_pool_repair_never_overwrites(files, tmp_path, capsys):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nothing.jsonl")
     for output in (pool, questions, tmp_path, tmp_path / "link.jsonl"):
         assert run("repair", pool, questions, "--output", output) == 2
-        assert "expected a new file, got one that exists; name another" in capsys.readouterr().err
+        assert "expected a new file, got an existing one; choose another name" in capsys.readouterr().err
     assert [path.read_text() for path in files] == before and not (tmp_path / "nothing.jsonl").exists()
     # A folder that cannot be created.
     assert run("repair", pool, questions, "--output", pool / "below" / "x.jsonl") == 2

@@ -449,7 +449,7 @@ SHARDS = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.sa
         (lambda path: _edit_config(path, vision_config={"depth": "x"}), "expected a configuration of a Qwen3-VL model"),
         (_legacy_template("{"), r"chat_template\.json: expected a chat template"),
         (_legacy_template({"template": ""}), r"chat_template\.json: expected a chat template"),
-        (_write("preprocessor_config.json", {"patch_size": "x"}), "the preprocessor settings have a wrong value"),
+        (_write("preprocessor_config.json", {"patch_size": "x"}), "the preprocessor settings have an invalid value"),
     ],
 )
 def test_a_folder_is_checked_without_loading_its_weights(

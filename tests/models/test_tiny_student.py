@@ -108,7 +108,7 @@ def test_a_finished_folder_is_left_alone_and_another_is_refused(folder: Path, tm
     with pytest.raises(ValueError, match="choose another folder"):
         build_tiny_student(folder, texts=TEXTS, seed=5)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="found other files"):
+    with pytest.raises(ValueError, match="got other files"):
         build_tiny_student(tmp_path, texts=TEXTS)
     (tmp_path / "empty").mkdir()
     build_tiny_student(tmp_path / "empty", texts=TEXTS[:9])

@@ -128,7 +128,7 @@ def test_a_replacement_that_fails_leaves_no_temporary_file(tmp_path):
 
 def test_every_error_of_the_disk_has_advice():
     assert set(DISK_ERRORS) < set(ENVIRONMENT_ADVICE)
-    assert ENVIRONMENT_ADVICE[errno.EMFILE] == "raise the limit of open files (ulimit -n)"
+    assert ENVIRONMENT_ADVICE[errno.EMFILE] == "raise the limit on open files (ulimit -n)"
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -207,7 +207,9 @@ def hold(path: Path) -> subprocess.Popen:
 
 def test_one_program_at_a_time(tmp_path):
     process = hold(tmp_path)
-    with pytest.raises(Locked, match=rf"{tmp_path}: process {process.pid} on .* writes to this folder; wait for it"):
+    with pytest.raises(
+        Locked, match=rf"{tmp_path}: process {process.pid} on .* is writing to this folder; wait for it"
+    ):
         FolderLock(tmp_path)
     # Killed, so that nothing but the kernel can let go of it.
     process.kill()

@@ -57,7 +57,7 @@ def test_the_faults_of_all_files_come_at_once_in_one_order(folder):
     assert len(lines) == 5 and lines[0].endswith("train.jsonl: 2 of 2 records cannot be used:")
     # Ground truths that only the metric refused named no line, and only the first.
     assert "train.jsonl:1: field 'answer': expected 'x1,y1,x2,y2'" in lines[1] and "1000 * pixels / width" in lines[1]
-    assert "train.jsonl:2: field 'answer'" in lines[2] and "Multiply them by 1000" in lines[2]
+    assert "train.jsonl:2: field 'answer'" in lines[2] and "multiply them by 1000" in lines[2]
     assert "heldout.jsonl:1: field 'answer'" in lines[3] and "pool.jsonl:1: field 'k'" in lines[4]
 
 
@@ -97,7 +97,7 @@ def test_a_pool_of_little_use_stops_a_run_and_shows_the_table(folder):
     lines = str(caught.value).splitlines()
     assert lines[0] == (
         "teacher pool: 0.0% of 4 answers are valid, and 0.0% of the questions have one of quality above 0: expected "
-        "most. Reasons: refusal 4"
+        "most of both. Reasons: refusal 4"
     )
     check = f"python -m rmsd_fast.pool check {folder / 'pool.jsonl'} {folder / 'train.jsonl'}"
     assert lines[-1] == f"  examples of what is not valid: {check}"

@@ -152,7 +152,7 @@ def test_a_line_that_can_neither_be_written_nor_removed_ends_the_run(tmp_path, m
     file.append({"n": 1})
     file._file = Full(file._file)
     monkeypatch.setattr(Full, "truncate", refuse_to_cut, raising=False)
-    with pytest.raises(UserError, match=r"x\.jsonl: Input/output error, .* cut the file to 9 bytes"):
+    with pytest.raises(UserError, match=r"x\.jsonl: Input/output error, .* truncate the file to 9 bytes"):
         file.append({"n": 2})
 
 

@@ -393,7 +393,7 @@ def test_a_run_that_is_being_written_is_left_alone(whole, tmp_path):
     with FolderLock(run):
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         done = run_train(["--resume", str(run)])
-        assert done.returncode == 2 and "writes to this folder" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "is writing to this folder" in done.stderr and "Traceback" not in done.stderr
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
