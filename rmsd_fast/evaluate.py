@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, evaluate. Imports what an evaluation needs only when there is one."""
+    """Parse the arguments and evaluate. Heavy imports are delayed so that `--help` is fast."""
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
-    """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
+    """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`."""
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load

@@ -23,7 +23,7 @@ from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
 
-# The rope of the vision tower. Older versions have it built in; 5.17 and later fill it in if config.json has none.
+# The rope settings of the vision tower. Older versions hard-code them; 5.17 and later use them if config.json has none.
 VISION_ROPE = {"rope_theta": 10000.0, "rope_type": "axial"}
 
 
@@ -41,10 +41,10 @@ def export_student(
     same bytes.
 
     Args:
-        student: what to write.
-        folder: where.
+        student: student to write.
+        folder: folder to write to.
         base_model: path or Hub name of the model that training began with, as the user gave it; for the README.
-        stage: stage of training that ends here; for the README.
+        stage: stage of training that produced the student; for the README.
         video: how training read its media; for the README.
     Raises:
         ModelError: the folder holds something that is not an export of a student.
@@ -53,8 +53,8 @@ def export_student(
     # A folder with config.json may be the base model, or hold files of the user.
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
         raise ModelError(
-            f"{folder}: expected no folder, an empty one or an earlier export (by the README.md that exports have), "
-            "got other files; choose another folder"
+            f"{folder}: expected no folder, an empty one or an earlier export (recognized by its README.md), got other "
+            "files; choose another folder"
         )
     with staged_folder(folder, replace=True) as staged:
         fill_export(student, staged, base_model=base_model, stage=stage, video=video)
@@ -63,7 +63,7 @@ def export_student(
 def fill_export(
     student: Student, folder: Path, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None
 ) -> None:
-    """Write the files of `export_student` into an empty folder that is put in its place as a whole later."""
+    """Write the files of `export_student` into an empty folder, which the caller later moves into place."""
     with os_errors_of_safetensors(folder):
         student.model.save_pretrained(folder)
     student.tokenizer.save_pretrained(folder)

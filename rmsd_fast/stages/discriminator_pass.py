@@ -1,4 +1,4 @@
-"""The discriminator in stage 2 and its warm-up: one forward gives the rewards and the loss (arXiv 2603.11423)."""
+"""The discriminator in stage 2 and its warm-up: one forward pass gives rewards and loss (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 
-# Equal texts score the same up to this much rounding.
+# Scores of equal texts differ by rounding errors of at most this size.
 TIE = 1e-5
 
 
 def discriminator_pass(
     state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None
 ) -> tuple[dict[str, Metric], int]:
-    """Score every distinct response of the step once, back-propagate L_D, leave the scores in the groups as rewards.
+    """Score every distinct response of the step once, back-propagate L_D, and store the scores in the groups.
 
-    The engine's gradients are complete afterwards and not applied. Scores are those before the update. Where a group
-    did not fit one micro-batch its pairs meet only after all of it is scored: then a pass without gradient comes first,
-    on all processes.
+    The scores become rewards of the rollouts. Afterwards the engine's gradients are complete but not applied, so the
+    scores are those before the update. If a group is split over several micro-batches, its pair loss needs the scores
+    of all of them. All processes then run an additional pass without gradient first.
 
     Returns:
-        This process's part of the metrics, and the tokens that went through the model.
+        This process's part of the metrics, and the number of tokens that the model processed.
     """
     settings, engine = state.settings, state.discriminator
     texts = [distinct_texts(group, state.builder) for group in groups]
@@ -59,7 +59,7 @@ def discriminator_pass(
         if part.filler:
             loss = scores.sum()
         elif split:
-            # Its value means nothing; its gradient is that of the loss of whole groups.
+            # Only the gradient of this value is meaningful: it equals that of the loss over whole groups.
             loss = (scores * gradient[part_places]).sum()
         else:
             part_pairs = make_pairs([groups[i] for i in part.batch.prompts], settings)
@@ -76,12 +76,14 @@ def discriminator_pass(
 def _pair_loss(
     scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs, settings: RunConfig, counts: dict[str, float]
 ) -> torch.Tensor:
-    """L_D of some groups as a function of their texts' scores; the sum over all groups and processes is the loss.
+    """Return the contribution of some groups to L_D; the loss is the sum over all groups and processes.
 
     Args:
-        scores: of the distinct texts, group after group, [R].
-        texts, pairs: of these groups.
-        counts: sums over the global batch that L_D is divided by: pairs, their qualities, and scores of both sides.
+        scores: scores of the distinct texts, group after group, [R].
+        texts: distinct texts of these groups.
+        pairs: pairs of these groups.
+        settings: settings of the run.
+        counts: normalizers of L_D over the global batch: pairs, their qualities, and scores of both sides.
     """
     students, teachers, quality, weight, index = to_device([*pairs[:4], _index_of_sides(texts)], scores.device)
     return pairwise_discriminator_loss(
@@ -97,7 +99,7 @@ def _pair_loss(
 
 
 def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
-    """Where the rollouts' and then the kept teacher responses' texts stand among the distinct texts, int64."""
+    """Return the index among the distinct texts of each rollout, then of each kept teacher response, int64."""
     students, teachers, start = [], [], 0
     for distinct in texts:
         students += [start + index for index in distinct.students]
@@ -107,13 +109,13 @@ def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
 
 
 def _is_split(part: Pass, responses: list[list[torch.Tensor]]) -> bool:
-    """Whether a pass reads only some of a group's responses."""
+    """Return whether a pass reads only some of a group's responses."""
     pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
     return not part.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
 
 
 def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
-    """Where a pass's responses stand among those of the whole step, group after group; int64, on its device."""
+    """Return the index of each response of a pass among all responses of the step, int64, on the pass's device."""
     starts = list(accumulate(map(len, responses), initial=0))
     pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
     places = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
@@ -121,7 +123,7 @@ def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
 
 
 def _in_order(parts: list[Pass], places: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
-    """Scores of the whole step, group after group, from those of its passes."""
+    """Return the scores of the whole step, group after group, from the scores of its passes."""
     real = [number for number, part in enumerate(parts) if not part.filler]
     joined = torch.cat([scores[number] for number in real])
     order = torch.cat([places[number] for number in real])
@@ -138,7 +140,7 @@ def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[Dist
 
 
 def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> dict[str, Metric]:
-    """This process's part of the metrics of scores; pairs weigh as much as in the loss. All tensors on the CPU."""
+    """Return this process's part of the score metrics, with pairs weighted as in the loss. All tensors are on CPU."""
     sizes = [[len(t.students) for t in texts], [len(t.teachers) for t in texts]]
     index, weight = _index_of_sides(texts), pairs.pair_weight.double()
     both = scores[index].double()
@@ -166,10 +168,11 @@ def length_sums(
     responses to one question count.
 
     Args:
-        lengths, scores: of all responses that D reads, rollouts and teacher responses, [R].
+        lengths: lengths of all responses that the discriminator reads, rollouts and teacher responses, [R].
+        scores: scores of these responses, [R].
         question: index of each response's question, int64 [R].
     Returns:
-        Squares of lengths, squares of scores, their products, and R.
+        Sums of the squared lengths, of the squared scores and of their products, and R.
     """
     x, y = (_centred(values.double(), question) for values in (lengths, scores))
     return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
@@ -182,7 +185,7 @@ def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
 
 
 def length_correlation(xx: float, yy: float, xy: float, responses: float) -> float | None:
-    """Return the correlation between length and score within questions; None where one of them does not differ."""
+    """Return the correlation between length and score within questions, or None if either is constant."""
     if xx == 0 or yy <= responses * TIE**2:
         return None
     return xy / (xx * yy) ** 0.5

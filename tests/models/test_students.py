@@ -355,7 +355,7 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("config.json", "expected a model directory with config.json, found none"),
+        ("config.json", "expected a model directory with config.json, got none"),
         ("model.safetensors", r"expected weights in model\.safetensors, found no such file; fetch or export"),
         ("tokenizer.json", r"expected tokenizer\.json, or vocab\.json"),
         ("chat_template.jinja", "no chat template"),

@@ -100,7 +100,7 @@ def test_a_pool_of_little_use_stops_a_run_and_shows_the_table(folder):
         "most. Reasons: refusal 4"
     )
     check = f"python -m rmsd_fast.pool check {folder / 'pool.jsonl'} {folder / 'train.jsonl'}"
-    assert lines[-1] == f"  examples of what is not valid: {check}"
+    assert lines[-1] == f"  examples of invalid answers: {check}"
     assert any(line.startswith("  mcq           4        4   0.0%") for line in lines)
 
 
