@@ -119,7 +119,7 @@ CONDITIONS = (
         stages=("distill",),
     ),
     Condition(
-        "the discriminator separates teacher answers and rollouts almost without error",
+        "the discriminator separates answers and rollouts almost perfectly",
         "discriminator/pair_accuracy",
         "It has likely found a cue other than quality (length, format, wording), and its reward teaches that cue.",
         "compare teacher answers and rollouts in the report. Lower discriminator.lr or discriminator.warm_up_steps; "

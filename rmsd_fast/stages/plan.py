@@ -103,8 +103,8 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not os.path.exists(path))
         if media:
-            missing = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
-            present.append(f"media: {counted(len(media), 'file')}{missing} (not opened yet)")
+            gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
+            present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
     return present, missing

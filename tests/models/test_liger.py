@@ -125,7 +125,7 @@ def test_a_layer_left_out_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPa
     model = load_student(folder / "student", dtype="float32").model
     mlp = model.model.language_model.layers[1].mlp
     mlp.__class__ = type("OtherMLP", (family.Qwen3VLTextMLP,), {})
-    with pytest.raises(RuntimeError, match="'swiglu': 2} layers, they are in .*'swiglu': 1}"):
+    with pytest.raises(RuntimeError, match="'swiglu': 2} layers, got .*'swiglu': 1}"):
         apply_liger(model)
 
     model = load_student(folder / "student", dtype="float32").model

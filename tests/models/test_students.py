@@ -356,7 +356,7 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
     ("missing", "message"),
     [
         ("config.json", "expected a model directory with config.json, got none"),
-        ("model.safetensors", r"expected weights in model\.safetensors, found no such file; fetch or export"),
+        ("model.safetensors", r"expected weights in model\.safetensors, got no such file; download or export"),
         ("tokenizer.json", r"expected tokenizer\.json, or vocab\.json"),
         ("chat_template.jinja", "no chat template"),
     ],
@@ -385,11 +385,11 @@ def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path
     # Copies, because what load_file returns is mapped to the file that is cut below.
     complete = {key: value.clone() for key, value in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*fetch or export the model again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*download or export the model again"):
         load_student(path, dtype="float32")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
     save_file({key: value for key, value in complete.items() if key != name}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing or of another shape, the first is {name}"):
+    with pytest.raises(ValueError, match=f"1 weights are missing or have a different shape .first: {name}"):
         load_student(path, dtype="float32")
 
 
@@ -398,12 +398,14 @@ def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         settings = json.loads((path / name).read_text())
         (path / name).write_text(json.dumps({**settings, "patch_size": 14}))
-    with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json, \(14, 2, 2\) in the preprocessor"):
+    with pytest.raises(
+        ValueError, match=r"expected \(16, 2, 2\) as in config\.json, got \(14, 2, 2\) in the preprocessor"
+    ):
         load_student(path, dtype="float32")
     path = _copy(folder, tmp_path / "second")
     config = json.loads((path / "config.json").read_text())
     _edit_config(path, video_token_id=config["image_token_id"])
-    with pytest.raises(ValueError, match=r"the ids of .* in config\.json, .* in the preprocessor or tokenizer"):
+    with pytest.raises(ValueError, match=r"the ids of .* as in config\.json, got .* in the preprocessor or tokenizer"):
         load_student(path, dtype="float32")
 
 

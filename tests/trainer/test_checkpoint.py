@@ -282,7 +282,7 @@ def test_other_failures_are_raised_and_leave_nothing(tmp_path):
 def test_other_engines_are_refused(tmp_path):
     save(tmp_path, 1)
     checkpoint = find_checkpoint(tmp_path, world=ALONE)
-    with pytest.raises(ValueError, match=r"no engine 'discriminator', only \['policy'\]"):
+    with pytest.raises(ValueError, match=r"expected the engine 'discriminator', got \['policy'\]"):
         load_checkpoint(checkpoint, world=ALONE, engines={"discriminator": OneTensor(0)})
 
 

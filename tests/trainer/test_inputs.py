@@ -119,5 +119,5 @@ def test_a_task_type_that_no_record_asks_for_is_refused(folder):
 
 def test_more_answers_than_there_are_cannot_be_asked_for(folder):
     files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
-    with pytest.raises(SettingsError, match=r"teacher\.responses=4: .*pool\.jsonl holds at most 1 responses"):
+    with pytest.raises(SettingsError, match=r"teacher\.responses: expected at most 1, .*pool\.jsonl, got 4"):
         read_inputs(RunConfig(), files, dict.fromkeys(files, ""))

@@ -139,7 +139,10 @@ def test_held_out_media_that_are_not_there(capsys, tmp_path, material):
 
 def test_boxes_in_pixels_are_no_setting(capsys, tmp_path, material):
     error = fails(capsys, tmp_path, *arguments(material, tmp_path), "teacher.spatial_format=pixel")
-    assert "teacher.spatial_format was removed: boxes are always from 0 to 1000" in error and "/ width" in error
+    assert (
+        "teacher.spatial_format was removed: box coordinates always range from 0 to 1000" in error
+        and "/ width" in error
+    )
 
 
 def test_model_of_another_family(capsys, tmp_path, material):
