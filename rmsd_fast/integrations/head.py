@@ -195,7 +195,7 @@ def _check_logits(model: nn.Module, device: torch.device) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            own = model._forward_without_head(**batch, **({"labels": labels} if model._check_loss else {}))
+            model_output = model._forward_without_head(**batch, **({"labels": labels} if model._check_loss else {}))
             body = model.base_model(**batch, return_dict=True)
             hidden, head = same_dtype(body.last_hidden_state, read_head(model))
             with torch.autocast(device.type, enabled=False):
@@ -204,7 +204,7 @@ def _check_logits(model: nn.Module, device: torch.device) -> None:
         for module, mode in training:
             module.training = mode
     expected = expected if head.softcap is None else head.softcap * torch.tanh(expected / head.softcap)
-    logits = own.logits.float()
+    logits = model_output.logits.float()
     # Loose enough for 16-bit rounding, but tight enough to detect a missing factor or term.
     if logits.shape != expected.shape or not torch.allclose(
         logits, expected, rtol=0.01, atol=0.01 * float(logits.abs().max())
@@ -215,11 +215,11 @@ def _check_logits(model: nn.Module, device: torch.device) -> None:
         )
     if model._check_loss:
         shifted = F.cross_entropy(logits[0, :-1], labels[0, 1:])
-        if not torch.allclose(own.loss.float(), shifted, rtol=1e-4):
+        if not torch.allclose(model_output.loss.float(), shifted, rtol=1e-4):
             raise RuntimeError(
                 f"{name}: cannot be fused, because its loss for labels is not the mean cross entropy of labels shifted "
                 f"by one, which the fused loss computes (four tokens: expected {float(shifted):.6g}, got "
-                f"{float(own.loss):.6g})"
+                f"{float(model_output.loss):.6g})"
             )
 
 

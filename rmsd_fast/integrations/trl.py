@@ -163,10 +163,11 @@ class FusedGRPOMixin:
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's loss of a micro-batch, computed in one pass over the head."""
-        others = [name for name, value in inputs.items() if value is not None and name not in TEXT_INPUTS]
-        if others:
+        extra_inputs = [name for name, value in inputs.items() if value is not None and name not in TEXT_INPUTS]
+        if extra_inputs:
             raise RuntimeError(
-                f"fused_objective='policy': expected a batch with text only, got {', '.join(others)}; use 'log_prob'"
+                f"fused_objective='policy': expected a batch with text only, got {', '.join(extra_inputs)}; use "
+                "'log_prob'"
             )
         completion = inputs["completion_ids"]
         mask = inputs["completion_mask"].bool()
@@ -204,7 +205,7 @@ class FusedGRPOMixin:
         if self.use_vllm and self.vllm_importance_sampling_correction:
             # A factor >= 0 of the advantage is a factor of the policy term only, which is how TRL applies it.
             advantages = advantages * inputs["importance_sampling_ratio"]
-        weights, normalizer = self._normalisation(inputs, lengths)
+        weights, normalizer = self._normalization(inputs, lengths)
         edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         with torch.autocast(rows.device.type, enabled=False):
             loss, metrics = linear_policy_loss(
@@ -228,7 +229,7 @@ class FusedGRPOMixin:
             )
         return {"loss": loss, "metrics": metrics}
 
-    def _normalisation(self, inputs: dict[str, Any], lengths: Tensor) -> tuple[Tensor | None, Any]:
+    def _normalization(self, inputs: dict[str, Any], lengths: Tensor) -> tuple[Tensor | None, Any]:
         """Return the token weight of each sequence, [B, 1], and the divisor, by loss_type.
 
         Args:
@@ -276,7 +277,7 @@ class FusedSFTTrainer(FusedLossMixin, SFTTrainer):
 def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
     """Return settings, with values, that the one-pass policy loss does not support; they need 'log_prob'."""
     arguments = trainer.args
-    found = {
+    unsupported = {
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in CLIPPED,
         f"delta={arguments.delta}": arguments.delta is not None,
         f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
@@ -295,8 +296,8 @@ def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
     after = mro[mro.index(FusedGRPOMixin) + 1 :]
     for method, classes in (("_compute_loss", after), ("_get_per_token_logps_and_entropies", mro)):
         owner = next(cls for cls in classes if method in vars(cls))
-        found[f"{owner.__name__}.{method}"] = owner is not GRPOTrainer
-    return [name for name, on in found.items() if on]
+        unsupported[f"{owner.__name__}.{method}"] = owner is not GRPOTrainer
+    return [name for name, on in unsupported.items() if on]
 
 
 def _check_version(trainer: GRPOTrainer) -> None:

@@ -82,7 +82,7 @@ def per_token_output(
     scored = targets != -100
     rows, targets = rows[scored], targets[scored]
     with torch.autocast(rows.device.type, enabled=False):
-        found = linear_logprob(
+        result = linear_logprob(
             rows,
             head.weight,
             targets,
@@ -91,7 +91,7 @@ def per_token_output(
             memory_budget_bytes=memory_budget_bytes,
             **head.arguments(temperature),
         )
-        logp, entropy = found if with_entropy else (found, None)
+        logp, entropy = result if with_entropy else (result, None)
         top1 = is_most_likely(rows, head, targets, logp) if with_top1 else None
 
     def spread(values: Tensor | None) -> Tensor | None:

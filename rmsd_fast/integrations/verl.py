@@ -137,9 +137,9 @@ def install_fused_head() -> Callable[[], None]:
         RuntimeError: this version of verl lacks a name to replace; the message names it.
     """
     ours = {"FusedLinearForPPO": FusedLinear, "linear_cross_entropy": linear_cross_entropy}
-    places = [(_module(path, name), name) for path, name in HEADS]
-    before = [(module, name, getattr(module, name)) for module, name in places]
-    for module, name in places:
+    targets = [(_module(path, name), name) for path, name in HEADS]
+    before = [(module, name, getattr(module, name)) for module, name in targets]
+    for module, name in targets:
         setattr(module, name, ours[name])
 
     def restore() -> None:
@@ -266,8 +266,8 @@ def _check_free(name: str, registry: dict[str, Any]) -> None:
 
 
 def _check_arguments(function: Callable[..., Any] | None, expected: tuple[str, ...], what: str) -> None:
-    found = tuple(inspect.signature(function).parameters) if function is not None else ()
-    if found != expected:
+    actual = tuple(inspect.signature(function).parameters) if function is not None else ()
+    if actual != expected:
         raise RuntimeError(
-            f"{what}: expected arguments {', '.join(expected)}, got {', '.join(found) or 'none'}; written for verl 0.9"
+            f"{what}: expected arguments {', '.join(expected)}, got {', '.join(actual) or 'none'}; written for verl 0.9"
         )

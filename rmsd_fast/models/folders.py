@@ -157,10 +157,10 @@ def missing_weights(folder: Path) -> list[str]:
 def _check_weights(folder: Path) -> None:
     """Raise ModelError if weights are missing or shorter than their headers say."""
     if missing := missing_weights(folder):
-        other = any(folder.glob("*.bin"))
+        only_bin = any(folder.glob("*.bin"))
         raise ModelError(
-            f"{folder}: expected weights in {missing[0]}, got {'only *.bin files' if other else 'no such file'}; "
-            + ("save the model with safe_serialization=True" if other else "download or export the model again")
+            f"{folder}: expected weights in {missing[0]}, got {'only *.bin files' if only_bin else 'no such file'}; "
+            + ("save the model with safe_serialization=True" if only_bin else "download or export the model again")
         )
     for file in sorted(folder.glob("*.safetensors")):
         try:

@@ -272,9 +272,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
 
 def _config_reason(config: Any, text_config: Any) -> str | None:
     layer_types = getattr(text_config, "layer_types", None) or []
-    others = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
-    if others:
-        return f"since it has layers other than attention to all tokens ({', '.join(others)})"
+    other_kinds = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
+    if other_kinds:
+        return f"since it has layers other than attention to all tokens ({', '.join(other_kinds)})"
     window = getattr(text_config, "use_sliding_window", getattr(text_config, "sliding_window", None))
     if "sliding_attention" in layer_types or (window and not layer_types):
         return "since it has sliding-window layers"

@@ -171,8 +171,8 @@ def encode_media(
     if cache is None:
         layers = _encode(model, media, tokens_per_call)
     else:
-        each = [_encode_cached(model, frames, cache) for frames in media]
-        layers = [[of_medium[layer] for of_medium in each] for layer in range(len(each[0]))]
+        encoded_media = [_encode_cached(model, frames, cache) for frames in media]
+        layers = [[of_medium[layer] for of_medium in encoded_media] for layer in range(len(encoded_media[0]))]
     layers = [[layer[index] for index in index_of] for layer in layers]
     for features in layers:
         _check_places(prompts, features)
@@ -256,12 +256,12 @@ def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
     distinct, index_of = [], []
     candidates: dict[tuple, list[int]] = {}
     for frames in media:
-        alike = candidates.setdefault(_sample(frames), [])
-        index = next((index for index in alike if _same(distinct[index], frames)), None)
+        same_sample = candidates.setdefault(_sample(frames), [])
+        index = next((index for index in same_sample if _same(distinct[index], frames)), None)
         if index is None:
             index = len(distinct)
             distinct.append(frames)
-            alike.append(index)
+            same_sample.append(index)
         index_of.append(index)
     return distinct, index_of
 

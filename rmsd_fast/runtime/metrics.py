@@ -214,9 +214,9 @@ def progress_parts(
     parts = [f"{stage} {step}/{total}" if total else f"{stage} {step}"]
     (first, began), (last, ended) = ends[0], ends[-1]
     if last > first:
-        each = (ended - began) / (last - first)
-        left = round(each * max(total - step, 0))
-        parts.append(f"{each:.2f} s/step")
+        seconds_per_step = (ended - began) / (last - first)
+        left = round(seconds_per_step * max(total - step, 0))
+        parts.append(f"{seconds_per_step:.2f} s/step")
         if total:
             parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
     for key, name in MAIN_NUMBERS.items():

@@ -36,8 +36,8 @@ def discriminator_pass(
     settings, engine = state.settings, state.discriminator
     texts = [distinct_texts(group, state.builder) for group in groups]
     responses = [distinct.responses for distinct in texts]
-    parts = list(passes(state, [group.prompt for group in groups], responses, features))
-    places = [_places(part, responses) for part in parts]
+    step_passes = list(passes(state, [group.prompt for group in groups], responses, features))
+    positions = [_positions(step_pass, responses) for step_pass in step_passes]
     pairs = make_pairs(groups, settings)
     counts = global_sum(
         {
@@ -47,29 +47,33 @@ def discriminator_pass(
         },
         state.world,
     )
-    split = any_rank(any(_is_split(part, responses) for part in parts), state.world)
+    split = any_rank(any(_is_split(step_pass, responses) for step_pass in step_passes), state.world)
     if split:
         with torch.no_grad():
-            scores = _in_order(parts, places, [engine(part.prompts, part.rows, part.features) for part in parts])
+            scores = _in_order(
+                step_passes,
+                positions,
+                [engine(step_pass.prompts, step_pass.rows, step_pass.features) for step_pass in step_passes],
+            )
         scores.requires_grad_()
         (gradient,) = torch.autograd.grad(_pair_loss(scores, texts, pairs, settings, counts), scores)
     scored = []
-    for part, part_places in zip(parts, places, strict=True):
-        scores = engine(part.prompts, part.rows, part.features)
-        if part.filler:
+    for step_pass, pass_positions in zip(step_passes, positions, strict=True):
+        scores = engine(step_pass.prompts, step_pass.rows, step_pass.features)
+        if step_pass.filler:
             loss = scores.sum()
         elif split:
             # Only the gradient of this value is meaningful: it equals that of the loss over whole groups.
-            loss = (scores * gradient[part_places]).sum()
+            loss = (scores * gradient[pass_positions]).sum()
         else:
-            part_pairs = make_pairs([groups[i] for i in part.batch.prompts], settings)
-            loss = _pair_loss(scores, [texts[i] for i in part.batch.prompts], part_pairs, settings, counts)
-        part.backward(engine, loss)
+            pass_pairs = make_pairs([groups[i] for i in step_pass.batch.prompts], settings)
+            loss = _pair_loss(scores, [texts[i] for i in step_pass.batch.prompts], pass_pairs, settings, counts)
+        step_pass.backward(engine, loss)
         scored.append(scores.detach())
-    scores = _in_order(parts, places, scored).cpu()
+    scores = _in_order(step_passes, positions, scored).cpu()
     _hand_out(scores, groups, texts)
     record = {"discriminator/loss": _pair_loss(scores, texts, pairs, settings, counts), **_record(scores, texts, pairs)}
-    computed = sum(part.rows.input_ids.numel() for part in parts) * (2 if split else 1)
+    computed = sum(step_pass.rows.input_ids.numel() for step_pass in step_passes) * (2 if split else 1)
     return record, computed
 
 
@@ -108,25 +112,25 @@ def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
     return torch.tensor(students + teachers, dtype=torch.int64)
 
 
-def _is_split(part: Pass, responses: list[list[torch.Tensor]]) -> bool:
+def _is_split(step_pass: Pass, responses: list[list[torch.Tensor]]) -> bool:
     """Return whether a pass reads only some of a group's responses."""
-    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    return not part.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
+    pairs = zip(step_pass.batch.prompts, step_pass.batch.responses, strict=True)
+    return not step_pass.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
 
 
-def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
+def _positions(step_pass: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
     """Return the index of each response of a pass among all responses of the step, int64, on the pass's device."""
     starts = list(accumulate(map(len, responses), initial=0))
-    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    places = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
-    return to_device([places], part.rows.input_ids.device)[0]
+    pairs = zip(step_pass.batch.prompts, step_pass.batch.responses, strict=True)
+    positions = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
+    return to_device([positions], step_pass.rows.input_ids.device)[0]
 
 
-def _in_order(parts: list[Pass], places: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
+def _in_order(step_passes: list[Pass], positions: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
     """Return the scores of the whole step, group after group, from the scores of its passes."""
-    real = [number for number, part in enumerate(parts) if not part.filler]
+    real = [number for number, step_pass in enumerate(step_passes) if not step_pass.filler]
     joined = torch.cat([scores[number] for number in real])
-    order = torch.cat([places[number] for number in real])
+    order = torch.cat([positions[number] for number in real])
     return torch.empty_like(joined).index_copy_(0, order, joined)
 
 

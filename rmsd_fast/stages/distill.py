@@ -77,11 +77,11 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             scored, scored_tokens = discriminator_pass(state, groups, features)
         engines.append(state.discriminator)
     with state.timer("reference"):
-        parts = _reference_pass(state, groups, features)
+        policy_passes = _reference_pass(state, groups, features)
     for group in groups:
         set_advantages(group, settings)
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, parts)
+        trained, trained_tokens = _policy_pass(state, groups, policy_passes)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
     tokens = _samples(groups, scored=bool(scored), trained=True)
@@ -146,20 +146,20 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
     distill, kl_in_reward = state.settings.distill, state.settings.reward.kl_in_reward
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    parts = []
+    policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
         logp = torch.cat([rollout.logp for rollout in _rollouts_of(read, groups)])
         (rollout_logp,) = to_device([logp], state.world.device)
         ref_features = read.features
         if state.reference is not None and ref_features is None:
             ref_features = encode_media(state.reference.model, read.prompts)
-        part = _PolicyPass(read, ref_features, rollout_logp)
+        policy_pass = _PolicyPass(read, ref_features, rollout_logp)
         if (distill.kl_coef and distill.kl != "full") or kl_in_reward:
-            part.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
-        parts.append(part)
+            policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
+        policy_passes.append(policy_pass)
     if kl_in_reward:
-        _set_log_ratios(groups, parts)
-    return parts
+        _set_log_ratios(groups, policy_passes)
+    return policy_passes
 
 
 def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
@@ -168,23 +168,23 @@ def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
     return [groups[i].rollouts[r] for i, chosen in pairs for r in chosen]
 
 
-def _set_log_ratios(groups: list[RolloutGroup], parts: list[_PolicyPass]) -> None:
+def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]) -> None:
     """Store k1, averaged over the tokens of each rollout, in the groups."""
     means = []
-    for part in parts:
-        log_ratio = (part.rollout_logp - part.ref_logp).split(part.read.rows.lengths_list)
+    for policy_pass in policy_passes:
+        log_ratio = (policy_pass.rollout_logp - policy_pass.ref_logp).split(policy_pass.read.rows.lengths_list)
         means.append(torch.stack([of_rollout.mean() for of_rollout in log_ratio]))
     every_mean = iter(torch.cat(means).cpu())
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
-    for part in parts:
-        for i, chosen in zip(part.read.batch.prompts, part.read.batch.responses, strict=True):
+    for policy_pass in policy_passes:
+        for i, chosen in zip(policy_pass.read.batch.prompts, policy_pass.read.batch.responses, strict=True):
             for rollout in chosen:
                 groups[i].log_ratio[rollout] = next(every_mean)
 
 
 def _policy_pass(
-    state: StageState, groups: list[RolloutGroup], parts: list[_PolicyPass]
+    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. Afterwards the gradients are complete but not applied.
 
@@ -192,24 +192,24 @@ def _policy_pass(
         This process's part of the metrics, and the number of tokens that the model processed.
     """
     distill = state.settings.distill
-    real = [part.read.rows for part in parts if not part.read.filler]
+    real = [policy_pass.read.rows for policy_pass in policy_passes if not policy_pass.read.filler]
     tokens = sum(len(rows.targets) for rows in real)
     counts = global_sum({"tokens": tokens, "sequences": sum(len(rows.lengths_list) for rows in real)}, state.world)
     token_mean = distill.aggregation == "token_mean"
     # With kl_coef = 0, k3 is only measured. Measuring "full" would require the reference's hidden states.
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
     totals: dict[str, torch.Tensor] = {}
-    for part in parts:
-        read, rows = part.read, part.read.rows
+    for policy_pass in policy_passes:
+        read, rows = policy_pass.read, policy_pass.read.rows
         pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
         advantages = torch.cat([groups[i].advantages[chosen] for i, chosen in pairs])
         (advantages,) = to_device([advantages], state.world.device)
         each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
         # If the reward already needed the reference's log-probs, the KL is measured even if the loss has no KL term.
-        reference = {} if part.ref_logp is None else {"ref_logp": part.ref_logp}
+        reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
         if kl and distill.kl == "full":
             with torch.no_grad():
-                hidden, weight = state.reference(read.prompts, rows, part.ref_features, _hidden_and_head)
+                hidden, weight = state.reference(read.prompts, rows, policy_pass.ref_features, _hidden_and_head)
             reference = {"ref_hidden": hidden, "ref_weight": weight}
         head = partial(
             linear_policy_loss,
@@ -218,7 +218,7 @@ def _policy_pass(
             normalizer=counts["tokens"] if token_mean else counts["sequences"],
             temperature=state.settings.rollout.temperature,
             ignore_index=None,
-            rollout_logp=part.rollout_logp,
+            rollout_logp=policy_pass.rollout_logp,
             tis_cap=distill.tis_cap,
             sequence_mask_cap=distill.sequence_mask_cap,
             cu_seqlens=F.pad(rows.lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
@@ -234,7 +234,7 @@ def _policy_pass(
             totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)
     record: dict[str, Metric] = {"policy/loss": totals.pop("loss")}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
-    return record, sum(part.read.rows.input_ids.numel() for part in parts)
+    return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 
 
 # Means over tokens that the loss may report, depending on its settings. importance_ratio is the trainer's probability

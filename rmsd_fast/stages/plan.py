@@ -73,8 +73,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages and late.objective == "policy":
-        parts = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
-        lines.append(f"  reward {parts}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
+        rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
+        lines.append(f"  reward {rewarded_by}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
     return lines
 
 
@@ -144,7 +144,7 @@ def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> l
     weights = total * width / (processes if zero == 3 else 1)
     gradients = trained * 4 / (processes if zero >= 2 else 1)
     optimizer = trained * (12 if width == 2 else 8) / (processes if zero >= 1 else 1)
-    host = " (optimiser states in host memory)" if settings.runtime.offload_optimizer else ""
+    host = " (optimizer states in host memory)" if settings.runtime.offload_optimizer else ""
     reference = total * width if uses_reference(settings) else 0
     states = engines * (weights + gradients + (0 if host else optimizer)) + reference
     models = counted(engines, "trained model")

@@ -66,11 +66,11 @@ def digests_of_all_nodes(material: Material, world: World) -> dict:
             digests = material.fingerprints()
         except (OSError, UserError) as error:
             fault = f"{error}"
-    parts = all_gather_objects((digests, fault), world)
-    if faults := [fault for _, fault in parts if fault]:
+    gathered = all_gather_objects((digests, fault), world)
+    if faults := [fault for _, fault in gathered if fault]:
         raise CheckpointError(faults[0])
-    first = parts[0][0]
-    for rank, (digests, _) in enumerate(parts):
+    first = gathered[0][0]
+    for rank, (digests, _) in enumerate(gathered):
         if digests is not None and digests != first:
             changes = compare_fingerprints({"files": first}, {"files": digests}, allow_changes=True)
             raise CheckpointError(

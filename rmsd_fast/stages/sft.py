@@ -34,11 +34,11 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     head = partial(linear_cross_entropy, normalizer=normalizer, ignore_index=None)
     total, computed = 0.0, 0
     with state.timer("forward_backward"):
-        for part in passes(state, prompts, responses, features):
-            loss = state.policy(part.prompts, part.rows, part.features, head)
-            part.backward(state.policy, loss)
-            total += 0.0 if part.filler else loss.detach()
-            computed += part.rows.input_ids.numel()
+        for step_pass in passes(state, prompts, responses, features):
+            loss = state.policy(step_pass.prompts, step_pass.rows, step_pass.features, head)
+            step_pass.backward(state.policy, loss)
+            total += 0.0 if step_pass.filler else loss.detach()
+            computed += step_pass.rows.input_ids.numel()
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.policy])
     record = {"loss": total, "tokens": tokens + sum(copies), "tokens_computed": computed}

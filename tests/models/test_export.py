@@ -232,7 +232,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
         model.mkdir()
         for name, text in (("config.json", "{}"), ("mine.txt", "mine"), *([("README.md", readme)] if readme else [])):
             (model / name).write_text(text)
-        with pytest.raises(ValueError, match="an earlier export .by the README.md that exports have., got other files"):
+        with pytest.raises(ValueError, match="an earlier export .recognized by its README.md., got other files"):
             export_student(student, model)
         assert (model / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("mine")
