@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file to write; predictions are written next to it"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")

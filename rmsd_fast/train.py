@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.resume:
             if not os.path.isfile(arguments.resume / "config.yaml"):
-                raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, found none")
+                raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, got none")
             recipe = str(arguments.resume / "config.yaml")
             overrides = [o for o in (arguments.recipe, *arguments.overrides) if o]
         else:

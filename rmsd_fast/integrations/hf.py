@@ -178,7 +178,7 @@ def _refuse_settings(trainer: Any) -> None:
         "use_liger_kernel (its fused cross entropy)": bool(getattr(arguments, "use_liger_kernel", False)),
         "nn.DataParallel (several GPUs in one process; start with torchrun)": arguments.n_gpu > 1,
         "sequence or context parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
-        f"{owner.__module__}.{owner.__name__}.compute_loss (a loss of its own)": owner is not Trainer
+        f"{owner.__module__}.{owner.__name__}.compute_loss (a custom loss)": owner is not Trainer
         and not trainer._is_sft,
     }
     names = [name for name, on in refused.items() if on]

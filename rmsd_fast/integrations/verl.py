@@ -254,9 +254,9 @@ def _module(path: str, name: str) -> ModuleType:
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise RuntimeError(f"this verl has no module {path} ({error}); written for verl 0.9") from error
+        raise RuntimeError(f"verl: expected the module {path}, got none ({error}); install verl 0.9") from error
     if not hasattr(module, name):
-        raise RuntimeError(f"this verl has no {path}.{name}; written for verl 0.9")
+        raise RuntimeError(f"verl: expected {path}.{name}, got a version without it; install verl 0.9")
     return module
 
 
@@ -269,5 +269,5 @@ def _check_arguments(function: Callable[..., Any] | None, expected: tuple[str, .
     actual = tuple(inspect.signature(function).parameters) if function is not None else ()
     if actual != expected:
         raise RuntimeError(
-            f"{what}: expected arguments {', '.join(expected)}, got {', '.join(actual) or 'none'}; written for verl 0.9"
+            f"{what}: expected arguments {', '.join(expected)}, got {', '.join(actual) or 'none'}; install verl 0.9"
         )

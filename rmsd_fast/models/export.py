@@ -1,4 +1,4 @@
-"""Exports: model folders that transformers 4.57 and all later versions read alike, each with a model card.
+"""Exports: model folders that transformers 4.57 and all later versions read identically, each with a model card.
 
 Versions 5 write the files, and 4.57 differs from them in four points (tests/models/test_export_versions.py):
 
@@ -50,7 +50,7 @@ def export_student(
         ModelError: the folder holds something that is not an export of a student.
     """
     folder = Path(folder)
-    # A folder with config.json may be the base model, or hold files of the user.
+    # A folder with config.json may be the base model or contain the user's files.
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
         raise ModelError(
             f"{folder}: expected no folder, an empty one or an earlier export (recognized by its README.md), got other "
@@ -92,7 +92,7 @@ def make_portable(folder: Path, *, eos_id: int) -> None:
 def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     change(settings)
-    # The format of save_pretrained.
+    # Same format as save_pretrained.
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 

@@ -119,7 +119,7 @@ def _video_lines(video: VideoConfig) -> str:
     if video.num_frames is None:
         frames = f"{video.fps:g} frames per second, at least {video.min_frames} and at most {video.max_frames}"
     return (
-        f" In training, media were read like this:\n\n- of a video, {frames};\n"
+        f" In training, media were read as follows:\n\n- videos: {frames};\n"
         f"- {video.min_video_pixels:,} to {video.max_video_pixels:,} pixels per video (all frames together), at most "
         f"{video.max_frame_pixels:,} per frame;\n"
         f"- {video.min_image_pixels:,} to {video.max_image_pixels:,} pixels per image."

@@ -346,12 +346,12 @@ def _shared_prefix_forward(
     if what:
         raise ValueError(f"{type(module).__name__}: shared-prompt attention cannot take {what}; {_ADVICE}")
     if shared_prefix is None:
-        raise RuntimeError(f"{type(module).__name__}: shared-prompt attention without a plan; {_ADVICE}")
+        raise RuntimeError(f"{type(module).__name__}: shared-prompt attention expected a plan, got none; {_ADVICE}")
     if not isinstance(shared_prefix, SharedPrefixPlan):
         return shared_prefix.attend(module.layer_idx, query, key, value, scaling), None
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"{type(module).__name__}: a plan describes one packed row without a cache, got query "
+            f"{type(module).__name__}: expected one packed row without a cache, as in the plan, got query "
             f"{list(query.shape)} and key {list(key.shape)}; {_ADVICE}"
         )
     rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
@@ -385,7 +385,7 @@ def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             )
         return
     if plan is None:
-        raise RuntimeError(f"{name}: shared-prompt attention without a plan; {_ADVICE}")
+        raise RuntimeError(f"{name}: shared-prompt attention expected a plan, got none; {_ADVICE}")
     if len(args) > 1:
         raise ValueError(
             f"{name}: expected keyword arguments after the first input, got {len(args)} positional ones; {_ADVICE}"
@@ -420,7 +420,7 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             return part
-    raise ModelError(f"{type(model).__name__}: expected a transformers model, or a module that holds one")
+    raise ModelError(f"{type(model).__name__}: expected a transformers model, or a module that contains one")
 
 
 def _is_text_model(part: nn.Module, text_config: Any) -> bool:

@@ -76,5 +76,5 @@ class Ends:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether a collective failed because a process of the group is gone."""
+    """Return whether a collective failed because a process of the group has ended."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

@@ -82,7 +82,9 @@ class MetricsLog:
             self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0, resume_waiting)
             for record in self._file.records():
                 if not isinstance(record.get("stage"), str) or not isinstance(record.get("step"), int):
-                    raise CheckpointError(f"{self._folder / 'metrics.jsonl'}: expected stage and step in {record}")
+                    raise CheckpointError(
+                        f"{self._folder / 'metrics.jsonl'}: expected stage and step, got {record}; restore the file"
+                    )
                 self._last_step[record["stage"]] = record["step"]
                 # Alarms raised before the checkpoint must not be raised again.
                 self._alarms.see(record["stage"], record["step"], record)

@@ -135,7 +135,7 @@ def _in_order(step_passes: list[Pass], positions: list[torch.Tensor], scores: li
 
 
 def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[DistinctTexts]) -> None:
-    """Leave the scores in the groups as rewards; a question without a teacher has no discriminator reward."""
+    """Store the scores in the groups. A question without a teacher response has no discriminator reward."""
     sizes = [len(group.rollouts) for group in groups] + [len(group.kept) for group in groups]
     sides = scores[_index_of_sides(texts)].float().split(sizes)
     for group, student_scores, teacher_scores in zip(groups, sides[: len(groups)], sides[len(groups) :], strict=True):
@@ -166,7 +166,7 @@ def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> d
 def length_sums(
     lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Return this process's sums for `length_correlation`, centred within each question.
+    """Return this process's sums for `length_correlation`, centered within each question.
 
     A question with long answers and high scores is not a sign of a length bias, so only the differences between the
     responses to one question count.

@@ -52,9 +52,9 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     present += [about_model] if about_model else []
     missing += [fault] if fault else []
     lines += [f"  {line}" for line in present]
-    lines += [f"  NOT THERE YET: {line}" for line in missing]
+    lines += [f"  MISSING: {line}" for line in missing]
     lines += _memory_lines(settings, folder, processes)
-    lines.append("not ready: give what is missing above" if missing else "ready")
+    lines.append("not ready: provide what is missing above" if missing else "ready")
     return "\n".join(lines), not missing
 
 

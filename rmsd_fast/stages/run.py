@@ -240,7 +240,7 @@ def first_step(run: TrainingRun, stage: str) -> int:
 
 
 def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
-    """Load the continued run's checkpoint, if it was written in one of these stages."""
+    """Load the checkpoint of the run to continue if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
@@ -377,7 +377,7 @@ def _note_bad(run: TrainingRun, loader: PromptLoader) -> None:
     for question_id, reason in faults if run.world.is_main else ():
         if (loader.stage, question_id) not in run.listed:
             if not run.listed:
-                run.metrics.message(f"a sample cannot be used and is replaced: {question_id}: {reason}")
+                run.metrics.message(f"a sample cannot be used and is replaced ({question_id}: {reason})")
             run.listed.add((loader.stage, question_id))
             run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 

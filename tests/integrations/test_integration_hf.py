@@ -253,7 +253,7 @@ def test_a_trainer_with_its_own_loss_is_refused(tmp_path: Path) -> None:
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    with pytest.raises(RuntimeError, match=r"Own\.compute_loss \(a loss of its own\)"):
+    with pytest.raises(RuntimeError, match=r"Own\.compute_loss \(a custom loss\)"):
         build(type("Mixed", (FusedLossMixin, Own), {}), tmp_path)
 
 

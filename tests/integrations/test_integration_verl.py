@@ -459,7 +459,7 @@ def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="the policy loss 'vanilla': expected arguments old_log_prob, .* got"):
         verl.ours.register_policy_loss("rmsd2")
     monkeypatch.delattr(verl.head, "FusedLinearForPPO")
-    with pytest.raises(RuntimeError, match=r"no verl\.utils\.experimental\.torch_functional\.FusedLinearForPPO"):
+    with pytest.raises(RuntimeError, match=r"expected verl\.utils\.experimental\.torch_functional\.FusedLinearForPPO"):
         verl.ours.install_fused_head()
 
 

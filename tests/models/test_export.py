@@ -280,11 +280,11 @@ def test_readme_says_what_the_folder_is(tmp_path: Path, student: Student) -> Non
     export_student(student, tmp_path / "export", base_model=str(tmp_path / "my-model"), video=rate)
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "- Base model: `my-model`\n" in text and str(tmp_path) not in text
-    assert "- of a video, 2 frames per second, at least 4 and at most 768;\n" in text
+    assert "- videos: 2 frames per second, at least 4 and at most 768;\n" in text
     assert "- 4,096 to 25,165,824 pixels per video (all frames together), at most 786,432 per frame;\n" in text
     export_student(student, tmp_path / "export", video=VideoConfig(num_frames=16))
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
-    assert "- of a video, 16 evenly spaced frames;\n" in text
+    assert "- videos: 16 evenly spaced frames;\n" in text
     export_student(student, tmp_path / "export")
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "In training" not in text

@@ -238,7 +238,7 @@ def test_slips() -> None:
     with pytest.raises(ValueError, match=r"adapter_names is read only by peft's wrapper; call model\.set_adapter"):
         run_shared_prefix(body, plan, **inputs, adapter_names=["default"])
     # peft's forward pass with labels and a mask, as a trainer calls it.
-    with pytest.raises(RuntimeError, match="without a plan"):
+    with pytest.raises(RuntimeError, match="expected a plan, got none"):
         model(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
     assert run_shared_prefix(body, plan, **inputs).shape == (1, plan.tokens, WIDTH)
     disable_shared_prefix(model)

@@ -171,7 +171,7 @@ class TestRefusedInputs:
 
     def test_no_plan(self, case) -> None:
         model, inputs, _ = case
-        with pytest.raises(RuntimeError, match=r"without a plan; .*run_shared_prefix"):
+        with pytest.raises(RuntimeError, match=r"expected a plan, got none; .*run_shared_prefix"):
             model.model(**inputs, use_cache=False)
 
     def test_generate(self, case) -> None:

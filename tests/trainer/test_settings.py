@@ -187,8 +187,8 @@ def test_dry_run_lists_what_is_missing():
     assert not ready and "if it is a Hub name, the run downloads it from the Hub" in plan
     # Whole paths: relative ones count from the current folder, and not from the recipe's.
     for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
-        assert f"  NOT THERE YET: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
-    assert plan.endswith("not ready: give what is missing above")
+        assert f"  MISSING: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
+    assert plan.endswith("not ready: provide what is missing above")
 
 
 def test_parameter_count_of_the_4b_student():

@@ -208,10 +208,10 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     assert train.main([*arguments(material, tmp_path, **{"model.path": folder}), "--dry-run"]) == 2
     printed = capsys.readouterr().out
-    assert "NOT THERE YET" in printed and "got 'llama'" in printed and "parameters" not in printed
+    assert "MISSING" in printed and "got 'llama'" in printed and "parameters" not in printed
     assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
     # Whole, since relative paths count from the current folder and not from the recipe's.
-    assert f"NOT THERE YET: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
+    assert f"MISSING: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
