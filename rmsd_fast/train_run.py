@@ -120,7 +120,7 @@ def imitate(run: TrainingRun) -> None:
         return
     forget_stage1(run)
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
-        raise CheckpointError(f"{final}: is missing, but the checkpoint is later than stage 1; restore the folder")
+        raise CheckpointError(f"{final} is missing, but the checkpoint is later than stage 1; restore the folder")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
     _imitation_steps(run, state, "sft", settings.sft, final)
     record_stage1(run)
