@@ -1,4 +1,4 @@
-"""The command line of the programs: argparse, and settings as `section.field=value`, without dashes."""
+"""The command line of the programs: argparse, with settings as `section.field=value`, without dashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNKNOWN = "unrecognized arguments: "
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says how to write a setting to whoever writes it as an option: `--sft.steps=4`."""
+    """An argument parser that explains how to write a setting if it was written as an option: `--sft.steps=4`."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith(_UNKNOWN):

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, evaluate. Imports what an evaluation needs only when there is one."""
+    """Parse the arguments and evaluate. Heavy imports are delayed so that `--help` is fast."""
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; predictions go beside it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file to write; predictions are written next to it"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if reason := environment.why_not():
         tell(f"rmsd_fast.evaluate: {reason}")
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) -> None:
-    """Evaluate `model.path` and write `output`; the answers themselves go into `<output>.predictions.jsonl`."""
+    """Evaluate `model.path` and write `output`. The answers are written next to it, as `<stem>.predictions.jsonl`."""
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load

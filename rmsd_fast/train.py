@@ -17,7 +17,7 @@ from rmsd_fast.process import prepare_process, tell
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check, run. Imports what a run needs only when there is one: `--help` takes no seconds."""
+    """Parse the arguments, check them and run. Heavy imports are delayed so that `--help` is fast."""
     if reason := environment.why_not():
         tell(f"rmsd_fast.train: {reason}")
         return 2
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.resume:
             if not os.path.isfile(arguments.resume / "config.yaml"):
-                raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, found none")
+                raise SettingsError(f"--resume {arguments.resume}: expected a run folder with config.yaml, got none")
             recipe = str(arguments.resume / "config.yaml")
             overrides = [o for o in (arguments.recipe, *arguments.overrides) if o]
         else:
@@ -51,7 +51,7 @@ def _dry_run(settings) -> int:
     from rmsd_fast.stages.plan import describe_plan
 
     plan, ready = describe_plan(settings)
-    # torchrun starts one process for each GPU, and each knows the same.
+    # torchrun starts one process per GPU, and all of them have the same plan.
     if os.environ.get("RANK", "0") == "0":
         print(plan)
     return 0 if ready else 2
@@ -78,16 +78,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="rmsd_fast.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="what the student sees, and a teacher should too: the media, the question, one line `A. text` for each "
-        f"option, and as its last line\n{formats}\n\nsettings (section.field = default):\n{describe_settings()}",
+        epilog="The student sees the media, the question, one line `A. text` for each option, and a last line that "
+        f"depends on the task type. A teacher should see the same. Last lines:\n{formats}\n\n"
+        f"settings (section.field = default):\n{describe_settings()}",
     )
-    parser.add_argument("recipe", nargs="?", default="", help="YAML file or name of a recipe; default quickstart")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue, with its own settings")
-    parser.add_argument("--allow-changes", action="store_true", help="resume although settings or data differ")
-    parser.add_argument("--print-config", action="store_true", help="print all settings and stop")
+    parser.add_argument("recipe", nargs="?", default="", help="YAML file or name of a recipe (default: quickstart)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue with its saved settings")
+    parser.add_argument("--allow-changes", action="store_true", help="resume even if settings or data differ")
+    parser.add_argument("--print-config", action="store_true", help="print all settings and exit")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check settings and inputs, print the plan; ends with 2 where not ready"
+        "--dry-run",
+        action="store_true",
+        help="check settings and inputs and print the plan; exit with code 2 if not ready",
     )
     return parser.parse_intermixed_args(argv)
 

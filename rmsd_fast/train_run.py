@@ -1,4 +1,4 @@
-"""A run from its settings to its report: every stage in order, each followed by its evaluation."""
+"""A whole run, from settings to report: every stage in order, each followed by an evaluation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,15 @@ from rmsd_fast.stages.state import StageState
 def train(
     settings: RunConfig, world: World, stop: StopSignal, resume: Path | None = None, allow_changes: bool = False
 ) -> Path:
-    """One whole run; returns its folder. stop: what ends it before its time."""
+    """Run all stages and return the run folder.
+
+    Args:
+        settings: settings of the run.
+        world: this process in the run.
+        stop: stop signal of the program.
+        resume: folder of the run to continue; None for a new run.
+        allow_changes: whether settings and inputs may differ from those of the run to continue.
+    """
     material = prepare_material(settings, world)
     with run_folder(settings, world, resume) as folder:
         stop.run_folder = folder
@@ -58,17 +66,17 @@ def train(
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
             run_stages(run)
         on_main(world, lambda: finish(run))
-        # An interrupt may have become an error of a library, and the report is not there.
+        # A library may have turned an interrupt into an error, so that no report was written.
         stop.check()
     return folder
 
 
 def run_stages(run: TrainingRun) -> None:
-    """Every stage of a run, each followed by its evaluation."""
+    """Run every stage, each followed by its evaluation."""
     try:
         _run_stages(run)
     except BaseException:
-        # What ended the run is told, not what came of it.
+        # Report the original error, not an error of closing the logs.
         with suppress(OSError, UserError):
             close_logs(run)
         raise
@@ -96,30 +104,30 @@ def _run_stages(run: TrainingRun) -> None:
 
 
 def finish(run: TrainingRun) -> None:
-    """The report. The run is done at this point: a page that cannot be written is no reason to fail it."""
+    """Write the report. The run is complete at this point, so a failure to write the report does not fail it."""
     write_facts(run, finished=True)
     try:
         write_report(run.folder)
     except Exception as error:
         what = f"{error}" if isinstance(error, OSError | ReportError) else f"{type(error).__name__}: {error}"
-        print(f"report not written: {what}\nwrite it with python -m rmsd_fast.report {run.folder}", file=sys.stderr)
+        print(f"report not written: {what}\nwrite it with: python -m rmsd_fast.report {run.folder}", file=sys.stderr)
 
 
 def imitate(run: TrainingRun) -> None:
-    """Stage 1: SFT on teacher responses, ends with `stage1/`."""
+    """Run stage 1: SFT on teacher responses. It ends by writing `stage1/`."""
     settings, final = run.settings, run.folder / "stage1"
     if first_step(run, "sft") == settings.sft.steps and "stage1" in run.fingerprints:
         return
     forget_stage1(run)
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
-        raise CheckpointError(f"{final} is missing, and the checkpoint stands after stage 1; bring the folder back")
+        raise CheckpointError(f"{final} is missing, but the checkpoint is later than stage 1; restore the folder")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
     _imitation_steps(run, state, "sft", settings.sft, final)
     record_stage1(run)
 
 
 def control(run: TrainingRun) -> None:
-    """The control of stage 2: as many steps of as many questions at the same learning rate, with imitation."""
+    """Run the control of stage 2: imitation with the same steps, batch size and learning rate."""
     state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
     _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
 
@@ -138,7 +146,7 @@ def _imitation_steps(
 
 
 def distillation(run: TrainingRun) -> None:
-    """Discriminator warm-up and stage 2, ends with `export/`."""
+    """Run the discriminator warm-up and stage 2. It ends by writing `export/`."""
     settings = run.settings
     state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
@@ -166,14 +174,14 @@ def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, E
 
 
 def release_memory() -> None:
-    """Collect the stage's engines: DeepSpeed's hold references in circles, and the next stage needs the memory."""
+    """Free the stage's engines. DeepSpeed engines hold reference cycles, and the next stage needs the memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def evaluate(run: TrainingRun, path: str, name: str) -> None:
-    """Answers of a student to the held-out questions, once per run; what is made of them, each time."""
+    """Answer the held-out questions with a student, once per run, and write the evaluation from the answers."""
     questions = run.material.heldout
     run.stop.check()
     if not questions:
@@ -187,7 +195,7 @@ def evaluate(run: TrainingRun, path: str, name: str) -> None:
     def write() -> None:
         if not answered:
             write_predictions(run.folder, name, records)
-        # Also of answers that were there: a kill may have come between the two.
+        # Written even if the answers already existed, because a kill may have come between the two writes.
         result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
         if not answered:
             run.metrics.message(format_table(result))
@@ -196,7 +204,7 @@ def evaluate(run: TrainingRun, path: str, name: str) -> None:
 
 
 def describe_run(run: TrainingRun) -> None:
-    """Say what is trained on; write `run.json`, and `teacher.json`: how the pool's quality varies."""
+    """Print a summary of the inputs, and write `run.json` and `teacher.json` (quality statistics of the pool)."""
     run.metrics.message(run.material.summary.text())
     write_facts(run, finished=False)
     write_text_atomic(run.folder / "teacher.json", json.dumps(run.material.statistics, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Runs a transformers model up to its language-model head and hands hidden states and head to a loss, inside forward.
+"""Run a transformers model up to its language-model head, and pass hidden states and head to a loss inside forward.
 
-Inside, because DDP, FSDP and ZeRO-3 do their work around the model's forward: a loss computed after it would see a head
-that is sharded or a gradient that nobody reduces.
+The loss must run inside forward because DDP, FSDP and ZeRO-3 hook into it. A loss computed afterwards would see a
+sharded head, or its gradient would not be reduced.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a loss takes and a model's body does not.
+# Inputs of the loss that the model's body does not accept.
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
-# Configuration fields by which model families multiply their logits before the softcap, and the power they enter with.
+# Config fields by which model families multiply their logits before the softcap, and the exponent of each.
 LOGIT_FACTORS = {"logit_scale": 1, "output_multiplier": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-# Here the field of that name multiplies.
+# Model types for which logits_scaling multiplies instead of dividing.
 MULTIPLIED_BY_SCALING = ("hyperclovax",)
 
 
 class Head(NamedTuple):
-    """A language-model head, whole on this device: logits = softcap(scale * (hidden @ weight.T + bias)).
+    """An unsharded language-model head on this device: logits = softcap(scale * (hidden @ weight.T + bias)).
 
-    weight [V, D], bias [V] or None, softcap None = none.
+    Attributes:
+        weight: [V, D].
+        bias: [V], or None.
+        softcap: softcap of the logits, or None.
+        scale: factor of the logits.
     """
 
     weight: Tensor
@@ -34,32 +38,36 @@ class Head(NamedTuple):
     scale: float
 
     def arguments(self, temperature: float = 1.0) -> dict[str, Any]:
-        """bias, softcap and temperature for the losses of rmsd_fast.losses.
+        """Return bias, softcap and temperature for the losses of rmsd_fast.losses.
 
-        cap_c(s*x)/T = cap_{c/s}(x) / (T/s), so a factor on the logits needs no argument of its own.
+        cap_c(s*x)/T = cap_{c/s}(x) / (T/s), so a factor of the logits needs no separate argument.
         """
         softcap = None if self.softcap is None else self.softcap / self.scale
         return {"bias": self.bias, "softcap": softcap, "temperature": temperature / self.scale}
 
 
 def add_head_call(model: nn.Module, *, check_loss: bool = False) -> None:
-    """Give this one model `model(..., head_call=f)`: its body runs, the result is f(hidden, head, **loss inputs).
+    """Let this model accept `model(..., head_call=f)`, which runs its body and returns f(hidden, head, **loss inputs).
 
-    hidden is [B, L, D]; loss inputs are those of LOSS_INPUTS that the caller gave. Without head_call the model is what
-    it was. Its first head_call compares its logits, and with check_loss its loss for labels, with what stands for them:
-    there weights are whole and autocast is on, if ever. A second call for the same model asks for that check again.
+    hidden is [B, L, D], and the loss inputs are those of LOSS_INPUTS that the caller passed. Without head_call, the
+    model behaves as before. The first head_call compares the model's own logits with those of the head, because weights
+    are gathered and autocast is active there. Calling this function again for the same model repeats the check.
 
+    Args:
+        model: a transformers model with a language-model head.
+        check_loss: whether the check also compares the model's own loss for labels.
     Raises:
-        RuntimeError: the model's head is nothing that a fused loss may replace; says what it found. Also by that check.
+        RuntimeError: a fused loss cannot replace the model's head; the message names what was found. The check at the
+            first head_call raises it, too.
     """
     _check_model(model)
     model._head_is_checked, model._check_loss = False, check_loss
     if hasattr(model, "_forward_without_head"):
         return
-    # An attribute, not a closure: copy.deepcopy then binds the copy's own.
+    # An attribute instead of a closure, so that a deep copy uses its own forward.
     model._forward_without_head = model.forward
 
-    # The signature stays that of the class: trainers read from it which inputs the model takes.
+    # Keep the signature of the class, because trainers read the model's inputs from it.
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, head_call: Any = None, **kwargs: Any) -> Any:
         if head_call is None:
@@ -75,49 +83,52 @@ def add_head_call(model: nn.Module, *, check_loss: bool = False) -> None:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def read_head(model: nn.Module) -> Head:
-    """Head of a model, gathered where it is sharded. To be called inside the model's forward.
+    """Return the head of a model, gathered if it is sharded. Call this inside the model's forward.
 
-    ZeRO-3 gathers a parameter that is read inside its model's forward, and again for backward; FSDP2 has gathered those
-    of its root module there.
+    ZeRO-3 gathers a parameter that is read inside its model's forward, and gathers it again for backward. FSDP2 has
+    already gathered the parameters of its root module there.
     """
     layer = model.get_output_embeddings()
     weight, bias = whole(layer.weight), whole(layer.bias)
     if weight.numel() == 0:
         raise RuntimeError(
-            f"{type(model).__name__}: the head's weight is empty, as ZeRO-3 leaves parameters outside their model's "
-            "forward; call the wrapped model, or train with ZeRO-2"
+            f"{type(model).__name__}: expected the head's weight, got an empty tensor, as ZeRO-3 leaves parameters "
+            "outside their model's forward; call the wrapped model, or train with ZeRO-2"
         )
     text = _text_config(model)
     return Head(weight, bias, getattr(text, "final_logit_softcapping", None), _logit_scale(text))
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
-    """A head's parameter, gathered where it is a DTensor that is not trained.
+    """Return a head's parameter, gathered if it is a DTensor.
 
     Raises:
-        RuntimeError: it is trained. Outside its own module's forward nobody reduces its gradient over the processes.
+        RuntimeError: the DTensor is trained. Its gradient would not be reduced over the processes outside the forward
+            of its own module.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
     if parameter.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"the head is trained and sharded over {parameter.device_mesh}, as FSDP2 leaves an output embedding that "
-            "is a unit of its own, and tensor parallelism any; its gradient would not be reduced. Leave it in the root "
-            "unit (no fully_shard on it), or freeze it"
+            f"head: expected a frozen or unsharded parameter, got a trained one sharded over {parameter.device_mesh}, "
+            "whose gradient would not be reduced. FSDP2 does this to an output embedding that is its own unit, and "
+            "tensor parallelism to every one; leave it in the root unit (no fully_shard on it), or freeze it"
         )
     return parameter.full_tensor()
 
 
 def shifted_rows(hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, L, D] as rows [T, D] and the target of each, int64 [T], -100 where there is none.
+    """Return hidden states as rows [T, D], and the target of each row, int64 [T]; -100 means no target.
 
-    labels [B, L]: the position before a label predicts it, and the last position predicts nothing. shift_labels [B, L]:
-    already moved by one.
+    Args:
+        hidden: hidden states, [B, L, D].
+        labels: labels, [B, L]. The position before a label predicts it, and the last position predicts nothing.
+        shift_labels: labels that are already shifted by one, [B, L]; labels is then ignored.
     """
     if shift_labels is None:
         if labels is None:
@@ -127,9 +138,9 @@ def shifted_rows(hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | N
 
 
 def same_dtype(hidden: Tensor, head: Head, *, float32: bool = False) -> tuple[Tensor, Head]:
-    """Hidden states and head in the dtype that the model's own head would compute in.
+    """Return hidden states and head in the dtype in which the model's own head would compute.
 
-    That is autocast's where autocast is on, else the head's; float32=True: float32 whatever else holds.
+    This is autocast's dtype if autocast is enabled, otherwise the head's. float32=True forces float32.
     """
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(hidden.device.type):
@@ -146,32 +157,34 @@ def _check_model(model: nn.Module) -> None:
         attribute for attribute in ("config", "base_model", "get_output_embeddings") if not hasattr(model, attribute)
     ]
     if missing:
-        raise RuntimeError(f"{name}: expected a transformers model, looked for {', '.join(missing)} and found none")
+        raise RuntimeError(f"{name}: expected a transformers model, got a model without {', '.join(missing)}")
     config, text = model.config, _text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise RuntimeError(f"{name}: encoder-decoder models are not supported")
     if model.base_model is model:
-        raise RuntimeError(f"{name}: expected a model with a language-model head on a body, got a body alone")
+        raise RuntimeError(f"{name}: expected a model with a language-model head, got a body without one")
     layer = model.get_output_embeddings()
-    # A LoRA or quantised layer is another type with another forward: its weight alone is not the head.
+    # A LoRA or quantized layer has another type and forward, so its weight alone is not the head.
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise RuntimeError(
-            f"{name}: the head is a {type(layer).__module__}.{type(layer).__name__}, expected torch.nn.Linear: a fused "
-            "loss multiplies by its weight alone, so an adapter or a quantisation on it would be dropped. Leave the "
-            "output embedding out of target_modules and modules_to_save"
+            f"{name}: expected torch.nn.Linear as the head, got {type(layer).__module__}.{type(layer).__name__}; a "
+            "fused loss uses only its weight and would ignore an adapter or quantization, so leave the output "
+            "embedding out of target_modules and modules_to_save"
         )
     if getattr(text, "output_router_logits", False):
-        raise RuntimeError(f"{name}: output_router_logits adds a router loss that is not computed here; switch it off")
+        raise RuntimeError(f"{name}: output_router_logits adds a router loss that is not computed here; disable it")
     _logit_scale(text)
 
 
 def _check_logits(model: nn.Module, device: torch.device) -> None:
-    """Four tokens through the model's own forward, and through body and head: families differ in what follows a head,
-    and in the loss that they make of it."""
-    # Once more: adapters and wrappers may have come since.
+    """Compare the model's own forward with body and head on four tokens.
+
+    Families differ in what follows the head, and in the loss that they compute.
+    """
+    # Checked again, because adapters and wrappers may have been added since.
     _check_model(model)
     name = type(model).__name__
-    # The last label stands at a masked position: causal losses count it all the same.
+    # The last label is at a masked position, because causal losses count it anyway.
     labels = torch.tensor([[-100, 2, -100, 1]], device=device)
     batch = {
         "input_ids": torch.tensor([[1, 2, 1, 2]], device=device),
@@ -182,7 +195,7 @@ def _check_logits(model: nn.Module, device: torch.device) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            own = model._forward_without_head(**batch, **({"labels": labels} if model._check_loss else {}))
+            model_output = model._forward_without_head(**batch, **({"labels": labels} if model._check_loss else {}))
             body = model.base_model(**batch, return_dict=True)
             hidden, head = same_dtype(body.last_hidden_state, read_head(model))
             with torch.autocast(device.type, enabled=False):
@@ -191,21 +204,22 @@ def _check_logits(model: nn.Module, device: torch.device) -> None:
         for module, mode in training:
             module.training = mode
     expected = expected if head.softcap is None else head.softcap * torch.tanh(expected / head.softcap)
-    logits = own.logits.float()
-    # Loose enough for 16-bit rounding, tight for a factor or a term that is missing.
+    logits = model_output.logits.float()
+    # Loose enough for 16-bit rounding, but tight enough to detect a missing factor or term.
     if logits.shape != expected.shape or not torch.allclose(
         logits, expected, rtol=0.01, atol=0.01 * float(logits.abs().max())
     ):
         raise RuntimeError(
-            f"{name}: its logits are not its head's weight on its body's last hidden states, followed by the factors "
-            f"of its configuration ({', '.join(LOGIT_FACTORS)}, final_logit_softcapping); it cannot be fused"
+            f"{name}: cannot be fused, because its logits are not its body's last hidden states times its head's "
+            f"weight, with the factors of its config ({', '.join(LOGIT_FACTORS)}, final_logit_softcapping)"
         )
     if model._check_loss:
         shifted = F.cross_entropy(logits[0, :-1], labels[0, 1:])
-        if not torch.allclose(own.loss.float(), shifted, rtol=1e-4):
+        if not torch.allclose(model_output.loss.float(), shifted, rtol=1e-4):
             raise RuntimeError(
-                f"{name}: its loss for labels is not the mean cross entropy of labels shifted by one (four tokens gave "
-                f"{float(own.loss):.6g}, expected {float(shifted):.6g}), which the fused loss stands for"
+                f"{name}: cannot be fused, because its loss for labels is not the mean cross entropy of labels shifted "
+                f"by one, which the fused loss computes (four tokens: expected {float(shifted):.6g}, got "
+                f"{float(model_output.loss):.6g})"
             )
 
 
@@ -222,5 +236,5 @@ def _logit_scale(text: Any) -> float:
             multiplies = power == 1 or getattr(text, "model_type", "") in MULTIPLIED_BY_SCALING
             scale *= value if multiplies else 1 / value
     if not scale > 0:
-        raise RuntimeError(f"the model's configuration multiplies its logits by {scale}; expected a factor above 0")
+        raise RuntimeError(f"model config: expected a factor above 0 for the logits, got {scale}")
     return float(scale)

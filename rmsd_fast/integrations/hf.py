@@ -1,15 +1,16 @@
-"""transformers' Trainer with a fused cross entropy: hidden states to loss, without logits.
+"""transformers' Trainer with a fused cross entropy, from hidden states to loss without storing logits.
 
     from rmsd_fast.integrations.hf import FusedTrainer     # in place of transformers.Trainer
     class MyTrainer(FusedLossMixin, SomeTrainer): ...       # for a subclass that keeps Trainer's compute_loss
     class MyTrainer(FusedLossMixin, trl.SFTTrainer): ...    # TRL 1.16, or a subclass of its SFTTrainer
 
-Same loss as the library's own for causal language models: labels shifted by one, -100 left out, sum over the batch's
-tokens divided by num_items_in_batch, so gradient accumulation and data parallelism give what they give there.
-Evaluation that asks for predictions still gets logits, from the library's own forward.
+The loss equals the library's own for causal language models: labels shifted by one, -100 ignored, and the sum over the
+batch's tokens divided by num_items_in_batch. Gradient accumulation and data parallelism therefore give the same
+results. Evaluation that requests predictions still gets logits, from the library's own forward.
 
-TRL's SFTTrainer asks its model for log-probs, entropy and accuracy of each token and makes loss and metrics of them.
-Before it, the mixin answers that request and leaves all else to TRL: the loss types, the metrics, packing.
+TRL's SFTTrainer requests log-probs, entropy and accuracy of each token from its model, and computes loss and metrics
+from them. With that trainer, the mixin answers the request and leaves everything else to TRL: loss types, metrics and
+packing.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ SFT_TRAINER = ("trl.trainer.sft_trainer", "SFTTrainer")
 
 
 class FusedLossMixin:
-    """Put before a Trainer class. memory_budget_bytes: of the logits that are alive at a time (rmsd_fast.losses).
+    """Add the fused loss to a Trainer class. List the mixin before the trainer among the base classes.
 
+    Args:
+        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
     Raises:
-        RuntimeError: a setting of the trainer, or the model, that the fused loss cannot carry over; names it. What
-            only a forward pass can show (see add_head_call) is raised at the first step.
+        RuntimeError: the fused loss does not support a setting of the trainer or the model; the message names it.
+            Faults that only a forward pass can show (see add_head_call) are raised at the first step.
     """
 
     def __init__(self, *args: Any, memory_budget_bytes: int | None = None, **kwargs: Any) -> None:
@@ -66,27 +69,27 @@ class FusedLossMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Fused, unless the caller wants outputs too: those need logits, and come from the library's own loss."""
+        """Return the fused loss, or the library's own loss if the caller requests outputs, which require logits."""
         if self._is_sft:
             calls = self._fused_calls
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self._fused_calls == calls:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the loss was computed without the fused head; looked for a call of the "
-                    "model with fused_lm_head=True, as TRL 1.16 makes it"
+                    f"{type(self).__name__}: expected a call of the model with fused_lm_head=True, as in TRL 1.16, got "
+                    "a loss without the fused head; install trl==1.16.0"
                 )
             return result
         if return_outputs and not self._loss_only:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if inputs.get("labels") is None and inputs.get("shift_labels") is None:
-            raise ValueError(f"labels: expected them among the inputs for a cross entropy, got {sorted(inputs)}")
+            raise ValueError(f"labels: expected labels or shift_labels among the inputs, got {sorted(inputs)}")
         inputs = {**inputs, "head_call": self._fused_loss}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """The library's own; where only the loss is asked for, it is computed without logits."""
+        """Run the library's own step. If only the loss is requested, it is computed without logits."""
         self._loss_only = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -146,20 +149,20 @@ def _prepare(model: nn.Module) -> None:
     add_head_call(base, check_loss=True)
     if getattr(base, "loss_function", None) is not ForCausalLMLoss:
         raise RuntimeError(
-            f"{type(base).__name__}: its loss is {getattr(base, 'loss_function', None)}, expected transformers' "
-            "ForCausalLMLoss, which the fused cross entropy stands for"
+            f"{type(base).__name__}: expected transformers' ForCausalLMLoss as its loss, which the fused cross entropy "
+            f"replaces, got {getattr(base, 'loss_function', None)}"
         )
 
 
 def _prepare_sft(trainer: Any) -> None:
-    # trl is there, as its trainer is among the base classes; without such a trainer it is not needed.
+    # Imported here because trl is installed if its trainer is among the base classes, and not needed otherwise.
     from rmsd_fast.integrations.trl_head import answer_fused_head, missing_hooks
 
     missing = missing_hooks(trainer.model)
     if missing:
         raise RuntimeError(
-            f"{type(trainer).__name__}: looked for {', '.join(missing)} and did not find it; the fused loss works with "
-            "the SFTTrainer of TRL 1.16"
+            f"{type(trainer).__name__}: expected the SFTTrainer of TRL 1.16, got one without {', '.join(missing)}; "
+            "install trl==1.16.0"
         )
     answer_fused_head(trainer.model, trainer._per_token)
 
@@ -175,9 +178,11 @@ def _refuse_settings(trainer: Any) -> None:
         "use_liger_kernel (its fused cross entropy)": bool(getattr(arguments, "use_liger_kernel", False)),
         "nn.DataParallel (several GPUs in one process; start with torchrun)": arguments.n_gpu > 1,
         "sequence or context parallelism": getattr(trainer.accelerator, "parallelism_config", None) is not None,
-        f"{owner.__module__}.{owner.__name__}.compute_loss (a loss of its own)": owner is not Trainer
+        f"{owner.__module__}.{owner.__name__}.compute_loss (a custom loss)": owner is not Trainer
         and not trainer._is_sft,
     }
     names = [name for name, on in refused.items() if on]
     if names:
-        raise RuntimeError(f"the fused loss cannot carry over: {', '.join(names)}; leave it out, or train without")
+        raise RuntimeError(
+            f"the fused loss does not support: {', '.join(names)}; leave it out, or train without the fused loss"
+        )

@@ -5,18 +5,19 @@
     from rmsd_fast.integrations.trl import FusedSFTTrainer      # in place of trl.SFTTrainer, see `hf`
     class MyTrainer(FusedLossMixin, SomeSFTTrainer): ...
 
-GRPO has two objectives, chosen by `fused_objective`:
+GRPO has two objectives, selected by `fused_objective`:
 
-- "policy": the whole loss from hidden states in one pass (6TDV of work, no logits kept), where TRL's settings are those
-  of a clipped ratio with a k3 KL. Prompt, padding, tool and masked tokens never meet the head.
-- "log_prob": TRL's own loss on log-probs and entropies of the fused head; exact for every loss_type.
-- "auto" (default): "policy" where every setting allows it, else "log_prob". `trainer.fused_objective` says which.
+- "policy": compute the whole loss from hidden states in one pass (6TDV of work, no logits kept). Requires TRL settings
+  of a clipped ratio with a k3 KL. Prompt, padding, tool and masked tokens are never multiplied by the head.
+- "log_prob": use TRL's own loss on log-probs and entropies of the fused head. Exact for every loss_type.
+- "auto" (default): "policy" if every setting allows it, otherwise "log_prob". `trainer.fused_objective` holds the
+  choice.
 
-Both give TRL's loss, and take old and reference log-probs from the fused head too. With "policy" TRL's metrics are
-logged except clip_ratio/low_* and high_* of off-policy steps, whose per-token values are never formed, and
-clip_ratio/region_mean is a mean over tokens, in which those that vLLM's importance ratio sets to 0 are never clipped
-(TRL counts them like others). Written for TRL 1.16, whose trainers call their model with `fused_lm_head=True`; a TRL
-that does otherwise is refused, and "policy" is for 1.16 alone.
+Both return TRL's loss, and take old and reference log-probs from the fused head, too. With "policy", TRL's metrics are
+logged with two exceptions. clip_ratio/low_* and high_* of off-policy steps are missing, because their per-token values
+are never computed. clip_ratio/region_mean is a mean over tokens in which tokens whose vLLM importance ratio is 0 never
+count as clipped (TRL counts them like others). Written for TRL 1.16, whose trainers call their model with
+`fused_lm_head=True`. Versions of TRL that do not are refused, and "policy" requires 1.16.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ try:
     from rmsd_fast.integrations.trl_head import answer_fused_head, missing_hooks, per_token_output
 except ImportError as error:
     raise ImportError(
-        f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0 with the torch that is installed "
+        f"rmsd_fast.integrations.trl needs trl ({error}); pip install trl==1.16.0, keeping the installed torch "
         "(Python 3.11 or later)"
     ) from error
 
 OBJECTIVES = ("auto", "policy", "log_prob")
-# Loss types that are a clipped ratio and differ in how tokens are weighted.
+# Loss types with a clipped ratio, which differ only in the weights of the tokens.
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# All that a batch of text holds in TRL 1.16. sampling_per_token_logps has entered importance_sampling_ratio.
+# All keys of a text batch in TRL 1.16. sampling_per_token_logps is already included in importance_sampling_ratio.
 TEXT_INPUTS = (
     "prompt_ids",
     "prompt_mask",
@@ -83,12 +84,13 @@ USED = (
 
 
 class FusedGRPOMixin:
-    """Put before a GRPOTrainer class.
+    """Add the fused head to a GRPOTrainer class. List the mixin before the trainer among the base classes.
 
-    fused_objective: see the module. memory_budget_bytes: of the logits alive at a time (rmsd_fast.losses).
-
+    Args:
+        fused_objective: "auto", "policy" or "log_prob"; see the module.
+        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
     Raises:
-        RuntimeError: this TRL lacks what the integration hooks into, or a setting or the model cannot be carried over.
+        RuntimeError: this version of TRL lacks a required hook, or a setting or the model is not supported.
     """
 
     def __init__(
@@ -105,11 +107,11 @@ class FusedGRPOMixin:
         }
         if any(refused.values()):
             names = ", ".join(name for name, given in refused.items() if given)
-            raise RuntimeError(f"the fused head cannot carry over {names}; leave it out")
+            raise RuntimeError(f"the fused head does not support {names}; leave it out")
         unmapped = unmapped_settings(self)
         if fused_objective == "policy" and unmapped:
             raise RuntimeError(
-                f"fused_objective='policy' cannot carry over {', '.join(unmapped)}; use 'log_prob' or 'auto'"
+                f"fused_objective='policy' does not support {', '.join(unmapped)}; use 'log_prob' or 'auto'"
             )
         if fused_objective == "auto":
             fused_objective = "log_prob" if unmapped else "policy"
@@ -128,8 +130,8 @@ class FusedGRPOMixin:
         )
         if self._fused_calls == calls:
             raise RuntimeError(
-                f"trl {trl.__version__}: the loss was computed without the fused head; looked for a call of the model "
-                "with fused_lm_head=True"
+                f"trl {trl.__version__}: expected a call of the model with fused_lm_head=True, got a loss without the "
+                "fused head; install trl==1.16.0"
             )
         return loss
 
@@ -160,11 +162,12 @@ class FusedGRPOMixin:
         )
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss of a micro-batch in one pass over the head."""
-        others = [name for name, value in inputs.items() if value is not None and name not in TEXT_INPUTS]
-        if others:
+        """Return TRL's loss of a micro-batch, computed in one pass over the head."""
+        extra_inputs = [name for name, value in inputs.items() if value is not None and name not in TEXT_INPUTS]
+        if extra_inputs:
             raise RuntimeError(
-                f"fused_objective='policy' reads text alone, and the batch holds {', '.join(others)}; use 'log_prob'"
+                f"fused_objective='policy': expected a batch with text only, got {', '.join(extra_inputs)}; use "
+                "'log_prob'"
             )
         completion = inputs["completion_ids"]
         mask = inputs["completion_mask"].bool()
@@ -194,15 +197,15 @@ class FusedGRPOMixin:
         lengths = mask.sum(1)
 
         def per_row(values: Tensor | None) -> Tensor | None:
-            """[B, C] or [B, 1] as one value per scored row; rows and mask run in the same order."""
+            """Return [B, C] or [B, 1] as one value per scored row. Rows and mask have the same order."""
             return None if values is None else values.expand(mask.shape)[mask].float()
 
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            # A factor >= 0 on the advantage is a factor on the policy term alone, as TRL applies it.
+            # A factor >= 0 of the advantage is a factor of the policy term only, which is how TRL applies it.
             advantages = advantages * inputs["importance_sampling_ratio"]
-        weights, normalizer = self._normalisation(inputs, lengths)
+        weights, normalizer = self._normalization(inputs, lengths)
         edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         with torch.autocast(rows.device.type, enabled=False):
             loss, metrics = linear_policy_loss(
@@ -215,7 +218,7 @@ class FusedGRPOMixin:
                 kl_coef=float(self.beta),
                 clip_low=float(self.epsilon_low),
                 clip_high=float(self.epsilon_high),
-                # The rows above are the scored ones.
+                # All rows passed above are scored.
                 ignore_index=None,
                 importance_level=self.importance_sampling_level,
                 cu_seqlens=edges,
@@ -226,8 +229,13 @@ class FusedGRPOMixin:
             )
         return {"loss": loss, "metrics": metrics}
 
-    def _normalisation(self, inputs: dict[str, Any], lengths: Tensor) -> tuple[Tensor | None, Any]:
-        """Weight of each sequence's tokens [B, 1] and divisor, by loss_type; lengths [B] are its scored tokens."""
+    def _normalization(self, inputs: dict[str, Any], lengths: Tensor) -> tuple[Tensor | None, Any]:
+        """Return the token weight of each sequence, [B, 1], and the divisor, by loss_type.
+
+        Args:
+            inputs: TRL's batch.
+            lengths: number of scored tokens of each sequence, [B].
+        """
         batch = len(lengths)
         steps = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.loss_type == "grpo":
@@ -238,16 +246,16 @@ class FusedGRPOMixin:
             return None, batch * self.max_completion_length * steps
         if self.loss_type == "luspo":
             return None, batch * steps
-        # dapo: tokens of the whole generation batch, brought down to one optimiser step's share in training.
+        # dapo divides by the tokens of the whole generation batch, scaled to one optimizer step's share in training.
         normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         return None, normalizer * steps / self.args.steps_per_generation if self.model.training else normalizer
 
     def _log_policy(self, metrics: dict[str, Tensor], inputs: dict[str, Any]) -> None:
-        """TRL's metrics: means over the scored tokens of all processes."""
+        """Log TRL's metrics: means over the scored tokens of all processes."""
         log = self._metrics["train" if self.model.training else "eval"]
         names = {"entropy": "entropy"} | ({"kl": "kl"} if self.beta else {})
         if inputs.get("old_per_token_logps") is None:
-            # The ratio is 1 everywhere: nothing is clipped.
+            # The ratio is 1 everywhere, so nothing is clipped.
             for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"):
                 log[f"clip_ratio/{name}"].append(0.0)
         else:
@@ -267,9 +275,9 @@ class FusedSFTTrainer(FusedLossMixin, SFTTrainer):
 
 
 def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
-    """Settings, with their values, that the one-pass policy loss does not have; needs fused_objective='log_prob'."""
+    """Return settings, with values, that the one-pass policy loss does not support; they need 'log_prob'."""
     arguments = trainer.args
-    found = {
+    unsupported = {
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in CLIPPED,
         f"delta={arguments.delta}": arguments.delta is not None,
         f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": trainer.off_policy_mask_threshold is not None,
@@ -281,15 +289,15 @@ def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
         f"importance_sampling_level={trainer.importance_sampling_level!r}": trainer.importance_sampling_level
         not in ("token", "sequence"),
         "a model with a vision tower": hasattr(base_of(trainer.model).config, "vision_config"),
-        f"trl {trl.__version__}, whose loss may have terms that 1.16 has not": not trl.__version__.startswith("1.16."),
+        f"trl {trl.__version__}, whose loss may have terms that 1.16 lacks": not trl.__version__.startswith("1.16."),
     }
-    # Where "policy" would not call what a subclass has put in place of TRL's own.
+    # "policy" would not call a subclass's replacement of these methods.
     mro = type(trainer).__mro__
     after = mro[mro.index(FusedGRPOMixin) + 1 :]
     for method, classes in (("_compute_loss", after), ("_get_per_token_logps_and_entropies", mro)):
         owner = next(cls for cls in classes if method in vars(cls))
-        found[f"{owner.__name__}.{method}"] = owner is not GRPOTrainer
-    return [name for name, on in found.items() if on]
+        unsupported[f"{owner.__name__}.{method}"] = owner is not GRPOTrainer
+    return [name for name, on in unsupported.items() if on]
 
 
 def _check_version(trainer: GRPOTrainer) -> None:
@@ -299,6 +307,5 @@ def _check_version(trainer: GRPOTrainer) -> None:
     missing += missing_hooks(trainer.model)
     if missing:
         raise RuntimeError(
-            f"trl {trl.__version__}: looked for {', '.join(missing)} and did not find it; this integration is written "
-            "for trl 1.16"
+            f"trl {trl.__version__}: expected trl 1.16, got a version without {', '.join(missing)}; install trl==1.16.0"
         )

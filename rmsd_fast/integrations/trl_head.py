@@ -1,7 +1,7 @@
-"""The fused head as TRL's trainers call it: `model(..., labels=labels, fused_lm_head=True)`.
+"""The fused head with the interface of TRL's trainers: `model(..., labels=labels, fused_lm_head=True)`.
 
-TRL 1.16 gives a model a chunked head of its own under that argument. Here one model answers the call with the fused
-losses instead; every other call goes where it went. The trainers' own code computes loss and metrics from the result.
+TRL 1.16 gives models its own chunked head for that argument. This module makes one model answer the call with the fused
+losses instead. Other calls are unchanged, and the trainers' own code computes loss and metrics from the result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from trl.trainer import utils as trl_utils
 from rmsd_fast.integrations.head import Head, add_head_call, base_of, shifted_rows
 from rmsd_fast.losses import linear_logprob
 
-# Logits at a time for the few rows whose most likely token has to be looked up.
+# Bytes of logits at a time for the few rows whose most likely token has to be computed.
 TOP1_BUDGET_BYTES = 64 << 20
 
 
 def missing_hooks(model: nn.Module) -> list[str]:
-    """What of TRL's fused head is not there: its output record, its argument on this model's forward."""
+    """Return which parts of TRL's fused head are missing: its output class, its argument on this model's forward."""
     missing = [] if hasattr(trl_utils, "FusedCausalLMOutput") else ["trl.trainer.utils.FusedCausalLMOutput"]
     forward = vars(base_of(model)).get("forward")
     if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
@@ -35,13 +35,13 @@ def missing_hooks(model: nn.Module) -> list[str]:
 
 
 def answer_fused_head(model: nn.Module, head_call: Callable[..., Any]) -> None:
-    """Answer `fused_lm_head=True` on this one model with head_call(hidden, head, **loss inputs), see add_head_call.
+    """Let this model answer `fused_lm_head=True` with head_call(hidden, head, **loss inputs); see add_head_call.
 
-    A caller that gives another head_call gets that.
+    If a caller passes its own head_call, that one is used.
     """
     model = base_of(model)
     add_head_call(model)
-    # Not bound: a deep copy of the model calls it with itself.
+    # The unbound function, so that a deep copy of the model calls it with itself.
     inner = model.forward.__func__
 
     @functools.wraps(type(model).forward)
@@ -65,18 +65,24 @@ def per_token_output(
     with_top1: bool = False,
     memory_budget_bytes: int | None = None,
 ) -> Any:
-    """Return what TRL's own head returns: a FusedCausalLMOutput, its values [B, L-1], 0 where there is no label.
+    """Return the output of TRL's own head: a FusedCausalLMOutput with values [B, L-1], 0 at positions without a label.
 
     Args:
-        hidden: [B, L, D], in the dtype of the head.
-        labels, shift_labels, num_items_in_batch: as the model was given them.
-        with_top1: whether each label is the most likely token, the first one if several are.
+        hidden: hidden states, [B, L, D], in the dtype of the head.
+        head: the model's head.
+        labels: labels as passed to the model.
+        shift_labels: shifted labels as passed to the model.
+        num_items_in_batch: normalizer as passed to the model; None means the number of labels.
+        temperature: temperature of the logits.
+        with_entropy: whether to return entropies.
+        with_top1: whether to return if each label is the most likely token, or the first of several.
+        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
     """
     rows, targets = shifted_rows(hidden, labels, shift_labels)
     scored = targets != -100
     rows, targets = rows[scored], targets[scored]
     with torch.autocast(rows.device.type, enabled=False):
-        found = linear_logprob(
+        result = linear_logprob(
             rows,
             head.weight,
             targets,
@@ -85,7 +91,7 @@ def per_token_output(
             memory_budget_bytes=memory_budget_bytes,
             **head.arguments(temperature),
         )
-        logp, entropy = found if with_entropy else (found, None)
+        logp, entropy = result if with_entropy else (result, None)
         top1 = is_most_likely(rows, head, targets, logp) if with_top1 else None
 
     def spread(values: Tensor | None) -> Tensor | None:
@@ -105,15 +111,15 @@ def per_token_output(
 
 @torch.no_grad()
 def is_most_likely(rows: Tensor, head: Head, targets: Tensor, logp: Tensor) -> Tensor:
-    """Whether each target is the first of the most likely tokens, bool [T].
+    """Return whether each target is the first of the most likely tokens, bool [T].
 
-    A token with p > 1/2 is, whatever the others are. Only the remaining rows meet the head a second time.
+    A token with p > 1/2 always is. Only the remaining rows are multiplied by the head again.
     """
     top1 = logp > -math.log(2)
     unsure = (~top1).nonzero().flatten()
     rows_at_once = max(1, TOP1_BUDGET_BYTES // (head.weight.shape[0] * head.weight.element_size()))
     for index in unsure.split(rows_at_once):
-        # Scale and softcap keep the order of the logits.
+        # Scale and softcap do not change the order of the logits.
         logits = F.linear(rows[index], head.weight, head.bias)
         top1[index] = logits.argmax(-1) == targets[index]
     return top1

@@ -3,13 +3,13 @@
     from rmsd_fast.integrations import verl as fused
     fused.register_policy_loss("rmsd")                  # actor.policy_loss.loss_mode=rmsd
     fused.register_distillation_loss("rmsd_k3", kl="k3")   # distillation_loss.loss_mode=rmsd_k3
-    fused.install_fused_head()                          # actor's use_fused_kernels=True, whatever its backend
+    fused.install_fused_head()                          # actor's use_fused_kernels=True, with any backend
 
-verl's workers are processes of their own, each of which imports what model.external_lib or the environment variable
-VERL_USE_EXTERNAL_MODULES names, once: put these calls at the top level of a module and name it there. Nothing happens
-on import of this module itself.
+verl's workers are separate processes. Each of them imports, once, the module named by model.external_lib or the
+environment variable VERL_USE_EXTERNAL_MODULES. Put these calls at the top level of a module and name it there.
+Importing this module itself has no effect.
 
-verl adds its KL and entropy terms to a policy loss itself, so the registered one has none. Written for verl 0.9.
+verl adds its KL and entropy terms to a policy loss itself, so the registered loss has none. Written for verl 0.9.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POLICY_ARGUMENTS = (
     "rollout_is_weights",
 )
 DISTILLATION_ARGUMENTS = ("config", "distillation_config", "model_output", "data")
-# Where verl's models look up their fused head, at each forward pass.
+# Modules and names where verl's models look up their fused head at each forward pass.
 HEADS = (
     ("verl.utils.experimental.torch_functional", "FusedLinearForPPO"),
     ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"),
@@ -50,10 +50,12 @@ HEADS = (
 
 
 class FusedLinear(nn.Module):
-    """Log-probs and entropies of hidden states and head: verl's FusedLinearForPPO, on the fused losses.
+    """Compute log-probs and entropies from hidden states and head: verl's FusedLinearForPPO with the fused losses.
 
-    chunk_size, impl_backend: verl's arguments, without a meaning here: memory_budget_bytes bounds the logits alive at a
-    time (rmsd_fast.losses).
+    Args:
+        chunk_size: argument of verl, ignored; see memory_budget_bytes.
+        impl_backend: argument of verl, ignored.
+        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
     """
 
     def __init__(
@@ -65,13 +67,15 @@ class FusedLinear(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy), both float32 of the shape of input_ids.
+        """Return (log_probs, entropy), both float32 with the shape of input_ids.
 
         Args:
-            hidden_states: [..., D]. vocab_weights: [V, D]. input_ids: [...], the token that each position predicts.
-            temperature: one for all, or one per position in the shape of input_ids.
+            hidden_states: hidden states, [..., D].
+            vocab_weights: weight of the head, [V, D].
+            input_ids: token that each position predicts, [...].
+            temperature: one value, or one per position in the shape of input_ids.
         Raises:
-            RuntimeError: vocab_weights is a DTensor and trained.
+            RuntimeError: vocab_weights is a trained DTensor.
         """
         if input_ids.shape != hidden_states.shape[:-1]:
             raise ValueError(
@@ -91,7 +95,7 @@ class FusedLinear(nn.Module):
                 vocab_weights.to(dtype),
                 input_ids.flatten().to(torch.int64),
                 temperature=temperature,
-                # Every position is scored; verl leaves out padding afterwards.
+                # Every position is scored; verl removes padding afterwards.
                 ignore_index=None,
                 return_entropy=True,
                 memory_budget_bytes=self.memory_budget_bytes,
@@ -107,35 +111,35 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's function of this name: (log_probs, entropy), both float32 [T] whatever the shape of labels.
+    """Replace verl's function of this name. Return (log_probs, entropy), both float32 [T] for any shape of labels.
 
     Raises:
-        RuntimeError: a head that is split over a tensor-parallel group, or a reduction.
+        RuntimeError: the head is split over a tensor-parallel group, or a reduction is requested.
     """
     if reduction != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
         raise RuntimeError(
-            f"the fused head has no reduction={reduction!r} and no vocabulary split over {dist_process_group}; "
-            "expected reduction='none' and no tensor-parallel group"
+            f"fused head: expected reduction='none' and no tensor-parallel group, got reduction={reduction!r} and a "
+            f"vocabulary split over {dist_process_group}"
         )
     logp, entropy = FusedLinear()(hidden, weight, labels, temperature)
     return logp.flatten(), entropy.flatten()
 
 
 def install_fused_head() -> Callable[[], None]:
-    """From here on verl's models in this process take the fused head, whichever backend they were set to.
+    """Make verl's models in this process use the fused head, regardless of their backend.
 
-    verl offers a module-level name only, and that is exchanged. Models of verl's Megatron engine took theirs when they
-    were imported and are not reached.
+    This replaces module-level names, because verl offers no other hook. Models of verl's Megatron engine bind their
+    head at import and are not affected.
 
     Returns:
-        A function that puts verl's own back.
+        A function that restores verl's own head.
     Raises:
-        RuntimeError: this verl lacks what is to be replaced; names it.
+        RuntimeError: this version of verl lacks a name to replace; the message names it.
     """
     ours = {"FusedLinearForPPO": FusedLinear, "linear_cross_entropy": linear_cross_entropy}
-    places = [(_module(path, name), name) for path, name in HEADS]
-    before = [(module, name, getattr(module, name)) for module, name in places]
-    for module, name in places:
+    targets = [(_module(path, name), name) for path, name in HEADS]
+    before = [(module, name, getattr(module, name)) for module, name in targets]
+    for module, name in targets:
         setattr(module, name, ours[name])
 
     def restore() -> None:
@@ -146,16 +150,19 @@ def install_fused_head() -> Callable[[], None]:
 
 
 def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token") -> Callable[..., Any]:
-    """Register the clipped policy loss of rmsd_fast.losses with verl; returns it.
+    """Register the clipped policy loss of rmsd_fast.losses with verl, and return it.
 
     loss = -w * min(r*A, clip(r, 1-clip_ratio_low, 1+clip_ratio_high)*A), aggregated by verl's loss_agg_mode. Unlike
-    verl's "vanilla" it has no second clip for negative advantages (clip_ratio_c), and its log-ratio is clamped at 80
-    above only, where exp would overflow.
+    verl's "vanilla", it has no second clip for negative advantages (clip_ratio_c), and its log-ratio is clamped only
+    from above, at 80, where exp would overflow.
 
     Args:
-        importance_level: "token", or "sequence": r is the exponential of the response's mean log-ratio, as in gspo.
+        name: name of the loss in verl's settings.
+        importance_level: "token" or "sequence". With "sequence", r is the exponential of the response's mean log-ratio,
+            as in gspo.
     Raises:
-        ValueError: the name is taken. RuntimeError: this verl calls its policy losses in another way.
+        ValueError: the name is already registered.
+        RuntimeError: this version of verl calls its policy losses with other arguments.
     """
     if importance_level not in ("token", "sequence"):
         raise ValueError(f"importance_level: expected 'token' or 'sequence', got {importance_level!r}")
@@ -173,7 +180,7 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         mask = response_mask.bool()
-        # Padding may hold anything, NaN included, and must not reach a gradient.
+        # Padding may hold any value, including NaN, and must not reach a gradient.
         log_ratio = torch.where(mask, log_prob - old_log_prob, torch.zeros_like(log_prob))
         count = mask.sum(-1, keepdim=True).clamp(min=1)
         level = log_ratio if importance_level == "token" else (log_ratio.sum(-1, keepdim=True) / count)
@@ -187,7 +194,7 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
             loss_mat=-objective, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
         tokens = mask.sum().clamp(min=1)
-        # Numbers, as verl's own policy losses return them; verl reads tensors one by one right after.
+        # Numbers like those of verl's own policy losses. verl would otherwise read tensors one by one right afterwards.
         return loss, {
             "actor/pg_clipfrac": ((clipped & mask).sum() / tokens).item(),
             "actor/ppo_kl": (-log_ratio.detach().sum() / tokens).item(),
@@ -200,13 +207,18 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
 def register_distillation_loss(
     name: str = "rmsd_k3", *, kl: str = "k3", kl_log_ratio_clip: float | None = None
 ) -> Callable[..., Any]:
-    """Register an estimator of KL(student || teacher) from the teacher's log-probs of the sampled tokens; returns it.
+    """Register an estimator of KL(student || teacher) from the teacher's log-probs of the sampled tokens; return it.
 
-    With d = teacher - student: "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1, exact where verl's own clamp d at 20 and
-    the value at 10; kl_log_ratio_clip clamps d to [-c, c].
+    With d = teacher - student: "k1" = -d, "k2" = d²/2, "k3" = exp(d) - d - 1. Unlike verl's own losses, which clamp d
+    at 20 and the value at 10, they are exact.
 
+    Args:
+        name: name of the loss in verl's settings.
+        kl: "k1", "k2" or "k3".
+        kl_log_ratio_clip: if set to c, clamp d to [-c, c].
     Raises:
-        ValueError: the name is taken, or kl is none of these. RuntimeError: this verl has no such registry.
+        ValueError: the name is already registered, or kl is unknown.
+        RuntimeError: this version of verl has no registry of distillation losses.
     """
     if kl not in ("k1", "k2", "k3"):
         raise ValueError(f"kl: expected 'k1', 'k2' or 'k3', got {kl!r}; the full KL needs the teacher's vocabulary")
@@ -221,14 +233,13 @@ def register_distillation_loss(
     ) -> tuple[Tensor, dict[str, Any]]:
         if kl == "k1" and not distillation_config.distillation_loss.use_policy_gradient:
             raise ValueError(
-                f"{name}: k1 as a loss has a gradient of zero in expectation; set use_policy_gradient, or register k2 "
-                "or k3"
+                f"{name}: the expected gradient of k1 as a loss is zero; set use_policy_gradient, or register k2 or k3"
             )
         student = to_padded(model_output["log_probs"], data)
         teacher = to_padded(data["teacher_logprobs"], data).squeeze(-1)
         mask = data["response_mask"]
         mask = (mask.to_padded_tensor(0) if mask.is_nested else mask).bool()
-        # Padding gives 0 and no gradient.
+        # Padding contributes 0 and no gradient.
         losses_BL = kl_estimate(student, torch.where(mask, teacher.detach(), student.detach()), kl, kl_log_ratio_clip)
         losses_BL = torch.where(mask, losses_BL, torch.zeros_like(losses_BL))
         mean = losses_BL.detach().abs().sum() / mask.sum().clamp(min=1)
@@ -239,25 +250,24 @@ def register_distillation_loss(
 
 
 def _module(path: str, name: str) -> ModuleType:
-    """A module of verl that has to have this name in it."""
+    """Return a module of verl, and check that it contains `name`."""
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise RuntimeError(f"this verl has no module {path} ({error}); written for verl 0.9") from error
+        raise RuntimeError(f"verl: expected the module {path}, got none ({error}); install verl 0.9") from error
     if not hasattr(module, name):
-        raise RuntimeError(f"this verl has no {path}.{name}; written for verl 0.9")
+        raise RuntimeError(f"verl: expected {path}.{name}, got a version without it; install verl 0.9")
     return module
 
 
 def _check_free(name: str, registry: dict[str, Any]) -> None:
     if name in registry:
-        raise ValueError(f"name: {name!r} is taken; verl has {', '.join(registry)}")
+        raise ValueError(f"name: {name!r} is already registered; verl has {', '.join(registry)}; choose another name")
 
 
 def _check_arguments(function: Callable[..., Any] | None, expected: tuple[str, ...], what: str) -> None:
-    found = tuple(inspect.signature(function).parameters) if function is not None else ()
-    if found != expected:
+    actual = tuple(inspect.signature(function).parameters) if function is not None else ()
+    if actual != expected:
         raise RuntimeError(
-            f"this verl calls its losses in another way: looked for {what} with arguments {', '.join(expected)}, found "
-            f"{', '.join(found) or 'none'}; written for verl 0.9"
+            f"{what}: expected arguments {', '.join(expected)}, got {', '.join(actual) or 'none'}; install verl 0.9"
         )

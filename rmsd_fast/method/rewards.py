@@ -1,13 +1,14 @@
-"""The composite reward of stage 2 and the advantages that are made of it.
+"""Compute the composite reward of stage 2 and the advantages derived from it.
 
     R(S_i) = alpha * D(S_i) + beta * R_outer(S_i) + eta * R_task(S_i) + delta * R_content(S_i) [- c * log_ratio(S_i)]
 
-R_outer and R_task are 0/1 (method.answers), R_content is the task's metric (method.quality; 0 for open questions), D is
-the discriminator's score, unbounded and without a fixed level. A question without teacher responses has no D reward:
-give zeros for its d_score. Where `kl_in_reward`, c, is above 0, log_ratio is the k1 estimate of the KL to the
-reference: log pi - log ref of the rollout, mean over its tokens.
+R_outer and R_task are 0 or 1 (method.answers). R_content is the task's metric (method.quality), 0 for open questions. D
+is the discriminator's score, which is unbounded and has no fixed zero point. A question without teacher responses has
+no discriminator reward; pass zeros as its d_score. c is `kl_in_reward`. If it is above 0, log_ratio is the k1 estimate
+of the KL to the reference: log pi - log ref of the rollout, averaged over its tokens.
 
-Sources: R-MSD (arXiv 2603.11423), reward and its weights; normalising each component first: PRISM (arXiv 2604.28123).
+Sources: R-MSD (arXiv 2603.11423) for the reward and its weights, and PRISM (arXiv 2604.28123) for normalizing each
+component first.
 """
 
 import math
@@ -22,9 +23,15 @@ from .advantages import group_advantages
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """Weights of the four reward components (stated: 0.4 / 0.1 / 0.1 / 0.4; R-MSD, arXiv 2603.11423).
+    """Weights of the four reward components, finite and >= 0.
 
-    alpha: discriminator score. beta: outer format. eta: task format. delta: content. Finite and >= 0.
+    The defaults are stated in R-MSD (arXiv 2603.11423): 0.4 / 0.1 / 0.1 / 0.4.
+
+    Attributes:
+        alpha: weight of the discriminator score.
+        beta: weight of the outer format.
+        eta: weight of the task format.
+        delta: weight of the content.
     """
 
     alpha: float = 0.4
@@ -49,15 +56,18 @@ def composite_reward(
     log_ratio: Tensor | None = None,
     kl_in_reward: float = 0.0,
 ) -> Tensor:
-    """The plain weighted sum of the four components, minus the penalty on the KL.
+    """Return the weighted sum of the four components, minus the KL penalty.
 
     Args:
-        d_score, outer, task, content: [N] or [..., N], all of one shape; bool and integers are accepted.
+        d_score: discriminator scores, [N] or [..., N]. Bool and integer tensors are accepted.
+        outer: outer-format rewards, same shape.
+        task: task-format rewards, same shape.
+        content: content rewards, same shape.
         weights: RewardWeights, or a mapping with exactly the keys alpha, beta, eta, delta.
-        log_ratio: of the same shape; read where kl_in_reward is above 0.
+        log_ratio: k1 estimates, same shape. Read only if kl_in_reward is above 0.
         kl_in_reward: weight of log_ratio.
     Returns:
-        Same shape; d_score's dtype where that is float32 or float64, else float32.
+        Rewards, same shape, in the dtype of d_score if that is float32 or float64, otherwise float32.
     Raises:
         ValueError: shapes differ, or weights are incomplete, unknown or negative.
     """
@@ -77,13 +87,13 @@ def composite_advantages(
     log_ratio: Tensor | None = None,
     kl_in_reward: float = 0.0,
 ) -> Tensor:
-    """Advantages of one group from its reward components.
+    """Return the advantages of one group from its reward components.
 
-    "gn_then_sum": each component becomes group advantages of its own (a constant one becomes zeros), their weighted sum
-    is the advantage; the scale of D then does not matter. "sum_then_gn": group advantages of the weighted sum, the
-    literal reading of the paper. The penalty on the KL counts as one more component.
+    "gn_then_sum" computes group advantages of each component (zeros for a constant component) and returns their
+    weighted sum, so the scale of D does not matter. "sum_then_gn" returns the group advantages of the weighted sum, the
+    literal reading of the paper. The KL penalty counts as one more component.
 
-    Arguments, shapes and errors as composite_reward; ValueError also for another normalization.
+    Arguments, shapes and errors are those of composite_reward. An unknown normalization also raises ValueError.
     """
     components, dtype = _components(d_score, outer, task, content)
     if normalization == "gn_then_sum":
@@ -115,6 +125,6 @@ def _weighted_sum(components: list[Tensor], weights: RewardWeights | Mapping[str
             raise ValueError(f"weights: expected the keys {', '.join(expected)}, got {', '.join(map(str, weights))}")
         weights = RewardWeights(**weights)
     values = (weights.alpha, weights.beta, weights.eta, weights.delta)
-    # A weight of 0 switches its component off, also where that component is not finite.
+    # A weight of 0 switches its component off, even if the component is not finite.
     terms = [value * component for value, component in zip(values, components, strict=True) if value != 0]
     return torch.stack(terms).sum(dim=0) if terms else torch.zeros_like(components[0])

@@ -1,1 +1,1 @@
-"""Students: loading, freezing, forward passes on padded rows, export."""
+"""Students: loading, freezing, forward passes on rows, and export."""

@@ -1,6 +1,7 @@
-"""What a token and an attended pair cost in the decoder: balances micro-batches. `bench/step/flops.py` counts the rest.
+"""FLOPs of a token and of an attended pair in the decoder, used to balance micro-batches.
 
-`config` is a transformers config, or the same as nested dicts.
+`bench/step/flops.py` counts the rest of a step. `config` is a transformers config, or the same settings as nested
+dicts.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from typing import Any
 
 
 def balance_weights(config: Any) -> tuple[int, int]:
-    """(FLOPs per token, FLOPs per attended pair) of the decoder's forward: `weights` of `plan_micro_batches`.
+    """Return (FLOPs per token, FLOPs per attended pair) of the decoder's forward: `weights` of `plan_micro_batches`.
 
-    Counted are the products of matrices, 2 FLOPs per multiply-add: q, k, v, o, gate, up and down per token of a layer;
-    scores and weighted values per attended (query, key) pair. Forward and backward have the same proportion, and so
-    have policy and discriminator. The vision tower is left out: it runs once for the step and not per micro-batch.
+    Only matrix products are counted, with 2 FLOPs per multiply-add: q, k, v, o, gate, up and down per token and layer,
+    and scores and weighted values per attended (query, key) pair and layer. The ratio of the two is the same in forward
+    and backward, and for policy and discriminator. The vision tower is left out, because it runs once per step and not
+    per micro-batch.
 
     Raises:
-        ValueError: a mixture of experts, or a missing size.
+        ValueError: the decoder is a mixture of experts, or a size is missing.
     """
     text = text_sizes(config)
     hidden, heads, layers = text["hidden_size"], text["num_attention_heads"], text["num_hidden_layers"]
@@ -27,7 +29,7 @@ def balance_weights(config: Any) -> tuple[int, int]:
 
 
 def text_sizes(config: Any) -> dict[str, Any]:
-    """Sizes of a dense decoder by their names in the config; `head_dim` is worked out if it is missing."""
+    """Return the sizes of a dense decoder by their names in the config. A missing `head_dim` is computed."""
     text = read_setting(config, "text_config")
     text = config if text is None else text
     if read_setting(text, "num_experts"):
@@ -39,14 +41,14 @@ def text_sizes(config: Any) -> dict[str, Any]:
 
 
 def read_sizes(config: Any, part: str, names: str) -> dict[str, Any]:
-    """Return these settings, names separated by blanks; raises ValueError, naming the part, if one is missing."""
+    """Return the settings in `names`, separated by spaces. Raise ValueError, naming `part`, if one is missing."""
     sizes = {name: read_setting(config, name) for name in names.split()}
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
-        raise ValueError(f"{part}: expected {', '.join(missing)}; FLOPs are known for the Qwen3-VL family only")
+        raise ValueError(f"{part}: expected {', '.join(missing)}; FLOPs are known only for the Qwen3-VL family")
     return sizes
 
 
 def read_setting(config: Any, name: str) -> Any:
-    """Return a setting of a config or a mapping; None if it is missing."""
+    """Return a setting of a config or a mapping, or None if it is missing."""
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

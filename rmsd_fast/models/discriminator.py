@@ -12,16 +12,18 @@ from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidde
 
 
 class Discriminator(nn.Module):
-    """Scores responses: the hidden state OF the last response token (no minus-one shift), times a weight, plus a bias.
+    """Score responses: the hidden state OF the last response token (no minus-one shift), times a weight, plus a bias.
 
-    model: the student it starts from; its language-model head is not used. seed: initialises the value head.
+    Args:
+        model: the student to start from. Its language-model head is not used.
+        seed: seed of the value head's initial weights.
     """
 
     def __init__(self, model: nn.Module, *, seed: int):
         super().__init__()
         self.model = model
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            # An untied head would be trained by nobody and still cost memory and optimiser state.
+            # An untied head would not be trained but would still cost memory and optimizer state.
             model.lm_head = None
         hidden_size = model.config.text_config.hidden_size
         generator = torch.Generator().manual_seed(seed)
@@ -31,7 +33,7 @@ class Discriminator(nn.Module):
         self.value_bias = nn.Parameter(torch.zeros(1, dtype=reference.dtype, device=reference.device))
 
     def forward(self, prompts: list[Prompt], rows: Rows, features: MediaFeatures | None) -> torch.Tensor:
-        """Scores [M] of the responses of the rows, float32. features=None encodes the media here."""
+        """Return the scores of the rows' responses, float32 [M]. features=None encodes the media here."""
         if features is None:
             features = encode_media(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)

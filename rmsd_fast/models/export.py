@@ -1,4 +1,4 @@
-"""Exports: model folders that transformers 4.57 and all later versions read alike, each with a model card.
+"""Exports: model folders that transformers 4.57 and all later versions read identically, each with a model card.
 
 Versions 5 write the files, and 4.57 differs from them in four points (tests/models/test_export_versions.py):
 
@@ -23,7 +23,7 @@ from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
 
-# The rope of the vision tower. Older versions have it built in; 5.17 and later fill it in if config.json has none.
+# The rope settings of the vision tower. Older versions hard-code them; 5.17 and later use them if config.json has none.
 VISION_ROPE = {"rope_theta": 10000.0, "rope_type": "axial"}
 
 
@@ -41,20 +41,20 @@ def export_student(
     same bytes.
 
     Args:
-        student: what to write.
-        folder: where.
+        student: student to write.
+        folder: folder to write to.
         base_model: path or Hub name of the model that training began with, as the user gave it; for the README.
-        stage: stage of training that ends here; for the README.
+        stage: stage of training that produced the student; for the README.
         video: how training read its media; for the README.
     Raises:
         ModelError: the folder holds something that is not an export of a student.
     """
     folder = Path(folder)
-    # A folder with config.json may be the base model, or hold files of the user.
+    # A folder with config.json may be the base model or contain the user's files.
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_export(folder))):
         raise ModelError(
-            f"{folder}: expected no folder, an empty one or an earlier export (by the README.md that exports have), "
-            "got other files; choose another folder"
+            f"{folder}: expected no folder, an empty one or an earlier export (recognized by its README.md), got other "
+            "files; choose another folder"
         )
     with staged_folder(folder, replace=True) as staged:
         fill_export(student, staged, base_model=base_model, stage=stage, video=video)
@@ -63,7 +63,7 @@ def export_student(
 def fill_export(
     student: Student, folder: Path, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None
 ) -> None:
-    """Write the files of `export_student` into an empty folder that is put in its place as a whole later."""
+    """Write the files of `export_student` into an empty folder, which the caller later moves into place."""
     with os_errors_of_safetensors(folder):
         student.model.save_pretrained(folder)
     student.tokenizer.save_pretrained(folder)
@@ -92,7 +92,7 @@ def make_portable(folder: Path, *, eos_id: int) -> None:
 def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     change(settings)
-    # The format of save_pretrained.
+    # Same format as save_pretrained.
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 

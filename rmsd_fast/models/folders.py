@@ -1,4 +1,4 @@
-"""Model folders of the Qwen3-VL family: finding, checking and completing them."""
+"""Model folders of the Qwen3-VL family: find, check and complete them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 from rmsd_fast.files import file_digest
 
 FAMILIES = ("qwen3_vl",)
-# What a folder has to hold; weights as safetensors only, so that nothing is unpickled.
+# Files that are read from a folder. Weights must be safetensors, so that nothing is unpickled.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 MOST_HASHED_AT_ONCE = 4
 
 
 def find_folder(path: str | Path) -> Path | None:
-    """Local folder of a model: the path itself, or the Hub snapshot of that name; None where it is not downloaded yet.
+    """Return the local folder of a model: the path itself or a downloaded Hub snapshot. None if it is not downloaded.
 
     Raises:
-        ModelError: neither a folder nor a name that the Hub could know.
+        ModelError: the path is neither a folder nor a valid Hub name.
     """
     folder = Path(path)
     if os.path.isdir(folder):
@@ -44,7 +44,7 @@ def find_folder(path: str | Path) -> Path | None:
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ModelError(
             f"model.path: expected a model directory or a Hub name such as Qwen/Qwen3-VL-4B-Instruct, got {name!r}, "
-            "which does not exist here"
+            "which does not exist; check the path"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -57,13 +57,13 @@ def find_folder(path: str | Path) -> Path | None:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """Local folder of a model, downloaded from the Hub where it is not here yet.
+    """Return the local folder of a model, downloading it from the Hub if necessary.
 
     Raises:
-        ModelError: there is no such model, or it cannot be downloaded.
+        ModelError: the model does not exist or cannot be downloaded.
     """
     folder = find_folder(path)
-    # A download that was interrupted is continued.
+    # An interrupted download is continued.
     if folder is not None and (Path(path).is_dir() or not missing_weights(folder)):
         return folder
     from huggingface_hub import snapshot_download
@@ -74,34 +74,39 @@ def resolve_folder(path: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES)))
     # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors (FileNotFoundError, ConnectionError).
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        offline = " HF_HUB_OFFLINE is set: unset it to download." if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " unset HF_HUB_OFFLINE to download it;" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
             f"model.path: {name!r} is not a local directory and could not be downloaded from the Hub "
-            f"({first_line(error)}).{offline} Without a network, copy the model here and give its directory"
+            f"({first_line(error)});{offline} without a network, copy the model here and give its directory"
         ) from error
 
 
 def check_family(folder: Path) -> None:
-    """Raise ValueError, naming the family found, unless config.json is that of a supported family."""
+    """Raise ModelError, naming the family, unless config.json describes a supported family."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder}: expected a model directory with config.json, found none; check model.path")
+        raise ModelError(f"{folder}: expected a model directory with config.json, got none; check model.path")
     try:
         family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: not readable as a model configuration ({first_line(error)})") from error
+        raise ModelError(f"{path}: expected a model configuration ({first_line(error)}); restore the file") from error
     if family not in FAMILIES:
         raise ModelError(
             f"{folder}: expected a model of family {' or '.join(FAMILIES)}, got {family!r}; "
-            "give model.path a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
+            "set model.path to a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
         )
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds beside its weights.
+    """The contents of a model folder besides its weights.
 
-    response_opening: what its chat template opens a response with: "", or `<think>` and a line break.
+    Attributes:
+        path: the folder.
+        config: model configuration.
+        tokenizer: tokenizer with chat template and padding token.
+        preprocessor: settings for videos and images.
+        response_opening: text with which the chat template opens a response: "", or `<think>` and a line break.
     """
 
     path: Path
@@ -112,10 +117,11 @@ class ModelFolder:
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Read a model folder and refuse one that a run could not use; of the weights only the headers are read.
+    """Read a model folder and check that a run can use it. Of the weights, only the headers are read.
 
     Raises:
-        ModelError: it is of another family, or lacks something, or its files are damaged or belong to different models.
+        ModelError: the model is of an unsupported family, files are missing or damaged, or they belong to different
+            models.
     """
     check_family(path)
     _check_rope(path)
@@ -123,7 +129,7 @@ def open_folder(path: Path) -> ModelFolder:
     _check_generation(path)
     try:
         config = Qwen3VLConfig.from_pretrained(path, local_files_only=True)
-    # Whatever a value of the wrong type runs into.
+    # A value of the wrong type can raise any exception.
     except Exception as error:
         raise ModelError(
             f"{path / 'config.json'}: expected a configuration of a Qwen3-VL model ({first_line(error)}); restore it"
@@ -134,45 +140,47 @@ def open_folder(path: Path) -> ModelFolder:
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Names of the safetensors files that a model folder should hold and does not."""
+    """Return the names of the safetensors files that are missing from a model folder."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(name for name in names if not (folder / name).is_file())
-    # TypeError: a name that is not text.
+    # TypeError: a name is not a string.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: expected an index of the weights ({first_line(error)}); fetch it again") from error
+        raise ModelError(
+            f"{index}: expected an index of the weights ({first_line(error)}); download it again"
+        ) from error
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise ModelError for weights that are missing or shorter than their header says."""
+    """Raise ModelError if weights are missing or shorter than their headers say."""
     if missing := missing_weights(folder):
-        other = any(folder.glob("*.bin"))
+        only_bin = any(folder.glob("*.bin"))
         raise ModelError(
-            f"{folder}: expected weights in {missing[0]}, found {'only *.bin files' if other else 'no such file'}; "
-            + ("save the model with safe_serialization=True" if other else "fetch or export the model again")
+            f"{folder}: expected weights in {missing[0]}, got {'only *.bin files' if only_bin else 'no such file'}; "
+            + ("save the model with safe_serialization=True" if only_bin else "download or export the model again")
         )
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
-        # safetensors has an exception type of its own, derived from Exception alone.
+        # The exception type of safetensors is derived from Exception directly.
         except Exception as error:
-            raise ModelError(f"{file}: damaged ({first_line(error)}); fetch or export the model again") from error
+            raise ModelError(f"{file}: damaged ({first_line(error)}); download or export the model again") from error
 
 
 def _check_generation(folder: Path) -> None:
-    """Raise ModelError for generation settings that transformers loads with a warning but refuses to save."""
+    """Raise ModelError if transformers would load the generation settings with a warning but refuse to save them."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return
     try:
         GenerationConfig.from_pretrained(folder, local_files_only=True).validate(strict=True)
-    # Damaged files raise whatever a value of the wrong type runs into.
+    # A value of the wrong type can raise any exception.
     except Exception as error:
-        # The first line only says that there are faults. Each fault has its own line, with what to do about it.
+        # The first line only says that there are faults. Each fault has its own line, including advice.
         fault = next((line for line in str(error).splitlines() if line.startswith("- ")), first_line(error))
         raise ModelError(
             f"{path}: expected settings that transformers can save with an export, "
@@ -181,7 +189,7 @@ def _check_generation(folder: Path) -> None:
 
 
 def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preprocessor, tokenizer: Any) -> None:
-    """Raise ModelError where the files of a folder come from different models."""
+    """Raise ModelError if the files of a folder belong to different models."""
     vision = config.vision_config
     for what, expected, got in (
         (
@@ -198,21 +206,22 @@ def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preproce
     ):
         if expected != got:
             raise ModelError(
-                f"{folder}: {what}: {expected} in config.json, {got} in the preprocessor or tokenizer files; "
-                "restore the files of one model"
+                f"{folder}: {what}: expected {expected} as in config.json, got {got} in the preprocessor or tokenizer "
+                "files; restore the files of one model"
             )
     if len(tokenizer) > config.text_config.vocab_size:
         raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}; "
-            "restore the files of one model"
+            f"{folder}: expected at most {config.text_config.vocab_size} tokens in the tokenizer, as in config.json, "
+            f"got {len(tokenizer)}; restore the files of one model"
         )
 
 
 def _check_rope(folder: Path) -> None:
     """Raise ModelError unless config.json gives exactly one rope theta and one set of rope settings for the text model.
 
-    transformers 4.57 spells them `rope_theta` and `rope_scaling`, versions 5 `rope_parameters`. If theta is missing,
-    the versions assume different values (5e6 and 5e5). If the spellings disagree, they follow different ones.
+    transformers 4.57 calls them `rope_theta` and `rope_scaling`, versions 5 call them `rope_parameters`. If theta is
+    missing, the versions assume different values (5e6 and 5e5). If both names are present and disagree, each version
+    reads another one.
     """
     path = folder / "config.json"
     text = json.loads(path.read_text(encoding="utf-8")).get("text_config") or {}
@@ -240,12 +249,10 @@ def _check_rope(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer with chat template and padding token. Raises ValueError naming what is missing."""
-    # Without these files transformers builds a tokenizer that knows no words, and says nothing.
+    """Load a folder's tokenizer with chat template and padding token. Raise ModelError, naming what is missing."""
+    # Without these files, transformers silently builds a tokenizer with an empty vocabulary.
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ModelError(
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, found neither; restore them"
-        )
+        raise ModelError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, got neither; restore them")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # tokenizers raises bare Exception for a damaged tokenizer.json.
@@ -259,10 +266,8 @@ def load_tokenizer(folder: Path) -> Any:
         token for token in (END_TOKEN, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token not in vocabulary
     ]
     if missing:
-        raise ModelError(
-            f"{folder}: the tokenizer lacks {', '.join(missing)}; use the tokenizer of the Qwen3-VL family"
-        )
-    # Processors keep their template in these files; where a tokenizer carries another one, theirs counts.
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use a tokenizer of the Qwen3-VL family")
+    # Processors keep their template in these files. It takes precedence over a template in the tokenizer.
     legacy = folder / "chat_template.json"
     if not (folder / "chat_template.jinja").is_file() and legacy.is_file():
         try:
@@ -281,7 +286,7 @@ def load_tokenizer(folder: Path) -> Any:
 def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
     """Write `video_preprocessor_config.json` and `preprocessor_config.json` in the format of transformers.
 
-    The pixel budgets in them are those of the Qwen3-VL family; a run's own budgets are settings of the run.
+    The files contain the pixel budgets of the Qwen3-VL family. A run's own budgets are settings of the run.
     """
     common = {
         "patch_size": preprocessor.patch_size,
@@ -309,9 +314,9 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """Hash of each file that a student is read from, by name: weights, settings, tokenizer, template, preprocessors.
+    """Return the hash of each file of a student by name: weights, settings, tokenizer, template, preprocessors.
 
-    Several files are hashed at once.
+    Several files are hashed in parallel.
 
     Raises:
         ModelError: a file cannot be read.

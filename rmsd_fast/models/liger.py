@@ -1,7 +1,7 @@
-"""Liger's RMSNorm, RoPE and SwiGLU in one student; its losses are not used, ours are.
+"""Liger's RMSNorm, RoPE and SwiGLU in a single student. Liger's losses are not used, because we have our own.
 
-Applied to the model at hand, never to classes of transformers: `liger_kernel`'s own patch exchanges names in
-transformers' module for every model of the process, and leaves the family's SwiGLU out without a word.
+The kernels are applied to one model, never to classes of transformers. `liger_kernel`'s own patch replaces names in
+transformers' module, which affects every model of the process, and it silently leaves out the family's SwiGLU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as family
 
 from rmsd_fast.config import NotInstalled, SettingsError
 
-# Attention layers, the function of their module that rotates queries and keys, and Liger's one for it.
+# Attention layers, the function of their module that rotates queries and keys, and Liger's replacement for it.
 ROTATIONS = {
     family.Qwen3VLTextAttention: ("apply_rotary_pos_emb", "liger_rotary_pos_emb"),
     family.Qwen3VLVisionAttention: ("apply_rotary_pos_emb_vision", "liger_rotary_pos_emb_vision"),
@@ -26,47 +26,47 @@ ROTATIONS = {
 
 
 def check_liger(setting: str, device: torch.device) -> None:
-    """Raises SettingsError where `model.liger` is "on" and cannot be."""
+    """Raise SettingsError if `model.liger` is "on" but Liger cannot be used."""
     obstacle = _obstacle(device)
     if setting == "on" and obstacle:
-        raise SettingsError(f"model.liger=on: {obstacle}; write model.liger=auto or model.liger=off")
+        raise SettingsError(f"model.liger=on: {obstacle}; set model.liger=auto or model.liger=off")
 
 
 def use_liger(setting: str, device: torch.device) -> bool:
-    """Whether `model.liger` means Liger's kernels here.
+    """Return whether `model.liger` selects Liger's kernels on this device.
 
     Args:
-        setting: "auto", "on" or "off". device: where the student runs.
+        setting: "auto", "on" or "off".
+        device: device of the student.
     Raises:
-        SettingsError: "on" where it cannot be.
+        SettingsError: the setting is "on" but Liger cannot be used.
     """
     check_liger(setting, device)
     return setting != "off" and not _obstacle(device)
 
 
 def describe_liger(setting: str, device: torch.device) -> str:
-    """For the run's log: which kernels the run's students have, or why none."""
+    """Describe for the run's log which of Liger's kernels the students use, or why they use none."""
     if use_liger(setting, device):
         return f"rms_norm, rope, swiglu (liger-kernel {importlib.metadata.version('liger-kernel')})"
     return f"off ({'model.liger=off' if setting == 'off' else _obstacle(device)})"
 
 
 def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
-    """Give the model Liger's kernels; parameters, their names and the state dict stay what they are.
+    """Replace layers of the model by Liger's. Parameters, their names and the state dict do not change.
 
     Returns:
-        How many layers got each kernel.
+        Number of layers with each kernel.
     Raises:
-        RuntimeError: a layer was left without. NotInstalled: this liger-kernel lacks a kernel.
+        RuntimeError: a layer could not be replaced.
+        NotInstalled: the installed liger-kernel lacks a kernel.
     """
     try:
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, rope
 
         rotations = {cls: getattr(rope, name) for cls, (_, name) in ROTATIONS.items()}
     except (ImportError, AttributeError) as error:
-        raise NotInstalled(
-            f"model.liger: {error}; pip install 'liger-kernel>=0.8.5' or write model.liger=off"
-        ) from error
+        raise NotInstalled(f"model.liger: {error}; pip install 'liger-kernel>=0.8.5' or set model.liger=off") from error
     before = _layers(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -83,7 +83,7 @@ def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
     }
     if after != before or not all(after.values()):
         raise RuntimeError(
-            f"model.liger: expected Liger's kernels in {before} layers, they are in {after}; write model.liger=off"
+            f"model.liger: expected Liger's kernels in {before} layers, got {after}; set model.liger=off"
         )
     return after
 
@@ -97,7 +97,7 @@ def _obstacle(device: torch.device) -> str:
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
-    """Layers of the family's own classes that Liger has a kernel for."""
+    """Count the layers of the family's own classes for which Liger has a kernel."""
     kinds = {
         "rms_norm": family.Qwen3VLTextRMSNorm,
         "rope": tuple(ROTATIONS),
@@ -108,7 +108,7 @@ def _layers(model: nn.Module) -> dict[str, int]:
 
 def _norm(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        # "llama": the sum of squares in float32, the weight applied in the input's dtype, as the family does.
+        # "llama" sums squares in float32 and applies the weight in the input's dtype, as the family does.
         norm = cls(layer.weight.shape[0], eps=layer.variance_epsilon, casting_mode="llama")
     norm.weight = layer.weight
     return norm.train(layer.training)
@@ -123,12 +123,12 @@ def _mlp(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
-    """The attention's own forward, looking up another rotation under the name that it calls."""
+    """Return a copy of the attention's forward in which the name of its rotation refers to another function."""
     forward, (name, _) = cls.forward, ROTATIONS[cls]
     if name not in forward.__code__.co_names:
         raise RuntimeError(
             f"model.liger: {cls.__name__}.forward does not call {name} in this version of transformers, so RoPE cannot "
-            "be exchanged; write model.liger=off"
+            "be replaced; set model.liger=off"
         )
     names = {**forward.__globals__, name: rotation}
     copy = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -137,7 +137,7 @@ def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
 
 
 def _rotation(layer: nn.Module) -> Callable | None:
-    """The function that rotates in an attention layer as it is now; None in other layers."""
+    """Return the function that an attention layer currently uses for rotation; None for other layers."""
     if type(layer) not in ROTATIONS:
         return None
     return layer.forward.__func__.__globals__[ROTATIONS[type(layer)][0]]

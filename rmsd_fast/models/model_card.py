@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how to load it, and the form of its prompts."""
+"""The README.md of an export: what the model is, how to load it, and the format of its prompts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rmsd_fast import __version__
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.question_text import ANSWER_FORMAT
 
-# The first version with Qwen3-VL.
+# The first version of transformers with Qwen3-VL.
 OLDEST_TRANSFORMERS = "4.57"
 # The first versions whose processors keep the vision tokens around a whole video and limit the pixels of a frame.
 VIDEO_EDGES, FRAME_CAP = "5.10", "5.16"
 
-# The sentence by which an export is known.
+# The phrase that identifies an export.
 _MADE_BY = "trained and exported by rmsd_fast"
 _CARD = """\
 ---
@@ -27,7 +27,7 @@ A video language model, {made_by} {version} (R-MSD, arXiv 2603.11423).
 {origin}
 ## Load it
 
-Run this in the folder, or replace `"."` by its path. It needs torchvision, and torchcodec for videos.
+Run this in the folder, or replace `"."` with its path. It requires torchvision, and torchcodec for videos.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -47,28 +47,28 @@ ids = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=
 print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-An image is given as `{{"type": "image", "path": "picture.png"}}`. The processor's frame rate and pixel budgets are the
+Pass an image as `{{"type": "image", "path": "picture.png"}}`. The processor's frame rate and pixel budgets are the
 defaults of the family.{video}
 
 ## Versions
 
 - The oldest version of transformers that loads this folder is {oldest}. Weights, tokenizer, chat template and prompts
-  with images are the same in every later version.
+  with images behave the same in every later version.
 - For videos, use {frame_cap} or later. Earlier processors do not limit the pixels of a frame, and those before
-  {video_edges} also leave out the `<|vision_start|>` and `<|vision_end|>` around a whole video. The student was trained
+  {video_edges} also leave out `<|vision_start|>` and `<|vision_end|>` around a whole video. The student was trained
   with both.
-- `config.json` names the rope settings twice: as `rope_parameters`, and as `rope_theta` and `rope_scaling` for versions
-  before 5. Change both or neither.
+- `config.json` contains the rope settings twice: as `rope_parameters`, and as `rope_theta` and `rope_scaling` for
+  versions before 5. If you change them, change both.
 
 ## Prompts
 
-The chat template is that of the base model. The last line of a question names the form of the answer:
+The chat template is that of the base model. The last line of a question states the format of the answer:
 
 | task type | last line |
 |---|---|
 {formats}
 
-The options of a multiple-choice question (`mcq`) stand before it, one per line: `A. text`.
+The options of a multiple-choice question (`mcq`) come before this line, one per line: `A. text`.
 
 ## Sampling
 
@@ -77,7 +77,7 @@ settings in `generation_config.json` apply, which are those of the base model.
 
 ## Licence
 
-That of the base model.
+The licence of the base model applies.
 """
 
 
@@ -86,8 +86,8 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
 
     Args:
         family: `model_type` of the model.
-        base_model: path or Hub name of the model that training began with; left out if empty. Of a path only the last
-            part is named.
+        base_model: path or Hub name of the model that training began with; left out if empty. Of a path, only the last
+            component is shown.
         stage: stage of training; left out if empty.
         video: how training read its media; left out if None.
     """
@@ -109,7 +109,7 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a folder holds a README.md of `model_card`, as every export does."""
+    """Return whether a folder holds a README.md written by `model_card`, as every export does."""
     path = folder / "README.md"
     return path.is_file() and _MADE_BY in path.read_text(encoding="utf-8", errors="replace")
 
@@ -119,7 +119,7 @@ def _video_lines(video: VideoConfig) -> str:
     if video.num_frames is None:
         frames = f"{video.fps:g} frames per second, at least {video.min_frames} and at most {video.max_frames}"
     return (
-        f" In training, media were read like this:\n\n- of a video, {frames};\n"
+        f" In training, media were read as follows:\n\n- videos: {frames};\n"
         f"- {video.min_video_pixels:,} to {video.max_video_pixels:,} pixels per video (all frames together), at most "
         f"{video.max_frame_pixels:,} per frame;\n"
         f"- {video.min_image_pixels:,} to {video.max_image_pixels:,} pixels per image."

@@ -1,4 +1,4 @@
-"""The student as the trainer calls it: rows in, whatever the loss makes of hidden states and head out."""
+"""The student as the trainer calls it: it takes rows and returns the result of a loss on hidden states and head."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Result = TypeVar("Result")
 
 
 class Policy(nn.Module):
-    """Wraps the language model so that body, head and loss run inside one module call.
+    """Wrap the language model so that body, head and loss run inside one module call.
 
-    ZeRO-3 gathers a parameter when its module runs, so a head weight that a fused loss multiplies itself has to be
-    touched inside the engine's forward: hence the loss comes in as `head`.
+    ZeRO-3 gathers a parameter when its module runs. A fused loss multiplies by the head's weight itself, so it must run
+    inside the engine's forward. It is therefore passed in as `head`.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,8 +35,8 @@ class Policy(nn.Module):
     ) -> Result:
         """Apply `head(hidden [S, D], weight [V, D], targets [S])` to the positions that predict a response token.
 
-        S runs over the responses of the rows in order, and over each one's tokens. features=None encodes the media
-        here, with a gradient where the vision tower is trained.
+        The S positions are those of the rows' responses in order. features=None encodes the media here, with a gradient
+        if the vision tower is trained.
         """
         if features is None:
             features = encode_media(self.model, prompts)

@@ -1,9 +1,10 @@
-"""Shared prompts in a transformers model: its decoder layers run on packed rows, no model code copied or patched.
+"""Shared prompts in a transformers model: decoder layers run on packed rows, without copying or patching model code.
 
-A packed row `[P_1 | ... | P_G | R_11 R_12 ... | R_21 ...]` holds every prompt once and all its responses; a response
-sees its prompt and itself. transformers lets an attention be registered by name; ours reads the layout from the keyword
-`shared_prefix=`, which travels through the model's forward to every attention layer. No mask function is registered, so
-that transformers builds no mask. It drops a 2-D mask then, silently: hence the checks here, at the text model's door.
+A packed row `[P_1 | ... | P_G | R_11 R_12 ... | R_21 ...]` holds every prompt once, followed by all responses. A
+response attends to its prompt and itself. transformers allows attention functions to be registered by name. Ours reads
+the layout from the keyword `shared_prefix=`, which the model's forward passes on to every attention layer. No mask
+function is registered, so transformers builds no mask. It then silently drops a 2-D mask, which is why the inputs of
+the text model are checked here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_kernels import SharedPrefixPlan, attention_calls, shared_prefix_attention
 
 SHARED_PREFIX = "rmsd_shared_prefix"
-# Families that were tested against separate rows, each with the language models that were tested. A text model is its
-# own language model.
+# Families that were tested against separate rows, each with its tested language models. A text model is its own
+# language model.
 FAMILIES = {
     "qwen3_vl": ("qwen3_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
@@ -39,9 +40,9 @@ FAMILIES = {
     "olmo2": ("olmo2",),
     "granite": ("granite",),
 }
-# Adapters of peft that were tested. Each changes what a module computes for a token, and nothing else.
+# Tested adapters of peft. Each only changes what a module computes for a token.
 ADAPTERS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "VERA")
-# Rotary scalings whose frequencies follow from the longest row of a batch: packing would change them.
+# Rotary scalings whose frequencies depend on the longest row of a batch, so packing would change them.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _ADVICE = (
     "run rows through run_shared_prefix(model.model, plan, ...), which takes no mask and no cache; "
@@ -50,29 +51,36 @@ _ADVICE = (
 
 
 class AttendsItself(Protocol):
-    """What may stand in place of a plan: an object that holds keys and values of its own, such as a cache for decoding.
-
-    attend: receives the layer's index, query [B, H, L, d], key and value [B, Hkv, L, d] as transformers has them, and
-    the scale of the scores; returns [B, L, H, d].
-    """
+    """An object that can take the place of a plan and holds its own keys and values, such as a cache for decoding."""
 
     def attend(
         self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Return the attention of one layer, [B, L, H, d].
+
+        Args:
+            layer_idx: index of the layer.
+            query: [B, H, L, d], as transformers passes it.
+            key: [B, Hkv, L, d].
+            value: [B, Hkv, L, d].
+            scale: scale of the scores.
+        """
+        ...
 
 
 def enable_shared_prefix(model: nn.Module) -> None:
     """Let the decoder layers attend by a plan, and a vision tower over all frames at once. Idempotent.
 
-    From here on the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting lives
-    in the model's config, which models may share, the checks in the model: enable each of them.
+    Afterwards the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting is stored
+    in the model's config, which several models may share, but the checks are stored in the model. Enable every model
+    separately.
 
     Args:
-        model: a transformers model of one of `FAMILIES`, or a module that wraps one. With peft, pass peft's model and
-            enable it after its adapters were added: adapters are checked here.
+        model: a transformers model of one of `FAMILIES`, or a module that wraps one. With peft, pass peft's model after
+            adding its adapters, because adapters are checked here.
     Raises:
-        ModelError: another family, layers or adapters that the op cannot serve, or a model that did not take the
-            setting. The message names which and why; the model is as it was.
+        ModelError: the family, a layer or an adapter is not supported, or the model did not accept the setting. The
+            message names the reason, and the model is unchanged.
     """
     reason = _adapter_reason(model)
     model = _transformers_model(model)
@@ -83,7 +91,7 @@ def enable_shared_prefix(model: nn.Module) -> None:
     reason = unsupported(model)
     if reason:
         raise ModelError(
-            f"{model.config.model_type}: cannot share prompts, {reason}; use a model of a family that can: "
+            f"{model.config.model_type}: cannot share prompts, {reason}; use a model of a supported family: "
             f"{', '.join(FAMILIES)}"
         )
     text, before = _text_model(model), _attention(model)
@@ -95,34 +103,34 @@ def enable_shared_prefix(model: nn.Module) -> None:
         got = f"{sorted(map(str, in_layers))} in the decoder layers, {_attention(model)} in the config"
         model.set_attn_implementation(before)
         raise ModelError(
-            f"{model.config.model_type}: asked for attention {wanted}, found {got}: {type(model).__name__} does not "
-            "take it; use the class of transformers for this family, and leave whole attention modules out of peft's "
+            f"{model.config.model_type}: expected attention {wanted}, got {got}: {type(model).__name__} does not "
+            "accept it; use the class of transformers for this family, and leave whole attention modules out of peft's "
             "modules_to_save"
         )
     if before[_text_part(model)] != SHARED_PREFIX:
         text.attention_before_shared_prefix = before
     if not _checks_inputs(model):
-        # Stays when disabled: then it refuses a plan, which the model's own attention would ignore.
+        # The hook stays when sharing is disabled. It then refuses a plan, which the model's own attention would ignore.
         text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 
 def disable_shared_prefix(model: nn.Module) -> None:
-    """Bring back the attention, of text and vision, that the model had before it was enabled.
+    """Restore the attention of text and vision that the model had before sharing was enabled.
 
     Raises:
-        ModelError: the setting came from elsewhere, a model that shares the config or `set_attn_implementation`, so
-            that what was there before is not known here.
+        ModelError: sharing was enabled on another model with the same config or by `set_attn_implementation`, so the
+            former attention is unknown.
     """
     model = _transformers_model(model)
     if not is_shared_prefix(model):
         return
     text = _text_model(model)
     before = getattr(text, "attention_before_shared_prefix", None)
-    # A language model and the whole model that holds it have other parts, but the same text model.
+    # A language model and the whole model around it have different parts but the same text model.
     if before is None or before.keys() != _attention(model).keys():
         raise ModelError(
-            f"{model.config.model_type}: shared prompts were not switched on here, but on another model built on the "
-            "same config or by set_attn_implementation; switch them off there"
+            f"{model.config.model_type}: shared prompts were not enabled on this model, but on another model with the "
+            "same config or by set_attn_implementation; disable them there"
         )
     model.set_attn_implementation(before)
     del text.attention_before_shared_prefix
@@ -130,7 +138,7 @@ def disable_shared_prefix(model: nn.Module) -> None:
 
 @contextmanager
 def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
-    """Shared prompts enabled inside, as before outside."""
+    """Enable shared prompts inside the context, and restore the former attention afterwards."""
     before = is_shared_prefix(model)
     enable_shared_prefix(model)
     try:
@@ -141,25 +149,25 @@ def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
 
 
 def is_shared_prefix(model: nn.Module) -> bool:
-    """Whether the model's decoder layers attend by a plan."""
+    """Return whether the model's decoder layers attend by a plan."""
     return _transformers_model(model).config.get_text_config()._attn_implementation == SHARED_PREFIX
 
 
 def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, **inputs: Any) -> torch.Tensor:
-    """Hidden states after the final norm, of a packed row [1, T, D] or of what a cache decodes [B, L, D].
+    """Return the hidden states after the final norm: [1, T, D] of a packed row, or [B, L, D] when a cache decodes.
 
     Args:
         body: the model without its head, `model.model`; with peft, `model.get_base_model().model`.
-        plan: the row's layout, on the row's device; or an object that attends itself.
-        inputs: what `body` takes: `input_ids` [1, T], `position_ids` ([3, 1, T] where positions have three rows, else
-            [1, T], see `count_positions`), pixels, or features as
-            `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which need transformers 5.18; before
-            it, they can only be embedded outside, for a text model as `body`, as it is done for Qwen3-VL students.
+        plan: the row's layout, on the row's device, or an object with an `attend` method.
+        inputs: inputs of `body`: `input_ids` [1, T], `position_ids` ([3, 1, T] if positions have three rows, otherwise
+            [1, T], see `count_positions`), and pixels or features. Features are passed as
+            `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which requires transformers 5.18. With
+            earlier versions, embed them yourself and pass a text model as `body`, as the Qwen3-VL students do.
     Raises:
         RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
             transformers would drop `mm_encoder_outputs`.
-        ValueError: a mask, a cache, no positions, rows that do not fit the plan, features in another form, or a model
-            with its head.
+        ValueError: a mask or a cache was passed, positions are missing, rows do not fit the plan, features have another
+            format, or the model has its head.
     """
     if not isinstance(plan, SharedPrefixPlan) and not hasattr(plan, "attend"):
         raise ValueError(f"plan: expected a SharedPrefixPlan, got {type(plan).__name__}; see its from_lengths")
@@ -173,12 +181,12 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     config = body.config.get_text_config()
     if config._attn_implementation != SHARED_PREFIX:
         raise RuntimeError(
-            f"{config.model_type}: a plan for shared prompts, but attention is {config._attn_implementation}, which "
+            f"{config.model_type}: expected attention {SHARED_PREFIX}, got {config._attn_implementation}, which "
             "ignores plans; call enable_shared_prefix(model) first"
         )
     if not _checks_inputs(body):
         raise RuntimeError(
-            f"{config.model_type}: shared prompts were switched on elsewhere, and this model was never checked; call "
+            f"{config.model_type}: shared prompts were enabled elsewhere, and this model was never checked; call "
             "enable_shared_prefix(model) first"
         )
     _refuse_mask_and_cache(type(body).__name__, inputs)
@@ -186,7 +194,7 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
         raise ValueError(f"{type(body).__name__}: shared-prompt attention cannot take use_cache; {_ADVICE}")
     if inputs.get("adapter_names") is not None:
         raise ValueError(
-            f"{type(body).__name__}: adapter_names is read by peft's wrapper alone; call model.set_adapter(name) before"
+            f"{type(body).__name__}: adapter_names is read only by peft's wrapper; call model.set_adapter(name) instead"
         )
     _check_rows(plan, inputs)
     if inputs.get("mm_encoder_outputs") is not None:
@@ -204,9 +212,9 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
 
 
 def count_positions(plan: SharedPrefixPlan) -> torch.Tensor:
-    """Return the positions [1, T] of a packed row of text: each response counts on from its prompt.
+    """Return the positions of a packed row of text, int64 [1, T]: each response continues from its prompt.
 
-    Int64, on the plan's device. For models whose positions have three rows (Qwen-VL), take get_rope_index instead.
+    The positions are on the plan's device. For models whose positions have three rows (Qwen-VL), use get_rope_index.
     """
     parts = [torch.arange(prompt) for prompt in plan.prefix_lengths]
     for prompt, group in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
@@ -215,28 +223,28 @@ def count_positions(plan: SharedPrefixPlan) -> torch.Tensor:
 
 
 def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) -> None:
-    """One position per token, and the plan's tokens where there is a plan."""
+    """Check that there is one position per token, and that a plan has the row's number of tokens."""
     tokens = plan.tokens if isinstance(plan, SharedPrefixPlan) else None
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
     if tokens is not None and ids is not None and tuple(ids.shape) != (1, tokens):
         raise ValueError(f"input_ids: expected [1, {tokens}], the plan's tokens in one row, got {list(ids.shape)}")
     if positions is None or positions.dim() < 2 or tokens not in (None, positions.shape[-1]):
-        # Without them transformers counts through the row as if it were one text.
+        # Without positions, transformers would number the row as if it were one text.
         raise ValueError(
-            f"position_ids: expected those of {tokens or 'all'} tokens, [1, T] or [3, 1, T], each response counted on "
-            f"from its prompt, got {'none' if positions is None else list(positions.shape)}"
+            f"position_ids: expected positions of {tokens or 'all'} tokens, [1, T] or [3, 1, T], in which each "
+            f"response continues from its prompt, got {'none' if positions is None else list(positions.shape)}"
         )
 
 
 def _check_features(body: nn.Module, features: Any) -> None:
-    """Features that transformers would leave aside without a word: the model would see no video."""
+    """Refuse features that transformers would silently ignore, so that the model would see no video."""
     forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
     if "mm_encoder_outputs" not in forward.parameters:
         raise RuntimeError(
             f"{body.config.model_type}: {type(body).__name__} of transformers {transformers.__version__} ignores "
             "mm_encoder_outputs, so the model would see no video; pass a vision-language model, with transformers>=5.18"
         )
-    # A model's output is a mapping too, of other names.
+    # A model's output is also a mapping, but with other keys.
     if type(features) is not dict or not features or features.keys() - {"image", "video"}:
         got = list(features) if isinstance(features, dict) else type(features).__name__
         raise ValueError(
@@ -246,7 +254,7 @@ def _check_features(body: nn.Module, features: Any) -> None:
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """Why the model's layers cannot work on packed rows; None where they can. Reads its config and its modules."""
+    """Return why the model's layers cannot work on packed rows, or None. Only config and modules are inspected."""
     config = model.config
     text_config = config.get_text_config()
     text = next((part for part in model.modules() if _is_text_model(part, text_config)), None)
@@ -264,9 +272,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
 
 def _config_reason(config: Any, text_config: Any) -> str | None:
     layer_types = getattr(text_config, "layer_types", None) or []
-    others = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
-    if others:
-        return f"since it has layers of other kinds than attention to all tokens ({', '.join(others)})"
+    other_kinds = sorted({kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")})
+    if other_kinds:
+        return f"since it has layers other than attention to all tokens ({', '.join(other_kinds)})"
     window = getattr(text_config, "use_sliding_window", getattr(text_config, "sliding_window", None))
     if "sliding_attention" in layer_types or (window and not layer_types):
         return "since it has sliding-window layers"
@@ -286,14 +294,14 @@ def _config_reason(config: Any, text_config: Any) -> str | None:
 
 
 def _adapter_reason(model: nn.Module) -> str | None:
-    """Why peft's adapters cannot work on packed rows; None where they can. Reads the configs that peft keeps."""
+    """Return why peft's adapters cannot work on packed rows, or None. Only the configs that peft keeps are read."""
     for part in model.modules():
-        # PeftModel has them, and every model whose layers were given adapters.
+        # PeftModel has this attribute, and so does every model with adapters in its layers.
         for name, adapter in (getattr(part, "peft_config", None) or {}).items():
             kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
             if getattr(adapter, "is_prompt_learning", False):
                 return (
-                    f"since the adapter {name!r} ({kind}) puts learned tokens before a prompt, outside of the layers; "
+                    f"since the adapter {name!r} ({kind}) puts learned tokens before a prompt, outside the layers; "
                     "use an adapter on the layers, such as LoRA"
                 )
             if getattr(adapter, "alora_invocation_tokens", None):
@@ -333,17 +341,17 @@ def _shared_prefix_forward(
     shared_prefix: SharedPrefixPlan | AttendsItself | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One layer's attention, as transformers calls it: [B, H, L, d] in, [B, L, H, d] out."""
+    """Compute one layer's attention with the signature of transformers: [B, H, L, d] in, [B, L, H, d] out."""
     what = _refused(attention_mask, dropout, kwargs)
     if what:
         raise ValueError(f"{type(module).__name__}: shared-prompt attention cannot take {what}; {_ADVICE}")
     if shared_prefix is None:
-        raise RuntimeError(f"{type(module).__name__}: shared-prompt attention without a plan; {_ADVICE}")
+        raise RuntimeError(f"{type(module).__name__}: shared-prompt attention expected a plan, got none; {_ADVICE}")
     if not isinstance(shared_prefix, SharedPrefixPlan):
         return shared_prefix.attend(module.layer_idx, query, key, value, scaling), None
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"{type(module).__name__}: a plan describes one packed row without a cache, got query "
+            f"{type(module).__name__}: expected one packed row without a cache, as in the plan, got query "
             f"{list(query.shape)} and key {list(key.shape)}; {_ADVICE}"
         )
     rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
@@ -366,24 +374,24 @@ def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str
 
 
 def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what never reaches attention: a 2-D mask, a cache given or made on the way, a plan that nobody reads."""
+    """Refuse inputs that would never reach attention: a 2-D mask, a cache, or a plan that the attention ignores."""
     plan = kwargs.get("shared_prefix")
     name = type(text).__name__
     if text.config._attn_implementation != SHARED_PREFIX:
         if plan is not None:
             raise RuntimeError(
-                f"{name}: a plan for shared prompts, but attention is {text.config._attn_implementation}, which "
-                "ignores plans; call enable_shared_prefix(model) first"
+                f"{name}: expected attention {SHARED_PREFIX}, got {text.config._attn_implementation}, which ignores "
+                "plans; call enable_shared_prefix(model) first"
             )
         return
     if plan is None:
-        raise RuntimeError(f"{name}: shared-prompt attention without a plan; {_ADVICE}")
+        raise RuntimeError(f"{name}: shared-prompt attention expected a plan, got none; {_ADVICE}")
     if len(args) > 1:
         raise ValueError(
-            f"{name}: expected keywords behind the first input, got {len(args)} inputs by place; {_ADVICE}"
+            f"{name}: expected keyword arguments after the first input, got {len(args)} positional ones; {_ADVICE}"
         )
     _refuse_mask_and_cache(name, kwargs)
-    # Left out, or None, it is the config's, which makes a cache.
+    # If use_cache is missing or None, transformers uses the config's value, which creates a cache.
     if kwargs.get("use_cache") is not False:
         raise ValueError(f"{name}: expected use_cache=False, got {kwargs.get('use_cache')}; {_ADVICE}")
 
@@ -395,7 +403,7 @@ def _refuse_mask_and_cache(name: str, inputs: dict[str, Any]) -> None:
 
 
 class _CountedCache:
-    """Counts the layers that attend through an object."""
+    """Count the layers that attend through an object."""
 
     def __init__(self, cache: AttendsItself):
         self.cache = cache
@@ -412,7 +420,7 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             return part
-    raise ModelError(f"{type(model).__name__}: expected a transformers model, or a module that holds one")
+    raise ModelError(f"{type(model).__name__}: expected a transformers model, or a module that contains one")
 
 
 def _is_text_model(part: nn.Module, text_config: Any) -> bool:
@@ -424,17 +432,17 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _checks_inputs(model: nn.Module) -> bool:
-    """Whether the model carries the hook, hence was found fit by `unsupported`."""
+    """Return whether the model has the hook, which means that `unsupported` has accepted it."""
     return any(_check_inputs in part._forward_pre_hooks.values() for part in model.modules())
 
 
 def _text_part(model: PreTrainedModel) -> str:
-    """What set_attn_implementation calls the text model: a part of its config, or "" for a model of text alone."""
+    """Return set_attn_implementation's name of the text model: a part of the config, or "" for a text-only model."""
     return "" if model.config.get_text_config() is model.config else "text_config"
 
 
 def _attention(model: PreTrainedModel) -> dict[str, str]:
-    """The attention of text and vision, as set_attn_implementation takes it."""
+    """Return the attention of text and vision in the format of set_attn_implementation."""
     if not _text_part(model):
         return {"": model.config._attn_implementation}
     return {name: getattr(model.config, name)._attn_implementation for name in ("text_config", "vision_config")}

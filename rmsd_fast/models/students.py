@@ -1,4 +1,4 @@
-"""The student: a model of the Qwen3-VL family with its tokenizer and preprocessor; its forward passes on rows."""
+"""The student: a model of the Qwen3-VL family with its tokenizer and preprocessor, and its forward passes on rows."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Student:
 
 @dataclass
 class MediaFeatures:
-    """Vision features of a list of prompts, one vision call for all.
+    """Vision features of a list of prompts.
 
-    Fields:
-        pooled: one tensor [tokens, D] per medium, in the order of the prompts and of the media in each.
-        deepstack: per deepstack layer, the same list.
-        kinds: "video" or "image" per medium.
-        counts: media of each prompt.
+    Attributes:
+        pooled: one tensor [tokens, D] per medium, in the order of the prompts and of the media in each prompt.
+        deepstack: the same list for each deepstack layer.
+        kinds: "video" or "image" for each medium.
+        counts: number of media of each prompt.
     """
 
     pooled: list[torch.Tensor]
@@ -63,13 +63,13 @@ class MediaFeatures:
     counts: list[int]
 
     def detach(self) -> MediaFeatures:
-        """The same features without their graph."""
+        """Return the same features without their graph."""
         pooled = [feature.detach() for feature in self.pooled]
         deepstack = [[feature.detach() for feature in layer] for layer in self.deepstack]
         return MediaFeatures(pooled, deepstack, self.kinds, self.counts)
 
     def select(self, prompts: Iterable[int]) -> MediaFeatures:
-        """Features of some of the prompts, in the order given."""
+        """Return the features of the given prompts, in the given order."""
         prompts = list(prompts)
         media = [medium for prompt in prompts for medium in self.media_of(prompt)]
         return MediaFeatures(
@@ -80,7 +80,7 @@ class MediaFeatures:
         )
 
     def media_of(self, prompt: int) -> range:
-        """Indices of a prompt's media in `pooled`."""
+        """Return the indices of a prompt's media in `pooled`."""
         start = sum(self.counts[:prompt])
         return range(start, start + self.counts[prompt])
 
@@ -89,12 +89,12 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     """Load a student with its tokenizer and preprocessor.
 
     Args:
-        path: local directory, or name of a model on the hub.
+        path: local folder, or name of a model on the Hub.
         dtype: "float32" or "bfloat16".
         attn_implementation: attention of transformers: "sdpa", "eager" or "flash_attention_2".
-        liger: with Liger's RMSNorm, RoPE and SwiGLU, for CUDA.
+        liger: whether to use Liger's RMSNorm, RoPE and SwiGLU, which require CUDA.
     Raises:
-        ValueError: no such model, a model of another family, or a folder that lacks something; says what to do.
+        ModelError: the model does not exist or is of an unsupported family, or files are missing or damaged.
         NotInstalled: the attention implementation, or liger-kernel, is not installed.
     """
     if dtype not in DTYPES:
@@ -112,19 +112,19 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
         )
     except ImportError as error:
         raise NotInstalled(
-            f"model.attention={attn_implementation!r} is not available here ({error}); use model.attention=sdpa"
+            f"model.attention: {attn_implementation!r} is not available here ({error}); set model.attention=sdpa"
         ) from error
-    # safetensors reports damaged files with an exception type of its own, derived from Exception alone.
+    # The exception type of safetensors is derived from Exception directly.
     except Exception as error:
         raise ModelError(
-            f"{folder}: the weights cannot be loaded ({first_line(error)}); "
-            "expected *.safetensors that fit config.json: fetch or export the model again"
+            f"{folder}: expected *.safetensors that match config.json, but the weights cannot be loaded "
+            f"({first_line(error)}); download or export the model again"
         ) from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
         raise ModelError(
-            f"{folder}: {len(names)} weights are missing or of another shape, the first is {names[0]}; "
-            "fetch or export the model again"
+            f"{folder}: {len(names)} weights are missing or have a different shape (first: {names[0]}); "
+            "download or export the model again"
         )
     if liger:
         apply_liger(model)
@@ -132,7 +132,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
 
 
 def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> None:
-    """Train the language model, and vision tower, merger and deepstack mergers only if asked."""
+    """Make the language model trainable, and the vision tower with its mergers only if train_vision is set."""
     model.requires_grad_(True)
     model.model.visual.requires_grad_(train_vision)
 
@@ -145,16 +145,21 @@ def encode_media(
     tokens_per_call: int | None = None,
     cache: ByteLru[list[torch.Tensor]] | None = None,
 ) -> MediaFeatures:
-    """Vision features of all media of the prompts, in one call of the vision tower.
+    """Return the vision features of all media of the prompts, by default from one call of the vision tower.
 
-    The features carry a graph where the vision tower is trainable. distinct=False encodes equal media as often as they
-    come, as trainers do that know samples and no groups; for comparison. tokens_per_call: several calls of the tower,
-    each of at most so many tokens or one medium; not within an engine's forward, where ranks must make equally many.
-    cache: features by `Frames.key`, in host memory, for a tower that does not change. Each medium then has a call of
-    its own, so that its features do not depend on which others were found.
+    The features carry a graph if the vision tower is trainable.
 
+    Args:
+        model: the student's model.
+        prompts: prompts whose media are encoded.
+        distinct: whether to encode equal media only once. False is for comparison with trainers that process samples
+            without groups.
+        tokens_per_call: if set, split the media over several calls, each of at most this many vision tokens or one
+            medium. Do not set it inside an engine's forward, where all ranks must make the same number of calls.
+        cache: features by `Frames.key` in host memory, for a tower that does not change. Each medium is then encoded in
+            its own call, so that its features do not depend on which others were cached.
     Raises:
-        RuntimeError: the tower gave another number of features than a prompt has places for.
+        RuntimeError: the number of features of a prompt differs from its number of placeholders.
     """
     media = [frames for prompt in prompts for frames in prompt.media]
     counts = [len(prompt.media) for prompt in prompts]
@@ -166,8 +171,8 @@ def encode_media(
     if cache is None:
         layers = _encode(model, media, tokens_per_call)
     else:
-        each = [_encode_cached(model, frames, cache) for frames in media]
-        layers = [[of_medium[layer] for of_medium in each] for layer in range(len(each[0]))]
+        encoded_media = [_encode_cached(model, frames, cache) for frames in media]
+        layers = [[of_medium[layer] for of_medium in encoded_media] for layer in range(len(encoded_media[0]))]
     layers = [[layer[index] for index in index_of] for layer in layers]
     for features in layers:
         _check_places(prompts, features)
@@ -177,14 +182,14 @@ def encode_media(
 def _encode(
     model: Qwen3VLForConditionalGeneration, media: list[Frames], tokens_per_call: int | None
 ) -> list[list[torch.Tensor]]:
-    """Pooled features of each medium, then those of each deepstack layer."""
+    """Return the pooled features of each medium, followed by the features of each deepstack layer."""
     layers: list[list[torch.Tensor]] = [[] for _ in range(1 + len(model.config.vision_config.deepstack_visual_indexes))]
     for part in _parts_of(media, tokens_per_call):
         encoded = _run_tower(model, part)
         layers[0] += encoded.pooler_output
         sizes = [len(pooled) for pooled in encoded.pooler_output]
         for layer, features in zip(layers[1:], encoded.deepstack_features, strict=True):
-            # Until transformers 5.17 the tower's own tensors came through, of all media together.
+            # Up to transformers 5.17, the tower returns one tensor for all media.
             layer += features.split(sizes) if isinstance(features, torch.Tensor) else features
     return layers
 
@@ -192,7 +197,7 @@ def _encode(
 def _encode_cached(
     model: Qwen3VLForConditionalGeneration, frames: Frames, cache: ByteLru[list[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """Features of one medium, layer by layer; kept in host memory, pinned where the model is on a GPU."""
+    """Return the features of one medium, layer by layer, cached in host memory (pinned if the model is on a GPU)."""
     device = model.model.visual.device
     cached = cache.get(frames.key) if frames.key else None
     if cached is not None:
@@ -207,7 +212,7 @@ def _encode_cached(
 
 def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
     visual = model.model.visual
-    # Pixels stay uint8 until they are on the device: a quarter of the bytes. Pinned ones are copied without waiting.
+    # Pixels stay uint8 until they are on the device, a quarter of the bytes. Pinned pixels are copied asynchronously.
     patches = []
     for frames in media:
         pixels = frames.pixels.to(visual.device, non_blocking=True)
@@ -216,12 +221,12 @@ def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
             pixels.record_stream(torch.cuda.current_stream(pixels.device))
         patches.append(video_patches(pixels, frames.preprocessor, dtype=visual.dtype))
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
-    # Images and videos take the same way through the tower, so one call serves both.
+    # The tower processes images and videos in the same way, so one call serves both.
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 
 def _parts_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]]:
-    """The media in order, in parts of at most so many vision tokens, or of one medium."""
+    """Split the media, in order, into parts of at most `most_tokens` vision tokens or one medium."""
     parts: list[list[Frames]] = []
     tokens = 0
     for frames in media:
@@ -235,39 +240,39 @@ def _parts_of(media: list[Frames], most_tokens: int | None) -> list[list[Frames]
 
 
 def _check_places(prompts: list[Prompt], features: list[torch.Tensor]) -> None:
-    """Raise RuntimeError where features would be put into other places than their own."""
+    """Raise RuntimeError if the number of features of a prompt differs from its number of placeholders."""
     lengths = iter([len(feature) for feature in features])
     for prompt in prompts:
         places, encoded = int((prompt.mm_token_type_ids != 0).sum()), sum(next(lengths) for _ in prompt.media)
         if places != encoded:
             raise RuntimeError(
-                f"question {prompt.question.id!r}: the vision tower gave {encoded} features for {places} places in the "
-                "prompt; the folder's config.json and preprocessor files belong to different models"
+                f"question {prompt.question.id!r}: expected {places} features for the placeholders of the prompt, got "
+                f"{encoded} from the vision tower; restore config.json and preprocessor files of one model"
             )
 
 
 def _distinct_media(media: list[Frames]) -> tuple[list[Frames], list[int]]:
-    """The media without repetitions, and the index of each in them: several questions are asked of one video."""
+    """Return the distinct media and the index of each medium in them. Several questions often share a video."""
     distinct, index_of = [], []
     candidates: dict[tuple, list[int]] = {}
     for frames in media:
-        alike = candidates.setdefault(_sample(frames), [])
-        index = next((index for index in alike if _same(distinct[index], frames)), None)
+        same_sample = candidates.setdefault(_sample(frames), [])
+        index = next((index for index in same_sample if _same(distinct[index], frames)), None)
         if index is None:
             index = len(distinct)
             distinct.append(frames)
-            alike.append(index)
+            same_sample.append(index)
         index_of.append(index)
     return distinct, index_of
 
 
 def _same(a: Frames, b: Frames) -> bool:
-    # A key stands for all that determines the pixels.
+    # A key identifies everything that determines the pixels.
     return bool(a.key and a.key == b.key) or torch.equal(a.pixels, b.pixels)
 
 
 def _sample(frames: Frames) -> tuple:
-    """Key or some pixels: media that differ hardly ever agree in them, so whole videos are seldom compared."""
+    """Return a key or some pixels. Different media rarely agree in them, so whole videos are rarely compared."""
     if frames.key:
         return frames.grid_thw, frames.key
     pixels = frames.pixels.flatten()
@@ -281,15 +286,17 @@ def embed(
     order: list[int],
     places: torch.Tensor,
 ) -> dict[str, torch.Tensor | list[torch.Tensor] | None]:
-    """Arguments of `model.model.language_model` in place of `input_ids`: embeddings with the features in their places.
+    """Return arguments for `model.model.language_model` instead of `input_ids`: embeddings that include the features.
 
-    The whole model takes features only since transformers 5.18, and ignores them before; its language model always did.
+    The whole model accepts features only since transformers 5.18 and ignores them before. Its language model has always
+    accepted them.
 
     Args:
-        input_ids: int64 [B, L].
-        features: of a list of prompts.
-        order: the prompts of that list whose placeholders stand in `input_ids`, from row to row and left to right.
-        places: int64 [vision tokens], these placeholders in `input_ids.flatten()`, on its device.
+        model: the student's model.
+        input_ids: token ids with placeholders, int64 [B, L].
+        features: vision features of a list of prompts.
+        order: indices of the prompts whose placeholders are in `input_ids`, row by row and from left to right.
+        places: positions of these placeholders in `input_ids.flatten()`, int64 [vision tokens], on its device.
     """
     embeddings = model.get_input_embeddings()(input_ids)
     media = [medium for index in order for medium in features.media_of(index)]
@@ -305,13 +312,13 @@ def embed(
 
 
 def add_deepstack_by_index(language_model: nn.Module) -> None:
-    """Let a language model add deepstack features at an index [vision tokens] in place of a mask [B, L].
+    """Let a language model add deepstack features at indices [vision tokens] instead of a mask [B, L].
 
-    transformers indexes by the mask twice per layer, and each time the host waits for the device to count it. A mask,
-    which the whole model of transformers makes, is still understood.
+    transformers indexes by the mask twice per layer, and each time the host waits until the device has counted it. A
+    mask, as made by the whole model of transformers, is still accepted.
 
     Raises:
-        NotInstalled: a version of transformers that adds them by another method.
+        NotInstalled: this version of transformers adds the features with another method.
     """
     if not hasattr(language_model, "_deepstack_process"):
         raise NotInstalled(
@@ -322,9 +329,10 @@ def add_deepstack_by_index(language_model: nn.Module) -> None:
 
 
 def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Hidden states [B, L, D] of a decoder layer with features [vision tokens, D] added at their places, in place.
+    """Add features [vision tokens, D] to the hidden states [B, L, D] of a decoder layer, in place.
 
-    A layer ends with the sum of its residual and its MLP, whose backward does not read it.
+    In-place is safe, because a layer ends with the sum of its residual and its MLP, whose backward does not read the
+    result.
     """
     if places.dtype == torch.bool:
         places = places.flatten().nonzero()[:, 0]
@@ -334,15 +342,16 @@ def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Te
 
 
 def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features: MediaFeatures) -> torch.Tensor:
-    """Hidden states after the final norm, [B, L, D]; those on padding mean nothing.
+    """Return the hidden states after the final norm, [B, L, D]. They are undefined at padding.
 
-    Gradients flow into the features, from every row that carries them.
+    Gradients flow into the features from every row that contains them.
 
     Raises:
-        RuntimeError: packed rows for a model without shared-prefix attention, or padded rows for one with it.
+        RuntimeError: the rows are packed and the model has no shared-prefix attention, or the rows are padded and it
+            has.
     """
     if rows.plan is None and is_shared_prefix(model):
-        raise RuntimeError("padded rows need the model's own attention; call disable_shared_prefix(model) first")
+        raise RuntimeError("padded rows require the model's own attention; call disable_shared_prefix(model) first")
     inputs = embed(model, rows.input_ids, features, rows.media_order, rows.media_places)
     language_model = model.model.language_model
     if rows.plan is not None:

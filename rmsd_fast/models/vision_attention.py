@@ -1,9 +1,9 @@
 """Vision attention of the Qwen towers in a few calls instead of one call per frame.
 
-A tower of Qwen2.5-VL or Qwen3-VL lets every frame (or window) see itself only. Without flash-attn, transformers splits
-the patches by `cu_seqlens` and calls attention once per frame. Here it is one `scaled_dot_product_attention` on
-[F, H, L, d] per frame size, or one `varlen_attn` on CUDA in half precision; the numbers are those of the loop.
-transformers hands `cu_seqlens` over where the implementation's name contains "flash", hence ours.
+In a tower of Qwen2.5-VL or Qwen3-VL, every frame (or window) attends only to itself. Without flash-attn, transformers
+splits the patches by `cu_seqlens` and calls attention once per frame. This module calls `scaled_dot_product_attention`
+on [F, H, L, d] once per frame size, or `varlen_attn` once on CUDA in half precision. The results are those of the loop.
+The name of our implementation contains "flash" because transformers passes `cu_seqlens` only to such implementations.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 FRAMES = "rmsd_flash_frames"
-# Families whose vision tower attends within frames and passes `cu_seqlens`; the towers of others are batched already.
+# Families whose vision tower attends within frames and passes `cu_seqlens`. Other towers are already batched.
 FRAME_FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 def vision_implementation(model: PreTrainedModel) -> str | None:
-    """Name of the attention that suits the model's vision tower; None where it had better be left as it is.
+    """Return the name of the best attention for the model's vision tower, or None if it should not be changed.
 
-    flash-attn 2 where it is installed and the weights are on CUDA in half precision, else ours. A tower that already
-    runs on some flash attention, and the towers of other families than Qwen2.5-VL and Qwen3-VL, are left alone.
+    This is flash-attn 2 if it is installed and the weights are on CUDA in half precision, otherwise ours. A tower that
+    already uses a flash attention, and towers of families other than Qwen2.5-VL and Qwen3-VL, are not changed.
     """
     config = model.config
     if config.model_type not in FRAME_FAMILIES or "flash" in (config.vision_config._attn_implementation or ""):
@@ -44,19 +44,22 @@ def frame_attention(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention in which every frame sees all of itself and nothing else. Differentiable.
+    """Compute attention in which every frame attends to all of itself and nothing else. Differentiable.
 
     Args:
-        query, key, value: patches of all frames one after the other, [S, H, d]; S may be 0.
-        cu_seqlens: where frames start, and S at the end, int32 [F + 1]. Its values are read on the host (a device sync
-            on CUDA) only where `varlen_attn` does not serve: fp32 or fp64, a head size that is no multiple of 8 or
-            above 256, or a scale other than 1 / sqrt(d).
-        max_seqlen: patches of the largest frame. A tensor is read on the host.
+        query: patches of all frames, one frame after the other, [S, H, d]. S may be 0.
+        key: same layout.
+        value: same layout.
+        cu_seqlens: starts of the frames, and S at the end, int32 [F + 1]. The values are read on the host (a device
+            sync on CUDA) only if `varlen_attn` cannot be used: for fp32 or fp64, a head size that is not a multiple of
+            8 or above 256, or a scale other than 1 / sqrt(d).
+        max_seqlen: number of patches of the largest frame. A tensor is read on the host.
         scale: factor of the scores; None means 1 / sqrt(d).
     Returns:
-        [S, H, d].
+        The attention output, [S, H, d].
     Raises:
-        ValueError: `cu_seqlens` does not end at S. Not where `varlen_attn` serves, since its values stay unread there.
+        ValueError: `cu_seqlens` does not end at S. Not checked if `varlen_attn` is used, because its values are not
+            read then.
     """
     if not len(query):
         return torch.empty_like(query)
@@ -67,10 +70,10 @@ def frame_attention(
         return varlen_attn(query, key, value, starts, starts, longest, longest)
     starts = cu_seqlens.tolist()
     if starts[-1] != len(query):
-        raise ValueError(f"expected cu_seqlens to end at the number of patches {len(query)}, got {starts[-1]}")
+        raise ValueError(f"cu_seqlens: expected the last value {len(query)}, the number of patches, got {starts[-1]}")
     lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    # Frames of one size stand together as a rule. Windows at the right and lower edge do not: then rows move, once.
+    # Frames of equal size are usually adjacent. Windows at the right and lower edges are not, so rows are sorted once.
     moved = None
     if sum(a != b for a, b in zip(lengths, lengths[1:], strict=False)) >= len(set(lengths)):
         moved = torch.cat([torch.arange(starts[frame], starts[frame + 1]) for frame in order]).to(query.device)
@@ -88,7 +91,7 @@ def frame_attention(
 
 
 def _runs(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """(first row, frames, length) of every run of frames of equal length; empty frames are left out."""
+    """Return (first row, frames, length) of every run of frames of equal length. Empty frames are left out."""
     begins = [0, *accumulate(lengths)]
     runs: list[tuple[int, int, int]] = []
     for begin, length in zip(begins, lengths, strict=False):
@@ -111,11 +114,11 @@ def _frames_forward(
     max_length_q: int | torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """`frame_attention` as transformers calls it: [1, H, S, d] in, [1, S, H, d] out."""
+    """Call `frame_attention` with the signature of transformers: [1, H, S, d] in, [1, S, H, d] out."""
     if cu_seq_lens_q is None or attention_mask is not None or dropout > 0.0 or query.shape[0] != 1:
         raise ValueError(
             f"{FRAMES} in {type(module).__name__}: expected cu_seq_lens_q, one row, no attention mask and no dropout; "
-            "it serves the vision towers of Qwen2.5-VL and Qwen3-VL: set another attention for this module"
+            "it is for the vision towers of Qwen2.5-VL and Qwen3-VL, so set another attention for this module"
         )
     rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     longest = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q

@@ -1,1 +1,1 @@
-"""Rollout engines: responses of the student, sampled online."""
+"""Rollout engines, which sample responses of the student online."""

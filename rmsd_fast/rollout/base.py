@@ -1,4 +1,4 @@
-"""What every rollout engine gives and takes, and the counter that its sampling noise is drawn from."""
+"""The interface of rollout engines, and the counter-based generator of their sampling noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from rmsd_fast.models.students import MediaFeatures
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn; `temperature=0` is greedy decoding."""
+    """Sampling parameters.
+
+    Attributes:
+        n: number of responses per prompt.
+        temperature: sampling temperature; 0 means greedy decoding.
+        max_new_tokens: maximum length of a response.
+        seed: seed of the run.
+        step: step that the noise depends on.
+    """
 
     n: int
     temperature: float
@@ -26,12 +34,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response: what was sampled and under which log-probs.
+    """One sampled response.
 
-    token_ids: int64 [R], the end token included if the response ended by itself. logp: float32 [R], of the distribution
-    that was sampled from (temperature applied, banned ids left out); NaN at the last token where the model's logits
-    were not finite, and the response ends there. truncated: cut at `max_new_tokens`.
-    policy_version: the rollout step it was written in; the weights change at most once per step.
+    Attributes:
+        question_id: id of the question.
+        index: index of the response within its question.
+        token_ids: sampled ids, int64 [R], including the end token if the response was not truncated.
+        text: decoded text.
+        logp: log-probs of the sampled ids, float32 [R], under the sampled distribution (with temperature, without
+            banned ids). If the model's logits were not finite, the response ends there with NaN.
+        truncated: whether the response was cut at `max_new_tokens`.
+        policy_version: rollout step in which the response was sampled. The weights change at most once per step.
     """
 
     question_id: str
@@ -58,18 +71,23 @@ class RolloutEngine(Protocol):
         features: MediaFeatures | None = None,
         policy_version: int = 0,
     ) -> list[list[Rollout]]:
-        """N rollouts per prompt, in the order of the prompts.
+        """Return N rollouts per prompt, in the order of the prompts.
 
-        features: vision features of the prompts, for an engine that runs the model itself.
+        Args:
+            model: the policy's model.
+            prompts: prompts to answer.
+            sampling: sampling parameters.
+            features: vision features of the prompts, for an engine that runs the model itself.
+            policy_version: version to record in the rollouts.
         """
 
 
 def sampling_noise(sampling: Sampling, question_id: str, index: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 [max_new_tokens], for one rollout.
+    """Return uniform numbers in [0, 1) for one rollout, float64 [max_new_tokens].
 
-    A function of (seed, step, id, index, position) alone: the row has a hash of the first four as its key, a position
-    the splitmix64 output at its place in the sequence of that key. So a rollout depends neither on what else is in its
-    batch nor on the number of processes.
+    The numbers depend only on (seed, step, id, index, position). The key of a rollout is a hash of the first four, and
+    the number at a position is that output of the splitmix64 sequence of the key. A rollout therefore depends neither
+    on the rest of its batch nor on the number of processes.
     """
     name = f"{sampling.seed}/{sampling.step}/{question_id}/{index}".encode()
     key = np.uint64(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))

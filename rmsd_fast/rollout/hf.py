@@ -1,6 +1,7 @@
 """Rollouts with transformers in the training process, on shared prefixes.
 
-The prompts of a batch are prefilled in one packed row; their K/V are kept once and read by all N responses of each.
+The prompts of a batch are prefilled in one packed row. Their K/V are stored once, and all N responses of a prompt read
+them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from rmsd_fast.rollout.shared_cache import DecodeCache, PrefixCache
 
 
 class HfRollout:
-    """Decodes with the model that is being trained.
+    """Generate rollouts with the model that is being trained. Under ZeRO-3, call it inside `Engine.full_weights`.
 
-    prompts_per_batch: questions decoded together. Under ZeRO-3 call it inside `Engine.full_weights`.
+    Args:
+        builder: builder of the prompts, which also decodes responses.
+        prompts_per_batch: number of questions that are decoded together.
+        device: device of the model.
     """
 
     def __init__(self, builder: PromptBuilder, *, prompts_per_batch: int, device: torch.device):
@@ -41,9 +45,9 @@ class HfRollout:
         features: MediaFeatures | None = None,
         policy_version: int = 0,
     ) -> list[list[Rollout]]:
-        """N rollouts per prompt; see `RolloutEngine`.
+        """Return N rollouts per prompt; see `RolloutEngine`.
 
-        Eval mode and shared prefixes are switched on for the call; afterwards the model is as it was.
+        The call enables eval mode and shared prefixes, and restores the model afterwards.
         """
         was_training = model.training
         model.eval()
@@ -65,7 +69,7 @@ class HfRollout:
     def _decode(
         self, model, prompts: list[Prompt], features: MediaFeatures, sampling: Sampling
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sampled ids [B*N, R] and their log-probs [B*N, R]; after a row's end token the ids are -1."""
+        """Return sampled ids [B*N, R] and their log-probs [B*N, R]. After a row's end token, the ids are -1."""
         prefix, logits = self._prefill(model, prompts, features)
         cache = DecodeCache(prefix, [sampling.n] * len(prompts))
         logits = logits.repeat_interleave(sampling.n, 0)
@@ -76,7 +80,7 @@ class HfRollout:
 
         tokens = torch.full(noise.shape, -1, dtype=torch.long, device=self.device)
         logps = torch.zeros(noise.shape, device=self.device)
-        # The rows of `tokens` that are still in the batch, and which of them have not ended.
+        # `rows` are the rows of `tokens` that are still in the batch; `active` marks those that have not ended.
         rows = torch.arange(len(tokens), device=self.device)
         active = torch.ones_like(rows, dtype=torch.bool)
         for t in range(sampling.max_new_tokens):
@@ -84,12 +88,12 @@ class HfRollout:
             tokens[rows, t] = torch.where(active, chosen, -1)
             logps[rows, t] = torch.where(active, logp, 0.0)
             active = active & (chosen != self.builder.eos_id)
-            # The one synchronisation of a step.
+            # This is the only synchronization of a decoding step.
             left = 0 if t + 1 == sampling.max_new_tokens else int(active.sum())
             if left == 0:
                 break
             if 2 * left <= len(rows):
-                # One long response must not drag the ended ones along.
+                # Drop rows that have ended, so that one long response does not keep them in the batch.
                 kept = active.nonzero()[:, 0]
                 cache.keep(kept)
                 rows, active, chosen = rows[kept], active[kept], chosen[kept]
@@ -103,7 +107,7 @@ class HfRollout:
         return tokens, logps
 
     def _prefill(self, model, prompts: list[Prompt], features: MediaFeatures) -> tuple[PrefixCache, torch.Tensor]:
-        """One forward over the packed prompts; their K/V, and the logits [B, V] that follow each."""
+        """Run one forward pass over the packed prompts, and return their K/V and the next-token logits [B, V]."""
         lengths = [len(p.input_ids) for p in prompts]
         cache = PrefixCache(lengths, device=self.device)
         ends = list(accumulate(lengths))
@@ -125,9 +129,9 @@ class HfRollout:
         return cache, model.lm_head(hidden[0, last])
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor, temperature: float):
-        """Next ids [rows] and their log-probs, by inversion of the cumulative distribution in float64.
+        """Return the next ids [rows] and their log-probs, by inverting the cumulative distribution in float64.
 
-        Where logits are not finite, the end token and NaN.
+        For rows whose logits are not finite, return the end token and NaN.
         """
         logits = logits.float()
         finite = torch.isfinite(logits).all(-1)
@@ -138,7 +142,7 @@ class HfRollout:
         else:
             logp = (logits / temperature).log_softmax(-1)
             cdf = logp.double().exp().cumsum(-1)
-            # right=True: an id of probability 0 has an empty interval and is never chosen.
+            # With right=True, an id with probability 0 has an empty interval and is never chosen.
             chosen = torch.searchsorted(cdf, (noise * cdf[:, -1])[:, None], right=True)[:, 0]
             chosen = chosen.clamp_max(logits.shape[-1] - 1)
         chosen = torch.where(finite, chosen, self.builder.eos_id)

@@ -1,6 +1,6 @@
-"""K/V of a batch of rollouts: those of each prompt once, whatever N, and those of each response's own tokens.
+"""K/V caches of a batch of rollouts: one copy per prompt, regardless of N, and one per response for its own tokens.
 
-Both caches travel to the attention layers as `shared_prefix=` and are given each layer's q, k and v by `attend`.
+Both caches are passed to the attention layers as `shared_prefix=`, and each layer calls `attend` with its q, k and v.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import torch
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
 from rmsd_kernels.shared_prefix.decode import DecodePlan, shared_prefix_decode
 
-# Tokens by which the buffers of the responses' own K/V grow. Each growth copies one buffer: over 1,024 tokens that is
-# 1.5% of what attention reads of it; most responses end long before the most they may have.
+# Tokens by which the buffers of the responses' own K/V grow. Each growth copies a buffer; over 1,024 tokens, the copies
+# amount to 1.5% of what attention reads from it. Buffers grow because most responses end long before their maximum
+# length.
 BLOCK = 64
 
 
 class PrefixCache:
-    """Prefill of packed prompts `[P_1 | P_2 | … | P_G]`, Tp tokens; afterwards their K/V.
+    """Collect the K/V of packed prompts `[P_1 | P_2 | … | P_G]` with Tp tokens during prefill.
 
     Args:
-        prefix_lengths: tokens of each prompt.
-        device: of the plan.
+        prefix_lengths: number of tokens of each prompt.
+        device: device of the plan.
     Attributes:
-        prefix_lengths: the same, a tuple.
-        keys, values: one tensor [Tp, Hkv, d] per layer, in the model's dtype.
+        prefix_lengths: number of tokens of each prompt, a tuple.
+        keys: one tensor [Tp, Hkv, d] per layer, in the model's dtype.
+        values: one tensor [Tp, Hkv, d] per layer, in the model's dtype.
     """
 
     def __init__(self, prefix_lengths: list[int], *, device: torch.device | str = "cpu"):
@@ -35,24 +37,25 @@ class PrefixCache:
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Attention of the prompts to themselves; keeps K and V.
+        """Compute the attention of the prompts to themselves, and store K and V.
 
         Args:
-            layer_idx: 0, 1, 2, … in turn.
-            q: [1, H, Tp, d].
-            k, v: [1, Hkv, Tp, d].
-            scale: of the logits; None: 1 / sqrt(d).
+            layer_idx: index of the layer. Layers must be called in the order 0, 1, 2, …
+            q: queries, [1, H, Tp, d].
+            k: keys, [1, Hkv, Tp, d].
+            v: values, [1, Hkv, Tp, d].
+            scale: scale of the scores; None means 1 / sqrt(d).
         Returns:
-            [1, Tp, H, d].
+            The attention output, [1, Tp, H, d].
         Raises:
-            RuntimeError: layers that do not come in turn.
+            RuntimeError: a layer is called out of order.
         """
         if layer_idx != len(self.keys):
             raise RuntimeError(
                 f"prefill: expected attention of layer {len(self.keys)} next, got layer {layer_idx}; "
-                "a cache serves one forward pass in which each layer runs once, make a new one for another"
+                "create a new cache for each forward pass, in which each layer runs once"
             )
-        # Token-major, as the projections left them: no copy where each projection has a weight of its own.
+        # The projections return token-major tensors, so this copies nothing if each projection has its own weight.
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
         self.keys.append(k)
         self.values.append(v)
@@ -60,14 +63,15 @@ class PrefixCache:
 
 
 class DecodeCache:
-    """K/V while B rows are decoded, one token each per forward pass, on prompts that are kept once.
+    """Hold the K/V of B rows that are decoded one token per forward pass, on prompts that are stored once.
 
     Args:
-        prefix: the prefilled prompts; shared, neither copied nor changed.
-        rows: responses of each prompt; B is their sum, the rows are group-major.
+        prefix: cache of the prefilled prompts, which is neither copied nor changed.
+        rows: number of responses of each prompt. B is their sum, and rows are group-major.
     Attributes:
-        prefix: the same.
-        keys, values: one `OwnTokens` per layer.
+        prefix: cache of the prefilled prompts.
+        keys: one `OwnTokens` per layer.
+        values: one `OwnTokens` per layer.
     """
 
     def __init__(self, prefix: PrefixCache, rows: list[int]):
@@ -80,15 +84,16 @@ class DecodeCache:
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Attention of one new token per row to its prompt, the row's earlier tokens and itself; keeps K and V.
+        """Compute the attention of one new token per row to its prompt, earlier tokens and itself, and store K and V.
 
         Args:
-            layer_idx: the layer.
-            q: [B, H, 1, d].
-            k, v: [B, Hkv, 1, d].
-            scale: of the logits; None: 1 / sqrt(d).
+            layer_idx: index of the layer.
+            q: queries, [B, H, 1, d].
+            k: keys, [B, Hkv, 1, d].
+            v: values, [B, Hkv, 1, d].
+            scale: scale of the scores; None means 1 / sqrt(d).
         Returns:
-            [B, 1, H, d].
+            The attention output, [B, 1, H, d].
         """
         own_k, own_v = self.keys[layer_idx].append(k), self.values[layer_idx].append(v)
         prefix_k, prefix_v = self.prefix.keys[layer_idx], self.prefix.values[layer_idx]
@@ -96,9 +101,12 @@ class DecodeCache:
         return out[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with some of the rows, in ascending order: int64 [A] on the device of the K/V. Synchronises.
+        """Keep only some of the rows. Synchronizes with the device.
 
-        The prompt of a group without rows stays in memory and is read no more.
+        The prompt of a group without rows stays in memory but is no longer read.
+
+        Args:
+            rows: indices of the rows in ascending order, int64 [A], on the device of the K/V.
         """
         self._owner = self._owner[rows.cpu()]
         self._plan = self._make_plan()
@@ -112,14 +120,14 @@ class DecodeCache:
 
 
 class OwnTokens:
-    """K or V of the rows' own tokens in one layer, in a buffer with room for more."""
+    """Hold K or V of the rows' own tokens in one layer, in a buffer that grows."""
 
     def __init__(self):
         self.length = 0
         self.buffer: torch.Tensor | None = None
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
-        """Write one token per row [B, Hkv, 1, d]; returns a view of all so far, [B, Hkv, t, d]."""
+        """Append one token per row, [B, Hkv, 1, d], and return a view of all tokens so far, [B, Hkv, t, d]."""
         if self.buffer is None or self.length == self.buffer.shape[2]:
             rows, heads, _, size = new.shape
             larger = new.new_empty(rows, heads, self.length + BLOCK, size)
@@ -131,6 +139,6 @@ class OwnTokens:
         return self.buffer[:, :, : self.length]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with some of the rows, int64 [A]."""
+        """Keep only some of the rows, int64 [A]."""
         if self.buffer is not None:
             self.buffer = self.buffer.index_select(0, rows)

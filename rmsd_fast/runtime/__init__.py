@@ -1,1 +1,1 @@
-"""Process group, DeepSpeed engines, checkpoints and metrics. Importing it loads none of the heavy libraries."""
+"""Process group, DeepSpeed engines, checkpoints and metrics. Importing this package loads no heavy library."""

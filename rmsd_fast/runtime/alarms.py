@@ -1,6 +1,7 @@
-"""Alarms: conditions under which a run needs a person. One table over the metrics of a stage, no state but the metrics.
+"""Alarms: conditions under which a run needs attention, as one table over the metrics of a stage.
 
-Training prints each alarm once per run; the report finds the same ones in metrics.jsonl.
+Alarms depend only on the metrics. Training prints each alarm once per run, and the report derives the same alarms from
+metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-# Shown as lines in the report's charts too.
+# The report also draws these as lines in its charts.
 SEPARATED = 0.95
 LENGTH_BIAS = 0.3
 
@@ -22,16 +23,20 @@ LENGTH_BIAS = 0.3
 class Condition:
     """A metric whose mean should stay within [low, high] over the last two windows of `window` steps.
 
-    Both means have to lie outside by more than two of their standard errors, which each window's own scatter gives.
-    Noise of single steps raises nothing, and one window is not enough: metrics drift, and scatter within ten steps says
-    little about drift over ten.
+    An alarm requires that both means lie outside by more than two standard errors, computed from the variation within
+    each window. Noise of single steps therefore raises no alarm. One window would not be enough, because metrics drift,
+    and the variation within ten steps says little about the drift over ten.
 
     Attributes:
-        title: names the alarm.
+        title: name of the alarm.
         metric: key in metrics.jsonl.
-        first_share: share of the stage's steps from which it is judged, if two windows of steps have a value by then.
-        stages: those it is judged in.
-        meaning, advice: what an alarm means and what to do, in sentences.
+        meaning: what the alarm means, in sentences.
+        advice: what to do about it, in sentences.
+        low: lower bound.
+        high: upper bound.
+        window: number of steps of a window.
+        first_share: share of the stage's steps after which the condition is checked, once two windows are complete.
+        stages: stages in which the condition is checked.
     """
 
     title: str
@@ -45,7 +50,7 @@ class Condition:
     stages: tuple[str, ...] = ("warm_up", "distill")
 
     def is_broken(self, values: Sequence[float]) -> bool:
-        """Return whether the means of both windows are out of bounds beyond doubt, on the same side."""
+        """Return whether the means of both windows are significantly out of bounds, on the same side."""
         windows = values[: self.window], values[self.window :]
         slack = [2 * stdev(window) / self.window**0.5 for window in windows]
         below = all(fmean(window) + extra < self.low for window, extra in zip(windows, slack, strict=True))
@@ -54,7 +59,7 @@ class Condition:
 
     @property
     def expected(self) -> str:
-        """The bounds in words."""
+        """The bounds as text."""
         if self.low == -math.inf:
             return f"at most {self.high:g}"
         return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
@@ -62,7 +67,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition that was broken, and where first; `value` is the mean of the last two windows."""
+    """A violated condition, with the first stage and step where it was violated.
+
+    Attributes:
+        condition: the condition.
+        stage: name of the stage.
+        step: step within the stage.
+        value: mean of the last two windows.
+    """
 
     condition: Condition
     stage: str
@@ -70,7 +82,7 @@ class Alarm:
     value: float
 
     def text(self) -> str:
-        """Lines for a terminal."""
+        """Return the alarm as lines for a terminal."""
         condition = self.condition
         lines = [
             f"{condition.metric}: expected {condition.expected}, got {self.value:.3g}, the mean of "
@@ -83,11 +95,12 @@ class Alarm:
 
 
 CONDITIONS = (
-    # The demonstration's D is at chance (0.49, sd 0.05 over 100 steps); the quickstart's stage 2 is too short to judge.
+    # In the demonstration the discriminator is at chance (0.49, standard deviation 0.05 over 100 steps). Stage 2 of the
+    # quickstart is too short to judge.
     Condition(
         "the discriminator is at chance late in its warm-up",
         "discriminator/pair_accuracy",
-        "It does not tell teacher answers from rollouts yet, so stage 2 would start with a reward of noise.",
+        "It does not tell teacher answers from rollouts yet, so stage 2 would start with a reward that is noise.",
         "raise discriminator.warm_up_lr or discriminator.warm_up_steps. Check teacher/kept_share too: "
         "teacher.responses (K) and teacher.min_quality (tau) must leave pairs.",
         low=0.55,
@@ -98,17 +111,17 @@ CONDITIONS = (
         "the discriminator is at chance",
         "discriminator/pair_accuracy",
         "It does not tell teacher answers from rollouts, so its part of the reward is noise.",
-        "compare both in the report. If the rollouts are worse, raise discriminator.lr or "
+        "compare teacher answers and rollouts in the report. If the rollouts are worse, raise discriminator.lr or "
         "discriminator.warm_up_steps, and check that teacher.responses (K) and teacher.min_quality (tau) leave pairs "
-        "(teacher/kept_share). If they are as good, stage 2 has nothing left to learn from this pool.",
+        "(teacher/kept_share). If they are equally good, stage 2 has nothing left to learn from this pool.",
         low=0.55,
         window=20,
         stages=("distill",),
     ),
     Condition(
-        "the discriminator separates both sides almost without error",
+        "the discriminator separates answers and rollouts almost perfectly",
         "discriminator/pair_accuracy",
-        "It has likely found a cue that is not quality (length, format, wording), and its reward teaches that cue.",
+        "It has likely found a cue other than quality (length, format, wording), and its reward teaches that cue.",
         "compare teacher answers and rollouts in the report. Lower discriminator.lr or discriminator.warm_up_steps; "
         "if the formats differ, train stage 1 for longer.",
         high=SEPARATED,
@@ -116,14 +129,15 @@ CONDITIONS = (
     Condition(
         "the discriminator judges by length",
         "discriminator/length_correlation",
-        "Among the answers to one question, its score goes with length: above 0 long ones win, below 0 short ones.",
+        "Among the answers to one question, its score correlates with length: above 0 it prefers long answers, below "
+        "0 short ones.",
         "compare rollout/tokens_mean with the length of the teacher's answers. Lower discriminator.lr or reward.alpha, "
         "or raise rollout.max_new_tokens if rollouts are truncated.",
         low=-LENGTH_BIAS,
         high=LENGTH_BIAS,
     ),
     Condition(
-        "many rollouts are not valid",
+        "many rollouts are invalid",
         "rollout/valid_share",
         "Their format is broken or their answer does not parse, so they earn no content reward.",
         "read some in the report. Train stage 1 for longer, lower rollout.temperature, or raise rollout.max_new_tokens "
@@ -148,24 +162,24 @@ CONDITIONS = (
     Condition(
         "many questions have no usable teacher answer",
         "teacher/empty_share",
-        "None of their answers reaches teacher.min_quality, so they give no pair and no discriminator reward.",
+        "None of their answers reaches teacher.min_quality, so they yield no pair and no discriminator reward.",
         "lower teacher.min_quality (tau), collect more answers per question, or leave these questions out. "
         "The report's table of teacher responses shows the task types.",
         high=0.3,
         window=20,
     ),
     Condition(
-        "many groups are flat",
+        "many groups have only zero advantages",
         "advantage/zero_share",
-        "All rollouts of these questions earn the same, so they teach nothing.",
+        "All rollouts of these questions earn the same reward, so the policy learns nothing from them.",
         "raise rollout.temperature or rollout.n, or use harder questions.",
         high=0.5,
         window=20,
     ),
     Condition(
-        "the student runs away from the stage-1 student",
+        "the student drifts far from the stage-1 student",
         "policy/kl",
-        "A KL of more than one nat per token means that it writes other text altogether.",
+        "A KL of more than one nat per token means that it writes entirely different text.",
         "lower distill.lr or raise distill.kl_coef, and read some rollouts in the report. Go back to an earlier "
         "checkpoint if they are broken.",
         high=1.0,
@@ -182,10 +196,10 @@ CONDITIONS = (
 
 
 class AlarmWatch:
-    """Judges the steps of a run in their order and raises each condition once.
+    """Check the steps of a run in order, and raise the alarm of each condition once.
 
     Args:
-        totals: steps of each stage, as far as known.
+        totals: number of steps of each stage; unknown stages may be left out.
     """
 
     def __init__(self, totals: Mapping[str, int]) -> None:
@@ -194,7 +208,7 @@ class AlarmWatch:
         self._raised: set[Condition] = set()
 
     def see(self, stage: str, step: int, values: Mapping[str, Any]) -> list[Alarm]:
-        """Take in the metrics of a step and return the alarms that they raise; non-finite values are skipped."""
+        """Add the metrics of a step and return the alarms that they raise. Non-finite values are skipped."""
         alarms = []
         for condition in CONDITIONS:
             value = values.get(condition.metric)
@@ -212,6 +226,6 @@ class AlarmWatch:
 
 
 def find_alarms(rows: Iterable[Mapping[str, Any]], totals: Mapping[str, int]) -> list[Alarm]:
-    """Return the alarms that a run has raised, from its lines of metrics.jsonl and the steps of its stages."""
+    """Return the alarms of a run, given its lines of metrics.jsonl and the number of steps of each stage."""
     watch = AlarmWatch(totals)
     return [alarm for row in rows for alarm in watch.see(row["stage"], row["step"], row)]

@@ -1,8 +1,9 @@
-"""Checkpoints: one folder per checkpoint that is there in whole or not at all.
+"""Checkpoints: one folder per checkpoint, written atomically.
 
-`checkpoints/.step_N.tmp` is filled by all ranks, listed in `manifest.json` (sizes and sha256), brought to disk, renamed
-to `step_N`, and only then named in `checkpoints/latest`. A kill at any point leaves the former checkpoint. Files are
-safetensors and JSON: loading runs no code from them. All ranks must see the run folder.
+All ranks fill `checkpoints/.step_N.tmp`. Its files are synced to disk and listed in `manifest.json` with their sizes
+and sha256. Then the folder is renamed to `step_N`, and finally `checkpoints/latest` names it. If the run is killed at
+any point, the former checkpoint remains. All files are safetensors or JSON, so loading does not execute code. All ranks
+must see the run folder.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ _NAME = re.compile(r"step_(\d+)(\.replaced)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, tag, the `state` it was saved with, and why newer ones were passed over."""
+    """A verified checkpoint.
+
+    Attributes:
+        folder: folder of the checkpoint.
+        tag: tag of the checkpoint.
+        state: `state` as given to `save_checkpoint`.
+        damaged: faults of the newer checkpoints that were skipped.
+    """
 
     folder: Path
     tag: int
@@ -58,22 +66,25 @@ def save_checkpoint(
     writers: Mapping[str, Callable[[Path], None]] | None = None,
     keep: int = 2,
 ) -> bool:
-    """Write `checkpoints/step_<tag>`; all ranks call it at the same point, between two steps.
+    """Write `checkpoints/step_<tag>`. All ranks call this at the same point, between two steps.
 
     Args:
-        tag: grows over the run; checkpoints of a higher tag belong to a future that was given up and are removed.
-        engines: by name, each with `save(folder)` and `load(folder)`.
-        state: whatever JSON can hold: stage, step, data cursor, fingerprints, counters.
-        writers: by sub-folder name, called on rank 0 with that folder inside the checkpoint, e.g. the export. One that
-            reads an engine's weights under ZeRO-3 needs this call to stand inside `engine.full_weights()`.
-        keep: newest checkpoints kept, this one included.
+        run_folder: the run folder.
+        tag: number that grows over the run. Checkpoints with a higher tag belong to an abandoned continuation and are
+            removed.
+        world: this process in the run.
+        engines: engines by name, each with `save(folder)` and `load(folder)`.
+        state: JSON-serializable state: stage, step, data cursor, fingerprints, counters.
+        writers: functions by sub-folder name, called on rank 0 with that folder inside the checkpoint, e.g. for the
+            export. If one reads an engine's weights under ZeRO-3, call this function inside `engine.full_weights()`.
+        keep: number of newest checkpoints to keep, including this one.
     Returns:
-        False when the disk is full or fails: nothing is left of this checkpoint, the former ones stay, training can
-            go on.
+        Whether the checkpoint was written. If the disk is full or fails, this checkpoint is removed, the former ones
+        remain, and training can continue.
     Raises:
-        ValueError: keep < 1, or a state that JSON cannot hold.
-        CheckpointError: a place that cannot be written to, on all ranks.
-        RuntimeError: any other failure of one rank, on all ranks.
+        ValueError: keep < 1, or the state is not JSON-serializable.
+        CheckpointError: on all ranks, if the folder is not writable.
+        RuntimeError: on all ranks, if any other failure occurs on one rank.
     """
     if keep < 1:
         raise SettingsError(f"checkpoint.keep: expected 1 or more, got {keep}")
@@ -85,7 +96,7 @@ def save_checkpoint(
         if world.is_main:
             make_folder(root)
             for leftover in root.glob("*.tmp"):
-                # Files in use can outlive their removal on NFS. Only the place of this checkpoint has to be free.
+                # On NFS, files in use can outlive their removal. Only the folder of this checkpoint has to be gone.
                 shutil.rmtree(leftover, ignore_errors=leftover != tmp) if leftover.is_dir() else leftover.unlink()
             tmp.mkdir()
         return {}
@@ -102,7 +113,7 @@ def save_checkpoint(
         return {}
 
     def finish() -> dict[str, Any]:
-        # Of all ranks: on shared disks one may not see yet what another has just written.
+        # Gather names from all ranks: on shared disks, a rank may not yet see the files that another has just written.
         seen = [str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file()]
         files = sorted({name for part in all_gather_objects(seen, world) for name in part})
         return {name: _to_disk(tmp / name) for name in files[world.rank :: world.size]}
@@ -125,7 +136,7 @@ def save_checkpoint(
 
 
 def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> list[dict[str, Any]] | None:
-    """Do `work` on every rank and agree on the outcome: all results, or None when a disk was full or failed."""
+    """Run `work` on every rank and agree on the outcome: return all results, or None if a disk was full or failed."""
     result, kind, text = {}, "", ""
     try:
         result = work()
@@ -149,14 +160,14 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     barrier(world)
     name = tmp.with_name(tmp.stem.removeprefix("."))
     if texts["fault"]:
-        raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints stay")
+        raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints remain")
     if texts["refused"]:
         raise CheckpointError(
-            f"{name} could not be written ({texts['refused']}); former checkpoints stay; put that right and resume"
+            f"{name} could not be written ({texts['refused']}); former checkpoints remain; fix the cause and resume"
         )
     if world.is_main:
         log.warning(
-            "%s not written (%s); training goes on without it; free some space, or see to the disk",
+            "%s not written (%s); training continues without it; free some space or check the disk",
             name,
             texts["full"],
         )
@@ -164,7 +175,7 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
 
 
 def _to_disk(path: Path) -> dict[str, Any]:
-    """Bring a file to disk; its size in bytes and sha256."""
+    """Sync a file to disk and return its size in bytes and sha256."""
     sync_file(path)
     return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
@@ -172,7 +183,7 @@ def _to_disk(path: Path) -> dict[str, Any]:
 def _commit(root: Path, tmp: Path, tag: int) -> None:
     sync_folders(tmp)
     final, replaced = root / f"step_{tag}", root / f"step_{tag}.replaced"
-    if final.exists():  # a run that fell back to an earlier checkpoint comes past this step again
+    if final.exists():  # A run that fell back to an earlier checkpoint reaches this step again.
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     tmp.rename(final)
@@ -180,13 +191,13 @@ def _commit(root: Path, tmp: Path, tag: int) -> None:
 
 
 def _prune(root: Path, tag: int, keep: int) -> None:
-    """Keep this checkpoint and the newest before it. A failure to delete is no reason to end a run."""
+    """Keep this checkpoint and the newest ones before it. A failure to delete does not end the run."""
     tags = sorted({int(m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))}, reverse=True)
     kept = [t for t in tags if t <= tag][:keep]
     for path in list(root.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match and (int(match[1]) not in kept or match[2]):
-            # Renamed first: a kill in the middle of the removal leaves nothing that looks like a checkpoint.
+            # Rename first, so that a kill during the removal leaves nothing that looks like a checkpoint.
             removed = path.with_name(f".{path.name}.removed.tmp")
             try:
                 path.rename(removed)
@@ -196,12 +207,15 @@ def _prune(root: Path, tag: int, keep: int) -> None:
 
 
 def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | None:
-    """The newest checkpoint whose files are those of its manifest, or None where there is none at all.
+    """Return the newest checkpoint whose files match its manifest, or None if there are no checkpoints.
 
-    A damaged one is passed over for the one before it, with a warning that says what is wrong with it.
+    Damaged checkpoints are skipped with a warning that describes the faults.
 
+    Args:
+        run_folder: the run folder.
+        world: this process in the run.
     Raises:
-        ValueError: there are checkpoints and all of them are damaged.
+        CheckpointError: checkpoints exist, but all of them are damaged.
     """
     root = Path(run_folder) / "checkpoints"
     names = on_main(world, lambda: _candidates(root))
@@ -210,17 +224,17 @@ def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | Non
         problems = [p for part in all_gather_objects(_problems(root / name, world), world) for p in part]
         if not problems:
             if damaged and world.is_main:
-                log.warning("going back to %s: %s", root / name, "; ".join(damaged))
+                log.warning("falling back to %s: %s", root / name, "; ".join(damaged))
             state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
             return Checkpoint(root / name, int(_NAME.fullmatch(name)[1]), state, damaged)  # type: ignore[index]
         damaged.append(f"{name} is damaged ({'; '.join(problems[:3])})")
     if damaged:
-        raise CheckpointError(f"no checkpoint of {root} can be loaded: {'; '.join(damaged)}; start the run anew")
+        raise CheckpointError(f"no checkpoint of {root} can be loaded: {'; '.join(damaged)}; start a new run")
     return None
 
 
 def _candidates(root: Path) -> list[str]:
-    """Names of checkpoints: the one in `latest`, then the others from new to old."""
+    """Return the names of the checkpoints: first the one in `latest`, then the others from new to old."""
     if not root.is_dir():
         return []
     try:
@@ -229,7 +243,7 @@ def _candidates(root: Path) -> list[str]:
         raise CheckpointError(f"{root}: cannot be read ({error.strerror}); check the folder") from error
     names = sorted(matches, key=lambda n: (int(matches[n][1]), not matches[n][2]), reverse=True)
     try:
-        # Reading a pipe that stands in its place would wait for ever.
+        # Without is_file, reading a named pipe at this path would block forever.
         first = (root / "latest").read_text(encoding="utf-8").strip() if (root / "latest").is_file() else ""
     except (OSError, UnicodeDecodeError):
         return names
@@ -237,7 +251,7 @@ def _candidates(root: Path) -> list[str]:
 
 
 def _problems(folder: Path, world: World) -> list[str]:
-    """What this rank's share of the files has against the manifest."""
+    """Return the mismatches between the manifest and this rank's share of the files."""
     if not (folder / "manifest.json").is_file():
         return ["manifest.json is missing"]
     try:
@@ -248,7 +262,7 @@ def _problems(folder: Path, world: World) -> list[str]:
     problems = [] if "state.json" in files else ["state.json is not in the manifest"]
     try:
         unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {*files, "manifest.json"}
-        # NFS gives files that were removed while they were open such a name for a while.
+        # NFS temporarily gives such names to files that were removed while open.
         unlisted = {name for name in unlisted if not Path(name).name.startswith(".nfs")}
     except OSError as error:
         return [*problems, f"{error.filename} cannot be read ({error.strerror})"]
@@ -264,44 +278,47 @@ def _problems(folder: Path, world: World) -> list[str]:
 
 
 def _problem(folder: Path, path: Path, size: int, sha256: str) -> str:
-    """What a file of a checkpoint has against its entry in the manifest; otherwise empty."""
-    # Not by Path.resolve, which raises RuntimeError where links lead in a circle.
+    """Return how a file of a checkpoint differs from its entry in the manifest, or ""."""
+    # Path.resolve raises RuntimeError for circular links; realpath does not.
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        return "lies outside the checkpoint"
+        return "is outside the checkpoint"
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes, expected {size}"
-    return "" if file_sha256(path) == sha256 else "has another sha256 than written"
+    return "" if file_sha256(path) == sha256 else "has a different sha256 than when it was written"
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, world: World, engines: Mapping[str, Any]) -> dict[str, Any]:
-    """Put engines and random generators back as they were; returns the saved `state`.
+    """Restore engines and random generators, and return the saved `state`.
 
     Raises:
-        ValueError: saved with other engines, ranks or ZeRO stage than these.
+        CheckpointError: the checkpoint was saved with other engines, or another number of ranks or ZeRO stage.
     """
     folder = checkpoint.folder
     for name, engine in engines.items():
         if not (folder / "engines" / name).is_dir():
             have = sorted(p.name for p in (folder / "engines").glob("*"))
             raise CheckpointError(
-                f"{folder} has no engine '{name}', only {have}; resume with the settings it was saved with"
+                f"{folder}: expected the engine '{name}', got {have}; resume with the settings it was saved with"
             )
         try:
             engine.load(folder / "engines" / name)
         except FileNotFoundError as error:
-            # Neither there nor in the manifest.
+            # The file is neither on disk nor in the manifest, so verification could not notice it.
             raise CheckpointError(f"{folder}: {first_line(error)}; resume from a copy of the run folder") from error
     path = folder / f"rng_{world.rank:05d}.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} was saved by fewer processes than {world.size}; use as many as then")
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint of {world.size} processes, got one of fewer; resume with as many "
+            "processes as it was saved with"
+        )
     _restore_rng(json.loads(path.read_text(encoding="utf-8")))
     return checkpoint.state
 
 
 def _rng_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators as JSON."""
+    """Return the states of Python's, numpy's and torch's generators as JSON."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -324,10 +341,14 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow_changes: bool = False) -> list[str]:
-    """What differs between a run's former settings and hashes and those of now; nested mappings by dotted name.
+    """Return the differences between saved and current settings and hashes. Nested keys are joined by dots.
 
+    Args:
+        saved: settings and hashes of the run to continue.
+        now: current settings and hashes.
+        allow_changes: whether differences are allowed.
     Raises:
-        ValueError: something differs and `allow_changes` is false.
+        CheckpointError: there are differences and `allow_changes` is false.
     """
     old, new = _flatten(saved), _flatten(now)
     missing = object()
@@ -338,9 +359,9 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
     ]
     if changes and not allow_changes:
         raise CheckpointError(
-            "this run differs from the one that it should continue (files and stage1: hashes of their contents):\n  "
+            "this run differs from the run to continue (values of files and stage1 are hashes of their contents):\n  "
             + "\n  ".join(changes)
-            + "\ngo back to the former settings and data, or continue all the same with --allow-changes"
+            + "\nrestore the former settings and data, or continue anyway with --allow-changes"
         )
     return changes
 

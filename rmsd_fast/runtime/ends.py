@@ -1,4 +1,4 @@
-"""How the processes of a job learn of each other's end, through torchrun's store, which outlives every one of them."""
+"""Exit notes: how the processes of a job learn of each other's end, through torchrun's store, which outlives them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch.distributed as dist
 
 from rmsd_fast.runtime.process_group import World, broadcast_object
 
-# How long another process waits for the main one to give the same message.
+# Seconds that another process waits for the main process to print the same message.
 MAIN_S = 2.0
 STORE_S = 10.0
 
 
 class Ends:
-    """Notes of why processes end. Without torchrun, or for a process alone, every message is given.
+    """Notes on why processes end. Without torchrun, or with a single process, every message is printed.
 
     Args:
-        world: its processes agree here on a name for this start of theirs; torchrun's store outlives restarts.
+        world: this process in the run. Its processes agree on a name for this start, because torchrun's store outlives
+            restarts.
     """
 
     def __init__(self, world: World) -> None:
@@ -37,13 +38,13 @@ class Ends:
             self._store = dist.PrefixStore(f"rmsd_fast/{name}", store)
 
     def note(self, kind: str) -> None:
-        """Note that this process ends, for a reason that it tells: a `fault`, or a signal to `stop`."""
+        """Note that this process ends and reports the reason: a `fault`, or a signal to `stop`."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.add(kind, 1)
 
     def noted(self, *kinds: str) -> bool:
-        """Return whether a process has noted an end of one of these kinds."""
+        """Return whether any process has noted an end of one of these kinds."""
         if self._store is None:
             return False
         try:
@@ -52,9 +53,10 @@ class Ends:
             return False
 
     def is_mine_to_tell(self, message: str) -> bool:
-        """Return whether this process should print a message that others may have, too.
+        """Return whether this process should print a message that other processes may have, too.
 
-        The main process does. Another one waits a moment, and prints it if the main process has not.
+        The main process prints it. Any other process waits for up to MAIN_S seconds and prints it if the main process
+        has not.
         """
         if self._store is None:
             return True
@@ -74,5 +76,5 @@ class Ends:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Return whether a collective failed because a process of the group is gone."""
+    """Return whether a collective failed because a process of the group has ended."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))

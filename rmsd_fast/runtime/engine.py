@@ -1,11 +1,11 @@
-"""One DeepSpeed engine per trained model, on CPU (gloo) and CUDA (nccl) alike.
+"""One DeepSpeed engine per trained model, on CPU (gloo) and on CUDA (nccl).
 
-Three rules hold for every caller, because DeepSpeed's collectives hang or add up the wrong numbers otherwise:
+Every caller must follow three rules; otherwise DeepSpeed's collectives hang or sum the wrong numbers:
 
-1. Every rank calls `Engine.__call__` and `Engine.backward` equally often between two steps, through the same modules in
-   the same order. A rank without samples runs filler rows and multiplies their loss by zero.
-2. Losses are local sums divided by a GLOBAL count (`global_sum`); `backward` undoes DeepSpeed's mean over ranks.
-3. The forward goes through `engine(...)`, not through `engine.module`: DeepSpeed's bookkeeping hangs on that call.
+1. Every rank calls `Engine.__call__` and `Engine.backward` the same number of times between two steps, through the same
+   modules in the same order. A rank without samples runs filler rows and multiplies their loss by zero.
+2. Losses are local sums divided by a GLOBAL count (`global_sum`). `backward` undoes DeepSpeed's mean over ranks.
+3. The forward goes through `engine(...)`, not `engine.module`, because DeepSpeed's bookkeeping depends on that call.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.files import read_tensors, write_tensors
 from rmsd_fast.runtime.process_group import World, global_max
 
-# Parameters below this size stay gathered under ZeRO-3: norms and biases, whose gathering costs more than their memory.
+# Parameters below this size stay gathered under ZeRO-3. Gathering norms and biases costs more than their memory.
 PERSISTENT_NUMEL = 10_000
-# Gradients of a larger norm are treated as not finite: their squares could overflow float32 in DeepSpeed's norm.
+# Gradients with a larger norm are treated as not finite, because their squares could overflow float32 in DeepSpeed's
+# norm.
 LARGEST_NORM = 1e18
-# DeepSpeed allocates a whole bucket per backward; its default of 5e8 elements is 2 GB for a model of any size.
+# DeepSpeed allocates a whole bucket per backward. Its default of 5e8 elements takes 2 GB, whatever the model's size.
 LARGEST_BUCKET = 200_000_000
 
 
@@ -37,16 +38,18 @@ class Engine:
     """One DeepSpeed engine with its AdamW.
 
     Args:
-        module: the model on any device; parameters with `requires_grad=False` stay as they are. DeepSpeed casts all
+        module: the model, on any device. Parameters with `requires_grad=False` are not trained. DeepSpeed casts all
             parameters to `dtype` in place, and under ZeRO-3 splits them over the ranks in place.
-        lr, weight_decay: of torch's AdamW. DeepSpeed's own CPU Adam compiles for minutes and rounds differently.
+        lr: learning rate of torch's AdamW. DeepSpeed's own CPU Adam compiles for minutes and rounds differently.
+        weight_decay: weight decay of torch's AdamW.
         zero_stage: 0 to 3.
-        grad_clip: largest global gradient norm; 0 = no clipping.
-        dtype: `float32` or `bfloat16` (float32 master weights; gradients add up in float32 except under ZeRO-0, where
-            DeepSpeed keeps them in bfloat16).
-        offload_optimizer: optimiser states and master weights in host memory, ZeRO 1 to 3.
+        grad_clip: largest global gradient norm; 0 means no clipping.
+        dtype: `float32` or `bfloat16`. With bfloat16, master weights are float32, and gradients are accumulated in
+            float32 except under ZeRO-0, where DeepSpeed keeps them in bfloat16.
+        offload_optimizer: keep optimizer states and master weights in host memory; requires ZeRO 1 to 3.
+        world: this process in the run.
     Raises:
-        ValueError: a setting out of range, or nothing to train.
+        SettingsError: a setting is out of range, or no parameter is trainable.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class Engine:
         if dtype == "float32":
             module = module.float()
         dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
-        # One pass over weights and moments and no temporary of their size. Without a GPU torch's default stays: the
-        # fused CPU kernel rounds differently.
+        # The fused kernel makes one pass over weights and moments and no temporary of their size. Without a GPU,
+        # torch's default is kept because the fused CPU kernel rounds differently.
         fused = world.device.type == "cuda" or offload_optimizer
-        with redirect_stdout(StringIO()):  # it prints memory figures
+        with redirect_stdout(StringIO()):  # DeepSpeed prints memory figures.
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=fused or None),
@@ -83,20 +86,21 @@ class Engine:
                 dist_init_required=False,
             )
         for name, buffer in self.engine.module.named_buffers():
-            # DeepSpeed before 0.19.4 did: rotary frequencies in bfloat16 turn late positions by many radians.
+            # DeepSpeed before 0.19.4 casts buffers too. Rotary frequencies in bfloat16 are off by many radians at late
+            # positions.
             if buffer.dtype != dtypes[name]:
                 raise NotInstalled(
-                    f"DeepSpeed {deepspeed.__version__} made the buffer {name} {buffer.dtype}, expected "
-                    f"{dtypes[name]} as in the model; install deepspeed>=0.19.4"
+                    f"deepspeed: expected the buffer {name} to stay {dtypes[name]}, got {buffer.dtype} from version "
+                    f"{deepspeed.__version__}; install deepspeed>=0.19.4"
                 )
-        self._trace = 0  # which parameters got gradients, in which order
-        # Sum of the norms of all gradients, at least their global norm; not finite once one of them was not.
+        self._trace = 0  # Hash of the order in which parameters received gradients.
+        # Sum of the norms of all gradients: an upper bound of their global norm, and not finite if any gradient is not.
         self._probe = torch.zeros((), device=world.device)
         self._hooks = [p.register_hook(self._watch(i)) for i, p in enumerate(trainable)]
 
     @property
     def module(self) -> nn.Module:
-        """The wrapped model, for generation and export (inside `full_weights`) and for reading its settings."""
+        """The wrapped model, for generation and export (inside `full_weights`), and for reading its config."""
         return self.engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +108,7 @@ class Engine:
 
     def _watch(self, index: int) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            # One pass over the gradient and no temporary of its size.
+            # vector_norm makes one pass over the gradient and no temporary of its size.
             self._probe.add_(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))
             self._trace = (self._trace * 1_000_003 + index + 1) % 2_147_483_647
 
@@ -114,43 +118,44 @@ class Engine:
         """Add the gradients of one micro-batch.
 
         Args:
-            loss: scalar, the local sum over a GLOBAL count. Summed over micro-batches and ranks it is the loss.
-            last: this is the last micro-batch before `step`; the same on every rank.
+            loss: scalar, a local sum divided by a GLOBAL count. The sum over micro-batches and ranks is the loss.
+            last: whether this is the last micro-batch before `step`; the same on every rank.
         """
-        # Some losses that are not finite have finite gradients, where a clamp inside holds them back.
+        # A loss that is not finite can have finite gradients if it contains a clamp.
         self._probe.add_(loss.detach().float() * 0)
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world.size)
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
 
     def gradients_finite(self) -> bool:
-        """Whether all losses and gradients since the last step or discard were finite, on all ranks, and so is the
-        gradients' global norm. Call it after the last backward, and before any engine's `step`.
+        """Return whether all losses and gradients since the last step or discard are finite on all ranks.
+
+        The gradients' global norm must be finite too. Call this after the last backward and before any engine's `step`.
 
         Raises:
-            RuntimeError: the ranks' gradients did not arrive for the same parameters in the same order; ZeRO 1 to 3
-                have then summed gradients of different parameters.
+            RuntimeError: gradients arrived for different parameters, or in a different order, on different ranks. ZeRO
+                1 to 3 have then summed gradients of different parameters.
         """
-        # The mean over the ranks has at most the largest of their norms.
+        # The norm of the mean over the ranks is at most the largest norm of a rank.
         bad = not self._probe.item() <= LARGEST_NORM
         state = {"bad": float(bad), "high": self._trace, "low": -self._trace}
         state = global_max(state, self.world)
         if self.zero_stage > 0 and state["high"] != -state["low"]:
             raise RuntimeError(
-                "the ranks went through different modules in backward, expected the same on all of them in the same "
-                "order; run filler rows with a zero loss where a rank has no samples of a kind, or use zero_stage 0"
+                "backward: expected the same modules in the same order on all ranks, got different ones; run filler "
+                "rows with a zero loss if a rank has no samples of a kind, or set runtime.zero_stage=0"
             )
         return state["bad"] == 0
 
     def step(self) -> float:
-        """One optimiser step; returns the global gradient norm before clipping.
+        """Run one optimizer step and return the global gradient norm before clipping.
 
         Raises:
-            RuntimeError: DeepSpeed did not apply the step, which it does where `gradients_finite` is true.
+            RuntimeError: DeepSpeed did not apply the step. This does not happen if `gradients_finite` is true.
         """
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
@@ -161,17 +166,19 @@ class Engine:
             self.engine.step()
             norm = float(self.engine.get_global_grad_norm())
         if self.zero_stage == 3:
-            # A parameter without a gradient in the next window would take its old one.
+            # Otherwise, a parameter without a gradient before the next step would use its old gradient.
             optimizer.grad_partitions_flat_buffer.zero_()
         self._reset_watch()
         if not self.engine.was_step_applied() or not math.isfinite(norm):
-            raise RuntimeError(f"DeepSpeed did not apply a step of gradient norm {norm}; ask gradients_finite() first")
+            raise RuntimeError(
+                f"DeepSpeed did not apply a step with gradient norm {norm}; call gradients_finite() before step()"
+            )
         return norm
 
     def discard(self) -> None:
-        """Throw the accumulated gradients away; weights and optimiser states stay as they are, bit for bit.
+        """Discard the accumulated gradients. Weights and optimizer states stay bitwise unchanged.
 
-        The same calls as in DeepSpeed's own path for a step that overflowed; it has no public form of it.
+        This makes the same calls as DeepSpeed does after an overflow, for which it has no public function.
         """
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
@@ -182,7 +189,7 @@ class Engine:
             optimizer.averaged_gradients = {}
             if optimizer.offload_optimizer:
                 optimizer.reset_cpu_buffers()
-        elif hasattr(optimizer, "averaged_gradients"):  # ZeRO 1 and 2; bfloat16 under ZeRO-1 has another optimiser
+        elif hasattr(optimizer, "averaged_gradients"):  # ZeRO 1 and 2. bfloat16 under ZeRO-1 has another optimizer.
             optimizer.micro_step_id = -1
             optimizer._release_preflattened_grad_buffers()
             for key in optimizer.averaged_gradients:
@@ -199,10 +206,10 @@ class Engine:
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:
-        """Inside, `module` holds all its weights on every rank, and calling it needs no collective.
+        """Hold all weights of `module` on every rank inside the context, so that calling it needs no collective.
 
-        Under ZeRO-3 all ranks must enter and leave together; for the other stages nothing happens. Neither change
-        weights nor call `backward` inside.
+        Under ZeRO-3, all ranks must enter and leave together. With other stages, this does nothing. Do not change
+        weights or call `backward` inside.
         """
         if self.zero_stage != 3:
             yield
@@ -214,8 +221,8 @@ class Engine:
         for param in params:
             param.ds_active_sub_modules.clear()
         with deepspeed.zero.GatheredParameters(params):
-            # DeepSpeed's hooks would give weights back after each call and fetch them again with a collective, which
-            # hangs where ranks generate different numbers of tokens.
+            # DeepSpeed's hooks would release weights after each call and gather them again with a collective, which
+            # hangs if ranks generate different numbers of tokens.
             offload._remove_module_hooks()
             offload.forward_hooks.clear()
             offload.backward_hooks.clear()
@@ -225,7 +232,7 @@ class Engine:
                 offload.setup_zero_stage3_hooks()
 
     def close(self) -> None:
-        """Take this engine's hooks off the module, which then can be given to another engine."""
+        """Remove this engine's hooks from the module, so that another engine can use it."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -237,9 +244,10 @@ class Engine:
             _unpartition(self.module, whole)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights, master weights and optimiser states; no collective, no pickle.
+        """Write this rank's part of weights, master weights and optimizer states, without a collective or pickle.
 
-        `engine.json`, `weights.safetensors` (rank 0; not under ZeRO-3) and `rank_<r>.safetensors`.
+        The files are `engine.json` and `weights.safetensors` (both from rank 0, the latter not under ZeRO-3), and
+        `rank_<r>.safetensors`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         main = self.world.is_main
@@ -247,7 +255,7 @@ class Engine:
             (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n", encoding="utf-8")
             if self.zero_stage != 3:
                 write_tensors(folder / "weights.safetensors", self._weights())
-        if main or self.zero_stage > 0:  # under ZeRO-0 all ranks hold the same
+        if main or self.zero_stage > 0:  # Under ZeRO-0, all ranks hold the same.
             tensors = {} if self.zero_stage != 3 else {f"weight.{k}": v for k, v in self._weights().items()}
             state = self.engine.basic_optimizer.state
             for i, master in enumerate(self._masters()):
@@ -256,10 +264,10 @@ class Engine:
             write_tensors(folder / self._part(), tensors)
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called.
+        """Restore exactly the state at the call of `save`.
 
         Raises:
-            ValueError: saved by another number of ranks, ZeRO stage, dtype, or for other trainable parameters.
+            CheckpointError: saved with another number of ranks, ZeRO stage or dtype, or other trainable parameters.
         """
         saved, now = json.loads((folder / "engine.json").read_text()), self._layout()
         for key, value in now.items():
@@ -268,7 +276,7 @@ class Engine:
                 if key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
                 raise CheckpointError(
-                    f"{folder}: {key} differs: saved with {got}, this run has {value}; resume with the same number of "
+                    f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same number of "
                     "processes, ZeRO stage, dtype and trained parameters, or start a run from the exported model"
                 )
         part = read_tensors(folder / self._part())
@@ -289,7 +297,7 @@ class Engine:
         self.discard()
 
     def _release_persistent(self) -> list[nn.Parameter]:
-        """ZeRO-3 keeps small parameters gathered; their full copies would outlive the loaded parts."""
+        """Partition the small parameters that ZeRO-3 keeps gathered, whose full copies would hide the loaded parts."""
         persistent = list(self.engine.optimizer.persistent_parameters) if self.zero_stage == 3 else []
         if persistent:
             persistent[0].partition(persistent)
@@ -308,35 +316,35 @@ class Engine:
         }
 
     def _weights(self) -> dict[str, Tensor]:
-        """Parameters (under ZeRO-3 this rank's part of each) and buffers, by name."""
+        """Return parameters (under ZeRO-3, this rank's part of each) and buffers, by name."""
         part = self.zero_stage == 3
         weights = {n: p.ds_tensor.data if part else p.data for n, p in self.module.named_parameters()}
         return weights | dict(self.module.named_buffers())
 
     def _masters(self) -> list[Tensor]:
-        """The tensors that AdamW steps on: float32 and, under ZeRO 1 to 3, this rank's part, flat."""
+        """Return the float32 tensors that AdamW updates; under ZeRO 1 to 3, this rank's flattened part."""
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
 
 
 def _restore_state(optimizer: torch.optim.Optimizer, master: Tensor, part: dict[str, Tensor], prefix: str) -> None:
-    """Put AdamW's saved state of one tensor back, in place where there is one: DeepSpeed holds views of it."""
+    """Restore AdamW's saved state of one tensor, in place if state exists, because DeepSpeed holds views of it."""
     saved = {k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)}
     current = optimizer.state.get(master, {})
     for key, value in saved.items():
         if key in current:
             current[key].copy_(value)
         else:
-            # Fused AdamW counts its steps beside the weights, the other one in host memory.
+            # Fused AdamW keeps its step count on the device of the weights, the default AdamW in host memory.
             on_host = key == "step" and not optimizer.defaults["fused"]
             optimizer.state[master][key] = value if on_host else value.to(master.device)
     for key in current.keys() - saved.keys():
-        current[key].zero_()  # saved before the first step: zeros are AdamW's start
+        current[key].zero_()  # Saved before the first step: AdamW starts with zeros.
 
 
 def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Give a module that ZeRO-3 had split ordinary parameters again; tied ones stay tied."""
+    """Give ordinary parameters to a module that ZeRO-3 had partitioned. Tied parameters stay tied."""
     fresh: dict[int, nn.Parameter] = {}
     for name, param in module.named_parameters():
         fresh[id(param)] = nn.Parameter(whole[name], requires_grad=param.requires_grad)
@@ -350,14 +358,17 @@ def _check(zero_stage: int, dtype: str, offload_optimizer: bool, trainable: int)
     if dtype not in ("float32", "bfloat16"):
         raise SettingsError(f"model.dtype: expected float32 or bfloat16, got {dtype!r}")
     if offload_optimizer and zero_stage == 0:
-        raise SettingsError("runtime.offload_optimizer needs runtime.zero_stage 1, 2 or 3, got 0")
+        raise SettingsError(
+            "runtime.zero_stage: expected 1, 2 or 3 with runtime.offload_optimizer, got 0; raise the stage or switch "
+            "offloading off"
+        )
     if trainable == 0:
-        raise SettingsError("no parameter of the model has requires_grad: expected one or more to train")
+        raise SettingsError("model: expected one or more parameters with requires_grad, got none")
 
 
 def _config(numel: int, zero_stage: int, grad_clip: float, dtype: str, offload_optimizer: bool) -> dict[str, Any]:
-    """DeepSpeed's settings. Accumulation is ours (`backward(last=...)`), hence steps of 1 here."""
-    bucket = min(numel + numel % 2, LARGEST_BUCKET)  # DeepSpeed wants an even number
+    """Return DeepSpeed's settings, with 1 accumulation step because `backward(last=...)` handles the accumulation."""
+    bucket = min(numel + numel % 2, LARGEST_BUCKET)  # DeepSpeed requires an even number.
     zero: dict[str, Any] = {
         "stage": zero_stage,
         "reduce_bucket_size": bucket,

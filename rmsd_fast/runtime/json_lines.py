@@ -1,4 +1,4 @@
-"""A JSONL file that a run appends to: a kill or a full disk leaves it whole, a resume cuts it to its checkpoint."""
+"""A JSONL file that a run appends to. It survives kills and full disks, and a resume truncates it to the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from rmsd_fast.files import append_whole, is_disk_error, sync_folder, truncate
 
 log = logging.getLogger("rmsd_fast")
 
-# Written lines between two calls of fsync, at most.
+# Largest number of lines written between two calls of fsync.
 SYNC_LINES = 64
 
 
 class JsonLines:
-    """Appends records to a file of one process.
+    """Append records to a file that only one process writes.
 
     Args:
-        path: the file; the first record makes it.
-        keep: `lines` as the checkpoint has it. Later lines, and an unfinished one, are cut off. 0 = a new
-            file, None = all whole lines.
-        waiting: as the checkpoint has it; these lines follow.
+        path: the file, created by the first record.
+        keep: `lines` from the checkpoint. Later lines and an unfinished line are cut off. 0 means a new file, None
+            keeps all complete lines.
+        waiting: `waiting` from the checkpoint, to be appended next.
     """
 
     def __init__(self, path: Path, keep: int | None = 0, waiting: Sequence[str] = ()) -> None:
         self._path = path
         self._file: FileIO | None = None
-        # Lines to be written, and those written since the last fsync.
+        # Lines still to be written, and lines written since the last fsync.
         self._pending: deque[bytes] = deque()
         self._unsynced: list[bytes] = []
         self._fault: OSError | None = None
@@ -47,17 +47,17 @@ class JsonLines:
         kept = [line for line in lines[:keep] if line.endswith(b"\n")]
         if keep is not None and len(kept) < keep:
             log.warning(
-                "%s has %d lines, the checkpoint was saved after %d; the records between are lost",
+                "%s: expected at least %d lines as in the checkpoint, got %d; the records in between are lost",
                 self._path,
-                len(kept),
                 keep,
+                len(kept),
             )
         if lines:
             os.truncate(self._path, sum(map(len, kept)))
         return len(kept)
 
     def records(self) -> list[dict[str, Any]]:
-        """Read back the records.
+        """Return all records.
 
         Raises:
             CheckpointError: a line is damaged.
@@ -78,17 +78,17 @@ class JsonLines:
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record; numbers in it that are not finite become null.
+        """Write one record. Numbers that are not finite become null.
 
-        The line is in the file when this returns: a kill loses none. A full disk keeps lines in memory until there is
-        space; it never leaves half a line.
+        The line is in the file when this returns, so a kill loses no line. If the disk is full, lines are kept in
+        memory until there is space. Half a line is never left behind.
         """
         self._pending.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
         self._write_pending()
 
     def _write_pending(self) -> None:
         while self._pending:
-            # Taken out before it is written: an interrupt in between must not write it twice.
+            # Remove the line before writing it, so that an interrupt in between cannot cause it to be written twice.
             line = self._pending.popleft()
             if fault := self._write(line):
                 self._pending.appendleft(line)
@@ -99,10 +99,11 @@ class JsonLines:
                 return
 
     def _write(self, line: bytes) -> OSError | None:
-        """Append a whole line; the error where the disk is full or fails, and the file is as it was."""
+        """Append a complete line. If the disk is full or fails, leave the file unchanged and return the error."""
         try:
             if self._file is None:
-                # Unbuffered, and appending since a line that did not fit is cut off again.
+                # Unbuffered, so that a returned line is in the file. In append mode, because a line that did not fit is
+                # cut off again.
                 self._file = self._path.open("ab", buffering=0)
                 sync_folder(self._path.parent)
             append_whole(self._file, line)
@@ -113,7 +114,7 @@ class JsonLines:
         return None
 
     def _sync_written(self) -> bool:
-        """Bring what is written to disk. Where that fails it is written again later: the kernel may have dropped it."""
+        """Sync written lines to disk. If that fails, they are written again later: the kernel may have dropped them."""
         if self._file is None:
             return True
         try:
@@ -137,23 +138,23 @@ class JsonLines:
 
     @property
     def lines(self) -> int:
-        """Lines on disk at the last `sync`, or later: put it into a checkpoint's state and give it back as `keep`."""
+        """Number of lines synced to disk. Save it in a checkpoint's state and pass it as `keep` on resume."""
         return self._lines
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not bring to disk: put them into the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
         return [line.decode().removesuffix("\n") for line in self._pending]
 
     def sync(self) -> None:
-        """Bring all lines to disk, as far as it takes them."""
+        """Write and sync all lines, as far as the disk allows."""
         self._write_pending()
         self._sync_written()
         if not self._pending:
             self._fault = None
 
     def close(self) -> None:
-        """Close the file; a later record opens it again.
+        """Close the file. A later record opens it again.
 
         Raises:
             OSError: the disk is full or fails; the lines in memory are lost.
@@ -161,7 +162,7 @@ class JsonLines:
         try:
             self.sync()
             if self._fault is not None:
-                words = f"{self._fault.strerror}, lines not written: {len(self._pending)}"
+                words = f"{self._fault.strerror}; lines not written: {len(self._pending)}"
                 raise OSError(self._fault.errno, words, str(self._path))
         finally:
             self._pending.clear()
@@ -171,7 +172,7 @@ class JsonLines:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
+    """Return the value with None in place of numbers that JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
+"""What a run reports during training: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rmsd_fast.runtime.process_group import World
 
 log = logging.getLogger("rmsd_fast")
 
-# Shown in the progress line where a stage has them; the first ones where there is no room for all.
+# Metrics of the progress line, if the stage has them. If they do not all fit, the first ones are shown.
 MAIN_NUMBERS = {
     "loss": "loss",
     "discriminator/pair_accuracy": "D pairs",
@@ -35,23 +35,24 @@ MAIN_NUMBERS = {
     "policy/loss": "policy loss",
     "discriminator/loss": "D loss",
 }
-# Columns of a line that no terminal shows, or one that does not tell its width.
+# Width of the progress line in columns without a terminal, or if the terminal's width is unknown.
 PLAIN_WIDTH = 100
-# Without a terminal: a line after so many seconds or such a share of the stage, whichever comes first.
+# Without a terminal, a line is printed after this many seconds or this share of the stage, whichever comes first.
 PLAIN_SECONDS, PLAIN_SHARE = 10.0, 1 / 20
 
 
 class MetricsLog:
-    """Writes metrics on rank 0; on the other ranks every method does nothing.
+    """Write metrics on rank 0. On the other ranks, every method does nothing.
 
     Args:
-        run_folder: gets `metrics.jsonl` and `tensorboard/<stage>/`.
-        resume_lines: `lines` as the checkpoint has it; later lines (and a torn one) are cut off, later
-            TensorBoard points are hidden. None = a new run.
-        resume_waiting: `waiting` as the checkpoint has it.
-        totals: steps of each stage, for alarms that belong to the end of one.
-        tensorboard: also write TensorBoard files.
-        stream: where progress goes.
+        run_folder: folder for `metrics.jsonl` and `tensorboard/<stage>/`.
+        world: this process in the run.
+        resume_lines: `lines` from the checkpoint. Later lines and an unfinished line are cut off, and later TensorBoard
+            points are hidden. None means a new run.
+        resume_waiting: `waiting` from the checkpoint.
+        totals: number of steps of each stage, for alarms that are checked only late in a stage.
+        tensorboard: whether to write TensorBoard files.
+        stream: stream for the progress line; stderr by default.
     """
 
     def __init__(
@@ -81,48 +82,51 @@ class MetricsLog:
             self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0, resume_waiting)
             for record in self._file.records():
                 if not isinstance(record.get("stage"), str) or not isinstance(record.get("step"), int):
-                    raise CheckpointError(f"{self._folder / 'metrics.jsonl'}: expected stage and step in {record}")
+                    raise CheckpointError(
+                        f"{self._folder / 'metrics.jsonl'}: expected stage and step, got {record}; restore the file"
+                    )
                 self._last_step[record["stage"]] = record["step"]
-                # Alarms that were raised before the checkpoint are not raised again.
+                # Alarms raised before the checkpoint must not be raised again.
                 self._alarms.see(record["stage"], record["step"], record)
 
     @property
     def lines(self) -> int:
-        """Lines on disk at the last `sync`, or later: put it into a checkpoint's state, and back as `resume_lines`."""
+        """Number of lines synced to disk. Save it in a checkpoint's state and pass it as `resume_lines` on resume."""
         return self._file.lines if self._on else 0
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not bring to disk; they belong into the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
         return self._file.waiting if self._on else []
 
     def sync(self) -> None:
-        """Bring all lines to disk, as far as it takes them."""
+        """Write and sync all lines, as far as the disk allows."""
         if self._on:
             self._file.sync()
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
-        """A stage of `total` steps starts, or continues after `done` of them."""
+        """Start the progress of a stage of `total` steps, or continue it after `done` steps."""
         self._stage, self._total, self._parts = stage, total, [f"{stage} {done}/{total}"]
         self._ends.clear()
         self._ends.append((done, time.monotonic()))
         self._shown_step, self._shown_at = done, -math.inf
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line for one optimiser step, and the alarms that it raises.
+        """Write one line for one optimizer step, and print the alarms that it raises.
 
         Args:
-            stage, step: 1-based step within the stage.
-            values: numbers or scalar tensors by flat key; not finite ones become null in JSON.
+            stage: name of the stage.
+            step: step within the stage, counted from 1.
+            values: numbers or scalar tensors by flat key. Values that are not finite become null in JSON.
         Raises:
-            TypeError: a value that is neither a number, a scalar tensor, a string nor None.
+            TypeError: a value is neither a number, a scalar tensor, a string nor None.
         """
         if not self._on:
             return
         clean = {key: _plain(key, value) for key, value in values.items()}
         self._file.append({"stage": stage, "step": step} | clean)
         for alarm in self._alarms.see(stage, step, clean):
-            self.message(f"{alarm.text()}\n  The report shows more: python -m rmsd_fast.report {self._folder}")
+            self.message(f"{alarm.text()}\n  For details, write the report: python -m rmsd_fast.report {self._folder}")
         self._to_tensorboard(stage, step, clean)
         self._progress(stage, step, clean)
 
@@ -133,7 +137,7 @@ class MetricsLog:
             if stage not in self._writers:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # One folder per stage: purging goes by step, and every stage counts its own.
+                # One folder per stage, because purging is by step and every stage counts its own steps.
                 purge = self._last_step.get(stage, 0) + 1
                 folder = str(self._folder / "tensorboard" / stage)
                 self._writers[stage] = SummaryWriter(folder, purge_step=purge, flush_secs=10)
@@ -142,15 +146,15 @@ class MetricsLog:
                     self._writers[stage].add_scalar(key, value, step)
         except OSError as error:
             self._tensorboard = False
-            log.warning("TensorBoard files are not written any more: %s; metrics.jsonl has all numbers", error)
+            log.warning("TensorBoard files are no longer written: %s; metrics.jsonl has all numbers", error)
 
     def phase(self, name: str) -> None:
-        """Name what the step is doing now, on a terminal."""
+        """Show the current phase of the step on a terminal."""
         if self._live and self._parts:
             self._draw(f"[{name}]" if name else "")
 
     def message(self, text: str) -> None:
-        """Print a line that stays, above the progress."""
+        """Print a permanent line above the progress line."""
         if self._on:
             print(("\r\x1b[K" if self._live else "") + text, file=self._stream, flush=True)
 
@@ -176,14 +180,14 @@ class MetricsLog:
             width = os.get_terminal_size(self._stream.fileno()).columns or PLAIN_WIDTH
         except (OSError, ValueError):
             width = PLAIN_WIDTH
-        # A line longer than the terminal would wrap, and the next one would not overwrite it.
+        # A line longer than the terminal is wide would wrap, and the next line would not overwrite it.
         print("\r\x1b[K" + fit_line(self._parts, width - 1, phase), end="", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Flush and close the files.
 
         Raises:
-            OSError: metrics.jsonl lacks lines, since the disk is full or fails.
+            OSError: lines could not be written to metrics.jsonl, because the disk is full or fails.
         """
         if not self._on:
             return
@@ -191,8 +195,8 @@ class MetricsLog:
             try:
                 writer.close()
             except OSError as error:
-                # Its thread keeps the error of a disk that was full for a moment.
-                log.warning("TensorBoard files are not complete: %s; metrics.jsonl has all numbers", error)
+                # The writer's thread reports an earlier full disk even if there is space again.
+                log.warning("TensorBoard files are incomplete: %s; metrics.jsonl has all numbers", error)
         self._writers = {}
         self._file.close()
 
@@ -202,14 +206,19 @@ def progress_parts(
 ) -> list[str]:
     """Return the fields of the progress line, most important first: `distill 37/468`, `3.20 s/step`, `KL 0.012`.
 
-    `ends` are (step, seconds) of the ends of the last steps; a total of 0 is unknown.
+    Args:
+        stage: name of the stage.
+        step: step within the stage, counted from 1.
+        total: number of steps of the stage; 0 if unknown.
+        values: metrics of the step.
+        ends: (step, seconds) at the ends of the last steps.
     """
     parts = [f"{stage} {step}/{total}" if total else f"{stage} {step}"]
     (first, began), (last, ended) = ends[0], ends[-1]
     if last > first:
-        each = (ended - began) / (last - first)
-        left = round(each * max(total - step, 0))
-        parts.append(f"{each:.2f} s/step")
+        seconds_per_step = (ended - began) / (last - first)
+        left = round(seconds_per_step * max(total - step, 0))
+        parts.append(f"{seconds_per_step:.2f} s/step")
         if total:
             parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
     for key, name in MAIN_NUMBERS.items():
@@ -220,9 +229,9 @@ def progress_parts(
 
 
 def fit_line(parts: list[str], width: int, phase: str = "") -> str:
-    """Return the first fields that fit `width` columns together with the phase, each whole or not at all."""
+    """Join as many fields as fit into `width` columns together with the phase. No field is cut except the first."""
     room = width - (len(phase) + 2 if phase else 0)
-    # The first field is shown in any case; on a terminal too narrow for it there is nothing better.
+    # The first field is always shown, even if the terminal is too narrow for it.
     line = parts[0]
     for part in parts[1:]:
         if len(line) + 2 + len(part) > room:
@@ -234,9 +243,9 @@ def fit_line(parts: list[str], width: int, phase: str = "") -> str:
 
 
 def _short_number(value: float) -> str:
-    """Three digits: `0.0123`, `-1.23`, `123`, `12.3k`."""
+    """Format a number with three significant digits: `0.0123`, `-1.23`, `123`, `12.3k`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # Rounding to three digits reaches the next unit before the value does.
+        # Rounding to three digits can reach the next unit before the value itself does.
         if size * 0.9995 <= abs(value) < math.inf:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
@@ -248,21 +257,21 @@ def _plain(key: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     try:
-        return float(value)  # numpy's scalars
+        return float(value)  # Scalars of numpy.
     except (TypeError, ValueError):
         raise TypeError(f"metric '{key}': expected a number or a scalar tensor, got {type(value).__name__}") from None
 
 
 class PhaseTimer:
-    """Seconds per phase of a step: `with timer("rollout"): ...`, then `timer.take()`.
+    """Measure the seconds of each phase of a step: `with timer("rollout"): ...`, then `timer.take()`.
 
-    On CUDA it records events and waits for the device once, in `take`: a phase counts the time until its own kernels
-    have ended, host work included, without stopping the host after each phase. Phases may repeat (times add up); one
-    inside another counts in both.
+    On CUDA, the timer records events and waits for the device only once, in `take`. A phase counts the time until its
+    own kernels have ended, including host work, without a synchronization after each phase. The times of a repeated
+    phase add up, and a nested phase counts in the outer one, too.
 
     Args:
-        device: of `World`.
-        metrics: told the current phase, for the progress line.
+        device: device of this process.
+        metrics: log whose progress line shows the current phase.
     """
 
     def __init__(self, device: torch.device, metrics: MetricsLog | None = None) -> None:
@@ -288,7 +297,7 @@ class PhaseTimer:
             self._marks.append((phase, began, self._now()))
 
     def take(self) -> dict[str, float]:
-        """`seconds/<phase>` and `seconds/step` since the last `take`, and start again."""
+        """Return `seconds/<phase>` and `seconds/step` since the last `take`, and reset the timer."""
         if self._cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -302,7 +311,7 @@ class PhaseTimer:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: allocated on the GPU, or resident on the host."""
+    """Return the peak memory of this process in MiB: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,6 @@
 """The process group, and small collectives over it.
 
-Initialise it before any DeepSpeed engine: `start`.
+Call `start` before creating any DeepSpeed engine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, `local_rank` on its node, and the device that it computes on."""
+    """This process in the job.
+
+    Attributes:
+        rank: rank of the process.
+        size: number of processes.
+        local_rank: rank on the process's node.
+        device: device that the process computes on.
+    """
 
     rank: int
     size: int
@@ -42,17 +49,17 @@ class World:
 
 
 _ZERO = torch.zeros((), dtype=torch.float64)
-# Variables that `start` made up for a process without a launcher.
+# Environment variables that `start` has set for a process without a launcher.
 _SET_HERE: dict[str, str] = {}
 
 
 def start(timeout_s: float = 1800.0) -> World:
-    """Join the process group that torchrun described in the environment, or make one of a single process.
+    """Join the process group that torchrun describes in the environment, or create one with a single process.
 
     Args:
-        timeout_s: how long a collective may wait for the other ranks before it raises.
+        timeout_s: seconds that a collective waits for the other ranks before it raises.
     Raises:
-        RuntimeError: fewer CUDA devices than processes on this node.
+        NotInstalled: there are fewer CUDA devices than processes on this node.
     """
     cuda = torch.cuda.is_available()
     end_with_launcher()
@@ -71,20 +78,21 @@ def start(timeout_s: float = 1800.0) -> World:
         _SET_HERE.update(alone)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads this variable.
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise NotInstalled(
-                f"process {local_rank} of this node has no GPU: expected {local_rank + 1} or more, got "
-                f"{torch.cuda.device_count()}; start fewer with --nproc-per-node"
+                f"process {local_rank} of this node: expected {local_rank + 1} or more GPUs, got "
+                f"{torch.cuda.device_count()}; start fewer processes with --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        # A process alone needs no store that others reach: torch's listens on all interfaces.
+        # A single process needs no store that others can reach, and torch's TCP store listens on all interfaces.
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if _SET_HERE else {}
-        # Without `device_id`: with it, groups that DeepSpeed makes later are split off eagerly, which can hang.
+        # `device_id` is left out because with it, groups that DeepSpeed creates later are split off eagerly, which can
+        # hang.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
     _prepare_deepspeed(cuda)
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
@@ -94,34 +102,34 @@ def _prepare_deepspeed(cuda: bool) -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Names that torch renamed and DeepSpeed still calls: nothing a user could act on, a line per call.
+    # DeepSpeed still calls functions that torch has renamed. Users cannot fix the warnings, which come with every call.
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     if not cuda:
-        # Its first use compiles a shared-memory op for a minute and a half; gloo serves as well.
+        # Its first use compiles a shared-memory op for a minute and a half, and gloo is sufficient.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def stop() -> None:
-    """Leave the process group; `start` may follow. Safe to call twice."""
+    """Leave the process group. `start` may be called again afterwards. Idempotent."""
     if dist.is_initialized():
         import deepspeed
 
         if deepspeed.comm.is_initialized():
-            # It keeps groups of its own, which the next engine would take for living ones.
+            # DeepSpeed keeps its own groups, which the next engine would otherwise use although they are destroyed.
             deepspeed.comm.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Processes started later would take them for a launcher's.
+    # Otherwise, processes started later would mistake these variables for a launcher's.
     while _SET_HERE:
         os.environ.pop(_SET_HERE.popitem()[0], None)
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process at once, its output written.
+    """Flush the output and end the process immediately.
 
-    The interpreter's own way out destroys the threads of process groups and stores in no order, which now and then
-    aborts a process (SIGABRT) whose work is done, and with it the whole torchrun job.
+    The interpreter's normal exit destroys the threads of process groups and stores in arbitrary order. This
+    occasionally aborts a process (SIGABRT) that has finished its work, and with it the whole torchrun job.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -133,12 +141,12 @@ def exit_process(code: int) -> NoReturn:
 
 
 def global_sum(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
-    """Sum each value over all ranks, in float64. Keys must be the same on every rank; waits for the device."""
+    """Sum each value over all ranks in float64. Keys must be the same on every rank. Synchronizes with the device."""
     return _reduce(values, world, dist.ReduceOp.SUM)
 
 
 def global_max(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
-    """Largest of each value over all ranks, in float64. Keys must be the same on every rank."""
+    """Return the maximum of each value over all ranks, in float64. Keys must be the same on every rank."""
     return _reduce(values, world, dist.ReduceOp.MAX)
 
 
@@ -148,7 +156,7 @@ def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict
     keys = sorted(values)
     numbers = [values[key] for key in keys]
     scalars = [v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
-    # Numbers of the host go to the device in one copy, those of the device do not come to the host.
+    # Host values are copied to the device at once; device values are never copied to the host.
     packed = torch.stack([s.reshape(()).double() if s.device.type == "cpu" else _ZERO for s in scalars]).to(
         world.device
     )
@@ -161,12 +169,12 @@ def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """True on every rank where it is true on one of them."""
+    """Return on every rank whether the flag is true on any rank."""
     return global_max({"flag": float(flag)}, world)["flag"] > 0
 
 
 def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
-    """The `value` of rank `source`, on every rank. Pickles between the processes of one run only."""
+    """Return the `value` of rank `source` on every rank. Objects are pickled between the processes of one run only."""
     box = [value]
     if world.size > 1:
         dist.broadcast_object_list(box, src=source, device=world.device if world.device.type == "cuda" else None)
@@ -174,7 +182,7 @@ def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
-    """Do something on the main process and give its result, or its error, to all."""
+    """Run `work` on the main process, and return its result, or raise its error, on all processes."""
     outcome: tuple[bool, object] = (False, None)
     if world.is_main:
         try:
@@ -188,7 +196,7 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
 
 
 def all_gather_objects(value: Any, world: World) -> list[Any]:
-    """The `value` of every rank, in rank order, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     box: list[Any] = [None] * world.size
     if world.size == 1:
         return [value]

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: at once where nothing is lost by that, after the step and its checkpoint in training."""
+"""SIGTERM and Ctrl-C. SIGTERM ends the program at once if nothing is lost; in training, after a step and a checkpoint.
+
+Ctrl-C always ends the program at once.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Of torchrun each process may get a signal twice, at about the same time, and of a key that is held down many times. A
-# later one is a new request.
+# Under torchrun, each process may receive a signal twice at about the same time, and a key that is held down sends it
+# many times. A signal that arrives after this many seconds is a new request.
 _REPEATED_S = 5.0
 
 
 class Stopped(BaseException):
-    """SIGTERM came, and what could be saved is saved. Not an error.
+    """Raised after SIGTERM, once everything that can be saved is saved. Not an error.
 
-    together: all processes end here, with 0. Otherwise one of several leaves the others, whom the launcher ends.
+    Args:
+        text: message for the user.
+        together: whether all processes end here, with exit code 0. Otherwise this process may end alone, and the
+            launcher ends the others.
     """
 
     def __init__(self, text: str, *, together: bool = False) -> None:
@@ -27,14 +33,15 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """SIGTERM ends the program at once by `Stopped`; within `deferred` it is only noted, and asked for by `asked`.
+    """Handle SIGTERM and Ctrl-C.
 
-    SIGHUP counts as SIGTERM where a launcher passes it on; it kills what is left after 30 s.
+    SIGTERM ends the program at once by raising `Stopped`. Inside `deferred`, it is only recorded, and `asked` returns
+    it. If a launcher passes on SIGHUP, it counts as SIGTERM; the launcher kills remaining processes after 30 s.
 
-    Python ignores what is raised while an object is being deleted: `check` raises again what was lost.
+    Python ignores exceptions that are raised while an object is being deleted, so `check` raises a lost one again.
 
     Attributes:
-        run_folder: of the run, once there is one.
+        run_folder: folder of the run, or None before it is created.
     """
 
     def __init__(self) -> None:
@@ -51,9 +58,9 @@ class StopSignal:
         first, self._terminated = not self._terminated, True
         if self._deferred:
             if first and os.environ.get("RANK", "0") == "0":
-                # Not by print: the signal may have come within one.
+                # Not print, because the signal may have interrupted a print.
                 with suppress(OSError):
-                    os.write(2, b"\nSIGTERM: the run ends as soon as it can be continued from there\n")
+                    os.write(2, b"\nSIGTERM: the run ends after this step and its checkpoint\n")
         elif time.monotonic() - self._raised_s >= _REPEATED_S:
             raise self.stopped()
 
@@ -65,12 +72,12 @@ class StopSignal:
 
     @property
     def advice(self) -> str:
-        """What the user can do after the end."""
+        """What the user can do after the program has ended."""
         return f"continue with --resume {self.run_folder}" if self.run_folder else "nothing was written"
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, SIGTERM is only noted: between two steps all processes agree on it, and save what they have."""
+        """Only record SIGTERM inside the context. All processes then agree between two steps to save and stop."""
         before, self._deferred = self._deferred, True
         try:
             yield
@@ -79,30 +86,32 @@ class StopSignal:
 
     @property
     def asked(self) -> bool:
-        """Whether this process was asked to end. Raises a KeyboardInterrupt that was lost."""
+        """Whether this process was asked to end. Raises KeyboardInterrupt if one was lost."""
         if self._interrupted:
             raise KeyboardInterrupt
         return self._terminated
 
     def stopped(self, what: str = "", *, together: bool = False) -> Stopped:
-        """Return the exception to raise; further signals do not interrupt it on its way.
+        """Return the exception to raise. Further signals do not interrupt its handling.
 
-        what: is saved, in words, before the advice.
+        Args:
+            what: text about what is saved, printed before the advice.
+            together: whether all processes end together.
         """
         self._raised_s = time.monotonic()
         return Stopped(f"{what}; {self.advice}" if what else self.advice, together=together)
 
     def check(self) -> None:
-        """End the program where it was asked to end before."""
+        """End the program if it was asked to end."""
         if self.asked:
             raise self.stopped()
 
     def ignore(self) -> None:
-        """Ignore further signals: the program is ending."""
+        """Ignore further signals, because the program is ending."""
         for number in self._former:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Builds the models and engines that a stage works on."""
+"""Build the models and engines that a stage works on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("rmsd_fast")
 
 
 def load(path: str, settings: RunConfig, world: World) -> Student:
-    """A student on this process's device."""
+    """Load a student onto this process's device."""
     student = load_student(
         path,
         dtype=settings.model.dtype,
@@ -39,14 +39,14 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
 
 
 def prepare(student: Student, path: str, settings: RunConfig, world: World) -> Student:
-    """A student, loaded or made, on this process's device with the attention that the settings ask for."""
-    # On the device first: which attention serves the vision tower depends on it.
+    """Move a student to this process's device and set the attention that the settings ask for."""
+    # Moved first, because the choice of attention for the vision tower depends on the device.
     student.model.to(world.device)
     reason = unsupported(student.model)
     if reason:
         raise ModelError(
-            f"{path}: prompts cannot be shared, {reason}; rollouts and evaluation need that with any packing: change "
-            "config.json or use another model"
+            f"{path}: prompts cannot be shared, {reason}; rollouts and evaluation require it with every packing, so "
+            "change config.json or use another model"
         )
     if settings.packing == "shared":
         enable_shared_prefix(student.model)
@@ -62,7 +62,16 @@ def build_imitation(
     *,
     stage: str,
 ) -> StageState:
-    """State of stage 1, or of the control of stage 2: the student and its engine. media: what reads the videos."""
+    """Build the state of stage 1, or of the control of stage 2: the student and its engine.
+
+    Args:
+        path: folder of the model to start from.
+        settings: settings of the run.
+        world: this process in the run.
+        material: checked inputs of the run.
+        media: reader of the videos and images.
+        stage: "sft", or "distill" for the control.
+    """
     training = settings.sft if stage == "sft" else settings.distill
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
@@ -85,11 +94,14 @@ def build_imitation(
 
 
 def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig, world: World) -> dict[str, Targets]:
-    """Targets of the training questions, without the answers that this student's tokenizer or `micro_tokens` rule out.
+    """Return the targets of the training questions, without the answers that this student cannot be trained on.
+
+    An answer is left out if the student's tokenizer cannot encode it or if it does not fit into `micro_tokens`.
 
     Raises:
-        SettingsError: more than `data.max_bad_share` of the answers are ruled out, most of them by `micro_tokens`.
-        DataError: the same, most of them by the student.
+        SettingsError: more than `data.max_bad_share` of the answers are left out, most of them because of
+            `micro_tokens`.
+        DataError: more than `data.max_bad_share` of the answers are left out, most of them because of the student.
     """
     room = settings.micro_tokens - settings.data.max_prompt_tokens
     refused: dict[str, list[str]] = {}
@@ -100,7 +112,7 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
         asked += 1
         try:
             builder.check_response(text)
-            # A token has at least one byte: only a text that might be too long is tokenised.
+            # A token has at least one byte, so only a text that might be too long needs to be tokenized.
             tokens = len(builder.encode_response(text)) if len(text.encode()) >= room else 0
             reason = "too_long" if tokens > room else None
             longest = max(longest, tokens)
@@ -119,21 +131,24 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
         if most == "too_long":
             check_room(settings, longest, "the longest teacher response")
         raise DataError(
-            f"teacher pool: {number:,} of {counted(asked, 'answer')} cannot be taught to this student: "
+            f"teacher pool: {number:,} of {counted(asked, 'answer')} cannot be used to train this student: "
             f"{', '.join(f'{reason} {len(texts):,}' for reason, texts in refused.items())} ({most}: {REASONS[most]}), "
-            f"the first: {refused[most][0]!r:.80}; use a pool or a model that fits, teacher.parse=natural where it is "
+            f"first: {refused[most][0]!r:.80}; use a pool and a model that match, teacher.parse=natural instead of "
             "strict, or raise data.max_bad_share"
         )
     for reason, texts in refused.items():
         if world.is_main:
-            log.warning("%s left out: %s; the first: %.80r", counted(len(texts), "answer"), REASONS[reason], texts[0])
+            log.warning("%s left out: %s; first: %.80r", counted(len(texts), "answer"), REASONS[reason], texts[0])
     return targets
 
 
 def build_distillation(
     path: str, settings: RunConfig, world: World, material: Material, media: MediaReader | None = None
 ) -> StageState:
-    """State of warm-up and stage 2: policy, discriminator and reference, all starting from the stage-1 student."""
+    """Build the state of warm-up and stage 2: policy, discriminator and reference, all copies of the stage-1 student.
+
+    See `build_imitation` for the arguments.
+    """
     state = build_imitation(path, settings, world, material, media, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
@@ -145,19 +160,19 @@ def build_distillation(
 
 
 def make_policy(student: Student, settings: RunConfig, train_vision: bool) -> Policy:
-    """What the policy's engine trains."""
+    """Return the module that the policy's engine trains."""
     freeze(student.model, train_vision=train_vision)
     _checkpoint_layers(student.model, settings)
     return Policy(student.model).train()
 
 
 def make_reference(student: Student) -> Policy:
-    """What the reference's log-probs come from."""
+    """Return the frozen module that computes the reference's log-probs."""
     return Policy(student.model).eval().requires_grad_(False)
 
 
 def make_discriminator(student: Student, settings: RunConfig) -> Discriminator:
-    """What the discriminator's engine trains."""
+    """Return the module that the discriminator's engine trains."""
     freeze(student.model, train_vision=settings.distill.train_vision)
     _checkpoint_layers(student.model, settings)
     return Discriminator(student.model, seed=settings.seed).train()

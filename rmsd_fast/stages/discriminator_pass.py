@@ -1,4 +1,4 @@
-"""The discriminator in stage 2 and its warm-up: one forward gives the rewards and the loss (arXiv 2603.11423)."""
+"""The discriminator in stage 2 and its warm-up: one forward pass gives rewards and loss (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 
-# Equal texts score the same up to this much rounding.
+# Scores of equal texts differ by rounding errors of at most this size.
 TIE = 1e-5
 
 
 def discriminator_pass(
     state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None
 ) -> tuple[dict[str, Metric], int]:
-    """Score every distinct response of the step once, back-propagate L_D, leave the scores in the groups as rewards.
+    """Score every distinct response of the step once, back-propagate L_D, and store the scores in the groups.
 
-    The engine's gradients are complete afterwards and not applied. Scores are those before the update. Where a group
-    did not fit one micro-batch its pairs meet only after all of it is scored: then a pass without gradient comes first,
-    on all processes.
+    The scores become rewards of the rollouts. Afterwards the engine's gradients are complete but not applied, so the
+    scores are those before the update. If a group is split over several micro-batches, its pair loss needs the scores
+    of all of them. All processes then run an additional pass without gradient first.
 
     Returns:
-        This process's part of the metrics, and the tokens that went through the model.
+        This process's part of the metrics, and the number of tokens that the model processed.
     """
     settings, engine = state.settings, state.discriminator
     texts = [distinct_texts(group, state.builder) for group in groups]
     responses = [distinct.responses for distinct in texts]
-    parts = list(passes(state, [group.prompt for group in groups], responses, features))
-    places = [_places(part, responses) for part in parts]
+    step_passes = list(passes(state, [group.prompt for group in groups], responses, features))
+    positions = [_positions(step_pass, responses) for step_pass in step_passes]
     pairs = make_pairs(groups, settings)
     counts = global_sum(
         {
@@ -47,41 +47,47 @@ def discriminator_pass(
         },
         state.world,
     )
-    split = any_rank(any(_is_split(part, responses) for part in parts), state.world)
+    split = any_rank(any(_is_split(step_pass, responses) for step_pass in step_passes), state.world)
     if split:
         with torch.no_grad():
-            scores = _in_order(parts, places, [engine(part.prompts, part.rows, part.features) for part in parts])
+            scores = _in_order(
+                step_passes,
+                positions,
+                [engine(step_pass.prompts, step_pass.rows, step_pass.features) for step_pass in step_passes],
+            )
         scores.requires_grad_()
         (gradient,) = torch.autograd.grad(_pair_loss(scores, texts, pairs, settings, counts), scores)
     scored = []
-    for part, part_places in zip(parts, places, strict=True):
-        scores = engine(part.prompts, part.rows, part.features)
-        if part.filler:
+    for step_pass, pass_positions in zip(step_passes, positions, strict=True):
+        scores = engine(step_pass.prompts, step_pass.rows, step_pass.features)
+        if step_pass.filler:
             loss = scores.sum()
         elif split:
-            # Its value means nothing; its gradient is that of the loss of whole groups.
-            loss = (scores * gradient[part_places]).sum()
+            # Only the gradient of this value is meaningful: it equals that of the loss over whole groups.
+            loss = (scores * gradient[pass_positions]).sum()
         else:
-            part_pairs = make_pairs([groups[i] for i in part.batch.prompts], settings)
-            loss = _pair_loss(scores, [texts[i] for i in part.batch.prompts], part_pairs, settings, counts)
-        part.backward(engine, loss)
+            pass_pairs = make_pairs([groups[i] for i in step_pass.batch.prompts], settings)
+            loss = _pair_loss(scores, [texts[i] for i in step_pass.batch.prompts], pass_pairs, settings, counts)
+        step_pass.backward(engine, loss)
         scored.append(scores.detach())
-    scores = _in_order(parts, places, scored).cpu()
+    scores = _in_order(step_passes, positions, scored).cpu()
     _hand_out(scores, groups, texts)
     record = {"discriminator/loss": _pair_loss(scores, texts, pairs, settings, counts), **_record(scores, texts, pairs)}
-    computed = sum(part.rows.input_ids.numel() for part in parts) * (2 if split else 1)
+    computed = sum(step_pass.rows.input_ids.numel() for step_pass in step_passes) * (2 if split else 1)
     return record, computed
 
 
 def _pair_loss(
     scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs, settings: RunConfig, counts: dict[str, float]
 ) -> torch.Tensor:
-    """L_D of some groups as a function of their texts' scores; the sum over all groups and processes is the loss.
+    """Return the contribution of some groups to L_D; the loss is the sum over all groups and processes.
 
     Args:
-        scores: of the distinct texts, group after group, [R].
-        texts, pairs: of these groups.
-        counts: sums over the global batch that L_D is divided by: pairs, their qualities, and scores of both sides.
+        scores: scores of the distinct texts, group after group, [R].
+        texts: distinct texts of these groups.
+        pairs: pairs of these groups.
+        settings: settings of the run.
+        counts: normalizers of L_D over the global batch: pairs, their qualities, and scores of both sides.
     """
     students, teachers, quality, weight, index = to_device([*pairs[:4], _index_of_sides(texts)], scores.device)
     return pairwise_discriminator_loss(
@@ -97,7 +103,7 @@ def _pair_loss(
 
 
 def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
-    """Where the rollouts' and then the kept teacher responses' texts stand among the distinct texts, int64."""
+    """Return the index among the distinct texts of each rollout, then of each kept teacher response, int64."""
     students, teachers, start = [], [], 0
     for distinct in texts:
         students += [start + index for index in distinct.students]
@@ -106,30 +112,30 @@ def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
     return torch.tensor(students + teachers, dtype=torch.int64)
 
 
-def _is_split(part: Pass, responses: list[list[torch.Tensor]]) -> bool:
-    """Whether a pass reads only some of a group's responses."""
-    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    return not part.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
+def _is_split(step_pass: Pass, responses: list[list[torch.Tensor]]) -> bool:
+    """Return whether a pass reads only some of a group's responses."""
+    pairs = zip(step_pass.batch.prompts, step_pass.batch.responses, strict=True)
+    return not step_pass.filler and any(len(chosen) < len(responses[i]) for i, chosen in pairs)
 
 
-def _places(part: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
-    """Where a pass's responses stand among those of the whole step, group after group; int64, on its device."""
+def _positions(step_pass: Pass, responses: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Return the index of each response of a pass among all responses of the step, int64, on the pass's device."""
     starts = list(accumulate(map(len, responses), initial=0))
-    pairs = zip(part.batch.prompts, part.batch.responses, strict=True)
-    places = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
-    return to_device([places], part.rows.input_ids.device)[0]
+    pairs = zip(step_pass.batch.prompts, step_pass.batch.responses, strict=True)
+    positions = torch.tensor([starts[i] + r for i, chosen in pairs for r in chosen])
+    return to_device([positions], step_pass.rows.input_ids.device)[0]
 
 
-def _in_order(parts: list[Pass], places: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
-    """Scores of the whole step, group after group, from those of its passes."""
-    real = [number for number, part in enumerate(parts) if not part.filler]
+def _in_order(step_passes: list[Pass], positions: list[torch.Tensor], scores: list[torch.Tensor]) -> torch.Tensor:
+    """Return the scores of the whole step, group after group, from the scores of its passes."""
+    real = [number for number, step_pass in enumerate(step_passes) if not step_pass.filler]
     joined = torch.cat([scores[number] for number in real])
-    order = torch.cat([places[number] for number in real])
+    order = torch.cat([positions[number] for number in real])
     return torch.empty_like(joined).index_copy_(0, order, joined)
 
 
 def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[DistinctTexts]) -> None:
-    """Leave the scores in the groups as rewards; a question without a teacher has no discriminator reward."""
+    """Store the scores in the groups. A question without a teacher response has no discriminator reward."""
     sizes = [len(group.rollouts) for group in groups] + [len(group.kept) for group in groups]
     sides = scores[_index_of_sides(texts)].float().split(sizes)
     for group, student_scores, teacher_scores in zip(groups, sides[: len(groups)], sides[len(groups) :], strict=True):
@@ -138,7 +144,7 @@ def _hand_out(scores: torch.Tensor, groups: list[RolloutGroup], texts: list[Dist
 
 
 def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> dict[str, Metric]:
-    """This process's part of the metrics of scores; pairs weigh as much as in the loss. All tensors on the CPU."""
+    """Return this process's part of the score metrics, with pairs weighted as in the loss. All tensors are on CPU."""
     sizes = [[len(t.students) for t in texts], [len(t.teachers) for t in texts]]
     index, weight = _index_of_sides(texts), pairs.pair_weight.double()
     both = scores[index].double()
@@ -160,16 +166,17 @@ def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> d
 def length_sums(
     lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Return this process's sums for `length_correlation`, centred within each question.
+    """Return this process's sums for `length_correlation`, centered within each question.
 
     A question with long answers and high scores is not a sign of a length bias, so only the differences between the
     responses to one question count.
 
     Args:
-        lengths, scores: of all responses that D reads, rollouts and teacher responses, [R].
+        lengths: lengths of all responses that the discriminator reads, rollouts and teacher responses, [R].
+        scores: scores of these responses, [R].
         question: index of each response's question, int64 [R].
     Returns:
-        Squares of lengths, squares of scores, their products, and R.
+        Sums of the squared lengths, of the squared scores and of their products, and R.
     """
     x, y = (_centred(values.double(), question) for values in (lengths, scores))
     return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
@@ -182,7 +189,7 @@ def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
 
 
 def length_correlation(xx: float, yy: float, xy: float, responses: float) -> float | None:
-    """Return the correlation between length and score within questions; None where one of them does not differ."""
+    """Return the correlation between length and score within questions, or None if either is constant."""
     if xx == 0 or yy <= responses * TIE**2:
         return None
     return xy / (xx * yy) ** 0.5

@@ -1,7 +1,7 @@
 """Stage 2 (adversarial distillation) and the discriminator's warm-up before it (arXiv 2603.11423).
 
-One step: rollouts -> matching -> vision once per video -> one discriminator forward for rewards and L_D -> reference
-log-probs -> policy forward and backward -> both optimiser steps, or none.
+One step: vision once per video -> rollouts -> matching -> one discriminator forward for rewards and L_D -> reference
+log-probs -> policy forward and backward -> both optimizer steps, or none.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
-    """One optimiser step of the discriminator on rollouts of a policy that stands still.
+    """Run one optimizer step of the discriminator on rollouts of a fixed policy.
 
-    number: of the step within the warm-up, from 0.
+    Args:
+        state: state of the stage.
+        prompts: prompts of this process.
+        number: step within the warm-up, counted from 0.
     """
     settings = state.settings
     rollouts, features = roll_out(state, prompts, number)
@@ -50,9 +53,15 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
 
 
 def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
-    """One optimiser step of policy and discriminator. number: of the step within stage 2, from 0."""
+    """Run one optimizer step of policy and discriminator.
+
+    Args:
+        state: state of the stage.
+        prompts: prompts of this process.
+        number: step within stage 2, counted from 0.
+    """
     settings = state.settings
-    # Rollouts and matches are drawn by a number that goes on from the warm-up's.
+    # The step that seeds rollouts and matches continues from the warm-up, so that no draws are repeated.
     rollout_step = number + ("warm_up" in settings.stages) * settings.discriminator.warm_up_steps
     rollouts, features = roll_out(state, prompts, rollout_step)
     if rollouts is None:
@@ -68,11 +77,11 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             scored, scored_tokens = discriminator_pass(state, groups, features)
         engines.append(state.discriminator)
     with state.timer("reference"):
-        parts = _reference_pass(state, groups, features)
+        policy_passes = _reference_pass(state, groups, features)
     for group in groups:
         set_advantages(group, settings)
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, parts)
+        trained, trained_tokens = _policy_pass(state, groups, policy_passes)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
     tokens = _samples(groups, scored=bool(scored), trained=True)
@@ -87,9 +96,10 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
 def roll_out(
     state: StageState, prompts: list[Prompt], rollout_step: int
 ) -> tuple[list[list[Rollout]] | None, MediaFeatures | None]:
-    """Rollouts of each prompt, and the vision features that all three models share; None where each encodes its own.
+    """Return the rollouts of each prompt, and the vision features that all three models share.
 
-    No rollouts on any process where the policy's logits were not finite on one of them.
+    The features are None if each model encodes its own. If the policy's logits were not finite on any process, both
+    results are None on all processes.
     """
     settings = state.settings
     sampling = Sampling(
@@ -112,13 +122,13 @@ def roll_out(
 
 @dataclass
 class _PolicyPass:
-    """A pass of the policy, with what its loss reads beside it.
+    """A pass of the policy, with the additional inputs of its loss.
 
-    Fields:
-        read: prompts, rows and features; while the tower is frozen the reference shares the features.
-        ref_features: the reference's; None: nothing reads them.
-        rollout_logp: log-probs of the sampled tokens as the rollouts were drawn, float32 [S], in the order of the rows.
-        ref_logp: those of the reference, where a KL to it on the sampled tokens is taken.
+    Attributes:
+        read: prompts, rows and features. While the vision tower is frozen, the reference shares the features.
+        ref_features: vision features for the reference; None if nothing reads them.
+        rollout_logp: log-probs of the sampled tokens from the rollout engine, float32 [S], in the order of the rows.
+        ref_logp: log-probs of the sampled tokens under the reference; None if no KL on the sampled tokens is computed.
     """
 
     read: Pass
@@ -129,74 +139,77 @@ class _PolicyPass:
 
 @torch.no_grad()
 def _reference_pass(state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None) -> list[_PolicyPass]:
-    """The policy's passes with the reference's log-probs of the sampled tokens, and k1 where the reward takes it."""
+    """Return the policy's passes with the reference's log-probs of the sampled tokens.
+
+    If the reward contains a KL penalty, also store the k1 estimates in the groups.
+    """
     distill, kl_in_reward = state.settings.distill, state.settings.reward.kl_in_reward
     score = partial(linear_logprob, temperature=state.settings.rollout.temperature, ignore_index=None)
     responses = [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-    parts = []
+    policy_passes = []
     for read in passes(state, [group.prompt for group in groups], responses, features):
         logp = torch.cat([rollout.logp for rollout in _rollouts_of(read, groups)])
         (rollout_logp,) = to_device([logp], state.world.device)
         ref_features = read.features
         if state.reference is not None and ref_features is None:
             ref_features = encode_media(state.reference.model, read.prompts)
-        part = _PolicyPass(read, ref_features, rollout_logp)
+        policy_pass = _PolicyPass(read, ref_features, rollout_logp)
         if (distill.kl_coef and distill.kl != "full") or kl_in_reward:
-            part.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
-        parts.append(part)
+            policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
+        policy_passes.append(policy_pass)
     if kl_in_reward:
-        _set_log_ratios(groups, parts)
-    return parts
+        _set_log_ratios(groups, policy_passes)
+    return policy_passes
 
 
 def _rollouts_of(read: Pass, groups: list[RolloutGroup]) -> list[Rollout]:
-    """The rollouts of a pass, in the order of its rows."""
+    """Return the rollouts of a pass, in the order of its rows."""
     pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
     return [groups[i].rollouts[r] for i, chosen in pairs for r in chosen]
 
 
-def _set_log_ratios(groups: list[RolloutGroup], parts: list[_PolicyPass]) -> None:
-    """k1 of each rollout, mean over its tokens."""
+def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]) -> None:
+    """Store k1, averaged over the tokens of each rollout, in the groups."""
     means = []
-    for part in parts:
-        log_ratio = (part.rollout_logp - part.ref_logp).split(part.read.rows.lengths_list)
+    for policy_pass in policy_passes:
+        log_ratio = (policy_pass.rollout_logp - policy_pass.ref_logp).split(policy_pass.read.rows.lengths_list)
         means.append(torch.stack([of_rollout.mean() for of_rollout in log_ratio]))
     every_mean = iter(torch.cat(means).cpu())
     for group in groups:
         group.log_ratio = torch.zeros(len(group.rollouts))
-    for part in parts:
-        for i, chosen in zip(part.read.batch.prompts, part.read.batch.responses, strict=True):
+    for policy_pass in policy_passes:
+        for i, chosen in zip(policy_pass.read.batch.prompts, policy_pass.read.batch.responses, strict=True):
             for rollout in chosen:
                 groups[i].log_ratio[rollout] = next(every_mean)
 
 
 def _policy_pass(
-    state: StageState, groups: list[RolloutGroup], parts: list[_PolicyPass]
+    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 ) -> tuple[dict[str, Metric], int]:
-    """Forward and backward of the policy loss; the gradients are complete afterwards and not applied.
+    """Run forward and backward of the policy loss. Afterwards the gradients are complete but not applied.
 
     Returns:
-        This process's part of the metrics, and the tokens that went through the model.
+        This process's part of the metrics, and the number of tokens that the model processed.
     """
     distill = state.settings.distill
-    real = [part.read.rows for part in parts if not part.read.filler]
+    real = [policy_pass.read.rows for policy_pass in policy_passes if not policy_pass.read.filler]
     tokens = sum(len(rows.targets) for rows in real)
     counts = global_sum({"tokens": tokens, "sequences": sum(len(rows.lengths_list) for rows in real)}, state.world)
     token_mean = distill.aggregation == "token_mean"
-    # With kl_coef = 0 k3 is only measured; "full" would need the reference's hidden states for that.
+    # With kl_coef = 0, k3 is only measured. Measuring "full" would require the reference's hidden states.
     kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
     totals: dict[str, torch.Tensor] = {}
-    for part in parts:
-        read, rows = part.read, part.read.rows
+    for policy_pass in policy_passes:
+        read, rows = policy_pass.read, policy_pass.read.rows
         pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
         advantages = torch.cat([groups[i].advantages[chosen] for i, chosen in pairs])
         (advantages,) = to_device([advantages], state.world.device)
         each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
-        # A reference that was scored for the reward is measured too, also where the loss has no KL.
-        reference = {} if part.ref_logp is None else {"ref_logp": part.ref_logp}
+        # If the reward already needed the reference's log-probs, the KL is measured even if the loss has no KL term.
+        reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
         if kl and distill.kl == "full":
             with torch.no_grad():
-                hidden, weight = state.reference(read.prompts, rows, part.ref_features, _hidden_and_head)
+                hidden, weight = state.reference(read.prompts, rows, policy_pass.ref_features, _hidden_and_head)
             reference = {"ref_hidden": hidden, "ref_weight": weight}
         head = partial(
             linear_policy_loss,
@@ -205,7 +218,7 @@ def _policy_pass(
             normalizer=counts["tokens"] if token_mean else counts["sequences"],
             temperature=state.settings.rollout.temperature,
             ignore_index=None,
-            rollout_logp=part.rollout_logp,
+            rollout_logp=policy_pass.rollout_logp,
             tis_cap=distill.tis_cap,
             sequence_mask_cap=distill.sequence_mask_cap,
             cu_seqlens=F.pad(rows.lengths.cumsum(0), (1, 0)) if distill.sequence_mask_cap else None,
@@ -221,11 +234,11 @@ def _policy_pass(
             totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)
     record: dict[str, Metric] = {"policy/loss": totals.pop("loss")}
     record |= {f"policy/{name}": (mean, total, tokens) for name, total in sorted(totals.items())}
-    return record, sum(part.read.rows.input_ids.numel() for part in parts)
+    return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 
 
-# Means over tokens that the loss reports, those of them that the chosen mode has. importance_ratio is the trainer's
-# probability of the sampled tokens over the engine's: 1 where both compute the same.
+# Means over tokens that the loss may report, depending on its settings. importance_ratio is the trainer's probability
+# of the sampled tokens divided by the rollout engine's; it is 1 if both compute the same.
 _MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction"}
 
 
@@ -234,7 +247,7 @@ def _hidden_and_head(hidden, weight, targets):
 
 
 def _samples(groups: list[RolloutGroup], *, scored: bool, trained: bool) -> int:
-    """Tokens of the step as a list of samples: each response with a prompt of its own, in each model with gradients."""
+    """Count the tokens of the step without sharing: each response with its own prompt, for each trained model."""
     tokens = 0
     for group in groups:
         prompt = len(group.prompt.input_ids)

@@ -1,4 +1,4 @@
-"""Evaluation: greedy answers to held-out questions, scores by task type with 95% intervals, files of the run folder."""
+"""Evaluation: greedy answers to held-out questions, scores per task type with 95% intervals, and their files."""
 
 from __future__ import annotations
 
@@ -46,17 +46,22 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
 ) -> list[dict]:
-    """Greedy answers of a student, one record per question, the same list on every process.
+    """Return a student's greedy answers, one record per question, the same list on every process.
 
-    Every process holds the whole model and answers its share; the next batch is decoded meanwhile. A question whose
-    media cannot be used, whose prompt is too long, or at which the student's logits are not finite is recorded with
-    `error` and counts as 0.
+    Every process holds the whole model and answers its share of the questions, while the media of the next batch are
+    decoded. A question is recorded with `error` and scored 0 if its media cannot be used, its prompt is too long, or
+    the student's logits are not finite.
 
     Args:
-        name: of the student, for messages.
-        stop: asked between batches.
+        student: the student to evaluate.
+        questions: questions to answer.
+        settings: settings of the run.
+        world: this process in the run.
+        media: reader of the videos and images.
+        name: name of the student for messages.
+        stop: stop signal, checked between batches.
     Raises:
-        Stopped: it was asked to end.
+        Stopped: the program was asked to end.
     """
     video = settings.video
     if settings.evaluate.num_frames is not None:
@@ -67,7 +72,7 @@ def answer_questions(
     sampling = Sampling(n=1, temperature=0.0, max_new_tokens=settings.evaluate.max_new_tokens)
     share = questions[world.rank :: world.size]
     records = []
-    # Without a terminal a line every ten seconds, so that a long evaluation is seen to move.
+    # Without a terminal, print one line every ten seconds to show that a long evaluation makes progress.
     live = sys.stderr.isatty()
     with tqdm(
         total=len(share),
@@ -101,7 +106,7 @@ def answer_questions(
     unusable = [record for record in everything if "error" in record]
     if unusable and world.is_main:
         log.warning(
-            "evaluate %s: %d of %d questions could not be used and count 0, the first: %s",
+            "evaluate %s: %d of %d questions could not be used and are scored 0; first: %s",
             name,
             len(unusable),
             len(everything),
@@ -113,7 +118,7 @@ def answer_questions(
 def _prompts_ahead(
     builder: PromptBuilder, questions: list[Question], batch_size: int, settings: RunConfig
 ) -> Iterator[list[tuple[Question, Prompt | Exception]]]:
-    """Batches of questions, each with its prompt or the reason why it has none; the next batch is built meanwhile."""
+    """Yield batches of questions, each with its prompt or an error. The next batch is built in the background."""
 
     def build(question: Question) -> tuple[Question, Prompt | Exception]:
         try:
@@ -137,7 +142,7 @@ def _record(
 ) -> dict:
     task, options = question.task_type, question.options
     if error:
-        # Nothing is known of the answer, whatever was written before the error.
+        # Text generated before the error says nothing about the answer.
         nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
         return {"id": question.id, "task_type": task, "response": response, **nothing}
     read = response
@@ -148,23 +153,23 @@ def _record(
         "task_type": task,
         "response": response,
         "score": quality_score(read, task, question.answer, options=options, **quality_settings(settings.teacher)),
-        # The share that keeps the format is a result of its own, however answers are read.
+        # The share of answers in the required format is reported separately, regardless of the parser.
         "valid": parse_answer(response, task, options) is not None,
         "truncated": truncated,
     }
 
 
 def summarise(records: list[dict]) -> dict:
-    """Means with 95% intervals: per task type, over the closed ones, and over all.
+    """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
-    The interval is Wilson's, which for graded scores in [0, 1] is on the safe side (their variance is at most that of
-    a 0/1 score of the same mean). Open questions have no metric: their score is the share of valid answers.
+    The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
+    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers.
     """
     return _by_task(records, _mean_with_interval)
 
 
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
-    """Paired differences after - before with 95% bootstrap intervals over questions."""
+    """Return paired differences after - before with 95% bootstrap intervals over questions."""
     earlier = {record["id"]: record["score"] for record in before}
     paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
     return _by_task(paired, lambda rows: _bootstrap(rows, seed))
@@ -196,7 +201,7 @@ def _bootstrap(rows: list[dict], seed: int) -> dict:
 
 
 def write_evaluation(run_folder: Path, questions: list[Question], settings: RunConfig, *, simulated: bool) -> dict:
-    """Make `samples.jsonl` and `evaluation.json` from the predictions that the run folder holds so far."""
+    """Write `samples.jsonl` and `evaluation.json` from the predictions in the run folder so far."""
     predictions = {name: read_predictions(run_folder, name, questions) for name in STUDENTS}
     predictions = {name: records for name, records in predictions.items() if records is not None}
     names = list(predictions)
@@ -228,14 +233,14 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
 
 
 def _spread(records: list[dict], count: int) -> list[dict]:
-    """The first records of each task type in turn, so that every task is seen."""
+    """Return up to `count` records, taken from each task type in turn so that all of them appear."""
     by_task = [[r for r in records if r["task_type"] == task] for task in TASK_TYPES]
     turns = [rows[i] for i in range(max(map(len, by_task), default=0)) for rows in by_task if i < len(rows)]
     return turns[:count]
 
 
 def floors_of(questions: list[Question], settings: RunConfig) -> dict[str, dict]:
-    """By task type, what one and the same best answer to all questions scores."""
+    """Return, per task type, the score of the best constant answer to all questions."""
     counts = {task: sum(question.task_type == task for question in questions) for task in TASK_TYPES}
     floors = best_constant_floor(questions, settings.teacher)
     return {task: {"score": score, "answer": answer, "n": counts[task]} for task, (score, answer) in floors.items()}
@@ -246,9 +251,9 @@ def predictions_path(run_folder: Path, name: str) -> Path:
 
 
 def read_predictions(run_folder: Path, name: str, questions: list[Question]) -> list[dict] | None:
-    """The answers of a student, one record per question in their order; None where they have to be made.
+    """Return a student's answers, one record per question in order, or None if they have to be generated.
 
-    Says so where a file is there that does not hold them: damaged, or of other questions.
+    Warn if the file exists but is damaged or answers other questions.
     """
     path = predictions_path(run_folder, name)
     if not path.exists():
@@ -257,9 +262,9 @@ def read_predictions(run_folder: Path, name: str, questions: list[Question]) -> 
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         asked = [(question.id, question.task_type) for question in questions]
         if [(r["id"], r["task_type"]) for r in records] != asked or not all(_is_scored(r) for r in records):
-            raise ValueError("it does not answer these questions")
+            raise ValueError("it answers other questions")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s: answers are asked for again, the file cannot be used (%s)", path, error)
+        log.warning("%s: the file cannot be used (%s); the questions will be answered again", path, error)
         return None
     return records
 
@@ -276,7 +281,7 @@ def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:
 
 
 def format_table(result: dict) -> str:
-    """The accuracy table as text, one line per task."""
+    """Return the accuracy table as text, one line per task type."""
     students = result["students"]
     lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
     for task in [*TASK_TYPES, "closed"]:

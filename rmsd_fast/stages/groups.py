@@ -1,4 +1,4 @@
-"""A group = one question of the step with its N rollouts and its teacher's responses; pairs, rewards and advantages."""
+"""Groups: one question of a step with its N rollouts and teacher responses, their pairs, rewards and advantages."""
 
 from __future__ import annotations
 
@@ -21,11 +21,24 @@ from rmsd_fast.teacher.targets import Targets
 
 @dataclass
 class RolloutGroup:
-    """Float tensors are [N], on the CPU; `kept` are the teacher responses that matching can choose (p > 0).
+    """One question with its N rollouts and its teacher responses. Float tensors are [N] and on the CPU.
 
-    teacher_ids: int64 [R] of each kept teacher response, once the discriminator reads them.
-    d_score, teacher_d_score: scores of the rollouts [N] and of the kept teacher responses; empty without a
-    discriminator.
+    Attributes:
+        prompt: prompt of the question.
+        rollouts: rollouts of the student.
+        targets: teacher responses of the question.
+        outer: outer-format reward of each rollout.
+        task: task-format reward of each rollout.
+        content: content reward of each rollout.
+        matches: index of each rollout's matched teacher response, int64 [N]; None if matches are not sampled.
+        kept: indices of the teacher responses that matching can choose (p > 0).
+        valid: number of rollouts whose answer parses.
+        teacher_ids: token ids of each kept teacher response, int64 [R]; filled for the discriminator.
+        d_score: discriminator score of each rollout; empty without a discriminator.
+        teacher_d_score: discriminator score of each kept teacher response; empty without a discriminator.
+        log_ratio: k1 estimate of the KL to the reference, mean over the tokens; empty if the reward does not use it.
+        reward: total reward of each rollout; empty in the warm-up.
+        advantages: advantage of each rollout; empty in the warm-up.
     """
 
     prompt: Prompt
@@ -52,7 +65,7 @@ def make_group(
     question, options = prompt.question, prompt.question.options
     texts = [rollout.text for rollout in rollouts]
     content = [0.0] * len(texts)
-    # Open questions have no metric, hence no content reward.
+    # Open questions have no metric and therefore no content reward.
     if question.task_type in CLOSED_TASKS:
         metric = {"answer": question.answer, "options": options, **quality_settings(settings.teacher)}
         content = [quality_score(text, question.task_type, **metric) for text in texts]
@@ -73,7 +86,7 @@ def make_group(
 
 
 def make_pairs(groups: list[RolloutGroup], settings: RunConfig) -> Pairs:
-    """Pairs over the rollouts of the groups in order, and over their kept teacher responses in order."""
+    """Return the pairs of the groups. They index the concatenated rollouts and the concatenated kept responses."""
     counts = [len(group.rollouts) for group in groups]
     quality = [group.targets.quality[group.kept] for group in groups]
     if settings.discriminator.pairing == "expected":
@@ -91,10 +104,12 @@ def _among_kept(group: RolloutGroup) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class DistinctTexts:
-    """What the discriminator reads of a group: each distinct text once.
+    """The texts of a group that the discriminator reads, each distinct text once.
 
-    responses: the texts, int64 [R] each. students: for each rollout, its index in `responses`; teachers: the same for
-    each kept teacher response.
+    Attributes:
+        responses: token ids of the texts, int64 [R] each.
+        students: index in `responses` of each rollout.
+        teachers: index in `responses` of each kept teacher response.
     """
 
     responses: list[torch.Tensor]
@@ -103,10 +118,10 @@ class DistinctTexts:
 
 
 def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts:
-    """Rollouts and kept teacher responses as the discriminator reads them; fills `group.teacher_ids`.
+    """Return rollouts and kept teacher responses as the discriminator reads them, and fill `group.teacher_ids`.
 
-    Both sides are the encoding of their text with the end token, also where a rollout was cut: neither tokenisation nor
-    a missing end token can tell them apart.
+    Both sides are encoded from their text and end with the end token, even if a rollout was truncated. The
+    discriminator can therefore use neither the tokenization nor a missing end token to tell them apart.
     """
     index_of: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
@@ -117,20 +132,22 @@ def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts
 
 
 def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
-    """A rollout encoded as a teacher's text would be, cut to one token more than were sampled."""
+    """Encode a rollout like a teacher response, cut to at most one token more than were sampled."""
     ids = rollout.token_ids
     sampled = torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
     try:
         canonical = builder.encode_response(rollout.text)
     except ResponseError:
-        # The text spells a special token out of plain pieces. Its own ids hold no special one, generation bans them.
+        # The text spells a special token with ordinary tokens. The sampled ids contain no special token, because
+        # generation bans them.
         return sampled
-    # Bytes that are not text become replacement characters, of three tokens each: a longest response would not fit.
+    # Invalid UTF-8 bytes become replacement characters of three tokens each, so a response of maximum length could
+    # exceed the limit.
     return canonical if len(canonical) <= len(sampled) else torch.cat([canonical[: len(sampled) - 1], canonical[-1:]])
 
 
 def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
-    """Fill reward and advantages of a group whose d_score (and log_ratio, for kl_in_reward) are known."""
+    """Compute reward and advantages of a group whose d_score (and log_ratio, for kl_in_reward) are known."""
     reward = settings.reward
     d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
     if reward.score_clip is not None:
@@ -143,7 +160,7 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
 
 
 def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, Metric]:
-    """This process's part of the metrics of rollouts, teacher responses and rewards."""
+    """Return this process's part of the metrics of rollouts, teacher responses and rewards."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     answers = [(q, v) for group in groups for q, v in zip(group.targets.quality, group.targets.valid, strict=True)]
     record: dict[str, Metric] = {

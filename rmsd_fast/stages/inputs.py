@@ -1,4 +1,4 @@
-"""The input files of a run, read and checked before anything else happens: questions and teacher answers."""
+"""Read and check the input files of a run, questions and teacher answers, before anything else happens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
 from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
 
-# In this order, whatever order the files are given in.
+# Faults are reported in this order, regardless of the order of the arguments.
 QUESTION_ROLES = ("train", "heldout")
 
 
@@ -22,8 +22,13 @@ QUESTION_ROLES = ("train", "heldout")
 class Inputs:
     """Questions and teacher answers, read and checked.
 
-    scores: of the answers to `train`. simulated: whether a simulated teacher wrote them. statistics: of the answers,
-    from pool_statistics; empty without a pool. summary: all of it in words.
+    Attributes:
+        train: training questions.
+        heldout: held-out questions.
+        scores: scores of the answers to `train`.
+        simulated: whether a simulated teacher wrote the answers.
+        statistics: result of pool_statistics; empty without a pool.
+        summary: description of the inputs for people.
     """
 
     train: list[Question]
@@ -35,14 +40,16 @@ class Inputs:
 
 
 def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str]) -> Inputs:
-    """Read and check the files that are given: any of `train`, `heldout` and `pool`.
+    """Read and check the given files: any of `train`, `heldout` and `pool`.
 
     Args:
-        files, roots: path and media root by role; an empty root is the folder of the file.
+        settings: settings of the run.
+        files: path by role.
+        roots: media root by role; an empty root means the folder of the file.
     Raises:
-        DataError: a file is damaged, the pool belongs to other questions or has next to no valid answer, or too many
-            media files are missing. All that is found out before the answers are read comes in one error.
-        SettingsError: the pool holds fewer answers to a question than asked for, or data.task_type has no effect.
+        DataError: a file is damaged, the pool belongs to other questions or has almost no valid answer, or too many
+            media files are missing. All faults that are known before the answers are scored are raised as one error.
+        SettingsError: the pool holds fewer answers per question than requested, or data.task_type has no effect.
     """
     questions, pool = read_files(settings, files, roots)
     train, heldout = questions["train"], questions["heldout"]
@@ -74,7 +81,7 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         summary += describe_pool(answered, pool, statistics, unanswered, settings)
         if statistics["all"]["reasons"]:
             example = f"python -m rmsd_fast.pool check {files['pool']} {files['train']}"
-            summary.lines.append(f"  examples of what is not valid: {example}")
+            summary.lines.append(f"  examples of invalid answers: {example}")
         if summary.faults:
             raise DataError("\n".join([*summary.faults, *summary.lines]))
     return Inputs(answered, heldout, scores, simulated, statistics, summary)
@@ -83,10 +90,10 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
 def read_files(
     settings: RunConfig, files: dict[str, str], roots: dict[str, str]
 ) -> tuple[dict[str, list[Question]], Pool]:
-    """Questions by role, and teacher answers by question; empty where no such file is given.
+    """Read questions by role, and teacher answers by question; both are empty if the file is not given.
 
     Raises:
-        DataError: any of the files is damaged; the faults of all of them in one error.
+        DataError: a file is damaged. The faults of all files are raised as one error.
         SettingsError: data.task_type has no effect.
     """
     _check_task_type(settings, files)
@@ -115,13 +122,13 @@ def read_files(
 
 
 def leave_out(questions: list[Question], unanswered: list[str]) -> list[Question]:
-    """The questions without those of these ids."""
+    """Return the questions whose ids are not in `unanswered`."""
     ids = set(unanswered)
     return [question for question in questions if question.id not in ids]
 
 
 def missing_media(questions: list[Question], settings: RunConfig, path: str) -> str:
-    """What to say where so many media files are missing that a run would end for it hours later; otherwise ""."""
+    """Return an error message if so many media files are missing that a run would fail hours later; otherwise ""."""
     media = {file for question in questions for file in (*question.videos, *question.images)}
     missing = {file for file in media if not os.path.exists(file)}
     affected = sum(any(file in missing for file in (*q.videos, *q.images)) for q in questions)
@@ -137,13 +144,13 @@ def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question],
     most = max(len(pool[question.id]) for question in questions)
     if settings.teacher.responses > most:
         raise SettingsError(
-            f"teacher.responses={settings.teacher.responses}: {path} holds at most {most} responses to a question; "
-            f"write teacher.responses={most} or collect more"
+            f"teacher.responses: expected at most {most}, the largest number of responses to a question in {path}, "
+            f"got {settings.teacher.responses}; write teacher.responses={most} or collect more"
         )
 
 
 def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
-    """Refuse data.task_type where every question file is in our own format, whose records name their task types."""
+    """Refuse data.task_type if every question file is in our own format, whose records name their task types."""
     data = settings.data
     if data.task_type == "auto" or data.format != "auto":
         return
@@ -151,7 +158,7 @@ def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
     try:
         formats = {question_format(path) for path in paths}
     except DataError:
-        # Told with its other faults, when the file is read.
+        # Reading the file reports this fault together with its others.
         return
     if formats == {"rmsd"}:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""What a run needs before it starts: questions, teacher pool and a model directory, read and checked, made if asked."""
+"""Prepare what a run needs before it starts: questions, a teacher pool and a model folder, generated if requested."""
 
 from __future__ import annotations
 
@@ -24,32 +24,40 @@ from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
 
-# How long a program waits for another one that makes the same material; less than its other processes wait for it.
+# Seconds to wait for another program that generates the same material. Must be below the time that the other processes
+# of this program wait for the main process.
 LONGEST_MAKING_S = 1500.0
 
 
 @dataclass(frozen=True)
 class Material(Inputs):
-    """Inputs and model of a run. files: paths by role."""
+    """Inputs and model of a run.
+
+    Attributes:
+        model_path: folder or Hub name of the model.
+        files: paths of the input files by role.
+    """
 
     model_path: str
     files: dict[str, str]
 
     def fingerprints(self) -> dict:
-        """Hash of every input file, by role; of the model, of all its files by name."""
+        """Return the hash of every input file by role, and of every file of the model by name."""
         digests = {role: file_digest(path) for role, path in self.files.items()}
         return {**digests, "model": model_digests(resolve_folder(self.model_path))}
 
 
 def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
-    """Read and check what a run needs. With `made.enabled`, the main process makes what is not there yet.
+    """Read and check what a run needs. With `made.enabled`, the main process generates what does not exist yet.
 
-    training=False asks for held-out questions and a model alone.
-
+    Args:
+        settings: settings of the run.
+        world: this process in the run.
+        training: whether training inputs are needed; False reads only the held-out questions and the model.
     Raises:
-        UserError: a needed path is not given, a file is damaged, the pool belongs to other questions or has next to no
-            valid answer, the batches cannot be shared by the processes, the model is of another family, or
-            model.liger=on or the losses cannot be here.
+        UserError: a required path is not given, a file is damaged, the pool belongs to other questions or has almost no
+            valid answer, the batches cannot be divided among the processes, the model is of an unsupported family, or
+            model.liger=on or the losses are not available here.
     """
     check_liger(settings.model.liger, world.device)
     if training:
@@ -68,7 +76,8 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
     roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
-    # Before a run folder is made; the main process fetches a hub model, the others find it.
+    # Checked before a run folder is created. The main process downloads a Hub model, and the others find it in the
+    # cache.
     on_main(world, lambda: _check_model(model_path))
     return Material(**vars(inputs), model_path=model_path, files=files)
 
@@ -78,7 +87,7 @@ def _check_model(path: str) -> None:
 
 
 def check_batches(settings: RunConfig, processes: int) -> None:
-    """Raise SettingsError where a step's questions cannot be shared evenly by the processes."""
+    """Raise SettingsError if a step's questions cannot be divided evenly among the processes."""
     batches = {"sft.batch_size": settings.sft.batch_size} if "sft" in settings.stages else {}
     if {"warm_up", "distill"} & set(settings.stages):
         batches["distill.batch_size"] = settings.distill.batch_size
@@ -86,15 +95,15 @@ def check_batches(settings: RunConfig, processes: int) -> None:
         if batch % processes:
             raise SettingsError(
                 f"{key}: expected a multiple of {processes} (processes), got {batch}; write {key}="
-                f"{max(1, round(batch / processes)) * processes}, or start another number of processes"
+                f"{max(1, round(batch / processes)) * processes}, or start a different number of processes"
             )
 
 
 def losses_of(settings: RunConfig, world: World) -> str:
-    """Which implementation `auto` takes for the heads on this device.
+    """Return the implementation of the heads that `auto` resolves to on this device.
 
     Raises:
-        NotInstalled: on CUDA without triton.
+        NotInstalled: the device is CUDA and triton is not installed.
     """
     try:
         return resolve_impl("auto", torch.empty(0, dtype=DTYPES[settings.model.dtype], device=world.device))
@@ -103,18 +112,18 @@ def losses_of(settings: RunConfig, world: World) -> str:
 
 
 def _make_locked(settings: RunConfig) -> dict[str, str]:
-    """`_make`, one program at a time; what a killed one left is removed."""
+    """Call `_make` from one program at a time, after removing the leftovers of a killed one."""
     folder = Path(settings.made.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"made.folder: cannot make {folder} ({error.strerror}); choose another folder") from error
+        raise SettingsError(f"made.folder: cannot create {folder} ({error.strerror}); choose another folder") from error
     try:
         lock = FolderLock(folder, wait_s=LONGEST_MAKING_S)
     except OSError as error:
         if error.errno not in (EACCES, EPERM, EROFS):
             raise
-        # A folder of somebody else can be read: all that is needed may be there.
+        # The folder may belong to another user and already hold everything needed; reading it needs no lock.
         return _make(settings)
     with lock:
         remove_leftovers(folder)
@@ -124,7 +133,7 @@ def _make_locked(settings: RunConfig) -> dict[str, str]:
 
 
 def _make(settings: RunConfig) -> dict[str, str]:
-    """Make what is not there yet; paths by role. Names carry a hash of what determines the content."""
+    """Generate what does not exist yet and return paths by role. Names contain a hash of the content's settings."""
     made = settings.made
     if made.source == "clips":
         clips = make_clips(

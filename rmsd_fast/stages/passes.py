@@ -1,4 +1,4 @@
-"""The passes of a step: prompts with their responses in micro-batches, as rows on this process's device."""
+"""The forward and backward passes of a step: micro-batches of prompts with their responses, as rows on the device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rmsd_fast.stages.state import StageState
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward and backward pass of a model reads.
+    """The inputs of one forward and backward pass of a model.
 
-    Fields:
-        prompts: those of the micro-batch.
+    Attributes:
+        prompts: prompts of the micro-batch.
         rows: the prompts with their responses, on this process's device.
-        features: vision features of the prompts; None: each model encodes its own.
-        batch: which prompts and responses of the step these are.
-        last: it is the last pass of the step.
+        features: vision features of the prompts; None if each model encodes its own.
+        batch: indices of these prompts and responses in the step.
+        last: whether this is the last pass of the step.
     """
 
     prompts: list[Prompt]
@@ -38,11 +38,11 @@ class Pass:
 
     @property
     def filler(self) -> bool:
-        """Whether it repeats work of another pass, so that all processes make equally many."""
+        """Whether this pass only repeats another one, so that all processes run the same number of passes."""
         return self.batch.filler
 
     def backward(self, engine: Engine, loss: torch.Tensor) -> None:
-        """Add the gradients of this pass to the engine's; those of a filler are zero."""
+        """Add the gradients of this pass to the engine's. A filler adds zeros."""
         engine.backward(0.0 * loss if self.filler else loss, last=self.last)
 
 
@@ -52,13 +52,15 @@ def passes(
     responses: list[list[torch.Tensor]],
     features: MediaFeatures | None,
 ) -> Iterator[Pass]:
-    """Yield the passes over the prompts with their responses, equally many on every process.
+    """Yield the passes over the prompts with their responses, the same number on every process.
 
     Args:
-        prompts, responses: of the step on this process; each prompt's responses are int64 [R].
-        features: of the prompts; None: each model encodes its own.
+        state: state of the stage.
+        prompts: prompts of the step on this process.
+        responses: token ids of each prompt's responses, int64 [R] each.
+        features: vision features of the prompts; None if each model encodes its own.
     Raises:
-        SettingsError: on all processes, where a prompt with one response exceeds `micro_tokens` on any.
+        SettingsError: on all processes, if a prompt with one response exceeds `micro_tokens` on any process.
     """
     batches = _plan(state, prompts, responses)
     for number, batch in enumerate(batches):
@@ -70,7 +72,7 @@ def passes(
 
 
 def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> list[MicroBatch]:
-    """Micro-batches of this process; a process that cannot plan tells the others before it raises."""
+    """Return the micro-batches of this process. A process that cannot plan informs the others before it raises."""
     agreed = False
 
     def agree(count: int) -> int:

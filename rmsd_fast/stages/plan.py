@@ -1,4 +1,4 @@
-"""What a run would do, for `--dry-run`: inputs, steps and an estimate of memory, without training anything."""
+"""Describe what a run would do, for `--dry-run`: inputs, steps and a memory estimate, without training anything."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ GIB = 2**30
 
 
 def describe_plan(settings: RunConfig) -> tuple[str, bool]:
-    """Steps, inputs and memory as text, and whether a run could start.
+    """Return a text about steps, inputs and memory, and whether a run could start.
 
-    Inputs that are there are read and checked; those that are missing are listed.
+    Inputs that exist are read and checked; missing inputs are listed.
 
     Raises:
-        UserError: an input is there and damaged, the pool belongs to other questions, or the batches cannot be shared
-            by the processes that torchrun has started.
+        UserError: an existing input is damaged, the pool belongs to other questions, or the batches cannot be divided
+            among the processes that torchrun has started.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_batches(settings, processes)
-    launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun, as the run, to count them)"
+    launch = "" if "WORLD_SIZE" in os.environ else " (start the dry run with torchrun to count processes)"
     lines = [
         f"run {settings.name}: settings are consistent; {counted(processes, 'process', 'processes')}{launch}, "
         f"ZeRO-{settings.runtime.zero_stage}"
@@ -42,7 +42,7 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     kept += f", {data.disk_cache_gib:g} GiB in {data.disk_cache}" if data.disk_cache else ""
     threads, steps = counted(data.decode_threads, "thread"), counted(data.decode_ahead, "step")
     lines.append(f"  media: {data.decoder} decoder, {threads}, decoding {steps} ahead")
-    lines.append(f"  media kept: {kept}")
+    lines.append(f"  media caches: {kept}")
     frames = f"{settings.video.num_frames} frames" if settings.video.num_frames else f"{settings.video.fps:g} frames/s"
     later = settings.evaluate.num_frames
     lines.append(f"  videos: {frames}" + (f", {later} frames in evaluation" if later else ""))
@@ -52,9 +52,9 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
     present += [about_model] if about_model else []
     missing += [fault] if fault else []
     lines += [f"  {line}" for line in present]
-    lines += [f"  NOT THERE YET: {line}" for line in missing]
+    lines += [f"  MISSING: {line}" for line in missing]
     lines += _memory_lines(settings, folder, processes)
-    lines.append("not ready: give what is missing above" if missing else "ready")
+    lines.append("not ready: provide what is missing above" if missing else "ready")
     return "\n".join(lines), not missing
 
 
@@ -73,13 +73,13 @@ def _stage_lines(settings: RunConfig) -> list[str]:
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
     if "distill" in settings.stages and late.objective == "policy":
-        parts = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
-        lines.append(f"  reward {parts}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
+        rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
+        lines.append(f"  reward {rewarded_by}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
     return lines
 
 
 def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
-    """What was read of questions and answers, and what is missing."""
+    """Return lines about the questions and answers that were read, and lines about what is missing."""
     present, missing = [], []
     made = settings.made.enabled
     named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
@@ -103,27 +103,27 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
         media = {path for q in (*inputs.train, *inputs.heldout) for path in (*q.videos, *q.images)}
         absent = sorted(path for path in media if not os.path.exists(path))
         if media:
-            missing = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
-            present.append(f"media: {counted(len(media), 'file')}{missing} (not opened yet)")
+            gone = f", {len(absent):,} of them missing, first {absent[0]}" if absent else ""
+            present.append(f"media: {counted(len(media), 'file')}{gone} (not opened yet)")
     if settings.data.decoder == "cuda" and not torch.cuda.is_available():
         missing.append("data.decoder=cuda: a CUDA device")
     return present, missing
 
 
 def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
-    """The model's folder if it is here, what to say of it, and what is wrong with it."""
+    """Return the model's folder if it is local, a line that describes it, and its fault; both texts may be empty."""
     path = settings.model.path
     if not path:
         made = settings.made.enabled
         return (
             None,
             "model.path: a tiny student made by the run" if made else "",
-            "" if made else "model.path: expected one",
+            "" if made else "model.path: expected a model folder or a Hub name",
         )
     try:
         folder = find_folder(path)
         if folder is None:
-            where = "not a folder here; as a Hub name, not downloaded yet: the run fetches it from the Hub"
+            where = "not a local folder; if it is a Hub name, the run downloads it from the Hub"
             return None, f"model.path: {path}, {where}", ""
         opening = open_folder(folder).response_opening
     except ModelError as error:
@@ -133,7 +133,7 @@ def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
 
 
 def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> list[str]:
-    """States of the models per process; activations come on top."""
+    """Return a line with the memory of the models' states per process, without activations."""
     if folder is None:
         return []
     total, vision = count_parameters(json.loads((folder / "config.json").read_text()))
@@ -144,18 +144,18 @@ def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> l
     weights = total * width / (processes if zero == 3 else 1)
     gradients = trained * 4 / (processes if zero >= 2 else 1)
     optimizer = trained * (12 if width == 2 else 8) / (processes if zero >= 1 else 1)
-    host = " (optimiser states in host memory)" if settings.runtime.offload_optimizer else ""
+    host = " (optimizer states in host memory)" if settings.runtime.offload_optimizer else ""
     reference = total * width if uses_reference(settings) else 0
     states = engines * (weights + gradients + (0 if host else optimizer)) + reference
     models = counted(engines, "trained model")
     return [
         f"  memory per process, estimated: {states / GIB:.1f} GiB for {models} of {total / 1e6:.1f}M "
-        f"parameters{' and the reference' if reference else ''}{host}; activations come on top"
+        f"parameters{' and the reference' if reference else ''}{host}; activations not included"
     ]
 
 
 def count_parameters(config: dict) -> tuple[int, int]:
-    """Parameters of a Qwen3-VL configuration, and of its vision tower alone, without making the weights."""
+    """Count the parameters of a Qwen3-VL configuration, and of its vision tower alone, without allocating weights."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     with torch.device("meta"):

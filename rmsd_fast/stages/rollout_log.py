@@ -1,7 +1,7 @@
-"""`rollouts.jsonl`: what the student wrote while it trained, what the teacher wrote, and what each was worth.
+"""`rollouts.jsonl`: the student's rollouts during training and the teacher's answers, with their scores.
 
 One line per question of a logged step, in the order of the step. `null` stands for a score that was not computed (no
-discriminator, no usable teacher answer, no reward in the warm-up) and for a number that was not finite.
+discriminator, no usable teacher answer, no reward in the warm-up) or for a number that was not finite.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ def log_rollouts(
     step: int,
     total: int,
 ) -> None:
-    """Append the first questions of a step, if it is the stage's first or last, or one of every n in between.
+    """Append the first questions of a step if the step is the stage's first, its last, or every n-th in between.
 
     Args:
-        groups: of this process; their tensors are on the CPU, so nothing here waits for the device.
-        step, total: 1-based step, and the steps of the stage.
+        log: file to append to.
+        groups: groups of this process. Their tensors are on the CPU, so logging does not wait for the device.
+        settings: rollout settings of the run.
+        stage: name of the stage.
+        step: step within the stage, counted from 1.
+        total: number of steps of the stage.
     """
     every = settings.log_every_steps
     if every and ((step - 1) % every == 0 or step == total):
@@ -55,7 +59,7 @@ def _record(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _teacher(group: RolloutGroup) -> list[dict[str, Any]]:
-    """The question's K answers; those that matching cannot choose have p = 0 and no score."""
+    """Return the question's K answers. Answers that matching cannot choose have p = 0 and no score."""
     quality, p = group.targets.quality.tolist(), group.targets.p.tolist()
     # Without a discriminator there are no scores.
     scores = dict(zip(group.kept, group.teacher_d_score.tolist(), strict=False))

@@ -1,4 +1,4 @@
-"""A run: its inputs, its logs and its checkpoints, and the loop that every stage goes through."""
+"""A run: its inputs, logs and checkpoints, and the training loop that every stage uses."""
 
 from __future__ import annotations
 
@@ -45,17 +45,30 @@ from rmsd_kernels import native
 log = logging.getLogger("rmsd_fast")
 
 LOGS = ("rollouts", "bad_media", "skipped")
-# A stage's step: state, this process's prompts, and the number of the step within the stage, from 0.
+# A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
 PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
 
 
 @dataclass
 class TrainingRun:
-    """One run: `checkpoint` is the one that it continues from, None for a new run.
+    """One run.
 
-    logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty on all processes but the main one.
-    fingerprints: settings, and hashes of all that the run reads; `stage1` among them once that stage is done.
+    Attributes:
+        settings: settings of the run.
+        world: this process in the run.
+        folder: the run folder.
+        material: checked inputs of the run.
+        media: reader of the videos and images.
+        metrics: log of the metrics.
+        logs: `rollouts.jsonl`, `bad_media.jsonl` and `skipped.jsonl`, by name; empty except on the main process.
+        stop: stop signal of the program.
+        fingerprints: settings and hashes of all input files, including `stage1` once stage 1 is complete.
+        checkpoint: the checkpoint that the run continues from; None for a new run.
+        skipped: number of skipped steps.
+        bad: number of samples that could not be used.
+        seen: number of samples so far.
+        listed: (stage, question id) of the questions in `bad_media.jsonl`.
     """
 
     settings: RunConfig
@@ -75,7 +88,7 @@ class TrainingRun:
 
     @property
     def stage1(self) -> str:
-        """Directory of the student after stage 1: what discriminator, reference and stage 2 start from."""
+        """Folder of the student after stage 1, from which discriminator, reference and stage 2 start."""
         return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
 
 
@@ -90,11 +103,20 @@ def open_run(
     resumed: bool,
     allow_changes: bool,
 ) -> TrainingRun:
-    """Start a run in its folder, or check and reopen the one to continue.
+    """Start a run in its folder, or check and reopen the run to continue.
 
+    Args:
+        settings: settings of the run.
+        world: this process in the run.
+        folder: the run folder.
+        material: checked inputs of the run.
+        media: reader of the videos and images.
+        stop: stop signal of the program.
+        resumed: whether the folder holds a run to continue.
+        allow_changes: whether settings and inputs may differ from those of the run to continue.
     Raises:
-        CheckpointError: the run differs from the one to continue, or none of its checkpoints can be loaded.
-        SettingsError: a change without effect.
+        CheckpointError: the run differs from the run to continue, or none of its checkpoints can be loaded.
+        SettingsError: a changed setting has no effect.
     """
     fingerprints = {"settings": settings_as_dict(settings), "files": digests_of_all_nodes(material, world)}
     checkpoint = None
@@ -110,7 +132,7 @@ def open_run(
     def open_logs() -> None:
         nonlocal metrics
         write_fingerprints(folder, fingerprints)
-        # What the disk had not taken when the checkpoint was written.
+        # Lines that could not be written to disk before the checkpoint was saved.
         waiting = saved.get("waiting", {})
         metrics = MetricsLog(
             folder,
@@ -119,26 +141,30 @@ def open_run(
             resume_waiting=waiting.get("metrics", ()),
             totals=totals,
         )
-        # A checkpoint of an earlier version does not count the lines of all of them: these are kept.
+        # Checkpoints of earlier versions do not count the lines of every log; logs without a count keep all lines.
         kept = saved.get("log_lines", {}) if checkpoint else dict.fromkeys(LOGS, 0)
         logs.update({name: JsonLines(folder / f"{name}.jsonl", kept.get(name), waiting.get(name, ())) for name in LOGS})
         listed.update((record.get("stage"), record.get("id")) for record in logs["bad_media"].records())
 
-    # By the main process: what it cannot open ends all of them.
+    # If the main process cannot open a file, the error ends all processes.
     on_main(world, open_logs)
     metrics = metrics or MetricsLog(folder, world, totals=totals)
     run = TrainingRun(
         settings, world, folder, material, media, metrics, logs, stop, fingerprints, checkpoint, listed=listed
     )
     if resumed and checkpoint is None:
-        metrics.message("no checkpoint yet: the run starts at its beginning")
+        metrics.message("no checkpoint yet: the run starts from the beginning")
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
     return run
 
 
 def close_logs(run: TrainingRun) -> None:
-    """Close the files that the run appends to; an OSError where one lacks lines, after all are closed."""
+    """Close the log files of the run.
+
+    Raises:
+        OSError: lines could not be written to a file; raised after all files are closed.
+    """
     faults = []
     for file in (run.metrics, *run.logs.values()):
         try:
@@ -150,7 +176,7 @@ def close_logs(run: TrainingRun) -> None:
 
 
 def write_facts(run: TrainingRun, *, finished: bool) -> None:
-    """`run.json`: when, on what and with which versions the run went; a resumed run keeps its start."""
+    """Write `run.json`: time, hardware and versions of the run. A resumed run keeps its original start time."""
     path = run.folder / "run.json"
     facts = _facts(path)
     facts.pop("finished", None)
@@ -169,19 +195,19 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
 
 
 def _facts(path: Path) -> dict:
-    """What `run.json` holds; only when the run started is needed of it, so that a damaged file costs no more."""
+    """Read `run.json`. Only the start time is needed, so a damaged file is replaced and only that is lost."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return facts if isinstance(facts.get("started"), str) else {"started": _now()}
     except FileNotFoundError:
         return {"started": _now()}
     except (OSError, ValueError, AttributeError) as error:
-        log.warning("%s cannot be read (%s); the run's start is taken as now", path, error)
+        log.warning("%s: cannot be read (%s); the current time is recorded as the start of the run", path, error)
         return {"started": _now()}
 
 
 def _losses(run: TrainingRun) -> str:
-    """Which implementation `auto` takes for the heads, and where it is the slow one on CPU, why."""
+    """Return the implementation of the heads that `auto` resolves to and, if it is the slow one on CPU, the reason."""
     chosen = losses_of(run.settings, run.world)
     return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
 
@@ -204,7 +230,7 @@ def _hardware(world: World) -> str:
 
 
 def first_step(run: TrainingRun, stage: str) -> int:
-    """Steps of a stage that the continued run has done already."""
+    """Return the number of steps of a stage that the continued run has already done."""
     if run.checkpoint is None:
         return 0
     saved = run.checkpoint.state
@@ -214,7 +240,7 @@ def first_step(run: TrainingRun, stage: str) -> int:
 
 
 def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
-    """Load the continued run's checkpoint, if it was written in one of these stages."""
+    """Load the checkpoint of the run to continue if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
@@ -226,8 +252,8 @@ def open_loader(
     data, world = run.settings.data, run.world
     if not questions:
         raise SettingsError(
-            f"stage {stage}: no question is left to train on; the pool has no usable response for any of "
-            f"{len(run.material.train)} questions"
+            f"stage {stage}: expected questions with a usable response, got none: the pool has no usable response for "
+            f"any of {len(run.material.train)} questions; check the pool with python -m rmsd_fast.pool check"
         )
     return PromptLoader(
         state.builder,
@@ -252,21 +278,26 @@ def run_steps(
     step: Step,
     rates: dict[str, Callable[[int], float]],
 ) -> None:
-    """The loop of a stage: data, learning rates, step, metrics, checkpoint.
+    """Run the training loop of a stage: data, learning rates, step, metrics, checkpoint.
 
     Args:
-        engines: all that a checkpoint holds.
-        rates: learning rate by step, for the engines that this stage trains.
+        run: the run.
+        stage: name of the stage.
+        state: state of the stage.
+        loader: loader of the stage's prompts.
+        engines: all engines, by name, which checkpoints contain.
+        step: the stage's step.
+        rates: learning rate as a function of the step, for each engine that this stage trains.
     Raises:
-        Stopped: SIGTERM came; the state is saved.
-        NonFiniteRun: too many steps in a row were skipped.
+        Stopped: SIGTERM was received; the state is saved.
+        NonFiniteRun: too many consecutive steps were skipped.
     """
     total = stage_steps(run.settings, stage)
     every = run.settings.checkpoint.every_steps
     first = first_step(run, stage)
     state.timer = PhaseTimer(run.world.device, run.metrics)
     run.metrics.begin(stage, total, first)
-    run.media.take_counts()  # the evaluation's
+    run.media.take_counts()  # Discards the counts of the evaluation.
     try:
         with run.stop.deferred():
             for number in range(first, total):
@@ -294,14 +325,14 @@ def run_steps(
                     count_skipped(state, result.skipped)
                 except NonFiniteRun as error:
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
-                # Its groups hold the step's frames: the next step must not find them in memory.
+                # The groups hold the step's frames, which must be freed before the next step.
                 del result
                 stopping = any_rank(run.stop.asked, run.world)
                 saved = False
                 if number + 1 == total or stopping or (every and (number + 1) % every == 0):
                     saved = save(run, stage, number + 1, state, engines)
                 if stopping and not saved:
-                    raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved, {run.stop.advice}")
+                    raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved; {run.stop.advice}")
                 if stopping:
                     raise run.stop.stopped(f"step {number + 1} of {stage} is saved", together=True)
     finally:
@@ -309,13 +340,14 @@ def run_steps(
     run.stop.check()
     if run.listed:
         run.metrics.message(
-            f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced, of "
-            f"{len({question_id for _, question_id in run.listed})} questions: {run.folder / 'bad_media.jsonl'}"
+            f"{run.bad:.0f} of {run.seen:.0f} samples so far could not be used and were replaced; "
+            f"{len({question_id for _, question_id in run.listed})} questions are listed in "
+            f"{run.folder / 'bad_media.jsonl'}"
         )
 
 
 def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
-    """This process's prompts of a step. A fault of one process, or too many bad samples, ends all of them together."""
+    """Return this process's prompts of a step. A fault on one process, or too many bad samples, ends all processes."""
     prompts, fault = [], None
     try:
         prompts = loader.step(number, total)
@@ -333,32 +365,32 @@ def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: in
     share = run.settings.data.max_bad_share
     if run.bad > share * max(run.seen, 50):
         raise TooManyBadSamples(
-            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); {listed}, "
-            "repair the files or raise the share"
+            f"{run.bad:.0f} of {run.seen:.0f} samples could not be used (data.max_bad_share={share}); {listed}; "
+            "repair the files or raise data.max_bad_share"
         )
     return prompts
 
 
 def _note_bad(run: TrainingRun, loader: PromptLoader) -> None:
-    """List the questions that could not be used, each once per stage."""
+    """Log the questions that could not be used, each once per stage."""
     faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
     for question_id, reason in faults if run.world.is_main else ():
         if (loader.stage, question_id) not in run.listed:
             if not run.listed:
-                run.metrics.message(f"a sample cannot be used and is replaced: {question_id}: {reason}")
+                run.metrics.message(f"a sample cannot be used and is replaced ({question_id}: {reason})")
             run.listed.add((loader.stage, question_id))
             run.logs["bad_media"].append({"id": question_id, "stage": loader.stage, "reason": reason})
 
 
 def _note_skipped(run: TrainingRun, stage: str, step: int, prompts: list[Prompt]) -> None:
-    """List the questions of a step whose loss or gradient was not finite."""
+    """Log the questions of a step whose loss or gradient was not finite."""
     ids = [i for part in all_gather_objects([prompt.question.id for prompt in prompts], run.world) for i in part]
     if run.world.is_main:
         run.logs["skipped"].append({"stage": stage, "step": step, "questions": ids})
 
 
 def _cost(run: TrainingRun, state: StageState, result: StepResult) -> dict[str, float]:
-    """Time, rates, memory and faults of a step."""
+    """Return time, rates, memory and faults of a step."""
     cost = global_max(state.timer.take(), run.world)
     seconds, tokens, computed = (
         cost["seconds/step"],
@@ -379,7 +411,7 @@ def _cost(run: TrainingRun, state: StageState, result: StepResult) -> dict[str, 
 
 
 def save(run: TrainingRun, stage: str, step: int, state: StageState, engines: dict[str, Engine]) -> bool:
-    """One checkpoint unit, with an export of the student in it; False where the disk is full."""
+    """Save a checkpoint that contains an export of the student. Return False if the disk is full or fails."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
     on_main(run.world, lambda: [file.sync() for file in (run.metrics, *run.logs.values())])
@@ -407,30 +439,30 @@ def save(run: TrainingRun, stage: str, step: int, state: StageState, engines: di
 
 
 def record_stage1(run: TrainingRun) -> None:
-    """Record that `stage1/` is written to its end, and what it is; checkpoints from here on hold it too."""
+    """Record that `stage1/` is complete, with its hashes. Later checkpoints contain this record."""
     run.fingerprints["stage1"] = on_main(run.world, lambda: model_digests(run.folder / "stage1"))
     on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
 def forget_stage1(run: TrainingRun) -> None:
-    """`stage1/`, if there is one, is not that of the steps to come."""
+    """Remove the record of an earlier `stage1/`, because the coming steps will write a new one."""
     if run.fingerprints.pop("stage1", None) is not None:
         on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 
 
 def export(run: TrainingRun, student: Student, engine: Engine, folder: Path, stage: str) -> None:
-    """Write the student in HF format; all processes wait for it."""
+    """Write the student in Hugging Face format. All processes wait until it is written."""
     with engine.full_weights():
         on_main(run.world, lambda: export_student(student, folder, **_origin(run, stage)))
 
 
 def _origin(run: TrainingRun, stage: str) -> dict[str, Any]:
-    """What a model card says of the training."""
+    """Return the arguments of an export that describe the training."""
     return {"base_model": run.settings.model.path, "stage": stage, "video": run.settings.video}
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:
-    """Learning rate by step for `sft` or `distill` settings."""
+    """Return the learning rate as a function of the step, for `sft` or `distill` settings."""
     return lambda step: learning_rate(
         step,
         steps=steps,

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and whether a run continues what was begun in it."""
+"""The folder of a run: creating and locking it, and checking a run to continue against its former state."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from rmsd_fast.runtime.process_group import World, all_gather_objects, on_main
 from rmsd_fast.settings import load_settings, save_settings, settings_as_dict, to_yaml
 from rmsd_fast.stages.material import Material
 
-# Section and field of the settings that tell how many steps a stage has.
+# Section and field of the settings that hold the number of steps of each stage.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
-# What the run was started with, and `stage1/` from its end on: settings, and hashes of all files that are read.
+# Settings and hashes of all input files at the start of the run; from the end of stage 1 also those of `stage1/`.
 FINGERPRINTS = "fingerprints.json"
-# The threads of a process that was killed end within this time, and release its lock.
+# Seconds within which the threads of a killed process end and release its lock.
 KILLED_S = 5.0
 
 
 @contextmanager
 def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterator[Path]:
-    """The folder of a run, made if it is a new one, and kept from other programs until the end of the `with` block.
+    """Yield the folder of a run, created if the run is new, and lock it for the duration of the `with` block.
 
+    Args:
+        settings: settings of the run.
+        world: this process in the run.
+        resume: folder of the run to continue; None for a new run.
     Raises:
         Locked: another program writes to the folder.
-        SettingsError: it cannot be made.
+        SettingsError: the folder cannot be created.
     """
     lock: FolderLock | None = None
 
@@ -51,10 +55,10 @@ def run_folder(settings: RunConfig, world: World, resume: Path | None) -> Iterat
 
 
 def digests_of_all_nodes(material: Material, world: World) -> dict:
-    """Hashes of the files that the run reads, which every node has to find the same.
+    """Return the hashes of the files that the run reads, which must be the same on every node.
 
     Raises:
-        CheckpointError: on all processes, where they differ.
+        CheckpointError: on all processes, if the hashes differ between nodes.
     """
     digests, fault = None, ""
     if world.local_rank == 0:
@@ -62,15 +66,16 @@ def digests_of_all_nodes(material: Material, world: World) -> dict:
             digests = material.fingerprints()
         except (OSError, UserError) as error:
             fault = f"{error}"
-    parts = all_gather_objects((digests, fault), world)
-    if faults := [fault for _, fault in parts if fault]:
+    gathered = all_gather_objects((digests, fault), world)
+    if faults := [fault for _, fault in gathered if fault]:
         raise CheckpointError(faults[0])
-    first = parts[0][0]
-    for rank, (digests, _) in enumerate(parts):
+    first = gathered[0][0]
+    for rank, (digests, _) in enumerate(gathered):
         if digests is not None and digests != first:
             changes = compare_fingerprints({"files": first}, {"files": digests}, allow_changes=True)
             raise CheckpointError(
-                f"the node of process {rank} has other files than that of process 0:\n  " + "\n  ".join(changes)
+                f"inputs: expected the same files on all nodes, got different ones on the nodes of processes 0 and "
+                f"{rank}; copy the files to every node:\n  " + "\n  ".join(changes)
             )
     return first
 
@@ -85,16 +90,18 @@ def _new_folder(settings: RunConfig) -> Path:
             sync_folder(folder.parent)
             break
         except FileExistsError:
-            # Of this run's name and second; or a file where `output` should be.
+            # Either another run has the same name and started in the same second, or `output` is a file.
             if not folder.is_dir():
-                raise SettingsError(f"output: {settings.output} is a file; choose another folder") from None
+                raise SettingsError(
+                    f"output: expected a folder, got the file {settings.output}; choose another folder"
+                ) from None
             number += 1
         except OSError as error:
-            raise SettingsError(f"output: cannot make {folder} ({error.strerror}); choose another folder") from error
+            raise SettingsError(f"output: cannot create {folder} ({error.strerror}); choose another folder") from error
     try:
         save_settings(settings, folder / "config.yaml")
     except OSError:
-        # A run folder without settings is of no use to anybody.
+        # A run folder without settings is useless, so it is removed.
         with suppress(OSError):
             folder.rmdir()
         raise
@@ -104,10 +111,16 @@ def _new_folder(settings: RunConfig) -> Path:
 def check_changes(
     settings: RunConfig, folder: Path, checkpoint: Checkpoint | None, fingerprints: dict, allow_changes: bool
 ) -> dict:
-    """Compare with the run to continue; take over allowed changes. Writes nothing before all is checked.
+    """Compare with the run to continue, and apply allowed changes. Nothing is written before all checks have passed.
 
+    Args:
+        settings: settings of the continued run.
+        folder: the run folder.
+        checkpoint: the checkpoint to continue from; None if there is none yet.
+        fingerprints: current fingerprints of settings and input files.
+        allow_changes: whether settings may differ from those of the run.
     Returns:
-        The fingerprints, with that of stage 1 where it is done.
+        The fingerprints, including those of stage 1 if it is complete.
     """
     former = former_fingerprints(folder, checkpoint)
     now = {key: value for key, value in fingerprints.items() if key in former}
@@ -115,11 +128,11 @@ def check_changes(
         if (folder / "stage1").is_dir():
             now["stage1"] = model_digests(folder / "stage1")
         else:
-            # Whether it can be made again is seen where it is needed.
+            # Stage 1 itself decides whether the missing folder can be written again.
             del former["stage1"]
     changes = compare_fingerprints(former, now, allow_changes=allow_changes)
     if allow_changes and not changes:
-        raise SettingsError("--allow-changes: nothing differs from the run to continue; leave it out")
+        raise SettingsError("--allow-changes: expected a change from the run to continue, got none; leave it out")
     if checkpoint is not None:
         _refuse_late_changes(settings, checkpoint.state)
     if changes:
@@ -128,7 +141,10 @@ def check_changes(
 
 
 def former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
-    """Those of the checkpoint; before the first one, those that the run was started with. `stage1` from its end on."""
+    """Return the fingerprints of the checkpoint, or of the run's start if there is no checkpoint yet.
+
+    They include `stage1` from the end of stage 1.
+    """
     written: dict = {}
     with suppress(OSError, ValueError):
         content = json.loads((folder / FINGERPRINTS).read_text(encoding="utf-8"))
@@ -138,8 +154,8 @@ def former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
         return {**written, "settings": settings}
     former = dict(checkpoint.state["fingerprints"])
     if "stage1" not in former and "stage1" in written:
-        # Between the end of the stage and the next checkpoint the file alone tells. Without it the stage has not come
-        # to its end, and its last checkpoint writes the folder again.
+        # Between the end of stage 1 and the next checkpoint, only this file records that the stage is complete. If it
+        # does not, the stage continues from its last checkpoint and writes the folder again.
         former["stage1"] = written["stage1"]
     return former
 
@@ -149,14 +165,14 @@ def write_fingerprints(folder: Path, fingerprints: dict) -> None:
 
 
 def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
-    """Refuse other settings of stages that are complete, and fewer steps of the last one than are done."""
+    """Refuse changed settings of completed stages, and fewer steps of the current stage than are already done."""
     former = state["fingerprints"]["settings"]
     now = settings_as_dict(settings)
     for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
         section, steps = STEPS[stage]
-        # More steps of the last stage are allowed, also where it is complete.
+        # The current stage may get more steps, even if it is complete.
         if stage != state["stage"] or state["step"] == former[section][steps] == now[section][steps]:
-            # The discriminator's section has settings of both its stages.
+            # The discriminator's section holds settings of both the warm-up and stage 2.
             names = ("warm_up_steps", "warm_up_lr") if stage == "warm_up" else now[section]
             late = [name for name in names if now[section][name] != former[section].get(name)]
         else:
@@ -164,13 +180,13 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
         if late:
             done = state["step"] if stage == state["stage"] else former[section][steps]
             raise SettingsError(
-                f"{section}.{late[0]}={now[section][late[0]]} has no effect, {done} of {former[section][steps]} steps "
+                f"{section}.{late[0]}={now[section][late[0]]} has no effect: {done} of {former[section][steps]} steps "
                 f"of {stage} are done; leave it out, or start a new run from the exported student"
             )
 
 
 def _take_changes(settings: RunConfig, folder: Path) -> None:
-    """The settings from here on; those before stay beside them. Answers to the questions so far are asked for again."""
+    """Save the new settings, keep the former ones beside them, and delete predictions so that they are made again."""
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
     write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))

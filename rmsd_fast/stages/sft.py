@@ -1,4 +1,4 @@
-"""Stage 1: imitation of teacher responses, L = -log pi(T | V, Q) (arXiv 2603.11423). Also the control of stage 2."""
+"""Stage 1: imitate teacher responses, L = -log pi(T | V, Q) (arXiv 2603.11423). Also the control of stage 2."""
 
 from __future__ import annotations
 
@@ -15,25 +15,30 @@ from rmsd_fast.stages.step_metrics import global_metrics
 
 
 def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
-    """One optimiser step on this process's prompts: mean cross entropy over all response tokens of the global batch.
+    """Run one optimizer step on this process's prompts: mean cross entropy over all response tokens of the batch.
 
-    number: of the step within its stage, from 0; imitation draws nothing at random.
+    The mean is over the global batch.
+
+    Args:
+        state: state of the stage.
+        prompts: prompts of this process.
+        number: step within the stage, counted from 0. Unused, because imitation draws nothing at random.
     """
     responses = [_imitated(state, prompt) for prompt in prompts]
     tokens = sum(len(ids) for answers in responses for ids in answers)
     copies = [len(prompt.input_ids) * len(answers) for prompt, answers in zip(prompts, responses, strict=True)]
     normalizer = global_sum({"tokens": tokens}, state.world)["tokens"]
-    # Under ZeRO-3 the tower's weights are there within the engine's forward alone.
+    # Under ZeRO-3, the tower's weights are available only inside the engine's forward.
     inside = state.train_vision or state.settings.runtime.zero_stage == 3
     features = None if inside else encode_step(state, prompts)
     head = partial(linear_cross_entropy, normalizer=normalizer, ignore_index=None)
     total, computed = 0.0, 0
     with state.timer("forward_backward"):
-        for part in passes(state, prompts, responses, features):
-            loss = state.policy(part.prompts, part.rows, part.features, head)
-            part.backward(state.policy, loss)
-            total += 0.0 if part.filler else loss.detach()
-            computed += part.rows.input_ids.numel()
+        for step_pass in passes(state, prompts, responses, features):
+            loss = state.policy(step_pass.prompts, step_pass.rows, step_pass.features, head)
+            step_pass.backward(state.policy, loss)
+            total += 0.0 if step_pass.filler else loss.detach()
+            computed += step_pass.rows.input_ids.numel()
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.policy])
     record = {"loss": total, "tokens": tokens + sum(copies), "tokens_computed": computed}

@@ -1,4 +1,4 @@
-"""What a stage's step works on, and the bookkeeping that both stages share."""
+"""The state that a stage's step works on, and the bookkeeping that both stages share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from rmsd_fast.teacher.targets import Targets
 
 @dataclass
 class StageState:
-    """The settings and live objects of a stage; `policy.module` is the model inside `student`.
+    """The settings and live objects of a stage. `policy.module` is the model inside `student`.
 
-    train_vision: whether the policy's vision tower is trained; then each model encodes the media in its own passes.
+    Attributes:
+        train_vision: whether the policy's vision tower is trained. If so, each model encodes the media in its own
+            passes.
+        features: cached vision features of a frozen tower, by medium; None if `data.embedding_cache_mib` is 0.
     """
 
     settings: RunConfig
@@ -38,14 +41,16 @@ class StageState:
     rollouts: RolloutEngine | None = None
     skipped_in_a_row: int = 0
     features: ByteLru[list[torch.Tensor]] | None = None
-    """Vision features of a frozen tower by medium, where `data.embedding_cache_mib` gives room."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Metrics of one optimiser step over the global batch; skipped = weights left as they were.
+    """Result of one optimizer step over the global batch.
 
-    groups: this process's questions with their rollouts, in stages that roll out.
+    Attributes:
+        metrics: metrics over the global batch.
+        skipped: whether the step was skipped, which leaves the weights unchanged.
+        groups: this process's questions with their rollouts; empty in stages without rollouts.
     """
 
     metrics: dict[str, float | None]
@@ -54,11 +59,11 @@ class StepResult:
 
 
 class NonFiniteRun(UserError, RuntimeError):
-    """Loss or gradient was not finite for too many steps in a row."""
+    """Raised when the loss or a gradient was not finite for too many consecutive steps."""
 
 
 def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedule: str) -> float:
-    """Learning rate of a step counted from 0: linear warm-up, then constant or cosine to zero at `steps`."""
+    """Return the learning rate of a step counted from 0: linear warm-up, then constant or cosine to zero at `steps`."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
@@ -68,12 +73,12 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedu
 
 
 def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
-    """One optimiser step of every engine, or of none where a gradient, or the norm, of any is not finite on any rank.
+    """Run one optimizer step of every engine, or of none if any gradient or gradient norm is not finite on any rank.
 
     Returns:
         Gradient norms in the order of the engines, and whether the step was skipped.
     """
-    # Of all engines before any of them steps.
+    # All engines are checked before the first one steps.
     skipped = not all([engine.gradients_finite() for engine in engines])
     if skipped:
         for engine in engines:
@@ -83,18 +88,23 @@ def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
 
 
 def count_skipped(state: StageState, skipped: bool) -> None:
-    """Count a step as skipped or not; raises NonFiniteRun for the `runtime.max_skipped_steps`-th in a row."""
+    """Count consecutive skipped steps.
+
+    Raises:
+        NonFiniteRun: the number of consecutive skipped steps has reached `runtime.max_skipped_steps`.
+    """
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if state.skipped_in_a_row >= state.settings.runtime.max_skipped_steps:
         raise NonFiniteRun(
-            f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row, which changed "
-            "nothing. Lower the learning rate, or use model.dtype=float32 to look for the cause"
+            f"logits, loss or gradient were not finite in {state.skipped_in_a_row} steps in a row, and those steps "
+            "were skipped; lower the learning rate, or set model.dtype=float32 to look for the cause"
         )
 
 
 def encode_step(state: StageState, prompts: list[Prompt]) -> MediaFeatures:
-    """Vision features of a step's prompts without a graph, each video once. No collective: not under ZeRO-3, unless
-    within `full_weights`.
+    """Return the vision features of a step's prompts without a graph, encoding each video once.
+
+    No collective is called, so under ZeRO-3 this works only inside `full_weights`.
     """
     tokens = state.settings.micro_tokens
     with state.timer("vision"), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Metrics of a step over the global batch: each is named once, with the sums that it is made of."""
+"""Metrics of a step over the global batch. Each is defined in one place, with the sums that it is computed from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 from rmsd_fast.runtime.process_group import World, global_sum
 
 Number = float | Tensor
-# A sum over the processes, or a function and the sums over the processes that it takes: (mean, total, count).
+# Either a sum over the processes, or a function followed by the sums that it takes, e.g. (mean, total, count).
 Metric = Number | tuple[Any, ...]
 
 
 def mean(total: float, count: float) -> float | None:
-    """Return the mean; None where there is nothing to take it of."""
+    """Return the mean, or None if count is 0."""
     return total / count if count else None
 
 
 def global_metrics(record: Mapping[str, Metric], world: World) -> dict[str, float | None]:
-    """Return the metrics over all processes, from one collective.
+    """Return the metrics over all processes, computed with one collective.
 
     Args:
-        record: this process's part of each metric, by the names of metrics.jsonl; the same names on every process.
+        record: this process's part of each metric, by name as in metrics.jsonl. All processes pass the same names.
+        world: this process in the run.
     """
     formulas = {name: metric if isinstance(metric, tuple) else (float, metric) for name, metric in record.items()}
     named = {f"{name} {i}": part for name, (_, *parts) in formulas.items() for i, part in enumerate(parts)}

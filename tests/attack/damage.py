@@ -208,7 +208,8 @@ def resumed(run: Path, expected: dict) -> str:
     if process.returncode:
         return f"FAILED: exit {process.returncode}, {last}"
     different = differences(expected, run)
-    if different in ("metrics", "rollouts.jsonl") and f"{different.removesuffix('.jsonl')}.jsonl has" in errors:
+    lost = f"{different.removesuffix('.jsonl')}.jsonl: expected at least"
+    if different in ("metrics", "rollouts.jsonl") and lost in errors:
         return f"told: {different}"
     if "report.html is missing" in different and "report not written: " in errors:
         return f"told: {last}"

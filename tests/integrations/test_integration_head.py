@@ -30,14 +30,14 @@ def test_refused_models_are_named(tmp_path: Path) -> None:
     masked = model()
     masked.loss_function = torch.nn.functional.mse_loss
     cases = [
-        (adapted, "Sequential, expected torch.nn.Linear"),
+        (adapted, "expected torch.nn.Linear as the head, got .*Sequential"),
         (masked, "expected transformers' ForCausalLMLoss"),
         (model().model, "Qwen3Model"),
         (
             OlmoeForCausalLM(OlmoeConfig(**SHAPE, num_experts=2, num_experts_per_tok=1, output_router_logits=True)),
             "output_router_logits",
         ),
-        (torch.nn.Linear(2, 2), "looked for config, base_model, get_output_embeddings"),
+        (torch.nn.Linear(2, 2), "got a model without config, base_model, get_output_embeddings"),
     ]
     for refused, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -73,7 +73,7 @@ class LossByAttention(Qwen3ForCausalLM):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=seen, **kwargs)
 
 
-NOT_ITS_LOGITS = "its logits are not its head's weight on"
+NOT_ITS_LOGITS = "its logits are not its body's last hidden states"
 NOT_ITS_LOSS = "is not the mean cross entropy of labels shifted"
 CHECKED = {
     "a layer between body and head": (modern_bert, NOT_ITS_LOGITS),
@@ -144,7 +144,7 @@ def test_a_sharded_head(tmp_path: Path) -> None:
         sharded = model("own head")
         weight = sharded.lm_head.weight.detach()
         sharded.lm_head.weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
-        with pytest.raises(RuntimeError, match=r"the head is trained and sharded over DeviceMesh.*Leave it in"):
+        with pytest.raises(RuntimeError, match=r"got a trained one sharded over DeviceMesh.*leave it in"):
             read_head(sharded)
         sharded.lm_head.weight.requires_grad_(False)
         assert type(read_head(sharded).weight) is torch.Tensor

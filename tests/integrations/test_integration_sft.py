@@ -161,7 +161,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
         peft.LoraConfig(target_modules=["lm_head"]),
         peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     ):
-        with pytest.raises((ValueError, RuntimeError), match="lm_head|the head is a peft"):
+        with pytest.raises((ValueError, RuntimeError), match="lm_head|got peft"):
             build(Mixed, tmp_path, peft_config=config)
 
 
@@ -260,7 +260,7 @@ def test_a_subclass_keeps_its_loss_and_is_never_left_unfused(tmp_path: Path) -> 
         losses.append(trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))))
     torch.testing.assert_close(losses[1], 2 * losses[0], rtol=1e-5, atol=0.0)
     trainer = build(type("Mine", (FusedLossMixin, FromLogits), {}), tmp_path)
-    with pytest.raises(RuntimeError, match="Mine: the loss was computed without the fused head"):
+    with pytest.raises(RuntimeError, match="Mine: .* got a loss without the fused head"):
         trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
 
 
@@ -270,13 +270,13 @@ def test_a_subclass_keeps_its_loss_and_is_never_left_unfused(tmp_path: Path) -> 
 )
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_refused_settings_are_named(options: dict, named: str, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=f"the fused loss cannot carry over: {named}"):
+    with pytest.raises(RuntimeError, match=f"the fused loss does not support: {named}"):
         build(Mixed, tmp_path, options=options)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_a_loss_function_on_logits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="cannot carry over: compute_loss_func"):
+    with pytest.raises(RuntimeError, match="does not support: compute_loss_func"):
         build(Mixed, tmp_path, compute_loss_func=lambda *_, **__: 0)
 
 
@@ -288,7 +288,7 @@ def test_another_trl_is_refused(tmp_path: Path) -> None:
             super().__init__(*args, **kwargs)
             self.model.forward = types.MethodType(lambda self, **kwargs: None, self.model)
 
-    with pytest.raises(RuntimeError, match="looked for a fused_lm_head argument on the model's forward"):
+    with pytest.raises(RuntimeError, match="got one without a fused_lm_head argument on the model's forward"):
         build(type("Mine", (FusedLossMixin, Other), {}), tmp_path)
 
 

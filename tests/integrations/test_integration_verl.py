@@ -439,7 +439,7 @@ class Sharded(Tensor):
 def test_a_sharded_head_is_refused_where_it_is_trained(verl) -> None:
     hidden, ids = torch.randn(3, 8), torch.tensor([1, 2, 3])
     weight = torch.randn(11, 8).as_subclass(Sharded).requires_grad_()
-    with pytest.raises(RuntimeError, match="the head is trained and sharded over mesh"):
+    with pytest.raises(RuntimeError, match="got a trained one sharded over mesh"):
         verl.ours.FusedLinear()(hidden, weight, ids)
     with torch.no_grad():
         log_probs, _ = verl.ours.FusedLinear()(hidden, weight, ids)
@@ -449,19 +449,17 @@ def test_a_sharded_head_is_refused_where_it_is_trained(verl) -> None:
 
 def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.MonkeyPatch) -> None:
     verl.ours.register_policy_loss("rmsd")
-    with pytest.raises(ValueError, match="'rmsd' is taken"):
+    with pytest.raises(ValueError, match="'rmsd' is already registered"):
         verl.ours.register_policy_loss("rmsd")
     with pytest.raises(ValueError, match="importance_level: expected 'token' or 'sequence'"):
         verl.ours.register_policy_loss("rmsd2", importance_level="word")
     with pytest.raises(ValueError, match="kl: expected 'k1', 'k2' or 'k3'"):
         verl.ours.register_distillation_loss("rmsd_full", kl="full")
     monkeypatch.setitem(verl.algorithms.POLICY_LOSS_REGISTRY, "vanilla", lambda log_prob, config: None)
-    with pytest.raises(
-        RuntimeError, match="looked for the policy loss 'vanilla' with arguments old_log_prob, .* found"
-    ):
+    with pytest.raises(RuntimeError, match="the policy loss 'vanilla': expected arguments old_log_prob, .* got"):
         verl.ours.register_policy_loss("rmsd2")
     monkeypatch.delattr(verl.head, "FusedLinearForPPO")
-    with pytest.raises(RuntimeError, match=r"no verl\.utils\.experimental\.torch_functional\.FusedLinearForPPO"):
+    with pytest.raises(RuntimeError, match=r"expected verl\.utils\.experimental\.torch_functional\.FusedLinearForPPO"):
         verl.ours.install_fused_head()
 
 

@@ -232,7 +232,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
         model.mkdir()
         for name, text in (("config.json", "{}"), ("mine.txt", "mine"), *([("README.md", readme)] if readme else [])):
             (model / name).write_text(text)
-        with pytest.raises(ValueError, match="an earlier export .by the README.md that exports have., got other files"):
+        with pytest.raises(ValueError, match="an earlier export .recognized by its README.md., got other files"):
             export_student(student, model)
         assert (model / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("mine")
@@ -271,7 +271,7 @@ def test_readme_says_what_the_folder_is(tmp_path: Path, student: Student) -> Non
         "- Base model: `Qwen/Qwen3-VL-4B-Instruct`\n- Stage of training: `distill`\n",
         "oldest version of transformers that loads this folder is 4.57",
         "do_sample=False",
-        "That of the base model.",
+        "The licence of the base model applies.",
         *ANSWER_FORMAT.values(),
     ):
         assert part in text, part
@@ -280,11 +280,11 @@ def test_readme_says_what_the_folder_is(tmp_path: Path, student: Student) -> Non
     export_student(student, tmp_path / "export", base_model=str(tmp_path / "my-model"), video=rate)
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "- Base model: `my-model`\n" in text and str(tmp_path) not in text
-    assert "- of a video, 2 frames per second, at least 4 and at most 768;\n" in text
+    assert "- videos: 2 frames per second, at least 4 and at most 768;\n" in text
     assert "- 4,096 to 25,165,824 pixels per video (all frames together), at most 786,432 per frame;\n" in text
     export_student(student, tmp_path / "export", video=VideoConfig(num_frames=16))
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
-    assert "- of a video, 16 evenly spaced frames;\n" in text
+    assert "- videos: 16 evenly spaced frames;\n" in text
     export_student(student, tmp_path / "export")
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert "In training" not in text

@@ -54,7 +54,7 @@ def test_choice_by_device_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else find(name))
     assert not use_liger("auto", CUDA)
     assert describe_liger("auto", CUDA).startswith("off (liger-kernel is not installed")
-    with pytest.raises(SettingsError, match="not installed .*; write model.liger=auto or model.liger=off"):
+    with pytest.raises(SettingsError, match="not installed .*; set model.liger=auto or model.liger=off"):
         use_liger("on", CUDA)
 
 
@@ -125,7 +125,7 @@ def test_a_layer_left_out_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPa
     model = load_student(folder / "student", dtype="float32").model
     mlp = model.model.language_model.layers[1].mlp
     mlp.__class__ = type("OtherMLP", (family.Qwen3VLTextMLP,), {})
-    with pytest.raises(RuntimeError, match="'swiglu': 2} layers, they are in .*'swiglu': 1}"):
+    with pytest.raises(RuntimeError, match="'swiglu': 2} layers, got .*'swiglu': 1}"):
         apply_liger(model)
 
     model = load_student(folder / "student", dtype="float32").model
@@ -146,7 +146,7 @@ def test_the_exchanged_forward_keeps_its_keyword_defaults(monkeypatch: pytest.Mo
 
 def test_without_the_package_the_student_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
-    with pytest.raises(NotInstalled, match="pip install 'liger-kernel>=0.8.5' or write model.liger=off"):
+    with pytest.raises(NotInstalled, match="pip install 'liger-kernel>=0.8.5' or set model.liger=off"):
         load_student(folder / "student", dtype="float32", liger=True)
 
 

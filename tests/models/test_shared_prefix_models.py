@@ -290,7 +290,7 @@ def test_the_language_model_of_a_family_is_a_text_model(monkeypatch: pytest.Monk
     wanted = language(input_ids=ids[:, :6], use_cache=False).last_hidden_state
     with shared_prefix_enabled(language):
         found = run_shared_prefix(language, plan, input_ids=ids, position_ids=count_positions(plan))
-        with pytest.raises(ModelError, match="switch them off there"):
+        with pytest.raises(ModelError, match="disable them there"):
             disable_shared_prefix(model)
     torch.testing.assert_close(found[:, :6], wanted, rtol=1e-9, atol=1e-9)
     assert not is_shared_prefix(model) and model.config.vision_config._attn_implementation == "sdpa"

@@ -235,12 +235,12 @@ def test_slips() -> None:
         run_shared_prefix(model, plan, **inputs)
     with pytest.raises(ValueError, match=r"Qwen3ForCausalLM: .*pass model\.model"):
         run_shared_prefix(model.get_base_model(), plan, **inputs)
-    with pytest.raises(ValueError, match=r"adapter_names is read by peft's wrapper alone; call model\.set_adapter"):
+    with pytest.raises(ValueError, match=r"adapter_names is read only by peft's wrapper; call model\.set_adapter"):
         run_shared_prefix(body, plan, **inputs, adapter_names=["default"])
     # peft's forward pass with labels and a mask, as a trainer calls it.
-    with pytest.raises(RuntimeError, match="without a plan"):
+    with pytest.raises(RuntimeError, match="expected a plan, got none"):
         model(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
     assert run_shared_prefix(body, plan, **inputs).shape == (1, plan.tokens, WIDTH)
     disable_shared_prefix(model)
-    with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans"):
+    with pytest.raises(RuntimeError, match="expected attention rmsd_shared_prefix, got sdpa, which ignores plans"):
         run_shared_prefix(body, plan, **inputs)

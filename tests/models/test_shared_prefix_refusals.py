@@ -29,7 +29,7 @@ def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.
     # transformers skips such a part with a warning only.
     text = type(model.model.language_model)
     monkeypatch.setattr(text, "_can_set_attn_implementation", classmethod(lambda _: False))
-    with pytest.raises(ModelError, match=r"asked for attention .* found \['sdpa'\]"):
+    with pytest.raises(ModelError, match=r"expected attention .* got \['sdpa'\]"):
         enable_shared_prefix(model)
     assert model.config.vision_config._attn_implementation == "sdpa" and not is_shared_prefix(model)
 
@@ -107,7 +107,7 @@ def test_models_on_one_config_are_enabled_one_by_one() -> None:
     ids = inputs.pop("input_ids")
     with pytest.raises(ValueError, match="cannot take attention_mask"):
         second.model.language_model(ids, attention_mask=torch.ones_like(ids), **inputs)
-    with pytest.raises(ModelError, match="not switched on here.*switch them off there"):
+    with pytest.raises(ModelError, match="not enabled on this model.*disable them there"):
         disable_shared_prefix(second)
     disable_shared_prefix(first)
     assert not is_shared_prefix(second)
@@ -164,14 +164,14 @@ class TestRefusedInputs:
             with pytest.raises(ValueError, match=rf"input_ids: expected \[1, {plan.tokens}\]"):
                 run_shared_prefix(model.model, plan, **inputs, input_ids=wrong)
         positions = inputs.pop("position_ids")
-        with pytest.raises(ValueError, match="position_ids: expected those of"):
+        with pytest.raises(ValueError, match="position_ids: expected positions of"):
             run_shared_prefix(
                 model.model, plan, **inputs, input_ids=ids, position_ids=positions.flatten()[: ids.numel()]
             )
 
     def test_no_plan(self, case) -> None:
         model, inputs, _ = case
-        with pytest.raises(RuntimeError, match=r"without a plan; .*run_shared_prefix"):
+        with pytest.raises(RuntimeError, match=r"expected a plan, got none; .*run_shared_prefix"):
             model.model(**inputs, use_cache=False)
 
     def test_generate(self, case) -> None:
@@ -190,7 +190,7 @@ class TestRefusedInputs:
     def test_mask_by_place(self, case) -> None:
         model, inputs, plan = case
         ids = inputs["input_ids"]
-        with pytest.raises(ValueError, match="expected keywords behind the first input, got 2"):
+        with pytest.raises(ValueError, match="expected keyword arguments after the first input, got 2"):
             model.model.language_model(ids, torch.ones_like(ids), shared_prefix=plan, use_cache=False)
 
     def test_cache(self, case) -> None:
@@ -210,9 +210,9 @@ class TestRefusedInputs:
     def test_no_positions(self, case) -> None:
         model, inputs, plan = case
         for positions in ({}, {"position_ids": None}):
-            with pytest.raises(ValueError, match="position_ids: expected those of 67 tokens, .* got none"):
+            with pytest.raises(ValueError, match="position_ids: expected positions of 67 tokens, .* got none"):
                 run_shared_prefix(model.model, plan, input_ids=inputs["input_ids"], **positions)
-        with pytest.raises(ValueError, match="position_ids: expected those of all tokens, .* got none"):
+        with pytest.raises(ValueError, match="position_ids: expected positions of all tokens, .* got none"):
             run_shared_prefix(model.model, CausalCache(), input_ids=inputs["input_ids"])
 
     def test_two_rows(self, case) -> None:
@@ -253,7 +253,13 @@ class TestRefusedInputs:
     def test_model_that_is_not_enabled(self, case) -> None:
         model, inputs, plan = case
         disable_shared_prefix(model)
-        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
+        with pytest.raises(
+            RuntimeError,
+            match="expected attention rmsd_shared_prefix, got sdpa, which ignores plans; call enable_shared_prefix",
+        ):
             run_shared_prefix(model.model, plan, **inputs)
-        with pytest.raises(RuntimeError, match="attention is sdpa, which ignores plans; call enable_shared_prefix"):
+        with pytest.raises(
+            RuntimeError,
+            match="expected attention rmsd_shared_prefix, got sdpa, which ignores plans; call enable_shared_prefix",
+        ):
             model.model(**inputs, shared_prefix=plan, use_cache=False)

@@ -237,7 +237,7 @@ def test_features_that_do_not_fit_their_places_are_refused(ask: Callable[[str], 
     prompt = ask("a")
     types = prompt.mm_token_type_ids.clone()
     types[-1] = 2
-    with pytest.raises(RuntimeError, match="12 features for 13 places"):
+    with pytest.raises(RuntimeError, match="expected 13 features .* got 12 from the vision tower"):
         encode_media(student.model, [replace(prompt, mm_token_type_ids=types)])
 
 
@@ -355,8 +355,8 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("config.json", "expected a model directory with config.json, found none"),
-        ("model.safetensors", r"expected weights in model\.safetensors, found no such file; fetch or export"),
+        ("config.json", "expected a model directory with config.json, got none"),
+        ("model.safetensors", r"expected weights in model\.safetensors, got no such file; download or export"),
         ("tokenizer.json", r"expected tokenizer\.json, or vocab\.json"),
         ("chat_template.jinja", "no chat template"),
     ],
@@ -385,11 +385,11 @@ def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path
     # Copies, because what load_file returns is mapped to the file that is cut below.
     complete = {key: value.clone() for key, value in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*fetch or export the model again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*download or export the model again"):
         load_student(path, dtype="float32")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
     save_file({key: value for key, value in complete.items() if key != name}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing or of another shape, the first is {name}"):
+    with pytest.raises(ValueError, match=f"1 weights are missing or have a different shape .first: {name}"):
         load_student(path, dtype="float32")
 
 
@@ -398,12 +398,14 @@ def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         settings = json.loads((path / name).read_text())
         (path / name).write_text(json.dumps({**settings, "patch_size": 14}))
-    with pytest.raises(ValueError, match=r"\(16, 2, 2\) in config\.json, \(14, 2, 2\) in the preprocessor"):
+    with pytest.raises(
+        ValueError, match=r"expected \(16, 2, 2\) as in config\.json, got \(14, 2, 2\) in the preprocessor"
+    ):
         load_student(path, dtype="float32")
     path = _copy(folder, tmp_path / "second")
     config = json.loads((path / "config.json").read_text())
     _edit_config(path, video_token_id=config["image_token_id"])
-    with pytest.raises(ValueError, match=r"the ids of .* in config\.json, .* in the preprocessor or tokenizer"):
+    with pytest.raises(ValueError, match=r"the ids of .* as in config\.json, got .* in the preprocessor or tokenizer"):
         load_student(path, dtype="float32")
 
 
@@ -439,7 +441,7 @@ SHARDS = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.sa
     ("damage", "message"),
     [
         (lambda path: (path / "model.safetensors").unlink(), r"expected weights in model\.safetensors"),
-        (_weights_of_pickle, r"found only \*\.bin files; save the model with safe_serialization=True"),
+        (_weights_of_pickle, r"got only \*\.bin files; save the model with safe_serialization=True"),
         (_write("model.safetensors.index.json", SHARDS), r"expected weights in model-00001-of-00002\.safetensors"),
         (_write("model.safetensors.index.json", {"weight_map": 3}), r"expected an index of the weights"),
         (_write("model.safetensors.index.json", {"weight_map": {"a": 3}}), r"expected an index of the weights"),
@@ -467,7 +469,9 @@ def test_the_preprocessor_of_another_family_is_refused(folder: Path, tmp_path: P
     settings = json.loads((path / "video_preprocessor_config.json").read_text())
     settings["video_processor_type"] = "Qwen2VLVideoProcessor"
     (path / "video_preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"the family: qwen3_vl in config\.json, qwen2_vl in the preprocessor"):
+    with pytest.raises(
+        ModelError, match=r"the family: expected qwen3_vl as in config\.json, got qwen2_vl in the preprocessor"
+    ):
         open_folder(path)
 
 

@@ -72,7 +72,7 @@ def test_calls_attention_once_per_frame_size(sizes: list[int], calls: int, monke
 
 
 def test_edges_that_do_not_end_at_the_last_patch_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected cu_seqlens to end at the number of patches 6, got 5"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected the last value 6, the number of patches, got 5"):
         frame_attention(*make_rows([6], torch.float32), edges([3, 2]), 3)
 
 

@@ -104,7 +104,7 @@ def damage_flip(folder: Path) -> str:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    return "has another sha256 than written"
+    return "has a different sha256 than when it was written"
 
 
 def damage_cut(folder: Path) -> str:
@@ -127,7 +127,7 @@ def damage_escape(folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../elsewhere"] = {"size": 1, "sha256": "0"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return "lies outside"
+    return "is outside"
 
 
 def damage_unlist(folder: Path) -> str:
@@ -198,7 +198,7 @@ def test_given_up_future_is_removed(tmp_path):
 def test_all_damaged(tmp_path):
     save(tmp_path, 1)
     damage_lose(tmp_path / "checkpoints" / "step_1")
-    with pytest.raises(ValueError, match=r"state\.json is missing.*start the run anew"):
+    with pytest.raises(ValueError, match=r"state\.json is missing.*start a new run"):
         find_checkpoint(tmp_path, world=ALONE)
 
 
@@ -238,7 +238,7 @@ def test_disk_full(tmp_path, where, monkeypatch, caplog):
         if where == "manifest":
             patch.setattr("rmsd_fast.runtime.checkpoint._commit", full)
         assert save(tmp_path, 2, **options) is False
-    assert "No space left" in caplog.text and "training goes on without it" in caplog.text
+    assert "No space left" in caplog.text and "training continues without it" in caplog.text
     assert names(tmp_path) == ["latest", "step_1"]
     assert loaded(tmp_path) == 1.0
     assert save(tmp_path, 3) is True and loaded(tmp_path) == 3.0
@@ -271,7 +271,7 @@ def test_other_failures_are_raised_and_leave_nothing(tmp_path):
         (folder / "half").write_text("x")
         raise KeyError("no such layer")
 
-    with pytest.raises(RuntimeError, match=r"rank 0: KeyError: 'no such layer'.*former checkpoints stay"):
+    with pytest.raises(RuntimeError, match=r"rank 0: KeyError: 'no such layer'.*former checkpoints remain"):
         save(tmp_path, 2, writers={"export": broken})
     assert names(tmp_path) == ["latest", "step_1"]
     with pytest.raises(ValueError):
@@ -282,7 +282,7 @@ def test_other_failures_are_raised_and_leave_nothing(tmp_path):
 def test_other_engines_are_refused(tmp_path):
     save(tmp_path, 1)
     checkpoint = find_checkpoint(tmp_path, world=ALONE)
-    with pytest.raises(ValueError, match=r"no engine 'discriminator', only \['policy'\]"):
+    with pytest.raises(ValueError, match=r"expected the engine 'discriminator', got \['policy'\]"):
         load_checkpoint(checkpoint, world=ALONE, engines={"discriminator": OneTensor(0)})
 
 

@@ -137,4 +137,4 @@ def test_predictions_that_cannot_be_used_are_asked_for_again(tmp_path, damage, c
             }[damage]
         )
     assert read_predictions(tmp_path, "stage1", questions) is None
-    assert "stage1.jsonl: answers are asked for again" in caplog.text
+    assert "stage1.jsonl: the file cannot be used" in caplog.text

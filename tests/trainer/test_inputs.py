@@ -100,7 +100,7 @@ def test_a_pool_of_little_use_stops_a_run_and_shows_the_table(folder):
         "most of both. Reasons: refusal 4"
     )
     check = f"python -m rmsd_fast.pool check {folder / 'pool.jsonl'} {folder / 'train.jsonl'}"
-    assert lines[-1] == f"  examples of what is not valid: {check}"
+    assert lines[-1] == f"  examples of invalid answers: {check}"
     assert any(line.startswith("  mcq           4        4   0.0%") for line in lines)
 
 
@@ -119,5 +119,5 @@ def test_a_task_type_that_no_record_asks_for_is_refused(folder):
 
 def test_more_answers_than_there_are_cannot_be_asked_for(folder):
     files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
-    with pytest.raises(SettingsError, match=r"teacher\.responses=4: .*pool\.jsonl holds at most 1 responses"):
+    with pytest.raises(SettingsError, match=r"teacher\.responses: expected at most 1, .*pool\.jsonl, got 4"):
         read_inputs(RunConfig(), files, dict.fromkeys(files, ""))

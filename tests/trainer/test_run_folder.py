@@ -25,7 +25,7 @@ def test_changes_to_a_complete_stage_are_errors_before_the_next_one_has_a_checkp
     state = {"stage": "sft", "step": 4, "fingerprints": {"settings": settings_as_dict(former)}}
     now = RunConfig()
     now.sft.steps, now.sft.lr = 4, 1e-4
-    with pytest.raises(SettingsError, match="sft.lr=0.0001 has no effect, 4 of 4 steps of sft are done"):
+    with pytest.raises(SettingsError, match="sft.lr=0.0001 has no effect: 4 of 4 steps of sft are done"):
         run_folder._refuse_late_changes(now, state)
     now.sft.steps = 6
     run_folder._refuse_late_changes(now, state)

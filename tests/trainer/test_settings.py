@@ -184,11 +184,11 @@ def test_a_recipe_that_is_not_there_names_those_that_are():
 
 def test_dry_run_lists_what_is_missing():
     plan, ready = describe_plan(load_settings("rmsd_qwen3vl_4b"))
-    assert not ready and "not downloaded yet: the run fetches it from the Hub" in plan
+    assert not ready and "if it is a Hub name, the run downloads it from the Hub" in plan
     # Whole paths: relative ones count from the current folder, and not from the recipe's.
     for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
-        assert f"  NOT THERE YET: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
-    assert plan.endswith("not ready: give what is missing above")
+        assert f"  MISSING: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
+    assert plan.endswith("not ready: provide what is missing above")
 
 
 def test_parameter_count_of_the_4b_student():

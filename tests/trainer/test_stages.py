@@ -335,7 +335,7 @@ def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folde
     assert all(all(targets.valid) for targets in targets_of(path, sent).values()) and not caplog.records
     with pytest.raises(DataError) as caught:
         targets_of(path, "<answer>B</answer>")
-    assert "144 of 144 answers cannot be taught to this student: no_think 144 (no_think: the" in str(caught.value)
+    assert "144 of 144 answers cannot be used to train this student: no_think 144 (no_think: the" in str(caught.value)
     # Every kind counts towards the share that may be left out.
     with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")

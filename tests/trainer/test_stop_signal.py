@@ -41,7 +41,7 @@ def test_sigterm_waits_for_the_step(stop, capfd):
     # Whoever deferred it looks at the end.
     with pytest.raises(Stopped):
         stop.check()
-    assert capfd.readouterr().err.count("the run ends as soon as") == 1
+    assert capfd.readouterr().err.count("the run ends after this step") == 1
 
 
 def test_sighup_is_sigterm_where_torchrun_passes_it_on(monkeypatch):

@@ -139,7 +139,10 @@ def test_held_out_media_that_are_not_there(capsys, tmp_path, material):
 
 def test_boxes_in_pixels_are_no_setting(capsys, tmp_path, material):
     error = fails(capsys, tmp_path, *arguments(material, tmp_path), "teacher.spatial_format=pixel")
-    assert "teacher.spatial_format was removed: boxes are always from 0 to 1000" in error and "/ width" in error
+    assert (
+        "teacher.spatial_format was removed: box coordinates always range from 0 to 1000" in error
+        and "/ width" in error
+    )
 
 
 def test_model_of_another_family(capsys, tmp_path, material):
@@ -205,10 +208,10 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     assert train.main([*arguments(material, tmp_path, **{"model.path": folder}), "--dry-run"]) == 2
     printed = capsys.readouterr().out
-    assert "NOT THERE YET" in printed and "got 'llama'" in printed and "parameters" not in printed
+    assert "MISSING" in printed and "got 'llama'" in printed and "parameters" not in printed
     assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
     # Whole, since relative paths count from the current folder and not from the recipe's.
-    assert f"NOT THERE YET: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
+    assert f"MISSING: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
