@@ -51,7 +51,7 @@ def add_head_call(model: nn.Module, *, check_loss: bool = False) -> None:
 
     hidden is [B, L, D], and the loss inputs are those of LOSS_INPUTS that the caller passed. Without head_call, the
     model behaves as before. The first head_call compares the model's own logits with those of the head, because weights
-    are gathered and autocast is active there. Calling this function again for the same model repeats the check.
+    are gathered and any autocast is active there. Calling this function again for the same model repeats the check.
 
     Args:
         model: a transformers model with a language-model head.

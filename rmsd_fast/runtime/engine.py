@@ -30,7 +30,7 @@ PERSISTENT_NUMEL = 10_000
 # Gradients with a larger norm are treated as not finite, because their squares could overflow float32 in DeepSpeed's
 # norm.
 LARGEST_NORM = 1e18
-# DeepSpeed allocates a whole bucket per backward. Its default of 5e8 elements takes 2 GB, whatever the model's size.
+# DeepSpeed allocates a whole bucket per backward. Its default of 5e8 elements takes 2 GB for a model of any size.
 LARGEST_BUCKET = 200_000_000
 
 

@@ -408,7 +408,9 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
             return initialize(model=model.bfloat16(), **others)
 
         monkeypatch.setattr(deepspeed, "initialize", casting)
-        with pytest.raises(NotInstalled, match=r"buffer inv_freq torch\.bfloat16, expected torch\.float32.*0\.19\.4"):
+        with pytest.raises(
+            NotInstalled, match=r"buffer inv_freq to stay torch\.float32, got torch\.bfloat16.*0\.19\.4"
+        ):
             Engine(Rotary(), lr=1e-3, zero_stage=2, dtype="bfloat16", world=world)
     finally:
         stop()
