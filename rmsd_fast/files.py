@@ -64,8 +64,7 @@ ENVIRONMENT_ADVICE = {
     EMFILE: "raise the limit on open files (ulimit -n)",
     ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
-# No space on the disk, in the quota or within the file size limit, or a failing disk. Some of these errors are
-# temporary.
+# No space on the disk, in the quota or within the file size limit, or a failing disk. Some of these are temporary.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 
 

@@ -12,8 +12,7 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
 # Probe texts contain everything in a question that a template could change: HTML, quotes, repeated blanks and line
-# breaks, capitals, other scripts, and more than a page of text. Text parts between two media begin and end with a
-# blank.
+# breaks, capitals, other scripts, and more than a page of text. Texts between two media begin and end with a blank.
 _HARD = ' <b>"it\'s"</b> &amp;  {{ two }}\n\n\tCafé 漢 ' + "a long text " * 400
 _SYSTEM, _FIRST, _SECOND = f"system{_HARD}end of system", f"first{_HARD}end of first ", f" second{_HARD}end of second"
 _REPLY = f"reply{_HARD}end of reply"
@@ -31,8 +30,7 @@ def response_opening(tokenizer: Any) -> str:
 
     Raises:
         ModelError: the template drops or moves parts of a question, ends turns differently from the model family,
-            writes
-            the current date, or opens a response so that `<think>…</think><answer>…</answer>` cannot follow.
+            writes the current date, or opens a response so that `<think>…</think><answer>…</answer>` cannot follow.
     """
 
     def refuse(what: str) -> ModelError:

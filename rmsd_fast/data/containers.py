@@ -9,8 +9,7 @@ Decoders read a truncated video as a shorter one, usually without an error. `Con
 the sizes of the file's chunks. It cannot detect these cases:
 
 - truncation exactly between two chunks if no size covers the whole file: fragmented MP4, FLV, MXF, IVF, and Matroska
-  and
-  AVI whose writer could not go back to fill in the size, as in live recordings;
+  and AVI whose writer could not go back to fill in the size, as in live recordings;
 - truncation of a broadcast ASF, a transport or program stream, DV, Y4M, NUT, or a stream without a container: these
   formats store no sizes;
 - missing data inside a file of the right size, as in downloads that preallocate their space.
@@ -74,8 +73,7 @@ _ELEMENTS = frozenset(
     )
 )
 _RIFF_CHUNK = re.compile(rb"RIFF|LIST|JUNK|idx1|ix\d\d|\d\d(d[bc]|wb|pc|tx)")
-# ASF objects (header, data, indexes) by the first bytes of their GUIDs; the file properties object, which holds the
-# flags.
+# ASF objects (header, data, indexes) by the first bytes of their GUIDs, and the file properties, which hold the flags.
 _ASF_OBJECTS = (b"0&\xb2u", b"6&\xb2u", b"\x90\x08\x003", b"\xd3)\xe2\xd6", b"\xf8\x03\xb1\xfe", b"\xd0?\xb7<")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_FLAGS_AT, _ASF_BROADCAST = 88, 1
@@ -259,8 +257,7 @@ def _asf_needed(file: BinaryIO, size: int) -> int:
 
 def _flv_needed(file: BinaryIO, size: int) -> int:
     file.seek(5)
-    # The 4 bytes before the first tag and after each tag hold the length of the previous tag. The last 4 may be
-    # missing.
+    # 4 bytes before the first tag and after each tag hold the length of the previous tag. The last 4 may be missing.
     return _walk(file, size, _flv_tag, int.from_bytes(file.read(4), "big") + 4)
 
 

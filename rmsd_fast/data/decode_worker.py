@@ -81,8 +81,7 @@ class ForkServer:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
         self._lock = threading.Lock()
-        # Each worker has one thread: there are as many workers as needed, and a process with threads cannot be forked
-        # safely.
+        # Each worker has one thread. Workers run in parallel, and a process with threads cannot be forked safely.
         quiet = {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",

@@ -46,8 +46,8 @@ class PromptLoader:
 
     A question that cannot be used is replaced by another one, chosen by a hash of its position, and listed in `faults`.
 
-    Threads decode the prompts of the next `ahead` steps while a step is computed. Their number bounds the memory of the
-    frames, because decoding waits for a slow step. Results are taken in order, so timing does not affect them.
+    Threads decode the prompts of the next `ahead` steps while a step is computed, and no further. This bounds the
+    memory of frames, and makes decoding wait for a slow step. Results are taken in order, so timing has no effect.
 
     Args:
         builder: `PromptBuilder`; its media reader caches frames.

@@ -17,7 +17,7 @@ Fail = Callable[[str, str, object, str], DataError]
 
 
 def split_spans(value: object, fail: Fail) -> tuple[object, tuple[Span, ...]]:
-    """Return the paths of `videos`, and the span of each if any record states one. Only lists are changed."""
+    """Return the paths of `videos`, and the span of each if any item has one. Return non-lists unchanged."""
     if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
         return value, ()
     paths, spans = [], []

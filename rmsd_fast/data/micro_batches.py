@@ -53,14 +53,13 @@ def plan_micro_batches(
 ) -> list[MicroBatch]:
     """Distribute this rank's responses, each once, over micro-batches of similar cost within a token budget.
 
-    The most expensive micro-batches come first, so ranks in lockstep do similar work, and memory runs out early or
-    never.
+    The most expensive micro-batches come first, so that ranks in lockstep do similar work, and memory
+    runs out at once or never.
 
     Args:
         prefix_lengths: tokens of each prompt.
         response_lengths: tokens of each prompt's responses; a prompt may have none.
-        packing: "shared": the tokens of a micro-batch are its prompts once + its responses. "padded": rows x longest
-            row.
+        packing: "shared": a micro-batch's tokens are its prompts once + its responses. "padded": rows x longest row.
         micro_tokens: largest number of tokens of a micro-batch.
         weights: cost of a token and of an attended (query, key) pair, e.g. `rmsd_fast.models.cost.balance_weights`.
         agree: maps the number this rank needs to the number all ranks use, the maximum over ranks; called once.

@@ -5,9 +5,9 @@ A picture is read as a person sees it, or refused with a message that says what 
 - Transparent parts become white. A picture with almost no visible pixels is refused, because programs that write no
   transparency leave alpha 0 in pixels that they show. Alpha is ignored if a TGA or BMP file says that it is not used.
 - 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
-  because
-  no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at most one
-  level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in viewers.
+  because no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at
+  most one level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in
+  viewers.
 - CMYK, YCbCr and LAB are converted to RGB by Pillow. Colour profiles are ignored, as the processors of model families
   ignore them.
 - The EXIF orientation is applied. Other EXIF tags are not read, so damage in them does not matter. Orientations in XMP
@@ -15,8 +15,7 @@ A picture is read as a person sees it, or refused with a message that says what 
 - A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
   detected, because any bytes are valid picture data.
 - Animations and multi-page files are refused. Some formats hold several versions of one picture: reduced copies in
-  TIFF,
-  sizes in ICO, layers in PSD, second views in MPO. Their first or largest picture is read.
+  TIFF, sizes in ICO, layers in PSD, second views in MPO. Their first or largest picture is read.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ _SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _TO_RGB = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-# A PNG with 2 or 4 bits per pixel states its transparent grey in those bits. Pillow scales the pixels but not this
-# value.
+# A PNG with 2 or 4 bits per pixel states its transparent grey in those bits. Pillow scales only the pixels.
 _SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
 # A JPEG marker other than stuffed bytes, fill bytes and restarts.
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -92,8 +90,7 @@ def read_picture(media: MediaFile) -> np.ndarray:
 
     Raises:
         MediaError: the file is damaged or truncated, does not hold exactly one picture, shows nothing, or its values
-            have
-            no defined black and white.
+            have no defined black and white.
         NotInstalled: Pillow is not installed.
     """
     with _opened(media) as image:

@@ -165,8 +165,8 @@ def check_frame_counts(settings: VideoConfig, preprocessor: Preprocessor) -> Non
     for name in names:
         if getattr(settings, name) < preprocessor.temporal_patch_size:
             raise SettingsError(
-                f"video.{name}: expected at least {preprocessor.temporal_patch_size}, the number of frames in a patch "
-                f"of the model, got {getattr(settings, name)}; raise it"
+                f"video.{name}: expected at least {preprocessor.temporal_patch_size}, the frames of one "
+                f"temporal patch, got {getattr(settings, name)}; raise it"
             )
 
 

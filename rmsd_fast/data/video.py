@@ -115,8 +115,7 @@ def read_layout(request: MediaRequest) -> MediaLayout:
     with _opened(request) as media:
         if request.kind == "image":
             return MediaLayout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
-        # The headers alone count frames that an edit list removes, or none. Hashing the file costs more than scanning
-        # it.
+        # The headers alone count frames that an edit list removes, or none. Hashing a file costs more than scanning it.
         clip = open_clip(media)
         indices = _choose(request, clip)
         size = _sized(request, *clip.shown, len(indices))

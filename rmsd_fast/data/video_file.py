@@ -25,8 +25,7 @@ from rmsd_fast.data.media_file import MediaError, MediaFile, has_alpha_aside, un
 
 # Decoded frames held at a time before they are resized. A few hundred 4K frames would take gigabytes.
 RAW_BYTES = 32 * 2**20
-# AVI stores no presentation times, so FFmpeg shows the first frame late by the number of frames that the decoder holds
-# back.
+# AVI stores no presentation times, so FFmpeg shows the first frame late, by the decoder's delay in frames.
 MOST_DELAY_S = 0.25
 # Audio encoders start the audio this much before the video: AAC by 21 to 46 ms, Opus by 7 ms, MP3 by 25 ms.
 LEAST_LATE_S = 0.05

@@ -243,8 +243,7 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         chosen = question.options[option_letters(question.options).index(answer)]
         claimed = replace(content, **{question.meta["asked"]: chosen}) if question.meta["asked"] != "place" else content
         place = chosen if question.meta["asked"] == "place" else content.place
-        # Repeat the options, each followed by its letter. A tiny student can then learn to copy the letter from the
-        # option.
+        # Repeat the options, each followed by its letter, so that a tiny student can learn to copy the letter.
         listed = ", ".join(f"{option} {letter}" for option, letter in zip(question.options, "ABCD", strict=True))
         return f"{listed}. {_seen(claimed, place)}. So {chosen} {answer}.", answer
     if task == "temporal":

@@ -42,8 +42,10 @@ class ScoredResponse(NamedTuple):
     reason: str | None = None
     """Why it is invalid, a key of `method.natural.REASONS`; None if it is valid."""
     as_sent: bool = True
-    """Whether the text as sent, before any repair, keeps the format. arXiv 2603.11423 counts the others as format
-    violations."""
+    """Whether the text as sent, before any repair, keeps the format.
+
+    arXiv 2603.11423 counts the others as format violations.
+    """
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:

@@ -17,7 +17,7 @@ from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.teacher.scores import Pool
 
-# Below this share of valid answers, the pool as a whole is wrong.
+# Below this share of valid answers, something is wrong with the pool as a whole.
 LEAST_VALID = 0.05
 SHOWN_IDS, SHOWN_NAMES, SHOWN_COUNTS = 5, 3, 4
 # Warn if more than this share of a file's questions are named `open` but have an answer like a closed question's.

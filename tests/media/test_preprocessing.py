@@ -92,9 +92,7 @@ def test_frame_counts_never_fall_below_a_temporal_patch(family: str) -> None:
         VideoConfig(num_frames=None, fps=2.0, min_frames=2),
         VideoConfig(num_frames=None, fps=2.0, min_frames=3, max_frames=2),
     ):
-        with pytest.raises(
-            SettingsError, match="frames: expected at least 3, the number of frames in a patch of the model"
-        ):
+        with pytest.raises(SettingsError, match="frames: expected at least 3, the frames of one temporal patch"):
             check_frame_counts(settings, preprocessor)
     for settings in (VideoConfig(num_frames=3), VideoConfig(num_frames=None, fps=0.01, min_frames=3, max_frames=5)):
         assert all(len(frame_indices(total, 10.0, settings, preprocessor)) >= 3 for total in range(3, 200))
