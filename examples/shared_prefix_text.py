@@ -15,10 +15,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rmsd_fast.losses import linear_cross_entropy, linear_logprob
 from rmsd_fast.models.shared_prefix import (
-    count_positions,
     disable_shared_prefix,
     enable_shared_prefix,
     run_shared_prefix,
+    text_positions,
 )
 from rmsd_kernels import SharedPrefixPlan
 
@@ -65,7 +65,7 @@ def predicting_states(model: PeftModel, plan: SharedPrefixPlan, ids: Tensor) -> 
     """Return for each token of an answer the hidden state that predicts it, [S, D]."""
     # The model of transformers inside peft's wrapper: its layers hold the adapters.
     body = model.get_base_model().model
-    hidden = run_shared_prefix(body, plan, input_ids=ids, position_ids=count_positions(plan))
+    hidden = run_shared_prefix(body, plan, input_ids=ids, position_ids=text_positions(plan))
     # The last row of a question predicts the first token of each answer; the plan knows which row predicts what.
     return hidden[0, plan.predicting_rows()]
 

@@ -236,7 +236,8 @@ class DiscriminatorConfig:
     pairing: str = choice("expected", of=("expected", "sampled"))
     """`expected` = all pairs weighted by p_k, exact expectation; `sampled` = one teacher response per rollout."""
     normalizer: str = choice("pairs", of=("pairs", "quality"))
-    """`pairs` = number of pairs (2603.11423, literal reading), `quality` = sum of their qualities (open)."""
+    """`pairs` = number of rollouts with a teacher response, as many as sampled pairs (2603.11423, literal reading);
+    `quality` = sum of the pairs' qualities (open)."""
     score_l2: float = number(1e-3, least=0)
     """Weight of the mean squared score, both sides (2604.28123). It fixes the offset that the pair loss leaves free."""
 

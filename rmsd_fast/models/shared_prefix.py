@@ -160,7 +160,7 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
         body: the model without its head, `model.model`; with peft, `model.get_base_model().model`.
         plan: the row's layout, on the row's device, or an object with an `attend` method.
         inputs: inputs of `body`: `input_ids` [1, T], `position_ids` ([3, 1, T] if positions have three rows, otherwise
-            [1, T], see `count_positions`), and pixels or features. Features are passed as
+            [1, T], see `text_positions`), and pixels or features. Features are passed as
             `mm_encoder_outputs={"image": model.model.get_image_features(...)}`, which requires transformers 5.18. With
             earlier versions, embed them yourself and pass a text model as `body`, as the Qwen3-VL students do.
     Raises:
@@ -211,7 +211,7 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     return hidden
 
 
-def count_positions(plan: SharedPrefixPlan) -> torch.Tensor:
+def text_positions(plan: SharedPrefixPlan) -> torch.Tensor:
     """Return the positions of a packed row of text, int64 [1, T]: each response continues from its prompt.
 
     The positions are on the plan's device. For models whose positions have three rows (Qwen-VL), use get_rope_index.
@@ -219,7 +219,7 @@ def count_positions(plan: SharedPrefixPlan) -> torch.Tensor:
     parts = [torch.arange(prompt) for prompt in plan.prefix_lengths]
     for prompt, group in zip(plan.prefix_lengths, plan.response_lengths, strict=True):
         parts += [torch.arange(prompt, prompt + length) for length in group]
-    return torch.cat(parts)[None].to(plan.device, non_blocking=True)
+    return torch.cat(parts)[None].to(plan.device)
 
 
 def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) -> None:

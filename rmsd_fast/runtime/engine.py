@@ -160,7 +160,9 @@ class Engine:
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm([g.float() for g in grads])) if grads else 0.0
+            # Norms in float32 of 16-bit gradients, without a float32 copy of all of them.
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+            norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
             self.engine.step()
         else:
             self.engine.step()

@@ -17,7 +17,7 @@ from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
 
-# Scores of equal texts differ by rounding errors of at most this size.
+# Margins up to this size count as ties. Equal texts of a group share one score, so their margin is exactly 0.
 TIE = 1e-5
 
 

@@ -126,7 +126,7 @@ class _PolicyPass:
 
     Attributes:
         read: prompts, rows and features. While the vision tower is frozen, the reference shares the features.
-        ref_features: vision features for the reference; None if nothing reads them.
+        ref_features: vision features for the reference, kept if the exact KL in the loss reads them again.
         rollout_logp: log-probs of the sampled tokens from the rollout engine, float32 [S], in the order of the rows.
         ref_logp: log-probs of the sampled tokens under the reference; None if no KL on the sampled tokens is computed.
     """
@@ -153,7 +153,8 @@ def _reference_pass(state: StageState, groups: list[RolloutGroup], features: Med
         ref_features = read.features
         if state.reference is not None and ref_features is None:
             ref_features = encode_media(state.reference.model, read.prompts)
-        policy_pass = _PolicyPass(read, ref_features, rollout_logp)
+        keep_features = distill.kl_coef and distill.kl == "full"
+        policy_pass = _PolicyPass(read, ref_features if keep_features else None, rollout_logp)
         if (distill.kl_coef and distill.kl != "full") or kl_in_reward:
             policy_pass.ref_logp = state.reference(read.prompts, read.rows, ref_features, score)
         policy_passes.append(policy_pass)
@@ -196,8 +197,10 @@ def _policy_pass(
     tokens = sum(len(rows.targets) for rows in real)
     counts = global_sum({"tokens": tokens, "sequences": sum(len(rows.lengths_list) for rows in real)}, state.world)
     token_mean = distill.aggregation == "token_mean"
-    # With kl_coef = 0, k3 is only measured. Measuring "full" would require the reference's hidden states.
-    kl = {"kl": distill.kl, "kl_coef": distill.kl_coef} if distill.kl_coef else {}
+    exact_kl = distill.kl_coef and distill.kl == "full"
+    # With kl_coef = 0, a KL is only measured, if the reward needed the reference's log-probs anyway. "full" would need
+    # the reference's hidden states, so k3 takes its place.
+    kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
     totals: dict[str, torch.Tensor] = {}
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
@@ -205,9 +208,8 @@ def _policy_pass(
         advantages = torch.cat([groups[i].advantages[chosen] for i, chosen in pairs])
         (advantages,) = to_device([advantages], state.world.device)
         each_token = partial(torch.repeat_interleave, repeats=rows.lengths, output_size=len(rows.targets))
-        # If the reward already needed the reference's log-probs, the KL is measured even if the loss has no KL term.
         reference = {} if policy_pass.ref_logp is None else {"ref_logp": policy_pass.ref_logp}
-        if kl and distill.kl == "full":
+        if exact_kl:
             with torch.no_grad():
                 hidden, weight = state.reference(read.prompts, rows, policy_pass.ref_features, _hidden_and_head)
             reference = {"ref_hidden": hidden, "ref_weight": weight}

@@ -121,7 +121,8 @@ def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts
     """Return rollouts and kept teacher responses as the discriminator reads them, and fill `group.teacher_ids`.
 
     Both sides are encoded from their text and end with the end token, even if a rollout was truncated. The
-    discriminator can therefore use neither the tokenization nor a missing end token to tell them apart.
+    discriminator can therefore use neither the tokenization nor a missing end token to tell them apart. Only a rollout
+    that spells a special token with ordinary tokens keeps its own tokens.
     """
     index_of: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
@@ -137,7 +138,9 @@ def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
     sampled = torch.cat([ids, ids.new_tensor([builder.eos_id])]) if rollout.truncated else ids
     try:
         canonical = builder.encode_response(rollout.text)
-    except ResponseError:
+    except ResponseError as error:
+        if error.reason != "special_token":
+            raise
         # The text spells a special token with ordinary tokens. The sampled ids contain no special token, because
         # generation bans them.
         return sampled

@@ -36,12 +36,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from rmsd_fast.config import ModelError
 from rmsd_fast.models.shared_prefix import (
     SHARED_PREFIX,
-    count_positions,
     disable_shared_prefix,
     enable_shared_prefix,
     is_shared_prefix,
     run_shared_prefix,
     shared_prefix_enabled,
+    text_positions,
 )
 from rmsd_kernels import SharedPrefixPlan
 
@@ -289,7 +289,7 @@ def test_the_language_model_of_a_family_is_a_text_model(monkeypatch: pytest.Monk
     ids = torch.arange(3, 12)[None]
     wanted = language(input_ids=ids[:, :6], use_cache=False).last_hidden_state
     with shared_prefix_enabled(language):
-        found = run_shared_prefix(language, plan, input_ids=ids, position_ids=count_positions(plan))
+        found = run_shared_prefix(language, plan, input_ids=ids, position_ids=text_positions(plan))
         with pytest.raises(ModelError, match="disable them there"):
             disable_shared_prefix(model)
     torch.testing.assert_close(found[:, :6], wanted, rtol=1e-9, atol=1e-9)
@@ -299,8 +299,8 @@ def test_the_language_model_of_a_family_is_a_text_model(monkeypatch: pytest.Monk
 def test_positions_of_text_are_counted_from_the_prompt() -> None:
     prompts, responses = family_prompts("qwen2", build_family("qwen2")), make_responses()
     wanted = pack_inputs(prompts, responses)["position_ids"]
-    assert torch.equal(count_positions(plan_of(prompts, responses)), wanted)
-    assert count_positions(SharedPrefixPlan.from_lengths([2, 1], [[], [2]])).tolist() == [[0, 1, 0, 1, 2]]
+    assert torch.equal(text_positions(plan_of(prompts, responses)), wanted)
+    assert text_positions(SharedPrefixPlan.from_lengths([2, 1], [[], [2]])).tolist() == [[0, 1, 0, 1, 2]]
 
 
 def test_a_copy_of_an_enabled_model_is_enabled_and_independent() -> None:

@@ -8,8 +8,9 @@
   differentiated, forward computes d logp / d hidden instead.
 - `divergence`: as one_pass.
 
-The first backward consumes gradients made in forward and kept logits in place, so a second backward raises. Tensors
-that receive a gradient are separate arguments; everything else travels in records and is a constant to autograd.
+The first backward of `one_pass`, of `divergence` and through kept logits consumes in place what forward made, so a
+second one raises. Tensors that receive a gradient are separate arguments; everything else travels in records and is a
+constant to autograd.
 """
 
 from typing import NamedTuple

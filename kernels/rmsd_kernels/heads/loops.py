@@ -3,7 +3,8 @@
     logits = hidden[chunk] @ weight.T  ->  row function, in place  ->  d_hidden[chunk] = logits @ weight
                                                                        d_weight       += logits.T @ hidden[chunk]
 
-Logits exist for one chunk at a time, in the dtype of hidden; the row function overwrites them with their gradient.
+Unless they are kept for backward, logits exist for one chunk at a time, in the dtype of hidden (a 16-bit d_bias needs
+float32 copies of a chunk). The row function overwrites them with their gradient.
 Work with T scored tokens: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. A reference head
 adds 2TDV, and so does a backward that has to compute the logits again. Ignored rows never enter a GEMM. Rows whose
 gradient is known to be 0 (advantage 0 without KL and entropy terms) enter the first GEMM only. On CUDA with

@@ -8,8 +8,9 @@ the exact KL follow from the sums, so an offset that all logits share costs no d
 of the row, which is still in the cache, and overwrites the logits with their gradient. Everything after a load is
 float32.
 
-The loops never process the target. `hide_target` replaces it in memory by -inf, so it adds nothing to the sums. Its
-exact logit is added to them afterwards, and its gradient is a single store after the second pass.
+The target's rounded logit is never used. Before the first pass, `hide_target` replaces it in memory by -inf, so that it
+adds nothing to the sums; its exact logit is added to them afterwards. Its gradient is a single store after the second
+pass, which overwrites what that pass wrote.
 
 Whole blocks are read without a mask, and the tail of a row with one. A field of a record that is None removes its code
 when the kernel is compiled.
@@ -117,7 +118,10 @@ def _columns(ptr, col, vocab, other, MASKED: tl.constexpr):
 
 @triton.jit
 def block_u(row_ptr, col, hidden_col, view, MASKED: tl.constexpr):
-    """Return u of a block, and du/dlogit (1.0 without a softcap). u is -inf beyond the row and at hidden_col."""
+    """Return u of a block, and du/dlogit (1.0 without a softcap). u is -inf beyond the row and for logits of -inf.
+
+    hidden_col: a column whose logit is -inf in memory, which a softcap would make finite.
+    """
     u = _columns(row_ptr, col, view.vocab, -float("inf"), MASKED)
     slope = 1.0
     if view.bias_ptr is not None:
