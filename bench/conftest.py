@@ -21,29 +21,30 @@ from bench.cuda.section_log import has_deadline
 
 QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
 FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
-# Calls take milliseconds there.
+# On CUDA, calls take milliseconds.
 ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, limit_s=60.0, least_rounds=3, always_rounds=10)
 TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, limit_s=5.0, always_rounds=2)
-# pytest-benchmark repeats our call, for its own JSON and comparison, about so long.
+# pytest-benchmark repeats our call for about this long, for its own JSON and comparison.
 PEDANTIC_S = {True: 1.0, False: 3.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes with the real vocabulary")
     parser.addoption("--toy", action="store_true", help="tiny shapes on any device: a rehearsal, no measurement")
-    parser.addoption("--claims", action="store_true", help="only the cases on CPU with a goal of their own")
+    parser.addoption("--claims", action="store_true", help="run only CPU cases that have their own goal")
     parser.addoption(
         "--record",
         metavar="PLACE",
         type=Path,
-        help="append each record to PLACE/<bench>.jsonl, or to PLACE where it is a .jsonl file; the newest counts",
+        help="append each record to PLACE/<bench>.jsonl, or to PLACE itself if it ends in .jsonl; the newest "
+        "record wins",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # For all variants alike, as if each had its buffers allocated beforehand.
+    # Applies to all variants, as if their buffers were preallocated.
     keep_freed_memory()
-    # torch's own compiler imports what torch deprecates.
+    # torch's own compiler imports a deprecated function of torch.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method:DeprecationWarning")
 
 
@@ -66,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the cases that carry a goal first if the run has a deadline: it may end before the others."""
+    """If the run has a deadline, run cases that have a goal first, because it may end before the others."""
     if has_deadline():
         promised = {(goal.bench, goal.case) for goal in GOALS if goal.device == device_name()}
         items.sort(key=lambda item: _case_of(item) not in promised and not getattr(item.module, "FIRST", False))
@@ -83,13 +84,13 @@ def device_name() -> str:
 
 @pytest.fixture
 def toy(request: pytest.FixtureRequest) -> bool:
-    """A rehearsal."""
+    """Whether this is a rehearsal."""
     return request.config.getoption("toy")
 
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest, toy: bool) -> bool:
-    """Small shapes, whose records make no claims."""
+    """Whether to use small shapes, whose records support no claims."""
     return request.config.getoption("quick") or toy
 
 
@@ -104,7 +105,7 @@ def effort(request: pytest.FixtureRequest, toy: bool) -> Effort:
 
 @pytest.fixture(autouse=True)
 def _free() -> None:
-    """Tensors of the case before are gone, and compiled graphs that hold some."""
+    """Free the previous case's tensors, and the compiled graphs that hold some of them."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     gc.collect()
@@ -112,7 +113,7 @@ def _free() -> None:
 
 @pytest.fixture
 def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[dict], dict]:
-    """Print and save a record; returns it as it was saved."""
+    """Return a function that prints and saves a record, and returns it as saved."""
 
     def run(record: dict) -> dict:
         record = {**record, "quick": quick}

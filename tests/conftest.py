@@ -68,16 +68,16 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """Root of the source tree."""
+    """Return the root of the source tree."""
     return REPOSITORY
 
 
 @pytest.fixture(scope="session")
 def run_with_torchvision() -> Callable[..., str]:
-    """Runs Python code with torchvision importable, as an oracle; returns what it printed. Skips where there is none.
+    """Run Python code with torchvision as an oracle, and return what it printed. Skip if torchvision is missing.
 
-    A process of its own, because transformers decides once per process whether it uses torchvision, and ours must work
-    without. `make test` puts torchvision into <environment>/oracle, where nothing but this fixture finds it.
+    The code runs in its own process, because transformers decides once per process whether to use torchvision, and our
+    code must work without it. `make test` puts torchvision into <environment>/oracle, where only this fixture finds it.
     """
     folder = "" if importlib.util.find_spec("torchvision") else str(Path(sys.prefix) / "oracle")
     if folder and not (Path(folder) / "torchvision").is_dir():

@@ -97,19 +97,19 @@ def imports_of(source: str, module: str, is_package: bool) -> list[tuple[int, st
 
 
 def part_of(name: str) -> str | None:
-    """Part of ours that a dotted name belongs to, None for foreign names and for `rmsd_fast` itself."""
+    """Return our part that contains a dotted name, or None for foreign names and for `rmsd_fast` itself."""
     pieces = name.split(".")
     if pieces[0] == "rmsd_kernels":
         return "rmsd_kernels"
     if pieces[0] == "rmsd_fast" and len(pieces) > 1 and not pieces[1].startswith("__"):
-        # A program may be cut into files, `report_svg.py` beside `report.py`: those are part of it.
+        # A program may be split into several files, which all belong to it, such as `report_svg.py` and `report.py`.
         program = pieces[1].split("_")[0]
         return program if program in PROGRAMS else pieces[1]
     return None
 
 
 def fault(module: str, imported: str) -> str:
-    """Why `module` may not import `imported`; empty when it may."""
+    """Return why `module` may not import `imported`, or "" if it may."""
     importer, target = part_of(module), part_of(imported)
     top = imported.split(".")[0]
     if importer == "method" and target != "method" and top != "torch" and top not in sys.stdlib_module_names:

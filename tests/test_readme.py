@@ -186,7 +186,10 @@ def test_modules_and_functions_it_names_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_commands_can_be_given(page: Path) -> None:
-    """Settings of the commands have effect in a copy of the 4B recipe, as which the pages introduce `my.yaml`."""
+    """Settings in the documented commands take effect in `my.yaml`.
+
+    The pages introduce that file as a copy of the 4B recipe.
+    """
     for program in ("rmsd_fast.train", "rmsd_fast.evaluate"):
         for arguments in commands(page, program):
             if "--help" not in arguments:
@@ -196,7 +199,7 @@ def test_commands_can_be_given(page: Path) -> None:
 
 
 def test_the_first_run_is_there() -> None:
-    """The commands that the checks above read are found at all."""
+    """The checks above actually find commands."""
     trained, evaluated = (commands(ROOT / "README.md", f"rmsd_fast.{name}") for name in ("train", "evaluate"))
     assert len(trained) == 3 and len(evaluated) == 1
     (tiny,) = (

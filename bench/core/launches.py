@@ -1,10 +1,10 @@
-"""What a CUDA device does during a call: kernels by name from torch's profiler, and times without the host's.
+"""What a CUDA device does during a call: kernels by name, and device times that exclude the host.
 
-Two habits of the profiler are planned for. A session may lose its first kernels without a word (pytorch issue 192021):
-each begins with marker kernels that nobody needs, calls stand between markers, and these are counted from the end. It
-lists synchronisations and events as if they ran on the device: those are left out.
+This works around two profiler quirks. A session may silently lose its first kernels (pytorch issue 192021), so each
+session starts with dummy marker kernels, calls are delimited by markers, and they are counted from the end. The
+profiler also lists synchronisations and events as if they ran on the device; these are left out.
 
-Before a call a marker spins, so that the host is ahead when the device begins (see measure.time_once).
+Before each call, a marker keeps the device busy so that the host gets ahead of it (see measure.time_once).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.core.measure import AHEAD_CYCLES, Timing, Unavailable, Variant, time_
 _SWEEP_BYTES = 256 << 20
 # torch.cuda._sleep launches a kernel of this name.
 _MARKER = "spin_kernel"
-# Sessions of one process have been seen to lose one kernel more each.
+# Each further session in a process can lose one more kernel.
 _LOST_AT_MOST, _CALLS = 128, 3
 _NAME_LENGTH = 160
 LEAST_CALLS = 20
@@ -33,7 +33,7 @@ COUNTED = "torch.profiler"
 
 
 class Event(NamedTuple):
-    """One kernel, copy or fill of the device; times in µs."""
+    """One kernel, copy or fill on the device; times in µs."""
 
     name: str
     start: float
@@ -49,8 +49,10 @@ class Event(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """Of one call: kernels and copies {name: (launches, µs)}, the number of kernels, µs of kernels and copies together,
-    µs from the first one's start to the last one's end, and all of them in order.
+    """The kernels and copies of one call.
+
+    kernels, copies: {name: (launches, µs)}; count: the number of kernel launches; total_us: the time of all kernels and
+    copies; span_us: the time from the first start to the last end; timeline: all events in order.
     """
 
     kernels: dict[str, tuple[int, float]]
@@ -61,18 +63,22 @@ class Launches(NamedTuple):
     timeline: tuple[Event, ...]
 
     def facts(self) -> dict[str, object]:
-        """For a record, kernels with most time first."""
+        """Return a record's kernels, slowest first, with the count and the times."""
         kernels = sorted(self.kernels.items(), key=lambda item: -item[1][1])
         found = {"count": self.count, "device_us": self.total_us, "span_us": self.span_us, "kernels": dict(kernels)}
         return found | ({"copies": self.copies} if self.copies else {})
 
 
 def count_launches(run: Callable[[], object], device: torch.device) -> Launches | None:
-    """Kernels of one call of `run`, warmed up here, with cold caches; None on CPU. Raises: Unavailable, the reason."""
+    """Warm up `run` and return the kernels of one call with cold caches, or None on CPU.
+
+    Raises:
+        Unavailable: the profiler does not work here; the message is the reason.
+    """
     if device.type != "cuda":
         return None
     if ProfilerActivity.CUDA not in supported_activities():
-        raise Unavailable("torch.profiler knows no CUDA activities here: CUPTI is missing")
+        raise Unavailable("torch.profiler does not support CUDA activities here: CUPTI is missing")
     run()
     sweep = sweeper(device)
     torch.cuda.synchronize(device)
@@ -93,7 +99,10 @@ def count_launches(run: Callable[[], object], device: torch.device) -> Launches 
 
 
 def device_events(events: Iterable[Any]) -> list[Event]:
-    """What ran on the device, in order, from the events of a session. torch 2.13 and later name the kind of each."""
+    """Return what ran on the device, in order, from the events of a session.
+
+    Since torch 2.13, each event has an `activity_type`.
+    """
     found = []
     for event in events:
         kind = getattr(event, "activity_type", None)
@@ -106,9 +115,10 @@ def device_events(events: Iterable[Any]) -> list[Event]:
 
 
 def calls_of(events: Sequence[Event]) -> list[list[Event]]:
-    """The calls of a session, the last one first: before each stands a marker, and before that the sweep, one kernel.
+    """Return the calls of a session, last first. Each is preceded by one sweep kernel and then a marker.
 
-    Raises: Unavailable where the markers are not there or do not part calls and sweeps.
+    Raises:
+        Unavailable: if markers are missing or do not separate calls from sweeps.
     """
     marks = [place for place, event in enumerate(events) if _MARKER in event.name]
     between = [list(events[a + 1 : b]) for a, b in zip(marks, marks[1:], strict=False)][::-1]
@@ -119,7 +129,7 @@ def calls_of(events: Sequence[Event]) -> list[list[Event]]:
 
 
 def typical(calls: list[list[Event]]) -> Launches:
-    """The call with the median time among those with the usual number of launches."""
+    """Return the call with the median time among those with the most common number of launches."""
     usual, _ = Counter(map(len, calls)).most_common(1)[0]
     same = sorted((call for call in calls if len(call) == usual), key=lambda call: sum(event.us for event in call))
     call = same[len(same) // 2]
@@ -139,7 +149,7 @@ def _by_name(events: Iterable[Event]) -> dict[str, tuple[int, float]]:
 
 
 def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, object]:
-    """For a record: `launches`, facts of each run, and `profiler`, where they are from or why there are none."""
+    """Return the record fields `launches` (one entry per run) and `profiler` (their source, or why there are none)."""
     found: dict[str, dict] = {}
     try:
         for name, run in runs.items():
@@ -153,7 +163,7 @@ def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> 
 
 
 def sweeper(device: torch.device) -> Callable[[], object]:
-    """Writes a buffer larger than a GPU's caches, in one kernel; nothing on CPU."""
+    """Return a function that writes a buffer larger than a GPU's caches, in one kernel; on CPU it does nothing."""
     buffer = torch.empty(_SWEEP_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     return lambda: buffer.fill_(1)
 
@@ -161,9 +171,9 @@ def sweeper(device: torch.device) -> Callable[[], object]:
 def device_timings(
     variant: Variant, device: torch.device, calls: int = 10, prepare: Callable[[], object] | None = None
 ) -> list[Timing]:
-    """Timings of calls of a variant that has been called before, each after `prepare`, which is not timed.
+    """Time `calls` calls of a variant that is already warmed up (see time_once).
 
-    See time_once.
+    `prepare` runs before each call and is not timed.
     """
     found = []
     for _ in range(calls):
@@ -174,31 +184,32 @@ def device_timings(
 
 
 def device_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Median ms of a call, warmed up here."""
+    """Warm up `run`, and return the median time of a call in ms."""
     run()
     return median(timing.forward_ms for timing in device_timings(Variant("", run), device, calls))
 
 
 def copy_gb_per_s(device: torch.device, size: int) -> float:
-    """Rate of a copy of so many bytes on the device, bytes read and bytes written."""
+    """Return the rate of a copy of `size` bytes on the device, counting bytes read and bytes written."""
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / device_ms(lambda: target.copy_(source), device) / 1e6
 
 
 def call_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median seconds of a call, of the last half of the calls that fill `seconds`, or of LEAST_CALLS.
+    """Return the median time of a call in seconds. The calls take about `seconds`; there are at least LEAST_CALLS.
 
-    The half before warms up: a power limit lowers the clock of a GPU only after a while.
+    Only the second half counts. The first half is a warm-up, because a power limit lowers a GPU's clock only after a
+    while.
     """
-    # Those that load and choose kernels.
+    # The first calls load and choose kernels.
     _timed(run, device, 3)
     count = max(LEAST_CALLS, int(seconds / median(_timed(run, device, 3))))
     return median(_timed(run, device, count)[count // 2 :])
 
 
 def _timed(run: Callable[[], object], device: torch.device, calls: int) -> list[float]:
-    """Seconds of each call."""
+    """Return the seconds that each call took."""
     if device.type != "cuda":
         found = []
         for _ in range(calls):

@@ -16,7 +16,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "bench" / "results"
-# The file of all records of one run of bench.cuda.
+# The file with all records of a run of bench.cuda.
 RECORDS = "results.jsonl"
 _PACKAGES = (
     *("triton", "transformers", "deepspeed", "torchcodec", "vllm"),
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def surroundings() -> dict[str, object]:
-    """Hardware, versions and commit of this process."""
+    """Return the hardware, package versions and commit of this process."""
     facts: dict[str, object] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -45,9 +45,9 @@ def surroundings() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """Commit of the measured code, with -dirty where that differs from it; new results alone do not count.
+    """Return the commit of the measured code, with -dirty if files other than results have changed.
 
-    A copy without git may be told in RMSD_BENCH_COMMIT what it is a copy of.
+    For a copy without git, RMSD_BENCH_COMMIT can name the commit.
     """
     commands = (
         ["rev-parse", "HEAD"],
@@ -64,7 +64,7 @@ def _commit() -> str:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a file, none where there is no file; without those that a kill has cut."""
+    """Return the JSON lines of a file, without lines cut by a kill. A missing file has no lines."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -75,7 +75,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def append_line(record: dict[str, object], path: Path) -> None:
-    """A JSON line at the end of a file: on a line of its own, even where a kill has cut the last one."""
+    """Append a JSON line to a file. It starts on a new line even if a kill has cut the last one."""
     line = json.dumps(record).encode() + b"\n"
     with path.open("a+b") as out:
         if out.seek(0, os.SEEK_END):
@@ -85,14 +85,14 @@ def append_line(record: dict[str, object], path: Path) -> None:
 
 
 def save(record: dict[str, object], place: Path) -> Path:
-    """Append the record and the surroundings to <place>/<bench>.jsonl, or to `place` where it is a .jsonl file."""
+    """Append the record and the surroundings to <place>/<bench>.jsonl, or to `place` if it is a .jsonl file."""
     path = place if place.suffix == ".jsonl" else place / f"{record['bench']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(record | surroundings(), path)
     return path
 
 
-# Benchmarks whose records are shown together, and so come from one machine.
+# Benchmarks whose records are shown together and must therefore come from one machine.
 SUBJECTS = {
     "heads": (
         *("linear_cross_entropy", "linear_divergence", "linear_logprob", "linear_policy_loss"),
@@ -109,10 +109,10 @@ def load(
     """Return the newest record of each case of a subject, in the order of SUBJECTS and of the files.
 
     Args:
-        hardware: a part of the name that hardware_of gives.
-        quick: the records of --quick, which otherwise never count.
+        hardware: part of the name that hardware_of returns.
+        quick: whether to use records of --quick, which are otherwise ignored.
     Raises:
-        ValueError: the records are from several machines.
+        ValueError: if the records come from several machines.
     """
     newest: dict[tuple[str, str], dict] = {}
     for bench in SUBJECTS[subject]:
@@ -127,7 +127,10 @@ def load(
 
 
 def load_run(path: Path) -> list[dict]:
-    """The newest record of each case in the results.jsonl of a run of bench.cuda; of media the case is its `name`."""
+    """Return the newest record of each case in the results.jsonl of a run of bench.cuda.
+
+    For media benchmarks, the case is the record's `name`.
+    """
     newest: dict[tuple[str, str], dict] = {}
     for record in read_lines(path):
         if "variants" in record:
@@ -144,7 +147,10 @@ def hardware_of(record: dict) -> str:
 
 
 def sources(records: list[dict]) -> str:
-    """Hardware, torch and commit, one line; several commits each with their number of cases."""
+    """Return hardware, torch and commit in one line.
+
+    If there are several commits, give the number of cases for each.
+    """
     commits = Counter(record["commit"] for record in records)
     short = {commit: commit[:10] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits}
     named = [short[commit] + (f" ({count} cases)" if len(commits) > 1 else "") for commit, count in commits.items()]

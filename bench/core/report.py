@@ -170,7 +170,7 @@ def _bar(x: float, top: float, share: float, text: str, colour: int) -> str:
 
 
 def heads_chart(records: list[dict]) -> str:
-    """Of each loss and dtype the longest case with a trainable head, nothing masked and a random softmax."""
+    """For each loss and dtype, select the longest case with a trainable head, no mask and a random softmax."""
     benches = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
     longest: dict[tuple, dict] = {}
     for record in sorted(

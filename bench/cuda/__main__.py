@@ -1,19 +1,21 @@
-"""One command that proves and measures everything on a CUDA machine, and says what it reached and missed.
+"""Test and measure everything on a CUDA machine with one command, and report which goals were reached and missed.
 
     python -m bench.cuda [--minutes 8] [--only SECTION ...] [--wheels DIR] [--output FOLDER] [--list]
     python -m bench.cuda --device cpu        # a rehearsal at toy sizes: no CUDA, and nothing is measured
 
-Facts and ceilings of the machine, correctness on CUDA, then benchmarks, most important first, in so many minutes at
-most. What has been found is on disk after each section, however the run ends:
+The run records the machine's properties and ceilings, tests correctness on CUDA, and then runs the benchmarks, the most
+important ones first, within the given number of minutes. Results are written after each section, so they are on disk
+however the run ends:
 
-    results.jsonl    a line per measured case, and per section how it went
-    summary.md       goals reached and missed, tables, and what was left out with the reason
-    output.log       what all sections printed
+    results.jsonl    one line per measured case, and one line per section with its outcome
+    summary.md       goals reached and missed, tables, and what was left out, with the reason
+    output.log       the output of all sections
 
-in bench/results/<gpu>-<date>/ (of a rehearsal: runs/bench-cuda-rehearsal-<date>/). --wheels: a folder made by
-tools.offline.wheels, from which the run takes the packages and FFmpeg libraries that the machine lacks. Nothing is
-installed; but a native library of that folder is put into this checkout, where git ignores it.
-Exit code 1: a section failed, or whole steps were not measured, which is never optional; 2: it cannot run here.
+The files go to bench/results/<gpu>-<date>/, those of a rehearsal to runs/bench-cuda-rehearsal-<date>/. --wheels names a
+folder made by tools.offline.wheels, which provides packages and FFmpeg libraries that the machine lacks. Nothing is
+installed, but a native library of that folder is copied into this checkout, where git ignores it.
+Exit codes: 1: a section failed, or the mandatory step section was not measured; 2: the benchmarks cannot run on this
+machine.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ from bench.cuda.sections import (
 from tools.offline.packages import Packages, prepare
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Kept for the last summary.
+# Seconds reserved for the last summary.
 CLOSING_S = 4.0
-# Looking for the device and unpacking, about.
+# Approximate seconds for finding the device and unpacking.
 START_S = 10.0
 NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "pytest_benchmark", "pytest_timeout")
 NEEDED_FROM_FOLDER = ("deepspeed", "omegaconf")
-# Settings for other programs, which would change what is measured.
+# Environment variables set for other programs that would distort the measurements.
 NOT_PASSED_ON = (
     *("DS_ACCELERATOR", "TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("RMSD_BENCH_UNTIL", "RMSD_BENCH_LOG"),
@@ -72,14 +74,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m bench.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [section.name for section in SECTIONS]
-    text = f"most that the whole run takes (default: {MINUTES:g})"
+    text = f"time limit for the whole run (default: {MINUTES:g})"
     parser.add_argument("--minutes", type=float, default=MINUTES, help=text)
-    text = f"these alone: {', '.join(names)}; without step the exit code is 1, since whole steps are never optional"
+    text = f"run only these sections: {', '.join(names)}; without step, which is mandatory, the exit code is 1"
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=text)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder made by python -m tools.offline.wheels")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go; must be empty or not there")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go; must be empty or not exist")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal at toy sizes")
-    parser.add_argument("--list", action="store_true", help="list the sections and end")
+    parser.add_argument("--list", action="store_true", help="list the sections and exit")
     own = parser.parse_args(given)
     if not own.minutes > 0:
         parser.error(f"--minutes: expected a number above 0, got {own.minutes:g}")
@@ -89,7 +91,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     needed = START_S + CLOSING_S + sum(section.least_s for section in chosen if section.required)
     if 60 * own.minutes < needed:
         parser.error(f"--minutes: these sections need at least {needed / 60:.1f}, got {own.minutes:g}")
-    # Sections run elsewhere than where this was started.
+    # Sections run in another working directory.
     own.output = None if own.output is None else own.output.resolve()
     return own
 
@@ -111,7 +113,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 print(f"bench.cuda: --wheels {own.wheels}: {error}", file=sys.stderr)
                 return 2
             environment |= packages.environment
-        # What is measured is this checkout, whatever is installed.
+        # Measure this checkout, even if another version is installed.
         sources = [str(REPOSITORY), str(REPOSITORY / "kernels")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sources, environment.get("PYTHONPATH", "")]))
         name, obstacle = probe(own.device, environment)
@@ -136,22 +138,22 @@ def main(given: Sequence[str] | None = None) -> int:
             append_line({"bench": "run", **facts, "packages": taken, "not_chosen": not_chosen}, run.records)
             return run_sections(run, sections, began, began + 60 * own.minutes - CLOSING_S)
         except OSError as error:
-            # A full disk, most likely: there is nowhere to write what else would be found.
+            # Most likely the disk is full, so further results could not be written.
             print(f"bench.cuda: {folder}: {error.strerror}; the run ends here", file=sys.stderr)
             return 1
 
 
 def environment_of(device: str) -> dict[str, str]:
-    """Of all sections."""
+    """Return the environment variables that all sections run with."""
     own = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # A machine without a network: NCCL shall not look for one.
+    # The machine may have no network; keep NCCL from looking for one.
     own |= {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0"}
     return own | ({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 
 def run_sections(run: Run, sections: list[Section], began: float, deadline: float) -> int:
-    """Run them, and write the summary after each; the exit code of the command."""
+    """Run the sections, write the summary after each, and return the exit code."""
     results: list[Result] = []
     faults: list[str] = []
     for number in INTERRUPTIONS:
@@ -163,10 +165,10 @@ def run_sections(run: Run, sections: list[Section], began: float, deadline: floa
                 for section in sections
                 if section.ahead is not None and not run.toy
             }
-            # Start-up is at the cost of all.
+            # Start-up time counts against the overall budget.
             for section, until in zip(sections, ends_of(sections, time.time(), deadline), strict=True):
                 if section.required:
-                    # Those before it may have overrun, to end.
+                    # Earlier sections may have overrun while shutting down.
                     until = min(max(until, time.time() + section.least_s), deadline)
                 say(f"\n=== {section.name}: {section.what}, until second {until - began:.0f}")
                 if section.name in ahead:
@@ -194,20 +196,20 @@ def run_sections(run: Run, sections: list[Section], began: float, deadline: floa
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """What runs is ended, and what was found is summed up, which a second signal shall not prevent."""
+    """Stop the running section and write the summary, even if a second signal arrives."""
     for number in INTERRUPTIONS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def say(text: str) -> None:
-    """To the terminal, which may be gone: the results are on disk."""
+    """Print to the terminal. It may have closed, but the results are on disk."""
     with suppress(OSError, ValueError):
         print(text, flush=True)
 
 
 def missing_steps(run: Run) -> list[str]:
-    """Why whole steps count as missing; nothing if those with shared prompts were measured."""
+    """Return a fault if whole steps are missing, or an empty list if those with shared prompts were measured."""
     names = {STEP_BASE, f"{STEP_BASE}, checkpointing"}
     for record in read_lines(run.records):
         if record["bench"] == "step" and (run.toy or not record["quick"]) and names & record["variants"].keys():
@@ -216,18 +218,18 @@ def missing_steps(run: Run) -> list[str]:
 
 
 def summarise(run: Run) -> str:
-    """Write summary.md from results.jsonl, and return the part of it that is for the terminal."""
+    """Write summary.md from results.jsonl, and return a short version for the terminal."""
     try:
         text, short = (report.summary(run.records, tables=tables) for tables in (True, False))
     except Exception:
-        # A record of a form that it does not know must not cost the rest of the run.
+        # A record in an unknown format must not end the run.
         text = short = f"No summary of {run.records.name}:\n\n```\n{traceback.format_exc()}```\n"
     run.records.with_name("summary.md").write_text(text, encoding="utf-8")
     return short
 
 
 def probe(device: str, environment: dict[str, str]) -> tuple[str, str]:
-    """Name of the device, and why it cannot be used or what is missing; "" where all is well."""
+    """Return the device's name, and why it cannot be used or which packages are missing ("" if all is well)."""
     code = (
         "import importlib.util as u, sys, torch\n"
         f"missing = [n for n in {(*NEEDED, *NEEDED_FROM_FOLDER)!r} if u.find_spec(n) is None]\n"
@@ -253,7 +255,7 @@ def probe(device: str, environment: dict[str, str]) -> tuple[str, str]:
 
 
 def described(packages: Packages) -> list[str]:
-    """What became of the folder of packages, a line for each."""
+    """Return one line for each package of the --wheels folder: taken, or why not."""
     lines = [f"taken: {name} {version}" for name, version in packages.taken.items()]
     lines += [f"not taken: {name}: {why}" for name, why in packages.skipped.items()]
     lines += [f"not in the folder: {name}: {why}" for name, why in packages.left_out.items()]
@@ -261,7 +263,7 @@ def described(packages: Packages) -> list[str]:
 
 
 def new_folder(gpu: str) -> Path:
-    """bench/results/<gpu>-<date>, or runs/bench-cuda-rehearsal-<date>; with a number where that is there already."""
+    """Return bench/results/<gpu>-<date> or runs/bench-cuda-rehearsal-<date>, with a number if it already exists."""
     parent, stem = (RESULTS, gpu) if gpu else (REPOSITORY / "runs", "bench-cuda-rehearsal")
     stem = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-") + f"-{date.today().isoformat()}"
     folder, number = parent / stem, 1

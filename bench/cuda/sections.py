@@ -1,7 +1,7 @@
-"""The sections of bench.cuda in order of importance, and how one of them is run.
+"""The sections of bench.cuda in order of importance, and how to run one of them.
 
-Each has a process of its own, stopped in time: a hang or a broken CUDA context costs one section, and what it has found
-until then is there, since results are written as they come.
+Each section has its own process, which is stopped when its time is up. A hang or a broken CUDA context therefore costs
+only one section. Results are written as they come, so those found before a fault are kept.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import IO, Any
 
 from bench.core.records import REPOSITORY, read_lines
 
-# What a section may overrun, to write what it has.
+# Seconds that a section may overrun in order to write its results.
 GRACE_S = 15.0
-# Processes for tests that wait for compilers more than for the device.
+# Tests run in parallel because they spend more time waiting for compilers than for the device.
 TEST_PROCESSES = 8
 PASSED, FAILED, STOPPED, LEFT_OUT = "passed", "FAILED", "stopped", "left out"
-# The reason of a section in which the run was, or that is left out since.
+# The reason given for the section that was running at an interruption and for those after it.
 INTERRUPTED = "interrupted"
-# Tests for the kernels that the benchmarks time, by file. All other tests for CUDA and vLLM come later.
+# Test files for the kernels that the benchmarks time. All other tests for CUDA and vLLM run later.
 KERNEL_TESTS = (
     *("triton_rows", "fused_heads", "shared_prefix_cuda", "shared_prefix_op", "shared_prefix_decode"),
     "triton_discriminator",
 )
-# The first of the other tests; the rest follow by name.
+# These run first among the other tests; the rest follow by name.
 FIRST_TESTS = ("stages_cuda", "media", "video_patches")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all sections share. records: the .jsonl file of benchmarks; toy: sizes of a rehearsal."""
+    """What all sections share. records: the benchmarks' .jsonl file; toy: whether to use the sizes of a rehearsal."""
 
     records: Path
     log: Path
@@ -49,7 +49,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Section:
-    """seconds: of a run of `MINUTES`; least_s: with less it is not begun; ahead: what makes its files meanwhile."""
+    """One section.
+
+    seconds: its time in a run of `MINUTES`; least_s: it does not start with less time than this; ahead: the command
+    that prepares its files while other sections run.
+    """
 
     name: str
     what: str
@@ -62,7 +66,7 @@ class Section:
 
 @dataclass
 class Result:
-    """tests: lines of section_log. reason: why it failed, stopped or was left out."""
+    """The result of a section. tests: lines of section_log; reason: why it failed, was stopped or was left out."""
 
     section: str
     outcome: str
@@ -81,10 +85,10 @@ def _machine(run: Run) -> list[str]:
 
 def _tests(kernels: bool) -> Callable[[Run], list[str]]:
     def command(run: Run) -> list[str]:
-        # One file that does not load must not cost the others.
+        # If a file cannot be imported, the tests in other files still run.
         options = [*_PLUGINS, "-m", "cuda or vllm", "--timeout=150", "--continue-on-collection-errors"]
         if importlib.util.find_spec("xdist") is not None and not run.toy:
-            # The distribution that keeps their order: one by one, to whoever is free.
+            # This mode keeps the order: each test goes to the next free process.
             options += ["-n", str(TEST_PROCESSES), "--dist", "loadgroup"]
         return _python("pytest", *options, *(str(path.relative_to(REPOSITORY)) for path in test_files(kernels)))
 
@@ -92,7 +96,7 @@ def _tests(kernels: bool) -> Callable[[Run], list[str]]:
 
 
 def test_files(kernels: bool) -> list[Path]:
-    """Files with tests for CUDA or vLLM: those of the kernels, or all others."""
+    """Return the files with tests for CUDA or vLLM: those of the kernels, or all others."""
     marked = [path for path in sorted((REPOSITORY / "tests").rglob("test_*.py")) if _has_mark(path)]
     names = {path.stem.removeprefix("test_"): path for path in marked}
     if kernels:
@@ -107,7 +111,7 @@ def _has_mark(path: Path) -> bool:
 
 
 def _benchmark(*files: str, only: str = "") -> Callable[[Run], list[str]]:
-    """Benchmarks of one process, in this order; conftest.py puts the cases that carry a goal first."""
+    """Run benchmarks in one process, in this order; conftest.py puts cases that have a goal first."""
 
     def command(run: Run) -> list[str]:
         chosen = ["-k", "toy" if run.toy else only] if only else []
@@ -124,8 +128,8 @@ def _media_files(run: Run) -> list[str]:
 _PLUGINS = ("-p", "bench.cuda.section_log", "-p", "no:cacheprovider", "-q")
 _HEADS = [f"heads/bench_{n}" for n in ("profile", "policy_loss", "logprob", "cross_entropy", "divergence")]
 _PREFIX = ("prefix/bench_attention", "heads/bench_discriminator")
-# The kernels that the others are made of come first, so that a fault in them is known before anything rests on it. No
-# section needs a communicator before `optimizer`.
+# Basic kernels come first, so that their faults are known before anything depends on them. `optimizer` is the first
+# section that needs a communicator.
 SECTIONS = (
     Section("machine", "what the machine is, and its ceilings", 15, 5, _machine, required=True),
     Section("correctness", "tests of rows, heads, prefixes and discriminator", 60, 20, _tests(kernels=True)),
@@ -143,9 +147,9 @@ MINUTES = sum(section.seconds for section in SECTIONS) / 60
 
 
 def ends_of(sections: list[Section], begin: float, deadline: float) -> list[float]:
-    """When each section shall have ended at the latest: its share of the time, what earlier ones leave included.
+    """Return the latest end of each section. Each gets a share of the time, plus what earlier sections leave unused.
 
-    What is required keeps at least its `least_s`, at the cost of those before it.
+    Required sections keep at least their `least_s`, at the expense of earlier sections.
     """
     total, spent = sum(section.seconds for section in sections), 0.0
     ends = []
@@ -161,9 +165,10 @@ def ends_of(sections: list[Section], begin: float, deadline: float) -> list[floa
 
 
 def run_section(section: Section, run: Run, until: float, deadline: float) -> Result:
-    """Run one; it is told `until`, and killed GRACE_S later or, if that is sooner, at the deadline (unix times).
+    """Run one section. It is told to end by `until`, and killed GRACE_S later or at the deadline, whichever is first.
 
-    A KeyboardInterrupt ends it at once; what it has found is in the result, whose reason is INTERRUPTED.
+    `until` and `deadline` are Unix times. A KeyboardInterrupt ends the section at once; the result then has the tests
+    that have ended, and the reason INTERRUPTED.
     """
     left = until - time.time()
     if left < section.least_s:
@@ -174,7 +179,7 @@ def run_section(section: Section, run: Run, until: float, deadline: float) -> Re
     environment = run.environment | {"RMSD_BENCH_UNTIL": f"{until:.3f}", "RMSD_BENCH_LOG": str(tests)}
     began, code, interrupted = time.time(), None, False
     try:
-        # Without a buffer, whose rest would be written, or fail to be, when it is closed.
+        # Unbuffered, so closing the file has nothing left to write and cannot fail.
         with run.log.open("ab", buffering=0) as log, child(section.command(run), environment) as process:
             copier = threading.Thread(target=_copy, args=(process.stdout, log, terminal()), daemon=True)
             copier.start()
@@ -184,7 +189,7 @@ def run_section(section: Section, run: Run, until: float, deadline: float) -> Re
                 pass
             except KeyboardInterrupt:
                 interrupted = True
-            # What it left running would keep the pipe open.
+            # Leftover child processes would keep the pipe open.
             end(process)
             copier.join(timeout=5)
         result = Result(section.name, PASSED, time.time() - began, tests=read_lines(tests))
@@ -203,9 +208,9 @@ def _judge(result: Result, code: int | None) -> None:
     if failed:
         result.outcome, result.reason = FAILED, f"{len(failed)} failed, the first is {failed[0]}"
     elif code is None:
-        result.outcome, result.reason = STOPPED, f"its time was up after {result.seconds:.0f} s"
+        result.outcome, result.reason = STOPPED, f"timed out after {result.seconds:.0f} s"
     elif code != 0 and code != 5:
-        # 5: pytest found no test.
+        # pytest exits with 5 if it finds no test.
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         result.outcome, result.reason = FAILED, f"{died}; see the log"
     elif code == 5:
@@ -219,7 +224,7 @@ def _judge(result: Result, code: int | None) -> None:
 def child(
     command: list[str], environment: dict[str, str], output: IO[bytes] | int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen]:
-    """A process with a group of its own, which does not outlive the block. Its errors go where its output goes."""
+    """Run a process in its own group until the block ends. Its stderr goes to the same place as its stdout."""
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -237,20 +242,20 @@ def child(
 
 @contextmanager
 def beside(section: Section, run: Run) -> Iterator[subprocess.Popen]:
-    """What makes a section's files beside other sections, at the lowest priority; what it prints goes to the log."""
+    """Prepare a section's files in the background while other sections run, at the lowest priority; log the output."""
     command = ["nice", "-n", "19", *section.ahead(run)]
     with run.log.open("ab") as log, child(command, run.environment, log) as process:
         yield process
 
 
 def wait_for(process: subprocess.Popen, until: float) -> None:
-    """Until it has ended, or the time has come (unix time)."""
+    """Wait until the process has ended, or until the given Unix time."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=max(0.0, until - time.time()))
 
 
 def end(process: subprocess.Popen, patience_s: float = 3.0) -> None:
-    """End a process and those it started: all are asked, and those that are left when patience is over are killed."""
+    """End a process and its children: send SIGTERM to all, and SIGKILL to those that remain after `patience_s`."""
     until = time.monotonic() + patience_s
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
@@ -261,7 +266,7 @@ def end(process: subprocess.Popen, patience_s: float = 3.0) -> None:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of the group has not ended; in a container one that has may wait for ever to be noted."""
+    """Return whether a process of the group still runs. In a container, ended processes may stay zombies for ever."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
             state, _, found = path.read_text().rpartition(")")[2].split()[:3]
@@ -271,12 +276,12 @@ def _runs(group: int) -> bool:
 
 
 def terminal() -> Any:
-    """Where bytes for the terminal go; None where it was closed from the start."""
+    """Return the binary stream of the terminal, or None if it was closed from the start."""
     return getattr(sys.stdout, "buffer", None)
 
 
 def _copy(source: IO[bytes], *sinks: IO[bytes] | None) -> None:
-    """Line by line to each. One that cannot be written, a closed terminal or a full disk, must not stall the source."""
+    """Copy each line to all sinks. A sink that fails (closed terminal, full disk) must not stall the source."""
     for line in source:
         for sink in filter(None, sinks):
             with suppress(OSError, ValueError):

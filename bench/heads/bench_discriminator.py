@@ -1,12 +1,13 @@
 """Discriminator step on the last response tokens: ours against eager code that scores every token of padded batches.
 
-Eager: student and teacher batches [B, L, D], RMSNorm and the value head on all tokens, a gather of the last one, the
-pair loss. Ours: `last_token_values` of either batch and the pair loss; "ours in one call": `discriminator_loss` on the
-last rows of both. `train` differentiates hidden states, norm weight and head; `score` is a forward without gradients;
-`rows` (CUDA) starts from rows gathered beforehand, so that no gradient of padded batches hides the difference.
+Eager code takes student and teacher batches [B, L, D], applies RMSNorm and the value head to all tokens, gathers the
+last one, and computes the pair loss. Ours calls `last_token_values` on each batch and then the pair loss; "ours in one
+call" calls `discriminator_loss` on the last rows of both. `train` differentiates hidden states, norm weight and head.
+`score` is a forward pass without gradients. `rows` (CUDA) starts from rows gathered beforehand, so that gradients of
+padded batches do not hide the difference.
 
-On CUDA `launches` counts the kernels of a call and their time on the device. Two more forms are counted and not timed:
-`discriminator_loss` and eager code on prepared tensors, which is the op alone.
+On CUDA, `launches` counts the kernels of a call and their time on the device. Two more variants are counted but not
+timed: `discriminator_loss` and eager code on prepared tensors, which is the op alone.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NAME = "discriminator"
 EPS = 1e-6
 ONE_CALL = "ours in one call"
 EAGER_ALONE = "eager, all prepared"
-# The first compilation of a process takes about so long.
+# The first compilation in a process takes about this long.
 _COMPILE_S = 12.0
 
 
@@ -108,7 +109,7 @@ def eager(x: Inputs) -> Tensor:
 
 
 def gathered_eager(x: Inputs) -> Tensor:
-    """The careful eager form: the last rows alone go through norm and head. Ours on the CPU is torch code like this."""
+    """Optimised eager code: only the last rows pass through norm and head. On CPU, ours is torch code like this."""
     pairs = torch.arange(len(x.quality), device=x.quality.device)
     student, teacher = (_row_scores(hidden[pairs, last], x) for hidden, last in x.sides)
     return _pair_loss(student, teacher, x)
@@ -150,7 +151,10 @@ FORMS = {OURS: ours, ONE_CALL: ours_in_one_call}
 
 
 def gate(case: Case) -> dict[str, dict[str, list[float]]]:
-    """Of each form of ours, errors [ours, eager] of the loss and the small gradients to float64, on a shorter batch."""
+    """For each of our implementations, return the errors [ours, eager] against float64, on a shorter batch.
+
+    They cover the loss and its gradients.
+    """
     small = replace(case, length=min(case.length, 16))
 
     def outputs(loss: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, Tensor]:
@@ -172,7 +176,7 @@ def gate(case: Case) -> dict[str, dict[str, list[float]]]:
 
 
 def prepared(x: Inputs, score: bool) -> dict[str, Callable[[], object]]:
-    """Calls of the op alone and of eager code on the last rows [2B, D], with gradients unless `score`."""
+    """Return calls of the op alone and of eager code on the last rows [2B, D], with gradients unless `score`."""
     pairs = torch.arange(len(x.quality), device=x.quality.device)
     rows = torch.cat([hidden.detach()[pairs, last] for hidden, last in x.sides]).requires_grad_()
     every, one = torch.arange(len(rows), device=rows.device), torch.ones((), device=rows.device)
@@ -196,7 +200,7 @@ def _grad(value: Tensor, x: Inputs) -> tuple[Tensor, ...]:
 
 def cases(quick: bool, device: str) -> list[Case]:
     if device == "cuda":
-        # The one that carries claims first.
+        # The variant that our claims rest on comes first.
         shapes = (("rows", 1), ("train", 512), ("score", 512))
         return [Case(torch.bfloat16, mode, length=length, device=device) for mode, length in shapes]
     dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float32]

@@ -1,16 +1,19 @@
-"""Where the time of the fused head goes on CUDA, and what other chunk sizes and launch settings would make of it.
+"""Where the fused head spends its time on CUDA, and how other chunk sizes and launch settings would change it.
 
-T=8192, D=2560, V=151936 in bf16. `policy`: GRPO loss with a trained head; `logprob`: log-probs with a frozen one.
+T=8192, D=2560, V=151936 in bf16. `policy` is the GRPO loss with a trained head, `logprob` log-probs with a frozen head.
 
-- kernels: from the profiler, each of the three GEMMs (2TDV flop), the row kernel (bytes: one read and one write of the
-  logits), what else is launched, and gaps on the device; beside them the GEMMs of one chunk alone and a copy's rate.
-- chunks: time and peak memory by rows per chunk (memory_budget_bytes). "ours" is the default, also measured last.
-- rows: the row kernel on one chunk by warps, columns at a time and loads under way: GB/s by the same bytes, registers,
-  spills. "ours" is the package's launch. The three best are tried with other numbers of loads under way.
-- media: the patches kernel by warps, GB/s by frames read once and patches written once.
+- kernels: the profiler's times of each of the three GEMMs (2TDV FLOPs), of the row kernel (its bytes are one read and
+  one write of the logits), of other kernels, and of gaps on the device. For comparison, the GEMMs of one chunk are
+  timed alone, and the rate of a copy is measured.
+- chunks: time and peak memory by rows per chunk (memory_budget_bytes). "ours" is the default, which is measured again
+  at the end.
+- rows: the row kernel on one chunk by number of warps, columns per step and loads in flight: GB/s from the same bytes,
+  registers, and spills. "ours" is the package's launch. The three fastest settings are repeated with other numbers of
+  loads in flight.
+- media: the patches kernel by number of warps; its GB/s count frames read once and patches written once.
 
-A sweep ends early where RMSD_BENCH_UNTIL (unix time) comes near; `ended` says how it ended, `not_run` what cannot run.
-On CPU a rehearsal goes the same way without Triton and profiler.
+A sweep ends early if RMSD_BENCH_UNTIL (Unix time) is near. `ended` says how it ended, and `not_run` what could not run.
+On CPU, a rehearsal takes the same steps without Triton and the profiler.
 """
 
 from __future__ import annotations
@@ -45,11 +48,11 @@ from bench.heads.profile import GEMMS, ROWS, Media, PolicyRows, Setting
 from rmsd_fast.losses import linear_logprob
 
 NAME = "head_profile"
-# A run with a deadline begins with these: they tell whether a kernel is slow.
+# A run with a deadline starts with these cases, because they show whether a kernel is slow.
 FIRST = True
 
 _CHUNKS = (512, 1024, 1664, 2048, 3328, 4096, 8192)
-# A point of a sweep takes less, compilation included.
+# One point of a sweep takes less than this, including compilation.
 _POINT_S = 3.0
 _CHUNK_OF_ROWS = 1664
 COMPLETE, INTERRUPTED = "complete", "interrupted"
@@ -57,7 +60,7 @@ COMPLETE, INTERRUPTED = "complete", "interrupted"
 
 @dataclass(frozen=True)
 class Case:
-    """A part of the profile, see above; clip: frames, height and width of a clip and of its patches."""
+    """A part of the profile (see above). clip: number of frames, and (height, width) of the clip and after resizing."""
 
     part: str
     loss: str = "policy"
@@ -87,7 +90,7 @@ def toy_cases(device: str) -> list[Case]:
 
 
 def _every_part(**settings) -> list[Case]:
-    """What says most comes first: a run may end early."""
+    """Return all parts. The most informative parts come first, because a run may end early."""
     parts = (("rows", "policy"), ("kernels", "policy"), ("chunks", "policy"), ("kernels", "logprob"))
     return [Case(*part, **settings) for part in (*parts, ("media", "policy"), ("chunks", "logprob"))]
 
@@ -98,7 +101,7 @@ def test_head_profile(case: Case, effort, report) -> None:
 
 
 def run(case: Case, effort: Effort, report: Callable[[Outcome], None]) -> None:
-    """What was found is reported even where the part is cut off."""
+    """Run one part. Report partial results if the part is cut off."""
     shape = {"T": case.tokens, "D": case.hidden, "V": case.vocabulary}
     record = facts_of(NAME, case, shape) | {"part": case.part, "variants": {}, "not_run": {}, "ended": INTERRUPTED}
     part = PARTS[case.part](case, effort, record)
@@ -112,7 +115,7 @@ def run(case: Case, effort: Effort, report: Callable[[Outcome], None]) -> None:
 
 
 def sweep(record: dict, points: Iterable[tuple[str, Callable[[], dict]]]) -> None:
-    """Add the numbers of each point to the record as they come, until there is no more time."""
+    """Add the numbers of each point to the record as they come, until time runs out."""
     for name, numbers in points:
         if seconds_left() < _POINT_S:
             record["ended"] = f"{NO_TIME} before {name}"
@@ -120,13 +123,13 @@ def sweep(record: dict, points: Iterable[tuple[str, Callable[[], dict]]]) -> Non
         try:
             record["variants"][name] = numbers()
         except Exception as error:
-            # Too much memory, or more registers or shared memory than there are: the next one may fit.
+            # Out of memory, registers or shared memory. The next configuration may fit.
             record["not_run"][name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
     record["ended"] = COMPLETE
 
 
 class Head:
-    """The loss of a case on its inputs."""
+    """A case's loss, with its inputs."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
@@ -149,7 +152,7 @@ class Head:
         return with_gradients(name, loss, x.differentiable)
 
     def chunk(self, budget: int | None = None) -> int:
-        """Rows per chunk."""
+        """Return the rows per chunk for a memory budget (None: the default)."""
         case = self.case
         sizes = (case.tokens, case.vocabulary, case.dtype.itemsize)
         return profile.rows_per_chunk(*sizes, self.x.weight, case.loss == "policy", budget)
@@ -187,7 +190,7 @@ def profile_kernels(case: Case, effort: Effort, record: dict) -> Iterator[Varian
 
 
 def gemms_alone(head: Head) -> dict[str, dict[str, float]]:
-    """The engine's calls for one chunk, each timed alone; d_weight once written and once added to."""
+    """Time each of the engine's GEMMs for one chunk alone, that of d_weight both overwriting and accumulating."""
     rows, x = head.chunk(), head.x
     hidden, weight = x.hidden.detach()[:rows], x.weight.detach()
     logits = hidden @ weight.t()
@@ -271,7 +274,7 @@ def sweep_media(case: Case, effort: Effort, record: dict) -> Iterator[Variant]:
 
 
 def _rate(call: Callable, device: torch.device, effort: Effort, size: int, prepare: Callable | None = None) -> dict:
-    """Numbers of a call that was warmed up, and GB/s of the bytes that it has to move."""
+    """Return the timings of a warmed-up call, and its rate in GB/s for the `size` bytes that it has to move."""
     timings = device_timings(Variant("", call), device, effort.always_rounds, prepare)
     own = {"rounds": len(timings), "forward": quantiles([timing.forward_ms for timing in timings])}
     return own | {"bytes": size, "gb_per_s": size / main_time(own) / 1e6}

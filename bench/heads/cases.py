@@ -1,9 +1,9 @@
-"""Inputs of the head benchmarks and the error gate that stands before every timing.
+"""Inputs of the head benchmarks, and the error check that precedes every timing.
 
-Softmax: `random` draws hidden states and weights at random, logits have a standard deviation of 1 and every token a
-probability near 1/V. `peaked` puts each hidden state onto the head's row of one token, so that this token has a
-probability of about 0.95 and the entropy is about 0.7 nat, as in a trained model; it is the target in 4 of 5 rows.
-Mask: so many percent of the rows, chosen at random, have the target -100.
+Softmax: `random` draws hidden states and weights at random, so logits have a standard deviation of 1 and every token a
+probability near 1/V. `peaked` aligns each hidden state with the head's row of one token, so that this token has a
+probability of about 0.95 and the entropy is about 0.7 nat, as in a trained model. It is the target in 4 of 5 rows.
+Mask: the percentage of rows, chosen at random, whose target is -100.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.core.measure import facts_of
 
 VOCABULARY = 151936
 IGNORED = -100
-# Logit of the peak above the log-sum-exp of all others: sigmoid(3) = 0.953.
+# The peak's logit minus the log-sum-exp of all others: sigmoid(3) = 0.953.
 _PEAK_MARGIN = 3.0
 _SEQUENCE = 256
 GATE_TOKENS = 16
@@ -85,7 +85,7 @@ class HeadInputs(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _head_weight(hidden: int, dtype: torch.dtype, device: str, vocabulary: int) -> Tensor:
-    """The head of a width. Two stay alive, that of the gate and that of the timing: 0.8 GB at D=2560 in bfloat16."""
+    """Return the head of a width. Two stay in memory, for check and timing, each of 0.8 GB at D=2560 in bfloat16."""
     weight = torch.empty(vocabulary, hidden, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(1)
     for rows in weight.split(8192):
@@ -94,7 +94,7 @@ def _head_weight(hidden: int, dtype: torch.dtype, device: str, vocabulary: int) 
 
 
 def head_inputs(case: Case) -> HeadInputs:
-    """The tensors of a case; the head is shared by the cases of one width."""
+    """Return the tensors of a case; cases of one width share the head."""
     device, weight = case.device, _head_weight(case.hidden, case.dtype, case.device, case.vocabulary)
     generator = torch.Generator(device).manual_seed(2)
 
@@ -130,7 +130,7 @@ def _peak_logit(case: Case) -> float:
 
 
 def target_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int = 256) -> Tensor:
-    """Log-probabilities without a gradient, float32, by eager torch in small blocks: not by what is measured."""
+    """Return float32 log-probabilities without a gradient, from eager torch in small blocks, not from measured code."""
     with torch.no_grad():
         parts = [
             ((h @ weight.t()).float() / temperature).log_softmax(-1).gather(1, t[:, None])[:, 0]
@@ -140,9 +140,9 @@ def target_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 class Errors(NamedTuple):
-    """Largest absolute difference to float64 of the values and of each gradient, and the bound.
+    """Largest absolute difference from float64 for the values and each gradient, and the bound on it.
 
-    Ours: the largest of all chunk sizes.
+    ours: the largest over all chunk sizes.
     """
 
     ours: dict[str, float]
@@ -157,13 +157,17 @@ BudgetedLoss = Callable[[HeadInputs, int | None], Tensor]
 
 @functools.cache
 def checked(bench: str, case: Case, ours: BudgetedLoss, eager: Loss, buffers: int = 1) -> Errors:
-    """The gate, for a case with few tokens: ours is at most twice as far from float64 as eager in the same dtype.
+    """Check, on a case with few tokens, that ours is at most twice as far from float64 as eager in the same dtype.
 
-    Ours in one chunk and in several, as the long shapes run (_GATE_CHUNK_ROWS; buffers: heads whose logits share the
-    budget). `ours` and `eager` give values per row, or a scalar; their sum is differentiated. The float64 side is
-    `eager` on the same rounded inputs. A floor for numbers that eager hits by luck: 1e-6 of the largest value in
-    float32; in 16 bits, for the values alone, their rounding unit / 32 (means and sums of rounded logits).
-    Raises: AssertionError with the numbers.
+    Ours runs in one chunk and in several, as it does for long shapes (_GATE_CHUNK_ROWS). `ours` and `eager` return
+    values per row, or a scalar; their sum is differentiated. The float64 reference is `eager` on the same rounded
+    inputs. Because eager may be exact by chance, the bound also allows 1e-6 of the largest value, and for the values in
+    16 bits their rounding unit / 32 (means and sums of rounded logits).
+
+    Args:
+        buffers: the number of heads whose logits share the budget.
+    Raises:
+        AssertionError: with the numbers, if ours is too far off.
     """
     small = head_inputs(case)
     wide = small._replace(
@@ -200,7 +204,7 @@ def _outputs(loss: Loss, inputs: HeadInputs) -> dict[str, Tensor]:
 
 
 def _distance(values: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, in blocks: a float64 copy of a head is gigabytes."""
+    """Return the largest absolute difference, computed in blocks because a float64 copy of a head takes gigabytes."""
     if values.ndim < 2:
         return (values.double() - exact).abs().max().item()
     return max((v.double() - e).abs().max().item() for v, e in zip(values.split(8192), exact.split(8192), strict=True))

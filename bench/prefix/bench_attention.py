@@ -1,12 +1,13 @@
-"""The attention op alone at the shape of Qwen3-VL-4B: one group, M responses over a prefix of P tokens; a decode step.
+"""The attention op alone at the shape of Qwen3-VL-4B: one group of M responses over a prefix of P tokens, or decoding.
 
-FLOP are counted by the pairs of query and key that a variant has to compute: per head and pair 4 * size forward and
-8 * size backward. `device_ms` are medians with cold caches. `floor`: ms that our pairs take at the rate of causal flash
-attention over the prefix alone, and our time over it: 1 where merging and short responses cost nothing.
+FLOPs are counted from the pairs of query and key that a variant has to compute: 4 * size per head and pair in the
+forward pass, and 8 * size in the backward pass. `device_ms` has medians with cold caches. `floor` has the ms that our
+pairs would take at the rate of causal flash attention over the prefix alone, and the ratio of our time to it. 1 means
+that merging and short responses are free.
 
-The gate, on a short row: in norm, on prefix and responses each, ours errs at most 2 * 1.25 times as much as eager code
-of the same dtype against the formula in float64 (1.25: both parts are rounded before they are merged). In the timed
-shape the gradients of all variants are compared with ours (`differences`).
+Before timing, errors are checked on a short row against the formula in float64: the norm of our error, on prefix and
+responses separately, is at most 2 * 1.25 times that of eager code in the same dtype (1.25: both parts are rounded
+before they are merged). In the timed shape, the gradients of all variants are compared with ours (`differences`).
 """
 
 from __future__ import annotations
@@ -40,21 +41,26 @@ from bench.prefix.variants import (
 
 NAME = "prefix_attention"
 
-# Roundings of two parts and of their sum against one call's.
+# Two parts and their sum are rounded, instead of one result.
 _ALLOWANCE = 1.25
-# Of the norm of a gradient; 16 bit rounds to 0.5%, a response that sees another's tokens makes far more.
+# Relative to the gradient's norm. 16-bit rounding causes 0.5%; a response that attends to another's tokens causes far
+# more.
 _MOST_DIFFERENCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
-# Those of torch's own kernels that have been in use for years: they must agree with ours.
+# Well-established torch kernels, which must agree with ours.
 _TRUSTED = (VARLEN, LOOP, DENSE)
 _GATE = {"prefix": 320, "response": 64, "count": 3}
-# FlexAttention compiles for about 40 s a shape: left out where that would cost other cases.
+# FlexAttention compiles for about 40 s per shape. It is left out if less time than this remains.
 _FLEX_S = 100.0
-# FlexAttention is compiled anew for each shape, and a dense mask is slow: where the most and the least is shared.
+# FlexAttention is compiled for each shape, so it runs only where the most and the least is shared. A dense mask is slow
+# and runs only in the smallest shape.
 _FLEX_SHAPES, _DENSE_SHAPE = ((8192, 512), (2048, 128)), (2048, 128)
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    """On CUDA alone: bench_shared_prefix has whole passes for CPU. What says most comes first: a run may end early."""
+    """Return the cases, the most informative first, because a run may end early.
+
+    There are none on CPU, where bench_pass measures whole passes.
+    """
     if device != "cuda":
         return []
     sizes = ((8192, 512), (2048, 128), (8192, 8, True), (8192, 64, True))
@@ -69,9 +75,13 @@ def toy_cases(device: str) -> list[Case]:
 
 @functools.cache
 def gate(case: Case) -> dict[str, dict[str, float]]:
-    """Errors in norm of each variant, by part of the row, for a short case; AssertionError where ours are too large.
+    """Return the relative norm of each variant's error by part of the row, for a short case.
 
-    Without FlexAttention, which would be compiled for this shape too: in the timed one its difference to ours is found.
+    FlexAttention is left out because it would be compiled for this shape too; it is compared with ours in the timed
+    shape.
+
+    Raises:
+        AssertionError: if our errors are too large.
     """
     x, wide = make_inputs(case), make_inputs(case, torch.float64)
     mask = visible(case, x)
@@ -81,10 +91,10 @@ def gate(case: Case) -> dict[str, dict[str, float]]:
         try:
             errors |= {name: _errors(_outcome(way), truth, case.prefix)} if way.packed else {}
         except Exception:
-            # Ours has to work. A peer that fails will be named by the timed shape.
+            # Ours has to work. A peer that fails is reported when the timed shape runs.
             if name == OURS:
                 raise
-    # For what eager code hits by luck, in units of the dtype's rounding.
+    # Eager code may be exact by chance, so allow a fraction of the dtype's rounding.
     floor = torch.finfo(case.dtype).eps / 32
     far = {n: e for n, e in errors[OURS].items() if not e <= 2 * _ALLOWANCE * errors["eager"][n] + floor}
     assert not far, f"{case.name}: too far from float64: {far}, eager {errors['eager']}"
@@ -114,7 +124,7 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor], prefix: int) -> 
 
 
 def compare(ways: dict[str, Way], not_run: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Differences of each variant to ours in the timed shape; those that fail move to not_run."""
+    """Return the differences of each variant from ours in the timed shape, and move those that fail to not_run."""
     differences, expected = {}, {}
     for name, way in list(ways.items()):
         try:
@@ -150,11 +160,11 @@ def test_prefix_attention(case: Case, effort, report) -> None:
 def run_attention(case: Case, effort: Effort) -> Outcome:
     device, skip = torch.device(case.device), {}
     if case.device == "cuda" and (case.prefix, case.response) not in _FLEX_SHAPES:
-        skip[FLEX] = "compiled for two shapes alone"
+        skip[FLEX] = "compiled for two shapes only"
     elif seconds_left() < _FLEX_S:
         skip[FLEX] = f"no time left to compile it: {seconds_left():.0f} s"
     if case.device == "cuda" and (case.prefix, case.response) != _DENSE_SHAPE:
-        skip[DENSE] = "for the smallest shape alone"
+        skip[DENSE] = "only for the smallest shape"
     errors = gate(replace(case, **_GATE))
     ways, not_run = build_ways(case, make_inputs(case), skip)
     differences = compare(ways, not_run)
@@ -173,7 +183,7 @@ def run_attention(case: Case, effort: Effort) -> Outcome:
 
 
 def floor_of(numbers: dict[str, dict]) -> dict[str, float]:
-    """ms that our pairs take at the ceiling's rate, and ours over it, by direction."""
+    """Return, by direction, the ms that our pairs would take at the ceiling's rate, and the ratio of our time to it."""
     if CEILING not in numbers:
         return {}
     ours, ceiling = numbers[OURS], numbers[CEILING]

@@ -1,12 +1,12 @@
-"""One training pass of the policy over one group: the prompt once for all M responses, against a copy for each.
+"""One training pass of the policy over one group, with the prompt processed once or copied for each of M responses.
 
-- `shared M=…`: packed row, prompt and video once (what the trainer does).
-- `padded M=12`: a row `[prompt | response]` per response, the video encoded once (packing=padded).
-- `copies M=12`: the same rows, the video encoded for each, as in trainers whose batch is a list of samples.
+- `shared M=…`: a packed row with prompt and video once (as in the trainer).
+- `padded M=12`: a row `[prompt | response]` for each response; the video is encoded once (packing=padded).
+- `copies M=12`: the same rows; the video is encoded for each, as in trainers whose batch is a list of samples.
 
 A pass is the frozen vision tower, a forward with the fused cross entropy on all response tokens, and a backward into
-every parameter of the language model. Gradients of the other ways are compared with ours in the timed shape.
-`predicted_s`: FLOPs of `bench.step.flops` at the rates that the same process measures (`rates`).
+every parameter of the language model. Gradients of the other variants are compared with ours in the timed shape.
+`predicted_s` is the time for the FLOPs of `bench.step.flops` at the rates that the same process measures (`rates`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FLOPS = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}
 
 def cases(quick: bool, device: str) -> list[Case]:
     if device == "cuda":
-        # So small a student leaves a GPU waiting for launches: bench_prefix_attention and bench_step_4b measure there.
+        # With a student this small, a GPU would be launch-bound. On GPUs use bench_attention and bench_step.
         return []
     sizes = [(512, 64)] if quick else [(1024, 64), (1024, 128), (2048, 64), (2048, 128), (2048, 256), (4096, 128)]
     return [Case(prefix, response) for prefix, response in sizes]
 
 
 def make_variant(way: str, m: int, case: Case) -> tuple[Variant, Load, object]:
-    """The variant, what it reads, and its model's config. All variants have the same weights, prompt and responses."""
+    """Return the variant, its load and its model's config. All variants share weights, prompt and responses."""
     student = load(HIDDEN, LAYERS, case.dtype, case.device)
     freeze(student.model, train_vision=False)
     builder = make_builder(student)
@@ -75,7 +75,7 @@ def test_shared_prefix(case: Case, effort, report) -> None:
     made = [make_variant(way, m, case) for way, m in WAYS]
     variants, config = [variant for variant, _, _ in made], made[0][2]
     device = torch.device(case.device)
-    # Copies of long prompts take long, and are what ours is compared with: two rounds all the same.
+    # Copies of long prompts are slow, but they are the baseline, so they always get two rounds.
     samples = measure(variants, replace(effort, slow_s=120.0), device, base=BASE)
     rate = rates(config, case.prefix, getattr(torch, case.dtype), device)
     numbers = numbers_of(samples, variants, baseline=None)

@@ -1,4 +1,4 @@
-"""Attention of M responses over one shared prefix, and what users have instead: the variants of bench_prefix_attention.
+"""Attention of M responses over one shared prefix, and what users have instead: the variants of bench_attention.
 
 All compute out, dq, dk, dv of the packed row [P | R_1 … R_M] from the same q, k, v and gradient of out. Separate rows
 [P | R_m] get their copies made beforehand, as a trainer whose batch is such rows has them anyway; the gradients of the

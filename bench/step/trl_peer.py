@@ -1,12 +1,13 @@
-"""Seconds of a whole RL step by TRL's GRPOTrainer and by ours, of the same small student on the same pictures. CPU.
+"""Time whole RL steps of TRL's GRPOTrainer and of ours on CPU, with the same small student and the same pictures.
 
     python -m bench.step.trl_peer VARIANT STEPS R FOLDER      # one process of `measure`; a line of JSON
 
-A prompt has 16 pictures, a step one prompt with N = 8 rollouts of exactly R tokens. Like for like: rollouts, reference,
-policy with KL, AdamW; the reward costs nothing. `ours with discriminator` adds what R-MSD adds, a discriminator on
-N + K responses. All steps read and process their pictures. Each variant runs in a process of its own, several times in
-turn; the first step of a process is its start-up and does not count. `peak_mib` is the whole process, libraries
-included. TRL's process must define two operators before anything imports transformers, so imports are late here.
+A prompt has 16 pictures, and a step has one prompt with N = 8 rollouts of exactly R tokens. Both trainers do the same
+work: rollouts, reference, policy with KL, and AdamW; the reward costs nothing. `ours with discriminator` adds what
+R-MSD adds: a discriminator on N + K responses. All steps read and process their pictures. The variants run in separate
+processes, several times in turn. The first step of a process is its start-up and does not count. `peak_mib` is the
+memory of the whole process, including libraries. TRL's process must define two operators before anything imports
+transformers, so this file imports late.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ N, K = 8, 4
 
 
 def missing() -> str:
-    """Why TRL's trainer cannot run here; empty where it can."""
+    """Return why TRL's trainer cannot run here, or ""."""
     for name in ("trl", "datasets", "PIL"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
@@ -43,7 +44,7 @@ def missing() -> str:
 
 
 def measure(steps: int, times: int, response: int) -> dict[str, Any]:
-    """The record: `times` processes of each variant in turned order, each of so many steps after its first."""
+    """Run each variant in `times` processes, in rotating order, with `steps` steps after the first. Return a record."""
     from bench.prefix.groups import HIDDEN, LAYERS
 
     seconds: dict[str, list[float]] = {OURS: [], FULL: [], TRL: []}

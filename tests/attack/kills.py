@@ -1,12 +1,12 @@
-"""Kill a run at random moments and before chosen file operations, resume it, and compare with one that nothing killed.
+"""Kill a run at random moments and before chosen file operations, resume it, compare it with an uninterrupted run.
 
 python tests/attack/kills.py --random 20 --operations 20 --full 10 --writers 5 --processes 1
 
-`--full` lets 20 attempts to write fail, as on a disk that is full for a while or fails, in place of the kill. The run
-may go on or end with 2 and one line.
+`--full` makes 20 writes fail instead of killing the run, as on a full or failing disk. The run may continue, or exit
+with code 2 and a one-line message.
 
-"Equal" is: metrics without what measures the machine, predictions, evaluation, samples, logged rollouts, every file of
-the export, and a report that shows all students. Prints a line for each kill, and a table.
+"Equal" covers metrics except machine measurements, predictions, evaluation, samples, logged rollouts, every file of the
+export, and a report that shows all students. The program prints a line for each kill, and a table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
 
     whole = work / "whole"
     whole.mkdir()
-    # Twice: the first one makes the material, whose time does not count.
+    # Run twice, because the first run also makes the material, whose time does not count.
     for folder in (work / "first", whole):
         began = time.monotonic()
         process = start(
@@ -82,7 +82,7 @@ def main() -> int:
             try:
                 process.communicate(timeout=place)
             except subprocess.TimeoutExpired:
-                # Of torchrun alone: its ranks have to follow by themselves.
+                # Kill only torchrun; its ranks have to end by themselves.
                 process.kill()
         else:
             attack = {"ATTACK_FOLDER": str(folder), "ATTACK_OPERATION": str(place)}

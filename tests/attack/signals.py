@@ -1,4 +1,4 @@
-"""Send signals to a run in each of its phases, resume it where it ended, and compare with one that got none.
+"""Send signals to a run in each of its phases, resume it, and compare it with an uninterrupted run.
 
 python tests/attack/signals.py [--processes 2] [--every 3] [--only "evaluate stage1"]
 
@@ -29,7 +29,7 @@ from train_runs import mini_arguments, only_run
 
 MOST_S = 10.0
 LONGEST_S = 120
-# Evaluations of some batches, warm-up of some steps: a poll has to find the run within them.
+# Several batches per evaluation and steps of warm-up, so that a poll finds the run in these phases.
 LONGER = [
     "checkpoint.every_steps=1",
     "made.heldout_clips=12",
@@ -37,18 +37,18 @@ LONGER = [
     "evaluate.prompts_per_batch=4",
     "discriminator.warm_up_steps=3",
 ]
-# Checkpoints from this number on are of stage 2: 3 + 3 steps come before.
+# Checkpoints from this number on belong to stage 2, because 3 + 3 steps precede it.
 STAGE_2 = 7
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Signals to the processes of a kind, `gap_s` apart. goes_on: the run does, to its end."""
+    """Signals to the processes of a kind, `gap_s` apart. goes_on: whether the run continues to its end."""
 
     name: str
     kind: str
     numbers: tuple[int, ...]
-    # Short, so that the later ones come while the program ends.
+    # Short, so that later signals arrive while the program ends.
     gap_s: float = 0.02
     goes_on: bool = False
 
@@ -58,7 +58,7 @@ ALONE = (
     Attack("INT", "train", (SIGINT,)),
     Attack("TERM x3", "train", (SIGTERM,) * 3),
     Attack("INT x3", "train", (SIGINT,) * 3),
-    # A key that is held down.
+    # As from a key that is held down.
     Attack("INT x30", "train", (SIGINT,) * 30, gap_s=0.005),
     Attack("KILL", "train", (SIGKILL,)),
     Attack("TERM all", "all", (SIGTERM,)),
@@ -89,13 +89,13 @@ PHASES = (
     "evaluate stage2",
     "report",
 )
-# Before the handlers a signal does what it does to any program.
+# Before the handlers are installed, a signal has its default effect.
 EARLY = PHASES[:2]
 WITHOUT_DECODERS = (*EARLY, "making", "report")
 
 
 def possible(phase: str, attack: Attack, processes: int) -> bool:
-    """Whether the phase has processes of that kind."""
+    """Return whether the phase has processes of that kind."""
     if attack.kind in ("worker", "fork server"):
         return phase not in WITHOUT_DECODERS
     if phase == "imports":
@@ -104,7 +104,7 @@ def possible(phase: str, attack: Attack, processes: int) -> bool:
 
 
 def reached(phase: str, folder: Path, made: Path, errors: Path, processes: int, began: float) -> bool:
-    """Whether the run is in a phase, or past it."""
+    """Return whether the run has reached a phase."""
     if phase == "imports":
         return time.monotonic() - began > 0.3
     if phase == "imports of ranks":
@@ -124,7 +124,7 @@ def reached(phase: str, folder: Path, made: Path, errors: Path, processes: int, 
 
 
 def send(attack: Attack, targets: list[int]) -> None:
-    """The signals of an attack, to processes that an earlier one of them may have ended."""
+    """Send an attack's signals to processes that an earlier signal may have ended."""
     for count, number in enumerate(attack.numbers):
         time.sleep(attack.gap_s if count else 0)
         for pid in targets:
@@ -133,7 +133,10 @@ def send(attack: Attack, targets: list[int]) -> None:
 
 
 def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Path) -> tuple[str, float, int | None]:
-    """What is wrong with the end of the run, how long after the signal it came, and the exit code; None: missed."""
+    """Return what is wrong with how the run ended, the delay after the signal, and the exit code.
+
+    The exit code is None if the signal came too late.
+    """
     mark, errors = str(folder), folder.with_suffix(".txt")
     with errors.open("w") as file:
         began = time.monotonic()
@@ -141,7 +144,7 @@ def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Pat
     try:
         while process.poll() is None and not reached(phase, folder, made, errors, processes, began):
             time.sleep(0.002)
-        # The first worker comes when the fork server has imported all it needs.
+        # The first worker starts when the fork server has finished its imports.
         while process.poll() is None and not (targets := processes_of(mark, attack.kind)):
             time.sleep(0.002)
         if process.poll() is not None:
@@ -166,7 +169,7 @@ def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Pat
         expected |= {-number for number in attack.numbers}
     if seconds >= LONGEST_S:
         fault = f"still there after {LONGEST_S} s: {alive}"
-    # A rank that is killed says nothing; the others tell that they have lost it.
+    # A killed rank prints nothing; the others report losing it.
     elif trace and not (early and SIGINT in attack.numbers) and attack.name != "KILL rank":
         fault = f"{trace}: {text.strip().splitlines()[-1]}"
     elif code not in expected and (processes == 1 or attack.goes_on):
@@ -177,7 +180,7 @@ def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Pat
 
 
 def afterwards(folder: Path, processes: int, made: Path, expected: dict, *, ended: bool) -> str:
-    """What is wrong with the result; a run that has not ended is resumed, or started again if it had no folder yet."""
+    """Return what is wrong with the result. Resume an unfinished run, or start it again if it had no folder yet."""
     try:
         if ended:
             run, fault = only_run(folder), ""
@@ -210,11 +213,11 @@ def main() -> int:
         folder = work / f"signal-{number}"
         folder.mkdir()
         if phase == "making":
-            # At the same place: its path is in the results.
+            # The material is made in the same folder again, because its path appears in the results.
             shutil.rmtree(made)
         problem, seconds, code = attacked(folder, processes, phase, attack, made)
         if code is not None:
-            # An import that was interrupted has left nothing behind: there is nothing to resume.
+            # An interrupted import leaves nothing behind to resume.
             nothing = phase in EARLY and code and not any(folder.iterdir())
             after = "" if nothing else afterwards(folder, processes, made, expected, ended=attack.goes_on and code == 0)
             problem = "; ".join(part for part in (problem, after and f"afterwards {after}") if part)

@@ -1,4 +1,4 @@
-"""Media files that the tests make: real encodings of frames whose content is known."""
+"""Media files made by the tests: real encodings of frames with known content."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def ffmpeg(*arguments: object) -> bytes:
 
 
 def ffmpeg_version() -> int:
-    """Major version of the program ffmpeg; torchcodec takes the libraries that belong to it where it finds several."""
+    """Return ffmpeg's major version; if several versions are installed, torchcodec loads the matching one."""
     text = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"version \D*(\d+)", text)[1])
 

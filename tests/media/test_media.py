@@ -246,7 +246,7 @@ def test_a_file_that_crashes_every_decoder_is_bad(clip: Path, reader: MediaReade
         reader.read(request(clip))
     assert reader.take_counts() == {**NONE, "crashes": 2}
     monkeypatch.undo()
-    # Remembered, and other files are read.
+    # The failure is remembered, and other files can still be read.
     with pytest.raises(MediaError, match="the decoder process ended"):
         reader.read(request(clip))
     assert len(reader.read(request(clip, 5)).pixels) == 5
@@ -264,7 +264,7 @@ def test_files_that_hang_one_after_the_other_are_not_to_blame(clip: Path, reader
     with pytest.raises(MediaUnreachable, match="3 files in a row were not read, or not in time"):
         reader.read(request(clip, 7))
     monkeypatch.undo()
-    # Nor is the last remembered as bad, and one that is read ends the row.
+    # The last file is not remembered as bad either, and a successful read resets the count.
     assert len(reader.read(request(clip, 7)).pixels) == 7
     assert reader._failures_in_a_row == 0
 

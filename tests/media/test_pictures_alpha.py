@@ -1,4 +1,4 @@
-"""Pictures with transparency: white behind what is visible, and refused if nothing is."""
+"""Transparent pictures are shown on white, and refused if nothing in them is visible."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_transparent_colour_shows_white(tmp_path: Path) -> None:
 
 
 def write_bmp(path: Path, compression: int, alpha_mask: int | None, pixels_bgra: list[tuple[int, ...]]) -> Path:
-    """A BMP of one row of 32 bits made by hand; alpha_mask: None has a header without one, of the oldest kind."""
+    """Write a one-row BMP of 32 bits per pixel. alpha_mask: None writes the oldest kind of header, without a mask."""
     data = b"".join(map(bytes, pixels_bgra))
     size = 40 if alpha_mask is None else 108
     masks = struct.pack("<3I", 0xFF0000, 0xFF00, 0xFF) if compression == 3 else b""
@@ -105,7 +105,7 @@ def write_bmp(path: Path, compression: int, alpha_mask: int | None, pixels_bgra:
 
 
 def write_tga(path: Path, kind: int, bits: int, alpha_bits: int, data: bytes) -> Path:
-    """A TGA of one row of two pixels, from its upper left."""
+    """Write a TGA with one row of two pixels, stored from the top left."""
     path.write_bytes(struct.pack("<BBBHHBHHHHBB", 0, 0, kind, 0, 0, 0, 0, 0, 2, 1, bits, 32 | alpha_bits) + data)
     return path
 
@@ -136,7 +136,7 @@ def test_a_rest_of_visible_pixels_is_no_picture(tmp_path: Path) -> None:
             assert pixels(tmp_path / "x.png")[5][3] == (255 - alpha,) * 3
         else:
             assert refusal(tmp_path / "x.png", in_pixels=True).startswith(INVISIBLE)
-    # One of 160,000, and a picture of which every pixel is nearly clear.
+    # One visible pixel of 160,000, and a picture in which every pixel is nearly transparent.
     image = Image.new("RGBA", (400, 400), (200, 10, 20, 0))
     image.putpixel((3, 5), (0, 0, 0, 255))
     image.save(tmp_path / "one.png")
@@ -160,7 +160,7 @@ def test_invisible_palettes_and_colour_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_unused_alpha_of_bmp_is_opaque(tmp_path: Path) -> None:
-    """Programs of Windows leave the fourth byte 0. Only a mask for it says that it is alpha."""
+    """Windows programs leave the fourth byte 0. It is alpha only if the header has a mask for it."""
     row = [(30, 20, 10, 0), (60, 50, 40, 0)]
     for compression, mask in ((0, None), (3, None), (3, 0)):
         path = write_bmp(tmp_path / "x.bmp", compression, mask, row)
@@ -173,7 +173,7 @@ def test_unused_alpha_of_bmp_is_opaque(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [0, 99, 255])
 def test_unused_alpha_of_tga_is_opaque(tmp_path: Path, alpha: int) -> None:
-    """The header says how many bits of each pixel are alpha; Pillow takes a fourth byte for it in any case."""
+    """The header says how many bits of each pixel are alpha; Pillow always treats a fourth byte as alpha."""
     data = bytes([30, 20, 10, alpha, 60, 50, 40, alpha])
     assert pixels(write_tga(tmp_path / "x.tga", 2, 32, 0, data)) == [[(10, 20, 30), (40, 50, 60)]]
     assert grey_row(write_tga(tmp_path / "l.tga", 3, 16, 0, bytes([7, alpha, 8, alpha]))) == [7, 8]

@@ -291,9 +291,9 @@ def test_nearly_all_right_answers_are_read_and_no_wrong_one_is_read_as_right():
     right = sum(row["right"] for row in rows)
     # The figures that the documentation states.
     page = " ".join((Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split())
-    assert f"{len(rows):,} answers that were written for the purpose: {right:,} right ones" in page
+    assert f"{len(rows):,} answers written for this purpose: {right:,} correct ones" in page
     assert f"and {len(rows) - right:,} that are" in page
-    assert f"The rules read {read_rightly:,} of the right ones" in page
+    assert f"The rules read {read_rightly:,} of the correct ones" in page
 
 
 # Texts that retract an answer or give another one, and distorted answers, by task; {} is the answer.

@@ -1,6 +1,6 @@
-"""Liger's kernels in the student: when they are taken, that every layer has them, and that the numbers stay.
+"""Liger's kernels in the student: when they are used, that every layer uses them, and that results do not change.
 
-The numbers come from triton's interpreter in a process of its own: the kernels need CUDA otherwise.
+The results come from Triton's interpreter in a separate process; without it, the kernels need CUDA.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _responses(student: Student, *texts: str) -> list[torch.Tensor]:
 
 
 def _plain_hidden(student: Student, prompt: Prompt, response: torch.Tensor) -> torch.Tensor:
-    """[P + R, D] by transformers alone: one row, pixels in, positions of its own."""
+    """Return hidden states [P + R, D] from plain transformers for one row, with its own pixel inputs and positions."""
     arguments = {}
     for kind, pixels, grid in (
         ("video", "pixel_values_videos", "video_grid_thw"),
@@ -105,10 +105,10 @@ def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], 
         assert calls == [3]
         cache = ByteLru(2**20)
         first, again = (encode_media(student.model, prompts, cache=cache) for _ in range(2))
-        # Each medium by itself the first time, none the second.
+        # The first call encodes each medium separately; the second encodes none.
         assert calls == [3, 1, 1, 1]
         other = encode_media(student.model, [prompts[3]], cache=cache)
-        # Without a key nothing is kept.
+        # Media without a key are not cached.
         encode_media(student.model, [ask("a")], cache=cache)
         assert calls == [3, 1, 1, 1, 1]
     assert cache.bytes == sum(t.nbytes for t in first.pooled[:3]) * (1 + len(first.deepstack))
@@ -119,7 +119,7 @@ def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], 
     flat = [[f.pooled, *f.deepstack] for f in (first, again)]
     assert all(torch.equal(a, b) for x, y in zip(*flat, strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(other.pooled[0], first.pooled[0]) and torch.equal(first.pooled[3], first.pooled[0])
-    # The least recently used leave: with room for one video the first of two is encoded again.
+    # The least recently used entries are evicted. With room for one video, the first of two is encoded again.
     small = ByteLru(first.pooled[0].nbytes * (1 + len(first.deepstack)))
     with torch.no_grad():
         encode_media(student.model, prompts[:1], cache=small)
@@ -138,7 +138,7 @@ def test_rows_equal_single_rows_of_plain_transformers(
     flat = [(prompt, response) for prompt, own in zip(prompts, responses, strict=True) for response in own]
     with torch.no_grad():
         expected = [_plain_hidden(student, prompt, response) for prompt, response in flat]
-        # The features matter: other pixels, other states.
+        # Different pixels must give different hidden states.
         other = _plain_hidden(student, ask("b"), responses[0][0])
         assert (expected[0][-1] - other[-1]).abs().max() > 1e-2
         rows = make_rows(packing, prompts, responses, pad_id=student.pad_id)
@@ -250,7 +250,7 @@ def test_one_vision_call_for_all_media_and_none_for_the_rows(
     prompts = [ask("ab"), ask("c"), ask("")]
     features = encode_media(student.model, prompts)
     assert calls == [1] and features.counts == [2, 1, 0] and features.kinds == ["video", "video", "image"]
-    # 4 frames: 2 steps of 2x3 tokens and of 2x2; an image of 2x2.
+    # 4 frames make 2 temporal steps, of 2x3 or 2x2 tokens; the image has 2x2.
     assert [len(pooled) for pooled in features.pooled] == [12, 8, 4]
     assert [[len(layer) for layer in depth] for depth in features.deepstack] == [[12, 8, 4]]
     responses = [_responses(student, *"xy"), _responses(student, "z"), _responses(student, "w")]
@@ -382,7 +382,7 @@ def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path
 
     path = _copy(folder, tmp_path)
     weights = path / "model.safetensors"
-    # Copies, because what load_file returns is mapped to the file that is cut below.
+    # Copies, because load_file returns tensors mapped to the file that is cut below.
     complete = {key: value.clone() for key, value in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*download or export the model again"):

@@ -1,4 +1,4 @@
-"""Writing whole or not at all, and one program at a time in a folder."""
+"""Files are written completely or not at all, and one program at a time uses a folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_a_folder_that_cannot_be_filled_leaves_the_former_one(tmp_path):
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, renames):
-    """Before the first, the second, and after the last rename; the next write of the folder removes what was left."""
+    """Interrupt before the first and second rename and after the last.
+
+    The next write to the folder removes leftovers.
+    """
     final = folder(tmp_path / "export", "old")
     child = os.fork()
     if child == 0:
@@ -133,7 +136,7 @@ def test_every_error_of_the_disk_has_advice():
 
 @pytest.mark.parametrize("done", [True, False])
 def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path, monkeypatch, done):
-    """Right after the first rename, or in place of the second one."""
+    """Interrupt right after the first rename, or instead of the second one."""
     final = folder(tmp_path / "export", "old")
     rename = Path.rename
 
@@ -165,7 +168,7 @@ def test_folders_that_other_machines_write_are_left_to_them(tmp_path):
     (tmp_path / ".export.99999999@elsewhere.tmp").mkdir()
     stage(tmp_path / "export", "new")
     assert len(list(tmp_path.iterdir())) == 2
-    # Under the folder's lock nobody writes it.
+    # No one else writes to it while the folder is locked.
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -211,7 +214,7 @@ def test_one_program_at_a_time(tmp_path):
         Locked, match=rf"{tmp_path}: process {process.pid} on .* is writing to this folder; wait for it"
     ):
         FolderLock(tmp_path)
-    # Killed, so that nothing but the kernel can let go of it.
+    # Killed, so that only the kernel can release the lock.
     process.kill()
     process.wait()
     with FolderLock(tmp_path):
