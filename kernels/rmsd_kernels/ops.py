@@ -42,9 +42,9 @@ def full_precision_sums() -> Iterator[None]:
     with _SUMS_LOCK:
         _sums_inside += 1
         if _sums_inside == 1:
-            _sums_before = [_flags(get()) for get, _ in _reduction_flags()]
-        for _, set_flags in _reduction_flags():
-            set_flags(False, False)
+            _sums_before = [get() for get, _ in _reduction_flags()]
+        for (_, set_flags), flags in zip(_reduction_flags(), _sums_before, strict=True):
+            set_flags(*(False for _ in _as_tuple(flags)))
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def full_precision_sums() -> Iterator[None]:
             _sums_inside -= 1
             if not _sums_inside:
                 for (_, set_flags), flags in zip(_reduction_flags(), _sums_before, strict=True):
-                    set_flags(*flags)
+                    set_flags(*_as_tuple(flags))
 
 
 def _reduction_flags() -> list[tuple[Callable, Callable]]:
@@ -61,8 +61,9 @@ def _reduction_flags() -> list[tuple[Callable, Callable]]:
     return [(getattr(torch._C, f"_get_{name}"), getattr(torch._C, f"_set_{name}")) for name in names]
 
 
-def _flags(value: bool | tuple[bool, bool]) -> tuple[bool, bool]:
-    return value if isinstance(value, tuple) else (value, True)
+def _as_tuple(flags: bool | tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return the flags as the setter takes them. A torch without the second flag has a getter that returns a bool."""
+    return flags if isinstance(flags, tuple) else (flags,)
 
 
 class RecordOp:

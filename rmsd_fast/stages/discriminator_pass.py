@@ -11,7 +11,7 @@ from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import pairwise_discriminator_loss
 from rmsd_fast.method.matching import Pairs
 from rmsd_fast.models.students import MediaFeatures
-from rmsd_fast.runtime.process_group import any_rank, global_sum
+from rmsd_fast.runtime.process_group import global_sum
 from rmsd_fast.stages.groups import DistinctTexts, RolloutGroup, distinct_texts, make_pairs
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
@@ -44,10 +44,11 @@ def discriminator_pass(
             "pairs": pairs.normalizer,
             "quality": float((pairs.pair_weight * pairs.quality).sum()),
             "scores": sum(len(group.rollouts) + len(group.kept) for group in groups),
+            "split": sum(_is_split(step_pass, responses) for step_pass in step_passes),
         },
         state.world,
     )
-    split = any_rank(any(_is_split(step_pass, responses) for step_pass in step_passes), state.world)
+    split = counts["split"] > 0
     if split:
         with torch.no_grad():
             scores = _in_order(

@@ -27,7 +27,7 @@ class Pass:
         rows: the prompts with their responses, on this process's device.
         features: vision features of the prompts; None if each model encodes its own.
         batch: indices of these prompts and responses in the step.
-        last: whether this is the last pass of the step.
+        last: whether this is the last pass of its model in the step.
     """
 
     prompts: list[Prompt]

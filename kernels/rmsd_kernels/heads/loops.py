@@ -214,6 +214,8 @@ def head_divergence(
             values[index] = row_values
             if need_grad:
                 gradients.add(span, index, rows, logits)
+        # Free the chunk before a float32 d_weight is converted.
+        logits = teacher_rows = workspace = teacher_workspace = None
         return values, *gradients.result(None)[:2]
 
 

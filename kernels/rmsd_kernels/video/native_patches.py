@@ -38,5 +38,5 @@ def video_patches(
 
 def _ops():
     if not native.available():
-        raise RuntimeError(f"native_video: native ops are not available: {native.why_not()}")
+        raise RuntimeError(f"native_patches: native ops are not available: {native.why_not()}")
     return torch.ops.rmsd_kernels
