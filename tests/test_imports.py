@@ -51,6 +51,7 @@ SAME_LEVEL = {
     ("train", "evaluate"),
     ("train", "report"),
     ("program", "runtime"),
+    ("runtime", "data"),  # copies to a device
     ("teacher", "data"),
     ("models", "data"),
     ("rollout", "data"),

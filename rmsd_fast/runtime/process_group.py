@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmsd_fast.config import NotInstalled
+from rmsd_fast.data.transfer import to_device
 from rmsd_fast.process import end_with_launcher
 
 Result = TypeVar("Result")
@@ -48,7 +49,6 @@ class World:
         return self.rank == 0
 
 
-_ZERO = torch.zeros((), dtype=torch.float64)
 # Environment variables that `start` has set for a process without a launcher.
 _SET_HERE: dict[str, str] = {}
 
@@ -141,31 +141,40 @@ def exit_process(code: int) -> NoReturn:
 
 
 def global_sum(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
-    """Sum each value over all ranks in float64. Keys must be the same on every rank. Synchronizes with the device."""
+    """Sum each value over all ranks in float64. Keys must be the same on every rank.
+
+    This waits for the device once, but not at all if there is one process and no value is on the device.
+    """
     return _reduce(values, world, dist.ReduceOp.SUM)
 
 
 def global_max(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
-    """Return the maximum of each value over all ranks, in float64. Keys must be the same on every rank."""
+    """Return the maximum of each value over all ranks, in float64. Keys and waits are as in `global_sum`."""
     return _reduce(values, world, dist.ReduceOp.MAX)
 
 
 def _reduce(values: Mapping[str, float | Tensor], world: World, op: Any) -> dict[str, float]:
     if not values:
         return {}
+    # A value may be a number on one rank and a tensor on another, so its position depends on its key only.
     keys = sorted(values)
-    numbers = [values[key] for key in keys]
-    scalars = [v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in numbers]
-    # Host values are copied to the device at once; device values are never copied to the host.
-    packed = torch.stack([s.reshape(()).double() if s.device.type == "cpu" else _ZERO for s in scalars]).to(
-        world.device
-    )
-    for i, scalar in enumerate(scalars):
-        if scalar.device.type != "cpu":
-            packed[i] = scalar.reshape(())
+    numbers, on_device = [0.0] * len(keys), {}
+    for i, key in enumerate(keys):
+        value = values[key].detach() if isinstance(values[key], Tensor) else values[key]
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            on_device[i] = value.reshape(()).double()
+        else:
+            numbers[i] = float(value)
     if world.size > 1:
+        (packed,) = to_device([torch.tensor(numbers, dtype=torch.float64)], world.device)
+        for i, value in on_device.items():
+            packed[i] = value
         dist.all_reduce(packed, op=op)
-    return dict(zip(keys, packed.tolist(), strict=True))
+        numbers = packed.tolist()
+    elif on_device:
+        for i, number in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):
+            numbers[i] = number
+    return dict(zip(keys, numbers, strict=True))
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -38,6 +38,26 @@ class Net(nn.Module):
         return ((score.float() - ids / 8) ** 2 * mask).sum()
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU and counts how often the host reads it or a result of it."""
+
+    READS = {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.numpy} | {
+        getattr(torch.Tensor, f"__{kind}__") for kind in ("bool", "int", "float", "array", "index")
+    }
+    reads = 0
+
+    @staticmethod
+    def __new__(cls, value):
+        return torch.as_tensor(value).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cuda", 0)
+        cls.reads += func in cls.READS
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def batch(step: int):
     """Token ids [ROWS, 5] and a mask whose counts per row are 0 to 4, so that ranks and micro-batches are unequal."""
     generator = torch.Generator().manual_seed(100 + step)
@@ -190,6 +210,8 @@ def check_helpers(world) -> dict:
         "sum": global_sum({"b": world.rank + 1, "a": torch.tensor(0.5)}, world),
         "exact": global_sum({"a": 0.1, "b": torch.tensor([2**40 + 1]), "c": 2.0**40 + 1}, world),
         "max": global_max({"a": -float(world.rank)}, world),
+        # A rank with only filler passes has a number where the others have a tensor.
+        "mixed": global_sum({"a": 1.0, "b": OnDevice(2.0) if world.rank else 2.0, "c": torch.tensor(3.0)}, world),
         "any": [any_rank(world.rank == world.size - 1, world), any_rank(False, world)],
         "broadcast": broadcast_object(f"from {world.rank}", world),
         "gather": all_gather_objects(world.rank, world),
@@ -360,11 +382,31 @@ def test_helpers(outcome):
         assert got["sum"] == {"a": 1.0, "b": 3.0}
         assert got["max"] == {"a": 0.0}
         assert got["any"] == [True, False]
+        assert got["mixed"] == {"a": 2.0, "b": 4.0, "c": 6.0}
         assert got["broadcast"] == "from 0"
         assert got["gather"] == [0, 1]
     assert outcome[1][1][0]["helpers"]["sum"] == {"a": 0.5, "b": 1.0}
     # In float64 from the start: float32 has neither of these.
     assert outcome[1][1][0]["helpers"]["exact"] == {"a": 0.1, "b": 2**40 + 1, "c": 2**40 + 1}
+
+
+def test_one_process_reads_the_device_once_and_only_for_values_that_are_on_it(monkeypatch):
+    from rmsd_fast.runtime import process_group
+    from rmsd_fast.runtime.process_group import World, any_rank, global_sum
+
+    def refuse(*_):
+        raise AssertionError("copied host numbers to the device")
+
+    monkeypatch.setattr(process_group, "to_device", refuse)
+    monkeypatch.setattr(OnDevice, "reads", 0)
+    # No tensor can be created on this device, so host numbers must stay where they are.
+    world = World(0, 1, 0, torch.device("cuda", 99))
+    assert any_rank(True, world) and not any_rank(False, world)
+    assert global_sum({"b": 2**40 + 1, "a": torch.tensor([0.5])}, world) == {"a": 0.5, "b": 2**40 + 1}
+    assert OnDevice.reads == 0
+    values = {"c": OnDevice(3), "b": 0.1, "a": OnDevice([0.25]), "d": OnDevice(True)}
+    assert list(global_sum(values, world).items()) == [("a", 0.25), ("b", 0.1), ("c", 3.0), ("d", 1.0)]
+    assert OnDevice.reads == 1
 
 
 def test_refusals(outcome):
