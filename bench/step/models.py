@@ -161,7 +161,8 @@ class Passes:
     zero_stage = 0
 
     def __init__(self, module: nn.Module, *, world: World) -> None:
-        self.module, self.world, self._norm = module, world, 0.0
+        self.module, self.world = module, world
+        self._norm = torch.zeros((), dtype=torch.float64, device=world.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -172,13 +173,14 @@ class Passes:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss * self.world.size).backward()
 
-    def gradients_finite(self) -> bool:
+    def watched(self) -> dict[str, float | Tensor]:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        self._norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-        return self._norm < float("inf")
+        norms = torch.stack(norms) if norms else torch.zeros(1, device=self.world.device)
+        self._norm = torch.linalg.vector_norm(norms).double()
+        return {"bad": self._norm.isfinite().logical_not(), "high": 0, "low": 0}
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.discard()
         return self._norm
 

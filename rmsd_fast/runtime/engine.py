@@ -11,8 +11,7 @@ Every caller must follow three rules; otherwise DeepSpeed's collectives hang or 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -131,28 +130,17 @@ class Engine:
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
 
-    def gradients_finite(self) -> bool:
-        """Return whether all losses and gradients since the last step or discard are finite on all ranks.
+    def watched(self) -> dict[str, float | Tensor]:
+        """Return the values of this rank whose maxima over the ranks `gradients_finite` judges."""
+        # The norm of the mean over the ranks is at most the largest norm of a rank. NaN is not in this range either.
+        bad = (self._probe <= LARGEST_NORM).logical_not()
+        return {"bad": bad, "high": self._trace, "low": -self._trace}
 
-        The gradients' global norm must be finite too. Call this after the last backward and before any engine's `step`.
-
-        Raises:
-            RuntimeError: gradients arrived for different parameters, or in a different order, on different ranks. ZeRO
-                1 to 3 have then summed gradients of different parameters.
-        """
-        # The norm of the mean over the ranks is at most the largest norm of a rank.
-        bad = not self._probe.item() <= LARGEST_NORM
-        state = {"bad": float(bad), "high": self._trace, "low": -self._trace}
-        state = global_max(state, self.world)
-        if self.zero_stage > 0 and state["high"] != -state["low"]:
-            raise RuntimeError(
-                "backward: expected the same modules in the same order on all ranks, got different ones; run filler "
-                "rows with a zero loss if a rank has no samples of a kind, or set runtime.zero_stage=0"
-            )
-        return state["bad"] == 0
-
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """Run one optimizer step and return the global gradient norm before clipping.
+
+        The norm is a float64 scalar that the host has not waited for. It is on the device, except where DeepSpeed keeps
+        it on the host.
 
         Raises:
             RuntimeError: DeepSpeed did not apply the step. This does not happen if `gradients_finite` is true.
@@ -162,20 +150,20 @@ class Engine:
             grads = [p.grad for p in self.module.parameters() if p.requires_grad and p.grad is not None]
             # Norms in float32 of 16-bit gradients, without a float32 copy of all of them.
             norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-            norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.world.device)
             self.engine.step()
         else:
             self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
+            norm = self.engine.get_global_grad_norm()
         if self.zero_stage == 3:
             # Otherwise, a parameter without a gradient before the next step would use its old gradient.
             optimizer.grad_partitions_flat_buffer.zero_()
         self._reset_watch()
-        if not self.engine.was_step_applied() or not math.isfinite(norm):
+        if not self.engine.was_step_applied():
             raise RuntimeError(
                 f"DeepSpeed did not apply a step with gradient norm {norm}; call gradients_finite() before step()"
             )
-        return norm
+        return torch.as_tensor(norm, dtype=torch.float64)
 
     def discard(self) -> None:
         """Discard the accumulated gradients. Weights and optimizer states stay bitwise unchanged.
@@ -328,6 +316,27 @@ class Engine:
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def gradients_finite(engines: Sequence[Engine]) -> bool:
+    """Return whether all losses and gradients since the last step or discard are finite, in all engines on all ranks.
+
+    The global norm of each engine's gradients must be finite too. Call this after the last backward and before any
+    engine's `step`. It runs one collective and waits for the device once, whatever the number of engines.
+
+    Raises:
+        RuntimeError: gradients arrived for different parameters, or in a different order, on different ranks. ZeRO 1
+            to 3 have then summed gradients of different parameters.
+    """
+    values = {f"{name} {i}": value for i, engine in enumerate(engines) for name, value in engine.watched().items()}
+    most = global_max(values, engines[0].world)
+    for i, engine in enumerate(engines):
+        if engine.zero_stage > 0 and most[f"high {i}"] != -most[f"low {i}"]:
+            raise RuntimeError(
+                "backward: expected the same modules in the same order on all ranks, got different ones; run filler "
+                "rows with a zero loss if a rank has no samples of a kind, or set runtime.zero_stage=0"
+            )
+    return all(most[f"bad {i}"] == 0 for i in range(len(engines)))
 
 
 def _restore_state(optimizer: torch.optim.Optimizer, master: Tensor, part: dict[str, Tensor], prefix: str) -> None:

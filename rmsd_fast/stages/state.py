@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.models.students import MediaFeatures, Student, encode_media
 from rmsd_fast.rollout.base import RolloutEngine
-from rmsd_fast.runtime.engine import Engine
+from rmsd_fast.runtime.engine import Engine, gradients_finite
 from rmsd_fast.runtime.metrics import PhaseTimer
 from rmsd_fast.runtime.process_group import World
 from rmsd_fast.stages.groups import RolloutGroup
@@ -75,16 +76,23 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedu
 def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
     """Run one optimizer step of every engine, or of none if any gradient or gradient norm is not finite on any rank.
 
+    The host waits for the device twice, besides the waits of DeepSpeed's optimizers.
+
     Returns:
         Gradient norms in the order of the engines, and whether the step was skipped.
+    Raises:
+        RuntimeError: DeepSpeed did not apply a step, or a norm is not finite although `gradients_finite` is true.
     """
     # All engines are checked before the first one steps.
-    skipped = not all([engine.gradients_finite() for engine in engines])
-    if skipped:
+    if not gradients_finite(engines):
         for engine in engines:
             engine.discard()
         return [float("nan")] * len(engines), True
-    return [engine.step() for engine in engines], False
+    # One read of all norms, after the last step.
+    norms = torch.stack([engine.step() for engine in engines]).tolist()
+    if not all(map(math.isfinite, norms)):
+        raise RuntimeError(f"gradient norms: expected finite numbers after gradients_finite(), got {norms}")
+    return norms, False
 
 
 def count_skipped(state: StageState, skipped: bool) -> None:

@@ -82,13 +82,19 @@ def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, a
         engine.backward(loss, last=i == MICRO - 1)
 
 
+def finite(engine) -> bool:
+    from rmsd_fast.runtime.engine import gradients_finite
+
+    return gradients_finite([engine])
+
+
 def train(engine, steps) -> list[float]:
     norms = []
     for step in steps:
         engine.set_lr(1e-2 / (step + 1))
         accumulate(engine, step)
-        assert engine.gradients_finite()
-        norms.append(engine.step())
+        assert finite(engine)
+        norms.append(float(engine.step()))
     return norms
 
 
@@ -130,13 +136,13 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     engine.save(folder / f"engine_{stage}_{dtype}_{world.size}")
     before = weights(engine), optimizer_state(engine)
     accumulate(engine, 5, poison=world.rank == world.size - 1)
-    result["seen_on_all"] = not engine.gradients_finite()
+    result["seen_on_all"] = not finite(engine)
     engine.discard()
     result["discard_nonfinite"] = identical(before[0], weights(engine)) and identical(
         before[1], optimizer_state(engine)
     )
     accumulate(engine, 6)  # finite gradients of this model, thrown away because the other one's were not
-    result["finite_again"] = engine.gradients_finite()
+    result["finite_again"] = finite(engine)
     engine.discard()
     result["discard_finite"] = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
     expected_norms = train(engine, range(3, 6))  # one that was never disturbed must do the same: see continue_exact
@@ -153,15 +159,15 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     )
     before = weights(engine), optimizer_state(engine)
     accumulate(engine, 7, scale=1e25)  # finite gradients whose squares are not
-    seen = not engine.gradients_finite()
+    seen = not finite(engine)
     engine.discard()
     unchanged = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
     result["discard_overflow"] = seen and unchanged
     accumulate(engine, 7, added=float("-inf") if world.rank == 0 else 0.0)  # a loss alone, its gradients are finite
-    result["loss_seen_on_all"] = not engine.gradients_finite()
+    result["loss_seen_on_all"] = not finite(engine)
     engine.discard()
     accumulate(engine, 7, scale=1e12)  # large, and as good as any other: clipped
-    result["large_is_applied"] = engine.gradients_finite() and 1e9 < engine.step() < 1e18
+    result["large_is_applied"] = finite(engine) and 1e9 < float(engine.step()) < 1e18
     if stage == 3:
         result |= check_full_weights(engine)
     result["two_engines_apart"] = not identical(weights(engine), weights(other))
@@ -234,7 +240,7 @@ def check_refusals(world, folder: Path) -> dict:
     other_stage = make(world, 1, "float32")
     other_stage._hooks[0].remove() if world.rank == 1 else None
     accumulate(other_stage, 0)
-    ranks_differ = message(other_stage.gradients_finite)
+    ranks_differ = message(lambda: finite(other_stage))
     other_stage.discard()
     meta = folder / f"refuse_{world.size}" / "engine.json"
     found = {
@@ -407,6 +413,47 @@ def test_one_process_reads_the_device_once_and_only_for_values_that_are_on_it(mo
     values = {"c": OnDevice(3), "b": 0.1, "a": OnDevice([0.25]), "d": OnDevice(True)}
     assert list(global_sum(values, world).items()) == [("a", 0.25), ("b", 0.1), ("c", 3.0), ("d", 1.0)]
     assert OnDevice.reads == 1
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_engines_are_judged_together_with_one_read(monkeypatch, stage):
+    """One engine that is not finite keeps all from stepping, whichever it is, and the host reads the device once."""
+    from rmsd_fast.runtime import engine as engine_module
+    from rmsd_fast.runtime.process_group import start, stop
+    from rmsd_fast.stages.state import apply_or_discard
+
+    reduced = []
+
+    def counted(values, world):
+        reduced.append(values)
+        return global_max(values, world)
+
+    global_max = engine_module.global_max
+    monkeypatch.setattr(engine_module, "global_max", counted)
+    world = start()
+    engines = [make(world, stage, "float32", seed) for seed in range(2)]
+    try:
+        for engine in engines:
+            engine._probe = OnDevice(engine._probe)
+        before = [weights(engine) for engine in engines]
+        for poisoned in (0, 1):
+            for number, engine in enumerate(engines):
+                accumulate(engine, 0, poison=number == poisoned)
+            monkeypatch.setattr(OnDevice, "reads", 0)
+            norms, skipped = apply_or_discard(engines)
+            assert skipped and all(norm != norm for norm in norms) and OnDevice.reads == 1
+            assert all(identical(old, weights(engine)) for old, engine in zip(before, engines, strict=True))
+        for engine in engines:
+            accumulate(engine, 0)
+        monkeypatch.setattr(OnDevice, "reads", 0)
+        norms, skipped = apply_or_discard(engines)
+        assert not skipped and all(norm > 0 for norm in norms) and OnDevice.reads == 1
+        assert not any(identical(old, weights(engine)) for old, engine in zip(before, engines, strict=True))
+        assert len(reduced) == 3
+    finally:
+        for engine in engines:
+            engine.close()
+        stop()
 
 
 def test_refusals(outcome):
