@@ -71,6 +71,14 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
             for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
+    # Summed here, because the device has nothing to do yet: between reference and policy, the sum would drain it.
+    counts = global_sum(
+        {
+            "tokens": sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts),
+            "sequences": sum(len(group.rollouts) for group in groups),
+        },
+        state.world,
+    )
     engines, scored, scored_tokens = [state.policy], {}, 0
     if uses_discriminator(settings):
         with state.timer("discriminator"):
@@ -81,7 +89,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     for group in groups:
         set_advantages(group, settings)
     with state.timer("policy"):
-        trained, trained_tokens = _policy_pass(state, groups, policy_passes)
+        trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
     tokens = _samples(groups, scored=bool(scored), trained=True)
@@ -185,23 +193,26 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 
 
 def _policy_pass(
-    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
+    state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass], counts: dict[str, float]
 ) -> tuple[dict[str, Metric], int]:
     """Run forward and backward of the policy loss. Afterwards the gradients are complete but not applied.
 
+    Args:
+        state: state of the stage.
+        groups: groups of this process, with their advantages.
+        policy_passes: passes over these groups.
+        counts: tokens and sequences of the rollouts in the global batch, the normalizers of the loss.
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.
     """
     distill = state.settings.distill
-    real = [policy_pass.read.rows for policy_pass in policy_passes if not policy_pass.read.filler]
-    tokens = sum(len(rows.targets) for rows in real)
-    counts = global_sum({"tokens": tokens, "sequences": sum(len(rows.lengths_list) for rows in real)}, state.world)
     token_mean = distill.aggregation == "token_mean"
     exact_kl = distill.kl_coef and distill.kl == "full"
     # With kl_coef = 0, a KL is only measured, if the reward needed the reference's log-probs anyway. "full" would need
     # the reference's hidden states, so k3 takes its place.
     kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
     totals: dict[str, torch.Tensor] = {}
+    tokens = 0
     for policy_pass in policy_passes:
         read, rows = policy_pass.read, policy_pass.read.rows
         pairs = zip(read.batch.prompts, read.batch.responses, strict=True)
@@ -231,6 +242,7 @@ def _policy_pass(
         read.backward(state.policy, result.loss)
         if read.filler:
             continue
+        tokens += len(rows.targets)
         totals["loss"] = totals.get("loss", 0) + result.loss.detach()
         for name in _MEANS & result.metrics.keys():
             totals[name] = totals.get(name, 0) + result.metrics[name] * len(rows.targets)

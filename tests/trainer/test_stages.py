@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from rmsd_fast.data.packing import make_rows
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.rollout.base import Sampling
+from rmsd_fast.runtime import process_group
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, load, read_targets
@@ -191,6 +193,33 @@ def test_metrics_are_sums_or_functions_of_sums(world):
         "max": (max, 1, 2),
     }
     assert global_metrics(record, world) == {"sum": 2.0, "mean": 0.25, "none": None, "max": 2.0}
+
+
+@pytest.mark.parametrize("overrides", [(), ("reward.alpha=0", "stages=[sft,distill]")], ids=["discriminator", "none"])
+def test_no_collective_between_reference_and_policy(folder, material, world, monkeypatch, overrides):
+    """A sum over the processes waits for the device, so counts that the host knows are summed before its work."""
+    state, prompts = build(folder, material, world, *overrides)
+    phases, summed = [], []
+
+    @contextmanager
+    def timer(phase):
+        phases.append(phase)
+        yield
+        phases.pop()
+
+    def counted(values, world, op):
+        summed.append((phases[-1] if phases else None, sorted(values)))
+        return reduce(values, world, op)
+
+    reduce = process_group._reduce
+    monkeypatch.setattr(process_group, "_reduce", counted)
+    state.timer = timer
+    assert not distill.step(state, prompts, 0).skipped
+    assert (None, ["sequences", "tokens"]) in summed
+    # The plan of the micro-batches, which is agreed on before the reference's first pass.
+    assert [keys for phase, keys in summed if phase == "reference"] == [["count", "fault"]]
+    assert not [keys for phase, keys in summed if phase == "policy"]
+    assert len([keys for phase, keys in summed if phase == "optimizer"]) == 1
 
 
 def test_reference_equals_the_policy_before_the_first_update(folder, material, world):
