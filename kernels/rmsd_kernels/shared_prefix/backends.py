@@ -14,11 +14,17 @@ _count = threading.local()
 
 
 class Backend(Protocol):
-    """Forward and backward on one packed row. edges: the plan's int32 tensors."""
+    """Forward and backward on one packed row, and the two calls of a decode step. edges: the plan's int32 tensors."""
 
     def forward(self, q, k, v, layout: Layout, edges: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]: ...
 
     def backward(self, d_out, q, k, v, out, lse, layout: Layout, edges: tuple[Tensor, ...], scale: float): ...
+
+    def attend_own(self, q, k, v, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def attend_prefixes(
+        self, q, k, v, prefixes: list[int], rows: list[int], edges: tuple[Tensor, ...], scale: float
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_calls() -> int:
