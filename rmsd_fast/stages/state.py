@@ -70,7 +70,7 @@ def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedu
     if schedule == "constant":
         return lr
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64))))
+    return lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
