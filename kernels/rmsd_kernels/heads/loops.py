@@ -16,7 +16,6 @@ that were not requested are empty tensors.
 """
 
 import importlib
-from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -44,17 +43,18 @@ class Stat(IntEnum):
 def head_score(call: HeadCall, keep: bool, execution: Execution) -> tuple[Tensor, Tensor, Tensor]:
     """Return (statistics, logits, reference's logits). With keep, logits are [T, V] with the scored rows first."""
     hidden, keep_ref = call.hidden, keep and call.full_kl
-    rows = scored_rows(call.targets, call.ignore_index)
-    with Loop(hidden, call.weight, rows, execution, buffers=1 + call.full_kl, bias=call.bias) as loop:
+    scored = scored_rows(call.targets, call.ignore_index)
+    with Loop(hidden, call.weight, scored, execution, buffers=1 + call.full_kl, bias=call.bias) as loop:
         stats = Statistics(loop)
         kept = empty_logits(hidden, len(hidden) if keep else 0, len(call.weight))
         ref_kept = empty_logits(hidden, len(hidden) if keep_ref else 0, len(call.weight))
         workspace = None if keep else loop.workspace()
-        score_reference = _reference_scorer(loop, call, stats, workspace, allocate=not keep_ref)
+        ref_workspace = None if keep_ref and _same_dtype(call) else _reference_workspace(loop, call, workspace)
         for span, index in loop:
             rows = hidden[index]
             inputs = loop.inputs(call, rows, index)
-            ref = score_reference(index, span, inputs, ref_kept[span] if keep_ref else None)
+            ref_out = ref_kept[span] if keep_ref else None
+            ref = _score_reference(loop, call, stats, span, index, inputs, ref_workspace, ref_out)
             logits = torch.mm(rows, loop.weight.t(), out=kept[span] if keep else workspace[: len(rows)])
             loop.backend.score(logits, inputs, ref, out=stats.outputs(span, ref))
         return stats.in_token_order(), kept, ref_kept
@@ -62,8 +62,8 @@ def head_score(call: HeadCall, keep: bool, execution: Execution) -> tuple[Tensor
 
 @head_score.register_fake
 def _(call, keep, execution):
-    rows, vocabulary = call.hidden.shape[0], call.weight.shape[0]
-    kept, ref_kept = (empty_logits(call.hidden, rows if k else 0, vocabulary) for k in (keep, keep and call.full_kl))
+    tokens, vocabulary = call.hidden.shape[0], call.weight.shape[0]
+    kept, ref_kept = (empty_logits(call.hidden, tokens if k else 0, vocabulary) for k in (keep, keep and call.full_kl))
     return _fake_statistics(call.hidden), kept, ref_kept
 
 
@@ -84,9 +84,9 @@ def head_gradient(
     logits: the logits that head_score kept, which are overwritten; or empty, and then they are computed again.
     """
     hidden, full_kl = call.hidden, g_full_kl is not None
-    rows = scored_rows(call.targets, call.ignore_index)
+    scored = scored_rows(call.targets, call.ignore_index)
     buffers = chunk_buffers(hidden, full_kl, needs.bias)
-    with Loop(hidden, call.weight, rows, execution, buffers, bias=call.bias, need_weight=needs.weight) as loop:
+    with Loop(hidden, call.weight, scored, execution, buffers, bias=call.bias, need_weight=needs.weight) as loop:
         kept = logits.shape[0] > 0
         gradients = Gradients(loop, needs)
         workspace = None if kept else loop.workspace()
@@ -130,21 +130,21 @@ def head_policy(
     skip_idle: find rows whose gradient is known to be 0 and skip their backward GEMMs.
     """
     hidden, settings = call.hidden, terms.settings
-    rows, live = scored_rows(call.targets, call.ignore_index), None
+    scored, live = scored_rows(call.targets, call.ignore_index), None
     may_wait = call.ignore_index is not None or hidden.device.type == "cpu"
     if skip_idle and may_wait and settings.kl_loss == "none" and not settings.entropy_coef:
-        rows, live = live_first(rows, terms.scale * terms.advantage)
+        scored, live = live_first(scored, terms.scale * terms.advantage)
     buffers = chunk_buffers(hidden, call.full_kl, needs.bias)
     options = {"bias": call.bias, "live": live, "need_weight": needs.weight}
-    with Loop(hidden, call.weight, rows, execution, buffers, **options) as loop:
+    with Loop(hidden, call.weight, scored, execution, buffers, **options) as loop:
         stats = Statistics(loop)
         gradients = Gradients(loop, needs)
         workspace = loop.workspace()
-        score_reference = _reference_scorer(loop, call, stats, workspace)
+        ref_workspace = _reference_workspace(loop, call, workspace)
         for span, index in loop:
             rows = hidden[index]
             inputs = loop.inputs(call, rows, index)
-            ref = score_reference(index, span, inputs, None)
+            ref = _score_reference(loop, call, stats, span, index, inputs, ref_workspace)
             logits = torch.mm(rows, loop.weight.t(), out=workspace[: len(rows)])
             row_stats = stats.outputs(span, ref)
             if span.start >= loop.live:
@@ -157,7 +157,7 @@ def head_policy(
             loop.backend.policy_(logits, inputs, row_terms, ref, out=row_stats)
             gradients.add(span, index, rows, logits)
         # Free the chunk before a float32 d_weight is converted.
-        logits = ref = workspace = score_reference = None
+        logits = ref = workspace = ref_workspace = None
         return stats.in_token_order(), *gradients.result(call.bias)
 
 
@@ -263,38 +263,53 @@ class Statistics:
         return all_rows.index_copy_(1, self.loop.rows, self.packed)
 
 
-def _reference_scorer(
-    loop: Loop, call: HeadCall, stats: Statistics, workspace: Tensor | None, allocate: bool = True
-) -> Callable:
-    """Return a function that scores a chunk's reference into stats and returns the RowReference of the exact KL.
+def _reference_workspace(loop: Loop, call: HeadCall, workspace: Tensor | None) -> Tensor | None:
+    """Return memory for a chunk of the reference's logits, or None if there is no reference.
 
-    workspace: memory for a chunk's logits, which the policy's logits overwrite afterwards.
-    allocate: whether the reference may allocate a workspace of its own.
+    workspace: memory for a chunk of the policy's logits. The reference shares it if possible.
     """
     if call.ref_hidden is None:
-        return lambda index, span, inputs, out: None
-    bias = loop.bias_of(call.ref_bias)
-    same_dtype = call.ref_hidden.dtype == loop.hidden.dtype
-    # Only the exact KL needs both heads' logits at once.
-    if workspace is None or call.full_kl or not same_dtype:
-        workspace = loop.workspace(call.ref_hidden.dtype) if allocate or not same_dtype else None
+        return None
+    # The policy's logits overwrite those of the reference. Only the exact KL needs both at once.
+    if workspace is not None and not call.full_kl and _same_dtype(call):
+        return workspace
+    return loop.workspace(call.ref_hidden.dtype)
 
-    def score_reference(index, span: slice, inputs: RowInputs, out: Tensor | None) -> RowReference | None:
-        rows = call.ref_hidden[index]
-        buffer = out if out is not None and same_dtype else workspace[: len(rows)]
-        logits = torch.mm(rows, call.ref_weight.t(), out=buffer)
-        target_logit = loop.backend.target_logit(rows, call.ref_weight, inputs.targets).to(loop.dtype)
-        logp, lse = stats.packed[Stat.REF_LOGP, span], stats.packed[Stat.REF_LSE, span]
-        unused_entropy = torch.empty_like(logp)
-        row_stats = RowStats(logp, unused_entropy, lse, None)
-        loop.backend.score(logits, inputs._replace(target_logit=target_logit, bias=bias), out=row_stats)
-        if not call.full_kl:
-            return None
-        if not same_dtype:
-            logits = logits.to(loop.hidden.dtype) if out is None else out.copy_(logits)
-        return RowReference(logits, bias, lse, logp)
 
-    return score_reference
+def _score_reference(
+    loop: Loop,
+    call: HeadCall,
+    stats: Statistics,
+    span: slice,
+    index: slice | Tensor,
+    inputs: RowInputs,
+    workspace: Tensor | None,
+    out: Tensor | None = None,
+) -> RowReference | None:
+    """Score a chunk's reference into stats, and return the RowReference of the exact KL.
+
+    workspace: result of `_reference_workspace`. It is not needed if `out` has the dtype of the reference.
+    out: memory for the logits in the dtype of hidden, if they are kept.
+    """
+    if call.ref_hidden is None:
+        return None
+    rows, bias = call.ref_hidden[index], loop.bias_of(call.ref_bias)
+    buffer = out if out is not None and _same_dtype(call) else workspace[: len(rows)]
+    logits = torch.mm(rows, call.ref_weight.t(), out=buffer)
+    target_logit = loop.backend.target_logit(rows, call.ref_weight, inputs.targets).to(loop.dtype)
+    logp, lse = stats.packed[Stat.REF_LOGP, span], stats.packed[Stat.REF_LSE, span]
+    unused_entropy = torch.empty_like(logp)
+    row_stats = RowStats(logp, unused_entropy, lse, None)
+    loop.backend.score(logits, inputs._replace(target_logit=target_logit, bias=bias), out=row_stats)
+    if not call.full_kl:
+        return None
+    if not _same_dtype(call):
+        logits = logits.to(loop.hidden.dtype) if out is None else out.copy_(logits)
+    return RowReference(logits, bias, lse, logp)
+
+
+def _same_dtype(call: HeadCall) -> bool:
+    return call.ref_hidden is None or call.ref_hidden.dtype == call.hidden.dtype
 
 
 def _needs_copy(teacher: Tensor) -> bool:
