@@ -23,7 +23,7 @@ TIE = 1e-5
 
 def discriminator_pass(
     state: StageState, groups: list[RolloutGroup], features: MediaFeatures | None
-) -> tuple[dict[str, Metric], int]:
+) -> tuple[dict[str, Metric], int, int]:
     """Score every distinct response of the step once, back-propagate L_D, and store the scores in the groups.
 
     The scores become rewards of the rollouts. Afterwards the engine's gradients are complete but not applied, so the
@@ -31,7 +31,8 @@ def discriminator_pass(
     of all of them. All processes then run an additional pass without gradient first.
 
     Returns:
-        This process's part of the metrics, and the number of tokens that the model processed.
+        This process's part of the metrics, the number of tokens of the teacher responses, each with its own prompt,
+        and the number of tokens that the model processed.
     """
     settings, engine = state.settings, state.discriminator
     texts = [distinct_texts(group, state.builder) for group in groups]
@@ -75,7 +76,12 @@ def discriminator_pass(
     _hand_out(scores, groups, texts)
     record = {"discriminator/loss": _pair_loss(scores, texts, pairs, settings, counts), **_record(scores, texts, pairs)}
     computed = sum(step_pass.rows.input_ids.numel() for step_pass in step_passes) * (2 if split else 1)
-    return record, computed
+    teacher_tokens = sum(
+        len(group.prompt.input_ids) + len(distinct.responses[index])
+        for group, distinct in zip(groups, texts, strict=True)
+        for index in distinct.teachers
+    )
+    return record, teacher_tokens, computed
 
 
 def _pair_loss(

@@ -44,10 +44,10 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
             for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
     with state.timer("discriminator"):
-        scored, computed = discriminator_pass(state, groups, features)
+        scored, teacher_tokens, computed = discriminator_pass(state, groups, features)
     with state.timer("optimizer"):
         (norm,), skipped = apply_or_discard([state.discriminator])
-    work = {"tokens": _samples(groups, scored=True, trained=False), "tokens_computed": computed}
+    work = {"tokens": _rollout_tokens(groups) + teacher_tokens, "tokens_computed": computed}
     metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
     return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups)
 
@@ -62,7 +62,8 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     """
     settings = state.settings
     # The step that seeds rollouts and matches continues from the warm-up, so that no draws are repeated.
-    rollout_step = number + ("warm_up" in settings.stages) * settings.discriminator.warm_up_steps
+    warm_up_steps = settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
+    rollout_step = warm_up_steps + number
     rollouts, features = roll_out(state, prompts, rollout_step)
     if rollouts is None:
         return StepResult({"tokens": 0}, skipped=True)
@@ -71,7 +72,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
             for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
-    # Summed here, because the device has nothing to do yet: between reference and policy, the sum would drain it.
+    # Summed while the device is idle. Between reference and policy, the sum would wait for the reference's passes.
     counts = global_sum(
         {
             "tokens": sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts),
@@ -79,10 +80,13 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         },
         state.world,
     )
-    engines, scored, scored_tokens = [state.policy], {}, 0
+    engines, scored = [state.policy], {}
+    tokens, computed = _rollout_tokens(groups), 0
     if uses_discriminator(settings):
         with state.timer("discriminator"):
-            scored, scored_tokens = discriminator_pass(state, groups, features)
+            scored, teacher_tokens, computed = discriminator_pass(state, groups, features)
+        # The discriminator reads the rollouts again.
+        tokens += _rollout_tokens(groups) + teacher_tokens
         engines.append(state.discriminator)
     with state.timer("reference"):
         policy_passes = _reference_pass(state, groups, features)
@@ -92,8 +96,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         trained, trained_tokens = _policy_pass(state, groups, policy_passes, counts)
     with state.timer("optimizer"):
         norms, skipped = apply_or_discard(engines)
-    tokens = _samples(groups, scored=bool(scored), trained=True)
-    work = {"tokens": tokens, "tokens_computed": scored_tokens + trained_tokens}
+    work = {"tokens": tokens, "tokens_computed": computed + trained_tokens}
     metrics = global_metrics({**group_record(groups, settings), **trained, **work, **scored}, state.world)
     metrics["policy/grad_norm"] = norms[0]
     if scored:
@@ -260,11 +263,6 @@ def _hidden_and_head(hidden, weight, targets):
     return hidden, weight
 
 
-def _samples(groups: list[RolloutGroup], *, scored: bool, trained: bool) -> int:
-    """Count the tokens of the step without sharing: each response with its own prompt, for each trained model."""
-    tokens = 0
-    for group in groups:
-        prompt = len(group.prompt.input_ids)
-        tokens += (scored + trained) * sum(prompt + len(rollout.token_ids) for rollout in group.rollouts)
-        tokens += scored * sum(prompt + len(ids) for ids in group.teacher_ids)
-    return tokens
+def _rollout_tokens(groups: list[RolloutGroup]) -> int:
+    """Count the tokens of the rollouts without sharing: each rollout with its own prompt."""
+    return sum(len(group.prompt.input_ids) + len(rollout.token_ids) for group in groups for rollout in group.rollouts)

@@ -33,7 +33,6 @@ class RolloutGroup:
         matches: index of each rollout's matched teacher response, int64 [N]; None if matches are not sampled.
         kept: indices of the teacher responses that matching can choose (p > 0).
         valid: number of rollouts whose answer parses.
-        teacher_ids: token ids of each kept teacher response, int64 [R]; filled for the discriminator.
         d_score: discriminator score of each rollout; empty without a discriminator.
         teacher_d_score: discriminator score of each kept teacher response; empty without a discriminator.
         log_ratio: k1 estimate of the KL to the reference, mean over the tokens; empty if the reward does not use it.
@@ -50,7 +49,6 @@ class RolloutGroup:
     matches: torch.Tensor | None
     kept: list[int]
     valid: int
-    teacher_ids: list[torch.Tensor] = field(default_factory=list)
     d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     teacher_d_score: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     log_ratio: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -118,7 +116,7 @@ class DistinctTexts:
 
 
 def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts:
-    """Return rollouts and kept teacher responses as the discriminator reads them, and fill `group.teacher_ids`.
+    """Return rollouts and kept teacher responses as the discriminator reads them.
 
     Both sides are encoded from their text and end with the end token, even if a rollout was truncated. The
     discriminator can therefore use neither the tokenization nor a missing end token to tell them apart. Only a rollout
@@ -126,8 +124,8 @@ def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts
     """
     index_of: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]
-    group.teacher_ids = [builder.encode_response(group.targets.answers[k].text) for k in group.kept]
-    indices = [index_of.setdefault(tuple(ids.tolist()), len(index_of)) for ids in (*students, *group.teacher_ids)]
+    teachers = [builder.encode_response(group.targets.answers[k].text) for k in group.kept]
+    indices = [index_of.setdefault(tuple(ids.tolist()), len(index_of)) for ids in (*students, *teachers)]
     responses = [torch.tensor(ids) for ids in index_of]
     return DistinctTexts(responses, indices[: len(students)], indices[len(students) :])
 

@@ -283,6 +283,25 @@ def test_equal_texts_are_judged_once(folder, material, world):
     assert torch.equal(judged.responses[2], state.builder.encode_response(targets.answers[0].text))
 
 
+@pytest.mark.parametrize("overrides", [(), ("reward.alpha=0", "stages=[sft,distill]")], ids=["discriminator", "none"])
+def test_tokens_count_each_text_with_its_own_prompt(folder, material, world, overrides):
+    """The policy reads the rollouts, and the discriminator rollouts and kept teacher responses, repeated ones too."""
+    state, prompts = build(folder, material, world, *overrides)
+    warm_up = 0 if overrides else state.settings.discriminator.warm_up_steps
+    drawn, _ = distill.roll_out(state, prompts, warm_up)
+    rollouts = sum(len(p.input_ids) + len(r.token_ids) for p, own in zip(prompts, drawn, strict=True) for r in own)
+    teachers = sum(
+        len(prompt.input_ids) + len(state.builder.encode_response(targets.answers[k].text))
+        for prompt in prompts
+        for targets in [state.targets[prompt.question.id]]
+        for k in torch.nonzero(targets.p > 0).flatten().tolist()
+    )
+    if not overrides:
+        assert distill.warm_up_step(state, prompts, warm_up).metrics["tokens"] == rollouts + teachers
+    expected = rollouts if overrides else 2 * rollouts + teachers
+    assert distill.step(state, prompts, 0).metrics["tokens"] == expected
+
+
 def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, material, world):
     state, prompts = build(folder, material, world)
     groups = roll_out(state, prompts[:1])
