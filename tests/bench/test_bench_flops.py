@@ -224,7 +224,7 @@ def test_against_the_counter_of_torch(tiny_model, train_vision: bool) -> None:
         assert counter.get_total_flops() >= expected
 
 
-def test_errors_name_what_is_missing() -> None:
+def test_errors_name_the_missing_field() -> None:
     with pytest.raises(ValueError, match="vision_config: expected .*depth"):
         packed_flops({"text_config": QWEN3_VL_4B["text_config"]}, [Load(64, [1], [(1, 16, 16)])])
     with pytest.raises(ValueError, match="mode: expected one of"):
