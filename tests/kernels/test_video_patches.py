@@ -197,7 +197,7 @@ def test_torch_form_writes_into_out_and_keeps_one_pixel_axes_right():
         ({"impl": "triton"}, RuntimeError, "'triton' cannot serve this call"),
     ],
 )
-def test_refusals(change, error, message):
+def test_error_messages_of_refused_calls(change, error, message):
     arguments = {"frames": noise(2, 3, 32, 32), "height": 32, "width": 32, **HALF} | change
     with pytest.raises(error, match=message):
         video_patches(arguments.pop("frames"), **arguments)
