@@ -2,7 +2,6 @@
 
 Fake kernels and meta tensors prove without a GPU that torch's flash attention and FlashAttention-3 are called according
 to their schemas. Tests marked cuda compare the real kernels with dense masked attention.
-
 """
 
 from __future__ import annotations

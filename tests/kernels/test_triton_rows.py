@@ -333,7 +333,6 @@ def policy_ratio_clip_and_kl(device, dtype):
 
     The rows have ratios below, inside and above the clip and beyond the limit of exp, each with both signs of the
     advantage.
-
     """
     setup, worst = Setup(device, dtype, vocab=300, rows=8).transformed(), []
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()

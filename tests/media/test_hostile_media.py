@@ -1,7 +1,6 @@
 """Test files made to have a library read other files, run a program, or never end.
 
 Each file is tried as a video and as a picture, with the reader of a run and with the reader of the report.
-
 """
 
 from __future__ import annotations

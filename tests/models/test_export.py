@@ -1,7 +1,6 @@
 """Test exports: files for transformers 4.57 and versions 5, the README, and user folders in the spelling of 4.57.
 
 test_export_versions.py tests how other versions read the files.
-
 """
 
 from __future__ import annotations

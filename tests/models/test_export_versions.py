@@ -9,7 +9,6 @@ The installed version is always tested. For 4.57, name the interpreter of an env
     RMSD_FAST_TRANSFORMERS_457=venv457/bin/python pytest tests/models/test_export_versions.py
 
 torchvision stays out of site-packages there because its CUDA wheel breaks a CPU build of torch.
-
 """
 
 from __future__ import annotations

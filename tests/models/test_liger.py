@@ -1,7 +1,6 @@
 """Test when the student uses Liger's kernels, that every layer uses them, and that results do not change.
 
 The results come from Triton's interpreter in a separate process, because the kernels need CUDA otherwise.
-
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 The tests also cover enabling and disabling, and checkpointed and compiled layers. test_shared_prefix_refusals.py tests
 refused models and inputs.
-
 """
 
 from __future__ import annotations

@@ -79,7 +79,6 @@ def test_a_folder_is_complete_after_a_kill_at_any_rename(tmp_path, renames):
     """Interrupt before the first and second rename and after the last.
 
     The next write to the folder removes leftovers.
-
     """
     final = folder(tmp_path / "export", "old")
     child = os.fork()

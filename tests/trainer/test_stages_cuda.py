@@ -1,7 +1,6 @@
 """Test a stage-2 step and a whole run with DeepSpeed on CUDA, each in its own process.
 
 python tests/trainer/test_stages_cuda.py PACKING DTYPE      # metrics of the step as JSON, on CUDA if available
-
 """
 
 from __future__ import annotations
