@@ -50,9 +50,7 @@ SETTINGS = ("sft.lr=.inf", "distill.lr=.nan", "distill.kl_coef=1e400")
 
 @dataclass(frozen=True)
 class Case:
-    """A poison and its step; step 0 means every step of the stage, and `kills` adds kills around the step's
-    checkpoint.
-    """
+    """A poison and its step; step 0 means every step, and `kills` adds kills around the step's checkpoint."""
 
     kind: str
     stage: str

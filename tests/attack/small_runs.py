@@ -96,9 +96,7 @@ def of_run(mark: str) -> dict[int, str]:
 
 
 def processes_of(mark: str, kind: str) -> list[int]:
-    """Return process ids of a kind: all, torchrun, train (all ranks), rank (the last), fork server, worker (a
-    single worker).
-    """
+    """Return process ids of a kind: all, torchrun, train (all ranks), rank (the last), fork server, or one worker."""
     alive = of_run(mark)
     if kind == "all":
         return list(alive)
@@ -129,9 +127,7 @@ def kill_all(mark: str) -> None:
 
 
 def own_traceback(errors: str) -> str:
-    """Return the last line of a traceback that names a file of rmsd_fast or comes from a rank; torchrun
-    prints others.
-    """
+    """Return the last line of a traceback that names a file of rmsd_fast or comes from a rank."""
     for block in re.findall(r"Traceback \(most recent call last\):\n(?:(?:\[rank\d+\]:)? .*\n)*.*", errors):
         if "/rmsd_fast/" in block or "[rank" in block:
             return block.splitlines()[-1]
@@ -139,9 +135,7 @@ def own_traceback(errors: str) -> str:
 
 
 def end(counted: Iterable[Sequence[float]], work: Path) -> int:
-    """Return the exit code of an attack from its counts (passed, failed, …); keep the folder of its runs if
-    one failed.
-    """
+    """Return an attack's exit code from its counts (passed, failed, …), and remove its runs if none failed."""
     rows = list(counted)
     passed, failed = (sum(row[index] for row in rows) for index in (0, 1))
     if not failed:

@@ -84,9 +84,7 @@ def test_table_of_one_model(prefix: int, response: int) -> None:
 
 @pytest.mark.parametrize(("prefix", "response"), WHOLE_STEP)
 def test_table_of_a_whole_step(prefix: int, response: int) -> None:
-    """Check within 2.5 %: the frozen tower runs once for the step, or once per row and model; naive has N + K
-    discriminator rows.
-    """
+    """Check the published ratios within 2.5 %; the naive discriminator has N + K rows."""
     tokens = 1000 * prefix
 
     def total(teachers: int, rollouts: int, mode: str) -> int:

@@ -181,9 +181,7 @@ SPIN = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 
 
 def session(calls: list[list[tuple[str, float]]], padding: int = 4) -> list[SimpleNamespace]:
-    """Return events as count_launches makes them: padding, and then a sweep, a marker, the call and a marker
-    per call.
-    """
+    """Return events as count_launches makes them: padding, and then sweep, marker, call, marker per call."""
     names = [(SPIN, 1.0)] * padding
     for call in calls:
         names += [("fill", 50.0), (SPIN, 3000.0), *call, (SPIN, 1.0)]

@@ -173,9 +173,7 @@ class Float64RMSNorm(nn.Module):
 def rotate_in_dtype(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the rotary embedding of the Qwen towers without the conversion to float32; [S, H, d] with cos,
-    sin [S, d].
-    """
+    """Apply the rotary embedding of the Qwen towers in the dtype of q and k; [S, H, d] with cos, sin [S, d]."""
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -185,9 +183,7 @@ def rotate_in_dtype(
 
 
 def compute_in_float64(model: nn.Module, monkeypatch: Any) -> nn.Module:
-    """Make the model compute in float64 throughout, by replacing the parts that transformers always computes
-    in float32.
-    """
+    """Replace the parts that transformers always computes in float32, so that the model uses float64 throughout."""
     for part in list(model.modules()):
         for name, child in part.named_children():
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
@@ -286,9 +282,7 @@ def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
 
 
 def pack_inputs(prompts: list[FamilyPrompt], responses: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return `input_ids` [1, T] and `position_ids` ([3, 1, T] or [1, T]) of `[P_1 | ... | R_11 R_12 ... |
-    R_21 ...]`.
-    """
+    """Return `input_ids` [1, T] and `position_ids` ([3, 1, T] or [1, T]) of `[P_1 | ... | R_11 ... | R_21 ...]`."""
     ids = [prompt.input_ids for prompt in prompts]
     positions = [prompt.position_ids for prompt in prompts]
     for prompt, group in zip(prompts, responses, strict=True):

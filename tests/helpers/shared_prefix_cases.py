@@ -105,8 +105,7 @@ def _softmax(q: Tensor, k: Tensor, causal: bool, scale: float, lse: Tensor | Non
 
 
 def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Run a fake variable-length kernel that computes by definition and checks its input as strictly as the CUDA
-    kernels.
+    """Run a fake variable-length kernel that checks its input as strictly as the CUDA kernels.
 
     With 16-bit inputs, it rounds as they do: probabilities before a product, and the result.
     """

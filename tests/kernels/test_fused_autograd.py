@@ -119,9 +119,7 @@ def test_float16_with_no_rows(case):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "forward_kl"])
 def test_float16_gradients_neither_vanish_nor_overflow(kind):
-    """Use 1700 rows of one token with large hidden states: the sum of gradients exceeds float16, but the mean
-    does not.
-    """
+    """The sum of the gradients of 1700 rows of one token exceeds float16, but their mean does not."""
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.full((1700, 4), 40.0) + torch.randn(1700, 4, generator=generator)).half()
     weight = (torch.randn(50, 4, generator=generator) / 100).half()
@@ -220,9 +218,7 @@ def test_two_losses_on_one_head_add_up(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_second_length_compiles_for_all_lengths(impl):
-    """dynamic=True is not used because it turns floats into symbols too, and torch 2.13 then fails in
-    autograd functions.
-    """
+    """dynamic=True is not used, because torch 2.13 fails on symbolic floats in autograd functions."""
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

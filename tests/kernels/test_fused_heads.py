@@ -265,9 +265,7 @@ def test_triton_through_the_interpreter():
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("live", [0, 1, 14])
 def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
-    """If all rollouts of a group have equal rewards, its rows are scored for the metrics but skipped in the
-    backward GEMMs.
-    """
+    """Rows of groups with equal rewards are scored for the metrics but skipped in the backward GEMMs."""
     x = Inputs(torch.float32, device=device_of(impl))
     x.advantages = torch.where(torch.arange(T, device=x.targets.device) < live, 1.0, 0.0)
     x.targets = x.targets.clamp(min=0)
@@ -285,9 +283,7 @@ def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
 
 @needs_interpreter()
 def test_float16_gradients_survive_a_large_normalizer():
-    """Take a mean over 1e7 tokens with a float16 model and loss scaling; gradients of single logits underflow
-    float16.
-    """
+    """In a mean over 1e7 tokens with loss scaling, gradients of single logits underflow float16."""
     upstream, gradients = 2.0**20, []
     for dtype in (torch.float16, torch.float64):
         x = Inputs(dtype, rounded=torch.float16)
@@ -339,9 +335,7 @@ def test_chunks_of_a_16_bit_d_weight(tokens):
     number = -(-tokens // chunks.chunk_rows(tokens, row_bytes, budget, "cpu"))
 
     def peak(chunk_bytes: float, in_float32: bool) -> float:
-        """Return the peak of the chunk and d_weight; a float32 sum is converted at the end, after its chunk
-        has been freed.
-        """
+        """Return the peak size of the chunk and d_weight; a float32 sum is converted after its chunk was freed."""
         size = vocabulary * dim
         return max(chunk_bytes + 4 * size, 6 * size) if in_float32 else chunk_bytes + 2 * size
 

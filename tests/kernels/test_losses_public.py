@@ -1,6 +1,4 @@
-"""Test that the implementations of the public losses agree, that arguments are checked, and that importing
-loads only torch.
-"""
+"""Test the public losses: implementations agree, arguments are checked, and importing loads only torch."""
 
 import inspect
 import os

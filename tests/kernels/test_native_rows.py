@@ -1,6 +1,4 @@
-"""Test the compiled row back end against torch_rows in float64; the error of torch_rows in the same dtype is
-the bar.
-"""
+"""Test the compiled row back end against float64 torch_rows, relative to the error of torch_rows itself."""
 
 from __future__ import annotations
 
@@ -198,9 +196,7 @@ def test_hand_worked_divergence():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(level, dtype):
-    """Use ascending rows, which raise the maximum in every block, and descending and one-hot rows, at offsets
-    up to 1e4.
-    """
+    """Use ascending rows, which raise the maximum in every block, and descending and one-hot rows."""
     ramp = torch.linspace(-1e4, 1e4, 5000)
     spike = torch.full((5000,), -1e4)
     spike[4000] = 1e4
@@ -305,9 +301,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(dtype):
 
 
 def test_policy_is_score_and_gradient():
-    """On-policy, the coefficient is -A * scale, so gradient_ with the results of score is equal up to
-    rounding of lse.
-    """
+    """On-policy, the coefficient is -A * scale, so gradient_ gives the same result up to rounding of lse."""
     x = make(torch.float32, 3000, True)
     terms = terms_of(x, "none", True, 0.0, None)
     one, two = x.logits.clone(), x.logits.clone()

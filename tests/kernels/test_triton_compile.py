@@ -1,6 +1,4 @@
-"""Test that every Triton kernel compiles for compute capability 9.0 without a GPU and stays within the
-hardware limits.
-"""
+"""Test that every Triton kernel compiles for compute capability 9.0 within the hardware limits."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ def test_all_kernels_are_in_the_report(reports):
 
 
 def test_row_offsets_are_64_bit(reports):
-    """row * stride may exceed 2^31, so rows are widened before the product and no 32-bit product is widened
-    after it.
-    """
+    """row * stride may exceed 2^31, so rows must be widened before the product and not after it."""
     for name, report in reports.items():
         if name.split()[0] in ROW_KERNELS:
             (row,) = re.findall(r"(%\S+) = tt\.get_program_id x : i32", report.ttir)
@@ -129,9 +125,7 @@ def global_accesses(ptx: str) -> list[str]:
 
 
 def test_a_hidden_target_is_visible_to_all_threads(reports):
-    """-inf is stored between two barriers, after all threads have read the logit of the target and before any
-    reads the row.
-    """
+    """-inf is stored after all threads have read the target's logit and before any thread reads the row."""
     for name in ("score bf16", "policy k3 bf16", "policy full_kl entropy bf16"):
         steps = global_accesses(reports[name].ptx)
         store = next(i for i, step in enumerate(steps) if step.startswith("st.global"))

@@ -125,9 +125,7 @@ def loss_with_views(device, dtype):
 
 @case
 def loss_of_many_responses(device, dtype):
-    """With more responses than one program processes, rows and pairs take two launches and scores take
-    several programs.
-    """
+    """More responses than one program processes take two launches, with several programs for the scores."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, students=triton_loss.ONE_PROGRAM_ROWS - 20, teachers=30, pairs=600, dim=24)
@@ -274,9 +272,7 @@ def small_losses_keep_their_digits(device, dtype):
 
 @case
 def values(device, dtype):
-    """Check last_token_values with any upstream gradient, including an expanded one, and only the required
-    gradients.
-    """
+    """Check last_token_values with any upstream gradient, including an expanded one."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup, worst = Setup(device, dtype), []
@@ -306,9 +302,7 @@ def values(device, dtype):
 
 @case
 def compiled_in_one_graph(device, dtype):
-    """Check that torch.compile(fullgraph=True) gives the same numbers and gradients and that the ops match
-    their schemas.
-    """
+    """Check that torch.compile(fullgraph=True) gives equal results and that the ops match their schemas."""
     from rmsd_kernels.discriminator import triton_loss as ours
 
     setup = Setup(device, dtype, dim=40)

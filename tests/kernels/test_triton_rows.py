@@ -41,9 +41,7 @@ class Setup:
         return torch.empty(self.rows).uniform_(low, high, generator=self.generator).to(self.device)
 
     def target_logit(self) -> Tensor:
-        """Return the logit of the target as a float32 dot product gives it: close to the rounded logit but
-        not equal.
-        """
+        """Return the target's logit as a float32 dot product gives it: close to the rounded logit but not equal."""
         picked = self.logits.gather(1, self.targets.clamp(0, self.vocab - 1).unsqueeze(1)).squeeze(1).float()
         return picked + 0.01 * self.normal(self.rows)
 

@@ -1,6 +1,4 @@
-"""Test patch order and errors by hand, the torch form, and the Triton kernels of the media functions in their
-interpreter.
-"""
+"""Test the media functions: patch order, errors, the torch form, and the Triton kernels in their interpreter."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_patches(frames: Tensor, dtype: torch.dtype, **arguments) -> float:
-    """Compare the kernel's patches with the torch form of the float resize, and return the share of different
-    values.
-    """
+    """Compare the kernel's patches with the float resize in torch, and return the share of different values."""
     small = resize_in_float(frames, arguments["height"], arguments["width"])
     got = video_patches(frames, impl="triton", dtype=dtype, **arguments)
     expected = as_stored(video_patches(small, impl="torch", **arguments), dtype)
@@ -106,9 +102,7 @@ def test_kernels_on_cuda(name, dtype):
 
 @pytest.mark.cuda
 def test_a_clip_on_cuda_equals_torch_on_cuda_and_is_close_to_the_cpu():
-    """Resize 720p to the model's size and compare with HF's float resize on the same device and the integer resize on
-    the CPU.
-    """
+    """Compare 720p at the model's size with HF's float resize on CUDA and the integer resize on the CPU."""
     frames = smooth_frames(4, 720, 1280)
     sizes = {"height": 448, "width": 832}
     got = resize_frames(frames.cuda(), **sizes)
@@ -132,9 +126,7 @@ def test_float_resize_is_close_to_the_integer_resize():
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_patch_order_and_values_by_hand(impl):
-    """The order is (t, h, w, mh, mw) by (c, tp, py, px); an odd last frame is repeated; values are (x / 255 -
-    mean) / std.
-    """
+    """The order is (t, h, w, mh, mw) by (c, tp, py, px), and values are (x / 255 - mean) / std."""
     patch, merge, span, height, width = 3, 2, 2, 12, 18
     frames = noise(3, 2, height, width)
     mean, std = (0.2, 0.6), (0.5, 0.25)

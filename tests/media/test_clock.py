@@ -117,9 +117,7 @@ def test_stamps_and_spans_are_those_of_the_file(
 
 
 def test_the_earliest_audio_counts(tmp_path: Path, made: Path) -> None:
-    """Players and FFmpeg choose the first audio stream. It starts at 3 s like the video, and another stream starts at 1
-    s.
-    """
+    """Players and FFmpeg choose the first audio stream, which starts at 3 s; another stream starts at 1 s."""
     late, early = ("-itsoffset", 3, "-i", made / "both.mp4"), ("-itsoffset", 1, "-i", made / "audio.m4a")
     maps = ("-map", "0:v", "-map", "0:a", "-map", "1:a", "-disposition:a:0", "default", "-disposition:a:1", 0)
     for name in ("x.mp4", "x.mkv"):

@@ -211,9 +211,7 @@ def _gather_gradient(rows, width: int, upstream: torch.Tensor) -> torch.Tensor:
 
 
 def test_gather_rows_rounds_the_shared_row_once() -> None:
-    """The first tokens add 256, 1, 1 and 1. The spacing of bfloat16 is 2 there, so adding one at a time stays at 256,
-    while the true sum is 259.
-    """
+    """The first tokens add 256, 1, 1 and 1, which bfloat16 sums to 256 one at a time; the true sum is 259."""
     rows = pack([_prompt([1]), _prompt([1, 2])], [[_ids(3), _ids(4, 5), _ids(6), _ids(7)], [_ids(8)]])
     upstream = torch.tensor([256, 1, 50, 1, 1, 5], dtype=torch.bfloat16)[:, None]
     found = _gather_gradient(rows, 1, upstream)
@@ -409,9 +407,7 @@ def test_balance_without_a_tight_budget() -> None:
 
 @pytest.mark.parametrize("room", [1.15, 3.0])
 def test_balance_of_a_large_step(room: float) -> None:
-    """Plan 128 prompts x 12 responses: the plan is short, and the most expensive micro-batch is close to the lower
-    bound.
-    """
+    """A plan of 128 prompts x 12 responses is short and close to the lower bound of the largest cost."""
     draw = random.Random(3)
     weights = (7.3e9, 5.9e5)
     prefixes = [draw.randint(500, 8000) for _ in range(128)]
@@ -429,9 +425,7 @@ def test_balance_of_a_large_step(room: float) -> None:
 
 
 def test_attention_pairs_are_balanced_besides_tokens() -> None:
-    """Take a prompt of 99 tokens and four groups of 50. Counting tokens puts a group beside it; counting pairs leaves
-    it alone.
-    """
+    """Counting tokens puts a group of 50 beside a prompt of 99; counting pairs leaves the prompt alone."""
     prefixes, responses = [99] + [1] * 4, [[1]] + [[1] * 49] * 4
     options = {"packing": "shared", "micro_tokens": 200}
     plan = plan_micro_batches(prefixes, responses, **options, weights=(1, 0))
@@ -474,9 +468,7 @@ def test_fillers_by_hand() -> None:
 
 
 def test_greedy_placement_can_fail_with_more_micro_batches() -> None:
-    """These groups were found by search: they fit into four micro-batches, but placing the most expensive first fails
-    for five.
-    """
+    """These groups fit into four micro-batches, but placing the most expensive first fails for five."""
     prefixes = [36, 15, 16, 5, 38, 35, 9, 33]
     responses = [[3, 3], [1, 1], [32], [17, 17], [31, 31], [1], [10, 10], [5]]
     options = {"packing": "padded", "micro_tokens": 138}

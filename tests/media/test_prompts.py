@@ -241,9 +241,7 @@ def test_invalid_chat_templates_are_refused(folder: Path, template: str, message
 
 
 def test_a_think_tag_opened_by_the_template_is_not_repeated(folder: Path, builder: PromptBuilder) -> None:
-    """The prompt of Thinking models ends with <think>, so a response starts after the tag and the tag is trained only
-    once.
-    """
+    """The prompt of Thinking models ends with <think>, so a response starts after the tag."""
     assert builder.opening == ""
     thinking = PromptBuilder(
         _with_template(folder, WHOLE.replace("OPENING", "{{ '<think>\\n' }}")), VideoConfig(num_frames=3)

@@ -199,9 +199,7 @@ def test_other_containers(tmp_path: Path, container: str) -> None:
 
 @pytest.mark.parametrize("span", [None, (0.0, 2.0)])
 def test_frames_other_than_those_requested_are_refused(tmp_path: Path, span) -> None:
-    """In a transport stream, some versions of torchcodec cannot seek back to the first key frame and return the next
-    frame.
-    """
+    """Some versions of torchcodec cannot seek back to the first key frame of a transport stream."""
     from torchcodec.encoders import VideoEncoder
 
     path, pixels = tmp_path / "clip.ts", noise_frames(30, 64, 96)

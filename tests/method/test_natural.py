@@ -275,9 +275,7 @@ def answers() -> list[dict]:
 
 
 def test_most_right_answers_are_read_and_no_wrong_answer_counts_as_right():
-    """Rows with `refuse` give no answer or two answers, and other rows that are not right give a clear, wrong
-    answer.
-    """
+    """Rows with `refuse` give no answer or two; other rows that are not right give a clear, wrong answer."""
     rows, read_rightly = answers(), 0
     for row in rows:
         arguments = {"options": row["options"], "finish_reason": row.get("finish_reason")}

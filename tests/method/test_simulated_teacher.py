@@ -1,6 +1,4 @@
-"""Test the simulated teacher: schema, determinism, reasoning that agrees with the answer, and the reported
-statistics.
-"""
+"""Test the simulated teacher: schema, determinism, consistent reasoning, and the reported statistics."""
 
 import random
 from pathlib import Path
@@ -53,9 +51,7 @@ def reported(questions):
 
 
 def test_reported_statistics(questions, reported):
-    """Compare with the numbers of METHOD 1.1 (arXiv 2603.11423); with 500 inputs per task, standard errors
-    are below 0.02.
-    """
+    """Compare with METHOD 1.1 (arXiv 2603.11423); standard errors of 500 inputs per task are below 0.02."""
     cfg = TeacherConfig(responses=4, parse="strict")
     stats = pool_statistics(score_pool(reported, questions, cfg), questions, cfg, simulated=True)
     tasks = stats["tasks"]

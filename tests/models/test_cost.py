@@ -37,9 +37,7 @@ def test_weights_by_hand() -> None:
 
 
 def test_weights_balance_micro_batches() -> None:
-    """A long prompt costs more than the same number of tokens in short responses and stays alone, unless only
-    tokens count.
-    """
+    """A long prompt costs more than the same number of tokens in short responses."""
     prefixes, responses = [16000, 1000, 1000], [[100], [152] * 100, [152] * 100]
 
     def prompts_of(weights: tuple[float, float]) -> list[list[int]]:

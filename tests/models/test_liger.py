@@ -153,9 +153,7 @@ def test_missing_liger_error_says_what_to_install(folder: Path, monkeypatch: pyt
 @pytest.mark.slow
 @needs_liger
 def test_logits_and_gradients_equal_those_of_the_plain_student(folder: Path) -> None:
-    """Use float32, a picture and two responses; sums in another order differ by 1e-5 of the spread, and
-    gradients by 1e-4.
-    """
+    """Sums in another order differ by 1e-5 of the spread of the logits, and gradients by 1e-4."""
     pytest.importorskip("triton", reason="needs triton (extra: test)")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

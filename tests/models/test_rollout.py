@@ -265,9 +265,7 @@ def eager_end(model, eos_id, bonus):
 
 
 def test_ended_rows_leave_the_batch(setup):
-    """Lengths range from 1 to the limit, a whole group ends before the others, and the batch shrinks at least
-    by halves.
-    """
+    """Lengths range from 1 to the limit, and the batch shrinks at least by halves."""
     student, builder, prompts = setup
     sampling = Sampling(n=8, temperature=1.0, max_new_tokens=32, seed=2)
     sizes = []

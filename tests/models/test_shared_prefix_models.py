@@ -142,9 +142,7 @@ def test_error_with_heads_of_32_from_pixels_is_that_of_separate_rows(
 def check_as_close_as_separate_rows(
     low: nn.Module, media: Media, device: str, monkeypatch: pytest.MonkeyPatch, bound: float = 1.2
 ) -> None:
-    """Check that hidden states and all weight gradients have errors as large as those of one stock pass per
-    response.
-    """
+    """Check that hidden states and weight gradients have errors as large as those of separate stock passes."""
     exact = compute_in_float64(copy.deepcopy(low), monkeypatch)
     prompts, responses = family_prompts(low.config.model_type, low), make_responses([[24, 17, 9], [16, 16]])
     truth = separate_rows(exact, prompts, responses, media)

@@ -1,6 +1,4 @@
-"""Test that shared prompts refuse unsupported models, settings and inputs with a reason instead of computing
-wrong results.
-"""
+"""Test that shared prompts refuse unsupported models, settings and inputs, and that errors say why."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Test the size, initialization and tokenizer of the tiny student, and that its folder appears complete or
-not at all.
-"""
+"""Test the tiny student: size, initialization, tokenizer, and a folder that is complete or absent."""
 
 from __future__ import annotations
 

@@ -176,9 +176,7 @@ def check_offload(world, stage: int, folder: Path) -> dict:
 
 
 def check_full_weights(engine) -> dict:
-    """Check that ranks may call the module a different number of times inside `full_weights` and can train
-    afterwards.
-    """
+    """Check that ranks may call the module a different number of times inside `full_weights`."""
     ids, mask = batch(0)
     with engine.full_weights(), torch.no_grad():
         values = [engine.module(ids, mask).item() for _ in range(1 + 2 * engine.world.rank)]

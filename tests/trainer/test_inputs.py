@@ -1,6 +1,4 @@
-"""Test that the input files of a run are read before anything starts, and that all faults are reported in a
-fixed order.
-"""
+"""Test that a run reads all input files first and reports all their faults in a fixed order."""
 
 from __future__ import annotations
 

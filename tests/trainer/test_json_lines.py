@@ -1,6 +1,4 @@
-"""Test that kills and full disks do not damage a JSONL file of a run, and that a resume truncates it to its
-checkpoint.
-"""
+"""Test JSONL files of a run: kills and full disks do not damage them, and a resume truncates them."""
 
 from __future__ import annotations
 

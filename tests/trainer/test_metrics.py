@@ -1,6 +1,4 @@
-"""Test that metrics.jsonl survives kills and full disks and continues exactly, and test progress lines and
-phase times.
-"""
+"""Test that metrics.jsonl survives kills and full disks, and test progress lines and phase times."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Test alarms and rollouts in the report: boxes over frames, bars on time lines, order, and damaged or
-untrusted lines.
-"""
+"""Test alarms and rollouts in the report: boxes, bars, order, and damaged or untrusted lines."""
 
 from __future__ import annotations
 

@@ -153,9 +153,7 @@ def test_effective_settings_are_accepted(overrides):
 
 
 def test_evaluation_settings_without_held_out_questions_are_accepted(tmp_path):
-    """A copy of the 4B recipe without data.heldout has such settings, and so does `data.heldout=` on the
-    command line.
-    """
+    """A copy of the 4B recipe without data.heldout has such settings, and so has a run with `data.heldout=`."""
     copy = tmp_path / "my.yaml"
     text = (RECIPES / "rmsd_qwen3vl_4b.yaml").read_text()
     copy.write_text(text.replace("  heldout: data/heldout.jsonl\n", ""))
