@@ -1,13 +1,13 @@
-# `make` lists the targets. Set-up happens by itself and only once: its steps leave stamps in $(VENV)/.made that carry a hash
-# of the files they depend on, so a second run costs nothing and an interrupted one goes on where it was. `make demo` installs
-# what the demonstration needs; what only tests, lint and benchmarks need comes with those.
+# `make` lists the targets. Each target runs the set-up steps that it needs. The steps leave stamps in $(VENV)/.made with a
+# hash of the files they depend on, so a second run costs nothing and an interrupted run resumes. `make demo` installs only
+# the packages for the demonstration. The packages for tests, lint and benchmarks are installed with those targets.
 #
-#   PYTHON     interpreter to make the environment with (python3)
+#   PYTHON     interpreter that creates the environment (python3)
 #   VENV       folder of the environment (.venv)
-#   SET        cpu or cuda; found by asking nvidia-smi
-#   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which works without a GPU too but
-#              weighs gigabytes; the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
-#   SUDO       yes = use sudo for apt-get without asking, no = never; by default it is asked on a terminal, and not used elsewhere
+#   SET        cpu or cuda; the default is detected with nvidia-smi
+#   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which also works without a GPU but
+#              takes gigabytes. For the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
+#   SUDO       yes = use sudo for apt-get without asking, no = never; the default asks on a terminal, and otherwise means no
 #   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
 #   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
 
@@ -23,15 +23,15 @@ ARGS ?=
 SUDO ?=
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CORES := $(shell nproc 2>/dev/null || echo 2)
-# Processes of the test suite: each takes up to 2 GB, and on a GPU some of its memory.
+# Each process of the test suite takes up to 2 GB, and some of the memory of a GPU.
 WORKERS := $(if $(filter cuda,$(SET)),4,$(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 ))))
 BIN := $(VENV)/bin
-# On a terminal pip shows its downloads; elsewhere only what goes wrong.
+# pip shows its downloads on a terminal, and otherwise only errors.
 PIP_SHOWS := $(shell test -t 2 && echo "--progress-bar on" || echo "-q --progress-bar off")
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_SHOWS) $(PIP_ARGS)
 
-# torch is named in every pip command: without it a dependency may replace the chosen build by the newest one.
-# torchcodec: on CUDA 0.17 is the first whose hardware decoder cache is safe; the CPU pin stands in the constraints.
+# Every pip command names torch, because otherwise a dependency may replace the chosen build with the newest build.
+# On CUDA, torchcodec 0.17 is the first version whose hardware decoder cache is safe. The CPU pin is in the constraints.
 ifeq ($(SET),cuda)
 TORCH := "torch>=2.11,<2.16"
 PINS :=
@@ -60,7 +60,7 @@ TEST_STAMP := $(MADE)/test-$(call hash,constraints-cpu.txt pyproject.toml)
 DOCS_STAMP := $(MADE)/docs-$(call hash,constraints-cpu.txt pyproject.toml)
 PACKAGE_STAMP := $(MADE)/package-$(call hash,constraints-cpu.txt pyproject.toml setup.py $(sort $(wildcard csrc/*)))
 
-# $(call apt,packages,what for): install Debian packages as root, with sudo after asking, or say what is missing.
+# $(call apt,packages,purpose): install Debian packages as root or with sudo after asking, or report the missing packages.
 define apt
 sudo=""; allowed=no; \
 if [ "$$(id -u)" = 0 ]; then allowed=yes; \
@@ -73,10 +73,10 @@ elif command -v sudo >/dev/null && [ "$(SUDO)" != no ]; then \
 fi; \
 if command -v apt-get >/dev/null && [ "$$allowed" = yes ] && $$sudo true; then \
 	echo "setup: apt-get install $(1) ($(2))"; \
-	{ $$sudo apt-get -qq update || echo "setup: apt-get update had problems, going on" >&2; \
+	{ $$sudo apt-get -qq update || echo "setup: apt-get update had problems; continuing" >&2; \
 	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends $(1); \
 	} </dev/null >$(VENV).apt.log 2>&1 || { cat $(VENV).apt.log >&2; \
-		echo "setup: could not install $(1), needed for: $(2). See above; fix it or install by hand, then run make again." >&2; exit 2; }; \
+		echo "setup: could not install $(1), needed for: $(2). Fix the error above or install by hand, then run make again." >&2; exit 2; }; \
 	rm -f $(VENV).apt.log; \
 else \
 	echo "setup: missing: $(1), needed for: $(2). Run: sudo apt-get install $(1) (or your system's equivalent), then run make again; make SUDO=yes does both." >&2; \
@@ -84,8 +84,8 @@ else \
 fi
 endef
 
-# The shared libraries that torchcodec opens at run time (FFmpeg 4 to 8). A found ffmpeg program proves nothing: it may be
-# linked statically. find_library also sees LD_LIBRARY_PATH.
+# torchcodec opens these shared libraries at run time (FFmpeg 4 to 8). The ffmpeg program is no evidence of them, because it
+# may be linked statically. find_library also searches LD_LIBRARY_PATH.
 FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
 
 .PHONY: help setup dev python ffmpeg demo test attack lint bench docs wheel clean
@@ -96,7 +96,7 @@ help: ## list the targets
 
 setup: ffmpeg $(PACKAGE_STAMP) ## environment in .venv, FFmpeg's libraries, both packages editable
 
-dev: setup $(TEST_STAMP) ## the same, and what tests, lint and benchmarks need
+dev: setup $(TEST_STAMP) ## setup, and the packages for tests, lint and benchmarks
 
 python:
 	@command -v $(PYTHON) >/dev/null || { $(call apt,python3 python3-venv,the environment); }
@@ -116,30 +116,30 @@ $(TORCH_STAMP): $(VENV_STAMP) | ffmpeg
 	@$(PIP) $(PINS) $(TORCH) numpy "setuptools>=77" wheel ninja
 	@rm -f $(MADE)/torch-* && touch $@
 
-# No build isolation: DeepSpeed's set-up and our native ops look at the torch that is installed. DS_BUILD_OPS=0: DeepSpeed's
-# own ops are not needed and take minutes to compile.
+# Build isolation is off, because the builds of DeepSpeed and our native ops need the installed torch. DS_BUILD_OPS=0 skips
+# DeepSpeed's own ops, which are not needed and take minutes to compile.
 $(PACKAGE_STAMP): $(TORCH_STAMP)
-	@echo "setup: rmsd_fast[$(EXTRAS)] and what it needs"
+	@echo "setup: rmsd_fast[$(EXTRAS)] and its dependencies"
 	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation $(PINS) -e ".[$(EXTRAS)]" $(TORCH) $(ALSO)
 	@$(BIN)/python -c 'import torchcodec.decoders' || { \
-		echo "setup: torchcodec does not load, see above: FFmpeg's shared libraries (4 to 8) must be found and torchcodec must fit torch." >&2; exit 2; }
+		echo "setup: torchcodec does not load (error above): it needs FFmpeg's shared libraries (4 to 8) and must match torch." >&2; exit 2; }
 	@$(BIN)/python -c 'from rmsd_kernels import native; print("setup: native ops:", native.why_not() or "built")'
 	@rm -f $(MADE)/package-* && touch $@
 
 $(TEST_STAMP): $(PACKAGE_STAMP)
-	@echo "setup: what tests, lint and benchmarks need"
+	@echo "setup: packages for tests, lint and benchmarks"
 	@$(PIP) $(PINS) "rmsd-fast[test]" $(TORCH)
 	@$(if $(filter cpu,$(SET)),$(PIP) --no-deps --upgrade --target $(VENV)/oracle $(PINS) torchvision || \
-		echo "setup: torchvision could not be installed; the test that compares with it will be skipped" >&2)
+		echo "setup: torchvision could not be installed; tests that compare with it will be skipped" >&2)
 	@rm -f $(MADE)/test-* && touch $@
 
-# Neither torch nor our packages: the site is built from text.
+# The site needs neither torch nor our packages, because it is built from text.
 $(DOCS_STAMP): $(VENV_STAMP)
-	@echo "setup: what the manual's site needs"
+	@echo "setup: packages for the manual's site"
 	@$(PIP) $(PINS) $$(sed -n 's/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 	@rm -f $(MADE)/docs-* && touch $@
 
-# The quickstart needs nothing from a hub; your own ARGS may.
+# The quickstart needs no files from a hub, but other ARGS may.
 demo: setup ## set up, then run the main job (ARGS="recipe.yaml a.b=c ...", default: the quickstart)
 	@$(RUN_ENV) $(if $(ARGS),,HF_HUB_OFFLINE=1) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} \
 		$(BIN)/python -m rmsd_fast.train $(ARGS)
@@ -152,7 +152,7 @@ lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-# Each program ends with a table and leaves the folders of what failed; all of them are run.
+# Each program ends with a table and keeps the folders of failed cases. All programs run, even after a failure.
 ATTACKS := "kills.py --random 4 --operations 4 --full 2 --writers 1" \
 	"kills.py --random 2 --operations 1 --full 1 --writers 1 --processes 2" \
 	"damage.py --every 6" "signals.py --every 10" "signals.py --every 16 --processes 2" "streams.py" \

@@ -1,11 +1,11 @@
-"""Build of both packages and, where a C++ compiler and torch's headers are found, of the native CPU ops.
+"""Build both packages and, if a C++ compiler and torch's headers are available, the native CPU ops.
 
-Everything static stands in pyproject.toml. The native library is written against torch's stable ABI and needs nothing
-of Python's, so one cp310-abi3 wheel serves torch 2.11 and later. Without a compiler the wheel is pure Python.
+All static metadata is in pyproject.toml. The native library uses torch's stable ABI and nothing of Python's, so one
+cp310-abi3 wheel works with torch 2.11 and later. Without a compiler, the wheel is pure Python.
 
-RMSD_FAST_NATIVE   unset   build the native ops if possible, else say why not and go on
-                   1       fail when they cannot be built
-                   0       leave them out
+RMSD_FAST_NATIVE   unset   build the native ops if possible, otherwise report the reason and continue
+                   1       fail if the native ops cannot be built
+                   0       leave the native ops out
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OLDEST_TORCH = (2, 11)
 
 
 def find_torch() -> Path:
-    """Folder of the installed torch, found without importing it. RuntimeError when missing or too old."""
+    """Return the folder of the installed torch without importing it; raise RuntimeError if it is missing or too old."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise RuntimeError("torch is not importable in this build (install torch first, then use --no-build-isolation)")
@@ -40,7 +40,7 @@ def find_torch() -> Path:
 
 
 def check_compiler() -> None:
-    """RuntimeError unless the C++ compiler that the build will use can make a shared library with C++20."""
+    """Raise RuntimeError unless the C++ compiler of the build can make a shared library with C++20."""
     command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
@@ -57,7 +57,7 @@ def native_extensions() -> list[Extension]:
     if MODE not in ("", "0", "1"):
         raise SystemExit(f"RMSD_FAST_NATIVE: expected unset, 0 or 1, got {MODE!r}")
     if MODE == "0":
-        # An editable install would go on loading the library of an earlier build.
+        # Remove the library of an earlier build, which an editable install would still load.
         Path(__file__).with_name("kernels").joinpath("rmsd_kernels", "_native.abi3.so").unlink(missing_ok=True)
         print("rmsd-fast: native ops left out (RMSD_FAST_NATIVE=0)", file=sys.stderr)
         return []
@@ -86,11 +86,11 @@ def native_extensions() -> list[Extension]:
             ],
             include_dirs=[str(torch_folder / "include")],
             library_dirs=[str(torch_folder / "lib")],
-            # The stable ABI's symbols live in libtorch_cpu; the loader finds it in the running process.
+            # The symbols of the stable ABI are in libtorch_cpu, which the loader finds in the running process.
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-            # No fast-math: NaN and infinity keep their meaning. Without -fno-trapping-math the row loop vectorises only
-            # in part (2.6 times slower, GCC 12); -fopenmp-simd lets the marked sums be reordered, and no others.
+            # Fast-math is not used, so NaN and infinity keep their meaning. Without -fno-trapping-math, the row loop
+            # vectorizes only in part (2.6 times slower, GCC 12). -fopenmp-simd lets only the marked sums be reordered.
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
                 *("-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),

@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer with the fused losses: one import and one class name change.
+"""TRL's GRPOTrainer with the fused losses: only an import and a class name change.
 
-A tiny language model learns to write short responses. Needs trl 1.16 and Python 3.11 or later.
+A tiny language model learns to write short responses. The example needs trl 1.16 and Python 3.11 or later.
 
     python examples/fused_grpo_trainer.py        # some seconds on a CPU
 """
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig
 
-# Instead of: from trl import GRPOTrainer
+# This import replaces: from trl import GRPOTrainer
 from rmsd_fast.integrations.trl import FusedGRPOTrainer
 
 WORDS = ("<pad>", "<end>", "a", "the", "red", "blue", "square", "circle", "moves", "left", "right", "stops")
@@ -23,7 +23,7 @@ STEPS = 16
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words. In your code: AutoTokenizer.from_pretrained(...)."""
+    """Return a tokenizer of whole words. In your code, use AutoTokenizer.from_pretrained(...)."""
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -32,7 +32,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model() -> Qwen3ForCausalLM:
-    """Return a language model with random weights. In your code: a name or a folder as GRPOTrainer's `model`."""
+    """Return a language model with random weights. In your code, pass a name or a folder as GRPOTrainer's `model`."""
     config = Qwen3Config(
         vocab_size=len(WORDS),
         hidden_size=32,
@@ -80,7 +80,7 @@ def main() -> tuple[str, list[float]]:
             train_dataset=Dataset.from_dict({"prompt": prompts * 8}),
             processing_class=build_tokenizer(),
             # "policy" computes TRL's loss in one pass over the head, and "log_prob" is TRL's own loss on fused
-            # log-probs. The default, "auto", takes the first if the settings allow it.
+            # log-probs. The default, "auto", chooses "policy" if the settings allow it.
             fused_objective="auto",
         )
         trainer.train()

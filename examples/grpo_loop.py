@@ -1,6 +1,6 @@
-"""GRPO in a plain PyTorch loop, with a policy loss that never holds the logits of the whole batch.
+"""GRPO in a plain PyTorch loop, with a policy loss that never stores the logits of the whole batch.
 
-A tiny language model learns to write even tokens. Replace `build_model` and `reward` by your own; the rest stays.
+A tiny language model learns to write even tokens. Replace `build_model` and `reward` with your own; the rest stays.
 
     python examples/grpo_loop.py        # a few seconds on a CPU
 """
@@ -22,7 +22,7 @@ TEMPERATURE = 1.0
 
 
 def build_model() -> Qwen3ForCausalLM:
-    """Return a language model with random weights. In your loop: AutoModelForCausalLM.from_pretrained(...)."""
+    """Return a language model with random weights. In your loop, use AutoModelForCausalLM.from_pretrained(...)."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -45,8 +45,8 @@ def reward(responses: Tensor, written: Tensor) -> Tensor:
 
 @torch.no_grad()
 def roll_out(model: Qwen3ForCausalLM, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ROLLOUTS responses per prompt [B, R], and which of their tokens were written, the end token included."""
-    # No top-p and no top-k: the loss scores the distribution that was sampled from.
+    """Return ROLLOUTS responses per prompt [B, R], and which of their tokens were generated."""
+    # Top-p and top-k are off, because the loss scores the distribution that was sampled from.
     rows = model.generate(
         prompts.repeat_interleave(ROLLOUTS, 0),
         attention_mask=torch.ones_like(prompts).repeat_interleave(ROLLOUTS, 0),
@@ -63,7 +63,7 @@ def roll_out(model: Qwen3ForCausalLM, prompts: Tensor) -> tuple[Tensor, Tensor]:
 
 def predicting_states(model: Qwen3ForCausalLM, rows: Tensor, attention: Tensor, length: int) -> Tensor:
     """Return the hidden states [B * R, D] that predict the last `length` tokens of each row."""
-    # The body without its head: logits [B, L, V] are what these losses avoid.
+    # Run the body without its head, because these losses avoid the logits [B, L, V].
     hidden = model.model(input_ids=rows, attention_mask=attention).last_hidden_state
     # The state at t predicts the token at t + 1.
     return hidden[:, -length - 1 : -1].flatten(0, 1)
@@ -80,13 +80,13 @@ def main() -> tuple[float, float]:
         prompts = torch.randint(2, VOCABULARY, (PROMPTS, 6))
         responses, written = roll_out(policy, prompts)
         rewards = reward(responses, written)
-        # Normalised among the rollouts of one prompt. A group without differences gets zeros.
+        # Advantages are normalized among the rollouts of one prompt. A group with equal rewards gets zeros.
         advantages = group_advantages(rewards.view(PROMPTS, ROLLOUTS)).flatten()
 
         rows = torch.cat([prompts.repeat_interleave(ROLLOUTS, 0), responses], 1)
         attention = torch.cat([torch.ones(len(rows), prompts.shape[1], dtype=torch.bool), written], 1)
         length = responses.shape[1]
-        # Ignored rows enter no matrix product, so padding costs nothing in the head.
+        # Ignored rows are not part of any matrix product, so padding costs nothing in the head.
         targets = responses.masked_fill(~written, -100).flatten()
         with torch.no_grad():
             states = predicting_states(reference, rows, attention, length)
@@ -96,12 +96,12 @@ def main() -> tuple[float, float]:
             policy.lm_head.weight,
             targets,
             advantages.repeat_interleave(length),
-            # One optimiser step per batch, so old_logp is left out: the ratio is 1 and its gradient stays.
+            # With one optimizer step per batch, old_logp is not needed: the ratio is 1 and its gradient stays.
             ref_logp=ref_logp,
             kl="k3",
             kl_coef=1e-3,
             temperature=TEMPERATURE,
-            # The divisor of the whole batch. With micro-batches, give each of them the same count and add the losses.
+            # Divide by the count of the whole batch. All micro-batches get the same count, and their losses add up.
             normalizer=written.sum(),
         )
         optimizer.zero_grad()

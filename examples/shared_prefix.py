@@ -23,7 +23,7 @@ VOCABULARY, IMAGE, VIDEO, START, END, WIDTH = 97, 90, 91, 92, 93, 64
 
 
 def build_model() -> Qwen3VLForConditionalGeneration:
-    """Return a Qwen3-VL with random weights. In your code: Qwen3VLForConditionalGeneration.from_pretrained(...)."""
+    """Return a Qwen3-VL with random weights. In your code, use Qwen3VLForConditionalGeneration.from_pretrained(...)."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     text = {
         "vocab_size": VOCABULARY,
@@ -47,13 +47,13 @@ def add_adapters(model: nn.Module) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    # Adapters start at 0 by default; these do not, so that the comparison covers them.
+    # Adapters start at 0 by default. These adapters do not, so that the comparison covers them.
     config = LoraConfig(r=4, target_modules=r".*language_model.*\.[qv]_proj", init_lora_weights=False)
     return get_peft_model(model, config)
 
 
 def positions_of(model: nn.Module, prompt: Tensor, grid: Tensor, responses: list[Tensor]) -> Tensor:
-    """Return positions [3, 1, T] of the packed row: each response continues where the prompt ends."""
+    """Return positions [3, 1, T] of the packed row; each response continues where the prompt ends."""
     row = prompt[None]
     positions, _ = model.model.get_rope_index(
         row, (row == IMAGE).int(), image_grid_thw=grid, attention_mask=torch.ones_like(row)
@@ -66,7 +66,7 @@ def main() -> float:
     """Return the largest difference between log-probs of the packed pass and of separate rows."""
     torch.manual_seed(0)
     trained = add_adapters(build_model())
-    # The model of transformers inside peft's wrapper: its layers hold the adapters.
+    # Take the transformers model inside peft's wrapper, whose layers have the adapters.
     model = trained.get_base_model() if hasattr(trained, "get_base_model") else trained
 
     # An image is a clip of two equal frames. 64 x 96 pixels give 4 x 6 patches, and 2 x 2 patches give a token.
@@ -74,7 +74,7 @@ def main() -> float:
     pixels = video_patches(image.expand(2, -1, -1, -1), height=64, width=96, mean=(0.5,) * 3, std=(0.5,) * 3)
     grid = torch.tensor([[1, 4, 6]])
     prompt = torch.tensor([5, 6, START, *[IMAGE] * 6, END, 7, 8, 9])
-    # What your rollout engine returned, and what each response earned.
+    # In your code, these are the responses of your rollout engine and their rewards.
     responses = [torch.randint(10, 80, (length,)) for length in (5, 3, 7, 1)]
     advantages = group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.0]))
 
@@ -89,7 +89,7 @@ def main() -> float:
         pixel_values=pixels,
         image_grid_thw=grid,
     )
-    # The last row of the prompt predicts the first token of every response; the plan knows which rows predict what.
+    # The last row of the prompt predicts the first token of every response. The plan gives the predicting rows.
     states, targets = hidden[0, plan.predicting_rows()], torch.cat(responses)
     token_advantages = advantages.repeat_interleave(torch.tensor(lengths))
     loss, _ = linear_policy_loss(states, model.lm_head.weight, targets, token_advantages, ignore_index=None)
@@ -100,7 +100,7 @@ def main() -> float:
 
     with torch.no_grad():
         packed = linear_logprob(states, model.lm_head.weight, targets, ignore_index=None).split(lengths)
-        # The model with its own attention again, one row per response.
+        # Restore the model's own attention, and use one row per response.
         disable_shared_prefix(model)
         apart = 0.0
         for ids, shared in zip(responses, packed, strict=True):

@@ -24,7 +24,7 @@ from rmsd_kernels import SharedPrefixPlan
 
 STEPS = 20
 END = 0
-# What your samples are: a question, and the answers to imitate.
+# Replace these samples with your own questions and the answers to imitate.
 SAMPLES = {
     "What does the red square do after the blue circle stops?": ["It moves left.", "It goes left.", "Left."],
     "How many circles are there in the first half of the text?": ["There are two circles.", "Two."],
@@ -32,7 +32,7 @@ SAMPLES = {
 
 
 def build_model() -> Qwen3ForCausalLM:
-    """Return a language model with random weights. In your code: AutoModelForCausalLM.from_pretrained(...)."""
+    """Return a language model with random weights. In your code, use AutoModelForCausalLM.from_pretrained(...)."""
     config = Qwen3Config(
         vocab_size=256,
         hidden_size=64,
@@ -41,19 +41,19 @@ def build_model() -> Qwen3ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        # Wide logits, so that adapters alone can learn the answers.
+        # The logits are wide, so that adapters alone can learn the answers.
         initializer_range=0.1,
     )
     return Qwen3ForCausalLM(config)
 
 
 def tokenize(text: str) -> Tensor:
-    """Return the bytes of a text. In your code: the tokenizer with its chat template."""
+    """Return the bytes of a text. In your code, use the tokenizer with its chat template."""
     return torch.tensor(list(text.encode()))
 
 
 def pack() -> tuple[SharedPrefixPlan, Tensor, Tensor]:
-    """Return the layout of the packed row, its token ids [1, T] and the answers' tokens [S], one after the other."""
+    """Return the layout of the packed row, its token ids [1, T] and the concatenated tokens of the answers [S]."""
     questions = [tokenize(question) for question in SAMPLES]
     answers = [[torch.cat([tokenize(text), torch.tensor([END])]) for text in group] for group in SAMPLES.values()]
     plan = SharedPrefixPlan.from_lengths([len(ids) for ids in questions], [[len(ids) for ids in g] for g in answers])
@@ -63,10 +63,10 @@ def pack() -> tuple[SharedPrefixPlan, Tensor, Tensor]:
 
 def predicting_states(model: PeftModel, plan: SharedPrefixPlan, ids: Tensor) -> Tensor:
     """Return for each token of an answer the hidden state that predicts it, [S, D]."""
-    # The model of transformers inside peft's wrapper: its layers hold the adapters.
+    # Take the transformers model inside peft's wrapper, whose layers have the adapters.
     body = model.get_base_model().model
     hidden = run_shared_prefix(body, plan, input_ids=ids, position_ids=text_positions(plan))
-    # The last row of a question predicts the first token of each answer; the plan knows which row predicts what.
+    # The last row of a question predicts the first token of each answer. The plan gives the predicting rows.
     return hidden[0, plan.predicting_rows()]
 
 
@@ -83,9 +83,9 @@ def separate_logprobs(model: PeftModel) -> Tensor:
 
 
 def main() -> tuple[float, float, float]:
-    """Train, and return the first loss, the last one, and how far log-probs are from those of separate rows."""
+    """Train, and return the first loss, the last loss, and the largest difference to the log-probs of separate rows."""
     torch.manual_seed(0)
-    # "all-linear" leaves out the head, whose weight the loss takes as it is.
+    # "all-linear" excludes the head, whose weight the loss reads directly.
     model = get_peft_model(build_model(), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     head = model.get_base_model().lm_head.weight
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=2e-2)
@@ -93,7 +93,7 @@ def main() -> tuple[float, float, float]:
     separate = sum(len(question) * len(answers) for question, answers in SAMPLES.items()) + len(targets)
     print(f"{plan.tokens} tokens in the packed row, {separate} in separate rows")
 
-    # After the adapters were added: it checks that they can be served.
+    # Enable after adding the adapters, because this call checks that the adapters are supported.
     enable_shared_prefix(model)
     losses = []
     for _ in range(STEPS):
@@ -105,7 +105,7 @@ def main() -> tuple[float, float, float]:
 
     with torch.no_grad():
         packed = linear_logprob(predicting_states(model, plan, ids), head, targets)
-        # For generate(), evaluation and everything else: the model's own attention again.
+        # Restore the model's own attention for generate(), evaluation and everything else.
         disable_shared_prefix(model)
         return losses[0], losses[-1], (packed - separate_logprobs(model)).abs().max().item()
 

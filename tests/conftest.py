@@ -1,4 +1,4 @@
-"""Settings and fixtures for the whole suite. Processes that a test starts inherit the environment set here."""
+"""Provide settings and fixtures for the whole suite. Processes that a test starts inherit the environment set here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported: one thread per process, since tests start several processes on few cores, and no look-ups of
-# models on a hub, so that a test which would need one fails instead of hanging.
+# These variables are set before torch is imported. Each process uses one thread, because tests start several processes
+# on few cores. Hub access is off, so that a test which needs a model from a hub fails instead of hanging.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,15 +40,16 @@ import torchvision
 """
 
 
-# Whole files go to one process each where several share the suite: the longest first, so that none is left at the end.
+# If several processes share the suite, each takes whole files. The longest files come first, so that none remains at
+# the end.
 LONGEST = ("test_train_run.py", "test_attacks.py", "test_fused_heads.py", "test_user_errors.py", "test_bench_cuda.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    skip_cuda = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
-    skip_vllm = pytest.mark.skip(reason="needs vLLM; it is not installed here (extra: vllm)")
+    skip_cuda = pytest.mark.skip(reason="needs a CUDA device, but torch.cuda.is_available() is False")
+    skip_vllm = pytest.mark.skip(reason="needs vLLM, which is not installed (extra: vllm)")
     has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("cuda"):
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """The same global random numbers in every test, whatever ran before it."""
+    """Seed the global random number generators of every test, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
     if "numpy" in sys.modules:
@@ -74,7 +75,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def run_with_torchvision() -> Callable[..., str]:
-    """Run Python code with torchvision as an oracle, and return what it printed. Skip if torchvision is missing.
+    """Run Python code with torchvision as an oracle and return its output; skip the test if torchvision is missing.
 
     The code runs in its own process, because transformers decides once per process whether to use torchvision, and our
     code must work without it. `make test` puts torchvision into <environment>/oracle, where only this fixture finds it.

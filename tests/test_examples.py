@@ -1,4 +1,4 @@
-"""The scripts of examples/ run on a CPU as a user would run them, and show what they say."""
+"""Test that the scripts of examples/ run on a CPU as a user would run them and reach their results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBER = r"-?[\d.]+(?:e-?\d+)?"
 
 
 def last_line(name: str, tmp_path: Path) -> str:
-    """Run an example from another folder, without a GPU and without the network, and return its last line."""
+    """Run an example from another folder, without a GPU or a network, and return its last line."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")],
@@ -32,7 +32,7 @@ def last_line(name: str, tmp_path: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_every_example_is_run_here_and_short() -> None:
+def test_every_example_is_tested_and_short() -> None:
     source = Path(__file__).read_text()
     for script in SCRIPTS:
         assert f'last_line("{script.stem}"' in source, script.name
@@ -55,7 +55,7 @@ def test_grpo_loop_learns(tmp_path: Path) -> None:
 def test_shared_prefix_agrees_with_separate_rows(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs transformers (extra: train)")
     difference = float(re.findall(NUMBER, last_line("shared_prefix", tmp_path))[-1])
-    # Float32, sums in another order.
+    # Float32 sums are computed in another order.
     assert 0 < difference < 1e-5
 
 
@@ -63,7 +63,7 @@ def test_shared_prefix_text_learns_and_agrees_with_separate_rows(tmp_path: Path)
     pytest.importorskip("peft", reason="needs peft (extra: test)")
     first, last, difference = map(float, re.findall(NUMBER, last_line("shared_prefix_text", tmp_path)))
     assert first > 4 and last < 2
-    # Float32, sums in another order.
+    # Float32 sums are computed in another order.
     assert 0 < difference < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way, the light entry points stay light, and `kernels/` stays a plain source root."""
+"""Test that imports run in one direction, light entry points stay light, and `kernels/` stays a plain source root."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"deepspeed", "transformers", "trl", "verl", "vllm"}
 PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool"}
 
-# Level of each part: a part may import parts of a lower level. `rmsd_fast` itself (the package file) is level 0.
+# A part may import parts of a lower level. `rmsd_fast` itself (the package file) has level 0.
 LEVELS = {
     "rmsd_kernels": 0,
     "losses": 1,
@@ -37,17 +37,17 @@ LEVELS = {
     "stages": 3,
     **dict.fromkeys(PROGRAMS, 4),
 }
-# Within a level only these; each line is (importer, imported). Every chain here ends: no cycles. A run ends with an
-# evaluation and a report, so `train` calls those two programs' functions.
+# Within a level, only these imports are allowed; each line is (importer, imported). The chains have no cycles. A run
+# ends with an evaluation and a report, so `train` calls the functions of those two programs.
 SAME_LEVEL = {
-    ("command_line", "config"),  # the names of settings
+    ("command_line", "config"),  # command_line reads the names of settings.
     ("process", "files"),
-    ("files", "config"),  # the kind of error
+    ("files", "config"),  # files raises this kind of error.
     ("settings", "files"),
-    ("settings", "config"),  # the filling of the dataclasses
+    ("settings", "config"),  # settings fills the dataclasses.
     ("settings", "setting_rules"),
     ("setting_rules", "config"),
-    ("config", "method"),  # the task types among the choices
+    ("config", "method"),  # config has the task types among its choices.
     ("train", "evaluate"),
     ("train", "report"),
     ("program", "runtime"),
@@ -67,7 +67,7 @@ def source_files() -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """Dotted name of a source file: `kernels/` is a source root and drops out."""
+    """Return the dotted name of a source file; `kernels/` is a source root and is not part of it."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     if parts[0] == "kernels":
         parts = parts[1:]
@@ -75,7 +75,7 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(source: str, module: str, is_package: bool) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import anywhere in the source, functions and `if TYPE_CHECKING` included.
+    """Return (line, dotted name) of every import in the source, including functions and `if TYPE_CHECKING`.
 
     `from a import b` gives `a.b`, so that a submodule imported by name is seen; relative imports are resolved.
     """
@@ -103,7 +103,7 @@ def part_of(name: str) -> str | None:
     if pieces[0] == "rmsd_kernels":
         return "rmsd_kernels"
     if pieces[0] == "rmsd_fast" and len(pieces) > 1 and not pieces[1].startswith("__"):
-        # A program may be split into several files, which all belong to it, such as `report_svg.py` and `report.py`.
+        # A program may be split into several files that belong to it, such as `report_svg.py` and `report.py`.
         program = pieces[1].split("_")[0]
         return program if program in PROGRAMS else pieces[1]
     return None
@@ -149,7 +149,7 @@ def test_every_source_file_belongs_to_a_known_part() -> None:
     assert "integrations" in parts
 
 
-def test_a_module_outside_the_programs_pulls_in_one_heavy_library_at_most() -> None:
+def test_modules_outside_the_programs_import_at_most_one_heavy_library() -> None:
     for path in source_files():
         module = module_name(path)
         names = imports_of(path.read_text(), module, path.name == "__init__.py")
@@ -158,7 +158,7 @@ def test_a_module_outside_the_programs_pulls_in_one_heavy_library_at_most() -> N
 
 
 def test_no_import_cycles_between_modules() -> None:
-    """Module-level imports only: these are what Python itself would trip over."""
+    """Only module-level imports count, because these cause import errors in Python."""
     modules = {module_name(path): path for path in source_files()}
     edges: dict[str, set[str]] = {}
     for module, path in modules.items():
@@ -210,7 +210,7 @@ def test_no_import_cycles_between_modules() -> None:
         ("rmsd_fast.train", "from tests.conftest import REPOSITORY", "nothing imports bench or tests"),
     ],
 )
-def test_boundary_rule_itself(module: str, source: str, reason: str) -> None:
+def test_fault_detects_forbidden_imports(module: str, source: str, reason: str) -> None:
     reasons = [fault(module, name) for _, name in imports_of(source, module, False)]
     found = "; ".join(filter(None, reasons))
     assert reason in found if reason else not found
@@ -231,7 +231,7 @@ def test_light_entry_points_load_nothing_heavy(statement: str) -> None:
 
 
 def test_kernels_is_a_source_root_and_not_a_package() -> None:
-    """transformers imports an unrelated package named `kernels`; a run started here must not hand it ours."""
+    """transformers imports an unrelated package named `kernels`, and must not find our folder instead."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "kernels" / "rmsd_kernels" / "__init__.py").is_file()
 

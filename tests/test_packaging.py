@@ -1,4 +1,4 @@
-"""The wheel: both packages and the recipes with or without a compiler; the native library when there is one."""
+"""Test wheels: they have both packages and the recipes, and the native library if it was built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = ("rmsd_fast", "kernels", "csrc")
 
 
 def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Builds a wheel from a copy of the sources, so that nothing lands in the tree and no built library leaks in."""
+    """Build a wheel from a copy of the sources, so that the tree does not change and no built library is used."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -41,7 +41,7 @@ def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess
 
 
 def contents(folder: Path) -> tuple[str, set[str]]:
-    """Name of the one wheel in folder/dist and the files in it."""
+    """Return the name of the only wheel in folder/dist and its files."""
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel.name, set(zipfile.ZipFile(wheel).namelist())
 
@@ -55,7 +55,7 @@ def sources_that_belong_in_a_wheel() -> set[str]:
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
-    """A folder without `__init__.py` works in the source tree and is missing from the wheel."""
+    """A folder without `__init__.py` works in the source tree but is missing from the wheel."""
     sources = [path for part in ("rmsd_fast", "kernels/rmsd_kernels") for path in (ROOT / part).rglob("*.py")]
     folders = {path.parent for path in sources}
     bare = sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file())
@@ -74,14 +74,14 @@ def test_wheel_without_a_compiler_is_pure_and_complete(tmp_path: Path) -> None:
     assert {file.split("/")[0] for file in files if ".dist-info" not in file} == {"rmsd_fast", "rmsd_kernels"}
 
 
-def test_missing_compiler_is_fatal_when_native_ops_are_demanded(tmp_path: Path) -> None:
+def test_missing_compiler_is_fatal_if_native_ops_are_required(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, CXX="/bin/false", RMSD_FAST_NATIVE="1")
     assert done.returncode != 0
     assert "RMSD_FAST_NATIVE=1, but no working C++20 compiler" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no native ops in this environment: {native.why_not()}")
-def test_wheel_with_a_compiler_carries_a_library_that_works(tmp_path: Path) -> None:
+def test_wheel_built_with_a_compiler_has_a_working_library(tmp_path: Path) -> None:
     done = build_wheel(tmp_path, RMSD_FAST_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     name, files = contents(tmp_path)
@@ -118,8 +118,8 @@ def test_version_and_extras_of_the_installed_package() -> None:
     assert {"train", "video", "vllm", "gpu", "test"} <= set(extras)
 
 
-def test_every_pin_lies_within_the_declared_range() -> None:
-    """constraints-cpu.txt is what was tested; pyproject.toml must not exclude it."""
+def test_every_pin_is_within_the_declared_range() -> None:
+    """constraints-cpu.txt has the tested versions, and pyproject.toml must not exclude them."""
     from packaging.requirements import Requirement
 
     pins = [

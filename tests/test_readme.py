@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md, CHANGELOG.md and the manual in docs/ say is true, and their site can be built."""
+"""Test that README.md, CONTRIBUTING.md, CHANGELOG.md and docs/ are accurate, and that the site builds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MANUAL = sorted((ROOT / "docs").glob("*.md"))
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *MANUAL)
 README_BYTES = 9 * 1024
-# Tensors of an example that must have a gradient when it has run.
+# These tensors of an example must have a gradient after it has run.
 GRADIENTS = {"README.md": ("hidden", "head", "student"), "docs/shared_prefix.md": ("q", "k", "v")}
-# Pages that must have an example that runs.
+# These pages must have an example that runs.
 WITH_EXAMPLES = {"README.md", "docs/data.md", "docs/media.md", "docs/shared_prefix.md"}
 SECTIONS = {field.name: field.default_factory for field in fields(RunConfig) if is_dataclass(field.default_factory)}
 SETTING = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(\w+)(?![\w/])")
@@ -61,7 +61,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path, program: str) -> list[list[str]]:
-    """Return the arguments of each shell command on a page that starts this program, comments left out."""
+    """Return the arguments of each shell command on a page that starts this program, without comments."""
     lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
     return [shlex.split(line.split(f"-m {program} ")[1], comments=True) for line in lines if f"-m {program} " in line]
 
@@ -89,7 +89,7 @@ def label(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_the_examples_run(page: Path) -> None:
+def test_documented_examples_run(page: Path) -> None:
     examples = blocks(page, "python")
     assert bool(examples) == (label(page) in WITH_EXAMPLES)
     for code in examples:
@@ -97,14 +97,14 @@ def test_the_examples_run(page: Path) -> None:
         subprocess.run([sys.executable, "-c", code + checks], check=True)
 
 
-def test_no_example_is_overlooked() -> None:
-    """A block of another kind, such as `py`, would neither run nor be marked as one that does not."""
+def test_all_code_blocks_are_marked_correctly() -> None:
+    """A block of another kind, such as `py`, would neither run nor be marked as an example that does not run."""
     for page in PAGES:
         marks = set(re.findall(r"^ *```([^\n]+)$", page.read_text(), flags=re.MULTILINE))
         assert marks <= {"python", "python no-run"}, label(page)
 
 
-def test_the_wiring_it_names_exists() -> None:
+def test_documented_functions_of_the_loop_exist() -> None:
     (code,) = blocks(ROOT / "docs" / "shared_prefix.md", "python no-run")
     (names,) = re.findall(r"from rmsd_fast.models.shared_prefix import (.*)", code)
     source = (ROOT / "rmsd_fast" / "models" / "shared_prefix.py").read_text()
@@ -112,7 +112,7 @@ def test_the_wiring_it_names_exists() -> None:
         assert re.search(rf"^def {name}\b", source, flags=re.MULTILINE), name
 
 
-def test_the_integrations_it_names_exist() -> None:
+def test_documented_integrations_exist() -> None:
     (code,) = blocks(ROOT / "docs" / "integrations.md", "python no-run")
     names = set(re.findall(r"import (Fused\w+)|fused\.(\w+)\(", code))
     folder = ROOT / "rmsd_fast" / "integrations"
@@ -143,7 +143,7 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = page.read_text()
     assert "PLACEHOLDER" not in text
     references = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, flags=re.MULTILINE))
@@ -154,27 +154,27 @@ def test_links_lead_somewhere(page: Path) -> None:
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.is_file(), link
-        # What the site shows; its hooks bring nothing else in.
-        assert target.suffix in (".md", ".svg"), f"{link}: write it as plain code"
+        # The site shows only these file types, and its hooks add no others.
+        assert target.suffix in (".md", ".svg"), f"{link}: write it as plain code instead of a link"
         assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_files_it_names_exist(page: Path) -> None:
+def test_documented_files_exist(page: Path) -> None:
     for path in FILE.findall(prose(page)):
         assert (ROOT / path.rstrip(".")).exists(), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_settings_it_names_exist(page: Path) -> None:
+def test_documented_settings_exist(page: Path) -> None:
     for section, name in SETTING.findall(prose(page)):
         known = {field.name for field in fields(SECTIONS[section])}
         assert name in known or name in FILE_ENDINGS, f"{section}.{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_modules_and_functions_it_names_exist(page: Path) -> None:
-    """`a.b.c` is a module, or a class or function that module `a.b` defines or lists as its own."""
+def test_documented_modules_and_functions_exist(page: Path) -> None:
+    """`a.b.c` is a module, or a class or function that module `a.b` defines or exports."""
     for dotted in DOTTED.findall(prose(page)):
         module, _, name = dotted.rpartition(".")
         if module_file(dotted) is None:
@@ -185,7 +185,7 @@ def test_modules_and_functions_it_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_commands_can_be_given(page: Path) -> None:
+def test_documented_commands_are_valid(page: Path) -> None:
     """Settings in the documented commands take effect in `my.yaml`.
 
     The pages introduce that file as a copy of the 4B recipe.
@@ -198,8 +198,8 @@ def test_commands_can_be_given(page: Path) -> None:
     assert set(re.findall(r"`make ([a-z]+)", page.read_text())) <= targets
 
 
-def test_the_first_run_is_there() -> None:
-    """The checks above actually find commands."""
+def test_documented_commands_are_found() -> None:
+    """This verifies that the checks above find commands."""
     trained, evaluated = (commands(ROOT / "README.md", f"rmsd_fast.{name}") for name in ("train", "evaluate"))
     assert len(trained) == 3 and len(evaluated) == 1
     (tiny,) = (
@@ -212,7 +212,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= README_BYTES
 
 
-def test_the_readme_explains_its_terms_before_it_uses_them() -> None:
+def test_the_readme_explains_terms_before_using_them() -> None:
     text = (ROOT / "README.md").read_text()
     method = text.index("## The method")
     assert method < text.index("teacher answers each question K times") < text.index("The quality q_k of answer k is")
@@ -222,12 +222,12 @@ def test_the_readme_explains_its_terms_before_it_uses_them() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_lines_are_short(page: Path) -> None:
-    """Tables and blocks of code are as long as they need to be."""
+def test_documentation_lines_are_short(page: Path) -> None:
+    """Tables and code blocks may be longer."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     lines = text.splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")]
-    # Code that is broken over two lines cannot be copied.
+    # Inline code that is broken over two lines cannot be copied.
     assert not [line for line in lines if line.count("`") % 2]
 
 
@@ -250,7 +250,7 @@ def glossary_metrics() -> set[str]:
 
 
 def test_the_glossary_lists_the_metrics_of_the_report() -> None:
-    """The report names all metrics but the phases, which the trainer names where it times them."""
+    """The report names all metrics except the phases, which the trainer names where it measures them."""
     charted = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
     sources = [path.read_text() for path in (ROOT / "rmsd_fast").rglob("*.py")]
     phases = {name for source in sources for name in re.findall(r"\btimer\(\"(\w+)\"\)", source)} | {"step"}
@@ -265,15 +265,15 @@ def test_the_glossary_explains_the_progress_line() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_functions_it_points_to_exist(page: Path) -> None:
-    """`path/file.py:name` is a function or a method of that file."""
+def test_referenced_functions_exist(page: Path) -> None:
+    """`path/file.py:name` must be a function or a method of that file."""
     for path, name in re.findall(r"`([\w/]+\.py):(\w+)`", page.read_text()):
         assert re.search(rf"^ *def {name}\b", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}:{name}"
 
 
 @pytest.mark.slow
 def test_the_glossary_lists_the_numbers_of_a_run(tmp_path: Path) -> None:
-    """One step of every stage, with the settings that add metrics."""
+    """The test takes one step of every stage, with the settings that add metrics."""
     more = ("sft.steps=1", "distill.steps=1", "distill.warmup_steps=0", "distill.tis_cap=2")
     more += ("distill.sequence_mask_cap=3", "reward.kl_in_reward=0.01", "discriminator.pairing=sampled")
     arguments = train_runs.mini_arguments(tmp_path / "runs", tmp_path / "made", *more)
@@ -301,14 +301,14 @@ def test_the_citation_names_the_software_and_the_paper() -> None:
     assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2603.11423"}]
 
 
-def test_pictures_are_those_of_their_program(tmp_path: Path) -> None:
+def test_pictures_match_their_generator(tmp_path: Path) -> None:
     made = tmp_path / "method.svg"
     subprocess.run([sys.executable, str(ROOT / "docs" / "method_svg.py"), str(made)], check=True)
     assert made.read_text() == (ROOT / "docs" / "method.svg").read_text(), "run python docs/method_svg.py"
 
 
 def test_the_site_can_be_built(tmp_path: Path) -> None:
-    """Links and anchors as MkDocs sees them; without it, `test_links_lead_somewhere` checks those that GitHub sees."""
+    """MkDocs checks links and anchors here; without MkDocs, `test_links_resolve` checks those that GitHub supports."""
     if not list(importlib.metadata.distributions(name="mkdocs-material")):
         pytest.skip("needs mkdocs-material (extra: docs)")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

@@ -1,15 +1,15 @@
-"""Accuracy of the demonstration over several seeds: best-of-K against a single sample, stage 2 against its control.
+"""Measure the accuracy of the demonstration over several seeds against single samples and a control.
 
     python -m tools.accuracy --recipe quickstart --seeds 0 1 2 --output bench/results/quickstart-accuracy
 
-Variants, per seed (clips, teacher, initial weights and order all change with it):
+The seed changes clips, teacher, initial weights and order. The variants of each seed are:
 
-- full: the recipe as it is (untrained, stage 1, stage 2);
-- control: from the full run's stage 1, as many further steps of the same size and learning rate, imitating T_best;
-- single: stage 1 alone on one response per question, taken as it comes (`teacher.responses=1 sft.responses=random`).
+- full: the recipe without changes (untrained, stage 1, stage 2);
+- control: further steps from the full run's stage 1, of the same number, size and learning rate, that imitate T_best;
+- single: stage 1 alone on one random response per question (`teacher.responses=1 sft.responses=random`).
 
-Runs go one after the other and are kept: an interrupted call goes on where it was. Every answer stays with its run. The
-output folder gets `table.md`, `accuracy.json` and `picture.svg` of the first seed's run.
+Runs are sequential and kept, so an interrupted call resumes. Every answer stays with its run. The output folder gets
+`table.md`, `accuracy.json` and `picture.svg` of the first seed's run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rmsd_fast.stages.evaluation import compare, summarise
 
 
 def run(recipe: str, folder: Path, overrides: list[str]) -> Path:
-    """The folder of a finished run with these settings, made if there is none."""
+    """Return the folder of a finished run with these settings, and run it if it does not exist."""
     wanted = settings_as_dict(load_settings(recipe, [f"output={folder}", *overrides]))
     for path in folder.glob("*/run.json"):
         done = "finished" in json.loads(path.read_text())
@@ -46,7 +46,8 @@ def run(recipe: str, folder: Path, overrides: list[str]) -> Path:
     return path
 
 
-# Settings of a variant, which may name the stage-1 student of the full run, and the student that it gives.
+# Each entry gives the settings of a variant, which may name the stage-1 student of the full run, and the resulting
+# student.
 VARIANTS = {
     "control": (["stages=[distill]", "distill.objective=sft", "model.path={stage1}"], "stage2"),
     "single": (["stages=[sft]", "teacher.responses=1", "sft.responses=random"], "stage1"),
@@ -54,7 +55,7 @@ VARIANTS = {
 
 
 def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variants: list[str]) -> dict[str, list[dict]]:
-    """Records of every student over all seeds, ids made unique by the seed."""
+    """Collect the records of every student over all seeds; the seed makes ids unique."""
     found: dict[str, list[dict]] = {}
 
     def keep(name: str, seed: int, path: Path) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where the runs go")
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="settings of every run, a.b=c")
     given = parser.parse_intermixed_args()

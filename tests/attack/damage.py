@@ -1,10 +1,10 @@
-"""Damage one file of a run folder in one way, resume, and see what comes of it.
+"""Damage one file of a run folder in one way, resume, and check the outcome.
 
 python tests/attack/damage.py [--only WORD] [--every 4]
 
-Each damage may end in the result of an undamaged run ("equal"), with 2 and a message ("refused"), or with 0 and a
-warning that names the one file that differs, whose lines were lost ("told"). Anything else is a failure: a traceback, a
-hang, another result.
+Each damage may end in three ways: with the result of an undamaged run ("equal"), with exit code 2 and a message
+("refused"), or with 0 and a warning that names the only file that differs because lines were lost ("told"). Everything
+else is a failure, such as a traceback, a hang or another result.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def lose(path: Path) -> None:
 
 
 def zeros(path: Path) -> None:
-    """What some file systems leave after a loss of power."""
+    """Return the content that some file systems leave after a loss of power."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -77,7 +77,7 @@ def pipe(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    """JSON of another shape."""
+    """Return JSON of another shape."""
     path.write_text("[1, null]\n")
 
 
@@ -95,7 +95,7 @@ def itself(run: Path) -> Path:
 
 
 def damages() -> dict[str, Callable[[Path], object]]:
-    """By name, what is done to a run folder."""
+    """Return the ways to damage a run folder, by name."""
     chosen: dict[str, Callable[[Path], object]] = {}
 
     def add(name: str, *ways: Callable[[Path], None], where: Callable[[Path], Path] = itself) -> None:
@@ -142,8 +142,8 @@ def damages() -> dict[str, Callable[[Path], object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="damages whose name holds this word")
-    parser.add_argument("--every", type=int, default=1, help="of so many damages, the first")
+    parser.add_argument("--only", default="", help="run the damages whose name contains this word")
+    parser.add_argument("--every", type=int, default=1, help="run the first of every N damages")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="attack-"))
 
@@ -157,7 +157,7 @@ def main() -> int:
         print(errors[-3000:])
         return 1
     expected = result(only_run(work / "whole"))
-    # A run that was killed in stage 2, so that all kinds of files are there and some are still to be made.
+    # The run was killed in stage 2, so all kinds of files exist and some have not been written yet.
     killed = killed_in_stage_2(arguments(work / "killed"), work / "killed")
 
     counted = {"equal": 0, "told": 0, "refused": 0, "FAILED": 0}
@@ -180,7 +180,7 @@ def main() -> int:
 
 
 def killed_in_stage_2(arguments: list[str], place: Path) -> Path:
-    """A run that was killed after the third step of stage 2."""
+    """Return a run that was killed after the third step of stage 2."""
     place.mkdir()
     process = start(arguments, 1)
     while process.poll() is None:
@@ -193,7 +193,7 @@ def killed_in_stage_2(arguments: list[str], place: Path) -> Path:
 
 
 def resumed(run: Path, expected: dict) -> str:
-    """What a resume came to."""
+    """Return the outcome of a resume."""
     process = start(["--resume", str(run)], 1)
     try:
         _, errors = process.communicate(timeout=LONGEST_S)

@@ -1,4 +1,4 @@
-"""Kill a run at random moments and before chosen file operations, resume it, compare it with an uninterrupted run.
+"""Kill a run at random moments and before chosen file operations, resume it, and compare it with an uninterrupted run.
 
 python tests/attack/kills.py --random 20 --operations 20 --full 10 --writers 5 --processes 1
 
@@ -82,7 +82,7 @@ def main() -> int:
             try:
                 process.communicate(timeout=place)
             except subprocess.TimeoutExpired:
-                # Kill only torchrun; its ranks have to end by themselves.
+                # Only torchrun is killed, so its ranks have to end by themselves.
                 process.kill()
         else:
             attack = {"ATTACK_FOLDER": str(folder), "ATTACK_OPERATION": str(place)}
@@ -96,7 +96,7 @@ def main() -> int:
                 errors = "Traceback: it hangs"
         process.wait()
         fault = ""
-        # torchrun adds a traceback of its own, and turns 2 into 1.
+        # torchrun adds its own traceback and turns exit code 2 into 1.
         alone = options.processes == 1
         if kind == "full" and alone and ("Traceback" in errors or process.returncode not in (0, 2)):
             fault = f"exit {process.returncode}: {errors.strip().splitlines()[-1:]}"

@@ -1,12 +1,12 @@
-"""Let a whole run meet every file of hostile_files.py, as video and as picture, in training, evaluation and report.
+"""Run with every file of hostile_files.py, as video and as picture, in training, evaluation and report.
 
 python tests/attack/media.py [--only dash]
 
-Expected: the run ends with 0 and without a traceback. Each file that is not a video or picture is listed in
-bad_media.jsonl and counted in the predictions; videos under strange names are used. A video and a picture outside of
-the media root are neither opened nor shown, and none of the programs runs that libraries call for such files.
+The run must end with 0 and without a traceback. Each file that is not a video or picture is listed in bad_media.jsonl
+and counted in the predictions, and videos under strange names are used. A video and a picture outside of the media root
+are neither opened nor shown, and no program runs that libraries start for such files.
 
-Prints a line for each file and kind, and a table.
+The program prints a line for each file and kind, and a table.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ from rmsd_fast.data.media_cache import DiskCache
 LONGEST_S = 900
 KINDS, PLACES = ("video", "image"), ("training", "evaluation", "report")
 CLIPS, BATCH, DECODE_S = 50, 16, 30
-# Out of the media root, or nowhere: no run starts whose questions name them.
+# The links lead out of the media root or nowhere, so no run starts if its questions name them.
 LINKS = {"zero.mp4": "/dev/zero", "loop.mp4": "loop.mp4"}
 TEXT = "<think>It moves.</think><answer>Something that moves.</answer>"
 
 
 class Watch:
-    """Tell whether files were opened or read since it was asked last, by whatever process."""
+    """Report whether any process has opened or read the files since the last call."""
 
     def __init__(self, *paths: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = libc.inotify_init1(os.O_NONBLOCK)
         for path in paths:
-            if libc.inotify_add_watch(self._descriptor, os.fsencode(path), 0x21) < 0:  # IN_ACCESS and IN_OPEN
+            if (
+                libc.inotify_add_watch(self._descriptor, os.fsencode(path), 0x21) < 0
+            ):  # These are IN_ACCESS and IN_OPEN.
                 raise OSError(ctypes.get_errno(), "inotify", str(path))
 
     def fired(self) -> bool:
@@ -58,7 +60,7 @@ class Watch:
 
 
 def make_material(work: Path) -> Path:
-    """Make clips with questions, answers and a student, by a run of one step; return their folder."""
+    """Create clips with questions, answers and a student by a run of one step, and return their folder."""
     made = work / "made"
     arguments = ["stages=[sft]", "sft.steps=1", "sft.warmup_steps=0", "evaluate.max_questions=1"]
     taken = [setting for setting in MINI if setting.startswith(("made.", "data.", "micro"))]
@@ -85,9 +87,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def run_settings(made: Path, root: Path, cases: dict[str, tuple[str, str]], work: Path) -> list[str]:
-    """Return the settings of a run on the made questions and, in both roles, those of the hostile files."""
+    """Return the settings of a run on the generated questions and, in both roles, on those of the hostile files."""
     shutil.copytree(made / "clips", root / "clips", dirs_exist_ok=True)
-    # A path that begins with "data:" is refused as no file at all.
+    # A path that begins with "data:" is refused because it is not a file.
     asked = [question(identity, kind, f"./hostile/{name}") for identity, (name, kind) in cases.items()]
     questions = {role: (made / f"{role}.jsonl").read_text() for role in ("train", "heldout")}
     paths = {role: write_lines(root / f"{role}.jsonl", asked, before=text) for role, text in questions.items()}
@@ -112,7 +114,7 @@ def run_settings(made: Path, root: Path, cases: dict[str, tuple[str, str]], work
 
 
 def report_of(run: Path, rows: list[dict], page: Path, path: str) -> tuple[dict[str, str], str]:
-    """Return what a report shows of these rows by id: "used", "magenta", "refused" or "nothing"; and a traceback."""
+    """Return what a report shows for these rows by id ("used", "magenta", "refused" or "nothing"), and a traceback."""
     copy = page.with_suffix("")
     copy.mkdir()
     shutil.copy(run / "config.yaml", copy)
@@ -133,12 +135,12 @@ def report_of(run: Path, rows: list[dict], page: Path, path: str) -> tuple[dict[
 
 
 def outcomes(run: Path, identity: str, path: Path, reported: dict[str, str]) -> tuple[dict[str, str], str]:
-    """Return what became of a question in each place: "refused", "used", or what is wrong; and why it was refused."""
+    """Return the outcome of a question in each place ("refused", "used", or the fault), and the reason of a refusal."""
     stages = {record["stage"] for record in read_lines(run / "bad_media.jsonl") if record["id"] == identity}
     training = {frozenset(): "used", frozenset(("sft", "distill")): "refused"}.get(frozenset(stages - {"warm_up"}))
     files = sorted((run / "predictions").iterdir())
     errors = [record.get("error", "") for file in files for record in read_lines(file) if record["id"] == identity]
-    # For what is in the file, and not because it was not there.
+    # The file must be refused because of its content and not because it is missing.
     refused = [str(path) in error and "no such file" not in error for error in errors]
     evaluation = "refused" if all(refused) else f"{errors}" if any(errors) else "used"
     return {
@@ -149,7 +151,7 @@ def outcomes(run: Path, identity: str, path: Path, reported: dict[str, str]) -> 
 
 
 def refused_at_start(name: str, kind: str, root: Path, arguments: list[str], path: str) -> str:
-    """Return what is wrong with a run on a question that names a link out of the root, or none."""
+    """Return the fault of a run on a question that names a link out of the root, or an empty text."""
     asked = write_lines(root / "one.jsonl", [question("one", kind, name)], before=(root / "train.jsonl").read_text())
     process = start([*arguments, f"data.train={asked}"], 1, PATH=path)
     _, errors = process.communicate(timeout=LONGEST_S)
@@ -160,7 +162,7 @@ def refused_at_start(name: str, kind: str, root: Path, arguments: list[str], pat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="files whose name holds this word")
+    parser.add_argument("--only", default="", help="run the files whose name contains this word")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="attack-"))
     root, outside, programs, ran = work / "root", work / "outside", work / "programs", work / "ran"
@@ -178,7 +180,7 @@ def main() -> int:
     arguments = run_settings(made, root, cases, work)
     problems: list[str] = []
 
-    # The run itself. Links that no run starts with come once it has begun.
+    # Start the run. Links that prevent a start are created after it has started.
     for name in LINKS:
         paths[name].unlink()
     watch, began = Watch(secret, outside / "magenta.png"), time.monotonic()
@@ -200,7 +202,7 @@ def main() -> int:
     pictures = re.findall(r'"(data:image/jpeg;base64,[^"]+)"', (run / "report.html").read_text())
     problems += ["the secret is in the run's report"] * any(is_magenta(shown((picture, ""))) for picture in pictures)
 
-    # Reports that try all files, which that of the run does not: it leaves out what the run refused.
+    # These reports try all files, whereas the report of the run skips the files that the run refused.
     reported: dict[str, str] = {}
     for kind in KINDS:
         asked = [(identity, name) for identity, (name, own) in cases.items() if own == kind]
@@ -234,7 +236,7 @@ def main() -> int:
     for kind, place in ((kind, place) for kind in KINDS for place in PLACES):
         cells = [counted[kind, place, what] for what in ("refused", "used", "FAILED")]
         print(f"| as {kind} | {place} | {cells[0]} | {cells[1]} | {cells[2]} |")
-    print("\n".join(problems) + f"\n({work})" if problems else f"{len(kept)} cached clips, nothing of the secret")
+    print("\n".join(problems) + f"\n({work})" if problems else f"{len(kept)} cached clips, none with the secret")
     if not problems:
         shutil.rmtree(work)
     return 1 if problems else 0

@@ -1,13 +1,13 @@
-"""Put numbers that are not finite, or huge, into one step of a small run, and see whether exactly that step is skipped.
+"""Put non-finite or huge numbers into one step of a small run, and check that exactly that step is skipped.
 
 python tests/attack/not_finite.py --processes 1 [--every 3] [--only rollouts] [runtime.zero_stage=3]
 
-Expected of each run: it ends with 0, counts one skipped step and lists it with its questions. In that step no
-optimiser moved, by the checkpoints before and after it. All weights of the export are finite, ranks hold the same
-weights, and the rest of the run is that of every other poison at this step. Killed after the step and resumed, it
-becomes the same run. If all steps of a stage are poisoned the run ends with 2 and one line, and can be continued.
+Each run must end with 0, count one skipped step and list it with its questions. The checkpoints before and after that
+step show that no optimizer moved. All weights of the export are finite, all ranks have the same weights, and the rest
+of the run equals that of every other poison at this step. If it is killed after the step and resumed, it gives the same
+run. If all steps of a stage are poisoned, the run ends with 2 and one line and can be continued.
 
-Prints a line for each case, and a table. With 2 processes the poison is on rank 1 alone.
+The program prints a line for each case, and a table. With 2 processes, only rank 1 is poisoned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rmsd_fast.files import read_tensors
 LONGEST_S = 300
 STEPS = {"sft": 3, "warm_up": 3, "distill": 4}
 QUESTIONS = {"sft": 8, "warm_up": 4, "distill": 4}
-# The stages in which each engine steps. Stage 1 has a policy of its own.
+# Each engine takes steps in these stages. Stage 1 has its own policy.
 ENGINES = {"stage1": ("sft",), "policy": ("distill",), "discriminator": ("warm_up", "distill")}
 MOST_SKIPPED = 2
 SIZES = (
@@ -50,7 +50,7 @@ SETTINGS = ("sft.lr=.inf", "distill.lr=.nan", "distill.kl_coef=1e400")
 
 @dataclass(frozen=True)
 class Case:
-    """step: from 1; 0 = every step of the stage. kills: also kill it before and after the step's checkpoint."""
+    """A poison and its step; step 0 means every step, and `kills` adds kills around the step's checkpoint."""
 
     kind: str
     stage: str
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def sort(self) -> str:
-        """Return the row of the table."""
+        """Return the row of the table for this case."""
         place, what, value = self.kind.split(".")
         if not self.step:
             return "every step"
@@ -88,7 +88,7 @@ def cases() -> list[Case]:
 
 
 def run_to_end(line: list[str]) -> tuple[int, str]:
-    """Return exit code and messages of a run."""
+    """Run to the end, and return the exit code and the messages."""
     try:
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
@@ -107,20 +107,20 @@ def failure(code: int, errors: str) -> str:
 
 
 def engine_tensors(run: Path, checkpoint: int) -> dict[str, torch.Tensor]:
-    """Return all that the engines of a checkpoint hold, by engine, file and name."""
+    """Return all tensors in the engines of a checkpoint, by engine, file and name."""
     files = sorted((run / "checkpoints" / f"step_{checkpoint}" / "engines").glob("*/*.safetensors"))
     return {f"{f.parent.name}/{f.stem}/{name}": tensor for f in files for name, tensor in read_tensors(f).items()}
 
 
 def adam_steps(run: Path, engine: str) -> set[int]:
-    """Return the steps that an engine has made at its end, by the counts of its optimiser."""
+    """Return the number of steps that an engine has taken at its end, by the counts of its optimizer."""
     tensors = engine_tensors(run, STEPS["sft"] if engine == "stage1" else sum(STEPS.values()))
     prefix = "policy/" if engine == "stage1" else f"{engine}/"
     return {int(tensor) for name, tensor in tensors.items() if name.startswith(prefix) and name.endswith(".step")}
 
 
 def not_skipped(run: Path, case: Case, digests: Path) -> str:
-    """Return what is wrong with a run that came to its end; empty if nothing is."""
+    """Return the fault of a run that reached its end, or an empty text."""
     counted = [line["samples/skipped_steps"] for line in metrics(run)]
     listed = (run / "skipped.jsonl").read_text().splitlines() if (run / "skipped.jsonl").exists() else []
     if counted != [int(number >= case.checkpoint) for number in range(1, sum(STEPS.values()) + 1)]:
@@ -129,7 +129,7 @@ def not_skipped(run: Path, case: Case, digests: Path) -> str:
     if records != [(case.stage, case.step, QUESTIONS[case.stage])]:
         return f"skipped.jsonl holds {records}"
     before, after = engine_tensors(run, case.checkpoint - 1), engine_tensors(run, case.checkpoint)
-    # Before the first steps of stage 1 and of the warm-up there are no checkpoints of their engines.
+    # No checkpoints of the engines exist before the first steps of stage 1 and of the warm-up.
     if case.step > 1 or case.stage == "distill":
         names = before.keys() | after.keys()
         kept = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
@@ -147,9 +147,9 @@ def not_skipped(run: Path, case: Case, digests: Path) -> str:
 
 
 def every_step(case: Case, work: Path, processes: int, code: int, errors: str) -> str:
-    """Return what is wrong with a run in which no step of a stage could be used."""
+    """Return the fault of a run in which every step of a stage was unusable."""
     told = {line for line in errors.splitlines() if line.startswith("rmsd_fast.train: ")}
-    # Each rank says why it ends. torchrun turns 2 into 1 and has a traceback of its own.
+    # Each rank reports why it ends. torchrun turns exit code 2 into 1 and adds its own traceback.
     if code != (2 if processes == 1 else 1) or len(told) != 1 or (processes == 1 and "Traceback" in errors):
         return f"exit {code}, {told}: {errors.strip().splitlines()[-1:]}"
     run = only_run(work)
@@ -159,12 +159,12 @@ def every_step(case: Case, work: Path, processes: int, code: int, errors: str) -
         return f"{len(listed)} steps in skipped.jsonl, {len(logged)} in metrics.jsonl, expected {MOST_SKIPPED}"
     code, errors = run_to_end(command(["--resume", str(run)], processes=processes))
     counted = metrics(run)[-1]["samples/skipped_steps"]
-    # After the last skipped step no checkpoint is written: it is made again.
+    # No checkpoint is written after the last skipped step, so the step is repeated.
     return failure(code, errors) or (f"resumed: {counted} skipped" if counted != MOST_SKIPPED - 1 else "")
 
 
 def try_case(case: Case, work: Path, made: Path, processes: int, rests: dict) -> tuple[str, dict]:
-    """Return what is wrong with a case, and what its run made. rests: what other cases made, by stage and step."""
+    """Return the fault of a case and the output of its run; `rests` is the output of other cases by stage and step."""
     digests = work / "digests"
     digests.mkdir(parents=True)
     code, errors = poisoned(case, mini_arguments(work, made, *SIZES), processes, "--digests", str(digests))
@@ -174,7 +174,7 @@ def try_case(case: Case, work: Path, made: Path, processes: int, rests: dict) ->
     if problem:
         return problem, {}
     made_of = result(only_run(work))
-    # No skipped step may change anything but its own metrics and rollouts.
+    # A skipped step may change only its own metrics and rollouts.
     rest = {name: content for name, content in made_of.items() if name != "rollouts.jsonl"}
     rest["metrics"] = [line for line in rest["metrics"] if (line["stage"], line["step"]) != (case.stage, case.step)]
     first = rests.setdefault((case.stage, case.step), rest)
@@ -183,7 +183,7 @@ def try_case(case: Case, work: Path, made: Path, processes: int, rests: dict) ->
 
 
 def killed_and_resumed(case: Case, kill: str, work: Path, made: Path, processes: int, expected: dict) -> str:
-    """Return what is wrong with a run that was killed before or after the checkpoint and resumed, poisoned alike."""
+    """Return the fault of a run that was killed before or after the checkpoint and resumed with the same poison."""
     work.mkdir()
     poisoned(case, mini_arguments(work, made, *SIZES), processes, "--kill", kill)
     run = only_run(work)
@@ -196,7 +196,7 @@ def killed_and_resumed(case: Case, kill: str, work: Path, made: Path, processes:
 
 
 def refused(setting: str, work: Path) -> str:
-    """Return what is wrong with the answer to a setting that is not a finite number."""
+    """Return the fault of the response to a setting that is not a finite number."""
     work.mkdir()
     code, errors = run_to_end(command(mini_arguments(work / "out", work / "made", setting)))
     written = list(work.iterdir())
@@ -207,8 +207,8 @@ def refused(setting: str, work: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
-    parser.add_argument("--every", type=int, default=1, help="of so many cases, the first")
-    parser.add_argument("--only", default="", help="cases whose name holds this word")
+    parser.add_argument("--every", type=int, default=1, help="run the first of every N cases")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this word")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of all runs")
     options = parser.parse_args()
     SIZES.extend(options.overrides)

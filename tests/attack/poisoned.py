@@ -1,19 +1,19 @@
-"""Run rmsd_fast.train with numbers that are not finite, or huge, in one step of a stage.
+"""Run rmsd_fast.train with non-finite or huge numbers in one step of a stage.
 
 python tests/attack/poisoned.py KIND STAGE STEP [--rank R] [--kill saved] [--digests FOLDER] -- quickstart …
 
 Only objects of this process are patched, never the package. KIND is PLACE.WHAT.VALUE:
 
 policy, discriminator or both
-    loss     the loss is multiplied by the value, in every micro-batch: its gradients are too
-    value    the value is added to the loss: its gradients stay as they are
-    gradient one element of one parameter's gradient is the value
+    loss     multiply the loss, and so its gradients, by the value in every micro-batch
+    value    add the value to the loss, which leaves its gradients unchanged
+    gradient set one element of the gradient of one parameter to the value
 rollouts     the language model's head, while responses are sampled
 reference    the log-probs of the reference
-scores       what the discriminator's value head gives
-    all      the value is added to every number
-    row      to those of the last row
-    one      to the last number
+scores       the output of the discriminator's value head
+    all      add the value to every number
+    row      add the value to the numbers of the last row
+    one      add the value to the last number
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rmsd_fast.process import prepare_process
 
 @contextmanager
 def poison(kind: str, state) -> Iterator[None]:
-    """Inside, one step of this state goes wrong."""
+    """Poison one step of this state inside the context."""
     place, what, number = kind.split(".")
     value = float(number)
     with ExitStack() as stack:
@@ -71,7 +71,8 @@ def spoil_gradient(engine, value: float):
         return gradient
 
     handle = parameter.register_hook(spoil)
-    # Before the engine's own hooks, as if the model's backward had made it. Autograd follows the order of insertion.
+    # The hook runs before the engine's own hooks, as if the model's backward had made the value. Autograd follows the
+    # order of insertion.
     hooks = parameter._backward_hooks
     first = {handle.id: hooks.pop(handle.id), **hooks}
     hooks.clear()
@@ -100,10 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind")
     parser.add_argument("stage", choices=("sft", "warm_up", "distill"))
-    parser.add_argument("step", type=int, help="from 1; 0 = every step of the stage")
-    parser.add_argument("--rank", type=int, default=-1, help="on this rank alone")
+    parser.add_argument("step", type=int, help="first poisoned step, from 1; 0 = every step of the stage")
+    parser.add_argument("--rank", type=int, default=-1, help="poison only this rank")
     parser.add_argument(
-        "--kill", choices=("saved", "unsaved"), help="kill the run after this step's checkpoint, or before"
+        "--kill", choices=("saved", "unsaved"), help="kill the run before or after the checkpoint of this step"
     )
     parser.add_argument("--digests", type=Path, help="folder for the hashes of each rank's weights after every step")
     options = parser.parse_args(sys.argv[1:split])

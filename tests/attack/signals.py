@@ -2,9 +2,9 @@
 
 python tests/attack/signals.py [--processes 2] [--every 3] [--only "evaluate stage1"]
 
-After SIGTERM, SIGINT and SIGKILL all processes of the run, its ranks and its decoders, have to end within 10 s, without
-a traceback; a run of one process with 0 for SIGTERM and 130 for SIGINT. After the other signals it goes on to the same
-result. "all" are all processes at once, as systemd and Slurm send signals. Linux only.
+After SIGTERM, SIGINT and SIGKILL, all processes of the run, its ranks and its decoders have to end within 10 s without
+a traceback. A run of one process ends with 0 after SIGTERM and 130 after SIGINT. After the other signals, it continues
+to the same result. "all" means all processes at once, as systemd and Slurm send signals. The program needs Linux.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from train_runs import mini_arguments, only_run
 
 MOST_S = 10.0
 LONGEST_S = 120
-# Several batches per evaluation and steps of warm-up, so that a poll finds the run in these phases.
+# There are several batches per evaluation and several warm-up steps, so that polling finds the run in these phases.
 LONGER = [
     "checkpoint.every_steps=1",
     "made.heldout_clips=12",
@@ -43,12 +43,12 @@ STAGE_2 = 7
 
 @dataclass(frozen=True)
 class Attack:
-    """Signals to the processes of a kind, `gap_s` apart. goes_on: whether the run continues to its end."""
+    """Signals to the processes of a kind, `gap_s` apart; `goes_on` says whether the run continues to its end."""
 
     name: str
     kind: str
     numbers: tuple[int, ...]
-    # Short, so that later signals arrive while the program ends.
+    # The gap is short, so that later signals arrive while the program ends.
     gap_s: float = 0.02
     goes_on: bool = False
 
@@ -58,7 +58,7 @@ ALONE = (
     Attack("INT", "train", (SIGINT,)),
     Attack("TERM x3", "train", (SIGTERM,) * 3),
     Attack("INT x3", "train", (SIGINT,) * 3),
-    # As from a key that is held down.
+    # These signals resemble a key that is held down.
     Attack("INT x30", "train", (SIGINT,) * 30, gap_s=0.005),
     Attack("KILL", "train", (SIGKILL,)),
     Attack("TERM all", "all", (SIGTERM,)),
@@ -133,7 +133,7 @@ def send(attack: Attack, targets: list[int]) -> None:
 
 
 def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Path) -> tuple[str, float, int | None]:
-    """Return what is wrong with how the run ended, the delay after the signal, and the exit code.
+    """Return the fault in how the run ended, the delay after the signal, and the exit code.
 
     The exit code is None if the signal came too late.
     """
@@ -180,7 +180,7 @@ def attacked(folder: Path, processes: int, phase: str, attack: Attack, made: Pat
 
 
 def afterwards(folder: Path, processes: int, made: Path, expected: dict, *, ended: bool) -> str:
-    """Return what is wrong with the result. Resume an unfinished run, or start it again if it had no folder yet."""
+    """Return the fault of the result, after resuming an unfinished run or restarting it if it had no folder yet."""
     try:
         if ended:
             run, fault = only_run(folder), ""
@@ -196,8 +196,8 @@ def afterwards(folder: Path, processes: int, made: Path, expected: dict, *, ende
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--every", type=int, default=1, help="of so many cases, the first")
-    parser.add_argument("--only", default="", help="cases whose name matches this regular expression")
+    parser.add_argument("--every", type=int, default=1, help="run the first of every N cases")
+    parser.add_argument("--only", default="", help="run the cases whose name matches this regular expression")
     options = parser.parse_args()
     processes = options.processes
     work = Path(tempfile.mkdtemp(prefix="attack-"))
@@ -213,11 +213,11 @@ def main() -> int:
         folder = work / f"signal-{number}"
         folder.mkdir()
         if phase == "making":
-            # The material is made in the same folder again, because its path appears in the results.
+            # The material is generated in the same folder again, because its path appears in the results.
             shutil.rmtree(made)
         problem, seconds, code = attacked(folder, processes, phase, attack, made)
         if code is not None:
-            # An interrupted import leaves nothing behind to resume.
+            # An interrupted import leaves nothing to resume.
             nothing = phase in EARLY and code and not any(folder.iterdir())
             after = "" if nothing else afterwards(folder, processes, made, expected, ended=attack.goes_on and code == 0)
             problem = "; ".join(part for part in (problem, after and f"afterwards {after}") if part)

@@ -1,4 +1,4 @@
-"""Runs that an attack starts, and what has to be equal after it."""
+"""Start the runs of an attack, and compare their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_S = 600
 def start(
     arguments: list[str], processes: int, *, stderr: int | TextIO = subprocess.PIPE, **others: str
 ) -> subprocess.Popen:
-    """Start a run in a group of its own, so that a kill reaches torchrun alone or its ranks too.
+    """Start a run in its own process group, so that a kill reaches torchrun alone or its ranks too.
 
     Args:
         others: variables of its environment.
@@ -41,7 +41,7 @@ def start(
 
 
 def result(run: Path) -> dict:
-    """What has to be equal."""
+    """Return the results that have to be equal."""
     report = (run / "report.html").read_text()
     shown = [name for name in ("untrained", "stage1", "stage2") if name in report]
     return {"metrics": metrics(run), "report": shown, **made_files(run)}
@@ -56,12 +56,13 @@ def differences(expected: dict, run: Path) -> str:
 
 
 def resume(run_parent: Path, arguments: list[str], processes: int, writers: int, **variables: str) -> tuple[Path, str]:
-    """Continue what a kill left, by so many programs at once. Where it had made no folder with settings, start anew."""
+    """Resume a killed run with this number of programs at once, or start it again if it has no folder with settings."""
     runs = [path for path in run_parent.iterdir() if (path / "config.yaml").is_file()]
     again = ["--resume", str(runs[0])] if runs else arguments
     started = [start(again, processes, **variables) for _ in range(writers if runs else 1)]
     ends = [(process.communicate(timeout=LONGEST_S)[1], process.returncode) for process in started]
-    # Of several only one may write. The others are refused, or find the run finished. torchrun turns 2 into 1.
+    # Of several programs only one may write. The others are refused or find the run finished. torchrun turns exit code
+    # 2 into 1.
     refused = [end for end in ends if end[1] and "is writing to this folder" in end[0]]
     faults = [end for end in ends if end[1] and end not in refused]
     fault = f"exit {faults[0][1]}: {faults[0][0].strip().splitlines()[-1:]}" if faults else ""
@@ -69,23 +70,25 @@ def resume(run_parent: Path, arguments: list[str], processes: int, writers: int,
 
 
 def uninterrupted(folder: Path, arguments: list[str], processes: int) -> dict:
-    """What a run comes to that nothing disturbs. Makes the material too."""
+    """Return the results of an uninterrupted run, which also generates the material."""
     process = start(arguments, processes)
     _, errors = process.communicate(timeout=LONGEST_S)
     try:
         if process.returncode == 0:
             return result(only_run(folder))
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"the undisturbed run ended with 0 and without all its files\n{errors[-3000:]}") from error
-    raise RuntimeError(f"the undisturbed run: expected exit 0, got {process.returncode}\n{errors[-3000:]}")
+        raise RuntimeError(
+            f"the uninterrupted run ended with 0 but lacks some of its files\n{errors[-3000:]}"
+        ) from error
+    raise RuntimeError(f"the uninterrupted run: expected exit 0, got {process.returncode}\n{errors[-3000:]}")
 
 
 def of_run(mark: str) -> dict[int, str]:
-    """Command lines of the living processes that have ATTACK_MARK=mark in their environment, by process id."""
+    """Return command lines of the running processes with ATTACK_MARK=mark in their environment, by process id."""
     found = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
-            # It may be ending, or somebody else's. A zombie has no environment any more.
+            # The process may be ending or belong to another user. A zombie no longer has an environment.
             with suppress(OSError):
                 if f"ATTACK_MARK={mark}\0".encode() in (path / "environ").read_bytes():
                     found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -93,7 +96,7 @@ def of_run(mark: str) -> dict[int, str]:
 
 
 def processes_of(mark: str, kind: str) -> list[int]:
-    """Process ids of a kind: all, torchrun, train (every rank), rank (the last), fork server, worker (one of them)."""
+    """Return process ids of a kind: all, torchrun, train (all ranks), rank (the last), fork server, or one worker."""
     alive = of_run(mark)
     if kind == "all":
         return list(alive)
@@ -109,7 +112,7 @@ def processes_of(mark: str, kind: str) -> list[int]:
 
 
 def _parent(pid: int) -> int:
-    """0 where the process has ended."""
+    """Return the parent process id, or 0 if the process has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
     except OSError:
@@ -117,14 +120,14 @@ def _parent(pid: int) -> int:
 
 
 def kill_all(mark: str) -> None:
-    """End what is left of a run."""
+    """Kill the remaining processes of a run."""
     for pid in of_run(mark):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def own_traceback(errors: str) -> str:
-    """Last line of a traceback that names a file of rmsd_fast or comes from a rank; torchrun prints others."""
+    """Return the last line of a traceback that names a file of rmsd_fast or comes from a rank."""
     for block in re.findall(r"Traceback \(most recent call last\):\n(?:(?:\[rank\d+\]:)? .*\n)*.*", errors):
         if "/rmsd_fast/" in block or "[rank" in block:
             return block.splitlines()[-1]
@@ -132,7 +135,7 @@ def own_traceback(errors: str) -> str:
 
 
 def end(counted: Iterable[Sequence[float]], work: Path) -> int:
-    """The exit code of an attack, from its counts (passed, failed, …); the folder of its runs is kept if one failed."""
+    """Return an attack's exit code from its counts (passed, failed, …), and remove its runs if none failed."""
     rows = list(counted)
     passed, failed = (sum(row[index] for row in rows) for index in (0, 1))
     if not failed:

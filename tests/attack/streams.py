@@ -2,7 +2,8 @@
 
 python tests/attack/streams.py [--only terminal]
 
-Each run has to end with 0 and the same result, and none of what was printed may be in a file of its folder. Linux only.
+Each run has to end with 0 and the same result, and no printed text may be in a file of its folder. The program needs
+Linux.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from small_runs import differences, end, kill_all, uninterrupted
 from train_runs import command, environment, mini_arguments, only_run
 
 LONGEST_S = 150
-# What a run and torchrun print.
+# A run and torchrun print these texts.
 PRINTED = re.compile(rb"question/s|\ds/step| s/step|run folder: |Traceback|Warning: |torch\.distributed\.run|done: ")
 NON_ASCII = "läufe-视频"
 
 
 def through_shell(redirections: str) -> Callable[[list[str], dict], int]:
-    """The run as a line of bash, the exit code that of its first command."""
+    """Run through a line of bash, and return the exit code of its first command."""
 
     def run(arguments: list[str], variables: dict) -> int:
         line = f"{shlex.join(arguments)} {redirections}; exit ${{PIPESTATUS[0]}}"
@@ -51,7 +52,7 @@ QUIET = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": su
 
 
 def unread_pipe(*, full: bool) -> Callable[[list[str], dict], int]:
-    """Into a pipe that nobody reads before the end. full: into a small one, which refuses what does not fit."""
+    """Run into a pipe that is not read before the end; `full` uses a small pipe, which refuses further output."""
 
     def run(arguments: list[str], variables: dict) -> int:
         reading, writing = os.pipe()
@@ -69,7 +70,7 @@ def unread_pipe(*, full: bool) -> Callable[[list[str], dict], int]:
 
 
 def terminal(rows: int, columns: int, *, closed: bool = False, resized: bool = False) -> Callable[..., int]:
-    """In a terminal of its own, which is closed after the first lines, or changes its size all the time."""
+    """Run in a new terminal, which is closed after the first lines or changes its size all the time."""
 
     def run(arguments: list[str], variables: dict) -> int:
         ours, theirs = os.openpty()
@@ -91,7 +92,7 @@ def terminal(rows: int, columns: int, *, closed: bool = False, resized: bool = F
 
         def read() -> None:
             text = b""
-            # At the end of the process it is an error.
+            # Reading fails when the process has ended.
             with suppress(OSError):
                 while block := os.read(ours, 4096):
                     text += block
@@ -126,7 +127,7 @@ def with_variables(**changed: str) -> Callable[[list[str], dict], int]:
 
 
 def _code(process: subprocess.Popen) -> int:
-    """Its exit code; -SIGKILL where it hung."""
+    """Return the exit code, or -SIGKILL if the process hung."""
     try:
         return process.wait(LONGEST_S)
     except subprocess.TimeoutExpired:
@@ -134,7 +135,7 @@ def _code(process: subprocess.Popen) -> int:
         return process.wait()
 
 
-# By name: how it is started, the name of its folder, and with how many processes.
+# Each case gives the function that starts it, the name of its folder, and the numbers of processes.
 CASES: dict[str, tuple[Callable[[list[str], dict], int], str, tuple[int, ...]]] = {
     "stdin closed": (through_shell("<&-"), "", (1,)),
     "stdout closed": (through_shell(">&-"), "", (1, 2)),
@@ -156,7 +157,7 @@ CASES: dict[str, tuple[Callable[[list[str], dict], int], str, tuple[int, ...]]] 
 
 
 def strange_files(run: Path, whole: Path) -> str:
-    """What is wrong with the files of a run folder: printed text in them, other names, no JSON, or other weights."""
+    """Return the faults of the files of a run folder: printed text, other names, invalid JSON, or other weights."""
     names = {}
     for folder in (run, whole):
         files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
@@ -181,7 +182,7 @@ def strange_files(run: Path, whole: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name matches this regular expression")
+    parser.add_argument("--only", default="", help="run the cases whose name matches this regular expression")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="attack-"))
     counted: dict[int, list[int]] = {1: [0, 0], 2: [0, 0]}

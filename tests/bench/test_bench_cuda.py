@@ -1,4 +1,4 @@
-"""The command that measures everything on a CUDA machine: its time, its processes, what it says, and a rehearsal."""
+"""Test the command that measures everything on a CUDA machine: its time, processes, messages, and a rehearsal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(code: str, name: str = "one", *, seconds: float = 10, least_s: float
     return Section(name, "a test", seconds, least_s, lambda run: [sys.executable, "-c", code], required)
 
 
-def test_time_is_shared_out_and_the_required_section_keeps_its_least():
+def test_time_is_divided_and_the_required_section_keeps_its_minimum():
     from bench.cuda.sections import ends_of
 
     first, needed, last = (
@@ -42,20 +42,20 @@ def test_time_is_shared_out_and_the_required_section_keeps_its_least():
     )
     sections = [first, needed, last]
     assert ends_of(sections, 0, 85) == [50, 75, 85]
-    # Of 25 seconds the first may take 5, though its share is 14.7.
+    # The first section may take 5 of 25 seconds, though its share is 14.7.
     assert ends_of(sections, 0, 25) == [5, 25, 25]
-    # What does not even hold the required one is all for it.
+    # If the time is too short even for the required section, it gets all of the time.
     assert ends_of(sections, 100, 110) == [100, 110, 110]
 
 
-def test_the_sections_are_eight_minutes():
+def test_the_sections_take_eight_minutes():
     from bench.cuda.__main__ import arguments
     from bench.cuda.sections import SECTIONS
 
     assert sum(section.seconds for section in SECTIONS) == 480 and arguments([]).minutes == 8
 
 
-def test_tests_come_in_order_of_importance():
+def test_tests_are_ordered_by_importance():
     from bench.cuda.sections import FIRST_TESTS, KERNEL_TESTS, test_files
 
     kernels, others = ([path.stem.removeprefix("test_") for path in test_files(own)] for own in (True, False))
@@ -63,7 +63,7 @@ def test_tests_come_in_order_of_importance():
     assert len({*kernels, *others}) == len(kernels) + len(others) and "rollout" in others
 
 
-def test_sections_come_in_order_of_importance():
+def test_sections_are_ordered_by_importance():
     from bench.cuda.sections import SECTIONS
 
     names = [section.name for section in SECTIONS]
@@ -86,7 +86,7 @@ def test_settings_for_other_programs_are_not_passed_on(monkeypatch):
     assert (found["DS_ACCELERATOR"], found["CUDA_VISIBLE_DEVICES"]) == ("cpu", "") and "RANK" not in found
 
 
-def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
+def test_a_section_that_works_and_a_section_that_dies(tmp_path, capfdbinary):
     from bench.cuda.sections import FAILED, PASSED, run_section
 
     deadline = time.time() + 60
@@ -98,7 +98,7 @@ def test_a_section_that_works_and_one_that_dies(tmp_path, capfdbinary):
     assert b"hello" in (tmp_path / "output.log").read_bytes() and b"hello" in capfdbinary.readouterr().out
 
 
-def test_a_section_that_hangs_is_stopped_with_what_it_started(tmp_path):
+def test_a_section_that_hangs_is_stopped_with_its_children(tmp_path):
     from bench.cuda import sections as cuda_sections
 
     child = tmp_path / "child"
@@ -117,7 +117,7 @@ time.sleep(100)
     wait_until_gone(int(child.read_text()))
 
 
-def test_children_have_their_grace_also_where_the_first_process_ends_at_once(tmp_path):
+def test_children_get_a_grace_period_if_the_parent_ends_at_once(tmp_path):
     from bench.cuda.sections import child, end
 
     slow = f"""
@@ -148,24 +148,24 @@ class Gone:
 
 
 @pytest.mark.parametrize("stdout", [SimpleNamespace(buffer=Gone()), None])
-def test_a_section_goes_on_where_the_terminal_is_gone(tmp_path, monkeypatch, stdout):
+def test_a_section_continues_if_the_terminal_is_closed(tmp_path, monkeypatch, stdout):
     from bench.cuda.sections import PASSED, run_section
 
     monkeypatch.setattr(sys, "stdout", stdout)
     deadline = time.time() + 20
-    # More than a pipe holds.
+    # The output is larger than a pipe buffer.
     found = run_section(section("for i in range(20000): print('a line', i)"), run_of(tmp_path), deadline, deadline)
     assert found.outcome == PASSED and (tmp_path / "output.log").read_bytes().endswith(b"a line 19999\n")
 
 
-def test_the_terminal_has_all_where_the_log_cannot_be_written(capfdbinary):
+def test_the_terminal_shows_everything_if_the_log_cannot_be_written(capfdbinary):
     from bench.cuda.sections import _copy, terminal
 
     _copy([b"one\n", b"two\n"], Gone(), terminal())
     assert capfdbinary.readouterr().out == b"one\ntwo\n"
 
 
-def test_what_makes_files_ahead_prints_to_the_log(tmp_path):
+def test_output_of_file_preparation_goes_to_the_log(tmp_path):
     from bench.cuda.sections import Section, beside, wait_for
 
     made = Section("made", "", 1, 0, lambda run: [], ahead=lambda run: [sys.executable, "-c", "print('made'); 1 / 0"])
@@ -177,7 +177,7 @@ def test_what_makes_files_ahead_prints_to_the_log(tmp_path):
 
 @pytest.fixture
 def handlers():
-    """Those of this process come back after the test."""
+    """Restore the signal handlers of this process after the test."""
     own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in own.items():
@@ -185,7 +185,7 @@ def handlers():
 
 
 def outcomes_of(run, sections: list, began: float, deadline: float) -> dict[str, tuple[str, str]]:
-    """Of run_sections, by name: outcome and reason."""
+    """Return the outcome and reason of each section of run_sections by name."""
     from bench.cuda.__main__ import run_sections
 
     run_sections(run, sections, began, deadline)
@@ -193,7 +193,7 @@ def outcomes_of(run, sections: list, began: float, deadline: float) -> dict[str,
     return {line["section"]: (line["outcome"], line["reason"]) for line in lines}
 
 
-def test_starting_up_is_not_at_the_cost_of_the_first_section(tmp_path, handlers):
+def test_startup_time_does_not_count_towards_the_first_section(tmp_path, handlers):
     from bench.cuda.sections import PASSED
 
     sections = [section("", "first", seconds=10), section("", "second", seconds=90)]
@@ -202,7 +202,7 @@ def test_starting_up_is_not_at_the_cost_of_the_first_section(tmp_path, handlers)
     assert found == {"first": (PASSED, ""), "second": (PASSED, "")}
 
 
-def test_an_interruption_keeps_what_its_section_has_found(tmp_path, handlers):
+def test_an_interruption_keeps_the_results_of_its_section(tmp_path, handlers):
     from bench.cuda.sections import INTERRUPTED, LEFT_OUT, STOPPED
 
     line = json.dumps({"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "why"})
@@ -223,7 +223,7 @@ def test_an_interruption_keeps_what_its_section_has_found(tmp_path, handlers):
     assert not list(tmp_path.glob(".*.tests"))
 
 
-def test_a_section_without_time_is_left_out(tmp_path):
+def test_a_section_without_time_is_skipped(tmp_path):
     from bench.cuda.sections import LEFT_OUT, run_section
 
     found = run_section(section("", least_s=20), run_of(tmp_path), time.time() + 5, time.time() + 60)
@@ -253,12 +253,12 @@ def test_late(): pass
 
 
 def logged(folder: Path, until_s: float, slow_s: float) -> dict[str, tuple[str, str]]:
-    """Outcome and reason of each of TESTS, run with bench.cuda.section_log."""
+    """Return the outcome and reason of each of TESTS, run with bench.cuda.section_log."""
     from bench.cuda.sections import Section, run_section
 
     path = folder / "test_made.py"
     path.write_text(TESTS)
-    # -c: this project's settings would have it collected from the repository.
+    # -c is needed because this project's settings would collect the file from the repository.
     options = [
         "-p",
         "bench.cuda.section_log",
@@ -277,7 +277,7 @@ def logged(folder: Path, until_s: float, slow_s: float) -> dict[str, tuple[str, 
     return {test["test"].rpartition("::")[2]: (test["outcome"], test["reason"]) for test in result.tests}
 
 
-def test_each_test_of_a_section_is_logged_and_none_begun_too_late(tmp_path):
+def test_each_test_of_a_section_is_logged_and_none_starts_too_late(tmp_path):
     found = logged(tmp_path, 60, 0)
     assert found["test_right"] == ("passed", "") and found["test_skipped"] == ("skipped", "for a reason")
     assert found["test_wrong"][0] == "failed" and "one is not two" in found["test_wrong"][1]
@@ -300,7 +300,7 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_without_a_device_it_says_how_to_rehearse(tmp_path):
+def test_error_without_a_device_says_how_to_rehearse(tmp_path):
     done = command("--output", str(tmp_path / "results"))
     assert done.returncode == 2 and "python -m bench.cuda --device cpu" in done.stderr
     assert not (tmp_path / "results").exists()
@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_relative_output_is_where_the_run_was_started(tmp_path):
+def test_a_relative_output_starts_at_the_current_folder(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
     arguments = ["--device", "cpu", "--only", "machine", "--output", "here"]
     done = subprocess.run(
@@ -341,7 +341,7 @@ def test_a_relative_output_is_where_the_run_was_started(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_it_sums_up_what_it_has(tmp_path):
+def test_an_interrupted_run_prints_a_summary(tmp_path):
     folder = tmp_path / "results"
     arguments = ["--device", "cpu", "--output", str(folder), "--only", "machine", "correctness", "heads"]
     process = subprocess.Popen(
@@ -350,7 +350,7 @@ def test_interrupted_it_sums_up_what_it_has(tmp_path):
     for line in process.stdout:
         if line.startswith("=== correctness:"):
             break
-    # Its process is there, and loads torch.
+    # The process of the section runs and is loading torch.
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
@@ -367,7 +367,7 @@ def lines_of(folder: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rehearsal(tmp_path):
-    """All sections at toy sizes; what needs a device is left out with its reason."""
+    """All sections run at toy sizes, and sections that need a device are skipped with a reason."""
     from bench.cuda.sections import SECTIONS
 
     folder = tmp_path / "results"
@@ -376,7 +376,7 @@ def test_rehearsal(tmp_path):
     outcomes = {line["section"]: line["outcome"] for line in lines if line["bench"] == "section"}
     assert list(outcomes) == [section.name for section in SECTIONS]
     assert outcomes.pop("correctness") == outcomes.pop("stages") == "left out"
-    # Written again with the optimiser, which was measured after the steps.
+    # The record is written again with the optimizer, which was measured after the steps.
     apart = [line for line in lines if line["bench"] == "step" and "apart" in line["case"]]
     assert "not measured" in apart[0]["optimizer"]["how"] and apart[-1]["optimizer"]["scaled"]
     assert set(outcomes.values()) == {"passed"}, outcomes
@@ -387,7 +387,7 @@ def test_rehearsal(tmp_path):
     for line in measured:
         assert f"## {line['bench']} " in summary
     assert "promised" not in summary
-    # The summary on the terminal has no tables of all cases: each was printed when it was measured.
+    # The summary on the terminal has no tables of all cases, because each table was printed when it was measured.
     ending = done.stdout.partition("## Sections")[2]
     assert "## step " in ending and "## discriminator " not in ending
 
@@ -403,7 +403,7 @@ def missing(folder: Path, *records: dict, toy: bool = False) -> bool:
     return bool(missing_steps(SimpleNamespace(records=run.records, toy=toy)))
 
 
-def test_whole_steps_are_missing_unless_shared_ones_were_measured(tmp_path):
+def test_whole_steps_are_missing_unless_shared_steps_were_measured(tmp_path):
     fine = step_record("one", k4=1.0)
     assert missing(tmp_path) and not missing(tmp_path, fine)
     assert not missing(tmp_path, step_record("one", k4_again=1.0))
@@ -411,11 +411,11 @@ def test_whole_steps_are_missing_unless_shared_ones_were_measured(tmp_path):
     copies = step_record("one")
     copies["variants"]["copies K=4 N=8"] = fine["variants"]["shared K=4 N=8"]
     assert missing(tmp_path, copies)
-    # Those of a rehearsal count in one alone.
+    # Steps of a rehearsal count only in a rehearsal.
     assert missing(tmp_path, fine | {"quick": True}) and not missing(tmp_path, fine | {"quick": True}, toy=True)
 
 
-def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path):
+def test_a_line_truncated_by_a_kill_does_not_affect_others(tmp_path):
     from bench.core.records import append_line, load, load_run, read_lines, save
     from bench.core.report import summary
     from bench.cuda.__main__ import missing_steps
@@ -467,5 +467,5 @@ def test_a_ceiling_is_the_median_of_the_last_half(monkeypatch):
     monkeypatch.setattr(launches, "_timed", timed)
     assert launches.call_seconds(None, torch.device("cuda"), 1.0) == 0.02
     launches.call_seconds(None, torch.device("cpu"), 0.0)
-    # A second of calls that take 10 ms each; where no time is given, few.
+    # A second has 100 calls of 10 ms each; without a stated time, few calls are counted.
     assert counts == [3, 3, 100, 3, 3, launches.LEAST_CALLS]

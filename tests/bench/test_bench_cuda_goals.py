@@ -1,4 +1,4 @@
-"""What records of a CUDA machine say about each goal of bench/core/goals.py."""
+"""Test the verdicts of CUDA records for each goal of bench/core/goals.py."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def statuses(record: dict) -> list[str]:
 
 def test_goals_of_the_heads():
     loss = head_record("linear_policy_loss", Liger_chunked_GRPO=220.0, **{"TRL_chunked_log-prob": 105.0})
-    # 1.1 of the GEMMs; 500 of 572 MiB; 10 and 4.8 times faster.
+    # The loss takes 1.1 times the GEMMs and 500 of 572 MiB, and is 10 and 4.8 times faster.
     assert statuses(loss) == ["met", "met", "met", "MISSED"]
     assert "1.100 times the bare GEMMs (6TDV), at most 1.15 (n = 9)" in verdicts_of(loss)[0][1]
     assert statuses(head_record("linear_policy_loss", ours=23.1)) == ["MISSED", "met", "NOT MEASURED", "NOT MEASURED"]
-    # The best peer counts.
+    # The comparison is with the best peer.
     assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=28.0)) == ["met", "MISSED"]
     assert statuses(head_record("linear_logprob", eager=60.0, Liger_scaled_CE=29.0)) == ["met", "met"]
     assert statuses(head_record("linear_logprob", "frozen")) == ["met"]
@@ -30,13 +30,13 @@ def test_goals_of_the_heads():
 
 def test_goals_of_the_step():
     found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
-    # Gradient norms; 1.5 / 1.4 of K=1, 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, with 16 groups 9.6 / 16.5; as
-    # predicted; 4.9.
+    # The verdicts are for gradient norms; 1.5 / 1.4 of K=1 and 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, and with
+    # 16 groups 9.6 / 16.5; the predicted time; 4.9.
     assert statuses(found) == ["met", "met", "met", "MISSED", "met", "met", "MISSED"]
     assert [text.partition(":")[2][:6] for _, text in verdicts_of(found)[3:5]] == [" 40.0%", " 58.2%"]
     slow = step_record("P8192-R512-bfloat16", k4=1.4, k1=0.9, padded=7.0)
     assert statuses(slow) == ["met", "MISSED", "MISSED", "MISSED", "MISSED", "MISSED", "met"]
-    # Recomputed layers are compared with such alone.
+    # Steps with recomputed layers are only compared with each other.
     recomputed = step_record("P8192-R512-bfloat16", k4_again=1.0, k1=0.5, k1_again=0.9, padded_again=6.0)
     assert statuses(recomputed) == ["met", "met", "met", "MISSED", "met", "met", "met"]
     assert "shared K=4 N=8, checkpointing takes 1.071 of shared K=1 N=8, checkpoint" in verdicts_of(recomputed)[1][1]
@@ -54,7 +54,7 @@ def test_goals_of_the_step():
         ("NOT MEASURED", "shared K=1 N=8: no time left"),
         ("NOT MEASURED", "shared K=4 N=8: utilisation: optimiser apart"),
     ]
-    # With four groups 0.6 / 1.9 of the peak; 16 of them are 4 of these with one optimiser step: 2.4 / 6.1.
+    # Four groups take 0.6 / 1.9 of the peak. 16 groups are 4 of these with one optimizer step: 2.4 / 6.1.
     several = verdicts_of(step_record("P2048-R128-bfloat16", k4=1.0, several=1.4))
     assert [text.partition("groups: ")[2][:5] for _, text in several[5:7]] == ["31.6%", "39.3%"]
 
@@ -70,7 +70,7 @@ def test_goals_of_the_discriminator():
     )
 
 
-def test_every_goal_has_a_case_that_is_measured():
+def test_every_goal_has_a_measured_case():
     from bench.core.goals import GOALS, verdicts
 
     modules = bench_modules()
@@ -78,7 +78,7 @@ def test_every_goal_has_a_case_that_is_measured():
     for goal in goals:
         if goal.bench != "media":
             assert goal.case in [case.name for case in modules[goal.bench].cases(False, "cuda")], goal
-    # Without a record every goal is there; so it is with one of a rehearsal.
+    # Every goal is listed without a record, and also with the record of a rehearsal.
     rehearsed = head_record("linear_logprob") | {"quick": True}
     for records in ([], [rehearsed]):
         found = list(verdicts(records, "cuda"))

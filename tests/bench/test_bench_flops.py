@@ -1,4 +1,4 @@
-"""FLOPs: against torch's own counter on a tiny model, by hand, and against the published estimates for Qwen3-VL-4B."""
+"""Test FLOPs against torch's own counter on a tiny model, by hand, and against published estimates for Qwen3-VL-4B."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ QWEN3_VL_4B = {
     },
 }
 
-# Prefix in thousands of tokens, response: per M, shared over M=1 and naive over shared.
+# The keys are the prefix in thousands of tokens and the response; the values are per M, shared over M=1 and naive over
+# shared.
 ONE_MODEL = {
     (2, 128): [(1.05, 1.9), (1.21, 4.1), (1.43, 6.3), (1.80, 8.9)],
     (2, 512): [(1.19, 1.7), (1.74, 2.9), (2.49, 3.6), (3.79, 4.2)],
@@ -42,7 +43,7 @@ ONE_MODEL = {
     (8, 512): [(1.06, 1.9), (1.25, 4.0), (1.50, 6.0), (1.95, 8.2)],
     (16, 512): [(1.04, 1.9), (1.15, 4.4), (1.30, 6.9), (1.56, 10.3)],
 }
-# K=4, N=8: against naive K=1, N=1; against shared K=1, N=8; naive over shared.
+# The values for K=4, N=8 are relative to naive K=1, N=1 and to shared K=1, N=8, and naive over shared.
 WHOLE_STEP = {
     (2, 128): (1.03, 1.05, 6.7),
     (2, 512): (1.93, 1.10, 3.6),
@@ -57,14 +58,16 @@ WHOLE_STEP = {
 
 
 def _video(tokens: int) -> list[tuple[int, int, int]]:
-    """A video of that many vision tokens, 4 x 10 per frame pair."""
+    """Return a video with this many vision tokens, 4 x 10 per frame pair."""
     return [(tokens // 40, 8, 20)]
 
 
 @pytest.mark.parametrize(("prefix", "response"), ONE_MODEL)
 def test_table_of_one_model(prefix: int, response: int) -> None:
-    """All 40 entries, to the digits given: 2, 8 and 16 thousand prompt tokens, all of them vision tokens; the tower and
-    its mergers trained, forward and backward, without the tower's attention; the head on response rows.
+    """Check all 40 entries to the given digits: 2, 8 and 16 thousand prompt tokens, all of them vision tokens.
+
+    The tower and its mergers are trained, forward and backward, without the attention of the tower. The head runs on
+    response rows.
     """
     tokens = 1000 * prefix
 
@@ -81,7 +84,7 @@ def test_table_of_one_model(prefix: int, response: int) -> None:
 
 @pytest.mark.parametrize(("prefix", "response"), WHOLE_STEP)
 def test_table_of_a_whole_step(prefix: int, response: int) -> None:
-    """Within 2.5 %: frozen tower, once for the step or once per row and model; naive with N + K discriminator rows."""
+    """Check the published ratios within 2.5 %; the naive discriminator has N + K rows."""
     tokens = 1000 * prefix
 
     def total(teachers: int, rollouts: int, mode: str) -> int:
@@ -93,8 +96,8 @@ def test_table_of_a_whole_step(prefix: int, response: int) -> None:
     assert found == pytest.approx(WHOLE_STEP[prefix, response], rel=0.025)
 
 
-def test_by_hand() -> None:
-    """2 layers, D=4, 2 heads of 3, 1 kv head, ffn 5, 7 words: 10 tokens = prefix 5, responses 2 and 3."""
+def test_packed_and_copied_flops_by_hand() -> None:
+    """Use 2 layers, D=4, 2 heads of 3, 1 kv head, ffn 5, 7 words, and 10 tokens: prefix 5, responses 2 and 3."""
     config = SimpleNamespace(
         text_config=SimpleNamespace(
             hidden_size=4,
@@ -106,13 +109,13 @@ def test_by_hand() -> None:
             vocab_size=7,
         )
     )
-    # q 4x6, k and v 4x3 each, o 6x4, three times 4x5: 132 weights a layer.
+    # q has 4x6 weights, k and v 4x3 each, o 6x4, and the MLP three times 4x5, which is 132 weights per layer.
     assert balance_weights(config) == (2 * 2 * 132, 2 * 4 * 6)
-    # 15 pairs in the prefix, 3 + 10 and 6 + 15 in the responses.
+    # The prefix has 15 pairs, and the responses have 3 + 10 and 6 + 15.
     packed = packed_flops(config, [Load(5, [2, 3])])
     assert packed == Flops(dense=10 * 528, attention=(15 + 13 + 21) * 48, head=5 * 2 * 28)
     assert packed.total == 5280 + 2352 + 280
-    # Rows of 7 and 8 tokens: 28 and 36 pairs; padded both have 8.
+    # Rows of 7 and 8 tokens have 28 and 36 pairs; when padded, both have 8 tokens.
     assert copies_flops(config, [Load(5, [2, 3])]) == Flops(dense=15 * 528, attention=64 * 48, head=280)
     assert padded_flops(config, [Load(5, [2, 3])]) == Flops(dense=16 * 528, attention=72 * 48, head=280)
     trained = packed_flops(config, [Load(5, [2, 3])], backward=True, checkpointing=True)
@@ -132,13 +135,13 @@ def test_step_adds_up() -> None:
         expected = one(count_flops, written, backward=True) + one(count_flops, written, vision=False)
         expected += one(count_flops, judged, backward=True, vision=False, head=False)
         assert step_flops(QWEN3_VL_4B, groups, mode) == expected
-    # Teacher responses in turn: 25, 35, 25 for three rollouts; every row encodes its media again.
+    # Three rollouts take teacher responses in turn: 25, 35, 25. Every row encodes its media again.
     paired = [Load(500, [20, 30, 40, 25, 35, 25], _video(448)), Load(300, [10], _video(256))]
     expected = one(copies_flops, written, backward=True) + one(copies_flops, written)
     assert step_flops(QWEN3_VL_4B, groups, "copies", discriminator=False) == expected
     expected += one(copies_flops, paired, backward=True, head=False)
     assert step_flops(QWEN3_VL_4B, groups, "copies") == expected
-    # A trained tower: each model encodes with its own.
+    # If the tower is trained, each model encodes with its own tower.
     expected = one(packed_flops, written, backward=True, train_vision=True) + one(packed_flops, written)
     assert step_flops(QWEN3_VL_4B, groups, "shared", train_vision=True, discriminator=False) == expected
     assert step_flops(QWEN3_VL_4B, groups, "shared", reference=False, discriminator=False) == one(
@@ -188,8 +191,8 @@ def tiny_model():
 
 
 @pytest.mark.parametrize("train_vision", [False, True])
-def test_against_the_counter_of_torch(tiny_model, train_vision: bool) -> None:
-    """Forward and backward of one row with an image, module by module. Eager attention computes all L^2 pairs."""
+def test_flops_equal_the_torch_counter(tiny_model, train_vision: bool) -> None:
+    """Count forward and backward of one row with an image by module; eager attention computes all L^2 pairs."""
     model, config = tiny_model, tiny_model.config
     model.requires_grad_(True)
     model.model.visual.requires_grad_(train_vision)
@@ -217,14 +220,14 @@ def test_against_the_counter_of_torch(tiny_model, train_vision: bool) -> None:
         passes = 3 if backward else 1
         pairs = length * (length + 1) // 2
         assert flops.attention == passes * per_pair * pairs
-        # The model's head runs on all rows, its eager attention on masked pairs too. Its rotary tables and the
-        # interpolation of position embeddings are products of matrices as well: far below 1 %.
+        # The model's head runs on all rows, and its eager attention also on masked pairs. Its rotary tables and the
+        # interpolation of position embeddings are matrix products too, far below 1 %.
         expected = flops.total + passes * per_pair * (length**2 - pairs) + flops.head * (length - 5) // 5
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
         assert counter.get_total_flops() >= expected
 
 
-def test_errors_name_what_is_missing() -> None:
+def test_errors_name_the_missing_field() -> None:
     with pytest.raises(ValueError, match="vision_config: expected .*depth"):
         packed_flops({"text_config": QWEN3_VL_4B["text_config"]}, [Load(64, [1], [(1, 16, 16)])])
     with pytest.raises(ValueError, match="mode: expected one of"):

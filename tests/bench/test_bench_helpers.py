@@ -1,4 +1,4 @@
-"""The benchmark suite's own arithmetic and bookkeeping: what is claimed from its records rests on these."""
+"""Test the arithmetic and bookkeeping of the benchmark suite, on which all claims from its records depend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cuda_records import bench_modules
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
-    """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
+    """Restore malloc's defaults, because `measure` keeps freed memory for the whole process."""
     yield
     from bench.core.memory import plain_malloc
 
@@ -37,18 +37,18 @@ def _variant(name, calls, seconds=0.0):
     return Variant(name, forward)
 
 
-def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
+def test_rounds_rotate_the_order_and_slow_variants_run_in_fewer():
     from bench.core.measure import Effort, interleaved
 
     calls = []
     variants = [_variant("a", calls), _variant("b", calls, 0.02), _variant("c", calls)]
     effort = Effort(seconds=0.03, most_rounds=4, slow_s=1.0, limit_s=1.0, least_rounds=2)
     timings = interleaved(variants, effort, CPU)
-    # "b" has used 0.04 s after its two least rounds.
+    # "b" has used 0.04 s after its two required rounds.
     assert calls == ["a", "b", "c", "b", "c", "a", "c", "a", "a", "c"]
     assert {name: sorted(own) for name, own in timings.items()} == {"a": [0, 1, 2, 3], "b": [0, 1], "c": [0, 1, 2, 3]}
     assert all(t.forward_ms >= 20 and t.backward_ms == 0 for t in timings["b"].values())
-    # Claims rest on ours, eager and the GEMMs: they have a least number of their own.
+    # Claims depend on ours, eager and the GEMMs, which have their own minimum number of rounds.
     effort = Effort(seconds=0.0, most_rounds=9, slow_s=1.0, limit_s=1.0, least_rounds=2, always_rounds=7)
     rounds = interleaved([_variant(name, []) for name in ("bare GEMMs", "ours", "eager", "peer")], effort, CPU)
     assert {name: len(own) for name, own in rounds.items()} == {"bare GEMMs": 7, "ours": 7, "eager": 7, "peer": 2}
@@ -58,7 +58,7 @@ def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
     from bench.core.measure import GEMMS, Effort, measure, numbers_of
 
     calls = []
-    # The baseline is timed properly however long it takes.
+    # The baseline is timed properly, however long it takes.
     variants = [_variant("quick", calls), _variant("slow", calls, 0.05), _variant(GEMMS, calls, 0.05)]
     effort = Effort(seconds=0.01, most_rounds=3, slow_s=0.04, limit_s=1.0, least_rounds=3)
     numbers = numbers_of(measure(variants, effort, CPU), variants, baseline="quick")
@@ -69,7 +69,7 @@ def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
     assert numbers["quick"]["share_of_gemms"] == 1.0
 
 
-def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
+def test_a_failing_peer_is_reported_and_our_failure_is_an_error():
     from bench.core.measure import OURS, Effort, Variant, measure
 
     def broken():
@@ -99,7 +99,7 @@ def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
         "gradient 0": 0.0,
         "gradient 1": 0.5,
     }
-    # The second gradient alone is off.
+    # Only the second gradient is wrong.
     with pytest.raises(AssertionError, match="gradient 1"):
         measure([variant(OURS, 2.0), variant(EAGER, 2.01)], effort, CPU, base=OURS)
     assert difference(torch.tensor([3.0, 4.0]), torch.zeros(2)) == float("inf")
@@ -112,13 +112,13 @@ def test_ratios_of_medians_and_by_round():
     totals = {"gemms": {0: 10.0, 1: 20.0, 2: 30.0}, "ours": {0: 20.0, 1: 25.0, 2: 30.0}, "alone": {-1: 40.0}}
     assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 20.0 / 25.0)
     totals["ours"] = {0: 20.0, 2: 30.0}
-    # Medians 20 and 25; common rounds 0 and 2 with ratios 0.5 and 1.
+    # The medians are 20 and 25, and the common rounds 0 and 2 have ratios 0.5 and 1.
     assert ratio(totals, "gemms", "ours") == (20.0 / 25.0, 0.75)
     assert ratio(totals, "gemms", "alone") == (0.5, None)
     assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx({"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0})
 
 
-def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off():
+def test_peak_includes_freed_memory_and_excludes_gradients():
     from bench.core.measure import Effort, measure, numbers_of, with_gradients
     from bench.core.memory import peak_extra_bytes
 
@@ -127,19 +127,19 @@ def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off()
     weight = torch.ones(8 * MIB, requires_grad=True)
 
     def loss():
-        # 64 MiB that are gone before the next 32 MiB come, and the gradient of 32 MiB is there: the peak is 64.
+        # 64 MiB are freed before the next 32 MiB are allocated, and the gradient of 32 MiB exists, so the peak is 64.
         torch.ones(16 * MIB).mul_(2.0)
         return (weight * 2.0).sum()
 
     effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
     variant = with_gradients("it", loss, (weight,))
     numbers = numbers_of(measure([variant], effort, CPU), [variant], baseline=None)["it"]
-    # Between that and the two next sums, 32 and 96; machines round resident pages to their own sizes.
+    # The bounds lie between 64 and the neighboring sums 32 and 96, because machines round resident pages differently.
     assert 48 < numbers["peak_mib"] < 80
     assert numbers["peak_beyond_gradients_mib"] == pytest.approx(numbers["peak_mib"] - 32, abs=0.01)
 
 
-def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
+def test_freed_blocks_are_kept_to_avoid_page_faults():
     from bench.core.memory import fill_thread_cache, keep_freed_memory, page_faults, plain_malloc
 
     def faults_of_a_block():
@@ -151,20 +151,20 @@ def test_freed_blocks_are_kept_so_that_repeated_calls_fault_no_pages():
     pages = 16 * MIB // 4096
     with plain_malloc() as is_plain:
         if not is_plain:
-            pytest.skip("malloc is set up for glibc only")
+            pytest.skip("malloc is configured for glibc only")
         plain = min(faults_of_a_block() for _ in range(4))
     if plain < 0.9 * pages:
-        pytest.skip("large blocks have pages beyond 4 KiB here")
+        pytest.skip("large blocks use pages larger than 4 KiB here")
     assert keep_freed_memory(128 * MIB)
     # The first calls may leave gaps (see fill_thread_cache).
     assert max([faults_of_a_block() for _ in range(20)][10:]) < 0.1 * pages
     with plain_malloc():
-        # Freed blocks of the heap are not taken, though they are there.
+        # Freed blocks of the heap are available but not used.
         assert all(faults_of_a_block() >= 0.9 * pages for _ in range(4))
 
 
 @pytest.mark.parametrize(("passes", "products"), [("score", 1), ("frozen", 2), ("trainable", 3)])
-def test_bare_gemms_are_those_of_the_loss(passes, products):
+def test_bare_gemms_equal_those_of_the_loss(passes, products):
     from bench.core.measure import bare_gemms, gemm_flop
 
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
@@ -192,7 +192,7 @@ def test_inputs_follow_the_case():
     assert torch.equal(plain.advantages[:20], plain.advantages[:1].expand(20))
 
 
-def test_gate_accepts_eager_itself_and_refuses_what_is_off():
+def test_gate_accepts_eager_and_refuses_wrong_results():
     from bench.heads.cases import Case, checked
     from bench.heads.peers import eager_cross_entropy
 
@@ -217,7 +217,7 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
         checked("off in chunks", case, off_in_chunks, eager)
 
 
-def test_peers_agree_and_those_that_do_not_run_are_named():
+def test_peers_agree_and_unavailable_peers_are_reported():
     from bench.heads.cases import Case, head_inputs
     from bench.heads.peers import CROSS_ENTROPY, LOGPROB, POLICY, gather
 
@@ -238,7 +238,7 @@ def test_both_forms_of_the_discriminator_pass_its_gate():
 
     case = Case(torch.float32, "train", batch=3, length=5, hidden=64)
     assert set(gate(case)) == set(FORMS) == {"ours", "ours in one call"}
-    # Rows gathered beforehand are batches of length 1.
+    # Rows that were gathered beforehand are batches of length 1.
     rows = make_inputs(Case(torch.float32, "rows", batch=3, length=1, hidden=64))
     values = {name: loss(rows).item() for name, loss in (FORMS | {EAGER: eager}).items()}
     assert values == pytest.approx(dict.fromkeys(values, values[EAGER]), rel=1e-5)
@@ -273,7 +273,7 @@ def _record(bench="linear_policy_loss", ours_ms=5.0, **changes):
     return record | changes
 
 
-def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
+def test_records_are_appended_and_the_newest_of_a_case_is_used(tmp_path):
     from bench.core.records import load, save
     from bench.core.report import case_text
 
@@ -289,7 +289,7 @@ def test_records_are_appended_and_the_newest_of_a_case_counts(tmp_path):
     assert "QuACK: not run: CuTe kernels for CUDA only" in text and "92%" in text
 
 
-def test_chart_draws_what_the_records_hold(tmp_path):
+def test_chart_draws_the_recorded_values(tmp_path):
     from bench.core.records import load, save
     from bench.core.report import heads_chart
 
@@ -300,15 +300,15 @@ def test_chart_draws_what_the_records_hold(tmp_path):
         save(record, tmp_path)
     root = ElementTree.fromstring(heads_chart(load(tmp_path, "heads")))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    # The longest plain case alone. 5.0 / 4.6 for ours, 61 / 4.6 for the peer, whose bar is cut and keeps its number; a
-    # star for its one cold call.
+    # The chart shows only the longest plain case: 5.0 / 4.6 for ours, and 61 / 4.6 for the peer, whose bar is cut and
+    # keeps its number. A star marks its single cold call.
     assert {"ours", "eager", "a peer *", "1.09", "13", "900"} <= set(words) and words.count("ours") == 1
     assert any("T = 2048" in word for word in words)
     with pytest.raises(ValueError, match="at least one case"):
         heads_chart([])
 
 
-def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
+def test_commits_and_machines_are_stated_and_never_mixed(tmp_path):
     import json
 
     from bench.core.records import hardware_of, load, sources
@@ -330,7 +330,7 @@ def test_commits_and_machines_are_named_and_never_mixed(tmp_path):
     assert [hardware_of(record) for record in load(tmp_path, "heads", device="cuda")] == ["big"]
 
 
-def test_table_holds_ratios_and_leaves_cold_calls_out():
+def test_table_has_ratios_and_excludes_cold_calls():
     from bench.core.report import heads_page
 
     facts = {"cpu": "one", "threads": 2, "torch": "2.13.0", "commit": "a" * 40}
@@ -351,7 +351,7 @@ def test_claims_are_checked_against_the_records():
         return [v for v in verdicts(list(records), "cpu") if v.where == f"linear_policy_loss {_record()['case']}"]
 
     found = of(_record())
-    # Rate; whole peak and peak beyond gradients; eager and the peer.
+    # The verdicts are for the rate, the whole peak and the peak beyond gradients, and eager and the peer.
     assert [verdict.status for verdict in found] == ["MISSED", "MISSED", "met", "met", "met"]
     assert "92.0%" in found[0].what and "n = 3" in found[0].what
     assert "1.0000 of eager" in found[1].what and "0.1111 of eager" in found[2].what
@@ -362,7 +362,7 @@ def test_claims_are_checked_against_the_records():
     without = _record()
     del without["variants"]["eager"]
     assert [verdict.status for verdict in of(without)] == ["MISSED", *["NOT MEASURED"] * 3, "met"]
-    # Without any record every goal is there all the same.
+    # Every goal is listed without any record.
     on_cpu = [goal for goal in GOALS if goal.device == "cpu"]
     assert [verdict.status for verdict in verdicts([], "cpu")] == ["NOT MEASURED"] * len(on_cpu)
     conditions = _record(case=CONDITIONS["linear_policy_loss"][1])
@@ -375,7 +375,7 @@ def test_claims_are_checked_against_the_records():
     assert [verdict.status for verdict in found] == ["met", "MISSED"]
 
 
-def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
+def test_cases_with_a_claim_are_exactly_the_measured_cases():
     from bench.core.goals import CASES, CLAIM_CASES, CONDITIONS, METRICS, SWEPT, TABLE
 
     modules = bench_modules()

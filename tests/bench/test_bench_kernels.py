@@ -1,4 +1,4 @@
-"""The benchmarks of single kernels: what they count, that rehearsals go all the way, how they end when time is up."""
+"""Test the benchmarks of single kernels: their counts, complete rehearsals, and their end when time is up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
-    """`measure` keeps freed memory for the whole process; the tests after these shall have malloc's defaults."""
+    """Restore malloc's defaults, because `measure` keeps freed memory for the whole process."""
     yield
     from bench.core.memory import plain_malloc
 
@@ -42,18 +42,16 @@ def small(**changes):
     return Case(4, 3, 2, heads=4, key_heads=2, size=8, dtype=torch.float32, **changes)
 
 
-# What is counted.
-
-
 def test_pairs_and_bytes_by_hand():
     from bench.prefix.decode import EXPANDED, decode_bytes
     from bench.prefix.variants import make_inputs, visible
 
     case = small()
-    # The prefix with itself 1 + 2 + 3 + 4; each response 1 + 2 + 3 with itself and 3 * 4 with the prefix.
+    # The prefix attends to itself in 1 + 2 + 3 + 4 pairs; each response has 1 + 2 + 3 with itself and 3 * 4 with the
+    # prefix.
     assert case.shared_pairs == 10 + 2 * (6 + 12) == visible(case, make_inputs(case)).sum()
     assert case.separate_pairs == 2 * 28
-    # A row of keys and values is 2 * 2 * 8 numbers of 4 bytes; queries and outputs are 2 * 4 * 8 numbers each.
+    # A row of keys and values has 2 * 2 * 8 numbers of 4 bytes, and queries and outputs have 2 * 4 * 8 numbers each.
     ends = 2 * 2 * 4 * 8 * 4
     assert decode_bytes(replace(case, decode=True)) == {
         "ours": (4 + 2 * 3) * 128 + ends,
@@ -61,7 +59,7 @@ def test_pairs_and_bytes_by_hand():
     }
 
 
-def test_mask_keeps_responses_apart():
+def test_mask_separates_responses():
     from bench.prefix.variants import make_inputs, visible
 
     case = replace(small(), prefix=2, response=2)
@@ -86,11 +84,8 @@ def test_bytes_of_rows_and_frames():
     from bench.heads.profile import Media, PolicyRows
 
     assert PolicyRows(3, 50, torch.bfloat16, "cpu").bytes == 2 * 3 * 50 * 2
-    # 2 frames of 3 channels, 1 byte each; patches of the same number of pixels at half the height, 2 bytes each.
+    # 2 frames have 3 channels of 1 byte each; patches have the same number of pixels at half the height, 2 bytes each.
     assert Media(2, (64, 32), (32, 32), "cpu").bytes == 2 * 3 * (64 * 32 + 2 * 32 * 32)
-
-
-# Attention: all variants are the same function.
 
 
 def test_variants_agree_in_values_and_gradients():
@@ -104,7 +99,7 @@ def test_variants_agree_in_values_and_gradients():
     assert "no backward on CPU" in not_run["FlexAttention"] and "CUDA only" in not_run["separate rows, cuDNN"]
 
 
-def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
+def test_a_failing_peer_is_reported_and_our_failure_is_an_error():
     from bench.prefix.bench_attention import compare
     from bench.prefix.variants import LOOP, build_ways, make_inputs
 
@@ -119,7 +114,7 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
         compare(ways, not_run)
 
 
-def test_gate_refuses_responses_that_see_each_other(monkeypatch):
+def test_gate_refuses_responses_that_attend_to_each_other(monkeypatch):
     from bench.prefix import variants as prefix_variants
     from bench.prefix.bench_attention import gate
 
@@ -128,7 +123,7 @@ def test_gate_refuses_responses_that_see_each_other(monkeypatch):
         out = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1)
 
-    # Not even built: it would be compiled twice.
+    # The variant is not even built, because that would compile it twice.
     monkeypatch.setitem(prefix_variants.WAYS, prefix_variants.FLEX, None)
     errors = gate.__wrapped__(small())
     assert set(errors) >= {"eager", "ours", "dense mask, sdpa"} and set(errors["ours"]) == set(errors["eager"])
@@ -160,14 +155,14 @@ def test_torch_varlen_takes_fewer_key_heads():
     assert [t.shape for t in torch.autograd.grad(out, (q, k), torch.empty_like(out))] == [q.shape, k.shape]
 
 
-def test_variable_length_functions_get_the_copies_one_after_another(monkeypatch):
+def test_variable_length_functions_receive_concatenated_copies(monkeypatch):
     from bench.prefix import variants as own
     from bench.prefix.bench_attention import compare
 
     def flash(q, k, v, edges, edges_k, longest, longest_k):
         assert edges.dtype == torch.int32 and torch.equal(edges, edges_k) and longest == longest_k == 7
         rows = [slice(a, b) for a, b in zip(edges.tolist(), edges.tolist()[1:], strict=False)]
-        # As some versions of flash-attn: a tuple.
+        # Some versions of flash-attn return a tuple.
         return torch.cat([own._causal(q[r][None], k[r][None], v[r][None], None)[0] for r in rows]), None
 
     monkeypatch.setattr(own, "_need_cuda", lambda case, what: None)
@@ -175,9 +170,6 @@ def test_variable_length_functions_get_the_copies_one_after_another(monkeypatch)
     way = own._varlen("flash", lambda: flash)(small(), x)
     differences = compare({"ours": own.ours(small(), x), "flash": way}, {})
     assert max(differences["flash"].values()) < 1e-5 and way.pairs == small().separate_pairs
-
-
-# Launches.
 
 
 def event(name: str, start: float, us: float, **changes) -> SimpleNamespace:
@@ -189,7 +181,7 @@ SPIN = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 
 
 def session(calls: list[list[tuple[str, float]]], padding: int = 4) -> list[SimpleNamespace]:
-    """Events as count_launches makes them: padding, then per call sweep, marker, call, marker."""
+    """Return events as count_launches makes them: padding, and then sweep, marker, call, marker per call."""
     names = [(SPIN, 1.0)] * padding
     for call in calls:
         names += [("fill", 50.0), (SPIN, 3000.0), *call, (SPIN, 1.0)]
@@ -199,12 +191,12 @@ def session(calls: list[list[tuple[str, float]]], padding: int = 4) -> list[Simp
 CALL = [("Memset (Device)", 1.0), ("forward", 5.0), ("add", 2.0), ("add", 3.0)]
 
 
-def test_launches_are_those_between_the_markers():
+def test_launches_between_the_markers_are_counted():
     from bench.core.launches import calls_of, device_events, typical
 
     slow = [(name, us + 1.0) for name, us in CALL]
     events = session([CALL, slow, CALL])
-    # Out of order, with what is no work of the device.
+    # The events are out of order and include events that are not device work.
     others = [event("Context Sync", 5.0, 9e9), event("cudaLaunchKernel", 5.0, 9.0, device_type=DeviceType.CPU)]
     others += [
         event("ProfilerStep", 5.0, 9.0, is_user_annotation=True),
@@ -218,21 +210,21 @@ def test_launches_are_those_between_the_markers():
     assert facts["count"] == 3 and facts["device_us"] == 11.0 and json.dumps(facts)
 
 
-def test_kernels_lost_at_the_head_of_a_session_do_not_count():
+def test_kernels_lost_at_the_start_of_a_session_do_not_count():
     from bench.core.launches import Unavailable, calls_of, device_events
 
     events = device_events(session([CALL] * 3))
-    # All of the padding and the first sweep; the call itself is whole.
+    # All of the padding and the first sweep are lost, but the call itself is complete.
     assert [len(call) for call in calls_of(events[5:])] == [4, 4, 4]
     for missing in (6, len(events)):
         with pytest.raises(Unavailable, match="lost kernels"):
             calls_of(events[missing:])
-    # A marker in the middle.
+    # A marker in the middle is lost.
     with pytest.raises(Unavailable, match="lost kernels"):
         calls_of([own for place, own in enumerate(events) if place != 12])
 
 
-def test_a_call_with_an_unusual_number_of_launches_is_no_example():
+def test_a_call_with_an_unusual_number_of_launches_is_skipped():
     from bench.core.launches import calls_of, device_events, typical
 
     found = typical(calls_of(device_events(session([CALL, [*CALL, ("compiled", 1.0)], CALL]))))
@@ -247,7 +239,7 @@ def test_a_record_says_why_nothing_was_counted(monkeypatch):
         "launches": {},
         "profiler": "launches are counted on CUDA only",
     }
-    # A CPU build of torch knows no CUDA activities: as on a machine without CUPTI.
+    # A CPU build of torch has no CUDA activities, as on a machine without CUPTI.
     monkeypatch.setattr(launches, "supported_activities", lambda: set())
     found = launches.launches_of({"ours": lambda: None}, torch.device("cuda"))
     assert found["launches"] == {} and "CUPTI is missing" in found["profiler"]
@@ -255,7 +247,7 @@ def test_a_record_says_why_nothing_was_counted(monkeypatch):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """A device whose kernels are events of a session: names are launched, each takes 2 µs."""
+    """Simulate a device whose kernels are events of a session; each of `names` is launched and takes 2 µs."""
     from bench.core import launches
 
     launched: list[str] = []
@@ -293,7 +285,7 @@ def pretended_gpu(monkeypatch):
     return launched
 
 
-def test_a_session_is_what_is_read_from_it(pretended_gpu):
+def test_a_session_is_read_completely(pretended_gpu):
     from bench.core.launches import COUNTED, launches_of
 
     def run():
@@ -306,7 +298,7 @@ def test_a_session_is_what_is_read_from_it(pretended_gpu):
     assert found["launches"]["eager"] == {"count": 1, "device_us": 2.0, "span_us": 2.0, "kernels": {"all": (1, 2.0)}}
 
 
-def test_device_timings_leave_out_what_goes_before(pretended_gpu):
+def test_device_timings_exclude_preceding_work(pretended_gpu):
     from bench.core.launches import device_ms, device_timings
     from bench.core.measure import Variant
 
@@ -332,16 +324,13 @@ def test_parts_of_a_head_by_name_and_order():
         "copies": 1, "other kernels": 3, "row kernel": 2, "GEMM logits": 2, "GEMM d_hidden": 4, "GEMM d_weight": 2
     }  # fmt: skip
     assert found["GEMM d_hidden"]["ms"] == 4.0
-    # A frozen head has no d_weight; what does not come out even is told as one.
+    # A frozen head has no d_weight. Launches that do not divide evenly are reported as one part.
     assert parts_of(timeline, GEMMS[:2])["GEMMs"] == {"launches": 8, "ms": 8.0}
     frozen = [own for place, own in enumerate(timeline) if place not in (6, 12)]
     assert parts_of(frozen, GEMMS[:2])["GEMM d_hidden"]["launches"] == 4
 
 
-# Sweeps and their end.
-
-
-def test_a_sweep_keeps_what_it_has_when_time_is_up(monkeypatch):
+def test_a_sweep_keeps_its_results_when_time_is_up(monkeypatch):
     from bench.heads.bench_profile import COMPLETE, sweep
 
     def broken():
@@ -374,11 +363,8 @@ def test_an_interrupted_part_is_reported(monkeypatch, effort):
     assert outcome.record["ended"] == bench.INTERRUPTED and list(outcome.record["variants"]) == ["ours", "512 rows"]
 
 
-# Rehearsals.
-
-
 def complete(record: dict) -> dict:
-    """The record as it would be read back, after the table on the terminal has been made of it."""
+    """Return the record as it is read back, after printing its table."""
     from bench.core.report import case_text
 
     assert {"bench", "case", "shape", "dtype", "device", "baseline", "variants"} <= record.keys()
@@ -416,7 +402,7 @@ def test_rehearsal_of_the_discriminator(effort):
         assert "torch.compile" in record["not_run"]
 
 
-def test_what_is_counted_of_the_discriminator_is_its_loss():
+def test_the_discriminator_count_covers_only_its_loss():
     from bench.heads import bench_discriminator as bench
 
     x = bench.make_inputs(bench.Case(torch.float32, "rows", batch=3, length=1, hidden=64))
@@ -476,7 +462,7 @@ print("equal")
 """
 
 
-def test_launchers_of_other_settings_compute_what_the_package_does():
+def test_launchers_of_other_settings_compute_the_same_results():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The benchmarks of shared prefixes: what they build, predict, claim and draw."""
+"""Test the benchmarks of shared prefixes: their inputs, predictions, claims and charts."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def test_claims_on_sharing_by_hand():
     }
     for own in passes.values():
         del own["training"]
-    # Time and memory against padded rows. M=9: 0.9 measured, 0.6 predicted; M=1: 0.5 and 0.5; padded: 3.9 and 5; copies
-    # were not measured.
+    # Time and memory are compared with padded rows. M=9 has 0.9 measured and 0.6 predicted, M=1 has 0.5 and 0.5, padded
+    # rows have 3.9 and 5, and copies were not measured.
     assert statuses("shared_prefix", passes) == ["MISSED", "met", "MISSED", "met", "MISSED", "NOT MEASURED"]
     steps = {"shared K=1 N=8": _side(100, 1.0, training=50), "shared K=4 N=8": _side(114, 1.1, training=58)}
-    # The whole step and its passes over K; three ways and K=8 against the cost model.
+    # The whole step and its passes are compared over K, and three variants with K=8 are compared with the cost model.
     assert statuses("step", steps) == ["met", "MISSED", "met", *["NOT MEASURED"] * 3]
 
 
-def test_chart_and_table_hold_what_the_records_say():
+def test_chart_and_table_show_the_recorded_values():
     from bench.core.report import sharing_chart, sharing_page
 
     step = _record(
@@ -60,7 +60,7 @@ def test_chart_and_table_hold_what_the_records_say():
     ElementTree.fromstring(svg)
     for text in ("1.10", "7.00", "9.00", "2048 prompt tokens, responses of 128"):
         assert text in svg
-    # N=1 is another question than that of the chart.
+    # N=1 does not belong to this chart.
     assert "0.70" not in svg
     passes = {"shared M=12": _side(10, 1.0), "padded M=12": _side(45, 5.0, mib=1234)}
     record = _record("shared_prefix", "P2048-R128-float32", passes) | {"baseline": "shared M=12"}
@@ -87,7 +87,7 @@ def test_variants_of_a_pass_have_equal_gradients():
             assert difference(own, expected) < 1e-4
 
 
-def test_predictions_add_what_the_rates_say():
+def test_predictions_are_sums_of_the_rates():
     from bench.step.flops import Flops
     from bench.step.rates import predicted_seconds, rates
 

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps at the shape of Qwen3-VL-4B: its counts, and its way through on a toy."""
+"""Test the benchmark of whole steps at the shape of Qwen3-VL-4B: its counts, and a complete run on a toy model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def rig(world):
-    """Passes without optimisers."""
+    """Return a rig of passes without optimizers."""
     rig = Rig(APART, world, Rounds())
     yield rig
     rig.close()
@@ -55,14 +55,14 @@ def rig(world):
 
 def test_the_student_has_the_size_of_qwen3_vl_4b():
     counts = counts_of(CONFIG_4B)
-    # 4.44B, of which the decoder 4.02B: 151,936 x 2560 tied embeddings and 36 layers, and the last norm.
+    # The total is 4.44B, of which the decoder has 4.02B: 151,936 x 2560 tied embeddings, 36 layers, and the last norm.
     assert counts.total == 4_437_815_808
     assert counts.layer == 2560 * 128 * (32 + 8 + 8 + 32) + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
     assert counts.trained == 151_936 * 2560 + 36 * counts.layer + 2560
 
 
 def test_bytes_by_hand():
-    # 16-bit numbers of a token and layer: 4 x 2560, 3 x 32 x 128, 3 x 8 x 128, 3 x 9728.
+    # A token and layer stores these 16-bit numbers: 4 x 2560, 3 x 32 x 128, 3 x 8 x 128, 3 x 9728.
     assert activation_bytes(CONFIG_4B, 10) == 2 * 10 * 36 * (10240 + 12288 + 3072 + 29184)
     assert activation_bytes(CONFIG_4B, 10, checkpointing=True) == 2 * 10 * (36 * 2560 + 54784)
     assert not fits(CONFIG_4B, H200, 3584) and fits(CONFIG_4B, 2 * H200, 3584)
@@ -70,10 +70,10 @@ def test_bytes_by_hand():
 
 
 def test_model_flops_of_a_load_by_hand():
-    # A prompt of 100 tokens with 16 patches, K=1, N=2, responses of 10.
+    # The load is a prompt of 100 tokens with 16 patches, K=1, N=2, and responses of 10.
     (load,) = Measured(StepCase(128, 10), 100, (1, 4, 4), {}, 0).loads(Way("shared", 1, 2))
     weights = 36 * (2560 * 128 * (32 + 8 + 8 + 32) + 3 * 2560 * 9728)
-    # Policy forward and backward, reference forward: 120 tokens; discriminator forward and backward: 130.
+    # Policy forward and backward and reference forward take 120 tokens; discriminator forward and backward take 130.
     dense = 2 * weights * (120 * 3 + 120 + 130 * 3)
     pairs = 100 * 101 // 2 + 2 * (55 + 1000), 100 * 101 // 2 + 3 * (55 + 1000)
     attention = 4 * 36 * 32 * 128 * (4 * pairs[0] + 3 * pairs[1])
@@ -103,7 +103,7 @@ def test_peaks_of_datasheets(name, peak):
 
 def test_cases_of_a_gpu_and_their_names():
     cases = bench_step.cases(False, "cuda")
-    # Those that carry goals first, and of all shapes.
+    # Cases with goals come first, and together they cover all shapes.
     assert list(dict.fromkeys(case.name for case in cases[:5])) == list(CUDA_STEPS)
     assert all(case.ways[0] == BASE for case in cases) and BASE.name == STEP_BASE
     ways = {case.name: {way.name for other in cases if other.name == case.name for way in other.ways} for case in cases}
@@ -112,13 +112,13 @@ def test_cases_of_a_gpu_and_their_names():
 
 
 def verdicts_of(record: dict) -> list:
-    """As if it were the first case of a GPU."""
+    """Return the verdicts as if the record were the first case of a GPU."""
     moved = record | {"case": CUDA_STEPS[0], "device": "cuda", "quick": False}
     return [verdict for verdict in verdicts([moved], "cuda") if verdict.where == f"step {CUDA_STEPS[0]}"]
 
 
 def check_record(record: dict, names: set[str]) -> None:
-    """Complete, of sane numbers, and of the form that table, goals and summary read."""
+    """Check that the record is complete, plausible, and in the form that table, goals and summary read."""
     assert set(record["variants"]) == names and record["baseline"] in names
     for name, own in record["variants"].items():
         assert 0 < own["passes_s"] < own["whole_s"] < 60 and own["rounds"] >= 1, name
@@ -127,7 +127,7 @@ def check_record(record: dict, names: set[str]) -> None:
         assert own["predicted_s"] > 0 and own["peak_mib"] > record["held_mib"] == 0
         assert own["tflop_per_s"]["passes"] == pytest.approx(own["model_flop"] / own["passes_s"] / 1e12)
         assert 0 < own["utilisation_of_measured_gemm"]["passes"] < 10
-        # What a CPU could do at most is not known.
+        # The peak rate of a CPU is unknown.
         assert own["utilisation"] == {"passes": None, "whole": None}
     assert max(record["differences"].values()) < sweeps.MOST_DIFFERENCE["bfloat16"]
     assert "shared K=4 N=8" in case_text(record) and json.dumps(record)
@@ -141,26 +141,26 @@ def test_toy_with_optimizers_in_the_step(world):
     try:
         assert not rig.apart and not rig.gate
         found = begin(rig, ENGINES)
-        # In two parts, as in a run: the base is in both.
+        # As in a real run, the sweep has two parts with the base in both.
         assert sweep(rig, found, FEW[:2]) == [] and sweep(rig, found, (BASE, *FEW[2:])) == []
         record = bench_step.record_of(rig, found)
     finally:
         rig.close()
     check_record(record, {way.name for way in FEW})
-    # As often as what it stands beside: padded 2, and quick shared ones 6.
+    # The number of rounds equals that of the compared variant: padded has 2, and quick shared variants have 6.
     assert record["variants"]["shared K=4 N=8"]["rounds"] == 2 + 6
     assert record["optimizer"] == {"how": "in the step"} and not record["not_run"]
     prefix = record["shape"]["P"]
     assert record["variants"]["shared K=4 N=8"]["tokens_computed"] == 2 * prefix + 20 * 16
     assert record["variants"]["shared K=2 N=3, 2 groups"]["tokens_computed"] == 2 * (2 * prefix + 8 * 16)
-    # Rows of one prompt and one response, 8 in the policy; 12 in the discriminator, read twice.
+    # Rows have one prompt and one response: 8 in the policy, and 12 in the discriminator, read twice.
     assert record["variants"]["padded K=4 N=8"]["tokens_computed"] == (8 + 2 * 12) * (prefix + 16)
-    # What is repeated is no use.
+    # Recomputation does not count as useful work.
     flops = {own["model_flop"] for name, own in record["variants"].items() if name.endswith("K=4 N=8")}
     assert len(flops) == 1
 
 
-def test_the_optimizer_apart(world, rig, tmp_path):
+def test_separate_optimizer_measurement(world, rig, tmp_path):
     found = begin(rig, APART)
     assert sweep(rig, found, FEW[:1]) == []
     record = bench_step.record_of(rig, found)
@@ -169,10 +169,10 @@ def test_the_optimizer_apart(world, rig, tmp_path):
     assert record["variants"][BASE.name]["tflop_per_s"]["whole"] is record["variants"][BASE.name]["optimizer_s"] is None
     first, optimizer = bench_optimizer.measure_optimizer(APART, world)
     assert optimizer == first | {"accumulation_s": optimizer["accumulation_s"]}
-    # Not all of the toy's 4 layers fit with their optimiser.
+    # Not all of the toy's 4 layers fit with their optimizer.
     assert optimizer["scaled"] and optimizer["layers"] < 4
     assert optimizer["seconds"] == pytest.approx(optimizer["measured_s"] * rig.counts.trained / optimizer["parameters"])
-    # Found where the records go, if it is of this student.
+    # A record of the optimizer is found in the output folder if it is of this student.
     places = (tmp_path, tmp_path / "all.jsonl")
     for place in places:
         assert bench_step.optimizer_of(place, "toy", True) is None
@@ -192,7 +192,7 @@ def test_the_optimizer_apart(world, rig, tmp_path):
 
 
 def failing(monkeypatch, error: Exception, which) -> list:
-    """Steps of these settings and models fail; returns weak references to what they had made."""
+    """Make steps of these settings and models fail, and return weak references to their objects."""
     step, lost = distill.step, []
 
     def fail(state, prompts, number):
@@ -206,7 +206,7 @@ def failing(monkeypatch, error: Exception, which) -> list:
     return lost
 
 
-def test_a_base_that_does_not_fit_has_all_ways_recompute(rig, monkeypatch):
+def test_all_variants_recompute_if_the_base_does_not_fit(rig, monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
     shared = failing(
         monkeypatch, error, lambda settings, model: settings.packing == "shared" and not model.is_gradient_checkpointing
@@ -219,12 +219,12 @@ def test_a_base_that_does_not_fit_has_all_ways_recompute(rig, monkeypatch):
     record = bench_step.record_of(rig, found)
     assert record["baseline"] == "shared K=4 N=8, checkpointing"
     assert "another variant" in record["remarks"]["shared K=4 N=8"] and "out of memory" in case_text(record)
-    # What runs is predicted with the recomputed layers, utilisation counts without them.
+    # The prediction includes recomputed layers, and the utilization excludes them.
     plain, recomputed = BASE, Way("shared", 4, 8, checkpointing=True)
     assert found.predicted_s(rig.config, recomputed) > 1.15 * found.predicted_s(rig.config, plain)
 
 
-def test_a_way_that_fails_costs_no_other(rig, monkeypatch):
+def test_a_failing_variant_does_not_affect_others(rig, monkeypatch):
     lost = failing(monkeypatch, ValueError("wrong"), lambda settings, model: settings.packing == "padded")
     found = begin(rig, APART)
     faults = sweep(rig, found, FEW[:3])
@@ -234,7 +234,7 @@ def test_a_way_that_fails_costs_no_other(rig, monkeypatch):
     assert attempt(lambda: 1, rig.release) == (1, "", False)
 
 
-def test_a_gate_that_fails_is_told_and_steps_are_timed_all_the_same(world, monkeypatch):
+def test_a_failing_gate_is_reported_and_steps_are_still_timed(world, monkeypatch):
     monkeypatch.setattr(sweeps, "MOST_DIFFERENCE", {"bfloat16": -1.0})
     rig = Rig(APART, world, Rounds())
     try:
@@ -247,7 +247,7 @@ def test_a_gate_that_fails_is_told_and_steps_are_timed_all_the_same(world, monke
     assert [v.status for v in verdicts_of(record) if "gradient norms" in v.what] == ["MISSED"]
 
 
-def test_models_that_cannot_be_made_are_not_tried_again(world, monkeypatch):
+def test_models_that_cannot_be_built_are_not_tried_again(world, monkeypatch):
     made = []
 
     def fail(case, world, rounds):
@@ -263,12 +263,12 @@ def test_models_that_cannot_be_made_are_not_tried_again(world, monkeypatch):
     assert len(made) == 1
 
 
-def test_no_way_is_begun_that_would_end_too_late(rig, monkeypatch):
+def test_no_variant_starts_that_would_end_too_late(rig, monkeypatch):
     monkeypatch.setenv("RMSD_BENCH_UNTIL", str(time.time() - 1))
     found = begin(rig, APART)
     assert sweep(rig, found, FEW) == [] and not found.rounds
     assert set(found.not_run.values()) == {NO_TIME} and len(found.not_run) == len(FEW)
-    # Each is timed once where it was begun; then there is no more time.
+    # Each variant is timed once if it was started, and then the time is used up.
     monkeypatch.setattr(sweeps, "FIRST_PACE", 0.0)
     step = sweeps.timed
 
@@ -282,17 +282,17 @@ def test_no_way_is_begun_that_would_end_too_late(rig, monkeypatch):
     monkeypatch.setattr(sweeps, "timed", late)
     assert sweep(rig, found, FEW[:2]) == []
     assert {way.name: len(rounds) for way, rounds in found.rounds.items()} == {"shared K=4 N=8": 1, "padded K=4 N=8": 1}
-    # A part for which there is no time does not time its base again.
+    # A part without enough time does not time its base again.
     assert sweep(rig, found, (BASE, FEW[2])) == [] and len(found.rounds[BASE]) == 1
     assert found.not_run[FEW[2].name] == NO_TIME
 
 
-def test_memory_that_runs_out_later_has_the_part_begin_again(rig, monkeypatch):
+def test_running_out_of_memory_later_restarts_the_part(rig, monkeypatch):
     steps = []
 
     def which(settings, model):
         steps.append(model.is_gradient_checkpointing)
-        # The warm-ups of both fit.
+        # The warm-ups of both variants fit.
         return settings.packing == "shared" and not model.is_gradient_checkpointing and len(steps) > 2
 
     failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), which)
@@ -301,7 +301,7 @@ def test_memory_that_runs_out_later_has_the_part_begin_again(rig, monkeypatch):
     assert [way.name for way in found.rounds] == ["shared K=4 N=8, checkpointing", "shared K=1 N=8, checkpointing"]
 
 
-def test_a_device_that_is_lost_keeps_what_was_found(rig, monkeypatch):
+def test_a_lost_device_keeps_the_results_so_far(rig, monkeypatch):
     found = begin(rig, APART)
     assert sweep(rig, found, (BASE,)) == []
     failing(monkeypatch, RuntimeError("CUDA error: an illegal memory access"), lambda settings, model: True)
@@ -316,20 +316,20 @@ def test_a_device_that_is_lost_keeps_what_was_found(rig, monkeypatch):
     monkeypatch.setattr(rig, "lost", "")
 
 
-def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
+def test_passes_have_the_same_gradients_as_an_engine(world, monkeypatch):
     # As in the real size, the embedding is larger than DeepSpeed's bucket.
     monkeypatch.setattr(engine, "LARGEST_BUCKET", 100_000)
     norms = {}
     for apart in (True, False):
-        # The room decides whether the optimisers are there.
+        # The available memory decides whether the optimizers are allocated.
         rig = Rig(APART if apart else ENGINES, world, Rounds())
         assert isinstance(rig.state.policy, Passes) == apart
         run = rig.prepare(Way("padded", 2, 3), make_prompts(rig.state, 128, 1), 16)
         first, second = run(), run()
         norms[apart] = [first["policy/grad_norm"], first["discriminator/grad_norm"]]
-        # lr is 0, and no gradient is left over.
+        # lr is 0, and no gradient remains.
         assert [second["policy/grad_norm"], second["discriminator/grad_norm"]] == norms[apart]
         rig.close()
     assert all(math.isfinite(norm) and norm > 0 for norm in norms[True])
-    # Sums of eight micro-batches in bf16 and in float32.
+    # The sums of eight micro-batches are in bf16 and in float32.
     assert norms[True] == pytest.approx(norms[False], rel=1e-2)

@@ -1,4 +1,4 @@
-"""The benchmark of the media path: its processes, its comparisons, its verdicts and its table."""
+"""Test the benchmark of the media path: its processes, comparisons, verdicts and table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _malloc_restored():
-    """bench/memory.py sets malloc for the whole process; the tests after these shall have its defaults."""
+    """Restore malloc's defaults, because bench/memory.py configures malloc for the whole process."""
     yield
     from bench.core.memory import plain_malloc
 
@@ -70,7 +70,7 @@ def _statuses(record: dict) -> list[str]:
     return [verdict.status for verdict in found if verdict.where == f"media {record['name']}"]
 
 
-def test_decoding_is_judged_against_the_best_of_the_others():
+def test_decoding_is_compared_with_the_best_peer():
     assert _statuses(_decode_record(6.2)) == ["met", "met"]
     assert _statuses(_decode_record(6.3)) == ["MISSED", "met"]
     other = _decode_record()
@@ -81,12 +81,12 @@ def test_decoding_is_judged_against_the_best_of_the_others():
     assert _statuses(alone) == ["NOT MEASURED", "met"]
 
 
-def test_preprocessing_is_judged_against_the_faster_layout():
+def test_preprocessing_is_compared_with_the_faster_layout():
     names = ("HF processor, frames as decoded", "HF processor, contiguous planes")
     variants = {"ours": _side(0.5, mib=2.0), names[0]: _side(2.0, 100.0), names[1]: _side(1.4, 9.0)}
     same = {name: {"levels": 0, "values": 0.0} for name in names}
     record = _record("preprocess-720p-64f", "preprocess", variants, differences=same)
-    # 2.8 times, 2/9 of the memory.
+    # The ratio is 2.8 in time and 2/9 in memory.
     assert _statuses(record) == ["MISSED", "MISSED", "met", "met"]
     variants[names[1]] = _side(1.5, 10.0)
     assert _statuses(record) == ["met", "met", "met", "met"]
@@ -96,7 +96,7 @@ def test_preprocessing_is_judged_against_the_faster_layout():
     assert _statuses(record) == ["NOT MEASURED"] * 4
 
 
-def test_epochs_memory_and_cuda_are_judged_by_their_numbers():
+def test_verdicts_on_epochs_memory_and_cuda():
     two = {"epoch_1_s": _spread(10.0), "epoch_2_s": _spread(1.0), "rounds": 1}
     slow = two | {"epoch_2_s": _spread(1.1)}
     assert _statuses(_record("epochs-720p", "epochs", {"memory cache": two, "disk cache, new reader": slow})) == [
@@ -116,7 +116,7 @@ def test_epochs_memory_and_cuda_are_judged_by_their_numbers():
     ours = _side(0.1, decoder="cuda")
     variants = {"ours": ours, "ours, copies counted": _side(0.1, to_host_mib=0.01), "decord, HF processor": _side(2.1)}
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
-    # The peer of the least wall time, whatever its CPU time.
+    # The peer with the least wall time is used, whatever its CPU time.
     variants["another, HF processor"] = _side(1.0) | {"wall_s": _spread(2.2)}
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
     variants["decord, HF processor"]["wall_s"] = _spread(1.9)
@@ -127,7 +127,7 @@ def test_epochs_memory_and_cuda_are_judged_by_their_numbers():
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "MISSED", "MISSED"]
 
 
-def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
+def test_newest_record_of_a_case_is_used_and_machines_are_never_mixed(tmp_path):
     from bench.core.records import load, save
 
     path = save(_decode_record(9.0), tmp_path)
@@ -138,7 +138,7 @@ def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
     assert found["variants"]["ours"]["cpu_s"]["median"] == 5.0
     (found,) = load(tmp_path, "media", quick=True)
     assert found["variants"]["ours"]["cpu_s"]["median"] == 1.0
-    # The charts of the losses do not take them for theirs.
+    # The charts of the losses do not include these records.
     assert load(tmp_path, "heads") == []
     with path.open("a") as file:
         file.write(json.dumps(_record("flat", "flat", {}, cpu="another")) + "\n")
@@ -148,7 +148,7 @@ def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
     assert load(tmp_path / "nothing", "media") == []
 
 
-def test_table_holds_every_case_and_every_goal():
+def test_table_has_every_case_and_every_goal():
     from bench.core.goals import GOALS
     from bench.core.report import media_page
 
@@ -191,7 +191,7 @@ def test_frames_and_patches_are_compared_in_levels():
         frame_differences(ours, theirs[:1])
 
 
-def test_rounds_turn_and_slow_variants_take_part_in_fewer():
+def test_rounds_rotate_and_slow_variants_run_in_fewer():
     from bench.media.bench_video import Pace, interleaved, numbers
 
     order: list[str] = []
@@ -205,12 +205,12 @@ def test_rounds_turn_and_slow_variants_take_part_in_fewer():
 
     calls = {"a": call("a", 1.0), "b": call("b", 3.0), "c": call("c", 1.5)}
     found = interleaved(calls, Pace(seconds=4.5, least=3, most=5, slow_s=2.5))
-    # "b" is slower than twice the fastest; "c" has used its 4.5 s after three rounds.
+    # "b" takes more than twice as long as the fastest, and "c" has used its 4.5 s after three rounds.
     assert order == [*"abc", *"bca", *"ca", "a", "a"]
     assert numbers(found["b"]) == {"rounds": 2, "cpu_s": _spread(3.0), "wall_s": _spread(3.0), "decoder": "cpu"}
 
 
-def test_cpu_and_memory_of_processes_below_count():
+def test_cpu_and_memory_of_child_processes_count():
     import subprocess
 
     from bench.media.process import memory_call, timed_call
@@ -245,12 +245,12 @@ def test_cpu_and_memory_of_processes_below_count():
     assert 0.2 < found["cpu_s"] < 3 and found["wall_s"] > 0.2 and found["bytes"] == 16 * MIB
     found = memory_call(work, None)
     assert found["output_mib"] == 16
-    # 64 of the child and 32, then 16, of its own.
+    # The child uses 64 MiB, and the process itself 32 and then 16.
     assert "peak_mib" not in found or 90 < found["peak_mib"] < 110
     assert "peak_mib" not in found or found["beyond_output_mib"] == pytest.approx(found["peak_mib"] - 16)
 
 
-def test_a_variant_runs_in_its_process(clip: Path, tmp_path: Path):
+def test_a_variant_runs_in_its_own_process(clip: Path, tmp_path: Path):
     from bench.media.bench_video import frame_differences, started
     from bench.media.process import VariantFailed
 
@@ -263,12 +263,12 @@ def test_a_variant_runs_in_its_process(clip: Path, tmp_path: Path):
         assert found["output_mib"] == pytest.approx(3 * 64 * 96 * 3 / MIB)
         with pytest.raises(VariantFailed, match=r"(?s)decode, ours: Traceback.*no-folder"):
             running["ours"].memory(tmp_path / "no-folder" / "ours.npy")
-    # The content is known: smooth frames survive the encoding.
+    # The content is known, because smooth frames survive the encoding.
     expected = noise_frames(12, 64, 96)[[0, 5, 11]].permute(0, 2, 3, 1).numpy()
     assert frame_differences(np.load(tmp_path / "ours.npy"), expected)["worst_frame"] < 8
 
 
-def test_files_for_cuda_are_made_ahead_and_once(clip: Path, tmp_path: Path, monkeypatch):
+def test_files_for_cuda_are_prepared_once(clip: Path, tmp_path: Path, monkeypatch):
     from bench.media import bench_video
     from bench.media import files as video_files
 
@@ -284,7 +284,7 @@ def test_files_for_cuda_are_made_ahead_and_once(clip: Path, tmp_path: Path, monk
     assert path.stat().st_mtime_ns == changed
 
 
-# decord and OpenCV bring FFmpeg libraries of their own, which are kept out of this process.
+# decord and OpenCV have their own FFmpeg libraries, which must not be loaded into this process.
 @pytest.mark.parametrize("name", ["PyAV sequential", "PyAV seek"])
 def test_peers_find_the_same_frames(name: str, clip: Path, tmp_path: Path):
     from bench.core.measure import Unavailable
@@ -303,8 +303,8 @@ def test_peers_find_the_same_frames(name: str, clip: Path, tmp_path: Path):
     assert frame_differences(*shown)["worst_frame"] < 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="takes variants for CUDA as those that cannot run")
-def test_what_cannot_run_here_is_named(clip: Path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests variants for CUDA on a machine without CUDA")
+def test_unavailable_variants_are_reported(clip: Path):
     from bench.core.measure import Unavailable
     from bench.media import variants as video_variants
     from bench.media.bench_video import started
@@ -313,7 +313,7 @@ def test_what_cannot_run_here_is_named(clip: Path):
     arguments = {"path": str(clip), "indices": [0, 1], "warm": str(clip)}
     with started("cuda", arguments, names=["ours, decode alone"]) as (running, not_run):
         assert not running and not_run == {"ours, decode alone": "needs a CUDA device"}
-    # Without ours there is nothing to compare.
+    # Without our variant there is nothing to compare.
     with pytest.raises(Unavailable, match="CUDA"):
         video_variants.build(Spec("cuda", "ours", arguments))
 
@@ -330,7 +330,7 @@ def test_copies_differ_in_content_but_not_in_frames(clip: Path, tmp_path: Path):
     assert torch.equal(*(read_media(request).pixels for request in requests))
 
 
-def test_the_scene_goes_on_where_it_was_cut(tmp_path: Path):
+def test_the_scene_continues_across_the_cut(tmp_path: Path):
     from bench.media.files import encoded, scene
 
     assert torch.equal(scene(0, 4, 48, 64)[2:], scene(2, 2, 48, 64))
@@ -352,6 +352,6 @@ def test_every_goal_has_its_case():
     names |= {f"decode-720p-{frames}f-gop{gop}" for frames in SIZES for gop in GOPS}
     assert {goal.case for goal in GOALS if goal.bench == "media"} == names
     source = inspect.getsource(bench_video)
-    # Cases are named where they run.
+    # Cases are checked against the programs that run them.
     for name in ("epochs-720p", "flat", "cuda-720p-64f-gop30"):
         assert f'"{name}"' in source

@@ -1,4 +1,4 @@
-"""Records as the benchmarks of a CUDA machine leave them, with times chosen by a test."""
+"""Build records like those of the benchmarks of a CUDA machine, with times chosen by a test."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def bench_modules() -> dict[str, ModuleType]:
-    """The files of benchmarks, by the name of their records."""
+    """Return the benchmark modules by the name of their records."""
     modules = [importlib.import_module(f"bench.{p.parent.name}.{p.stem}") for p in BENCH.glob("*/bench_*.py")]
     return {module.NAME: module for module in modules}
 
 
 def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
-    """Variants by name (_ for a space); a GEMM takes 20 ms."""
+    """Return a record with variants by name (_ stands for a space); a GEMM takes 20 ms."""
     variants = {"bare GEMMs": {"both": {"median_ms": 20.0}, "rounds": 10}}
     for name, ms in {"ours": 22.0, **times_ms}.items():
         own = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}
@@ -26,7 +26,7 @@ def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
 
 
 def step_record(case: str, **seconds: float) -> dict:
-    """Variants by a short name; the model predicts a second."""
+    """Return a record with variants by a short name; the model predicts one second."""
     names = {"k4": "shared K=4 N=8", "k1": "shared K=1 N=8", "padded": "padded K=4 N=8"}
     names["several"] = "shared K=4 N=8, 4 groups"
     variants = {}

@@ -1,6 +1,6 @@
-"""Media files with each fault that the program promises to survive, made from real encodings.
+"""Write media files with each fault that the program promises to survive, made from real encodings.
 
-As a program it reads each of them as a run does and prints what happened, as a Markdown table.
+As a program, it reads each file as a run does and prints the outcome as a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def moving(frames: int = FRAMES) -> torch.Tensor:
 
 
 def encoded(path: Path, **options: str) -> bytearray:
-    """A healthy clip's bytes, its index behind the pictures, pictures in the order of display."""
+    """Return the bytes of a valid clip, with the index after the pictures and pictures in display order."""
     from torchcodec.encoders import VideoEncoder
 
     VideoEncoder(moving(), frame_rate=FPS).to_file(
@@ -46,12 +46,12 @@ def _garbage(path: Path) -> None:
 
 
 def _playlist(path: Path) -> None:
-    """A playlist, which FFmpeg would follow whatever the file's name, to a video elsewhere."""
+    """Write a playlist to a video elsewhere, which FFmpeg would follow whatever the name of the file."""
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{path.parent.parent}/secret.ts\n#EXT-X-ENDLIST\n")
 
 
 def _dash_playlist(path: Path) -> None:
-    """The same in XML, behind a comment that is neither short nor ASCII."""
+    """Write a playlist in XML after a comment that is neither short nor ASCII."""
     path.write_text(
         f'<?xml version="1.0"?>\n<!--{"é" * 5000}-->\n<MPD type="static" '
         'profiles="urn:mpeg:dash:profile:isoff-live:2011">\n<Period><AdaptationSet><Representation id="0" '
@@ -62,7 +62,7 @@ def _dash_playlist(path: Path) -> None:
 
 
 def _concat_script(path: Path) -> None:
-    """A script that lets FFmpeg read other files, with a comment that is not ASCII."""
+    """Write a script that lets FFmpeg read other files, with a comment that is not ASCII."""
     path.write_text("ffconcat version 1.0\n# é\nfile 'secret.mp4'\n", encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ def _fifo(path: Path) -> None:
 
 
 def _huge(path: Path) -> None:
-    """A sparse file of 32 GiB with a plausible beginning."""
+    """Write a sparse file of 32 GiB with a plausible beginning."""
     path.write_bytes(encoded(path)[:500])
     os.truncate(path, 32 * 2**30)
 
@@ -86,7 +86,7 @@ def _truncated(path: Path) -> None:
 
 
 def _truncated_fast_start(path: Path) -> None:
-    """The index and half of the pictures: a decoder alone takes it for a shorter video."""
+    """Write the index and half of the pictures, which a decoder alone takes for a shorter video."""
     data = encoded(path, movflags="+faststart")
     start = data.index(b"mdat")
     path.write_bytes(data[: start + (len(data) - start) // 2])
@@ -111,7 +111,7 @@ def _audio_only(path: Path) -> None:
 
 
 def flip(data: bytes, count: int, seed: int) -> bytes:
-    """The file with so many bytes of its pictures changed."""
+    """Return the file with this number of changed bytes in its pictures."""
     start, end = data.index(b"mdat") + 8, data.index(b"moov")
     generator, flipped = random.Random(seed), bytearray(data)
     for _ in range(count):
@@ -120,7 +120,7 @@ def flip(data: bytes, count: int, seed: int) -> bytes:
 
 
 def _flipped(path: Path) -> None:
-    """Many flipped bytes, for which the decoder gives frames and no error, some of them plain grey."""
+    """Write a file with many flipped bytes, for which the decoder returns plain gray frames and no error."""
     from torchcodec.decoders import VideoDecoder
 
     data = bytes(encoded(path, g="10"))
@@ -130,14 +130,14 @@ def _flipped(path: Path) -> None:
             pixels = VideoDecoder(str(path)).get_frames_at(list(range(FRAMES))).data
         except RuntimeError:
             continue
-        # Lost at the first frame, so that whatever is chosen shows it.
+        # The damage starts at the first frame, so that every choice of frames shows it.
         if (pixels[0] == pixels[0, 0, 0, 0]).all() and not (pixels[-1] == pixels[-1, 0, 0, 0]).all():
             return
-    raise AssertionError("no flip gave a grey frame")
+    raise AssertionError("no flip gave a gray frame")
 
 
 def _slightly_flipped(path: Path) -> None:
-    """One flipped byte that the decoder does not notice."""
+    """Write a file with one flipped byte that the decoder does not detect."""
     from torchcodec.decoders import VideoDecoder
 
     data = bytes(encoded(path))
@@ -148,7 +148,7 @@ def _slightly_flipped(path: Path) -> None:
             return
         except RuntimeError:
             continue
-    raise AssertionError("every flip was noticed")
+    raise AssertionError("every flip was detected")
 
 
 def _single_colour(path: Path) -> None:
@@ -156,7 +156,7 @@ def _single_colour(path: Path) -> None:
 
 
 def _frozen(path: Path) -> None:
-    """One picture in every frame, each coded alike."""
+    """Write a video with the same picture in every frame, encoded independently."""
     from torchcodec.encoders import VideoEncoder
 
     still = moving(1).expand(FRAMES, -1, -1, -1).contiguous()
@@ -177,14 +177,14 @@ def _rotated(path: Path) -> None:
 
 
 def turn(data: bytearray, height: int) -> None:
-    """Let a clip of this height be shown a quarter turned, clockwise."""
-    # Display matrix of the track header (version 0: 40 bytes behind the box type).
+    """Make a clip of this height display a quarter turn clockwise."""
+    # Write the display matrix of the track header (version 0: 40 bytes after the box type).
     start = data.index(b"tkhd") + 44
     data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, height << 16, 0, 1 << 30)
 
 
 def with_durations(data: bytes, factors: list[int]) -> bytes:
-    """The clip with each frame shown so many times as long. Its index has to stand behind the pictures."""
+    """Return the clip with the duration of each frame multiplied by a factor; the index must follow the pictures."""
     at = data.index(b"stts")
     size, _, _, entries, count, delta = struct.unpack(">I4sIIII", data[at - 4 : at + 20])
     assert entries == 1 and count == len(factors), "expected a constant rate"
@@ -195,7 +195,7 @@ def with_durations(data: bytes, factors: list[int]) -> bytes:
         where = out.index(name) - 4
         (length,) = struct.unpack(">I", out[where : where + 4])
         out[where : where + 4] = struct.pack(">I", length + len(box) - size)
-    # Durations of movie, track, media and edit list grow alike; FFmpeg takes those of the frames.
+    # The durations of movie, track, media and edit list grow equally. FFmpeg uses those of the frames.
     where = out.index(b"elst") + 12
     (length,) = struct.unpack(">I", out[where : where + 4])
     out[where : where + 4] = struct.pack(">I", length * sum(factors) // len(factors))
@@ -204,9 +204,10 @@ def with_durations(data: bytes, factors: list[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Fault:
-    """make: writes the file; None: there is none. message: part of the refusal; "" = the file is used.
+    """A fault of a media file.
 
-    in_pixels: only decoding shows it.
+    make: writes the file; None if no file exists. message: a part of the error message; "" if the file is used.
+    in_pixels: only decoding detects the fault.
     """
 
     name: str
@@ -242,7 +243,7 @@ FAULTS = (
 
 
 def make(fault: Fault, folder: Path) -> Path:
-    """The file with this fault."""
+    """Return the file with this fault."""
     path = folder / f"{fault.name.replace(' ', '-').replace(',', '')}.mp4"
     if fault.make is not None:
         fault.make(path)

@@ -1,7 +1,7 @@
-"""Reads exports with the transformers of the interpreter that runs it; tests/models/test_export_versions.py compares.
+"""Read exports with the transformers of the running interpreter, for tests/models/test_export_versions.py.
 
-Arguments: a job written with torch.save, where to torch.save what was found, and the folder that holds torchvision.
-Imports nothing of this repository: the interpreter is another environment's.
+The arguments are a job written with torch.save, the path of the results, and the folder that holds torchvision. This
+file imports nothing from this repository, because the interpreter belongs to another environment.
 """
 
 import inspect
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-# As in conftest.TORCHVISION_PRELUDE: a CUDA wheel of torchvision beside a CPU torch.
+# As in conftest.TORCHVISION_PRELUDE, a CUDA wheel of torchvision runs beside a CPU build of torch.
 sys.path.append(sys.argv[3])
 if torch.version.cuda is None:
     ops = torch.library.Library("torchvision", "DEF")
@@ -49,7 +49,7 @@ def read_tokenizer(folder, job):
 def read_model(folder, job, end_id):
     words = list(range(256))
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    # Versions before 5 work out for themselves which tokens are media.
+    # Versions before 5 determine themselves which tokens are media.
     known = inspect.signature(type(model).forward).parameters
     logits, generated = [], []
     for case in job["cases"]:

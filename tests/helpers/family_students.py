@@ -1,4 +1,4 @@
-"""Tiny models of the families that share prompts, with random weights, and prompts for them; built offline."""
+"""Build tiny models of the families that share prompts, with random weights and prompts, without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# The sections share out half a head of 8 among time, height and width.
+# The sections divide half a head of 8 among time, height and width.
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 QWEN_VISION = {
     "depth": 3,
@@ -52,9 +52,9 @@ IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id"
 class FamilyPrompt:
     """A prompt of any family.
 
-    input_ids: [P]. position_ids: [3, P] where the family's positions have three rows, else [P]. next_position: that of
-    the first response token. kind: "image", "video" or "text". pixels: what the vision tower takes. grid_thw: of a Qwen
-    tower.
+    input_ids: [P]. position_ids: [3, P] if the positions of the family have three rows, otherwise [P]. next_position:
+    the position of the first response token. kind: "image", "video" or "text". pixels: the input of the vision tower.
+    grid_thw: the grid of a Qwen tower.
     """
 
     input_ids: torch.Tensor
@@ -65,7 +65,7 @@ class FamilyPrompt:
     grid_thw: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> FamilyPrompt:
-        """The same prompt on a device."""
+        """Return the same prompt on a device."""
         tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
         return replace(self, **tensors)
 
@@ -78,7 +78,7 @@ def _qwen3_vl(text: dict[str, Any]) -> nn.Module:
 
 
 def _qwen2_5_vl(text: dict[str, Any]) -> nn.Module:
-    # Windows of 2 x 2 merged patches: grids of 3 x 5 leave smaller ones at both edges.
+    # Windows have 2 x 2 merged patches, so grids of 3 x 5 leave smaller windows at both edges.
     vision = {**QWEN_VISION, "window_size": 8, "fullatt_block_indexes": [1], "tokens_per_second": 2}
     config = transformers.Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": MROPE, **text}, vision_config=vision, **IDS
@@ -127,13 +127,13 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "llava_onevision": _llava_onevision,
     "smolvlm": _smolvlm,
 }
-# Text models, with what their config needs beside TEXT.
+# Each text model is listed with the settings that its config needs besides TEXT.
 TEXT_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "llama": {},
     "mistral": {"sliding_window": None},
-    # Every other layer without rotary positions, attention scaled by a setting, norms behind the layers.
+    # Every other layer has no rotary positions, attention is scaled by a setting, and norms follow the layers.
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
     "olmo2": {},
@@ -141,9 +141,9 @@ TEXT_FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def build_family(name: str, *, seed: int = 0, **text: Any) -> nn.Module:
-    """A model of the family with attention "sdpa", in float32; `text` overrides settings of its text config.
+    """Return a model of the family with attention "sdpa" in float32; `text` overrides settings of its text config.
 
-    Weights are large enough for attention to prefer some tokens over others, which transformers' 0.02 is not.
+    The weights are large enough that attention prefers some tokens, unlike weights with transformers' default of 0.02.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -159,7 +159,7 @@ def build_family(name: str, *, seed: int = 0, **text: Any) -> nn.Module:
 
 
 class Float64RMSNorm(nn.Module):
-    """The RMSNorm of transformers' language models, without their detour through float32."""
+    """The RMSNorm of transformers' language models without the conversion to float32."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -173,7 +173,7 @@ class Float64RMSNorm(nn.Module):
 def rotate_in_dtype(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rotary embedding of the Qwen towers, without its detour through float32; [S, H, d] with cos, sin [S, d]."""
+    """Apply the rotary embedding of the Qwen towers in the dtype of q and k; [S, H, d] with cos, sin [S, d]."""
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -183,7 +183,7 @@ def rotate_in_dtype(
 
 
 def compute_in_float64(model: nn.Module, monkeypatch: Any) -> nn.Module:
-    """The model in float64 throughout: what transformers computes in float32 even then is replaced in this test."""
+    """Replace the parts that transformers always computes in float32, so that the model uses float64 throughout."""
     for part in list(model.modules()):
         for name, child in part.named_children():
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
@@ -195,7 +195,7 @@ def compute_in_float64(model: nn.Module, monkeypatch: Any) -> nn.Module:
 
 
 def family_prompts(name: str, model: nn.Module, *, seed: int = 0) -> list[FamilyPrompt]:
-    """Two prompts of different length; for Qwen-VL one with a video of two frames and one with an image."""
+    """Return two prompts of different length; for Qwen-VL, one has a video of two frames and one has an image."""
     generator = torch.Generator().manual_seed(seed)
     makers = {"qwen3_vl": _qwen_prompts, "qwen2_5_vl": _qwen_prompts, **dict.fromkeys(TEXT_FAMILIES, _text_prompts)}
     return makers.get(name, _image_prompts)(name, model, generator)
@@ -210,7 +210,7 @@ def _qwen_prompts(name: str, model: nn.Module, generator: torch.Generator) -> li
     for kind, grid in (("video", (2, 6, 10)), ("image", (1, 4, 6))):
         token, frames = (VIDEO, grid[0]) if kind == "video" else (IMAGE, 1)
         per_frame = grid[1] * grid[2] // 4
-        # Qwen3-VL writes the frames of a video apart from each other, Qwen2.5-VL in one piece.
+        # Qwen3-VL separates the frames of a video, and Qwen2.5-VL joins them.
         blocks = [per_frame] * frames if name == "qwen3_vl" else [per_frame * frames]
         parts = [_text(4, generator)]
         for block in blocks:
@@ -236,7 +236,7 @@ def _image_prompts(name: str, model: nn.Module, generator: torch.Generator) -> l
     prompts = []
     kind, token = ("video", VIDEO) if name == "llava_onevision" else ("image", IMAGE)
     for count in (5, 2):
-        # Four tokens per frame; LLaVA-OneVision ends a video with one more.
+        # A frame has four tokens, and LLaVA-OneVision ends a video with one more.
         media = [token] * (8 + (name == "llava_onevision"))
         ids = torch.cat([_text(count, generator), torch.tensor(media), _text(3, generator)])
         pixels = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -245,7 +245,7 @@ def _image_prompts(name: str, model: nn.Module, generator: torch.Generator) -> l
 
 
 def pixels_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, torch.Tensor]:
-    """The media of the prompts, in their order, as the model takes them in every version of transformers."""
+    """Return the media of the prompts in order, in the form that every version of transformers accepts."""
     family, inputs = model.config.model_type, {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
         chosen = [prompt for prompt in prompts if prompt.kind == kind]
@@ -263,7 +263,7 @@ def pixels_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, torch.
 
 
 def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
-    """The model's `mm_encoder_outputs` for the same media, with a graph."""
+    """Return the model's `mm_encoder_outputs` for the same media, with a graph."""
     body, inputs, outputs = model.model, pixels_of(model, prompts), {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
         pixels = inputs.get(f"pixel_values{suffix}")
@@ -282,7 +282,7 @@ def encode(model: nn.Module, prompts: list[FamilyPrompt]) -> dict[str, Any]:
 
 
 def pack_inputs(prompts: list[FamilyPrompt], responses: list[list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """`input_ids` [1, T] and `position_ids` ([3, 1, T] or [1, T]) of `[P_1 | ... | R_11 R_12 ... | R_21 ...]`."""
+    """Return `input_ids` [1, T] and `position_ids` ([3, 1, T] or [1, T]) of `[P_1 | ... | R_11 ... | R_21 ...]`."""
     ids = [prompt.input_ids for prompt in prompts]
     positions = [prompt.position_ids for prompt in prompts]
     for prompt, group in zip(prompts, responses, strict=True):

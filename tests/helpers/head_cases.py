@@ -1,4 +1,4 @@
-"""Calls of the fused heads that cover every code path, for every implementation."""
+"""Define calls of the fused heads that cover every code path, for every implementation."""
 
 import torch
 
@@ -10,7 +10,7 @@ EDGES = [0, 9, 9, 20, T]
 
 
 class Inputs:
-    """Random inputs in one dtype, rounded to the dtype `rounded` first, so that several dtypes hold equal numbers."""
+    """Random inputs in one dtype, rounded to the dtype `rounded` first, so that several dtypes have equal numbers."""
 
     def __init__(self, dtype, rounded=None, device="cpu", peak=3.0, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -129,7 +129,7 @@ CASES = {
 
 
 def run(case, x, upstream=0.7, **kw):
-    """Return detached outputs and the gradients of hidden, weight and bias (zeros if there is none)."""
+    """Return detached outputs and the gradients of hidden, weight and bias (zeros if there is no bias)."""
     leaves = [leaf.detach().clone().requires_grad_() for leaf in x.leaves]
     x.hidden, x.weight, x.bias = leaves
     outputs = CASES[case](x, **kw)

@@ -1,4 +1,4 @@
-"""Files made to have a library read other files, run a program, or never end."""
+"""Make files that try to have a library read other files, run a program, or never end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from media_files import noise_frames, write_clip
 from PIL import Image
 
 PROGRAMS = ("gs", "ffmpeg", "ffprobe", "convert", "magick", "inkscape", "rsvg-convert", "pdftoppm", "7z", "python")
-# Names that FFmpeg and Pillow might take for something else than a file.
+# FFmpeg and Pillow might not interpret these names as files.
 STRANGE_NAMES = ("concat:secret.mp4", "subfile,,start,0,end,99,,:x.mp4", "a%03d.png", "file:x.mp4", "-i.mp4", "data:x")
 
 
@@ -38,7 +38,7 @@ def png(width: int, height: int, *, before: bytes = b"", data: bytes = b"") -> b
 
 
 def contents(secret: Path) -> dict[str, bytes]:
-    """Files by name; each holds what a library might follow to `secret`, or what might keep it busy for ever."""
+    """Return files by name; each may lead a library to `secret` or keep it busy forever."""
     mpd = dash(secret).encode()
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n".encode()
     script = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({secret}) run showpage\n%%EOF\n".encode()
@@ -79,7 +79,7 @@ def contents(secret: Path) -> dict[str, bytes]:
 
 
 def samples() -> bytes:
-    """An MP4 that claims 200 million samples of one byte in 16 bytes of table."""
+    """Return an MP4 that claims 200 million samples of one byte in a table of 16 bytes."""
     box = lambda kind, data: struct.pack(">I", 8 + len(data)) + kind + data  # noqa: E731
     stsz = box(b"stsz", struct.pack(">III", 0, 1, 200_000_000))
     stts = box(b"stts", struct.pack(">IIII", 0, 1, 200_000_000, 1))
@@ -88,7 +88,7 @@ def samples() -> bytes:
 
 
 def make_secret(folder: Path) -> Path:
-    """A video outside of everything, which is magenta as nothing else here is."""
+    """Write a magenta video outside of the media root; nothing else here is magenta."""
     frames = noise_frames(20, 64, 96) // 16
     frames[:, 0] += 230
     frames[:, 2] += 230
@@ -96,12 +96,12 @@ def make_secret(folder: Path) -> Path:
 
 
 def make_hostile(folder: Path, secret: Path) -> dict[str, Path]:
-    """All of the files by name; beside `secret` a picture is made of the same colour."""
+    """Write all of the files by name, and a picture of the same color beside `secret`."""
     paths = {}
     for name, data in contents(secret).items():
         paths[name] = folder / name
         paths[name].write_bytes(data)
-    # A harmless video each, and pictures that a series of such names would be.
+    # Each name has a harmless video, and pictures exist that a series of these names would match.
     clip = encoded(folder / "harmless.mp4")
     picture = secret.with_name("magenta.png")
     Image.new("RGB", (64, 64), (255, 0, 255)).save(picture)
@@ -117,12 +117,12 @@ def make_hostile(folder: Path, secret: Path) -> dict[str, Path]:
 
 
 def is_magenta(pixels: torch.Tensor) -> bool:
-    """Whether pixels [F, 3, H, W] have the colour of the secret."""
+    """Return whether pixels [F, 3, H, W] have the color of the secret."""
     red, green, blue = pixels.float().mean((0, 2, 3))
     return bool(red > 180 and blue > 180 and green < 60)
 
 
 def shown(shot: tuple[str, str]) -> torch.Tensor:
-    """The pixels [1, 3, H, W] of a picture in the report."""
+    """Return the pixels [1, 3, H, W] of a picture in the report."""
     picture = Image.open(io.BytesIO(base64.b64decode(shot[0].partition(",")[2])))
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]

@@ -1,7 +1,7 @@
-"""A program for Triton's interpreter (TRITON_INTERPRET=1): a student with and without Liger's kernels.
+"""Run a student with and without Liger's kernels in Triton's interpreter (TRITON_INTERPRET=1).
 
-Prints, as JSON, the differences in logits and gradients between the two, and which kernels ran. Takes the folder that
-contains the student and a.png.
+The program prints as JSON the differences in logits and gradients, and the kernels that ran. Its argument is the folder
+that contains the student and a.png.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rmsd_fast.models.students import encode_media, forward_hidden, load_student
 
 
 def prepare_interpreter() -> set[str]:
-    """Patch the interpreter for these kernels. Return a set to which each kernel adds its name when it runs."""
+    """Patch the interpreter for these kernels, and return a set to which each kernel adds its name when it runs."""
     import liger_kernel.ops.rms_norm
 
     repair_interpreter()
     convert, launch, ran = interpreter._implicit_cvt, interpreter.GridExecutor.__call__, set()
 
     def with_floats(argument):
-        # A real launch passes a Python float to a kernel as a float32 scalar. The interpreter leaves it a Python float,
+        # A real launch passes a Python float to a kernel as a float32 scalar. The interpreter passes a Python float,
         # which has no `.to`, so it is converted here.
         if isinstance(argument, float):
             handle = interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32)
@@ -43,7 +43,7 @@ def prepare_interpreter() -> set[str]:
         return launch(self, *arguments, **named)
 
     interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = with_floats, recorded_launch
-    # libdevice is a CUDA library, so its rsqrt has no body here; Triton's own rsqrt replaces it.
+    # libdevice is a CUDA library, so its rsqrt has no body here. Triton's own rsqrt replaces it.
     liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.rsqrt(x)
     return ran
 

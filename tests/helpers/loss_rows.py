@@ -1,4 +1,4 @@
-"""Small inputs for the tests of the reference losses."""
+"""Provide small inputs for the tests of the reference losses."""
 
 import math
 

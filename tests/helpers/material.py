@@ -1,4 +1,4 @@
-"""Made material at the smallest useful size, for tests that need a student, questions and a pool."""
+"""Generate material of the smallest useful size, for tests that need a student, questions and a pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def tiny_settings(folder: Path, *overrides: str) -> RunConfig:
-    """Quickstart settings over 12 clips."""
+    """Return quickstart settings over 12 clips."""
     sizes = ["made.train_clips=12", "made.heldout_clips=3", "made.student_layers=2", "rollout.max_new_tokens=10"]
     return load_settings("quickstart", [f"made.folder={folder}", *sizes, *overrides])
 

@@ -1,4 +1,4 @@
-"""Media files made by the tests: real encodings of frames with known content."""
+"""Write media files for tests: real encodings of frames with known content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rmsd_fast.data.video import Frames, MediaRequest, read_media
 
 
 def noise_frames(frames: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
-    """uint8 [F, 3, H, W]: smooth random blobs that change from frame to frame."""
+    """Return uint8 [F, 3, H, W] with smooth random blobs that change from frame to frame."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(frames, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
@@ -27,7 +27,7 @@ def noise_frames(frames: int, height: int, width: int, *, seed: int = 0) -> torc
 
 
 def write_clip(path: Path, pixels: torch.Tensor, *, fps: float = 10.0, faststart: bool = False) -> Path:
-    """Encode frames as h264 in MP4; `faststart` puts the index ahead of the pictures."""
+    """Encode frames as H.264 in MP4; `faststart` puts the index before the pictures."""
     from torchcodec.encoders import VideoEncoder
 
     options = {"movflags": "+faststart"} if faststart else None
@@ -36,13 +36,13 @@ def write_clip(path: Path, pixels: torch.Tensor, *, fps: float = 10.0, faststart
 
 
 def write_images(folder: Path) -> dict[str, Path]:
-    """One picture in several modes, and one that its EXIF orientation turns upright; paths by name."""
+    """Write one picture in several modes and one with an EXIF orientation; return the paths by name."""
     from PIL import Image
 
     pixels = noise_frames(1, 70, 110)[0].permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels)
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
+    exif[0x0112] = 6  # The orientation asks for a quarter turn clockwise.
     transparent = image.copy()
     transparent.putalpha(Image.fromarray(noise_frames(1, 70, 110, seed=1)[0, 0].numpy()))
     written = {"rgb": image, "grey": image.convert("L"), "rgba": transparent, "palette": image.quantize(16)}
@@ -53,29 +53,29 @@ def write_images(folder: Path) -> dict[str, Path]:
 
 
 def decode_video(path: Path, settings: VideoConfig, preprocessor: Preprocessor, **options: object) -> Frames:
-    """Frames of a whole video, read in this process. options: further fields of MediaRequest."""
+    """Return the frames of a whole video, read in this process; `options` are further fields of MediaRequest."""
     return read_media(MediaRequest(str(path), "video", settings, preprocessor, **options))
 
 
 def decode_image(path: Path, settings: VideoConfig, preprocessor: Preprocessor) -> Frames:
-    """The one frame of an image, read in this process."""
+    """Return the single frame of an image, read in this process."""
     return read_media(MediaRequest(str(path), "image", settings, preprocessor))
 
 
 def numbered_frames(frames: int, *, step: int = 4) -> torch.Tensor:
-    """uint8 [F, 3, 64, 64]: flat grey that tells the number of each frame (see `numbers_of`)."""
+    """Return uint8 [F, 3, 64, 64]: flat gray that encodes the number of each frame (see `numbers_of`)."""
     return torch.arange(frames).mul(step).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 64, 64).contiguous()
 
 
 def numbers_of(pixels: torch.Tensor, *, step: int = 4) -> list[int]:
-    """Numbers that frames of `numbered_frames` had before they were encoded."""
+    """Return the numbers that frames of `numbered_frames` had before encoding."""
     return (pixels.float().mean((1, 2, 3)) / step).round().int().tolist()
 
 
 def ffmpeg(*arguments: object) -> bytes:
-    """Run the program ffmpeg and return what it writes to a pipe, the output named "-".
+    """Run the program ffmpeg and return what it writes to the output named "-".
 
-    Skips the test if it is not installed: torchcodec needs its libraries only.
+    Skip the test if ffmpeg is not installed, because torchcodec needs only its libraries.
     """
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs the program ffmpeg")
@@ -89,13 +89,13 @@ def ffmpeg(*arguments: object) -> bytes:
 
 
 def ffmpeg_version() -> int:
-    """Return ffmpeg's major version; if several versions are installed, torchcodec loads the matching one."""
+    """Return the major version of ffmpeg; if several versions are installed, torchcodec loads the matching version."""
     text = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"version \D*(\d+)", text)[1])
 
 
 def run_advice(message: str, folder: Path) -> Path:
-    """Run the command that an error message gives in backquotes, with this interpreter; return the file it writes."""
+    """Run the command in the backquotes of an error message with this interpreter, and return the file it writes."""
     if shutil.which("ffmpeg") is None:
         pytest.skip("needs the program ffmpeg")
     command = message[message.index("`") + 1 : message.rindex("`")]

@@ -1,4 +1,4 @@
-"""Rows of logits for the tests of the compiled row back end, and the checks of its error."""
+"""Provide rows of logits for the tests of the compiled row back end, and check their errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOOR = 1e-6
 
 
 class Case(NamedTuple):
-    """logits [n, V] of one dtype with their inputs, the rows of a reference head, and float32 coefficients [n]."""
+    """Logits [n, V] of one dtype with their inputs, the rows of a reference head, and float32 coefficients [n]."""
 
     logits: Tensor
     inputs: RowInputs
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 def make(dtype: torch.dtype, vocab: int, full: bool, rows: int = 5, spread: float = 3.0, seed: int = 0) -> Case:
-    """Return a random Case. full: with bias, softcap and a temperature per row.
+    """Return a random Case; `full` adds bias, softcap and a temperature per row.
 
     Target logits differ slightly from the logits, as the exact target logits differ from those of a 16-bit GEMM.
     """

@@ -1,4 +1,4 @@
-"""Frames for the tests of the media functions."""
+"""Provide frames for the tests of the media functions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def noise(*shape: int, extreme: bool = False) -> Tensor:
-    """Return uint8 noise, the same for the same shape. extreme: only values 0 and 255."""
+    """Return uint8 noise that depends only on the shape; `extreme` uses only the values 0 and 255."""
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(sum(shape)))
     return (frames > 127).to(torch.uint8) * 255 if extreme else frames
 
 
 def smooth_frames(count: int, height: int, width: int) -> Tensor:
-    """Return uint8 [F, 3, H, W]: shapes with soft and hard edges and a little noise, like camera pictures."""
+    """Return uint8 [F, 3, H, W] with soft and hard edges and a little noise, like camera pictures."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     frames = []

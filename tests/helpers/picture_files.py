@@ -1,4 +1,4 @@
-"""Picture files that the tests make, some byte by byte, and what is read of them."""
+"""Write picture files for tests, some byte by byte, and read their pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, features
 from rmsd_fast.data import pictures
 from rmsd_fast.data.media_file import MediaError, open_media
 
-# 16-bit levels and round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
+# The 16-bit levels map to round(v * 255 / 65535) = round(v / 257): 128 / 257 = 0.498, 129 / 257 = 0.502, and so on.
 LEVELS_16 = [0, 128, 129, 257, 32767, 32768, 65407, 65535]
 LEVELS_8 = [0, 0, 1, 1, 127, 128, 255, 255]
 
@@ -29,7 +29,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def pixels(path: Path) -> list[list[tuple[int, ...]]]:
-    """Rows of RGB pixels, after a look that the header gives the same size."""
+    """Return rows of RGB pixels, after checking that the header gives the same size."""
     picture = read_picture(path)
     assert picture.dtype == np.uint8 and picture.shape[:2] == picture_size(path)
     return [[tuple(pixel) for pixel in row] for row in picture.tolist()]
@@ -42,7 +42,7 @@ def grey_row(path: Path) -> list[int]:
 
 
 def refusal(path: Path, *, in_pixels: bool = False) -> str:
-    """The message, which is the same for the size alone; in_pixels: only the pixels show the fault, not the size."""
+    """Return the error message, which is the same if only the size is read unless `in_pixels` is set."""
     with pytest.raises(MediaError) as caught:
         read_picture(path)
     text = str(caught.value)
@@ -58,7 +58,7 @@ def refusal(path: Path, *, in_pixels: bool = False) -> str:
 
 def skip_unless_written(name: str) -> None:
     if name.endswith(".avif") and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
+        pytest.skip("this Pillow does not support AVIF")
 
 
 def row_of(mode: str, values: list) -> Image.Image:
@@ -68,7 +68,7 @@ def row_of(mode: str, values: list) -> Image.Image:
 
 
 def write_png(path: Path, size: tuple[int, int], bits: int, colour: int, rows: list[bytes], **chunks: bytes) -> Path:
-    """A PNG made by hand: colour is PNG's colour type; chunks come ahead of the pixels."""
+    """Write a PNG byte by byte; `colour` is PNG's color type, and `chunks` precede the pixels."""
 
     def chunk(kind: str, data: bytes) -> bytes:
         body = kind.encode() + data
@@ -82,9 +82,9 @@ def write_png(path: Path, size: tuple[int, int], bits: int, colour: int, rows: l
 
 
 def write_tiff(path: Path, data: bytes, bits: list[int], photometric: int, *, width: int, **more: int) -> Path:
-    """A little-endian TIFF of one row made by hand; bits of each channel; more: further tags, as tag_338=1."""
+    """Write a little-endian TIFF of one row; `bits` are per channel, and `more` has further tags, such as tag_338=1."""
     depths = struct.pack(f"<{len(bits)}H", *bits)
-    # A tag's values stand in it if they fit into four bytes, and otherwise behind the pixels.
+    # The values of a tag are stored in it if they fit into four bytes, and otherwise after the pixels.
     at = int.from_bytes(depths, "little") if len(depths) <= 4 else 8 + len(data)
     numbers = {256: width, 257: 1, 259: 1, 262: photometric, 273: 8, 277: len(bits), 278: 1, 279: len(data)}
     numbers |= {int(name.removeprefix("tag_")): value for name, value in more.items()}

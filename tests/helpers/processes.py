@@ -1,4 +1,4 @@
-"""Processes that tests have started."""
+"""Wait for processes that tests have started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def wait_until_gone(pid: int) -> None:
-    """Until the process has ended, whether or not its parent has taken note; AssertionError after 20 s."""
+    """Wait until the process has ended, even if its parent has not reaped it; raise AssertionError after 20 s."""
     for _ in range(400):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -16,4 +16,4 @@ def wait_until_gone(pid: int) -> None:
         if state == "Z":
             return
         time.sleep(0.05)
-    raise AssertionError(f"process {pid} is still there")
+    raise AssertionError(f"process {pid} is still running")

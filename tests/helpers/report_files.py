@@ -1,4 +1,4 @@
-"""A run folder like that of a training, for the tests of the report, and a reader of its page."""
+"""Write a run folder like that of a training run for the tests of the report, and read its page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVIL = '<script>alert("pwned")</script><img src=x onerror=alert(1)>'
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced; collects tags with attributes, ids and the text outside style and script."""
+    """Check that tags are balanced, and collect tags with attributes, ids, and the text outside style and script."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -32,7 +32,7 @@ class Page(HTMLParser):
         self.text = ""
         self.feed(text)
         self.close()
-        assert not self.stack, f"never closed: {self.stack}"
+        assert not self.stack, f"tags never closed: {self.stack}"
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         self.tags.append((tag, dict(attributes)))
@@ -133,7 +133,7 @@ def made_policy_metrics(rng: random.Random, share: float) -> dict:
         "policy/kl": 0.012 * share + abs(rng.gauss(0, 0.002)),
         "policy/entropy": 0.9 - 0.2 * share + rng.gauss(0, 0.02),
         "policy/importance_ratio": rng.gauss(1.0, 0.001),
-        # One spike: the page must mention it, and it must not flatten the curve.
+        # The page must mention this spike, and it must not flatten the curve.
         "policy/grad_norm": 60.0 if 0.5 < share <= 0.5085 else abs(rng.gauss(0.8, 0.2)),
         "policy/logp": rng.gauss(-0.8, 0.05),
         "advantage/zero_share": abs(rng.gauss(0.1, 0.03)),
@@ -189,7 +189,7 @@ def made_evaluation(students: tuple[str, ...] = STUDENTS, n: int = 75) -> dict:
 
 
 def made_run(folder: Path, material, *, steps: dict[str, int] | None = None) -> Path:
-    """Write a whole run folder: generated clips, a simulated teacher's statistics, noisy curves."""
+    """Write a complete run folder with generated clips, statistics of a simulated teacher, and noisy curves."""
     rng = random.Random(7)
     folder.mkdir(parents=True)
     config = RunConfig(name="quickstart")

@@ -1,4 +1,4 @@
-"""Shared parts of the tests of shared-prefix attention: a dense oracle, rows of every kind, errors, fake kernels."""
+"""Provide a dense oracle, rows of every kind, error checks and fake kernels for tests of shared-prefix attention."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rmsd_kernels import SharedPrefixPlan
 from rmsd_kernels.heads.row_formula import accumulation_dtype
 from rmsd_kernels.shared_prefix.cuda import Lengths, Varlen
 
-# (prefix lengths, response lengths). One entry per code path: adjacent segments of equal length (one batched call) and
-# of different lengths; groups without responses at the start, in the middle and at the end; a response longer than its
-# prefix; single tokens.
+# Each entry gives (prefix lengths, response lengths) for one code path: adjacent segments of equal length (one batched
+# call) and of different lengths; groups without responses at the start, in the middle and at the end; a response longer
+# than its prefix; single tokens.
 ROWS = {
     "one group": ([9], [[4, 4, 2]]),
     "one response": ([7], [[5]]),
@@ -23,7 +23,7 @@ ROWS = {
     "single tokens, one group empty": ([1, 1, 1], [[1, 1], [], [1]]),
 }
 PLAN = SharedPrefixPlan.from_lengths(*ROWS["uneven groups"])
-# Heads of queries and keys.
+# Each entry gives the numbers of query and key heads.
 HEADS = [(2, 2), (4, 2), (3, 1)]
 
 
@@ -80,7 +80,7 @@ def check_errors(ours: list[Tensor], others: list[Tensor], truth: list[Tensor], 
 
 
 def _segments(lengths: Lengths, q: Tensor, k: Tensor):
-    """Return (queries, keys) of each segment, and check what kernels assume about their arguments."""
+    """Return (queries, keys) of each segment, and check the assumptions of the kernels about their arguments."""
     edges = [t.tolist() for t in (lengths.queries, lengths.keys)]
     for t, row_edges, rows in zip((lengths.queries, lengths.keys), edges, (q, k), strict=True):
         assert t.dtype == torch.int32 and t.is_contiguous()
@@ -105,9 +105,9 @@ def _softmax(q: Tensor, k: Tensor, causal: bool, scale: float, lse: Tensor | Non
 
 
 def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """A fake variable-length kernel, computed by definition, that checks its input as strictly as the CUDA kernels.
+    """Run a fake variable-length kernel that checks its input as strictly as the CUDA kernels.
 
-    With 16-bit inputs, it rounds what they round: probabilities before a product, and the result.
+    With 16-bit inputs, it rounds as they do: probabilities before a product, and the result.
     """
     dtype, (q, k, v) = q.dtype, _accumulated(q, k, v)
     if lengths is None:
@@ -130,7 +130,7 @@ def stand_in_attend(q, k, v, lengths: Lengths | None, causal: bool, scale: float
 
 
 def stand_in_backward(d_out, q, k, v, out, lse, lengths: Lengths, causal: bool, scale: float):
-    """The backward of the fake kernel, from out and lse. Gradients of keys that no query attends to stay unwritten."""
+    """Run the backward of the fake kernel from out and lse; gradients of keys without queries are not written."""
     assert all(t.is_contiguous() for t in (d_out, out, lse)) and lse.shape == (q.shape[1], len(q))
     dtype, (d_out, q, k, v, out) = q.dtype, _accumulated(d_out, q, k, v, out)
     repeat = q.shape[1] // k.shape[1]
@@ -160,9 +160,9 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
 def one_call_per_response(
     kernel: Varlen, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, plan: SharedPrefixPlan
 ) -> list[Tensor]:
-    """Return out, dq, dk, dv of the packed row, from one call per `[prefix | response]`; every prefix has responses.
+    """Return out, dq, dk, dv of the packed row from one call per `[prefix | response]`; every prefix has responses.
 
-    A prefix's gradients are summed over its responses in the accumulation dtype, and rounded once.
+    The gradients of a prefix are summed over its responses in the accumulation dtype and rounded once.
     """
     out, sums = torch.empty_like(q), [torch.zeros_like(t) for t in _accumulated(q, k, v)]
     key, row = 0, plan.prefix_tokens
@@ -175,7 +175,7 @@ def one_call_per_response(
             scale = q.shape[-1] ** -0.5
             out[rows], lse = kernel.attend(*inputs, lengths, True, scale)
             gradient = d_out[rows]
-            # The prefix's outputs count only once, with the first response.
+            # The outputs of the prefix count only once, with the first response.
             gradient[: prefix if index else 0] = 0
             gradients = kernel.attend_backward(gradient, *inputs, out[rows], lse, lengths, True, scale)
             for total, share in zip(sums, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""Shared parts of the tests of shared prompts in models: responses, rows of a packed pass, and a fake cache."""
+"""Provide responses, rows of a packed pass and a fake cache for the tests of shared prompts in models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from rmsd_fast.models.shared_prefix import run_shared_prefix
 from rmsd_kernels import SharedPrefixPlan
 
-# Two groups, with different lengths, so that a test fails if segments are mixed up, and a response of a single token.
+# Two groups have different lengths, so that a test fails if segments are mixed up, and one response has a single token.
 LENGTHS = [[5, 3, 1], [4, 2]]
 Responses = list[list[torch.Tensor]]
 Media = Callable[[nn.Module, list[FamilyPrompt]], dict]
@@ -35,14 +35,14 @@ def takes_features(model: nn.Module) -> bool:
 
 
 def media_of(model: nn.Module, prompts: list[FamilyPrompt]) -> dict:
-    """Return features of the prompts' media if the model takes them, otherwise their pixels."""
+    """Return features of the prompts' media if the model accepts them, otherwise their pixels."""
     return {"mm_encoder_outputs": encode(model, prompts)} if takes_features(model) else pixels_of(model, prompts)
 
 
 def packed_rows(
     model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = media_of
 ) -> list[torch.Tensor]:
-    """Return the hidden states [P + R, D] of every `[prefix | response]`, from one packed pass."""
+    """Return the hidden states [P + R, D] of every `[prefix | response]` from one packed pass."""
     inputs = pack_inputs(prompts, responses)
     plan = plan_of(prompts, responses)
     hidden = run_shared_prefix(model.model, plan, **inputs, **media(model, prompts))[0]

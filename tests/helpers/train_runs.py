@@ -1,4 +1,4 @@
-"""Runs of the train program at the smallest useful size, for tests that need whole processes."""
+"""Run the train program at the smallest useful size, for tests that need whole processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Everything the quickstart does, in seconds: 3 + 1 + 5 steps.
+# These settings run all parts of the quickstart in seconds: 3 + 1 + 5 steps.
 MINI = [
     "made.train_clips=24",
     "made.heldout_clips=4",
@@ -31,7 +31,7 @@ MINI = [
     "data.max_prompt_tokens=500",
     "micro_tokens=600",
 ]
-# Numbers that measure the machine and not the run.
+# These prefixes mark metrics that measure the machine and not the run.
 MACHINE = ("seconds/", "rate/", "memory/", "media/")
 
 
@@ -43,8 +43,8 @@ def command(arguments: list[str], *, processes: int = 1) -> list[str]:
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """Of a process that shall run on this device, also where there is another."""
-    # Without what a process group of the test's own process has set.
+    """Return the environment of a process that uses this device even if another is available."""
+    # Remove the variables that a process group of the test process has set.
     others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     own = {name: value for name, value in os.environ.items() if name not in others}
     chosen = {} if device == "cuda" else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -73,13 +73,13 @@ def only_run(folder: Path) -> Path:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what measures the machine."""
+    """Return the lines of metrics.jsonl without machine measurements."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith(MACHINE)} for line in lines]
 
 
 def made_files(run: Path) -> dict[str, bytes]:
-    """What a finished run has made, but for what tells times, places and the machine."""
+    """Return the output of a finished run without times, paths and data of the machine."""
     names = ["evaluation.json", "samples.jsonl", "teacher.json", "rollouts.jsonl"]
     paths = [run / name for name in names] + [*(run / "predictions").iterdir(), *(run / "export").iterdir()]
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}

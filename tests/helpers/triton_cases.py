@@ -1,4 +1,4 @@
-"""Shared parts of the tests of the Triton kernels: cases in Triton's interpreter, and comparison with eager errors.
+"""Run cases of the Triton kernels in Triton's interpreter, and compare them with eager errors.
 
 Triton decides on import whether its kernels run on a GPU or in its interpreter. The interpreter's cases therefore run
 in a separate process, with the test file as the program. It prints one JSON line per case, and each test looks up its
@@ -20,27 +20,29 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# A check of (device, dtype). Returns the largest error as a multiple of the eager error in the same dtype.
+# A case checks (device, dtype) and returns the largest error as a multiple of the eager error in the same dtype.
 Case = Callable[[torch.device, torch.dtype], float]
 
 
 def as_stored(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a float32 gradient as it is stored. Triton's interpreter truncates to bfloat16 instead of rounding."""
+    """Return a float32 gradient as it is stored; Triton's interpreter truncates to bfloat16 instead of rounding."""
     if dtype == torch.bfloat16 and gradient.device.type == "cpu":
         return (gradient.view(torch.int32) & ~0xFFFF).view(torch.float32)
     return gradient.to(dtype)
 
 
 def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor, floor: float = 4e-7) -> float:
-    """Check that err(kernel) <= 2 * err(eager) + floor, and that NaN and inf are in the same places.
+    """Check that err(kernel) <= 2 * err(eager) + floor, and that NaN and inf are at the same positions.
 
     floor: in units of the largest result, or of 1 if that is larger.
 
     Return the error as a multiple of the eager error + floor.
     """
     finite = exact.isfinite()
-    assert torch.equal(kernel.isnan(), exact.isnan()), f"{name}: NaN in other places: {kernel} {exact}"
-    assert torch.equal(kernel.double()[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()]), f"{name}: inf"
+    assert torch.equal(kernel.isnan(), exact.isnan()), f"{name}: NaN at other positions: {kernel} {exact}"
+    assert torch.equal(kernel.double()[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()]), (
+        f"{name}: inf at other positions"
+    )
     if not finite.any():
         return 0.0
     exact = exact[finite]
@@ -53,7 +55,7 @@ def compare(name: str, kernel: Tensor, eager: Tensor, exact: Tensor, floor: floa
 
 
 def round_once_in_fma() -> None:
-    """Give the interpreter's fma one rounding, as a GPU has it; its own multiplies and adds in float32."""
+    """Make the interpreter's fma round once, as on a GPU; its own fma multiplies and adds in float32."""
     from triton.runtime import interpreter
 
     def create_fma(self, x, y, z):
@@ -64,7 +66,7 @@ def round_once_in_fma() -> None:
 
 
 def repair_interpreter() -> None:
-    """Let triton 3.6's interpreter run loops with a bound that a launch passes, as it does with numpy before 2.4."""
+    """Let triton 3.6's interpreter run loops whose bound a launch passes, as it does with numpy before 2.4."""
     import triton
 
     round_once_in_fma()
@@ -85,7 +87,7 @@ def repair_interpreter() -> None:
 def main(cases: dict[str, Case]) -> None:
     """Run every case on CPU and print a record of each: case, dtype, error ratio, and the traceback of a failure."""
     repair_interpreter()
-    # numpy warns about inf - inf in the interpreter; the cases contain it on purpose.
+    # numpy warns about inf - inf in the interpreter, which the cases contain on purpose.
     warnings.filterwarnings("ignore", category=RuntimeWarning)
     for dtype in ("float32", "bfloat16"):
         for name, function in cases.items():

@@ -1,4 +1,4 @@
-"""A loss whose gradient is undefined, because a function after it returns None as the gradient of its input."""
+"""Provide a loss whose gradient is undefined, because a function after it returns None as the gradient of its input."""
 
 from __future__ import annotations
 

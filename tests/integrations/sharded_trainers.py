@@ -1,7 +1,7 @@
-"""A program for two processes: trainings with DDP and sharded weights, the library's own loss beside the fused one.
+"""Train in two processes with DDP and sharded weights, with the library's own loss and with the fused loss.
 
-Writes results.json to the folder it is given: by case, how far losses and weights (or gradients) are apart, and how far
-the weights went.
+The program writes results.json to the folder in its argument. For each case it has the difference of losses and of
+weights (or gradients), and the distance that the weights moved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def apart(own: dict[str, torch.Tensor], fused: dict[str, torch.Tensor]) -> float
 
 
 def fully_sharded(folder: Path, family: str) -> dict[str, float]:
-    """FSDP2: gradients of one step on two ranks against plain torch on both batches; a head of its own is refused."""
+    """Compare the gradients of one FSDP2 step with plain torch, and check that a sharded head is refused."""
     import pytest
     import test_integration_hf as hf
     from torch.distributed.fsdp import fully_shard
@@ -72,7 +72,7 @@ def fully_sharded(folder: Path, family: str) -> dict[str, float]:
 
 
 def trained(build, own_class, fused_class, before: dict[str, torch.Tensor], losses) -> dict[str, float]:
-    """Build and train one, then the other: building sets the random numbers that training draws."""
+    """Build and train one trainer and then the other, because building sets the random numbers that training draws."""
     own = build(own_class)
     own.train()
     own_weights = whole_weights(own)
@@ -93,7 +93,7 @@ def loss_history(trainer) -> torch.Tensor:
 def main(folder: Path) -> None:
     import deepspeed
 
-    # Else DeepSpeed compiles an op for shared memory for a minute and a half.
+    # Otherwise DeepSpeed compiles an op for shared memory for a minute and a half.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group("gloo")
     results = {f"FSDP2, {family}": fully_sharded(folder, family) for family in ("own head", "tied head")}
@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
 
     before, sft_before = hf.model("own head").state_dict(), sft.start("qwen3")
 
-    # DDP first: a ZeRO-3 setting stays alive.
+    # DDP runs first, because a ZeRO-3 setting stays active.
     for name, setting in (("DDP", None), ("ZeRO-3", zero3(**BATCH))):
 
         def build_trainer(cls, setting=setting):
@@ -128,7 +128,7 @@ def main(folder: Path) -> None:
 
     tokenizer = grpo.make_tokenizer()
     sizes = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
-    # Not from_pretrained: with a ZeRO-3 setting alive, that shards what it loads.
+    # from_pretrained is not used, because it shards what it loads while a ZeRO-3 setting is active.
     before = load_file(folder / "qwen3" / "model.safetensors")
     for objective in ("policy", "log_prob"):
         options = {
@@ -154,6 +154,6 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     main(Path(sys.argv[1]))
-    # Without the teardown of process groups that belong to several libraries.
+    # Exit without destroying process groups that belong to several libraries.
     sys.stdout.flush()
     os._exit(0)

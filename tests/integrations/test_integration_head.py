@@ -1,4 +1,4 @@
-"""Which models may take a fused loss: refusals, the check at the first step, copies, sharded heads."""
+"""Test which models accept a fused loss: refusals, the check at the first step, copies, and sharded heads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rmsd_fast.integrations.head import add_head_call, read_head
 from rmsd_fast.integrations.hf import FusedTrainer
 
 
-def test_refused_models_are_named(tmp_path: Path) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
     adapted = model()
     adapted.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 97, bias=False))
     masked = model()
@@ -66,7 +66,7 @@ def bart() -> torch.nn.Module:
 
 
 class LossByAttention(Qwen3ForCausalLM):
-    """Leaves out labels at positions that attention does not see."""
+    """A model that ignores labels at positions outside of its attention mask."""
 
     def forward(self, input_ids, attention_mask, labels=None, **kwargs):
         seen = None if labels is None else labels.masked_fill(attention_mask == 0, -100)
@@ -79,7 +79,7 @@ CHECKED = {
     "a layer between body and head": (modern_bert, NOT_ITS_LOGITS),
     "a hook on the head": (hooked, NOT_ITS_LOGITS),
     "a head with another forward": (with_own_forward, NOT_ITS_LOGITS),
-    # Its forward takes labels as they are, whatever its loss_function says.
+    # The forward of this model uses labels unshifted, whatever its loss_function does.
     "unshifted labels": (bart, NOT_ITS_LOSS),
     "a mask of its own": (lambda: LossByAttention(model().config), NOT_ITS_LOSS),
 }
@@ -93,8 +93,8 @@ def test_a_model_that_computes_something_else_is_refused_at_its_first_step(case:
         trainer.train()
 
 
-def test_the_check_of_a_model_leaves_no_trace() -> None:
-    """Nor does autocast's cache: casts that the check made without a gradient must not serve the step."""
+def test_the_check_of_a_model_has_no_side_effects() -> None:
+    """Casts that the check caches under autocast without a gradient must not be used by the step."""
     checked = model()
     checked.train()
     checked.model.layers[0].eval()
@@ -109,14 +109,14 @@ def test_the_check_of_a_model_leaves_no_trace() -> None:
     assert all(parameter.grad is not None for parameter in checked.parameters())
 
 
-def test_the_check_runs_as_the_trainer_does(tmp_path: Path) -> None:
-    """A layer that takes 16 bits only, as some attention kernels do, works once autocast is on and not before."""
+def test_the_check_runs_under_the_autocast_of_the_trainer(tmp_path: Path) -> None:
+    """A layer that accepts only 16 bits, like some attention kernels, works only under autocast."""
     picky = model()
     picky.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, __, output: check(output))
 
     def check(output: torch.Tensor) -> None:
         if output.dtype != torch.bfloat16:
-            raise RuntimeError("16 bits only")
+            raise RuntimeError("the layer supports only 16 bits")
 
     trainer = build(FusedTrainer, tmp_path, trained=picky, bf16=True)
     trainer.train()
@@ -135,7 +135,7 @@ def test_a_copied_model_uses_its_own_weights() -> None:
 
 
 def test_a_sharded_head(tmp_path: Path) -> None:
-    """A DTensor: trained it is refused, since nobody would reduce its gradient; else it is gathered."""
+    """A trained DTensor head is refused because its gradient would not be reduced; a frozen one is gathered."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

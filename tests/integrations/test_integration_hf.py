@@ -1,4 +1,4 @@
-"""FusedTrainer against transformers' own Trainer: loss of every step, evaluation and final weights, on the CPU."""
+"""Compare FusedTrainer with transformers' own Trainer on the CPU: loss of every step, evaluation and final weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def model(family: str = "tied head") -> torch.nn.Module:
 
 
 def examples(count: int = 40, vocabulary: int = 97) -> list[dict[str, torch.Tensor]]:
-    """Token rows of 6 to 13; the first three are a prompt, every fifth row has one scored token only."""
+    """Return token rows of 6 to 13; the first three are a prompt, and every fifth row has only one scored token."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for number in range(count):
@@ -100,7 +100,8 @@ def build(
         "per_device_eval_batch_size": 3,
         "gradient_accumulation_steps": 3,
         "learning_rate": 0.05,
-        # Plain SGD: weights differ as gradients do. Adam would blow up rounding where a gradient is near zero.
+        # With plain SGD, weights differ as gradients do. Adam would amplify rounding errors where a gradient is near
+        # zero.
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
@@ -121,18 +122,18 @@ def losses(trainer: Trainer) -> torch.Tensor:
 
 
 def assert_same_training(own: Trainer, fused: Trainer, family: str) -> None:
-    """float32 with sums in another order: 1e-5 of the loss, 1e-4 of the way that the weights went."""
+    """Compare float32 runs: losses within 1e-5, and weights within 1e-4 of the distance that they moved."""
     assert len(losses(own)) == own.args.max_steps
     torch.testing.assert_close(losses(fused), losses(own), rtol=1e-5, atol=0.0)
     before, after, fused_after = model(family).state_dict(), own.model.state_dict(), fused.model.state_dict()
     moved = max((after[name] - before[name]).abs().max() for name in before)
     apart = max((after[name] - fused_after[name]).abs().max() for name in before)
-    assert moved > 2e-3, "nothing was learnt, so nothing was compared"
-    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
+    assert moved > 2e-3, "the model learned nothing, so the comparison is meaningless"
+    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and differ by {apart:.3g}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_is_that_of_the_library(family: str, tmp_path: Path) -> None:
+def test_training_equals_that_of_the_library(family: str, tmp_path: Path) -> None:
     own, fused = build(Trainer, tmp_path, family=family), build(FusedTrainer, tmp_path, family=family)
     own.train()
     fused.train()
@@ -157,7 +158,7 @@ def test_settings_of_the_trainer(options: dict, tmp_path: Path) -> None:
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
-    """Six rows at once and three times two: the same steps, as the divisor counts the tokens of all six."""
+    """Six rows at once and three times two rows give the same steps, because all six share one divisor."""
     whole = build(FusedTrainer, tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=6)
     parts = build(FusedTrainer, tmp_path)
     whole.train()
@@ -166,7 +167,7 @@ def test_accumulation_does_not_change_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_model_that_counts_no_tokens(tmp_path: Path) -> None:
-    """Without num_items_in_batch the library takes the mean of each micro-batch, and so does the fused loss."""
+    """Without num_items_in_batch, the library takes the mean of each micro-batch, and so does the fused loss."""
     trainers = []
     for cls in (Trainer, FusedTrainer):
         counting_none = model()
@@ -177,17 +178,17 @@ def test_a_model_that_counts_no_tokens(tmp_path: Path) -> None:
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:
-    """Head and hidden states are rounded to bfloat16 as the library's head rounds them."""
+    """The head and hidden states are rounded to bfloat16 as the library's head rounds them."""
     own, fused = build(Trainer, tmp_path, bf16=True), build(FusedTrainer, tmp_path, bf16=True)
     own.train()
     fused.train()
     torch.testing.assert_close(losses(fused), losses(own), rtol=2e-3, atol=0.0)
     exact = build(Trainer, tmp_path)
     exact.train()
-    assert (losses(own) - losses(exact)).abs().max() > 0, "autocast had no effect, so nothing was compared"
+    assert (losses(own) - losses(exact)).abs().max() > 0, "autocast had no effect, so the comparison is meaningless"
 
 
-def test_logits_come_back_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_logits_are_returned_if_requested(tmp_path: Path) -> None:
     own, fused = build(Trainer, tmp_path), build(FusedTrainer, tmp_path)
     expected, found = own.predict(examples(7)), fused.predict(examples(7))
     assert found.predictions.shape == expected.predictions.shape and found.predictions.shape[-1] == 97
@@ -196,12 +197,12 @@ def test_logits_come_back_where_they_are_asked_for(tmp_path: Path) -> None:
     batch = collate(examples(2))
     loss, outputs = fused.compute_loss(fused.model, dict(batch), return_outputs=True)
     assert outputs.logits.shape[-1] == 97 and loss.requires_grad
-    # The model itself is what it was, for generation and for everyone else.
+    # The model itself is unchanged for generation and for all other callers.
     torch.testing.assert_close(fused.model(**batch).loss, own.model(**batch).loss)
 
 
-def test_no_logits_are_made(tmp_path: Path) -> None:
-    """Training and loss-only evaluation never call the head after the check of the model; predictions do."""
+def test_logits_are_not_computed(tmp_path: Path) -> None:
+    """After the check of the model, training and loss-only evaluation never call the head, but predictions do."""
     trainer = build(FusedTrainer, tmp_path)
     calls = []
     trainer.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -242,7 +243,7 @@ def test_shifted_labels(tmp_path: Path) -> None:
         ({"use_liger_kernel": True}, "use_liger_kernel"),
     ],
 )
-def test_refused_settings_are_named(options: dict, named: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(options: dict, named: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="does not support") as caught:
         build(FusedTrainer, tmp_path, **options)
     assert named in str(caught.value)
@@ -258,7 +259,7 @@ def test_a_trainer_with_its_own_loss_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_video_language_model(tmp_path: Path) -> None:
-    """Qwen3-VL with a picture: the body takes the pixels, and loss and gradients are those of the library."""
+    """The body of Qwen3-VL takes the pixels of a picture, and loss and gradients equal those of the library."""
     build_tiny_student(tmp_path / "student", texts=["What colour?"], layers=1)
     Image.fromarray(noise_frames(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     results = []
@@ -291,7 +292,7 @@ def test_a_video_language_model(tmp_path: Path) -> None:
     assert all((fused_gradients[name] - gradient).abs().max() <= 1e-5 * scale for name, gradient in gradients.items())
 
 
-def test_without_transformers_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_without_transformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "rmsd_fast.integrations.hf", raising=False)
     with pytest.raises(ImportError, match=r"rmsd_fast\.integrations\.hf needs transformers .*pip install 'rmsd-fast"):

@@ -1,5 +1,7 @@
-"""LoRA of peft under both fused trainers: losses and adapters are those of the library's own trainer; a head with an
-adapter is refused."""
+"""Test peft LoRA under both fused trainers: losses and adapters equal those of the library's trainer.
+
+A head with an adapter is refused.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,16 @@ def adapters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_adapters(own, fused, losses) -> None:
-    """float32, sums in another order: 1e-5 of the loss, 1e-4 of the largest weight of an adapter that began at 0."""
+    """Compare float32 runs: losses within 1e-5, and adapters within 1e-4 of their largest weight."""
     torch.testing.assert_close(losses(fused), losses(own), rtol=1e-5, atol=1e-6)
     found, expected = adapters(fused.model), adapters(own.model)
     assert found.keys() == expected.keys() and all("lora_" in name for name in found)
     moved = max(float(value.abs().max()) for name, value in expected.items() if "lora_B" in name)
-    assert moved > 1e-3, "nothing was learnt, so nothing was compared"
+    assert moved > 1e-3, "the model learned nothing, so the comparison is meaningless"
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) <= 1e-4 * moved
 
 
-def test_trainer(tmp_path: Path) -> None:
+def test_trainer_with_adapters(tmp_path: Path) -> None:
     trainers = []
     for cls in (Trainer, FusedTrainer):
         torch.manual_seed(2)
@@ -53,7 +55,7 @@ def test_an_adapter_on_the_head_is_refused(target: str, options: dict, tmp_path:
 
 
 @pytest.mark.parametrize("objective", ["policy", "log_prob"])
-def test_grpo(objective: str, tmp_path: Path) -> None:
+def test_grpo_with_adapters(objective: str, tmp_path: Path) -> None:
     """The reference is the model without its adapters."""
     pytest.importorskip("trl", reason="needs trl (extra: test)")
     import test_integration_trl as grpo
@@ -74,7 +76,7 @@ def test_grpo(objective: str, tmp_path: Path) -> None:
     assert_same_adapters(*trainers, lambda trainer: torch.tensor(grpo.history(trainer, "loss")))
     assert any(value > 0 for value in grpo.history(trainers[1], "kl"))
     assert grpo.history(trainers[1], "kl") == pytest.approx(grpo.history(trainers[0], "kl"), rel=1e-4, abs=1e-6)
-    # TRL refuses the first itself.
+    # TRL itself refuses the first case.
     for refused in (lora("lm_head"), lora("q_proj", modules_to_save=["lm_head"])):
         with pytest.raises((ValueError, RuntimeError), match="lm_head|got peft"):
             grpo.build(FusedGRPOTrainer, folder, tokenizer, peft_config=refused)

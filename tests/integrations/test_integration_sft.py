@@ -1,4 +1,4 @@
-"""FusedLossMixin before TRL's SFTTrainer: losses, metrics and weights of every step are those of SFTTrainer alone."""
+"""Compare FusedLossMixin with TRL's SFTTrainer alone: losses, metrics and weights of every step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 
 
 class Mixed(FusedLossMixin, SFTTrainer):
-    """What a user writes."""
+    """This is the class that a user writes."""
 
 
 def text_rows(count: int = 40) -> Dataset:
@@ -40,7 +40,7 @@ def prompt_rows(count: int = 40) -> Dataset:
 
 @functools.cache
 def start(family: str) -> dict[str, torch.Tensor]:
-    """Weights that know some of the words already, so that accuracies are above 0."""
+    """Return weights that already know some of the words, so that accuracies are above 0."""
     model_class, config = grpo.FAMILIES[family]
     torch.manual_seed(0)
     model = model_class(config())
@@ -63,7 +63,8 @@ def build(
         "per_device_eval_batch_size": 3,
         "gradient_accumulation_steps": 3,
         "learning_rate": 0.05,
-        # Plain SGD: weights differ as gradients do. Adam would blow up rounding where a gradient is near zero.
+        # With plain SGD, weights differ as gradients do. Adam would amplify rounding errors where a gradient is near
+        # zero.
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "max_length": 24,
@@ -99,7 +100,7 @@ def trained_pair(folder: Path, **settings) -> tuple[SFTTrainer, SFTTrainer]:
 
 
 def assert_same_training(own: SFTTrainer, fused: SFTTrainer) -> None:
-    """float32 with sums in another order: 1e-5 of a metric, 1e-4 of the way that the weights went."""
+    """Compare float32 runs: metrics within 1e-5, and weights within 1e-4 of the distance that they moved."""
     for name in METRICS:
         values = grpo.history(own, name)
         assert len(values) == own.args.max_steps, name
@@ -109,8 +110,8 @@ def assert_same_training(own: SFTTrainer, fused: SFTTrainer) -> None:
     assert own.start.keys() == fused.start.keys()
     moved = max(float((after[name].detach() - weight).abs().max()) for name, weight in own.start.items())
     apart = max(float((after[name] - fused_after[name]).detach().abs().max()) for name in own.start)
-    assert moved > 2e-3, "nothing was learnt, so nothing was compared"
-    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
+    assert moved > 2e-3, "the model learned nothing, so the comparison is meaningless"
+    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and differ by {apart:.3g}"
 
 
 CASES = {
@@ -131,7 +132,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_that_of_trl(case: str, tmp_path: Path) -> None:
+def test_training_equals_that_of_trl(case: str, tmp_path: Path) -> None:
     own, fused = trained_pair(tmp_path, **CASES[case])
     assert_same_training(own, fused)
     expected, found = own.evaluate(), fused.evaluate()
@@ -140,7 +141,7 @@ def test_training_is_that_of_trl(case: str, tmp_path: Path) -> None:
 
 
 def test_packed_rows_keep_their_positions(tmp_path: Path) -> None:
-    """The case above compares packing itself: batches have positions and no mask."""
+    """Packed batches have positions and no mask; the test above compares the training itself."""
     batch = next(iter(build(Mixed, tmp_path, options={"packing": True}).get_train_dataloader()))
     assert "attention_mask" not in batch and int((batch["position_ids"] == 0).sum()) > 1
 
@@ -156,7 +157,7 @@ def test_adapters(options: dict, tmp_path: Path) -> None:
 
 def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs peft (extra: test)")
-    # TRL refuses the first itself.
+    # TRL itself refuses the first case.
     for config in (
         peft.LoraConfig(target_modules=["lm_head"]),
         peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -173,17 +174,19 @@ def test_prompt_tuning(tmp_path: Path) -> None:
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:
-    """Head and hidden states are rounded to bfloat16 as TRL rounds them."""
+    """The head and hidden states are rounded to bfloat16 as TRL rounds them."""
     own, fused = trained_pair(tmp_path, options={"bf16": True})
     for name, tolerance in (("loss", 2e-3), ("entropy", 2e-3), ("mean_token_accuracy", 0.03)):
         assert grpo.history(fused, name) == pytest.approx(grpo.history(own, name), rel=tolerance, abs=tolerance), name
     exact = build(SFTTrainer, tmp_path)
     exact.train()
-    assert grpo.history(exact, "loss") != grpo.history(own, "loss"), "autocast had no effect, so nothing was compared"
+    assert grpo.history(exact, "loss") != grpo.history(own, "loss"), (
+        "autocast had no effect, so the comparison is meaningless"
+    )
 
 
 def test_loss_gradients_and_metrics_in_float64(tmp_path: Path) -> None:
-    """Against logits: TRL's own head computes in float32 whatever the model is."""
+    """The comparison uses logits, because TRL's own head computes in float32 for every model dtype."""
     trainer = build(Mixed, tmp_path, rows=prompt_rows())
     model = trainer.model.double().train()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -206,8 +209,8 @@ def test_loss_gradients_and_metrics_in_float64(tmp_path: Path) -> None:
     assert metrics["mean_token_accuracy"] == [pytest.approx(float(right))]
 
 
-def test_no_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head is never called after the check of the model, and the rows of its products fit the budget."""
+def test_logits_are_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the check of the model, the head is never called, and the rows of its products fit the budget."""
     trainer = build(Mixed, tmp_path, memory_budget_bytes=4096)
     calls, budgets = [], set()
     trainer.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -222,8 +225,8 @@ def test_no_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(calls) == 1 and budgets == {4096}
 
 
-def test_logits_come_back_where_they_are_asked_for(tmp_path: Path) -> None:
-    """As with TRL alone: an extra forward pass, and the fused loss."""
+def test_logits_are_returned_if_requested(tmp_path: Path) -> None:
+    """As with TRL alone, an extra forward pass computes the logits, and the loss is fused."""
     predictions = []
     for cls in (SFTTrainer, Mixed):
         trainer = build(cls, tmp_path, options={"max_steps": 1})
@@ -241,11 +244,11 @@ def test_a_batch_without_a_label(tmp_path: Path) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
     loss = trainer.compute_loss(trainer.model.train(), batch)
     loss.backward()
-    # A gradient of zeros, not none: other processes wait for it.
+    # Gradients are zeros and not None, because other processes wait for them.
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
 
 
-def test_a_subclass_keeps_its_loss_and_is_never_left_unfused(tmp_path: Path) -> None:
+def test_a_subclass_keeps_its_loss_or_is_refused(tmp_path: Path) -> None:
     class Doubled(SFTTrainer):
         def compute_loss(self, *args, **kwargs):
             return 2 * super().compute_loss(*args, **kwargs)
@@ -269,7 +272,7 @@ def test_a_subclass_keeps_its_loss_and_is_never_left_unfused(tmp_path: Path) -> 
     [({"label_smoothing_factor": 0.1}, "label_smoothing_factor"), ({"torch_compile": True}, "torch_compile")],
 )
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
-def test_refused_settings_are_named(options: dict, named: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(options: dict, named: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"the fused loss does not support: {named}"):
         build(Mixed, tmp_path, options=options)
 
@@ -282,7 +285,7 @@ def test_a_loss_function_on_logits_is_refused(tmp_path: Path) -> None:
 
 def test_another_trl_is_refused(tmp_path: Path) -> None:
     class Other(SFTTrainer):
-        """A version whose model knows no fused_lm_head."""
+        """A version whose model does not have fused_lm_head."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -292,12 +295,12 @@ def test_another_trl_is_refused(tmp_path: Path) -> None:
         build(type("Mine", (FusedLossMixin, Other), {}), tmp_path)
 
 
-def test_the_named_class_is_the_mixin_before_sft_trainer() -> None:
+def test_the_exported_class_is_the_mixin_before_sft_trainer() -> None:
     assert FusedSFTTrainer.__mro__[1:3] == (FusedLossMixin, SFTTrainer)
 
 
 def test_the_most_likely_token() -> None:
-    """Sure and unsure rows, a bias, ties: the first maximum counts."""
+    """The rows are certain, uncertain, biased and tied; of equal logits, the first counts."""
     torch.manual_seed(0)
     rows, weight, bias = torch.randn(200, 8), torch.randn(50, 8), torch.randn(50)
     weight[7], bias[7] = weight[3], bias[3]

@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer against TRL's own GRPOTrainer: loss of every step, metrics and final weights, on the CPU."""
+"""Compare FusedGRPOTrainer with TRL's own GRPOTrainer on the CPU: loss of every step, metrics and final weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    # Logits wide enough that temperature, softcap and scale matter.
+    # The logits are wide enough that temperature, softcap and scale have an effect.
     "initializer_range": 0.3,
     "vocab_size": VOCABULARY,
     "eos_token_id": 3,
@@ -67,7 +67,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> dict[str, Path]:
-    """A tiny model of each family on disk: TRL loads the reference from where the policy came from."""
+    """Write a tiny model of each family to disk, because TRL loads the reference from the path of the policy."""
     made = {}
     for name, (cls, config) in FAMILIES.items():
         torch.manual_seed(5)
@@ -78,7 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> dict[str, Pa
 
 
 def reward(completion_ids: list[list[int]], **_) -> list[float]:
-    """Something that differs within a group and follows from the tokens alone."""
+    """Return a reward that differs within a group and depends only on the tokens."""
     return [sum(token % 7 == 1 for token in ids) + 0.1 * len(ids) for ids in completion_ids]
 
 
@@ -90,7 +90,8 @@ def settings(folder: Path, **options) -> GRPOConfig:
         "num_generations": 4,
         "max_completion_length": 6,
         "learning_rate": 0.05,
-        # Plain SGD: weights differ as gradients do. Adam would blow up rounding where a gradient is near zero.
+        # With plain SGD, weights differ as gradients do. Adam would amplify rounding errors where a gradient is near
+        # zero.
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
@@ -134,7 +135,7 @@ def history(trainer: GRPOTrainer, name: str) -> list[float]:
 
 
 def assert_same(own: GRPOTrainer, fused: GRPOTrainer, start: Path) -> None:
-    """float32 with sums in another order: 1e-5 relative to the largest value, 1e-4 of the way that the weights went."""
+    """Compare float32 runs: values within 1e-5, and weights within 1e-4 of the distance that they moved."""
     losses, fused_losses = torch.tensor(history(own, "loss")), torch.tensor(history(fused, "loss"))
     assert len(losses) == own.args.max_steps
     assert (losses - fused_losses).abs().max() <= 1e-5 * losses.abs().max() + 1e-6
@@ -142,12 +143,12 @@ def assert_same(own: GRPOTrainer, fused: GRPOTrainer, start: Path) -> None:
     after, fused_after = own.model.state_dict(), fused.model.state_dict()
     moved = max((after[name] - before[name]).abs().max() for name in before)
     apart = max((after[name] - fused_after[name]).abs().max() for name in before)
-    assert moved > 1e-3, "nothing was learnt, so nothing was compared"
-    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
+    assert moved > 1e-3, "the model learned nothing, so the comparison is meaningless"
+    assert apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and differ by {apart:.3g}"
 
 
 CASES = {
-    # name: (family, GRPOConfig options, objective that "auto" chooses)
+    # Each entry gives name: (family, GRPOConfig options, objective that "auto" chooses).
     "dapo on-policy": ("qwen3", {"loss_type": "dapo"}, "policy"),
     "grpo with kl, off-policy": (
         "qwen3",
@@ -191,7 +192,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_that_of_trl(case: str, folders, tokenizer) -> None:
+def test_training_equals_that_of_trl(case: str, folders, tokenizer) -> None:
     family, options, objective = CASES[case]
     own = trained(GRPOTrainer, folders[family], tokenizer, options=options)
     fused = trained(FusedGRPOTrainer, folders[family], tokenizer, options=options)
@@ -205,11 +206,11 @@ def test_training_is_that_of_trl(case: str, folders, tokenizer) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), name
     if "epsilon" in options:
         clipped = history(fused, "clip_ratio/region_mean")
-        assert any(0 < share < 1 for share in clipped), f"the clip had nothing to do: {clipped}"
+        assert any(0 < share < 1 for share in clipped), f"the clip had no effect: {clipped}"
 
 
 def micro_batch(steps: int = 2) -> dict[str, torch.Tensor]:
-    """What TRL hands to its loss: 4 rows, ragged, tool tokens, one row without a single scored token."""
+    """Return the input of TRL's loss: 4 ragged rows, tool tokens, and one row without scored tokens."""
     generator = torch.Generator().manual_seed(9)
     completion_mask = (torch.arange(7) < torch.tensor([7, 4, 1, 0]).unsqueeze(1)).long()
     return {
@@ -228,7 +229,7 @@ def micro_batch(steps: int = 2) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def pair(folders, tokenizer) -> tuple[GRPOTrainer, FusedGRPOTrainer]:
-    """Both trainers with the settings of a run with vLLM."""
+    """Return both trainers with the settings of a run with vLLM."""
     options = {"beta": 0.1, "use_bias_correction_kl": False, "steps_per_generation": 4}
     made = tuple(build(cls, folders["qwen3"], tokenizer, options=options) for cls in (GRPOTrainer, FusedGRPOTrainer))
     for trainer in made:
@@ -240,7 +241,7 @@ def pair(folders, tokenizer) -> tuple[GRPOTrainer, FusedGRPOTrainer]:
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
 @pytest.mark.parametrize("training", [True, False])
 def test_tool_tokens_and_engine_mismatch(loss_type: str, training: bool, pair) -> None:
-    """Settings that need vLLM or tools to run whole: one micro-batch through both losses, gradients compared."""
+    """These settings need vLLM or tools in whole runs, so one micro-batch goes through both losses."""
     results = []
     for trainer in pair:
         trainer.loss_type = loss_type
@@ -270,11 +271,11 @@ def test_a_batch_without_a_scored_token(objective: str, pair, monkeypatch: pytes
     trainer.model.train().zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    # A gradient of zeros, not none: other processes wait for it.
+    # Gradients are zeros and not None, because other processes wait for them.
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
 
 
-def test_inputs_beside_text_are_not_dropped(pair) -> None:
+def test_inputs_besides_text_are_not_dropped(pair) -> None:
     trainer = pair[1]
     assert trainer.fused_objective == "policy"
     with pytest.raises(RuntimeError, match="expected a batch with text only, got input_features; use 'log_prob'"):
@@ -283,7 +284,7 @@ def test_inputs_beside_text_are_not_dropped(pair) -> None:
 
 @pytest.mark.parametrize("objective", ["policy", "log_prob"])
 def test_autocast_and_a_float32_head(objective: str, folders, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16-bit training: both libraries round in another order, so the bound is that of bfloat16; dtypes are exact."""
+    """Both libraries round 16-bit numbers in another order, so the bound is that of bfloat16; dtypes are equal."""
     options = {"bf16": True, "loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}
     dtypes = []
 
@@ -317,7 +318,7 @@ def test_autocast_and_a_float32_head(objective: str, folders, tokenizer, monkeyp
 
 
 def test_evaluation_loss(folders, tokenizer) -> None:
-    """With a KL term: on-policy, the rest of the loss is the same whatever the log-probs are."""
+    """A KL term is used, because the rest of the on-policy loss does not depend on the log-probs."""
     options = {"per_device_eval_batch_size": 4, "beta": 0.1, "use_bias_correction_kl": False}
     values = []
     for cls in (GRPOTrainer, FusedGRPOTrainer):
@@ -341,7 +342,7 @@ def test_evaluation_loss(folders, tokenizer) -> None:
         ({"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold=1.0"),
     ],
 )
-def test_policy_objective_names_what_it_cannot_carry_over(options: dict, named: str, folders, tokenizer) -> None:
+def test_policy_objective_names_unsupported_settings(options: dict, named: str, folders, tokenizer) -> None:
     with pytest.raises(RuntimeError, match="fused_objective='policy'") as caught:
         build(FusedGRPOTrainer, folders["qwen3"], tokenizer, options=options, fused_objective="policy")
     assert named in str(caught.value)
@@ -354,7 +355,7 @@ def test_other_refusals(folders, tokenizer) -> None:
         build(FusedGRPOTrainer, folders["qwen3"], tokenizer, options={"torch_compile": True})
 
     class Adapted(GRPOTrainer):
-        """An adapter on the head, as PEFT puts one: another type with another forward."""
+        """A head with an adapter as PEFT adds it: another type with another forward."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -365,17 +366,17 @@ def test_other_refusals(folders, tokenizer) -> None:
         build(type("Mixed", (FusedGRPOMixin, Adapted), {}), folders["qwen3"], tokenizer)
 
 
-def test_a_loss_of_another_version_stays_with_trl(folders, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy objective writes out the loss of TRL 1.16; a later one may have a term more."""
+def test_a_loss_of_another_version_is_left_to_trl(folders, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy objective reimplements the loss of TRL 1.16, and later versions may add a term."""
     monkeypatch.setattr("trl.__version__", "1.17.0")
     assert build(FusedGRPOTrainer, folders["qwen3"], tokenizer).fused_objective == "log_prob"
     with pytest.raises(RuntimeError, match=r"does not support trl 1\.17\.0, whose loss may have terms"):
         build(FusedGRPOTrainer, folders["qwen3"], tokenizer, fused_objective="policy")
 
 
-def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> None:
+def test_other_trl_versions_are_refused(folders, tokenizer) -> None:
     class Other(GRPOTrainer):
-        """A version whose model knows no fused_lm_head."""
+        """A version whose model does not have fused_lm_head."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -388,7 +389,7 @@ def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> No
         build(type("Mixed", (FusedGRPOMixin, Other), {}), folders["qwen3"], tokenizer)
 
     class Elsewhere(GRPOTrainer):
-        """A subclass that takes its log-probs from logits."""
+        """A subclass that computes its log-probs from logits."""
 
         def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **_):
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
@@ -402,8 +403,8 @@ def test_another_trl_is_refused_and_never_left_unfused(folders, tokenizer) -> No
 
 
 @pytest.mark.slow
-def test_several_processes(folders, tmp_path: Path) -> None:
-    """Two: ZeRO-3 in all trainers, DDP in Trainer and SFTTrainer, FSDP2 in the former: the same bounds as on one."""
+def test_two_processes(folders, tmp_path: Path) -> None:
+    """Two processes use ZeRO-3 and DDP, and FSDP2 in Trainer, with the same bounds as a single process."""
     pytest.importorskip("deepspeed", reason="needs deepspeed (extra: train)")
     shutil.copytree(folders["qwen3"], tmp_path / "qwen3")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -426,7 +427,7 @@ def test_several_processes(folders, tmp_path: Path) -> None:
         assert result.get("losses", 0.0) <= 1e-5, (case, result)
 
 
-def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_without_trl_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "rmsd_fast.integrations.trl", raising=False)
     with pytest.raises(ImportError, match=r"rmsd_fast\.integrations\.trl needs trl .*pip install trl"):

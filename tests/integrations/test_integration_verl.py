@@ -1,6 +1,6 @@
-"""verl's registries and fused head with ours in them: against verl where it is installed, else against a stand-in.
+"""Test our functions in verl's registries and fused head against verl if it is installed, otherwise against a stand-in.
 
-The stand-in has the names and argument lists of verl 0.9 and formulas of its own, written out here.
+The stand-in has the names and argument lists of verl 0.9 and its own formulas, which are written out here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HAS_VERL = importlib.util.find_spec("verl") is not None
 def vanilla(
     old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None
 ):
-    """The ratio loss clipped on both sides, and at clip_ratio_c where the advantage is negative."""
+    """Return the ratio loss clipped on both sides, and at clip_ratio_c if the advantage is negative."""
     ratio = torch.exp(log_prob - old_log_prob)
     bounded = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
     loss = torch.maximum(-advantages * ratio, -advantages * bounded)
@@ -40,7 +40,7 @@ def agg_loss(
 
 
 class PlainHead(torch.nn.Module):
-    """What verl's head computes: logits, log_softmax, entropy."""
+    """A head that computes what verl's head computes: logits, log_softmax, entropy."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()
@@ -56,7 +56,7 @@ def k3(config, distillation_config, model_output, data):
 
 
 def to_padded(tensor: Tensor, data: dict) -> Tensor:
-    """Rows of whole sequences [total, ...] to the positions that predict a response, [B, responses, ...]."""
+    """Convert rows of whole sequences [total, ...] to the positions that predict a response, [B, responses, ...]."""
     mask = data["attention_mask"]
     width = data["responses"].shape[1]
     rows = torch.zeros(*mask.shape, *tensor.shape[1:], dtype=tensor.dtype)
@@ -70,7 +70,7 @@ class Metric:
 
 
 def stand_in() -> None:
-    """Modules of verl 0.9 that the integration reaches for, put where Python finds them."""
+    """Install the modules of verl 0.9 that the integration imports."""
     leaves = (
         "trainer.ppo.core_algos",
         "trainer.distillation.losses",
@@ -108,7 +108,7 @@ def stand_in() -> None:
 
 @pytest.fixture
 def verl(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """verl's modules and our integration, with the registries of a fresh start."""
+    """Return verl's modules and our integration, with unmodified registries."""
     monkeypatch.delitem(sys.modules, "rmsd_fast.integrations.verl", raising=False)
     if not HAS_VERL:
         for name in [name for name in sys.modules if name.partition(".")[0] == "verl"]:
@@ -137,7 +137,7 @@ def verl(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def config(**changes):
-    """The part of verl's ActorConfig that policy losses read; the real one where there is one."""
+    """Return the part of verl's ActorConfig that policy losses read, or the real ActorConfig if available."""
     values = {
         "clip_ratio": 0.2,
         "clip_ratio_low": 0.1,
@@ -154,7 +154,7 @@ def config(**changes):
 
 
 def rollout(seed: int = 0, rows: int = 5, length: int = 7) -> dict[str, Tensor]:
-    """Ratios from 0.6 to 1.7, some clipped on either side; ragged; one advantage per row, as GRPO has it."""
+    """Return ragged ratios from 0.6 to 1.7, some clipped on either side, with one advantage per row as in GRPO."""
     generator = torch.Generator().manual_seed(seed)
     old = -3 + torch.randn(rows, length, generator=generator)
     lengths = torch.tensor([7, 1, 4, 6, 2][:rows])
@@ -176,8 +176,8 @@ def value_and_gradient(function, batch: dict[str, Tensor], **extra) -> tuple[Ten
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_policy_loss_is_that_of_verl(verl, mode: str, weighted: bool) -> None:
-    """Below a ratio of clip_ratio_c the two losses are one formula; float32, sums in the same order."""
+def test_policy_loss_equals_that_of_verl(verl, mode: str, weighted: bool) -> None:
+    """Below a ratio of clip_ratio_c, both losses have the same formula and order of summation."""
     ours = verl.ours.register_policy_loss("rmsd")
     assert verl.algorithms.get_policy_loss_fn("rmsd") is ours
     batch = rollout()
@@ -194,8 +194,8 @@ def test_policy_loss_is_that_of_verl(verl, mode: str, weighted: bool) -> None:
         assert found[2][name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
 
 
-def test_policy_loss_takes_its_divisor_from_the_whole_batch(verl) -> None:
-    """dp_size and batch_num_tokens as verl sets them: the loss of a micro-batch is a share of the whole one's."""
+def test_policy_loss_divides_by_the_count_of_the_whole_batch(verl) -> None:
+    """With verl's dp_size and batch_num_tokens, micro-batch losses add up to the loss of the whole batch."""
     ours, batch = verl.ours.register_policy_loss("rmsd"), rollout()
     tokens = int(batch["response_mask"].sum())
     part = config(global_batch_info={"dp_size": 2, "batch_num_tokens": 4 * tokens})
@@ -206,7 +206,7 @@ def test_policy_loss_takes_its_divisor_from_the_whole_batch(verl) -> None:
 
 
 def test_sequence_ratio(verl) -> None:
-    """Against numbers: one response, ratios of exp(0.2) and exp(0.4), mean exp(0.3) above 1 + 0.3."""
+    """One response has ratios of exp(0.2) and exp(0.4), whose mean exp(0.3) is above 1 + 0.3."""
     ours = verl.ours.register_policy_loss("rmsd_sequence", importance_level="sequence")
     batch = {
         "old_log_prob": torch.zeros(1, 3),
@@ -233,7 +233,7 @@ def test_sequence_ratio(verl) -> None:
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_what_stands_in_padding_has_no_effect(verl) -> None:
+def test_values_in_padding_have_no_effect(verl) -> None:
     ours, batch = verl.ours.register_policy_loss("rmsd"), rollout()
     expected = value_and_gradient(ours, batch, loss_agg_mode="token-mean", config=config())
     padding = batch["response_mask"] == 0
@@ -242,14 +242,14 @@ def test_what_stands_in_padding_has_no_effect(verl) -> None:
     found = value_and_gradient(ours, batch, loss_agg_mode="token-mean", config=config())
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
-    # A ratio past float32's range stays finite in loss and gradient.
+    # A ratio beyond the range of float32 has a finite loss and gradient.
     batch = rollout() | {"log_prob": rollout()["old_log_prob"] + 200.0}
     loss, gradient, _ = value_and_gradient(ours, batch, loss_agg_mode="token-mean", config=config())
     assert loss.isfinite() and gradient.isfinite().all()
 
 
 def sequences() -> tuple[Tensor, dict]:
-    """Student log-probs of whole packed sequences [total] and a batch of 2 prompts of 2 tokens, 3 response tokens."""
+    """Return student log-probs of packed sequences [total] and a batch of 2 prompts of 2 tokens, 3 response tokens."""
     attention = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     generator = torch.Generator().manual_seed(4)
     total = int(attention.sum())
@@ -272,7 +272,7 @@ def sequences() -> tuple[Tensor, dict]:
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_distillation_loss(verl, kl: str) -> None:
-    """Values worked out from d = teacher - student; k3 is verl's where verl clamps nothing."""
+    """The values are computed from d = teacher - student; k3 equals verl's where verl does not clamp."""
     ours = verl.ours.register_distillation_loss(f"rmsd_{kl}", kl=kl)
     assert verl.distillation.DISTILLATION_LOSS_REGISTRY[f"rmsd_{kl}"] is ours
     student, data = sequences()
@@ -281,7 +281,7 @@ def test_distillation_loss(verl, kl: str) -> None:
     losses, metrics = ours(None, settings, {"log_probs": student}, data)
     teacher = data["teacher_logprobs"]
     teacher = (teacher.values() if teacher.is_nested else teacher).squeeze(-1)
-    # Positions that predict: tokens 1-3 of the first sequence, token 1 of the second (3 tokens long).
+    # The predicting positions are tokens 1-3 of the first sequence and token 1 of the second, which has 3 tokens.
     d = torch.zeros(2, 3)
     d[0], d[1, 0] = (teacher - student.detach())[1:4], (teacher - student.detach())[6]
     expected = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - d - 1}[kl]
@@ -308,8 +308,8 @@ def test_distillation_clip(verl) -> None:
     torch.testing.assert_close(losses, 0.125 * data["response_mask"])
 
 
-def test_head_against_that_of_verl(verl) -> None:
-    """[B, L, D] and [T, D], log-probs and entropy and both gradients, in float32."""
+def test_head_equals_that_of_verl(verl) -> None:
+    """Compare log-probs, entropy and both gradients in float32 for [B, L, D] and [T, D]."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(53, 16, generator=generator)
     for shape in ((11,), (2, 5)):
@@ -348,7 +348,7 @@ def actor(seed: int = 0):
 
 
 def log_probs_of(verl, model, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A forward pass as verl's actor makes it; without verl the same calls, with the head looked up where verl does."""
+    """Run a forward pass as verl's actor does; without verl, make the same calls with the head of the stand-in."""
     if HAS_VERL:
         from verl.models.transformers.dense_common import forward_with_torch_backend
 
@@ -365,7 +365,7 @@ def log_probs_of(verl, model, ids: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def steps_of_an_actor(verl, loss_name: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Four SGD steps with an entropy bonus; old log-probs from the first pass, so the later ones are off-policy."""
+    """Take four SGD steps with an entropy bonus; all but the first are off-policy."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 97, (4, 9), generator=generator)
     advantages = torch.randn(4, 1, generator=generator).expand(4, 6)
@@ -394,7 +394,7 @@ def steps_of_an_actor(verl, loss_name: str) -> tuple[list[float], dict[str, Tens
 
 
 def test_steps_of_an_actor(verl) -> None:
-    """verl's head and vanilla loss against ours. float32, sums in another order: 1e-5, and 1e-4 of the weights' way."""
+    """Compare float32 runs: losses within 1e-5, and weights within 1e-4 of the distance that they moved."""
     verl.ours.register_policy_loss("rmsd")
     own_losses, own = steps_of_an_actor(verl, "vanilla")
     theirs = verl.head.FusedLinearForPPO
@@ -409,11 +409,11 @@ def test_steps_of_an_actor(verl) -> None:
     before = actor().state_dict()
     moved = max((own[name] - before[name]).abs().max() for name in before)
     apart = max((own[name] - fused[name]).abs().max() for name in before)
-    assert moved > 1e-2 and apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and ended {apart:.3g} apart"
+    assert moved > 1e-2 and apart <= 1e-4 * moved, f"weights moved by {moved:.3g} and differ by {apart:.3g}"
 
 
-def test_a_module_that_is_imported_once_installs_the_head(verl, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As verl's workers do with model.external_lib: the head stays after the import ends."""
+def test_importing_the_module_once_installs_the_head(verl, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's workers do this with model.external_lib; the head stays after the import ends."""
     lines = "from rmsd_fast.integrations import verl as fused\nrestore = fused.install_fused_head()\n"
     (tmp_path / "rmsd_external_lib.py").write_text(lines)
     monkeypatch.syspath_prepend(tmp_path)
@@ -428,7 +428,7 @@ def test_a_module_that_is_imported_once_installs_the_head(verl, tmp_path, monkey
 
 
 class Sharded(Tensor):
-    """A parameter as FSDP2 leaves it outside its module's forward."""
+    """A parameter in the state that FSDP2 leaves it in outside of the forward of its module."""
 
     device_mesh = "mesh"
 
@@ -436,7 +436,7 @@ class Sharded(Tensor):
         return self.as_subclass(Tensor)
 
 
-def test_a_sharded_head_is_refused_where_it_is_trained(verl) -> None:
+def test_a_sharded_head_is_refused_if_it_is_trained(verl) -> None:
     hidden, ids = torch.randn(3, 8), torch.tensor([1, 2, 3])
     weight = torch.randn(11, 8).as_subclass(Sharded).requires_grad_()
     with pytest.raises(RuntimeError, match="got a trained one sharded over mesh"):
@@ -447,7 +447,7 @@ def test_a_sharded_head_is_refused_where_it_is_trained(verl) -> None:
     torch.testing.assert_close(log_probs, expected)
 
 
-def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_verl_versions_are_refused_by_missing_names(verl, monkeypatch: pytest.MonkeyPatch) -> None:
     verl.ours.register_policy_loss("rmsd")
     with pytest.raises(ValueError, match="'rmsd' is already registered"):
         verl.ours.register_policy_loss("rmsd")
@@ -463,8 +463,8 @@ def test_another_verl_is_refused_by_what_it_lacks(verl, monkeypatch: pytest.Monk
         verl.ours.install_fused_head()
 
 
-def test_without_verl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The parent alone would not do where another test has imported its submodules.
+def test_import_without_verl_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Blocking only the parent is not enough if another test has imported its submodules.
     for name in ("verl", "verl.trainer", "verl.trainer.ppo"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "rmsd_fast.integrations.verl", raising=False)

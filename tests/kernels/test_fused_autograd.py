@@ -1,4 +1,4 @@
-"""The fused heads with other layouts and dtypes, autocast, autograd's tools, and torch.compile with new sizes."""
+"""Test the fused heads with other layouts and dtypes, autocast, autograd tools, and torch.compile with new sizes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HEADS = [torch.float32, torch.bfloat16]
 
 
 def spread(values):
-    """Return the same numbers as every other element of a larger tensor."""
+    """Return the values as a view of every second element of a larger tensor."""
     wide = torch.stack([values, torch.full_like(values, 7)], dim=-1)
     assert not wide[..., 0].is_contiguous() or values.numel() < 2
     return wide[..., 0]
@@ -65,13 +65,13 @@ def test_teacher_logits_of_any_layout_and_dtype(layout, impl):
 @pytest.mark.parametrize("case", ["jsd", "policy_full", "policy_ref_head", "policy_sequence_full"])
 @pytest.mark.parametrize("budget", [None, 4 * V * 4])
 def test_another_head_in_another_dtype(case, impl, budget):
-    """A float32 student is trained with a bfloat16 teacher or reference."""
+    """Train a float32 student with a bfloat16 teacher or reference."""
     results = []
     for which in (impl, "reference"):
         x = Inputs(torch.float32)
         x.ref_hidden, x.ref_weight = x.ref_hidden.bfloat16(), x.ref_weight.bfloat16()
         results.append(run(case, x, impl=which, **({} if which == "reference" else {"memory_budget_bytes": budget})))
-    # The reference's logits are bfloat16 in both forms. Only its target logit is more exact in the fused form.
+    # The reference logits are bfloat16 in both forms. Only the target logit is more exact in the fused form.
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=0.05, atol=0.02)
 
@@ -89,7 +89,7 @@ def _with(x, **values):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", ["cross_entropy", "policy_full", "logprob", "jsd"])
-def test_autocast_changes_nothing(case, impl):
+def test_autocast_does_not_change_results(case, impl):
     plain = run(case, Inputs(torch.float32), impl=impl, memory_budget_bytes=4 * V * 4)
     x = Inputs(torch.float32)
     if case == "jsd":
@@ -119,7 +119,7 @@ def test_float16_with_no_rows(case):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "forward_kl"])
 def test_float16_gradients_neither_vanish_nor_overflow(kind):
-    """1700 rows of one token with large hidden states: the sum of gradients is beyond float16, its mean is not."""
+    """The sum of the gradients of 1700 rows of one token exceeds float16, but their mean does not."""
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.full((1700, 4), 40.0) + torch.randn(1700, 4, generator=generator)).half()
     weight = (torch.randn(50, 4, generator=generator) / 100).half()
@@ -164,7 +164,7 @@ def test_the_upstream_gradient_of_an_ignored_row_has_no_effect(frozen, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_second_backward_is_refused_under_saved_tensor_hooks_too(impl):
-    """Hooks remove the version counters with which autograd would detect it."""
+    """Saved-tensor hooks remove the version counters that autograd would use to detect the second backward."""
     for case in ("cross_entropy_plain", "logprob"):
         x = Inputs(torch.float32)
         x.hidden.requires_grad_(), x.weight.requires_grad_()
@@ -218,7 +218,7 @@ def test_two_losses_on_one_head_add_up(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_second_length_compiles_for_all_lengths(impl):
-    """dynamic=True is not used: it turns floats into symbols too, on which torch 2.13 fails in autograd functions."""
+    """dynamic=True is not used, because torch 2.13 fails on symbolic floats in autograd functions."""
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -270,8 +270,8 @@ def test_unused_outputs_cost_nothing_in_backward(monkeypatch):
     assert h.grad.shape == (T, D)
 
 
-def test_parameters_are_saved_and_not_aliases_of_them():
-    """Hooks for saved tensors, offloading and ZeRO-3 know a parameter by identity."""
+def test_parameters_themselves_are_saved_for_backward():
+    """Saved-tensor hooks, offloading and ZeRO-3 recognize a parameter by identity."""
     x = Inputs(torch.float32)
     hidden, weight = x.hidden.requires_grad_(), torch.nn.Parameter(x.weight)
     saved = []

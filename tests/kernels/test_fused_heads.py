@@ -1,4 +1,4 @@
-"""The fused heads against the reference: equal in float64, and with bounded error in lower precisions."""
+"""Test that the fused heads equal the reference in float64 and have a bounded error in lower precisions."""
 
 import os
 import subprocess
@@ -17,7 +17,8 @@ from rmsd_kernels.heads import chunks, loops
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     repair_interpreter()
-# 33 scored rows and one head: 9 ragged chunks (a 16-bit d_weight is summed in float32), or 5 (it is rounded per chunk).
+# 33 scored rows and one head give 9 ragged chunks (a 16-bit d_weight is summed in float32) or 5 (it is rounded per
+# chunk).
 SMALL = {torch.float64: 4 * V * 8, torch.float32: 4 * V * 4, torch.bfloat16: 4 * V * 2}
 BUDGETS = {"small": 1, "medium": 7 / 4}
 
@@ -26,7 +27,7 @@ def budget_of(name, dtype):
     return None if name == "default" else int(BUDGETS[name] * SMALL[dtype])
 
 
-# The interpreter is slow: one case per kernel, with all of its options.
+# The interpreter is slow, so each kernel has one case with all of its options.
 INTERPRETER_CASES = ["logprob_shaped", "logprob_frozen", "cross_entropy", "policy_full", "policy_tis_on", "jsd"]
 ERROR_CASES = INTERPRETER_CASES if INTERPRETED else list(CASES)
 SEEDS = 2 if INTERPRETED else 5
@@ -44,7 +45,7 @@ def device_of(impl):
 
 
 def needs_interpreter():
-    return pytest.mark.skipif(INTERPRETED, reason="the interpreter's run takes the Triton cases alone")
+    return pytest.mark.skipif(INTERPRETED, reason="the interpreter runs only the Triton cases")
 
 
 @needs_interpreter()
@@ -64,7 +65,7 @@ def test_float64_equals_the_reference(case, budget):
 def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
     limit = budget_of(budget, dtype)
     errors, bars, scales = [], [], []
-    # A scalar's error may be small by chance, so the largest error over several inputs counts.
+    # The error of a scalar may be small by chance, so the largest error over several inputs is compared.
     for seed in range(SEEDS):
         truth = run(case, Inputs(torch.float64, rounded=dtype, device=device_of(impl), seed=seed), impl="reference")
         eager = run(case, Inputs(dtype, device=device_of(impl), seed=seed), impl="reference")
@@ -74,7 +75,7 @@ def test_error_is_at_most_twice_that_of_eager(case, impl, dtype, budget):
         bars.append([(bar - exact).abs().max() for bar, exact in zip(eager, truth, strict=True)])
         scales.append([exact.abs().max() for exact in truth])
     error, bar, scale = (torch.tensor(t).amax(0) for t in (errors, bars, scales))
-    # Floor: eight units in the last place of float32, at the scale of the compared values.
+    # The floor is eight units in the last place of float32, at the scale of the compared values.
     assert (error <= 2 * bar + 1e-6 * scale.clamp(min=1.0)).all(), (error / bar).tolist()
 
 
@@ -88,7 +89,7 @@ def test_two_runs_are_bit_identical(impl):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_logp_is_never_above_zero(impl):
-    """A certain token: with bfloat16 logits only, logp would be up to 0.06 nat."""
+    """With bfloat16 logits only, logp of a certain token would be up to 0.06 nat."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(64, D, generator=g).to(device_of(impl), torch.bfloat16)
     weight = torch.randn(V, D, generator=g).to(device_of(impl), torch.bfloat16)
@@ -127,7 +128,7 @@ def test_few_rows(impl, kind):
 
 @pytest.mark.parametrize("impl", implementations())
 def test_extreme_logits(impl):
-    """Logits of +-1e4: certain and impossible targets, against float64."""
+    """Logits of +-1e4 make targets certain or impossible; the results are compared with float64."""
     device = device_of(impl)
     hidden = torch.tensor([[1e4], [-1e4], [1.0]], device=device)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device)
@@ -165,7 +166,7 @@ def test_second_backward(impl):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="ran a second time.*call the loss again"):
         loss.backward()
-    # If backward computes the logits again, it consumes nothing.
+    # If backward recomputes the logits, it consumes nothing.
     x.hidden.grad, weight = None, x.weight.clone().requires_grad_()
     loss = losses.linear_logprob(x.hidden, weight, x.targets, impl=impl, memory_budget_bytes=1).sum()
     loss.backward(retain_graph=True)
@@ -182,7 +183,8 @@ def test_second_backward(impl):
 def test_compiles_without_graph_breaks(case, impl):
     def call(hidden, weight, bias):
         y = Inputs.__new__(Inputs)
-        # Assigned one by one and read outside, because torch 2.11's Dynamo does not support the __dict__ of an object.
+        # Assign the fields one by one and read them outside, because Dynamo in torch 2.11 does not support an object's
+        # __dict__.
         for name, value in {**fields, "hidden": hidden, "weight": weight, "bias": bias}.items():
             setattr(y, name, value)
         return CASES[case](y, impl=impl, memory_budget_bytes=SMALL[torch.float32])
@@ -220,7 +222,7 @@ def test_compiles_with_inductor():
 @needs_interpreter()
 @pytest.mark.parametrize("case", ["logprob", "policy_full", "jsd", "cross_entropy_plain"])
 def test_ops_pass_opcheck(case, monkeypatch):
-    """Every op of the loops as the case calls it: schema, fake tensors, mutation."""
+    """Check the schema, fake tensors and mutation of every op of the loops, as the case calls it."""
     seen = []
     for name in ("head_score", "head_gradient", "head_policy", "head_divergence", "scale_"):
         op = getattr(loops, name)
@@ -232,7 +234,7 @@ def test_ops_pass_opcheck(case, monkeypatch):
 
         monkeypatch.setattr(loops, name, record)
     x = Inputs(torch.float32)
-    # Kept logits of ignored rows are uninitialised, so they would differ between two calls.
+    # Stored logits of ignored rows are uninitialized, so they would differ between two calls.
     x.targets = x.targets.clamp(min=0)
     run(case, x, impl="torch")
     assert seen
@@ -263,7 +265,7 @@ def test_triton_through_the_interpreter():
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("live", [0, 1, 14])
 def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
-    """Rows of groups whose rollouts have equal rewards are scored for the metrics, but skipped in backward GEMMs."""
+    """Rows of groups with equal rewards are scored for the metrics but skipped in the backward GEMMs."""
     x = Inputs(torch.float32, device=device_of(impl))
     x.advantages = torch.where(torch.arange(T, device=x.targets.device) < live, 1.0, 0.0)
     x.targets = x.targets.clamp(min=0)
@@ -281,7 +283,7 @@ def test_rows_without_advantage_cost_no_backward(impl, live, monkeypatch):
 
 @needs_interpreter()
 def test_float16_gradients_survive_a_large_normalizer():
-    """A mean over 1e7 tokens of a float16 model with a loss scale; gradients of single logits underflow float16."""
+    """In a mean over 1e7 tokens with loss scaling, gradients of single logits underflow float16."""
     upstream, gradients = 2.0**20, []
     for dtype in (torch.float16, torch.float64):
         x = Inputs(dtype, rounded=torch.float16)
@@ -300,7 +302,7 @@ def test_float16_gradients_survive_a_large_normalizer():
 @pytest.mark.parametrize("impl", implementations())
 @pytest.mark.parametrize("chunk_rows", [512, 103, 32])
 def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
-    """Test the signed error: sums that are truncated instead of rounded would all be too small."""
+    """Test the signed error, because truncated sums would all be too small."""
     generator = torch.Generator().manual_seed(0)
     device, rows, dim, vocabulary = device_of(impl), 512, 64, 600
     hidden = torch.randn(rows, dim, generator=generator).to(device, torch.bfloat16)
@@ -315,7 +317,7 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
         return leaf.grad.double()
 
     exact = d_weight(torch.float64, impl="reference")
-    # Bias towards or away from 0; rounding to nearest has none.
+    # Measure the bias towards or away from 0, which is zero for rounding to nearest.
     error = (
         d_weight(torch.bfloat16, impl=impl, memory_budget_bytes=chunk_rows * vocabulary * 2) - exact
     ) * exact.sign()
@@ -325,7 +327,7 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
 @needs_interpreter()
 @pytest.mark.parametrize("tokens", [2048, 20000, 32768, 34400, 40000, 50000, 51300, 60000, 200000])
 def test_chunks_of_a_16_bit_d_weight(tokens):
-    """At most MAX_ROUNDINGS chunks, if that takes no more memory than a sum in float32."""
+    """Use at most MAX_ROUNDINGS chunks if that takes no more memory than a sum in float32."""
     vocabulary, dim = 151936, 2560
     weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16, device="meta")
     row_bytes, usual = 2 * vocabulary, chunks.DEFAULT_BUDGET_BYTES["cpu"]
@@ -333,7 +335,7 @@ def test_chunks_of_a_16_bit_d_weight(tokens):
     number = -(-tokens // chunks.chunk_rows(tokens, row_bytes, budget, "cpu"))
 
     def peak(chunk_bytes: float, in_float32: bool) -> float:
-        """Chunk and d_weight; a float32 sum is converted at the end, when its chunk has been freed."""
+        """Return the peak size of the chunk and d_weight; a float32 sum is converted after its chunk was freed."""
         size = vocabulary * dim
         return max(chunk_bytes + 4 * size, 6 * size) if in_float32 else chunk_bytes + 2 * size
 
@@ -379,8 +381,8 @@ def reduction_flags() -> list:
 
 @needs_interpreter()
 @pytest.mark.parametrize("flags", [(True, True), (False, False), (False, True)])
-def test_flags_of_cublas_come_back(flags):
-    """Both of them, also after an error and after nested use."""
+def test_cublas_flags_are_restored(flags):
+    """Both flags are restored, also after an error and after nested use."""
     before = reduction_flags()
     try:
         for _, set_flags in ops._reduction_flags():
@@ -396,7 +398,7 @@ def test_flags_of_cublas_come_back(flags):
 
 
 @needs_interpreter()
-def test_flags_of_cublas_come_back_after_threads_that_overlap():
+def test_cublas_flags_are_restored_after_overlapping_threads():
     before, first, second = reduction_flags(), threading.Event(), threading.Event()
 
     def outer():
@@ -410,7 +412,7 @@ def test_flags_of_cublas_come_back_after_threads_that_overlap():
     with ops.full_precision_sums():
         second.set()
         thread.join(10)
-        # The other thread has left, and this one still computes.
+        # The other thread has left the block, and this thread is still inside.
         assert reduction_flags() == [(False, False)] * 2
     assert reduction_flags() == before
 
@@ -418,8 +420,8 @@ def test_flags_of_cublas_come_back_after_threads_that_overlap():
 @needs_interpreter()
 @pytest.mark.parametrize("impl", ["torch", *(["native"] if native.available() else [])])
 @pytest.mark.parametrize("case", ["logprob_shaped", "policy_full", "cross_entropy", "jsd"])
-def test_padded_rows_of_logits_change_nothing(case, impl, monkeypatch):
-    """What CUDA gets for vocabularies that are no multiple of 64."""
+def test_padded_rows_of_logits_do_not_change_results(case, impl, monkeypatch):
+    """On CUDA, rows are padded if the size of the vocabulary is not a multiple of 64."""
     expected = run(case, Inputs(torch.float32), impl=impl)
 
     def padded(like, rows, vocabulary, dtype=None):
@@ -434,7 +436,7 @@ def test_padded_rows_of_logits_change_nothing(case, impl, monkeypatch):
 @needs_interpreter()
 def test_rows_of_logits_are_aligned_on_cuda():
     class OnCuda:
-        """What empty_logits asks of a tensor."""
+        """Provide the attributes of a CUDA tensor that empty_logits reads."""
 
         device = torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""The public losses: implementations agree, arguments are checked, importing loads torch only."""
+"""Test the public losses: implementations agree, arguments are checked, and importing loads only torch."""
 
 import inspect
 import os
@@ -31,7 +31,8 @@ def gradients(value, inputs):
     return [g.clone() for g in torch.autograd.grad(value, inputs)]
 
 
-# Of the 20 scored rows with one head: 5 per chunk = full chunks, 7 = a ragged last chunk; 1 byte = single rows.
+# For 20 scored rows and one head, 5 rows per chunk give full chunks, 7 give a ragged last chunk, and 1 byte gives
+# single rows.
 BUDGETS = [rows * 8 * V for rows in (5, 7)] + [1, None]
 
 
@@ -53,7 +54,7 @@ def test_torch_in_chunks_equals_the_reference(name, budget, head):
         if name in ("policy", "full_kl"):
             settings = {"kl": "full" if name == "full_kl" else "k3", "kl_coef": 0.3, "entropy_coef": 0.1, **other}
             result = losses.linear_policy_loss(hidden, weight, targets, vector(4), **settings, **common, **kw)
-            # The metrics agree too.
+            # The sum includes the metrics, so they are compared too.
             return result.loss + 0 * sum(result.metrics.values()), result.metrics
         teacher = vector(5).unsqueeze(1) + torch.linspace(-1, 1, V, dtype=torch.float64)
         source = {"teacher_topk": (teacher[:, :4], ids)} if name == "topk" else {"teacher_logits": teacher}
@@ -97,7 +98,7 @@ def largest_saved(function) -> int:
     return max(sizes)
 
 
-def test_the_budget_bounds_what_is_kept(head):
+def test_the_budget_limits_the_saved_tensors(head):
     hidden, weight, targets = head
     rows = 4
     budget = rows * 8 * V
@@ -173,7 +174,7 @@ def test_a_budget_without_effect_is_refused(head):
 
 
 def partitioned():
-    """Return a parameter as it is under ZeRO-3 outside of a forward."""
+    """Return a parameter in the state that ZeRO-3 leaves it in outside of a forward."""
     weight = torch.nn.Parameter(torch.zeros(0))
     weight.ds_id = 0
     return weight
@@ -208,7 +209,7 @@ BAD_SCORING = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_SCORING)
-def test_damaged_scoring_arguments(change, error, message, head):
+def test_invalid_scoring_arguments(change, error, message, head):
     arguments = {**dict(zip(("hidden", "weight", "targets"), head, strict=True)), **change}
     for function, extra in (
         (losses.linear_logprob, {}),
@@ -248,7 +249,7 @@ BAD_POLICY = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_POLICY)
-def test_damaged_policy_arguments(change, error, message, head):
+def test_invalid_policy_arguments(change, error, message, head):
     with pytest.raises(error, match=message):
         losses.linear_policy_loss(*head, **{"advantages": vector(0), **change})
 
@@ -262,7 +263,7 @@ def test_one_reference_and_its_bias(head):
         losses.linear_policy_loss(hidden, weight, targets, vector(0), bias=torch.zeros(V), **reference)
 
 
-def test_damaged_divergence_arguments(head):
+def test_invalid_divergence_arguments(head):
     hidden, weight, _ = head
     logits = torch.zeros(T, V)
     cases = [
@@ -308,13 +309,13 @@ BAD_PAIRS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_PAIRS)
-def test_damaged_pairs(change, error, message):
+def test_invalid_pairs(change, error, message):
     assert losses.pairwise_discriminator_loss(**PAIRS).loss.isfinite()
     with pytest.raises(error, match=message):
         losses.pairwise_discriminator_loss(**{**PAIRS, **change})
 
 
-def test_damaged_values(head):
+def test_invalid_value_arguments(head):
     hidden, weight = head[0], head[1][0]
     index = torch.tensor([0, 1])
     cases = [
@@ -330,7 +331,7 @@ def test_damaged_values(head):
             losses.last_token_values(*args, **kw)
     with pytest.raises(ValueError, match="num_students: expected 0..2"):
         losses.discriminator_loss(hidden, index, weight, index[:0], index[:0], torch.zeros(0), num_students=3)
-    # A bias of shape [1], as nn.Linear keeps it.
+    # nn.Linear keeps its bias in shape [1].
     plain = losses.last_token_values(hidden, index, weight)
     assert torch.allclose(losses.last_token_values(hidden, index, weight, bias=torch.ones(1)), plain + 1)
 

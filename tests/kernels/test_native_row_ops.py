@@ -1,4 +1,4 @@
-"""The compiled row ops: schemas, shapes under tracing, and argument errors."""
+"""Test the schemas of the compiled row ops, their shapes under tracing, and their argument errors."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_correction_needs_its_cap():
 
 
 def test_inside_torch_compile(monkeypatch):
-    """The in-place writes are part of the graph."""
-    assert native.available()  # loads the library, which tracing cannot do
+    """Check that the in-place writes are part of the graph."""
+    assert native.available()  # Load the library, because tracing cannot load it.
     monkeypatch.setattr(native, "available", lambda: True)
     x = make(torch.float32, 700, True)
     terms = terms_of(x, "k3", False, 0.01, None)
@@ -105,7 +105,7 @@ def test_refusals_of_the_terms():
         native_rows.divergence_(x.logits, torch.zeros(2, 4), None, "jsd", None, None)
 
 
-def test_missing_library_is_named(tmp_path):
+def test_missing_library_is_reported(tmp_path):
     code = (
         "from pathlib import Path; import torch\n"
         "from rmsd_kernels import native; from rmsd_kernels.heads import native_rows\n"

@@ -1,4 +1,4 @@
-"""The compiled row back end against torch_rows in float64, compared with the error of torch_rows in the same dtype."""
+"""Test the compiled row back end against float64 torch_rows, relative to the error of torch_rows itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs,
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native ops: {native.why_not()}")
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Shorter than a vector, one column, a tail after a piece of 512, exactly a block of 2048, a tail after blocks.
+# The sizes cover a row shorter than a vector, one column, a tail after a piece of 512, exactly a block of 2048, and a
+# tail after blocks.
 VOCABULARIES = [5, 1, 700, 2048, 4099]
 LEVELS = {0: "portable", 1: "avx2", 2: "avx512"}
 NAN, INF = math.nan, math.inf
@@ -23,7 +24,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(params=LEVELS, ids=LEVELS.get)
 def level(request):
-    """Use each build of the loops that this processor can run."""
+    """Run the test with each build of the loops that this processor supports."""
     if torch.ops.rmsd_kernels.cpu_level(request.param) != request.param:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
     yield request.param
@@ -61,7 +62,7 @@ def test_score_and_gradient(level, full, vocab, dtype):
 @pytest.mark.parametrize("vocab", [5, 2500])
 @pytest.mark.parametrize("kl", native_rows.KL_CODES)
 def test_policy(level, kl, vocab, dtype):
-    # Off policy with ratios beyond the clip, on policy, and the entropy term and the log-ratio clip with each.
+    # Cover off-policy with ratios beyond the clip, and on-policy, each with the entropy term and the log-ratio clip.
     for full, on_policy, entropy_coef, clip in (
         (0, 0, 0.0, None),
         (1, 0, 0.01, 0.2),
@@ -103,7 +104,8 @@ def test_divergence(level, kind, teacher_dtype, dtype):
 
 
 def test_hand_worked_score_and_gradient():
-    # p = 1/8, 2/8, 5/8; target 1. The target's exact logit is passed, and its logit in the row is not read.
+    # p = 1/8, 2/8, 5/8, and the target is 1. The exact logit of the target is passed, and its logit in the row is not
+    # read.
     logits = torch.tensor([[0.0, 77.0, math.log(5.0)]])
     inputs = plain([1], [math.log(2.0)])
     p = [1 / 8, 2 / 8, 5 / 8]
@@ -123,7 +125,8 @@ def test_hand_worked_score_and_gradient():
     assert logits[0].tolist() == pytest.approx(expected, abs=2e-6)
 
 
-# advantage, logp - old_logp, ref_logp - logp, kl, log-ratio clip -> coefficient of d logp, by hand.
+# Each case gives advantage, logp - old_logp, ref_logp - logp, kl and the log-ratio clip, and the coefficient of d logp
+# by hand.
 @pytest.mark.parametrize(
     ("advantage", "log_ratio", "d", "kl", "clip", "expected"),
     [
@@ -144,7 +147,7 @@ def test_hand_worked_score_and_gradient():
     ],
 )
 def test_hand_worked_policy(advantage, log_ratio, d, kl, clip, expected):
-    # Two columns of logit 0: p = 1/2, so the gradient is +-g/2.
+    # Two columns of logit 0 give p = 1/2, so the gradient is +-g/2.
     logits, logp = torch.zeros(1, 2), -math.log(2.0)
     old = None if log_ratio is None else torch.tensor([logp - log_ratio])
     settings = PolicySettings(kl_loss=kl, kl_coef=0.1, kl_log_ratio_clip=clip, clip_low=0.2, clip_high=0.2)
@@ -160,7 +163,7 @@ def test_hand_worked_policy(advantage, log_ratio, d, kl, clip, expected):
     [(math.log(1.5), 2.0, 1.5), (math.log(4.0), 2.0, 2.0), (math.log(0.25), 2.0, 0.25), (90.0, 3.0, 3.0)],
 )
 def test_hand_worked_importance_correction(rows, mismatch, cap, correction):
-    """The weight min(exp(logp - rollout_logp), cap) multiplies the policy term only, and is not differentiated."""
+    """The weight min(exp(logp - rollout_logp), cap) multiplies only the policy term and is not differentiated."""
     logits, logp = torch.zeros(1, 2), -math.log(2.0)
     row = {"scale": 0.5, "advantage": 2.0, "ref_logp": logp + 0.5, "rollout_logp": logp - mismatch}
     settings = PolicySettings(kl_loss="k1", kl_coef=0.1, tis_cap=cap)
@@ -171,7 +174,7 @@ def test_hand_worked_importance_correction(rows, mismatch, cap, correction):
 
 
 def test_hand_worked_divergence():
-    # q = 1/4, 3/4 and p = 1/2, 1/2; M of jsd = 3/8, 5/8, M of skew_kl = 0.1 p + 0.9 q = 0.275, 0.725.
+    # q = 1/4, 3/4 and p = 1/2, 1/2. M is 3/8, 5/8 for jsd and 0.1 p + 0.9 q = 0.275, 0.725 for skew_kl.
     q, p = (0.25, 0.75), (0.5, 0.5)
     kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))  # noqa: E731
     expected = {
@@ -193,7 +196,7 @@ def test_hand_worked_divergence():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(level, dtype):
-    """Ascending rows, which raise the maximum in every block, descending and one-hot rows, at offsets up to 1e4."""
+    """Use ascending rows, which raise the maximum in every block, and descending and one-hot rows."""
     ramp = torch.linspace(-1e4, 1e4, 5000)
     spike = torch.full((5000,), -1e4)
     spike[4000] = 1e4
@@ -214,8 +217,8 @@ def test_extreme_logits(level, dtype):
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_masked_and_non_finite_rows(level, dtype, temperature):
     logits = torch.zeros(6, 3000)
-    logits[0, 10:] = -INF  # only the first block has finite logits
-    logits[1, :2990] = -INF  # the whole first block is masked
+    logits[0, 10:] = -INF  # Only the first block has finite logits.
+    logits[1, :2990] = -INF  # The whole first block is masked.
     logits[2, 5] = NAN
     logits[3, 2999] = INF
     logits[4] = -INF
@@ -231,7 +234,7 @@ def test_masked_and_non_finite_rows(level, dtype, temperature):
     assert stats.logp[0].item() == pytest.approx(-math.log(10)) and stats.logp[1].item() == -INF
     assert stats.entropy[:2].tolist() == pytest.approx([math.log(10)] * 2)
     assert stats.full_kl[5].item() == pytest.approx(0.0, abs=1e-6)
-    # The target of row 1 is masked; d log p_y is still not zero.
+    # The target of row 1 is masked, but d log p_y is not zero.
     masked[1, 0] = False
     assert got[[0, 1, 5]].isfinite().all() and not got[[0, 1, 5]][masked[[0, 1, 5]]].any()
     for values in (stats.logp, stats.entropy, stats.full_kl):
@@ -244,7 +247,7 @@ def test_masked_and_non_finite_rows(level, dtype, temperature):
     assert student[:2].abs().max() < 1e-6
 
 
-def test_target_outside_the_vocabulary_gives_nan_and_touches_nothing_else():
+def test_target_outside_the_vocabulary_gives_nan_in_its_row_only():
     x = make(torch.float32, 50, True, rows=6)
     targets = torch.tensor([-1, 50, 2**40, -(2**40), 3, -100])
     inputs = x.inputs._replace(targets=targets)
@@ -298,7 +301,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(dtype):
 
 
 def test_policy_is_score_and_gradient():
-    """On-policy, the coefficient is -A * scale, so gradient_ with score's results is equal up to rounding of lse."""
+    """On-policy, the coefficient is -A * scale, so gradient_ gives the same result up to rounding of lse."""
     x = make(torch.float32, 3000, True)
     terms = terms_of(x, "none", True, 0.0, None)
     one, two = x.logits.clone(), x.logits.clone()
@@ -320,12 +323,12 @@ def test_no_rows():
 
 
 def test_offsets_beyond_2_to_the_31():
-    """Rows are 2^30 elements apart; only the pages of the rows are touched."""
+    """The rows are 2^30 elements apart, and only the pages of the rows are touched."""
     vocab, stride = 300, 2**30 + 8
     try:
         buffer = torch.empty(2 * stride + vocab, dtype=torch.bfloat16)
     except RuntimeError:
-        pytest.skip("4.3 GB of address space are not to be had")
+        pytest.skip("4.3 GB of address space cannot be reserved")
     x = make(torch.bfloat16, vocab, False)
     inputs = x.inputs._replace(targets=x.inputs.targets[:3], target_logit=x.inputs.target_logit[:3])
     far = buffer.as_strided((3, vocab), (stride, 1)).copy_(x.logits[:3])

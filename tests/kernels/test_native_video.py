@@ -1,4 +1,4 @@
-"""The compiled media ops equal torch's resize and the torch form's patches bit for bit, in every build of the loops."""
+"""Test that the compiled media ops equal torch's resize and patches bit for bit, in every build of the loops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rmsd_kernels.video.patches import DTYPES, TorchForm
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native ops: {native.why_not()}")
 
 LEVELS = {0: "portable", 1: "avx2", 2: "avx512"}
-# H, W -> height, width; channels
+# Each case maps H, W to height, width and gives the channels.
 SHAPES = {
     "several blocks of rows, columns read in place and staged": (40, 300, 24, 160, 3),
     "four channels, in place up to the last pixel": (20, 258, 40, 192, 4),
@@ -39,7 +39,7 @@ STATISTICS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0
 
 @pytest.fixture(params=LEVELS, ids=LEVELS.get)
 def level(request):
-    """Use each build of the loops that this processor can run."""
+    """Run the test with each build of the loops that this processor supports."""
     if torch.ops.rmsd_kernels.cpu_level(request.param) != request.param:
         pytest.skip(f"this processor has no {LEVELS[request.param]}")
     yield request.param
@@ -80,7 +80,8 @@ def test_resize_equals_torch(level, shape, extreme):
 def test_resize_of_random_sizes_equals_torch(level):
     rng = random.Random(level)
     for _ in range(150):
-        # Results of at least 2 pixels: without AVX2, torch 2.13 gives other numbers if an axis has one pixel.
+        # Results have at least 2 pixels, because without AVX2, torch 2.13 gives different numbers if an axis has one
+        # pixel.
         size = [rng.choice((rng.randint(i, 12), rng.randint(i, 150), rng.randint(i, 500))) for i in (1, 1, 2, 2)]
         frames = noise(1, 3, *size[:2], extreme=rng.random() < 0.5)
         if rng.random() < 0.5:
@@ -89,13 +90,14 @@ def test_resize_of_random_sizes_equals_torch(level):
 
 
 def test_hand_worked_resize():
-    # From 2 to 1 pixel: taps at distances 0.5 on both sides, weights 1/2 each; 2^14 / 2 and a rounding half up.
+    # From 2 to 1 pixel, the taps are at a distance of 0.5 on both sides with weights of 1/2 each: 2^14 / 2, rounded
+    # half up.
     frames = torch.tensor([[[[10, 21]]]], dtype=torch.uint8)
     assert resized(frames, 1, 1).item() == 16
-    # From 1 to any number: all taps but one are outside, and the weights are divided by their sum.
+    # From 1 pixel to any number, all taps but one are outside, and the weights are divided by their sum.
     assert resized(frames[..., :1], 2, 3).unique().tolist() == [10]
-    # Doubling: an output pixel's taps are 1.75, 0.75, 0.25 and 1.25 away, with the weights -3/128, 29/128, 111/128 and
-    # -9/128. A pixel that only reaches beyond the edge with a negative weight is clamped to 0.
+    # When doubling, the taps of an output pixel are 1.75, 0.75, 0.25 and 1.25 away, with weights -3/128, 29/128,
+    # 111/128 and -9/128. A pixel that only reaches beyond the edge with a negative weight is clamped to 0.
     row = torch.tensor([[[[0, 0, 0, 255, 255, 255]]]], dtype=torch.uint8)
     assert (
         resized(row, 1, 12).flatten().tolist() == [0] * 5 + [round(255 * 26 / 128), round(255 * 102 / 128)] + [255] * 5
@@ -111,7 +113,7 @@ def test_hand_worked_resize():
 def test_patches_equal_the_torch_form(level, count, patch, span, merge, dtype):
     height, width = 2 * patch * merge, 3 * patch * merge
     sizes = {"patch_size": patch, "temporal_patch_size": span, "merge_size": merge}
-    for in_height, in_width in ((50, 75), (height, width)):  # resized, and read in place or copied
+    for in_height, in_width in ((50, 75), (height, width)):  # Frames are resized, and read in place or copied.
         for name, frames in layouts(noise(count, 3, in_height, in_width)).items():
             arguments = {"height": height, "width": width, "dtype": dtype, **sizes, **STATISTICS}
             got = video_patches(frames, impl="native", **arguments)
@@ -129,7 +131,7 @@ def test_patches_of_other_channels(level, channels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding_of_very_small_and_very_large_values(level, dtype):
-    """float16: numbers below 2^-14, exactly 0, and infinity beyond 65504."""
+    """float16 results include values below 2^-14, exactly 0, and infinity beyond 65504."""
     frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for std in (3e-6, 7.6e-6, 1.0, 3e4, 1e6, 1e9):
         arguments = {"height": 16, "width": 16, "merge_size": 1, "mean": (0.5,), "std": (std,), "dtype": dtype}
@@ -181,8 +183,8 @@ def test_several_threads_at_once(level):
         assert all(pool.map(work, range(40)))
 
 
-def test_threads_of_torch_change_nothing_and_a_forked_process_works():
-    """After a fork, torch's threads do not exist; a single frame needs none of them."""
+def test_torch_threads_and_forked_processes():
+    """After a fork, torch's threads do not exist, and a single frame does not need them."""
     code = """
 import os, torch
 from rmsd_kernels import resize_frames, video_patches
@@ -212,8 +214,8 @@ def test_opcheck(dtype):
 
 
 def test_inside_torch_compile(monkeypatch):
-    """The in-place write is part of the graph."""
-    assert native.available()  # loads the library, which tracing cannot do
+    """Check that the in-place write is part of the graph."""
+    assert native.available()  # Load the library, because tracing cannot load it.
     monkeypatch.setattr(native, "available", lambda: True)
     mean, std = torch.full((3,), 127.5), torch.full((3,), 127.5)
 
@@ -263,7 +265,7 @@ def test_refusals_of_the_resize(out, message):
         native_patches.resize_frames_(out, noise(2, 3, 9, 9))
 
 
-def test_missing_library_is_named(tmp_path):
+def test_missing_library_is_reported(tmp_path):
     code = (
         "from pathlib import Path; import torch; from rmsd_kernels import native, resize_frames\n"
         f"native.LIBRARY = Path({str(tmp_path)!r}) / '_native.abi3.so'\n"

@@ -1,4 +1,4 @@
-"""Reference divergences and discriminator losses against derivations that do not share their code."""
+"""Test the reference divergences and discriminator losses against derivations that do not share their code."""
 
 import math
 
@@ -49,13 +49,13 @@ def test_divergence_by_definition_from_each_kind_of_teacher(kind, alpha):
         assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-def test_topk_renormalises_both_sides():
+def test_topk_renormalizes_both_sides():
     hidden, weight, _ = tensors()
     ids = torch.tensor([[0, 3]] * T)
     logits = torch.tensor([[1.0, -0.5]] * T, dtype=torch.float64)
     q = torch.tensor(probabilities_by_loop(hidden, weight), dtype=torch.float64)[:, [0, 3]]
     expected = divergence_by_definition(logits.softmax(-1), q / q.sum(-1, keepdim=True), "forward_kl", None).mean()
-    for shift in (0.0, 5.0):  # logits or log-probs: only differences count
+    for shift in (0.0, 5.0):  # Only differences count, so logits and log-probs agree.
         loss = linear_divergence(hidden, weight, teacher_topk=(logits + shift, ids))
         assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
@@ -81,7 +81,7 @@ def test_divergence_vanishes_at_the_teacher_and_a_teacher_may_rule_tokens_out(ki
     logits[:, 0] = -float("inf")
     loss = linear_divergence(hidden, weight, teacher_logits=logits, kind=kind)
     if kind == "reverse_kl":
-        assert loss.item() == float("inf")  # the student puts mass where the teacher has none
+        assert loss.item() == float("inf")  # The student has mass where the teacher has none.
     else:
         assert loss.isfinite()
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
@@ -94,7 +94,8 @@ def test_last_token_values_by_hand():
     assert last_token_values(hidden, index, weight).tolist() == [-1.0, -1.0, -1.0]
     bias, scale = torch.tensor(0.5, dtype=torch.float64), torch.tensor([2.0, 1.0], dtype=torch.float64)
     values = last_token_values(hidden, index, weight, bias=bias, norm_weight=scale, norm_eps=0.5)
-    # Row [3, 4]: mean square 12.5 + 0.5 = 13, so (2*3 - 4)/sqrt(13) + 0.5; row [1, 2]: 2.5 + 0.5 = 3, (2 - 2)/sqrt(3).
+    # Row [3, 4] has mean square 12.5 + 0.5 = 13 and value (2*3 - 4)/sqrt(13) + 0.5. Row [1, 2] has 2.5 + 0.5 = 3 and (2
+    # - 2)/sqrt(3).
     assert values.tolist() == pytest.approx([2 / math.sqrt(13) + 0.5, 0.5, 2 / math.sqrt(13) + 0.5])
     hidden.requires_grad_()
     last_token_values(hidden, index, weight).sum().backward()
@@ -109,13 +110,13 @@ def test_pair_loss_by_hand():
     result = pairwise_discriminator_loss(student, teacher, *pairs, quality)
     total = softplus[0] + 0.5 * softplus[1] + 0.25 * softplus[2]
     assert result.loss.item() == pytest.approx(total / 3)
-    assert result.accuracy.item() == pytest.approx(1 / 3)  # margins 0, -1, 2
+    assert result.accuracy.item() == pytest.approx(1 / 3)  # The margins are 0, -1 and 2.
     assert result.margin.item() == pytest.approx(1 / 3)
     weight = torch.tensor([0.5, 0.0, 1.5])
     weighted = pairwise_discriminator_loss(student, teacher, *pairs, quality, pair_weight=weight)
     assert weighted.loss.item() == pytest.approx((0.5 * softplus[0] + 1.5 * 0.25 * softplus[2]) / 2)
     assert weighted.accuracy.item() == pytest.approx(0.75) and weighted.margin.item() == pytest.approx(1.5)
-    # Squares 0, 1, 0, 9 over four scores.
+    # The squares are 0, 1, 0 and 9 over four scores.
     with_l2 = pairwise_discriminator_loss(student, teacher, *pairs, quality, score_l2=0.1)
     assert with_l2.loss.item() == pytest.approx(total / 3 + 0.1 * 10 / 4)
     shared = pairwise_discriminator_loss(
@@ -137,7 +138,7 @@ def test_pair_loss_gradients():
     student, teacher, pairs, quality = random_pairs()
     function = lambda s, t: pairwise_discriminator_loss(s, t, *pairs, quality, score_l2=0.01).loss  # noqa: E731
     assert gradcheck(function, (student, teacher))
-    # The pair loss does not fix the level of the scores: its gradients over all scores sum to zero.
+    # The pair loss does not fix the level of the scores, so its gradients over all scores sum to zero.
     loss = pairwise_discriminator_loss(student, teacher, *pairs, quality).loss
     gradient = torch.cat(torch.autograd.grad(loss, (student, teacher)))
     assert gradient.sum().abs() < 1e-14 and gradient.abs().max() > 1e-2
@@ -161,13 +162,13 @@ def test_pair_loss_is_finite_and_exact_at_extreme_scores():
     assert result.loss.item() == pytest.approx(2e4 + 25, rel=1e-6)
     gradient = torch.autograd.grad(result.loss, student)[0]
     assert gradient.tolist() == pytest.approx([1.0, 0.0, 1.0], abs=1e-6)
-    # Beyond 20 torch's softplus drops the exponential term; in float64 it counts.
+    # Beyond 20, torch's softplus drops the exponential term, which still matters in float64.
     far = torch.tensor([25.0], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     exact = pairwise_discriminator_loss(*far, index[:1], index[:1], torch.ones(1, dtype=torch.float64)).loss.item()
     assert exact == 25.0 + math.log1p(math.exp(-25.0)) != 25.0
 
 
-def test_no_pairs_is_a_zero_loss_with_zero_gradients():
+def test_no_pairs_give_a_zero_loss_with_zero_gradients():
     student, teacher = torch.zeros(0, requires_grad=True), torch.zeros(0, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
     for scores in ((student, teacher), (torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True))):
@@ -176,7 +177,7 @@ def test_no_pairs_is_a_zero_loss_with_zero_gradients():
         assert all((g == 0).all() for g in torch.autograd.grad(result.loss, scores))
 
 
-def test_discriminator_loss_is_the_two_steps():
+def test_discriminator_loss_equals_its_two_steps():
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(9, D, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(D, generator=generator, dtype=torch.float64).requires_grad_()

@@ -1,4 +1,4 @@
-"""Reference log-probs and cross entropy against loops, enumeration and finite differences."""
+"""Test the reference log-probs and cross entropy against loops, enumeration and finite differences."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_extreme_logits_stay_finite_and_never_above_zero(dtype):
 
 
 def test_cross_entropy_by_hand():
-    # One-hot hidden states select rows of the weight as logits: log-probs are log(1/4), log(3/4).
+    # One-hot hidden states select rows of the weight as logits, so the log-probs are log(1/4) and log(3/4).
     weight = torch.tensor([[0.0, math.log(3.0)], [math.log(3.0), 0.0]], dtype=torch.float64).T.contiguous()
     hidden = torch.eye(2, dtype=torch.float64)
     targets = torch.tensor([0, 0])
@@ -120,7 +120,7 @@ def test_cross_entropy_of_parts_sums_to_the_whole():
 
 
 @pytest.mark.parametrize("rows", ["none", "all ignored"])
-def test_nothing_scored_is_a_zero_loss_with_zero_gradients(rows):
+def test_no_scored_rows_give_a_zero_loss_with_zero_gradients(rows):
     hidden, weight, targets = tensors()
     if rows == "none":
         hidden, targets = torch.zeros(0, D, dtype=torch.float64, requires_grad=True), targets[:0]

@@ -1,4 +1,4 @@
-"""Reference policy loss against derivations that do not share their code: loops, enumeration, finite differences."""
+"""Test the reference policy loss against loops, enumeration and finite differences, which share none of its code."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_clipping_stops_the_gradient_on_one_side_only():
 
 
 def test_asymmetric_clip():
-    # r = e^0.5 = 1.6487 against 1 + 0.28, and e^-0.5 = 0.6065 against 1 - 0.3.
+    # r = e^0.5 = 1.6487 is compared with 1 + 0.28, and e^-0.5 = 0.6065 with 1 - 0.3.
     hidden, weight = torch.zeros(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     old = torch.tensor([math.log(0.5) - 0.5, math.log(0.5) + 0.5], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_policy_loss_gradients(kind):
 
 
 def every_token(seed=0):
-    """Score one hidden state against every token of the vocabulary, with a reference; row v has target v."""
+    """Score one hidden state against every token of the vocabulary with a reference; row v has target v."""
     hidden, weight, _ = tensors(seed)
     state = hidden.detach()[:1].requires_grad_()
     rows = state.expand(V, D)
@@ -128,7 +128,7 @@ def every_token(seed=0):
 
 
 def estimator_loss(kind, rows, weight, targets, ref_logp, token_weights):
-    """Return the expectation of the estimator over v ~ pi, with constant probabilities, as in sampling."""
+    """Return the expectation of the estimator over v ~ pi with constant probabilities, as in sampling."""
     return linear_policy_loss(
         rows,
         weight,
@@ -246,7 +246,7 @@ def test_entropy_term():
     assert measured.item() == pytest.approx(entropy.sum().item() / 5, abs=1e-13)
 
 
-CU_SEQLENS = torch.tensor([0, 3, 3, 6], dtype=torch.int32)  # row 2 is ignored; the middle sequence is empty
+CU_SEQLENS = torch.tensor([0, 3, 3, 6], dtype=torch.int32)  # Row 2 is ignored, and the middle sequence is empty.
 
 
 def test_sequence_ratio_by_definition():
@@ -265,10 +265,10 @@ def test_sequence_ratio_by_definition():
         clip_low=0.5,
         clip_high=0.5,
     )
-    # Means of the scored rows: 0.25 over two rows, -0.3 over three.
+    # The means of the scored rows are 0.25 over two rows and -0.3 over three.
     expected = -(2 * math.exp(0.25) - 3 * math.exp(-0.3)) / 5
     assert result.loss.item() == pytest.approx(expected, abs=1e-12)
-    # Its gradient reaches every row of the sequence with the ratio of the sequence.
+    # The gradient reaches every row of the sequence with the ratio of the sequence.
     coefficients = torch.tensor([math.exp(0.25)] * 3 + [-math.exp(-0.3)] * 3, dtype=torch.float64)
     plain = -(coefficients * linear_logprob(hidden, weight, targets)).sum() / 5
     for ours, other in zip(
@@ -280,7 +280,7 @@ def test_sequence_ratio_by_definition():
 def test_truncated_importance_weights_and_sequence_mask():
     hidden, weight, targets = tensors()
     logp = linear_logprob(hidden, weight, targets).detach()
-    # exp(old - rollout): 1, 4, -, 0.5, 3, 8. Mean of sequence 0: 2.5, of sequence 2: 11.5 / 3.
+    # exp(old - rollout) is 1, 4, -, 0.5, 3, 8. The mean is 2.5 in sequence 0 and 11.5 / 3 in sequence 2.
     ratio = torch.tensor([1.0, 4.0, 99.0, 0.5, 3.0, 8.0], dtype=torch.float64)
     advantages = torch.tensor([1.0, 2.0, 50.0, 3.0, 4.0, 5.0], dtype=torch.float64)
     call = lambda **kw: linear_policy_loss(  # noqa: E731
@@ -295,13 +295,13 @@ def test_truncated_importance_weights_and_sequence_mask():
     assert masked.loss.item() == pytest.approx(-(1 + 4) / 5)
     assert masked.metrics["sequence_masked_fraction"].item() == pytest.approx(3 / 5)
     assert call(sequence_mask_cap=4.0, cu_seqlens=CU_SEQLENS).loss.item() == pytest.approx(-15 / 5)
-    # The correction is detached: the gradient is that of the plain loss with these row weights.
+    # The correction is detached, so the gradient is that of the plain loss with these row weights.
     plain = -(linear_logprob(hidden, weight, targets) * advantages * ratio.clamp(max=2.0)).sum() / 5
     ours = torch.autograd.grad(capped.loss, weight)[0]
     assert torch.allclose(ours, torch.autograd.grad(plain, weight)[0], atol=1e-13)
 
 
-def test_correction_leaves_the_kl_term_alone():
+def test_correction_does_not_change_the_kl_term():
     hidden, weight, targets = tensors()
     logp = linear_logprob(hidden, weight, targets).detach()
     settings = {"ref_logp": logp - 1.0, "kl": "k1", "kl_coef": 1.0, "cu_seqlens": CU_SEQLENS}

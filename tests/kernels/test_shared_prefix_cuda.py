@@ -1,4 +1,4 @@
-"""The CUDA kernels of shared_prefix_attention: when they serve a call, how they are called, and their error.
+"""Test when the CUDA kernels of shared_prefix_attention serve a call, how they are called, and their error.
 
 Fake kernels and meta tensors prove without a GPU that torch's flash attention and FlashAttention-3 are called according
 to their schemas. Tests marked cuda compare the real kernels with dense masked attention.
@@ -33,7 +33,7 @@ from rmsd_kernels.shared_prefix import attention as op
 from rmsd_kernels.shared_prefix import backends, cuda, segments
 
 
-def test_flash_that_cannot_serve_the_call_says_why(monkeypatch):
+def test_flash_error_says_why_it_cannot_serve_the_call(monkeypatch):
     def like(dtype: torch.dtype, size: int = 64) -> Tensor:
         return torch.empty(2, 2, size, dtype=dtype)
 
@@ -153,7 +153,8 @@ def test_cuda_flash_equals_dense(row, heads, size):
 
 @pytest.mark.cuda
 def test_cuda_flash_equals_dense_at_the_size_of_a_model():
-    # The heads of Qwen3-VL-4B. Segments have several blocks of queries and keys, and the last blocks are not full.
+    # These are the heads of Qwen3-VL-4B. Segments have several blocks of queries and keys, and the last blocks are not
+    # full.
     plan = SharedPrefixPlan.from_lengths([700, 257], [[130, 64, 1], [129, 200]], device="cuda")
     check_cuda_flash(plan, (32, 8), 128)
 
@@ -171,7 +172,7 @@ def check_cuda_flash(plan: SharedPrefixPlan, heads: tuple[int, int], size: int) 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(("prefixes", "responses"), [([1024, 700], [[128] * 6, [64, 200]]), ([256], [[256] * 4])])
 def test_16_bit_error_of_kernels_that_round_both_parts(prefixes, responses, device, monkeypatch):
-    """On CUDA, and on the CPU with a fake kernel that rounds like these kernels."""
+    """The test runs on CUDA, and on the CPU with a fake kernel that rounds like these kernels."""
     kernel = cuda.TORCH_FLASH
     if device == "cpu":
         kernel = STAND_IN
@@ -189,7 +190,7 @@ def test_16_bit_error_of_kernels_that_round_both_parts(prefixes, responses, devi
 
 
 @pytest.mark.cuda
-def test_cuda_calls_with_an_existing_plan_do_not_synchronise():
+def test_cuda_calls_with_an_existing_plan_do_not_synchronize():
     plan = SharedPrefixPlan.from_lengths(*ROWS["uneven groups"], device="cuda")
     inputs = random_rows(plan, size=64, dtype=torch.bfloat16)
     shared_prefix_attention(*inputs, plan).sum().backward()

@@ -1,4 +1,4 @@
-"""shared_prefix_decode against one attention per sequence, and against the last row of shared_prefix_attention."""
+"""Test shared_prefix_decode against one attention per sequence and against the last row of shared_prefix_attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from rmsd_kernels import DecodePlan, SharedPrefixPlan, attention_calls, shared_prefix_attention, shared_prefix_decode
 from rmsd_kernels.shared_prefix import decode, segments
 
-# (prefix lengths, sequences of each prefix). Equal groups are one dense call on CUDA; finished groups are empty.
+# Each case gives the prefix lengths and the sequences of each prefix. Equal groups are one dense call on CUDA, and
+# finished groups are empty.
 STEPS = {
     "one prefix": ([9], [4]),
     "one sequence": ([3], [1]),
@@ -24,7 +25,7 @@ PATHS = ["flash", "torch", "torch in chunks", "CUDA with a stand-in"]
 
 @pytest.fixture
 def path(request, monkeypatch) -> str:
-    """Return the impl with which a call takes the named code path."""
+    """Return the value of `impl` that makes a call use the named code path."""
     if request.param == "torch in chunks":
         monkeypatch.setattr(segments, "_SCORES", 50)
         return "torch"
@@ -89,7 +90,7 @@ def test_16_bit_error(impl):
 
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
-def test_strides(path):
+def test_strided_inputs_and_gradients(path):
     plan = DecodePlan.from_counts([5, 7], [3, 1])
     tensors = random_step(plan, 3)
     expected = shared_prefix_decode(*tensors, plan, impl="torch")
@@ -108,7 +109,7 @@ def test_decoding_is_the_last_row_of_the_packed_attention():
     assert (shared_prefix_decode(last, k[:10], v[:10], own_k, own_v, plan) - expected).abs().max() <= 1e-12
 
 
-def test_sequences_do_not_touch_each_other():
+def test_sequences_do_not_affect_each_other():
     plan = DecodePlan.from_counts([40], [3])
     q, prefix_k, prefix_v, own_k, own_v = random_step(plan, 7, dtype=torch.float32)
     before = shared_prefix_decode(q, prefix_k, prefix_v, own_k, own_v, plan)
@@ -118,7 +119,7 @@ def test_sequences_do_not_touch_each_other():
     assert after[1].isnan().all() and torch.equal(before[[0, 2]], after[[0, 2]])
 
 
-def test_calls_are_counted_and_inputs_left_alone():
+def test_calls_are_counted_and_inputs_are_unchanged():
     plan = DecodePlan.from_counts([4, 3], [2, 1])
     tensors = random_step(plan, 3)
     copies = [t.clone() for t in tensors]
@@ -164,7 +165,7 @@ def test_autocast():
         ([3, 2], [0, 0], "not all 0"),
     ],
 )
-def test_bad_plans(prefixes, rows, message):
+def test_invalid_plans_are_refused(prefixes, rows, message):
     with pytest.raises(ValueError, match=message):
         DecodePlan.from_counts(prefixes, rows)
 
@@ -187,7 +188,7 @@ def test_counts_are_integers():
         (4, lambda v: v.to("meta"), ValueError, "own_v: expected device cpu"),
     ],
 )
-def test_bad_tensors(position, change, kind, message):
+def test_invalid_tensors_are_refused(position, change, kind, message):
     plan = DecodePlan.from_counts([4, 3], [2, 1])
     tensors = random_step(plan, 3)
     tensors[position] = change(tensors[position])
@@ -195,7 +196,7 @@ def test_bad_tensors(position, change, kind, message):
         shared_prefix_decode(*tensors, plan)
 
 
-def test_bad_calls():
+def test_invalid_calls_are_refused():
     plan = DecodePlan.from_counts([4, 3], [2, 1])
     q, prefix_k, prefix_v, own_k, own_v = random_step(plan, 3)
     with pytest.raises(ValueError, match="own_k: expected B=3 sequences of t >= 1 tokens"):

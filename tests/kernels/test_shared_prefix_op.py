@@ -1,4 +1,4 @@
-"""shared_prefix_attention against dense masked attention, and the op under autograd and torch.compile."""
+"""Test shared_prefix_attention against dense masked attention, and the op under autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATHS = ["flash", "torch", "torch in chunks", "CUDA with a stand-in"]
 
 @pytest.fixture
 def path(request, monkeypatch) -> str:
-    """Return the impl with which a call takes the named code path."""
+    """Return the value of `impl` that makes a call use the named code path."""
     if request.param == "torch in chunks":
         monkeypatch.setattr(segments, "_SCORES", 50)
         return "torch"
@@ -59,7 +59,7 @@ def test_gradcheck(path):
 
 
 def test_numbers_by_hand():
-    # All scores are 0, so all visible values weigh the same: 3, (3 + 5) / 2, (3 + 5 + 10) / 3, (3 + 5 + 10 + 2) / 4.
+    # All scores are 0, so all visible values have equal weight: 3, (3 + 5) / 2, (3 + 5 + 10) / 3, (3 + 5 + 10 + 2) / 4.
     plan = SharedPrefixPlan.from_lengths([2], [[2]])
     v = torch.tensor([3.0, 5.0, 10.0, 2.0]).reshape(4, 1, 1)
     for impl in ("flash", "torch"):
@@ -80,14 +80,14 @@ def test_one_response_is_plain_causal_attention():
     ("prefixes", "responses", "heads", "size"),
     [
         ([256], [[32] * 6], (8, 2), 64),
-        # Both parts weigh the same, which is the case with the largest effect of rounding both.
+        # Both parts have equal weight, which maximizes the effect of rounding both.
         ([64], [[128] * 4], (4, 2), 32),
-        # One part has almost no weight, and the kernel's block sizes differ from those of the dense call.
+        # One part has almost no weight, and the block sizes of the kernel differ from those of the dense call.
         ([700], [[100, 1]], (4, 4), 64),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_error_is_that_of_dense_attention(prefixes, responses, heads, size, impl, dtype):
+def test_16_bit_error_is_close_to_that_of_dense_attention(prefixes, responses, heads, size, impl, dtype):
     plan = SharedPrefixPlan.from_lengths(prefixes, responses)
     rounded = random_rows(plan, heads, size, dtype)
     d_out = torch.randn(rounded[0].shape).to(dtype)
@@ -110,7 +110,7 @@ def test_16_bit_error_is_that_of_dense_attention(prefixes, responses, heads, siz
         pytest.param("flash", "cuda", torch.bfloat16, marks=pytest.mark.cuda),
     ],
 )
-def test_a_response_does_not_touch_the_others(impl, device, dtype):
+def test_a_response_does_not_affect_the_others(impl, device, dtype):
     plan = SharedPrefixPlan.from_lengths([40, 33], [[20, 20, 7], [20, 64]], device=device)
     inputs = [t.detach() for t in random_rows(plan, size=16, dtype=dtype)]
     d_out = torch.randn_like(inputs[0])
@@ -125,7 +125,7 @@ def test_a_response_does_not_touch_the_others(impl, device, dtype):
         t[changed] = torch.randn_like(t[changed])
     others = torch.ones(plan.tokens, dtype=torch.bool, device=device)
     others[changed] = False
-    # The changed response contributes to the gradients of its prefix's keys and values.
+    # The changed response contributes to the gradients of the keys and values of its prefix.
     other_keys = others.clone()
     other_keys[:40] = False
     unchanged = (others, others, other_keys, other_keys)
@@ -136,13 +136,13 @@ def test_a_response_does_not_touch_the_others(impl, device, dtype):
         assert float((a[rows_to_compare] - b[rows_to_compare]).abs().max()) <= slack
     inputs[2][changed] = float("nan")
     after = run()
-    # dV depends only on probabilities and d_out.
+    # dV depends only on the probabilities and d_out.
     assert [bool(t[changed].isnan().any()) for t in after] == [True, True, True, False]
     assert not any(t[rows_to_compare].isnan().any() for t, rows_to_compare in zip(after, unchanged, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["flash", "torch"])
-def test_order_of_responses_does_not_matter(impl):
+def test_order_of_responses_does_not_change_results(impl):
     lengths, order = [3, 5, 5, 2], [2, 0, 3, 1]
     plan = SharedPrefixPlan.from_lengths([6], [lengths])
     reordered_plan = SharedPrefixPlan.from_lengths([6], [[lengths[i] for i in order]])
@@ -163,7 +163,7 @@ def test_order_of_responses_does_not_matter(impl):
 
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("layout", ["heads first", "last dimension apart", "rows apart"])
-def test_strides(layout, path):
+def test_strided_inputs_and_gradients(layout, path):
     inputs = [t.detach() for t in random_rows(PLAN)]
     expected = shared_prefix_attention(*inputs, PLAN, impl="torch")
 
@@ -197,7 +197,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(op._backward, (torch.randn_like(out), *constants, out, lse, *arguments(PLAN)))
 
 
-def test_compiled_code_serves_every_plan():
+def test_compiled_code_works_for_every_plan():
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -217,7 +217,7 @@ def test_compiled_code_serves_every_plan():
         truth, _ = run(lambda q, k, v, plan: shared_prefix_attention(2 * q, k, v, plan) + 1, plan)
         assert largest_error(ours, truth) <= 1e-12
 
-    # The first call, then calls with other numbers of tokens, responses and groups.
+    # After the first call, the number of tokens, responses and groups changes.
     check(([9], [[4, 4]]))
     check(([8], [[5, 1]]))
     check(([8], [[5, 1, 3]]))
@@ -278,7 +278,7 @@ def with_gradients_of(function, inputs: list[Tensor], d_out: Tensor) -> list[Ten
     return [t.grad for t in inputs]
 
 
-def test_gradients_are_made_once():
+def test_gradients_are_computed_once():
     inputs = random_rows(PLAN)
     out = shared_prefix_attention(*inputs, PLAN)
     with pytest.raises(RuntimeError, match="second derivatives"):
@@ -295,7 +295,7 @@ def test_unneeded_gradients():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_as_scaled_dot_product_attention(compiled):
+def test_autocast_matches_scaled_dot_product_attention(compiled):
     q, k, v = random_rows(PLAN, dtype=torch.float32)
 
     def run(*rows):
@@ -319,7 +319,7 @@ def test_autocast_as_scaled_dot_product_attention(compiled):
         ([3, 2], [[1], [2, 0]], r"response_lengths\[1\]\[1\]: expected at least 1 token, got 0; leave the response"),
     ],
 )
-def test_bad_plans(prefixes, responses, message):
+def test_invalid_plans_are_refused(prefixes, responses, message):
     with pytest.raises(ValueError, match=message):
         SharedPrefixPlan.from_lengths(prefixes, responses)
 
@@ -356,13 +356,13 @@ def test_plan():
         (lambda q, k, v: (q, k, v.to("meta")), ValueError, "v: expected device cpu, got meta"),
     ],
 )
-def test_bad_tensors(change, kind, message):
+def test_invalid_tensors_are_refused(change, kind, message):
     rows = change(*(t.detach() for t in random_rows(PLAN)))
     with pytest.raises(kind, match=message):
         shared_prefix_attention(*rows, PLAN)
 
 
-def test_bad_settings():
+def test_invalid_settings_are_refused():
     rows = random_rows(PLAN)
     with pytest.raises(ValueError, match="plan: expected a SharedPrefixPlan, got tuple"):
         shared_prefix_attention(*rows, ([5], [[2]]))

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for compute capability 9.0, without a GPU, into a binary that fits the machine."""
+"""Test that every Triton kernel compiles for compute capability 9.0 within the hardware limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 from rmsd_kernels import triton_compile  # noqa: E402
 from rmsd_kernels.discriminator import triton_loss  # noqa: E402
@@ -28,12 +28,12 @@ ROW_KERNELS = ("score", "policy", "gradient", "divergence")
 @pytest.fixture(scope="module")
 def reports() -> dict[str, triton_compile.Report]:
     if not sys.platform.startswith("linux"):
-        pytest.skip("triton's compiler comes for Linux alone")
+        pytest.skip("triton's compiler is available only for Linux")
     variants = [v for d in DTYPES for v in triton_compile.variants(d)]
     return {variant.name: triton_compile.compile_variant(variant) for variant in variants}
 
 
-def test_nothing_spills_and_every_program_fits(reports):
+def test_no_kernel_spills_or_exceeds_the_limits(reports):
     table = triton_compile.table(list(reports.values()))
     print(table)
     for report in reports.values():
@@ -49,8 +49,8 @@ def test_all_kernels_are_in_the_report(reports):
     assert len(reports) == 3 * 22 + 2
 
 
-def test_rows_are_found_with_64_bit_offsets(reports):
-    """row * stride may exceed 2^31: rows are widened before the product, and no 32-bit product is widened after it."""
+def test_row_offsets_are_64_bit(reports):
+    """row * stride may exceed 2^31, so rows must be widened before the product and not after it."""
     for name, report in reports.items():
         if name.split()[0] in ROW_KERNELS:
             (row,) = re.findall(r"(%\S+) = tt\.get_program_id x : i32", report.ttir)
@@ -59,7 +59,7 @@ def test_rows_are_found_with_64_bit_offsets(reports):
             assert not re.search(rf"arith\.muli {re.escape(row)},", report.ttir), name
 
 
-def test_frames_are_found_with_64_bit_offsets(reports):
+def test_frame_offsets_are_64_bit(reports):
     """Frames, channels, rows and columns are widened before they are multiplied by a stride."""
     for name in ("patches 16 bf16", "patches 14 fp32", "resize"):
         widened = re.findall(r"arith\.extsi (%stride_\w) : i32 to i64", reports[name].ttir)
@@ -68,7 +68,7 @@ def test_frames_are_found_with_64_bit_offsets(reports):
 
 
 def test_patches_are_divided_with_ieee_rounding(reports):
-    """div.full has an error of up to 2 units in the last place; results must equal those of the torch form."""
+    """div.full has an error of up to 2 units in the last place, but results must equal those of the torch form."""
     for name in ("patches 16 bf16", "patches 14 bf16"):
         ptx = reports[name].ptx
         assert "div.rn.f32" in ptx and "div.full" not in ptx and re.search(r"cvt\.rn\.bf16", ptx), name
@@ -79,8 +79,8 @@ def test_no_float64_and_no_atomics(reports):
         assert "f64" not in report.ptx and not re.search(r"\b(atom|red)\.", report.ptx), report.name
 
 
-# Machine instructions of each pass per logit, or per pair of logits if two rows are read: the compiler's counts with
-# triton 3.7.1, and a margin for other versions.
+# The bounds are machine instructions per logit of each pass, or per pair of logits if two rows are read. They are the
+# counts of triton 3.7.1 plus a margin for other versions.
 INSTRUCTIONS = {
     "score bf16": [10.5],
     # The last loop is for logits beyond 1e9.
@@ -96,7 +96,7 @@ INSTRUCTIONS = {
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_instructions_per_logit(reports, name):
-    """Instructions bound the row kernels if the memory is fast enough. Their loops must have no barriers."""
+    """Instructions limit the row kernels if the memory is fast enough, and their loops must have no barriers."""
     two_rows = "full_kl" in name or "divergence" in name
     loops = reports[name].loops
     counts = [loop.per_element(itemsize=2) * (1 + two_rows) for loop in loops]
@@ -111,8 +111,8 @@ def test_a_policy_row_costs_at_most_17_instructions_per_logit(reports):
         assert sum(loop.per_element(itemsize=2) for loop in reports[f"policy k3 {dtype}"].loops[:2]) <= 17
 
 
-def test_rows_are_read_wide_and_rounded_to_nearest(reports):
-    """16 bytes per thread and load; bfloat16 gradients are rounded, whereas the interpreter truncates them."""
+def test_wide_loads_and_rounding_to_nearest(reports):
+    """Each load takes 16 bytes per thread. bfloat16 gradients are rounded, whereas the interpreter truncates them."""
     assert "ld.global.v4.b32" in reports["policy k3 bf16"].ptx
     assert "st.global.v4.b32" in reports["policy k3 bf16"].ptx
     for name in ("policy k3 bf16", "gradient bf16", "divergence jsd bf16", "discriminator gradient bf16"):
@@ -120,23 +120,23 @@ def test_rows_are_read_wide_and_rounded_to_nearest(reports):
 
 
 def global_accesses(ptx: str) -> list[str]:
-    """Barriers, and loads and stores of global memory, in program order."""
+    """Return barriers, and loads and stores of global memory, in program order."""
     return [word.split("{")[0] for word in re.findall(r"\b(bar\.sync|(?:ld|st)\.global[.\w]*)", ptx)]
 
 
-def test_a_hidden_target_is_seen_by_all_threads(reports):
-    """-inf is stored between two barriers: all have read the target's logit before, and none reads the row earlier."""
+def test_a_hidden_target_is_visible_to_all_threads(reports):
+    """-inf is stored after all threads have read the target's logit and before any thread reads the row."""
     for name in ("score bf16", "policy k3 bf16", "policy full_kl entropy bf16"):
         steps = global_accesses(reports[name].ptx)
         store = next(i for i, step in enumerate(steps) if step.startswith("st.global"))
         assert steps[store].startswith("st.global.b16") and steps[store - 1] == steps[store + 1] == "bar.sync", name
         assert not any(".v4" in step for step in steps[:store]), name
-        # The target's gradient, or its logit again, is written after a barrier.
+        # The gradient of the target, or its restored logit, is written after a barrier.
         last = max(i for i, step in enumerate(steps) if step.startswith("st.global.b16"))
         assert "bar.sync" in steps[max(i for i in range(last) if ".v4" in steps[i]) : last], name
 
 
-def test_a_merge_reads_all_log_sum_exps_before_it_writes_one(reports):
+def test_a_merge_reads_all_log_sum_exps_before_it_writes(reports):
     for dtype in DTYPES:
         steps = global_accesses(reports[f"merge {dtype}"].ptx)
         barrier = steps.index("bar.sync")
@@ -165,7 +165,7 @@ class _Device:
 
 @pytest.fixture
 def launched(monkeypatch) -> list:
-    """Return the compiled kernels of launches, in order. CPU tensors are used, and the launch itself is skipped."""
+    """Return the compiled kernels of the launches in order; CPU tensors are used and the launch itself is skipped."""
     run, kernels = triton.JITFunction.run, []
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -177,7 +177,7 @@ def launched(monkeypatch) -> list:
 
 
 def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
-    """New numbers of rows and unaligned slices do not compile again, and no Python float becomes a float64."""
+    """New numbers of rows and unaligned slices do not recompile, and no Python float becomes a float64."""
     vocab, ones = 5000, torch.ones(64)
     for start, rows in ((0, 16), (1, 1), (3, 15), (2, 34)):
         part = slice(start, start + rows)
@@ -211,7 +211,7 @@ def test_launches_pass_float32_and_compile_once_for_all_batches(launched):
 
 
 def test_media_kernels_compile_once_for_all_videos(launched):
-    """Sizes of one pixel and of any multiple, both layouts, and unaligned slices."""
+    """Check sizes of one pixel and of any multiple, both layouts, and unaligned slices."""
     source, room = (torch.zeros(3 * 5 * 90 * 160 + 1, dtype=torch.uint8) for _ in range(2))
     numbers = torch.ones(3)
     for count, in_height, in_width, height, width in ((5, 90, 160, 32, 64), (1, 1, 1, 64, 32), (2, 32, 48, 32, 96)):

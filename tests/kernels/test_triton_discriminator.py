@@ -1,4 +1,4 @@
-"""The Triton discriminator against reference in float64 on the same rounded inputs: in the interpreter and on CUDA."""
+"""Test the Triton discriminator against the float64 reference on the same rounded inputs, interpreted and on CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from undefined_gradient import Drop
 
 from rmsd_kernels import reference
 
-# Wider than one block of the forward kernel and several blocks of the backward kernel; the last block is partial.
+# The size exceeds one block of the forward kernel and several blocks of the backward kernel, and the last block is
+# partial.
 TOKENS, DIM = 40, 700
 STUDENTS, TEACHERS, PAIRS = 5, 4, 23
 CASES: dict[str, Case] = {}
@@ -25,7 +26,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """Hidden states, a value head and pairs, in one dtype and with gradients."""
+    """Hold hidden states, a value head and pairs, in one dtype and with gradients."""
 
     def __init__(self, device, dtype, students=STUDENTS, teachers=TEACHERS, pairs=PAIRS, dim=DIM):
         generator = torch.Generator().manual_seed(3)
@@ -45,7 +46,7 @@ class Setup:
         self.pair_weight = torch.rand(pairs, generator=generator).to(device)
 
     def losses(self, functions, convert=lambda t: t, *, norm=True, bias=True, weighted=False, factor=1.7, **options):
-        """Return outputs and gradients of discriminator_loss * factor, by name, with inputs converted by `convert`."""
+        """Return outputs and gradients of discriminator_loss * factor by name, with inputs converted by `convert`."""
         leaves = {"hidden": self.hidden, "head": self.head}
         leaves |= {"bias": self.bias} if bias else {}
         leaves |= {"norm_weight": self.norm_weight} if norm else {}
@@ -90,7 +91,7 @@ def loss_with_and_without_norm_and_bias(device, dtype):
 
 @case
 def loss_normalizers_and_l2(device, dtype):
-    """None, a number, a tensor, and 0, which counts as 1."""
+    """The normalizers are None, a number, a tensor, and 0, which counts as 1."""
     setup, worst = Setup(device, dtype, dim=40), []
     normalizers = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
     for number, l2_number in zip(normalizers, [4.0, None, *normalizers[3:], normalizers[2]], strict=True):
@@ -110,7 +111,7 @@ def loss_with_shared_rows(device, dtype):
 
 @case
 def loss_with_views(device, dtype):
-    """Rows with gaps between them, and columns with gaps."""
+    """Use views with gaps between rows and with gaps between columns."""
     setup, expected = Setup(device, dtype), None
     for columns in (torch.zeros(TOKENS, DIM + 30), torch.zeros(TOKENS, 2 * DIM)):
         wide = columns.to(dtype).to(device)
@@ -124,7 +125,7 @@ def loss_with_views(device, dtype):
 
 @case
 def loss_of_many_responses(device, dtype):
-    """More responses than one program processes: rows and pairs are two launches, with several programs for scores."""
+    """More responses than one program processes take two launches, with several programs for the scores."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, students=triton_loss.ONE_PROGRAM_ROWS - 20, teachers=30, pairs=600, dim=24)
@@ -133,14 +134,14 @@ def loss_of_many_responses(device, dtype):
 
 @case
 def loss_of_nothing(device, dtype):
-    """No pairs; no responses at all: loss 0, gradients 0, nothing read."""
+    """Without pairs or without responses, the loss and the gradients are 0 and nothing is read."""
     worst = [check(Setup(device, dtype, 2, 1, 0), dtype), check(Setup(device, dtype, 0, 0, 0), dtype, score_l2=0.5)]
     return max(worst)
 
 
 @case
 def loss_by_hand(device, dtype):
-    """Scores 1, -1 | 0, pairs with margins -1 and 1 and weights 1 and 3."""
+    """The scores are 1, -1 | 0, and the pairs have margins -1 and 1 and weights 1 and 3."""
     from rmsd_kernels.discriminator import triton_loss
 
     hidden = torch.tensor([[1.0, 0.0], [-1.0, 5.0], [0.0, 1.0]], dtype=dtype, device=device, requires_grad=True)
@@ -163,7 +164,7 @@ def loss_by_hand(device, dtype):
 
 @case
 def index_out_of_range(device, dtype):
-    """NaN instead of a wild read, and no write."""
+    """An index out of range gives NaN instead of a wild read, and nothing is written."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, dim=40)
@@ -225,7 +226,7 @@ def every_row_is_written(device, dtype):
 
 @case
 def outputs_without_a_gradient(device, dtype):
-    """accuracy, margin and scores are constants; a loss whose gradient is undefined gives none."""
+    """accuracy, margin and scores are constants, and a loss whose gradient is undefined returns None."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup = Setup(device, dtype, dim=40)
@@ -243,7 +244,7 @@ def outputs_without_a_gradient(device, dtype):
 
 @case
 def pairwise_scores(device, dtype):
-    """Ordinary scores, and margins of ±2e4, for which the loss is the margin or exactly 0."""
+    """Use ordinary scores, and margins of ±2e4, for which the loss is the margin or exactly 0."""
     setup, worst = Setup(device, dtype), []
     for size in (1.0, 1e4):
         scores = [size * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (STUDENTS, TEACHERS)]
@@ -257,7 +258,7 @@ def pairwise_scores(device, dtype):
 
 @case
 def small_losses_keep_their_digits(device, dtype):
-    """softplus(-m) = exp(-m) for large m, which log(1 + exp(-m)) would round to 0."""
+    """For large m, softplus(-m) = exp(-m), which log(1 + exp(-m)) would round to 0."""
     from rmsd_kernels.discriminator import triton_loss
 
     margins = torch.tensor([0.0, 1.0, 5.0, 20.0, 60.0], device=device)
@@ -271,7 +272,7 @@ def small_losses_keep_their_digits(device, dtype):
 
 @case
 def values(device, dtype):
-    """last_token_values with any upstream gradient, including an expanded one, and only the required gradients."""
+    """Check last_token_values with any upstream gradient, including an expanded one."""
     from rmsd_kernels.discriminator import triton_loss
 
     setup, worst = Setup(device, dtype), []
@@ -301,7 +302,7 @@ def values(device, dtype):
 
 @case
 def compiled_in_one_graph(device, dtype):
-    """torch.compile(fullgraph=True) gives the same numbers and gradients, and the ops match their schemas."""
+    """Check that torch.compile(fullgraph=True) gives equal results and that the ops match their schemas."""
     from rmsd_kernels.discriminator import triton_loss as ours
 
     setup = Setup(device, dtype, dim=40)

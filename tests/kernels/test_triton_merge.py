@@ -1,4 +1,4 @@
-"""The Triton merge of two parts of attention against the torch form, in Triton's interpreter and on CUDA."""
+"""Test the Triton merge of two parts of attention against the torch form, in Triton's interpreter and on CUDA."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def heads_and_sizes(device, dtype):
 
 @case
 def slices_and_other_strides(device, dtype):
-    """Layouts of the callers: rows of a longer tensor, and heads with a larger stride than rows."""
+    """Use the layouts of the callers: rows of a longer tensor, and heads with a larger stride than rows."""
     out, lse, other, other_lse = parts(9, 6, 16, device, dtype)
     whole, whole_lse = out.clone(), lse.clone()
     worst = check(

@@ -1,4 +1,4 @@
-"""The Triton row back end against torch_rows in float64 on the same rounded inputs: in the interpreter and on CUDA."""
+"""Test the Triton row back end against float64 torch_rows on the same rounded inputs, interpreted and on CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rmsd_kernels.heads import torch_rows
 from rmsd_kernels.heads.row_types import PolicySettings, PolicyTerms, RowInputs, RowReference, RowStats
 
 ROWS = 3
-# A row has three blocks in float32 and two in 16 bit; the last block is partial.
+# A row has three blocks in float32 and two in 16 bit, and the last block is partial.
 VOCAB = 9001
 CASES: dict[str, Case] = {}
 
@@ -24,7 +24,7 @@ def case(function: Case) -> Case:
 
 
 class Setup:
-    """A chunk of logits and its other inputs, and the same in float64."""
+    """Hold a chunk of logits and its other inputs, and the same in float64."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, vocab: int = VOCAB, rows: int = ROWS, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ class Setup:
         return torch.empty(self.rows).uniform_(low, high, generator=self.generator).to(self.device)
 
     def target_logit(self) -> Tensor:
-        """Return the target's logit as a float32 dot product would give it: close to the rounded logit, not equal."""
+        """Return the target's logit as a float32 dot product gives it: close to the rounded logit but not equal."""
         picked = self.logits.gather(1, self.targets.clamp(0, self.vocab - 1).unsqueeze(1)).squeeze(1).float()
         return picked + 0.01 * self.normal(self.rows)
 
@@ -62,7 +62,7 @@ class Setup:
         return self
 
     def terms(self, **changes) -> PolicyTerms:
-        """Return terms with changed fields; changes are fields of the terms or of their settings."""
+        """Return terms with changed fields; the changes are fields of the terms or of their settings."""
         settings = {name: changes.pop(name) for name in PolicySettings._fields if name in changes}
         vectors = {"scale": self.uniform(0.1, 1.0), "advantage": self.normal(self.rows)}
         clips = {"clip_low": 0.2, "clip_high": 0.3}
@@ -105,7 +105,7 @@ def check_score(setup: Setup) -> float:
 
     before = setup.logits.clone()
     kernel = triton_rows.score(setup.logits, setup.inputs, setup.ref)
-    assert torch.equal(setup.logits.nan_to_num(), before.nan_to_num()), "score writes"
+    assert torch.equal(setup.logits.nan_to_num(), before.nan_to_num()), "score changed the logits"
     again = triton_rows.score(setup.logits, setup.inputs, setup.ref)
     assert all(
         a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kernel, again, strict=True)
@@ -187,7 +187,7 @@ def score_one_choice_is_certain(device, dtype):
 
 @case
 def score_two_logits_by_hand(device, dtype):
-    """Probabilities 1/4 and 3/4: entropy = 2 log 2 - 3/4 log 3, and KL against 1/2, 1/2 = log 2 - entropy."""
+    """Probabilities 1/4 and 3/4 give entropy = 2 log 2 - 3/4 log 3, and KL against 1/2, 1/2 is log 2 - entropy."""
     from rmsd_kernels.heads import triton_rows
 
     logits = torch.tensor([[5.0, 9.0]], dtype=dtype, device=device)
@@ -204,7 +204,7 @@ def score_two_logits_by_hand(device, dtype):
 
 @case
 def score_extreme_logits(device, dtype):
-    """±1e4, with the maximum in the last block, so that all earlier sums vanish."""
+    """Use logits of ±1e4 with the maximum in the last block, so that all earlier sums vanish."""
     setup = Setup(device, dtype)
     setup.logits *= 1e4 / 3
     setup.logits[0, -1] = 1.5 * setup.logits[0].abs().max()
@@ -215,7 +215,7 @@ def score_extreme_logits(device, dtype):
 
 @case
 def masked_logits(device, dtype):
-    """-inf before and after finite logits, and as the target."""
+    """Use -inf before and after finite logits, and as the target."""
     setup = Setup(device, dtype)
     setup.logits[:, :5000] = -math.inf
     setup.logits[1, 6000:] = -math.inf
@@ -228,7 +228,7 @@ def masked_logits(device, dtype):
 
 @case
 def masked_rows_and_nan(device, dtype):
-    """A row of only -inf, or with NaN or +inf, gives NaN; the row next to it is not affected."""
+    """A row of only -inf, or with NaN or +inf, gives NaN, and the row next to it is not affected."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype, rows=4)
@@ -269,7 +269,7 @@ def target_out_of_range(device, dtype):
 
 @case
 def strided_rows(device, dtype):
-    """Row stride > V: the same numbers, and nothing written between the rows."""
+    """A row stride above V gives the same numbers, and nothing is written between the rows."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, dtype).transformed()
@@ -280,7 +280,7 @@ def strided_rows(device, dtype):
     stats = triton_rows.policy_(wide[:, :VOCAB], setup.inputs, terms)
     assert torch.equal(stats.logp, expected.logp) and torch.equal(wide[:, :VOCAB], whole)
     assert bool((wide[:, VOCAB:] == 7).all())
-    # One temperature for all rows, as a view.
+    # One temperature for all rows is passed as a view.
     temperature = torch.tensor(0.7, device=device)
     for_all, per_row = (
         setup.inputs._replace(temperature=t) for t in (temperature.expand(ROWS), temperature.repeat(ROWS))
@@ -327,9 +327,10 @@ def policy_on_policy(device, dtype):
 
 @case
 def policy_ratio_clip_and_kl(device, dtype):
-    """Each side of the clip and each estimator, with and without a limit on the log-ratio.
+    """Check each side of the clip and each estimator, with and without a limit on the log-ratio.
 
-    Rows: ratio below, inside and above the clip, and beyond the limit of exp, each with both signs of the advantage.
+    The rows have ratios below, inside and above the clip and beyond the limit of exp, each with both signs of the
+    advantage.
     """
     setup, worst = Setup(device, dtype, vocab=300, rows=8).transformed(), []
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
@@ -346,7 +347,7 @@ def policy_ratio_clip_and_kl(device, dtype):
 
 @case
 def policy_with_importance_correction(device, dtype):
-    """Weights below, at and above their cap, and beyond the limit of exp."""
+    """The weights are below, at and above their cap, and beyond the limit of exp."""
     setup = Setup(device, dtype, rows=5)
     logp = torch_rows.score(setup.logits.double(), double(setup.inputs)).logp.float()
     mismatch = torch.tensor([-1.0, 0.0, 0.5, 3.0, 90.0], device=device)
@@ -356,7 +357,7 @@ def policy_with_importance_correction(device, dtype):
 
 @case
 def target_logit_of_rows(device, dtype):
-    """Any stride, rows longer than a block, and targets out of range."""
+    """Check any stride, rows longer than a block, and targets out of range."""
     from rmsd_kernels.heads import triton_rows
 
     generator = torch.Generator().manual_seed(0)
@@ -392,7 +393,7 @@ def results_are_written_to_out(device, dtype):
 
 @case
 def very_negative_masks(device, dtype):
-    """Finite numbers that stand for -inf, in part of a row: 2^d is 0, and products with d must not overflow."""
+    """Finite numbers stand for -inf in part of a row: 2^d is 0, and products with d must not overflow."""
     worst = 0.0
     for mask in (-1e9, -1e30, -1e37, float(torch.finfo(dtype).min)):
         setup = Setup(device, dtype)
@@ -422,7 +423,7 @@ def peaked_rows_and_low_temperatures(device, dtype):
 
 @case
 def policy_k3_beyond_exp(device, dtype):
-    """log ref - log pi = 100: the limited exp has no gradient, so only the 1 of -d remains."""
+    """If log ref - log pi = 100, the limited exp has no gradient, so only the 1 of -d remains."""
     from rmsd_kernels.heads import triton_rows
 
     setup = Setup(device, torch.float32, vocab=50, rows=1)

@@ -1,4 +1,4 @@
-"""The media functions: patch order and errors by hand, the torch form, the Triton kernels in their interpreter."""
+"""Test the media functions: patch order, errors, the torch form, and the Triton kernels in their interpreter."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def case(function: Case) -> Case:
 
 
 def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float32 values as they are stored. Triton's interpreter truncates to bfloat16 instead of rounding."""
+    """Return float32 values as they are stored; Triton's interpreter truncates to bfloat16 instead of rounding."""
     if dtype == torch.bfloat16 and values.device.type == "cpu":
         return (values.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
     return values.to(dtype)
 
 
 def check_patches(frames: Tensor, dtype: torch.dtype, **arguments) -> float:
-    """Compare the kernel's patches with the torch form of the float resize. Return the share of different values."""
+    """Compare the kernel's patches with the float resize in torch, and return the share of different values."""
     small = resize_in_float(frames, arguments["height"], arguments["width"])
     got = video_patches(frames, impl="triton", dtype=dtype, **arguments)
     expected = as_stored(video_patches(small, impl="torch", **arguments), dtype)
     assert got.dtype == dtype and got.shape == expected.shape
-    # One level, if float32 sums are on both sides of a tie.
+    # A difference of one level is allowed where float32 sums fall on both sides of a tie.
     level = 1.0 / (255 * min(arguments["std"]))
     assert (got.double() - expected.double()).abs().max() <= level * (1.01 if dtype == torch.float32 else 2.0)
     share = (got != expected).float().mean().item()
@@ -64,7 +64,7 @@ def no_resize_every_second_column_of_two_channels(device: torch.device, dtype: t
 
 @case
 def resize_alone(device: torch.device, dtype: torch.dtype) -> float:
-    """Partial tiles, strong downscaling along one axis, and a write into an unaligned slice."""
+    """Check partial tiles, strong downscaling along one axis, and a write into an unaligned slice."""
     if dtype != torch.float32:
         return 0.0
     shares = []
@@ -101,8 +101,8 @@ def test_kernels_on_cuda(name, dtype):
 
 
 @pytest.mark.cuda
-def test_a_clip_on_cuda_agrees_with_torch_there_and_nearly_with_the_cpu():
-    """720p to the model's size, against HF's float resize on the same device and the integer resize on the CPU."""
+def test_a_clip_on_cuda_equals_torch_on_cuda_and_is_close_to_the_cpu():
+    """Compare 720p at the model's size with HF's float resize on CUDA and the integer resize on the CPU."""
     frames = smooth_frames(4, 720, 1280)
     sizes = {"height": 448, "width": 832}
     got = resize_frames(frames.cuda(), **sizes)
@@ -111,13 +111,13 @@ def test_a_clip_on_cuda_agrees_with_torch_there_and_nearly_with_the_cpu():
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
     difference = (got.cpu().int() - resize_frames(frames, **sizes).int()).abs()
     assert difference.max() <= 3 and (difference == 0).float().mean() > 0.8
-    # Channels of 2^31 bytes and more apart.
+    # The channels are 2^31 bytes or more apart.
     far = torch.empty(2, 2**31 + 7, dtype=torch.uint8, device="cuda")[:, : 3 * 64 * 64].view(2, 3, 64, 64)
     far.copy_(frames[:2, :, :64, :64])
     assert torch.equal(resize_frames(far, height=32, width=32), resize_frames(far.clone(), height=32, width=32))
 
 
-def test_float_route_is_near_the_integer_route():
+def test_float_resize_is_close_to_the_integer_resize():
     """The float resize, which the Triton kernels must match, is as close to the CPU's result as on real clips."""
     frames = smooth_frames(2, 180, 320)
     difference = (resize_in_float(frames, 112, 208).int() - resize_frames(frames, height=112, width=208).int()).abs()
@@ -126,7 +126,7 @@ def test_float_route_is_near_the_integer_route():
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_patch_order_and_values_by_hand(impl):
-    """(t, h, w, mh, mw) by (c, tp, py, px); an odd last frame is repeated; (x / 255 - mean) / std."""
+    """The order is (t, h, w, mh, mw) by (c, tp, py, px), and values are (x / 255 - mean) / std."""
     patch, merge, span, height, width = 3, 2, 2, 12, 18
     frames = noise(3, 2, height, width)
     mean, std = (0.2, 0.6), (0.5, 0.25)
@@ -189,7 +189,7 @@ def test_torch_form_writes_into_out_and_keeps_one_pixel_axes_right():
         ({"impl": "triton"}, RuntimeError, "'triton' cannot serve this call"),
     ],
 )
-def test_refusals(change, error, message):
+def test_error_messages_of_refused_calls(change, error, message):
     arguments = {"frames": noise(2, 3, 32, 32), "height": 32, "width": 32, **HALF} | change
     with pytest.raises(error, match=message):
         video_patches(arguments.pop("frames"), **arguments)

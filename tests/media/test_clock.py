@@ -1,4 +1,4 @@
-"""The clock of video files: stamps and spans in it, whatever container, and files that the decoder cannot seek in."""
+"""Test the clock of video files: timestamps and spans in every container, and files that cannot be seeked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = ("clip.mp4", "audio.m4a", "both.mp4", "cut.mp4")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with six seconds of numbered frames, as long an audio, both together, and both cut at 1.3 s."""
+    """Return a folder with 6 s of numbered frames, 6 s of audio, both together, and both cut at 1.3 s."""
     from torchcodec.encoders import AudioEncoder, VideoEncoder
 
     folder = tmp_path_factory.mktemp("made")
@@ -55,14 +55,14 @@ def request(path: Path, **options: object) -> MediaRequest:
 
 
 def read(path: Path, span: tuple | None = None) -> Frames:
-    """Frames whose layout tells the same."""
+    """Check that the layout agrees with the decoded frames, and return the frames."""
     frames, layout = read_media(request(path, span=span)), read_layout(request(path, span=span))
     assert (layout.timestamps_s, layout.grid_thw) == (frames.timestamps_s, frames.grid_thw)
     return frames
 
 
 LATE = ("-itsoffset", 2, "-i", "clip.mp4", "-i", "audio.m4a")
-# How a file is made of the clip and its audio, when its first frame is shown, and how exactly that is known.
+# Each entry gives the command that makes the file, the time of its first frame, and the tolerance of that time.
 CLOCKS = [
     ("video alone", "x.mp4", ("-i", "clip.mp4"), 0.0, 0),
     ("video and audio", "x.mp4", ("-i", "both.mp4"), 0.0, 0),
@@ -75,7 +75,7 @@ CLOCKS = [
     ("video late", "x.mp4", LATE, 2.0, 1e-6),
     ("video late", "x.mkv", LATE, 2.0, 0.03),
     ("audio late", "x.mp4", ("-i", "clip.mp4", "-itsoffset", 2, "-i", "audio.m4a"), 0.0, 0),
-    # The file itself starts later than 0: by an edit list, in Matroska, without an edit list, in fragments.
+    # These files start later than 0: with an edit list, in Matroska, without an edit list, and in fragments.
     ("all late", "x.mp4", ("-i", "clip.mp4", "-output_ts_offset", 5), 0.0, 0),
     ("all late", "x.mkv", ("-i", "clip.mp4", "-output_ts_offset", 5), 0.0, 0),
     ("all late, video later", "x.mp4", (*LATE, "-output_ts_offset", 3), 2.0, 0.03),
@@ -98,15 +98,16 @@ def test_stamps_and_spans_are_those_of_the_file(
 ) -> None:
     path = make(tmp_path, made, name, arguments)
     frames = read(path)
-    # linspace(0, 59, 6) rounded.
+    # These are the values of linspace(0, 59, 6), rounded.
     numbers = [0, 12, 24, 35, 47, 59]
     assert numbers_of(frames.pixels) == numbers
     if within == 0:
-        # To the bit what the processors of the model families compute.
+        # The times equal bit for bit what the processors of the model families compute.
         assert frames.timestamps_s == tuple(number / FPS for number in numbers)
     assert frames.timestamps_s == pytest.approx([first + number / FPS for number in numbers], abs=within + 1e-9)
     assert frames.duration_s == pytest.approx(first + 6.0, abs=within + 1e-9)
-    # From 2.35 to 4.45 s the frames shown first at 2.4 to 4.4 s, where a late start moves them by less than a frame.
+    # The span from 2.35 s to 4.45 s has the frames first shown at 2.4 s to 4.4 s. A late start moves them by less than
+    # one frame.
     part = read(path, (2.35, 4.45))
     shown = [2.4, 2.8, 3.2, 3.6, 4.0, 4.4]
     assert part.timestamps_s == pytest.approx(shown, abs=within + 1e-9)
@@ -116,7 +117,7 @@ def test_stamps_and_spans_are_those_of_the_file(
 
 
 def test_the_earliest_audio_counts(tmp_path: Path, made: Path) -> None:
-    """The first audio stream, which players and FFmpeg choose, starts with the video, at 3 s; another at 1 s."""
+    """Players and FFmpeg choose the first audio stream, which starts at 3 s; another stream starts at 1 s."""
     late, early = ("-itsoffset", 3, "-i", made / "both.mp4"), ("-itsoffset", 1, "-i", made / "audio.m4a")
     maps = ("-map", "0:v", "-map", "0:a", "-map", "1:a", "-disposition:a:0", "default", "-disposition:a:1", 0)
     for name in ("x.mp4", "x.mkv"):
@@ -125,14 +126,14 @@ def test_the_earliest_audio_counts(tmp_path: Path, made: Path) -> None:
         assert frames.timestamps_s[0] == pytest.approx(2.0, abs=0.03)
 
 
-def test_prompts_tell_the_time_of_the_file(tmp_path: Path, made: Path) -> None:
+def test_prompts_state_the_times_of_the_file(tmp_path: Path, made: Path) -> None:
     late = read(make(tmp_path, made, "x.mp4", LATE))
-    # Pairs at 2.0 and 3.2 s, 4.4 and 5.5 s, 6.7 and 7.9 s.
+    # The pairs are at 2.0 and 3.2 s, 4.4 and 5.5 s, and 6.7 and 7.9 s.
     text = media_text(late, PREPROCESSOR)
     assert [piece.rpartition("<")[2] for piece in text.split(" seconds>")[:-1]] == ["2.6", "5.0", "7.3"]
 
 
-def test_spans_without_pictures_say_where_they_are(tmp_path: Path, made: Path) -> None:
+def test_error_for_a_span_without_frames_gives_their_range(tmp_path: Path, made: Path) -> None:
     path = make(tmp_path, made, "x.mp4", LATE)
     message = r"between 0 s and 1\.9 s: expected at least 2, got 0; its video runs from 2 to 8 s; check start"
     for call in (read_media, read_layout):
@@ -141,7 +142,8 @@ def test_spans_without_pictures_say_where_they_are(tmp_path: Path, made: Path) -
 
 
 def test_a_variable_frame_rate_on_a_late_clock(tmp_path: Path, made: Path) -> None:
-    # Ten frames of 0.1 s, then ten of 0.5 s: frames 0, 4, 8, 11, 15 and 19 begin at 0, .4, .8, 1.5, 3.5 and 5.5 s.
+    # The video has ten frames of 0.1 s and then ten of 0.5 s. Frames 0, 4, 8, 11, 15 and 19 begin at 0, 0.4, 0.8, 1.5,
+    # 3.5 and 5.5 s.
     from torchcodec.encoders import VideoEncoder
 
     path = tmp_path / "even.mp4"
@@ -156,15 +158,15 @@ def test_a_variable_frame_rate_on_a_late_clock(tmp_path: Path, made: Path) -> No
     assert numbers_of(frames.pixels) == [0, 4, 8, 11, 15, 19]
     part = read_media(request(late, span=(3.0, 6.0)))
     assert min(part.timestamps_s) >= 2.9 and max(part.timestamps_s) <= 6.0
-    # A frame's number tells when it begins.
+    # Compute the start time of a frame from its number.
     begins = [2 + (number / 10 if number < 10 else 1 + (number - 10) / 2) for number in numbers_of(part.pixels)]
     assert part.timestamps_s == pytest.approx(begins, abs=1e-3)
 
 
 def test_a_clip_cut_without_encoding_is_read(made: Path) -> None:
-    """Its edit list starts at frame 13; the decoder alone finds no frame before the next key frame, which is 20."""
+    """The edit list starts at frame 13, and the decoder alone finds no frame before key frame 20."""
     frames = read(made / "cut.mp4")
-    # 47 frames: linspace(0, 46, 6) rounded.
+    # The file has 47 frames, and these are the values of linspace(0, 46, 6), rounded.
     taken = [0, 9, 18, 28, 37, 46]
     assert numbers_of(frames.pixels) == [13 + number for number in taken]
     assert frames.timestamps_s == tuple(number / FPS for number in taken)
@@ -172,9 +174,9 @@ def test_a_clip_cut_without_encoding_is_read(made: Path) -> None:
 
 
 def read_or_follow(path: Path, folder: Path, **options: object) -> tuple[str, Frames]:
-    """What the refusal of a file says, and the frames of the file that the command in it makes.
+    """Return the message that refuses the file, and the frames of the file that the suggested command makes.
 
-    Another version of FFmpeg may read the file: then no text, and its own frames.
+    Another version of FFmpeg may read the file. Then the message is empty and the frames are those of the file itself.
     """
     try:
         return "", read_media(request(path, **options))
@@ -186,12 +188,12 @@ def read_or_follow(path: Path, folder: Path, **options: object) -> tuple[str, Fr
 def test_transport_streams_are_refused_with_a_command_that_keeps_the_clock(tmp_path: Path, made: Path) -> None:
     path = make(tmp_path, made, "x.ts", LATE)
     text, frames = read_or_follow(path, tmp_path, span=(3.0, 8.0))
-    # Other versions may find the frames.
+    # Other FFmpeg versions may find the frames.
     assert text or ffmpeg_version() != 5
     if text:
         assert f"re-encode it with `ffmpeg -i {path} -c:v libx264 -crf 18 -pix_fmt yuv420p {tmp_path}/x.mp4`" in text
         assert "got a transport stream, which has no index" in text or "cannot seek in this file" in text
-    # ffmpeg may fill the first two seconds with the first frame; after them each is shown when it was.
+    # ffmpeg may fill the first two seconds with the first frame. Later frames keep their original times.
     expected = [(time - 2.0) * FPS for time in frames.timestamps_s]
     assert all(abs(number - wanted) <= 1 for number, wanted in zip(numbers_of(frames.pixels), expected, strict=True))
 
@@ -207,13 +209,13 @@ def test_transport_streams_are_refused_with_a_command_that_keeps_the_clock(tmp_p
     ],
 )
 def test_streams_without_a_clock_are_refused(tmp_path: Path, made: Path, name: str, arguments: tuple) -> None:
-    """FFmpeg would take 25 frames per second where none are stated."""
+    """FFmpeg would assume 25 frames per second if the file states no rate."""
     ffmpeg("-i", made / "clip.mp4", *arguments, tmp_path / name)
     for call in (read_media, read_layout):
         with pytest.raises(MediaError, match="got a raw stream, which has no index and no clock; re-encode") as caught:
             call(request(tmp_path / name))
     text = str(caught.value)
-    # Of this one the command is enough, since its rate is the one that FFmpeg takes.
+    # For this file the command alone is enough, because its rate is FFmpeg's default.
     if name == "x.m2v":
         frames = read(run_advice(text.partition(", its rate")[0], tmp_path))
         assert frames.timestamps_s == (0.0, 1.2, 2.4, 3.56, 4.76, 5.96)
@@ -223,15 +225,15 @@ def test_avi_with_b_frames_is_refused_with_a_command_that_works(tmp_path: Path, 
     ffmpeg("-i", made / "clip.mp4", "-c:v", "mpeg4", "-bf", 2, tmp_path / "x.avi")
     text, frames = read_or_follow(tmp_path / "x.avi", tmp_path)
     refused = "cannot be decoded" in text or "cannot seek in this file" in text
-    # Other versions may find the frames.
+    # Other FFmpeg versions may find the frames.
     assert refused or (not text and ffmpeg_version() != 5)
-    # AVI has no times of display, so the first frame may come a frame late.
+    # AVI stores no presentation times, so the first frame may come one frame late.
     shown = [time * FPS for time in frames.timestamps_s]
     assert all(abs(number - at) <= 1 for number, at in zip(numbers_of(frames.pixels), shown, strict=True))
 
 
 def write_animation(path: Path, *, hidden: tuple[int, int, int, int] | None, **options: object) -> Path:
-    """Ten pictures of 0.1 s, of an odd size: a red square on a ground that is invisible, or on blue."""
+    """Write ten pictures of 0.1 s with odd sizes: a red square on a transparent or a blue background."""
     pictures = []
     for number in range(10):
         picture = Image.new("RGBA", (65, 63), hidden or (0, 0, 255, 255))
@@ -242,11 +244,11 @@ def write_animation(path: Path, *, hidden: tuple[int, int, int, int] | None, **o
 
 
 def ground_and_square(frames: Frames) -> tuple[list[int], list[int]]:
-    """Colour in a corner, and in the middle of the square's place in the first frame."""
+    """Return the color of a corner and the color at the center of the square in the first frame."""
     return frames.pixels[0, :, 2, 60].tolist(), frames.pixels[0, :, 30, 8].tolist()
 
 
-def test_gif_is_a_video_whose_ground_is_white(tmp_path: Path) -> None:
+def test_gif_is_a_video_with_a_white_background(tmp_path: Path) -> None:
     for hidden, ground in (((0, 0, 0, 0), [255, 255, 255]), (None, [0, 0, 255])):
         path = write_animation(tmp_path / "x.gif", hidden=hidden, disposal=2)
         frames = read(path)
@@ -264,7 +266,7 @@ def test_gif_is_a_video_whose_ground_is_white(tmp_path: Path) -> None:
         ("x.webm", ("libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", 5, "-b:v", 0), "got one with an alpha channel"),
     ],
 )
-def test_transparent_animations_are_refused_with_a_command_that_puts_them_on_white(
+def test_transparent_animations_are_refused_with_a_command_that_adds_white(
     tmp_path: Path, name: str, codec: tuple, found: str
 ) -> None:
     path = write_animation(tmp_path / ("made.png" if codec else name), hidden=(0, 0, 0, 0))
@@ -299,11 +301,8 @@ def test_commands_can_be_pasted() -> None:
     words = shlex.split(video_command("it's a clip.ts", b""))
     assert words[2] == "it's a clip.ts" and words[-1] == "it's a clip.mp4"
     assert video_command("a", b"") == f"ffmpeg -i a {tail} a.mp4"
-    # A file that is gone is named all the same.
+    # The command names a file even if the file no longer exists.
     assert video_command("/nowhere/a.avi") == f"ffmpeg -i /nowhere/a.avi {tail} /nowhere/a.mp4"
-
-
-# ---- what the report shows
 
 
 def preview(path: Path, kind: str, count: int) -> Preview:
@@ -311,20 +310,20 @@ def preview(path: Path, kind: str, count: int) -> Preview:
 
 
 def half_visible(path: Path) -> None:
-    """A picture whose left half is transparent, black behind it, and whose right half is green."""
+    """Write a picture whose left half is transparent with black pixels and whose right half is green."""
     picture = Image.new("RGBA", (64, 2), (0, 0, 0, 0))
     picture.paste((0, 128, 0, 255), (32, 0, 64, 2))
     picture.save(path)
 
 
-def test_previews_show_the_same_pictures_and_times(tmp_path: Path, made: Path) -> None:
+def test_previews_show_the_frames_and_times_of_decoding(tmp_path: Path, made: Path) -> None:
     late = make(tmp_path, made, "x.mp4", LATE)
     shown, frames = preview(late, "video", 6), read(late)
     assert shown.times_s == frames.timestamps_s and shown.frames.shape == (6, 64, 64, 3)
     assert numbers_of(torch.from_numpy(shown.frames).permute(0, 3, 1, 2)) == [0, 12, 24, 35, 47, 59]
-    # Two seconds of audio alone, and six of video.
+    # The file has two seconds of audio alone, followed by six seconds of video.
     assert shown.seconds == frames.duration_s == pytest.approx(8.0)
-    # As many as there are, and one alone.
+    # A preview has at most as many frames as the video, and at least one.
     assert len(preview(late, "video", 100).times_s) == FRAMES and preview(late, "video", 1).times_s == (2.0,)
     half_visible(tmp_path / "x.png")
     shown = preview(tmp_path / "x.png", "image", 6)
@@ -338,7 +337,7 @@ def test_previews_show_the_same_pictures_and_times(tmp_path: Path, made: Path) -
         read_preview(PreviewRequest(str(gif), "video", 3, longest_px=64, max_file_mib=0))
 
 
-def test_the_report_shows_them(tmp_path: Path, made: Path) -> None:
+def test_the_report_shows_previews(tmp_path: Path, made: Path) -> None:
     late = make(tmp_path, made, "x.mp4", LATE)
     half_visible(tmp_path / "x.png")
     with Films(timeout_s=60.0, max_file_mib=16) as films:

@@ -1,4 +1,4 @@
-"""Kinds of video files: which are read, which are refused before FFmpeg sees them, and cuts of each."""
+"""Test which video files are read, which are refused before FFmpeg opens them, and that cuts are detected."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SECONDS, FPS = 6, 10.0
 VP8 = ("-c:v", "libvpx", "-b:v", "300k", "-deadline", "realtime", "-cpu-used", 8)
 MPEG4 = ("-c:v", "mpeg4", "-bf", 0, "-c:a", "mp2")
 FRAGMENTS = ("-movflags", "frag_keyframe+empty_moov+default_base_moof")
-# File name and how it is made, for each container that states how long it is. "-" is a pipe: nothing can be written
-# into the header at the end.
+# Each entry has the file name and the command that makes it, for containers that state their length. "-" writes to a
+# pipe, so the header cannot be completed at the end.
 WHOLE = [
     ("x.mp4", ("-c", "copy")),
     ("faststart.mp4", ("-c", "copy", "-movflags", "+faststart")),
@@ -49,7 +49,7 @@ WHOLE = [
     ("x.mxf", ("-c:v", "mpeg2video", "-r", 25, "-an")),
     ("x.ivf", (*VP8, "-an")),
 ]
-# The same for what states nothing, and whether a whole file is read with every version of FFmpeg.
+# These containers state no length. The last field says whether every version of FFmpeg reads the whole file.
 OPEN_ENDED = [
     ("x.ts", ("-c", "copy"), False),
     ("x.m2ts", ("-c", "copy", "-mpegts_m2ts_mode", 1), False),
@@ -63,7 +63,7 @@ OPEN_ENDED = [
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six seconds of moving pictures with a tone, a key frame each second."""
+    """Return a video with six seconds of moving pictures, a tone, and one key frame per second."""
     from torchcodec.encoders import AudioEncoder, VideoEncoder
 
     folder = tmp_path_factory.mktemp("source")
@@ -100,7 +100,7 @@ def test_a_video_is_read_whole_and_refused_if_it_was_cut(
 ) -> None:
     path = make(tmp_path, source, name, arguments)
     check_file(path)
-    # In most FLV files FFmpeg 5 cannot seek.
+    # FFmpeg 5 cannot seek in most FLV files.
     if path.suffix != ".flv":
         frames = read_media(request(path))
         assert len(frames.pixels) == 6 and frames.duration_s == pytest.approx(SECONDS, abs=0.25)
@@ -116,7 +116,7 @@ def test_a_video_is_read_whole_and_refused_if_it_was_cut(
 def test_containers_that_state_no_length(
     tmp_path: Path, source: Path, name: str, arguments: tuple, is_read: bool
 ) -> None:
-    """They pass the check whole and cut; transport and program streams fail later where FFmpeg cannot seek in them."""
+    """These files pass the check whole and cut; some streams fail later because FFmpeg cannot seek in them."""
     path = make(tmp_path, source, name, arguments)
     check_file(path)
     if is_read:
@@ -126,7 +126,7 @@ def test_containers_that_state_no_length(
 
 
 def test_a_cut_between_two_parts_of_a_live_recording_is_not_found(tmp_path: Path, source: Path) -> None:
-    """Nothing in such a file tells that more was to come; the module says so."""
+    """Nothing in the file shows that more was to come. The docstring of the module documents this limit."""
     data = make(tmp_path, source, "x.mkv", ("-c", "copy", "-live", 1)).read_bytes()
     cluster = b"\x1f\x43\xb6\x75"
     at = data.index(cluster, len(data) // 2)
@@ -138,7 +138,7 @@ def test_a_cut_between_two_parts_of_a_live_recording_is_not_found(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "live.mkv", "x.avi", "x.wmv", "x.flv", "x.ogv", "x.gif", "x.png"])
-def test_tags_behind_a_whole_file_are_let_pass(tmp_path: Path, source: Path, name: str) -> None:
+def test_tags_after_a_complete_file_are_accepted(tmp_path: Path, source: Path, name: str) -> None:
     path = make(tmp_path, source, name, dict(WHOLE)[name])
     path.write_bytes(path.read_bytes() + b"TAG" + b"x" * 125)
     check_file(path)
@@ -153,7 +153,7 @@ def riff(kind: bytes, body: bytes, size: int | None = None) -> bytes:
 
 
 def test_avi_above_one_gibibyte_has_several_parts() -> None:
-    """Worked out by hand: 8 bytes of header and the length that it states, for each part."""
+    """Check hand-computed values: each part has 8 bytes of header and the length that the header states."""
     first, second = riff(b"AVI ", bytes(100)), riff(b"AVIX", bytes(50))
     assert (len(first), len(second)) == (112, 62)
     assert needed(first + second) == 174
@@ -165,13 +165,13 @@ def test_avi_above_one_gibibyte_has_several_parts() -> None:
     ("stated", "length", "whole"),
     [
         (104, 112, True),
-        # With the 8 bytes of the header counted too.
+        # This length includes the 8 bytes of the header.
         (112, 112, True),
         (113, 112, False),
-        # One byte of padding, written or not.
+        # The length is odd, and the padding byte may or may not be written.
         (103, 111, True),
         (103, 112, True),
-        # Never filled in.
+        # The length was never filled in.
         (0, 112, True),
         (2**32 - 1, 112, True),
     ],
@@ -181,16 +181,16 @@ def test_lengths_that_programs_write_into_avi(stated: int, length: int, whole: b
     assert (needed(data) <= len(data)) == whole
 
 
-def test_the_end_of_a_gif(tmp_path: Path, source: Path) -> None:
+def test_a_cut_gif_is_refused(tmp_path: Path, source: Path) -> None:
     data = make(tmp_path, source, "x.gif", ("-an",)).read_bytes()
     assert data[-1:] == b";" and needed(data) == len(data)
     assert needed(data + b"\0" * 9) == len(data)
-    # Each cut, also where the last byte happens to be that of the end.
+    # Every cut is refused, even if the last byte happens to equal the trailer of a GIF.
     small = data[:3000]
     assert all(needed(small[:length]) > length for length in range(13, len(small)))
 
 
-def test_an_empty_last_page_of_ogg() -> None:
+def test_ogg_with_an_empty_last_page_is_read() -> None:
     def page(flags: int, parts: bytes) -> bytes:
         return b"OggS\0" + bytes([flags]) + bytes(20) + bytes([len(parts)]) + parts + bytes(sum(parts))
 
@@ -198,8 +198,6 @@ def test_an_empty_last_page_of_ogg() -> None:
     assert len(first) == 27 + 2 + 265 and needed(first + last) == len(first + last)
     assert needed(first) > len(first) and needed(first + last[:-1]) > len(first + last) - 1
 
-
-# ---- what FFmpeg would read as a list of other files
 
 MPD = b'<MPD type="static" profiles="urn:mpeg:dash:profile:isoff-live:2011"><BaseURL>/outside/</BaseURL></MPD>'
 LONG_COMMENT = b"<!--" + "é".encode() * 5000 + b"-->"
@@ -212,7 +210,8 @@ LONG_COMMENT = b"<!--" + "é".encode() * 5000 + b"-->"
         b'<?xml version="1.0"?>' + LONG_COMMENT + MPD,
         LONG_COMMENT + MPD.lower(),
         b"\xef\xbb\xbf" + LONG_COMMENT + MPD,
-        # Behind the beginnings of containers, the third of which is as long as FFmpeg's search.
+        # The playlist follows the beginning of a container. The third beginning is as long as the range that FFmpeg
+        # searches.
         b"GIF89aAAAA" + MPD,
         b"YUV4MPEG2 W64 H64 F10:1\n" + MPD,
         b"\x1aE\xdf\xa3\x9f" + b"B" * 2**19 + MPD,
@@ -241,7 +240,7 @@ def test_lists_of_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        # FFmpeg looks behind such a tag.
+        # FFmpeg looks for a playlist after this tag.
         (b"ID3\x04\0\0\0\0\0\0#EXTM3U\n", "got an audio file; name the video"),
         (MPD.decode().encode("utf-16"), "got an unknown kind of file; fetch it again, re-encode it with `ffmpeg -i "),
         ("# une vidéo\n".encode() * 9, "got an unknown kind of file"),
@@ -256,7 +255,7 @@ def test_lists_of_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_what_is_not_a_video_is_named(tmp_path: Path, data: bytes, found: str) -> None:
+def test_the_error_names_the_type_of_other_files(tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "x.mp4"
     path.write_bytes(data)
     for call in (read_media, read_layout):
@@ -265,8 +264,8 @@ def test_what_is_not_a_video_is_named(tmp_path: Path, data: bytes, found: str) -
         assert f"x.mp4: expected a video, {found}" in str(caught.value)
 
 
-def test_a_name_that_stands_for_a_series_is_only_a_name(tmp_path: Path, source: Path) -> None:
-    """FFmpeg itself would read x001.png, x002.png and so on, which may be links to anywhere, in place of x%03d.png."""
+def test_image_sequence_patterns_in_file_names_are_not_expanded(tmp_path: Path, source: Path) -> None:
+    """FFmpeg would read x001.png, x002.png and so on instead of x%03d.png, and these may be links to any file."""
     path = make(tmp_path, source, "x.png", ("-an", "-f", "apng", "-t", 1))
     other = make(tmp_path, source, "other.png", ("-vf", "negate", "-f", "image2", "-frames:v", 1))
     for number in range(1, 8):
@@ -276,8 +275,8 @@ def test_a_name_that_stands_for_a_series_is_only_a_name(tmp_path: Path, source: 
     assert torch.equal(read_media(request(series)).pixels, read_media(request(path)).pixels)
 
 
-def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path: Path, source: Path) -> None:
-    """Another one is put in its place between the check and the decoder."""
+def test_a_file_replaced_after_the_check_is_not_read(tmp_path: Path, source: Path) -> None:
+    """Replace the file between the check and the decoder."""
     path = tmp_path / "x.mp4"
     path.write_bytes(source.read_bytes())
     playlist = tmp_path / "list.m3u8"
@@ -314,20 +313,18 @@ def test_the_file_that_was_checked_is_the_one_that_is_read(tmp_path: Path, sourc
         (b"\0\0\x01\0\x01\0\x10\x10", None),
     ],
 )
-def test_beginnings(head: bytes, name: str | None) -> None:
+def test_file_types_are_detected_from_the_first_bytes(head: bytes, name: str | None) -> None:
     container = container_of(head + bytes(64))
     assert (container.name if container else None) == name
     assert len({container.name for container in CONTAINERS}) == len(CONTAINERS)
 
 
-# ---- pixels that are not square
-
-# Frames of 192x192 that are shown at 256x192.
+# Frames of 192x192 are displayed at 256x192.
 SQUEEZED = "4/3"
 
 
 def squeezed_circle(folder: Path) -> Path:
-    """A video of a white circle as it is stored where each pixel is shown 4/3 as wide as high."""
+    """Write a video of a white circle, stored with pixels that are displayed 4/3 as wide as high."""
     from torchcodec.encoders import VideoEncoder
 
     y, x = torch.meshgrid(torch.arange(192.0), torch.arange(192.0), indexing="ij")
@@ -338,7 +335,7 @@ def squeezed_circle(folder: Path) -> Path:
 
 
 def extent(frame: torch.Tensor) -> tuple[float, float]:
-    """Height and width of the white shape in [3, H, W], to a part of a pixel."""
+    """Return the height and width of the white shape in [3, H, W] with subpixel precision."""
     level = frame.float().mean(0) / 255
     return level.sum(0).max().item(), level.sum(1).max().item()
 
@@ -346,11 +343,11 @@ def extent(frame: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        # In the stream and in the container.
+        # The aspect ratio is stated in the stream and in the container.
         ("x.mp4", ("-c:v", "libx264", "-vf", f"setsar={SQUEEZED}")),
         ("x.avi", ("-c:v", "mpeg4", "-vf", f"setsar={SQUEEZED}")),
         ("x.mxf", ("-c:v", "mpeg2video", "-r", 25, "-vf", f"setsar={SQUEEZED}")),
-        # In the container alone.
+        # The aspect ratio is stated in the container only.
         ("alone.mp4", ("-c", "copy", "-aspect", "4:3")),
         ("alone.mov", ("-c", "copy", "-aspect", "4:3")),
         ("alone.mkv", ("-c", "copy", "-aspect", "4:3")),
@@ -375,22 +372,22 @@ def test_a_circle_stays_a_circle(tmp_path: Path, name: str, arguments: tuple) ->
 @pytest.mark.parametrize(
     ("filters", "size"),
     [
-        # The side that is shown longer is enlarged, turned videos included.
+        # The side that is displayed longer is enlarged, also in rotated videos.
         ("setsar=3/4", (256, 192)),
         ("setsar=1", (192, 192)),
-        # Left by programs that scale.
+        # Programs that scale videos leave ratios close to 1.
         ("setsar=427/426", (192, 192)),
         ("setsar=0", (192, 192)),
     ],
 )
-def test_shapes_of_pixels(tmp_path: Path, filters: str, size: tuple[int, int]) -> None:
+def test_pixel_aspect_ratios(tmp_path: Path, filters: str, size: tuple[int, int]) -> None:
     path = tmp_path / "x.mp4"
     ffmpeg("-i", squeezed_circle(tmp_path), "-c:v", "libx264", "-vf", filters, path)
     frames = read_media(MediaRequest(str(path), "video", VideoConfig(num_frames=2), Preprocessor(), check_frames=False))
     assert frames.pixels.shape[-2:] == size
 
 
-def test_a_turned_video_with_wide_pixels(tmp_path: Path) -> None:
+def test_a_rotated_video_with_wide_pixels(tmp_path: Path) -> None:
     from damaged_files import turn
 
     path = tmp_path / "x.mp4"
@@ -403,7 +400,7 @@ def test_a_turned_video_with_wide_pixels(tmp_path: Path) -> None:
     assert extent(frames.pixels[0]) == pytest.approx((160, 160), rel=0.02)
 
 
-def test_pixels_of_impossible_shapes_are_refused(tmp_path: Path) -> None:
+def test_impossible_pixel_aspect_ratios_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     ffmpeg("-i", squeezed_circle(tmp_path), "-c:v", "libx264", "-vf", f"setsar={SQUEEZED}", path)
     data = path.read_bytes()
@@ -411,7 +408,7 @@ def test_pixels_of_impossible_shapes_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data[:box] + struct.pack(">II", 17, 1) + data[box + 8 :])
     with pytest.raises(MediaError, match=r"expected pixels at most 16 times as wide as high .*, got 17 times"):
         read_layout(request(path))
-    # A shape that is not stated is that of the stream.
+    # If the container states no ratio, the ratio of the stream is used.
     path.write_bytes(data[:box] + struct.pack(">II", 0, 0) + data[box + 8 :])
     assert pixel_aspect(io.BytesIO(path.read_bytes()), path.stat().st_size, 192, 192) is None
     assert read_layout(request(path)).grid_thw == (3, 12, 16)

@@ -1,4 +1,4 @@
-"""Question files of ms-swift, LLaVA and Video-R1."""
+"""Test reading the question files of ms-swift, LLaVA and Video-R1."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_ms_swift(tmp_path):
     (question,) = load(tmp_path, SWIFT | {"task_type": "numeric"})
     assert (question.id, question.question, question.task_type) == ("data-0", "How many cars?", "numeric")
     assert question.answer == "2" and question.videos == (str(tmp_path.resolve() / "v.mp4"),)
-    # Whoever reorders the file gets other ids.
+    # The id depends on the position, so reordering the file changes the ids.
     assert question.meta == {"format": "ms-swift", "id_by_position": True} and question.system == "Be brief."
     (question,) = load(tmp_path, SWIFT | {"task_type": "numeric", "id": "q7"})
     assert (question.id, question.meta) == ("q7", {"format": "ms-swift"})
@@ -55,7 +55,7 @@ def test_ms_swift(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "task", "truth"),
     [
-        # A letter on a sign, say: no options are shown.
+        # The letter may be read from a sign, because the question shows no options.
         ("B", "open", "B"),
         ("(B)", "open", "(B)"),
         ("3.5 to 10", "temporal", "3.5 to 10"),
@@ -65,7 +65,7 @@ def test_ms_swift(tmp_path):
         ("3", "numeric", "3"),
         ("00:03 to 00:05", "temporal", "3 to 5"),
         ("3.0 - 5.0", "temporal", "3.0 to 5.0"),
-        # A score, a range, two years.
+        # These may be a score, a range, or two years.
         ("3-5", "open", "3-5"),
         ("1,200", "numeric", "1200"),
         ("three", "open", "three"),
@@ -75,11 +75,11 @@ def test_ms_swift(tmp_path):
         ("yes", "open", "yes"),
     ],
 )
-def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
+def test_a_missing_task_type_is_inferred_from_the_answer(tmp_path, answer, task, truth):
     record = SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": answer}]}
     (question,) = load(tmp_path, record)
     assert (question.task_type, question.answer, question.meta["inferred"]) == (task, truth, True)
-    # One that is named counts, by the record or by the setting.
+    # A task type that the record or the setting names takes precedence.
     (question,) = load(tmp_path, record | {"task_type": "open"})
     assert question.task_type == "open" and "inferred" not in question.meta
     (question,) = load(tmp_path, record, task_type="ocr")
@@ -87,8 +87,8 @@ def test_without_a_task_type_the_answer_tells_it(tmp_path, answer, task, truth):
 
 
 @pytest.mark.parametrize(("answer", "task"), [("3 to 2", "temporal"), ("30,20,10,5", "spatial")])
-def test_a_fault_of_an_answer_that_told_the_task_type_says_so(tmp_path, answer, task):
-    """A score is no interval."""
+def test_answer_errors_mention_an_inferred_task_type(tmp_path, answer, task):
+    """A score is not an interval."""
     with pytest.raises(
         DataError, match=rf"fix it; or set the record's task_type, which was inferred from the answer as {task}$"
     ):
@@ -99,8 +99,8 @@ def test_a_fault_of_an_answer_that_told_the_task_type_says_so(tmp_path, answer, 
         load(tmp_path, asked("When?", answer, task_type=task))
 
 
-def test_null_is_the_same_as_absent_inside_too(tmp_path):
-    """Tables give every record, turn and part the keys of all of them."""
+def test_nested_null_values_count_as_absent(tmp_path):
+    """Table formats give every record, turn and part the union of all keys."""
     empty = {"text": None, "video": None, "image": None, "fps": None}
     parts = [empty | {"type": "video", "video": "v.mp4"}, empty | {"type": "text", "text": "Which?"}]
     turns = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
@@ -121,7 +121,7 @@ def test_options_make_it_multiple_choice(tmp_path):
         load(tmp_path, record)
     record |= {"messages": SWIFT["messages"][1:2], "options": {"A": "5", "B": "2", "C": "6"}, "answer": "6"}
     (question,) = load(tmp_path, record)
-    # "6" counts none of three options, so it is the text of the last one.
+    # "6" is not an index into three options, so it is the text of the last option.
     assert (question.task_type, question.answer) == ("mcq", "C")
 
 
@@ -147,11 +147,11 @@ LISTED = "What is poured?\nA. tea\nB. milk\nAnswer with the letter."
     ],
 )
 def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, answer, letter):
-    """The form of LLaVA-Video-178K. Open questions accept any text."""
+    """This is the form of LLaVA-Video-178K. Open questions accept any text."""
     (question,) = load(tmp_path, asked(LISTED, answer))
     assert (question.task_type, question.answer, question.options) == ("mcq", letter, ("tea", "milk"))
     assert question.question == "What is poured?\nAnswer with the letter." and question.meta["inferred"]
-    # The same where the record or the setting names the type.
+    # The result is the same if the record or the setting names the type.
     (question,) = load(tmp_path, asked(LISTED, answer), task_type="mcq")
     assert (question.answer, question.options) == (letter, ("tea", "milk"))
 
@@ -160,10 +160,10 @@ def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, an
     "answer",
     [
         *("A. milk is poured", "B. it is not clear", "B. That is wrong", "C. something", "Milk is poured."),
-        # Two answers: by their texts, by their letters, by what joins them.
+        # These replies hold two answers: two texts, two letters, or two letters joined by a word.
         *("A. tea\nB. milk", "A. tea; milk", "A. or B.", "A) and B)", "A. B.", "A. Tea or milk", "A. (b)", "A: b)"),
         *("A. tea and water", "A. tea/coffee", "B. All of the above", "A. 茶或水", "B. milk, and so is A", "B. Ａ"),
-        # Doubts and denials, also behind the text of the option.
+        # These replies express doubt or denial, some of them after the text of the option.
         *(
             "B: unclear, maybe A",
             "A. tea, maybe",
@@ -173,7 +173,7 @@ def test_a_list_of_options_in_the_question_makes_it_multiple_choice(tmp_path, an
         ),
     ],
 )
-def test_replies_that_name_no_option_for_sure(tmp_path, answer):
+def test_replies_without_a_clear_option_are_not_read_as_a_choice(tmp_path, answer):
     (question,) = load(tmp_path, asked(LISTED, answer))
     assert (question.task_type, question.answer, question.options) == ("open", answer, None)
     assert "A. tea" in question.question
@@ -184,13 +184,13 @@ def test_replies_that_name_no_option_for_sure(tmp_path, answer):
 def test_longer_options_and_letters_as_options(tmp_path):
     text = "Which car?\nA. red\nB. red truck\nC. blue"
     assert load(tmp_path, asked(text, "B. red truck on the left"))[0].answer == "B"
-    # The letter of one with the words of another.
+    # These replies have the letter of one option and the words of another.
     assert load(tmp_path, asked(text, "A. red truck on the left"))[0].task_type == "open"
     (question,) = load(tmp_path, asked("Which sign?", "B. A is on the sign", options=["C", "A", "B"]))
     assert question.answer == "B"
     with pytest.raises(DataError, match="field 'conversations': expected one option letter"):
         load(tmp_path, asked("Which sign?", "B. A is on the sign of C", options=["C", "A", "B"]))
-    # The whole text of an option is clear, whatever is in it.
+    # The full text of an option is unambiguous, whatever words it contains.
     options = ["salt and pepper", "not sugar", "Vitamin B", "a box or not a box?"]
     for letter, text in zip("ABCD", options, strict=True):
         assert load(tmp_path, asked("Which?", f"{letter}. {text}", options=options))[0].answer == letter
@@ -198,12 +198,12 @@ def test_longer_options_and_letters_as_options(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["A. tea\nC. water", "A. or B.", "A) and C)", "A. B. C.", "B: unclear, maybe C"])
-def test_replies_with_several_answers_are_refused_where_the_record_has_options(tmp_path, answer):
+def test_several_answers_are_refused_if_the_record_has_options(tmp_path, answer):
     with pytest.raises(DataError, match=r"field 'conversations': expected one option letter such as 'B' among ABC"):
         load(tmp_path, asked("Which?", answer, options=["tea", "milk", "water"]))
 
 
-def test_a_dialogue_is_no_list_of_options(tmp_path):
+def test_a_dialogue_is_not_a_list_of_options(tmp_path):
     (question,) = load(tmp_path, asked("What do they do?\nA: Hello!\nB: Hi!", "They greet each other."))
     assert question.task_type == "open" and question.question.endswith("B: Hi!")
     two = "First\nA. tea\nB. milk\nThen\nA. cup\nB. jug"
@@ -214,7 +214,7 @@ def test_a_dialogue_is_no_list_of_options(tmp_path):
     "question",
     ["Which? A. tea B. milk", "Which? (A) tea (B) milk", "Which is it: a) tea, b) milk?", "Which?\nA: tea; B: milk."],
 )
-def test_a_letter_means_an_option_only_where_options_are_shown(tmp_path, question):
+def test_a_letter_means_an_option_only_if_options_are_shown(tmp_path, question):
     for settings in ({}, {"task_type": "mcq"}):
         (shown,) = load(tmp_path, asked(question, "B"), **settings)
         assert (shown.task_type, shown.answer, shown.options) == ("mcq", "B", None)
@@ -230,7 +230,7 @@ def test_a_letter_means_an_option_only_where_options_are_shown(tmp_path, questio
         *("Is it in the U.S.A. or B.C.?", "Which of f(a) and f(b) is larger?", "Which letter follows (A)? (B)?"),
     ],
 )
-def test_a_letter_without_options_is_no_choice(tmp_path, question):
+def test_a_letter_without_options_is_not_a_choice(tmp_path, question):
     (read,) = load(tmp_path, asked(question, "B"))
     assert (read.task_type, read.answer) == ("open", "B")
     for record in (asked(question, "B", task_type="mcq"), VIDEO_R1 | {"problem": question, "options": []}):
@@ -293,7 +293,7 @@ def test_yes_no_questions_keep_their_options(tmp_path, fields, options, answer):
 
 
 @pytest.mark.parametrize("solution", ["<answer>A</answer>", "Fake", "1", "true"])
-def test_without_options_only_yes_and_no_are_clear(tmp_path, solution):
+def test_without_options_only_yes_and_no_are_recognized(tmp_path, solution):
     record = VIDEO_R1 | {"problem_type": "boolean", "options": None, "solution": solution}
     with pytest.raises(DataError, match=r"field 'solution': expected Yes or No, since there are no options.*give the"):
         load(tmp_path, record)
@@ -316,7 +316,7 @@ def test_free_form_questions_do_not_lose_options(tmp_path):
         SWIFT | {"videos": [], "video": "v.mp4", "history": []},
     ],
 )
-def test_what_is_given_twice_alike_is_one(tmp_path, record):
+def test_equal_duplicate_values_are_merged(tmp_path, record):
     (question,) = load(tmp_path, record)
     assert len(question.videos) == 1 and not question.images
     assert question.answer in ("B", "2", "A car passes.") and question.system in (None, "Be brief.", "Be brief.\n")
@@ -386,7 +386,7 @@ def test_two_keys_that_disagree_are_refused_by_name(tmp_path, record, message):
         ("numerical", "numeric", "3", "numeric", "3"),
         ("math", "numeric", "3", "numeric", "3"),
         ("boolean", "mcq", "no", "mcq", "B"),
-        # A type of which nothing is known here says nothing against the one that is named.
+        # An unknown problem type does not conflict with a named task type.
         ("riddle", "ocr", "EXIT", "ocr", "EXIT"),
         (None, "ocr", "EXIT", "ocr", "EXIT"),
     ],
@@ -397,7 +397,7 @@ def test_a_problem_type_and_a_task_type_that_agree(tmp_path, kind, named, soluti
     assert (question.task_type, question.answer) == (task, answer)
 
 
-def test_null_tells_no_format(tmp_path):
+def test_null_does_not_determine_the_format(tmp_path):
     record = {"messages": None, "query": None, "id": "q", "question": "Which?", "videos": ["v.mp4"]}
     (question,) = load(tmp_path, record | {"task_type": "ocr", "answer": "EXIT"})
     assert (question.id, question.task_type, question.answer) == ("q", "ocr", "EXIT")
@@ -492,7 +492,7 @@ def test_video_r1_types(tmp_path, kind, solution, task, answer):
 
 
 @pytest.mark.parametrize("answer", ["[0, 0, 1920, 1080]", "0.1,0.2,0.5,0.6"])
-def test_boxes_in_other_units_are_refused_and_not_taken_for_texts(tmp_path, answer):
+def test_boxes_in_other_units_are_refused(tmp_path, answer):
     record = SWIFT | {"messages": [SWIFT["messages"][1], {"role": "assistant", "content": answer}]}
     with pytest.raises(DataError, match=r"field 'messages': expected 'x1,y1,x2,y2'.*1000"):
         load(tmp_path, record)
@@ -549,7 +549,7 @@ def test_errors_name_the_fields_of_the_source(tmp_path, record, message):
         load(tmp_path, record)
 
 
-def test_a_named_format_is_not_guessed(tmp_path):
+def test_a_named_format_overrides_detection(tmp_path):
     with pytest.raises(DataError, match=r"format video-r1 \(data\.format=video-r1\), got one"):
         load(tmp_path, SWIFT, format="video-r1")
     with pytest.raises(DataError, match=r"field 'problem'"):
@@ -580,7 +580,7 @@ def test_a_question_that_is_null_is_missing(tmp_path):
 
 
 def test_a_record_of_verl_is_named(tmp_path):
-    """Its list of turns is no list of records."""
+    """The list of turns in the record is not a list of records."""
     record = {"prompt": [{"role": "user", "content": "<video>How many?"}]}
     more = {"data_source": "x", "reward_model": {"ground_truth": "3"}, "videos": ["v.mp4"]}
     for fields in ({}, more):

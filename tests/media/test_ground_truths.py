@@ -1,4 +1,4 @@
-"""Ground truths: the spellings that are read, with their values, and those that are refused, with what to write."""
+"""Test which spellings of ground truths are read, and which are refused with a suggested spelling."""
 
 import pytest
 
@@ -31,14 +31,14 @@ LETTERS = ["C", "A", "B"]
         ("答案：(B) milk", DRINKS, "B"),
         ("MILK", DRINKS, "B"),
         ("red wine.", DRINKS, "C"),
-        # A letter that is no option's letter can only be a text.
+        # A letter that is not the letter of an option is read as the text of an option.
         ("X", ["X", "Y"], "A"),
         ("I", ["I", "II", "III"], "A"),
-        # Letter and text agree, or the text says which is meant.
+        # The letter and the text agree, or the text shows which option is meant.
         ("A", ["A", "B", "C"], "A"),
         ("A. C", LETTERS, "A"),
         ("B. A", LETTERS, "B"),
-        # Numbers that cannot count three or four options, or count the one that they name.
+        # These numbers are not valid indices of three or four options, or they index the option whose text they match.
         ("7", ["5", "7", "9", "11"], "B"),
         (7, ["5", "7", "9", "11"], "B"),
         ("2.5", ["2.5", "3"], "A"),
@@ -54,7 +54,7 @@ def test_letters(value, options, letter):
 @pytest.mark.parametrize(
     ("value", "options", "message"),
     [
-        # An option within a word or a sentence, or words of it.
+        # The text contains an option inside a word or a sentence, or only some words of an option.
         ("red car", ["car", "red truck"], "write the letter of the option"),
         ("It is milk", DRINKS, "write the letter"),
         ("A or B", DRINKS, "write the letter"),
@@ -70,19 +70,19 @@ def test_letters(value, options, letter):
         ("B. milk", None, "write the letter of the option, and nothing else"),
         (["B"], DRINKS, "write the letter"),
         (True, ["True", "False"], "write the letter"),
-        # An index, which may be the text of another option.
+        # An index may also be the text of another option.
         ("1", ["2", "3", "1", "4"], "an index may count from 0 or from 1"),
         (1, DRINKS, "an index may count"),
         ("2", ["1", "2", "3", "4"], "an index may count"),
         ("(2)", DRINKS, "an index may count"),
         ("3", ["3", "5", "7", "9"], "an index may count"),
         ("12", None, "an index may count"),
-        # A letter that is the text of another option.
+        # A letter may also be the text of another option.
         ("A", LETTERS, "it may mean A or B; write the letter with its text: 'A. C'"),
         ("same", ["same", "other", "same"], "it may mean A or C; write the letter with its text: 'A. same'"),
     ],
 )
-def test_what_is_not_one_option(value, options, message):
+def test_ambiguous_options_are_refused(value, options, message):
     with pytest.raises(GroundTruthError) as caught:
         read_ground_truth(value, "mcq", options)
     assert message in str(caught.value)

@@ -1,5 +1,6 @@
-"""Files made to have a library read other files, run a program, or never end: each as video and as picture, in a run's
-reader and in the report's.
+"""Test files made to have a library read other files, run a program, or never end.
+
+Each file is tried as a video and as a picture, with the reader of a run and with the reader of the report.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ def hostile(tmp_path_factory, secret) -> dict[str, Path]:
     return make_hostile(tmp_path_factory.mktemp("hostile"), secret)
 
 
-def test_nothing_outside_is_read_no_program_runs_and_nothing_hangs(tmp_path, monkeypatch, hostile, secret) -> None:
+def test_hostile_files_read_nothing_run_nothing_and_do_not_hang(tmp_path, monkeypatch, hostile, secret) -> None:
     ran = tmp_path / "ran"
     for name in PROGRAMS:
         (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {ran}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     read = []
-    # A report each: one of them keeps what it has read of a file.
+    # Each request uses a new report, because a report keeps what it has read of a file.
     with (
         MediaReader(DataConfig(decode_timeout_s=LIMIT_S)) as reader,
         Films(LIMIT_S, 100) as videos,
         Films(LIMIT_S, 100) as images,
     ):
-        # What this is about is seen, where it is read.
+        # Check that the secret is recognized if it is read.
         assert is_magenta(reader.read(request(secret, "video")).pixels)
         shots = videos.read(str(secret), is_video=True).shots
         assert shots and all(map(is_magenta, map(shown, shots)))
@@ -62,7 +63,7 @@ def test_nothing_outside_is_read_no_program_runs_and_nothing_hangs(tmp_path, mon
                 assert not any(map(is_magenta, map(shown, film.shots))), (name, kind)
                 assert time.monotonic() - began < 3 * LIMIT_S, (name, kind)
         assert videos._lost == images._lost == 0
-    # The harmless video under each of them.
+    # Check that the harmless video is read under each of the names.
     assert sorted(set(read)) == sorted(STRANGE_NAMES)
     assert not ran.exists(), ran.read_text()
 

@@ -1,4 +1,4 @@
-"""Order of questions, replacement of bad ones, shares of the processes."""
+"""Test the order of questions, the replacement of bad questions, and the shares of the processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTIONS = [Question(id=f"q{i}", question="?", task_type="open", videos=(f"{i}.
 
 
 class Builder:
-    """Builds prompts without media; ids in `bad` cannot be decoded."""
+    """Build prompts without media; the questions with an id in `bad` cannot be decoded."""
 
     def __init__(self, bad=(), tokens=3):
         self.bad, self.tokens, self.built = set(bad), tokens, Counter()
@@ -51,7 +51,7 @@ def ids(prompts):
     return [prompt.question.id for prompt in prompts]
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
+def test_every_epoch_has_its_own_permutation():
     epochs = [[order_position(10, e * 10 + i, seed=1, stage="sft") for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -82,7 +82,7 @@ def test_bad_samples_are_replaced_and_named():
         faults.append(first.faults)
     assert not any("q3" in step for step in seen)
     assert faults == [[("q3", "3.mp4: broken")] * step.count("q3") for step in plain] and sum(map(len, faults)) == 2
-    # Only the bad places changed, and each time in the same way.
+    # Only the positions of bad questions changed, and they change in the same way each time.
     for step, before in zip(seen, plain, strict=True):
         assert [a for a, b in zip(step, before, strict=True) if b != "q3"] == [b for b in before if b != "q3"]
     assert seen == [ids(again.step(step, 5)) for step in range(5)]
@@ -96,7 +96,7 @@ def test_too_long_prompts_are_bad_samples():
 
 
 class SlowBuilder(Builder):
-    """Builds only as many prompts as it was given permits for."""
+    """Build as many prompts as there are permits."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class SlowBuilder(Builder):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_so_many_steps_are_decoded_ahead_and_no_more(ahead):
+def test_the_number_of_steps_decoded_ahead_is_limited(ahead):
     builder = SlowBuilder()
     used = loader(builder, ahead=ahead)
     for _ in range(100):
@@ -129,7 +129,7 @@ def test_order_does_not_depend_on_timing():
     assert [ids(uneven.step(step, 4)) for step in range(4)] == expected
 
 
-def test_closing_begins_no_more_prompts_and_waits_for_none():
+def test_closing_starts_no_more_prompts_and_does_not_wait():
     builder = SlowBuilder()
     used = loader(builder)
     used._submit(0)
@@ -137,5 +137,5 @@ def test_closing_begins_no_more_prompts_and_waits_for_none():
     for _ in range(10):
         builder.permits.release()
     used.pool.shutdown(wait=True)
-    # Two threads were at work already.
+    # Two threads were already building prompts.
     assert sum(builder.built.values()) <= 2

@@ -1,4 +1,4 @@
-"""The media reader: caches, processes that decode, what it remembers, and faults of decoders."""
+"""Test the media reader: caches, decoder processes, remembered failures, and decoder faults."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_frames_outlive_the_worker_and_the_reader(clip: Path) -> None:
     assert len(frames.pixels) == 4
 
 
-def test_a_file_is_decoded_once_for_all_that_ask(clip: Path, reader: MediaReader) -> None:
+def test_concurrent_requests_decode_a_file_once(clip: Path, reader: MediaReader) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: reader.read(request(clip)), range(16)))
     assert all(frames.pixels.data_ptr() == found[0].pixels.data_ptr() for frames in found)
@@ -79,12 +79,12 @@ def test_a_file_is_decoded_once_for_all_that_ask(clip: Path, reader: MediaReader
     assert reader.take_counts() == NONE
 
 
-def test_what_the_key_depends_on(clip: Path, tmp_path: Path, reader: MediaReader) -> None:
+def test_cache_key_depends_on_content_and_settings(clip: Path, tmp_path: Path, reader: MediaReader) -> None:
     wanted = request(clip)
     key = reader.read(wanted).key
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(clip.read_bytes())
-    # The content counts and not the name; nor do settings of the other kind of medium.
+    # The key depends on the content and not on the name, nor on the settings of the other kind of medium.
     for alike in (request(copy), replace(wanted, settings=VideoConfig(num_frames=4, max_image_pixels=4096))):
         assert reader.read(alike).key == key
     others = [request(clip, 5), request(clip, span=(0.0, 1.0))]
@@ -104,7 +104,7 @@ def test_what_the_key_depends_on(clip: Path, tmp_path: Path, reader: MediaReader
 
 
 def test_cached_frames_hold_no_descriptors(tmp_path: Path) -> None:
-    """A run keeps thousands of videos in memory; many systems allow 1024 open files."""
+    """A run keeps thousands of videos in memory, and many systems allow 1024 open files."""
     from PIL import Image
 
     code = f"""
@@ -164,7 +164,7 @@ def test_a_bad_file_is_opened_once_until_it_changes(tmp_path: Path, reader: Medi
     assert len(reader.read(request(path)).pixels) == 4
 
 
-def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) -> None:
+def test_a_hanging_decoder_fails_one_file(clip: Path, reader: MediaReader) -> None:
     reader.read(request(clip))
     (worker,) = reader._idle
     os.kill(worker.pid, signal.SIGSTOP)
@@ -177,7 +177,7 @@ def test_a_decoder_that_hangs_costs_one_file(clip: Path, reader: MediaReader) ->
     assert reader.take_counts() == {**NONE, "decoded": 2, "timeouts": 1}
 
 
-def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaReader, monkeypatch) -> None:
+def test_a_crashed_decoder_is_retried_once(clip: Path, reader: MediaReader, monkeypatch) -> None:
     reader.read(request(clip))
     read, crashes = Worker.read, [signal.SIGSEGV]
 
@@ -192,8 +192,8 @@ def test_a_decoder_that_crashes_is_tried_once_more(clip: Path, reader: MediaRead
     assert reader.take_counts() == {**NONE, "decoded": 2, "crashes": 1}
 
 
-def test_idle_workers_that_were_killed_are_no_crashes(clip: Path, reader: MediaReader) -> None:
-    """Two dead ones would pass for a file that crashes its decoder twice."""
+def test_killed_idle_workers_do_not_count_as_crashes(clip: Path, reader: MediaReader) -> None:
+    """Two dead workers would look like a file that crashes its decoder twice."""
     workers = [reader._take_worker() for _ in range(3)]
     for frames, worker in enumerate(workers, start=4):
         worker.read(reader._complete(request(clip, frames)), 60.0)
@@ -205,7 +205,9 @@ def test_idle_workers_that_were_killed_are_no_crashes(clip: Path, reader: MediaR
     assert reader.take_counts() == {**NONE, "decoded": 1}
 
 
-def test_a_worker_that_ends_with_its_fork_server_blames_no_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
+def test_a_worker_that_dies_with_its_fork_server_does_not_blame_the_file(
+    clip: Path, reader: MediaReader, monkeypatch
+) -> None:
     read, kills = Worker.read, [1, 2, 3]
 
     def killed(self: Worker, request: MediaRequest, timeout_s: float):
@@ -252,7 +254,7 @@ def test_a_file_that_crashes_every_decoder_is_bad(clip: Path, reader: MediaReade
     assert len(reader.read(request(clip, 5)).pixels) == 5
 
 
-def test_files_that_hang_one_after_the_other_are_not_to_blame(clip: Path, reader: MediaReader, monkeypatch) -> None:
+def test_consecutive_hanging_files_are_not_blamed(clip: Path, reader: MediaReader, monkeypatch) -> None:
     def hanging(self: Worker, request: MediaRequest, timeout_s: float):
         raise media.WorkerLost(f"{request.path}: not read", timed_out=True)
 
@@ -269,7 +271,7 @@ def test_files_that_hang_one_after_the_other_are_not_to_blame(clip: Path, reader
     assert reader._failures_in_a_row == 0
 
 
-def test_what_the_machine_lacks_is_not_the_files_fault(clip: Path, reader: MediaReader) -> None:
+def test_missing_machine_resources_do_not_blame_the_file(clip: Path, reader: MediaReader) -> None:
     reader.read(request(clip))
     (worker,) = reader._idle
     limit = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
@@ -285,7 +287,7 @@ def test_what_the_machine_lacks_is_not_the_files_fault(clip: Path, reader: Media
     assert len(reader.read(request(clip, 5)).pixels) == 5
 
 
-def test_a_worker_has_a_limit_of_memory(tmp_path: Path, reader: MediaReader) -> None:
+def test_a_worker_has_a_memory_limit(tmp_path: Path, reader: MediaReader) -> None:
     path = tmp_path / "large.png"
     Image.new("RGB", (5000, 5000)).save(path)
     asked = replace(request(path), kind="image")
@@ -306,7 +308,7 @@ def test_a_lost_fork_server_is_started_again(clip: Path, reader: MediaReader) ->
         wait_until_gone(pid)
 
 
-def test_a_fork_server_that_cannot_start_ends_the_run_and_blames_no_file(clip: Path, monkeypatch, capfd) -> None:
+def test_a_fork_server_that_cannot_start_ends_the_run(clip: Path, monkeypatch, capfd) -> None:
     original = subprocess.Popen
 
     def broken(command, **options):
@@ -341,7 +343,7 @@ def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
         time.sleep(0.01)
     reader.close()
     thread.join(timeout=20)
-    # No MediaError: the file is not to blame.
+    # The error is not a MediaError, because the file is not at fault.
     assert not thread.is_alive() and str(failure[0]) == "the media reader was closed"
     assert not isinstance(failure[0], MediaError)
     wait_until_gone(pid)
@@ -371,20 +373,20 @@ def test_workers_are_replaced_after_a_while(clip: Path, reader: MediaReader, mon
     monkeypatch.setattr(media, "MOST_ANSWERS", 2)
     pids = set()
     for frames in range(4, 10):
-        # The hash and the frames of the first, the frames alone of the others.
+        # The first read takes the hash and the frames, and the other reads take only the frames.
         reader.read(request(clip, frames))
         pids |= {worker.pid for worker in reader._idle}
     assert len(pids) == 3 and reader.take_counts() == {**NONE, "decoded": 6}
 
 
-def test_a_user_error_in_a_worker_comes_through(clip: Path, reader: MediaReader) -> None:
+def test_a_user_error_in_a_worker_is_raised_in_the_caller(clip: Path, reader: MediaReader) -> None:
     with pytest.raises(SettingsError, match=r"video\.num_frames: expected at least 2"):
         reader.read(request(clip, 1))
     assert len(reader._idle) == 1
 
 
-def test_a_library_that_fails_in_its_own_way_costs_one_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
-    """In a worker and in the thread that decodes on the GPU, of which the exception is all that is tested here."""
+def test_an_unexpected_library_error_fails_one_file(clip: Path, reader: MediaReader, monkeypatch) -> None:
+    """Check a worker and the thread that decodes on the GPU; for the thread only the exception is tested."""
 
     def broken(*_, **__):
         raise ZeroDivisionError("Fraction(1, 0)")
@@ -392,7 +394,7 @@ def test_a_library_that_fails_in_its_own_way_costs_one_file(clip: Path, reader: 
     monkeypatch.setattr(media, "read_media", broken)
     with pytest.raises(MediaError, match=r"clip\.mp4: cannot be decoded \(ZeroDivisionError: Fraction\(1, 0\)\); drop"):
         reader._on_cuda(request(clip), reader._state(request(clip)))
-    # The file is not blamed for the device.
+    # The file is not blamed for a fault of the device.
     monkeypatch.setattr(media, "read_media", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         reader._on_cuda(request(clip, 5), reader._state(request(clip, 5)))
@@ -409,7 +411,7 @@ def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path, monkeypatc
         assert second.take_counts() == {**NONE, "disk_hits": 1}
         second.read(request(clip))
         assert second.take_counts() == {**NONE, "memory_hits": 1}
-    # A hit opens no decoder, for the layout neither.
+    # A cache hit does not open a decoder, not even to read the layout.
     monkeypatch.setattr(Worker, "layout", None)
     with MediaReader(data) as second:
         layout = second.layout(request(clip))
@@ -423,7 +425,7 @@ def test_disk_cache_serves_another_reader(clip: Path, tmp_path: Path, monkeypatc
         assert third.take_counts() == {**NONE, "decoded": 1, "disk_rebuilt": 1}
 
 
-def test_which_decoder_is_taken() -> None:
+def test_decoder_selection() -> None:
     assert choose_decoder("cpu", torch.device("cuda")) == ("cpu", "")
     assert choose_decoder("auto", torch.device("cpu")) == ("cpu", "")
     with pytest.raises(SettingsError, match=r"data\.decoder=cpu or auto"):
@@ -448,7 +450,7 @@ def test_nvdec_leaves_pixels_on_the_gpu(tmp_path: Path) -> None:
     with MediaReader(DataConfig(decoder="cuda"), "cuda:0") as reader:
         frames = reader.read(request(path))
         assert frames.pixels.is_cuda and frames.decoder == "cuda"
-        # Not bit for bit: another decoder, and a resize in float.
+        # The pixels do not match bit for bit, because the decoder differs and the resize is in floating point.
         expected = read_media(request(path))
         assert (frames.pixels.cpu().float() - expected.pixels.float()).abs().mean() < 3
         assert frames.timestamps_s == expected.timestamps_s

@@ -1,4 +1,4 @@
-"""Caches of decoded frames: bounds, use by several processes at once, damaged entries, a full disk."""
+"""Test the caches of decoded frames: bounds, concurrent use, damaged entries, and a full disk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_disk_is_bounded_and_drops_the_least_recently_used(tmp_path: Path) -> No
     for seed in range(10):
         cache.put(key_of(seed), frames_of(seed))
         os.utime(cache._path(key_of(seed)), (seed, seed))
-    assert cache.get(key_of(0)) is not None  # used just now
+    assert cache.get(key_of(0)) is not None  # This marks the entry as used.
     cache.put(key_of(10), frames_of(10))
     assert used(cache) <= 10 * SIZE
     assert cache.get(key_of(0)) is not None and cache.get(key_of(10)) is not None
@@ -96,7 +96,7 @@ def test_damaged_entries_are_removed_and_counted(tmp_path: Path, damage: str) ->
     elif damage == "pixel":
         data[-7] ^= 1
     elif damage == "stamp":
-        # Still JSON, another number.
+        # The damaged header is still valid JSON with another number.
         where = data.index(b"0.333")
         data[where + 2 : where + 3] = b"9"
     elif damage == "shape":
@@ -129,14 +129,14 @@ def test_long_videos_have_long_headers(tmp_path: Path) -> None:
     assert cache.get(key_of(1)).timestamps_s == frames.timestamps_s
 
 
-def test_a_disk_that_does_not_answer_is_a_miss_and_no_damage(tmp_path: Path, monkeypatch) -> None:
+def test_a_disk_read_error_is_a_miss_and_not_damage(tmp_path: Path, monkeypatch) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
 
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    # An entry that belongs to another user can be read but not touched.
+    # An entry that belongs to another user can be read, but its access time cannot be set.
     monkeypatch.setattr(media_cache.os, "utime", refuse)
     assert cache.get(key_of(1)) is not None
     monkeypatch.setattr(media_cache, "_read", refuse)
@@ -145,13 +145,13 @@ def test_a_disk_that_does_not_answer_is_a_miss_and_no_damage(tmp_path: Path, mon
     assert cache.corrupt == 0 and cache.get(key_of(1)) is not None
 
 
-def test_a_folder_that_cannot_be_made_is_a_setting_to_mend(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_setting_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"data\.disk_cache: cannot create"):
         DiskCache(tmp_path / "file" / "cache", 2**20)
 
 
-def test_a_process_that_keeps_the_lock_stops_no_one(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_process_that_keeps_the_lock_does_not_block_others(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(media_cache, "LOCK_S", 0.1)
     holder, waiting = DiskCache(tmp_path, 2**20), DiskCache(tmp_path, 2**20)
     with holder._locked():
@@ -161,7 +161,7 @@ def test_a_process_that_keeps_the_lock_stops_no_one(tmp_path: Path, monkeypatch,
     assert waiting.get(key_of(1)) is not None
 
 
-def test_a_full_disk_costs_entries_and_is_told_once(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_full_disk_drops_entries_and_is_reported_once(tmp_path: Path, monkeypatch, caplog) -> None:
     cache = DiskCache(tmp_path, 2**20)
     cache.put(key_of(1), frames_of(1))
 
@@ -174,7 +174,7 @@ def test_a_full_disk_costs_entries_and_is_told_once(tmp_path: Path, monkeypatch,
     monkeypatch.undo()
     assert len([record for record in caplog.records if "No space left" in record.message]) == 1
     assert [path.stem for path in tmp_path.glob("??/*.frames")] == [key_of(1)]
-    # There is room again.
+    # The disk has free space again.
     cache.put(key_of(4), frames_of(4))
     assert cache.get(key_of(1)) is not None and cache.get(key_of(4)) is not None
 
@@ -209,8 +209,8 @@ assert cache.corrupt == 0
 """
 
 
-def test_several_processes_use_it_at_once(tmp_path: Path) -> None:
-    """More entries than fit, so that processes evict what others read."""
+def test_several_processes_use_the_cache_at_once(tmp_path: Path) -> None:
+    """There are more entries than fit, so processes evict entries that others read."""
     here = str(Path(__file__).parent)
     commands = [[sys.executable, "-c", PROCESS, str(tmp_path), str(start), here] for start in (0, 3)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
@@ -222,7 +222,7 @@ def test_several_processes_use_it_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("??/*.tmp"))
 
 
-def test_several_threads_use_it_at_once(tmp_path: Path) -> None:
+def test_several_threads_use_the_cache_at_once(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 5 * SIZE)
 
     def work(seed: int) -> bool:

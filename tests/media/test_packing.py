@@ -1,4 +1,4 @@
-"""Groups to packed and padded rows, the gather of predicting rows, and balanced micro-batches."""
+"""Test packed and padded rows, the gather of predicting rows, and the balance of micro-batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rmsd_fast.data.prompts import VIDEO_TYPE, Prompt
 from rmsd_fast.data.transfer import to_device
 
 VIDEO_ID = 9
-# Images, videos, start and end of either.
+# These are the ids of an image, a video, and the start and the end of either.
 VISION_IDS = (62, VIDEO_ID, 60, 61)
 
 
 def _prompt(ids: list[int], name: str = "q") -> Prompt:
-    """Runs of VIDEO_ID stand at one time each, two to a row, as vision tokens do."""
+    """Build a prompt; the tokens of a VIDEO_ID run share one time and form rows of two, as vision tokens do."""
     input_ids = torch.tensor(ids)
     types = torch.where(input_ids == VIDEO_ID, VIDEO_TYPE, 0)
     positions = torch.arange(len(ids)).expand(3, -1).clone()
@@ -49,7 +49,7 @@ def test_packed_row_by_hand() -> None:
     prompts = [_prompt([1, 9, 9]), _prompt([2, 3])]
     rows = pack(prompts, [[_ids(21, 22), _ids(23)], [_ids(31, 32, 33), _ids(34)]])
     assert rows.input_ids.tolist() == [[1, 9, 9, 2, 3, 21, 22, 23, 31, 32, 33, 34]]
-    # The first prompt's largest position is 4 (2 in time, 2 + 2 in height and width), the second's 1.
+    # The largest position of the first prompt is 4 (2 in time, 2 + 2 in height and width), and that of the second is 1.
     assert rows.position_ids[0].tolist() == [[0, 1, 2, 0, 1, 5, 6, 5, 2, 3, 4, 2]]
     assert rows.position_ids[1].tolist() == rows.position_ids[2].tolist() == [[0, 3, 4, 0, 1, 5, 6, 5, 2, 3, 4, 2]]
     assert rows.attention_mask is None
@@ -76,7 +76,7 @@ def test_a_lone_response_continues_its_prompt() -> None:
     assert rows.position_ids[0].tolist()[0][:8] == [0, 1, 4, 5, 0, 1, 0, 1]
 
 
-def test_a_plan_says_which_rows_predict() -> None:
+def test_a_plan_marks_the_predicting_rows() -> None:
     for seed in range(20):
         prompts, responses = _random_groups(seed)
         responses = [own if len(own) != 1 else [] for own in responses]
@@ -99,7 +99,7 @@ def test_padded_rows_by_hand() -> None:
     assert rows.media_order == [0, 0, 1] and rows.forks == []
 
 
-def test_packed_and_padded_rows_say_the_same() -> None:
+def test_packed_and_padded_rows_agree() -> None:
     for seed in range(20):
         prompts, responses = _random_groups(seed)
         packed, padded = (make_rows(name, prompts, responses, pad_id=0) for name in ("shared", "padded"))
@@ -109,7 +109,7 @@ def test_packed_and_padded_rows_say_the_same() -> None:
             assert rows.targets.dtype == rows.predicts.dtype == rows.last.dtype == rows.input_ids.dtype == torch.int64
             ends = rows.lengths.cumsum(0) - 1
             assert torch.equal(rows.input_ids.flatten()[rows.last], rows.targets[ends])
-        # What is read at the predicting rows is the same: the token before, and its positions.
+        # The inputs at the predicting rows agree: the preceding token and its positions.
         assert torch.equal(packed.input_ids.flatten()[packed.predicts], padded.input_ids.flatten()[padded.predicts])
         for axis in range(3):
             found = [rows.position_ids[axis].flatten()[rows.predicts] for rows in (packed, padded)]
@@ -159,7 +159,7 @@ def test_tensors_of_all_kinds_move_in_one_buffer() -> None:
     assert to_device([], "cpu") == []
 
 
-def test_media_places_are_the_placeholders() -> None:
+def test_media_positions_are_the_placeholders() -> None:
     prompts = [_prompt([1, VIDEO_ID, VIDEO_ID, 2]), _prompt([VIDEO_ID, 3])]
     for name in ("shared", "padded"):
         rows = make_rows(name, prompts, [[_ids(4), _ids(5, 6)], [_ids(7)]], pad_id=0)
@@ -167,7 +167,7 @@ def test_media_places_are_the_placeholders() -> None:
         assert torch.equal(rows.media_places, expected) and len(expected) == (3 if name == "shared" else 5)
 
 
-def test_bad_responses_are_named() -> None:
+def test_bad_responses_are_refused() -> None:
     prompts = [_prompt([1, 2], "a"), _prompt([1, VIDEO_ID], "b")]
     for name in ("shared", "padded"):
         with pytest.raises(ValueError, match="response 1 of question 'b' is empty"):
@@ -176,7 +176,7 @@ def test_bad_responses_are_named() -> None:
             make_rows(name, prompts, [[_ids(3).float()], [_ids(3)]], pad_id=0)
         with pytest.raises(TypeError, match="response 0 of question 'a': expected int64"):
             make_rows(name, prompts, [[_ids(3)[None]], [_ids(3)]], pad_id=0)
-        # No prompt holds an image, and only one a video.
+        # No prompt has an image, and only one prompt has a video.
         for index in VISION_IDS:
             with pytest.raises(
                 ValueError, match=rf"response 1 of question 'a' contains the vision token {index}, which"
@@ -197,7 +197,7 @@ def test_gather_rows_in_float64(packing: str) -> None:
     hidden = torch.randn(rows.input_ids.numel(), 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(gather_rows(hidden, rows), hidden[rows.predicts])
     assert torch.autograd.gradcheck(lambda x: gather_rows(x, rows), hidden)
-    # A gradient that is a view with strides of its own.
+    # The upstream gradient is a view with its own strides.
     upstream = torch.randn(3, len(rows.predicts), dtype=torch.float64).T
     (found,) = torch.autograd.grad(gather_rows(hidden, rows), hidden, upstream)
     (expected,) = torch.autograd.grad(hidden[rows.predicts], hidden, upstream)
@@ -211,24 +211,25 @@ def _gather_gradient(rows, width: int, upstream: torch.Tensor) -> torch.Tensor:
 
 
 def test_gather_rows_rounds_the_shared_row_once() -> None:
-    """First tokens bring 256, 1, 1, 1: bfloat16 steps by 2 there, so adding one by one stays at 256; the sum is 259."""
+    """The first tokens add 256, 1, 1 and 1, which bfloat16 sums to 256 one at a time; the true sum is 259."""
     rows = pack([_prompt([1]), _prompt([1, 2])], [[_ids(3), _ids(4, 5), _ids(6), _ids(7)], [_ids(8)]])
     upstream = torch.tensor([256, 1, 50, 1, 1, 5], dtype=torch.bfloat16)[:, None]
     found = _gather_gradient(rows, 1, upstream)
     assert found.dtype == torch.bfloat16
-    # Rows: prefix 1, prefix 2 (two tokens) with response 8, responses 3 | 4 5 | 6 | 7. 259 rounds to the even 260.
+    # The rows are prefix 1, prefix 2 (two tokens) with response 8, and responses 3 | 4 5 | 6 | 7. The sum 259 rounds to
+    # the even value 260.
     assert found.flatten().tolist() == [260, 0, 5, 0, 0, 50, 0, 0, 0]
     assert _gather_gradient(rows, 1, upstream.float()).flatten().tolist() == [259, 0, 5, 0, 0, 50, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gather_rows_error_is_that_of_one_rounding(dtype: torch.dtype) -> None:
+def test_gather_rows_error_is_at_most_one_rounding(dtype: torch.dtype) -> None:
     rows = pack([_prompt([1, 2])], [[torch.arange(10, 14)] * 64])
     upstream = torch.randn(len(rows.predicts), 33).to(dtype)
     found = _gather_gradient(rows, 33, upstream)
     exact = torch.zeros(found.shape, dtype=torch.float64).index_add_(0, rows.predicts, upstream.double())
     unit = torch.finfo(dtype).eps / 2
-    # float32 sums add their own error to the one rounding: 64 addends.
+    # The float32 sum of 64 addends adds its own error to the final rounding.
     slack = 64 * torch.finfo(torch.float32).eps * upstream.double().abs().amax(0) * 8
     assert ((found.double() - exact).abs() <= unit * exact.abs() + slack).all()
     unique = torch.ones(len(found), dtype=torch.bool)
@@ -236,7 +237,7 @@ def test_gather_rows_error_is_that_of_one_rounding(dtype: torch.dtype) -> None:
     assert torch.equal(found[unique].double(), exact[unique])
 
 
-def test_gather_rows_needs_no_gradient_and_refuses_other_shapes() -> None:
+def test_gather_rows_without_gradient_and_with_wrong_shapes() -> None:
     rows = pack([_prompt([1, 2])], [[_ids(3)]])
     assert not gather_rows(torch.zeros(3, 2), rows).requires_grad
     for shape in ((4, 2), (1, 3, 2)):
@@ -253,9 +254,6 @@ def test_gather_rows_is_deterministic_on_cuda() -> None:
     found = [_gather_gradient(rows, 257, upstream.cuda()) for _ in range(5)]
     assert all(torch.equal(found[0], other) for other in found)
     torch.testing.assert_close(found[0].cpu(), _gather_gradient(cpu_rows, 257, upstream), rtol=2**-8, atol=0)
-
-
-# --- micro-batches
 
 
 def _tokens(batch: MicroBatch, prefixes, responses, packing: str) -> int:
@@ -289,7 +287,7 @@ def _check_plan(plan, prefixes, responses, packing: str, budget: int) -> None:
             seen += [(p, r) for p, own in zip(batch.prompts, batch.responses, strict=True) for r in own]
     assert sorted(seen) == [(p, r) for p, own in enumerate(responses) for r in range(len(own))]
     kinds = [batch.filler for batch in plan]
-    assert kinds == sorted(kinds), "fillers come last"
+    assert kinds == sorted(kinds), "expected empty micro-batches at the end"
 
 
 def _parts_of(plan, prompt: int) -> list[list[int]]:
@@ -329,11 +327,11 @@ def test_plan_of_one_rank(packing: str) -> None:
         for prompt, own in enumerate(responses):
             everything = MicroBatch([prompt], [list(range(len(own)))], False)
             fits = not own or _tokens(everything, prefixes, responses, packing) <= budget
-            assert fits == (len(_parts_of(plan, prompt)) <= 1), "a group is split where it does not fit, and only there"
+            assert fits == (len(_parts_of(plan, prompt)) <= 1), "expected a group to be split only if it does not fit"
 
 
 def _least(sizes: list[int], count: int) -> int:
-    """The smallest possible sum of the fullest of `count` bins, by trying all assignments."""
+    """Return the smallest possible sum of the fullest of `count` bins by trying all assignments."""
     best = sum(sizes)
 
     def assign(index: int, bins: list[int]) -> None:
@@ -342,7 +340,7 @@ def _least(sizes: list[int], count: int) -> int:
             best = max(bins)
             return
         for number in range(count):
-            # Bins of the same sum are interchangeable, and an assignment no better than the best is given up.
+            # Bins with the same sum are interchangeable. Abandon an assignment that is not better than the best so far.
             if bins[number] not in bins[:number] and bins[number] + sizes[index] < best:
                 assign(index + 1, [*bins[:number], bins[number] + sizes[index], *bins[number + 1 :]])
 
@@ -351,7 +349,7 @@ def _least(sizes: list[int], count: int) -> int:
 
 
 def test_few_micro_batches() -> None:
-    """Whole groups of 7: hardly ever more micro-batches than the best of all assignments, never two more."""
+    """For whole groups of 7, the plan almost always has the optimal number of micro-batches and never two more."""
     draw = random.Random(1)
     found = fewest = 0
     for _ in range(100):
@@ -365,8 +363,8 @@ def test_few_micro_batches() -> None:
     assert found <= 1.02 * fewest
 
 
-def test_parts_of_a_group_too_large() -> None:
-    """Even and few: at most one more than the fewest of all assignments, and hardly ever that."""
+def test_parts_of_an_oversized_group() -> None:
+    """The parts are even, almost always as few as possible, and at most one more."""
     plan = plan_micro_batches([10], [[6, 5, 4, 3, 2, 1]], packing="shared", micro_tokens=21)
     assert sorted(batch.responses for batch in plan) == [[[0, 3, 4]], [[1, 2, 5]]]
     plan = plan_micro_batches([10], [[6, 5, 4, 3, 2, 1]], packing="shared", micro_tokens=20)
@@ -384,14 +382,14 @@ def test_parts_of_a_group_too_large() -> None:
 
 
 def test_padded_parts_by_hand() -> None:
-    """Rows of 16, 14, 12 and 11 tokens: two parts of two rows, 2 x 16 = 32 and 2 x 14 = 28."""
+    """Rows of 16, 14, 12 and 11 tokens give two parts of two rows: 2 x 16 = 32 and 2 x 14 = 28."""
     plan = plan_micro_batches([10], [[2, 6, 1, 4]], packing="padded", micro_tokens=32)
     assert [batch.responses for batch in plan] == [[[1, 2]], [[0, 3]]]
     assert len(plan_micro_batches([10], [[2, 6, 1, 4]], packing="padded", micro_tokens=31)) == 3
 
 
 def test_balance_without_a_tight_budget() -> None:
-    """Longest processing time: at most 4/3 - 1/(3n) of the best of all assignments to n micro-batches."""
+    """Check the longest-processing-time bound: at most 4/3 - 1/(3n) of the optimum for n micro-batches."""
     draw = random.Random(3)
     for _ in range(150):
         count = draw.randint(2, 4)
@@ -409,7 +407,7 @@ def test_balance_without_a_tight_budget() -> None:
 
 @pytest.mark.parametrize("room", [1.15, 3.0])
 def test_balance_of_a_large_step(room: float) -> None:
-    """128 prompts x 12 responses under a budget: few micro-batches, the dearest near what no plan can undercut."""
+    """A plan of 128 prompts x 12 responses is short and close to the lower bound of the largest cost."""
     draw = random.Random(3)
     weights = (7.3e9, 5.9e5)
     prefixes = [draw.randint(500, 8000) for _ in range(128)]
@@ -426,8 +424,8 @@ def test_balance_of_a_large_step(room: float) -> None:
     assert len(plan) <= 1.15 * fewest
 
 
-def test_pairs_and_not_only_tokens_are_balanced() -> None:
-    """A prompt of 99 and four groups of 50 tokens: by tokens one of them joins it, by pairs it stays alone."""
+def test_attention_pairs_are_balanced_besides_tokens() -> None:
+    """Counting tokens puts a group of 50 beside a prompt of 99; counting pairs leaves the prompt alone."""
     prefixes, responses = [99] + [1] * 4, [[1]] + [[1] * 49] * 4
     options = {"packing": "shared", "micro_tokens": 200}
     plan = plan_micro_batches(prefixes, responses, **options, weights=(1, 0))
@@ -455,7 +453,7 @@ def test_ranks_agree(packing: str) -> None:
             fillers = [batch for batch in plan if batch.filler]
             assert all(filler in singles for filler in fillers)
             assert all(_cost(one, prefixes, responses, packing, weights) == cheapest for one in fillers)
-            # Groups that were whole stay whole: where there are fewer than micro-batches, fillers make up the number.
+            # Whole groups stay whole. If there are fewer groups than micro-batches, fillers complete the number.
             if all(len(_parts_of(before, prompt)) <= 1 for prompt in range(len(prefixes))):
                 assert len(fillers) == max(0, count - sum(map(bool, responses)))
 
@@ -469,8 +467,8 @@ def test_fillers_by_hand() -> None:
     ]
 
 
-def test_more_micro_batches_can_defeat_the_placement() -> None:
-    """Found by search: these groups go into four micro-batches, but into five only other than dearest first."""
+def test_greedy_placement_can_fail_with_more_micro_batches() -> None:
+    """These groups fit into four micro-batches, but placing the most expensive first fails for five."""
     prefixes = [36, 15, 16, 5, 38, 35, 9, 33]
     responses = [[3, 3], [1, 1], [32], [17, 17], [31, 31], [1], [10, 10], [5]]
     options = {"packing": "padded", "micro_tokens": 138}
@@ -488,7 +486,7 @@ def test_a_rank_without_work() -> None:
         plan_micro_batches([5], [[]], **options, agree=lambda count: 1)
 
 
-def test_a_prompt_above_the_budget_is_named() -> None:
+def test_a_prompt_above_the_budget_is_refused() -> None:
     prefixes, responses = [50, 70], [[40], [10, 31]]
     for packing in ("shared", "padded"):
         options = {"packing": packing, "micro_tokens": 100}
@@ -500,7 +498,7 @@ def test_a_prompt_above_the_budget_is_named() -> None:
         _check_plan(plan, prefixes, responses, packing, 101)
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_refused() -> None:
     options = {"packing": "shared", "micro_tokens": 100}
     with pytest.raises(ValueError, match="packing: expected 'shared' or 'padded', got 'flat'"):
         plan_micro_batches([5], [[1]], packing="flat", micro_tokens=100)

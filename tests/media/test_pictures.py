@@ -1,4 +1,4 @@
-"""Pictures of all kinds of pixels: read as people see them, or refused by name."""
+"""Test that pictures of all pixel formats are read as they are displayed, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,11 +32,9 @@ from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.video import MediaRequest, read_layout, read_media
 
-# ---- more than 8 bits
-
 
 @pytest.mark.parametrize("name", ["x.png", "little.tiff", "big.tiff", "packed.tiff", "x.pgm", "x.jp2"])
-def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
+def test_16_bit_gray_is_scaled(tmp_path: Path, name: str) -> None:
     image = Image.fromarray(np.array([LEVELS_16], dtype=">u2" if name == "big.tiff" else "<u2"))
     if name == "x.pgm":
         (tmp_path / name).write_bytes(b"P5 8 1 65535\n" + np.array(LEVELS_16, dtype=">u2").tobytes())
@@ -45,8 +43,8 @@ def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
     assert grey_row(tmp_path / name) == LEVELS_8
 
 
-def test_tiff_of_12_bits_and_of_reversed_grey(tmp_path: Path) -> None:
-    # 0, 1365 and 4095 of 4095 are 0, 85 and 255; two pixels to three bytes.
+def test_tiff_with_12_bits_and_with_inverted_gray(tmp_path: Path) -> None:
+    # Of a maximum of 4095, the values 0, 1365 and 4095 map to 0, 85 and 255. Two pixels take three bytes.
     path = write_tiff(tmp_path / "12.tiff", bytes.fromhex("000555FFF000"), [12], 1, width=4)
     assert grey_row(path) == [0, 85, 255, 0]
     data = np.array([0, 257, 65535], dtype="<u2").tobytes()
@@ -56,7 +54,7 @@ def test_tiff_of_12_bits_and_of_reversed_grey(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.tiff", "x.pfm"])
 def test_floats_from_0_to_1_are_scaled(tmp_path: Path, name: str) -> None:
-    # 0.25 * 255 = 63.75; 0.5 * 255 = 127.5, half to even.
+    # 0.25 * 255 = 63.75, and 0.5 * 255 = 127.5 rounds half to even.
     Image.fromarray(np.array([[0, 0.25, 0.5, 1]], dtype=np.float32)).save(tmp_path / name)
     assert grey_row(tmp_path / name) == [0, 64, 128, 255]
 
@@ -77,14 +75,11 @@ def test_values_without_a_defined_range_are_refused(tmp_path: Path, values: list
     assert refusal(tmp_path / "x.tiff", in_pixels=True).startswith(expected)
 
 
-def test_16_bit_colour_keeps_its_upper_8_bits(tmp_path: Path) -> None:
-    """What Pillow does: at most one level below the scaled value, as 255 for 65279 / 257 = 254.0 and 0 for 0.99."""
+def test_16_bit_color_keeps_its_upper_8_bits(tmp_path: Path) -> None:
+    """Pillow keeps the upper byte, so a value is at most one level below its scaled value (65279 / 257 = 254.0)."""
     row = struct.pack(">6H", 0, 255, 256, 32768, 65279, 65535)
     write_png(tmp_path / "x.png", (2, 1), 16, 2, [row])
     assert pixels(tmp_path / "x.png") == [[(0, 0, 1), (128, 254, 255)]]
-
-
-# ---- colour spaces
 
 
 def test_cmyk_ycbcr_lab_and_bilevel(tmp_path: Path) -> None:
@@ -92,16 +87,16 @@ def test_cmyk_ycbcr_lab_and_bilevel(tmp_path: Path) -> None:
     seen = [(255, 255, 255), (0, 255, 255), (0, 0, 0), (255, 0, 0)]
     row_of("CMYK", inks).save(tmp_path / "cmyk.tiff")
     assert pixels(tmp_path / "cmyk.tiff") == [seen]
-    # As Adobe writes it: with its marker, and inverted, which Pillow does too.
+    # The file is written as Adobe does: with its marker and inverted, and Pillow inverts too.
     image = row_of("CMYK", inks).resize((64, 16), Image.Resampling.NEAREST)
     image.save(tmp_path / "cmyk.jpg", quality=100)
     assert b"Adobe" in (tmp_path / "cmyk.jpg").read_bytes()
     got = np.array(pixels(tmp_path / "cmyk.jpg"))[8, 8::16]
     assert np.abs(got - seen).max() <= 3
-    # Ordinary JPEGs are YCbCr: Y 76, Cb 85 and Cr 255 are 76 + 1.402 * 127 = 254 of red.
+    # Ordinary JPEGs are YCbCr: Y 76, Cb 85 and Cr 255 give a red of 76 + 1.402 * 127 = 254.
     Image.new("YCbCr", (8, 8), (76, 85, 255)).save(tmp_path / "ycbcr.jpg", quality=100)
     assert np.abs(np.array(pixels(tmp_path / "ycbcr.jpg")) - (254, 0, 0)).max() <= 1
-    # L is stored as 255ths of 100. sRGB's red is L 54.29, a 80.81, b 69.89 under D50; L 50.2 is grey 120.
+    # L is stored as 255ths of 100. The red of sRGB has L 54.29, a 80.81, b 69.89 under D50, and L 50.2 is gray 120.
     data = bytes([255, 0, 0, 138, 81, 70, 128, 0, 0])
     write_tiff(tmp_path / "lab.tiff", data, [8] * 3, 8, width=3)
     got = np.array(pixels(tmp_path / "lab.tiff")[0])
@@ -127,9 +122,7 @@ def test_extreme_shapes_are_refused_with_their_own_size(tmp_path: Path) -> None:
             read(request)
 
 
-# ---- EXIF
-
-# A picture of three by two stored pixels, and what is seen at each orientation.
+# The picture has three by two stored pixels, and the table gives the displayed picture for each orientation.
 STORED = ["abc", "def"]
 SEEN = {
     1: ["abc", "def"],
@@ -152,7 +145,7 @@ def letters(rows: list[list[tuple[int, ...]]]) -> list[str]:
 def test_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     skip_unless_written(name)
     values = np.array([[(ord(letter) - ord("a")) * 50 for letter in row] for row in STORED], dtype=np.uint8)
-    # Blocks of 16 x 16, which lossy formats keep to a few levels.
+    # Blocks of 16 x 16 pixels keep their values to a few levels in lossy formats.
     image = Image.fromarray(values).resize((48, 32), Image.Resampling.NEAREST)
     if name == "deep.png":
         image = Image.fromarray(np.asarray(image).astype("<u2") * 257)
@@ -182,9 +175,10 @@ def jpeg_with_exif(path: Path, exif: bytes) -> Path:
         (b"", False),
         (b"II*\0\x08\0\0", False),
         (b"nothing of TIFF", False),
-        # Three tags, of which the file has one and a half: orientation, and a description that lies behind the end.
+        # The header announces three tags and the file has one and a half: an orientation, and a description that lies
+        # past the end.
         (b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHHHII", 3, 0x0112, 3, 1, 6, 0, 0x010E, 2, 99, 9999), True),
-        # Orientations that do not exist, one of them not a number.
+        # These orientations do not exist, and one of them is not a number.
         (b"II*\0\x08\0\0\0" + struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, 9, 0, 0), False),
         (b"II*\0\x08\0\0\0" + struct.pack("<HHHI4sI", 1, 0x0112, 2, 2, b"6\0\0\0", 0), False),
     ],
@@ -200,7 +194,7 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff", "packed.tiff"])
 def test_an_orientation_in_xmp_is_ignored(tmp_path: Path, name: str) -> None:
-    """As browsers do. Pillow's own `getexif` takes it where EXIF has none."""
+    """Browsers ignore it too. Pillow's own `getexif` uses it if EXIF has no orientation."""
     image, options = Image.new("RGB", (48, 32), (200, 100, 0)), {"xmp": XMP}
     if name == "x.png":
         options = {"pnginfo": PngInfo()}
@@ -229,15 +223,12 @@ def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path: Path, monkeypatc
     assert [picture_size(path) for path in (before, after, plain)] == [(3, 1), (3, 1), (1, 3)]
 
 
-# ---- truncated JPEG
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"progressive": True, "restart_marker_blocks": 2}],
     ids=["baseline", "progressive", "restarts", "progressive restarts"],
 )
-def test_a_jpeg_may_lack_its_end_and_no_pixels(tmp_path: Path, options: dict) -> None:
+def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(tmp_path: Path, options: dict) -> None:
     coarse = np.random.default_rng(3).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     path = tmp_path / "x.jpg"
     Image.fromarray(coarse).resize((99, 81), Image.Resampling.NEAREST).save(path, quality=85, **options)
@@ -279,29 +270,26 @@ def test_other_truncated_pictures_are_refused(tmp_path: Path, name: str) -> None
     data = (tmp_path / name).read_bytes()
     for share in (0.1, 0.5, 0.9):
         (tmp_path / name).write_bytes(data[: int(len(data) * share)])
-        # WebP and AVIF state their length first.
+        # WebP and AVIF state their length at the start.
         refusal(tmp_path / name, in_pixels=name not in ("x.webp", "x.avif"))
 
 
-def test_a_damaged_avif_is_not_one_of_an_unknown_kind(tmp_path: Path) -> None:
-    """Advice to save it as PNG would be of no use where whole AVIF files are read."""
+def test_a_damaged_avif_is_not_reported_as_an_unknown_format(tmp_path: Path) -> None:
+    """Advice to save the file as PNG would not help if complete AVIF files can be read."""
     skip_unless_written("x.avif")
     path = tmp_path / "x.avif"
     Image.effect_noise((96, 96), 80).convert("RGB").save(path)
     data = path.read_bytes()
-    # The brand may stand behind a general one.
+    # The brand may follow a more general brand.
     for start in (data[:100], data[:8] + b"mif1" + data[12:100]):
         path.write_bytes(start)
         assert refusal(path).startswith("expected a picture, got a damaged AVIF picture; fetch it again, or")
 
 
-def test_an_avif_that_pillow_does_not_read_is_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_avif_support_the_error_asks_for_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(features.modules, "avif", raising=False)
     (tmp_path / "x.avif").write_bytes(b"\0\0\0\x18ftypavif" + bytes(12))
     assert "got an AVIF picture; save it as PNG or JPEG" in refusal(tmp_path / "x.avif")
-
-
-# ---- several pictures
 
 
 def three_pictures() -> list[Image.Image]:
@@ -332,23 +320,23 @@ def test_animations_are_refused_with_a_command_that_works(tmp_path: Path, name: 
     assert frames.pixels.float().mean((2, 3)).argmax(1).tolist() == [0, 1, 2]
 
 
-def test_pages_of_tiff(tmp_path: Path) -> None:
+def test_tiff_with_several_pages(tmp_path: Path) -> None:
     path = save_all(tmp_path / "pages.tiff", three_pictures())
     expected = "expected one picture, got a TIFF file of 3 pages; save the relevant page as PNG"
     assert refusal(path) == expected
     with pytest.raises(MediaError, match="a TIFF file of 3 pages"):
         picture_size(path)
-    # The second and third page are a reduced copy and a mask (NewSubfileType 1 and 4).
+    # The second and third pages are a reduced copy and a mask (NewSubfileType 1 and 4).
     red, copy, mask = three_pictures()
     copy.encoderinfo, mask.encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 4}}
     path = save_all(tmp_path / "copies.tiff", [red, copy, mask])
     assert pixels(path)[0][0] == (255, 0, 0)
-    # The first is one: the real picture is somewhere else, as in raw files of cameras.
+    # The first page is a reduced copy. The real picture is stored elsewhere, as in raw files of cameras.
     red.save(tmp_path / "raw.tiff", tiffinfo={254: 1})
     assert refusal(tmp_path / "raw.tiff").startswith("expected a picture, got a reduced copy of one")
 
 
-def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
+def test_versions_of_one_picture_count_as_one(tmp_path: Path) -> None:
     for name in ("x.gif", "x.webp"):
         Image.new("RGB", (8, 8), (255, 0, 0)).save(
             tmp_path / name, save_all=True, **({"lossless": True} if "w" in name else {})
@@ -358,12 +346,9 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
     red, green, _ = three_pictures()
     path = save_all(tmp_path / "x.mpo", [red, green])
     assert pixels(path)[0][0][0] > 250 and max(pixels(path)[0][0][1:]) < 5
-    # An icon has its sizes; the largest is read.
+    # An icon has several sizes, and the largest is read.
     red.resize((64, 64)).save(tmp_path / "x.ico", sizes=[(16, 16), (64, 64)])
     assert np.array(pixels(tmp_path / "x.ico")).shape == (64, 64, 3)
-
-
-# ---- what else a file may be
 
 
 @pytest.mark.parametrize(
@@ -392,7 +377,7 @@ def test_versions_of_one_picture_are_one(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_files_are_named(tmp_path: Path, data: bytes, found: str) -> None:
+def test_errors_name_the_type_of_other_files(tmp_path: Path, data: bytes, found: str) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(data)
     request = MediaRequest(str(path), "image", VideoConfig(), Preprocessor())
@@ -402,8 +387,8 @@ def test_other_files_are_named(tmp_path: Path, data: bytes, found: str) -> None:
         assert str(caught.value).startswith(f"{path}: expected a ") and found in str(caught.value)
 
 
-def test_no_program_runs_for_a_picture(tmp_path: Path, monkeypatch) -> None:
-    """Pillow has Ghostscript draw an EPS, which this would show, behind its binary DOS header too."""
+def test_reading_a_picture_starts_no_program(tmp_path: Path, monkeypatch) -> None:
+    """Pillow has Ghostscript draw an EPS file, which this test would detect, also after the binary DOS header."""
     ran = tmp_path / "ran"
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -413,7 +398,7 @@ def test_no_program_runs_for_a_picture(tmp_path: Path, monkeypatch) -> None:
     eps = struct.pack("<IIIIIIIH", 0xC6D3D0C5, 30, len(script), 0, 0, 0, 0, 0xFFFF) + script
     with Image.open(io.BytesIO(eps)) as image, contextlib.suppress(OSError):
         image.load()
-    assert ran.exists()  # what this test is about
+    assert ran.exists()  # Check that the test would detect a started program.
     ran.unlink()
     (tmp_path / "x.png").write_bytes(eps)
     for read in (read_media, read_layout):

@@ -1,4 +1,4 @@
-"""Transparent pictures are shown on white, and refused if nothing in them is visible."""
+"""Test that transparent pictures are shown on white and are refused if no pixel is visible."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 
 from rmsd_fast.data.pictures import _rgb
 
-# Invisible (hidden black), half visible, opaque. White behind 128/255 of a colour c is c*128/255 + 127: 0 to 127,
-# 10 to 132.02, 20 to 137.04, 30 to 142.06.
+# The pixels are invisible (hidden black), half visible, and opaque. A color c at 128/255 on white is c*128/255 + 127: 0
+# gives 127, 10 gives 132.02, 20 gives 137.04, 30 gives 142.06.
 CLEAR_HALF_FULL = [(0, 0, 0, 0), (10, 20, 30, 128), (10, 20, 30, 255)]
 ON_WHITE = [(255, 255, 255), (132, 137, 142), (10, 20, 30)]
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.webp", "x.tga"])
-def test_transparent_parts_show_white(tmp_path: Path, name: str) -> None:
+def test_transparent_areas_show_white(tmp_path: Path, name: str) -> None:
     row_of("RGBA", CLEAR_HALF_FULL).save(tmp_path / name, **({"lossless": True} if "webp" in name else {}))
     assert pixels(tmp_path / name) == [ON_WHITE]
 
@@ -33,7 +33,7 @@ def test_transparent_avif_shows_white(tmp_path: Path) -> None:
     assert rows[5][5] == (255, 255, 255) and rows[5][60][0] > 190 and max(rows[5][60][1:]) < 10
 
 
-def test_transparent_grey_and_palettes_show_white(tmp_path: Path) -> None:
+def test_transparent_gray_and_palettes_show_white(tmp_path: Path) -> None:
     row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.png")
     row_of("LA", [(0, 0), (0, 128), (40, 255)]).save(tmp_path / "la.tiff")
     assert grey_row(tmp_path / "la.png") == grey_row(tmp_path / "la.tiff") == [255, 127, 40]
@@ -49,19 +49,19 @@ def test_transparent_grey_and_palettes_show_white(tmp_path: Path) -> None:
     assert pixels(tmp_path / "opaque.gif") == [[(0, 0, 0), (10, 20, 30), (10, 20, 30)]]
 
 
-def test_modes_that_no_file_is_opened_in() -> None:
-    """Pillow's plugins turn them into others; programs that extend Pillow may not."""
+def test_image_modes_that_no_plugin_opens() -> None:
+    """Pillow's plugins convert these modes, but programs that extend Pillow may not."""
     for mode in ("RGBa", "PA"):
         image = row_of("RGBA", [(0, 0, 0, 0), (0, 255, 0, 255)]).convert(mode)
         assert _rgb("x", image).tolist() == [[[255] * 3, [0, 255, 0]]], mode
     premultiplied = row_of("LA", [(0, 0), (0, 128), (40, 255)]).convert("La")
     assert _rgb("x", premultiplied).tolist() == [[[255] * 3, [127] * 3, [40] * 3]]
-    # Hue 0 is red, 85 of 255 is a third of the circle.
+    # Hue 0 is red, and hue 85 of 255 is a third of the circle.
     assert _rgb("x", row_of("HSV", [(0, 255, 255), (85, 255, 255)])).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 def test_associated_alpha_shows_white(tmp_path: Path) -> None:
-    # Colours multiplied with alpha: 5, 10, 15 at 128 are 10, 20, 30.
+    # The colors are premultiplied by alpha: 5, 10, 15 at 128 are 10, 20, 30.
     data = bytes([0, 0, 0, 0, 5, 10, 15, 128, 10, 20, 30, 255])
     path = write_tiff(tmp_path / "x.tiff", data, [8] * 4, 2, width=3, tag_338=1)
     (row,) = pixels(path)
@@ -69,14 +69,15 @@ def test_associated_alpha_shows_white(tmp_path: Path) -> None:
     assert np.abs(np.array(row[1]) - (132, 137, 142)).max() <= 1
 
 
-def test_a_transparent_colour_shows_white(tmp_path: Path) -> None:
+def test_a_transparent_color_shows_white(tmp_path: Path) -> None:
     row_of("RGB", [(1, 2, 3), (1, 2, 4)]).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
     assert pixels(tmp_path / "rgb.png") == [[(255, 255, 255), (1, 2, 4)]]
     row_of("L", [7, 8]).save(tmp_path / "l.png", transparency=7)
     assert grey_row(tmp_path / "l.png") == [255, 8]
     row_of("1", [0, 255]).save(tmp_path / "1.png", transparency=0)
     assert grey_row(tmp_path / "1.png") == [255, 255]
-    # Grey of 4 bits, 3 and 5 of 15; the colour that is transparent is named in 4 bits too. 5 / 15 of 255 is 85.
+    # The gray has 4 bits, with values 3 and 5 of 15. The transparent color is given in 4 bits too, and 5 / 15 of 255 is
+    # 85.
     write_png(tmp_path / "l4.png", (2, 1), 4, 0, [b"\x35"], tRNS=struct.pack(">H", 3))
     assert grey_row(tmp_path / "l4.png") == [255, 85]
     write_png(tmp_path / "l2.png", (4, 1), 2, 0, [b"\x1b"], tRNS=struct.pack(">H", 1))
@@ -89,11 +90,8 @@ def test_a_transparent_colour_shows_white(tmp_path: Path) -> None:
     assert "got a 16-bit transparent colour; save it as an 8-bit PNG" in refusal(tmp_path / "rgb16.png")
 
 
-# ---- nothing is visible
-
-
 def write_bmp(path: Path, compression: int, alpha_mask: int | None, pixels_bgra: list[tuple[int, ...]]) -> Path:
-    """Write a one-row BMP of 32 bits per pixel. alpha_mask: None writes the oldest kind of header, without a mask."""
+    """Write a one-row BMP with 32 bits per pixel; alpha_mask=None writes the oldest header, which has no mask."""
     data = b"".join(map(bytes, pixels_bgra))
     size = 40 if alpha_mask is None else 108
     masks = struct.pack("<3I", 0xFF0000, 0xFF00, 0xFF) if compression == 3 else b""
@@ -119,24 +117,24 @@ INVISIBLE = (
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_a_picture_without_a_visible_pixel_is_refused(tmp_path: Path, name: str, mode: str) -> None:
     if (mode, name) in [("LA", "x.webp"), ("LA", "x.ico")]:
-        pytest.skip("the format has no grey with alpha")
+        pytest.skip("the format has no gray with alpha")
     image = Image.new(mode, (16, 16), (200, 10, 20, 0) if mode == "RGBA" else (200, 0))
     image.save(tmp_path / name, **({"lossless": True, "exact": True} if name == "x.webp" else {}))
     assert refusal(tmp_path / name, in_pixels=True).startswith(f"{INVISIBLE}remove the alpha channel")
 
 
-def test_a_rest_of_visible_pixels_is_no_picture(tmp_path: Path) -> None:
+def test_a_picture_with_too_few_visible_pixels_is_refused(tmp_path: Path) -> None:
     image = Image.new("RGBA", (400, 250), (200, 10, 20, 0))
     for alpha, visible in ((1, False), (7, False), (8, True), (255, True)):
-        # One of 100,000 pixels.
+        # One pixel of 100,000 is set.
         image.putpixel((3, 5), (0, 0, 0, alpha))
         image.save(tmp_path / "x.png")
         if visible:
-            # White behind alpha/255 of black.
+            # The pixel is black at alpha/255 on white.
             assert pixels(tmp_path / "x.png")[5][3] == (255 - alpha,) * 3
         else:
             assert refusal(tmp_path / "x.png", in_pixels=True).startswith(INVISIBLE)
-    # One visible pixel of 160,000, and a picture in which every pixel is nearly transparent.
+    # One picture has one visible pixel of 160,000; in the other every pixel is nearly transparent.
     image = Image.new("RGBA", (400, 400), (200, 10, 20, 0))
     image.putpixel((3, 5), (0, 0, 0, 255))
     image.save(tmp_path / "one.png")
@@ -148,7 +146,7 @@ def test_a_rest_of_visible_pixels_is_no_picture(tmp_path: Path) -> None:
         assert refusal(tmp_path / name, in_pixels=True).startswith(INVISIBLE)
 
 
-def test_invisible_palettes_and_colour_keys_are_refused(tmp_path: Path) -> None:
+def test_invisible_palettes_and_color_keys_are_refused(tmp_path: Path) -> None:
     image = row_of("P", [0, 1, 1])
     image.putpalette([0, 0, 0, 10, 20, 30])
     image.save(tmp_path / "p.png", transparency=b"\0\0")
@@ -173,7 +171,7 @@ def test_unused_alpha_of_bmp_is_opaque(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [0, 99, 255])
 def test_unused_alpha_of_tga_is_opaque(tmp_path: Path, alpha: int) -> None:
-    """The header says how many bits of each pixel are alpha; Pillow always treats a fourth byte as alpha."""
+    """The header states how many bits of each pixel are alpha, but Pillow always treats a fourth byte as alpha."""
     data = bytes([30, 20, 10, alpha, 60, 50, 40, alpha])
     assert pixels(write_tga(tmp_path / "x.tga", 2, 32, 0, data)) == [[(10, 20, 30), (40, 50, 60)]]
     assert grey_row(write_tga(tmp_path / "l.tga", 3, 16, 0, bytes([7, alpha, 8, alpha]))) == [7, 8]
@@ -183,5 +181,5 @@ def test_unused_alpha_of_tga_is_opaque(tmp_path: Path, alpha: int) -> None:
     elif alpha == 255:
         assert pixels(path) == [[(10, 20, 30), (40, 50, 60)]]
     else:
-        # White behind 99/255 of a colour c: c * 99 / 255 + 156.
+        # A color c at 99/255 on white is c * 99 / 255 + 156.
         assert np.abs(np.array(pixels(path)[0]) - [(160, 164, 168), (172, 175, 179)]).max() <= 1

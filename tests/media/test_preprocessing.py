@@ -1,4 +1,4 @@
-"""Frame choice, sizes and patches: hand-worked numbers, and the family's own processors."""
+"""Test frame selection, sizes and patches against hand-computed numbers and the processors of the model families."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rmsd_fast.data.preprocess import (
 from rmsd_kernels import resize_frames
 
 PREPROCESSOR = Preprocessor()
-# Means and deviations of CLIP, patches of 14.
+# Qwen2-VL uses the means and deviations of CLIP and patches of 14.
 QWEN2 = Preprocessor(
     14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), family="qwen2_vl"
 )
@@ -35,15 +35,15 @@ QWEN2 = Preprocessor(
     ("total", "fps", "settings", "expected"),
     [
         (10, 10.0, VideoConfig(num_frames=4), [0, 3, 6, 9]),
-        # 2.25, 4.5 and 6.75 in between: half goes to the even neighbour.
+        # The exact values 2.25, 4.5 and 6.75 are rounded, and halves go to the even neighbor.
         (10, 10.0, VideoConfig(num_frames=5), [0, 2, 4, 7, 9]),
-        # More frames than there are: indices repeat.
+        # More frames are requested than the video has, so indices repeat.
         (3, 10.0, VideoConfig(num_frames=5), [0, 0, 1, 2, 2]),
-        # 100 frames at 25 Hz = 4 s, 1.5 per second = 6 frames, 19.8 apart.
+        # 100 frames at 25 Hz last 4 s. A rate of 1.5 per second gives 6 frames, 19.8 apart.
         (100, 25.0, VideoConfig(num_frames=None, fps=1.5), [0, 20, 40, 59, 79, 99]),
-        # 2 frames asked for, at least 4 taken.
+        # The rate asks for 2 frames, but at least 4 are taken.
         (100, 100.0, VideoConfig(num_frames=None, fps=2.0), [0, 33, 66, 99]),
-        # At most max_frames, and at most what the video has.
+        # The count is at most max_frames and at most the number of frames in the video.
         (100, 10.0, VideoConfig(num_frames=None, fps=10.0, max_frames=2), [0, 99]),
         (3, 10.0, VideoConfig(num_frames=None, fps=1.0), [0, 1, 2]),
     ],
@@ -55,12 +55,12 @@ def test_frame_indices(total: int, fps: float, settings: VideoConfig, expected: 
 @pytest.mark.parametrize(
     ("total", "fps", "settings", "expected"),
     [
-        # The first frame of four equal parts, not the last of all.
+        # Each index is the first frame of one of four equal parts, so the last frame of the video is not taken.
         (10, 10.0, VideoConfig(num_frames=4), [0, 2, 5, 7]),
-        # An even count; where the file has fewer, as many as it has.
+        # The count is even. If the file has fewer frames, the count is that of the file.
         (10, 10.0, VideoConfig(num_frames=3), [0, 2, 5, 7]),
         (5, 10.0, VideoConfig(num_frames=8), [0, 1, 2, 3]),
-        # 4 s at 1.3 per second are 5.2 frames: 4.
+        # 4 s at 1.3 per second are 5.2 frames, which gives 4.
         (100, 25.0, VideoConfig(num_frames=None, fps=1.3), [0, 25, 50, 75]),
         (100, 100.0, VideoConfig(num_frames=None, fps=2.0), [0, 25, 50, 75]),
     ],
@@ -70,7 +70,7 @@ def test_frame_indices_of_qwen2(total: int, fps: float, settings: VideoConfig, e
 
 
 def test_frame_indices_of_qwen2_stay_within_the_video() -> None:
-    """Steps rounded down would give one more frame, behind the end."""
+    """Steps rounded down would give one more frame, past the end."""
     for total in range(8, 400):
         for settings in (VideoConfig(num_frames=30), VideoConfig(num_frames=None, fps=2.0)):
             indices = frame_indices(total, 25.0, settings, QWEN2)
@@ -78,14 +78,14 @@ def test_frame_indices_of_qwen2_stay_within_the_video() -> None:
 
 
 @pytest.mark.parametrize("settings", [VideoConfig(num_frames=4, fps=1.0), VideoConfig(num_frames=None)])
-def test_frame_indices_wants_one_of_count_and_rate(settings: VideoConfig) -> None:
+def test_frame_indices_needs_exactly_one_of_count_and_rate(settings: VideoConfig) -> None:
     with pytest.raises(SettingsError, match="expected exactly one of them"):
         frame_indices(10, 10.0, settings, PREPROCESSOR)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl"])
 def test_frame_counts_never_fall_below_a_temporal_patch(family: str) -> None:
-    """Whatever the video: settings that could are refused for all, so none of them ends a run."""
+    """Settings that could do this for some video are refused for all videos, so that none of them ends a run."""
     preprocessor = Preprocessor(family=family, temporal_patch_size=3)
     for settings in (
         VideoConfig(num_frames=2),
@@ -106,13 +106,13 @@ def test_frame_counts_never_fall_below_a_temporal_patch(family: str) -> None:
         ((8, 64, 64), (4096, 10**9), (64, 64)),
         # 100/32 = 3.1 and 200/32 = 6.25.
         ((8, 100, 200), (4096, 10**9), (96, 192)),
-        # 8*480*640 is 18.75 budgets: sides shrink by 4.33, to 3.46 and 4.62 steps of 32, rounded down.
+        # 8*480*640 is 18.75 times the budget. The sides shrink by 4.33 to 3.46 and 4.62 steps of 32, rounded down.
         ((8, 480, 640), (4096, 8 * 128 * 128), (96, 128)),
-        # A quarter of the lower budget: sides double.
+        # The size is a quarter of the lower budget, so the sides double.
         ((8, 32, 32), (8 * 64 * 64, 10**9), (64, 64)),
-        # Shorter side first enlarged to 32.
+        # The shorter side is first enlarged to 32.
         ((2, 10, 20), (1024, 10**9), (32, 64)),
-        # Never below one step, whatever the budget.
+        # A side is never below one step, whatever the budget.
         ((2, 64, 64), (1, 100), (32, 32)),
     ],
 )
@@ -130,15 +130,15 @@ def test_smart_resize_refuses(size: tuple[int, int, int], message: str) -> None:
         smart_resize(*size, factor=32, temporal_factor=2, min_pixels=1, max_pixels=10**9)
 
 
-def test_frame_cap_binds_short_videos_and_the_shared_budget_long_ones() -> None:
+def test_frame_cap_limits_short_videos_and_shared_budget_limits_long_videos() -> None:
     settings = VideoConfig(min_video_pixels=1024, max_video_pixels=16 * 64 * 64, max_frame_pixels=96 * 96)
-    # 4 frames could have 128x128 each, the cap leaves 96x96; 16 frames share the budget: 64x64 each.
+    # 4 frames could have 128x128 pixels each, but the cap allows 96x96. 16 frames share the budget, with 64x64 each.
     assert video_size(4, 320, 320, settings, PREPROCESSOR) == (96, 96)
     assert video_size(16, 320, 320, settings, PREPROCESSOR) == (64, 64)
-    # Qwen2-VL's sizes are those of a frame: the lower budget is each frame's, 4 frames of 56x56 are enlarged.
+    # Qwen2-VL's budgets apply to one frame, so 4 frames of 56x56 are enlarged to the lower budget.
     few = VideoConfig(min_video_pixels=84 * 84, max_video_pixels=4 * 112 * 112, max_frame_pixels=10**6)
     assert video_size(4, 56, 56, few, QWEN2) == (84, 84) and video_size(4, 280, 280, few, QWEN2) == (112, 112)
-    # Images have budgets of their own.
+    # Images have their own budgets.
     settings = VideoConfig(min_image_pixels=1024, max_image_pixels=64 * 64)
     assert image_size(320, 320, settings, PREPROCESSOR) == (64, 64)
 
@@ -147,11 +147,12 @@ def test_patch_order_and_scale() -> None:
     pixels = torch.randint(0, 256, (4, 3, 64, 96), dtype=torch.uint8)
     patches = video_patches(pixels, PREPROCESSOR)
     assert patches.shape == (2 * 4 * 6, 3 * 2 * 16 * 16)
-    # A pixel by hand: frame 3, channel 2, y=37, x=70. Time step 1 (frame 1 of it); patch row 2, column 4 (5 and 6
-    # inside); merge block row 1 of 2, column 2 of 3, first patch in it: row = 24 + (1*3 + 2)*4.
+    # Compute one pixel by hand: frame 3, channel 2, y=37, x=70. It is in time step 1 (frame 1 of it), in patch row 2
+    # and column 4 (offsets 5 and 6). The merge block is in row 1 of 2 and column 2 of 3, and the patch is its first:
+    # row = 24 + (1*3 + 2)*4.
     row, column = 24 + (1 * 3 + 2) * 4, 2 * 512 + 1 * 256 + 5 * 16 + 6
     assert patches[row, column] == (pixels[3, 2, 37, 70].float() - 127.5) / 127.5
-    # All of them, by loops over the order in words.
+    # Check all pixels with loops over the documented order.
     for t, y, x in [(0, 0, 0), (1, 3, 5), (0, 1, 4), (1, 2, 1)]:
         block = (y // 2) * 3 + x // 2
         row = t * 24 + block * 4 + (y % 2) * 2 + x % 2
@@ -159,13 +160,13 @@ def test_patch_order_and_scale() -> None:
         torch.testing.assert_close(patches[row], ((expected.float() - 127.5) / 127.5).reshape(-1), rtol=0, atol=0)
 
 
-def test_last_frame_without_partner_is_repeated() -> None:
+def test_an_unpaired_last_frame_is_repeated() -> None:
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     padded = torch.cat([pixels, pixels[-1:]])
     assert torch.equal(video_patches(pixels, PREPROCESSOR), video_patches(padded, PREPROCESSOR))
 
 
-def test_patches_refuse_other_input() -> None:
+def test_patches_refuse_invalid_input() -> None:
     with pytest.raises(TypeError, match="uint8"):
         video_patches(torch.zeros(2, 3, 32, 32), PREPROCESSOR)
     with pytest.raises(ValueError, match="multiples of 32"):
@@ -195,7 +196,8 @@ def test_load_preprocessor_reads_either_layout(tmp_path: Path) -> None:
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
     assert load_preprocessor(tmp_path) == expected
     assert expected.factor == 28
-    # The family: by the processors' names, else by the model's; an image processor's name tells nothing.
+    # The family comes from the names of the processors, otherwise from the model's. The name of an image processor does
+    # not determine it.
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({**settings, "image_processor_type": "Qwen2VLImageProcessorFast"})
     )
@@ -225,8 +227,9 @@ def test_load_preprocessor_refuses(tmp_path: Path, files: dict[str, str], messag
         load_preprocessor(tmp_path)
 
 
-# Frames, height, width, lower and upper budget, cap per frame in tokens. One per branch: nothing to do; odd count;
-# enlarge to the lower budget; shrink to the upper; the cap; the floor of the cap; a side below one token; 720p's shape.
+# Each case gives frames, height, width, lower and upper budget, and the cap per frame in tokens. There is one case per
+# branch: unchanged size; odd count; enlarging to the lower budget; shrinking to the upper budget; the cap; the floor of
+# the cap; a side below one token; the shape of 720p.
 VIDEO_CASES = [
     (4, 64, 96, 1024, 10**8, 768),
     (5, 70, 90, 1024, 10**8, 768),
@@ -238,10 +241,11 @@ VIDEO_CASES = [
     (7, 180, 320, 4096, 25165824, 30),
 ]
 IMAGE_CASES = [(64, 96, 1024, 10**8), (70, 111, 1024, 10**8), (20, 45, 64 * 64, 10**8), (300, 201, 1024, 96 * 96)]
-# Frames, height, width, lower budget of a frame, tokens that all frames share, cap of a frame in pixels.
+# Each case gives frames, height, width, the lower budget of a frame, the tokens that all frames share, and the cap of a
+# frame in pixels.
 QWEN2_CASES = [(4, 84, 112, 784, 10**6, 10**8), (5, 90, 70, 112 * 112, 10**6, 10**8), (6, 200, 300, 784, 200, 10**8)]
 QWEN2_CASES += [(2, 200, 300, 784, 10**6, 112 * 112), (4, 20, 300, 784, 10**6, 10**8)]
-# Frames in the video, its rate, frames asked for or frames per second.
+# Each case gives the frames in the video, its rate, and the requested number of frames or frames per second.
 RATES = [
     (132, 25.0, 16, None),
     (132, 25.0, 64, None),
@@ -296,7 +300,7 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
     images = [(noise_frames(1, h, w, seed=h)[0], low, high) for h, w, low, high in IMAGE_CASES]
     (tmp_path / "images").mkdir()
     files = write_images(tmp_path / "images")
-    # transformers shows the colours that transparent parts hide, so it is given the picture on white.
+    # transformers shows the colors that transparent areas hide, so it gets the picture on white.
     on_white = Image.open(files["rgba"])
     colour, alpha = np.split(np.asarray(on_white).astype(int), [3], axis=2)
     Image.fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)).save(tmp_path / "white.png")
@@ -319,7 +323,7 @@ def test_equal_to_the_processors_of_transformers(tmp_path: Path, run_with_torchv
         height, width = video_size(len(pixels), *pixels.shape[-2:], settings, QWEN2)
         assert grid.tolist() == [list(QWEN2.grid(len(pixels), height, width))]
         ours = video_patches(resize_frames(pixels, height=height, width=width), QWEN2)
-        # The processor multiplies where we divide: one unit in the last place of values up to 2.7.
+        # The processor multiplies where this code divides: one unit in the last place of values up to 2.7.
         assert (ours - patches).abs().max() < 1e-6
     for (pixels, low, high), (patches, grid) in zip(images, theirs["images"], strict=True):
         settings = VideoConfig(min_image_pixels=low, max_image_pixels=high)

@@ -1,4 +1,4 @@
-"""Prompts and responses: hand-worked layout and positions, refused tokens, and the family's own processor."""
+"""Test the layout and positions of prompts, refused tokens, and agreement with the processors of the model families."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_question_text() -> None:
     assert question_text(question).split("\n") == ["Who?", "A. I. Newton", "B. someone else", ANSWER_FORMAT["mcq"]]
     labelled = replace(question, options=("A. I. Newton", "B) someone else"))
     assert question_text(labelled) == question_text(question)
-    # Labels in another order belong to the text; letters in it would be wrong ones.
+    # Labels in another order belong to the text, so adding letters would mislabel the options.
     assert "A. B. x\nB. A. y" in question_text(replace(question, options=("B. x", "A. y")))
     assert question_text(replace(question, task_type="open", options=None)).split("\n") == [
         "Who?",
@@ -87,7 +87,7 @@ def test_question_text() -> None:
 def test_media_text_announces_the_mean_time_of_each_pair() -> None:
     pixels = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     video = Frames(pixels, (0.0, 1.5, 2.96), (2, 4, 4), "video")
-    # (0 + 1.5)/2 = 0.75; the third frame has no partner and is repeated.
+    # (0 + 1.5)/2 = 0.75. The third frame has no partner and is repeated.
     block = "<|vision_start|>" + "<|video_pad|>" * 4 + "<|vision_end|>"
     assert media_text(video, Preprocessor()) == f"<0.8 seconds>{block}<3.0 seconds>{block}"
     image = Frames(pixels[:1], (), (1, 4, 6), "image")
@@ -98,7 +98,7 @@ def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder,
     prompt = builder.build(_question(folder))
     tokenizer = student.tokenizer
     block = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
-    # 9 frames at 4 Hz, frames 0, 4 and 8: pairs (0, 1) and (2, 2).
+    # The video has 9 frames at 4 Hz, and frames 0, 4 and 8 form the pairs (0, 1) and (2, 2).
     assert tokenizer.decode(prompt.input_ids) == (
         f"<|im_start|>user\n<|vision_start|><0.5 seconds>{block}<2.0 seconds>{block}<|vision_end|>"
         f"What colour is the square?\nA. red\nB. blue\n{ANSWER_FORMAT['mcq']}<|im_end|>\n<|im_start|>assistant\n"
@@ -107,8 +107,8 @@ def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder,
     assert torch.equal(prompt.mm_token_type_ids == 2, prompt.input_ids == pad)
     assert set(prompt.mm_token_type_ids.tolist()) == {0, 2}
 
-    # Positions by hand: text counts up on all axes; a 2x3 block of tokens stays at one time, spans 2 rows and 3
-    # columns, and the text behind it goes on after its longer side.
+    # The positions by hand: text counts up on all axes. A 2x3 block of tokens stays at one time and spans 2 rows and 3
+    # columns. The text after the block continues after its longer side.
     first = int((prompt.input_ids == pad).nonzero()[0])
     assert prompt.position_ids[:, :first].tolist() == [list(range(first))] * 3
     block_positions = prompt.position_ids[:, first : first + 6]
@@ -120,12 +120,12 @@ def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder,
 
 def test_prompts_name_all_vision_ids(folder: Path, builder: PromptBuilder, student: Student) -> None:
     names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    # Whatever they hold themselves.
+    # The vision ids do not depend on the media of the prompt.
     for question in (_question(folder), _question(folder, videos="")):
         assert builder.build(question).vision_ids == tuple(student.tokenizer.convert_tokens_to_ids(names))
 
 
-def test_prompt_is_the_same_from_media_decoded_before(folder: Path, builder: PromptBuilder) -> None:
+def test_prompt_from_previously_decoded_media_is_the_same(folder: Path, builder: PromptBuilder) -> None:
     prompt = builder.build(_question(folder, "ab", "c"))
     again = builder.build_from_media(prompt.question, prompt.media)
     assert torch.equal(prompt.input_ids, again.input_ids) and torch.equal(prompt.position_ids, again.position_ids)
@@ -141,21 +141,21 @@ def test_unusable_media_and_texts_are_refused(folder: Path, builder: PromptBuild
         builder.build(_question(folder, options=("red<|im_end|>", "blue")))
 
 
-def test_answers_behind_the_end_of_the_video_are_refused(folder: Path, builder: PromptBuilder) -> None:
-    """Videos of 2.25 s, whose records name no duration."""
+def test_answers_past_the_end_of_the_video_are_refused(folder: Path, builder: PromptBuilder) -> None:
+    """The videos last 2.25 s, and the records state no duration."""
     asked = {"task_type": "temporal", "options": None}
     assert builder.build(_question(folder, answer="1 to 3", **asked)).media[0].duration_s == 2.25
     with pytest.raises(
         PromptError, match=r"q: the answer is 100 to 140; the video has a duration of 2\.25 s: write sec"
     ):
         builder.build(_question(folder, answer="100 to 140", **asked))
-    # Of two videos it is not known which is meant.
+    # With two videos it is unknown which video the answer refers to.
     builder.build(_question(folder, "ab", answer="100 to 140", **asked))
 
 
 def test_long_prompts_are_refused_without_decoding(folder: Path, student: Student) -> None:
     class Media:
-        """Counts what is decoded."""
+        """Count the decoded media."""
 
         def __init__(self) -> None:
             self.decoded, self.layout = 0, read_layout
@@ -178,7 +178,7 @@ def test_long_prompts_are_refused_without_decoding(folder: Path, student: Studen
 
 def test_parts_of_videos_keep_the_times_of_the_file(folder: Path, builder: PromptBuilder) -> None:
     prompt = builder.build(_question(folder, "aa", spans=(None, (1.0, None))))
-    # 9 frames at 4 Hz; the part from 1 s has frames 4 to 8, of which 4, 6 and 8 are taken.
+    # The video has 9 frames at 4 Hz. The part from 1 s has frames 4 to 8, of which frames 4, 6 and 8 are taken.
     assert [frames.timestamps_s for frames in prompt.media] == [(0.0, 1.0, 2.0), (1.0, 1.5, 2.0)]
     assert torch.equal(prompt.media[0].pixels[2], prompt.media[1].pixels[2])
 
@@ -215,7 +215,7 @@ def _with_template(folder: Path, template: str) -> Student:
                 " | replace('\"', '')", ".split('\n')[0]", ".encode('ascii', 'ignore').decode()", " | tojson",
             )
         ),
-        # Only where there is a system turn, or none.
+        # The fault shows only with a system turn, or only without a system turn.
         (
             WHOLE.replace("OPENING", "").replace("part.text", "part.text[:9] if m.role == 'system' else part.text"),
             "expected the system text once and unchanged in a prompt with a system turn, got it 0 times",
@@ -234,14 +234,14 @@ def _with_template(folder: Path, template: str) -> Student:
         ),
     ],
 )  # fmt: skip
-def test_templates_that_cannot_be_right_are_refused_by_name(folder: Path, template: str, message: str) -> None:
+def test_invalid_chat_templates_are_refused(folder: Path, template: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         PromptBuilder(_with_template(folder, template), VideoConfig(num_frames=2))
     assert message in str(caught.value) and "Qwen3-VL" in str(caught.value)
 
 
-def test_a_template_that_opens_the_reasoning_owns_its_tag(folder: Path, builder: PromptBuilder) -> None:
-    """Thinking models: the prompt ends with <think>, so a response begins behind it and is taught only once."""
+def test_a_think_tag_opened_by_the_template_is_not_repeated(folder: Path, builder: PromptBuilder) -> None:
+    """The prompt of Thinking models ends with <think>, so a response starts after the tag."""
     assert builder.opening == ""
     thinking = PromptBuilder(
         _with_template(folder, WHOLE.replace("OPENING", "{{ '<think>\\n' }}")), VideoConfig(num_frames=3)
@@ -252,11 +252,11 @@ def test_a_template_that_opens_the_reasoning_owns_its_tag(folder: Path, builder:
     text = "<think>\nIt is red.\n</think>\n<answer>A</answer>"
     ids = thinking.encode_response(text)
     assert thinking.tokenizer.decode(ids) == "It is red.\n</think>\n<answer>A</answer><|im_end|>"
-    # Texts of responses stay whole, so that formats, scores and files do not depend on the template.
+    # The texts of responses stay complete, so that formats, scores and files do not depend on the template.
     assert thinking.decode_response(ids) == text
     joined = thinking.tokenizer.decode(torch.cat([prompt.input_ids, ids]))
     assert joined.count("<think>") == joined.count("Reply as <think>") + 1
-    # Without the line break nothing is lost either.
+    # Nothing is lost if the line break is missing.
     ids = thinking.encode_response("<think>It is red.</think><answer>A</answer>")
     assert thinking.tokenizer.decode(ids) == "It is red.</think><answer>A</answer><|im_end|>"
     with pytest.raises(ResponseError, match="does not begin with it") as caught:
@@ -264,8 +264,8 @@ def test_a_template_that_opens_the_reasoning_owns_its_tag(folder: Path, builder:
     assert caught.value.reason == "no_think"
 
 
-def test_white_space_around_a_response_is_left_out(folder: Path, builder: PromptBuilder) -> None:
-    """Servers of Thinking models send a line break in front, which no student is to learn or to be told by."""
+def test_surrounding_white_space_is_stripped_from_a_response(folder: Path, builder: PromptBuilder) -> None:
+    """Servers of Thinking models send a leading line break, which the student must not learn and D must not see."""
     thinking = PromptBuilder(_with_template(folder, WHOLE.replace("OPENING", "{{ '<think>\n' }}")), VideoConfig())
     text = "<think>\nWhite. \n</think>\n\n<answer>A</answer>"
     for student in (thinking, builder):
@@ -275,7 +275,7 @@ def test_white_space_around_a_response_is_left_out(folder: Path, builder: Prompt
         assert student.decode_response(expected) == text
 
 
-def test_media_stand_at_their_marks_and_system_texts_in_front(folder: Path, builder: PromptBuilder) -> None:
+def test_media_replace_their_marks_and_the_system_text_comes_first(folder: Path, builder: PromptBuilder) -> None:
     question = _question(folder, "a", "cc", question="Is <image> in <video> or in <image>?", system="Be brief.")
     prompt = builder.build(question)
     text = builder.tokenizer.decode(prompt.input_ids)
@@ -291,19 +291,19 @@ def test_media_stand_at_their_marks_and_system_texts_in_front(folder: Path, buil
     assert text.startswith("<|im_start|>user\nWhich?\nA. <|vision_start|>") and "<|vision_end|>\nB. <|vision" in text
 
 
-def test_responses_end_with_the_end_token_and_come_back(builder: PromptBuilder) -> None:
+def test_responses_end_with_the_end_token_and_decode_to_the_text(builder: PromptBuilder) -> None:
     text = "<think>It moves 12.5 px, é 漢 \n twice.</think><answer>12.5 to 20.0</answer>"
     ids = builder.encode_response(text)
     assert ids.dtype == torch.int64 and ids[-1] == builder.eos_id and (ids == builder.eos_id).sum() == 1
     assert builder.decode_response(ids) == text
-    # Without the end token (cut off), and with more behind it.
+    # The end token is missing because the response was cut off, or more tokens follow it.
     assert builder.decode_response(ids[:-1]) == text
     assert builder.decode_response(torch.cat([ids, ids])) == text
     assert builder.encode_response("").tolist() == [builder.eos_id]
 
 
 @pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_special_tokens_in_responses_are_refused_by_name(builder: PromptBuilder, token: str) -> None:
+def test_special_tokens_in_responses_are_refused(builder: PromptBuilder, token: str) -> None:
     with pytest.raises(ResponseError) as caught:
         builder.encode_response(f"<think>{token}</think><answer>B</answer>")
     assert token in str(caught.value) and caught.value.reason == "special_token"
@@ -318,17 +318,17 @@ def test_lone_surrogates_are_refused(builder: PromptBuilder) -> None:
         builder.build_from_media(question, ())
 
 
-def test_banned_ids_are_all_special_ids_but_the_end(student: Student, builder: PromptBuilder) -> None:
+def test_banned_ids_are_all_special_ids_except_the_end_token(student: Student, builder: PromptBuilder) -> None:
     banned = set(builder.banned_ids.tolist())
     names = ["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
     names += ["<|image_pad|>", "<|video_pad|>"]
     assert banned == {student.tokenizer.convert_tokens_to_ids(name) for name in names}
     assert builder.eos_id == student.tokenizer.convert_tokens_to_ids("<|im_end|>") == student.eos_id
-    # The tags of the answer format stay free.
+    # The tags of the answer format are not banned.
     assert not banned & set(builder.encode_response("<think>x</think><answer>B</answer>").tolist())
 
 
-def test_ids_that_only_the_embedding_has_are_banned(folder: Path) -> None:
+def test_ids_beyond_the_tokenizer_are_banned(folder: Path) -> None:
     student = load_student(folder / "student", dtype="float32")
     rows = len(student.tokenizer)
     student.model.config.text_config.vocab_size = rows + 3

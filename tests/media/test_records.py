@@ -1,4 +1,4 @@
-"""Question files: what is read, what is refused and what the message names."""
+"""Test which question files are read, which are refused, and what the messages say."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_reads_every_field(tmp_path):
 
 
 def test_blank_lines_unicode_and_numeric_ids(tmp_path):
-    # U+2028 may stand inside a JSON string and must not end the line.
+    # U+2028 may occur inside a JSON string and must not end the line.
     line = json.dumps(GOOD | {"id": 7, "question": "Où ? 视频\u2028ja"}, ensure_ascii=False)
     (tmp_path / "q.jsonl").write_text("\n" + line + "\n\n", encoding="utf-8")
     (question,) = load_questions(tmp_path / "q.jsonl")
@@ -46,7 +46,7 @@ def test_json_list(tmp_path):
         load_questions(tmp_path / "q.json")
 
 
-def test_ground_truths_are_normalised(tmp_path):
+def test_ground_truths_are_normalized(tmp_path):
     base = {"videos": ["a.mp4"], "question": "?"}
     path = write(
         tmp_path / "q.jsonl",
@@ -62,7 +62,7 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
     for indent in (None, 2):
         (tmp_path / "q.json").write_text(json.dumps({"data": records, "next": None}, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1", "q2"]
-        # One record alone is no list of records, whatever lists it has.
+        # A single record is not a list of records, even if its values are lists.
         (tmp_path / "q.json").write_text(json.dumps(GOOD, indent=indent))
         assert [question.id for question in load_questions(tmp_path / "q.json")] == ["q1"]
     (tmp_path / "q.json").write_text(json.dumps({"train": records, "test": records}))
@@ -70,7 +70,7 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
         DataError, match=r"an object that holds only one list, got one object with the keys 'train', 'test'"
     ):
         load_questions(tmp_path / "q.json")
-    # What stands beside the list might hold for every record.
+    # Values beside the list might apply to every record.
     for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
         (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
         keys = ", ".join(map(repr, beside))
@@ -81,11 +81,11 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
         load_questions(tmp_path / "q.json")
 
 
-def test_a_damaged_first_line_is_told_like_any_other(tmp_path):
+def test_a_damaged_first_line_is_reported_like_any_other(tmp_path):
     for lines in (("{",), ("{", GOOD), ('{"id": 1, "vid', GOOD, "{")):
         with pytest.raises(DataError, match=r"q\.jsonl:1: expected one JSON object per line"):
             load_questions(write(tmp_path / "q.jsonl", *lines))
-    # One object over several lines names its own line.
+    # If one object spans several lines, the error names the faulty line.
     (tmp_path / "q.jsonl").write_text(json.dumps({"data": [GOOD]}, indent=2).replace('"red",', '"red"'))
     with pytest.raises(DataError, match=r"q\.jsonl:\d+: expected JSON, got text that cannot be parsed"):
         load_questions(tmp_path / "q.jsonl")
@@ -102,7 +102,7 @@ def test_marks_with_blanks_inside_are_text(tmp_path):
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path):
-    """The last value would count, without a word."""
+    """The last value would silently take effect."""
     twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')
     message = r"field 'answer': expected each key once, got 'B' and 'A' in the object of id 'q1'; keep one of the two"
     with pytest.raises(DataError, match=r"q\.jsonl:2: " + message):
@@ -111,7 +111,7 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
         (tmp_path / "q.json").write_text(text)
         with pytest.raises(DataError, match=r"q\.json: " + message):
             load_questions(tmp_path / "q.json")
-    # Inside other values, and alike too.
+    # Keys that repeat inside other values are refused too, even with equal values.
     inner = json.dumps(GOOD).replace('["a.mp4"]', '[{"path": "a.mp4", "start": 1, "start": 1}]')
     with pytest.raises(DataError, match=r"q\.jsonl: field 'start': expected each key once, got 1 and 1; keep one"):
         load_questions(write(tmp_path / "q.jsonl", inner))
@@ -124,7 +124,7 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
     assert question_of("Which?\nOptions:\nA. red\n\nB. green") == "Which?"
     assert question_of("Which?\n(A) red\n(B) green\nLook closely.") == "Which?\nLook closely."
     assert question_of("Which?\nA. Red.\nB. Green.") == "Which?"
-    # Other options, what only looks like an option, or a list that is all there is.
+    # The question shows other options, text that only resembles options, or nothing but the list.
     for text in ("Which?\nA. tea\nB. milk", "What is said?\nA: Hello!\nB: Hi!", "A. red\nB. green"):
         assert question_of(text) == text
     for text in (
@@ -145,7 +145,7 @@ def test_options_listed_in_the_question_are_not_shown_twice(tmp_path):
         ("Which? (A) Green (B) Red", r"expected 'red' after A, its letter in 'options', got '\(b\) red'"),
         ("Which? A: green; B: red.", r"expected 'red' after A"),
         ("Which?\nB. red\nC. green", r"expected 'red' after A"),
-        # Two lists in one prompt, of which one letter means two.
+        # The prompt would have two lists, and one letter would mean two options.
         ("Which?\nA. red\nB. blue", r"expected the list in the question to be the same as 'options', got \['A\. red'"),
         ("Which?\nA. red\nB. green\nC. blue", r"expected the list in the question to be the same as 'options'"),
     ],
@@ -164,7 +164,7 @@ def test_a_question_that_gives_options_other_letters_is_refused(tmp_path, text, 
         (["A. tea", "A. milk"], r"got A, A"),
         (["B. tea", "C. milk", "D. water"], r"got B, C, D"),
         (["A. tea", "B. milk", "D. water"], r"got A, B, D"),
-        # Not every option has one.
+        # Not every option has a letter.
         (["B. tea", "milk"], r"got B;"),
         (["tea", "A. milk"], r"got A;"),
         (["A. tea", "B.  "], r"expected a text after each letter, got 'B\.  '; add it or remove the option"),
@@ -182,7 +182,7 @@ def test_options_that_contradict_themselves_are_refused(tmp_path, options, messa
 @pytest.mark.parametrize(
     ("options", "images"),
     [
-        # Names, letters as options, texts that differ only in case, pictures.
+        # These are names, letters as options, texts that differ only in case, and pictures.
         (["A. Lincoln", "G. Washington"], 0),
         (["Newton", "P. Curie"], 0),
         (["p.m.", "a.m."], 0),
@@ -194,7 +194,7 @@ def test_options_that_contradict_themselves_are_refused(tmp_path, options, messa
         (["<image>", "<image>"], 2),
     ],
 )
-def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
+def test_similar_but_distinct_options_are_kept(tmp_path, options, images):
     record = GOOD | {"options": options, "answer": "A. " + options[0]}
     record |= {"videos": [], "images": ["1.png", "2.png"]} if images else {}
     (question,) = load_questions(write(tmp_path / "q.jsonl", record | ({"answer": "A"} if images else {})))
@@ -220,7 +220,7 @@ def test_options_that_only_look_alike_are_kept(tmp_path, options, images):
             {"question": "Who <image>? <image>"},
             r"field 'question': expected one mark for each of 1 video and 0 images",
         ),
-        # With a video alone it was taken for the video's.
+        # If there is only a video, the mark stands for the video.
         (
             {"question": "<image>Who?"},
             r"one mark for each of 1 video and 0 images, got 0 <video> and 1 <image>; fix the",
@@ -281,11 +281,11 @@ TIMED = {"id": "t", "question": "When?", "task_type": "temporal"}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        # Milliseconds, frame numbers.
+        # The times are milliseconds or frame numbers.
         ({"duration": 20.0, "answer": "12000 to 15000"}, r"expected an interval of the video.*duration of 20 s"),
         ({"duration": 20.0, "answer": "18 to 21.5"}, r"got '18 to 21\.5'.*duration of 20 s"),
         ({"duration": 200.0, "answer": "180 to 211"}, r"duration of 200 s"),
-        # Counted from the start of the part.
+        # The times count from the start of the part.
         (
             {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "answer": "0 to 4"},
             r"the part shown is 30 s to 40 s",
@@ -293,7 +293,7 @@ TIMED = {"id": "t", "question": "When?", "task_type": "temporal"}
         ({"videos": [{"path": "a.mp4", "start": 30}], "answer": "0 to 4"}, r"the part shown is 30 s to its end"),
         ({"videos": [{"path": "a.mp4", "end": 40}], "answer": "35 to 45"}, r"the part shown is 0 s to 40 s"),
         ({"answer": "-3 to 5"}, r"times count from 0"),
-        # Of several videos, that none of them holds.
+        # None of the videos contains the interval.
         ({"videos": ["a.mp4", "b.mp4"], "answer": "-5 to 3"}, r"times count from 0"),
         ({"videos": ["a.mp4", "b.mp4"], "duration": 10, "answer": "200 to 300"}, r"duration of 10 s"),
         (
@@ -311,14 +311,14 @@ def test_intervals_that_the_video_cannot_hold_are_refused(tmp_path, change, mess
 @pytest.mark.parametrize(
     "change",
     [
-        # Within 1 s, or within 5%.
+        # The end is within 1 s or within 5% of the duration.
         {"duration": 20.0, "answer": "18 to 20.9"},
         {"duration": 200.0, "answer": "180 to 209"},
         {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "answer": "29.5 to 40.5"},
         # The duration may be that of the part.
         {"videos": [{"path": "a.mp4", "start": 30, "end": 40}], "duration": 10, "answer": "31 to 33"},
         {"videos": [{"path": "a.mp4", "start": 30}], "answer": "100 to 130"},
-        # Of two videos nothing says which is meant: one of them holds it.
+        # With two videos it is unknown which video is meant, and one of them contains the interval.
         {"videos": ["a.mp4", "b.mp4"], "answer": "30 to 40"},
         {"videos": [{"path": "a.mp4", "end": 10}, {"path": "a.mp4", "start": 30, "end": 40}], "answer": "32 to 38"},
         {"videos": [{"path": "a.mp4", "end": 10}, "b.mp4"], "answer": "100 to 130"},
@@ -344,7 +344,7 @@ def test_one_video_may_be_named_twice(tmp_path):
     assert question.videos == (str(tmp_path.resolve() / "a.mp4"),)
 
 
-def test_a_folder_is_no_medium(tmp_path):
+def test_a_folder_is_not_a_medium(tmp_path):
     (tmp_path / "frames").mkdir()
     path = write(tmp_path / "q.jsonl", GOOD | {"videos": ["frames"]})
     with pytest.raises(
@@ -369,7 +369,7 @@ def test_parts_of_videos_are_read_and_written(tmp_path):
     assert again[:2] == questions[:2] and again[2].spans == () and again[2].videos == questions[2].videos
 
 
-def test_a_pool_is_no_question_file(tmp_path):
+def test_a_pool_is_not_a_question_file(tmp_path):
     line = {"id": "q1", "k": 0, "text": "B", "model": "m"}
     for format in ("auto", "rmsd", "llava"):
         with pytest.raises(DataError) as caught:
@@ -386,7 +386,7 @@ def test_duplicate_id_names_both_lines(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[1", "3", '"x"', "null", "[" * 100_000])
-def test_lines_that_are_no_objects(tmp_path, line):
+def test_lines_that_are_not_objects(tmp_path, line):
     with pytest.raises(DataError, match=r"q\.jsonl:2: expected"):
         load_questions(write(tmp_path / "q.jsonl", GOOD, line))
 
@@ -421,11 +421,11 @@ def test_paths_stay_inside_the_media_root(tmp_path, bad):
         load_questions(path)
 
 
-def test_a_home_folder_is_written_out(tmp_path):
+def test_a_home_folder_is_expanded(tmp_path):
     for path in ("~/a.mp4", "~you/a.mp4"):
         with pytest.raises(DataError, match=r"field 'videos': expected a path, got '~.*'~' is not expanded; write the"):
             load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": [path]}))
-    # A name may begin so.
+    # A file name may begin with a tilde.
     (tmp_path / "~a.mp4").write_bytes(b"x")
     (question,) = load_questions(write(tmp_path / "q.jsonl", GOOD | {"videos": ["~a.mp4"]}))
     assert question.videos == (str(tmp_path.resolve() / "~a.mp4"),)
@@ -440,7 +440,7 @@ def test_paths_start_at_the_media_root_and_links_within_are_fine(tmp_path):
     path = write(tmp_path / "q.jsonl", GOOD | {"videos": ["a.mp4", "alias.mp4", absolute, "sub/../a.mp4"]})
     (question,) = load_questions(path, media_root=root)
     assert set(question.videos) == {str((root / "a.mp4").resolve())}
-    # A file that is not there is a fault of the sample, found when it is decoded.
+    # A missing file is a fault of the sample and is found when the file is decoded.
     (question,) = load_questions(write(tmp_path / "p.jsonl", GOOD | {"videos": ["none.mp4"]}), media_root=root)
     assert question.videos == (str((root / "none.mp4").resolve()),)
 
@@ -453,7 +453,7 @@ def test_write_reads_back_with_relative_paths(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_several_faults_come_in_one_report(tmp_path):
+def test_several_faults_are_reported_at_once(tmp_path):
     bad = [GOOD | {"id": f"q{index}", "answer": "Z"} for index in range(30)]
     with pytest.raises(DataError) as caught:
         load_questions(write(tmp_path / "q.jsonl", GOOD, "{", *bad))
@@ -477,7 +477,7 @@ def test_links_out_of_the_root_are_followed_on_request(tmp_path):
         load_questions(path, follow_symlinks=True)
 
 
-def test_a_file_that_is_there_may_have_a_backslash_in_its_name(tmp_path):
+def test_an_existing_file_may_have_a_backslash_in_its_name(tmp_path):
     (tmp_path / "a\\b.mp4").write_bytes(b"x")
     path = write(tmp_path / "q.jsonl", GOOD | {"videos": ["a\\b.mp4", "c\\d.mp4"]})
     (question,) = load_questions(path)
@@ -491,6 +491,6 @@ def test_system_text_marks_and_images_beside_videos_are_kept(tmp_path):
     assert [(kind, Path(path).name) for kind, path, _ in question.media] == [("image", "b.png"), ("video", "a.mp4")]
     write_questions(tmp_path / "again.jsonl", [question], media_root=tmp_path)
     assert load_questions(tmp_path / "again.jsonl") == [question]
-    # Without marks videos come first.
+    # Without marks, videos come first.
     (question,) = load_questions(write(tmp_path / "q.jsonl", record | {"question": "Is it there?"}))
     assert [kind for kind, _, _ in question.media] == ["video", "image"]

@@ -1,4 +1,4 @@
-"""Decoding of videos and images: the right frames, upright and in RGB, and files that cannot be used."""
+"""Test that decoding returns the right frames, upright and in RGB, and refuses unusable files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_decode_video_takes_the_right_frames(tmp_path: Path) -> None:
     assert frames.kind == "video" and frames.grid_thw == (2, 4, 6)
     assert frames.pixels.dtype == torch.uint8 and frames.pixels.shape == (4, 3, 64, 96)
     assert frames.timestamps_s == (0.0, 0.6, 1.2, 1.8)
-    # Frames 0, 3, 6 and 9; h264 keeps flat grey to within a few levels.
+    # These are frames 0, 3, 6 and 9. H.264 keeps flat gray to within a few levels.
     got = frames.pixels.float().mean(dim=(1, 2, 3))
     torch.testing.assert_close(got, torch.tensor([0.0, 75.0, 150.0, 225.0]), rtol=0, atol=4)
 
 
-def test_decode_video_of_odd_count_has_a_whole_grid(tmp_path: Path) -> None:
+def test_decode_video_pads_an_odd_frame_count(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", noise_frames(9, 64, 64))
     frames = decode_video(clip, VideoConfig(num_frames=5), PREPROCESSOR)
     assert frames.grid_thw == (3, 4, 4) and len(frames.pixels) == 5
@@ -52,7 +52,7 @@ def test_rotation_in_the_file_is_applied(tmp_path: Path) -> None:
     frames = read_media(request)
     assert frames.pixels.shape[-2:] == (96, 64)
     assert read_layout(request).grid_thw == frames.grid_thw == (1, 6, 4)
-    # The white third, left before, is on top.
+    # The white third, which was on the left, is at the top.
     assert frames.pixels[:, :, :28].float().mean() > 245 and frames.pixels[:, :, 36:].float().mean() < 10
 
 
@@ -100,24 +100,25 @@ def test_flipped_bytes_give_whole_frames_or_a_media_error(tmp_path: Path) -> Non
             outcomes.add("used")
         except MediaError as error:
             outcomes.add("grey" if "plain grey" in str(error) else "decoder")
-    # Which of them there are depends on FFmpeg; that no other error gets out does not.
+    # The outcomes depend on the FFmpeg version, but no other type of error may be raised.
     assert len(outcomes) >= 2
 
 
 def test_a_variable_frame_rate_gives_true_times(tmp_path: Path) -> None:
     variable = next(fault for fault in FAULTS if fault.name == "variable frame rate")
     path = make(variable, tmp_path)
-    # Ten frames of 0.1 s, then ten of 0.5 s: frames 0, 6, 13 and 19 begin at 0, 0.6, 1 + 3*0.5 and 1 + 9*0.5 s.
+    # The video has ten frames of 0.1 s and then ten of 0.5 s. Frames 0, 6, 13 and 19 begin at 0, 0.6, 1 + 3*0.5 and 1 +
+    # 9*0.5 s.
     frames = decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR)
     assert frames.timestamps_s == pytest.approx((0.0, 0.6, 2.5, 5.5), abs=1e-3)
-    # In a part of it frames are taken at even times of the average rate, 20 frames in the 5.6 s that FFmpeg counts:
-    # numbers 11 to 17, so at 3.2, 3.8 (shown since 3.5), 4.3 (since 4.0) and 4.9 s (since 4.5).
+    # In a part of the video, frames are taken at even times of the average rate: 20 frames in the 5.6 s that FFmpeg
+    # counts. These are numbers 11 to 17, at 3.2, 3.8 (shown since 3.5), 4.3 (since 4.0) and 4.9 s (since 4.5).
     frames = decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR, span=(3.0, 5.0))
     assert frames.timestamps_s == pytest.approx((3.0, 3.5, 4.0, 4.5), abs=1e-3)
 
 
-def test_a_span_that_shows_one_frame_all_the_time_is_used(tmp_path: Path) -> None:
-    """Recordings of screens hold one frame as long as nothing moves; that is not a stuck decoder."""
+def test_a_span_with_a_single_long_frame_is_used(tmp_path: Path) -> None:
+    """Screen recordings hold one frame while nothing moves, so this is not a stuck decoder."""
     path = tmp_path / "clip.mp4"
     # Frame 10 is shown from 1 to 6 s. The average rate is 20 frames in 6.9 s.
     path.write_bytes(with_durations(encoded(path), [1] * 10 + [50] + [1] * 9))
@@ -127,7 +128,7 @@ def test_a_span_that_shows_one_frame_all_the_time_is_used(tmp_path: Path) -> Non
     assert frames.timestamps_s == pytest.approx([1.0] * 8)
 
 
-def test_what_frames_that_look_damaged_are() -> None:
+def test_detection_of_damaged_frames() -> None:
     grey = torch.full((4, 3, 8, 8), 128, dtype=torch.uint8)
     moving = noise_frames(4, 8, 8)
     still = moving[:1].expand(4, -1, -1, -1)
@@ -135,7 +136,7 @@ def test_what_frames_that_look_damaged_are() -> None:
     check_frames("x", still, different=1)
     with pytest.raises(MediaError, match="the 4 frames are all identical"):
         check_frames("x", still, different=2)
-    # A colour is one whatever the rate.
+    # Frames of a single color are refused at any frame rate.
     with pytest.raises(MediaError, match="each of the 4 frames has a single colour"):
         check_frames("x", grey, different=1)
     with pytest.raises(MediaError, match="1 of 4 frames are the plain grey"):
@@ -148,7 +149,7 @@ def test_short_spans_give_a_temporal_patch_or_a_media_error(tmp_path: Path, fami
     path, preprocessor = tmp_path / "clip.mp4", Preprocessor(family=family)
     encoded(path)
     settings = VideoConfig(num_frames=None, fps=0.1, min_frames=2, max_frames=3)
-    # Of 10 frames per second: 2, 6 and 1.
+    # At 10 frames per second, the spans contain 2, 6 and 1 frames.
     if span == (0.0, 0.09):
         with pytest.raises(MediaError, match="too few frames between 0 s and 0.09 s: expected at least 2, got 1"):
             decode_video(path, settings, preprocessor, span=span)
@@ -188,7 +189,8 @@ def test_other_containers(tmp_path: Path, container: str) -> None:
     frames = read_media(request)
     assert read_layout(request).grid_thw == frames.grid_thw == (3, 4, 6)
     found = [int((pixels.float() - frame.float()).abs().mean((1, 2, 3)).argmin()) for frame in frames.pixels]
-    # AVI does not tell the order of B frames: two frames late with some versions, and the first time says so.
+    # AVI does not store the order of B-frames. With some versions the result is two frames late, and the first time
+    # shows this.
     late = round(frames.timestamps_s[0] * 10)
     assert late == 0 or (late == 2 and container == "avi")
     assert found == [0, *(index - late for index in (6, 12, 17, 23, 29))]
@@ -196,8 +198,8 @@ def test_other_containers(tmp_path: Path, container: str) -> None:
 
 
 @pytest.mark.parametrize("span", [None, (0.0, 2.0)])
-def test_other_frames_than_those_asked_for_are_refused(tmp_path: Path, span) -> None:
-    """In a transport stream some versions of torchcodec cannot go back to the first keyframe and take what comes."""
+def test_frames_other_than_those_requested_are_refused(tmp_path: Path, span) -> None:
+    """Some versions of torchcodec cannot seek back to the first key frame of a transport stream."""
     from torchcodec.encoders import VideoEncoder
 
     path, pixels = tmp_path / "clip.ts", noise_frames(30, 64, 96)
@@ -212,13 +214,13 @@ def test_other_frames_than_those_asked_for_are_refused(tmp_path: Path, span) -> 
     assert found == ([0, 6, 12, 17, 23, 29] if span is None else [0, 4, 8, 12, 16, 20])
 
 
-def test_a_tag_behind_a_whole_file_is_let_pass(tmp_path: Path) -> None:
+def test_a_tag_after_a_complete_file_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(bytes(encoded(path)) + b"TAG" + b"x" * 125)
     assert len(decode_video(path, VideoConfig(num_frames=4), PREPROCESSOR).pixels) == 4
 
 
-def test_a_healthy_y4m_is_not_taken_for_a_playlist(tmp_path: Path) -> None:
+def test_a_valid_y4m_is_not_mistaken_for_a_playlist(tmp_path: Path) -> None:
     path = tmp_path / "clip.y4m"
     planes = [bytes([level]) * (64 * 64 * 3 // 2) for level in (10, 90, 200)]
     path.write_bytes(b"YUV4MPEG2 W64 H64 F10:1 Ip A1:1 C420\n" + b"".join(b"FRAME\n" + p for p in planes))
@@ -226,7 +228,7 @@ def test_a_healthy_y4m_is_not_taken_for_a_playlist(tmp_path: Path) -> None:
     assert len(read_media(request).pixels) == 2
 
 
-def test_every_setting_of_videos_is_in_the_key() -> None:
+def test_the_cache_key_contains_every_video_setting() -> None:
     names = [field.name for field in fields(VideoConfig)]
     assert sorted([*SETTINGS_OF["video"], *SETTINGS_OF["image"]]) == sorted(names)
 
@@ -242,14 +244,14 @@ def test_large_videos_are_resized_in_parts(tmp_path: Path, monkeypatch) -> None:
     assert at_once.timestamps_s == in_parts.timestamps_s
 
 
-def test_settings_that_leave_too_few_frames_are_not_blamed_on_the_file(tmp_path: Path) -> None:
+def test_too_few_frames_by_settings_do_not_blame_the_file(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", noise_frames(6, 64, 64))
     with pytest.raises(ValueError, match=r"video\.num_frames: expected at least 2"):
         decode_video(clip, VideoConfig(num_frames=1), PREPROCESSOR)
 
 
 @pytest.mark.parametrize("module", ["raise RuntimeError('Could not load libtorchcodec')", None])
-def test_without_torchcodec_or_ffmpeg_says_what_to_install(
+def test_missing_torchcodec_or_ffmpeg_error_says_what_to_install(
     tmp_path: Path, repository: Path, module: str | None
 ) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x08ftyp")
@@ -288,12 +290,13 @@ def test_images_become_rgb_and_upright(tmp_path: Path) -> None:
     assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
     upright = decode_image(images["rgb"], settings, PREPROCESSOR).pixels.float()
     turned = decode_image(images["turned"], settings, PREPROCESSOR).pixels.float()
-    # A quarter clockwise: the left column comes to the top; JPEG keeps smooth blobs to a few levels.
+    # The image is rotated a quarter turn clockwise, so the left column moves to the top. JPEG keeps smooth areas to a
+    # few levels.
     assert (upright.rot90(-1, (2, 3)) - turned).abs().mean() < 3
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "truncated", "extreme", "enormous", "odd header"])
-def test_unusable_images_name_path_and_reason(tmp_path: Path, kind: str) -> None:
+def test_errors_for_unusable_images_name_path_and_reason(tmp_path: Path, kind: str) -> None:
     from PIL import Image
 
     path = tmp_path / "image.png"
@@ -307,7 +310,7 @@ def test_unusable_images_name_path_and_reason(tmp_path: Path, kind: str) -> None
     elif kind == "enormous":
         Image.new("1", (10000, 10000)).save(path)
     elif kind == "odd header":
-        # Pillow raises NotImplementedError at pixel formats that it does not know.
+        # Pillow raises NotImplementedError for pixel formats that it does not know.
         Image.new("RGBA", (64, 64)).save(path, format="DDS")
         data = bytearray(path.read_bytes())
         data[80:84] = (0x20000).to_bytes(4, "little")

@@ -1,4 +1,4 @@
-"""Strict parsing of responses."""
+"""Test the strict parsing of responses."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_task_types():
         ("a man\nwaves", "open", "a man\nwaves"),
     ],
 )
-def test_parses(answer, task, value):
+def test_valid_responses_are_parsed(answer, task, value):
     assert parse_answer(response(answer), task) == value
     assert body(answer, task) == value
     assert has_task_format(response(answer), task)
@@ -59,8 +59,8 @@ def test_parses(answer, task, value):
         ("B)", "mcq"),
         ("(B.)", "mcq"),
         ("1", "mcq"),
-        ("\u212a", "mcq"),  # Kelvin sign: matches K under re.IGNORECASE
-        ("\u0412", "mcq"),  # Cyrillic letter that looks like B
+        ("\u212a", "mcq"),  # The Kelvin sign matches K under re.IGNORECASE.
+        ("\u0412", "mcq"),  # This Cyrillic letter looks like B.
         ("12.5", "temporal"),
         ("12.5to20", "temporal"),
         ("12.5 - 20", "temporal"),
@@ -81,9 +81,9 @@ def test_parses(answer, task, value):
         ("1_000", "numeric"),
         ("1,000", "numeric"),
         ("0x10", "numeric"),
-        ("\u0663", "numeric"),  # Arabic-Indic three: float() reads it
-        ("\u00b2", "numeric"),  # superscript two
-        ("\u22125", "numeric"),  # minus sign that is not ASCII
+        ("\u0663", "numeric"),  # float() reads the Arabic-Indic three.
+        ("\u00b2", "numeric"),  # This is superscript two.
+        ("\u22125", "numeric"),  # This minus sign is not ASCII.
         ("5%", "numeric"),
         ("5 apples", "numeric"),
         ("3 4", "numeric"),
@@ -94,7 +94,7 @@ def test_parses(answer, task, value):
         (" \n ", "open"),
     ],
 )
-def test_refuses(answer, task):
+def test_invalid_responses_are_refused(answer, task):
     assert parse_answer(response(answer), task) is None
     assert body(answer, task) is None
     assert not has_task_format(response(answer), task)
@@ -109,7 +109,7 @@ def test_a_letter_outside_the_options_is_invalid(options):
     assert has_task_format(response("C"), "mcq")
 
 
-def test_useless_options():
+def test_invalid_options():
     with pytest.raises(ValueError, match="1 to 26 choices.*got 0"):
         parse_answer(response("A"), "mcq", [])
     with pytest.raises(ValueError, match="got 27"):
@@ -182,7 +182,7 @@ def test_task_format_asks_only_for_one_answer_block():
         ("<answer></answer>", "", True),
         ("<think>a long thought</think><answer> \n</answer>", " \n", True),
         ("<think></think><answer>B</answer>", "B", False),
-        # Not empty, but without an answer or with several answers: these are invalid.
+        # These are not empty, but they have no answer or several answers, so they are invalid.
         ("B", None, False),
         ("<think>cut at the lim", None, False),
         ("<think>a</think><answer>", None, False),
@@ -195,7 +195,7 @@ def test_empty_answers(text, body, empty):
     assert is_empty_answer(text) == empty
 
 
-def test_arguments():
+def test_invalid_arguments():
     with pytest.raises(ValueError, match="task_type: expected one of mcq.*got 'video'"):
         parse_answer(response("3"), "video")
     with pytest.raises(ValueError, match="task_type"):
@@ -206,7 +206,7 @@ def test_arguments():
 
 def test_long_hostile_text_is_read_in_linear_time():
     digits = "1" * 200_000
-    assert body(digits, "numeric") is None  # overflows to infinity
+    assert body(digits, "numeric") is None  # The number overflows to infinity.
     assert body("0." + digits, "numeric") == pytest.approx(1 / 9)
     assert body("1" + " " * 200_000 + "x", "temporal") is None
     assert not has_outer_format("<think>" * 50_000)

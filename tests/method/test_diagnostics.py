@@ -1,4 +1,4 @@
-"""Teacher statistics and constant-answer floors, with numbers worked out by hand."""
+"""Test teacher statistics and constant-answer floors against hand-computed numbers."""
 
 from dataclasses import replace
 from time import process_time
@@ -28,9 +28,9 @@ QUESTIONS = [
     question("none", "numeric", "3"),
 ]
 POOL = {
-    # 1, 0, invalid letter, 1 -> mean 0.5, sd 0.5
+    # Qualities 1, 0, invalid letter and 1 give a mean of 0.5 and an sd of 0.5.
     "m": [said("m", 0, "B"), said("m", 1, "A"), said("m", 2, "C"), said("m", 3, "(b)")],
-    # IoU 0.25, 1; no format; complete but cut by length -> mean 1.25 / 4
+    # IoU 0.25 and 1, a format violation, and a complete response cut by length give a mean of 1.25 / 4.
     "t": [
         said("t", 0, "0 to 1"),
         said("t", 1, "0 to 4"),
@@ -64,7 +64,7 @@ def test_score_pool():
     assert scored(POOL, QUESTIONS, TeacherConfig(responses=1))["t"] == [(True, 0.25, None)]
 
 
-def test_natural_parsing_reads_what_strict_refuses():
+def test_natural_parsing_accepts_what_strict_parsing_refuses():
     natural = score_pool(POOL, QUESTIONS, TeacherConfig())
     assert [(a.valid, a.quality, a.as_sent) for a in natural["t"]] == [
         (True, 0.25, True),
@@ -81,7 +81,8 @@ def test_natural_parsing_reads_what_strict_refuses():
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        # OpenAI (chat, responses), Anthropic, Gemini, vLLM and SGLang, Bedrock, DashScope, Zhipu, DeepSeek.
+        # These are the words of OpenAI (chat, responses), Anthropic, Gemini, vLLM and SGLang, Bedrock, DashScope, Zhipu
+        # and DeepSeek.
         ("stop STOP end_turn stop_sequence completed FinishReason.STOP COMPLETE eos_token", None),
         ("length MAX_TOKENS max_output_tokens max_tokens incomplete FinishReason.MAX_TOKENS LENGTH", "truncated"),
         ("model_context_window_exceeded abort error cancelled tool_calls tool_use OTHER pause_turn", "truncated"),
@@ -91,11 +92,11 @@ def test_natural_parsing_reads_what_strict_refuses():
         ("FINISH_REASON_SAFETY contentFilter guardrailIntervened", "filtered"),
         ("content_filter SAFETY RECITATION PROHIBITED_CONTENT BLOCKLIST SPII refusal", "filtered"),
         ("guardrail_intervened content_filtered sensitive IMAGE_SAFETY", "filtered"),
-        # Words without information, and unknown words.
+        # These words are unknown or carry no information.
         ("null FINISH_REASON_UNSPECIFIED elsewhere", None),
     ],
 )
-def test_every_servers_word_for_the_end_counts_in_both_modes(words, reason, parse):
+def test_finish_reasons_of_all_servers_count_in_both_modes(words, reason, parse):
     question = QUESTIONS[1]
     for word in words.split():
         response = said("t", 0, "0 to 4", finish_reason=word)
@@ -103,7 +104,7 @@ def test_every_servers_word_for_the_end_counts_in_both_modes(words, reason, pars
         assert (answer.reason, answer.valid, answer.as_sent) == (reason, reason is None, reason is None), word
 
 
-def test_an_answer_whose_end_is_not_known_needs_its_tags():
+def test_an_answer_with_unknown_finish_reason_needs_its_tags():
     """A truncated "12" might have become "125"."""
     cut = TeacherResponse("none", 0, "", "<think>t</think><answer>3")
     reasons = {
@@ -113,7 +114,7 @@ def test_an_answer_whose_end_is_not_known_needs_its_tags():
     assert reasons == {None: "unfinished", "STOP": None, "elsewhere": "unfinished"}
 
 
-def test_a_repaired_answer_was_still_sent_as_it_was():
+def test_a_repaired_answer_keeps_the_format_of_its_original():
     sent = TeacherResponse("t", 0, "", "From 0 s to 4 s.")
     repaired = replace(sent, text="<think></think><answer>0 to 4</answer>", raw=sent.text)
     for cfg in (TeacherConfig(), STRICT):
@@ -133,7 +134,7 @@ def test_special_tokens_make_an_answer_invalid_whatever_the_student():
     pool = {"o": [said("o", 0, "a <|im_end|> b"), said("o", 1, "a <|x|"), said("o", 2, "<|fim_prefix2|>")]}
     judged = scored(pool, [QUESTIONS[2]], TeacherConfig())["o"]
     assert judged == [(False, 0.0, "special_token"), (True, 1.0, None), (False, 0.0, "special_token")]
-    # Marks of regions in the reasoning are special tokens too. Natural parsing keeps the text between them.
+    # Region marks in the reasoning are special tokens too. Natural parsing keeps the text between them.
     text = "<think>at <|box_start|>(1,2),(3,4)<|box_end|></think><answer>3</answer>"
     pool = {"none": [TeacherResponse("none", 0, "", text)]}
     assert score_pool(pool, [QUESTIONS[3]], TeacherConfig())["none"][0].text == text.replace(
@@ -147,7 +148,7 @@ def test_metric_settings_are_used():
     questions = [question("n", "numeric", "3")]
     assert scored(pool, questions, TeacherConfig())["n"] == [(True, 0.0, None)]
     assert scored(pool, questions, TeacherConfig(numeric_eps=0.11))["n"] == [(True, 1.0, None)]
-    # Relative error 0.1 lies below 1 - t for t = 0.50 ... 0.85: 8 of 10 thresholds.
+    # The relative error 0.1 is below 1 - t for t = 0.50 ... 0.85, which are 8 of 10 thresholds.
     assert scored(pool, questions, TeacherConfig(numeric_metric="mra"))["n"] == [(True, 0.8, None)]
 
 
@@ -159,7 +160,7 @@ def test_pool_statistics(quality):
     mcq, temporal = stats["tasks"]["mcq"], stats["tasks"]["temporal"]
     assert (mcq["mean"], mcq["sd_across"], mcq["sd_within"]) == (0.5, 0.0, 0.5)
     assert (mcq["valid_share"], mcq["kept_share"], mcq["truncated_share"]) == (0.75, 0.5, 0.0)
-    # (0.25, 1, 0, 0): mean 0.3125, variance (0.0625 + 1) / 4 - 0.3125^2 = 0.16796875
+    # (0.25, 1, 0, 0) has mean 0.3125 and variance (0.0625 + 1) / 4 - 0.3125^2 = 0.16796875.
     assert temporal["mean"] == 0.3125 and temporal["sd_within"] == pytest.approx(0.16796875**0.5)
     assert (temporal["valid_share"], temporal["kept_share"], temporal["truncated_share"]) == (0.5, 0.25, 0.25)
     assert temporal["reasons"] == {"format": 1, "truncated": 1} and temporal["as_sent_share"] == 0.5
@@ -185,29 +186,29 @@ def test_floors():
     openness = [question("p", "open", None)]
     floors = best_constant_floor([*mcq, *numeric, *ocr, *openness])
     assert floors["mcq"] == (0.5, "B")
-    # "3" and "3.0" are the same number, 2 of 5. So is 5, and "3" comes first in the alphabet.
+    # "3" and "3.0" are the same number, with 2 of 5. So has 5, and "3" comes first in the alphabet.
     assert floors["numeric"] == (0.4, "3")
-    # "H 4" against itself 1, against "H 5" and "L 4" one word of two.
+    # "H 4" scores 1 against itself, and one word of two against "H 5" and "L 4".
     assert floors["ocr"] == (pytest.approx(2 / 3), "H 4")
     assert floors["open"][0] == 1.0
 
 
-def test_floors_of_graded_tasks_use_answers_that_no_question_has():
+def test_floors_of_graded_tasks_use_answers_of_no_question():
     temporal = [question("a", "temporal", "0 to 6"), question("b", "temporal", "4 to 10")]
-    # Each of the two scores (1 + 2/10) / 2 = 0.6, the whole clip 0.6 as well; "4 to 6" 1/3. On the grid "0 to 8"
-    # has 6/8 and 4/10 -> 0.575, "2 to 8" 4/8 and 4/8, so nothing beats 0.6.
+    # Each of the two intervals scores (1 + 2/10) / 2 = 0.6, and so does the whole clip; "4 to 6" scores 1/3. On the
+    # grid, "0 to 8" has 6/8 and 4/10 -> 0.575, and "2 to 8" has 4/8 and 4/8, so no interval exceeds 0.6.
     assert best_constant_floor(temporal)["temporal"][0] == pytest.approx(0.6)
     spatial = [question("a", "spatial", "0,0,200,200"), question("b", "spatial", "200,0,400,200")]
     score, _ = best_constant_floor(spatial)["spatial"]
     assert score == pytest.approx(0.5)
     wide = [question("a", "spatial", "0,0,300,200"), question("b", "spatial", "100,0,400,200")]
-    # Either truth: (1 + 200/400) / 2 = 0.75; the box around both, on the grid: 300/400 on either side = 0.75.
+    # Either truth scores (1 + 200/400) / 2 = 0.75, and the box around both, on the grid, has 300/400 for either = 0.75.
     assert best_constant_floor(wide)["spatial"][0] == pytest.approx(0.75)
     three = [*wide, question("c", "spatial", "0,0,400,200"), question("d", "spatial", "0,0,400,200")]
     assert best_constant_floor(three)["spatial"] == (pytest.approx(0.875), "0,0,400,200")
 
 
-def test_floors_leave_out_what_cannot_be_scored():
+def test_floors_exclude_ground_truths_that_cannot_be_scored():
     assert best_constant_floor([question("n", "numeric", None)]) == {}
 
 

@@ -1,4 +1,4 @@
-"""The discriminator's length correlation, centred within questions, against numbers worked out by hand."""
+"""Test the discriminator's length correlation, centered within questions, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def correlation(*questions) -> float:
 
 
 def test_one_question_by_hand():
-    # Lengths -10, 0, 10 and scores -2, -1, 3 around their means: 50 / sqrt(200 * 14).
+    # Around their means, the lengths are -10, 0, 10 and the scores -2, -1, 3: 50 / sqrt(200 * 14).
     assert correlation(([10, 20, 30], [0.0, 1.0, 5.0])) == pytest.approx(50 / 2800**0.5)
     assert correlation(([10, 20, 30], [5.0, 3.0, 1.0])) == pytest.approx(-1)
 
 
 def test_a_question_with_long_answers_and_high_scores_is_not_length_bias():
-    # +20 within the first question, -20 within the second; all six responses together have a correlation of 0.97.
+    # The covariance is +20 within the first question and -20 within the second. All six responses together have a
+    # correlation of 0.97.
     short, long = ([10, 20, 30], [1.0, 2.0, 3.0]), ([110, 120, 130], [13.0, 12.0, 11.0])
     assert correlation(short, long) == pytest.approx(0, abs=1e-12)
     together = torch.tensor([[*short[0], *long[0]], [*short[1], *long[1]]])
@@ -41,7 +42,7 @@ def test_a_question_with_long_answers_and_high_scores_is_not_length_bias():
 def test_constant_values_within_a_question_add_nothing():
     whole = ([10, 20, 30], [0.0, 1.0, 5.0])
     one = correlation(whole)
-    # A single response; equal lengths with different scores only affect the variance of the scores.
+    # A single response adds nothing, and equal lengths with different scores only affect the variance of the scores.
     assert correlation(whole, ([500], [9.0])) == pytest.approx(one)
     assert correlation(whole, ([7, 7], [1.0, 3.0])) == pytest.approx(50 / (200 * 16) ** 0.5)
     assert correlation(([7, 7], [1.0, 3.0])) is None
@@ -54,5 +55,5 @@ def test_sums_of_processes_add_up_to_those_of_one():
     parts = [sums_of(questions[:1]), sums_of(questions[1:])]
     together = [sum(sums) for sums in zip(*parts, strict=True)]
     assert length_correlation(*together) == pytest.approx(length_correlation(*sums_of(questions)))
-    # 50 - 2 - 5; 200 + 8 + 200; 14 + 0.5 + (1/6)^2 + (4/6)^2 + (5/6)^2
+    # The covariance is 50 - 2 - 5, and the variances are 200 + 8 + 200 and 14 + 0.5 + (1/6)^2 + (4/6)^2 + (5/6)^2.
     assert length_correlation(*together) == pytest.approx(43 / (408 * (14.5 + 42 / 36)) ** 0.5)

@@ -1,4 +1,4 @@
-"""Matching probabilities, counter-based draws, and the pairs of the discriminator loss."""
+"""Test matching probabilities, counter-based draws, and the pairs of the discriminator loss."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ def probabilities(quality, closed=True, tau=0.3):
 
 
 def test_closed_ended_is_proportional_to_kept_quality():
-    # 0.2 is dropped; 1.0 / 1.6, 0.6 / 1.6.
+    # 0.2 is dropped, and the others have probabilities 1.0 / 1.6 and 0.6 / 1.6.
     assert probabilities([1.0, 0.2, 0.6]) == pytest.approx([0.625, 0.0, 0.375])
 
 
@@ -59,12 +59,12 @@ def test_dtype_follows_quality():
 
 
 @pytest.mark.parametrize("quality", [[float("nan"), 1.0], [1.5], [-0.1], [[0.5]]])
-def test_damaged_quality(quality):
+def test_invalid_quality(quality):
     with pytest.raises(ValueError, match="quality"):
         probabilities(quality)
 
 
-def test_damaged_threshold():
+def test_invalid_threshold():
     with pytest.raises(ValueError, match="min_quality"):
         probabilities([1.0], tau=1.5)
     with pytest.raises(ValueError, match="min_quality"):
@@ -83,7 +83,7 @@ def test_damaged_threshold():
         ([[0.5, 0.5]], "shape"),
     ],
 )
-def test_refused_probabilities(p, message):
+def test_invalid_probabilities(p, message):
     with pytest.raises(ValueError, match=message):
         sample_matches(torch.tensor(p), 4, seed=0, step=0, question_id="q")
 
@@ -115,7 +115,7 @@ def test_matches_are_the_same_in_another_process():
         "from rmsd_fast.method.matching import sample_matches;"
         "print(sample_matches([0.25, 0.75], 16, seed=3, step=4, question_id='ü').tolist())"
     )
-    # With another hash seed, because the draw must not depend on Python's hash.
+    # The other process has another hash seed, because the draw must not depend on Python's hash.
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment(PYTHONHASHSEED="5")
     )
@@ -126,7 +126,7 @@ def _environment(**changes):
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **changes}
 
 
-def test_draws_on_the_edges_never_land_on_a_zero_probability(monkeypatch):
+def test_draws_at_the_edges_never_select_zero_probability(monkeypatch):
     for draw in (0.0, 0.5, 1 - 2.0**-53):
         monkeypatch.setattr("rmsd_fast.method.matching.uniform", lambda *_, draw=draw, **__: draw)
         for p in ([0.0, 1.0, 0.0], [0.0, 1 + 1e-7, 0.0]):
@@ -142,12 +142,13 @@ def test_frequencies_pass_a_chi_square_test():
         counts.update(sample_matches(p, 8, seed=0, step=step, question_id="q").tolist())
     assert counts[2] == 0
     statistic = sum((counts[k] - 4000 * p_k) ** 2 / (4000 * p_k) for k, p_k in enumerate(p) if p_k)
-    # The 99.9% quantile with 3 degrees of freedom.
+    # This is the 99.9% quantile with 3 degrees of freedom.
     assert statistic < 16.27
 
 
 def test_rollouts_are_matched_independently():
-    # Pairs (m(0), m(1)) over questions follow the product distribution: 99.9% quantile with 3 degrees of freedom.
+    # Pairs (m(0), m(1)) over questions follow the product distribution, with the 99.9% quantile for 3 degrees of
+    # freedom.
     p, counts = [0.3, 0.7], Counter()
     for number in range(2000):
         counts[tuple(sample_matches(p, 2, seed=0, step=0, question_id=str(number)).tolist())] += 1
@@ -175,7 +176,7 @@ def test_best_response():
 
 
 def ragged_groups():
-    """Three groups: 2 rollouts and 3 responses (one dropped), an empty pool, 3 rollouts and 2 responses."""
+    """Return three groups: 2 rollouts and 3 responses (one dropped), an empty pool, and 3 rollouts and 2 responses."""
     quality = [torch.tensor([1.0, 0.2, 0.6]), torch.tensor([0.1]), torch.tensor([0.5, 0.5])]
     p = [matching_probabilities(q, closed_ended=True, min_quality=0.3) for q in quality]
     return [2, 2, 3], p, quality
@@ -214,7 +215,7 @@ def pair_loss(student, teacher, pairs):
 
 
 def test_expected_equals_the_exact_mean_of_sampled():
-    """Every outcome of the matching, weighted by its probability."""
+    """The mean is over every outcome of the matching, weighted by its probability."""
     num_rollouts, p, quality = ragged_groups()
     student, teacher = torch.randn(7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     mean, mass = 0.0, 0.0
@@ -240,7 +241,7 @@ def test_expected_equals_the_mean_of_sampled_over_many_seeds():
         losses.append(pair_loss(student, teacher, sampled_pairs(num_rollouts, draw, quality)))
     losses = torch.tensor(losses, dtype=torch.float64)
     expected = pair_loss(student, teacher, expected_pairs(num_rollouts, p, quality))
-    assert losses.std() > 1e-3  # the losses differ, so the average is not trivial
+    assert losses.std() > 1e-3  # The losses differ, so the average is not trivial.
     assert abs(losses.mean().item() - expected) < 4 * losses.std().item() / len(losses) ** 0.5
 
 
@@ -252,7 +253,7 @@ def test_a_batch_of_empty_pools_gives_no_pairs_and_a_zero_loss():
         assert pair_loss(torch.ones(3), torch.ones(2), pairs) == 0.0
 
 
-def test_damaged_groups():
+def test_invalid_groups():
     q = [torch.ones(2)]
     with pytest.raises(ValueError, match="one entry per group"):
         expected_pairs([1, 1], q, q)

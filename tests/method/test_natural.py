@@ -1,4 +1,4 @@
-"""Natural answers: the answers that a careful reader would accept, and those that are rejected."""
+"""Test natural answers: those that a careful reader would accept, and those that are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rmsd_fast.method.quality import quality_score
 DRINKS = ["tea", "milk", "water", "juice"]
 CLOTHES = ["a suit and tie", "a T-shirt", "a raincoat", "a police uniform"]
 
-# (task, options, text inside <answer> or None if it is rejected, the whole response)
+# Each case gives the task, the options, the text inside <answer> or None if it is rejected, and the whole response.
 CASES = [
     ("mcq", DRINKS, "B", " The answer is (B) milk."),
     ("mcq", DRINKS, "B", "**Answer: B**"),
@@ -274,8 +274,8 @@ def answers() -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_nearly_all_right_answers_are_read_and_no_wrong_one_is_read_as_right():
-    """Rows with `refuse` give no answer, or two. Other rows that are not right give a clear, wrong answer."""
+def test_most_right_answers_are_read_and_no_wrong_answer_counts_as_right():
+    """Rows with `refuse` give no answer or two; other rows that are not right give a clear, wrong answer."""
     rows, read_rightly = answers(), 0
     for row in rows:
         arguments = {"options": row["options"], "finish_reason": row.get("finish_reason")}
@@ -289,14 +289,14 @@ def test_nearly_all_right_answers_are_read_and_no_wrong_one_is_read_as_right():
         assert not row.get("refuse") or text is None, row
         read_rightly += row["right"] and quality > 0.999
     right = sum(row["right"] for row in rows)
-    # The figures that the documentation states.
+    # These are the figures that the documentation states.
     page = " ".join((Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split())
     assert f"{len(rows):,} answers written for this purpose: {right:,} correct ones" in page
     assert f"and {len(rows) - right:,} that are" in page
     assert f"The rules read {read_rightly:,} of the correct ones" in page
 
 
-# Texts that retract an answer or give another one, and distorted answers, by task; {} is the answer.
+# These texts retract an answer, give another one, or distort an answer, by task; {} is the answer.
 CONTRADICTIONS = {
     "mcq": ["\n\nNo, {}.", "\nSorry, it is {}.", " Wait, actually it's {}.", "\n\n{}", " Correction: {}", " (or {})"],
     "numeric": ["\n\nNo, {}.", " Correction: {}", "\n\n{}"],
@@ -319,13 +319,13 @@ def another(answer: str, task: str) -> str:
     )()
 
 
-def test_no_right_answer_is_read_next_to_a_second_one():
+def test_no_right_answer_is_read_next_to_a_second_answer():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
         arguments = {"options": options, "finish_reason": row.get("finish_reason")}
         text = canonical_response(row["text"], task, **arguments)
-        # After a sentence that only describes, a bare answer is the answer, not a second one.
+        # After a sentence that only describes, a bare answer is the answer and not a second answer.
         alone = "<answer>" in row["text"].lower() or "answer is" in row["text"].lower()
         if not row["right"] or task in ("ocr", "open") or text is None:
             continue
@@ -343,8 +343,8 @@ def test_no_right_answer_is_read_next_to_a_second_one():
     assert checked > 8_000
 
 
-# Texts that make a right answer unclear, written without looking at the rules. {} and {0} are the right answer, {1} is
-# another one.
+# These texts make a right answer unclear and were written without looking at the rules. {} and {0} are the right
+# answer, and {1} is another answer.
 DENIED = """not {} | It is not {} | It isn't {} | {} is wrong | {} is incorrect | {} is false | definitely not {}
 never {}
 anything but {} | everything except {} | neither {} | {} (wrong) | {}, which is wrong | {} - wrong | {} is not right
@@ -451,7 +451,7 @@ def forms(*lists: str) -> list[str]:
 
 
 def changed_texts(task: str, body: str, other: str) -> list[str]:
-    """Responses in which a right answer is denied, doubted, in another unit, corrected or retracted."""
+    """Return responses in which a right answer is denied, doubted, in another unit, corrected or retracted."""
     measured, texts = forms(MEASURED[task]), []
     # "3 cups million" and "the last from 3s to 5s" are not English.
     if task == "numeric" and body not in ("3", "three"):
@@ -618,7 +618,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("text", READ_IN_A_PICTURE)
-def test_a_text_that_is_in_order_stays_as_it_was_sent(text):
+def test_a_text_in_canonical_form_is_unchanged(text):
     response = f"<think>a</think><answer>{text}</answer>"
     assert canonical_response(response, "ocr") == response
 
@@ -647,12 +647,12 @@ def test_an_open_question_is_not_answered_by_a_refusal(text):
         ("xywh: <answer>1,2,30,40</answer>", "spatial", None),
     ],
 )
-def test_a_measure_that_is_named_before_an_answer_counts(text, task, body):
+def test_a_unit_before_an_answer_counts(text, task, body):
     read = canonical_response(text, task, finish_reason="stop")
     assert (None if read is None else answer_body(read)) == body
 
 
-def test_natural_parsing_lowers_no_response_that_is_valid_as_sent():
+def test_natural_parsing_keeps_the_score_of_valid_responses():
     checked = 0
     for row in answers():
         task, options = row["task_type"], row["options"]
@@ -665,7 +665,7 @@ def test_natural_parsing_lowers_no_response_that_is_valid_as_sent():
     assert checked > 200
 
 
-def test_reasons_after_the_answer_are_its_reasoning():
+def test_an_explanation_after_the_answer_becomes_its_reasoning():
     for text in (
         "The answer is **B**.\n\nExplanation: The liquid is white.",
         "<answer>B</answer>\nThe liquid is white.",
@@ -677,7 +677,7 @@ def test_reasons_after_the_answer_are_its_reasoning():
         )
 
 
-def test_sentences_around_a_text_that_was_read_are_its_reasoning():
+def test_sentences_around_an_answer_become_its_reasoning():
     text = 'A van parks. Its door carries the word "POST".\n\nExplanation: The letters are yellow.'
     assert canonical_response(text, "ocr") == "<think>A van parks.</think><answer>POST</answer>"
     text = 'The door reads "POST". Let me know if you need more.\n'
@@ -686,7 +686,7 @@ def test_sentences_around_a_text_that_was_read_are_its_reasoning():
     assert canonical_response(text, "ocr") == "<think>The letters are yellow.</think><answer>POST</answer>"
 
 
-def test_any_run_of_marks_and_words_around_a_text_is_read_or_refused():
+def test_random_marks_and_words_around_a_text_are_read_or_refused():
     words = ("The sign ", "reads ", '"', "“", "”", "**", "*", "EXIT", "\n", ": ", "not ", "> ", "`", "```", "\\boxed{",
              "}", "Answer: ", "是", "「", "」", ". ", "or ", "# ", "Text", "\ue001", "?", "Explanation: ")  # fmt: skip
     draw = random.Random(0)
@@ -703,7 +703,7 @@ def test_json_may_be_part_of_a_text():
     assert canonical_response(text, "mcq", options=DRINKS) is None
 
 
-def test_a_response_in_order_stays_as_it_is():
+def test_a_canonical_response_is_unchanged():
     text = "\n<think>\nWhite, so\n milk.\n</think>\n\n<answer> B </answer>\n"
     assert canonical_response(text, "mcq", options=DRINKS) == text
 
@@ -727,7 +727,7 @@ def test_the_reasoning_is_the_text_before_the_answer():
         ("I'm sorry, I can't view videos.", "mcq", "stop", "refusal"),
         ("<think></think><answer>I'm sorry, I can't view videos.</answer>", "open", "stop", "refusal"),
         ("<think>I look at it", "mcq", "stop", "unfinished"),
-        # A text without an end may have been cut. Only the server knows, unless the answer is a letter.
+        # A text without an end may be truncated. Only the server knows, unless the answer is a letter.
         ("<think>a</think><answer>12", "numeric", None, "unfinished"),
         ("<think>a</think><answer></answer>", "numeric", "stop", "no_answer"),
         ("I look at the frames. There are many.", "mcq", "stop", "no_answer"),
@@ -739,7 +739,7 @@ def test_the_reasoning_is_the_text_before_the_answer():
         ("<answer>3-5</answer>", "numeric", "stop", "a_range"),
     ],
 )
-def test_reasons(text, task, finish_reason, reason):
+def test_reasons_of_invalid_responses(text, task, finish_reason, reason):
     options = DRINKS if task == "mcq" else None
     assert invalid_reason(text, task, options=options, finish_reason=finish_reason) == reason
     assert canonical_response(text, task, options=options, finish_reason=finish_reason) is None
@@ -764,8 +764,8 @@ def test_an_answer_without_closing_tag_counts_if_the_server_says_it_is_complete(
     ],
 )
 @pytest.mark.parametrize("task", ["mcq", "temporal", "spatial", "numeric", "ocr"])
-def test_endless_texts_are_refused(text, task):
-    """Nonlinear searches would take minutes for some of these."""
+def test_very_long_texts_are_refused_quickly(text, task):
+    """Nonlinear searches would take minutes for some of these texts."""
     assert canonical_response(text, task) is None
 
 
@@ -785,11 +785,11 @@ def test_endless_texts_are_refused(text, task):
         ("3 (two men and one woman)", "numeric", "3"),
     ],
 )
-def test_the_body_alone(value, task, body):
+def test_canonical_body(value, task, body):
     assert canonical_body(value, task, DRINKS if task == "mcq" else None) == body
 
 
-def test_the_body_alone_says_why_not():
+def test_canonical_body_gives_the_reason_of_a_refusal():
     with pytest.raises(Unreadable, match="several different answers") as caught:
         canonical_body("A or B", "mcq", DRINKS)
     assert caught.value.reason == "two_answers"

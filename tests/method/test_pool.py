@@ -1,4 +1,4 @@
-"""The pool file: schema, appending, torn lines, keys and the check against questions."""
+"""Test the pool file: schema, appending, truncated lines, keys, and the check against questions."""
 
 import json
 from dataclasses import replace
@@ -41,19 +41,19 @@ def test_write_load(tmp_path):
 def test_a_line_needs_no_more_than_id_k_and_text(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0, "text": "x"}) + "\n")
     (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
-    # The finish reason is unknown, so the response may have been cut.
+    # The finish reason is unknown, so the response may be truncated.
     assert response == TeacherResponse("q1", 0, "", "x") and response.finish_reason is None
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "q1", "k": 0}) + "\n")
     with pytest.raises(DataError, match=r"p\.jsonl:1: field 'text'.*needs id, k, text"):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_whole_numbers_of_tables_are_numbers(tmp_path):
+def test_integral_floats_of_tables_are_integers(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": 12.0, "k": 0.0, "text": "x"}) + "\n")
     assert load_pool(tmp_path / "p.jsonl") == {"12": [TeacherResponse("12", 0, "", "x")]}
 
 
-def test_nulls_of_servers_are_defaults(tmp_path):
+def test_null_values_of_servers_become_defaults(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"finish_reason": None, "usage": None, "quality": None}) + "\n")
     assert load_pool(tmp_path / "p.jsonl")["q1"][0] == TeacherResponse(**LINE)
 
@@ -90,7 +90,7 @@ def test_a_question_file_is_not_a_pool(tmp_path):
         (tmp_path / "p.jsonl").write_text((json.dumps(record) + "\n") * 3)
         with pytest.raises(DataError) as caught:
             load_pool(tmp_path / "p.jsonl")
-        # Reported once, not for every line, and without the advice to remove lines that questions need.
+        # The error is reported once, not for every line, and without the advice to remove lines that questions need.
         assert "p.jsonl:1: expected a teacher answer with id, k, text, got the keys" in str(caught.value)
         assert "if this is the question file, swap the two files" in str(caught.value)
         assert "\n" not in str(caught.value) and "remove" not in str(caught.value)
@@ -112,21 +112,21 @@ def test_a_question_file_is_not_a_pool(tmp_path):
         (LINE | {"question": "Which?"}, r"field 'question': .*; remove it"),
     ],
 )
-def test_fields_of_other_programs_say_where_they_belong(tmp_path, line, advice):
+def test_errors_for_fields_of_other_programs_name_the_right_field(tmp_path, line, advice):
     (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"p\.jsonl:1: .*" + advice):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_no_text_is_an_empty_answer(tmp_path):
-    """The format in which OpenAI's API returns a filtered response."""
+def test_a_null_text_is_an_empty_answer(tmp_path):
+    """OpenAI's API returns a filtered response in this format."""
     (tmp_path / "p.jsonl").write_text(json.dumps(LINE | {"text": None, "finish_reason": "content_filter"}) + "\n")
     (response,) = load_pool(tmp_path / "p.jsonl")["q1"]
     assert (response.text, response.finish_reason) == ("", "content_filter")
 
 
 def test_the_finish_reason_may_be_an_object(tmp_path):
-    """The format of SGLang's native API."""
+    """SGLang's native API uses this format."""
     endings = [{"type": "length", "length": 5}, {"type": "stop", "matched": 151645}]
     lines = [json.dumps(LINE | {"k": k, "finish_reason": ending}) + "\n" for k, ending in enumerate(endings)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
@@ -140,20 +140,20 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_doubled_responses_name_both_lines(tmp_path):
+def test_errors_for_duplicate_responses_name_both_lines(tmp_path):
     (tmp_path / "p.jsonl").write_text((json.dumps(LINE) + "\n") * 2)
     with pytest.raises(DataError, match=r"p\.jsonl:2: field 'k'.*p\.jsonl:1"):
         load_pool(tmp_path / "p.jsonl")
 
 
-def test_torn_tail(tmp_path):
+def test_truncated_last_line(tmp_path):
     whole, torn = json.dumps(LINE), json.dumps(LINE | {"k": 1, "text": "é"}, ensure_ascii=False).encode()
     path = tmp_path / "p.jsonl"
-    # Cut between the two bytes of "é", so that the tail is not valid UTF-8.
+    # The file is cut between the two bytes of "é", so the tail is not valid UTF-8.
     path.write_bytes(whole.encode() + b"\n" + torn[: torn.index("é".encode()) + 1])
     with pytest.raises(DataError, match=r"p\.jsonl:2: .*interrupted"):
         load_pool(path)
-    # A damaged line in the middle, or one with a line end, is not a torn tail.
+    # A damaged line in the middle, or a damaged line with a line end, is not a truncated tail.
     for text in (whole[:-5] + "\n" + whole, whole + "\n" + whole[:-5] + "\n"):
         path.write_text(text)
         with pytest.raises(DataError) as caught:
@@ -169,7 +169,7 @@ def test_empty_and_missing(tmp_path):
         load_pool(tmp_path / "none.jsonl")
 
 
-def test_key_sees_what_determines_the_request(question, tmp_path):
+def test_key_depends_on_everything_that_determines_the_request(question, tmp_path):
     key = key_of(question)
     assert key == key_of(replace(question, answer="A", meta={"x": 1}, duration=3.0, id="other"))
     (tmp_path / "moved.mp4").write_bytes(b"frames")

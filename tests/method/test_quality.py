@@ -1,4 +1,4 @@
-"""Quality metrics against numbers worked out by hand."""
+"""Test quality metrics against hand-computed numbers."""
 
 import random
 
@@ -24,12 +24,12 @@ def test_mcq(answer, truth, score):
     [
         ("10 to 20", "10 to 20", 1.0),
         ("10 to 20", "15 to 30", 5 / 20),
-        ("0.1 to 0.3", "0.2 to 0.4", 1 / 3),  # exact on the written decimals
+        ("0.1 to 0.3", "0.2 to 0.4", 1 / 3),  # The result is exact for the written decimals.
         ("0 to 5", "5 to 10", 0.0),
         ("20 to 10", "10 to 20", 0.0),
         ("10 to 10", "10 to 20", 0.0),
         ("0 to 100", "40 to 60", 0.2),
-        ("-1e308 to 1e308", "0 to 1e308", 0.5),  # the length overflows in float64
+        ("-1e308 to 1e308", "0 to 1e308", 0.5),  # The length overflows in float64.
         ("0 to 5e-324", "0 to 5e-324", 1.0),
     ],
 )
@@ -44,9 +44,9 @@ def test_temporal(answer, truth, score):
         ("0,0,10,10", "5,5,15,15", 25 / 175),
         ("0,0,10,10", "0,0,10,20", 0.5),
         ("0,0,10,10", "10,0,20,10", 0.0),
-        ("10,0,0,10", "0,0,10,10", 0.0),  # inverted
+        ("10,0,0,10", "0,0,10,10", 0.0),  # The box is inverted along one axis.
         ("0,10,10,0", "0,0,10,10", 0.0),
-        ("10,10,0,0", "0,0,10,10", 0.0),  # inverted twice: the area would come out positive
+        ("10,10,0,0", "0,0,10,10", 0.0),  # The box is inverted along both axes, so its area would be positive.
         ("0,0,0,10", "0,0,10,10", 0.0),
         ("-1e308,-1e308,1e308,1e308", "0,0,10,10", 0.0),
     ],
@@ -70,11 +70,15 @@ def test_pixel_boxes_by_flag():
     ("answer", "truth", "score"),
     [
         ("3", "3", 1.0),
-        ("1.01", "1", 1.0),  # 0.01 as written; float64 subtraction would give 0.010000000000000009
+        (
+            "1.01",
+            "1",
+            1.0,
+        ),  # The difference is 0.01 as written, but float64 subtraction would give 0.010000000000000009.
         ("1.0101", "1", 0.0),
-        ("0.01", "0", 1.0),  # max(1, |b|) = 1
+        ("0.01", "0", 1.0),  # The scale is max(1, |b|) = 1.
         ("0.02", "0", 0.0),
-        ("202", "200", 1.0),  # 2 <= 0.01 * 200
+        ("202", "200", 1.0),  # The error is 2 <= 0.01 * 200.
         ("203", "200", 0.0),
         ("-202", "-200", 1.0),
         ("1e308", "-1e308", 0.0),
@@ -94,9 +98,9 @@ def test_numeric_eps_is_a_setting():
     ("answer", "truth", "score"),
     [
         ("100", "100", 1.0),
-        ("110", "100", 0.8),  # 0.1 < 1-t for t = 0.50 ... 0.85: eight of ten
-        ("130", "100", 0.4),  # 0.3 < 0.5, 0.45, 0.40, 0.35
-        ("150", "100", 0.0),  # 0.5 < 0.5 is false
+        ("110", "100", 0.8),  # 0.1 < 1-t holds for t = 0.50 ... 0.85, which is eight of ten.
+        ("130", "100", 0.4),  # 0.3 is below 0.5, 0.45, 0.40 and 0.35.
+        ("150", "100", 0.0),  # 0.5 < 0.5 is false.
         ("-130", "-100", 0.4),
         ("0", "0", 1.0),
         ("0.1", "0", 0.0),
@@ -110,11 +114,11 @@ def test_numeric_mra(answer, truth, score):
     ("answer", "truth", "score"),
     [
         ("Exit  ONLY", "exit only", 1.0),
-        ("exit", "exit only", 0.5),  # one deletion of two words
-        ("exit now only", "exit only", 0.5),  # one insertion
-        ("a b c d", "a x c y", 0.5),  # two substitutions of four
-        ("b c d", "a b c", 1 / 3),  # one deletion, one insertion
-        ("x y z w v", "exit only", 0.0),  # clipped: more errors than words
+        ("exit", "exit only", 0.5),  # This is one deletion of two words.
+        ("exit now only", "exit only", 0.5),  # This is one insertion.
+        ("a b c d", "a x c y", 0.5),  # These are two substitutions of four words.
+        ("b c d", "a b c", 1 / 3),  # This is one deletion and one insertion.
+        ("x y z w v", "exit only", 0.0),  # The score is clipped, because there are more errors than words.
         ("exit only " * 50_000, "exit only", 0.0),
         ("STRASSE", "straße", 1.0),
     ],
@@ -127,8 +131,8 @@ def test_ocr_word_error_rate(answer, truth, score):
     ("answer", "truth", "score"),
     [
         ("Kitten", "kitten", 1.0),
-        ("sitting", "kitten", 1 - 3 / 7),  # the textbook distance of 3
-        ("abcd", "abxy", 0.0),  # 2/4 reaches the threshold
+        ("sitting", "kitten", 1 - 3 / 7),  # The distance is the textbook value of 3.
+        ("abcd", "abxy", 0.0),  # 2/4 reaches the threshold.
         ("a" * 100_000, "a", 0.0),
     ],
 )
@@ -140,7 +144,7 @@ def test_anls_threshold_is_a_setting():
     assert q("abcd", "ocr", "abxy", ocr_metric="anls", anls_threshold=0.6) == 0.5
 
 
-def test_open_is_one_where_valid_and_ignores_the_answer():
+def test_open_quality_is_one_if_valid_and_ignores_the_answer():
     assert q("anything", "open") == 1.0
     assert q("anything", "open", "something else") == 1.0
     assert q(" ", "open") == 0.0
@@ -186,12 +190,12 @@ def test_ground_truths_may_be_numbers_and_lists(task, answer, value):
         ("open", "x", ValueError, "expected a closed task"),
     ],
 )
-def test_damaged_ground_truth_says_what_was_expected(task, answer, error, message):
+def test_invalid_ground_truth_error_states_the_expected_form(task, answer, error, message):
     options = ["x", "y", "z"] if task == "mcq" else None
     with pytest.raises(error, match=message):
         parse_ground_truth(answer, task, options)
     if task != "open":
-        # Reported whether or not the response is valid.
+        # The error is reported whether or not the response is valid.
         for text in ("garbage", "<think>t</think><answer>A</answer>"):
             with pytest.raises(error, match=message):
                 quality_score(text, task, answer, options=options)
@@ -210,7 +214,7 @@ def test_damaged_ground_truth_says_what_was_expected(task, answer, error, messag
         {"size": (0, 10), "spatial_format": "pixel"},
     ],
 )
-def test_useless_settings(setting):
+def test_invalid_settings(setting):
     with pytest.raises(ValueError, match="|".join(setting)):
         q("3", "numeric", "3", **setting)
 
@@ -228,14 +232,14 @@ def test_scores_stay_within_zero_and_one():
 
 
 @pytest.mark.parametrize("metric", ["wer", "anls"])
-def test_quotes_around_the_whole_text_make_no_difference(metric):
+def test_quotes_around_the_whole_text_are_ignored(metric):
     for text, truth in (('"EXIT"', "EXIT"), ("EXIT", "‘EXIT’"), ("“EXIT”.", "exit"), ('"EXIT"', '"EXIT"')):
         assert q(text, "ocr", truth, ocr_metric=metric) == 1.0
-    # Here, the quotes belong to parts of the text.
+    # Here the quotes belong to parts of the text.
     assert q('"A" or "B"', "ocr", 'A" or "B', ocr_metric=metric) < 1.0
 
 
-def test_the_edit_distance_is_that_of_the_table():
+def test_the_edit_distance_equals_the_table_method():
     def table(a, b):
         row = list(range(len(b) + 1))
         for i, item in enumerate(a, start=1):
@@ -248,12 +252,12 @@ def test_the_edit_distance_is_that_of_the_table():
     for _ in range(3000):
         a, b = ([rng.choice("abc") for _ in range(rng.randint(0, 9))] for _ in range(2))
         assert _edit_distance(a, b) == table(a, b), (a, b)
-    # Longer than a machine word.
+    # The texts are longer than a machine word.
     a, b = ([rng.choice("abcdef") for _ in range(length)] for length in (150, 130))
     assert _edit_distance(a, b) == table(a, b)
 
 
-def test_one_final_stop_makes_no_difference():
+def test_one_final_full_stop_is_ignored():
     assert fold_text("EXIT.") == fold_text("exit 。") == "exit"
     # Several full stops are part of the text.
     assert fold_text("Wait...") == "wait.." and fold_text(".") == "."

@@ -1,4 +1,4 @@
-"""Composite reward and its advantages against numbers worked out by hand."""
+"""Test the composite reward and its advantages against hand-computed numbers."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_stated_weights():
 
 
 def test_the_plain_weighted_sum():
-    # 0.8 + 0.1 + 0.1 + 0.2 and -0.4 + 0 + 0.1 + 0.4.
+    # The rewards are 0.8 + 0.1 + 0.1 + 0.2 and -0.4 + 0 + 0.1 + 0.4.
     reward = composite_reward(D, OUTER, TASK, CONTENT, weights=WEIGHTS)
     assert reward.tolist() == pytest.approx([1.2, 0.1])
     assert reward.dtype == torch.float64
@@ -28,7 +28,8 @@ def test_the_plain_weighted_sum():
 
 
 def test_gn_then_sum():
-    # Each component of two rollouts becomes ±u with u = |a-b|/2 / (|a-b|/sqrt(2) + 1e-6); the constant one becomes 0.
+    # Each component of two rollouts becomes ±u with u = |a-b|/2 / (|a-b|/sqrt(2) + 1e-6), and the constant component
+    # becomes 0.
     unit = lambda gap: gap / 2 / (gap / math.sqrt(2) + 1e-6)  # noqa: E731
     expected = 0.4 * unit(3) + 0.1 * unit(1) - 0.4 * unit(0.5)
     advantages = composite_advantages(D, OUTER, TASK, CONTENT, weights=WEIGHTS)
@@ -42,7 +43,7 @@ def test_sum_then_gn():
 
 
 def test_kl_in_reward():
-    # 1.2 - 0.5 * 2 and 0.1 - 0.5 * -1.
+    # The rewards are 1.2 - 0.5 * 2 and 0.1 - 0.5 * -1.
     penalty = {"weights": WEIGHTS, "log_ratio": torch.tensor([2.0, -1.0]), "kl_in_reward": 0.5}
     components = (D, OUTER, TASK, CONTENT)
     assert composite_reward(*components, **penalty).tolist() == pytest.approx([0.2, 0.6])
@@ -54,7 +55,7 @@ def test_kl_in_reward():
     assert apart.tolist() == pytest.approx([expected, -expected], abs=1e-6)
 
 
-def test_the_scale_and_level_of_d_do_not_matter_in_gn_then_sum():
+def test_gn_then_sum_ignores_the_scale_and_level_of_d():
     d, content = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     rest = (torch.ones(8), torch.ones(8), content)
     base = composite_advantages(d, *rest, weights=WEIGHTS)
@@ -81,7 +82,7 @@ def test_an_empty_pool_leaves_content_and_format():
     assert advantages.tolist() == pytest.approx([-0.4 * unit, 0.4 * unit], abs=1e-7)
 
 
-def test_a_bad_score_is_not_hidden_unless_its_weight_is_zero():
+def test_a_non_finite_score_is_not_hidden_unless_its_weight_is_zero():
     bad = torch.tensor([float("nan"), 1.0])
     ones, content = torch.ones(2), torch.tensor([0.0, 1.0])
     assert composite_advantages(bad, ones, ones, content, weights=WEIGHTS).isnan().all()
@@ -100,7 +101,7 @@ def test_a_bad_score_is_not_hidden_unless_its_weight_is_zero():
         {"alpha": float("nan"), "beta": 1, "eta": 1, "delta": 1},
     ],
 )
-def test_damaged_weights(weights):
+def test_invalid_weights(weights):
     with pytest.raises(ValueError, match=r"weight|keys"):
         composite_reward(D, OUTER, TASK, CONTENT, weights=weights)
 

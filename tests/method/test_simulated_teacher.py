@@ -1,4 +1,4 @@
-"""The simulated teacher: schema, determinism, reasoning that agrees with the answer, the reported statistics."""
+"""Test the simulated teacher: schema, determinism, consistent reasoning, and the reported statistics."""
 
 import random
 from pathlib import Path
@@ -51,7 +51,7 @@ def reported(questions):
 
 
 def test_reported_statistics(questions, reported):
-    """The numbers of METHOD 1.1 (arXiv 2603.11423). 500 inputs per task: standard errors are below 0.02."""
+    """Compare with METHOD 1.1 (arXiv 2603.11423); standard errors of 500 inputs per task are below 0.02."""
     cfg = TeacherConfig(responses=4, parse="strict")
     stats = pool_statistics(score_pool(reported, questions, cfg), questions, cfg, simulated=True)
     tasks = stats["tasks"]
@@ -140,7 +140,7 @@ def test_wrong_answers_stay_in_the_task_format(questions):
             assert 0 <= value[0] < value[2] <= 1000 and 0 <= value[1] < value[3] <= 1000
 
 
-def test_violations_are_of_several_kinds(questions, monkeypatch):
+def test_there_are_several_kinds_of_format_violations(questions, monkeypatch):
     monkeypatch.setattr(made_teacher, "OTHER_VIOLATIONS", 1.0)
     monkeypatch.setattr(made_teacher, "VIOLATION_RATES", {})
     texts = []
@@ -175,7 +175,7 @@ def real(clip, task, answer, **fields):
 
 @pytest.mark.parametrize("rate", [None, 0.0, 1.0])
 def test_questions_without_generated_content(clip, rate):
-    """Questions without generated content, some of which hardly allow wrong answers."""
+    """Some questions without generated content leave little room for wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),
         real(clip, "mcq", "C"),

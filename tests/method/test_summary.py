@@ -1,4 +1,4 @@
-"""The summary at the start of a run, and `python -m rmsd_fast.pool`."""
+"""Test the summary at the start of a run and `python -m rmsd_fast.pool`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mcq(identity: str, **fields) -> Question:
 
 
 def described(texts: list[str], questions=None, unanswered=(), others=(), **teacher):
-    """The same answers to all questions, and other answers of the pool."""
+    """Describe a pool with the same answers for all questions, and with other answers of the pool."""
     questions = questions or [mcq("q1")]
     cfg = RunConfig(teacher=TeacherConfig(**teacher))
     pool = {
@@ -57,7 +57,7 @@ def test_answers_by_task_with_reasons():
     assert summary.warnings == summary.faults == []
 
 
-def test_answers_that_a_run_does_not_read_are_counted():
+def test_unused_answers_are_counted():
     others = [TeacherResponse("q1", 4 + k, "", "B", model=f"m{k}") for k in range(2)]
     others += [TeacherResponse(f"x{index}", k, "", "B") for index in range(6) for k in range(2)]
     summary = described(NATURAL, others=others)
@@ -65,7 +65,7 @@ def test_answers_that_a_run_does_not_read_are_counted():
         "  not used: 12 answers to ids that no question has (x0, x1, x2, x3, x4, …)",
         "  not used: 2 answers after the first 4 (teacher.responses)",
     ]
-    # Six models wrote the responses; the first three are named.
+    # Six models wrote the responses, and the first three are named.
     assert (
         described(["B"], others=others[:2], responses=6)
         .lines[0]
@@ -75,7 +75,7 @@ def test_answers_that_a_run_does_not_read_are_counted():
     assert "of gpt, m0, m1, …, up to K=9" in described(["B"], others=many, responses=9).lines[0]
 
 
-def test_the_end_of_an_answer_that_is_not_known_is_said():
+def test_unknown_finish_reasons_are_reported():
     others = [
         TeacherResponse("q1", 4, "", "B"),
         TeacherResponse("q1", 5, "", "B", finish_reason="FINISH_REASON_UNSPECIFIED"),
@@ -88,13 +88,13 @@ def test_the_end_of_an_answer_that_is_not_known_is_said():
 
 
 def test_a_task_without_valid_answers_is_a_warning():
-    """Spatial questions without a valid answer, among mcq questions that are all answered correctly."""
+    """The spatial questions have no valid answer, and all mcq questions are answered correctly."""
     boxes = [Question(f"s{i}", "Where?", "spatial", videos=("/v.mp4",), answer="1,2,3,4") for i in range(3)]
     count = Question("n", "How many?", "numeric", videos=("/v.mp4",), answer="7")
     summary = described(["White.\n\nB"], [mcq(f"q{i}") for i in range(9)] + boxes, responses=1)
     (warning,) = summary.warnings
     assert warning == "only 0% of the teacher's spatial answers are valid (no_answer 3)"
-    # Valid, but never right.
+    # The answers are valid but never right.
     asked = [Question(f"n{i}", "How many?", "numeric", videos=("/v.mp4",), answer="7") for i in range(3)] + [count]
     summary = described(["I count.\n\n2"], [*asked, Question("o", "?", "open", videos=("/v.mp4",))], responses=1)
     (warning,) = summary.warnings
@@ -115,7 +115,7 @@ def test_few_valid_answers_are_a_warning_and_almost_none_an_error():
     )
     (fault,) = described(["I'm sorry, I can't view videos."] * 4).faults
     assert fault.startswith("teacher pool: 0.0% of 4 answers are valid") and fault.endswith("Reasons: refusal 4")
-    # Valid answers that are all wrong are as bad.
+    # Valid answers that are all wrong are treated the same.
     (fault,) = described(["A"] * 4).faults
     assert "100.0% of 4 answers are valid, and 0.0% of the questions have one" in fault
 
@@ -136,7 +136,7 @@ def opened(identity: str, answer: str, **meta) -> Question:
     return Question(identity, "?", "open", videos=(f"/{identity}.mp4",), answer=answer, meta=meta)
 
 
-def test_ids_by_position_are_counted():
+def test_positional_ids_are_counted():
     train = [mcq("a"), *(mcq(f"train-{index}", meta={"id_by_position": True}) for index in (1, 2))]
     summary = describe_questions(train, [mcq("held-0", videos=("/w.mp4",), meta={"id_by_position": True})])
     assert summary.lines[2:4] == [
@@ -163,7 +163,7 @@ def test_probable_mistakes_are_warnings():
     assert shared.startswith("held-out questions about the media of training questions: 1 of 1 (i); scores on them")
 
 
-def test_shared_media_are_told_beside_a_question_that_is_the_same():
+def test_shared_media_are_reported_with_equal_questions():
     heldout = [mcq("h"), *(mcq(f"i{index}", options=("milk", "tea")) for index in range(6)), mcq("j", videos=("/w",))]
     same, shared = describe_questions([mcq("q1")], heldout).warnings
     assert "also training questions: 1 of 8 (h)" in same
@@ -188,14 +188,14 @@ def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     listed = replace(opened("l", "The answer is the first one.", inferred=True), question="Which?\nA. tea\nB. milk")
     (warning,) = describe_questions([*train, listed], []).warnings
     assert "with options or an answer like those of a closed question (l: 'The answer is the first one.')" in warning
-    # If there are many, some of them are named.
+    # If there are many, only some of them are named.
     assert describe_questions([*train, opened("x", answer)], []).warnings == []
     (warning,) = describe_questions([mcq("q"), opened("x", answer)], []).warnings
     assert warning.startswith("1 open training question with an answer like that of a closed question (x: ")
 
 
 @pytest.mark.parametrize("answer", ["测试图", "A test.", "a thing", "A man.", "3个人走进房间然后坐下", "red and blue"])
-def test_phrases_are_what_open_questions_ask_for(answer):
+def test_phrases_are_valid_open_answers(answer):
     train = [mcq("q"), opened("x", answer), opened("y", answer, inferred=True)]
     assert describe_questions(train, []).warnings == []
 
@@ -267,7 +267,7 @@ def test_pool_check_shows_examples_before_it_fails(files, capsys):
     assert shown.err.count("rmsd_fast.pool: ") == 1 and "0.0% of 4 answers are valid" in shown.err
 
 
-def test_pool_check_judges_what_there_is_where_too_many_questions_lack_answers(files, capsys):
+def test_pool_check_judges_existing_answers_if_too_many_are_missing(files, capsys):
     pool, _ = files
     pool.write_text("".join(line + "\n" for line in pool.read_text().splitlines() if '"id": 2' not in line))
     assert run("check", *files) == 2
@@ -281,7 +281,7 @@ def test_pool_check_judges_what_there_is_where_too_many_questions_lack_answers(f
     assert capsys.readouterr().err == ""
 
 
-def test_pool_check_of_swapped_files_says_so_once_for_each(files, capsys):
+def test_pool_check_reports_swapped_files_once_each(files, capsys):
     pool, questions = files
     assert run("check", questions, pool) == 2
     error = capsys.readouterr().err
@@ -298,7 +298,7 @@ def test_answers_without_a_text_are_counted(files, capsys):
     assert "filtered 1" in printed and "empty 1" in printed
 
 
-def test_pool_check_names_the_faults_of_both_files(files, capsys):
+def test_pool_check_reports_the_faults_of_both_files(files, capsys):
     pool, questions = files
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n{"id": 1, "k": 0}\n')
     box = {"id": 3, "question": "Where?", "videos": ["v.mp4"], "task_type": "spatial", "answer": [0, 0, 1920, 1080]}
@@ -317,7 +317,7 @@ def test_pool_check_names_the_faults_of_both_files(files, capsys):
     assert "data.task_type=ocr has no effect" in capsys.readouterr().err
 
 
-def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_path, capsys):
+def test_pool_repair_keeps_the_original_text_and_repairs_once(files, tmp_path, capsys):
     pool, questions = files
     output = tmp_path / "repaired.jsonl"
     assert run("repair", pool, questions, "--output", output) == 0
@@ -331,7 +331,7 @@ def test_pool_repair_keeps_the_text_as_sent_and_repairs_only_once(files, tmp_pat
     assert (third.text, third.raw) == (NATURAL[2], None)
     assert (fourth.text, fourth.raw, fourth.reason, fourth.valid) == ("A or B", None, "two_answers", False)
     assert repaired["other"] == load_pool(pool)["other"] and repaired["2"][0].reason == "truncated"
-    # A second repair starts from the texts as they were sent.
+    # A second repair starts from the original texts.
     assert run("repair", output, questions, "--output", tmp_path / "twice.jsonl") == 0
     assert load_pool(tmp_path / "twice.jsonl") == repaired
     # A response that was sent in another form remains a format violation after the repair.
@@ -350,10 +350,10 @@ def test_pool_repair_never_overwrites(files, tmp_path, capsys):
         assert run("repair", pool, questions, "--output", output) == 2
         assert "expected a new file, got an existing one; choose another name" in capsys.readouterr().err
     assert [path.read_text() for path in files] == before and not (tmp_path / "nothing.jsonl").exists()
-    # A folder that cannot be created.
+    # The folder cannot be created.
     assert run("repair", pool, questions, "--output", pool / "below" / "x.jsonl") == 2
     assert "x.jsonl: cannot be written (" in capsys.readouterr().err
-    # A pool of other questions.
+    # The pool belongs to other questions.
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n')
     assert run("repair", pool, questions, "--output", tmp_path / "new.jsonl") == 2
     assert "got them for 0 of 2" in capsys.readouterr().err and not (tmp_path / "new.jsonl").exists()

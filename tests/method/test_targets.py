@@ -1,4 +1,4 @@
-"""The responses that training selects from a pool."""
+"""Test the selection of the responses for training from a pool."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def targets(texts, question=QUESTION, imitate="best", reasons=None, **teacher):
 def test_quality_filter_and_matching_by_hand():
     t = targets([answer("0.0 to 10.0"), answer("0.0 to 5.0"), answer("0.0 to 2.0"), answer("nonsense")])
     assert t.quality.tolist() == pytest.approx([1.0, 0.5, 0.2, 0.0])
-    # tau = 0.3 keeps the first two: p = q / 1.5.
+    # tau = 0.3 keeps the first two, with p = q / 1.5.
     assert t.p.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert t.valid == (True, True, True, False) and t.imitate == (0,) and t.has_teacher
 
@@ -59,14 +59,14 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
-def test_a_text_that_a_model_cannot_take_is_never_matched():
+def test_a_text_that_a_model_cannot_encode_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
     for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
         t = targets([answer("x<bad>")], open_question, **settings)
         assert t.p.tolist() == [0] and not t.has_teacher
 
 
-def test_only_answers_of_use_are_looked_at():
+def test_only_usable_answers_are_checked():
     """Other responses were once counted as responses that cannot be taught to the student."""
     asked = []
 
@@ -87,7 +87,7 @@ def test_only_answers_of_use_are_looked_at():
         assert asked == expected
 
 
-def test_an_empty_pool_gives_no_teacher():
+def test_an_empty_pool_has_no_matches():
     t = targets([answer("nonsense")] * 4)
     assert not t.has_teacher and t.imitate == ()
     none = build_targets([QUESTION], {"q": []}, TeacherConfig(), refuse, seed=0, imitate="best")["q"]
@@ -111,7 +111,7 @@ def test_k_and_uniform_quality():
     assert gad.quality.tolist() == [1.0] and gad.p.tolist() == [1.0] and gad.imitate == (0,)
 
 
-def test_random_imitation_takes_any_response_whatever_its_quality():
+def test_random_imitation_uses_responses_of_any_quality():
     picked = Counter()
     for number in range(80):
         question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")

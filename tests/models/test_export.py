@@ -1,6 +1,6 @@
-"""Exports: files for transformers 4.57 and for versions 5, README, folders that users bring in the spelling of 4.57.
+"""Test exports: files for transformers 4.57 and versions 5, the README, and user folders in the spelling of 4.57.
 
-What other versions make of the files is tested in test_export_versions.py.
+test_export_versions.py tests how other versions read the files.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _set_theta(student: Student, theta: float) -> Student:
-    """The same weights with another rope theta."""
+    """Change the rope theta and keep the weights."""
     config = student.model.config
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "rope_theta": theta}
     model = Qwen3VLForConditionalGeneration(config).eval()
@@ -118,14 +118,14 @@ def test_load_student_reads_back_the_same_weights_and_settings(tmp_path: Path, s
     assert again.tokenizer.special_tokens_map == student.tokenizer.special_tokens_map
     assert again.tokenizer.extra_special_tokens == student.tokenizer.extra_special_tokens == list(SPECIAL_TOKENS)
     assert again.model.generation_config.to_dict() == student.model.generation_config.to_dict()
-    # What was read back is exported with the same bytes.
+    # An export of the loaded student has the same bytes.
     export_student(again, tmp_path / "again")
     for path in (tmp_path / "export").iterdir():
         if path.name != "config.json":
             assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_settings_stand_in_the_spellings_of_both_versions(tmp_path: Path, student: Student) -> None:
+def test_settings_use_the_spellings_of_both_versions(tmp_path: Path, student: Student) -> None:
     export_student(_set_theta(student, 5000000.0), tmp_path / "export")
     config = _read(tmp_path / "export" / "config.json")
     text, vision = config["text_config"], config["vision_config"]
@@ -137,10 +137,10 @@ def test_settings_stand_in_the_spellings_of_both_versions(tmp_path: Path, studen
     }
     assert text["rope_theta"] == 5000000.0
     assert text["rope_scaling"] == {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    # Versions 5.5 to 5.16 would warn of its type.
+    # Versions 5.5 to 5.16 would warn about its type.
     assert "rope_parameters" not in vision and student.model.config.vision_config.rope_parameters is not None
     tokenizer = _read(tmp_path / "export" / "tokenizer_config.json")
-    # 4.57 takes a dict under extra_special_tokens, and fails on a list.
+    # 4.57 expects a dict under extra_special_tokens and fails on a list.
     assert tokenizer["additional_special_tokens"] == list(SPECIAL_TOKENS) and "extra_special_tokens" not in tokenizer
     assert tokenizer["tokenizer_class"] == "Qwen2Tokenizer"
     assert not {"is_local", "local_files_only", "name_or_path"} & tokenizer.keys()
@@ -150,7 +150,7 @@ def test_both_spellings_are_read_without_warnings(
     tmp_path: Path, student: Student, caplog: pytest.LogCaptureFixture
 ) -> None:
     export_student(student, tmp_path / "export")
-    # transformers keeps its log to itself otherwise.
+    # transformers does not propagate its log otherwise.
     enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
@@ -181,7 +181,7 @@ def test_equal_exports_have_equal_bytes_and_readable_files(tmp_path: Path, stude
     ]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    # A server under another account reads the weights if it may read the rest.
+    # A server under another account can read the weights if it can read the other files.
     assert len({(tmp_path / "one" / name).stat().st_mode for name in files}) == 1
 
 
@@ -214,7 +214,7 @@ def test_generation_of_an_export_ends_at_the_end_token(tmp_path: Path, student: 
 def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Student) -> None:
     export_student(student, tmp_path / "export")
     (tmp_path / "export" / "left.txt").write_text("of the earlier export")
-    # An export that was killed.
+    # This is the temporary folder of an export that was killed.
     (tmp_path / ".export.99999999.tmp").mkdir()
     (tmp_path / ".export.99999999.tmp" / "half.txt").write_text("half")
     export_student(student, tmp_path / "export")
@@ -225,7 +225,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
     with pytest.raises(ValueError, match="choose another folder"):
         export_student(student, tmp_path / "notes")
     assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
-    # Another model, with a README of its own or without.
+    # The folder has another model, with its own README or without one.
     for readme in ("", "# My model"):
         model = tmp_path / "model"
         shutil.rmtree(model, ignore_errors=True)
@@ -238,14 +238,14 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path: Path, student: Stu
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="choose another folder"):
         export_student(student, tmp_path / "file")
-    # The folder that a checkpoint makes before it is written to.
+    # A checkpoint creates this folder before it writes to it.
     (tmp_path / "empty").mkdir()
     export_student(student, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("step", ["weights", "tokenizer", "readme"])
-def test_interrupted_export_leaves_nothing(
+def test_interrupted_export_leaves_no_files(
     tmp_path: Path, student: Student, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def disk_full(*_: object, **__: object) -> None:
@@ -262,7 +262,7 @@ def test_interrupted_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_readme_says_what_the_folder_is(tmp_path: Path, student: Student) -> None:
+def test_readme_describes_the_folder(tmp_path: Path, student: Student) -> None:
     export_student(student, tmp_path / "export", base_model="Qwen/Qwen3-VL-4B-Instruct", stage="distill")
     text = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     for part in (
@@ -303,7 +303,7 @@ print(video.cap_pixels_per_frame)
 """
 
 
-def test_export_brings_its_processor(
+def test_export_includes_its_processor(
     tmp_path: Path, student: Student, run_with_torchvision: Callable[..., str]
 ) -> None:
     export_student(student, tmp_path / "export")
@@ -314,7 +314,7 @@ def test_export_brings_its_processor(
 
 
 def _write_as_457(source: Path, target: Path, *, theta: float, dtype_key: str, tokenizer_json: bool) -> Path:
-    """A copy of an export in the files and spellings of Qwen3-VL as published for transformers 4.57, by hand."""
+    """Write a copy of an export by hand with the files and spellings of Qwen3-VL as published for transformers 4.57."""
     shutil.copytree(source, target)
     for name in ("README.md", "chat_template.jinja", "generation_config.json", "tiny_student.json"):
         (target / name).unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def _write_as_457(source: Path, target: Path, *, theta: float, dtype_key: str, t
     vision["model_type"] = "qwen3_vl"
     config.pop("dtype")
     config["transformers_version"] = "4.57.0.dev0"
-    # Published configs name these in text_config alone.
+    # Published configs have these keys only in text_config.
     for key in ("eos_token_id", "pad_token_id"):
         config.pop(key)
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -368,7 +368,7 @@ def _write_as_457(source: Path, target: Path, *, theta: float, dtype_key: str, t
     ("theta", "dtype_key", "tokenizer_json"),
     [(10000.0, "torch_dtype", True), (5000000.0, "dtype", True), (5000000.0, "torch_dtype", False)],
 )
-def test_a_folder_as_published_for_457_loads_right(
+def test_a_folder_published_for_457_loads_correctly(
     folder: Path,
     tmp_path: Path,
     student: Student,
@@ -400,7 +400,7 @@ def test_a_folder_as_published_for_457_loads_right(
     assert torch.equal(builders[0].build(prompt.question).input_ids, prompt.input_ids)
     expected = _logits(_set_theta(student, theta).model, prompt)
     assert (_logits(loaded.model, prompt) - expected).abs().max() < 1e-6
-    # The other theta gives other logits, so that equal ones prove something.
+    # The other theta gives other logits, so that equal logits are meaningful.
     other = _logits(_set_theta(student, 15000000.0 - theta).model, prompt)
     assert (other - expected).abs().max() > 1e-3
     export_student(loaded, tmp_path / "export")
@@ -464,7 +464,7 @@ def test_generation_settings_that_cannot_be_exported_are_refused(folder: Path, t
         ModelError, match=r"generation_config\.json: .*in `temperature`: .*set `do_sample=True` or unset"
     ):
         load_student(path, dtype="float32")
-    # As published with Qwen3-VL.
+    # These are the settings published with Qwen3-VL.
     _edit(settings, lambda config: config.update(do_sample=True, top_p=0.8, top_k=20, repetition_penalty=1.0))
     export_student(load_student(path, dtype="float32"), tmp_path / "export")
     assert _read(tmp_path / "export" / "generation_config.json")["temperature"] == 0.7

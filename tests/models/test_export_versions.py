@@ -1,6 +1,6 @@
-"""Exports as other versions of transformers read them, and folders that transformers 4.57 wrote.
+"""Test how other versions of transformers read exports, and how folders written by transformers 4.57 are loaded.
 
-The installed version is always tried. For 4.57, name the interpreter of an environment that has it:
+The installed version is always tested. For 4.57, name the interpreter of an environment that has it:
 
     python3 -m venv venv457
     venv457/bin/pip install torch==2.13.0 numpy==2.3.5 "transformers==4.57.*" pillow
@@ -42,7 +42,7 @@ from rmsd_fast.models.students import Student, load_student
 VARIABLE = "RMSD_FAST_TRANSFORMERS_457"
 READER = Path(__file__).parents[1] / "helpers" / "export_reader.py"
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
-# Special tokens and tags inside text, digits, blanks, other scripts.
+# The probes are special tokens and tags inside text, digits, blanks, and other scripts.
 PROBES = [
     "a<|im_end|><think>é 漢字 😀\t\n\n  x</think>\n<answer>12.5 to 20.0</answer><|video_pad|>b",
     "DON'T  stop 1987",
@@ -61,7 +61,8 @@ SPECIAL = (
 )
 # Frames of 720p are above the cap of a frame and far below the budget of a video.
 LARGE = (4, 3, 720, 1280)
-# The rope of the tiny student; that of the family, whose default differs between versions; a longer context.
+# The ropes are that of the tiny student, that of the family, whose default differs between versions, and that of a
+# longer context.
 ROPES = {
     "tiny": {},
     "family": {"rope_theta": 5000000.0},
@@ -71,7 +72,7 @@ ROPES = {
 
 @dataclass
 class Export:
-    """One export, and what our own code makes of the student behind it."""
+    """Hold one export and the results of our own code for the student behind it."""
 
     folder: Path
     student: Student
@@ -99,19 +100,19 @@ def exports(root: Path) -> dict[str, Export]:
             _untie(student)
         config.text_config.rope_parameters = {**config.text_config.rope_parameters, **changes}
         export_student(student, root / name, base_model="Qwen/Qwen3-VL-4B-Instruct", stage="distill")
-        # The rope of a model that exists does not follow its config.
+        # The rope of an existing model does not follow its config.
         state = student.model.state_dict()
         student = Student(type(student.model)(config).eval(), student.tokenizer, student.preprocessor)
         student.model.load_state_dict(state)
         made[name] = _work(Export(root / name, student), root)
-    # Position matters to these prompts, so that equal logits prove equal ropes.
+    # The positions affect the logits of these prompts, so equal logits prove equal ropes.
     tiny, yarn = made["tiny"].logits, made["yarn"].logits
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(tiny, yarn, strict=True))
     return made
 
 
 def _untie(student: Student) -> None:
-    """Give the head weights of its own, as the larger models of the family have."""
+    """Give the head its own weights, as in the larger models of the family."""
     config, head = student.model.config, student.model.lm_head
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     head.weight = torch.nn.Parameter(head.weight.detach() + 0.02 * torch.randn_like(head.weight))
@@ -156,7 +157,7 @@ def _work(export: Export, root: Path) -> Export:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an interpreter found in the exports."""
+    """Hold the results of one interpreter for the exports."""
 
     python: str
     oracle: str
@@ -170,8 +171,8 @@ class Reading:
 def reading(request: pytest.FixtureRequest, exports: dict[str, Export], root: Path) -> Reading:
     python = sys.executable if request.param == "installed" else os.environ.get(VARIABLE)
     if not python:
-        pytest.skip(f"{VARIABLE} names no interpreter with transformers 4.57; see the top of this file")
-    # Not resolved: the interpreter of an environment is a link to the one that made it.
+        pytest.skip(f"{VARIABLE} is not set to an interpreter with transformers 4.57; see the top of this file")
+    # The path is not resolved, because the interpreter of an environment is a link to the interpreter that created it.
     oracle = Path(python).absolute().parent.parent / "oracle"
     if not oracle.is_dir() and (python != sys.executable or not importlib.util.find_spec("torchvision")):
         pytest.skip(f"torchvision (a test oracle only) is not in {oracle}")
@@ -196,7 +197,7 @@ def reading(request: pytest.FixtureRequest, exports: dict[str, Export], root: Pa
 
 
 def _run(python: str, arguments: list[str], cwd: Path) -> str:
-    # Another environment must not find this one's packages.
+    # The other environment must not find the packages of this environment.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [python, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False
@@ -223,7 +224,7 @@ def test_tokenizer_and_chat_template_are_equal(reading: Reading, exports: dict[s
         found, tokenizer = reading.found[name], export.student.tokenizer
         assert found["ids"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
         assert found["decoded"] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in found["ids"]]
-        # Tags are plain text and stay; special tokens go.
+        # Tags are plain text and stay, but special tokens are removed.
         assert all(tag in found["decoded"][0] for tag in TAGS) and "<|" not in found["decoded"][0]
         assert found["rendered"] == [
             tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=True)
@@ -239,8 +240,8 @@ def test_generation_ends_with_the_end_token(reading: Reading, exports: dict[str,
             assert len(ids) == 4 and ids.index(export.student.eos_id) == 3
 
 
-def test_processor_builds_the_prompts_of_training(reading: Reading, exports: dict[str, Export]) -> None:
-    """With the two differences that README.md names."""
+def test_processor_builds_the_same_prompts_as_training(reading: Reading, exports: dict[str, Export]) -> None:
+    """The prompts are equal up to the two differences that README.md names."""
     for name, export in exports.items():
         assert reading.found[name]["processor"] == "Qwen3VLProcessor"
         for prompt, case, theirs in zip(export.prompts, export.cases, reading.found[name]["prompts"], strict=True):
@@ -257,7 +258,7 @@ def test_processor_builds_the_prompts_of_training(reading: Reading, exports: dic
 
 
 def _without_edges(ids: list[int], student: Student) -> list[int]:
-    """The ids without the vision tokens around a whole video; those around each temporal patch stay."""
+    """Remove the vision tokens around a whole video and keep those around each temporal patch."""
     config = student.model.config
     start, end = config.vision_start_token_id, config.vision_end_token_id
     pads = (config.image_token_id, config.video_token_id)
@@ -268,11 +269,11 @@ def _without_edges(ids: list[int], student: Student) -> list[int]:
     ]
 
 
-def test_nothing_is_warned_of(reading: Reading) -> None:
+def test_no_warnings_are_logged(reading: Reading) -> None:
     assert reading.warnings == []
 
 
-def test_what_another_version_saved_loads_as_a_student(reading: Reading, exports: dict[str, Export]) -> None:
+def test_a_model_saved_by_another_version_loads_as_a_student(reading: Reading, exports: dict[str, Export]) -> None:
     for name, export in exports.items():
         folder = reading.saved / name
         for settings in ("preprocessor_config.json", "video_preprocessor_config.json"):

@@ -1,6 +1,6 @@
-"""Liger's kernels in the student: when they are used, that every layer uses them, and that results do not change.
+"""Test when the student uses Liger's kernels, that every layer uses them, and that results do not change.
 
-The results come from Triton's interpreter in a separate process; without it, the kernels need CUDA.
+The results come from Triton's interpreter in a separate process, because the kernels need CUDA otherwise.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_log_names_the_kernels() -> None:
 
 @pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
 def test_setting_survives_yaml(written: str, read: str, tmp_path: Path) -> None:
-    """YAML takes a bare on or off for a truth value."""
+    """YAML reads an unquoted on or off as a boolean."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"base: quickstart\nmodel:\n  liger: {written}\n")
     assert load_settings(str(recipe)).model.liger == read
@@ -80,8 +80,8 @@ def test_other_values_are_refused() -> None:
         load_settings("quickstart", ["model.liger=yess"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the setting is no error")
-def test_a_run_that_cannot_have_it_ends_before_it_begins(tmp_path: Path, capsys) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the setting is not an error")
+def test_a_run_that_cannot_use_liger_ends_before_training(tmp_path: Path, capsys) -> None:
     assert (
         train.main(["quickstart", "model.liger=on", f"output={tmp_path / 'runs'}", f"made.folder={tmp_path / 'm'}"])
         == 2
@@ -109,7 +109,7 @@ def test_every_layer_is_replaced_and_nothing_else(folder: Path) -> None:
         assert type(layer.mlp) is LigerSwiGLUMLP
         norms = (layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm)
         assert all(type(norm) is LigerRMSNorm for norm in norms)
-    # The same parameters under the same names, none left on the meta device.
+    # The parameters and their names are unchanged, and none is left on the meta device.
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
     assert model.state_dict().keys() == plain.state_dict().keys()
     # Neither transformers' module nor another model has changed.
@@ -134,7 +134,7 @@ def test_a_layer_left_out_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPa
         apply_liger(model)
 
 
-def test_the_exchanged_forward_keeps_its_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_replaced_forward_keeps_its_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3_vl import modeling_qwen3_vl as family
 
     def forward(self, hidden, *, scale=2):
@@ -144,7 +144,7 @@ def test_the_exchanged_forward_keeps_its_keyword_defaults(monkeypatch: pytest.Mo
     assert _with_rotation(family.Qwen3VLTextAttention, lambda hidden: hidden)(None, 3) == 6
 
 
-def test_without_the_package_the_student_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_liger_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(NotInstalled, match="pip install 'liger-kernel>=0.8.5' or set model.liger=off"):
         load_student(folder / "student", dtype="float32", liger=True)
@@ -152,8 +152,8 @@ def test_without_the_package_the_student_says_what_to_install(folder: Path, monk
 
 @pytest.mark.slow
 @needs_liger
-def test_logits_and_gradients_are_those_of_the_plain_student(folder: Path) -> None:
-    """float32, picture and two responses. Bounds: sums in another order, 1e-5 of the spread; gradients 1e-4."""
+def test_logits_and_gradients_equal_those_of_the_plain_student(folder: Path) -> None:
+    """Sums in another order differ by 1e-5 of the spread of the logits, and gradients by 1e-4."""
     pytest.importorskip("triton", reason="needs triton (extra: test)")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -169,7 +169,7 @@ def test_logits_and_gradients_are_those_of_the_plain_student(folder: Path) -> No
     assert result["tokens"] > 20 and result["same_parameters"], result
     assert result["logits"] <= 1e-5 * max(result["spread"], 1.0), result
     assert result["gradients"] <= 1e-4, result
-    # RMSNorm and SwiGLU forward and backward; RoPE is one kernel for both.
+    # RMSNorm and SwiGLU have forward and backward kernels, and RoPE has one kernel for both.
     ran = " ".join(result["kernels"])
     for name in ("rms_norm_forward", "rms_norm_backward", "swiglu_forward", "swiglu_backward", "rope"):
         assert name in ran, ran

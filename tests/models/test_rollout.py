@@ -1,4 +1,4 @@
-"""Rollouts of the hf engine against transformers' own generation, against recomputing every token, and the caches."""
+"""Test rollouts of the hf engine against transformers' own generation and full recomputation, and test the caches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def setup(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed_prompts(setup, tmp_path_factory):
-    """One video; two videos; an image and a video; no medium."""
+    """Return prompts with one video, two videos, an image and a video, and no medium."""
     _, builder, (short, other, long) = setup
     image = str(write_images(tmp_path_factory.mktemp("images"))["rgb"])
     questions = [
@@ -57,13 +57,13 @@ def engine(builder, prompts_per_batch=8, device="cpu"):
 
 
 SAMPLING = Sampling(n=3, temperature=0.8, max_new_tokens=10, seed=3, step=4)
-# Added to the end token's logit of the random student, it ends a response after about eight tokens.
+# This value is added to the logit of the end token, so a response of the random student ends after about eight tokens.
 ENDS_EARLY = 4.0
 
 
 @torch.no_grad()
 def recomputed(model, builder, prompts, sampling):
-    """Ids and log-probs of every rollout, group by group: the stock model reads the whole sequence for each token."""
+    """Return ids and log-probs of every rollout by group; the stock model reads the whole sequence for each token."""
     assert model.config.text_config._attn_implementation == "sdpa"
     groups = []
     for prompt in prompts:
@@ -100,7 +100,7 @@ def _recomputed_row(model, builder, prompt, features, sampling, index):
 
 
 def assert_same(groups, expected, atol):
-    """The same ids, log-probs within atol; returns the largest difference."""
+    """Require equal ids and log-probs within atol, and return the largest difference."""
     largest = 0.0
     for group, rows in zip(groups, expected, strict=True):
         for rollout, (ids, logps) in zip(group, rows, strict=True):
@@ -125,7 +125,7 @@ def test_noise_is_uniform():
     many = np.concatenate([sampling_noise(Sampling(1, 1.0, 100, seed=s), f"q{s}", 0) for s in range(200)])
     counts, _ = np.histogram(many, bins=20, range=(0, 1))
     expected = len(many) / 20
-    # Chi-square with 19 degrees of freedom: 43.8 is passed once in a thousand.
+    # The chi-square statistic with 19 degrees of freedom exceeds 43.8 once in a thousand runs.
     assert ((counts - expected) ** 2 / expected).sum() < 43.8
     assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 0.03
 
@@ -165,7 +165,7 @@ def test_a_rollout_does_not_depend_on_its_batch(setup):
         assert len({tuple(r.token_ids.tolist()) for r in a}) > 1
 
 
-def test_log_probs_are_those_of_the_training_forward(setup):
+def test_log_probs_equal_those_of_the_training_forward(setup):
     student, builder, prompts = setup
     groups = engine(builder).generate(student.model, prompts, SAMPLING)
     rows = pack(prompts, [[r.token_ids for r in group] for group in groups])
@@ -176,7 +176,7 @@ def test_log_probs_are_those_of_the_training_forward(setup):
 
 
 def _banned_logprob(builder, temperature):
-    """Log-probs over the ids that generation may choose."""
+    """Return log-probs over the ids that generation may choose."""
 
     def head(hidden, weight, targets):
         bias = torch.zeros(len(weight))
@@ -187,7 +187,7 @@ def _banned_logprob(builder, temperature):
 
 
 def test_samples_follow_the_distribution(setup):
-    """The first token of many rollouts, against the model's own probabilities."""
+    """Compare the first tokens of many rollouts with the model's own probabilities."""
     student, builder, prompts = setup
     n = 400
     group = engine(builder).generate(student.model, prompts[:1], Sampling(n, 0.8, 1, seed=11))[0]
@@ -198,7 +198,8 @@ def test_samples_follow_the_distribution(setup):
     p = (logits / 0.8).softmax(-1)
     counts = torch.bincount(torch.tensor([int(r.token_ids[0]) for r in group]), minlength=len(p))
     assert counts[builder.banned_ids].sum() == 0
-    # Pool ids into 10 classes of about equal probability, then chi-square with 9 degrees of freedom at 0.1%.
+    # Pool ids into 10 classes of about equal probability, and apply a chi-square test with 9 degrees of freedom at
+    # 0.1%.
     classes = (p.cumsum(0) * 10).clamp_max(9.999).floor().long()
     expected = torch.zeros(10).index_add_(0, classes, p) * n
     got = torch.zeros(10).index_add_(0, classes, counts.float())
@@ -210,7 +211,7 @@ def test_end_token_truncation_and_text(setup):
     student, builder, prompts = setup
     with torch.no_grad():
         weight = student.model.lm_head.weight.clone()
-        # An embedding that is far along the last hidden state's direction makes the end token certain.
+        # An embedding far along the direction of the last hidden state makes the end token certain.
         rows = pack(prompts[:1], [[torch.tensor([builder.eos_id])]])
         with shared_prefix_enabled(student.model):
             hidden = Policy(student.model)(prompts[:1], rows, None, lambda h, w, t: h)[0]
@@ -226,7 +227,7 @@ def test_end_token_truncation_and_text(setup):
     assert cut.truncated == (builder.eos_id not in cut.token_ids.tolist())
 
 
-# The most that two ways of summing in fp32 were seen to differ here is 1e-6.
+# The largest observed difference between two summation orders in fp32 is 1e-6 here.
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(1, 0.0, 10), Sampling(1, 1.0, 8, seed=1), Sampling(3, 0.8, 10, seed=3, step=4), Sampling(8, 1.2, 5)],
@@ -249,7 +250,7 @@ def test_equals_recomputing_every_token_in_fp64(setup, mixed_prompts):
 
 @contextmanager
 def eager_end(model, eos_id, bonus):
-    """A model that ends its responses early: `bonus` is added to the logit of the end token."""
+    """Return a model that ends its responses early: `bonus` is added to the logit of the end token."""
 
     def add(module, inputs, logits):
         logits = logits.clone()
@@ -264,7 +265,7 @@ def eager_end(model, eos_id, bonus):
 
 
 def test_ended_rows_leave_the_batch(setup):
-    """Lengths from 1 to the limit; a whole group ends before the others; the batch shrinks by halves at least."""
+    """Lengths range from 1 to the limit, and the batch shrinks at least by halves."""
     student, builder, prompts = setup
     sampling = Sampling(n=8, temperature=1.0, max_new_tokens=32, seed=2)
     sizes = []
@@ -279,7 +280,7 @@ def test_ended_rows_leave_the_batch(setup):
     assert_same(groups, expected, atol=1e-5)
     lengths = [[len(ids) for ids, _ in rows] for rows in expected]
     assert min(map(min, lengths)) == 1 and max(map(max, lengths)) == sampling.max_new_tokens
-    # sizes[0] is the prefill. Step t runs the rows that were left when at most half of the batch was still active.
+    # sizes[0] is the prefill. Step t runs the rows that remained when at most half of the batch was still active.
     batch, wanted, groups_left = 24, [], set()
     for t in range(sampling.max_new_tokens - 1):
         active = [sum(n > t + 1 for n in group) for group in lengths]
@@ -295,7 +296,7 @@ def test_ended_rows_leave_the_batch(setup):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number, and shapes that depend on values."""
+    """Count the operations that make the host wait for a device: reads of numbers and shapes that depend on values."""
 
     count = 0
 
@@ -316,8 +317,8 @@ def test_the_host_waits_once_per_token(setup):
     assert counts[1] - counts[0] == 6
 
 
-def test_the_prefix_is_kept_once(setup, monkeypatch):
-    """Bytes held by the caches after a run: K/V of each prompt once, own K/V of the rows, nothing else of that size."""
+def test_the_prefix_is_stored_once(setup, monkeypatch):
+    """After a run, the caches hold K/V of each prompt once, the own K/V of the rows, and nothing else of that size."""
     student, builder, prompts = setup
     caches = []
 
@@ -340,7 +341,7 @@ def test_the_prefix_is_kept_once(setup, monkeypatch):
 
 
 def _storages(value, found=None):
-    """Storages of the floating-point tensors reachable from the caches' attributes."""
+    """Return the storages of the floating-point tensors reachable from the attributes of the caches."""
     found = {} if found is None else found
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
@@ -353,7 +354,7 @@ def _storages(value, found=None):
     return found
 
 
-def test_the_model_is_as_it_was(setup):
+def test_a_rollout_does_not_change_the_model(setup):
     student, builder, prompts = setup
     model = student.model
     features, places = encode_media(model, prompts[:1]), media_places(prompts[:1], [0])
@@ -377,7 +378,7 @@ def test_the_model_is_as_it_was(setup):
             with pytest.raises(KeyError, match="stopped"), _failing(model.lm_head):
                 engine(builder).generate(model, prompts, SAMPLING)
             assert state()[1:] == before[1:]
-        # A model that was enabled before stays so.
+        # A model that was enabled before stays enabled.
         with shared_prefix_enabled(model):
             engine(builder).generate(model, prompts[:1], Sampling(1, 0.0, 2))
             assert is_shared_prefix(model)
@@ -398,7 +399,7 @@ def _failing(module):
 
 
 def test_a_layer_without_the_op_is_refused(setup):
-    """A layer with an attention of its own would leave its K/V out and read no prompt."""
+    """A layer with its own attention would leave its K/V out and read no prompt."""
     student, builder, prompts = setup
     model = copy.deepcopy(student.model)
     attention = model.model.language_model.layers[-1].self_attn

@@ -1,4 +1,4 @@
-"""The caches of a rollout alone, in fp64, against attention over each row's whole sequence."""
+"""Test the caches of a rollout in fp64 against attention over the whole sequence of each row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tensors(batch, tokens):
 
 
 def dense(q, k, v, *, causal=False):
-    """[H, tq, d] of one row, by the formula."""
+    """Return [H, tq, d] of one row by the formula."""
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
@@ -40,13 +40,13 @@ def prefilled():
     return cache, seen
 
 
-def test_decoding_beyond_a_block_with_rows_that_leave():
+def test_decoding_beyond_a_block_while_rows_end():
     prefix, seen = prefilled()
     cache = DecodeCache(prefix, [2, 3, 1])
     owner = [0, 0, 1, 1, 1, 2]
     own = [[[] for _ in owner] for _ in range(LAYERS)]
     for t in range(BLOCK + 6):
-        # All of the middle group and one row of the first leave; then all but one row, after the first growth.
+        # All rows of the middle group and one row of the first group end; all but one row end after the first growth.
         leave = {3: [1, 5], BLOCK + 2: [1]}.get(t)
         if leave:
             cache.keep(torch.tensor(leave))
@@ -66,7 +66,7 @@ def test_decoding_beyond_a_block_with_rows_that_leave():
     assert {tokens.buffer.shape[0] for tokens in cache.keys + cache.values} == {1}
 
 
-def test_scale_is_passed_on():
+def test_scale_is_forwarded():
     q, k, v = tensors(1, sum(LENGTHS))
     scaled, plain = PrefixCache(list(LENGTHS)), PrefixCache(list(LENGTHS))
     assert torch.allclose(scaled.attend(0, q, k, v, 0.5), plain.attend(0, q * 0.5 * SIZE**0.5, k, v, None))
@@ -75,7 +75,7 @@ def test_scale_is_passed_on():
     assert torch.allclose(out, DecodeCache(plain, [1, 1, 1]).attend(0, q * 0.5 * SIZE**0.5, k, v, None))
 
 
-def test_a_prefill_cache_serves_one_pass():
+def test_a_prefill_cache_is_used_for_one_pass():
     cache, _ = prefilled()
     q, k, v = tensors(1, sum(LENGTHS))
     with pytest.raises(RuntimeError, match="expected attention of layer 2 next, got layer 0"):
@@ -85,7 +85,7 @@ def test_a_prefill_cache_serves_one_pass():
 
 
 def test_strided_projections_keep_no_more_than_they_need():
-    """K and V cut from one fused projection are copied, so that its q is not kept alive."""
+    """K and V sliced from a fused projection are copied, so that its q is not kept alive."""
     fused = torch.randn(1, sum(LENGTHS), (HEADS + 2 * KV_HEADS) * SIZE, dtype=torch.float64)
     q, k, v = (
         x.unflatten(-1, (-1, SIZE)).transpose(1, 2)

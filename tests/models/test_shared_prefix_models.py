@@ -1,6 +1,7 @@
-"""Shared prompts in transformers models: one packed pass against separate rows through the model's stock attention.
+"""Test shared prompts in transformers models: one packed pass against separate rows through the stock attention.
 
-Also switching them on and off, checkpointed and compiled layers. What they refuse is in test_shared_prefix_refusals.py.
+The tests also cover enabling and disabling, and checkpointed and compiled layers. test_shared_prefix_refusals.py tests
+refused models and inputs.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ STUDENTS = [(name, {}) for name in (*BUILDERS, *TEXT_FAMILIES)] + [
 students = pytest.mark.parametrize(
     ("name", "text"), STUDENTS, ids=[f"{name}-{text.get('model_type', 'default')}" for name, text in STUDENTS]
 )
-# LLaVA-OneVision reads the tower's last layer before the norm that follows it.
+# LLaVA-OneVision reads the last layer of the tower before the norm that follows it.
 UNUSED = {"llava_onevision": {f"model.vision_tower.post_layernorm.{kind}" for kind in ("weight", "bias")}}
 
 
 def separate_rows(
     model: nn.Module, prompts: list[FamilyPrompt], responses: Responses, media: Media = media_of
 ) -> list[torch.Tensor]:
-    """The same from one stock pass per response."""
+    """Return the same from one stock pass per response."""
     assert not is_shared_prefix(model)
     return [
         model.model(**pack_inputs([prompt], [[response]]), **media(model, [prompt]), use_cache=False).last_hidden_state[
@@ -71,7 +72,7 @@ def separate_rows(
 
 
 def loss_of(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Weighs every element of every row apart."""
+    """Return a loss that weights every element of every row differently."""
     generator = torch.Generator().manual_seed(2)
     return sum((row * torch.randn(row.shape, generator=generator).to(row)).sum() for row in rows)
 
@@ -86,7 +87,7 @@ def check_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tens
     assert found.keys() == wanted.keys()
     total = torch.cat([grad.flatten() for grad in wanted.values()]).norm()
     for name, grad in wanted.items():
-        # A bias of keys without rotary embedding has no gradient but rounding.
+        # The gradient of a key bias without rotary embedding is only rounding error.
         scale = max(grad.norm(), 1e-6 * total)
         assert (found[name] - grad).norm() <= tolerance * scale, name
 
@@ -100,7 +101,7 @@ def check_against_separate_rows(model: nn.Module, tolerance: float, media: Media
         found_gradients = gradients(model, found)
     for row, oracle in zip(found, wanted, strict=True):
         assert (row - oracle).abs().max() <= tolerance * oracle.abs().max()
-    # Everything but the head takes part: a tower, its deepstack mergers or projector, every decoder layer.
+    # Everything but the head takes part: a tower, its deepstack mergers or projector, and every decoder layer.
     body = {name for name, _ in model.named_parameters() if "lm_head" not in name}
     assert body - wanted_gradients.keys() == UNUSED.get(model.config.model_type, set())
     check_gradients(found_gradients, wanted_gradients, tolerance)
@@ -119,21 +120,21 @@ def test_packed_pass_equals_separate_rows_in_float64_throughout(
 
 
 @pytest.mark.parametrize("name", [*BUILDERS, "qwen3"])
-def test_bfloat16_is_as_close_to_the_truth_as_separate_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_error_is_that_of_separate_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_as_close_as_separate_rows(build_family(name).bfloat16(), media_of, "cpu", monkeypatch)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_of_32_from_pixels_are_as_close_to_the_truth_as_separate_rows(
+def test_error_with_heads_of_32_from_pixels_is_that_of_separate_rows(
     dtype: torch.dtype, checkpointed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rope = {**MROPE, "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
     model = build_family("qwen3_vl", head_dim=32, rope_parameters=rope).to(dtype)
     if checkpointed:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Sums of a few float32 numbers in another order err more or less by chance: 0.9 to 1.14 times with other weights.
+    # Sums of a few float32 numbers in another order have a random error: 0.9 to 1.14 times as large with other weights.
     bound = 1.2 if dtype == torch.bfloat16 else 2.0
     check_as_close_as_separate_rows(model, pixels_of, device, monkeypatch, bound)
 
@@ -141,7 +142,7 @@ def test_heads_of_32_from_pixels_are_as_close_to_the_truth_as_separate_rows(
 def check_as_close_as_separate_rows(
     low: nn.Module, media: Media, device: str, monkeypatch: pytest.MonkeyPatch, bound: float = 1.2
 ) -> None:
-    """Hidden states and the gradients of all weights, with errors as large as those of one stock pass per response."""
+    """Check that hidden states and weight gradients have errors as large as those of separate stock passes."""
     exact = compute_in_float64(copy.deepcopy(low), monkeypatch)
     prompts, responses = family_prompts(low.config.model_type, low), make_responses([[24, 17, 9], [16, 16]])
     truth = separate_rows(exact, prompts, responses, media)
@@ -164,7 +165,7 @@ def check_as_close_as_separate_rows(
 
 
 @pytest.mark.parametrize("name", [*BUILDERS, "qwen3"])
-def test_a_response_does_not_reach_the_others(name: str) -> None:
+def test_a_response_does_not_affect_the_other_responses(name: str) -> None:
     model = build_family(name)
     prompts, responses = family_prompts(name, model), make_responses()
     enable_shared_prefix(model)
@@ -174,7 +175,7 @@ def test_a_response_does_not_reach_the_others(name: str) -> None:
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
 
 
-def test_order_of_responses_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_responses_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     model = compute_in_float64(build_family("qwen3_vl"), monkeypatch)
     prompts, responses = family_prompts("qwen3_vl", model), make_responses()
     enable_shared_prefix(model)
@@ -209,7 +210,7 @@ def test_checkpointed_layers_give_the_same_gradients(name: str, use_reentrant: b
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_compiled_layers_give_the_same_numbers_and_compile_for_lengths_once(
+def test_compiled_layers_give_the_same_numbers_and_recompile_once_for_lengths(
     checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
@@ -228,7 +229,7 @@ def test_compiled_layers_give_the_same_numbers_and_compile_for_lengths_once(
         check_gradients(gradients(model, packed_rows(model, prompts, responses)), grads, 1e-12)
         frames.append(counter.frame_count)
     torch._dynamo.reset()
-    # Once for the first lengths, once with lengths as symbols, and then never again.
+    # Layers compile once for the first lengths, once with lengths as symbols, and then never again.
     assert 0 < frames[0] and frames[1] == frames[-1], frames
 
 
@@ -247,7 +248,7 @@ def test_layers_compiled_by_inductor_give_the_same_numbers(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_enabling_sets_what_was_asked_and_disabling_brings_it_back(name: str) -> None:
+def test_disabling_restores_the_settings_before_enabling(name: str) -> None:
     model = build_family(name)
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
 
@@ -282,7 +283,7 @@ def test_enabling_a_text_model_and_disabling_it() -> None:
 
 
 def test_the_language_model_of_a_family_is_a_text_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was enabled through it is not disabled through the model around it, whose parts have other names."""
+    """A model that was enabled as a part is not disabled through the whole model, where its parts have other names."""
     model = compute_in_float64(build_family("internvl"), monkeypatch)
     language = model.model.language_model
     plan = SharedPrefixPlan.from_lengths([4], [[2, 3]])
@@ -313,7 +314,7 @@ def test_a_copy_of_an_enabled_model_is_enabled_and_independent() -> None:
     assert other.config.text_config._attn_implementation == other.config.vision_config._attn_implementation == "sdpa"
 
 
-def test_the_setting_is_not_exported(tmp_path) -> None:
+def test_the_shared_prefix_setting_is_not_exported(tmp_path) -> None:
     model = build_family("qwen3_vl")
     enable_shared_prefix(model)
     model.save_pretrained(tmp_path)
@@ -321,7 +322,7 @@ def test_the_setting_is_not_exported(tmp_path) -> None:
     assert not is_shared_prefix(type(model).from_pretrained(tmp_path, local_files_only=True))
 
 
-def test_an_object_that_attends_itself_takes_the_place_of_a_plan() -> None:
+def test_an_object_with_its_own_attention_replaces_a_plan() -> None:
     model = build_family("qwen3_vl").double()
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     positions = torch.arange(3).expand(3, 2, 3)

@@ -1,4 +1,4 @@
-"""Shared prompts in models with adapters of peft: a packed pass equals peft's own forward pass of separate rows."""
+"""Test shared prompts in models with peft adapters: a packed pass equals peft's own forward pass of separate rows."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def lora(*targets: str, **options) -> peft.LoraConfig:
-    """Adapters that do not start at 0, so that a comparison covers them."""
+    """Return a config of adapters that do not start at 0, so that a comparison covers them."""
     return peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), init_lora_weights=False, **options)
 
 
 CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "attention and MLP": lambda: lora(*PROJECTIONS),
-    # Keys and values of the first layer then need no gradient.
+    # In this case keys and values of the first layer do not need a gradient.
     "queries alone": lambda: lora("q_proj"),
     "DoRA": lambda: lora("v_proj", "down_proj", use_dora=True),
     "embedding and head": lambda: lora("embed_tokens", "v_proj", "lm_head"),
@@ -51,14 +51,14 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
 
 
 def adapted(config: peft.PeftConfig, monkeypatch: pytest.MonkeyPatch, name: str = "qwen3", **options) -> peft.PeftModel:
-    """A model with adapters, in float64 throughout."""
+    """Return a model with adapters in float64 throughout."""
     base = compute_in_float64(build_family(name), monkeypatch)
     torch.manual_seed(3)
     return peft.get_peft_model(base, config, **options).double()
 
 
 def logits_apart(model: nn.Module, prompts: list[FamilyPrompt], responses: list) -> list[torch.Tensor]:
-    """Logits [P + R, V] of every row from peft's forward pass."""
+    """Return the logits [P + R, V] of every row from peft's forward pass."""
     assert not is_shared_prefix(model)
     return [
         model(**pack_inputs([prompt], [[ids]]), **media_of(base_of(model), [prompt]), use_cache=False).logits[0]
@@ -68,7 +68,7 @@ def logits_apart(model: nn.Module, prompts: list[FamilyPrompt], responses: list)
 
 
 def logits_packed(model: nn.Module, prompts: list[FamilyPrompt], responses: list) -> list[torch.Tensor]:
-    """The same from one packed pass."""
+    """Return the same logits from one packed pass."""
     base = base_of(model)
     return [base.get_output_embeddings()(row) for row in packed_rows(base, prompts, responses)]
 
@@ -86,7 +86,7 @@ def loss_and_gradients(model: nn.Module, rows: list[torch.Tensor]) -> tuple[torc
 
 
 def check_against_peft(model: nn.Module, tolerance: float = 1e-9) -> dict[str, torch.Tensor]:
-    """Logits and gradients; returns the gradients."""
+    """Compare logits and gradients, and return the gradients."""
     name = base_of(model).config.model_type
     prompts, responses = family_prompts(name, base_of(model)), make_responses()
     wanted = logits_apart(model, prompts, responses)
@@ -105,15 +105,15 @@ def check_against_peft(model: nn.Module, tolerance: float = 1e-9) -> dict[str, t
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_packed_pass_equals_the_forward_pass_of_peft(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_pass_equals_a_peft_forward_pass(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(CONFIGS[case](), monkeypatch)
     gradients = check_against_peft(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Nothing of the base model gets a gradient, and every adapter does.
+    # No parameter of the base model gets a gradient, and every adapter gets one.
     assert gradients.keys() == trained and all(gradient.any() for gradient in gradients.values())
 
 
-def test_every_kind_of_adapter_that_is_served_is_tested() -> None:
+def test_every_supported_kind_of_adapter_is_tested() -> None:
     assert {str(config().peft_type.value) for config in CONFIGS.values()} == set(ADAPTERS)
 
 
@@ -169,8 +169,8 @@ def test_checkpointed_layers_under_frozen_weights(use_reentrant: bool, monkeypat
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], grad) for key, grad in wanted.items())
 
 
-def test_optimiser_steps_are_those_of_separate_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five steps of AdamW on the responses' cross entropy."""
+def test_optimizer_steps_equal_those_of_separate_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take five AdamW steps on the cross entropy of the responses."""
     weights = []
     for packed in (False, True):
         model = adapted(lora(*PROJECTIONS, modules_to_save=["norm"]), monkeypatch).train()
@@ -179,7 +179,7 @@ def test_optimiser_steps_are_those_of_separate_rows(monkeypatch: pytest.MonkeyPa
         if packed:
             enable_shared_prefix(model)
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        # Where a gradient is 0 up to rounding, Adam's default eps would blow the rounding up.
+        # If a gradient is 0 up to rounding, Adam's default eps would amplify the rounding error.
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
         for _ in range(5):
             rows = logits_of(model, prompts, responses)
@@ -209,7 +209,7 @@ def test_optimiser_steps_are_those_of_separate_rows(monkeypatch: pytest.MonkeyPa
     ],
     ids=["prompt tuning", "prefix tuning", "aLoRA", "AdaLoRA", "copies of attention"],
 )
-def test_adapters_that_cannot_be_served_are_refused(config: Callable, reason: str) -> None:
+def test_unsupported_adapters_are_refused(config: Callable, reason: str) -> None:
     model = peft.get_peft_model(build_family("qwen3"), config())
     with pytest.raises(ModelError, match=f"qwen3: .*{reason}"):
         enable_shared_prefix(model)
@@ -237,7 +237,7 @@ def test_slips() -> None:
         run_shared_prefix(model.get_base_model(), plan, **inputs)
     with pytest.raises(ValueError, match=r"adapter_names is read only by peft's wrapper; call model\.set_adapter"):
         run_shared_prefix(body, plan, **inputs, adapter_names=["default"])
-    # peft's forward pass with labels and a mask, as a trainer calls it.
+    # A trainer calls peft's forward pass with labels and a mask.
     with pytest.raises(RuntimeError, match="expected a plan, got none"):
         model(input_ids=inputs["input_ids"], labels=inputs["input_ids"])
     assert run_shared_prefix(body, plan, **inputs).shape == (1, plan.tokens, WIDTH)

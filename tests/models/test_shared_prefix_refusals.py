@@ -1,4 +1,4 @@
-"""Which models, settings and inputs shared prompts refuse, and that each refusal says why; nothing computes wrong."""
+"""Test that shared prompts refuse unsupported models, settings and inputs, and that errors say why."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from rmsd_kernels import SharedPrefixPlan
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
-def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_does_not_take_effect_is_detected_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_family("qwen3_vl")
-    # transformers skips such a part with a warning only.
+    # transformers skips the part with only a warning.
     text = type(model.model.language_model)
     monkeypatch.setattr(text, "_can_set_attn_implementation", classmethod(lambda _: False))
     with pytest.raises(ModelError, match=r"expected attention .* got \['sdpa'\]"):
@@ -35,7 +35,7 @@ def test_setting_that_does_not_arrive_is_noticed_and_undone(monkeypatch: pytest.
 
 
 def other_config(model_type: str, **text):
-    """A model of another family: its config and, where a decoder layer decides, a small body of it."""
+    """Return the config of a model of another family and, if a decoder layer decides, a small body of it."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": 0, **text}
     return transformers.AutoConfig.for_model(model_type, **small)
@@ -55,7 +55,7 @@ def other_config(model_type: str, **text):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window layers"),
     ],
 )
-def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: str) -> None:
+def test_other_models_are_refused(model_type: str, text: dict, reason: str) -> None:
     model = transformers.AutoModel.from_config(other_config(model_type, **text))
     with pytest.raises(ModelError, match=f"{model_type}: cannot share prompts, .*{reason}.*") as caught:
         enable_shared_prefix(model)
@@ -75,14 +75,14 @@ def test_other_models_are_refused_by_name(model_type: str, text: dict, reason: s
         ("internvl", {"rope_parameters": DYNAMIC_ROPE}, "longest row"),
     ],
 )
-def test_members_of_a_family_with_other_layers_are_refused(name: str, text: dict, reason: str) -> None:
+def test_family_models_with_other_layers_are_refused(name: str, text: dict, reason: str) -> None:
     model = build_family(name, **text)
     with pytest.raises(ModelError, match=rf"{name}: cannot share prompts, .*{reason}"):
         enable_shared_prefix(model)
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
-def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
+def test_a_model_with_only_the_setting_is_still_checked() -> None:
     model = build_family("internvl", rope_parameters=DYNAMIC_ROPE)
     model.set_attn_implementation({"text_config": SHARED_PREFIX})
     for enable in (enable_shared_prefix, lambda model: shared_prefix_enabled(model).__enter__()):
@@ -93,7 +93,7 @@ def test_the_setting_alone_does_not_let_a_model_pass_unchecked() -> None:
         packed_rows(model, prompts, responses)
 
 
-def test_models_on_one_config_are_enabled_one_by_one() -> None:
+def test_models_that_share_a_config_are_enabled_separately() -> None:
     first = build_family("qwen3_vl")
     second = type(first)(first.config).eval()
     prompts, responses = family_prompts("qwen3_vl", first), make_responses()
@@ -118,7 +118,7 @@ def test_a_module_without_a_transformers_model_is_refused() -> None:
         enable_shared_prefix(nn.Linear(2, 2))
 
 
-def test_a_layer_that_skips_attention_is_noticed() -> None:
+def test_a_layer_that_skips_attention_is_detected() -> None:
     model = build_family("qwen3_vl")
     enable_shared_prefix(model)
     prompts, responses = family_prompts("qwen3_vl", model), make_responses()
@@ -129,7 +129,7 @@ def test_a_layer_that_skips_attention_is_noticed() -> None:
 
 
 class TestRefusedInputs:
-    """What an enabled model must not compute."""
+    """Test inputs that an enabled model must refuse."""
 
     @pytest.fixture
     def case(self) -> tuple[nn.Module, dict, SharedPrefixPlan]:
@@ -139,12 +139,12 @@ class TestRefusedInputs:
         inputs = {**pack_inputs(prompts, responses), **media_of(model, prompts)}
         return model, inputs, plan_of(prompts, responses)
 
-    def test_what_transformers_would_leave_aside(self, case) -> None:
+    def test_inputs_that_transformers_would_ignore_are_refused(self, case) -> None:
         model, inputs, plan = case
         if not takes_features(model):
-            pytest.skip("transformers takes features of media since 5.18")
+            pytest.skip("transformers accepts media features since 5.18")
         features = inputs.pop("mm_encoder_outputs")
-        # The output of get_image_features is a mapping itself.
+        # The output of get_image_features is itself a mapping.
         for wrong in (next(iter(features.values())), {"image_features": 1}, [1], {}):
             with pytest.raises(ValueError, match='mm_encoder_outputs: expected {"image": features}'):
                 run_shared_prefix(model.model, plan, **inputs, mm_encoder_outputs=wrong)
@@ -187,7 +187,7 @@ class TestRefusedInputs:
         with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take attention_mask"):
             model.model(**inputs, shared_prefix=plan, attention_mask=mask, use_cache=False)
 
-    def test_mask_by_place(self, case) -> None:
+    def test_positional_mask(self, case) -> None:
         model, inputs, plan = case
         ids = inputs["input_ids"]
         with pytest.raises(ValueError, match="expected keyword arguments after the first input, got 2"):
@@ -202,7 +202,7 @@ class TestRefusedInputs:
             model.model(**inputs, shared_prefix=plan, past_key_values=transformers.DynamicCache(), use_cache=False)
 
     @pytest.mark.parametrize("setting", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
-    def test_a_cache_by_default(self, case, setting: dict) -> None:
+    def test_default_cache(self, case, setting: dict) -> None:
         model, inputs, plan = case
         with pytest.raises(ValueError, match="expected use_cache=False, got"):
             model.model(**inputs, shared_prefix=plan, **setting)
@@ -221,9 +221,9 @@ class TestRefusedInputs:
         with pytest.raises(ValueError, match=r"the plan's tokens in one row, got \[2, 67\]"):
             run_shared_prefix(model.model, plan, input_ids=ids.expand(2, -1), position_ids=positions.expand(3, 2, -1))
 
-    def test_vision_features_that_the_model_would_ignore(self, case) -> None:
+    def test_vision_features_that_the_model_would_ignore_are_refused(self, case) -> None:
         model, inputs, plan = case
-        model.model.forward = lambda input_ids, position_ids, **_: pytest.fail("ran without vision")
+        model.model.forward = lambda input_ids, position_ids, **_: pytest.fail("the model ran without vision features")
         with pytest.raises(RuntimeError, match="ignores mm_encoder_outputs"):
             run_shared_prefix(model.model, plan, **inputs | {"mm_encoder_outputs": {"image": torch.ones(6, 32)}})
 

@@ -1,4 +1,4 @@
-"""The student: loading, refusals, packed and padded rows against plain transformers, gradients."""
+"""Test the student: loading, refusals, packed and padded rows against plain transformers, and gradients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def student(folder: Path) -> Student:
 
 @pytest.fixture
 def ask(folder: Path, student: Student) -> Callable[[str], Prompt]:
-    """Prompt about media by name: a and b are videos, c an image."""
+    """Return a prompt about media by name: a and b are videos, and c is an image."""
     builder = PromptBuilder(student, VideoConfig(num_frames=4))
 
     def build(media: str) -> Prompt:
@@ -94,7 +94,9 @@ def _set_packing(student: Student, packing: str) -> None:
         enable_shared_prefix(student.model)
 
 
-def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], student: Student, monkeypatch) -> None:
+def test_cached_embeddings_equal_those_of_the_tower(
+    ask: Callable[[str], Prompt], student: Student, monkeypatch
+) -> None:
     prompts = [ask("ab"), ask("c"), ask(""), ask("a")]
     prompts = [replace(p, media=tuple(replace(m, key=f"{m.kind}{m.pixels.sum()}") for m in p.media)) for p in prompts]
     calls = []
@@ -105,7 +107,7 @@ def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], 
         assert calls == [3]
         cache = ByteLru(2**20)
         first, again = (encode_media(student.model, prompts, cache=cache) for _ in range(2))
-        # The first call encodes each medium separately; the second encodes none.
+        # The first call encodes each medium separately, and the second encodes none.
         assert calls == [3, 1, 1, 1]
         other = encode_media(student.model, [prompts[3]], cache=cache)
         # Media without a key are not cached.
@@ -131,7 +133,7 @@ def test_cached_embeddings_are_those_of_the_tower(ask: Callable[[str], Prompt], 
 def test_rows_equal_single_rows_of_plain_transformers(
     ask: Callable[[str], Prompt], student: Student, packing: str
 ) -> None:
-    # A video, two videos, an image, videos and an image, no media.
+    # The prompts have a video, two videos, an image, videos and an image, and no media.
     prompts = [ask("a"), ask("ab"), ask("c"), ask("bc"), ask("")]
     texts = [("red", "a much longer answer"), ("", "x"), ("<answer>B</answer>",), ("blue",), ("12.5", "13", "red")]
     responses = [_responses(student, *own) for own in texts]
@@ -151,8 +153,8 @@ def test_rows_equal_single_rows_of_plain_transformers(
         assert (hidden[last] - whole[-1]).abs().max() < 1e-5
 
 
-def test_deepstack_features_by_index_are_those_by_mask(ask: Callable[[str], Prompt], student: Student) -> None:
-    """Bit for bit, values and gradients; a mask, as the whole model gives it, is understood too."""
+def test_deepstack_features_by_index_equal_those_by_mask(ask: Callable[[str], Prompt], student: Student) -> None:
+    """Values and gradients are equal bit for bit, and a mask, as passed by the whole model, is accepted too."""
     language_model = student.model.model.language_model
     by_mask = partial(type(language_model)._deepstack_process, language_model)
     torch.manual_seed(0)
@@ -163,7 +165,7 @@ def test_deepstack_features_by_index_are_those_by_mask(ask: Callable[[str], Prom
     results = []
     for add, where in ((by_mask, mask), (students._add_features, mask), (students._add_features, places)):
         leaves = [hidden.clone().requires_grad_(), features.clone().requires_grad_()]
-        # A layer's output is not a leaf.
+        # The output of a layer is not a leaf.
         out = add(leaves[0] + 0, where, leaves[1])
         results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     for result in results[1:]:
@@ -174,7 +176,7 @@ def test_deepstack_features_by_index_are_those_by_mask(ask: Callable[[str], Prom
     assert torch.equal(_plain_hidden(student, prompt, response), plain)
 
 
-def test_padding_does_not_matter(ask: Callable[[str], Prompt], student: Student) -> None:
+def test_padding_does_not_change_results(ask: Callable[[str], Prompt], student: Student) -> None:
     prompts = [ask("a"), ask("b")]
     short, long = _responses(student, "red", "a very much longer answer " * 8)
     features = encode_media(student.model, prompts)
@@ -222,18 +224,20 @@ def test_features_are_split_by_medium_whatever_the_version_gives(
         output.deepstack_features = [layer if torch.is_tensor(layer) else torch.cat(list(layer)) for layer in layers]
         return output
 
-    # As transformers 5.17 does.
+    # transformers 5.17 does this.
     monkeypatch.setattr(student.model.model, "get_image_features", unsplit)
     found = encode_media(student.model, prompts)
     for own, layer in zip(found.deepstack, expected.deepstack, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own, layer, strict=True)) and len(own) == 3
-    # Several calls of the tower, each of one medium.
+    # Use several calls of the tower with one medium each.
     parts = encode_media(student.model, prompts, tokens_per_call=12)
     for own, whole in zip((parts.pooled, *parts.deepstack), (expected.pooled, *expected.deepstack), strict=True):
         assert all((a - b).abs().max() < 1e-5 for a, b in zip(own, whole, strict=True)) and len(own) == 3
 
 
-def test_features_that_do_not_fit_their_places_are_refused(ask: Callable[[str], Prompt], student: Student) -> None:
+def test_features_that_do_not_match_their_placeholders_are_refused(
+    ask: Callable[[str], Prompt], student: Student
+) -> None:
     prompt = ask("a")
     types = prompt.mm_token_type_ids.clone()
     types[-1] = 2
@@ -250,7 +254,7 @@ def test_one_vision_call_for_all_media_and_none_for_the_rows(
     prompts = [ask("ab"), ask("c"), ask("")]
     features = encode_media(student.model, prompts)
     assert calls == [1] and features.counts == [2, 1, 0] and features.kinds == ["video", "video", "image"]
-    # 4 frames make 2 temporal steps, of 2x3 or 2x2 tokens; the image has 2x2.
+    # 4 frames make 2 temporal steps of 2x3 or 2x2 tokens, and the image has 2x2.
     assert [len(pooled) for pooled in features.pooled] == [12, 8, 4]
     assert [[len(layer) for layer in depth] for depth in features.deepstack] == [[12, 8, 4]]
     responses = [_responses(student, *"xy"), _responses(student, "z"), _responses(student, "w")]
@@ -307,7 +311,7 @@ def test_frozen_vision_gets_no_gradient_and_no_graph(ask: Callable[[str], Prompt
     assert not features.detach().pooled[0].requires_grad
 
 
-def test_gradient_checkpointing_changes_nothing(ask: Callable[[str], Prompt], student: Student) -> None:
+def test_gradient_checkpointing_does_not_change_results(ask: Callable[[str], Prompt], student: Student) -> None:
     freeze(student.model, train_vision=True)
     prompts = [ask("a")]
     rows = make_rows("padded", prompts, [_responses(student, "red")], pad_id=student.pad_id)
@@ -345,7 +349,7 @@ def _edit_config(path: Path, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_model_of_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
     path = _copy(folder, tmp_path)
     _edit_config(path, model_type="llama")
     with pytest.raises(ValueError, match=r"expected a model of family qwen3_vl, got 'llama'.*Qwen3-VL model"):
@@ -361,7 +365,7 @@ def test_model_of_another_family_is_refused_by_name(folder: Path, tmp_path: Path
         ("chat_template.jinja", "no chat template"),
     ],
 )
-def test_missing_files_are_named(folder: Path, tmp_path: Path, missing: str, message: str) -> None:
+def test_missing_files_are_reported(folder: Path, tmp_path: Path, missing: str, message: str) -> None:
     path = _copy(folder, tmp_path)
     (path / missing).unlink()
     with pytest.raises(ValueError, match=message) as caught:
@@ -382,7 +386,7 @@ def test_damaged_and_incomplete_weights_are_refused(folder: Path, tmp_path: Path
 
     path = _copy(folder, tmp_path)
     weights = path / "model.safetensors"
-    # Copies, because load_file returns tensors mapped to the file that is cut below.
+    # Copy the tensors, because load_file returns tensors mapped to the file that is cut below.
     complete = {key: value.clone() for key, value in load_file(weights).items()}
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged .*download or export the model again"):
@@ -409,7 +413,7 @@ def test_files_of_two_models_are_refused(folder: Path, tmp_path: Path) -> None:
         load_student(path, dtype="float32")
 
 
-def test_template_of_the_processor_counts(folder: Path, tmp_path: Path) -> None:
+def test_the_chat_template_of_the_processor_is_used(folder: Path, tmp_path: Path) -> None:
     path = _copy(folder, tmp_path)
     (path / "chat_template.jinja").unlink()
     theirs = "{# theirs #}" + load_student(folder / "student", dtype="float32").tokenizer.chat_template
@@ -496,7 +500,7 @@ def test_paths_that_do_not_exist_are_refused(name: str) -> None:
         load_student(name, dtype="float32")
 
 
-def test_hub_name_without_a_network_says_what_to_do() -> None:
+def test_hub_name_without_a_network_error_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"could not be downloaded from the Hub.*copy the model here"):
         load_student("nobody/no-such-model", dtype="float32")
 

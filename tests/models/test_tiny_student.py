@@ -1,4 +1,4 @@
-"""The tiny student: size, initialisation, tokenizer, and a folder that appears whole or not at all."""
+"""Test the tiny student: size, initialization, tokenizer, and a folder that is complete or absent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORDS = [
     "then",
     "leaves",
 ]
-# Enough different words for every merge of the answer format and more.
+# The texts have enough different words for every merge of the answer format and more.
 TEXTS = [
     f"<think>The {a} {b} {c} here.</think><answer>{a} {c}</answer>" for a in WORDS for b in WORDS for c in WORDS[:4]
 ]
@@ -76,7 +76,7 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, sizes: dict[str, int]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_initialisation_lets_it_learn_to_see(folder: Path) -> None:
+def test_initialization_lets_it_learn_from_pixels(folder: Path) -> None:
     model = load_student(folder, dtype="float32").model
     visual = model.model.visual
     assert visual.patch_embed.proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -101,7 +101,7 @@ def test_same_arguments_write_the_same_bytes(folder: Path, tmp_path: Path) -> No
     assert {name for name in ours if ours[name] != other[name]} == {"model.safetensors", made_student.SETTINGS_FILE}
 
 
-def test_a_finished_folder_is_left_alone_and_another_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_reused_and_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     build_tiny_student(folder, texts=TEXTS, seed=3)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -142,7 +142,7 @@ def test_tokenizer_has_the_tokens_of_the_family(folder: Path) -> None:
     assert config["image_token_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
 
-def test_digits_stand_alone_and_any_text_comes_back(folder: Path) -> None:
+def test_digits_are_single_tokens_and_any_text_round_trips(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pieces = [tokenizer.decode([index]) for index in tokenizer("100,250 to 1987.5", add_special_tokens=False).input_ids]
     assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list("10025019875")

@@ -1,4 +1,4 @@
-"""Vision attention batched over frames against transformers' loop over frames, alone and in the towers."""
+"""Test vision attention batched over frames against transformers' loop over frames, alone and in the towers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from rmsd_fast.models import vision_attention
 from rmsd_fast.models.vision_attention import FRAMES, frame_attention, vision_implementation
 
-# Equal frames; two frame sizes; sizes that come back, as windows at edges do; single patches; one frame.
+# The cases are equal frames, two frame sizes, sizes that recur, as windows at edges do, single patches, and one frame.
 FRAME_SIZES = [[6, 6, 6], [4, 4, 9, 9, 9], [4, 2, 4, 2, 1, 4, 2], [1, 1, 1], [7]]
 
 
 def make_rows(sizes: list[int], dtype: torch.dtype, *, heads: int = 2, size: int = 8) -> list[torch.Tensor]:
-    """Query, key and value [S, H, d], strided as a tower's fused projection leaves them."""
+    """Return query, key and value [S, H, d], strided as the fused projection of a tower leaves them."""
     fused = torch.randn(sum(sizes), 3, heads, size, dtype=torch.float64).to(dtype)
     return list(fused.requires_grad_().unbind(1))
 
 
 def loop(rows: list[torch.Tensor], sizes: list[int], scale: float | None = None) -> torch.Tensor:
-    """One call per frame, [S, H, d]."""
+    """Return [S, H, d] from one attention call per frame."""
     frames = zip(*(part.transpose(0, 1)[None].split(sizes, dim=2) for part in rows), strict=True)
     return torch.cat([scaled_dot_product_attention(*frame, scale=scale)[0].transpose(0, 1) for frame in frames])
 
@@ -50,8 +50,8 @@ def test_equals_one_call_per_frame(sizes: list[int], scale: float | None, dtype:
         assert (ours - oracle).abs().max() <= tolerance * oracle.abs().max()
 
 
-def test_equals_numbers_worked_out_by_hand() -> None:
-    # Two frames of two patches with equal scores: each patch gets the mean of its own frame's values.
+def test_equals_hand_computed_values() -> None:
+    # Two frames of two patches have equal scores, so each patch gets the mean value of its own frame.
     value = torch.tensor([1.0, 3.0, 10.0, 20.0]).view(4, 1, 1)
     output = frame_attention(torch.zeros(4, 1, 1), torch.ones(4, 1, 1), value, edges([2, 2]), 2)
     assert output.flatten().tolist() == [2.0, 2.0, 15.0, 15.0]
@@ -83,7 +83,7 @@ def test_no_patches(sizes: list[int]) -> None:
 
 
 def tower_output(model: nn.Module, pixels: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
-    """Features of the tower, deepstack included, and the gradient of each of its weights."""
+    """Return the features of the tower, including deepstack, and the gradient of each of its weights."""
     model.zero_grad()
     features = model.model.visual(pixels.to(model.dtype), grid_thw=grids, return_dict=True)
     outputs = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
@@ -92,13 +92,13 @@ def tower_output(model: nn.Module, pixels: torch.Tensor, grids: torch.Tensor) ->
     return outputs + [weight.grad for weight in model.model.visual.parameters()]
 
 
-# A video of three frames, an image, a video with odd edges in windows of 2 x 2 merged patches.
+# The grids are a video of three frames, an image, and a video with odd edges in windows of 2 x 2 merged patches.
 GRIDS = torch.tensor([[3, 4, 8], [1, 6, 6], [2, 6, 10]])
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
-def test_towers_give_what_the_loop_gives(name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_towers_equal_the_loop(name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compute_in_float64(build_family(name), monkeypatch)
     pixels = torch.randn(int(GRIDS.prod(-1).sum()), 24, dtype=torch.float64)
     wanted = tower_output(model, pixels, GRIDS)
@@ -108,22 +108,22 @@ def test_towers_give_what_the_loop_gives(name: str, checkpointed: bool, monkeypa
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
     for ours, oracle in zip(tower_output(model, pixels, GRIDS), wanted, strict=True):
-        # The scale of a bias of keys' gradient is rounding alone.
+        # The gradient of a key bias is only rounding error.
         assert (ours - oracle).abs().max() <= 1e-12 * max(oracle.abs().max(), 1.0)
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision", "smolvlm"])
-def test_towers_that_attend_to_whole_images_are_left_alone(name: str) -> None:
+def test_towers_that_attend_to_whole_images_are_unchanged(name: str) -> None:
     assert vision_implementation(build_family(name)) is None
 
 
-def test_a_tower_on_flash_attention_is_left_alone() -> None:
+def test_a_tower_on_flash_attention_is_unchanged() -> None:
     model = build_family("qwen3_vl")
     model.config.vision_config._attn_implementation_internal = "flash_attention_3"
     assert vision_implementation(model) is None
 
 
-def test_flash_attention_is_chosen_where_it_is_installed_and_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_chosen_if_it_is_installed_and_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_family("qwen3_vl").bfloat16()
     monkeypatch.setattr(vision_attention, "is_flash_attn_2_available", lambda: True)
     assert vision_implementation(model) == FRAMES
@@ -153,7 +153,7 @@ def test_equals_one_call_per_frame_on_cuda(sizes: list[int], dtype: torch.dtype,
 
 
 @pytest.mark.cuda
-def test_half_precision_on_cuda_by_a_known_max_seqlen_uses_no_synchronising_op_of_torch() -> None:
+def test_half_precision_on_cuda_with_known_max_seqlen_does_not_synchronize() -> None:
     rows = [part.detach().cuda() for part in make_rows([6, 6, 4], torch.bfloat16)]
     starts = edges([6, 6, 4]).cuda()
     torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def test_half_precision_on_cuda_by_a_known_max_seqlen_uses_no_synchronising_op_o
 
 
 @pytest.mark.cuda
-def test_towers_on_cuda_give_what_the_loop_gives() -> None:
+def test_towers_on_cuda_equal_the_loop() -> None:
     model = build_family("qwen3_vl").cuda()
     pixels, grids = torch.randn(int(GRIDS.prod(-1).sum()), 24, device="cuda"), GRIDS.cuda()
     wanted = tower_output(copy.deepcopy(model), pixels, grids)

@@ -1,4 +1,4 @@
-"""Alarms by hand: when each is raised, when not, and that their advice names what exists."""
+"""Test by hand when each alarm is raised and when it is not, and that its advice names existing settings."""
 
 from __future__ import annotations
 
@@ -48,42 +48,43 @@ def test_each_condition_is_raised_once_at_its_first_judged_step(key, bad, fine, 
     assert raised(key, [bad] * 200, stage="sft") == []
 
 
-def test_chance_is_judged_late_in_the_warm_up_and_again_in_stage_2():
+def test_accuracy_is_compared_with_chance_late_in_warm_up_and_in_stage_2():
     warm_up = rows(ACCURACY, [0.5] * 40, stage="warm_up")
     alarms = find_alarms([*warm_up, *rows(ACCURACY, [0.52] * 40)], {"warm_up": 40, "distill": 40})
     assert [(a.stage, a.step, a.value) for a in alarms] == [
         ("warm_up", 30, pytest.approx(0.5)),
         ("distill", 40, pytest.approx(0.52)),
     ]
-    # Late is three quarters of the stage: a D that learns from step 60 of 200 is no cause for alarm.
+    # Late means after three quarters of the stage, so a D that learns from step 60 of 200 raises no alarm.
     learns = [0.5] * 60 + [0.7] * 140
     assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 200}) == []
     assert raised(ACCURACY, [0.5] * 200, stage="warm_up", totals={"warm_up": 200}) == [(ACCURACY, 150, 0.5)]
-    # A short one is judged at its twentieth step, the first with two windows.
+    # A short warm-up is judged at its twentieth step, which is the first with two windows.
     assert raised(ACCURACY, [0.5] * 25, stage="warm_up", totals={"warm_up": 25}) == [(ACCURACY, 20, 0.5)]
-    # One that learns by the end of a warm-up of 40 steps: of the steps 21 to 30 the mean is 0.65.
+    # D learns by the end of a warm-up of 40 steps: the mean of steps 21 to 30 is 0.65.
     learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]
     assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 40}) == []
 
 
-def test_both_windows_have_to_be_out_of_bounds():
-    # After 20 steps of 0.9 it takes two windows of 0.99, the older of which may hold one 0.9: 0.981, whose standard
-    # error is 0.0285 / sqrt(10) = 0.009; 0.981 - 0.018 > 0.95. With two: 0.972 - 2 * 0.0379 / sqrt(10) = 0.948.
+def test_both_windows_must_be_out_of_bounds():
+    # After 20 steps of 0.9 it takes two windows of 0.99. The older window may hold one 0.9: the mean is 0.981 and its
+    # standard error 0.0285 / sqrt(10) = 0.009, so 0.981 - 0.018 > 0.95. With two, the bound is 0.972 - 2 * 0.0379 /
+    # sqrt(10) = 0.948.
     assert raised(ACCURACY, [0.9] * 20 + [0.99] * 18) == []
     assert raised(ACCURACY, [0.9] * 20 + [0.99] * 19) == [(ACCURACY, 39, (19 * 0.99 + 0.9) / 20)]
-    # One window above the bounds and one below them.
+    # One window is above the bounds, and the other is below them.
     assert raised(LENGTH, [0.5] * 10 + [-0.5] * 10) == []
 
 
-def test_noise_around_a_good_level_raises_nothing():
-    # The demonstration's: few answers of different length, so that single steps are anything from -0.8 to 0.8.
+def test_noise_around_a_good_level_raises_no_alarm():
+    # The demonstration has few answers of different lengths, so single steps range from -0.8 to 0.8.
     assert raised(LENGTH, [0.8, -0.7, 0.8, 0.4, -0.3] * 20) == []
     # (4 * 1.0 + 6 * 0) / 10 = 0.4 is above 0.3, but within two standard errors of 0.163.
     assert raised(LENGTH, [1.0, 0.0, 0.0, 1.0, 0.0] * 4) == []
 
 
-def test_metrics_that_drift_raise_nothing_while_their_level_is_good():
-    """Each step is half of the one before (an autoregressive process): ten steps scatter less than they wander."""
+def test_drifting_metrics_with_a_good_level_raise_no_alarm():
+    """In this autoregressive process each step keeps half of the step before, so ten steps underestimate its spread."""
     draw = random.Random(0)
     for key, mean, deviation in ((LENGTH, 0.1, 0.12), (ACCURACY, 0.65, 0.05), ("advantage/zero_share", 0.3, 0.12)):
         for _ in range(50):
@@ -94,17 +95,17 @@ def test_metrics_that_drift_raise_nothing_while_their_level_is_good():
             assert raised(key, values) == []
 
 
-def test_values_that_are_missing_or_not_finite_do_not_count():
+def test_missing_and_non_finite_values_are_skipped():
     values = [0.99, None, math.nan, "x"] * 19
     assert raised(ACCURACY, values) == []
     assert raised(ACCURACY, [*values, None, 0.99]) == [(ACCURACY, 78, 0.99)]
 
 
-def test_a_window_does_not_reach_into_the_stage_before():
+def test_a_window_does_not_span_two_stages():
     assert find_alarms([*rows(ACCURACY, [0.99] * 19, stage="warm_up"), *rows(ACCURACY, [0.99] * 19)], {}) == []
 
 
-def test_seeing_kept_steps_again_leaves_an_alarm_raised():
+def test_replaying_logged_steps_does_not_raise_an_alarm_again():
     steps = rows(ACCURACY, [0.99] * 30)
     watch = AlarmWatch({})
     before = [alarm for row in steps[:20] for alarm in watch.see("distill", row["step"], row)]
@@ -112,7 +113,7 @@ def test_seeing_kept_steps_again_leaves_an_alarm_raised():
     assert len(before) == 1 and after == []
 
 
-def test_text_by_hand():
+def test_alarm_text():
     (alarm,) = find_alarms(rows("rollout/truncated_share", [0.25] * 20), {})
     assert alarm.text() == (
         "ALARM: many rollouts are truncated (distill step 20)\n"

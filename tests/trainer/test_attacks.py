@@ -1,4 +1,4 @@
-"""A small part of each attack on whole runs; `make attack` runs more of them."""
+"""Run a small part of each attack; `make attack` runs more."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_attack(name):
         timeout=590,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    # A word that no case is called by, or a phase that is never seen, tests nothing.
+    # Every word must name a case and every phase must occur, because otherwise nothing is tested.
     cases = [line for line in done.stdout.splitlines() if ": equal" in line or ": right" in line or ": refused" in line]
     assert cases and "missed" not in "".join(cases)

@@ -1,4 +1,4 @@
-"""Checkpoints are there in whole or not at all; also run as a program by the kill test and the two-rank test."""
+"""Test that checkpoints are complete or absent. The kill test and the two-rank test also run this file as a program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class OneTensor:
-    """The two methods that a checkpoint asks of an engine."""
+    """Provide the two methods that a checkpoint needs from an engine."""
 
     def __init__(self, value: float) -> None:
         self.tensor = torch.full((64,), float(value))
@@ -65,9 +65,9 @@ def loaded(folder: Path) -> float:
 
 
 def test_roundtrip(tmp_path):
-    """Engines, random generators, JSON state and the export come back as they were."""
+    """Engines, random generators, JSON state and the export are restored exactly."""
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    random.gauss(0, 1), np.random.normal()  # leaves half of a pair in both generators
+    random.gauss(0, 1), np.random.normal()  # Leave half of a pair in both generators.
     assert save(tmp_path, 5, writers={"export": lambda f: (f / "a").write_text("x")})
     draws = random.gauss(0, 1), random.random(), np.random.normal(), torch.rand(3).tolist()
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
@@ -75,18 +75,18 @@ def test_roundtrip(tmp_path):
     assert checkpoint.tag == 5 and checkpoint.damaged == []
     engine = OneTensor(-1)
     state = load_checkpoint(checkpoint, world=ALONE, engines={"policy": engine})
-    assert state == {"step": 5, "lr": 0.1 + 0.2}  # exact, not rounded
+    assert state == {"step": 5, "lr": 0.1 + 0.2}  # Floats are exact and not rounded.
     assert torch.equal(engine.tensor, torch.full((64,), 5.0))
     assert draws == (random.gauss(0, 1), random.random(), np.random.normal(), torch.rand(3).tolist())
     assert (checkpoint.folder / "export" / "a").read_text() == "x"
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_5\n"
 
 
-def test_nothing_saved_and_nothing_to_unpickle(tmp_path):
+def test_no_checkpoint_and_no_pickle_files(tmp_path):
     assert find_checkpoint(tmp_path, world=ALONE) is None
     save(tmp_path, 1)
     suffixes = {p.suffix for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
-    assert suffixes == {".json", ".safetensors", ""}  # "" is `latest`
+    assert suffixes == {".json", ".safetensors", ""}  # The empty suffix is that of `latest`.
 
 
 def test_keeps_the_newest(tmp_path):
@@ -131,7 +131,7 @@ def damage_escape(folder: Path) -> str:
 
 
 def damage_unlist(folder: Path) -> str:
-    """An entry that is gone would leave its file unchecked."""
+    """Remove an entry from the list, so that its file would not be checked."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["engines/policy/tensor.safetensors"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -148,20 +148,20 @@ DAMAGES = [damage_flip, damage_cut, damage_lose, damage_manifest, damage_escape,
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_falls_back_and_says_so(tmp_path, damage, caplog):
+def test_a_damaged_checkpoint_falls_back_with_a_message(tmp_path, damage, caplog):
     save(tmp_path, 1)
     save(tmp_path, 2)
     words = damage(tmp_path / "checkpoints" / "step_2")
     assert loaded(tmp_path) == 1.0
     assert words in caplog.text and "step_2 is damaged" in caplog.text
-    # Going on from there passes step 2 again, and may not count the damaged one as a checkpoint that is kept.
+    # Training from there passes step 2 again and must not count the damaged checkpoint among those that are kept.
     save(tmp_path, 2, engines={"policy": OneTensor(22)}, keep=1)
     assert loaded(tmp_path) == 22.0
     assert names(tmp_path) == ["latest", "step_2"]
 
 
-def test_unreadable_falls_back_and_says_so(tmp_path, monkeypatch, caplog):
-    """By rights or a bad sector; root could read the first, so the error is made here."""
+def test_an_unreadable_checkpoint_falls_back_with_a_message(tmp_path, monkeypatch, caplog):
+    """Permissions or a bad sector can cause this; root can ignore permissions, so the error is simulated."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     sha256 = checkpoint_module.file_sha256
@@ -176,7 +176,7 @@ def test_unreadable_falls_back_and_says_so(tmp_path, monkeypatch, caplog):
     assert "engines/policy/tensor.safetensors cannot be read (Input/output error)" in caplog.text
 
 
-def test_a_file_that_is_neither_there_nor_listed_is_named(tmp_path):
+def test_a_file_missing_from_disk_and_list_is_reported(tmp_path):
     save(tmp_path, 1)
     folder = tmp_path / "checkpoints" / "step_1"
     damage_unlist(folder)
@@ -185,8 +185,8 @@ def test_a_file_that_is_neither_there_nor_listed_is_named(tmp_path):
         loaded(tmp_path)
 
 
-def test_given_up_future_is_removed(tmp_path):
-    """After a fall-back to 1, saving 2 removes the damaged 3 instead of keeping it as the newest."""
+def test_checkpoints_after_a_fallback_are_removed(tmp_path):
+    """After a fallback to 1, saving 2 removes the damaged 3 instead of keeping it as the newest."""
     save(tmp_path, 1)
     save(tmp_path, 3)
     damage_cut(tmp_path / "checkpoints" / "step_3")
@@ -202,7 +202,7 @@ def test_all_damaged(tmp_path):
         find_checkpoint(tmp_path, world=ALONE)
 
 
-def test_latest_lost_or_torn(tmp_path):
+def test_latest_is_missing_or_truncated(tmp_path):
     save(tmp_path, 9)
     save(tmp_path, 10)
     for content in (b"", b"step_77\n", b"\xff\xfe"):
@@ -213,7 +213,7 @@ def test_latest_lost_or_torn(tmp_path):
 
 
 def test_kill_between_the_renames(tmp_path):
-    """A checkpoint that was being replaced by one of its own tag is still found."""
+    """A checkpoint that was being replaced by another with the same tag is still found."""
     save(tmp_path, 4)
     root = tmp_path / "checkpoints"
     (root / "step_4").rename(root / "step_4.replaced")
@@ -225,7 +225,7 @@ def test_kill_between_the_renames(tmp_path):
 
 @pytest.mark.parametrize("where", ["engine", "writer", "manifest"])
 def test_disk_full(tmp_path, where, monkeypatch, caplog):
-    """Training goes on, the old checkpoint stays, nothing half-written is left; it works again with space."""
+    """Training continues, the old checkpoint stays, no partial files remain, and saving works again with free space."""
     save(tmp_path, 1)
 
     def full(*args, **kwargs):
@@ -245,7 +245,7 @@ def test_disk_full(tmp_path, where, monkeypatch, caplog):
 
 
 def test_full_disk_of_safetensors_is_an_oserror(tmp_path, monkeypatch):
-    """safetensors has an error class of its own; this is its text on a file system that was full."""
+    """safetensors has its own error class; this is its message on a full file system."""
     from safetensors import SafetensorError
 
     def fail(text: str):
@@ -264,7 +264,7 @@ def test_full_disk_of_safetensors_is_an_oserror(tmp_path, monkeypatch):
         fail("Error while serializing: tensors share memory")
 
 
-def test_other_failures_are_raised_and_leave_nothing(tmp_path):
+def test_other_failures_are_raised_and_leave_no_files(tmp_path):
     save(tmp_path, 1)
 
     def broken(folder):
@@ -315,8 +315,8 @@ def start_program(*arguments: str, **env: str) -> subprocess.Popen:
     )
 
 
-def test_kill_in_the_middle_of_saving(tmp_path):
-    """A real kill -9 while the second checkpoint is being written: the first one loads, and saving goes on after it."""
+def test_kill_while_saving(tmp_path):
+    """After kill -9 during the second checkpoint, the first one loads and saving continues after it."""
     process = start_program("kill", str(tmp_path))
     assert process.stdout.readline() == "writing\n"
     process.kill()
@@ -330,7 +330,7 @@ def test_kill_in_the_middle_of_saving(tmp_path):
 
 
 def test_two_ranks_agree(tmp_path):
-    """Both ranks' parts are in one checkpoint; what only one rank sees (full disk, damage, SIGTERM) holds for both."""
+    """A checkpoint has the parts of both ranks, and a full disk, damage or SIGTERM on one rank affects both."""
     ranks = [
         start_program("ranks", str(tmp_path), RANK=str(r), WORLD_SIZE="2", STORE=str(tmp_path / "store"))
         for r in range(2)
@@ -342,7 +342,7 @@ def test_two_ranks_agree(tmp_path):
         assert result["full"] is False and result["after_full"] == ["latest", "step_1"]
         assert result["raised"].startswith("RuntimeError") and "rank 1: ValueError: only here" in result["raised"]
         assert result["stop"] == [False, True]
-        assert result["loaded"] == rank + 1.0  # each rank its own part
+        assert result["loaded"] == rank + 1.0  # Each rank loads its own part.
         assert result["fallback"] == 1
     assert "step_3 is damaged" in outputs[0] and "step_3 is damaged" not in outputs[1]
 

@@ -1,4 +1,4 @@
-"""Engines on one and two real processes (gloo). This file is also the program that those processes run."""
+"""Test engines on one and two real processes (gloo); this file is also the program that those processes run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS, WIDTH, STEPS, MICRO = 12, 128, 3, 3
 
 
 class Net(nn.Module):
-    """A frozen table, a layer large enough for ZeRO-3 to split it, and small parameters that it keeps whole."""
+    """A model with a frozen table, a layer that ZeRO-3 splits, and small parameters that it keeps whole."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.table.weight.requires_grad_(False)
 
     def forward(self, ids, mask):
-        """Masked sum of squared errors over tokens [B, L] against the token id."""
+        """Return the masked sum of squared errors over tokens [B, L] against the token id."""
         score = self.head(self.norm(torch.tanh(self.layer(self.table(ids))))).squeeze(-1)
         return ((score.float() - ids / 8) ** 2 * mask).sum()
 
@@ -59,7 +59,7 @@ class OnDevice(torch.Tensor):
 
 
 def batch(step: int):
-    """Token ids [ROWS, 5] and a mask whose counts per row are 0 to 4, so that ranks and micro-batches are unequal."""
+    """Return token ids [ROWS, 5] and a mask with 0 to 4 tokens per row, so that ranks and micro-batches are unequal."""
     generator = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(0, 16, (ROWS, 5), generator=generator)
     lengths = torch.tensor([4, 4, 4, 4, 3, 4, 1, 0, 2, 0, 0, 1])
@@ -67,7 +67,7 @@ def batch(step: int):
 
 
 def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
-    """Forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
+    """Run forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
     from rmsd_fast.runtime.process_group import global_sum
 
     world = engine.world
@@ -123,7 +123,7 @@ def make(world, stage, dtype, seed=0, **options):
 
 
 def check_case(world, stage, dtype, folder: Path) -> dict:
-    """All checks of one ZeRO stage and dtype; the names of the results are the tests below."""
+    """Run all checks of one ZeRO stage and dtype; the names of the results are the tests below."""
     result = {}
     engine, other = make(world, stage, dtype), make(world, stage, dtype, seed=1)
     frozen = engine.module.table.weight.detach().clone() if stage < 3 else None
@@ -141,11 +141,11 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     result["discard_nonfinite"] = identical(before[0], weights(engine)) and identical(
         before[1], optimizer_state(engine)
     )
-    accumulate(engine, 6)  # finite gradients of this model, thrown away because the other one's were not
+    accumulate(engine, 6)  # These finite gradients are discarded because those of the other model are not finite.
     result["finite_again"] = finite(engine)
     engine.discard()
     result["discard_finite"] = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
-    expected_norms = train(engine, range(3, 6))  # one that was never disturbed must do the same: see continue_exact
+    expected_norms = train(engine, range(3, 6))  # An undisturbed engine must give the same result: see continue_exact.
     expected = weights(engine), optimizer_state(engine)
     result["moved"] = not identical(before[0], expected[0])
     torch.distributed.barrier()
@@ -153,20 +153,23 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
     fresh.load(folder / f"engine_{stage}_{dtype}_{world.size}")
     result["load_exact"] = identical(before[0], weights(fresh))
     result["continue_exact"] = expected_norms == train(fresh, range(3, 6)) and identical(expected[0], weights(fresh))
-    engine.load(folder / f"engine_{stage}_{dtype}_{world.size}")  # into one that has stepped on
+    engine.load(folder / f"engine_{stage}_{dtype}_{world.size}")  # The engine has taken steps since then.
     result["rewind_exact"] = expected_norms == train(engine, range(3, 6)) and identical(
         expected[1], optimizer_state(engine)
     )
     before = weights(engine), optimizer_state(engine)
-    accumulate(engine, 7, scale=1e25)  # finite gradients whose squares are not
+    # The gradients are finite, but their squares are not.
+    accumulate(engine, 7, scale=1e25)
     seen = not finite(engine)
     engine.discard()
     unchanged = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
     result["discard_overflow"] = seen and unchanged
-    accumulate(engine, 7, added=float("-inf") if world.rank == 0 else 0.0)  # a loss alone, its gradients are finite
+    # Only the loss is not finite; its gradients are.
+    accumulate(engine, 7, added=float("-inf") if world.rank == 0 else 0.0)
     result["loss_seen_on_all"] = not finite(engine)
     engine.discard()
-    accumulate(engine, 7, scale=1e12)  # large, and as good as any other: clipped
+    # Large finite gradients are clipped.
+    accumulate(engine, 7, scale=1e12)
     result["large_is_applied"] = finite(engine) and 1e9 < float(engine.step()) < 1e18
     if stage == 3:
         result |= check_full_weights(engine)
@@ -183,7 +186,7 @@ def check_case(world, stage, dtype, folder: Path) -> dict:
 
 
 def check_offload(world, stage: int, folder: Path) -> dict:
-    """Optimiser states in host memory, with torch's fused AdamW."""
+    """Check optimizer states in host memory with torch's fused AdamW."""
     path = folder / f"offload_{stage}_{world.size}"
     engine = make(world, stage, "bfloat16", offload_optimizer=True)
     train(engine, range(2))
@@ -200,7 +203,7 @@ def check_offload(world, stage: int, folder: Path) -> dict:
 
 
 def check_full_weights(engine) -> dict:
-    """Ranks call the module differently often inside `full_weights`, and training goes on after it."""
+    """Check that ranks may call the module a different number of times inside `full_weights`."""
     ids, mask = batch(0)
     with engine.full_weights(), torch.no_grad():
         values = [engine.module(ids, mask).item() for _ in range(1 + 2 * engine.world.rank)]
@@ -225,7 +228,7 @@ def check_helpers(world) -> dict:
 
 
 def check_refusals(world, folder: Path) -> dict:
-    """Messages for what a user can put right."""
+    """Check the messages for mistakes that a user can correct."""
 
     def message(call) -> str:
         try:
@@ -250,7 +253,7 @@ def check_refusals(world, folder: Path) -> dict:
         "dtype": message(lambda: make(world, 2, "float16")),
         "offload": message(lambda: make(world, 0, "float32", offload_optimizer=True)),
     }
-    # The other rank may still be reading what is changed next.
+    # The other rank may still be reading the files that are changed next.
     torch.distributed.barrier()
     if world.rank == 0:
         saved = json.loads(meta.read_text())
@@ -274,7 +277,7 @@ def program(folder: Path) -> None:
     gathered = all_gather_objects(results, world)
     if world.is_main:
         (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
-    # Nobody leaves while the other still writes.
+    # Wait until the other rank has finished writing.
     barrier(world)
     stop()
 
@@ -288,7 +291,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """Run the program on one process (without torchrun) and on two (with it), side by side."""
+    """Run the program on one process (without torchrun) and on two (with torchrun), side by side."""
     folder = tmp_path_factory.mktemp("engines")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     root = Path(__file__).resolve().parents[2]
@@ -316,7 +319,7 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize(("stage", "dtype"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_faults_and_exact_continuation(outcome, stage, dtype, ranks):
-    """Every check of a ZeRO stage holds on every rank: discard is bit-identical, save and load continue exactly."""
+    """Every check of a ZeRO stage holds on every rank: discard is bit-identical, and save and load continue exactly."""
     for rank, results in enumerate(outcome[1][ranks]):
         result = results[f"{stage}-{dtype}"]
         assert result.pop("norms")[0] > 0
@@ -331,8 +334,8 @@ def test_offloaded_states_continue_exactly(outcome):
 
 
 @pytest.mark.parametrize("fused", [True, None])
-def test_a_restored_step_count_stands_where_adamw_looks_for_it(fused):
-    """Fused AdamW on a GPU refuses a count in host memory, the other one a count on the GPU."""
+def test_a_restored_step_count_is_on_the_device_that_adamw_expects(fused):
+    """Fused AdamW on a GPU refuses a step count in host memory, and the other AdamW refuses a step count on the GPU."""
     from rmsd_fast.runtime.engine import _restore_state
 
     master, part = torch.zeros(2, device="meta"), {"state.0.step": torch.tensor(3.0), "state.0.exp_avg": torch.ones(2)}
@@ -344,7 +347,7 @@ def test_a_restored_step_count_stands_where_adamw_looks_for_it(fused):
 
 @pytest.mark.parametrize("stage", range(4))
 def test_ranks_and_stages_do_not_change_the_result(outcome, stage):
-    """After 3 steps with unequal token counts: two ranks as one, and every ZeRO stage as plain torch."""
+    """After 3 steps with unequal token counts, two ranks equal one and every ZeRO stage equals plain torch."""
     folder, results, _ = outcome
     expected, norms = plain_torch()
     for ranks in (1, 2):
@@ -355,7 +358,7 @@ def test_ranks_and_stages_do_not_change_the_result(outcome, stage):
 
 
 def plain_torch():
-    """The same three steps with nothing but torch: whole batch, one backward, clip, AdamW."""
+    """Take the same three steps with only torch: whole batch, one backward, clip, AdamW."""
     net = Net()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     norms = []
@@ -371,7 +374,7 @@ def plain_torch():
 
 @pytest.mark.parametrize("stage", range(4))
 def test_bfloat16_follows_float32(outcome, stage):
-    """bfloat16 weights are the float32 ones within bfloat16's rounding of gradients and weights."""
+    """bfloat16 weights equal the float32 weights within bfloat16's rounding of gradients and weights."""
     folder = outcome[0]
     start, (end, _) = dict(Net().named_parameters()), plain_torch()
     for ranks in (1, 2):
@@ -382,7 +385,7 @@ def test_bfloat16_follows_float32(outcome, stage):
             assert error < 0.35 * moved, (name, ranks, float(error / moved))
 
 
-def test_helpers(outcome):
+def test_collective_helpers(outcome):
     for rank in range(2):
         got = outcome[1][2][rank]["helpers"]
         assert got["sum"] == {"a": 1.0, "b": 3.0}
@@ -392,7 +395,7 @@ def test_helpers(outcome):
         assert got["broadcast"] == "from 0"
         assert got["gather"] == [0, 1]
     assert outcome[1][1][0]["helpers"]["sum"] == {"a": 0.5, "b": 1.0}
-    # In float64 from the start: float32 has neither of these.
+    # The values stay in float64, because float32 cannot represent either of them.
     assert outcome[1][1][0]["helpers"]["exact"] == {"a": 0.1, "b": 2**40 + 1, "c": 2**40 + 1}
 
 
@@ -456,7 +459,7 @@ def test_engines_are_judged_together_with_one_read(monkeypatch, stage):
         stop()
 
 
-def test_refusals(outcome):
+def test_error_messages_of_refused_calls(outcome):
     for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
         found = results["refusals"]
         assert "zero_stage: expected 1 as in this run, got 2" in found["stage"]
@@ -467,8 +470,8 @@ def test_refusals(outcome):
     assert outcome[1][1][0]["refusals"]["ranks_differ"] == "no error"
 
 
-def test_a_run_is_quiet(outcome):
-    """DeepSpeed's own lines would drown the progress of a run."""
+def test_deepspeed_does_not_log_to_the_terminal(outcome):
+    """DeepSpeed's own lines would hide the progress of a run."""
     assert all(len(output.splitlines()) < 25 for output in outcome[2]), outcome[2][1][-3000:]
 
 
@@ -505,13 +508,13 @@ def test_a_cast_buffer_is_not_accepted(monkeypatch):
         stop()
 
 
-def test_a_process_alone_listens_to_nobody_else():
-    """No socket of the process group is open on an interface that other machines reach."""
+def test_a_single_process_listens_only_on_the_loopback():
+    """No socket of the process group is open on an interface that other machines can reach."""
     from rmsd_fast.runtime.process_group import start, stop
 
     start()
     try:
-        # But the descriptor that lists them, which is gone.
+        # Exclude the descriptor that lists the folder, which is already closed.
         numbers = [number for number in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{number}")]
         sockets = [os.readlink(f"/proc/self/fd/{number}") for number in numbers]
         inodes = {name.removeprefix("socket:[").removesuffix("]") for name in sockets}
@@ -521,7 +524,7 @@ def test_a_process_alone_listens_to_nobody_else():
             for fields in map(str.split, Path(f"/proc/net/{name}").read_text().splitlines()[1:])
             if fields[3] == "0A" and fields[9] in inodes
         ]
-        # 127.0.0.1, in the byte order of the file.
+        # The address is 127.0.0.1 in the byte order of the file.
         assert all(address.startswith("0100007F") for address in listening), listening
     finally:
         stop()

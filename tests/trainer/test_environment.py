@@ -1,4 +1,4 @@
-"""A program says what this Python lacks before it fails over it."""
+"""Test that a program reports missing requirements of this Python before it fails on an import."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from rmsd_fast import environment, evaluate, pool, train
 
 
-def test_this_python_has_what_is_needed():
+def test_this_python_meets_the_requirements():
     assert environment.why_not() == ""
 
 
-def test_what_is_missing_is_named_with_what_to_run(monkeypatch):
+def test_missing_requirements_are_reported_with_a_command(monkeypatch):
     reason = environment.why_not(("torch", "no_such_package"))
     assert f"this Python ({sys.executable}, " in reason and "has no no_such_package; run " in reason
     monkeypatch.setattr(environment, "sys", SimpleNamespace(executable="/usr/bin/python3", version_info=(3, 9, 2)))

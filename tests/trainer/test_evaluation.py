@@ -1,4 +1,4 @@
-"""Intervals, differences and the files of the run folder."""
+"""Test intervals, differences and the files of the run folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def records(scores, task="mcq"):
         ("strict", "B. milk", False, 0.0),
         ("natural", "B. milk", False, 1.0),
         ("natural", "A or B", False, 0.0),
-        # A cut answer says nothing, whatever it holds.
+        # A truncated response has no answer, whatever it contains.
         ("natural", "B. milk", True, 0.0),
         ("strict", "<think>a</think><answer>B</answer>", False, 1.0),
         ("natural", "<think>a</think><answer>B</answer>", False, 1.0),
@@ -42,25 +42,25 @@ def test_answers_are_read_strictly_or_naturally(parse, text, truncated, score):
     question = Question("q", "?", "mcq", videos=("v",), options=("tea", "milk"), answer="B")
     record = _record(question, text, RunConfig(evaluate=EvaluateConfig(parse=parse)), truncated=truncated)
     assert (record["score"], record["response"]) == (score, text)
-    # That the format is kept is a result of its own.
+    # Whether the format is followed is a separate result.
     assert record["valid"] == text.startswith("<think>")
 
 
 def test_wilson_interval_by_hand():
     result = summarise(records([1.0] * 8 + [0.0] * 2))["tasks"]["mcq"]
-    # Wilson score interval of 8 in 10 at 95%: 0.490 to 0.943.
+    # The Wilson score interval of 8 in 10 at 95% is 0.490 to 0.943.
     assert (result["mean"], result["n"], result["valid_share"]) == (0.8, 10, 0.8)
     assert result["low"] == pytest.approx(0.4902, abs=1e-4)
     assert result["high"] == pytest.approx(0.9433, abs=1e-4)
 
 
-def test_an_interval_never_has_no_width():
+def test_an_interval_always_has_a_width():
     none, all_right = (summarise(records([s] * 20))["tasks"]["mcq"] for s in (0.0, 1.0))
     assert none["low"] == 0 and none["high"] == pytest.approx(0.1611, abs=1e-4)
     assert all_right["high"] == 1 and all_right["low"] == pytest.approx(0.8389, abs=1e-4)
 
 
-def test_closed_leaves_out_open_questions():
+def test_closed_score_excludes_open_questions():
     result = summarise(records([1.0, 0.0]) + records([1.0, 1.0], "open"))
     assert result["closed"]["mean"] == 0.5 and result["closed"]["n"] == 2
     assert result["all"]["mean"] == 0.75
@@ -71,7 +71,7 @@ def test_paired_difference():
     before, after = records([0.0, 0.5, 1.0] * 30), records([0.5, 1.0, 1.0] * 30)
     result = compare(after, list(reversed(before)))["tasks"]["mcq"]
     assert result["mean"] == pytest.approx(1 / 3)
-    # Standard error of the mean of (0.5, 0.5, 0) x 30: 0.2357 / sqrt(90) = 0.0248.
+    # The standard error of the mean of (0.5, 0.5, 0) x 30 is 0.2357 / sqrt(90) = 0.0248.
     assert result["low"] == pytest.approx(1 / 3 - 1.96 * 0.0248, abs=0.01)
     assert result["high"] == pytest.approx(1 / 3 + 1.96 * 0.0248, abs=0.01)
     assert compare(before, before)["closed"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 90}
@@ -112,7 +112,7 @@ def test_an_answer_with_an_error_counts_0():
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other ids", "fewer", "no score", "half a character", "a folder"])
-def test_predictions_that_cannot_be_used_are_asked_for_again(tmp_path, damage, caplog):
+def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
     questions = [
         Question(id=f"mcq{i}", question="?", task_type="mcq", videos=("v.mp4",), options=("a", "b"), answer="A")
         for i in range(3)

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all, and one program at a time uses a folder."""
+"""Test that files are written completely or not at all, and that one program at a time uses a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fail(error: BaseException) -> None:
     raise error
 
 
-def test_a_write_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.json"
     write_text_atomic(path, "old")
     monkeypatch.setattr(os, "fsync", lambda number: fail(OSError(errno.ENOSPC, "full")))
@@ -59,14 +59,14 @@ def test_a_folder_replaces_another(tmp_path):
     assert [p.name for p in final.parent.iterdir()] == ["export"]
 
 
-def test_a_folder_of_a_faster_process_stays(tmp_path):
+def test_a_folder_written_first_by_another_process_is_kept(tmp_path):
     stage(tmp_path / "made", "1")
     stage(tmp_path / "made", "2", replace=False)
     assert (tmp_path / "made" / "config.json").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
 
-def test_a_folder_that_cannot_be_filled_leaves_the_former_one(tmp_path):
+def test_a_failed_folder_write_keeps_the_old_folder(tmp_path):
     stage(tmp_path / "export", "1")
     with pytest.raises(OSError, match="full"), staged_folder(tmp_path / "export", replace=True):
         fail(OSError(errno.ENOSPC, "full"))
@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_filled_leaves_the_former_one(tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, renames):
+def test_a_folder_is_complete_after_a_kill_at_any_rename(tmp_path, renames):
     """Interrupt before the first and second rename and after the last.
 
     The next write to the folder removes leftovers.
@@ -103,7 +103,7 @@ def test_a_folder_is_whole_after_a_kill_at_any_rename(tmp_path, renames):
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
-def test_an_append_that_does_not_fit_leaves_the_file(tmp_path):
+def test_an_append_without_disk_space_keeps_the_file(tmp_path):
     path = tmp_path / "a.jsonl"
     limit = (4, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     child = os.fork()
@@ -121,7 +121,7 @@ def test_an_append_that_does_not_fit_leaves_the_file(tmp_path):
     assert path.read_bytes() == b"12\n"
 
 
-def test_a_replacement_that_fails_leaves_no_temporary_file(tmp_path):
+def test_a_failed_replacement_leaves_no_temporary_file(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a", sync=False) as file:
         file.write(b"half")
@@ -129,14 +129,14 @@ def test_a_replacement_that_fails_leaves_no_temporary_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_every_error_of_the_disk_has_advice():
+def test_every_disk_error_has_advice():
     assert set(DISK_ERRORS) < set(ENVIRONMENT_ADVICE)
     assert ENVIRONMENT_ADVICE[errno.EMFILE] == "raise the limit on open files (ulimit -n)"
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path, monkeypatch, done):
-    """Interrupt right after the first rename, or instead of the second one."""
+def test_an_interrupt_between_the_renames_restores_the_old_folder(tmp_path, monkeypatch, done):
+    """Interrupt right after the first rename, or instead of the second rename."""
     final = folder(tmp_path / "export", "old")
     rename = Path.rename
 
@@ -155,7 +155,7 @@ def test_an_interrupt_between_the_renames_brings_the_former_folder_back(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
-def test_the_former_folder_goes_when_the_new_name_is_on_disk(tmp_path, monkeypatch):
+def test_the_old_folder_is_removed_after_the_new_name_is_on_disk(tmp_path, monkeypatch):
     final = folder(tmp_path / "export", "old")
     done = []
     monkeypatch.setattr("rmsd_fast.files.sync_folder", lambda path: done.append(("sync", path)))
@@ -164,11 +164,11 @@ def test_the_former_folder_goes_when_the_new_name_is_on_disk(tmp_path, monkeypat
     assert done[-3:-1] == [("sync", tmp_path), ("remove", ".export.")]
 
 
-def test_folders_that_other_machines_write_are_left_to_them(tmp_path):
+def test_temporary_folders_of_other_machines_are_kept(tmp_path):
     (tmp_path / ".export.99999999@elsewhere.tmp").mkdir()
     stage(tmp_path / "export", "new")
     assert len(list(tmp_path.iterdir())) == 2
-    # No one else writes to it while the folder is locked.
+    # No other program writes to the folder while it is locked.
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -214,7 +214,7 @@ def test_one_program_at_a_time(tmp_path):
         Locked, match=rf"{tmp_path}: process {process.pid} on .* is writing to this folder; wait for it"
     ):
         FolderLock(tmp_path)
-    # Killed, so that only the kernel can release the lock.
+    # The process is killed, so only the kernel can release the lock.
     process.kill()
     process.wait()
     with FolderLock(tmp_path):

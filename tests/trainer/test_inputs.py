@@ -1,4 +1,4 @@
-"""Reading the input files of a run: every fault at once, in the same order, before anything starts."""
+"""Test that a run reads all input files first and reports all their faults in a fixed order."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def read(folder: Path, *roles: str, **data):
     return read_inputs(settings, {role: str(folder / f"{role}.jsonl") for role in roles}, dict.fromkeys(roles, ""))
 
 
-def test_everything_is_read_and_summed_up(folder):
+def test_all_inputs_are_read_and_summarized(folder):
     inputs = read(folder)
     assert [q.id for q in inputs.train] == ["q0", "q1", "q2", "q3"] and len(inputs.heldout) == 4
     assert inputs.scores["q0"][0].quality == 1.0 and not inputs.simulated
     assert inputs.statistics["all"]["valid_share"] == 1.0 and inputs.statistics["teacher_simulated"] is False
     assert inputs.summary.lines[0] == "questions: 4 (mcq 4)" and inputs.summary.lines[1] == "held out: 4 (mcq 4)"
-    # Held-out questions alone, as an evaluation reads them.
+    # An evaluation reads only the held-out questions.
     alone = read(folder, "heldout")
     assert len(alone.heldout) == 4 and alone.train == [] and alone.statistics == {}
 
 
-def test_the_faults_of_all_files_come_at_once_in_one_order(folder):
+def test_faults_of_all_files_are_reported_at_once_in_order(folder):
     box = {"id": "b", "videos": ["a.mp4"], "question": "Where?", "task_type": "spatial"}
     write(folder / "train.jsonl", box | {"answer": [0, 0, 1920, 1080]}, box | {"id": "c", "answer": [0, 0, 0.5, 0.5]})
     write(folder / "heldout.jsonl", GOOD | {"id": "h", "videos": ["b.mp4"], "answer": "C"})
@@ -55,13 +55,13 @@ def test_the_faults_of_all_files_come_at_once_in_one_order(folder):
         read(folder)
     lines = str(caught.value).splitlines()
     assert len(lines) == 5 and lines[0].endswith("train.jsonl: 2 of 2 records cannot be used:")
-    # Ground truths that only the metric refused named no line, and only the first.
+    # Errors for ground truths that only the metric refused used to name no line, and only the first was reported.
     assert "train.jsonl:1: field 'answer': expected 'x1,y1,x2,y2'" in lines[1] and "1000 * pixels / width" in lines[1]
     assert "train.jsonl:2: field 'answer'" in lines[2] and "multiply them by 1000" in lines[2]
     assert "heldout.jsonl:1: field 'answer'" in lines[3] and "pool.jsonl:1: field 'k'" in lines[4]
 
 
-def test_missing_media_of_both_files_and_a_pool_of_others_come_at_once(folder):
+def test_missing_media_and_a_pool_of_other_questions_are_reported_at_once(folder):
     (folder / "a.mp4").unlink()
     (folder / "b.mp4").unlink()
     write(folder / "pool.jsonl", {"id": "x", "k": 0, "text": "B"})
@@ -71,7 +71,7 @@ def test_missing_media_of_both_files_and_a_pool_of_others_come_at_once(folder):
     assert "train.jsonl: 1 of 1 media files are missing, for 4 of 4 questions (first: " in train
     assert "heldout.jsonl: 1 of 1 media files are missing, for 4 of 4 questions" in heldout and "b.mp4" in heldout
     assert pool.startswith("teacher pool: expected responses to all questions, got them for 0 of 4")
-    # Up to a share they are replaced while training, and count 0 in an evaluation.
+    # Up to a limit, missing media are replaced in training and count as 0 in an evaluation.
     (folder / "a.mp4").write_bytes(b"x")
     with pytest.raises(DataError, match=r"heldout\.jsonl: 1 of 1 media files are missing"):
         read(folder, "heldout")
@@ -89,7 +89,7 @@ def test_only_the_questions_that_are_evaluated_need_their_media(folder):
         read_inputs(RunConfig(), files, {"heldout": ""})
 
 
-def test_a_pool_of_little_use_stops_a_run_and_shows_the_table(folder):
+def test_a_pool_with_few_usable_answers_stops_a_run_with_a_table(folder):
     refusal = "I'm sorry, I can't view videos."
     write(folder / "pool.jsonl", *({"id": f"q{i}", "k": 0, "text": refusal} for i in range(4)))
     with pytest.raises(DataError) as caught:
@@ -109,15 +109,15 @@ def test_a_task_type_that_no_record_asks_for_is_refused(folder):
         read(folder, task_type="ocr")
     turns = [{"from": "human", "value": "What is written?"}, {"from": "gpt", "value": "EXIT"}]
     write(folder / "heldout.jsonl", {"id": "h", "video": "b.mp4", "conversations": turns})
-    # One of the files needs it.
+    # Only one of the files needs the task type.
     assert [q.task_type for q in read(folder, task_type="ocr").heldout] == ["ocr"]
-    # A damaged file is told as such.
+    # A damaged file is reported as damaged.
     (folder / "train.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"train\.jsonl:1: expected"):
         read(folder, task_type="ocr")
 
 
-def test_more_answers_than_there_are_cannot_be_asked_for(folder):
+def test_requesting_more_answers_than_the_pool_has_is_refused(folder):
     files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
     with pytest.raises(SettingsError, match=r"teacher\.responses: expected at most 1, .*pool\.jsonl, got 4"):
         read_inputs(RunConfig(), files, dict.fromkeys(files, ""))

@@ -1,4 +1,4 @@
-"""A JSONL file of a run: kills and full disks leave it whole, and a resume cuts it to its checkpoint."""
+"""Test JSONL files of a run: kills and full disks do not damage them, and a resume truncates them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def written(file: JsonLines) -> list[int]:
     return [json.loads(line)["n"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_every_line_is_there_at_once_and_is_strict_json(tmp_path):
+def test_every_line_is_flushed_and_is_strict_json(tmp_path):
     path = tmp_path / "x.jsonl"
     file = JsonLines(path)
     assert not path.exists() and file.records() == [] and file.lines == 0
@@ -33,7 +33,7 @@ def test_every_line_is_there_at_once_and_is_strict_json(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"n": '])
-def test_a_resume_cuts_what_the_checkpoint_does_not_know(tmp_path, torn):
+def test_a_resume_removes_lines_after_the_checkpoint(tmp_path, torn):
     path = tmp_path / "x.jsonl"
     file = JsonLines(path)
     for n in (1, 2):
@@ -47,11 +47,11 @@ def test_a_resume_cuts_what_the_checkpoint_does_not_know(tmp_path, torn):
     again.append({"n": 3})
     again.sync()
     assert written(again) == [1, 2, 3] and again.lines == 3
-    # A run that starts over keeps nothing.
+    # A run that starts over keeps no lines.
     assert JsonLines(path).records() == []
 
 
-def test_lost_lines_are_told(tmp_path, caplog):
+def test_lost_lines_are_reported(tmp_path, caplog):
     JsonLines(tmp_path / "x.jsonl").append({"n": 1})
     file = JsonLines(tmp_path / "x.jsonl", keep=3)
     assert "expected at least 3 lines as in the checkpoint, got 1" in caplog.text
@@ -59,7 +59,7 @@ def test_lost_lines_are_told(tmp_path, caplog):
 
 
 class Full:
-    """A file that writes a few bytes, then nothing: what a full disk does."""
+    """A file that writes a few bytes and then none, as on a full disk."""
 
     def __init__(self, file):
         self.file = file
@@ -82,7 +82,7 @@ def test_a_full_disk_keeps_lines_until_there_is_space(tmp_path, caplog):
     file.sync()
     assert written(file) == [1] and file.lines == 1 and file.waiting == ['{"n": 2}', '{"n": 3}']
     assert [record["n"] for record in file.records()] == [1, 2, 3]
-    # A resume from a checkpoint of now.
+    # The run resumes from a checkpoint taken now.
     assert written(JsonLines(tmp_path / "x.jsonl", file.lines, file.waiting)) == [1, 2, 3]
     os.truncate(tmp_path / "x.jsonl", len('{"n": 1}\n'))
     assert caplog.text.count("x.jsonl: No space left on device; lines are kept in memory") == 1
@@ -119,8 +119,8 @@ def test_lines_that_never_found_space_are_an_error_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_is_found_full_only_when_synced(tmp_path, monkeypatch, code):
-    """The kernel reports it once, and may have dropped what was written: all of it is written again."""
+def test_a_full_disk_that_is_detected_only_by_fsync(tmp_path, monkeypatch, code):
+    """The kernel reports the error once and may have dropped the written data, so all of it is written again."""
     fsync, faults = os.fsync, [OSError(code, "refused")]
 
     def refuse_once(number):
@@ -140,7 +140,7 @@ def test_a_disk_that_is_found_full_only_when_synced(tmp_path, monkeypatch, code)
     assert written(file) == [1, 2, 3] and file.lines == 3 and not file.waiting
 
 
-def test_lines_do_not_pile_up_between_checkpoints(tmp_path):
+def test_waiting_lines_do_not_accumulate_between_checkpoints(tmp_path):
     file = JsonLines(tmp_path / "x.jsonl")
     for n in range(SYNC_LINES + 1):
         file.append({"n": n})
@@ -160,13 +160,13 @@ def refuse_to_cut(self, size):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_damaged_lines_are_named(tmp_path):
+def test_damaged_lines_are_reported(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"n": 7}\n{"n": \n')
     with pytest.raises(CheckpointError, match=r"x\.jsonl:2: expected a JSON object .*restore the file"):
         JsonLines(tmp_path / "x.jsonl", keep=2).records()
 
 
-def test_other_faults_of_the_disk_are_errors(tmp_path):
+def test_other_disk_faults_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError):
         JsonLines(tmp_path / "gone" / "x.jsonl").append({"n": 1})
 

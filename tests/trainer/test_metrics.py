@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kills and full disks and continues exactly; progress lines; phase times."""
+"""Test that metrics.jsonl survives kills and full disks, and test progress lines and phase times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_one_valid_json_line_per_step(tmp_path):
         "n": 3,
     }
     metrics.log("sft", 1, values)
-    text = (tmp_path / "metrics.jsonl").read_text()  # there without close: every line is flushed
+    text = (tmp_path / "metrics.jsonl").read_text()  # The lines are there without close, because every line is flushed.
     assert text == '{"stage": "sft", "step": 1, "loss": 0.1, "bad": null, "inf": null, "n": 3}\n'
     with pytest.raises(TypeError, match="metric 'x': expected a number or a scalar tensor, got list"):
         metrics.log("sft", 2, {"x": [1]})
@@ -65,7 +65,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, torn):
         cut.log(stage, step, {"loss": step / 7})
     cut.sync()
     saved = cut.lines
-    cut.log("warm_up", 2, {"loss": 99.0})  # after the checkpoint, lost with the kill
+    cut.log("warm_up", 2, {"loss": 99.0})  # This line is after the checkpoint and is lost with the kill.
     with (tmp_path / "cut" / "metrics.jsonl").open("ab") as file:
         file.write(torn)
     again = make(tmp_path / "cut", resume_lines=saved)
@@ -105,7 +105,8 @@ def test_an_alarm_is_printed_once_per_run(tmp_path):
     steps(whole, 23, 50)
     assert streams[0].getvalue().count("ALARM: many rollouts are truncated (distill step 20)") == 1
     assert f"python -m rmsd_fast.report {tmp_path}" in streams[0].getvalue()
-    # A run that is continued from a checkpoint after the alarm is silent; one from before it raises it again.
+    # A run that continues from a checkpoint after the alarm is silent; from a checkpoint before it, the alarm is raised
+    # again.
     steps(make(tmp_path, stream=streams[1], resume_lines=after), 23, 50)
     assert "ALARM" not in streams[1].getvalue()
     steps(make(tmp_path, stream=streams[2], resume_lines=before), 20, 50)
@@ -139,13 +140,13 @@ def test_tensorboard_continues_per_stage(tmp_path):
 def test_progress_line():
     values = {"policy/kl": 0.0125, "reward/total": None, "rate/tokens_per_s": 12345.6, "other": 1.0}
     parts = progress_parts("distill", 37, 468, values, [(35, 100.0), (36, 103.0), (37, 106.4)])
-    # (106.4 - 100) / 2 = 3.2 s per step; 431 steps left = 1379 s
+    # (106.4 - 100) / 2 = 3.2 s per step, and the remaining 431 steps take 1379 s.
     assert fit_line(parts, 100) == "distill 37/468  3.20 s/step  left 0:22:59  KL 0.0125  tokens/s 12.3k"
     assert progress_parts("sft", 1, 9, {}, [(1, 5.0)]) == ["sft 1/9"]
     assert progress_parts("sft", 2, 0, {}, [(1, 5.0), (2, 6.0)]) == ["sft 2", "1.00 s/step"]
 
 
-def test_a_line_shows_whole_fields_that_fit_with_the_phase():
+def test_a_progress_line_shows_only_complete_fields():
     parts = ["distill 1/9", "KL 0.01", "reward 0.5"]
     assert fit_line(parts, 32) == "distill 1/9  KL 0.01  reward 0.5"
     assert fit_line(parts, 31) == "distill 1/9  KL 0.01"
@@ -154,7 +155,7 @@ def test_a_line_shows_whole_fields_that_fit_with_the_phase():
     assert fit_line(parts, 8, "[policy]") == "distill "
 
 
-# What a line may have to carry: the longest numbers of every field, and a run of days.
+# The worst case has the longest numbers of every field and a run of several days.
 WORST = {
     "discriminator/pair_accuracy": 0.051234,
     "reward/total": -0.012345,
@@ -168,8 +169,8 @@ WORST = {
 
 @pytest.mark.parametrize("phase", ["", "[discriminator]", "[forward_backward]"])
 @pytest.mark.parametrize("columns", [60, 79, 99, 100, 120, 200])
-def test_the_line_fits_real_widths(columns, phase):
-    # 123.45 s for each of 3672 steps left are 125 hours.
+def test_the_progress_line_fits_common_terminal_widths(columns, phase):
+    # The remaining 3672 steps at 123.45 s each take 125 hours.
     parts = progress_parts("distill", 43128, 46800, WORST, [(43127, 0.0), (43128, 123.45)])
     assert parts[:3] == ["distill 43128/46800", "123.45 s/step", "left 125:55:08"]
     line = fit_line(parts, columns, phase)
@@ -196,7 +197,7 @@ def test_the_main_numbers_of_stage_2_fit_100_columns():
         *((math.nan, "nan"), (-math.inf, "-inf")),
     ],
 )
-def test_numbers_of_the_progress_line(value, text):
+def test_number_format_of_the_progress_line(value, text):
     assert progress_parts("sft", 1, 0, {"loss": value}, [(1, 0.0)])[1] == f"loss {text}"
 
 
@@ -207,7 +208,11 @@ def test_plain_lines_without_a_terminal(tmp_path):
     for step in range(41, 101):
         metrics.log("sft", step, {"loss": 1.0})
     shown = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()]
-    assert shown == [41, *range(46, 100, 5), 100]  # the first, each 1/20 of the stage, the last
+    assert shown == [
+        41,
+        *range(46, 100, 5),
+        100,
+    ]  # These are the first step, each 1/20 of the stage, and the last step.
     assert "\r" not in stream.getvalue()
 
 
@@ -234,10 +239,13 @@ def test_one_updating_line_on_a_terminal(tmp_path):
 def test_phase_timer_adds_up(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 5.0, 5.5, 10.0, 11.0, 12.0])
     monkeypatch.setattr("rmsd_fast.runtime.metrics.time.perf_counter", lambda: next(clock))
-    timer = PhaseTimer(torch.device("cpu"))  # 0
-    with timer("rollout"):  # 1 to 3
+    timer = PhaseTimer(torch.device("cpu"))  # The clock reads 0.
+    with timer("rollout"):  # The clock goes from 1 to 3.
         pass
-    with pytest.raises(ValueError), timer("rollout"):  # 5 to 5.5, counted although it failed
+    with (
+        pytest.raises(ValueError),
+        timer("rollout"),
+    ):  # The clock goes from 5 to 5.5, which counts although the block failed.
         raise ValueError
     assert timer.take() == {"seconds/rollout": 2.5, "seconds/step": 10.0}
     assert timer.take() == {"seconds/step": 1.0}

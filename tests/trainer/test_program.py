@@ -1,4 +1,4 @@
-"""How programs end: exit codes and messages, without a process group."""
+"""Test the exit codes and messages of programs without a process group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rmsd_fast.runtime.stop_signal import Stopped
 
 @pytest.fixture(autouse=True)
 def group(monkeypatch):
-    """Notes whether the process group was left."""
+    """Record whether the process group was left."""
     left = []
     monkeypatch.setattr(program, "start", lambda: World(0, 1, 0, torch.device("cpu")))
     monkeypatch.setattr(program, "stop", lambda: left.append(True))
@@ -72,7 +72,7 @@ def test_each_end_has_its_code_and_its_message(group, capsys, error, code, leave
         (OSError(errno.ENOSPC, "full", "a"), 2, False),
     ],
 )
-def test_a_process_that_may_be_the_only_one_does_not_wait_for_the_others(group, monkeypatch, error, code, leaves):
+def test_a_possibly_single_process_does_not_wait_for_others(group, monkeypatch, error, code, leaves):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert end(error) == code
     assert bool(group) == leaves
@@ -116,7 +116,7 @@ exit_process(run_program("rmsd_fast.x", RunConfig(), work, trains=True))
 
 
 def ends(tmp_path, kind):
-    """What two processes print, but for torchrun's own lines."""
+    """Return what two processes print, without torchrun's own lines."""
     script = tmp_path / "ends.py"
     script.write_text(ENDS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -129,7 +129,7 @@ def ends(tmp_path, kind):
         timeout=200,
     )
     assert done.returncode == 1
-    # Its log lines, then the traceback with which it always ends.
+    # torchrun prints log lines and then the traceback with which it always ends.
     before = done.stderr.rsplit('Traceback (most recent call last):\n  File "<frozen runpy>"', 1)[0]
     lines = before.splitlines()
     return [line for line in lines if line and not re.match(r"[EWI]\d{4} |\*{9}|Setting OMP_NUM", line)]
@@ -137,20 +137,20 @@ def ends(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["all", "one", "busy"])
 def test_several_processes_end_with_one_line(tmp_path, kind):
-    """Also where the fault is that of one, and the others wait for it or are at work."""
+    """The fault may affect one process while the others wait for it or work."""
     told = "rmsd_fast.x: a.b: expected 1" + ("" if kind == "all" else kind)
     lines = ends(tmp_path, kind)
-    # Of a process that waits for a step's end, what torchrun's SIGTERM makes of it.
+    # For a process that waits for the end of a step, torchrun's SIGTERM adds this line.
     assert [line for line in lines if not line.startswith("SIGTERM: the run ends")] == [told]
 
 
-def test_a_long_message_is_told_once(tmp_path):
+def test_a_long_message_is_printed_once(tmp_path):
     lines = ends(tmp_path, "long")
     assert len([line for line in lines if line.startswith("rmsd_fast.x: a.b: expected 1xxx")]) == 1
     assert not any("Invalid string size" in line for line in lines)
 
 
-def test_a_bug_beside_a_fault_of_the_user_shows_its_traceback(tmp_path):
+def test_a_bug_on_another_process_shows_its_traceback(tmp_path):
     lines = ends(tmp_path, "bug")
     assert "rmsd_fast.x: a.b: expected 1bug" in lines
     assert any("RuntimeError: shapes differ" in line for line in lines)
@@ -163,7 +163,7 @@ def test_sigterm_to_one_process_ends_the_others(tmp_path):
     ]
 
 
-def test_a_signal_during_the_end_does_not_take_the_message_away(capsys, monkeypatch):
+def test_a_signal_during_shutdown_does_not_hide_the_message(capsys, monkeypatch):
     class Late:
         def __init__(self, world):
             pass
@@ -180,13 +180,13 @@ def test_a_signal_during_the_end_does_not_take_the_message_away(capsys, monkeypa
     assert capsys.readouterr().err == "rmsd_fast.x: x: expected 1\n"
 
 
-def test_errors_of_the_disk_are_one_line(capsys):
+def test_disk_errors_are_printed_as_one_line(capsys):
     assert end(OSError(errno.ENOSPC, "No space left on device", "a.tmp", None, "runs/x/a.json")) == 2
     told = capsys.readouterr().err
     assert told == "rmsd_fast.x: runs/x/a.json: No space left on device; free some space; nothing was written\n"
 
 
-def test_output_that_is_lost_does_not_end_a_program(monkeypatch):
+def test_lost_output_does_not_end_a_program(monkeypatch):
     class Lost(io.StringIO):
         encoding = "ascii"
 
@@ -204,7 +204,7 @@ def test_output_that_is_lost_does_not_end_a_program(monkeypatch):
     assert sys.stderr is None
 
 
-def test_what_a_terminal_cannot_show_is_shown_in_ascii():
+def test_characters_that_a_terminal_cannot_show_are_escaped():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     LenientStream(stream).write("lücke\n")
     stream.flush()
@@ -219,7 +219,7 @@ def test_an_evaluation_has_nothing_to_continue(capsys):
     assert "evaluate.prompts_per_batch=" in told and "micro_tokens" not in told and "--resume" not in told
 
 
-def test_errors_of_the_program_are_not_swallowed(group):
+def test_program_errors_are_not_swallowed(group):
     with pytest.raises(ZeroDivisionError):
         end(ZeroDivisionError())
     assert not group
@@ -232,7 +232,7 @@ def test_errors_of_the_program_are_not_swallowed(group):
         (RuntimeError("a fault"), "RuntimeError: a fault"),
     ],
 )
-def test_a_report_that_cannot_be_written_fails_no_run(tmp_path, monkeypatch, capsys, error, words):
+def test_a_report_that_cannot_be_written_does_not_fail_a_run(tmp_path, monkeypatch, capsys, error, words):
     def fail(_):
         raise error
 

@@ -1,4 +1,4 @@
-"""The report: complete and partial runs, damaged files, untrusted text, the picture."""
+"""Test the report with complete and partial runs, damaged files and untrusted text, and test the picture."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def run(tmp_path, material) -> Path:
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
-    """A run folder that holds its settings only, as it is just after the start."""
+    """Return a run folder that has only its settings, as it has just after the start."""
     folder = tmp_path / "bare-20260102-030405"
     folder.mkdir()
     (folder / "config.yaml").write_text("name: bare\nseed: 3\n")
     return folder
 
 
-def test_page_of_a_whole_run(run: Path) -> None:
+def test_page_of_a_complete_run(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
     text, page = read(path)
@@ -66,12 +66,13 @@ def test_page_of_a_whole_run(run: Path) -> None:
         "heldout",
     ):
         assert words in page.text, words
-    # Two clips of six questions, eight frames each; every question once, with three answers.
+    # There are two clips of six questions with eight frames each, and every question appears once with three answers.
     assert sum(a.get("class") == "card sample" for _, a in page.tags) == 12
     assert page.count("img") == 96
     assert sum((a.get("class") or "").startswith("answer ") for _, a in page.tags) == 36
     assert "highest value 60 is outside the chart" in page.text
-    # Correlation is around 0.36 in stage 2: the warning is said in words; bad samples are shown as there are some.
+    # The correlation is about 0.36 in stage 2, so the warning appears as text. Bad samples are listed because some
+    # exist.
     assert re.search(r"Warning: correlation is above 0\.3 on \d+ of 120 steps", page.text)
     assert "bad samples" in page.text
     assert not list(run.glob("*.tmp*"))
@@ -87,7 +88,7 @@ def test_hover_data_are_the_logged_values(run: Path) -> None:
     assert loss["y"][0]["v"] == pytest.approx(losses, rel=1e-3)
 
 
-def test_script_is_the_one_that_the_page_allows(run: Path) -> None:
+def test_the_script_matches_the_content_security_policy(run: Path) -> None:
     import base64
     import hashlib
 
@@ -120,11 +121,11 @@ def test_partial_runs(run: Path, missing: str) -> None:
     if missing == "distill":
         assert "stage 1 − untrained" in page.text and "stage 2 − stage 1" not in page.text
     if missing == "run.json":
-        # The start is in the folder's name, the duration is what the steps took.
+        # The start time comes from the folder's name, and the duration is the total time of the steps.
         assert "2026-01-01 12:00" in page.text and "in training steps" in page.text
 
 
-def test_a_run_that_has_only_begun(bare: Path) -> None:
+def test_a_run_that_has_just_started(bare: Path) -> None:
     for content in (None, ""):
         if content is not None:
             (bare / "metrics.jsonl").write_text(content)
@@ -135,7 +136,7 @@ def test_a_run_that_has_only_begun(bare: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, None, "NaN"])
-def test_one_step_and_values_that_are_not_finite(bare: Path, value) -> None:
+def test_one_step_and_non_finite_values(bare: Path, value) -> None:
     row = {"stage": "distill", "step": 1, "policy/loss": 0.5, "seconds/step": 1.0, "discriminator/pair_accuracy": 1.0}
     text = json.dumps(row) + "\n" + json.dumps({**row, "step": 2, "policy/loss": value}) + "\n"
     (bare / "metrics.jsonl").write_text(text.replace('"NaN"', "NaN"))
@@ -144,21 +145,21 @@ def test_one_step_and_values_that_are_not_finite(bare: Path, value) -> None:
     assert "Warning: pair accuracy is above 0.95 on 2 of 2 steps" in page.text
 
 
-def test_a_step_logged_twice_counts_as_logged_last(bare: Path) -> None:
+def test_the_last_record_of_a_repeated_step_is_used(bare: Path) -> None:
     rows = [{"stage": "sft", "step": s, "loss": v} for s, v in ((1, 3.0), (2, 2.5), (2, 2.0), (3, 1.0))]
     (bare / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curve = load_run(bare).metrics["sft"]["loss"]
     assert curve.steps == (1, 2, 3) and curve.values == (3.0, 2.0, 1.0)
 
 
-def test_control_run_is_called_what_it_is(run: Path) -> None:
+def test_a_control_run_is_labeled(run: Path) -> None:
     config = RunConfig(name="control")
     config.distill.objective = "sft"
     (run / "config.yaml").write_text(to_yaml(config))
     assert "control (more imitation) − stage 1" in read(write_report(run))[1].text
 
 
-def test_hostile_text_stays_text(run: Path) -> None:
+def test_hostile_text_is_escaped(run: Path) -> None:
     evil = f"<think>{EVIL}</think><answer>{EVIL}\ud800\x00</answer></pre></article>"
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for row in rows:
@@ -190,7 +191,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert not [e for e in ElementTree.fromstring(picture).iter() if e.tag.endswith("script")]
 
 
-def test_media_that_are_gone_or_damaged_become_placeholders(run: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_media_become_placeholders(run: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"this is no video" * 40)
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
@@ -223,17 +224,14 @@ def _jpeg_of(source: str):
     return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
 
 
-def test_films_are_evenly_spaced_frames(material) -> None:
+def test_previews_are_evenly_spaced_frames(material) -> None:
     clip = sorted(material.clips.glob("*.mp4"))[0]
     with Films(timeout_s=60.0, max_file_mib=16) as films:
         shots = films.read(str(clip), is_video=True).shots
-    # Clips have 8 frames at 1 per second.
+    # The clips have 8 frames at 1 per second.
     assert [caption for _, caption in shots] == [f"{second}.0 s" for second in range(8)]
     image = _jpeg_of(shots[0][0])
     assert image.size == (64, 64) and image.format == "JPEG"
-
-
-# ---- damaged inputs
 
 
 @pytest.mark.parametrize(
@@ -246,7 +244,7 @@ def test_films_are_evenly_spaced_frames(material) -> None:
         ('{"stage": "sft", "step": true}', "got 'sft' and True"),
     ],
 )
-def test_damaged_metrics_are_named_by_line(run: Path, capsys, line: str, words: str) -> None:
+def test_damaged_metrics_are_reported_by_line(run: Path, capsys, line: str, words: str) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[4] = line
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -256,7 +254,7 @@ def test_damaged_metrics_are_named_by_line(run: Path, capsys, line: str, words: 
     assert not (run / "report.html").exists()
 
 
-def test_an_unfinished_last_line_is_left_out_and_said(run: Path) -> None:
+def test_an_unfinished_last_line_is_skipped_with_a_note(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "distill", "st')
     assert "the last line (341) is unfinished and was left out" in read(write_report(run))[1].text
@@ -280,7 +278,7 @@ def test_an_unfinished_last_line_is_left_out_and_said(run: Path) -> None:
         ("config.yaml", "- 1\n- 2\n", "expected a mapping of settings"),
     ],
 )
-def test_damaged_files_are_named(run: Path, name: str, content: str, words: str) -> None:
+def test_damaged_files_are_reported(run: Path, name: str, content: str, words: str) -> None:
     (run / name).write_text(content)
     with pytest.raises(ReportError, match=re.escape(words)) as caught:
         write_report(run)
@@ -296,7 +294,7 @@ def test_numbers_too_large_for_a_float_are_infinite(run: Path) -> None:
     assert write_report(run).is_file()
 
 
-def test_folders_that_are_no_run(tmp_path: Path, capsys) -> None:
+def test_folders_that_are_not_runs(tmp_path: Path, capsys) -> None:
     for target in (tmp_path, tmp_path / "nothing"):
         assert main([str(target)]) == 2
     err = capsys.readouterr().err
@@ -320,9 +318,6 @@ def test_program(run: Path, tmp_path: Path) -> None:
     assert main([str(run), "--output", str(tmp_path)]) == 2
 
 
-# ---- the picture
-
-
 def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
     path = tmp_path / "accuracy.svg"
     assert main([str(run), "--picture", str(path)]) == 0
@@ -337,7 +332,7 @@ def test_picture(run: Path, tmp_path: Path, bare: Path) -> None:
     assert not (tmp_path / "none.svg").exists()
 
 
-def test_the_page_says_how_teacher_answers_were_read():
+def test_the_page_states_how_teacher_answers_were_read():
     group = {"questions": 2, "responses": 8, "mean": 0.5, "valid_share": 0.75, "as_sent_share": 0.25}
     group["reasons"] = {"two_answers": 1, "truncated": 1}
     text = teacher_section({"tasks": {"mcq": group}, "all": group, "parse": "natural", "responses": 4})
@@ -346,6 +341,6 @@ def test_the_page_says_how_teacher_answers_were_read():
         in text
     )
     assert "valid as sent %" in text and "<td>25.0</td>" in text
-    # A run of an earlier version does not say.
+    # Runs of earlier versions do not record the reasons.
     del group["reasons"]
     assert "Why answers" not in teacher_section({"tasks": {"mcq": group}, "all": group, "responses": 4})

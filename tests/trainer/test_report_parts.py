@@ -1,4 +1,4 @@
-"""Parts of the report by hand: smoothing, axes, numbers, intervals in words, colours, markup of answers."""
+"""Test parts of the report by hand: smoothing, axes, numbers, intervals in words, colors, and markup of answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rmsd_fast.report_page.style import DARK, LIGHT, SERIES_COLOURS
 from rmsd_fast.report_page.svg import Series, curve_chart, number, smooth, stacked_chart, thin, ticks, value_range
 
 
-def test_colours_have_contrast() -> None:
+def test_colors_have_contrast() -> None:
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -39,7 +39,7 @@ def test_smoothing_by_hand() -> None:
     assert smooth([1.0, 5.0, 3.0]) == [1.0, 5.0, 3.0]
     values = [float(i % 2) for i in range(24)]
     out = smooth(values)
-    # 24 points: one neighbour on each side, at the ends the one there is.
+    # With 24 points each point has one neighbor on each side, and the end points have one neighbor.
     assert out[0] == out[-1] == 0.5
     assert out[1] == pytest.approx(1 / 3) and out[2] == pytest.approx(2 / 3)
     values[10] = math.nan
@@ -64,7 +64,7 @@ def test_ticks_and_numbers() -> None:
     assert written == ["0", "0.123", "12.3", "123", "1234", "12.3k", "2.5M", "2e-6", "-0.5", "–", "–"]
 
 
-def test_range_leaves_single_spikes_out() -> None:
+def test_axis_range_ignores_single_spikes() -> None:
     calm = tuple(1.0 + 0.1 * (i % 5) for i in range(100))
     steps = tuple(range(100))
     low, high, remark = value_range([Series("x", steps, calm)])
@@ -76,9 +76,9 @@ def test_range_leaves_single_spikes_out() -> None:
     assert value_range([Series("x", (1,), (math.nan,))])[:2] == (0.0, 1.0)
 
 
-def test_gap_in_a_curve_where_it_is_not_finite() -> None:
+def test_non_finite_values_leave_a_gap_in_a_curve() -> None:
     svg = curve_chart("t", "h", [Series("x", (1, 2, 3, 4), (1.0, 2.0, math.inf, 4.0))])
-    # The first path of that class is the legend's swatch.
+    # The first path of that class is the swatch of the legend.
     _, path = re.findall(r'class="l1" d="([^"]*)"', svg)
     assert path.count("M") == 2 and path.count("L") == 1
     assert "1 value was not finite" in svg

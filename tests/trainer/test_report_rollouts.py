@@ -1,4 +1,4 @@
-"""Alarms and rollouts in the report: boxes over frames, bars on time lines, order, damaged and untrusted lines."""
+"""Test alarms and rollouts in the report: boxes, bars, order, and damaged or untrusted lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(material) -> str:
-    """A video of 8 s and 64x64 pixels."""
+    """Return a video of 8 s with 64x64 pixels."""
     return str(sorted(material.clips.glob("*.mp4"))[0])
 
 
@@ -87,16 +87,13 @@ def section(text: str) -> str:
     return text[text.index('<h2 id="rollouts">') : text.index('<h2 id="teacher">')]
 
 
-# ---- drawing
-
-
 def test_boxes_by_hand() -> None:
     marks = [
         *truth_mark("spatial", "100,200,300,600"),
         *response_mark("T0", 1, "spatial", response("100,200,300,600")),
         *response_mark("R0", 2, "spatial", response("-50,0,2000,500")),
         *response_mark("R1", 2, "spatial", response("-50,0,2000,500")),
-        # Drawn although the format around it is broken; those below have no box.
+        # These are drawn although the format around them is broken. The entries below have no box.
         *response_mark("R2", 2, "spatial", "<answer>1,2,3,4</answer>"),
         *response_mark("R3", 2, "spatial", response("300,200,100,600")),
         *response_mark("R4", 2, "spatial", response("somewhere")),
@@ -131,18 +128,18 @@ def test_bars_by_hand() -> None:
     ]
     assert html.count('class="span" style="left:50.00%;width:50.00%"') == 3
     assert "clip of 8 s" in html and '<i style="left:50.00%">4</i>' in html
-    # Of a clip of unknown length the axis ends with the last interval.
+    # If the length of a clip is unknown, the axis ends with the last interval.
     assert "left:0.00%;width:100.00%" in time_line(truth_mark("temporal", "0 to 4"), None)
     assert time_line(truth_mark("spatial", "1,2,3,4"), 8.0) == time_line([], 8.0) == ""
 
 
 @pytest.mark.parametrize("length", [0.0, -1.0, 5e-324, float("inf"), float("nan")])
-def test_a_length_that_is_none_draws_nothing(length) -> None:
+def test_without_a_length_nothing_is_drawn(length) -> None:
     assert time_line(truth_mark("temporal", "0 to 4"), length) == ""
     assert time_line(truth_mark("temporal", "0 to 5e-324"), None) == ""
 
 
-def test_the_length_comes_from_the_file(clip, tmp_path, films) -> None:
+def test_the_file_length_takes_precedence(clip, tmp_path, films) -> None:
     from PIL import Image
 
     film = films.read(clip, is_video=True)
@@ -157,21 +154,21 @@ def test_the_length_comes_from_the_file(clip, tmp_path, films) -> None:
     assert film.shots == [] and "no such file" in film.fault
 
 
-def test_a_late_video_is_drawn_on_its_own_clock(clip, tmp_path, films) -> None:
+def test_a_video_that_starts_late_is_drawn_on_its_own_clock(clip, tmp_path, films) -> None:
     late = tmp_path / "late.mkv"
     command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "sine=d=12", "-itsoffset", "4", "-i", clip]
     subprocess.run([*command, "-c:v", "copy", str(late)], check=True)
     film = films.read(str(late), is_video=True)
     assert film.shots[0][1] == "4.0 s" and film.seconds == pytest.approx(12.0, abs=0.1)
-    # The record's duration is that of the stream in some data sets: the file tells better.
+    # In some data sets, the duration in the record is that of the stream, so the file is more reliable.
     row = {"videos": [str(late)], "images": [], "duration": 8.0}
     strip = film_strip(row, truth_mark("temporal", "9 to 12"), {}, films)
-    # 9 of 12 s; the audio ends a little later.
+    # The bar is at 9 of 12 s, and the audio ends a little later.
     assert re.search(r"left:7[45]\.\d+%", strip)
 
 
-def test_a_file_that_hangs_costs_its_time_and_no_page(tmp_path, clip, monkeypatch) -> None:
-    """A reader that never answers: a file on a disk that is gone."""
+def test_a_hanging_file_delays_the_page_but_does_not_prevent_it(tmp_path, clip, monkeypatch) -> None:
+    """The reader never answers, as for a file on a disk that was removed."""
     monkeypatch.setattr("rmsd_fast.data.decode_worker.START_S", 60.0)
     hanging = []
     for number in range(MOST_LOST + 1):
@@ -192,17 +189,17 @@ def test_files_that_the_run_could_not_use_are_not_tried_again(clip) -> None:
 def test_media_are_read_once(clip, monkeypatch, films) -> None:
     row = {"videos": [clip], "images": []}
     film_strip(row, [], {}, films)
-    monkeypatch.setattr(films, "_film", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(films, "_film", lambda *_: pytest.fail("the file was read again"))
     assert film_strip(row, [], {}, films).count("<img") == 8
 
 
-def test_frames_are_those_of_the_part_that_is_shown(clip, films) -> None:
+def test_frames_come_from_the_part_that_is_shown(clip, films) -> None:
     """The clip has 8 frames, one per second."""
     film = films.read(clip, is_video=True, span=(4.0, 6.0))
     assert [caption for _, caption in film.shots] == ["4.0 s", "5.0 s", "6.0 s"] and film.seconds == 8.0
     assert [caption for _, caption in films.read(clip, is_video=True, span=(None, 1.5)).shots] == ["0.0 s", "1.0 s"]
     assert [caption for _, caption in films.read(clip, is_video=True, span=(6.0, None)).shots] == ["6.0 s", "7.0 s"]
-    # The other parts of the file are kept apart.
+    # The other parts of the file are stored separately.
     assert len(films.read(clip, is_video=True).shots) == 8
     assert "too few frames between" in films.read(clip, is_video=True, span=(1e308, None)).fault
     assert "expected a part that ends by 8 s" in films.read(clip, is_video=True, span=(20.0, 30.0)).fault
@@ -214,7 +211,7 @@ def test_frames_are_those_of_the_part_that_is_shown(clip, films) -> None:
     assert re.findall(r"<figcaption>(\d)\.0 s", strip) == [*"23"] and 'class="span" style="left:25.00%' in strip
 
 
-def test_the_bound_on_file_sizes_is_that_of_the_run(run, clip) -> None:
+def test_the_file_size_limit_is_that_of_the_run(run, clip) -> None:
     write_lines(run, line(clip, "temporal", "0 to 4", [], [rollout("0 to 4")]))
     text, _ = read(write_report(run))
     assert "<img" in section(text)
@@ -224,7 +221,7 @@ def test_the_bound_on_file_sizes_is_that_of_the_run(run, clip) -> None:
     assert "<img" not in text and "expected at most data.max_file_mib=0" in page.text
 
 
-def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeypatch) -> None:
+def test_an_error_without_a_message_shows_its_type(tmp_path, clip, monkeypatch) -> None:
     def fail() -> None:
         raise OSError
 
@@ -239,7 +236,7 @@ def test_an_error_without_a_message_is_named_by_its_type(tmp_path, clip, monkeyp
         (["tea", "milk"], ["A. tea", "B. milk"]),
         (["A. tea", "B. milk"], ["A. tea", "B. milk"]),
         (["[A] tea", "[B] milk"], ["A. tea", "B. milk"]),
-        # Names: only one of them looks like an option with its letter.
+        # The options are names, and only one of them looks like an option with its letter.
         (["A. Lincoln", "G. Washington"], ["A. A. Lincoln", "B. G. Washington"]),
     ],
 )
@@ -248,16 +245,13 @@ def test_options_are_shown_as_in_the_prompt(options, shown) -> None:
     assert re.findall(r"<li>(.*?)</li>", html) == [shown[0], f"<b>{shown[1]}</b> (true)"]
 
 
-def test_answers_are_not_drawn_on_one_of_several_media(clip, films) -> None:
+def test_answers_about_several_media_are_not_drawn(clip, films) -> None:
     row = {"videos": [clip, clip], "images": []}
     strip = film_strip(row, truth_mark("spatial", "1,2,3,4"), {"truth": "x"}, films)
     assert strip.count("<img") == 16 and "<rect" not in strip
 
 
-# ---- cards
-
-
-def test_boxes_lie_over_every_frame(run, clip) -> None:
+def test_boxes_are_drawn_over_every_frame(run, clip) -> None:
     row = line(clip, "spatial", "0,0,500,500", ["0,0,500,500"], [rollout("500,500,1000,1000")])
     write_lines(run, row)
     text, page = read(write_report(run))
@@ -268,33 +262,33 @@ def test_boxes_lie_over_every_frame(run, clip) -> None:
     assert shown.count('class="swatch') == 3
 
 
-def test_bars_stand_below_the_frames(run, clip) -> None:
+def test_bars_are_drawn_below_the_frames(run, clip) -> None:
     row = line(clip, "temporal", "2.0 to 4.0", ["2 to 6"], [rollout("0 to 2")], spans=[[2.0, 6.0]])
     write_lines(run, row)
     shown = section(read(write_report(run))[0])
     for bar in ("m-truth", "m-1", "m-2"):
         assert shown.count(f'<b class="{bar}"') == 1
     assert 'class="span" style="left:25.00%;width:50.00%"' in shown and "clip of 8 s" in shown
-    # A clip that is gone has the length that training saw.
+    # A missing clip has the length that training recorded.
     write_lines(run, row | {"videos": ["/nowhere/gone.mp4"], "duration": 16.0})
     shown = section(read(write_report(run))[0])
     assert "clip of 16 s" in shown and "left:12.50%;width:12.50%" in shown and "no frames of gone.mp4" in shown
 
 
-def test_samples_of_the_evaluation_are_drawn_alike(run) -> None:
+def test_evaluation_samples_are_drawn_the_same(run) -> None:
     rows = [json.loads(row) for row in (run / "samples.jsonl").read_text().splitlines()]
     for row in rows:
         row["response"] = response({"spatial": "0,0,250,250", "temporal": "1 to 2"}.get(row["task_type"], "x"))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text, _ = read(write_report(run))
     shown = text[text.index('<h2 id="samples">') :]
-    # Two clips, each with one question of either kind; three students in colours of their own.
+    # Two clips have one question of either kind, and three students have their own colors.
     for colour in ("truth", "1", "2", "6"):
         assert shown.count(f'<rect class="m-{colour}"') == 16, colour
         assert shown.count(f'<b class="m-{colour}"') == 2, colour
 
 
-def test_rollouts_stand_in_the_order_of_their_advantage(run, clip) -> None:
+def test_rollouts_are_ordered_by_advantage(run, clip) -> None:
     rollouts = [rollout("A", -1.5), rollout("B", 1.25, match=2, truncated=True, log_ratio=0.5), rollout("C", None)]
     row = line(clip, "mcq", "B", ["B", "A"], [*rollouts, rollout("B", 1.25, match=2, truncated=True, log_ratio=0.5)])
     row["teacher"][1] |= {"p": 0.0, "quality": 0.0, "d_score": None}
@@ -342,7 +336,7 @@ def test_first_middle_and_last_step_of_each_stage_are_shown(run, clip) -> None:
     assert "distill-21-3" in shown and "distill-21-4" not in shown and "distill-11-0" not in shown
 
 
-def test_hostile_rollouts_stay_text(run) -> None:
+def test_hostile_rollouts_are_escaped(run) -> None:
     evil = f"{EVIL}\ud800\x00"
     row = line(f"/nowhere/{evil}.mp4", "temporal", f"1 to 2{evil}", ["1 to 2"], [rollout("0 to 1e308", d_score=EVIL)])
     row |= {"id": evil, "question": evil, "options": [evil], "spans": [[EVIL, {}]], "duration": EVIL, "stage": evil}
@@ -366,7 +360,7 @@ def test_hostile_rollouts_stay_text(run) -> None:
         ({"options": "ab"}, "field 'options': expected a list or null"),
     ],
 )
-def test_damaged_rollouts_are_named_by_line(run, clip, change, words) -> None:
+def test_damaged_rollouts_are_reported_by_line(run, clip, change, words) -> None:
     good = line(clip, "mcq", "A", [], [])
     write_lines(run, good, good | change)
     with pytest.raises(ReportError, match=re.escape(words)) as caught:
@@ -374,7 +368,7 @@ def test_damaged_rollouts_are_named_by_line(run, clip, change, words) -> None:
     assert "rollouts.jsonl:2:" in str(caught.value)
 
 
-def test_an_unfinished_last_line_is_left_out(run, clip) -> None:
+def test_an_unfinished_last_line_is_skipped(run, clip) -> None:
     write_lines(run, line(clip, "mcq", "A", [], [rollout("A")]))
     with (run / "rollouts.jsonl").open("a") as file:
         file.write('{"stage": "distill", "st')
@@ -386,11 +380,8 @@ def test_a_run_without_rollouts_says_so(run) -> None:
     assert "No rollouts were logged" in read(write_report(run))[1].text
 
 
-# ---- alarms
-
-
-def test_alarms_stand_above_the_headline_numbers(run) -> None:
-    """The made run's length correlation lies around 0.36 in stage 2, and all else within bounds."""
+def test_alarms_are_shown_above_the_headline_numbers(run) -> None:
+    """The length correlation of the synthetic run is about 0.36 in stage 2, and everything else is within bounds."""
     text, page = read(write_report(run))
     alarms = re.search(r'<section class="note alarms">.*?</section>', text, re.S).group()
     assert alarms.count("<li>") == 1
@@ -400,7 +391,7 @@ def test_alarms_stand_above_the_headline_numbers(run) -> None:
     assert text.index("note alarms") < text.index('<div class="tiles">')
 
 
-def test_no_alarm_no_box(run) -> None:
+def test_a_run_without_alarms_has_no_alarm_box(run) -> None:
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("discriminator/length_correlation", None)

@@ -1,4 +1,4 @@
-"""rollouts.jsonl: which steps are written, and that a line holds what the step computed."""
+"""Test which steps rollouts.jsonl contains, and that a line has the values that the step computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def material(folder):
 
 @pytest.fixture
 def take_step(folder, material, world, tmp_path):
-    """Makes a step with these settings; returns its groups and the records of rollouts.jsonl."""
+    """Take a step with these settings, and return its groups and the records of rollouts.jsonl."""
 
     def run(*overrides, change=None, warm_up=False):
         settings = tiny_settings(folder, *SMALL, *overrides)
@@ -54,7 +54,7 @@ def take_step(folder, material, world, tmp_path):
     return run
 
 
-def test_a_line_holds_what_the_step_computed(take_step, material):
+def test_a_line_has_the_values_of_the_step(take_step, material):
     groups, records = take_step()
     assert len(records) == len(groups) == 2
     for group, record in zip(groups, records, strict=True):
@@ -76,8 +76,8 @@ def test_a_line_holds_what_the_step_computed(take_step, material):
         assert all(t["d_score"] is None for t in record["teacher"] if t["p"] == 0)
 
 
-def test_scores_of_equal_texts_agree_on_both_sides(take_step, material):
-    """A rollout that is a teacher answer, word for word, scores the same as that answer."""
+def test_equal_texts_have_equal_scores_on_both_sides(take_step, material):
+    """A rollout with exactly the text of a teacher answer has the same score as that answer."""
 
     def speak(state, prompts):
         generate = state.rollouts.generate
@@ -125,7 +125,7 @@ def test_scores_that_were_not_computed_are_null(take_step):
     assert record["rollouts"][0]["advantage"] is not None
 
 
-def test_numbers_that_are_not_finite_are_null(take_step):
+def test_non_finite_numbers_are_null(take_step):
     def spoil(state, prompts):
         state.discriminator.module.register_forward_hook(lambda module, given, scores: scores * torch.nan)
 
@@ -139,7 +139,7 @@ def test_numbers_that_are_not_finite_are_null(take_step):
     ("every", "total", "written"),
     [(0, 9, []), (1, 3, [1, 2, 3]), (4, 9, [1, 5, 9]), (4, 11, [1, 5, 9, 11]), (50, 3, [1, 3]), (50, 1, [1])],
 )
-def test_steps_that_are_written(tmp_path, take_step, material, every, total, written):
+def test_selection_of_the_logged_steps(tmp_path, take_step, material, every, total, written):
     groups, _ = take_step()
     file = JsonLines(tmp_path / "some.jsonl")
     settings = RolloutConfig(log_every_steps=every, log_questions=1)

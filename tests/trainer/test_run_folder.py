@@ -1,4 +1,4 @@
-"""The folder of a run: what tells that a run continues what was begun in it, and lines that wait for the disk."""
+"""Test the run folder: how a run detects that it continues its own work, and lines that wait for the disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rmsd_fast.stages import run as stage_run
 from rmsd_fast.stages import run_folder
 
 
-def test_changes_to_a_complete_stage_are_errors_before_the_next_one_has_a_checkpoint():
-    """Its steps are done; only more of them would change anything."""
+def test_changes_to_a_complete_stage_are_errors_before_the_next_checkpoint():
+    """The steps of the stage are done, so only additional steps would change anything."""
     former = RunConfig()
     former.sft.steps = 4
     state = {"stage": "sft", "step": 4, "fingerprints": {"settings": settings_as_dict(former)}}
@@ -35,14 +35,14 @@ def test_changes_to_a_complete_stage_are_errors_before_the_next_one_has_a_checkp
 
 
 @pytest.mark.parametrize("content", ["[1, null]", "", "3", "{", "null"])
-def test_damaged_fingerprints_are_those_of_the_checkpoint(tmp_path, content):
+def test_damaged_fingerprints_are_restored_from_the_checkpoint(tmp_path, content):
     (tmp_path / run_folder.FINGERPRINTS).write_text(content)
     checkpoint = SimpleNamespace(state={"fingerprints": {"files": {"train": "00"}}})
     assert run_folder.former_fingerprints(tmp_path, checkpoint) == {"files": {"train": "00"}}
 
 
-def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
-    """A kill before `stage1/` is replaced must not leave a record that the former one agrees with."""
+def test_a_continued_stage_discards_its_output_record(tmp_path):
+    """A kill before `stage1/` is replaced must not leave a record that matches the old folder."""
     fingerprints = {"settings": {}, "stage1": {"model.safetensors": "00"}}
     run_folder.write_fingerprints(tmp_path, fingerprints)
     run = SimpleNamespace(folder=tmp_path, fingerprints=fingerprints, world=World(0, 1, 0, torch.device("cpu")))
@@ -53,7 +53,7 @@ def test_a_stage_that_goes_on_forgets_what_it_had_made(tmp_path):
     assert run_folder.former_fingerprints(tmp_path, SimpleNamespace(state={"fingerprints": {}})) == {}
 
 
-def test_lines_that_the_disk_does_not_take_are_in_the_checkpoint(tmp_path, monkeypatch):
+def test_lines_that_cannot_be_written_are_in_the_checkpoint(tmp_path, monkeypatch):
     states = []
     monkeypatch.setattr(stage_run, "save_checkpoint", lambda *args, state, **_: states.append(state) or True)
     log, metrics = JsonLines(tmp_path / "rollouts.jsonl"), JsonLines(tmp_path / "metrics.jsonl")
@@ -80,7 +80,7 @@ def test_lines_that_the_disk_does_not_take_are_in_the_checkpoint(tmp_path, monke
         saved = save(3)
     assert saved["metrics_lines"] == 3 and saved["log_lines"] == {"rollouts": 1}
     assert saved["waiting"] == {"metrics": [], "rollouts": ['{"n": 2}', '{"n": 3}']}
-    # A run that is resumed from it has them, whatever came after.
+    # A run that resumes from the checkpoint has these lines, whatever was written later.
     assert save(4)["waiting"] == {"metrics": [], "rollouts": []}
     again = JsonLines(tmp_path / "rollouts.jsonl", saved["log_lines"]["rollouts"], saved["waiting"]["rollouts"])
     assert [record["n"] for record in again.records()] == [1, 2, 3]

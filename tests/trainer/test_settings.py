@@ -1,4 +1,4 @@
-"""Recipes, overrides and what is refused."""
+"""Test recipes, overrides, and refused settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rmsd_fast.stages.plan import count_parameters, describe_plan
 ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def test_every_recipe_is_there():
+def test_all_recipes_exist():
     wanted = {"quickstart", "quickstart_long", "real_clips", "rmsd_qwen3vl_4b", "sft_rl_baseline", "gad"}
     assert wanted <= set(ALL_RECIPES)
 
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES)
-def test_every_recipe_passes_a_dry_run_and_says_what_it_needs(recipe):
+def test_every_recipe_passes_a_dry_run_and_lists_its_needs(recipe):
     assert load_settings(recipe).name
     assert "settings are consistent" in describe_plan(load_settings(recipe))[0]
     head = (RECIPES / f"{recipe}.yaml").read_text().split("\nname:")[0]
@@ -30,12 +30,12 @@ def test_every_recipe_passes_a_dry_run_and_says_what_it_needs(recipe):
     assert re.search(r"[Tt]ime\b", head)
 
 
-def test_the_papers_numbers():
+def test_the_paper_recipe_has_the_numbers_of_the_paper():
     s = load_settings("rmsd_qwen3vl_4b")
     assert (s.reward.alpha, s.reward.beta, s.reward.eta, s.reward.delta) == (0.4, 0.1, 0.1, 0.4)
     assert (s.teacher.responses, s.teacher.min_quality, s.rollout.n) == (4, 0.3, 8)
     assert (s.sft.lr, s.distill.lr, s.sft.batch_size, s.distill.batch_size) == (2e-6, 1e-6, 128, 128)
-    # 50K and 60K inputs, one epoch.
+    # The paper uses one epoch of 50K and 60K inputs.
     assert (s.sft.steps, s.distill.steps) == (50_000 // 128, 60_000 // 128)
     assert (s.video.num_frames, s.evaluate.num_frames) == (16, 64)
 
@@ -125,7 +125,7 @@ def test_help_documents_every_field():
         (["steps"], "expected section.field=value"),
     ],
 )
-def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
+def test_impossible_or_ineffective_settings_are_refused(overrides, says):
     with pytest.raises(SettingsError, match=re.escape(says)):
         load_settings("quickstart", overrides)
 
@@ -148,12 +148,12 @@ def test_what_cannot_be_or_has_no_effect_is_refused(overrides, says):
         ["data.disk_cache=x", "data.disk_cache_gib=0.5"],
     ],
 )
-def test_what_has_an_effect_is_accepted(overrides):
+def test_effective_settings_are_accepted(overrides):
     load_settings("quickstart", overrides)
 
 
-def test_a_recipe_may_say_how_to_evaluate_without_held_out_questions(tmp_path):
-    """As a copy of the 4B recipe does whose data.heldout was removed; on the command line `data.heldout=` does it."""
+def test_evaluation_settings_without_held_out_questions_are_accepted(tmp_path):
+    """A copy of the 4B recipe without data.heldout has such settings, and so has a run with `data.heldout=`."""
     copy = tmp_path / "my.yaml"
     text = (RECIPES / "rmsd_qwen3vl_4b.yaml").read_text()
     copy.write_text(text.replace("  heldout: data/heldout.jsonl\n", ""))
@@ -177,22 +177,22 @@ def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):
         load_settings(str(tmp_path / "z.yaml"))
 
 
-def test_a_recipe_that_is_not_there_names_those_that_are():
+def test_a_missing_recipe_error_lists_the_recipes():
     with pytest.raises(SettingsError, match="quickstart_long"):
         load_settings("quikstart")
 
 
-def test_dry_run_lists_what_is_missing():
+def test_dry_run_lists_missing_inputs():
     plan, ready = describe_plan(load_settings("rmsd_qwen3vl_4b"))
     assert not ready and "if it is a Hub name, the run downloads it from the Hub" in plan
-    # Whole paths: relative ones count from the current folder, and not from the recipe's.
+    # The paths are absolute, because relative paths start at the current folder and not at the folder of the recipe.
     for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
         assert f"  MISSING: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
     assert plan.endswith("not ready: provide what is missing above")
 
 
 def test_parameter_count_of_the_4b_student():
-    # Shape of Qwen3-VL-4B; the published size is 4.4 billion parameters.
+    # The shape is that of Qwen3-VL-4B, whose published size is 4.4 billion parameters.
     text = dict(
         vocab_size=151936,
         hidden_size=2560,
@@ -220,7 +220,7 @@ def test_learning_rate_by_hand():
 
     given = {"steps": 12, "lr": 1.0, "warmup_steps": 2}
     assert [learning_rate(s, schedule="constant", **given) for s in (0, 1, 2, 11)] == [0.5, 1.0, 1.0, 1.0]
-    # Ten steps of cosine from step 2: half way at step 7, cos(0.1 pi) at step 3.
+    # The cosine has ten steps from step 2: it is half way at step 7, and at step 3 the value is cos(0.1 pi).
     assert learning_rate(7, schedule="cosine", **given) == pytest.approx(0.5)
     assert learning_rate(3, schedule="cosine", **given) == pytest.approx(0.9755282581)
 
@@ -240,7 +240,7 @@ def test_learning_rate_by_hand():
         ("name='a\ud800'", "overrides"),
     ],
 )
-def test_what_cannot_be_read_or_written_is_one_line(override, says):
+def test_file_errors_are_printed_as_one_line(override, says):
     with pytest.raises(SettingsError) as caught:
         load_settings("quickstart", [override])
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
@@ -259,7 +259,7 @@ def test_a_recipe_cannot_copy_the_environment(tmp_path, monkeypatch):
 
 
 def number_fields(owner: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Fields of all sections that hold a number, optional or not, by key."""
+    """Return the fields of all sections that hold a number, optional or not, by key."""
     found = {}
     for item in dataclasses.fields(owner):
         if dataclasses.is_dataclass(item.default_factory):

@@ -1,4 +1,4 @@
-"""Steps of the stages with a real DeepSpeed engine and a tiny student."""
+"""Test steps of the stages with a real DeepSpeed engine and a tiny student."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build(folder, material, world, *overrides):
 
 
 def roll_out(state, prompts):
-    """The groups of a step."""
+    """Return the groups of a step."""
     rollouts, _ = distill.roll_out(state, prompts, 0)
     pairs = zip(prompts, rollouts, strict=True)
     return [make_group(p, own, state.targets[p.question.id], state.settings, step=0) for p, own in pairs]
@@ -78,7 +78,7 @@ def same(a, b, tolerance=0.0):
 MODES = [
     (),
     ("distill.kl=full", "reward.kl_in_reward=0.1"),
-    # Caps that bite: the engine leaves out banned ids, so the ratio lies a little below 1.
+    # The caps take effect: the engine excludes banned ids, so the ratio is a little below 1.
     ("distill.kl=k2", "distill.aggregation=sequence_mean", "distill.tis_cap=0.98", "distill.sequence_mask_cap=0.985"),
     ("discriminator.pairing=sampled", "discriminator.normalizer=quality"),
     ("reward.kl_in_reward=0.1", "reward.normalization=sum_then_gn", "distill.kl_coef=0"),
@@ -87,7 +87,7 @@ MODES = [
 
 
 def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
-    """Metrics and the gradients of policy and discriminator of one step, and nothing applied."""
+    """Return the metrics and the gradients of policy and discriminator of one step without applying them."""
     overrides = ("runtime.zero_stage=0", "rollout.max_new_tokens=30", *overrides)
     state, prompts = build(folder, material, world, *overrides)
     if room is not None:
@@ -110,12 +110,12 @@ def step_gradients(folder, material, world, monkeypatch, *overrides, room=None):
 
 @pytest.mark.parametrize("overrides", MODES, ids=" ".join)
 def test_packing_and_micro_batches_do_not_change_a_step(folder, material, world, monkeypatch, overrides):
-    """Several groups in a forward pass; parts of one; a padded row for each response."""
+    """Compare several groups in a forward pass, parts of one group, and a padded row for each response."""
     expected, gradients = step_gradients(folder, material, world, monkeypatch, *overrides, "micro_tokens=4000")
     if "distill.tis_cap=0.98" in overrides:
         assert 0.1 < expected["policy/tis_capped_fraction"] < 0.95
         assert 0.1 < expected["policy/sequence_masked_fraction"] < 0.9
-    # Rollouts have 30 tokens, of which three do not fit; teacher responses have at most 35.
+    # Rollouts have 30 tokens, of which three do not fit, and teacher responses have at most 35.
     for other, room in ((("micro_tokens=4000",), 36), (("micro_tokens=4000", "packing=padded"), None)):
         metrics, found = step_gradients(folder, material, world, monkeypatch, *overrides, *other, room=room)
         assert metrics["tokens_computed"] > 1.3 * expected["tokens_computed"]
@@ -154,7 +154,7 @@ def test_sft_loss_is_the_mean_over_all_response_tokens(folder, material, world, 
     ],
     ids=lambda o: " ".join(o),
 )
-def test_every_mode_makes_a_step(folder, material, world, overrides):
+def test_every_mode_takes_a_step(folder, material, world, overrides):
     state, prompts = build(folder, material, world, *overrides)
     before = weights(state)
     assert not distill.warm_up_step(state, prompts, 9).skipped
@@ -226,13 +226,13 @@ def test_reference_equals_the_policy_before_the_first_update(folder, material, w
     state, prompts = build(folder, material, world, "distill.kl=full")
     first = distill.step(state, prompts, 0).metrics
     assert first["policy/kl"] == pytest.approx(0.0, abs=1e-6)
-    # The engine leaves out banned ids, the loss does not: about 1.3% of an untrained student's mass.
+    # The engine excludes banned ids and the loss does not; they have about 1.3% of an untrained student's mass.
     assert 0.98 < first["policy/importance_ratio"] < 1
     second = distill.step(state, prompts, 1).metrics
     assert second["policy/kl"] > 1e-7
 
 
-def test_warm_up_trains_the_discriminator_alone(folder, material, world):
+def test_warm_up_trains_only_the_discriminator(folder, material, world):
     state, prompts = build(folder, material, world, "discriminator.warm_up_lr=1e-3")
     state.discriminator.set_lr(1e-3)
     before = weights(state)
@@ -256,12 +256,12 @@ def test_a_question_without_teacher_gives_no_pair_and_no_d_reward(folder, materi
         state.targets[prompt.question.id] = replace(targets, p=torch.zeros_like(targets.p))
     none = distill.step(state, prompts, 1).metrics
     assert none["teacher/empty_share"] == 1 and none["reward/discriminator/raw"] == 0
-    # No pair: only the score L2 is left, a mean square times 1e-3.
+    # Without a pair only the score L2 remains, which is a mean square times 1e-3.
     assert none["discriminator/pair_accuracy"] is None and none["discriminator/score_teacher"] is None
     assert 0 < none["discriminator/loss"] < 1e-3 * 100
 
 
-def test_cut_rollouts_look_like_any_other_to_the_discriminator(folder, material, world):
+def test_truncated_rollouts_look_complete_to_the_discriminator(folder, material, world):
     state, prompts = build(folder, material, world)
     groups = roll_out(state, prompts)
     assert any(r.truncated for g in groups for r in g.rollouts)
@@ -271,7 +271,7 @@ def test_cut_rollouts_look_like_any_other_to_the_discriminator(folder, material,
         assert len(judged.students) == len(group.rollouts) and len(judged.teachers) == len(group.kept)
 
 
-def test_equal_texts_are_judged_once(folder, material, world):
+def test_equal_texts_are_scored_once(folder, material, world):
     state, prompts = build(folder, material, world)
     groups = roll_out(state, prompts[:1])
     one, *_, last = groups[0].rollouts
@@ -302,7 +302,7 @@ def test_tokens_count_each_text_with_its_own_prompt(folder, material, world, ove
     assert distill.step(state, prompts, 0).metrics["tokens"] == expected
 
 
-def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, material, world):
+def test_a_rollout_that_spells_a_special_token_is_scored_by_its_own_ids(folder, material, world):
     state, prompts = build(folder, material, world)
     groups = roll_out(state, prompts[:1])
     spelled = [replace(groups[0].rollouts[0], text="a <|video_pad|>")]
@@ -312,8 +312,8 @@ def test_a_rollout_that_spells_a_special_token_is_judged_by_its_own_ids(folder, 
     assert ids == sampled + [state.builder.eos_id] * spelled[0].truncated
 
 
-def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_path):
-    """Its chat template opens <think>: the tag stands in the prompt, and in no response that a model is given."""
+def test_a_thinking_student_learns_its_tag_once(folder, material, world, tmp_path):
+    """The chat template opens <think>, so the tag is in the prompt and in no response that a model receives."""
     path = tmp_path / "thinking"
     shutil.copytree(material.model_path, path)
     template = (path / "chat_template.jinja").read_text()
@@ -329,7 +329,7 @@ def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_
     teachers = [own.responses[place] for own in judged for place in own.teachers]
     assert imitated and teachers
     assert not any(set(opened) & set(ids.tolist()) for ids in (*imitated, *teachers))
-    # Texts stay whole: the outer format is judged on what a user would see.
+    # Texts stay complete, because the outer format is judged on the text that a user would see.
     assert all(rollout.text.startswith("<think>\n") for group in groups for rollout in group.rollouts)
     whole = replace(groups[0].rollouts[0], text="<think>\na</think><answer>B</answer>")
     assert make_group(prompts[0], [whole], groups[0].targets, settings, step=0).outer.tolist() == [1.0]
@@ -337,8 +337,8 @@ def test_a_thinking_student_is_taught_its_tag_once(folder, material, world, tmp_
     distill.step(state, prompts, 0)
 
 
-def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, material, world, caplog):
-    """One answer of 2 MB ended a run after its first evaluation."""
+def test_answers_that_do_not_fit_the_student_are_excluded(folder, material, world, caplog):
+    """A single answer of 2 MB once ended a run after its first evaluation."""
     question = material.train[0]
     long = "<think>" + "a b " * 2000 + "</think><answer>B</answer>"
     answers = [
@@ -353,13 +353,13 @@ def test_answers_that_cannot_be_shown_to_the_student_are_left_out(folder, materi
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
     assert "1 answer left out: prompt and response together do not fit" in caplog.text
     assert "1 answer left out: the text contains a special token" in caplog.text
-    # Where hardly any fits the settings are wrong, not the answers.
+    # If almost no answers fit, the settings are wrong and not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
     with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
         build_distillation(material.model_path, settings, world, replace(material, scores=everything))
 
 
-def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folder, material, world, tmp_path, caplog):
+def test_a_pool_that_cannot_be_taught_is_refused_with_its_reason(folder, material, world, tmp_path, caplog):
     path = tmp_path / "thinking"
     shutil.copytree(material.model_path, path)
     template = (path / "chat_template.jinja").read_text()
@@ -367,7 +367,7 @@ def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folde
     settings = tiny_settings(folder, *SMALL)
 
     def targets_of(model: str | Path, *texts: str):
-        """Of answers that are these texts in turn."""
+        """Return the targets of answers that take these texts in turn."""
         every = [answer for answers in material.scores.values() for answer in answers]
         turn = iter(replace_answer(answer, texts[number % len(texts)]) for number, answer in enumerate(every))
         scores = {name: [next(turn) for _ in answers] for name, answers in material.scores.items()}
@@ -378,13 +378,13 @@ def test_a_pool_that_a_student_cannot_be_taught_is_refused_with_its_reason(folde
             world,
         )
 
-    # What servers of Thinking models send is an ordinary pool.
+    # The responses of servers of Thinking models are an ordinary pool.
     sent = "\n<think>\nWhite.\n</think>\n\n<answer>B</answer>"
     assert all(all(targets.valid) for targets in targets_of(path, sent).values()) and not caplog.records
     with pytest.raises(DataError) as caught:
         targets_of(path, "<answer>B</answer>")
     assert "144 of 144 answers cannot be used to train this student: no_think 144 (no_think: the" in str(caught.value)
-    # Every kind counts towards the share that may be left out.
+    # Every reason counts towards the share of answers that may be excluded.
     with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")
     with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):
@@ -411,7 +411,7 @@ def test_rewards_and_advantages_by_hand(folder, material, world):
     assert make_group(opened, rollouts, group.targets, state.settings, step=0).content.tolist() == [0, 0, 0]
     group.d_score = torch.tensor([1.0, -1.0, 0.0])
     set_advantages(group, state.settings)
-    # 0.4 D + 0.1 outer + 0.1 task + 0.4 content
+    # The reward is 0.4 D + 0.1 outer + 0.1 task + 0.4 content.
     assert group.reward.tolist() == pytest.approx([1.0, -0.3, 0.0])
     average = 0.7 / 3
     sd = (sum((r - average) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
@@ -434,7 +434,7 @@ def test_shares_of_rollouts_by_hand(folder, material, world):
     assert metrics["rollout/truncated_share"] == pytest.approx(1 / 3)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):
+def test_a_non_finite_step_changes_nothing(folder, material, world):
     state, prompts = build(folder, material, world)
     distill.step(state, prompts, 0)
     before = weights(state)
@@ -450,8 +450,8 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, material, world):
 
 
 @pytest.mark.parametrize("engine", ["policy", "discriminator"])
-def test_a_norm_that_overflows_keeps_both_optimisers_from_stepping(folder, material, world, engine):
-    """Finite gradients, of one engine alone, whose squares are not finite in float32."""
+def test_a_norm_that_overflows_skips_both_optimizers(folder, material, world, engine):
+    """The gradients of one engine are finite, but their squares are not finite in float32."""
     state, prompts = build(folder, material, world)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
@@ -470,7 +470,7 @@ def test_a_norm_that_overflows_keeps_both_optimisers_from_stepping(folder, mater
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("stage", ["warm_up_step", "step"])
-def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material, world, value, stage):
+def test_non_finite_logits_skip_the_step(folder, material, world, value, stage):
     state, prompts = build(folder, material, world)
     before = weights(state)
     judge = copy.deepcopy(dict(state.discriminator.module.named_parameters()))
@@ -483,7 +483,7 @@ def test_logits_that_are_not_finite_make_the_step_a_skipped_one(folder, material
     rollouts = state.rollouts.generate(
         state.student.model, prompts, Sampling(n=2, temperature=1.0, max_new_tokens=4, seed=0, step=0)
     )
-    # The last row is spoilt at its first token: it ends there, and says so.
+    # The last row is corrupted at its first token, so it ends there and reports this.
     assert rollouts[-1][-1].token_ids.tolist() == [state.builder.eos_id]
     assert not rollouts[-1][-1].finite and rollouts[0][0].finite
     result = getattr(distill, stage)(state, prompts, 0)

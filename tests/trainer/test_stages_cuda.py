@@ -1,6 +1,6 @@
-"""A stage-2 step and a whole run with DeepSpeed on CUDA, each in processes of its own.
+"""Test a stage-2 step and a whole run with DeepSpeed on CUDA, each in its own process.
 
-python tests/trainer/test_stages_cuda.py PACKING DTYPE      # metrics of the step as JSON, on CUDA where there is one
+python tests/trainer/test_stages_cuda.py PACKING DTYPE      # metrics of the step as JSON, on CUDA if available
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFIX, RESPONSE, N, K = 512, 24, 3, 2
 
 
 def step_metrics(packing: str, dtype: str) -> dict[str, float]:
-    """One step of policy and discriminator on rollouts that are given, so that no sampling can differ."""
+    """Take one step of policy and discriminator on given rollouts, so that sampling cannot differ."""
     from bench.step.models import SMALL, make_prompts, make_state, set_teacher, settings_of
     from bench.step.way import Given
     from rmsd_fast.runtime.process_group import start, stop
@@ -51,7 +51,7 @@ def in_a_process(packing: str, dtype: str, device: str) -> dict[str, float]:
 
 def close(found: dict[str, float], expected: dict[str, float], relative: float, absolute: float) -> None:
     assert found.keys() == expected.keys()
-    # What padded rows compute is more.
+    # Padded rows compute more tokens.
     for name in expected.keys() - {"tokens_computed"}:
         if expected[name] is None:
             assert found[name] is None, name
@@ -62,10 +62,10 @@ def close(found: dict[str, float], expected: dict[str, float], relative: float, 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory) -> dict[str, float]:
-    """Computed once, also for all processes of pytest-xdist together."""
+    """Compute the result once, also for all processes of pytest-xdist together."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Each has a folder in that of the run.
+        # Each process has a subfolder of the folder of the run.
         folder = folder.parent
     found = folder / "step-on-cpu.json"
     with (folder / "step-on-cpu.lock").open("w") as lock:
@@ -75,24 +75,24 @@ def on_cpu(tmp_path_factory) -> dict[str, float]:
     return json.loads(found.read_text())
 
 
-def test_the_step_itself(on_cpu) -> None:
+def test_a_step_trains_policy_and_discriminator(on_cpu) -> None:
     close(in_a_process("padded", "float32", "cpu"), on_cpu, 2e-4, 2e-5)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("packing", ["shared", "padded"])
-def test_a_step_on_cuda_is_that_on_the_cpu(on_cpu, packing) -> None:
+def test_a_step_on_cuda_equals_the_cpu(on_cpu, packing) -> None:
     close(in_a_process(packing, "float32", "cuda"), on_cpu, 2e-3, 2e-4)
 
 
 @pytest.mark.cuda
-def test_a_bfloat16_step_on_cuda_is_near_that_in_float32(on_cpu) -> None:
+def test_a_bfloat16_step_on_cuda_is_close_to_float32(on_cpu) -> None:
     close(in_a_process("shared", "bfloat16", "cuda"), on_cpu, 8e-2, 2e-2)
 
 
 @pytest.mark.cuda
 def test_a_whole_run_on_cuda(tmp_path) -> None:
-    """Both stages with the warm-up between them, evaluation and export."""
+    """The run has both stages with the warm-up between them, the evaluation and the export."""
     made = tmp_path / "made"
     done = run_train(mini_arguments(tmp_path / "runs", made, "model.dtype=bfloat16"), device="cuda", timeout_s=140)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, sent to this very process."""
+"""Test SIGTERM and Ctrl-C sent to this process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def stop():
     signals.restore()
 
 
-def test_sigterm_ends_at_once_where_nothing_is_lost(stop, monkeypatch):
+def test_sigterm_ends_at_once_if_nothing_is_lost(stop, monkeypatch):
     stop.run_folder = Path("runs/x")
     with pytest.raises(Stopped, match="--resume runs/x"):
         os.kill(os.getpid(), signal.SIGTERM)
-    # A second one right behind it must not break what closes files. A later one is a request of its own.
+    # A second signal right after the first must not interrupt the cleanup. A later signal is a new request.
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.asked
     later = time.monotonic() + 60
@@ -38,13 +38,13 @@ def test_sigterm_waits_for_the_step(stop, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
-    # Whoever deferred it looks at the end.
+    # Code that deferred the signal checks it at the end.
     with pytest.raises(Stopped):
         stop.check()
     assert capfd.readouterr().err.count("the run ends after this step") == 1
 
 
-def test_sighup_is_sigterm_where_torchrun_passes_it_on(monkeypatch):
+def test_sighup_acts_as_sigterm_under_torchrun(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     stop = StopSignal()
     try:
@@ -64,7 +64,7 @@ def test_an_interrupt_that_python_ignored_is_raised_again(stop):
         stop.check()
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     StopSignal().restore()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former

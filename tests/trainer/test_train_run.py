@@ -1,4 +1,4 @@
-"""The train program as a user starts it: whole runs in processes of their own."""
+"""Test the train program as a user starts it: whole runs in their own processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, made) -> Path:
-    """A run of one process that nothing interrupts."""
+    """Return a run of one process without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     done = run_train(mini_arguments(folder, made))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -43,7 +43,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / "model.safetensors")
 
 
-def test_a_run_leaves_what_the_readme_promises(whole):
+def test_a_run_leaves_the_files_that_the_readme_lists(whole):
     for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.jsonl", "report.html", "teacher.json"):
         assert (whole / name).stat().st_size > 0, name
     assert list((whole / "tensorboard").rglob("events.*"))
@@ -64,9 +64,9 @@ def logged_rollouts(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
 
 
-def test_rollouts_of_some_steps_are_kept(whole):
+def test_rollouts_of_some_steps_are_logged(whole):
     records = logged_rollouts(whole)
-    # Every second step and the last one of each stage, two questions each.
+    # Every second step and the last step of each stage are logged, with two questions each.
     steps = [("warm_up", 1), ("distill", 1), ("distill", 3), ("distill", 5)]
     assert [(r["stage"], r["step"]) for r in records] == [step for step in steps for _ in range(2)]
     assert all(len(r["rollouts"]) == 3 and len(r["teacher"]) == 4 for r in records)
@@ -78,7 +78,7 @@ def test_rollouts_of_some_steps_are_kept(whole):
 def test_every_chart_of_the_report_has_its_metric(whole):
     logged = {key for line in metrics(whole) for key in line}
     drawn = {key for _, charts in GROUPS for chart in charts for key, _ in chart.keys}
-    # Those of settings that are off here: corrections for mismatch.
+    # The settings here turn the corrections for mismatch off, so their metrics are missing.
     off = {"policy/tis_capped_fraction", "policy/sequence_masked_fraction"}
     machine = {key for key in drawn if key.startswith(MACHINE)}
     assert drawn - machine - off <= logged
@@ -90,7 +90,7 @@ def test_training_changed_the_student(whole):
     stage1, stage2 = load_file(whole / "stage1" / "model.safetensors"), weights(whole)
     changed = {name for name in stage1 if not torch.equal(stage1[name], stage2[name])}
     assert any("language_model" in name for name in changed)
-    # Stage 2 leaves vision tower and mergers as they are.
+    # Stage 2 does not change the vision tower and the mergers.
     assert not any("visual" in name for name in changed)
     first = metrics(whole)[0]
     assert abs(first["loss"] - math.log(600)) < 1.5
@@ -127,8 +127,8 @@ def test_export_gives_the_same_logits_in_plain_transformers(whole):
     assert (ours - theirs).abs().max() < 1e-4
 
 
-# Prompts have 71 to 95 tokens, rollouts mostly 12: in 140 tokens no group of 8 rollouts, or with its teacher responses,
-# is whole, and the processes need different numbers of micro-batches. The tower is frozen from the start.
+# Prompts have 71 to 95 tokens and rollouts mostly 12. In 140 tokens no group of 8 rollouts fits, with or without its
+# teacher responses, and the processes need different numbers of micro-batches. The tower is frozen from the start.
 LARGE = ("rollout.n=8", "sft.train_vision=false")
 SPLIT = (*LARGE, "data.max_prompt_tokens=100", "micro_tokens=140")
 
@@ -147,14 +147,14 @@ def test_two_processes_give_the_metrics_of_one(whole, made, tmp_path, zero_stage
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path)
     compare_metrics(whole, run)
-    # The main process has the first half of a step's questions: those that one process writes.
+    # The main process has the first half of the questions of a step, which are those that one process logs.
     for one, two in zip(logged_rollouts(whole), logged_rollouts(run), strict=True):
         assert [one[key] for key in ("stage", "step", "id")] == [two[key] for key in ("stage", "step", "id")]
         assert [r["text"] for r in one["rollouts"]] == [r["text"] for r in two["rollouts"]]
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_processes_with_split_groups_give_the_metrics_of_one_with_whole_ones(unsplit, made, tmp_path, zero_stage):
+def test_two_processes_with_split_groups_give_the_metrics_of_one(unsplit, made, tmp_path, zero_stage):
     done = run_train(mini_arguments(tmp_path, made, *SPLIT, f"runtime.zero_stage={zero_stage}"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     split = only_run(tmp_path)
@@ -168,10 +168,10 @@ def compare_metrics(first: Path, second: Path) -> None:
     assert len(one) == len(two) == 9
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        # Parts of groups read their prompt again, fillers read what another micro-batch has.
+        # Parts of groups read their prompt again, and fillers read tokens of another micro-batch.
         for key, value in ((key, value) for key, value in a.items() if key != "tokens_computed"):
             if isinstance(value, float):
-                # The correlation is a ratio of small differences of scores, which scales their rounding up.
+                # The correlation is a ratio of small differences of scores, which amplifies rounding errors.
                 close = 1e-4 if key == "discriminator/length_correlation" else 1e-5
                 assert value == pytest.approx(b[key], rel=close, abs=close), (a["stage"], a["step"], key)
             else:
@@ -179,7 +179,7 @@ def compare_metrics(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [2, 6], ids=["in stage 1", "in stage 2"])
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole, made, tmp_path, line):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_path, line):
     arguments = mini_arguments(tmp_path, made, "checkpoint.every_steps=1")
     process = subprocess.Popen(
         command(arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -189,7 +189,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(whole, made, tmp_pat
     process.wait()
     killed = only_run(tmp_path)
     assert not (killed / "export").exists()
-    # Whatever was written after the checkpoint is written again.
+    # All lines after the checkpoint are written again.
     with (killed / "rollouts.jsonl").open("a") as file:
         file.write('{"stage": "distill", "step": 3, "id": "after the checkpoint"}\n{"stage": "dist')
     done = run_train(["--resume", str(killed)])
@@ -263,13 +263,13 @@ def test_bad_videos_do_not_end_a_run(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     run = only_run(tmp_path / "third")
     listed = [json.loads(line) for line in (run / "bad_media.jsonl").read_text().splitlines()]
-    # Nine steps of eight questions are one epoch: each of the three clips' three questions was met once.
+    # Nine steps of eight questions are one epoch, so each of the three questions of the three clips occurs once.
     assert {line["id"][:11] for line in listed} == {"train-00000", "train-00001", "train-00002"}
     assert metrics(run)[-1]["samples/bad"] >= 9
     assert len(metrics(run)) == 9
 
 
-def test_a_users_mistake_ends_with_2_and_one_line(tmp_path):
+def test_a_user_error_exits_with_2_and_one_line(tmp_path):
     done = run_train(["quickstart", "sft.stepz=3"])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("rmsd_fast.train: override: unknown setting sft.stepz")
@@ -277,7 +277,7 @@ def test_a_users_mistake_ends_with_2_and_one_line(tmp_path):
 
 
 def _wait_for_text(process, text: str) -> None:
-    """Until a process has written a text to its stderr, also where the line has not ended."""
+    """Wait until a process has written a text to its stderr, even if the line has not ended."""
     read = ""
     while text not in read:
         letter = process.stderr.read(1)
@@ -316,14 +316,14 @@ def copy_of(whole: Path, tmp_path: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
-    """The files that a kill between two of them leaves out; nothing else of the run changes."""
+def test_a_resume_writes_the_files_that_a_kill_prevented(whole, tmp_path, lost):
+    """A resume writes the files that a kill left out and changes no other file of the run."""
     run = copy_of(whole, tmp_path)
     expected = made_files(run)
     for name in lost:
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # As a kill in the middle of writing leaves them.
+    # A kill while writing leaves these folders.
     (run / ".export.tmp").mkdir()
     (run / ".evaluation.json.99999999.tmp").write_text("{")
     (run / "checkpoints" / ".step_7.removed.tmp").mkdir()
@@ -338,7 +338,7 @@ def test_what_a_kill_left_undone_is_made(whole, tmp_path, lost):
 
 
 def change(path: Path) -> None:
-    """A bit of the weights; a byte that parsers ignore of the other files."""
+    """Change a bit of the weights, or a byte of another file that parsers ignore."""
     content = bytearray(path.read_bytes())
     if path.suffix == ".safetensors":
         content[-5] ^= 1
@@ -352,7 +352,7 @@ def change(path: Path) -> None:
 )
 @pytest.mark.parametrize("folder", ["stage1", "model.path"])
 def test_resume_refuses_another_model(whole, made, tmp_path, folder, name):
-    """A bit of any file that a student is read from, of what stage 2 or the run started from."""
+    """Change a bit of any file that a student is loaded from, at the start of stage 2 or of the run."""
     run = copy_of(whole, tmp_path)
     if folder == "stage1":
         change(run / "stage1" / name)
@@ -388,7 +388,7 @@ def test_resume_refuses_changes_without_effect(whole, overrides, words):
     assert (whole / "config.yaml").read_text() == before and not list(whole.glob("config.before-*"))
 
 
-def test_a_run_that_is_being_written_is_left_alone(whole, tmp_path):
+def test_a_run_in_progress_is_not_touched(whole, tmp_path):
     run = copy_of(whole, tmp_path)
     with FolderLock(run):
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -397,7 +397,7 @@ def test_a_run_that_is_being_written_is_left_alone(whole, tmp_path):
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_killed_torchrun_takes_its_ranks_along(made, tmp_path):
+def test_killing_torchrun_ends_its_ranks(made, tmp_path):
     process = subprocess.Popen(
         command(mini_arguments(tmp_path, made, "distill.steps=200"), processes=2),
         env=environment(),
@@ -411,7 +411,7 @@ def test_a_killed_torchrun_takes_its_ranks_along(made, tmp_path):
     process.wait()
     for rank in ranks:
         wait_until_gone(rank)
-    # The kernel has let go of their lock too.
+    # The kernel has released their lock too.
     FolderLock(only_run(tmp_path), wait_s=20).close()
 
 
@@ -430,7 +430,7 @@ def test_sigterm_in_an_evaluation_ends_at_once(whole, tmp_path):
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors[-2000:]
     assert f"continue with --resume {run}" in errors
-    # Not after the evaluation.
+    # The run does not wait for the end of the evaluation.
     assert not (run / "predictions" / "untrained.jsonl").exists()
 
 
@@ -450,14 +450,14 @@ def test_sigterm_to_one_process_ends_all_of_them_in_an_evaluation(made, tmp_path
     os.kill(int(children[1]), signal.SIGTERM)
     errors = process.communicate(timeout=300)[1]
     run = only_run(tmp_path)
-    # torchrun ends the other one, and adds a summary of its own.
+    # torchrun ends the other process and adds its own summary.
     assert process.returncode == 1, errors[-2000:]
     assert errors.count(f"continue with --resume {run}") == 1 and "Stopped" not in errors
     assert not (run / "predictions" / "untrained.jsonl").exists()
 
 
 def test_lost_output_does_not_end_a_run(whole, tmp_path):
-    """Its reader is gone, its log is on a full disk, or nothing is there from the start."""
+    """The reader is gone, the log is on a full disk, or the stream is closed from the start."""
     run = copy_of(whole, tmp_path)
     python = " ".join(command(["--resume", str(run)]))
     for shell in (

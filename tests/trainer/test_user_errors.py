@@ -1,4 +1,4 @@
-"""What a user can get wrong: a message with what, where and what to do, exit code 2, nothing half-written."""
+"""Test user errors: the message says what, where and what to do, the exit code is 2, and no partial output remains."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def test_unknown_setting(capsys, tmp_path):
         (pool, ["check", "a.jsonl", "b.jsonl", "--teacher.parse=strict"], "write teacher.parse=strict"),
     ],
 )
-def test_a_setting_written_as_an_option(capsys, program, given, advice):
+def test_a_setting_in_option_syntax(capsys, program, given, advice):
     with pytest.raises(SystemExit) as ended:
         program.main(given)
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip().endswith(f"; settings have no dashes: {advice}")
-    # Any other option is only unknown.
+    # Other options are only reported as unknown.
     with pytest.raises(SystemExit):
         train.main(["quickstart", "--nonsense=4"])
     assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --nonsense=4")
 
 
-def test_losses_that_this_machine_cannot_compute(capsys, tmp_path, material, monkeypatch):
-    """CUDA without triton, say."""
+def test_losses_that_are_unavailable_on_this_machine(capsys, tmp_path, material, monkeypatch):
+    """An example is CUDA without triton."""
 
     def missing(*_, **__):
         raise RuntimeError("triton is not installed (pip install triton)")
@@ -80,12 +80,12 @@ def test_losses_that_this_machine_cannot_compute(capsys, tmp_path, material, mon
     assert error.strip().splitlines()[-1].endswith("losses: triton is not installed (pip install triton)")
 
 
-def test_no_such_questions(capsys, tmp_path, material):
+def test_a_question_file_that_does_not_exist(capsys, tmp_path, material):
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}))
     assert "nowhere.jsonl: cannot be read" in error
 
 
-def test_question_without_its_ground_truth(capsys, tmp_path, material):
+def test_a_question_without_ground_truth(capsys, tmp_path, material):
     lines = read(material.files["train"])
     next(line for line in lines if line["task_type"] == "mcq").pop("answer")
     number = 1 + next(i for i, line in enumerate(lines) if "answer" not in line)
@@ -122,22 +122,22 @@ def test_pool_without_a_usable_response(capsys, tmp_path, material):
     )
 
 
-def test_media_that_are_not_there(capsys, tmp_path, material):
+def test_missing_media(capsys, tmp_path, material):
     path = tmp_path / "train.jsonl"
     path.write_text(Path(material.files["train"]).read_text())
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.train": path}))
     assert "12 of 12 media files are missing, for 36 of 36 questions" in error and "data.media_root" in error
 
 
-def test_held_out_media_that_are_not_there(capsys, tmp_path, material):
-    """They were found missing after stage 1, question by question."""
+def test_missing_held_out_media(capsys, tmp_path, material):
+    """Missing held-out media used to be found only after stage 1, one question at a time."""
     path = tmp_path / "heldout.jsonl"
     path.write_text(Path(material.files["heldout"]).read_text())
     error = fails(capsys, tmp_path, *arguments(material, tmp_path, **{"data.heldout": path}))
     assert "heldout.jsonl: 3 of 3 media files are missing" in error
 
 
-def test_boxes_in_pixels_are_no_setting(capsys, tmp_path, material):
+def test_boxes_in_pixels_are_not_a_setting(capsys, tmp_path, material):
     error = fails(capsys, tmp_path, *arguments(material, tmp_path), "teacher.spatial_format=pixel")
     assert (
         "teacher.spatial_format was removed: box coordinates always range from 0 to 1000" in error
@@ -153,8 +153,8 @@ def test_model_of_another_family(capsys, tmp_path, material):
     assert "llama" in error and "qwen3_vl" in error
 
 
-def test_no_ffmpeg(capsys, tmp_path, material, monkeypatch):
-    # What an import of torchcodec without FFmpeg's libraries ends in.
+def test_missing_ffmpeg(capsys, tmp_path, material, monkeypatch):
+    # Importing torchcodec without FFmpeg's libraries raises this error.
     for name in ("torchcodec", "torchcodec.decoders", "torchcodec.encoders"):
         monkeypatch.setitem(sys.modules, name, None)
     error = fails(
@@ -172,7 +172,7 @@ def test_nothing_to_evaluate(capsys, tmp_path, material):
     assert not (tmp_path / "x.json").exists()
 
 
-def test_batch_that_the_processes_cannot_share(monkeypatch, capsys, tmp_path):
+def test_a_batch_that_the_processes_cannot_divide(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "multiple of 3 (processes)" in fails(capsys, tmp_path, "quickstart", "--dry-run")
 
@@ -184,7 +184,7 @@ def test_batches_are_checked_before_anything_is_evaluated(capsys, tmp_path, mate
         prepare_material(settings, world)
 
 
-def test_a_gpu_that_is_full_names_what_to_lower(capsys, tmp_path, material, monkeypatch):
+def test_out_of_gpu_memory_names_the_settings_to_lower(capsys, tmp_path, material, monkeypatch):
     def full(settings, world, stop, *_):
         stop.run_folder = folder
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
@@ -201,8 +201,8 @@ def test_a_gpu_that_is_full_names_what_to_lower(capsys, tmp_path, material, monk
     assert "model.gradient_checkpointing=true" in error and "runtime.zero_stage=2 -> 3" in error
 
 
-def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, material):
-    """A text model of 0.1 million parameters was told as one of 12.6 billion."""
+def test_dry_run_reports_an_unsupported_model(capsys, tmp_path, material):
+    """A text model of 0.1 million parameters was once reported as a model of 12.6 billion."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
@@ -210,11 +210,11 @@ def test_dry_run_of_another_kind_of_model_is_not_ready(capsys, tmp_path, materia
     printed = capsys.readouterr().out
     assert "MISSING" in printed and "got 'llama'" in printed and "parameters" not in printed
     assert train.main([*arguments(material, tmp_path, **{"data.train": "nowhere.jsonl"}), "--dry-run"]) == 2
-    # Whole, since relative paths count from the current folder and not from the recipe's.
+    # The path is absolute, because relative paths start at the current folder and not at the folder of the recipe.
     assert f"MISSING: data.train: {Path.cwd() / 'nowhere.jsonl'}" in capsys.readouterr().out
 
 
-def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
+def test_dry_run_counts_the_available_inputs(capsys, tmp_path, material):
     assert train.main([*arguments(material, tmp_path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "questions: 36 (" in printed
@@ -225,14 +225,14 @@ def test_dry_run_counts_what_there_is(capsys, tmp_path, material):
 @pytest.mark.parametrize(
     ("processes", "ahead", "said"), [(1, 1, ("1 process, ", "1 step ")), (2, 3, ("2 processes, ", "3 steps "))]
 )
-def test_the_plan_counts_in_whole_words(monkeypatch, processes, ahead, said):
+def test_counts_in_the_plan_use_singular_and_plural(monkeypatch, processes, ahead, said):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     plan, _ = describe_plan(load_settings("quickstart", [f"data.decode_ahead={ahead}", "data.decode_threads=1"]))
     assert f"settings are consistent; {said[0]}" in plan and f"1 thread, decoding {said[1]}ahead" in plan
     assert "(s)" not in plan and "(es)" not in plan
 
 
-def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, material):
+def test_a_few_questions_without_an_answer_are_excluded(capsys, tmp_path, material):
     lines = read(material.files["pool"])
     gone = lines[0]["id"]
     path = tmp_path / "pool.jsonl"
@@ -245,7 +245,7 @@ def test_a_few_questions_without_an_answer_are_left_out(capsys, tmp_path, materi
     assert "teacher.max_unanswered_share (now 0)" in error
 
 
-def test_resume_of_a_folder_that_is_no_run(capsys, tmp_path):
+def test_resume_of_a_folder_that_is_not_a_run(capsys, tmp_path):
     assert "expected a run folder" in fails(capsys, tmp_path, "--resume", str(tmp_path / "nothing"))
 
 

@@ -1,9 +1,9 @@
-"""The folder that tools/offline/wheels.py made, put to use for one run: nothing is installed, processes get paths.
+"""Use the folder that tools/offline/wheels.py made for one run: nothing is installed, and processes get paths.
 
-Wheels are unzipped, not given to pip: that needs no pip and cannot touch the environment. What pip would do besides is
-done here or not missed: tags are compared with this Python and its C library; scripts and console entry points are for
-people, a run starts modules; a wheel whose .data folder holds more than scripts is refused. Plugins' entry points are
-read from .dist-info, which lies on the path with the rest.
+Wheels are unzipped and not installed: unzipping needs no pip and cannot change the environment. pip's other tasks are
+done here or not needed. Tags are compared with this Python and its C library. Scripts and console entry points
+are for people, and a run starts modules. A wheel whose .data folder has more than scripts is refused. Entry points of
+plugins are read from .dist-info, which is on the path with the rest.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[2]
 CONTENTS = "contents.json"
 NATIVE = Path("kernels", "rmsd_kernels", "_native.abi3.so")
-# What is measured is the machine's own build of these; a copy on the path would hide it.
+# Benchmarks measure the machine's own build of these libraries, and a copy on the path would hide it.
 PROTECTED = frozenset({"torch", "triton", "transformers", "numpy"})
-# The libraries that torchcodec is linked with. PyAV's wheel has them, under other names.
+# torchcodec is linked with these libraries. PyAV's wheel has them under other names.
 FFMPEG = ("avcodec", "avdevice", "avfilter", "avformat", "avutil", "swresample", "swscale")
 FFMPEG_WHEEL, FFMPEG_FOLDER = "av", "av.libs"
 AGAIN = "run `python -m tools.offline.wheels DIR` again"
@@ -36,15 +36,15 @@ AGAIN = "run `python -m tools.offline.wheels DIR` again"
 
 @dataclass(frozen=True)
 class Packages:
-    """What a run got.
+    """The packages that a run received.
 
     Fields:
-        environment: variables for child processes, whole values; what was set before stays, behind ours. The loader
-            reads LD_LIBRARY_PATH when a process starts, so setting it in the running one has no effect.
+        environment: variables for child processes, as complete values that keep the previous entries after ours. The
+            loader reads LD_LIBRARY_PATH when a process starts, so setting it in a running process has no effect.
         taken: distribution -> version.
-        skipped: distribution -> why the folder's is not used.
-        left_out: what the folder was made without -> why.
-        native: what became of the native library, a sentence.
+        skipped: distribution -> reason why the copy in the folder is not used.
+        left_out: packages that the folder was made without -> reason.
+        native: a sentence about the native library.
     """
 
     environment: dict[str, str]
@@ -55,11 +55,11 @@ class Packages:
 
 
 def prepare(folder: Path, into: Path, *, checkout: Path = ROOT) -> Packages:
-    """Unpack `folder` into `into`, empty or missing, and give `checkout` the native library if it has none.
+    """Unpack `folder` into `into`, which is empty or missing, and copy the native library to `checkout` if it has none.
 
     Raises:
-        ValueError: the folder is damaged, unfinished, made for another Python, or carries what it must not; or `into`
-            is not empty.
+        ValueError: the folder is damaged, incomplete, made for another Python, or has forbidden content; or `into` is
+            not empty.
     """
     folder, into = Path(folder).resolve(), Path(into).resolve()
     contents = _checked(folder)
@@ -78,7 +78,7 @@ def prepare(folder: Path, into: Path, *, checkout: Path = ROOT) -> Packages:
         else:
             taken[name] = entry["version"]
         if not reason or name == FFMPEG_WHEEL:
-            # The machine's PyAV may carry another FFmpeg; torchcodec gets this one all the same.
+            # The machine's PyAV may have another FFmpeg, but torchcodec always gets this FFmpeg.
             _unzip(wheel, into, beginning=FFMPEG_FOLDER + "/" if reason else "")
     environment = {"PYTHONPATH": _in_front_of("PYTHONPATH", into)}
     if (into / FFMPEG_FOLDER).is_dir():
@@ -89,7 +89,7 @@ def prepare(folder: Path, into: Path, *, checkout: Path = ROOT) -> Packages:
 
 
 def _checked(folder: Path) -> dict:
-    """The contents, after every file was compared with its sha256."""
+    """Return the contents, after comparing every file with its sha256."""
     try:
         contents = json.loads((folder / CONTENTS).read_text())
         complete, python, files = contents["complete"], contents["python"], contents["files"]
@@ -117,18 +117,18 @@ def sha256_of(path: Path) -> str:
 
 
 def native_sources(checkout: Path) -> list[Path]:
-    """What the native library is built from."""
+    """Return the sources of the native library."""
     return [checkout / "setup.py", *sorted((checkout / "csrc").iterdir())]
 
 
 def sources_sha256(checkout: Path) -> str:
-    """One hash for all: a library of other sources may give other numbers."""
+    """Return a single hash of all sources, because a library of other sources may give other numbers."""
     lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in native_sources(checkout))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _why_not(wheel: Path) -> str:
-    """Why a wheel is not used, or empty."""
+    """Return the reason why a wheel is not used, or an empty text."""
     name, version, _, tags = parse_wheel_filename(wheel.name)
     own = next((found.version for found in metadata.distributions(name=name)), None)
     if own is not None and Version(own) >= version:
@@ -147,14 +147,14 @@ def _unzip(wheel: Path, into: Path, beginning: str) -> None:
 
 
 def link_ffmpeg(folder: Path) -> list[Path]:
-    """Give FFmpeg's libraries in a folder from a wheel the names under which other libraries look for them.
+    """Link FFmpeg's libraries from a wheel under the names that other libraries look for.
 
-    auditwheel puts a hash into a library's name and its SONAME, so that the ELF file no longer holds the SONAME that
-    FFmpeg gave it; the name does: libavcodec-5e6b81c2.so.62.28.102 was libavcodec.so.62. The links lie beside the
-    libraries because the loader searches the folder of the name it opened ($ORIGIN) for the libraries needed next.
+    auditwheel puts a hash into the name and the SONAME of a library, so the ELF file no longer has the SONAME that
+    FFmpeg gave it. The name still does: libavcodec-5e6b81c2.so.62.28.102 was libavcodec.so.62. The links are beside the
+    libraries because the loader searches the folder of the name it opened ($ORIGIN) for further libraries.
 
     Raises:
-        ValueError: a library is missing or there twice.
+        ValueError: a library is missing or occurs twice.
     """
     links = []
     for name in FFMPEG:
@@ -173,7 +173,7 @@ def _in_front_of(variable: str, folder: Path) -> str:
 
 
 def _place_native(folder: Path, files: list[dict], checkout: Path) -> str:
-    """Copy the native library into the checkout, where git ignores it, unless there is one or it would not fit."""
+    """Copy the native library into the checkout, where git ignores it, if the checkout has none and the copy fits."""
     target = checkout / NATIVE
     if target.is_file():
         return "the checkout has its own native library"

@@ -1,4 +1,4 @@
-"""The folder of wheels for a CUDA machine without a network: how it is made, checked and used, without a download."""
+"""Test the folder of wheels for a CUDA machine without a network: its creation, checks and use, without downloads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def make_wheel(
     folder: Path, name: str, version: str = "1.0", *, files=None, requires: tuple[str, ...] = (), tags="py3-none-any"
 ) -> Path:
-    """A wheel with one module of the distribution's name, or with `files` (path -> content)."""
+    """Write a wheel with one module of the distribution's name, or with `files` (path -> content)."""
     module = re.sub(r"[-_.]+", "_", name)
     info = f"{module}-{version}.dist-info"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
@@ -39,7 +39,7 @@ def make_wheel(
 
 
 def list_contents(folder: Path, **changes: object) -> None:
-    """contents.json for what lies in the folder."""
+    """Write contents.json for the files in the folder."""
     files = []
     for path in sorted(folder.iterdir()):
         name, version = path.name.split("-")[:2] if path.suffix == ".whl" else ("native", "0")
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Where the native library goes, without one."""
+    """Return a checkout that has a place for the native library but no library."""
     path = tmp_path / "checkout"
     (path / "csrc").mkdir(parents=True)
     (path / "csrc" / "register.cpp").write_text("int ops;\n")
@@ -74,7 +74,7 @@ def run_child(code: str, environment: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
-def test_children_find_what_was_unpacked_before_what_was_on_the_path(folder, checkout, tmp_path, monkeypatch) -> None:
+def test_children_import_unpacked_packages_first(folder, checkout, tmp_path, monkeypatch) -> None:
     older = tmp_path / "older"
     older.mkdir()
     (older / "strange_peer.py").write_text("version = '0.1'\n")
@@ -86,13 +86,13 @@ def test_children_find_what_was_unpacked_before_what_was_on_the_path(folder, che
     packages = prepare(folder, tmp_path / "into", checkout=checkout)
     assert packages.taken == {"strange_peer": "1.5"} and not packages.skipped
     assert packages.left_out == {"quack-kernels": "too large"}
-    # Without FFmpeg in the folder the variable stays what it is.
+    # Without FFmpeg in the folder, the variable does not change.
     assert packages.environment == {"PYTHONPATH": f"{tmp_path / 'into'}:{older}"}
     code = "import another, strange_peer; from importlib import metadata; print(strange_peer.version, end=' ');"
     assert run_child(code + "print(metadata.version('strange-peer'))", packages.environment) == "1.5 1.5"
 
 
-def test_what_is_installed_in_the_same_or_a_newer_version_is_not_hidden(folder, checkout, tmp_path) -> None:
+def test_installed_packages_of_the_same_or_a_newer_version_are_kept(folder, checkout, tmp_path) -> None:
     installed = pytest.__version__
     make_wheel(folder, "pytest", installed)
     make_wheel(folder, "setuptools", "9999.0")
@@ -106,7 +106,7 @@ def test_what_is_installed_in_the_same_or_a_newer_version_is_not_hidden(folder, 
 
 
 @pytest.mark.parametrize("name", ["torch", "triton", "transformers", "NumPy"])
-def test_libraries_that_are_measured_are_refused(folder, checkout, tmp_path, name: str) -> None:
+def test_benchmarked_libraries_are_refused(folder, checkout, tmp_path, name: str) -> None:
     make_wheel(folder, name, "9999.0")
     list_contents(folder)
     with pytest.raises(ValueError, match="must be the machine's own"):
@@ -143,7 +143,7 @@ def test_unpacking_needs_an_empty_folder(folder, checkout, tmp_path) -> None:
         prepare(folder, tmp_path, checkout=checkout)
 
 
-def test_scripts_are_left_and_what_unzipping_would_misplace_is_refused(folder, checkout, tmp_path) -> None:
+def test_scripts_are_skipped_and_misplaced_files_are_refused(folder, checkout, tmp_path) -> None:
     make_wheel(folder, "a", files={"a.py": "", "a-1.0.data/scripts/a": "#!python\n"})
     list_contents(folder)
     prepare(folder, tmp_path / "into", checkout=checkout)
@@ -155,11 +155,11 @@ def test_scripts_are_left_and_what_unzipping_would_misplace_is_refused(folder, c
         prepare(folder, tmp_path / "again", checkout=checkout)
 
 
-# Names as in PyAV's wheel, and the major version of each.
+# The names are those in PyAV's wheel, with the major version of each.
 AV_LIBS = {f"lib{name}-5e6b81c2.so.{60 + index}.28.102": name for index, name in enumerate(FFMPEG)}
 
 
-def test_links_have_the_names_that_others_look_for(tmp_path) -> None:
+def test_links_have_the_original_library_names(tmp_path) -> None:
     for name in (*AV_LIBS, "libx264-d6533a8d.so.165", "libavcodec_extra-0.so.1.2"):
         (tmp_path / name).write_text("")
     links = link_ffmpeg(tmp_path)
@@ -173,10 +173,8 @@ def test_links_have_the_names_that_others_look_for(tmp_path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to make shared libraries")
-def test_children_load_ffmpeg_from_the_wheel_even_if_its_python_part_is_not_taken(
-    folder, checkout, tmp_path, monkeypatch
-) -> None:
-    """Two libraries, one needing the other by its hashed name, as auditwheel leaves them; the rest are stand-ins."""
+def test_children_load_ffmpeg_from_the_wheel_without_its_python_part(folder, checkout, tmp_path, monkeypatch) -> None:
+    """As auditwheel leaves them, one of two libraries needs the other by its hashed name; the rest are stand-ins."""
     build = tmp_path / "build"
     build.mkdir()
     (build / "util.c").write_text("int answer(void) { return 42; }\n")
@@ -190,7 +188,7 @@ def test_children_load_ffmpeg_from_the_wheel_even_if_its_python_part_is_not_take
     libraries |= {f"av.libs/{name}": (build / name).read_bytes() for name in (util, codec)}
     make_wheel(folder, "av", "18.1.0", files=libraries | {"av/__init__.py": ""})
     list_contents(folder)
-    # A newer PyAV is on the machine.
+    # The machine has a newer PyAV.
     own = tmp_path / "own" / "av-99.0.dist-info"
     own.mkdir(parents=True)
     (own / "METADATA").write_text("Metadata-Version: 2.1\nName: av\nVersion: 99.0\n")
@@ -202,11 +200,11 @@ def test_children_load_ffmpeg_from_the_wheel_even_if_its_python_part_is_not_take
     assert packages.environment["LD_LIBRARY_PATH"] == str(into / "av.libs")
     code = "import ctypes; print(ctypes.CDLL('libavcodec.so.60').twice(), ctypes.CDLL('libavutil.so.64').answer());"
     code += "print(sum('avutil' in line and 'r-xp' in line for line in open('/proc/self/maps')))"
-    # avutil, found once through $ORIGIN and once through its link, is loaded once.
+    # avutil is found once through $ORIGIN and once through its link, but is loaded once.
     assert run_child(code, packages.environment).split() == ["84", "42", "1"]
 
 
-def test_the_native_library_goes_where_there_is_none_and_only_if_it_fits(folder, checkout, tmp_path) -> None:
+def test_the_native_library_is_copied_if_it_is_missing_and_fits(folder, checkout, tmp_path) -> None:
     library = checkout / NATIVE
     list_contents(folder)
     assert "has no native library" in prepare(folder, tmp_path / "1", checkout=checkout).native
@@ -238,13 +236,13 @@ def entries_of(**sizes_mb: float) -> list[dict]:
         (58.5, []),
         (58.4, ["trl"]),
         (56.4, ["cut-cross-entropy", "trl"]),
-        # What is less important but fits in what a large one leaves is kept.
+        # A less important package is kept if it fits into the space that a large package leaves.
         (52.0, ["torchcodec"]),
         (7.0, ["torchcodec", "liger-kernel", "trl"]),
         (5.0, ["torchcodec", "liger-kernel", "cut-cross-entropy", "trl"]),
     ],
 )
-def test_a_limit_leaves_out_the_least_important_first(limit_mb: float, left_names: list[str]) -> None:
+def test_a_limit_excludes_the_least_important_packages_first(limit_mb: float, left_names: list[str]) -> None:
     entries = entries_of(
         native=1, deepspeed=3, omegaconf=1, torchcodec=48, liger_kernel=3, cut_cross_entropy=0.5, trl=2
     )
@@ -256,7 +254,7 @@ def test_a_limit_leaves_out_the_least_important_first(limit_mb: float, left_name
     assert all(f"of {limit_mb:g} MB were left" in entry["why"] for entry in left)
 
 
-def test_a_limit_never_leaves_out_what_every_run_needs() -> None:
+def test_a_limit_never_excludes_required_packages() -> None:
     entries = entries_of(native=1, deepspeed=3, omegaconf=1, torchcodec=1, liger_kernel=1, cut_cross_entropy=1, trl=1)
     with pytest.raises(
         CannotPrepare, match="the group omegaconf takes 1.0 MB, 0.5 of 4.5 MB were left, and it is never left out"
@@ -266,7 +264,7 @@ def test_a_limit_never_leaves_out_what_every_run_needs() -> None:
 
 @pytest.fixture
 def fetched(monkeypatch) -> list[str]:
-    """pip is replaced by one that makes tiny wheels; what it was asked for, in order."""
+    """Replace pip with a function that writes tiny wheels, and return its requests in order."""
     asked: list[str] = []
 
     def pip(what: str, command: str, *arguments: str, **variables: str) -> None:
@@ -297,7 +295,7 @@ def test_the_folder_is_complete_and_a_repeated_run_fetches_nothing(folder, fetch
     assert packages.left_out == LEFT_OUT
 
 
-def test_an_interrupted_run_goes_on_and_changed_or_damaged_files_are_fetched_anew(folder, fetched, monkeypatch) -> None:
+def test_an_interrupted_run_resumes_and_fetches_changed_or_damaged_files_again(folder, fetched, monkeypatch) -> None:
     working = cuda_wheels._pip
 
     def interrupted(what: str, *arguments: str, **variables: str) -> None:
@@ -311,7 +309,7 @@ def test_an_interrupted_run_goes_on_and_changed_or_damaged_files_are_fetched_ane
     there = list(fetched)
     assert "deepspeed" in there and json.loads((folder / "contents.json").read_text())["complete"] is False
     monkeypatch.setattr(cuda_wheels, "_pip", working)
-    # Cut between the list and the file.
+    # The run stopped between the list and the file.
     (folder / "hjson-3.1.0-py3-none-any.whl").unlink()
     collect(folder, PYTHON, MB)
     assert fetched[len(there) :] == ["hjson", *(pin.name for pin in PINS if pin.name not in there)]
@@ -330,7 +328,7 @@ def test_an_interrupted_run_goes_on_and_changed_or_damaged_files_are_fetched_ane
     assert len(fetched) == len(PINS) - 1
 
 
-def test_what_the_limit_leaves_out_is_not_in_the_folder(folder, fetched) -> None:
+def test_packages_beyond_the_limit_are_not_in_the_folder(folder, fetched) -> None:
     sizes = {entry["name"]: entry["bytes"] for entry in collect(folder, PYTHON, MB)["files"]}
     last = {pin.name for pin in PINS if pin.group == "trl"}
     contents = collect(folder, PYTHON, sum(sizes.values()) - 1)
@@ -339,7 +337,7 @@ def test_what_the_limit_leaves_out_is_not_in_the_folder(folder, fetched) -> None
     assert not last & {path.name.split("-")[0] for path in folder.iterdir()}
 
 
-def test_files_of_others_are_neither_removed_nor_mixed_in(folder, fetched, capsys) -> None:
+def test_foreign_files_are_neither_removed_nor_listed(folder, fetched, capsys) -> None:
     (folder / "torch-2.11.0-py3-none-any.whl").write_bytes(b"mine")
     with pytest.raises(CannotPrepare, match=r"not from here: torch-2.11.0-py3-none-any.whl; name another folder"):
         collect(folder, PYTHON, MB)
@@ -351,7 +349,7 @@ def test_files_of_others_are_neither_removed_nor_mixed_in(folder, fetched, capsy
         collect(folder, PYTHON, MB)
 
 
-def test_a_requirement_that_nothing_meets_is_an_error(tmp_path) -> None:
+def test_an_unmet_requirement_is_an_error(tmp_path) -> None:
     met = ('torch>=2; extra == "gpu"', 'strange; python_version < "3.9"', "TorchCodec>=0.17", "numpy", "Py_CpuInfo")
     wheels = [make_wheel(tmp_path, "a", requires=met), make_wheel(tmp_path, "torchcodec", "0.17.0")]
     cuda_wheels._check_requirements(wheels, "3.12")
@@ -371,17 +369,17 @@ def test_another_build_of_a_version_is_refused(tmp_path, monkeypatch, version: s
         cuda_wheels._fetch(Pin("torchcodec", "0.17.0", "torchcodec", ""), part, "3.12")
 
 
-def test_pip_failures_say_what_is_missing(tmp_path, monkeypatch) -> None:
+def test_errors_for_pip_failures_state_the_cause(tmp_path, monkeypatch) -> None:
     options = ("--no-deps", "-d", str(tmp_path), "--retries", "1", "strange-peer==1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     with pytest.raises(CannotPrepare, match=r"(?s)strange-peer==1 cannot be had .* in PINS, or .*ERROR: "):
         cuda_wheels._pip("strange-peer==1", "download", "--no-index", *options)
-    # Nothing listens on port 9.
+    # No server listens on port 9.
     with pytest.raises(CannotPrepare, match="strange-peer==1: pip cannot reach its index"):
         cuda_wheels._pip("strange-peer==1", "download", "--index-url", "http://127.0.0.1:9/simple", *options)
 
 
-def test_pins_are_the_versions_that_the_tests_run_with() -> None:
+def test_pins_equal_the_tested_versions() -> None:
     lines = (ROOT / "constraints-cpu.txt").read_text().splitlines()
     tested = dict(re.match(r"([\w.-]+)==(\S+)", line).groups() for line in lines if line[0] != "#")
     tested = {name.replace("_", "-").lower(): version for name, version in tested.items()}

@@ -1,10 +1,10 @@
-"""Fill a folder with what a CUDA machine without a network lacks for the benchmarks; needs a network itself.
+"""Fill a folder with the packages that a CUDA machine without a network lacks for the benchmarks.
 
     python -m tools.offline.wheels DIR [--python 3.12] [--limit-mb 60]
 
-The machine is Linux on x86-64 (glibc) and has torch's CUDA 13 build and what else PRESENT names. DIR then holds wheels,
-this checkout's native library and contents.json (what, why, sha256, what was left out); packages.py uses them. A
-repeated or resumed run keeps the files whose pin and sha256 still hold.
+The command itself needs a network. The target machine is Linux on x86-64 (glibc) and has torch's CUDA 13 build and the
+packages in PRESENT. DIR then has wheels, the native library of this checkout and contents.json (what, why, sha256, what
+was left out), which packages.py uses. A repeated or resumed run keeps the files whose pin and sha256 still match.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Pin:
-    """One distribution. `sdist`: the index has no wheel, one is built here; it must come out as pure Python."""
+    """One distribution; with `sdist`, the index has no wheel, and the wheel built here must be pure Python."""
 
     name: str
     version: str
@@ -41,10 +41,10 @@ class Pin:
     sdist: bool = False
 
 
-# In order of importance; REQUIRED are never left out.
+# The groups are in order of importance, and those in REQUIRED are always included.
 GROUPS = ("native", "deepspeed", "omegaconf", "torchcodec", "liger-kernel", "cut-cross-entropy", "trl")
 REQUIRED = GROUPS[:3]
-# Versions of constraints-cpu.txt where it has the library and nothing else is said.
+# Versions are those of constraints-cpu.txt if it has the library and no comment says otherwise.
 PINS = (
     Pin("deepspeed", "0.19.8", "deepspeed", "the trainer", sdist=True),
     Pin("hjson", "3.1.0", "deepspeed", "deepspeed requires it"),
@@ -55,7 +55,7 @@ PINS = (
     Pin("typing-extensions", "4.16.0", "deepspeed", "pydantic requires 4.16, the machine may have an older one"),
     Pin("omegaconf", "2.4.0", "omegaconf", "the settings; unlike 2.3 it needs no antlr4-python3-runtime"),
     Pin("torchcodec", "0.17.0", "torchcodec", "decodes video; the first whose hardware decoder cache is safe"),
-    # 19 carries FFmpeg 9, too new for the torchcodec of CPU runs; with 18 both decode with FFmpeg 8.
+    # Version 19 has FFmpeg 9, which is too new for the torchcodec of CPU runs. With 18 both decode with FFmpeg 8.
     Pin("av", "18.1.0", "torchcodec", "carries FFmpeg's libraries for torchcodec; a peer of the media path"),
     Pin("liger-kernel", "0.8.5", "liger-kernel", "peer of the fused heads"),
     Pin("cut-cross-entropy", "25.1.1", "cut-cross-entropy", "peer of the fused heads"),
@@ -64,34 +64,35 @@ PINS = (
     Pin("dill", "0.4.1", "trl", "datasets requires it"),
     Pin("multiprocess", "0.70.19", "trl", "datasets requires it"),
 )
-# As of November 2026.
+# This list is as of November 2026.
 LEFT_OUT = {
     "quack-kernels": "needs nvidia-cutlass-dsl, whose libraries take 92 MB for CUDA 13 and as much for CUDA 12",
     "flash-attn-4": "needs quack-kernels and nvidia-cutlass-dsl (see quack-kernels)",
     "verl": "its import needs Ray and tensordict, and it wants transformers < 5.11",
     "decord": "13.6 MB, more than the rest leaves free; PyAV is there to compare with",
 }
-# What the machine is taken to have, of what the wheels require.
+# The wheels require these packages, and the machine is assumed to have them.
 PRESENT = frozenset(
     {"accelerate", "einops", "filelock", "fsspec", "huggingface-hub", "jinja2", "msgpack", "ninja", "numpy"}
     | {"packaging", "pandas", "psutil", "py-cpuinfo", "pyarrow", "pyyaml", "torch", "tqdm", "transformers", "triton"}
     | {"xxhash"}
 )
-# pip compares platform tags letter by letter; a machine of glibc 2.39 or later takes all of these.
+# pip compares platform tags literally, and a machine with glibc 2.39 or later accepts all of these.
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in (39, 35, 34, 31, 28, 27, 24, 17)), "manylinux2014", "manylinux1")
 PART = ".part"
 NO_NETWORK = ("NewConnectionError", "NameResolutionError", "ConnectTimeout", "Failed to establish", "ProxyError")
 
 
 class CannotPrepare(RuntimeError):
-    """Why the folder cannot be made, and what to do."""
+    """The folder cannot be made; the message gives the reason and the next action."""
 
 
 def collect(folder: Path, python: str, limit_bytes: int) -> dict:
-    """Make or complete the folder and return its contents, as written to contents.json.
+    """Make or complete the folder, and return its contents as written to contents.json.
 
     Raises:
-        CannotPrepare: no network, a package that cannot be had, strange files in the folder, the limit is too low.
+        CannotPrepare: no network, a package that is not available, foreign files in the folder, or a limit that is too
+            low.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise CannotPrepare("the native library is built here: expected Linux on x86-64, run this on such a machine")
@@ -102,11 +103,11 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
     def add(made: Path, **facts: object) -> None:
         facts |= {"file": made.name, "bytes": made.stat().st_size, "sha256": sha256_of(made)}
         entries[facts["name"]] = facts
-        # Listed before it is there: a file that is not listed would be taken for someone else's.
+        # The file is listed before it is written, because an unlisted file would count as foreign.
         _write(folder, python, entries.values())
         os.replace(made, folder / made.name)
 
-    # First, because it needs no network and fails early where there is no compiler.
+    # The native library comes first, because it needs no network and fails early without a compiler.
     sources = sources_sha256(ROOT)
     if entries.get("native", {}).get("sources") != sources:
         why = "the ops of csrc/ for CPU"
@@ -127,10 +128,10 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
 
 
 def choose(entries: list[dict], limit_bytes: int) -> tuple[list[dict], list[dict]]:
-    """Entries that are kept and those that are left out, these with the reason in `why`. Whole groups, by importance.
+    """Choose whole groups by importance, and return the kept entries and the excluded entries with the reason in `why`.
 
     Raises:
-        CannotPrepare: what is never left out exceeds the limit.
+        CannotPrepare: the required groups exceed the limit.
     """
     kept: list[dict] = []
     left: list[dict] = []
@@ -149,7 +150,7 @@ def choose(entries: list[dict], limit_bytes: int) -> tuple[list[dict], list[dict
 
 
 def _kept(folder: Path, python: str) -> dict[str, dict]:
-    """Entries of an earlier run whose files still serve. Its other files are removed; strange ones are an error."""
+    """Return entries of an earlier run with valid files, and remove its other files; foreign files are an error."""
     files, same_python = [], True
     try:
         if (folder / CONTENTS).exists():
@@ -183,7 +184,7 @@ def _write(folder: Path, python: str, entries: Iterable[dict], *, complete: bool
 
 
 def _native_library(part: Path) -> Path:
-    """A copy of the library in the checkout if that is newer than its sources, else one built for it."""
+    """Return a copy of the library in the checkout if that is newer than its sources, otherwise build the library."""
     built, copy = ROOT / NATIVE, part / NATIVE.name
     if built.is_file() and built.stat().st_mtime >= max(path.stat().st_mtime for path in native_sources(ROOT)):
         shutil.copy(built, copy)
@@ -198,12 +199,12 @@ def _native_library(part: Path) -> Path:
 
 
 def _fetch(pin: Pin, part: Path, python: str) -> Path:
-    """Download or build one wheel into `part`, which is emptied before."""
+    """Download or build one wheel into `part`, which is emptied first."""
     shutil.rmtree(part)
     part.mkdir()
     requirement = f"{pin.name}=={pin.version}"
     if pin.sdist:
-        # DeepSpeed's own ops are not needed; without them the wheel is pure Python and fits every machine.
+        # DeepSpeed's own ops are not needed. Without them, the wheel is pure Python and works on every machine.
         options = ["--no-build-isolation", "-w", str(part)]
         _pip(requirement, "wheel", "--no-deps", *options, requirement, DS_BUILD_OPS="0")
     else:
@@ -212,14 +213,14 @@ def _fetch(pin: Pin, part: Path, python: str) -> Path:
         options += [f"--platform={name}_x86_64" for name in PLATFORMS]
         _pip(requirement, "download", "--no-deps", *options, requirement)
     (made,) = part.glob("*.whl")
-    # An index of one's own may offer another build of the same version, torchcodec 0.17.0+cpu for one.
+    # A private index may offer another build of the same version, for example torchcodec 0.17.0+cpu.
     if str(parse_wheel_filename(made.name)[1]) != pin.version or (pin.sdist and not made.match("*-py3-none-any.whl")):
         raise CannotPrepare(f"expected the plain wheel of {requirement}, pip gave {made.name}; look at its indexes")
     return made
 
 
 def _pip(what: str, command: str, *arguments: str, **variables: str) -> None:
-    """Run pip for `what`. Raises CannotPrepare with the likely reason."""
+    """Run pip for `what`, and raise CannotPrepare with the likely reason if it fails."""
     full = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q", *arguments]
     done = subprocess.run(full, capture_output=True, text=True, env=os.environ | variables, check=False)
     if done.returncode == 0:
@@ -234,7 +235,7 @@ def _pip(what: str, command: str, *arguments: str, **variables: str) -> None:
 
 
 def _check_requirements(wheels: list[Path], python: str) -> None:
-    """CannotPrepare where a wheel requires what neither another one nor PRESENT is."""
+    """Raise CannotPrepare if a wheel requires a package that neither another wheel nor PRESENT provides."""
     versions = {name: version for name, version, *_ in (parse_wheel_filename(wheel.name) for wheel in wheels)}
     target = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     missing = []
@@ -255,8 +256,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.offline.wheels", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     pythons = [f"3.{minor}" for minor in range(11, 15)]
-    parser.add_argument("--python", choices=pythons, default="3.12", help="the CUDA machine's (default: %(default)s)")
-    parser.add_argument("--limit-mb", type=float, default=60, help="of all files, 10^6 bytes (default: %(default)s)")
+    parser.add_argument(
+        "--python", choices=pythons, default="3.12", help="Python version of the CUDA machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit-mb", type=float, default=60, help="limit for the total size, 10^6 bytes (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
         contents = collect(given.folder.resolve(), given.python, round(given.limit_mb * MB))

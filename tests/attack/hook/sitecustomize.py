@@ -1,8 +1,8 @@
-"""Loaded by Python at its start: kills the process, or fills the disk, at a chosen operation on files of a folder.
+"""Kill the process, or fill the disk, at a chosen operation on files of a folder. Python loads this file at its start.
 
-ATTACK_FOLDER: the folder. ATTACK_OPERATION: number of the operation, from 1; 0 counts them into ATTACK_COUNT, a file.
-ATTACK_ERRNO: the error that from there on ATTACK_LENGTH attempts to open a file for writing or to make a folder get, in
-place of the kill.
+ATTACK_FOLDER: the folder. ATTACK_OPERATION: the number of the operation, from 1; 0 counts the operations into the file
+ATTACK_COUNT. ATTACK_ERRNO: the error that replaces the kill, for the next ATTACK_LENGTH attempts to open a file for
+writing or to create a folder.
 """
 
 import os
