@@ -72,7 +72,7 @@ class MadeConfig:
     questions_per_clip: int = number(3, least=1, most=6)
     """Questions per clip, each of a different task type."""
     seed: int = number(0, least=0, most=2**32 - 1)
-    """Seed of clips, questions, teacher and student initialisation."""
+    """Seed of clips, questions, teacher and student initialization."""
     responses: int = number(4, least=1)
     """K, teacher responses per question (2603.11423: K=4)."""
     teacher_error_rate: float = number(0.35, least=0, most=1)
@@ -158,7 +158,7 @@ class DataConfig:
     """Larger media files, in MiB, are bad samples and are not opened."""
     check_frames: bool = True
     """Reject videos whose sampled frames are identical although they are different frames of the file, have a single
-    colour, or contain the grey that decoders output in place of lost pictures."""
+    color, or contain the gray that decoders output in place of lost pictures."""
     cache_mib: int = number(1024, least=0)
     """Memory of each process for decoded frames (uint8, resized), MiB: host memory, or GPU memory with `decoder=cuda`;
     0 = none."""
@@ -205,7 +205,7 @@ class SftConfig:
     """Stage 1: imitation of teacher responses."""
 
     steps: int = number(390, least=1)
-    """Optimiser steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
+    """Optimizer steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
     batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
     lr: float = number(2e-6, least=0)
@@ -255,7 +255,7 @@ class RewardConfig:
     delta: float = number(0.4, least=0)
     """Weight of the content metric (2603.11423)."""
     normalization: str = choice("gn_then_sum", of=("gn_then_sum", "sum_then_gn"))
-    """`gn_then_sum` = components are normalised within their group, then weighted (2604.28123); `sum_then_gn` = literal
+    """`gn_then_sum` = components are normalized within their group, then weighted (2604.28123); `sum_then_gn` = literal
     reading of 2603.11423."""
     score_clip: float | None = number(None, above=0)
     """Clip of the discriminator score in the reward, e.g. 10 (2604.28123)."""
@@ -287,7 +287,7 @@ class DistillConfig:
     """Stage 2: adversarial distillation."""
 
     steps: int = number(468, least=1)
-    """Optimiser steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
+    """Optimizer steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
     batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
     lr: float = number(1e-6, least=0)
@@ -323,7 +323,7 @@ class RuntimeConfig:
     zero_stage: int = choice(2, of=(0, 1, 2, 3))
     """ZeRO stage of both engines: 0, 1, 2 or 3."""
     offload_optimizer: bool = False
-    """Keep optimiser states in host memory (ZeRO 1-3 on CUDA)."""
+    """Keep optimizer states in host memory (ZeRO 1-3 on CUDA)."""
     grad_clip: float = number(1.0, least=0)
     """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)

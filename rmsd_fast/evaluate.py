@@ -54,7 +54,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load
-    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
+    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarize
     from rmsd_fast.stages.material import prepare_material
 
     material = prepare_material(settings, world, training=False)
@@ -71,7 +71,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         "parse": settings.evaluate.parse,
         "floors": floors_of(material.heldout, settings),
         "unusable": {"model": sum("error" in record for record in records)},
-        "students": {"model": summarise(records)},
+        "students": {"model": summarize(records)},
         "differences": {},
     }
     output.parent.mkdir(parents=True, exist_ok=True)

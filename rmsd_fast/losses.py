@@ -28,7 +28,7 @@ CUDA and 256 MiB on CPU, and logits are kept for backward up to 512 MiB on CUDA 
 gets larger chunks, so that its gradient is summed over at most 5 of them. With more chunks than 5, the gradient is
 summed in float32, which takes 4*V*D bytes, and 6*V*D bytes at the end of the call.
 
-Host synchronisation. On CUDA, finding the rows to ignore waits for the device, up to three times per call. Pass
+Host synchronization. On CUDA, finding the rows to ignore waits for the device, up to three times per call. Pass
 `ignore_index=None` if every row is scored; the call then does not wait.
 
 Backward. Cross entropy, policy loss and divergence compute their gradients in forward. This work is done even if
@@ -46,8 +46,8 @@ weights, log-probs of other policies, and all tensors of a teacher or reference 
 divisor: pass the count over all ranks and micro-batches, and the losses of the parts add up to the loss of the whole
 batch. A normalizer of 0 counts as 1, so a batch without scored rows has loss 0 and zero gradients.
 
-Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalised ratios: GSPO (arXiv 2507.18071);
-generalised JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).
+Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalized ratios: GSPO (arXiv 2507.18071);
+generalized JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).
 """
 
 import inspect

@@ -111,6 +111,6 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     if runtime.zero_stage < 3:
         lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on all available GPUs")
     if not runtime.offload_optimizer:
-        lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
+        lines.append("  or keep optimizer states in host memory: runtime.offload_optimizer=true")
     again = f"continue with --resume {run_folder} --allow-changes" if run_folder else "start it again with"
     return "\n".join([*lines, f"then {again} section.field=value"])

@@ -194,7 +194,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["runtime.offload_optimizer"],
             settings.runtime.zero_stage == 0,
-            "ZeRO-0 cannot offload the optimiser; write runtime.zero_stage=2",
+            "ZeRO-0 cannot offload the optimizer; write runtime.zero_stage=2",
         ),
     ]
     for prefixes, useless, reason in rules:

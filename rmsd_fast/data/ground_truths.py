@@ -64,7 +64,7 @@ def read_ground_truth(value: object, task: str, options: Sequence[str] | None = 
     Args:
         value: the value in the record: a text, a number, a list or an object.
         task: one of TASK_TYPES.
-        options: options of an mcq question in order, bare or labelled; None means that only a letter is accepted.
+        options: options of an mcq question in order, bare or labeled; None means that only a letter is accepted.
     Raises:
         GroundTruthError: the spelling is not in the table above, or has two readings.
     """

@@ -26,7 +26,7 @@ from rmsd_fast.files import DISK_ERRORS, file_digest
 
 # Matroska's magic number, and its AlphaMode element with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
-# FFmpeg filter. H.264 halves the resolution of colours, so sides must be even; the sides of videos already are.
+# FFmpeg filter. H.264 halves the resolution of colors, so sides must be even; the sides of videos already are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
 # Errors of the machine, not of the file.

@@ -13,7 +13,7 @@ from rmsd_fast.method.quality import fold_text
 _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选项\s*[:：]?", re.IGNORECASE)
 MOST_OPTIONS = 26
 # A letter, an option's text and what may follow it, in case-folded text: "(b) tea", "which? a. tea b. milk".
-_LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
+_LABELED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
 # The first letter of "a.m.", "B.C." or "J.S. Bach" is not the letter of an option.
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
 # Matches the first two letters and their delimiters, each followed by a text: "(A) tea (B) milk", "A. tea B. milk".
@@ -106,13 +106,13 @@ def _check_letters(question: str, options: Sequence[str]) -> None:
     """Refuse a question that lists at least two of its options and gives one of them a different letter."""
     letters = option_letters(options).lower()
     folded = [fold_text(line) for line in question.split("\n")]
-    labelled = {
-        text: [match for line in folded for match in re.finditer(_LABELLED % re.escape(text), line)]
+    labeled = {
+        text: [match for line in folded for match in re.finditer(_LABELED % re.escape(text), line)]
         for text in filter(None, options)
     }
-    if sum(map(bool, labelled.values())) < 2:
+    if sum(map(bool, labeled.values())) < 2:
         return
-    for text, matches in labelled.items():
+    for text, matches in labeled.items():
         own = [letter for letter, option in zip(letters, options, strict=True) if option == text]
         for match in matches:
             if next(filter(None, match.groups())) not in own:
@@ -129,7 +129,7 @@ def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
     first = 0
     while first < len(filled):
         end = first
-        while end < min(len(filled), first + MOST_OPTIONS) and _are_labelled(lines, filled[first : end + 1]):
+        while end < min(len(filled), first + MOST_OPTIONS) and _are_labeled(lines, filled[first : end + 1]):
             end += 1
         if end - first >= 2:
             lists.append((filled[first], filled[end - 1]))
@@ -137,7 +137,7 @@ def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
     return lists
 
 
-def _are_labelled(lines: Sequence[str], numbers: Sequence[int]) -> bool:
+def _are_labeled(lines: Sequence[str], numbers: Sequence[int]) -> bool:
     """Return whether these lines have the letters A, B, … in this order, each followed by a text."""
     listed = [lines[number] for number in numbers]
     return bare_options(listed) != [line.strip() for line in listed]

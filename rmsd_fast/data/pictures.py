@@ -4,11 +4,11 @@ A picture is read as a person sees it, or refused with a message that says what 
 
 - Transparent parts become white. A picture with almost no visible pixels is refused, because programs that write no
   transparency leave alpha 0 in pixels that they show. Alpha is ignored if a TGA or BMP file says that it is not used.
-- 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
-  because no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at
+- 16-bit gray is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
+  because no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit color, which is at
   most one level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in
   viewers.
-- CMYK, YCbCr and LAB are converted to RGB by Pillow. Colour profiles are ignored, as the processors of model families
+- CMYK, YCbCr and LAB are converted to RGB by Pillow. Color profiles are ignored, as the processors of model families
   ignore them.
 - The EXIF orientation is applied. Other EXIF tags are not read, so damage in them does not matter. Orientations in XMP
   are ignored, as browsers ignore them.
@@ -59,7 +59,7 @@ _SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _TO_RGB = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-# A PNG with 2 or 4 bits per pixel states its transparent grey in those bits. Pillow scales only the pixels.
+# A PNG with 2 or 4 bits per pixel states its transparent gray in those bits. Pillow scales only the pixels.
 _SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
 # A JPEG marker other than stuffed bytes, fill bytes and restarts.
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -124,7 +124,7 @@ def _opened(media: MediaFile) -> Iterator[Any]:
                     f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
                 )
             _refuse_several(media, image)
-            _refuse_deep_colour_key(path, image)
+            _refuse_deep_color_key(path, image)
             yield image
     except MediaError:
         raise
@@ -186,11 +186,11 @@ def _raw_mode(image: Any) -> str:
     return layout if isinstance(layout, str) else str(layout[0])
 
 
-def _refuse_deep_colour_key(path: str, image: Any) -> None:
-    """Refuse a 16-bit transparent colour: Pillow keeps only 8 bits of it, and other colours may be equal in those."""
+def _refuse_deep_color_key(path: str, image: Any) -> None:
+    """Refuse a 16-bit transparent color: Pillow keeps only 8 bits of it, and other colors may be equal in those."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
-            f"{path}: expected transparency as an alpha channel, got a 16-bit transparent colour; save it as an "
+            f"{path}: expected transparency as an alpha channel, got a 16-bit transparent color; save it as an "
             "8-bit PNG"
         )
 
@@ -261,7 +261,7 @@ def _loaded(media: MediaFile, image: Any) -> Any:
 def _complete_jpeg(data: bytes) -> Any | None:
     """Return a JPEG without an end marker, with its pixels read; None unless the data holds all of them.
 
-    The decoder does not report missing data, but fills it with grey. The file is therefore decoded several times, with
+    The decoder does not report missing data, but fills it with gray. The file is therefore decoded several times, with
     nothing and with different noise in place of the missing bytes. If the pixels are the same each time, they do not
     depend on these bytes.
     """
@@ -323,7 +323,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.repeat(_grey(path, image)[:, :, None], 3, axis=2)
+        return np.repeat(_gray(path, image)[:, :, None], 3, axis=2)
     palette_alpha = image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
     if image.mode in _WITH_ALPHA or palette_alpha or "transparency" in image.info:
         # Pillow has no direct conversion from this mode to RGBA.
@@ -335,11 +335,11 @@ def _rgb(path: str, image: Any) -> np.ndarray:
         white.paste(image.convert("RGB"), mask=alpha)
         return np.array(white)
     if image.mode not in _TO_RGB:
-        raise MediaError(f"{path}: expected a picture in grey or colour, got mode {image.mode}; save it as 8-bit PNG")
+        raise MediaError(f"{path}: expected a picture in gray or color, got mode {image.mode}; save it as 8-bit PNG")
     return np.array(image.convert("RGB"))
 
 
-def _grey(path: str, image: Any) -> np.ndarray:
+def _gray(path: str, image: Any) -> np.ndarray:
     """Convert pixels of more than 8 bits to 8 bits, [H, W]."""
     values = np.asarray(image)
     sixteen = image.format in (_SIXTEEN_BIT if image.mode.startswith("I;16") else _SIXTEEN_BIT_AS_I)
@@ -369,6 +369,6 @@ def _check_visible(path: str, visible: np.ndarray) -> None:
     """Raise MediaError if almost no pixels of a picture are visible; visible: bool [H, W]."""
     if np.count_nonzero(visible) < LEAST_VISIBLE * visible.size:
         raise MediaError(
-            f"{path}: expected visible pixels, got a picture that is almost entirely transparent; if its colours are "
+            f"{path}: expected visible pixels, got a picture that is almost entirely transparent; if its colors are "
             "meant to show, remove the alpha channel, or drop the question"
         )

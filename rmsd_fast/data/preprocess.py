@@ -1,4 +1,4 @@
-"""Preprocess pixels as a model family does: choice of frames, size, normalisation and order of patches.
+"""Preprocess pixels as a model family does: choice of frames, size, normalization and order of patches.
 
 The results are those of transformers' Qwen3-VL and Qwen2-VL video processors and its Qwen2-VL image processor
 (tests/media/test_preprocessing.py), without torchvision or transformers. The pixels are computed by
@@ -52,7 +52,7 @@ class Preprocessor:
 
 
 def load_preprocessor(folder: str | Path) -> Preprocessor:
-    """Read patch sizes and normalisation from a model folder.
+    """Read patch sizes and normalization from a model folder.
 
     Reads `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
     `preprocessor_config.json`. Image settings, if there are any, must agree with the video settings.

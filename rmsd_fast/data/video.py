@@ -30,11 +30,11 @@ from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, v
 from rmsd_fast.data.video_file import Clip, decode, open_clip
 
 # Part of every cache key. Raise it whenever the same file and settings would give different pixels or stamps.
-# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock. 3: videos in their display aspect
+# 2: transparent pictures on white, 16-bit gray scaled, stamps on the file's clock. 3: videos in their display aspect
 # ratio.
 VERSION = 3
-# FFmpeg fills frames whose reference frames are lost with grey (YUV 128, 128, 128), which is 128 or 130 in RGB.
-LOST_GREY = range(127, 133)
+# FFmpeg fills frames whose reference frames are lost with gray (YUV 128, 128, 128), which is 128 or 130 in RGB.
+LOST_GRAY = range(127, 133)
 
 # The fields of VideoConfig that the frames of each kind depend on.
 SETTINGS_OF = {
@@ -159,11 +159,11 @@ def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
     flat = (low == high).all(1)
     meant = "if this is intended, set data.check_frames=false"
     if flat.all():
-        raise MediaError(f"{path}: each of the {len(pixels)} frames has a single colour; fetch it again, or {meant}")
-    lost = flat & (low >= LOST_GREY.start).all(1) & (low < LOST_GREY.stop).all(1)
+        raise MediaError(f"{path}: each of the {len(pixels)} frames has a single color; fetch it again, or {meant}")
+    lost = flat & (low >= LOST_GRAY.start).all(1) & (low < LOST_GRAY.stop).all(1)
     if lost.any():
         raise MediaError(
-            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that replaces lost frames; the file "
+            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain gray that replaces lost frames; the file "
             f"is damaged: fetch it again, or {meant}"
         )
     if different > 1 and all(torch.equal(pixels[0], frame) for frame in pixels[1:]):

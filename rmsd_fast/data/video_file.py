@@ -36,7 +36,7 @@ _MOST_PIXEL_ASPECT = 16
 _LEAST_PIXEL_STRETCH = 0.01
 # Upper bound on the streams of a file. The loop over them ends at the first number without a stream.
 _MOST_STREAMS = 64
-# Pixel formats with an alpha channel. torchcodec drops it, which exposes the colours of transparent parts.
+# Pixel formats with an alpha channel. torchcodec drops it, which exposes the colors of transparent parts.
 _ALPHA = re.compile(r"rgba|bgra|argb|abgr|ya\d|yuva|gbrap|vuya|ayuv")
 # torchcodec's messages begin with the C++ function, file and line that they come from.
 _SOURCE_LINE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
@@ -111,7 +111,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
     transparent = metadata.codec != "gif" and _ALPHA.match(metadata.pixel_format or "")
     if transparent or has_alpha_aside(media.head):
         raise MediaError(
-            f"{media.path}: expected an opaque video, got one with an alpha channel, whose hidden colours would show; "
+            f"{media.path}: expected an opaque video, got one with an alpha channel, whose hidden colors would show; "
             f"put it on white with `{media.command(flatten=True)}`"
         )
     begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds

@@ -1,6 +1,6 @@
 """Run a transformers model up to its language-model head, and pass hidden states and head to a loss inside forward.
 
-The loss must run inside forward because DDP, FSDP and ZeRO-3 hook into it. A loss computed afterwards would see a
+The loss must run inside forward because DDP, FSDP and ZeRO-3 hook into it. A loss computed afterward would see a
 sharded head, or its gradient would not be reduced.
 """
 

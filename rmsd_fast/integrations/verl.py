@@ -95,7 +95,7 @@ class FusedLinear(nn.Module):
                 vocab_weights.to(dtype),
                 input_ids.flatten().to(torch.int64),
                 temperature=temperature,
-                # Every position is scored; verl removes padding afterwards.
+                # Every position is scored; verl removes padding afterward.
                 ignore_index=None,
                 return_entropy=True,
                 memory_budget_bytes=self.memory_budget_bytes,
@@ -194,7 +194,7 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
             loss_mat=-objective, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
         tokens = mask.sum().clamp(min=1)
-        # Numbers like those of verl's own policy losses. verl would otherwise read tensors one by one right afterwards.
+        # Numbers like those of verl's own policy losses. verl would otherwise read tensors one by one right afterward.
         return loss, {
             "actor/pg_clipfrac": ((clipped & mask).sum() / tokens).item(),
             "actor/ppo_kl": (-log_ratio.detach().sum() / tokens).item(),

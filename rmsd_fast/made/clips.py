@@ -1,13 +1,13 @@
 """Generated clips: small real h264 files with known content, and questions of all six task types about them.
 
 A clip has 8 frames of 64x64 at 1 fps. For 2 s it shows a card: a sign of one letter and one digit, each 32x32 pixels,
-above up to seven dots. For the other 6 s it shows one coloured shape on black. During an interval of these 6 s, a light
-is on: the background turns grey. Everything is aligned to the 16-pixel grid of a vision tower with patches of 16 and
+above up to seven dots. For the other 6 s it shows one colored shape on black. During an interval of these 6 s, a light
+is on: the background turns gray. Everything is aligned to the 16-pixel grid of a vision tower with patches of 16 and
 2x2 merging, so that the card is 2x2 vision tokens. Pixels are free of noise, because a student with half a million
 parameters learned nothing from noisy ones.
 
-The contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
-for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, and (letter,
+The contents of held-out clips are disjoint from those of training clips for each kind of question: (color, shape, box)
+for mcq, spatial and open, (color, shape, interval) for temporal, (dot color, pattern) for numeric, and (letter,
 digit) for ocr. The split rule is fixed and balanced, so every single attribute occurs on both sides whatever the seed.
 
 Multiple choice with shuffled options is by far the hardest kind of question for a tiny student, which has to find the
@@ -208,19 +208,19 @@ def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None
 
 
 def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
-    """Return whether a box is held out: 2 of 9 boxes per (colour, shape)."""
+    """Return whether a box is held out: 2 of 9 boxes per (color, shape)."""
     column, row = box[0] // 250, box[1] // 250
     return (column + 3 * row + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 9 in (0, 4)
 
 
 def is_heldout_interval(color: str, shape: str, interval: tuple[int, int]) -> bool:
-    """Return whether an interval is held out: about one in 6 (start, end) per (colour, shape)."""
+    """Return whether an interval is held out: about one in 6 (start, end) per (color, shape)."""
     start, end = interval
     return (start + 2 * (end - start) + list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 6 == 0
 
 
 def is_heldout_pattern(dot_color: str, pattern: int) -> bool:
-    """Return whether a pattern is held out: one in 8 patterns per number of dots and dot colour."""
+    """Return whether a pattern is held out: one in 8 patterns per number of dots and dot color."""
     same = _PATTERNS[pattern.bit_count()]
     return (same.index(pattern) + 3 * DOT_COLORS.index(dot_color)) % 8 == 0
 
@@ -275,7 +275,7 @@ def make_question(
 def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str, tuple[str, ...], str]:
     """Return an mcq: the attribute asked about, the question, options in random order, and the correct letter."""
     asked = rng.choice(("color", "shape", "place"))
-    # A box across the middle is not in a corner, so ask about its colour instead.
+    # A box across the middle is not in a corner, so ask about its color instead.
     if asked == "place" and content.place not in PLACES:
         asked = "color"
     if asked == "color":
@@ -300,7 +300,7 @@ def article(word: str) -> str:
 def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) -> list[Question]:
     rng = random.Random(f"made clips {seed} {split}")
     heldout = split == "heldout"
-    # The answers are dealt from decks, each equally often, which minimises the score of a constant answer.
+    # The answers are dealt from decks, each equally often, which minimizes the score of a constant answer.
     dots, signs, letters = _deck(rng, list(_PATTERNS)), _deck(rng, _signs(heldout)), _deck(rng, list("ABCD"))
     asked = dict.fromkeys(TASK_TYPES, 0)
     questions = []

@@ -1,6 +1,6 @@
 """A tiny Qwen3-VL with its own tokenizer, built offline in seconds: the student of the quickstart and of the tests.
 
-Its initialisation lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
+Its initialization lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
 patch embedding at 0.02, and the position embedding of the vision tower at 1.0.
 """
 

@@ -108,7 +108,7 @@ def write_simulated_pool(
 
 
 def is_simulated(pool: dict[str, list[TeacherResponse]]) -> bool:
-    """Return whether any response of the pool was simulated, so that its numbers must be labelled."""
+    """Return whether any response of the pool was simulated, so that its numbers must be labeled."""
     return any(response.model == MODEL for responses in pool.values() for response in responses)
 
 
@@ -185,7 +185,7 @@ def _wrong_interval(start: float, end: float, duration: float | None, rng: rando
     else:
         moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
     moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
-    # An interval that fills a clip of one step has no neighbour, so halve it.
+    # An interval that fills a clip of one step has no neighbor, so halve it.
     return _interval(*rng.choice(moves)) if moves else _interval(start, (start + end) / 2)
 
 
@@ -256,7 +256,7 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         return f"I count {answer} {content.dot_color} dots.", answer
     if task == "ocr":
         return f"The sign reads {answer}.", answer
-    # An open answer that was shortened stands for a wrong one, so claim a different colour.
+    # An open answer that was shortened stands for a wrong one, so claim a different color.
     if answer != question.answer:
         content = replace(content, color=rng.choice([name for name in COLORS if name != content.color]))
     seen = _seen(content, content.place)

@@ -1,4 +1,4 @@
-"""Group-relative advantages: rewards of the N rollouts of one question, centred and scaled within the group.
+"""Group-relative advantages: rewards of the N rollouts of one question, centered and scaled within the group.
 
 Source: R-MSD (arXiv 2603.11423) does not specify the advantage; this is GRPO as in GAD (arXiv 2511.10643).
 """
@@ -33,8 +33,8 @@ def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
     if reward.shape[-1] == 1:
         return torch.zeros_like(reward, dtype=dtype)
     values = reward.double()
-    centred = values - values.mean(dim=-1, keepdim=True)
-    scaled = centred / (values.std(dim=-1, keepdim=True, unbiased=True) + eps)
+    centered = values - values.mean(dim=-1, keepdim=True)
+    scaled = centered / (values.std(dim=-1, keepdim=True, unbiased=True) + eps)
     return torch.where(degenerate_groups(values).unsqueeze(-1), torch.zeros_like(scaled), scaled).to(dtype)
 
 

@@ -147,7 +147,7 @@ def is_empty_answer(text: str) -> bool:
 
 
 def option_letters(options: Sequence[str]) -> str:
-    """Return the letters of the options in order, "ABC…", whether the options are labelled (``A. x``) or bare."""
+    """Return the letters of the options in order, "ABC…", whether the options are labeled (``A. x``) or bare."""
     if isinstance(options, str):
         raise TypeError(f"options: expected a sequence of strings, got the single string {options!r}; pass a list")
     if not 1 <= len(options) <= 26:
@@ -169,7 +169,7 @@ def bare_options(options: Sequence[str]) -> list[str]:
 
 
 def own_letter(option: str) -> tuple[str, str]:
-    """Return the letter of a labelled option and the text after it, or ("", the option) if it has no letter."""
+    """Return the letter of a labeled option and the text after it, or ("", the option) if it has no letter."""
     label = _OPTION_LABEL.match(option)
     return (_letter_of(label), option[label.end() :].strip()) if label else ("", option.strip())
 

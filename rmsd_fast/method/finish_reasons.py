@@ -38,6 +38,6 @@ def is_known(word: str | None) -> bool:
 
 
 def _plain(word: str | None) -> str:
-    """Normalise a word: `FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` become `max_tokens`."""
+    """Normalize a word: `FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` become `max_tokens`."""
     last = _NEXT_WORD.sub("_", (word or "").strip().rpartition(".")[2])
     return last.casefold().replace("-", "_").replace(" ", "_").removeprefix("finish_reason_")

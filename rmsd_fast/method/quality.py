@@ -168,7 +168,7 @@ def _mra(predicted: float, truth: float) -> float:
 
 
 def fold_text(text: str) -> str:
-    """Normalise what is not an error: case, width, kind of quotes, outer quotes, white space, a final full stop."""
+    """Normalize what is not an error: case, width, kind of quotes, outer quotes, white space, a final full stop."""
     text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
     if len(text) > 1 and text.endswith((".", "。")):
         text = text[:-1].rstrip()

@@ -75,9 +75,9 @@ The options of a multiple-choice question (`mcq`) come before this line, one per
 `<|im_end|>` ends a response. Evaluations of rmsd_fast decode greedily (`do_sample=False`). Without that argument, the
 settings in `generation_config.json` apply, which are those of the base model.
 
-## Licence
+## License
 
-The licence of the base model applies.
+The license of the base model applies.
 """
 
 

@@ -71,7 +71,7 @@ class AttendsItself(Protocol):
 def enable_shared_prefix(model: nn.Module) -> None:
     """Let the decoder layers attend by a plan, and a vision tower over all frames at once. Idempotent.
 
-    Afterwards the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting is stored
+    Afterward the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting is stored
     in the model's config, which several models may share, but the checks are stored in the model. Enable every model
     separately.
 
@@ -138,7 +138,7 @@ def disable_shared_prefix(model: nn.Module) -> None:
 
 @contextmanager
 def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
-    """Enable shared prompts inside the context, and restore the former attention afterwards."""
+    """Enable shared prompts inside the context, and restore the former attention afterward."""
     before = is_shared_prefix(model)
     enable_shared_prefix(model)
     try:

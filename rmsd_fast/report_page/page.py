@@ -210,5 +210,5 @@ def _samples(run: ReportedRun, films: Films) -> str:
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
     cards = sample_cards(run.samples, student_names(run), films)
-    lead = "Held-out questions with frames of their video. The colour of an answer's edge shows its score."
+    lead = "Held-out questions with frames of their video. The color of an answer's edge shows its score."
     return f'{head}<p class="muted">{lead}</p>{cards}'

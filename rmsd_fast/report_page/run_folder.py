@@ -25,7 +25,7 @@ class ReportedRun:
         folder: the run folder.
         settings: content of config.yaml.
         settings_text: text of config.yaml.
-        metrics: curves over the optimiser steps, by stage and metric key.
+        metrics: curves over the optimizer steps, by stage and metric key.
         alarms: alarms that the metrics raise, in the order of the run.
         rollouts: lines of rollouts.jsonl.
         evaluation: content of evaluation.json, or None without an evaluation.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from rmsd_fast.report_page.style import SERIES_COLOURS
+from rmsd_fast.report_page.style import SERIES_COLORS
 
 # Maximum number of points of a raw curve; the chart has fewer columns than that.
 MAX_POINTS = 600
@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 24
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: optimiser steps and values (NaN where the value was not finite)."""
+    """One curve: optimizer steps and values (NaN where the value was not finite)."""
 
     name: str
     steps: tuple[int, ...]
@@ -59,7 +59,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the centred moving mean over about a twelfth of the curve, without non-finite values.
+    """Return the centered moving mean over about a twelfth of the curve, without non-finite values.
 
     A trailing mean would shift every turn of the curve to the right. The window is cut at both ends, and short curves
     are returned unchanged.
@@ -283,7 +283,7 @@ def curve_chart(
     smoothed: bool = True,
 ) -> str:
     """Return a card with curves. If smoothed values are beyond a warning line, the card has a warning text too."""
-    series = list(series)[:SERIES_COLOURS]
+    series = list(series)[:SERIES_COLORS]
     svg, remark = curve_svg(
         series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed
     )
@@ -323,7 +323,7 @@ def _summary(title: str, series: Sequence[Series]) -> str:
 
 def stacked_chart(title: str, hint: str, series: Sequence[Series], *, width: int = 360, height: int = 190) -> str:
     """Return a card with stacked bars (means over several steps if there are many) and the share of each series."""
-    series = list(series)[:SERIES_COLOURS]
+    series = list(series)[:SERIES_COLORS]
     steps = sorted({step for s in series for step in s.steps})
     size = math.ceil(len(steps) / MAX_BARS)
     tables = [dict(zip(s.steps, s.values, strict=True)) for s in series]

@@ -47,7 +47,7 @@ class HfRollout:
     ) -> list[list[Rollout]]:
         """Return N rollouts per prompt; see `RolloutEngine`.
 
-        The call enables eval mode and shared prefixes, and restores the model afterwards.
+        The call enables eval mode and shared prefixes, and restores the model afterward.
         """
         was_training = model.training
         model.eval()

@@ -111,7 +111,7 @@ def _prepare_deepspeed(cuda: bool) -> None:
 
 
 def stop() -> None:
-    """Leave the process group. `start` may be called again afterwards. Idempotent."""
+    """Leave the process group. `start` may be called again afterward. Idempotent."""
     if dist.is_initialized():
         import deepspeed
 

@@ -26,7 +26,7 @@ def discriminator_pass(
 ) -> tuple[dict[str, Metric], int]:
     """Score every distinct response of the step once, back-propagate L_D, and store the scores in the groups.
 
-    The scores become rewards of the rollouts. Afterwards the engine's gradients are complete but not applied, so the
+    The scores become rewards of the rollouts. Afterward the engine's gradients are complete but not applied, so the
     scores are those before the update. If a group is split over several micro-batches, its pair loss needs the scores
     of all of them. All processes then run an additional pass without gradient first.
 
@@ -179,11 +179,11 @@ def length_sums(
     Returns:
         Sums of the squared lengths, of the squared scores and of their products, and R.
     """
-    x, y = (_centred(values.double(), question) for values in (lengths, scores))
+    x, y = (_centered(values.double(), question) for values in (lengths, scores))
     return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
 
 
-def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+def _centered(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
     counts = torch.bincount(question)
     means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, question, values) / counts
     return values - means[question]

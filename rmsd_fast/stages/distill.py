@@ -187,7 +187,7 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 def _policy_pass(
     state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 ) -> tuple[dict[str, Metric], int]:
-    """Run forward and backward of the policy loss. Afterwards the gradients are complete but not applied.
+    """Run forward and backward of the policy loss. Afterward the gradients are complete but not applied.
 
     Returns:
         This process's part of the metrics, and the number of tokens that the model processed.

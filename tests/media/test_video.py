@@ -99,7 +99,7 @@ def test_flipped_bytes_give_whole_frames_or_a_media_error(tmp_path: Path) -> Non
             assert frames.pixels.shape == (6, 3, 64, 96) and len(frames.timestamps_s) == 6
             outcomes.add("used")
         except MediaError as error:
-            outcomes.add("grey" if "plain grey" in str(error) else "decoder")
+            outcomes.add("grey" if "plain gray" in str(error) else "decoder")
     # Which of them there are depends on FFmpeg; that no other error gets out does not.
     assert len(outcomes) >= 2
 
@@ -136,9 +136,9 @@ def test_what_frames_that_look_damaged_are() -> None:
     with pytest.raises(MediaError, match="the 4 frames are all identical"):
         check_frames("x", still, different=2)
     # A colour is one whatever the rate.
-    with pytest.raises(MediaError, match="each of the 4 frames has a single colour"):
+    with pytest.raises(MediaError, match="each of the 4 frames has a single color"):
         check_frames("x", grey, different=1)
-    with pytest.raises(MediaError, match="1 of 4 frames are the plain grey"):
+    with pytest.raises(MediaError, match="1 of 4 frames are the plain gray"):
         check_frames("x", torch.cat([moving[:3], grey[:1]]), different=4)
 
 

@@ -34,7 +34,7 @@ def last_token_values(
         weight: the scalar head, [D], floating.
         bias: bias of the head, [1] or [], floating; None means 0.
         norm_weight: weight of an RMSNorm that is applied before the head, [D], floating. None skips the norm, for
-            hidden states that are already normalised.
+            hidden states that are already normalized.
         norm_eps: epsilon of the RMSNorm, >= 0.
         impl: see rmsd_fast.losses.
     Returns:

@@ -1,6 +1,6 @@
 """Triton kernels of the discriminator's losses; formulas and launches are in `triton_loss`.
 
-An optional pointer or number that is None removes its code when the kernel is compiled. The kernels do not specialise
+An optional pointer or number that is None removes its code when the kernel is compiled. The kernels do not specialize
 on sizes that change per batch. Everything after a load is float32.
 """
 
@@ -23,7 +23,7 @@ GRAD_BLOCK_D = 64
 GRAD_WARPS = 8
 
 SIZES = ["students", "teachers", "pairs", "count", "tokens"]
-# These may be slices of longer vectors, so the kernels do not specialise on their alignment.
+# These may be slices of longer vectors, so the kernels do not specialize on their alignment.
 UNALIGNED = [
     "last_index_ptr",
     "scores_ptr",

@@ -137,7 +137,7 @@ class _Discriminator(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, last_index, head, bias, norm_weight, saved, score_grad)
         ctx.mark_non_differentiable(accuracy, margin, scores)
-        # Materialising zero gradients of the other three outputs would cost a launch each.
+        # Materializing zero gradients of the other three outputs would cost a launch each.
         ctx.set_materialize_grads(False)
         return loss, accuracy, margin, scores
 

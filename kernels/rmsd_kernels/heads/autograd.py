@@ -201,7 +201,7 @@ class _Scores(torch.autograd.Function):
 def _save_gradients(ctx, values: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(values)
-    # Materialising a zero gradient of `values` would cost a launch.
+    # Materializing a zero gradient of `values` would cost a launch.
     ctx.set_materialize_grads(False)
     return values, values.new_zeros(())
 

@@ -268,7 +268,7 @@ def _reference_scorer(
 ) -> Callable:
     """Return a function that scores a chunk's reference into stats and returns the RowReference of the exact KL.
 
-    workspace: memory for a chunk's logits, which the policy's logits overwrite afterwards.
+    workspace: memory for a chunk's logits, which the policy's logits overwrite afterward.
     allocate: whether the reference may allocate a workspace of its own.
     """
     if call.ref_hidden is None:

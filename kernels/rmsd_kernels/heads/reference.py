@@ -149,7 +149,7 @@ def linear_divergence(
     scale = temperature_rows(temperature, keep, hidden)
     student_z, teacher_rows = head_logits(hidden[keep], weight, None, scale, None), teacher.detach()[keep]
     if ids is not None:
-        # Both sides are renormalised over the teacher's k ids.
+        # Both sides are renormalized over the teacher's k ids.
         student_z = student_z.gather(1, ids[keep])
     if teacher_head is not None:
         teacher_z = head_logits(teacher_rows, teacher_head, None, scale, None)

@@ -9,7 +9,7 @@ of the row, which is still in the cache, and overwrites the logits with their gr
 float32.
 
 The target's rounded logit is never used. Before the first pass, `hide_target` replaces it in memory by -inf, so that it
-adds nothing to the sums; its exact logit is added to them afterwards. Its gradient is a single store after the second
+adds nothing to the sums; its exact logit is added to them afterward. Its gradient is a single store after the second
 pass, which overwrites what that pass wrote.
 
 Whole blocks are read without a mask, and the tail of a row with one. A field of a record that is None removes its code

@@ -146,7 +146,7 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Compute causal attention of a packed row in which each response attends to its group's prefix and to itself.
 
-    Same as scaled_dot_product_attention with the plan's [T, T] mask, which is never materialised. The result can be
+    Same as scaled_dot_product_attention with the plan's [T, T] mask, which is never materialized. The result can be
     differentiated once.
 
     Args:

@@ -6,7 +6,7 @@ interface is not stable, so the first use checks that its ops take the arguments
 
 This file relies on these properties of the kernels:
 - lse of variable-length calls is [H, T], and backward expects it to be contiguous.
-- Gradients of keys that no query attends to may be left uninitialised.
+- Gradients of keys that no query attends to may be left uninitialized.
 - With a maximum query length of 1, the FlashAttention-2 forward assumes one query per segment, which is wrong for a
   group without responses. This file passes 2 instead, which is valid because the argument is only an upper bound.
 

@@ -1,4 +1,4 @@
-"""Convert video frames to the patches of a vision tower: bicubic antialiased resize, normalisation and patch order.
+"""Convert video frames to the patches of a vision tower: bicubic antialiased resize, normalization and patch order.
 
     x = clamp(round(W_y round(W_x frame)), 0, 255)      uint8, torch's resize of uint8 on CPU
     v = (x - 255 mean) / (255 std)                      float32, rounded once to the result's dtype
@@ -45,7 +45,7 @@ def video_patches(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """Resize frames to (height, width), normalise them, and return their patches in the order of pixel_values_videos.
+    """Resize frames to (height, width), normalize them, and return their patches in the order of pixel_values_videos.
 
     The result has no gradient.
 

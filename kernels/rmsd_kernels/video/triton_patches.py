@@ -1,4 +1,4 @@
-"""Media back end in Triton: resize, normalisation and patch order of uint8 frames in one pass, for CUDA tensors.
+"""Media back end in Triton: resize, normalization and patch order of uint8 frames in one pass, for CUDA tensors.
 
 A program of one warp computes one channel of one patch: patch^2 values that are adjacent in the result. Each value is a
 sum over the vertical taps of sums over the horizontal taps, computed directly from the uint8 frame. Downscaling by s

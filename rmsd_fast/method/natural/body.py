@@ -84,7 +84,7 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
     Args:
         body: the text of the answer, without reasoning.
         task_type: one of TASK_TYPES.
-        options: choices of an `mcq` question in order, bare or labelled.
+        options: choices of an `mcq` question in order, bare or labeled.
         as_sent: the response already has the canonical format, so an ocr text is rewritten only if a sentence clearly
             quotes it.
     Returns:

@@ -31,7 +31,7 @@ _NAMES_IN_ORDER = re.compile(
     r"|left[\s,]+top[\s,]+right[\s,]+bottom|xyxy)\b\s*[\])]?(?!\s*[=:]\s*-?[0-9.]+\s*(?:$|[;,]\s*[a-z]))",
     re.IGNORECASE,
 )
-# Pixels, sizes, centres, other orders; Gemini's box_2d names y first.
+# Pixels, sizes, centers, other orders; Gemini's box_2d names y first.
 _OTHER_BOX = re.compile(
     r"\b(?:px|pixels?|width|height|wide|high|tall|size|w|h|cx|cy|cxcywh|[xy]_?c|xywh|yxyx|yxhw|ltwh|tlbr"
     r"|[xy]_?cent(?:er|re)"

@@ -154,7 +154,7 @@ _KEYS = {"answer", "count", "number", "value", "result", "total", "final_answer"
 
 
 def strict(text: str, task: str) -> str | None:
-    """Return a text that parses strictly, with normalised white space and without a final full stop; otherwise None."""
+    """Return a text that parses strictly, with normalized white space and without a final full stop; otherwise None."""
     text = re.sub(r"(?<=[0-9])\.$", "", " ".join(text.split()))
     return text if parse_answer_body(text, task) is not None else None
 
@@ -297,8 +297,8 @@ def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
     near = before[-40:] if len(before) > 40 else before
     repeated = re.match(r"\s*times\b", after) and not _NAMED_BY_NUMBER.search(near)
     # "the number 20", but not "number 3 on the list".
-    labelled = re.search(r"\bnumber\s$", near, re.IGNORECASE) and _END.match(after)
-    if not (_BEFORE.search(near) or _VERB.search(near) or repeated or labelled):
+    labeled = re.search(r"\bnumber\s$", near, re.IGNORECASE) and _END.match(after)
+    if not (_BEFORE.search(near) or _VERB.search(near) or repeated or labeled):
         return False
     if _END.match(after) or _UNIT.match(after) or re.match(rf"\s*{_MEASURE}", after):
         return True

@@ -80,7 +80,7 @@ _CALLED_WRONG = re.compile(
 )
 # Marks that the comparison of words ignores.
 _CROSSED = re.compile(r"[?？✗✘❌]")
-# "Option B is a trap": such a judgement counts only if it affirms the option.
+# "Option B is a trap": such a judgment counts only if it affirms the option.
 _JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can|could|has)\b", re.IGNORECASE)
 _KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
 # Keys for the option's words, next to its letter.
@@ -173,7 +173,7 @@ def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
 
 
 def comparable_options(options: Sequence[str] | None) -> Sequence[str]:
-    """Return the options' words without their letters, normalised for comparison."""
+    """Return the options' words without their letters, normalized for comparison."""
     return () if options is None else _comparable_options(tuple(options))
 
 

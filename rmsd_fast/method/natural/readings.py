@@ -1,6 +1,6 @@
 """Read the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
 
-If a sentence about a text contains one quoted or emphasised text, this is the reading, whatever else the sentence says.
+If a sentence about a text contains one quoted or emphasized text, this is the reading, whatever else the sentence says.
 Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself contain
 quotation marks, so a quotation counts only in a sentence about a text.
 """
@@ -110,7 +110,7 @@ _TEXT_LABEL = re.compile(
     re.IGNORECASE,
 )
 _THING_LABEL = re.compile(rf"(?:[\w'’-]+\s+){{0,4}}?{THING}(?:\s+(?:on|in|of|at)\s+[\w\s'’-]{{1,60}})?", re.IGNORECASE)
-_LABELLED = re.compile(
+_LABELED = re.compile(
     r"(?P<bold>\*\*)?(?P<label>[^\n:：*\ue000-\ue0ff]{2,80}?)(?:\*\*)?\s*(?:：|:(?![0-9/]))(?:\*\*)?\s*(?P<value>\S[^\n]*)"
 )
 _HEADING = re.compile(
@@ -192,7 +192,7 @@ def _masked(text: str) -> tuple[str, list[str]]:
 
     def mask(match: re.Match[str]) -> str:
         inside = match[match.lastindex]
-        # "**Text:** EXIT" and "The **red sign** reads": a label or a thing is emphasised, not a quotation.
+        # "**Text:** EXIT" and "The **red sign** reads": a label or a thing is emphasized, not a quotation.
         if match[0].startswith("*") and (
             inside.rstrip().endswith((":", "："))
             or re.match(r"\s*[:：]", match.string[match.end() :])
@@ -303,19 +303,19 @@ def block_text(text: str) -> str:
     return text[items[0].end() :] if len(lines) == 1 and items[0] and lines[0].lstrip()[0] in "-*•" else text
 
 
-def labelled_reading(text: str) -> Reading | None:
+def labeled_reading(text: str) -> Reading | None:
     """Return the text after "Text on the sign:" in a single line; None for other texts.
 
     Raises:
         Unreadable: a label such as "Serial number:" may itself be part of the text.
     """
     body, explanation, _ = split_ending(text)
-    labelled = _LABELLED.fullmatch(body.strip())
-    if not labelled:
+    labeled = _LABELED.fullmatch(body.strip())
+    if not labeled:
         return None
-    label = labelled["label"].strip()
-    if _TEXT_LABEL.fullmatch(label) or (labelled["bold"] and _THING_LABEL.fullmatch(label)):
-        return Reading("", labelled["value"], explanation)
+    label = labeled["label"].strip()
+    if _TEXT_LABEL.fullmatch(label) or (labeled["bold"] and _THING_LABEL.fullmatch(label)):
+        return Reading("", labeled["value"], explanation)
     if _THING_LABEL.fullmatch(label) and not label.isupper():
         raise Unreadable("no_answer")
     return None

@@ -20,7 +20,7 @@ from .readings import (
     Reading,
     block_reading,
     block_text,
-    labelled_reading,
+    labeled_reading,
     last_sentence,
     quoted_reading,
     speaks_of_a_text,
@@ -84,7 +84,7 @@ def canonical_response(
     Args:
         text: the whole response.
         task_type: one of TASK_TYPES.
-        options: choices of an `mcq` question in order, bare or labelled; None = the options are in the question's text.
+        options: choices of an `mcq` question in order, bare or labeled; None = the options are in the question's text.
         finish_reason: finish reason of any server (see `method.finish_reasons`). A response that was cut, or stopped by
             an error or a filter, is invalid. None = unknown.
     Returns:
@@ -287,7 +287,7 @@ def _untagged_reading(text: str, *, reasoned: bool) -> tuple[str, str, str]:
     if stated := text_statement(text) or heading(text):
         before, read = stated[0], _stated_reading(stated[1])
         return before, _reading_body(read), read.after
-    if read := block_reading(text) or quoted_reading(text) or labelled_reading(text):
+    if read := block_reading(text) or quoted_reading(text) or labeled_reading(text):
         return read.before, _reading_body(read), read.after
     text, explanation, cut = split_ending(text)
     _check_one_text(text)

@@ -1,4 +1,4 @@
-"""Normalise the tags around reasoning and answer, and split a response at them."""
+"""Normalize the tags around reasoning and answer, and split a response at them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _END_TOKENS = (*(f"<|{token}|>" for token in _END_TOKENS), "</s>", "<eos>", "<en
 
 
 def one_spelling(text: str) -> str:
-    """Return the text with all spellings of the tags normalised, and without end tokens and invisible characters."""
+    """Return the text with all spellings of the tags normalized, and without end tokens and invisible characters."""
     text = text.rstrip()
     while text.endswith(_END_TOKENS):
         text = text[: text.rindex("<")].rstrip()

@@ -131,7 +131,7 @@ _KEYS = {
     "time_range",
 }
 _KEYS |= {"time_interval", "time_segment", "span", "window", "period"}
-# Spellings that are normalised: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
+# Spellings that are normalized: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
 _SPELLINGS = (
     (re.compile(r"(?<![0-9:.])([0-9]{1,3})['’′]([0-5][0-9])(?:\"|''|”|″)"), r"\1:\2"),
     (
