@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Parse the arguments and evaluate. Heavy imports are delayed so that `--help` is fast."""
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
+    parser.add_argument("recipe", help="recipe with data.heldout and other settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file to write; predictions are written next to it"

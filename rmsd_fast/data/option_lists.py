@@ -1,4 +1,4 @@
-"""Option lists inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
+"""Find option lists inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _WITHIN_A_LINE = [
 
 
 class OptionsError(ValueError):
-    """Options with two readings. The message says what was expected, what was found and what to do."""
+    """Ambiguous options. The message gives the expected value, the actual value and what to do."""
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuse options if a letter could mean two of them, or if they do not differ.
+    """Reject options if a letter could refer to two of them, or if two of them are equal.
 
     Raises:
         OptionsError: the options' letters contradict their order, two options have the same text, or one option is only
-            a letter while others are more.
+            a letter while others have a text.
     """
     if not options:
         return
@@ -79,8 +79,8 @@ def without_options(question: str, options: Sequence[str]) -> str:
     """Return the question without a list of its own options, which the prompt would otherwise show twice.
 
     Raises:
-        OptionsError: the question gives an option a different letter from the prompt, or lists further options besides
-            some of these.
+        OptionsError: the question gives an option a different letter from the prompt, or lists other options in
+            addition to some of these.
     """
     if not options:
         return question
@@ -103,7 +103,7 @@ def without_options(question: str, options: Sequence[str]) -> str:
 
 
 def _check_letters(question: str, options: Sequence[str]) -> None:
-    """Refuse a question that lists at least two of its options and gives one of them a different letter."""
+    """Reject a question that lists at least two of its options and gives one of them a different letter."""
     letters = option_letters(options).lower()
     folded = [fold_text(line) for line in question.split("\n")]
     labeled = {

@@ -1,16 +1,16 @@
 """Read picture files as upright 8-bit RGB, and their size without decoding them.
 
-A picture is read as a person sees it, or refused with a message that says what was found:
+A picture is either read as a viewer would show it, or rejected with a message that describes the problem:
 
-- Transparent parts become white. A picture with almost no visible pixels is refused, because programs that write no
-  transparency leave alpha 0 in pixels that they show. Alpha is ignored if a TGA or BMP file says that it is not used.
-- 16-bit gray is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
-  because no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit color, which is at
+- Transparent parts become white. A picture with almost no visible pixels is rejected, because some programs write alpha
+  0 for opaque pixels. Alpha is ignored if a TGA or BMP file says that it is not used.
+- 16-bit gray is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are rejected,
+  because no format defines black and white for them. Pillow itself keeps the upper 8 bits of 16-bit color, which is at
   most one level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in
   viewers.
 - CMYK, YCbCr and LAB are converted to RGB by Pillow. Color profiles are ignored, as the processors of model families
   ignore them.
-- The EXIF orientation is applied. Other EXIF tags are not read, so damage in them does not matter. Orientations in XMP
+- The EXIF orientation is applied. Other EXIF tags are not read, so they may be damaged. Orientations in XMP
   are ignored, as browsers ignore them.
 - A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
   detected, because any bytes are valid picture data.
@@ -36,8 +36,8 @@ from rmsd_fast.data.media_file import MediaError, MediaFile
 
 # Larger pictures need gigabytes while they are read. Pillow warns above the same limit.
 MOST_PIXELS = 89_478_485
-# A pixel with a lower alpha differs from the white behind it by at most 7 of 255 levels, which nobody sees. Programs
-# leave such pixels in pictures that are otherwise transparent, and a few of any alpha: 9 of 1000x1000 are not content.
+# A pixel with a lower alpha differs from a white background by at most 7 of 255 levels, which is invisible. Programs
+# leave such pixels, and a few pixels with any alpha, in transparent pictures: 9 of 1000x1000 are not content.
 LEAST_ALPHA, LEAST_VISIBLE = 8, 1e-5
 # Values of the EXIF orientation that swap height and width.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -48,8 +48,8 @@ _REDUCED, _MASK = 1, 4
 _WHITE_IS_ZERO = 0
 # Formats whose "frames" are versions of one picture.
 _VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
-# Formats that Pillow may identify, whatever a file's name. Pillow knows more, some of which it reads through other
-# programs, such as EPS through Ghostscript.
+# Formats that Pillow may identify, regardless of the file's name. Pillow supports more formats, but reads some of them
+# with other programs, such as EPS with Ghostscript.
 _FORMATS = ("AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD")
 _FORMATS += ("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM")
 # Offset of the TGA byte whose low 4 bits are the number of alpha bits per pixel.
@@ -187,7 +187,8 @@ def _raw_mode(image: Any) -> str:
 
 
 def _refuse_deep_color_key(path: str, image: Any) -> None:
-    """Refuse a 16-bit transparent color: Pillow keeps only 8 bits of it, and other colors may be equal in those."""
+    """Reject a 16-bit transparent color: Pillow keeps only 8 of its bits, so other colors may become transparent
+    too."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
             f"{path}: expected transparency as an alpha channel, got a 16-bit transparent color; save it as an "
@@ -291,7 +292,7 @@ def _digest(image: Any) -> bytes:
 def _noise(seed: int) -> bytes:
     """Return invalid picture data that contains restart markers.
 
-    A decoder that waits for a restart marker skips the data before it, and gives up at a marker that is too far ahead.
+    A decoder that searches for a restart marker skips the data before it, and stops at a marker that is too far ahead.
     Each seed therefore begins with a different marker. Each part is longer than the data of the largest block of
     pixels, because an incomplete block is left out.
     """

@@ -6,7 +6,7 @@ Source: R-MSD (arXiv 2603.11423) does not specify the advantage; this is GRPO as
 import torch
 from torch import Tensor
 
-# A spread of rewards below this share of max(1, |mean|) is a rounding error.
+# A spread of rewards below this fraction of max(1, |mean|) is a rounding error.
 DEGENERATE_SPREAD = 1e-6
 
 

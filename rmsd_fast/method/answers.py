@@ -138,9 +138,10 @@ def answer_body(text: str) -> str | None:
 
 
 def is_empty_answer(text: str) -> bool:
-    """Return whether a response answers nothing: it has no text, or only white space inside its one `<answer>` block.
+    """Return whether a response gives no answer: it has no text, or only white space inside its one `<answer>` block.
 
-    A response without exactly one such block is judged by its whole text, so a missing block is not an empty answer.
+    If a response does not have exactly one such block, its whole text is tested, so a missing block is not an empty
+    answer.
     """
     body = answer_body(text)
     return not (text if body is None else body).strip()

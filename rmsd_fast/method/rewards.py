@@ -125,6 +125,6 @@ def _weighted_sum(components: list[Tensor], weights: RewardWeights | Mapping[str
             raise ValueError(f"weights: expected the keys {', '.join(expected)}, got {', '.join(map(str, weights))}")
         weights = RewardWeights(**weights)
     values = (weights.alpha, weights.beta, weights.eta, weights.delta)
-    # A weight of 0 switches its component off, even if the component is not finite.
+    # A weight of 0 disables its component, even if the component is not finite.
     terms = [value * component for value, component in zip(values, components, strict=True) if value != 0]
     return torch.stack(terms).sum(dim=0) if terms else torch.zeros_like(components[0])

@@ -1,4 +1,5 @@
-"""Evaluation: greedy answers to held-out questions, scores per task type with 95% intervals, and their files."""
+"""Evaluate a student: greedy answers to held-out questions, scores per task type with 95% intervals, and their
+files."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
 ) -> list[dict]:
-    """Return a student's greedy answers, one record per question, the same list on every process.
+    """Return a student's greedy answers, one record per question, as the same list on every process.
 
     Every process holds the whole model and answers its share of the questions, while the media of the next batch are
     decoded. A question is recorded with `error` and scored 0 if its media cannot be used, its prompt is too long, or
@@ -142,7 +143,7 @@ def _record(
 ) -> dict:
     task, options = question.task_type, question.options
     if error:
-        # Text generated before the error says nothing about the answer.
+        # Text generated before the error is not an answer.
         nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
         return {"id": question.id, "task_type": task, "response": response, **nothing}
     read = response

@@ -1,8 +1,8 @@
-"""Read the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
+"""Extract the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
 
-If a sentence about a text contains one quoted or emphasized text, this is the reading, whatever else the sentence says.
-Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself contain
-quotation marks, so a quotation counts only in a sentence about a text.
+If a sentence about a text contains one quoted or emphasized text, this is the reading, regardless of the rest of the
+sentence. Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself
+contain quotation marks, so a quotation counts only in a sentence about a text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .text import unquoted
 
 MOST_QUOTATIONS = 50
 
-# Things that carry a text. In capitals, they may be the text itself: "Joe's Book Shop".
+# Things that bear a text. In capitals, they may be the text itself: "Joe's Book Shop".
 THING = (
     r"(?:texts?|sign(?:s|age|board|post)?|captions?|subtitles?|titles?|head(?:line|er|ing)s?|labels?|words?|wording"
     r"|phrases?|sentences?|letter(?:s|ing)?|inscription|writing|messages?|notes?|banner|display|screen|monitor"
@@ -28,7 +28,7 @@ THING = (
     r"|url|address|tattoo|graffiti|credits?|watermark|username|handle|button|chyron|ticker|overlay|graphic|stamp|mat"
     r"|ribbon|flag|arrow|line|row|code)"
 )
-# Verbs for texts. With "is" and "has", the sentence must also name a thing that carries a text.
+# Verbs for texts. With "is" and "has", the sentence must also name a thing that bears a text.
 _WRITES = (
     r"(?:reads?|reading|says?|saying|spells?|spelling|shows?|showing|displays?|displayed|displaying|states?|stating"
     r"|indicates?|bears?|bearing|carries|writes?|written|writing|prints?|printed|painted|engraved|inscribed|embossed"
@@ -203,7 +203,7 @@ def _masked(text: str) -> tuple[str, list[str]]:
             raise Unreadable("two_answers")
         quotations.append(inside)
         mark = chr(0xE000 + len(quotations) - 1)
-        # "It says 'Stop.' The sign is red.": the full stop inside the quotation ends the sentence.
+        # "It says 'Stop.' The sign is red.": the period inside the quotation ends the sentence.
         goes_on = re.match(r"\s+[A-Z]", match.string[match.end() :][:20])
         return f"{mark}." if inside.rstrip()[-1:] in (".", "!", "?") and goes_on else mark
 
