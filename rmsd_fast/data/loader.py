@@ -43,10 +43,11 @@ def _hash(text: str) -> int:
 class PromptLoader:
     """Yield the prompts of a stage's steps, in an order that depends only on settings.
 
-    A question that cannot be used is replaced by another one, chosen by a hash of its position, and listed in `faults`.
+    A question that cannot be used is replaced by another question, chosen by a hash of its position, and is listed in
+    `faults`.
 
-    Threads decode the prompts of the next `ahead` steps while a step is computed, and no further. This bounds the
-    memory of frames, and makes decoding wait for a slow step. Results are taken in order, so timing has no effect.
+    Threads decode the prompts of at most the next `ahead` steps while a step is computed. This limits the memory for
+    frames, because decoding waits for a slow step. Results are taken in order, so timing has no effect.
 
     Args:
         builder: `PromptBuilder`; its media reader caches frames.

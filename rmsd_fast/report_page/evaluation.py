@@ -1,4 +1,4 @@
-"""Evaluation section of the report, and the picture for a README."""
+"""Render the evaluation section of the report, and the picture for a README."""
 
 from __future__ import annotations
 

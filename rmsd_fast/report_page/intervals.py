@@ -1,4 +1,4 @@
-"""Dots with 95% intervals, one row per task, as inline SVG."""
+"""Draw dots with 95% intervals, one row per task, as inline SVG."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def interval_figure(
     tick_text: Callable[[float], str] = number,
     zero: bool = False,
 ) -> str:
-    """Return a card with two drawings, for wide and narrow windows, so that the lettering keeps its size."""
+    """Return a card with two drawings, for wide and narrow windows, so that the text keeps its size."""
     drawings = []
     for kind, width in (("wide", 560), ("narrow", 350)):
         svg, _ = interval_svg(rows, title, domain=domain, tick_text=tick_text, zero=zero, width=width)

@@ -1,4 +1,4 @@
-"""Draw answers: boxes over the frames of a question's video, and intervals on a time line below them."""
+"""Draw answers: boxes over the frames of a question's video, and intervals on a timeline below them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rmsd_fast.method.answers import answer_body, parse_answer_body
 from rmsd_fast.report_page.svg import number, ticks
 from rmsd_fast.report_page.text import visible
 
-# Coordinates of boxes are shares of the frame in thousandths.
+# Coordinates of boxes are in thousandths of the frame.
 _WHOLE = 1000
 TRUTH = "truth"
 
@@ -74,7 +74,7 @@ def box_overlay(marks: Sequence[Mark]) -> str:
 def time_line(
     marks: Sequence[Mark], seconds: float | None, span: tuple[float | None, float | None] | None = None
 ) -> str:
-    """Return one lane per interval, with a bar on a time line of the clip; "" without intervals.
+    """Return one lane per interval, with a bar on a timeline of the clip; "" without intervals.
 
     Args:
         marks: the answers to draw; marks of boxes are ignored.
@@ -85,7 +85,7 @@ def time_line(
     if not marks:
         return ""
     end = max(mark.values[1] for mark in marks) if seconds is None else seconds
-    # No clip is shorter than a frame, and such a scale could not be drawn.
+    # A clip is at least as long as a frame; a shorter scale could not be drawn.
     if not 1e-3 < end < math.inf:
         return ""
 

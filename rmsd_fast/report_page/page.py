@@ -1,4 +1,4 @@
-"""The whole page: header, headline numbers, sections, settings."""
+"""Render the whole page: header, headline numbers, sections, settings."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _spent(run: ReportedRun, started: datetime | None, finished: datetime | None
 
 
 def _notes(run: ReportedRun) -> str:
-    """Return notes that must be read before any number: a simulated teacher, damaged files."""
+    """Return notes that must come before any number: a simulated teacher, damaged files."""
     out = []
     if is_simulated(run.evaluation) or is_simulated(run.teacher):
         out.append(

@@ -1,4 +1,4 @@
-"""Rollouts of the report: for some logged steps, each question with its teacher answers and its rollouts.
+"""Render the rollouts of some logged steps: each question with its teacher answers and its rollouts.
 
 Like samples.jsonl, rollouts.jsonl contains text of models and data files, which is escaped.
 """
@@ -17,7 +17,7 @@ from rmsd_fast.report_page.samples import film_strip, is_number, question_html, 
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.text import visible
 
-# Per step; a run may log more.
+# Maximum number of questions per step; a run may log more.
 QUESTIONS_SHOWN = 4
 TEACHER_COLOR, STUDENT_COLOR = 1, 2
 # Names of record fields on the page.

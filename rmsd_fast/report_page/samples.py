@@ -1,4 +1,4 @@
-"""Sample cards of the report: frames, question, options, ground truth and the students' answers side by side.
+"""Render the sample cards: frames, question, options, ground truth and the students' answers side by side.
 
 All text shown here comes from a model or a data file. It is escaped, so tags in it are visible text.
 """
@@ -37,7 +37,7 @@ def film_strip(
     names: Mapping[str, str],
     films: Films,
 ) -> str:
-    """Return the frames of a question's media, with boxes over them and intervals on a time line below.
+    """Return the frames of a question's media, with boxes over them and intervals on a timeline below.
 
     Args:
         row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
@@ -111,7 +111,7 @@ def _answer(name: str, row: Mapping[str, object]) -> str:
         return f'<div class="answer bad"><header><b>{visible(name)}</b></header>{fault}</div>'
     score = row.get("score")
     if is_number(score):
-        # Bounds of the colors only: a full score, and less than the default quality threshold of the teacher (0.3).
+        # Thresholds of the colors only: a full score, and less than the default quality threshold of the teacher (0.3).
         kind = "good" if score >= 0.995 else "bad" if score < 0.3 else "part"
         what = f"score {score:.2f}"
     else:

@@ -1,7 +1,7 @@
 """Colors, style sheet and script of the report page.
 
 Page and pictures use the same palette. Each series color has a contrast of at least 3:1 with its card. Series also
-differ by dash or marker, so that readers need not distinguish hues.
+differ by dash or marker, so that readers do not have to distinguish hues.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _mark_rules() -> str:
         variable, bright = ("good", DARK["good"]) if name == "truth" else (f"s{name}", DARK[f"s{name}"])
         rules.append(f".boxes .m-{name}{{stroke:{bright}}}.swatch.m-{name}{{border-color:var(--{variable})}}")
         rules.append(f".track .m-{name}{{background:var(--{variable})}}")
-    # The ground truth is the widest line and below the others, so all dashes are visible even if the answers agree.
+    # The ground truth is the widest line and is drawn first, so all dashes are visible even if the answers agree.
     rules.append(".boxes .m-truth{stroke-width:5}.boxes .m-1{stroke-dasharray:9 5}.boxes .m-2{stroke-dasharray:3 5}")
     return "\n".join(rules)
 
@@ -246,7 +246,7 @@ def page_style() -> str:
 def content_policy() -> str:
     """Return the content security policy of the page: nothing is fetched, and only the page's own script runs.
 
-    Text of teacher and student is escaped. If some text were not, browsers would still block any other script.
+    Text of teacher and student is escaped. Even if some text were not, browsers would block any other script.
     """
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -1,7 +1,7 @@
-"""Curves and stacked times of the report as inline SVG.
+"""Draw curves and stacked times of the report as inline SVG.
 
-The functions return markup and escape all text that they are given. Curves are drawn at about the size at which they
-are shown (360 units wide, one column of a phone), so that the lettering keeps its size.
+The functions return markup and escape all text arguments. Curves are drawn at about their display size (360 units wide,
+one column of a phone), so that the text keeps its size.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def smooth(values: Sequence[float]) -> list[float]:
     """Return the centered moving mean over about a twelfth of the curve, without non-finite values.
 
-    A trailing mean would shift every turn of the curve to the right. The window is cut at both ends, and short curves
-    are returned unchanged.
+    A trailing mean would shift every turn of the curve to the right. The window is truncated at both ends, and short
+    curves are returned unchanged.
     """
     n = len(values)
     half = min(n // 24, 50)
@@ -229,7 +229,7 @@ def curve_svg(
 ) -> tuple[str, str]:
     """Return a chart of smoothed curves over faint raw ones, with warning lines, and a remark on values outside of it.
 
-    `y_range` fixes the vertical axis. Without it, the axis covers the values and those of `include`.
+    `y_range` fixes the vertical axis. Without it, the axis covers the values and `include`.
     """
     low, high, remark = value_range(series, include)
     # Spikes outside of the chart must not affect the smoothed curve.

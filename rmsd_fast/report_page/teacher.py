@@ -1,4 +1,4 @@
-"""Teacher section of the report: how quality varies across and within questions, by task."""
+"""Render the teacher section of the report: how quality varies across and within questions, by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts with transformers in the training process, on shared prefixes.
+"""Generate rollouts with transformers in the training process, on shared prefixes.
 
 The prompts of a batch are prefilled in one packed row. Their K/V are stored once, and all N responses of a prompt read
 them.

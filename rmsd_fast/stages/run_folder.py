@@ -111,8 +111,9 @@ def _new_folder(settings: RunConfig) -> Path:
 def check_changes(
     settings: RunConfig, folder: Path, checkpoint: Checkpoint | None, fingerprints: dict, allow_changes: bool
 ) -> dict:
-    """Compare the settings and inputs with the saved run, and apply allowed changes. Nothing is written before all
-    checks have passed.
+    """Compare the settings and inputs with the saved run, and apply allowed changes.
+
+    Nothing is written before all checks have passed.
 
     Args:
         settings: settings of the continued run.
