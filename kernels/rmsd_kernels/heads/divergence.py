@@ -1,7 +1,7 @@
-"""Divergence between a teacher's and a student's distributions, from the student's hidden states.
+"""Compute the divergence between a teacher's and a student's distributions from the student's hidden states.
 
-Forward computes the gradients too: 6TDV of work (4TDV with a frozen head), and 2TDV more if the teacher is passed as
-hidden states and a head. Logits that the loss computes, of either side, exist for one chunk at a time.
+Forward also computes the gradients: 6TDV of work (4TDV with a frozen head), and 2TDV more if the teacher is passed as
+hidden states and a head. Logits that the loss computes, for student or teacher, exist for one chunk at a time.
 """
 
 import torch
