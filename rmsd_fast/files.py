@@ -168,7 +168,7 @@ def truncate(file: FileIO, size: int) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors to a folder that is synced as a whole, such as a checkpoint or a staged folder.
 
-    Other files of such a folder are written with `Path.write_text`.
+    Other files of the folder are written with `Path.write_text`.
     """
     from safetensors.torch import save_file
 
@@ -258,7 +258,7 @@ def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
     """Remove temporary files that killed writers left in a folder.
 
     Files of live processes on this machine are kept, such as a report that is being written. Without the folder's lock,
-    files of other machines are kept too.
+    files of other machines are also kept.
 
     Args:
         folder: the folder.

@@ -109,7 +109,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     """Write a pool with readable answers in canonical form, each next to its text as sent. Return a report.
 
     Answers that stay invalid are kept unchanged, with their reason. Answers to questions that are not in the file are
-    kept unchanged too.
+    also kept unchanged.
 
     Raises:
         UserError: a file is damaged, the pool belongs to other questions, or the output exists or cannot be written.
@@ -119,7 +119,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     from rmsd_fast.teacher.pool import check_pool, write_pool
     from rmsd_fast.teacher.scores import score_response
 
-    # A dangling symbolic link counts as existing too.
+    # A dangling symbolic link also counts as existing.
     if output.exists() or output.is_symlink():
         raise SettingsError(f"--output {output}: expected a new file, got an existing one; choose another name")
     settings, questions, pool = _read("repair", pool_path, questions_path, overrides)

@@ -22,9 +22,9 @@ The answer is the key `answer` or `solution`, otherwise the assistant's turn. If
 error. If the answer contains exactly one `<answer>…</answer>`, only the text inside is used. The optional keys
 `task_type`, `options`, `duration`, `system` and `id` are read from every format. A null value counts as a missing key.
 All other keys are stored in `meta["source"]`. Keys with the same meaning must agree: a record that states its media,
-answer, task type or system text twice with different values is an error. Keys of two formats and more than one user
-turn are errors too. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the summary
-at the start counts (`meta["id_by_position"]`).
+answer, task type or system text twice with different values is an error. Keys of two formats, or more than one user
+turn, are also errors. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the
+summary at the start counts (`meta["id_by_position"]`).
 
 Video-R1's regression questions are graded as numeric questions. Set `teacher.numeric_metric=mra` for them.
 """
@@ -228,7 +228,7 @@ def _meaning(answer: object, raw: dict[str, Any]) -> object:
 
 
 def _convert_own(record: dict[str, Any], where: str) -> Converted:
-    """Convert a record in this package's own format; `video` may stand for `videos`, and a path for a list."""
+    """Convert a record in this package's own format; `video` may replace `videos`, and a path may replace a list."""
     names = {}
     for ours, other in (("videos", "video"), ("images", "image")):
         name = _agreed_key(record, (ours, other), where, _listed)

@@ -61,7 +61,7 @@ MOST_ANSWERS = 200
 
 
 class WorkerLost(MediaError):
-    """The worker is gone and must be replaced.
+    """The worker has ended and must be replaced.
 
     `timed_out` is True if it was killed at the time limit, and False if it ended by itself.
     """

@@ -14,7 +14,7 @@ A picture is either read as a viewer would show it, or rejected with a message t
   are ignored, as browsers ignore them.
 - A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
   detected, because any bytes are valid picture data.
-- Animations and multi-page files are refused. Some formats hold several versions of one picture: reduced copies in
+- Animations and multi-page files are rejected. Some formats hold several versions of one picture: reduced copies in
   TIFF, sizes in ICO, layers in PSD, second views in MPO. Their first or largest picture is read.
 """
 
@@ -79,7 +79,7 @@ def picture_size(media: MediaFile) -> tuple[int, int]:
             # Some versions of Pillow swap width and height here, others when the pixels are read.
             width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
         elif image.format in ("ICO", "ICNS"):
-            # The index of these formats may state a different size from that of the picture.
+            # The size in the index of these formats may differ from the size of the picture.
             image.load()
             width, height = image.size
         return (width, height) if _orientation(media, image) in _QUARTER_TURNS else (height, width)

@@ -55,7 +55,7 @@ class Prompt:
         input_ids: int64 [P].
         mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
         position_ids: int64 [3, P]: time, height, width. The first response token has `next_position` on each axis.
-        media: decoded media in the order of their placeholders, which is that of `question.media`.
+        media: decoded media in the order of their placeholders, which is the order of `question.media`.
         vision_ids: the ids that a model treats as media or their delimiters, whether or not this prompt contains them.
     """
 

@@ -1,9 +1,9 @@
 """Open video files, determine their clock, and decode frames by number or by time.
 
 The clock of a file is 0 at the start of its first stream, video or audio. Players show this clock (mpv by default) and
-`ffmpeg -ss` uses it, so annotators use it too. It differs from the decoder's clock, which may start at any value, as in
-transport streams. It also does not start at the first frame: if the audio starts 2 s earlier, the first frame is at 2
-s.
+`ffmpeg -ss` uses it, so annotators also use it. It differs from the decoder's clock, which may start at any value, as
+in transport streams. It also does not start at the first frame: if the audio starts 2 s earlier, the first frame is at
+2 s.
 
 Audio encoders make the audio start slightly before the video. Delays below LEAST_LATE_S are ignored, because neither
 players nor stamps of 0.1 s show them. In nearly all files, the first frame is therefore at 0, and stamps are frame
@@ -59,7 +59,7 @@ class Clip:
     Fields:
         media: the file.
         device: device that decodes it.
-        decoder: torchcodec's decoder, which has scanned the whole file, so that counts and times are those of the
+        decoder: torchcodec's decoder, which has scanned the whole file, so that counts and times describe the actual
             content.
         frames: number of frames.
         fps: average frame rate.
@@ -128,7 +128,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
 def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tuple[int, int]:
     """Return height and width of upright frames as players show them, with square pixels."""
     turned = bool(metadata.rotation and round(metadata.rotation / 90) % 2)
-    # The aspect ratio is that of the pixels before rotation.
+    # The aspect ratio refers to the pixels before rotation.
     stored = (height, width) if turned else (width, height)
     media.file.seek(0)
     stated = pixel_aspect(media.file, media.size, *stored)

@@ -276,7 +276,7 @@ class FusedSFTTrainer(FusedLossMixin, SFTTrainer):
 
 
 def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
-    """Return settings, with values, that the one-pass policy loss does not support; they need 'log_prob'."""
+    """Return settings, with values, that the one-pass policy loss does not support; they require 'log_prob'."""
     arguments = trainer.args
     unsupported = {
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in CLIPPED,

@@ -6,7 +6,7 @@ is on: the background turns gray. Everything is aligned to the 16-pixel grid of 
 2x2 merging, so that the card is 2x2 vision tokens. Pixels have no noise, because a student with half a million
 parameters learned nothing from noisy clips.
 
-The contents of held-out clips are disjoint from those of training clips for each kind of question: (color, shape, box)
+The contents of held-out clips and of training clips are disjoint for each kind of question: (color, shape, box)
 for mcq, spatial and open, (color, shape, interval) for temporal, (dot color, pattern) for numeric, and (letter,
 digit) for ocr. The split rule is fixed and balanced, so every single attribute occurs on both sides for every seed.
 

@@ -20,7 +20,7 @@ def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
         reward: rewards, [N], or [..., N] for several groups of equal size.
         eps: added to the standard deviation, > 0.
     Returns:
-        Advantages in the shape of reward, computed in float64. Their dtype is that of reward if it is float32 or
+        Advantages in the shape of reward, computed in float64. They have the dtype of reward if it is float32 or
         float64, otherwise float32.
     Raises:
         ValueError: reward has no axis or an empty group, or eps is not above 0.

@@ -52,7 +52,7 @@ def quality_score(
         text: the whole response.
         task_type: one of TASK_TYPES.
         answer: ground truth, as the text that belongs inside ``<answer>``. A number (numeric, ocr) or a list of 2
-            (temporal) or 4 (spatial) numbers is accepted too. Required for closed tasks, ignored for ``open``.
+            (temporal) or 4 (spatial) numbers is also accepted. Required for closed tasks, ignored for ``open``.
         options: choices of an ``mcq`` question in order.
         numeric_metric: "epsilon" (1 if abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
             in 0.50, 0.55, … 0.95 with abs(a-b)/abs(b) < 1-t; for b = 0 only a = 0 counts).

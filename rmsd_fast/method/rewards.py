@@ -93,7 +93,7 @@ def composite_advantages(
     weighted sum, so the scale of D does not matter. "sum_then_gn" returns the group advantages of the weighted sum, the
     literal reading of the paper. The KL penalty counts as one more component.
 
-    Arguments, shapes and errors are those of composite_reward. An unknown normalization also raises ValueError.
+    Arguments, shapes and errors are the same as for composite_reward. An unknown normalization also raises ValueError.
     """
     components, dtype = _components(d_score, outer, task, content)
     if normalization == "gn_then_sum":

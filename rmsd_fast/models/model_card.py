@@ -62,7 +62,7 @@ defaults of the family.{video}
 
 ## Prompts
 
-The chat template is the same as that of the base model. The last line of a question specifies the format of the answer:
+The chat template is the template of the base model. The last line of a question specifies the format of the answer:
 
 | task type | last line |
 |---|---|

@@ -222,7 +222,7 @@ def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
             pixels.record_stream(torch.cuda.current_stream(pixels.device))
         patches.append(video_patches(pixels, frames.preprocessor, dtype=visual.dtype))
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
-    # The tower processes images and videos in the same way, so one call serves both.
+    # The tower processes images and videos in the same way, so one call handles both.
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 

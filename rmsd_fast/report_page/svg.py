@@ -100,7 +100,7 @@ def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[lis
 
 
 def value_range(series: Sequence[Series], include: Sequence[float] = ()) -> tuple[float, float, str]:
-    """Return the vertical range, and a remark if isolated spikes lie outside of it."""
+    """Return the vertical range, and a remark if isolated spikes are outside of it."""
     finite = sorted(v for s in series for v in s.values if math.isfinite(v))
     if not finite:
         return 0.0, 1.0, ""
@@ -282,7 +282,7 @@ def curve_chart(
     warn: Sequence[tuple[float, str]] = (),
     smoothed: bool = True,
 ) -> str:
-    """Return a card with curves. If smoothed values are beyond a warning line, the card has a warning text too."""
+    """Return a card with curves. If smoothed values are beyond a warning line, the card also has a warning text."""
     series = list(series)[:SERIES_COLORS]
     svg, remark = curve_svg(
         series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed

@@ -80,7 +80,7 @@ class HfRollout:
 
         tokens = torch.full(noise.shape, -1, dtype=torch.long, device=self.device)
         logps = torch.zeros(noise.shape, device=self.device)
-        # `rows` are the rows of `tokens` that are still in the batch; `active` marks those that have not ended.
+        # `rows` are the rows of `tokens` that are still in the batch; `active` marks the rows that have not ended.
         rows = torch.arange(len(tokens), device=self.device)
         active = torch.ones_like(rows, dtype=torch.bool)
         for t in range(sampling.max_new_tokens):

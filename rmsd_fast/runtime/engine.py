@@ -87,7 +87,7 @@ class Engine:
                 dist_init_required=False,
             )
         for name, buffer in self.engine.module.named_buffers():
-            # DeepSpeed before 0.19.4 casts buffers too. Rotary frequencies in bfloat16 are off by many radians at late
+            # DeepSpeed before 0.19.4 also casts buffers. Rotary frequencies in bfloat16 are off by many radians at late
             # positions.
             if buffer.dtype != dtypes[name]:
                 raise NotInstalled(
@@ -135,7 +135,8 @@ class Engine:
     def gradients_finite(self) -> bool:
         """Return whether all losses and gradients since the last step or discard are finite on all ranks.
 
-        The gradients' global norm must be finite too. Call this after the last backward and before any engine's `step`.
+        The gradients' global norm must also be finite. Call this after the last backward and before any engine's
+        `step`.
 
         Raises:
             RuntimeError: gradients arrived for different parameters, or in a different order, on different ranks. ZeRO

@@ -144,7 +144,7 @@ class JsonLines:
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Also save them in the checkpoint's state."""
         return [line.decode().removesuffix("\n") for line in self._pending]
 
     def sync(self) -> None:

@@ -96,7 +96,7 @@ class MetricsLog:
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Also save them in the checkpoint's state."""
         return self._file.waiting if self._on else []
 
     def sync(self) -> None:

@@ -65,7 +65,7 @@ def discriminator_pass(
         if step_pass.filler:
             loss = scores.sum()
         elif split:
-            # Only the gradient of this value is meaningful: it equals that of the loss over whole groups.
+            # Only the gradient of this value is meaningful: it equals the gradient of the loss over whole groups.
             loss = (scores * gradient[pass_positions]).sum()
         else:
             pass_pairs = make_pairs([groups[i] for i in step_pass.batch.prompts], settings)

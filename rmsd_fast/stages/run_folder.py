@@ -122,7 +122,7 @@ def check_changes(
         fingerprints: current fingerprints of settings and input files.
         allow_changes: whether settings may differ from those of the run.
     Returns:
-        The fingerprints, including those of stage 1 if it is complete.
+        The fingerprints, including stage 1 if it is complete.
     """
     former = former_fingerprints(folder, checkpoint)
     now = {key: value for key, value in fingerprints.items() if key in former}

@@ -4,8 +4,8 @@
 
 `key` identifies everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
 made by `request_key`. A pool is checked against its questions by the first digest, and on request by the second. This
-detects a pool that was collected for other questions, or before a question was edited. The third digest tells a resumed
-collection whether sampling or frames have changed. An empty key means that the origin is unknown; such a line is
+detects a pool that was collected for other questions, or before a question was edited. The third digest shows a resumed
+collection whether sampling or frames have changed. An empty key means that the origin is unknown; the line is then
 matched by id only.
 
 Invalid and truncated responses are ordinary lines with quality 0. A null `text`, which servers send if a filter stopped

@@ -47,7 +47,7 @@ def build_targets(
     seed: int,
     imitate: str,
 ) -> dict[str, Targets]:
-    """Return the targets of every question. A question without answers gets empty ones.
+    """Return the targets of every question. A question without answers gets empty targets.
 
     Args:
         refuse: function that returns why a text cannot be trained on, or None. An answer with a reason counts as

@@ -8,7 +8,7 @@ float32 copies of a chunk). The row function overwrites them with their gradient
 Work with T scored tokens: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. A reference head
 adds 2TDV, and so does a backward that recomputes the logits. Ignored rows are excluded from all GEMMs. Rows whose
 gradient is known to be 0 (advantage 0 without KL and entropy terms) are included only in the first GEMM. On CUDA with
-ignore_index=None, there is no search for these rows, because it would wait for the device.
+ignore_index=None, these rows are not searched for, because this would wait for the device.
 
 Each loop is one torch.library op without a gradient of its own; `autograd` adds the gradient. Per-row results are one
 tensor [len(Stat), T] in float32 (float64 for float64 inputs), 0 in ignored rows. An op cannot return None, so results

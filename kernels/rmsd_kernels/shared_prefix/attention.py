@@ -12,8 +12,8 @@ kernels drop the gradient of lse.
 
 Work for M responses of R tokens on a prefix of P tokens: P²/2 + M (R²/2 + R P) query-key pairs, compared with
 M (P + R)²/2 in separate rows. Each direction is one torch.library op, so autograd, both kinds of checkpointing and
-torch.compile see a single call. Lengths are passed as tensors, so compiled code serves every plan. Only creating a plan
-waits for the device.
+torch.compile see a single call. Lengths are passed as tensors, so compiled code works for every plan. Only creating a
+plan waits for the device.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class SharedPrefixPlan:
         lengths: G, the prefixes' tokens, the number of responses of each group, and the responses' tokens,
             [1 + 2G + M], int64 on the CPU.
         segments: edges of all segments in the row, [G + M + 1], int32 on the plan's device.
-        group_queries: edges of each group's responses, counted from the first response, [G + 1], int32, likewise.
-        group_keys: edges of the prefixes, [G + 1], int32, likewise.
+        group_queries: edges of each group's responses, counted from the first response, [G + 1], int32, same device.
+        group_keys: edges of the prefixes, [G + 1], int32, same device.
     """
 
     prefix_lengths: tuple[int, ...]

@@ -68,7 +68,7 @@ def video_patches(
     Raises:
         ValueError: a shape or a number is out of range.
         TypeError: frames are not uint8, or dtype is not supported.
-        RuntimeError: the implementation cannot serve the call.
+        RuntimeError: the implementation does not support the call.
     """
     _check_frames(frames, height, width, impl)
     for name, value in (("temporal_patch_size", temporal_patch_size), ("merge_size", merge_size)):
@@ -102,7 +102,7 @@ def resize_frames(frames: Tensor, *, height: int, width: int, out: Tensor | None
     Raises:
         ValueError: a shape or a number is out of range.
         TypeError: frames or out are not uint8.
-        RuntimeError: the implementation cannot serve the call.
+        RuntimeError: the implementation does not support the call.
     """
     _check_frames(frames, height, width, impl)
     shape = (*frames.shape[:2], height, width)

@@ -249,7 +249,7 @@ def _check_telling(sentence: str) -> None:
 
 
 def _check_others(before: list[str], after: list[str], explanation: str) -> None:
-    """Raise Unreadable if sentences around the one with the quotation make the text uncertain, or give another text."""
+    """Raise Unreadable if sentences around the quotation make the text uncertain, or give another text."""
     for sentence in (*before, *after, explanation):
         words = _MASK.sub(" ", sentence)
         if is_unknowing(words) or _BLURRED.search(words):

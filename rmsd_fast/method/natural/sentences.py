@@ -151,7 +151,7 @@ class Statement(NamedTuple):
 
 
 def statements(text: str, task: str, options: Options) -> list[Statement]:
-    """Return all statements of a text in order, including those that cannot be read."""
+    """Return all statements of a text in order, including statements that cannot be read."""
     sentences, stated = sentences_in(text, task, options), []
     for index, sentence in enumerate(sentences):
         if not _CUE.search(sentence.text):
