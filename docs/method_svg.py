@@ -2,8 +2,8 @@
 
     python docs/method_svg.py [FILE]
 
-The picture has a background of its own, so it can be read on light and dark pages. Viewers that know the reader's
-colour scheme show the matching one.
+The picture has its own background, so it is readable on light and dark pages. Viewers that support color schemes show
+the matching variant.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ STYLE = """
     .arrow { stroke: #a5b0c2; } .tip { fill: #a5b0c2; }
   }
 """
-# x, width of the columns of boxes, from left to right: pool, stage 1, and the three of stage 2.
+# x and width of the columns of boxes, from left to right: pool, stage 1, and three for stage 2.
 COLUMNS = ((30, 180), (256, 180), (482, 184), (698, 184), (914, 184))
 
 
 def panel(column: int, last: int, title: str) -> str:
-    """Return the background of some columns, with a title."""
+    """Return the background of a range of columns, with a title."""
     x, right = COLUMNS[column][0] - 14, sum(COLUMNS[last]) + 8
     return (
         f'<rect class="panel" x="{x}" y="16" width="{right - x}" height="368" rx="10"/>'
@@ -38,7 +38,7 @@ def panel(column: int, last: int, title: str) -> str:
 
 
 def box(column: int, y: int, title: str, notes: tuple[str, ...], *, height: int = 84, trained: bool = False) -> str:
-    """Return a box with a title and some lines; the frame of a model that is trained stands out."""
+    """Return a box with a title and lines of text; the frame of a trained model is highlighted."""
     x, width = COLUMNS[column]
     kind = "box trained" if trained else "box"
     lines = "".join(
@@ -52,7 +52,7 @@ def box(column: int, y: int, title: str, notes: tuple[str, ...], *, height: int 
 
 
 def arrow(*points: tuple[int, int]) -> str:
-    """Return a line through some points that ends with a tip."""
+    """Return a line through the points, with an arrowhead at the end."""
     path = " ".join(f"{x},{y}" for x, y in points)
     return f'<polyline class="arrow" points="{path}" marker-end="url(#tip)"/>'
 
@@ -85,13 +85,13 @@ def picture() -> str:
         label(1014, 190, "scores D(S)"),
         box(4, 228, "Reward", ("α · D(S) + δ · content", "+ β · outer format", "+ η · task format"), height=104),
         arrow((914, 280), (884, 280)),
-        box(3, 228, "Advantage A", ("rewards, normalised", "within the group of N"), height=104),
+        box(3, 228, "Advantage A", ("rewards, normalized", "within the group of N"), height=104),
         arrow((698, 280), (668, 280)),
         box(2, 228, "Policy loss", ("-A · log π", "+ γ · KL(π, reference)"), height=104),
         arrow((574, 228), (574, 146)),
         label(582, 190, "gradient"),
         arrow((436, 246), (459, 246), (459, 102), (480, 102)),
-        label(482, 360, "S: a rollout. T: a teacher answer. Blue frame: a model that is trained."),
+        label(482, 360, "S: a rollout. T: a teacher answer. Blue frame: a trained model."),
     ]
     tip = '<path class="tip" d="M0,0 L8,4 L0,8 z"/>'
     return (

@@ -1,9 +1,9 @@
-"""Hooks of mkdocs.yml: bring the files of the repository that the pages link to into the site.
+"""Add the files of the repository that the pages link to to the site (hooks of mkdocs.yml).
 
-GitHub shows README.md and docs/ as they lie in the repository. In the site, README.md is the home page, the pages of
-docs/ stand at the top, and every other linked page or picture (tables of results, CONTRIBUTING.md) keeps its path.
-Links are rewritten to match. A link to anything else, such as a source file, is left as it is, so `mkdocs build
---strict` fails on it.
+GitHub shows README.md and docs/ at their paths in the repository. In the site, README.md is the home page, the pages of
+docs/ are at the top level, and every other linked page or picture (tables of results, CONTRIBUTING.md) keeps its path.
+Links are rewritten to match. Links to other files, such as source files, are unchanged, so `mkdocs build --strict`
+reports them as errors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pages of the repository that move: MkDocs would take docs/README.md for the home page.
+# Pages that get a new path: MkDocs would use docs/README.md as the home page.
 MOVED = {"README.md": "index.md", "docs/README.md": "manual.md"}
-# Pages outside docs/ that stand in the navigation.
+# Pages outside docs/ that are in the navigation.
 FIRST = ("README.md", "docs/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SHOWN = (".md", ".svg", ".png")
 LINK = re.compile(r"(\]\(|^\[\w+\]: )([^)\s#]+)", flags=re.MULTILINE)
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the links of a page at the places that the files have in the site."""
+    """Rewrite the links of a page to the paths that the files have in the site."""
     source = page.file.src_uri
     path = repository_path(source)
 
@@ -58,14 +58,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def linked_files(path: str) -> list[str]:
-    """Return the files of the repository that a page links to, each once."""
+    """Return the files of the repository that a page links to, without duplicates."""
     text = (ROOT / path).read_text(encoding="utf-8")
     targets = [resolve(path, match[2]) for match in LINK.finditer(text)]
     return list(dict.fromkeys(target for target in targets if target is not None))
 
 
 def resolve(page: str, link: str) -> str | None:
-    """Return the page or picture that a relative link leads to, as a path in the repository, or None."""
+    """Return the page or picture that a relative link refers to, as a path in the repository, or None."""
     if "://" in link:
         return None
     target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
@@ -74,7 +74,7 @@ def resolve(page: str, link: str) -> str | None:
 
 
 def site_path(path: str) -> str:
-    """Return where a file of the repository stands among the sources of the site."""
+    """Return the path of a file of the repository among the sources of the site."""
     return MOVED.get(path, path.removeprefix("docs/"))
 
 

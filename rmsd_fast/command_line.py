@@ -1,4 +1,4 @@
-"""The command line of the programs: argparse, with settings as `section.field=value`, without dashes."""
+"""Parse the command lines of the programs. Settings are written as `section.field=value`, without dashes."""
 
 from __future__ import annotations
 

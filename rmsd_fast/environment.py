@@ -1,4 +1,4 @@
-"""Whether this Python can run a program at all, asked before anything heavy is imported."""
+"""Check whether this Python can run the programs, before any heavy import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "omegaconf", "transformers", "deepspeed", "rmsd_kernels")
 
 
 def why_not(packages: tuple[str, ...] = PACKAGES) -> str:
-    """Empty where this Python has what a program needs; else what is missing and what to run."""
+    """Return what is missing and what to run, or an empty string if this Python can run the programs."""
     version = ".".join(map(str, sys.version_info[:3]))
     here = f"this Python ({sys.executable}, {version})"
     beside = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "python"

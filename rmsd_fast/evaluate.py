@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Parse the arguments and evaluate. Heavy imports are delayed so that `--help` is fast."""
     parser = Parser(prog="rmsd_fast.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="recipe with data.heldout and settings; rmsd_fast.train --help lists them")
+    parser.add_argument("recipe", help="recipe with data.heldout and other settings; rmsd_fast.train --help lists them")
     parser.add_argument("overrides", nargs="*", help="section.field=value, e.g. model.path=runs/x/export")
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file to write; predictions are written next to it"
@@ -54,7 +54,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load
-    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarise
+    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarize
     from rmsd_fast.stages.material import prepare_material
 
     material = prepare_material(settings, world, training=False)
@@ -71,7 +71,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
         "parse": settings.evaluate.parse,
         "floors": floors_of(material.heldout, settings),
         "unusable": {"model": sum("error" in record for record in records)},
-        "students": {"model": summarise(records)},
+        "students": {"model": summarize(records)},
         "differences": {},
     }
     output.parent.mkdir(parents=True, exist_ok=True)

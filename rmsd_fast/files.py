@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rmsd_fast")
 
-# Advice by error number, for errors that the user or an administrator can fix. None of them is the program's fault.
+# Advice by error number, for errors that the user or an administrator can fix.
 ENVIRONMENT_ADVICE = {
     ENOSPC: "free some space",
     EDQUOT: "free some space, or ask for a larger quota",
@@ -55,7 +55,7 @@ ENVIRONMENT_ADVICE = {
     EIO: "check the disk",
     EACCES: "check the permissions",
     EPERM: "check the permissions",
-    EROFS: "the file system is read-only; mount it for writing, or choose another place",
+    EROFS: "the file system is read-only; mount it for writing, or choose another folder",
     EISDIR: "check the path",
     ENOTDIR: "check the path",
     ENAMETOOLONG: "check the path",
@@ -64,7 +64,7 @@ ENVIRONMENT_ADVICE = {
     EMFILE: "raise the limit on open files (ulimit -n)",
     ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
-# No space on the disk, in the quota or within the file size limit, or a failing disk. Some of these are temporary.
+# The disk, the quota or the file size limit is exhausted, or the disk is failing. Some of these errors are temporary.
 DISK_ERRORS = (ENOSPC, EDQUOT, EFBIG, EIO)
 
 
@@ -126,7 +126,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[FileIO]:
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:
-    """Write all bytes. An unbuffered file may accept fewer at a time."""
+    """Write all bytes. A single write to an unbuffered file may accept only some of them."""
     view = memoryview(content).cast("B")
     while len(view):
         view = view[file.write(view) :]
@@ -166,9 +166,9 @@ def truncate(file: FileIO, size: int) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors to a folder that is synced as a whole: a checkpoint, or a staged one.
+    """Write tensors as safetensors to a folder that is synced as a whole, such as a checkpoint or a staged folder.
 
-    Other files of such a folder are written with `Path.write_text`.
+    Other files of the folder are written with `Path.write_text`.
     """
     from safetensors.torch import save_file
 
@@ -184,12 +184,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """Return a hash of a file's content that only this program compares, at about 1 GB/s."""
+    """Return a fast hash (about 1 GB/s) of a file's content, for comparisons within this program only."""
     return _digest(path, hashlib.blake2b(digest_size=16))
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file's content, which other programs may check: for manifests and keys of a pool."""
+    """Return the SHA-256 of a file's content, for manifests and pool keys that other programs may check."""
     return _digest(path, hashlib.sha256())
 
 
@@ -208,7 +208,8 @@ def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
     this machine for the same path, and by `remove_leftovers`.
 
     Args:
-        replace: whether the new folder replaces an existing one; False keeps that one and removes the new folder.
+        replace: whether the new folder replaces an existing one; if False, the existing folder is kept and the new one
+            is removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(final.parent, of=final.name)
@@ -228,7 +229,7 @@ def staged_folder(final: Path, *, replace: bool) -> Iterator[Path]:
 def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
     former = None
     if replace and final.exists():
-        # On NFS, files in use can outlive their removal, so each old folder gets a unique name.
+        # On NFS, files in use can remain after they are removed, so each old folder gets a unique name.
         former = temporary_path(final.with_name(f"{final.name}.{time.monotonic_ns()}"))
     try:
         if former is not None:
@@ -241,7 +242,7 @@ def _take_place(staged: Path, final: Path, *, replace: bool) -> None:
         if replace or not faster:
             raise
     sync_folder(final.parent)
-    # Only after the new name is on disk.
+    # Remove the old folder only after the new name is on disk.
     if former is not None:
         _remove(former)
 
@@ -257,11 +258,12 @@ def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
     """Remove temporary files that killed writers left in a folder.
 
     Files of live processes on this machine are kept, such as a report that is being written. Without the folder's lock,
-    files of other machines are kept too.
+    files of other machines are also kept.
 
     Args:
         folder: the folder.
-        of: name whose temporary files are removed; None removes those of all names, and requires the folder's lock.
+        of: name whose temporary files are removed; None removes the temporary files of all names, and requires the
+            folder's lock.
     """
     for path in folder.glob(f".{escape(of)}.*.tmp" if of else ".*.tmp"):
         if writer := _WRITER.search(path.name):
@@ -290,7 +292,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems do not support this, and sync names to disk by themselves.
+        # Some network file systems do not support this, because they sync names to disk themselves.
         if error.errno != EINVAL:
             raise
     finally:
@@ -355,7 +357,7 @@ class FolderLock:
                     error.strerror,
                 )
                 return
-        # The text is only for messages, so a full disk must not prevent a run from locking.
+        # The text is only for messages, so a full disk must not prevent locking.
         with suppress(OSError):
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

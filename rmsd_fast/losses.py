@@ -23,12 +23,12 @@ Each loss is a function, and an nn.Module that stores the settings. Modules own 
 
 Memory. `memory_budget_bytes` bounds the logits that exist at once; a chunk has at least one row. A smaller budget means
 more chunks, and each extra chunk costs a little time. Losses whose gradient is known only in backward keep all logits
-if they fit the budget, and compute them again otherwise. By default, a chunk's logits take up to 512 MiB per head on
+if they fit into the budget, and recompute them otherwise. By default, a chunk's logits take up to 512 MiB per head on
 CUDA and 256 MiB on CPU, and logits are kept for backward up to 512 MiB on CUDA and 1 GiB on CPU. A trained 16-bit head
 gets larger chunks, so that its gradient is summed over at most 5 of them. With more chunks than 5, the gradient is
 summed in float32, which takes 4*V*D bytes, and 6*V*D bytes at the end of the call.
 
-Host synchronisation. On CUDA, finding the rows to ignore waits for the device, up to three times per call. Pass
+Host synchronization. On CUDA, finding the rows to ignore waits for the device, up to three times per call. Pass
 `ignore_index=None` if every row is scored; the call then does not wait.
 
 Backward. Cross entropy, policy loss and divergence compute their gradients in forward. This work is done even if
@@ -37,17 +37,17 @@ until backward, which consumes them. Each loss therefore supports one backward a
 impl="reference" supports repeated backward and second derivatives.
 
 Autocast has no effect: the losses compute in the dtype of their inputs. torch.compile captures them in one graph
-(fullgraph=True), also with changing lengths. In torch 2.13, dynamic=True fails on the policy loss, because it turns
-Python floats into symbols too.
+(fullgraph=True), even if lengths change. In torch 2.13, dynamic=True fails on the policy loss, because it also
+converts Python floats to symbols.
 
-An implementation that cannot serve the call raises RuntimeError. Results are float32, or float64 for float64 inputs.
+An implementation that does not support a call raises RuntimeError. Results are float32, or float64 for float64 inputs.
 Only hidden states, weights, biases, norm weights and scores receive gradients. Advantages, quality, token and pair
 weights, log-probs of other policies, and all tensors of a teacher or reference are constants. A normalizer is a plain
-divisor: pass the count over all ranks and micro-batches, and the losses of the parts add up to the loss of the whole
-batch. A normalizer of 0 counts as 1, so a batch without scored rows has loss 0 and zero gradients.
+divisor: if you pass the count over all ranks and micro-batches, the losses of the micro-batches add up to the loss of
+the whole batch. A normalizer of 0 counts as 1, so a batch without scored rows has loss 0 and zero gradients.
 
-Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalised ratios: GSPO (arXiv 2507.18071);
-generalised JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).
+Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalized ratios: GSPO (arXiv 2507.18071);
+generalized JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).
 """
 
 import inspect
@@ -150,6 +150,6 @@ class PairwiseDiscriminatorLoss(_LossModule):
 
 
 class DiscriminatorHeadLoss(_LossModule):
-    """Module form of discriminator_loss. The name DiscriminatorLoss is taken by the result of the pair loss."""
+    """Module form of discriminator_loss. (`DiscriminatorLoss` is the result of the pair loss.)"""
 
     function = staticmethod(discriminator_loss)

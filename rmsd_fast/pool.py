@@ -63,7 +63,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     """Count all answers by task and by reason, and show three examples of each reason.
 
     Returns:
-        The summary; its faults say what prevents a run from starting.
+        The summary. Its faults are the reasons why a run could not start.
     Raises:
         UserError: a file is damaged, or the pool belongs to other questions.
     """
@@ -81,7 +81,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     try:
         check_answered(pool, questions, max_unanswered_share=settings.teacher.max_unanswered_share)
     except DataError as error:
-        # The existing answers can be judged anyway.
+        # The existing answers can be checked anyway.
         if not answered:
             raise
         faults.append(str(error))
@@ -94,7 +94,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     summary += describe_pool(answered, pool, statistics, unanswered, settings)
     summary.faults += faults
     if used != most:
-        summary.lines.append(f"  all answers were judged; a run reads the first teacher.responses={used} per question")
+        summary.lines.append(f"  all answers were checked; a run reads the first teacher.responses={used} per question")
     examples: dict[str, list[str]] = defaultdict(list)
     for question in answered:
         for answer, response in zip(scores[question.id], pool[question.id], strict=True):
@@ -109,7 +109,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     """Write a pool with readable answers in canonical form, each next to its text as sent. Return a report.
 
     Answers that stay invalid are kept unchanged, with their reason. Answers to questions that are not in the file are
-    kept unchanged too.
+    also kept unchanged.
 
     Raises:
         UserError: a file is damaged, the pool belongs to other questions, or the output exists or cannot be written.
@@ -119,7 +119,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     from rmsd_fast.teacher.pool import check_pool, write_pool
     from rmsd_fast.teacher.scores import score_response
 
-    # A dangling symbolic link counts as existing too.
+    # A dangling symbolic link also counts as existing.
     if output.exists() or output.is_symlink():
         raise SettingsError(f"--output {output}: expected a new file, got an existing one; choose another name")
     settings, questions, pool = _read("repair", pool_path, questions_path, overrides)
@@ -132,7 +132,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
                 foreign += 1
                 repaired.append(response)
                 continue
-            # Judge the text as sent, even if the pool was repaired before.
+            # Check the text as sent, even if the pool was repaired before.
             sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
             answer = score_response(sent, by_id[identity], settings.teacher)
             changed = answer.text != sent.text
@@ -149,7 +149,7 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
             f"--output {output}: cannot be written ({error.strerror or error}); choose a folder that you can write to"
         ) from error
     alone = f", {foreign:,} to questions not in {questions_path} left unchanged" if foreign else ""
-    done = f"{rewritten:,} brought into canonical form, {invalid:,} invalid"
+    done = f"{rewritten:,} converted to canonical form, {invalid:,} invalid"
     return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
 
 
@@ -157,7 +157,7 @@ def _read(command: str, pool_path: Path, questions_path: Path, overrides: Sequen
     """Return settings, questions and answers. Errors of both files are raised together, as at the start of a run.
 
     Raises:
-        UserError: also for a setting that the command does not read.
+        UserError: a file is damaged, or an override sets a setting that the command does not read.
     """
     from rmsd_fast.config import SettingsError
     from rmsd_fast.settings import load_settings

@@ -1,4 +1,4 @@
-"""Process setup: output that can be lost without an error, and processes that end with their parent."""
+"""Set up processes: ignore lost output streams, and end with the parent process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LenientStream:
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Return whether the stream is a terminal. A terminal that is gone does not count."""
+        """Return whether the stream is a terminal that still exists."""
         try:
             return self._stream.isatty()
         except (OSError, ValueError):
@@ -52,8 +52,9 @@ class LenientStream:
 def prepare_process() -> None:
     """Set up the process before the program imports or opens anything.
 
-    If any of the descriptors 0 to 2 is closed, open it to /dev/null: otherwise the next file would get it, and with it
-    everything that libraries print. Ignore SIGHUP, which a closed terminal sends. Make a rank end with its launcher.
+    If any of the descriptors 0 to 2 is closed, open it to /dev/null. Otherwise the next opened file would reuse it and
+    receive everything that libraries print. Ignore SIGHUP, which is sent when the terminal closes. Make a rank end with
+    its launcher.
     """
     end_with_launcher()
     for descriptor in (0, 1, 2):
@@ -67,7 +68,7 @@ def prepare_process() -> None:
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Inside the context, keep the program running if its terminal, pipe or log is gone.
+    """Keep the program running inside the context if its terminal, pipe or log is gone.
 
     If a full disk ends a thread of a library, such as TensorBoard's, print one line.
     """
@@ -91,31 +92,31 @@ def lenient_output() -> Iterator[None]:
 
 
 def tell(message: str) -> None:
-    """Print a message that all processes of this node share to stderr, once: only the first process prints it."""
+    """Print a message to stderr once per node: only the first process prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent ends, in any way. Linux only."""
+    """Let the kernel kill this process when its parent ends for any reason (Linux only)."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            # The parent ended in between.
+            # The parent ended before the call.
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
-    """Have a rank of torchrun killed when torchrun ends.
+    """Let the kernel kill a rank of torchrun when torchrun ends.
 
-    Otherwise it would keep training, and meet the ranks of the resumed run.
+    Otherwise it would keep training, and interfere with the ranks of the resumed run.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     end_with_parent()
     if os.getppid() == 1:
-        # Process 1 adopted this one because torchrun has ended, unless torchrun itself is process 1 of a container.
+        # If the parent is process 1, torchrun has ended, unless torchrun itself is process 1 of a container.
         with suppress(OSError):
             if b"torch" not in Path("/proc/1/cmdline").read_bytes():
                 os.kill(os.getpid(), signal.SIGKILL)

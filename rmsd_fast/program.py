@@ -1,4 +1,4 @@
-"""Shared entry point of the programs that compute: the process group around the work, and the message at each end."""
+"""Shared entry point of the training and evaluation programs: process group, exit codes and final messages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _run(
         work(world, signals)
     except BaseException as caught:
         error = caught
-    # The rest takes seconds, and a second signal must not suppress the message.
+    # The remaining work takes seconds, and a second signal must not suppress the message.
     signals.ignore()
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     code, message = 0, ""
@@ -74,7 +74,7 @@ def _run(
             where = f"{path}: " if path else ""
             code, message = 2, f"{name}: {where}{error.strerror}; {ENVIRONMENT_ADVICE[error.errno]}; {signals.advice}"
         case _ if ends is not None and is_lost_peer(error) and ends.noted("fault", "stop"):
-            # The process that is gone has already printed the reason.
+            # The process that ended first has already printed the reason.
             code = 2
         case _:
             if ends is not None:
@@ -85,7 +85,7 @@ def _run(
             ends.note("stop" if isinstance(error, Stopped) else "fault")
         if ends is None or ends.is_mine_to_tell(message):
             print(message, file=sys.stderr)
-    # Leaving the group waits for the other processes, which may wait for this one. The process ends soon in any case.
+    # Leaving the group would wait for the other processes, which may wait for this one, so it is skipped.
     if alone or error is None or (isinstance(error, Stopped) and error.together):
         stop()
     return code
@@ -111,6 +111,6 @@ def _out_of_memory(settings: RunConfig, error: Exception, run_folder: Path | Non
     if runtime.zero_stage < 3:
         lines.append(f"  or shard more: runtime.zero_stage={runtime.zero_stage} -> 3, on all available GPUs")
     if not runtime.offload_optimizer:
-        lines.append("  or keep optimiser states in host memory: runtime.offload_optimizer=true")
+        lines.append("  or keep optimizer states in host memory: runtime.offload_optimizer=true")
     again = f"continue with --resume {run_folder} --allow-changes" if run_folder else "start it again with"
     return "\n".join([*lines, f"then {again} section.field=value"])

@@ -1,4 +1,4 @@
-"""Draw the report of a run: one self-contained HTML page, or one SVG picture of the evaluation.
+"""Write the report of a run: one self-contained HTML page, or one SVG picture of the evaluation.
 
 python -m rmsd_fast.report runs/quickstart-20260101-120000
 python -m rmsd_fast.report runs/quickstart-20260101-120000 --picture accuracy.svg
@@ -22,7 +22,7 @@ __all__ = ["ReportError", "main", "write_picture", "write_report"]
 def write_report(run_folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the report page of a run and return its path.
 
-    The run need not be complete: the page lists stages, evaluation, samples and teacher statistics that are missing. A
+    The run does not have to be complete: the page lists missing stages, evaluations, samples and teacher statistics. A
     video that cannot be read is replaced by a placeholder.
 
     Args:
@@ -38,7 +38,7 @@ def write_report(run_folder: str | Path, output: str | Path | None = None) -> Pa
 
 
 def write_picture(run_folder: str | Path, output: str | Path) -> Path:
-    """Write the picture of a run's evaluation as SVG, for light and dark pages, and return its path.
+    """Write a picture of a run's evaluation as SVG, for light and dark pages, and return its path.
 
     Args:
         run_folder: folder that training created.

@@ -1,4 +1,4 @@
-"""Rules on combinations of settings: which models they require, which exclude each other, which have no effect."""
+"""Check combinations of settings: which models they require, which are incompatible, and which have no effect."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from rmsd_fast.config import STAGES, RunConfig, SettingsError
 
 
 def uses_reference(settings: RunConfig) -> bool:
-    """Return whether stage 2 scores its rollouts with the stage-1 student."""
+    """Return whether stage 2 computes log-probs of its rollouts under the stage-1 student."""
     policy = "distill" in settings.stages and settings.distill.objective == "policy"
     return policy and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
 
 
 def uses_discriminator(settings: RunConfig) -> bool:
-    """Return whether this run trains a discriminator, that is, whether the policy's reward gives its score weight."""
+    """Return whether this run trains a discriminator, that is, whether its score has a weight in the reward."""
     makes_rollouts = "warm_up" in settings.stages or "distill" in settings.stages
     return makes_rollouts and settings.reward.alpha > 0 and settings.distill.objective == "policy"
 
@@ -32,7 +32,7 @@ def uses_frozen_tower(settings: RunConfig) -> bool:
 def check_room(settings: RunConfig, response: int, what: str) -> None:
     """Raise SettingsError if the longest prompt and a response of `response` tokens do not fit one forward pass.
 
-    what: name of the response in the message.
+    `what` names the response in the message.
     """
     longest = settings.data.max_prompt_tokens + response
     if settings.micro_tokens < longest:
@@ -194,7 +194,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["runtime.offload_optimizer"],
             settings.runtime.zero_stage == 0,
-            "ZeRO-0 cannot offload the optimiser; write runtime.zero_stage=2",
+            "ZeRO-0 cannot offload the optimizer; write runtime.zero_stage=2",
         ),
     ]
     for prefixes, useless, reason in rules:

@@ -69,7 +69,7 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
         recipe: path of a YAML file, or the name of a recipe of the package (`quickstart`); "" = all defaults. A recipe
             may start with `base: <recipe>` and then overrides that recipe.
         overrides: `section.field=value` strings.
-        resumed: the file was saved by a run, perhaps of an earlier version; missing keys get their defaults.
+        resumed: whether the file was saved by a run, possibly of an earlier version; missing keys get their defaults.
     Returns:
         The settings.
     Raises:
@@ -81,9 +81,9 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
     from_recipe, own_keys = _read_recipe(recipe) if recipe else (OmegaConf.create({}), [])
     merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
-    # Only settings that a recipe sets itself must have an effect, not those of its base. A file with all settings was
-    # saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads the
-    # same file and takes data.heldout from its command line.
+    # Only settings that the recipe sets itself must have an effect, not settings of its base. A file with all settings
+    # was saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads
+    # the same file and accepts data.heldout on its command line.
     if not resumed and set(own_keys) != set(_keys(schema)):
         checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
         refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
@@ -139,7 +139,7 @@ def _describe_fields(cls: type, prefix: str) -> list[str]:
 
 
 def _as_yaml(value: object) -> str:
-    """Return a default as it would be written on the command line."""
+    """Return a default in the notation of the command line."""
     if isinstance(value, list):
         return f"[{','.join(value)}]"
     if value is None:
@@ -211,7 +211,7 @@ def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
 
 
 def _refuse_references(changes: DictConfig, where: str) -> None:
-    """Raise for values that OmegaConf would resolve: a recipe could copy secrets of the environment into run files."""
+    """Raise for references that OmegaConf would resolve, which could copy environment secrets into run files."""
 
     def check(value: object, key: str) -> None:
         if isinstance(value, dict):

@@ -51,7 +51,7 @@ def _dry_run(settings) -> int:
     from rmsd_fast.stages.plan import describe_plan
 
     plan, ready = describe_plan(settings)
-    # torchrun starts one process per GPU, and all of them have the same plan.
+    # torchrun starts one process per GPU, and the plan is the same for all of them.
     if os.environ.get("RANK", "0") == "0":
         print(plan)
     return 0 if ready else 2

@@ -1,4 +1,4 @@
-"""A whole run, from settings to report: every stage in order, each followed by an evaluation."""
+"""Run all stages in order, each followed by an evaluation, from the settings to the report."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train(
             run = open_run(settings, world, folder, material, media, stop, resumed=resumed, allow_changes=allow_changes)
             run_stages(run)
         on_main(world, lambda: finish(run))
-        # A library may have turned an interrupt into an error, so that no report was written.
+        # A library may have converted an interrupt to an error, in which case no report was written.
         stop.check()
     return folder
 
@@ -104,7 +104,8 @@ def _run_stages(run: TrainingRun) -> None:
 
 
 def finish(run: TrainingRun) -> None:
-    """Write the report. The run is complete at this point, so a failure to write the report does not fail it."""
+    """Write the report. The run is complete at this point, so a failure to write the report is not an error of the
+    run."""
     write_facts(run, finished=True)
     try:
         write_report(run.folder)
@@ -181,7 +182,7 @@ def release_memory() -> None:
 
 
 def evaluate(run: TrainingRun, path: str, name: str) -> None:
-    """Answer the held-out questions with a student, once per run, and write the evaluation from the answers."""
+    """Answer the held-out questions with a student, once per run, and write the evaluation of the answers."""
     questions = run.material.heldout
     run.stop.check()
     if not questions:
@@ -195,7 +196,7 @@ def evaluate(run: TrainingRun, path: str, name: str) -> None:
     def write() -> None:
         if not answered:
             write_predictions(run.folder, name, records)
-        # Written even if the answers already existed, because a kill may have come between the two writes.
+        # Write it even if the answers already existed, because the run may have been killed between the two writes.
         result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
         if not answered:
             run.metrics.message(format_table(result))

@@ -26,7 +26,7 @@ from pathlib import Path
 from rmsd_fast.data.records import TASK_TYPES
 from rmsd_fast.report import write_picture
 from rmsd_fast.settings import load_settings, settings_as_dict
-from rmsd_fast.stages.evaluation import compare, summarise
+from rmsd_fast.stages.evaluation import compare, summarize
 
 
 def run(recipe: str, folder: Path, overrides: list[str]) -> Path:
@@ -75,7 +75,7 @@ def collect(recipe: str, seeds: list[int], work: Path, extra: list[str], variant
 
 
 def table(records: dict[str, list[dict]], floors: dict[str, float]) -> tuple[str, dict]:
-    students = {name: summarise(rows) for name, rows in records.items()}
+    students = {name: summarize(rows) for name, rows in records.items()}
     pairs = [
         ("stage1", "untrained"),
         ("stage1", "single"),

@@ -1,7 +1,7 @@
 """Fused losses, shared-prefix attention, and patches of video frames.
 
-`reference` has the reference forms of the losses, and `native` loads the compiled CPU ops. The package depends on torch
-and never on rmsd_fast, and importing it loads no compiled code. `rmsd_fast.losses` documents the losses.
+`reference` has reference implementations of the losses, and `native` loads the compiled CPU ops. The package depends on
+torch but not on rmsd_fast, and importing it loads no compiled code. `rmsd_fast.losses` documents the losses.
 """
 
 from .discriminator.loss import discriminator_loss, last_token_values, pairwise_discriminator_loss

@@ -1,8 +1,9 @@
-"""Argument checks of the public losses. A message names the argument, what was expected, what it got, and what to do.
+"""Argument checks of the public losses. Messages name the argument, the expected value, the actual value, and a fix.
 
 Shapes and dtypes are checked on any device. Values (targets in range, quality in [0, 1]) are checked for CPU tensors
-only, and not inside torch.compile, because reading them on an accelerator would wait for the device in every step.
-There, a target or index out of range gives NaN and is never dereferenced. RMSD_FAST_DEBUG=1 adds device-side asserts.
+only, and not inside torch.compile, because reading them on an accelerator would wait for the device in every step. On
+accelerators, a target or index out of range gives NaN and is never dereferenced. RMSD_FAST_DEBUG=1 adds device-side
+asserts.
 """
 
 import math
@@ -218,7 +219,7 @@ def check_unit_interval(name: str, values: Tensor) -> None:
 
 
 def refuse_sharded(name: str, weight: Tensor) -> None:
-    """Raise ValueError for a sharded tensor: the local rows would be mistaken for the whole vocabulary."""
+    """Raise ValueError for a sharded tensor, because its local rows would be treated as the whole vocabulary."""
     if hasattr(weight, "full_tensor"):
         raise ValueError(f"{name}: expected a whole tensor, got a DTensor; pass {name}.full_tensor()")
     if hasattr(weight, "ds_id") and weight.numel() == 0:

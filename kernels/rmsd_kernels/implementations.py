@@ -1,4 +1,4 @@
-"""The choice of the implementation that serves a call.
+"""Choose the implementation for a call.
 
 On CUDA, `auto` raises if triton is missing instead of falling back to slower code. On CPU, `auto` uses the torch loop,
 which computes the same numbers, if the library of csrc/ was not built; `native.why_not()` returns the reason.
@@ -32,12 +32,12 @@ def resolve_impl(
 
     Args:
         impl: the requested implementation, one of IMPLEMENTATIONS or "auto".
-        tensor: an input of the call; its device and dtype decide.
+        tensor: an input of the call; its device and dtype determine the implementation.
         native_form: whether the function is implemented in csrc/.
         triton_dtypes: dtypes that its Triton kernels support.
         native_dtypes: dtypes that its ops in csrc/ support.
     Raises:
-        RuntimeError: the requested implementation cannot serve the call.
+        RuntimeError: the requested implementation does not support the call.
     """
     device, dtype = tensor.device.type, tensor.dtype
     if impl == "auto" and device == "cuda" and dtype != torch.float64:

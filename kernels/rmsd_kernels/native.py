@@ -1,7 +1,8 @@
 """Load the library of CPU ops that csrc/ builds. `heads.native_rows` and `video.native_patches` call the ops.
 
-The library is optional: a wheel that was built without a C++ compiler does not contain it. This module never falls
-back. Callers check `available()` and log which path runs, or call an op and get a RuntimeError with the reason.
+The library is optional: a wheel that was built without a C++ compiler does not contain it. This module never falls back
+silently. Callers check `available()` and log which implementation runs, or call an op and get a RuntimeError with the
+reason.
 """
 
 from __future__ import annotations

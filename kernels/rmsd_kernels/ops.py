@@ -1,4 +1,4 @@
-"""Shared parts of all ops: records as arguments, the dtype of sums, and the handling of autocast and backward."""
+"""Shared code of all ops: records as arguments, the dtype of sums, and the handling of autocast and backward."""
 
 import functools
 import inspect
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of everything after the GEMM, and of results."""
+    """Return the dtype of computations after the GEMM, and of results."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(op: Callable) -> Callable:
-    """Wrap an op so that it computes in the dtypes of its inputs; autocast would change the dtype of some GEMMs."""
+    """Wrap an op so that it computes in the dtypes of its inputs. Autocast would change the dtype of some GEMMs."""
 
     @functools.wraps(op)
     def run(tensor: Tensor, *arguments):
@@ -36,7 +36,8 @@ _sums_inside, _sums_before = 0, []
 def full_precision_sums() -> Iterator[None]:
     """Sum products of 16-bit matrices on CUDA in float32; by default cuBLAS may add partial sums in 16 bits.
 
-    The flags belong to the process: the first thread that enters saves them, and the last one restores them.
+    The flags are global to the process: the first thread that enters saves them, and the last thread that leaves
+    restores them.
     """
     global _sums_inside, _sums_before
     with _SUMS_LOCK:
@@ -62,7 +63,8 @@ def _reduction_flags() -> list[tuple[Callable, Callable]]:
 
 
 def _as_tuple(flags: bool | tuple[bool, ...]) -> tuple[bool, ...]:
-    """Return the flags as the setter takes them. A torch without the second flag has a getter that returns a bool."""
+    """Return the flags in the format of the setter. A torch without the second flag has a getter that returns a
+    bool."""
     return flags if isinstance(flags, tuple) else (flags,)
 
 
@@ -93,7 +95,7 @@ class RecordOp:
         return self.op(*self.values(**arguments))
 
     def values(self, **arguments) -> list:
-        """Return the arguments as the flat list that the op takes."""
+        """Return the arguments as a flat list for the op."""
         if arguments.keys() != self._records.keys():
             expected, got = sorted(self._records), sorted(arguments)
             raise TypeError(f"{self.__name__}: expected the arguments {expected}, got {got}")
@@ -112,12 +114,12 @@ class RecordOp:
 
 
 def record_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], RecordOp]:
-    """Return a decorator that turns a function into a RecordOp."""
+    """Return a decorator that converts a function to a RecordOp."""
     return lambda function: RecordOp(function, name, mutates)
 
 
 class _Record(NamedTuple):
-    """A record's type, and the type or nested record of each field. flat: no field is a record."""
+    """The type of a record, and the type or nested record of each field. `flat` means that no field is a record."""
 
     kind: type
     fields: dict[str, Any]
@@ -161,7 +163,8 @@ def _flatten(record: Any, value: Any, into: list) -> None:
 
 
 def first_order(backward: Callable) -> Callable:
-    """Make a backward raise under create_graph=True: its result is a constant to autograd, so terms would be lost."""
+    """Make a backward raise under create_graph=True, because its result is a constant to autograd and terms would be
+    lost."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):

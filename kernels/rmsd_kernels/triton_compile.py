@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for compute capability 9.0 and report the resources of the binaries. Needs no GPU.
+"""Compile every Triton kernel for compute capability 9.0 and report the resources of the binaries. No GPU is needed.
 
 `python -m rmsd_kernels.triton_compile` prints a table: registers per thread, bytes of stack (for spilled registers) and
 of shared memory, warps per program, and the vector and asynchronous loads from global memory.
@@ -29,7 +29,8 @@ _FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Variant(NamedTuple):
-    """A kernel with a choice of arguments: Triton type names of those that are not None, and constexpr values."""
+    """A kernel with a choice of arguments: Triton type names of the arguments that are not None, and constexpr
+    values."""
 
     name: str
     kernel: Any
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop of a compiled kernel: per iteration its instructions, bytes loaded per thread, and barriers."""
+    """A loop of a compiled kernel: instructions, bytes loaded per thread, and barriers per iteration."""
 
     instructions: int
     loaded_bytes: int
@@ -66,7 +67,7 @@ class Report(NamedTuple):
 
 
 def row_variants(dtype: str) -> Iterator[Variant]:
-    """Yield the row kernels with all options off, with all options on, and in some combinations between."""
+    """Yield the row kernels with no options, with all options, and with some combinations of options."""
     shape = {"stride": "i32", "vocab": "i32"}
     common = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "target_logit_ptr": "*fp32", **shape}
     stats = dict.fromkeys(("logp_ptr", "entropy_ptr", "lse_ptr"), "*fp32")

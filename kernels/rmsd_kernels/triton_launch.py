@@ -9,9 +9,9 @@ from torch import Tensor
 
 # A thread makes two 16-byte loads before it uses them, so that 32 warps have 32 KB in flight, about what the memory
 # latency requires. One program of 32 warps fills an SM. The 132 rows in progress, 304 KB each (151936 16-bit logits),
-# are 40 MB and fit the 50 MB L2 of an H200, so the second pass does not read memory. With a bias or a softcap, the
-# registers suffice for one load only. If two rows are read at a time, a program has half the threads, each with twice
-# the registers. These numbers are calculated and taken from the compiler's register counts; they are not measured.
+# are 40 MB and fit the 50 MB L2 of an H200, so the second pass does not read memory. With a bias or a softcap, there
+# are registers for only one load. If two rows are read at a time, a program has half the threads, each with twice the
+# registers. These numbers are calculated from the compiler's register counts and have not been measured.
 LOAD_BYTES = 16
 LOADS = 2
 REGISTERS_OF_AN_SM = 65536
@@ -19,7 +19,7 @@ WARPS = 32
 WARPS_OF_TWO_ROWS = 16
 # With 1 stage, loads go directly to registers. More stages would use shared memory, with a barrier per block.
 STAGES = 1
-# Per-row vectors may be slices of longer ones. Without this, every alignment would compile the kernel again.
+# Per-row vectors may be slices of longer vectors. Without this, the kernel would be recompiled for every alignment.
 SLICED = [
     "targets_ptr",
     "target_logit_ptr",
@@ -47,7 +47,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class RowLaunch(NamedTuple):
     """The launch configuration of a row kernel.
 
-    Without a bound on registers, the compiler spills two or three of them to make room for a second program per SM.
+    Without a limit on registers, the compiler spills two or three of them to make room for a second program per SM.
     """
 
     block: int  # columns that a program processes at a time

@@ -19,7 +19,7 @@ _REPLY = f"reply{_HARD}end of reply"
 
 
 def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = None) -> str:
-    """Return the prompt of one user turn, up to the position where the response begins."""
+    """Return the prompt of one user turn, up to the start of the response."""
     turns = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     turns += [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -55,7 +55,7 @@ def response_opening(tokenizer: Any) -> str:
             ],
             tokenize=False,
         )
-    # Templates raise arbitrary exceptions, some of them on purpose.
+    # Templates raise arbitrary exceptions, some of them intentionally.
     except Exception as error:
         reason = first_line(error)
         raise refuse(f"it cannot render a question ({reason})") from error

@@ -1,9 +1,9 @@
 """Identify media files by their first bytes, and compute how long a video must be from the sizes in its headers.
 
-Videos are accepted by their first bytes. FFmpeg reads more formats, but some of them are lists of other files, which
-may be stored anywhere: HLS, DASH, IMF and concat scripts. Such lists are text, but a check for text alone misses some
-of them, for example lists that begin with a long comment in a non-Latin script. Formats that are not listed here are
-therefore refused by name.
+Videos are accepted by their first bytes. FFmpeg reads more formats, but some of them (HLS, DASH, IMF and concat
+scripts) are lists of other files, which may be stored anywhere. Such lists are text, but a check for text alone misses
+some of them, for example lists that begin with a long comment in a non-Latin script. Formats that are not listed here
+are therefore rejected.
 
 Decoders read a truncated video as a shorter one, usually without an error. `Container.needed` detects truncation from
 the sizes of the file's chunks. It cannot detect these cases:
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO, Literal
 
-# Enough bytes to identify a file. Matroska's tracks may follow several KiB of padding.
+# This many bytes are enough to identify a file. Matroska's tracks may follow several KiB of padding.
 HEAD_BYTES = 2**16
 # FFmpeg searches this many bytes, up to the first zero, for the words that mark a file as a list of other files.
 PROBED_BYTES = 2**20
 _LIST = re.compile(rb"<mpd|<compositionplaylist", re.IGNORECASE)
-# A file is text if its first bytes are text. 64 bytes are longer than any container's magic number.
+# A file is text if its first bytes are text. All magic numbers of containers are shorter than 64 bytes.
 _TEXT_BYTES = 64
 _TEXT = frozenset(b"\t\n\r" + bytes(range(32, 127)))
 # Picture formats that begin with text: PPM and related formats, XPM, XBM.
@@ -47,7 +47,7 @@ _OTHERS = (
     (rb"RIFF.{4}WAVE|ID3|fLaC|\xff[\xf2\xf3\xfb]", "an audio file", "name the video"),
 )
 RAW_STREAM = "a raw stream"
-# In these, decoders find no frames, or return different frames from those requested.
+# For these formats, decoders find no frames, or return frames other than the requested ones.
 WITHOUT_INDEX = ("a transport stream", "a program stream")
 AVIF = "an AVIF picture"
 # Pictures that Pillow cannot open.
@@ -96,7 +96,8 @@ class Container:
     Fields:
         name: name used in messages.
         start: pattern of a file's first bytes.
-        needed: returns the least size that a file of the given size must have; None if the format stores no sizes.
+        needed: function that returns the minimum size of a file, given the file and its size; None if the format stores
+            no sizes.
     """
 
     name: str
@@ -110,7 +111,7 @@ def container_of(head: bytes) -> Container | None:
 
 
 def is_text(head: bytes) -> bool:
-    """Return whether a file is text. Picture formats that begin with text do not count."""
+    """Return whether a file is text, except for picture formats that begin with text."""
     return set(head[:_TEXT_BYTES]) <= _TEXT and not _PICTURE_TEXT.match(head)
 
 
@@ -120,7 +121,7 @@ def lists_files(head: bytes) -> bool:
 
 
 def name_content(head: bytes) -> tuple[str, str] | None:
-    """Return what a file that Pillow cannot open is, and what to do about it; None if it is unknown."""
+    """Return a description of a file that Pillow cannot open, and advice; None if the format is unknown."""
     if known := _first_match((*_OTHERS, *_PICTURES), head):
         return known
     container = container_of(head)
@@ -128,7 +129,7 @@ def name_content(head: bytes) -> tuple[str, str] | None:
 
 
 def name_other(head: bytes) -> tuple[str, str] | None:
-    """Return what a file that is not a video is, and what to do about it; None if it is unknown."""
+    """Return a description of a file that is not a video, and advice; None if the format is unknown."""
     if lists_files(head):
         return "a playlist", "fetch the video that it names"
     if known := _first_match(_OTHERS, head):
@@ -144,9 +145,9 @@ def _first_match(contents: tuple[tuple[bytes, str, str], ...], head: bytes) -> t
 
 
 def pixel_aspect(file: BinaryIO, size: int, width: int, height: int) -> float | None:
-    """Return the pixel aspect ratio (width / height) that a container states, or None.
+    """Return the pixel aspect ratio (width / height) stored in a container, or None.
 
-    For VP8, VP9 and AV1, only the container states it. Players trust the container over the stream.
+    For VP8, VP9 and AV1, only the container stores it. Players prefer the container to the stream.
 
     Args:
         size: size of the file in bytes.
@@ -187,8 +188,8 @@ def _walk(file: BinaryIO, size: int, measure: Callable[[bytes, int], int | None]
     """Return the end offset of the last chunk that begins inside the file.
 
     Args:
-        measure: returns a chunk's length from its first bytes and the number of remaining bytes; None if no chunk
-            begins there, as in tags that some programs append.
+        measure: function that returns the length of a chunk, given its first bytes and the number of remaining bytes;
+            None if no chunk begins there, as in tags that some programs append.
         at: offset of the first chunk.
     """
     while at < size:
@@ -208,7 +209,7 @@ def _box(head: bytes, left: int) -> int | None:
     length = int.from_bytes(head[:4], "big")
     if length == 1:
         length = int.from_bytes(head[8:16], "big")
-    # A box that does not fit is a tag after the last box, unless its type is known.
+    # Data of unknown type that exceeds the file is a tag after the last box.
     return length if length >= 8 and (length <= left or head[4:8] in _BOXES) else None
 
 
@@ -229,7 +230,7 @@ def _element(head: bytes, left: int) -> int | None:
 def _riff_chunk(head: bytes, left: int) -> int | None:
     """Measure an AVI or WebP chunk. Files above 1 GiB have several chunks named RIFF.
 
-    Programs that cannot go back leave 0 or the highest number as the size of a list. Such a list is entered.
+    Programs that cannot seek back leave 0 or the largest number as the size of a list. Such a list is entered.
     """
     length = int.from_bytes(head[4:8], "little")
     if head[:4] in (b"RIFF", b"LIST") and length in (0, 2**32 - 1):
@@ -247,7 +248,7 @@ def _asf_object(head: bytes, left: int) -> int | None:
 
 
 def _asf_needed(file: BinaryIO, size: int) -> int:
-    """Measure an ASF file by its objects, unless a flag in its header marks it as broadcast, that is without sizes."""
+    """Measure an ASF file by its objects, unless a flag in its header marks it as a broadcast, which has no sizes."""
     file.seek(0)
     head = file.read(HEAD_BYTES)
     flags = head.find(_ASF_PROPERTIES) + _ASF_FLAGS_AT

@@ -12,19 +12,19 @@ video-r1  `problem`, `problem_type`, `options`; media in         `problem_type`,
           `solution` | `answer`
 ========  =====================================================  ===================================================
 
-A record without a task type gets one from its options and its answer, unless `data.task_type` names one (see
-`task_types`). The summary at the start counts these records (`meta["inferred"]`). If a record has no options of its
-own, a list of options in the question (`A. tea`, `B. milk`, one per line) is used. A letter alone does not make a
-question mcq: without options, it might be a letter on a sign. Yes/no questions (`boolean`) are mcq, with the options
-Yes and No if the record has none. Questions that no task type can grade (tracking, code, a formula) are errors.
+The task type of a record without one is inferred from its options and its answer, unless `data.task_type` specifies it
+(see `task_types`). The summary at the start counts these records (`meta["inferred"]`). If a record has no options, a
+list of options in the question (`A. tea`, `B. milk`, one per line) is used. An answer that is a letter does not make a
+question mcq, because without options it might be a letter on a sign. Yes/no questions (`boolean`) are mcq, with the
+options Yes and No if the record has none. Questions that no task type can grade (tracking, code, a formula) are errors.
 
 The answer is the key `answer` or `solution`, otherwise the assistant's turn. If both exist and differ, the record is an
 error. If the answer contains exactly one `<answer>…</answer>`, only the text inside is used. The optional keys
 `task_type`, `options`, `duration`, `system` and `id` are read from every format. A null value counts as a missing key.
-All other keys are kept in `meta["source"]`. Keys with the same meaning must agree: a record that states its media,
-answer, task type or system text twice with different values is an error. Keys of two formats and more than one user
-turn are errors too. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the summary
-at the start counts (`meta["id_by_position"]`).
+All other keys are stored in `meta["source"]`. Keys with the same meaning must agree: a record that states its media,
+answer, task type or system text twice with different values is an error. Keys of two formats, or more than one user
+turn, are also errors. The id is `id` (Video-R1: `problem_id`), otherwise "<file stem>-<index from 0>", which the
+summary at the start counts (`meta["id_by_position"]`).
 
 Video-R1's regression questions are graded as numeric questions. Set `teacher.numeric_metric=mra` for them.
 """
@@ -48,7 +48,7 @@ from rmsd_fast.data.task_types import (
 from rmsd_fast.method.answers import bare_options, parse_answer_body
 from rmsd_fast.method.quality import fold_text
 
-# Keys that identify a format, tried in this order.
+# Keys that identify a format, in order of precedence.
 RECORD_KEYS = {
     "messages": "ms-swift",
     "query": "ms-swift",
@@ -77,7 +77,7 @@ _PROBLEM_TYPES = {
     "math": _MATH,
     "mathematics": _MATH,
 }
-# Task types that a problem type which is not a task type itself may stand for.
+# Possible task types of problem types that are not task types themselves.
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system")
@@ -117,7 +117,7 @@ def detect_format(record: dict[str, Any], where: str) -> str:
 
 
 def check_format(record: dict[str, Any], format: str, where: str, *, named: bool) -> None:
-    """Raise DataError if a record's keys identify another format than that of its file.
+    """Raise DataError if a record's keys identify a different format from that of its file.
 
     Args:
         named: whether the setting names the format; otherwise the first record determines it.
@@ -137,11 +137,11 @@ def _format_of(record: dict[str, Any]) -> str | None:
 
 
 def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, task_type: str = "auto") -> Converted:
-    """Return a record in this package's schema, not yet checked, and the source's names of the fields for messages.
+    """Return a record in this package's schema, not yet checked, and the source's field names for messages.
 
     Args:
         record: the record without nulls.
-        task_type: task type of a record that names none; "auto" infers it from options and answer.
+        task_type: task type of a record without one; "auto" infers it from options and answer.
     Raises:
         DataError: the record lacks required keys of its format, or holds a value that cannot be used.
     """
@@ -174,10 +174,10 @@ def convert(record: dict[str, Any], format: str, where: str, fallback_id: str, t
 def _settle_task(
     raw: dict[str, Any], names: dict[str, str], where: str, task_type: str, *, prose: bool
 ) -> dict[str, bool]:
-    """Infer task type, options and answer from each other where one is missing; return notes for the record's meta.
+    """Infer a missing task type, options or answer from the others; return notes for the record's meta.
 
     Args:
-        prose: whether the answer is a reply, in which "A. tea is poured" names a letter.
+        prose: whether the answer is a reply, in which "A. tea is poured" may give a letter.
     """
     listed = None if raw.get("options") else find_options(raw["question"])
     options = raw.get("options") or (listed[1] if listed else [])
@@ -228,7 +228,7 @@ def _meaning(answer: object, raw: dict[str, Any]) -> object:
 
 
 def _convert_own(record: dict[str, Any], where: str) -> Converted:
-    """Convert a record in this package's own format; `video` may stand for `videos`, and a path for a list."""
+    """Convert a record in this package's own format; `video` may replace `videos`, and a path may replace a list."""
     names = {}
     for ours, other in (("videos", "video"), ("images", "image")):
         name = _agreed_key(record, (ours, other), where, _listed)
@@ -340,7 +340,7 @@ def _turns(
 
 
 def _part(part: Any, where: str, name: str, media: dict[str, list[Any]]) -> str:
-    """Return the text of one content part. For a medium, this is its mark."""
+    """Return the text of one content part; for a medium, its mark."""
     if isinstance(part, dict):
         # Tables give every part the keys of all parts.
         part = {key: value for key, value in part.items() if value is not None}
@@ -373,7 +373,7 @@ def _problem(record: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
         raise DataError.at(where, names["answer"], "text such as '<answer>B</answer>'", answer, "fix it")
     raw: dict[str, Any] = {"question": problem, "answer": _inside_answer(answer)}
     raw |= {name: record[name] for name in _EXTRA if name in record}
-    # If there is a `problem_id`, `id` counts something else, and is kept in the meta.
+    # If there is a `problem_id`, `id` has a different meaning and is stored in the meta.
     names["id"] = "problem_id" if "problem_id" in record else "id"
     if names["id"] in record:
         raw["id"] = record[names["id"]]

@@ -1,9 +1,9 @@
-"""Processes that read media files and can be killed: a decoder that hangs or crashes costs one sample, not the run.
+"""Read media files in processes that can be killed, so that a hanging or crashing decoder does not end the run.
 
 `ForkServer` starts one process, which imports torch and torchcodec once and forks workers on demand (10 ms each; a new
 interpreter takes 2 s). A `Worker` serves one thread. It returns a description of the frames and the file descriptor of
 the anonymous memory that holds the pixels, so pixels are never copied and /dev/shm is not needed. The workers end when
-the process that started them ends, for whatever reason.
+the process that started them ends for any reason.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Signals sent to all processes of a job are meant for the program, even during the imports here. Without the program,
-# this process ends.
+# Signals sent to all processes of a job are intended for the program, even during the imports here. This process ends
+# when the program ends.
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -53,17 +53,17 @@ from rmsd_kernels import native
 
 # Time limit for a worker's first answer. The fork server may still be importing, on a busy machine or a slow disk.
 START_S = 300.0
-# Memory that a worker may allocate on top of what it starts with. Frames that it returns do not count. 4K video takes
-# some hundred MiB, the largest accepted picture 1.5 GiB.
+# Memory that a worker may allocate in addition to its initial memory, not counting returned frames. 4K video takes a
+# few hundred MiB, and the largest accepted picture takes 1.5 GiB.
 MOST_MEMORY_BYTES = 4 * 2**30
-# A worker is replaced after this many answers, to bound the memory that decoders and allocators hold on to.
+# A worker is replaced after this many answers, to limit the memory that decoders and allocators retain.
 MOST_ANSWERS = 200
 
 
 class WorkerLost(MediaError):
-    """The worker is gone and must be replaced.
+    """The worker has ended and must be replaced.
 
-    `timed_out` tells whether it was killed at the time limit or ended by itself.
+    `timed_out` is True if it was killed at the time limit, and False if it ended by itself.
     """
 
     def __init__(self, message: str, *, timed_out: bool):
@@ -72,7 +72,7 @@ class WorkerLost(MediaError):
 
 
 class NotStarted(RuntimeError):
-    """The worker ended before its first answer, or never started. The file is not the reason."""
+    """The worker ended before its first answer or never started, so the file is not the cause."""
 
 
 class ForkServer:
@@ -93,7 +93,7 @@ class ForkServer:
             [sys.executable, "-m", "rmsd_fast.data.decode_worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            # Ctrl-C is meant for the program, which then closes its workers.
+            # Ctrl-C is intended for the program, which then closes its workers.
             start_new_session=True,
             env={**os.environ, **quiet, **path},
         )
@@ -133,7 +133,7 @@ class Worker:
         self.answers = 0
 
     def layout(self, request: MediaRequest, timeout_s: float) -> MediaLayout:
-        """Call `read_layout` in the worker. Raises what it raises, WorkerLost and NotStarted."""
+        """Call `read_layout` in the worker. Raises the same errors, WorkerLost and NotStarted."""
         return self._call("layout", request, timeout_s)
 
     def digest(self, request: MediaRequest, timeout_s: float) -> str:
@@ -141,7 +141,7 @@ class Worker:
         return self._call("digest", request, timeout_s)
 
     def read(self, request: MediaRequest, timeout_s: float) -> Frames:
-        """Call `read_media` in the worker; the pixels lie in memory shared by both processes. Raises as `layout`."""
+        """Call `read_media` in the worker; the pixels are in memory shared by both processes. Raises as `layout`."""
         return self._call("read", request, timeout_s)
 
     def preview(self, request: PreviewRequest, timeout_s: float) -> Preview:
@@ -149,7 +149,7 @@ class Worker:
         return self._call("preview", request, timeout_s)
 
     def is_there(self) -> bool:
-        """Return whether an idle worker's process is alive and has sent nothing in the meantime."""
+        """Return whether an idle worker's process is alive and has sent no data since its last answer."""
         try:
             return not self.lost and not self._connection.poll(0)
         except OSError:
@@ -170,7 +170,7 @@ class Worker:
     def _call(self, operation: str, request: MediaRequest | PreviewRequest, timeout_s: float) -> Any:
         """Return the worker's answer.
 
-        If an answer is not read completely, end the worker, because its next answer would be torn.
+        If an answer is not read completely, end the worker, because its next answer would be corrupted.
         """
         if self.pid is None:
             self._start()
@@ -228,7 +228,7 @@ class Worker:
 
 
 def _repair(request: MediaRequest | PreviewRequest) -> str:
-    """Return what to do if a file hangs or crashes the decoder. Opens no file, because its disk may be what hangs."""
+    """Return advice for a file that hangs or crashes the decoder. Do not open it, because its disk may be hanging."""
     return (
         f"re-encode it with `{video_command(request.path, b'')}`" if request.kind == "video" else "save it again as PNG"
     )
@@ -264,7 +264,7 @@ def _serve(ours: socket.socket) -> None:
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_MEMORY_BYTES,) * 2)
-        # If memory runs out, lose a file rather than the run.
+        # If memory runs out, the kernel should kill this process rather than the run.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     os.nice(10)  # if the CPU trains too, training has priority (bench/results/media-demo.md)
@@ -327,7 +327,7 @@ def _answer(
 
 def main(descriptor: int) -> None:
     """Run the fork server: fork a worker for each descriptor that arrives."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # avoids zombies without waiting for workers
     control = socket.socket(fileno=descriptor)
     # If it cannot be loaded, the first request reports it.
     with contextlib.suppress(ImportError, RuntimeError, OSError):
@@ -340,7 +340,7 @@ def main(descriptor: int) -> None:
         try:
             child = os.fork() == 0
         except OSError:
-            child = False  # the parent sees that its worker is lost
+            child = False  # the parent detects that its worker is lost
         if child:
             control.close()
             status = 1

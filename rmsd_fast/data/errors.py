@@ -1,4 +1,4 @@
-"""Errors in data files: the location, what was expected, what was found, and what to do."""
+"""Errors in data files, with the location, the expected value, the actual value, and advice."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DataError(UserError, ValueError):
 
 
 class OtherFileError(DataError):
-    """A file of a different kind than expected, for example if two were swapped. One record shows it."""
+    """A file of a different kind from the expected one, for example because two were swapped. One record is shown."""
 
 
 def several_faults(path: Path, faults: Sequence[DataError], records: int) -> DataError:
-    """Return one error that lists the faults of a file."""
+    """Return one error that lists the problems of a file."""
     if len(faults) == 1:
         return faults[0]
     shown = "".join(f"\n  {fault}" for fault in faults[:SHOWN_FAULTS])
@@ -34,12 +34,12 @@ def several_faults(path: Path, faults: Sequence[DataError], records: int) -> Dat
 
 
 def all_faults(faults: Sequence[UserError]) -> UserError:
-    """Return one error that lists the faults of several files."""
+    """Return one error that lists the problems of several files."""
     return faults[0] if len(faults) == 1 else DataError("\n".join(str(fault) for fault in faults))
 
 
 def short(value: object) -> str:
-    """Return a value as errors show it."""
+    """Return a value in the form that errors show."""
     if value is None:
         return "nothing"
     text = repr(value)

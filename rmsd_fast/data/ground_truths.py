@@ -1,8 +1,8 @@
-"""Ground truths: a few strict spellings, rewritten to the text that belongs inside `<answer>`.
+"""Parse ground truths in a few strict spellings, and rewrite them to the text that belongs inside `<answer>`.
 
-A teacher's prose is read leniently (`method.natural`). A ground truth decides what is correct, so it is never guessed:
-any other spelling, and any text with two readings, is refused with a note on what to write instead. Closed answers may
-be wrapped in `\\boxed{}` or preceded by `Answer:`.
+A teacher's prose is parsed leniently (`method.natural`). A ground truth defines what is correct, so it is never
+guessed: any other spelling, and any ambiguous text, is rejected with advice on what to write instead. Closed answers
+may be wrapped in `\\boxed{}` or preceded by `Answer:`.
 
 ========  ==============================================================================================
 task      written as
@@ -51,11 +51,11 @@ _BRACKETS = {"[": "]", "(": ")"}
 
 
 class GroundTruthError(ValueError):
-    """A ground truth that is not one unambiguous answer. The message says what to do."""
+    """A ground truth that is not exactly one unambiguous answer. The message says what to do."""
 
 
 class CoordinatesError(GroundTruthError):
-    """A box in the right spelling, but not in coordinates from 0 to 1000."""
+    """A box in a valid spelling whose coordinates are not from 0 to 1000."""
 
 
 def read_ground_truth(value: object, task: str, options: Sequence[str] | None = None) -> str:
@@ -64,9 +64,9 @@ def read_ground_truth(value: object, task: str, options: Sequence[str] | None = 
     Args:
         value: the value in the record: a text, a number, a list or an object.
         task: one of TASK_TYPES.
-        options: options of an mcq question in order, bare or labelled; None means that only a letter is accepted.
+        options: options of an mcq question in order, bare or labeled; None means that only a letter is accepted.
     Raises:
-        GroundTruthError: the spelling is not in the table above, or has two readings.
+        GroundTruthError: the spelling is not in the table above, or is ambiguous.
     """
     if task not in ("ocr", "open") and isinstance(value, str) and (wrapped := _WRAPPED.fullmatch(value.strip())):
         value = wrapped[1] or wrapped[2]
@@ -86,11 +86,11 @@ def read_ground_truth(value: object, task: str, options: Sequence[str] | None = 
 
 
 def check_times(start: float, end: float, *, duration: float | None, span: Span) -> None:
-    """Raise GroundTruthError for an interval that the video cannot contain, so that no frame or stamp reaches it.
+    """Raise GroundTruthError for an interval that the video cannot contain.
 
     Args:
         duration: duration of the video in seconds, if the record states it.
-        span: the part of the video that is shown. Its bounds replace the duration, which might be that of the part.
+        span: the displayed part of the video. Its bounds replace the duration, which might refer to the part.
     Raises:
         GroundTruthError: the interval exceeds the video or its part by more than 1 s or 5%, whichever is more.
     """
@@ -124,7 +124,7 @@ def _letter(value: object, options: Sequence[str] | None) -> str:
         if letter in letters[: len(texts)] and texts[letters.index(letter)] == words:
             readings.add(letter)
     if digits := _DIGITS.fullmatch(text):
-        # A number that is also an option's text might be an index, from 0 or from 1.
+        # A number that is also the text of an option might be an index that counts from 0 or from 1.
         indices = [int(digits[1]) - first for first in (0, 1)] if len(digits[1]) <= 2 else []
         by_index = {letters[index] for index in indices if 0 <= index < len(texts)}
         if not readings or by_index - readings:

@@ -1,4 +1,4 @@
-"""JSON objects of a file, each with the location that errors about it name."""
+"""Read the JSON objects of a file, each with its location for error messages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Located = tuple[str, dict[str, Any] | DataError]
 
 
 class _RepeatedKey(Exception):
-    """An object has the same key twice, of which json.loads would keep the last. The message says what to do."""
+    """An object has the same key twice; json.loads would keep the last value. The message says what to do."""
 
 
 def read_records(path: Path) -> Iterator[Located]:
     """Yield the objects of a JSONL file or a JSON list. A line that cannot be parsed is yielded as an error.
 
     A list may be the only value of an object, on one line or on several: `{"data": []}`. Other keys next to it are
-    refused, because their statements about the records would be lost.
+    rejected, because their values would be lost.
     """
     text = _read_text(path)
     # splitlines() would also split at U+2028, which JSON strings may contain.

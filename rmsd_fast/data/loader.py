@@ -1,7 +1,6 @@
 """Choose the questions of each step, and decode their prompts ahead of the step.
 
-The order is a function of (seed, stage, epoch). A position in the run is an integer, and that integer is the only state
-to save.
+The order is a function of (seed, stage, epoch). The position in the run is an integer, which is the only state to save.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Fault = tuple[str, str]
 
 
 class TooManyBadSamples(UserError, RuntimeError):
-    """More samples than `data.max_bad_share` allows could not be used."""
+    """The share of samples that could not be used exceeds `data.max_bad_share`."""
 
 
 def order_position(n: int, position: int, *, seed: int, stage: str) -> int:
@@ -44,10 +43,11 @@ def _hash(text: str) -> int:
 class PromptLoader:
     """Yield the prompts of a stage's steps, in an order that depends only on settings.
 
-    A question that cannot be used is replaced by another one, chosen by a hash of its position, and listed in `faults`.
+    A question that cannot be used is replaced by another question, chosen by a hash of its position, and is listed in
+    `faults`.
 
-    Threads decode the prompts of the next `ahead` steps while a step is computed, and no further. This bounds the
-    memory of frames, and makes decoding wait for a slow step. Results are taken in order, so timing has no effect.
+    Threads decode the prompts of at most the next `ahead` steps while a step is computed. This limits the memory for
+    frames, because decoding waits for a slow step. Results are taken in order, so timing has no effect.
 
     Args:
         builder: `PromptBuilder`; its media reader caches frames.
@@ -57,7 +57,7 @@ class PromptLoader:
         positions_per_step: questions per step over all processes.
         rank, size: this process takes the rank-th contiguous share of each step.
         threads: number of prompts that are built at the same time.
-        ahead: number of steps to decode ahead; 0 builds a step's prompts when it asks for them.
+        ahead: number of steps to decode ahead; 0 builds the prompts of a step on demand.
         max_prompt_tokens: longer prompts cannot be used.
 
     Attributes:
@@ -93,7 +93,8 @@ class PromptLoader:
         self.faults: list[Fault] = []
 
     def step(self, step: int, last_step: int) -> list[Prompt]:
-        """Return this process's prompts of a step (counted from 0), and start those of the next steps before last_step.
+        """Return this process's prompts of a step (counted from 0), and start the prompts of the next steps before
+        last_step.
 
         Raises:
             TooManyBadSamples: ATTEMPTS questions in a row could not be used; `faults` lists all of them.
@@ -111,7 +112,7 @@ class PromptLoader:
         return prompts
 
     def close(self) -> None:
-        """Start no more prompts. Prompts in progress are not waited for, because a file may hang."""
+        """Stop starting prompts. Do not wait for prompts in progress, because a file may hang."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, step: int) -> None:
@@ -120,7 +121,7 @@ class PromptLoader:
             self.submitted[step] = [self.pool.submit(self._prompt_at, first + i) for i in range(self.share)]
 
     def _prompt_at(self, position: int) -> tuple[Prompt | None, list[Fault]]:
-        """Return the prompt of a position, or None if none was found, and the questions that were skipped for it."""
+        """Return the prompt of a position (None if no question can be used), and the skipped questions."""
         n = len(self.questions)
         index = order_position(n, position, seed=self.seed, stage=self.stage)
         faults = []

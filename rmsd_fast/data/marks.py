@@ -1,7 +1,7 @@
-"""Marks in a question's text: `<image>` and `<video>` show where the media belong, and are not text.
+"""Handle marks in a question's text: `<image>` and `<video>` show the positions of the media and are not text.
 
 If a text has no marks, its media come before it, videos first. `<IMAGE>`, numbered marks in order (`<image_1>`, `<image
-2>`) and the model family's own `<|vision_start|><|image_pad|><|vision_end|>` are accepted too. Marks with other blanks
+2>`) and the model family's own `<|vision_start|><|image_pad|><|vision_end|>` are also accepted. Marks with other blanks
 inside are text, as in a question about HTML.
 """
 
@@ -32,7 +32,7 @@ def is_unicode(text: str) -> bool:
 
 
 class MarkError(ValueError):
-    """The marks do not match the files. The message says which marks there are and what to do."""
+    """The marks do not match the files. The message lists the marks and says what to do."""
 
 
 def with_video_mark(text: str) -> str:
@@ -47,7 +47,7 @@ def with_video_mark(text: str) -> str:
 
 
 def place_marks(texts: Sequence[str], *, videos: int, images: int) -> list[str]:
-    """Return the texts with every mark as `<image>` or `<video>`, and without marks if all media come first anyway.
+    """Return the texts with every mark as `<image>` or `<video>`, or without marks if all media come first anyway.
 
     Args:
         texts: parts of a prompt in order: the question, then its options.

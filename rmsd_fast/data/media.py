@@ -1,4 +1,4 @@
-"""Read media for a run: from the caches, otherwise in a worker that can be killed, or on the GPU."""
+"""Read media for a run from the caches, in a worker that can be killed, or on the GPU."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from rmsd_fast.data.video_file import CpuFallback
 log = logging.getLogger("rmsd_fast")
 Result = TypeVar("Result")
 
-# After this many consecutive files that were not read, or not in time, blame the machine, not the files.
+# After this many consecutive files that could not be read or timed out, the machine is at fault, not the files.
 MOST_HANGS = 3
-# Number of times that the decoder process is started without any result.
+# Maximum number of starts of the decoder process without any result.
 MOST_STARTS = 3
 # Counts since the last call of `take_counts`: decoded files, cache hits and failures.
 COUNTS = ("decoded", "memory_hits", "disk_hits", "disk_rebuilt", "timeouts", "crashes", "cpu_fallbacks")
 
 
 class MediaUnreachable(UserError, RuntimeError):
-    """Several consecutive files could not be read, or not in time."""
+    """Several consecutive files could not be read or timed out."""
 
 
 class MediaReader:
-    """Decode the frames of media files once, and keep them while they fit the caches. Thread-safe.
+    """Decode the frames of media files once, and keep them while they fit into the caches. Thread-safe.
 
-    Two threads that ask for the same frames at the same time wait for one decode. A file that was found bad is not
-    opened again until it changes. Close the reader at the end, or use it as a context manager.
+    If two threads request the same frames at the same time, they are decoded once. A file that was found to be bad is
+    not opened again until it changes. Close the reader at the end, or use it as a context manager.
 
     Args:
         data: decoder, timeout, caches and checks.
@@ -61,12 +61,12 @@ class MediaReader:
         self._disk = DiskCache(data.disk_cache, int(data.disk_cache_gib * 2**30)) if data.disk_cache else None
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        # A few hundred bytes per file and way of reading it.
+        # A few hundred bytes per file and kind of request.
         self._layouts: dict[tuple, MediaLayout] = {}
         self._digests: dict[tuple, str] = {}
         self._bad: dict[tuple, str] = {}
         self._flights: dict[str, Future[Frames]] = {}
-        # Started now, because its imports take two seconds and overlap with those of the model.
+        # Start it now, so that its imports (two seconds) overlap with those of the model.
         self._fork_server: ForkServer | None = ForkServer()
         self._starts = 1
         self._idle: list[Worker] = []
@@ -83,7 +83,7 @@ class MediaReader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, even in the middle of a file. A thread that waits for one gets a RuntimeError."""
+        """End the workers, even in the middle of a file. A thread that waits for a worker gets a RuntimeError."""
         with self._lock:
             self._closed = True
             idle, busy, fork_server = self._idle, list(self._busy), self._fork_server
@@ -104,7 +104,7 @@ class MediaReader:
         return {name: counts[name] for name in COUNTS}
 
     def layout(self, request: MediaRequest) -> MediaLayout:
-        """Return stamps and grid of a file's frames: from the caches, otherwise from the file's headers."""
+        """Return stamps and grid of a file's frames, from the caches or from the file's headers."""
         request = self._complete(request)
         state = self._state(request)
         if state not in self._layouts:
@@ -229,7 +229,7 @@ class MediaReader:
     def _in_worker(self, state: tuple, call: Callable[[Worker, float], Result]) -> Result:
         """Return the result of a call in any worker. After a crash, try once more: memory may have run out by chance.
 
-        A worker that ends together with its fork server says nothing about its file.
+        If a worker ends together with its fork server, the file is not the cause.
         """
         crashed = False
         while True:
@@ -283,7 +283,7 @@ class MediaReader:
                 worker = self._idle.pop()
                 if worker.is_there():
                     break
-                # It was killed in the meantime, by the system or a user.
+                # The system or a user killed it in the meantime.
                 worker.close()
             else:
                 worker = self._fork_server.worker()
@@ -291,7 +291,7 @@ class MediaReader:
             return worker
 
     def _drop_fork_server(self, fork_server: ForkServer) -> None:
-        """Let the next worker come from a new fork server, unless another thread has already replaced this one."""
+        """Use a new fork server for the next worker, unless another thread has already replaced this one."""
         with self._lock:
             if self._fork_server is not fork_server:
                 return
@@ -346,7 +346,7 @@ def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:
 
 
 def why_not_cuda(device: torch.device) -> str:
-    """Return "" if NVDEC decodes a small test video, otherwise the reason why not."""
+    """Return "" if NVDEC decodes a small test video, otherwise the reason for the failure."""
     try:
         from torchcodec.decoders import VideoDecoder
         from torchcodec.encoders import VideoEncoder

@@ -1,4 +1,4 @@
-"""Caches of decoded media, bounded in bytes: in memory (`ByteLru`) and on disk, shared by processes (`DiskCache`)."""
+"""Caches of decoded media with a limit in bytes, in memory (`ByteLru`) and on disk (`DiskCache`)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Value = TypeVar("Value")
 MAGIC = b"rmsdfr02"
 CHECK, LENGTH = struct.Struct("<8sI"), struct.Struct("<I")
 BLOCK = 4096
-# Evicting a little more than needed saves the next writers a scan of the folder.
+# Evict a little more than needed, so that the next writers do not have to scan the folder.
 KEEP_SHARE = 0.9
-# Longest wait for other writers. After that, the frames are not kept.
+# Maximum wait for other writers, after which the frames are not kept.
 LOCK_S = 30.0
 
 
@@ -77,7 +77,7 @@ class DiskCache:
     pixels. It is written under a temporary name and renamed, so readers never see a partial file. A file that fails its
     check is removed and counted in `corrupt`, and its frames are decoded again. Only one process writes at a time, so
     the folder's total in the file `bytes` is exact. Above the budget, the least recently used files are evicted. Disk
-    failures cost entries, never the run.
+    failures lose cache entries but do not end the run.
 
     Raises:
         SettingsError: the folder cannot be created.
@@ -113,7 +113,7 @@ class DiskCache:
         return frames
 
     def peek(self, key: str) -> Frames | None:
-        """Return what `get` would return, without pixels and unchecked; None if there is no such entry."""
+        """Return the result of `get` without pixels and without verification; None if there is no entry."""
         try:
             with self._path(key).open("rb", buffering=0) as file:
                 _, _, text = _read_header(file)
@@ -137,7 +137,7 @@ class DiskCache:
                     write_all(file, CHECK.pack(MAGIC, crc) + header)
                     write_all(file, pixels)
         except OSError as error:
-            # The total is then counted again.
+            # The total is counted again next time.
             with suppress(OSError):
                 (self.folder / "bytes").unlink()
             if not self._told:

@@ -1,4 +1,4 @@
-"""Checks of media files without decoding: type of content, hash, and the command that produces a usable video."""
+"""Check media files without decoding them: type of content, hash, and the command that produces a usable video."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rmsd_fast.files import DISK_ERRORS, file_digest
 
 # Matroska's magic number, and its AlphaMode element with the value 1.
 _MATROSKA, _ALPHA_MODE = b"\x1aE\xdf\xa3", b"\x53\xc0\x81\x01"
-# FFmpeg filter. H.264 halves the resolution of colours, so sides must be even; the sides of videos already are.
+# FFmpeg filter. H.264 halves the resolution of colors, so sides must be even; the sides of videos already are.
 _EVEN_SIDES = "scale=trunc(iw/2)*2:trunc(ih/2)*2"
 _ON_WHITE = "format=rgba,split[a][b];[a]lutrgb=r=255:g=255:b=255:a=255[w];[w][b]overlay=format=auto"
 # Errors of the machine, not of the file.
@@ -34,7 +34,7 @@ NOT_NOW = (*DISK_ERRORS, EMFILE, ENFILE, ENOMEM, ESTALE)
 
 
 class MediaError(RuntimeError):
-    """A media file that cannot be used. The message says which file, what is wrong and what to do."""
+    """A media file that cannot be used. The message names the file, the problem and what to do."""
 
 
 class NotNow(MediaError):
@@ -70,11 +70,11 @@ def stat_file(path: str, max_file_mib: int) -> os.stat_result:
 class MediaFile:
     """An opened media file.
 
-    Libraries get its descriptor instead of its name, so they read exactly this file: not one that replaced it after the
-    check, nor a picture sequence or anything else that a name can stand for.
+    Libraries get its descriptor instead of its name, so they read exactly this file. A name could also refer to a file
+    that replaced it after the check, or to a picture sequence.
 
     Fields:
-        path: path as the user knows it, for messages.
+        path: path as given by the user, for messages.
         file: file object, open for reading.
         size: size in bytes.
         head: first bytes, enough to identify the format.
@@ -97,7 +97,7 @@ class MediaFile:
 
 @contextmanager
 def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterator[MediaFile]:
-    """Open a file of an acceptable size that is either a complete video or not text.
+    """Open a file of acceptable size that is a complete video, or a picture if `picture` is set.
 
     Args:
         picture: whether Pillow will read the file as a picture. Pillow identifies formats and truncation itself.
@@ -111,7 +111,7 @@ def open_media(path: str, max_file_mib: int, *, picture: bool = False) -> Iterat
         raise unreadable(path, error) from error
     with file:
         try:
-            # Check the opened file, because another one may have replaced the file that was checked above.
+            # Check the opened file, because it may have been replaced after the check above.
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise MediaError(f"{path}: expected a file, got another kind; check the path in the question file")
             media = MediaFile(path, file, os.fstat(file.fileno()).st_size, file.read(HEAD_BYTES))
@@ -132,8 +132,8 @@ def video_command(path: str, head: bytes = b"", *, flatten: bool = False) -> str
 
     Args:
         path: the file.
-        head: its first bytes, as far as they are known.
-        flatten: put transparent pictures on white.
+        head: its first bytes, if known.
+        flatten: whether to put transparent pictures on white.
     """
     source = Path(path)
     target = source.with_suffix(".mp4") if source.suffix.lower() != ".mp4" else source.with_stem(f"{source.stem}-new")
@@ -176,7 +176,7 @@ def _refuse_text(media: MediaFile) -> None:
 
 
 def _refuse_other_kinds(media: MediaFile) -> None:
-    """Refuse files not identified as a video, whatever their name: FFmpeg may read them as a list of other files."""
+    """Reject files not identified as a video, regardless of name: FFmpeg may read them as a list of other files."""
     path, head = media.path, media.head
     if b"\0" not in head:
         media.file.seek(len(head))
@@ -196,7 +196,7 @@ def _refuse_other_kinds(media: MediaFile) -> None:
 
 
 def _refuse_truncated(media: MediaFile) -> None:
-    """Refuse a file that ends before its last chunk ends: decoders would read it as a shorter video."""
+    """Reject a file that ends before its last chunk ends, because decoders would read it as a shorter video."""
     media.file.seek(0)
     container = container_of(media.head)
     needed = container.needed(media.file, media.size) if container and container.needed else 0
@@ -208,7 +208,7 @@ def _refuse_truncated(media: MediaFile) -> None:
 
 
 def undecodable(path: str, error: Exception) -> MediaError:
-    """Return the error for a file on which a library raised an unexpected exception, as happens for damaged files."""
+    """Return the error for a file, usually a damaged one, for which a library raised an unexpected exception."""
     return MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error}); drop the question")
 
 

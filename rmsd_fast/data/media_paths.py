@@ -1,4 +1,4 @@
-"""Media paths of a question's record, checked against the media root, and the spans of videos that are shown."""
+"""Read the media paths of a question's record, check them against the media root, and read the spans of videos."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def with_span(path: str, span: Span) -> object:
 
 
 def media_paths(value: object, name: str, root: Path, follow_symlinks: bool, fail: Fail) -> tuple[str, ...]:
-    """Return absolute paths of one kind of media. They need not exist, but must lie in the media root."""
+    """Return absolute paths of one kind of media. They do not have to exist, but must be inside the media root."""
     if value is None:
         return ()
     if not isinstance(value, list):

@@ -1,6 +1,7 @@
-"""Pack groups into micro-batches of balanced cost, equally many on every rank. A group is one prompt and its responses.
+"""Pack groups into micro-batches of balanced cost, the same number on every rank.
 
-A group is split only if it exceeds the budget, because each part of a packed group computes the prompt again.
+A group is one prompt and its responses. It is split only if it exceeds the budget, because each part of a packed group
+computes the prompt again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ class MicroBatch:
     Fields:
         prompts: indices of its prompts in the step, ascending.
         responses: for each prompt, indices of its responses in the prompt's group, ascending.
-        filler: whether it repeats another micro-batch's work so that all ranks have equally many. Multiply its loss by
-            0.
+        filler: whether it repeats another micro-batch so that all ranks have the same number. Multiply its loss by 0.
     """
 
     prompts: list[int]
@@ -53,23 +53,24 @@ def plan_micro_batches(
 ) -> list[MicroBatch]:
     """Distribute this rank's responses, each once, over micro-batches of similar cost within a token budget.
 
-    The most expensive micro-batches come first, so that ranks in lockstep do similar work, and memory
-    runs out at once or never.
+    The most expensive micro-batches come first, so that ranks in lockstep do similar work, and an out-of-memory error
+    occurs immediately or never.
 
     Args:
         prefix_lengths: tokens of each prompt.
         response_lengths: tokens of each prompt's responses; a prompt may have none.
-        packing: "shared": a micro-batch's tokens are its prompts once + its responses. "padded": rows x longest row.
+        packing: how tokens are counted. "shared": each prompt once, plus all responses. "padded": rows x longest row.
         micro_tokens: largest number of tokens of a micro-batch.
         weights: cost of a token and of an attended (query, key) pair, e.g. `rmsd_fast.models.cost.balance_weights`.
-        agree: maps the number this rank needs to the number all ranks use, the maximum over ranks; called once.
+        agree: function that maps the number this rank needs to the number all ranks use (the maximum over ranks);
+            called once.
         ids: question ids, for messages.
     Returns:
-        As many micro-batches as agreed on. The last ones may be fillers: the cheapest prompt with one response.
+        The agreed number of micro-batches. The last ones may be fillers: the cheapest prompt with one response.
     Raises:
         SettingsError: a prompt with one response exceeds `micro_tokens`.
-        ValueError: packing, lengths or weights are invalid, fewer micro-batches are agreed on than needed, or there is
-            nothing to repeat.
+        ValueError: packing, lengths or weights are invalid, `agree` returns fewer micro-batches than needed, or there
+            is no micro-batch to repeat.
     """
     check_packing(packing)
     _check(prefix_lengths, response_lengths, micro_tokens, weights, ids)
@@ -87,7 +88,7 @@ def plan_micro_batches(
         raise ValueError(f"agree: expected at least {needed} micro-batches, got {count}; give the maximum over ranks")
     if count and not parts:
         raise ValueError("this rank has no responses to repeat but other ranks have some; give each rank a response")
-    # Even with more micro-batches than needed, the placement can fail, though rarely.
+    # In rare cases, the placement fails even with more micro-batches than needed.
     plan = _place(parts, count, size, micro_tokens) or fewest
     if len(plan) < count:
         singles = [_part(*group, [response]) for group in groups for response in range(len(group[2]))]
@@ -157,7 +158,7 @@ def _split(prompt: int, prefix: int, lengths: Sequence[int], size: Callable, mic
 
 
 def _place(parts: list[_Part], count: int, size: Callable, micro_tokens: int) -> list[MicroBatch] | None:
-    """Put each part, most expensive first, into the cheapest of `count` micro-batches with room for it.
+    """Put each part, most expensive first, into the cheapest of `count` micro-batches that has room for it.
 
     Return None if there is no room for a part.
     """

@@ -1,4 +1,4 @@
-"""Option lists inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
+"""Find option lists inside a question's text: lines `A. tea`, `B. milk`, … in the order of their letters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rmsd_fast.method.quality import fold_text
 _HEADING = re.compile(r"(?:answer )?(?:options|choices)(?: are)?\s*[:：]?|选项\s*[:：]?", re.IGNORECASE)
 MOST_OPTIONS = 26
 # A letter, an option's text and what may follow it, in case-folded text: "(b) tea", "which? a. tea b. milk".
-_LABELLED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
+_LABELED = r"(?<![^\W_])(?:\(([a-z])\)|\[([a-z])\]|([a-z])[.:)、])\s*%s(?=\s*(?:$|[;,.。、?]|[(\[]?[a-z][\])、.:]))"
 # The first letter of "a.m.", "B.C." or "J.S. Bach" is not the letter of an option.
 _ABBREVIATION = re.compile(r"\s*(?:[A-Za-z]\.){2}")
 # Matches the first two letters and their delimiters, each followed by a text: "(A) tea (B) milk", "A. tea B. milk".
@@ -28,15 +28,15 @@ _WITHIN_A_LINE = [
 
 
 class OptionsError(ValueError):
-    """Options with two readings. The message says what was expected, what was found and what to do."""
+    """Ambiguous options. The message gives the expected value, the actual value and what to do."""
 
 
 def check_options(options: Sequence[str]) -> None:
-    """Refuse options if a letter could mean two of them, or if they do not differ.
+    """Reject options if a letter could refer to two of them, or if two of them are equal.
 
     Raises:
         OptionsError: the options' letters contradict their order, two options have the same text, or one option is only
-            a letter while others are more.
+            a letter while others have a text.
     """
     if not options:
         return
@@ -79,8 +79,8 @@ def without_options(question: str, options: Sequence[str]) -> str:
     """Return the question without a list of its own options, which the prompt would otherwise show twice.
 
     Raises:
-        OptionsError: the question gives an option a different letter from the prompt, or lists further options besides
-            some of these.
+        OptionsError: the question gives an option a different letter from the prompt, or lists other options in
+            addition to some of these.
     """
     if not options:
         return question
@@ -103,16 +103,16 @@ def without_options(question: str, options: Sequence[str]) -> str:
 
 
 def _check_letters(question: str, options: Sequence[str]) -> None:
-    """Refuse a question that lists at least two of its options and gives one of them a different letter."""
+    """Reject a question that lists at least two of its options and gives one of them a different letter."""
     letters = option_letters(options).lower()
     folded = [fold_text(line) for line in question.split("\n")]
-    labelled = {
-        text: [match for line in folded for match in re.finditer(_LABELLED % re.escape(text), line)]
+    labeled = {
+        text: [match for line in folded for match in re.finditer(_LABELED % re.escape(text), line)]
         for text in filter(None, options)
     }
-    if sum(map(bool, labelled.values())) < 2:
+    if sum(map(bool, labeled.values())) < 2:
         return
-    for text, matches in labelled.items():
+    for text, matches in labeled.items():
         own = [letter for letter, option in zip(letters, options, strict=True) if option == text]
         for match in matches:
             if next(filter(None, match.groups())) not in own:
@@ -129,7 +129,7 @@ def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
     first = 0
     while first < len(filled):
         end = first
-        while end < min(len(filled), first + MOST_OPTIONS) and _are_labelled(lines, filled[first : end + 1]):
+        while end < min(len(filled), first + MOST_OPTIONS) and _are_labeled(lines, filled[first : end + 1]):
             end += 1
         if end - first >= 2:
             lists.append((filled[first], filled[end - 1]))
@@ -137,7 +137,7 @@ def _lists(lines: Sequence[str]) -> list[tuple[int, int]]:
     return lists
 
 
-def _are_labelled(lines: Sequence[str], numbers: Sequence[int]) -> bool:
+def _are_labeled(lines: Sequence[str], numbers: Sequence[int]) -> bool:
     """Return whether these lines have the letters A, B, … in this order, each followed by a text."""
     listed = [lines[number] for number in numbers]
     return bare_options(listed) != [line.strip() for line in listed]

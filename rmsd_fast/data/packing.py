@@ -1,4 +1,5 @@
-"""Arrange groups in rows. A group is one prompt and all its responses; `plan_micro_batches` chooses those of one pass.
+"""Arrange groups in rows. A group is one prompt and all its responses; `plan_micro_batches` chooses the groups of one
+pass.
 
 Packed: one row `[P_1 | P_2 | ... | R_11 R_12 ... | R_21 ...]`, each prompt once. A single response is part of its
 prompt's own segment. Padded: `[prompt | response | pad]` per response, the reference that packed rows are tested
@@ -35,13 +36,13 @@ class Rows:
         plan: the segments of a packed row; None for padded rows.
         predicts: int64 [S], response by response: the row of `hidden.flatten(0, 1)` that predicts the token. The first
             token of a response is predicted by the last row of its prompt.
-        targets: int64 [S], these tokens.
+        targets: int64 [S], the predicted tokens.
         last: int64 [M], the row of each response's last token.
         lengths: int64 [M], tokens of each response.
         media_order: indices of the prompts whose media the rows contain, in the order of their placeholders. Packed:
             each prompt once; padded: one per row.
         media_places: int64 [vision tokens], the placeholders in `input_ids.flatten()`.
-        lengths_list: `lengths` on the host, which can be read without waiting for a device.
+        lengths_list: `lengths` on the host, readable without waiting for a device.
         forks: (row, first, count): the row predicts the first tokens of `count` responses, starting with `first`.
     """
 
@@ -185,9 +186,9 @@ def media_places(prompts: Sequence[Prompt], starts: Sequence[int]) -> torch.Tens
 def gather_rows(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Return `hidden[rows.predicts]`, with a backward that is exact if one row predicts several tokens.
 
-    The same row predicts the first tokens of all responses of a packed prompt. Its gradient is their sum, taken in
-    float32 (float64 for float64) in the order of the responses, and rounded once. Plain indexing would round after each
-    addition.
+    The same row predicts the first tokens of all responses of a packed prompt. Its gradient is the sum of their
+    gradients, accumulated in float32 (float64 for float64) in the order of the responses, and rounded once. Plain
+    indexing would round after each addition.
 
     Args:
         hidden: [B * L, D], any floating dtype.
@@ -216,12 +217,12 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad):
         rows = ctx.rows
         grad_hidden = grad.new_zeros(ctx.shape)
-        # Shared rows occur several times here, in any order. They are written again below.
+        # Shared rows occur several times here, in any order, and are overwritten below.
         grad_hidden[rows.predicts] = grad
         if rows.forks:
             precision = torch.float64 if grad.dtype == torch.float64 else torch.float32
             firsts = grad[rows.lengths.cumsum(0) - rows.lengths]
-            # Read from the host, so there is no wait for the device.
+            # Read from the host to avoid waiting for the device.
             for row, first, count in rows.forks:
                 grad_hidden[row] = firsts[first : first + count].sum(0, dtype=precision)
         return grad_hidden, None

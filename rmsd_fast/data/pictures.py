@@ -1,20 +1,20 @@
 """Read picture files as upright 8-bit RGB, and their size without decoding them.
 
-A picture is read as a person sees it, or refused with a message that says what was found:
+A picture is either read as a viewer would show it, or rejected with a message that describes the problem:
 
-- Transparent parts become white. A picture with almost no visible pixels is refused, because programs that write no
-  transparency leave alpha 0 in pixels that they show. Alpha is ignored if a TGA or BMP file says that it is not used.
-- 16-bit grey is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are refused,
-  because no format defines their black and white. Pillow itself keeps the upper 8 bits of 16-bit colour, which is at
+- Transparent parts become white. A picture with almost no visible pixels is rejected, because some programs write alpha
+  0 for opaque pixels. Alpha is ignored if a TGA or BMP file says that it is not used.
+- 16-bit gray is scaled to 0-255, and so are floats from 0 to 1. Other ranges of integers and floats are rejected,
+  because no format defines black and white for them. Pillow itself keeps the upper 8 bits of 16-bit color, which is at
   most one level below the scaled value. 10-bit or 12-bit values stored in 16 bits look nearly black, as they do in
   viewers.
-- CMYK, YCbCr and LAB are converted to RGB by Pillow. Colour profiles are ignored, as the processors of model families
+- CMYK, YCbCr and LAB are converted to RGB by Pillow. Color profiles are ignored, as the processors of model families
   ignore them.
-- The EXIF orientation is applied. Other EXIF tags are not read, so damage in them does not matter. Orientations in XMP
+- The EXIF orientation is applied. Other EXIF tags are not read, so they may be damaged. Orientations in XMP
   are ignored, as browsers ignore them.
 - A JPEG without its last bytes is read if no pixel needs them (see `_complete_jpeg`). Wrong data inside a JPEG is not
   detected, because any bytes are valid picture data.
-- Animations and multi-page files are refused. Some formats hold several versions of one picture: reduced copies in
+- Animations and multi-page files are rejected. Some formats hold several versions of one picture: reduced copies in
   TIFF, sizes in ICO, layers in PSD, second views in MPO. Their first or largest picture is read.
 """
 
@@ -36,8 +36,8 @@ from rmsd_fast.data.media_file import MediaError, MediaFile
 
 # Larger pictures need gigabytes while they are read. Pillow warns above the same limit.
 MOST_PIXELS = 89_478_485
-# A pixel with a lower alpha differs from the white behind it by at most 7 of 255 levels, which nobody sees. Programs
-# leave such pixels in pictures that are otherwise transparent, and a few of any alpha: 9 of 1000x1000 are not content.
+# A pixel with a lower alpha differs from a white background by at most 7 of 255 levels, which is invisible. Programs
+# leave such pixels, and a few pixels with any alpha, in transparent pictures: 9 of 1000x1000 are not content.
 LEAST_ALPHA, LEAST_VISIBLE = 8, 1e-5
 # Values of the EXIF orientation that swap height and width.
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -48,8 +48,8 @@ _REDUCED, _MASK = 1, 4
 _WHITE_IS_ZERO = 0
 # Formats whose "frames" are versions of one picture.
 _VERSIONS_OF_ONE = ("MPO", "PSD", "ICO", "ICNS", "CUR")
-# Formats that Pillow may identify, whatever a file's name. Pillow knows more, some of which it reads through other
-# programs, such as EPS through Ghostscript.
+# Formats that Pillow may identify, regardless of the file's name. Pillow supports more formats, but reads some of them
+# with other programs, such as EPS with Ghostscript.
 _FORMATS = ("AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD")
 _FORMATS += ("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM")
 # Offset of the TGA byte whose low 4 bits are the number of alpha bits per pixel.
@@ -59,7 +59,7 @@ _SIXTEEN_BIT = ("PNG", "PPM", "TIFF", "JPEG2000")
 _SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _TO_RGB = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-# A PNG with 2 or 4 bits per pixel states its transparent grey in those bits. Pillow scales only the pixels.
+# A PNG with 2 or 4 bits per pixel states its transparent gray in those bits. Pillow scales only the pixels.
 _SCALE_OF_KEY = {"L;2": 85, "L;4": 17}
 # A JPEG marker other than stuffed bytes, fill bytes and restarts.
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -79,7 +79,7 @@ def picture_size(media: MediaFile) -> tuple[int, int]:
             # Some versions of Pillow swap width and height here, others when the pixels are read.
             width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
         elif image.format in ("ICO", "ICNS"):
-            # The index of these formats may state a different size from that of the picture.
+            # The size in the index of these formats may differ from the size of the picture.
             image.load()
             width, height = image.size
         return (width, height) if _orientation(media, image) in _QUARTER_TURNS else (height, width)
@@ -124,7 +124,7 @@ def _opened(media: MediaFile) -> Iterator[Any]:
                     f"{path}: expected at most {MOST_PIXELS} pixels, got {image.width}x{image.height}; scale it down"
                 )
             _refuse_several(media, image)
-            _refuse_deep_colour_key(path, image)
+            _refuse_deep_color_key(path, image)
             yield image
     except MediaError:
         raise
@@ -186,11 +186,12 @@ def _raw_mode(image: Any) -> str:
     return layout if isinstance(layout, str) else str(layout[0])
 
 
-def _refuse_deep_colour_key(path: str, image: Any) -> None:
-    """Refuse a 16-bit transparent colour: Pillow keeps only 8 bits of it, and other colours may be equal in those."""
+def _refuse_deep_color_key(path: str, image: Any) -> None:
+    """Reject a 16-bit transparent color: Pillow keeps only 8 of its bits, so other colors may become transparent
+    too."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
-            f"{path}: expected transparency as an alpha channel, got a 16-bit transparent colour; save it as an "
+            f"{path}: expected transparency as an alpha channel, got a 16-bit transparent color; save it as an "
             "8-bit PNG"
         )
 
@@ -261,7 +262,7 @@ def _loaded(media: MediaFile, image: Any) -> Any:
 def _complete_jpeg(data: bytes) -> Any | None:
     """Return a JPEG without an end marker, with its pixels read; None unless the data holds all of them.
 
-    The decoder does not report missing data, but fills it with grey. The file is therefore decoded several times, with
+    The decoder does not report missing data, but fills it with gray. The file is therefore decoded several times, with
     nothing and with different noise in place of the missing bytes. If the pixels are the same each time, they do not
     depend on these bytes.
     """
@@ -291,7 +292,7 @@ def _digest(image: Any) -> bytes:
 def _noise(seed: int) -> bytes:
     """Return invalid picture data that contains restart markers.
 
-    A decoder that waits for a restart marker skips the data before it, and gives up at a marker that is too far ahead.
+    A decoder that searches for a restart marker skips the data before it, and stops at a marker that is too far ahead.
     Each seed therefore begins with a different marker. Each part is longer than the data of the largest block of
     pixels, because an incomplete block is left out.
     """
@@ -323,7 +324,7 @@ def _rgb(path: str, image: Any) -> np.ndarray:
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.repeat(_grey(path, image)[:, :, None], 3, axis=2)
+        return np.repeat(_gray(path, image)[:, :, None], 3, axis=2)
     palette_alpha = image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA"
     if image.mode in _WITH_ALPHA or palette_alpha or "transparency" in image.info:
         # Pillow has no direct conversion from this mode to RGBA.
@@ -335,11 +336,11 @@ def _rgb(path: str, image: Any) -> np.ndarray:
         white.paste(image.convert("RGB"), mask=alpha)
         return np.array(white)
     if image.mode not in _TO_RGB:
-        raise MediaError(f"{path}: expected a picture in grey or colour, got mode {image.mode}; save it as 8-bit PNG")
+        raise MediaError(f"{path}: expected a picture in gray or color, got mode {image.mode}; save it as 8-bit PNG")
     return np.array(image.convert("RGB"))
 
 
-def _grey(path: str, image: Any) -> np.ndarray:
+def _gray(path: str, image: Any) -> np.ndarray:
     """Convert pixels of more than 8 bits to 8 bits, [H, W]."""
     values = np.asarray(image)
     sixteen = image.format in (_SIXTEEN_BIT if image.mode.startswith("I;16") else _SIXTEEN_BIT_AS_I)
@@ -369,6 +370,6 @@ def _check_visible(path: str, visible: np.ndarray) -> None:
     """Raise MediaError if almost no pixels of a picture are visible; visible: bool [H, W]."""
     if np.count_nonzero(visible) < LEAST_VISIBLE * visible.size:
         raise MediaError(
-            f"{path}: expected visible pixels, got a picture that is almost entirely transparent; if its colours are "
+            f"{path}: expected visible pixels, got a picture that is almost entirely transparent; if its colors are "
             "meant to show, remove the alpha channel, or drop the question"
         )

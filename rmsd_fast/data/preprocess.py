@@ -1,6 +1,6 @@
-"""Preprocess pixels as a model family does: choice of frames, size, normalisation and order of patches.
+"""Preprocess pixels like a model family's processor: choice of frames, size, normalization and order of patches.
 
-The results are those of transformers' Qwen3-VL and Qwen2-VL video processors and its Qwen2-VL image processor
+The results equal those of transformers' Qwen3-VL and Qwen2-VL video processors and its Qwen2-VL image processor
 (tests/media/test_preprocessing.py), without torchvision or transformers. The pixels are computed by
 `rmsd_kernels.resize_frames` and `rmsd_kernels.video_patches`.
 """
@@ -20,7 +20,7 @@ from rmsd_fast.config import ModelError, SettingsError, VideoConfig
 
 # Largest ratio of the longest to the shortest side that the family's processors accept.
 MAX_ASPECT_RATIO = 200
-# The per-frame cap never falls below this multiple of the lower budget (as in the family's processor).
+# The per-frame cap is never below this multiple of the lower budget (as in the family's processor).
 FRAME_CAP_FLOOR = 1.05
 # Prefixes of names in a model folder that identify a video processor: Qwen3-VL's, or that of Qwen2-VL and Qwen2.5-VL.
 FAMILIES = {"qwen3_vl": ("qwen3vl", "qwen3_vl"), "qwen2_vl": ("qwen2vl", "qwen2_vl", "qwen2_5_vl", "qwen25vl")}
@@ -52,7 +52,7 @@ class Preprocessor:
 
 
 def load_preprocessor(folder: str | Path) -> Preprocessor:
-    """Read patch sizes and normalisation from a model folder.
+    """Read patch sizes and normalization from a model folder.
 
     Reads `video_preprocessor_config.json`, then `processor_config.json` (section `video_processor`), then
     `preprocessor_config.json`. Image settings, if there are any, must agree with the video settings.
@@ -97,7 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _family(files: list[dict[str, Any]]) -> str:
     """Return the family of the first name that identifies one.
 
-    Names of image processors do not, because Qwen3-VL uses that of Qwen2-VL.
+    Names of image processors do not identify it, because Qwen3-VL uses the image processor of Qwen2-VL.
     """
     for settings in files:
         for key in ("video_processor_type", "processor_class", "model_type"):
@@ -130,11 +130,11 @@ def _parse_preprocessor(settings: dict[str, Any], folder: Path, family: str) -> 
 
 
 def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: Preprocessor) -> list[int]:
-    """Return the indices of the frames taken from a video, spaced evenly as the model family spaces them.
+    """Return the indices of the frames taken from a video, spaced evenly like those of the model family's processor.
 
     Qwen3-VL takes the first and the last frame, and repeats frames if `num_frames` exceeds the number of frames.
     Qwen2-VL and Qwen2.5-VL take the first frame of equal parts, and a multiple of `temporal_patch_size`. If the video
-    has fewer than `num_frames` frames, they take as many as it has (transformers refuses such videos).
+    has fewer than `num_frames` frames, they take all of its frames (transformers rejects such videos).
 
     Args:
         total: number of frames in the video, at least `temporal_patch_size`.
@@ -258,11 +258,11 @@ def image_size(height: int, width: int, settings: VideoConfig, preprocessor: Pre
 
 
 def video_patches(pixels: torch.Tensor, preprocessor: Preprocessor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the patches of resized frames as the model's vision tower takes them.
+    """Return the patches of resized frames in the format of the model's vision tower.
 
     Frames are uint8 [F, C, H, W], patches [N, C * span * patch²].
 
-    All arithmetic is in float32, whatever the dtype.
+    All arithmetic is in float32, regardless of the dtype.
     """
     patches = rmsd_kernels.video_patches(
         pixels,

@@ -1,4 +1,4 @@
-"""Turn questions into prompt tokens (chat template, frame stamps, vision tokens, M-RoPE), and responses into tokens."""
+"""Convert questions to prompt tokens (chat template, frame stamps, vision tokens, M-RoPE), and responses to tokens."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Prompt:
         input_ids: int64 [P].
         mm_token_type_ids: int64 [P]: 0 text, 1 image, 2 video.
         position_ids: int64 [3, P]: time, height, width. The first response token has `next_position` on each axis.
-        media: decoded media in the order of their placeholders, which is that of `question.media`.
-        vision_ids: the ids that a model takes for media or their delimiters, whether or not this prompt contains them.
+        media: decoded media in the order of their placeholders, which is the order of `question.media`.
+        vision_ids: the ids that a model treats as media or their delimiters, whether or not this prompt contains them.
     """
 
     question: Question
@@ -82,8 +82,8 @@ class PromptBuilder:
         SettingsError: `video` could choose fewer frames than a temporal patch has.
     Attributes:
         eos_id: id of `<|im_end|>`, which ends every response.
-        opening: text with which the chat template opens a response: "", or `<think>` and a line break for Thinking
-            models. It belongs to the prompt: a response's text includes it, but its ids begin after it.
+        opening: text that the chat template adds at the start of a response: "", or `<think>` and a line break for
+            Thinking models. It belongs to the prompt: a response's text includes it, but its ids begin after it.
         banned_ids: int64, ids that generation must never choose: every special token except the end token, and
             embedding rows beyond the tokenizer's vocabulary.
     """
@@ -104,7 +104,7 @@ class PromptBuilder:
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        # Most texts contain no special token, so look for their first two characters before looking for the tokens.
+        # Most texts contain no special token, so search for the first two characters of the tokens first.
         self._special_starts = sorted({content[:2] for content in special.values()})
         self._special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))))
         beyond = range(len(self.tokenizer), config.text_config.vocab_size)
@@ -138,7 +138,7 @@ class PromptBuilder:
     def _length(self, question: Question, layouts: list[MediaLayout]) -> int:
         """Return the number of tokens of the prompt.
 
-        The tokenizer sees one vision token in place of all those of a temporal patch.
+        The tokenizer processes one vision token in place of all vision tokens of a temporal patch.
         """
         merge = self.preprocessor.merge_size
         short = [replace(layout, grid_thw=(layout.grid_thw[0], merge, merge)) for layout in layouts]
@@ -167,7 +167,7 @@ class PromptBuilder:
     def encode_response(self, text: str) -> torch.Tensor:
         """Return the token ids of a response, int64 [R], including the end token.
 
-        White space around the text is stripped for teachers and students alike, so that it cannot tell them apart.
+        White space around the text is stripped for both teacher and student, so that it does not distinguish them.
 
         Raises:
             ResponseError: as `check_response`.
@@ -182,7 +182,7 @@ class PromptBuilder:
         """Raise ResponseError for a text that cannot be trained on, without encoding it.
 
         Raises:
-            ResponseError: the text contains a special token (vision tokens would be taken for pixels), is not valid
+            ResponseError: the text contains a special token (vision tokens would be treated as pixels), is not valid
                 Unicode, or does not begin with the `<think>` that the prompt ends with.
         """
         if not is_unicode(text):
@@ -204,7 +204,7 @@ class PromptBuilder:
     def decode_response(self, ids: torch.Tensor | list[int]) -> str:
         """Return the full text of a response.
 
-        It is the template's opening, then the ids up to the first end token, without special tokens.
+        It consists of the template's opening and the text of the ids up to the first end token, without special tokens.
         """
         ids = [int(index) for index in ids]
         if self.eos_id in ids:
@@ -254,7 +254,7 @@ def _content(text: str, media: Sequence[Frames | MediaLayout]) -> list[dict[str,
 
 
 def _refuse_times(prompt: Prompt) -> None:
-    """Refuse a ground truth that the video cannot contain. Records need not state a duration, but the file does."""
+    """Reject a ground truth that the video cannot contain. The duration comes from the file, not from the record."""
     question = prompt.question
     if question.task_type != "temporal" or len(prompt.media) != 1 or not question.answer:
         return

@@ -1,4 +1,4 @@
-"""The text of a prompt, which is also the text to ask a teacher with. This module imports nothing heavy."""
+"""The text of a prompt, which should also be used for the teacher. This module has no heavy imports."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Questions: JSONL schema, reading, validation and writing.
+"""Read, validate and write questions in their JSONL schema.
 
 One JSON object per line:
 ``{"id", "videos": [path], "images": [path], "question", "task_type",
 "options"?, "answer"?, "system"?, "duration"?, "meta"?}``
-with at least one video or image. `video` and `image` are accepted too, and null counts as a missing key.
+A question has at least one video or image. `video` and `image` are also accepted, and null counts as a missing key.
 
 `<video>` and `<image>` in the question or its options mark the positions of the media. Without such marks, media come
 before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` instead of the path (in
 seconds; either bound may be omitted). Frames are taken from this part, while stamps and answers use the times of the
 whole file.
 
-`converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths start at the media
-root, and every path must lie in it after symbolic links are resolved. Media files need not exist on this machine: a run
-counts missing ones before it starts, and replaces samples that it cannot use.
+`converters` reads files of other trainers, and `ground_truths` reads ground truths. Relative paths are relative to the
+media root, and every path must be inside it after symbolic links are resolved. Media files do not have to exist on this
+machine: a run counts missing files before it starts, and replaces samples that it cannot use.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Question:
     system: str | None = None
     """Text of a system turn before the question."""
     duration: float | None = None
-    """Duration of the video in seconds; of several videos, that of the longest."""
+    """Duration of the video in seconds; if there are several videos, of the longest one."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Any other data. Training does not read it."""
 
@@ -91,14 +91,15 @@ def load_questions(
 
     Args:
         path: JSONL, or a JSON list of the same objects.
-        media_root: folder that every media path must lie in; None or "" means the folder of the file.
+        media_root: folder that must contain every media path; None or "" means the folder of the file.
         format: one of FORMATS; "auto" infers it from the keys of the first record.
-        task_type: task type of records of other formats that name none; "auto" infers it from options and answer.
-        require_answer: refuse closed tasks without ground truth.
-        follow_symlinks: allow symbolic links in the media root to lead out of it.
+        task_type: task type of records in other formats that do not specify it; "auto" infers it from options and
+            answer.
+        require_answer: whether to reject closed tasks without ground truth.
+        follow_symlinks: whether symbolic links in the media root may point outside it.
     Raises:
-        DataError: the message names file, line, field, what was expected and what was found. Several errors of a file
-            are reported together.
+        DataError: the message names the file, the line, the field, the expected and the actual value. Several errors in
+            a file are reported together.
         SettingsError: the format is unknown.
     """
     if format not in FORMATS:
@@ -182,9 +183,9 @@ def parse_question(
     Args:
         raw: the record.
         where: "<file>:<line>".
-        media_root: absolute folder that media must lie in.
+        media_root: absolute path of the folder that must contain the media.
         require_answer, follow_symlinks: as in load_questions.
-        names: the source's names of the fields, for messages.
+        names: field names of the source, for messages.
         inferred: whether the task type was inferred from the answer. It may be wrong if the answer is wrong.
     """
     names = names or {}
@@ -267,7 +268,7 @@ def parse_question(
 
 
 def parse_id(value: object) -> object:
-    """Return an id as text if it is a number. 12.0, as tables write whole numbers next to empty cells, becomes 12."""
+    """Return an id as text if it is a number. 12.0 becomes 12, because tables may store integers as floats."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if isinstance(value, float):
@@ -276,7 +277,7 @@ def parse_id(value: object) -> object:
 
 
 def _check_text(name: str, text: str, fail) -> None:
-    """Refuse text that cannot be tokenized or written as UTF-8."""
+    """Reject text that cannot be tokenized or written as UTF-8."""
     if not is_unicode(text):
         raise fail(name, "Unicode text", text, "it contains a lone surrogate; fix the escape")
 
@@ -348,7 +349,7 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
 
 
 def _check_times(interval: tuple[float, float], duration: float | None, spans: Sequence[Span]) -> None:
-    """Refuse an interval that none of the videos can contain. If there are several, any of them may be meant."""
+    """Reject an interval that none of the videos can contain. If there are several, it may refer to any of them."""
     faults = []
     for span in spans:
         try:

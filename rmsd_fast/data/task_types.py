@@ -1,4 +1,4 @@
-"""Infer the task type of a record that names none from its answer."""
+"""Infer the task type of a record without one from its answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rmsd_fast.method.quality import fold_text, words_of
 
 _LETTER = re.compile(r"[(\[]?[A-Z][)\]]?\.?")
 _LED_BY_LETTER = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)|\(([A-Z])\)\s*(\S.*)", re.DOTALL)
-# Words that join a second answer, deny the first one or express doubt. Some clear replies contain them too. A clear
-# reply that is refused is reported, and its letter can be written alone, but an unclear one would make a wrong ground
+# Words that join a second answer, deny the first one or express doubt. Some clear replies also contain them. If a clear
+# reply is rejected, the error tells the user to write the letter alone, but an unclear reply could give a wrong ground
 # truth.
 _UNCLEAR = re.compile(
     r"\b(?:or|and|nor|also|all|any|everything|either|neither|both|not|cannot|never|no|none|wrong|incorrect|false|"
@@ -44,7 +44,7 @@ def infer_task(answer: object) -> str:
     for task in ("temporal", "spatial", "numeric"):
         try:
             read_ground_truth(answer, task)
-        # This is still a box. It is refused when the record is read.
+        # This is still a box. It is rejected when the record is read.
         except CoordinatesError:
             return task
         except GroundTruthError:
@@ -59,9 +59,9 @@ def looks_like_a_letter(answer: object) -> bool:
 
 
 def looks_closed(answer: str) -> bool:
-    """Return whether the answer to an open question looks like a closed question's, which a metric could grade.
+    """Return whether the answer to an open question looks like an answer to a closed question.
 
-    A single word does, but a phrase such as "a thing" does not.
+    A single word looks like one, but a phrase such as "a thing" does not.
     """
     if _ONE_WORD.fullmatch(fold_text(answer)) or _CLOSED_START.match(answer.strip()):
         return True
@@ -85,8 +85,8 @@ def names_an_option(answer: object, options: Sequence[str]) -> bool:
 def letter_of_reply(answer: object, options: Sequence[object]) -> str | None:
     """Return the letter of a reply such as "B. milk" or "B. Milk is poured in."; None if it does not begin with one.
 
-    Also return None unless the words after the letter, and after the text of its option, speak for this option alone:
-    they must not name another option by letter or text, join a second answer, deny the first one, or express doubt.
+    Also return None unless the words after the letter, and after the text of its option, support only this option: they
+    must not name another option by letter or text, join a second answer, deny the first one, or express doubt.
     """
     led = _LED_BY_LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
     if led is None or len(options) > MOST_OPTIONS or not all(isinstance(option, str) for option in options):

@@ -29,12 +29,12 @@ from rmsd_fast.data.pictures import picture_size, read_picture
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices, image_size, video_size
 from rmsd_fast.data.video_file import Clip, decode, open_clip
 
-# Part of every cache key. Raise it whenever the same file and settings would give different pixels or stamps.
-# 2: transparent pictures on white, 16-bit grey scaled, stamps on the file's clock. 3: videos in their display aspect
+# Part of every cache key. Increase it whenever the same file and settings would give different pixels or stamps.
+# 2: transparent pictures on white, 16-bit gray scaled, stamps on the file's clock. 3: videos in their display aspect
 # ratio.
 VERSION = 3
-# FFmpeg fills frames whose reference frames are lost with grey (YUV 128, 128, 128), which is 128 or 130 in RGB.
-LOST_GREY = range(127, 133)
+# If reference frames are lost, FFmpeg fills frames with gray (YUV 128, 128, 128), which is 128 or 130 in RGB.
+LOST_GRAY = range(127, 133)
 
 # The fields of VideoConfig that the frames of each kind depend on.
 SETTINGS_OF = {
@@ -56,7 +56,7 @@ class MediaRequest:
         settings: frame choice and pixel budgets.
         preprocessor: the model's preprocessing settings.
         span: start and end in seconds on the file's clock (None = open); None instead of both reads the whole video.
-        check_frames: refuse videos whose frames show damage (see `check_frames`).
+        check_frames: whether to reject videos whose frames show damage (see `check_frames`).
         max_file_mib: refuse larger files.
     """
 
@@ -115,7 +115,8 @@ def read_layout(request: MediaRequest) -> MediaLayout:
     with _opened(request) as media:
         if request.kind == "image":
             return MediaLayout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
-        # The headers alone count frames that an edit list removes, or none. Hashing a file costs more than scanning it.
+        # The headers may count frames that an edit list removes, or no frames. Scanning a file costs less than hashing
+        # it.
         clip = open_clip(media)
         indices = _choose(request, clip)
         size = _sized(request, *clip.shown, len(indices))
@@ -135,7 +136,7 @@ def read_media(
         MediaError: the file is missing, empty, damaged, too large, a folder or a pipe, or contains too few frames.
         CpuFallback: the device is CUDA and cannot decode this video.
         NotInstalled: torchcodec, FFmpeg or Pillow is not installed.
-        SettingsError: the settings ask for fewer frames than a temporal patch has (see `check_frame_counts`).
+        SettingsError: the settings request fewer frames than a temporal patch has (see `check_frame_counts`).
     """
     device = "cpu" if request.kind == "image" else device
     allocate = allocate or (lambda shape: torch.empty(shape, dtype=torch.uint8, device=device))
@@ -146,12 +147,12 @@ def read_media(
 
 
 def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
-    """Raise MediaError if frames look like those of damaged streams, which mostly decode without an error.
+    """Raise MediaError if frames look like those of damaged streams, most of which decode without an error.
 
     Args:
         path: the file, for messages.
         pixels: uint8 [F, C, H, W].
-        different: number of distinct frames in the file among them. With a variable rate, this may be one frame.
+        different: number of distinct frames of the file among them. With a variable rate, this may be 1.
     """
     if len(pixels) < 2:
         return
@@ -159,11 +160,11 @@ def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
     flat = (low == high).all(1)
     meant = "if this is intended, set data.check_frames=false"
     if flat.all():
-        raise MediaError(f"{path}: each of the {len(pixels)} frames has a single colour; fetch it again, or {meant}")
-    lost = flat & (low >= LOST_GREY.start).all(1) & (low < LOST_GREY.stop).all(1)
+        raise MediaError(f"{path}: each of the {len(pixels)} frames has a single color; fetch it again, or {meant}")
+    lost = flat & (low >= LOST_GRAY.start).all(1) & (low < LOST_GRAY.stop).all(1)
     if lost.any():
         raise MediaError(
-            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain grey that replaces lost frames; the file "
+            f"{path}: {int(lost.sum())} of {len(pixels)} frames are the plain gray that replaces lost frames; the file "
             f"is damaged: fetch it again, or {meant}"
         )
     if different > 1 and all(torch.equal(pixels[0], frame) for frame in pixels[1:]):
@@ -172,7 +173,7 @@ def check_frames(path: str, pixels: torch.Tensor, different: int) -> None:
 
 @dataclass(frozen=True)
 class Preview:
-    """Pictures or frames of a file that are shown to people.
+    """Pictures or frames of a file for display.
 
     Fields:
         frames: uint8 [F, H, W, 3], in the display aspect ratio. A picture has F = 1.
@@ -187,7 +188,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """A picture, or evenly spaced frames of a video, to be shown to people.
+    """A request for a picture, or for evenly spaced frames of a video, for display.
 
     Fields:
         path: the file.
@@ -207,7 +208,7 @@ class PreviewRequest:
 
 
 def read_preview(request: PreviewRequest) -> Preview:
-    """Return the preview that a `PreviewRequest` asks for.
+    """Return the requested preview.
 
     Raises:
         MediaError, NotInstalled: as `read_media`.

@@ -1,8 +1,9 @@
-"""Video files: their clock, and their frames by number or by time.
+"""Open video files, determine their clock, and decode frames by number or by time.
 
 The clock of a file is 0 at the start of its first stream, video or audio. Players show this clock (mpv by default) and
-`ffmpeg -ss` uses it, so annotators use it too. It differs from the decoder's clock, which may start anywhere, as in
-transport streams. Nor does it count from the first frame: if the audio starts 2 s earlier, the first frame is at 2 s.
+`ffmpeg -ss` uses it, so annotators also use it. It differs from the decoder's clock, which may start at any value, as
+in transport streams. It also does not start at the first frame: if the audio starts 2 s earlier, the first frame is at
+2 s.
 
 Audio encoders make the audio start slightly before the video. Delays below LEAST_LATE_S are ignored, because neither
 players nor stamps of 0.1 s show them. In nearly all files, the first frame is therefore at 0, and stamps are frame
@@ -27,16 +28,16 @@ from rmsd_fast.data.media_file import MediaError, MediaFile, has_alpha_aside, un
 RAW_BYTES = 32 * 2**20
 # AVI stores no presentation times, so FFmpeg shows the first frame late, by the decoder's delay in frames.
 MOST_DELAY_S = 0.25
-# Audio encoders start the audio this much before the video: AAC by 21 to 46 ms, Opus by 7 ms, MP3 by 25 ms.
+# Audio encoders start the audio slightly before the video: AAC by 21 to 46 ms, Opus by 7 ms, MP3 by 25 ms.
 LEAST_LATE_S = 0.05
 # FFmpeg marks an unknown time with the lowest 64-bit integer, about -9e15 s.
 _NO_TIME_S = 1e12
 # In real videos, pixels are at most 4 times as wide as high, or as high as wide.
 _MOST_PIXEL_ASPECT = 16
 _LEAST_PIXEL_STRETCH = 0.01
-# Upper bound on the streams of a file. The loop over them ends at the first number without a stream.
+# Upper bound on the number of streams in a file. The loop over them ends at the first number without a stream.
 _MOST_STREAMS = 64
-# Pixel formats with an alpha channel. torchcodec drops it, which exposes the colours of transparent parts.
+# Pixel formats with an alpha channel. torchcodec drops it, which exposes the colors of transparent parts.
 _ALPHA = re.compile(r"rgba|bgra|argb|abgr|ya\d|yuva|gbrap|vuya|ayuv")
 # torchcodec's messages begin with the C++ function, file and line that they come from.
 _SOURCE_LINE = re.compile(r"^\w+, \S+\.\w+:\d+, ")
@@ -48,7 +49,7 @@ NO_TORCHCODEC = (
 
 
 class CpuFallback(RuntimeError):
-    """NVDEC cannot decode this video. The file is not at fault, and the CPU may decode it."""
+    """NVDEC cannot decode this video. The file may be fine, and the CPU may be able to decode it."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ class Clip:
     Fields:
         media: the file.
         device: device that decodes it.
-        decoder: torchcodec's decoder, which has scanned the whole file, so that counts and times are those of the
+        decoder: torchcodec's decoder, which has scanned the whole file, so that counts and times describe the actual
             content.
         frames: number of frames.
         fps: average frame rate.
         height, width: size of the stored frames after rotation.
-        shown: height and width with square pixels. DVDs and cameras may store pixels that are shown wider or narrower.
-            As in players, the side that is shown longer is enlarged.
+        shown: height and width with square pixels. DVDs and cameras may store non-square pixels. As in players, the
+            side that is displayed longer is enlarged.
         begin_s, end_s: the decoder's times of the start of the first frame and the end of the last frame.
         late_s: the first frame's time on the file's clock.
     """
@@ -111,7 +112,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
     transparent = metadata.codec != "gif" and _ALPHA.match(metadata.pixel_format or "")
     if transparent or has_alpha_aside(media.head):
         raise MediaError(
-            f"{media.path}: expected an opaque video, got one with an alpha channel, whose hidden colours would show; "
+            f"{media.path}: expected an opaque video, got one with an alpha channel, whose hidden colors would show; "
             f"put it on white with `{media.command(flatten=True)}`"
         )
     begin, end = metadata.begin_stream_seconds, metadata.end_stream_seconds
@@ -127,7 +128,7 @@ def open_clip(media: MediaFile, device: str = "cpu") -> Clip:
 def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tuple[int, int]:
     """Return height and width of upright frames as players show them, with square pixels."""
     turned = bool(metadata.rotation and round(metadata.rotation / 90) % 2)
-    # The aspect ratio is that of the pixels before rotation.
+    # The aspect ratio refers to the pixels before rotation.
     stored = (height, width) if turned else (width, height)
     media.file.seek(0)
     stated = pixel_aspect(media.file, media.size, *stored)
@@ -137,7 +138,7 @@ def _shown_size(media: MediaFile, height: int, width: int, metadata: Any) -> tup
             f"{media.path}: expected pixels at most {_MOST_PIXEL_ASPECT} times as wide as high or as high as wide, got "
             f"{aspect:.3g} times; fetch it again or drop the question"
         )
-    # Programs that scale videos leave such ratios to compensate for sides rounded to whole pixels.
+    # Programs that scale videos write such ratios to compensate for sides rounded to whole pixels.
     if abs(aspect - 1) < _LEAST_PIXEL_STRETCH:
         return height, width
     if turned:
@@ -157,7 +158,7 @@ def decode(
         indices: frame numbers.
         by_time: take the frames shown at the times that the frame numbers have at a constant rate, rather than frames
             by number.
-        take: receives the number of earlier frames and the next few frames, [N, 3, H, W].
+        take: function that receives the number of earlier frames and the next few frames, [N, 3, H, W].
     """
     try:
         times = _decode_with(clip, clip.decoder, indices, by_time, take)
@@ -214,9 +215,9 @@ def _refuse_others(clip: Clip, indices: list[int], times: list[float], *, late: 
     without an error.
 
     Args:
-        late: refuse frames shown only after the times that they have at a constant rate.
-        order: refuse frames whose times are not in the order of their numbers, and a frame 0 that is not the first
-            frame.
+        late: whether to reject frames that are shown later than at a constant rate.
+        order: whether to reject frames whose times are not in the order of their numbers, and a frame 0 that is not the
+            first frame.
     """
     wrong = late and any(time > clip.middle(index) + 1e-3 for index, time in zip(indices, times, strict=True))
     if order:
@@ -245,7 +246,7 @@ def _audio_starts(media: MediaFile) -> list[float]:
 
     try:
         AudioDecoder(media.name)
-    # There is no audio. This is the usual case, and costs one check.
+    # There is no audio. This is the usual case and needs only one check.
     except (RuntimeError, ValueError):
         return []
     starts = []

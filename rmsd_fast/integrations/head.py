@@ -1,6 +1,6 @@
 """Run a transformers model up to its language-model head, and pass hidden states and head to a loss inside forward.
 
-The loss must run inside forward because DDP, FSDP and ZeRO-3 hook into it. A loss computed afterwards would see a
+The loss must run inside forward because DDP, FSDP and ZeRO-3 hook into it. A loss computed after forward would use a
 sharded head, or its gradient would not be reduced.
 """
 
@@ -47,24 +47,24 @@ class Head(NamedTuple):
 
 
 def add_head_call(model: nn.Module, *, check_loss: bool = False) -> None:
-    """Let this model accept `model(..., head_call=f)`, which runs its body and returns f(hidden, head, **loss inputs).
+    """Make this model accept `model(..., head_call=f)`, which runs its body and returns f(hidden, head, **loss inputs).
 
-    hidden is [B, L, D], and the loss inputs are those of LOSS_INPUTS that the caller passed. Without head_call, the
+    hidden is [B, L, D], and the loss inputs are the LOSS_INPUTS that the caller passed. Without head_call, the
     model behaves as before. The first head_call compares the model's own logits with those of the head, because weights
-    are gathered and any autocast is active there. Calling this function again for the same model repeats the check.
+    are gathered and autocast is active at that point. Calling this function again for the same model repeats the check.
 
     Args:
         model: a transformers model with a language-model head.
         check_loss: whether the check also compares the model's own loss for labels.
     Raises:
-        RuntimeError: a fused loss cannot replace the model's head; the message names what was found. The check at the
-            first head_call raises it, too.
+        RuntimeError: a fused loss cannot replace the model's head; the message gives the reason. The check at the first
+            head_call may also raise this error.
     """
     _check_model(model)
     model._head_is_checked, model._check_loss = False, check_loss
     if hasattr(model, "_forward_without_head"):
         return
-    # An attribute instead of a closure, so that a deep copy uses its own forward.
+    # Use an attribute instead of a closure, so that a deep copy uses its own forward.
     model._forward_without_head = model.forward
 
     # Keep the signature of the class, because trainers read the model's inputs from it.
@@ -179,9 +179,9 @@ def _check_model(model: nn.Module) -> None:
 def _check_logits(model: nn.Module, device: torch.device) -> None:
     """Compare the model's own forward with body and head on four tokens.
 
-    Families differ in what follows the head, and in the loss that they compute.
+    Model families differ in the operations after the head, and in the loss that they compute.
     """
-    # Checked again, because adapters and wrappers may have been added since.
+    # Check again, because adapters and wrappers may have been added in the meantime.
     _check_model(model)
     name = type(model).__name__
     # The last label is at a masked position, because causal losses count it anyway.

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a fused cross entropy, from hidden states to loss without storing logits.
+"""Fused cross entropy for transformers' Trainer: from hidden states to loss without storing logits.
 
     from rmsd_fast.integrations.hf import FusedTrainer     # in place of transformers.Trainer
     class MyTrainer(FusedLossMixin, SomeTrainer): ...       # for a subclass that keeps Trainer's compute_loss
@@ -6,7 +6,7 @@
 
 The loss equals the library's own for causal language models: labels shifted by one, -100 ignored, and the sum over the
 batch's tokens divided by num_items_in_batch. Gradient accumulation and data parallelism therefore give the same
-results. Evaluation that requests predictions still gets logits, from the library's own forward.
+results. Evaluation that requests predictions still gets logits from the library's own forward.
 
 TRL's SFTTrainer requests log-probs, entropy and accuracy of each token from its model, and computes loss and metrics
 from them. With that trainer, the mixin answers the request and leaves everything else to TRL: loss types, metrics and
@@ -39,10 +39,10 @@ class FusedLossMixin:
     """Add the fused loss to a Trainer class. List the mixin before the trainer among the base classes.
 
     Args:
-        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
+        memory_budget_bytes: memory budget for logits, see rmsd_fast.losses.
     Raises:
         RuntimeError: the fused loss does not support a setting of the trainer or the model; the message names it.
-            Faults that only a forward pass can show (see add_head_call) are raised at the first step.
+            Problems that only a forward pass can detect (see add_head_call) are raised at the first step.
     """
 
     def __init__(self, *args: Any, memory_budget_bytes: int | None = None, **kwargs: Any) -> None:
@@ -155,7 +155,7 @@ def _prepare(model: nn.Module) -> None:
 
 
 def _prepare_sft(trainer: Any) -> None:
-    # Imported here because trl is installed if its trainer is among the base classes, and not needed otherwise.
+    # Import trl here, because it is needed only if its trainer is among the base classes.
     from rmsd_fast.integrations.trl_head import answer_fused_head, missing_hooks
 
     missing = missing_hooks(trainer.model)

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer and SFTTrainer with the fused head.
+"""Fused head for TRL's GRPOTrainer and SFTTrainer.
 
     from rmsd_fast.integrations.trl import FusedGRPOTrainer     # in place of trl.GRPOTrainer
     class MyTrainer(FusedGRPOMixin, SomeGRPOTrainer): ...        # for a subclass of it
@@ -13,11 +13,11 @@ GRPO has two objectives, selected by `fused_objective`:
 - "auto" (default): "policy" if every setting allows it, otherwise "log_prob". `trainer.fused_objective` holds the
   choice.
 
-Both return TRL's loss, and take old and reference log-probs from the fused head, too. With "policy", TRL's metrics are
-logged with two exceptions. clip_ratio/low_* and high_* of off-policy steps are missing, because their per-token values
-are never computed. clip_ratio/region_mean is a mean over tokens in which tokens whose vLLM importance ratio is 0 never
-count as clipped (TRL counts them like others). Written for TRL 1.16, whose trainers call their model with
-`fused_lm_head=True`. Versions of TRL that do not are refused, and "policy" requires 1.16.
+Both return TRL's loss, and also compute old and reference log-probs with the fused head. With "policy", TRL's metrics
+are logged with two exceptions. clip_ratio/low_* and high_* of off-policy steps are missing, because their per-token
+values are never computed. clip_ratio/region_mean is a mean over tokens in which tokens whose vLLM importance ratio is 0
+never count as clipped (TRL counts them like others). This module is written for TRL 1.16, whose trainers call their
+model with `fused_lm_head=True`. Versions of TRL that do not are rejected, and "policy" requires 1.16.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class FusedGRPOMixin:
     """Add the fused head to a GRPOTrainer class. List the mixin before the trainer among the base classes.
 
     Args:
-        fused_objective: "auto", "policy" or "log_prob"; see the module.
-        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
+        fused_objective: "auto", "policy" or "log_prob"; see the module docstring.
+        memory_budget_bytes: memory budget for logits, see rmsd_fast.losses.
     Raises:
         RuntimeError: this version of TRL lacks a required hook, or a setting or the model is not supported.
     """
@@ -203,7 +203,7 @@ class FusedGRPOMixin:
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            # A factor >= 0 of the advantage is a factor of the policy term only, which is how TRL applies it.
+            # A factor >= 0 of the advantage scales only the policy term, as in TRL.
             advantages = advantages * inputs["importance_sampling_ratio"]
         weights, normalizer = self._normalization(inputs, lengths)
         edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -246,7 +246,8 @@ class FusedGRPOMixin:
             return None, batch * self.max_completion_length * steps
         if self.loss_type == "luspo":
             return None, batch * steps
-        # dapo divides by the tokens of the whole generation batch, scaled to one optimizer step's share in training.
+        # dapo divides by the tokens of the whole generation batch, scaled in training to the share of one optimizer
+        # step.
         normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         return None, normalizer * steps / self.args.steps_per_generation if self.model.training else normalizer
 
@@ -275,7 +276,7 @@ class FusedSFTTrainer(FusedLossMixin, SFTTrainer):
 
 
 def unmapped_settings(trainer: GRPOTrainer) -> list[str]:
-    """Return settings, with values, that the one-pass policy loss does not support; they need 'log_prob'."""
+    """Return settings, with values, that the one-pass policy loss does not support; they require 'log_prob'."""
     arguments = trainer.args
     unsupported = {
         f"loss_type={trainer.loss_type!r}": trainer.loss_type not in CLIPPED,

@@ -1,7 +1,7 @@
 """The fused head with the interface of TRL's trainers: `model(..., labels=labels, fused_lm_head=True)`.
 
-TRL 1.16 gives models its own chunked head for that argument. This module makes one model answer the call with the fused
-losses instead. Other calls are unchanged, and the trainers' own code computes loss and metrics from the result.
+TRL 1.16 provides its own chunked head for that argument. This module makes a single model use the fused losses instead.
+Other calls are unchanged, and the trainers' own code computes loss and metrics from the result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from trl.trainer import utils as trl_utils
 from rmsd_fast.integrations.head import Head, add_head_call, base_of, shifted_rows
 from rmsd_fast.losses import linear_logprob
 
-# Bytes of logits at a time for the few rows whose most likely token has to be computed.
+# Memory budget for logits of the few rows whose most likely token has to be computed.
 TOP1_BUDGET_BYTES = 64 << 20
 
 
 def missing_hooks(model: nn.Module) -> list[str]:
-    """Return which parts of TRL's fused head are missing: its output class, its argument on this model's forward."""
+    """Return the missing parts of TRL's fused head: its output class, or its argument of this model's forward."""
     missing = [] if hasattr(trl_utils, "FusedCausalLMOutput") else ["trl.trainer.utils.FusedCausalLMOutput"]
     forward = vars(base_of(model)).get("forward")
     if forward is None or "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
@@ -35,13 +35,13 @@ def missing_hooks(model: nn.Module) -> list[str]:
 
 
 def answer_fused_head(model: nn.Module, head_call: Callable[..., Any]) -> None:
-    """Let this model answer `fused_lm_head=True` with head_call(hidden, head, **loss inputs); see add_head_call.
+    """Make this model handle `fused_lm_head=True` with head_call(hidden, head, **loss inputs); see add_head_call.
 
-    If a caller passes its own head_call, that one is used.
+    If a caller passes its own head_call, it is used instead.
     """
     model = base_of(model)
     add_head_call(model)
-    # The unbound function, so that a deep copy of the model calls it with itself.
+    # Use the unbound function, so that a deep copy of the model passes itself.
     inner = model.forward.__func__
 
     @functools.wraps(type(model).forward)
@@ -75,8 +75,8 @@ def per_token_output(
         num_items_in_batch: normalizer as passed to the model; None means the number of labels.
         temperature: temperature of the logits.
         with_entropy: whether to return entropies.
-        with_top1: whether to return if each label is the most likely token, or the first of several.
-        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
+        with_top1: whether to return, for each label, if it is the most likely token (the first one in a tie).
+        memory_budget_bytes: memory budget for logits, see rmsd_fast.losses.
     """
     rows, targets = shifted_rows(hidden, labels, shift_labels)
     scored = targets != -100

@@ -1,15 +1,16 @@
-"""verl with the fused head, a clipped policy loss and log-ratio distillation losses.
+"""Fused head, a clipped policy loss and log-ratio distillation losses for verl.
 
     from rmsd_fast.integrations import verl as fused
     fused.register_policy_loss("rmsd")                  # actor.policy_loss.loss_mode=rmsd
     fused.register_distillation_loss("rmsd_k3", kl="k3")   # distillation_loss.loss_mode=rmsd_k3
     fused.install_fused_head()                          # actor's use_fused_kernels=True, with any backend
 
-verl's workers are separate processes. Each of them imports, once, the module named by model.external_lib or the
-environment variable VERL_USE_EXTERNAL_MODULES. Put these calls at the top level of a module and name it there.
-Importing this module itself has no effect.
+verl's workers are separate processes. Each of them imports the module named by model.external_lib or the environment
+variable VERL_USE_EXTERNAL_MODULES once. Put these calls at the top level of a module and set one of the two to its
+name. Importing this module itself has no effect.
 
-verl adds its KL and entropy terms to a policy loss itself, so the registered loss has none. Written for verl 0.9.
+verl itself adds KL and entropy terms to a policy loss, so the registered loss does not include them. This module is
+written for verl 0.9.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class FusedLinear(nn.Module):
     Args:
         chunk_size: argument of verl, ignored; see memory_budget_bytes.
         impl_backend: argument of verl, ignored.
-        memory_budget_bytes: memory budget of the logits that exist at a time (rmsd_fast.losses).
+        memory_budget_bytes: memory budget for logits, see rmsd_fast.losses.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class FusedLinear(nn.Module):
                 vocab_weights.to(dtype),
                 input_ids.flatten().to(torch.int64),
                 temperature=temperature,
-                # Every position is scored; verl removes padding afterwards.
+                # All positions are scored, and verl removes padding later.
                 ignore_index=None,
                 return_entropy=True,
                 memory_budget_bytes=self.memory_budget_bytes,
@@ -194,7 +195,7 @@ def register_policy_loss(name: str = "rmsd", *, importance_level: str = "token")
             loss_mat=-objective, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
         tokens = mask.sum().clamp(min=1)
-        # Numbers like those of verl's own policy losses. verl would otherwise read tensors one by one right afterwards.
+        # Return numbers, like verl's own policy losses. Otherwise verl would read the tensors one by one.
         return loss, {
             "actor/pg_clipfrac": ((clipped & mask).sum() / tokens).item(),
             "actor/ppo_kl": (-log_ratio.detach().sum() / tokens).item(),

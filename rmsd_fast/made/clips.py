@@ -1,17 +1,17 @@
-"""Generated clips: small real h264 files with known content, and questions of all six task types about them.
+"""Generate clips: small real h264 files with known content, and questions of all six task types about them.
 
 A clip has 8 frames of 64x64 at 1 fps. For 2 s it shows a card: a sign of one letter and one digit, each 32x32 pixels,
-above up to seven dots. For the other 6 s it shows one coloured shape on black. During an interval of these 6 s, a light
-is on: the background turns grey. Everything is aligned to the 16-pixel grid of a vision tower with patches of 16 and
-2x2 merging, so that the card is 2x2 vision tokens. Pixels are free of noise, because a student with half a million
-parameters learned nothing from noisy ones.
+above up to seven dots. For the other 6 s it shows one colored shape on black. During an interval of these 6 s, a light
+is on: the background turns gray. Everything is aligned to the 16-pixel grid of a vision tower with patches of 16 and
+2x2 merging, so that the card is 2x2 vision tokens. Pixels have no noise, because a student with half a million
+parameters learned nothing from noisy clips.
 
-The contents of held-out clips are disjoint from those of training clips for each kind of question: (colour, shape, box)
-for mcq, spatial and open, (colour, shape, interval) for temporal, (dot colour, pattern) for numeric, and (letter,
-digit) for ocr. The split rule is fixed and balanced, so every single attribute occurs on both sides whatever the seed.
+The contents of held-out clips and of training clips are disjoint for each kind of question: (color, shape, box)
+for mcq, spatial and open, (color, shape, interval) for temporal, (dot color, pattern) for numeric, and (letter,
+digit) for ocr. The split rule is fixed and balanced, so every single attribute occurs on both sides for every seed.
 
 Multiple choice with shuffled options is by far the hardest kind of question for a tiny student, which has to find the
-option and then its letter. It is asked 2.5 times as often as any other kind.
+option and then its letter. It is therefore 2.5 times as frequent as any other kind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZE = 64
 FRAMES = 8
 PATCH = 16
 CARD_FRAMES = 2
-# Raise it whenever the same settings would give different files.
+# Increase it whenever the same settings would give different files.
 VERSION = 3
 
 COLORS = {
@@ -158,7 +158,7 @@ def make_clips(
             questions = _make_split(temporary, split, clips, questions_per_clip, seed)
             write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
         (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    # Another process may have made the same material in the meantime. Its copy is equally good.
+    # Another process may have generated the same material in the meantime. Its copy is equivalent.
     _check_made(final, settings)
     return material
 
@@ -190,14 +190,14 @@ def encode_clip(frames: torch.Tensor, path: str | os.PathLike) -> None:
             "making clips needs torchcodec and the FFmpeg libraries (versions 4 to 8), which could not be loaded: "
             f"{reason}; pip install 'rmsd-fast[video]' and apt-get install ffmpeg"
         ) from error
-    # A key frame every 4 frames, so that sampling meets frames that depend on others, as in a real file.
+    # A key frame every 4 frames, so that sampled frames may depend on other frames, as in a real file.
     VideoEncoder(frames, frame_rate=1).to_file(
         path, codec="libx264", pixel_format="yuv420p", crf=12, extra_options={"g": "4"}
     )
 
 
 def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None, sign: str | None = None) -> Content:
-    """Draw a random content for one side of the split. `dots` and `sign` are drawn too unless they are passed."""
+    """Draw random content for one side of the split. `dots` and `sign` are also drawn unless they are passed."""
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
     box = rng.choice([box for box in _boxes() if is_heldout_box(color, shape, box) == heldout])
     start, end = rng.choice([i for i in _INTERVALS if is_heldout_interval(color, shape, i) == heldout])
@@ -208,19 +208,19 @@ def sample_content(rng: random.Random, *, heldout: bool, dots: int | None = None
 
 
 def is_heldout_box(color: str, shape: str, box: tuple[int, int, int, int]) -> bool:
-    """Return whether a box is held out: 2 of 9 boxes per (colour, shape)."""
+    """Return whether a box is held out: 2 of 9 boxes per (color, shape)."""
     column, row = box[0] // 250, box[1] // 250
     return (column + 3 * row + list(COLORS).index(color) + 2 * SHAPES.index(shape)) % 9 in (0, 4)
 
 
 def is_heldout_interval(color: str, shape: str, interval: tuple[int, int]) -> bool:
-    """Return whether an interval is held out: about one in 6 (start, end) per (colour, shape)."""
+    """Return whether an interval is held out: about one in 6 (start, end) per (color, shape)."""
     start, end = interval
     return (start + 2 * (end - start) + list(COLORS).index(color) + 3 * SHAPES.index(shape)) % 6 == 0
 
 
 def is_heldout_pattern(dot_color: str, pattern: int) -> bool:
-    """Return whether a pattern is held out: one in 8 patterns per number of dots and dot colour."""
+    """Return whether a pattern is held out: one in 8 patterns per number of dots and dot color."""
     same = _PATTERNS[pattern.bit_count()]
     return (same.index(pattern) + 3 * DOT_COLORS.index(dot_color)) % 8 == 0
 
@@ -273,9 +273,9 @@ def make_question(
 
 
 def _choice(content: Content, rng: random.Random, letter: str) -> tuple[str, str, tuple[str, ...], str]:
-    """Return an mcq: the attribute asked about, the question, options in random order, and the correct letter."""
+    """Return an mcq question: the attribute, the text, the options in random order, and the correct letter."""
     asked = rng.choice(("color", "shape", "place"))
-    # A box across the middle is not in a corner, so ask about its colour instead.
+    # A box across the middle is not in a corner, so ask about its color instead.
     if asked == "place" and content.place not in PLACES:
         asked = "color"
     if asked == "color":
@@ -300,12 +300,13 @@ def article(word: str) -> str:
 def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) -> list[Question]:
     rng = random.Random(f"made clips {seed} {split}")
     heldout = split == "heldout"
-    # The answers are dealt from decks, each equally often, which minimises the score of a constant answer.
+    # The answers are dealt from decks, each equally often, which minimizes the score of a constant answer.
     dots, signs, letters = _deck(rng, list(_PATTERNS)), _deck(rng, _signs(heldout)), _deck(rng, list("ABCD"))
     asked = dict.fromkeys(TASK_TYPES, 0)
     questions = []
     for index in range(clips):
-        # Take the types asked least so far, with random ties: balanced to one question, and no type twice about a clip.
+        # Choose the least frequent types so far, with random ties. Counts then differ by at most one, and no type
+        # occurs twice for a clip.
         tasks = sorted(TASK_TYPES, key=lambda name: (asked[name] / SHARES.get(name, 1), rng.random()))[:per_clip]
         content = sample_content(
             rng,
@@ -324,7 +325,7 @@ def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) 
 
 
 def _deck(rng: random.Random, values: list) -> Iterator:
-    """Deal the values forever, all of them in a new order in each round."""
+    """Yield the values forever, in a new random order in each round."""
     while True:
         yield from rng.sample(values, len(values))
 
@@ -369,7 +370,7 @@ def _boxes() -> list[tuple[int, int, int, int]]:
 
 
 def _check_made(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose settings differ from these."""
+    """Reject a folder whose settings differ from these."""
     try:
         found = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

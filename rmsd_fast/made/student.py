@@ -1,6 +1,6 @@
-"""A tiny Qwen3-VL with its own tokenizer, built offline in seconds: the student of the quickstart and of the tests.
+"""Build a tiny Qwen3-VL with its own tokenizer, offline and in seconds: the student of the quickstart and the tests.
 
-Its initialisation lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
+Its initialization lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
 patch embedding at 0.02, and the position embedding of the vision tower at 1.0.
 """
 
@@ -35,7 +35,7 @@ SPECIAL_TOKENS = (
     IMAGE_PAD,
     VIDEO_PAD,
 )
-# Plain text with ids of its own: tags occur in every response, and shorter rows train faster.
+# Tags are plain text with their own ids, because they occur in every response and shorter rows train faster.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Words are split as in the family's tokenizer, and digits one by one.
 SPLIT = (
@@ -69,8 +69,8 @@ CHAT_TEMPLATE = """\
 """
 
 HEAD_DIM = 32
-# 31 positions per side: 2, 3, 4, 6, 7, 11, 16 or 31 patches per side fall on them without interpolation, which would
-# reduce the embedding's spread.
+# With 31 positions per side, 2, 3, 4, 6, 7, 11, 16 or 31 patches per side need no interpolation, which would reduce the
+# spread of the embedding.
 VISION_POSITIONS = 31**2
 INIT_STD = 0.06
 PATCH_EMBED_STD = 0.02
@@ -99,7 +99,7 @@ def build_tiny_student(
         hidden: width of language model and vision tower, a multiple of 32 (one attention head per 32).
         layers: number of decoder layers.
     Raises:
-        ValueError: the sizes do not fit, or the folder holds something else.
+        ValueError: the sizes are inconsistent, or the folder holds other files.
     """
     folder = Path(folder)
     texts = list(texts)
@@ -119,7 +119,7 @@ def build_tiny_student(
     with staged_folder(folder, replace=False) as staged:
         fill_export(student, staged)
         (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    # Another process may have built the same student in the meantime. Its copy is equally good.
+    # Another process may have built the same student in the meantime. Its copy is equivalent.
     _check_same(folder, settings)
 
 
@@ -139,10 +139,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Repeat the words of every prompt often enough to become tokens, whatever the texts are.
+    # Repeat the words of every prompt often enough to become tokens for any texts.
     texts = list(texts)
     scaffold = ["user\n", "assistant\n", "<0.5 seconds>", *ANSWER_FORMAT.values()]
-    # Tags get their own ids below. Left in the texts, they would use up merges.
+    # Tags get their own ids below. If they remained in the texts, they would use up merges.
     tagless = [_without_tags(text) for text in [*texts, *scaffold * max(2, len(texts) // 4)]]
     backend.train_from_iterator(tagless, trainer)
     trained = json.loads(backend.to_str())["model"]

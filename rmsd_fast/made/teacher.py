@@ -1,8 +1,8 @@
-"""A simulated teacher: responses with known errors, in the schema of a real pool. No model is involved.
+"""Simulate a teacher: generate responses with known errors in the schema of a real pool, without a model.
 
-All of its responses have `model="simulated"`, and everything computed from them must say so. It knows the ground truth
-of every question (and the content of a generated clip), and gets a chosen share of the answers wrong, with reasoning
-that agrees with the answer it gives. There are two ways to choose this share:
+All of its responses have `model="simulated"`, and all results computed from them must be labeled as simulated. It knows
+the ground truth of every question (and the content of a generated clip). A given share of its answers is wrong, with
+reasoning that agrees with the wrong answer. There are two ways to choose this share:
 
 - `error_rate` in [0, 1]: this share of closed-task answers is wrong or inexact, more in ocr and grounding, less in mcq.
 - `error_rate=None`: the spread that R-MSD reports for its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22
@@ -29,7 +29,7 @@ from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters,
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
 MODEL = "simulated"
-# Raise it whenever the same settings would give different responses.
+# Increase it whenever the same settings would give different responses.
 VERSION = 2
 
 # Exponents f of 1 - (1 - error_rate)**f, the share of wrong answers; their mean over the closed tasks is 1.
@@ -62,7 +62,7 @@ REPORTED = {
 def simulate_teacher(
     questions: Sequence[Question], *, k: int, seed: int, error_rate: float | None
 ) -> list[TeacherResponse]:
-    """Return K responses to every question. The first responses do not depend on K, nor questions on each other.
+    """Return K responses to every question. Responses do not depend on K or on other questions.
 
     Args:
         questions: questions with ground truths. Media files must exist, because the request key covers their contents.
@@ -108,12 +108,12 @@ def write_simulated_pool(
 
 
 def is_simulated(pool: dict[str, list[TeacherResponse]]) -> bool:
-    """Return whether any response of the pool was simulated, so that its numbers must be labelled."""
+    """Return whether any response of the pool was simulated, so that its numbers must be labeled."""
     return any(response.model == MODEL for responses in pool.values() for response in responses)
 
 
 def _question_level(question: Question, seed: int) -> float:
-    """Return how well the teacher does on this input, for the reported spread."""
+    """Return the teacher's mean quality on this input, for the reported spread."""
     spread = REPORTED[question.task_type]
     rng = random.Random(f"simulated level {seed} {question.id}")
     return min(1.0, max(0.1, rng.gauss(spread.mean, spread.across)))
@@ -155,7 +155,7 @@ def _graded(question: Question, target: float, rng: random.Random) -> str:
 
 
 def _wrong(question: Question, rng: random.Random) -> str:
-    """Return an answer that differs from the ground truth: a near miss or an entirely different one, half and half."""
+    """Return a wrong answer: with equal probability, a near miss or an entirely different answer."""
     task, answer = question.task_type, question.answer
     if task == "mcq":
         letters = option_letters(question.options) if question.options else "ABCD"
@@ -166,7 +166,7 @@ def _wrong(question: Question, rng: random.Random) -> str:
         return _wrong_box(parse_answer_body(answer, task), rng)
     if task == "numeric":
         value = parse_answer_body(answer, task)
-        # Off by one for counts, by a tenth for measurements. At zero, only upwards.
+        # Off by one for counts, and by a tenth for measurements. Zero only increases.
         step = 1.0 if value == int(value) else abs(value) / 10
         return f"{value + step * (1 if value <= step or rng.random() < 0.5 else -1):.6g}"
     words = answer.split()
@@ -185,7 +185,7 @@ def _wrong_interval(start: float, end: float, duration: float | None, rng: rando
     else:
         moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
     moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
-    # An interval that fills a clip of one step has no neighbour, so halve it.
+    # An interval that fills a clip of one step has no neighbor, so halve it.
     return _interval(*rng.choice(moves)) if moves else _interval(start, (start + end) / 2)
 
 
@@ -211,7 +211,7 @@ def _other_word(word: str, rng: random.Random) -> str:
     for alphabet in (LETTERS, DIGITS):
         if word in alphabet:
             return rng.choice([other for other in alphabet if other != word])
-    # A misread character, which must not give the same word in a different case.
+    # Replace a character, but not by the same letter in a different case.
     place = rng.randrange(len(word))
     return (
         word[:place] + rng.choice([c for c in "ae0o1lst" if c.casefold() != word[place].casefold()]) + word[place + 1 :]
@@ -219,7 +219,7 @@ def _other_word(word: str, rng: random.Random) -> str:
 
 
 def _reasoning(question: Question, answer: str | None, rng: random.Random) -> tuple[str, str]:
-    """Return reasoning that leads to the (right or wrong) answer and names what is seen, and the answer's text."""
+    """Return reasoning that leads to the (right or wrong) answer and describes the clip, and the text of the answer."""
     task = question.task_type
     if "made" in question.meta:
         return _made_reasoning(question, _content(question.meta["made"]), answer, rng)
@@ -256,7 +256,7 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         return f"I count {answer} {content.dot_color} dots.", answer
     if task == "ocr":
         return f"The sign reads {answer}.", answer
-    # An open answer that was shortened stands for a wrong one, so claim a different colour.
+    # A shortened open answer represents a wrong answer, so use a different color.
     if answer != question.answer:
         content = replace(content, color=rng.choice([name for name in COLORS if name != content.color]))
     seen = _seen(content, content.place)
@@ -268,7 +268,7 @@ def _seen(content: Content, place: str) -> str:
 
 
 def _violate(think: str, answer: str, task: str, rng: random.Random) -> tuple[str, str]:
-    """Return a response whose format is broken in one of the usual ways, and its finish reason."""
+    """Return a response whose format is violated in a common way, and its finish reason."""
     whole = f"<think>{think}</think><answer>{answer}</answer>"
     inside = {
         "temporal": [answer.replace(" to ", "-"), f"from {answer}", answer.replace(" to ", " s to ") + " s"],

@@ -1,4 +1,5 @@
 """The formulas of the method: answers, quality, matching, rewards, advantages.
 
-Pure functions of their arguments: no files, no model, no global random state; torch and the standard library only.
+All functions are pure: they use no files, no models and no global random state, and only torch and the standard
+library.
 """

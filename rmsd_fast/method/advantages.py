@@ -1,4 +1,4 @@
-"""Group-relative advantages: rewards of the N rollouts of one question, centred and scaled within the group.
+"""Group-relative advantages: rewards of the N rollouts of one question, centered and scaled within the group.
 
 Source: R-MSD (arXiv 2603.11423) does not specify the advantage; this is GRPO as in GAD (arXiv 2511.10643).
 """
@@ -6,7 +6,7 @@ Source: R-MSD (arXiv 2603.11423) does not specify the advantage; this is GRPO as
 import torch
 from torch import Tensor
 
-# A spread of rewards below this share of max(1, |mean|) is a rounding error.
+# A spread of rewards below this fraction of max(1, |mean|) is a rounding error.
 DEGENERATE_SPREAD = 1e-6
 
 
@@ -20,7 +20,7 @@ def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
         reward: rewards, [N], or [..., N] for several groups of equal size.
         eps: added to the standard deviation, > 0.
     Returns:
-        Advantages in the shape of reward, computed in float64. Their dtype is that of reward if it is float32 or
+        Advantages in the shape of reward, computed in float64. They have the dtype of reward if it is float32 or
         float64, otherwise float32.
     Raises:
         ValueError: reward has no axis or an empty group, or eps is not above 0.
@@ -33,8 +33,8 @@ def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
     if reward.shape[-1] == 1:
         return torch.zeros_like(reward, dtype=dtype)
     values = reward.double()
-    centred = values - values.mean(dim=-1, keepdim=True)
-    scaled = centred / (values.std(dim=-1, keepdim=True, unbiased=True) + eps)
+    centered = values - values.mean(dim=-1, keepdim=True)
+    scaled = centered / (values.std(dim=-1, keepdim=True, unbiased=True) + eps)
     return torch.where(degenerate_groups(values).unsqueeze(-1), torch.zeros_like(scaled), scaled).to(dtype)
 
 

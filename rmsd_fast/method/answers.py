@@ -138,16 +138,17 @@ def answer_body(text: str) -> str | None:
 
 
 def is_empty_answer(text: str) -> bool:
-    """Return whether a response answers nothing: it has no text, or only white space inside its one `<answer>` block.
+    """Return whether a response gives no answer: it has no text, or only white space inside its one `<answer>` block.
 
-    A response without exactly one such block is judged by its whole text, so a missing block is not an empty answer.
+    If a response does not have exactly one such block, its whole text is tested, so a missing block is not an empty
+    answer.
     """
     body = answer_body(text)
     return not (text if body is None else body).strip()
 
 
 def option_letters(options: Sequence[str]) -> str:
-    """Return the letters of the options in order, "ABC…", whether the options are labelled (``A. x``) or bare."""
+    """Return the letters of the options in order, "ABC…", whether the options are labeled (``A. x``) or bare."""
     if isinstance(options, str):
         raise TypeError(f"options: expected a sequence of strings, got the single string {options!r}; pass a list")
     if not 1 <= len(options) <= 26:
@@ -169,7 +170,7 @@ def bare_options(options: Sequence[str]) -> list[str]:
 
 
 def own_letter(option: str) -> tuple[str, str]:
-    """Return the letter of a labelled option and the text after it, or ("", the option) if it has no letter."""
+    """Return the letter of a labeled option and the text after it, or ("", the option) if it has no letter."""
     label = _OPTION_LABEL.match(option)
     return (_letter_of(label), option[label.end() :].strip()) if label else ("", option.strip())
 

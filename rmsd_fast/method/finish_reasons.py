@@ -1,6 +1,6 @@
-"""Map the finish reasons of all servers to three: `stop`, `length` and `content_filter`.
+"""Map the finish reasons of all servers to `stop`, `length` or `content_filter`.
 
-`length` means that the response is incomplete: cut at a limit, by an error, or by a tool call.
+`length` means that the response is incomplete because of a limit, an error or a tool call.
 
 Sources: the API references of OpenAI (chat completions, responses), Anthropic, Gemini, Amazon Bedrock, DashScope,
 Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI and Ollama.
@@ -8,7 +8,7 @@ Mistral, DeepSeek, Zhipu and Cohere, and the finish reasons of vLLM, SGLang, TGI
 
 import re
 
-# Words in lower case. Gemini and Bedrock have many reasons for filtered content, and all of them suppress the answer.
+# Values in lower case. Gemini and Bedrock have many reasons for filtered content, and all of them suppress the answer.
 _WORDS = {
     "stop": "stop end_turn stop_sequence stop_token eos eos_token endoftext complete completed finish finished "
     "stop_criteria_met",
@@ -38,6 +38,6 @@ def is_known(word: str | None) -> bool:
 
 
 def _plain(word: str | None) -> str:
-    """Normalise a word: `FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` become `max_tokens`."""
+    """Normalize a word: `FinishReason.MAX_TOKENS`, `FINISH_REASON_MAX_TOKENS`, `maxTokens` become `max_tokens`."""
     last = _NEXT_WORD.sub("_", (word or "").strip().rpartition(".")[2])
     return last.casefold().replace("-", "_").replace(" ", "_").removeprefix("finish_reason_")

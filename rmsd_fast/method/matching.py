@@ -1,6 +1,6 @@
 """Match rollouts with teacher responses, and build the pairs of the discriminator loss.
 
-Every draw is a hash of (seed, step, question id, rollout index), and no random state is kept. A match therefore does
+Every draw is a hash of (seed, step, question id, rollout index), and there is no random state. A match therefore does
 not depend on the batch, the world size or earlier draws, and a resumed run makes the same draws.
 
 Source: R-MSD (arXiv 2603.11423), quality-weighted matching. `expected` pairing replaces the sampled pair by its exact
@@ -49,14 +49,14 @@ def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: b
     Returns:
         Probabilities, [K], in the dtype of quality (float32 for half precision and integers, float64 for a list).
     Raises:
-        ValueError: quality is not one-dimensional, or a value of it or min_quality is outside [0, 1].
+        ValueError: quality is not one-dimensional, or min_quality or a value of quality is outside [0, 1].
     """
     if not 0.0 <= min_quality <= 1.0:
         raise ValueError(f"min_quality: expected a number in [0, 1], got {min_quality!r}")
     quality = _probability_vector(quality, "quality")
     if not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"quality: expected values in [0, 1], got {quality.tolist()}")
-    # torch rounds the threshold to the dtype of quality, so a float32 0.7 is not below 0.7.
+    # torch rounds the threshold to the dtype of quality, so 0.7 in float32 is not below 0.7.
     # Quality 0 means invalid: such a response is never matched, even with min_quality=0.
     kept = ((quality >= min_quality) & (quality > 0)).double()
     weight = quality.double() * kept if closed_ended else kept
@@ -103,9 +103,9 @@ def sample_matches(p: Tensor | Sequence[float], n: int, *, seed: int, step: int,
 def best_response(quality: Tensor | Sequence[float], *, closed_ended: bool, seed: int, question_id: str) -> int | None:
     """Return the index of T_best, the response that stage 1 imitates; None if no response has a quality above 0.
 
-    For closed-ended questions, T_best has the highest quality, and a seeded uniform draw decides ties. For open-ended
-    questions, it is a seeded uniform draw among the valid responses (quality above 0). The paper specifies neither ties
-    nor open questions.
+    For closed-ended questions, T_best has the highest quality, and ties are resolved by a seeded uniform draw. For
+    open-ended questions, it is a seeded uniform draw among the valid responses (quality above 0). The paper specifies
+    neither ties nor open questions.
 
     Args:
         quality: quality of each response, [K].
@@ -128,8 +128,8 @@ def expected_pairs(num_rollouts: Sequence[int], probabilities: Sequence[Tensor],
     """Return all pairs of each group with pair_weight = p_k: the exact expectation of the sampled discriminator loss.
 
     With the returned normalizer, the loss is (1/rollouts) * sum_i sum_k p_k q_k softplus(D(S_i) - D(T_k)). Responses
-    with p_k = 0 are in no pair. A group whose probabilities are empty or all zero has no pairs and does not count in
-    the normalizer.
+    with p_k = 0 are not in any pair. A group whose probabilities are empty or all zero has no pairs and is not counted
+    in the normalizer.
 
     Args:
         num_rollouts: N of each group.
@@ -156,7 +156,7 @@ def expected_pairs(num_rollouts: Sequence[int], probabilities: Sequence[Tensor],
 
 
 def sampled_pairs(num_rollouts: Sequence[int], matches: Sequence[Tensor | None], quality: Sequence[Tensor]) -> Pairs:
-    """Return one pair per rollout, (S_i, T_m(i)), with pair_weight 1, as the paper writes the discriminator loss.
+    """Return one pair per rollout, (S_i, T_m(i)), with pair_weight 1, as in the paper's discriminator loss.
 
     Args:
         num_rollouts: N of each group.

@@ -3,7 +3,7 @@
 Metrics by task type: option letter (mcq), interval IoU (temporal), box IoU (spatial), epsilon accuracy or mean relative
 accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 if the response is valid.
 
-Interval, box and number arithmetic is exact, with rationals of the written decimals. A written difference of 0.01
+Intervals, boxes and numbers are compared exactly, as rational numbers. A difference of exactly 0.01 in the text
 therefore passes an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
 
 Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Bench (arXiv 2412.14171); ANLS: ST-VQA
@@ -52,15 +52,15 @@ def quality_score(
         text: the whole response.
         task_type: one of TASK_TYPES.
         answer: ground truth, as the text that belongs inside ``<answer>``. A number (numeric, ocr) or a list of 2
-            (temporal) or 4 (spatial) numbers is accepted too. Required for closed tasks, ignored for ``open``.
+            (temporal) or 4 (spatial) numbers is also accepted. Required for closed tasks, ignored for ``open``.
         options: choices of an ``mcq`` question in order.
         numeric_metric: "epsilon" (1 if abs(a-b) <= numeric_eps*max(1, abs(b))) or "mra" (the share of thresholds t
             in 0.50, 0.55, … 0.95 with abs(a-b)/abs(b) < 1-t; for b = 0 only a = 0 counts).
         numeric_eps: tolerance of "epsilon", >= 0; the paper does not specify it.
         ocr_metric: "wer" (clip(1 - word error rate, 0, 1); in scripts without spaces, such as Chinese, each character
             is a word) or "anls" (1 - edit distance / longer length over characters, 0 if that ratio reaches
-            anls_threshold). Both ignore case, full width, the kind of quotes, the amount of white space and a final
-            full stop.
+            anls_threshold). Both ignore case, character width, the style of quotes, the amount of white space and a
+            final period.
         anls_threshold: threshold of "anls", in (0, 1].
         spatial_format: "relative" (coordinates 0-1000) or "pixel", for both response and ground truth, so the IoU needs
             no conversion. A ground truth outside the range is an error.
@@ -77,7 +77,7 @@ def quality_score(
     predicted = parse_answer(text, task_type, options)
     if task_type not in CLOSED_TASKS:
         return 0.0 if predicted is None else 1.0
-    # Parsed before the response is judged, so that bad data is reported for every response.
+    # Parse the ground truth first, so that bad data is reported for every response.
     truth = parse_ground_truth(answer, task_type, options)
     if task_type == "spatial":
         _check_box_range(truth, spatial_format, size)
@@ -97,7 +97,7 @@ def quality_score(
 def parse_ground_truth(
     answer: GroundTruth | None, task_type: str, options: Sequence[str] | None = None
 ) -> ParsedAnswer:
-    """Return the value of the ground truth of a closed task. ValueError or TypeError say what was expected."""
+    """Return the value of the ground truth of a closed task. Raise ValueError or TypeError if it is invalid."""
     expected = EXPECTED_FORMAT.get(task_type)
     if task_type not in CLOSED_TASKS:
         raise ValueError(f"ground truth: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
@@ -135,7 +135,7 @@ def _is_number(value: object) -> bool:
 
 
 def _exact(value: float) -> Fraction:
-    # repr gives the shortest decimal of the float: the number as it was written, not its binary approximation.
+    # repr gives the shortest decimal of the float, which is the number in the text and not its binary approximation.
     return Fraction(repr(float(value)))
 
 
@@ -168,7 +168,7 @@ def _mra(predicted: float, truth: float) -> float:
 
 
 def fold_text(text: str) -> str:
-    """Normalise what is not an error: case, width, kind of quotes, outer quotes, white space, a final full stop."""
+    """Normalize differences that are not errors: case, width, quotes, outer quotes, white space, a final period."""
     text = " ".join(unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold().split())
     if len(text) > 1 and text.endswith((".", "。")):
         text = text[:-1].rstrip()
@@ -201,8 +201,8 @@ def _anls(predicted: str, truth: str, threshold: float) -> float:
 def _edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the Levenshtein distance of two sequences.
 
-    Two integers store a whole row of the usual table: bit i says whether the distance increases or decreases at item i
-    of `b`. Each item of `a` thus takes a few operations on integers of len(b) bits.
+    Two integers store a whole row of the usual table: bit i is set if the distance increases or decreases at item i of
+    `b`. Each item of `a` therefore takes a few operations on integers of len(b) bits.
 
     Source: Myers 1999, in the form of Hyyro 2003.
     """

@@ -93,7 +93,7 @@ def composite_advantages(
     weighted sum, so the scale of D does not matter. "sum_then_gn" returns the group advantages of the weighted sum, the
     literal reading of the paper. The KL penalty counts as one more component.
 
-    Arguments, shapes and errors are those of composite_reward. An unknown normalization also raises ValueError.
+    Arguments, shapes and errors are the same as for composite_reward. An unknown normalization also raises ValueError.
     """
     components, dtype = _components(d_score, outer, task, content)
     if normalization == "gn_then_sum":
@@ -125,6 +125,6 @@ def _weighted_sum(components: list[Tensor], weights: RewardWeights | Mapping[str
             raise ValueError(f"weights: expected the keys {', '.join(expected)}, got {', '.join(map(str, weights))}")
         weights = RewardWeights(**weights)
     values = (weights.alpha, weights.beta, weights.eta, weights.delta)
-    # A weight of 0 switches its component off, even if the component is not finite.
+    # A weight of 0 disables its component, even if the component is not finite.
     terms = [value * component for value, component in zip(values, components, strict=True) if value != 0]
     return torch.stack(terms).sum(dim=0) if terms else torch.zeros_like(components[0])

@@ -1,4 +1,4 @@
-"""FLOPs of a token and of an attended pair in the decoder, used to balance micro-batches.
+"""Count the FLOPs of a token and of an attended pair in the decoder, to balance micro-batches.
 
 `bench/step/flops.py` counts the rest of a step. `config` is a transformers config, or the same settings as nested
 dicts.
@@ -41,7 +41,7 @@ def text_sizes(config: Any) -> dict[str, Any]:
 
 
 def read_sizes(config: Any, part: str, names: str) -> dict[str, Any]:
-    """Return the settings in `names`, separated by spaces. Raise ValueError, naming `part`, if one is missing."""
+    """Return the settings in `names`, separated by spaces. Raise ValueError, naming `part`, if any is missing."""
     sizes = {name: read_setting(config, name) for name in names.split()}
     missing = [name for name, size in sizes.items() if size is None]
     if missing:

@@ -12,7 +12,8 @@ from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidde
 
 
 class Discriminator(nn.Module):
-    """Score responses: the hidden state OF the last response token (no minus-one shift), times a weight, plus a bias.
+    """Score responses: the hidden state of the last response token itself (not shifted by one), times a weight, plus a
+    bias.
 
     Args:
         model: the student to start from. Its language-model head is not used.
@@ -23,7 +24,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.model = model
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            # An untied head would not be trained but would still cost memory and optimizer state.
+            # An untied head would not be trained but would still take memory and optimizer state.
             model.lm_head = None
         hidden_size = model.config.text_config.hidden_size
         generator = torch.Generator().manual_seed(seed)

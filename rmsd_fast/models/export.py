@@ -1,11 +1,12 @@
-"""Exports: model folders that transformers 4.57 and all later versions read identically, each with a model card.
+"""Write exports: model folders that transformers 4.57 and all later versions read identically, with a model card.
 
-Versions 5 write the files, and 4.57 differs from them in four points (tests/models/test_export_versions.py):
+Versions 5 write the files. Version 4.57 differs from them in four ways (tests/models/test_export_versions.py):
 
 - 4.57 does not know `rope_parameters`. It reads `rope_theta` (default 5e6) and fails if `rope_scaling` is missing.
-- 4.57 fails if `extra_special_tokens` is a list. Both read the list under the name `additional_special_tokens`.
-- 4.57 does not know the tokenizer class `TokenizersBackend`. Both know its older name `PreTrainedTokenizerFast`.
-- Where `generation_config.json` says that it was derived from the model, 4.57 derives it again.
+- 4.57 fails if `extra_special_tokens` is a list. All versions read the list under the name `additional_special_tokens`.
+- 4.57 does not know the tokenizer class `TokenizersBackend`. All versions know its older name
+    `PreTrainedTokenizerFast`.
+- If `generation_config.json` says that it was derived from the model, 4.57 derives it again.
 
 Versions 5.5 to 5.16 also warn about the rope type `axial`, which later versions write for the vision tower.
 """
@@ -37,17 +38,17 @@ def export_student(
 ) -> None:
     """Write a folder that plain transformers loads: weights, config, tokenizer, chat template, preprocessor, README.
 
-    The folder appears complete or not at all; an earlier export in its place is replaced. The same arguments write the
-    same bytes.
+    The folder is created atomically, and replaces an earlier export at the same path. The same arguments write the same
+    bytes.
 
     Args:
         student: student to write.
         folder: folder to write to.
-        base_model: path or Hub name of the model that training began with, as the user gave it; for the README.
+        base_model: path or Hub name of the model that training began with, as given by the user; for the README.
         stage: stage of training that produced the student; for the README.
         video: how training read its media; for the README.
     Raises:
-        ModelError: the folder holds something that is not an export of a student.
+        ModelError: the folder holds files that are not an export of a student.
     """
     folder = Path(folder)
     # A folder with config.json may be the base model or contain the user's files.
@@ -81,8 +82,8 @@ def make_portable(folder: Path, *, eos_id: int) -> None:
     """Rewrite the settings that `save_pretrained` wrote to a folder so that 4.57 reads them as versions 5 do.
 
     Args:
-        folder: holds config.json, generation_config.json and tokenizer_config.json.
-        eos_id: id of the token that ends a response; generation has to stop at it.
+        folder: folder with config.json, generation_config.json and tokenizer_config.json.
+        eos_id: id of the token that ends a response and must stop generation.
     """
     _edit(folder / "config.json", _spell_rope_twice)
     _edit(folder / "tokenizer_config.json", _name_special_tokens_for_both)
@@ -112,7 +113,7 @@ def _name_special_tokens_for_both(config: dict[str, Any]) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # These say how this process loaded the tokenizer.
+    # These keys describe how this process loaded the tokenizer.
     for key in ("is_local", "local_files_only"):
         config.pop(key, None)
 
@@ -122,5 +123,5 @@ def _end_responses(settings: dict[str, Any], eos_id: int) -> None:
     ids = ids if isinstance(ids, list) else [ids] if ids is not None else []
     if eos_id not in ids:
         settings["eos_token_id"] = [eos_id, *ids]
-    # With this mark, 4.57 ignores the token ids in this file and takes those of config.json.
+    # With this key, 4.57 ignores the token ids in this file and uses the ids in config.json.
     settings.pop("_from_model_config", None)

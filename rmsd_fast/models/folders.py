@@ -1,4 +1,4 @@
-"""Model folders of the Qwen3-VL family: find, check and complete them."""
+"""Find, check and complete model folders of the Qwen3-VL family."""
 
 from __future__ import annotations
 
@@ -99,14 +99,15 @@ def check_family(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The contents of a model folder besides its weights.
+    """The contents of a model folder except for its weights.
 
     Attributes:
         path: the folder.
         config: model configuration.
         tokenizer: tokenizer with chat template and padding token.
         preprocessor: settings for videos and images.
-        response_opening: text with which the chat template opens a response: "", or `<think>` and a line break.
+        response_opening: text that the chat template adds at the start of a response: "", or `<think>` and a line
+            break.
     """
 
     path: Path
@@ -180,7 +181,7 @@ def _check_generation(folder: Path) -> None:
         GenerationConfig.from_pretrained(folder, local_files_only=True).validate(strict=True)
     # A value of the wrong type can raise any exception.
     except Exception as error:
-        # The first line only says that there are faults. Each fault has its own line, including advice.
+        # The first line only says that there are errors. Each error has its own line, including advice.
         fault = next((line for line in str(error).splitlines() if line.startswith("- ")), first_line(error))
         raise ModelError(
             f"{path}: expected settings that transformers can save with an export, "
@@ -220,8 +221,8 @@ def _check_rope(folder: Path) -> None:
     """Raise ModelError unless config.json gives exactly one rope theta and one set of rope settings for the text model.
 
     transformers 4.57 calls them `rope_theta` and `rope_scaling`, versions 5 call them `rope_parameters`. If theta is
-    missing, the versions assume different values (5e6 and 5e5). If both names are present and disagree, each version
-    reads another one.
+    missing, the versions assume different values (5e6 and 5e5). If both names are present and disagree, the versions
+    read different values.
     """
     path = folder / "config.json"
     text = json.loads(path.read_text(encoding="utf-8")).get("text_config") or {}
@@ -306,7 +307,7 @@ def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
         "size": {"shortest_edge": 4096, "longest_edge": 25165824},
         "processor_class": "Qwen3VLProcessor",
         "video_processor_type": "Qwen3VLVideoProcessor",
-        # `video_size` limits frames too. transformers before 5.16 ignores the setting and does not limit them.
+        # `video_size` also limits frames. transformers before 5.16 ignores the setting and does not limit them.
         "cap_pixels_per_frame": True,
     }
     for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):

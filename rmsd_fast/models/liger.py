@@ -1,7 +1,7 @@
-"""Liger's RMSNorm, RoPE and SwiGLU in a single student. Liger's losses are not used, because we have our own.
+"""Use Liger's RMSNorm, RoPE and SwiGLU in a single student. Liger's losses are not used, because we have our own.
 
 The kernels are applied to one model, never to classes of transformers. `liger_kernel`'s own patch replaces names in
-transformers' module, which affects every model of the process, and it silently leaves out the family's SwiGLU.
+transformers' module, which affects every model of the process, and silently skips the SwiGLU of this model family.
 """
 
 from __future__ import annotations

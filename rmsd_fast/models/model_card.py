@@ -62,7 +62,7 @@ defaults of the family.{video}
 
 ## Prompts
 
-The chat template is that of the base model. The last line of a question states the format of the answer:
+The chat template is the template of the base model. The last line of a question specifies the format of the answer:
 
 | task type | last line |
 |---|---|
@@ -73,11 +73,11 @@ The options of a multiple-choice question (`mcq`) come before this line, one per
 ## Sampling
 
 `<|im_end|>` ends a response. Evaluations of rmsd_fast decode greedily (`do_sample=False`). Without that argument, the
-settings in `generation_config.json` apply, which are those of the base model.
+settings in `generation_config.json` apply, which come from the base model.
 
-## Licence
+## License
 
-The licence of the base model applies.
+The license of the base model applies.
 """
 
 
@@ -86,8 +86,8 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
 
     Args:
         family: `model_type` of the model.
-        base_model: path or Hub name of the model that training began with; left out if empty. Of a path, only the last
-            component is shown.
+        base_model: path or Hub name of the model that training began with; left out if empty. Only the last component
+            of a path is shown.
         stage: stage of training; left out if empty.
         video: how training read its media; left out if None.
     """

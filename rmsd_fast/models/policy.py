@@ -1,4 +1,4 @@
-"""The student as the trainer calls it: it takes rows and returns the result of a loss on hidden states and head."""
+"""Wrap the student for the trainer: it takes rows and returns the result of a loss on hidden states and head."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Policy(nn.Module):
     ) -> Result:
         """Apply `head(hidden [S, D], weight [V, D], targets [S])` to the positions that predict a response token.
 
-        The S positions are those of the rows' responses in order. features=None encodes the media here, with a gradient
-        if the vision tower is trained.
+        The S positions belong to the rows' responses, in order. If features is None, the media are encoded here, with a
+        gradient if the vision tower is trained.
         """
         if features is None:
             features = encode_media(self.model, prompts)

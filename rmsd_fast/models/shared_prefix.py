@@ -1,10 +1,10 @@
-"""Shared prompts in a transformers model: decoder layers run on packed rows, without copying or patching model code.
+"""Share prompts in a transformers model: decoder layers run on packed rows, without copied or patched model code.
 
 A packed row `[P_1 | ... | P_G | R_11 R_12 ... | R_21 ...]` holds every prompt once, followed by all responses. A
 response attends to its prompt and itself. transformers allows attention functions to be registered by name. Ours reads
 the layout from the keyword `shared_prefix=`, which the model's forward passes on to every attention layer. No mask
-function is registered, so transformers builds no mask. It then silently drops a 2-D mask, which is why the inputs of
-the text model are checked here.
+function is registered, so transformers builds no mask. It then silently drops a 2-D mask, so the inputs of the text
+model are checked here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rmsd_fast.models.vision_attention import vision_implementation
 from rmsd_kernels import SharedPrefixPlan, attention_calls, shared_prefix_attention
 
 SHARED_PREFIX = "rmsd_shared_prefix"
-# Families that were tested against separate rows, each with its tested language models. A text model is its own
-# language model.
+# Families that were tested against separate rows, with their tested language models. A text model is its own language
+# model.
 FAMILIES = {
     "qwen3_vl": ("qwen3_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
@@ -51,7 +51,7 @@ _ADVICE = (
 
 
 class AttendsItself(Protocol):
-    """An object that can take the place of a plan and holds its own keys and values, such as a cache for decoding."""
+    """An object that can replace a plan and holds its own keys and values, such as a cache for decoding."""
 
     def attend(
         self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -69,11 +69,12 @@ class AttendsItself(Protocol):
 
 
 def enable_shared_prefix(model: nn.Module) -> None:
-    """Let the decoder layers attend by a plan, and a vision tower over all frames at once. Idempotent.
+    """Make the decoder layers attend according to a plan, and a vision tower process all frames in one call.
+    Idempotent.
 
-    Afterwards the model refuses a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting is stored
-    in the model's config, which several models may share, but the checks are stored in the model. Enable every model
-    separately.
+    After this call, the model rejects a forward pass without `shared_prefix=`; see `run_shared_prefix`. The setting is
+    stored in the model's config, which several models may share, but the checks are stored in the model. Enable every
+    model separately.
 
     Args:
         model: a transformers model of one of `FAMILIES`, or a module that wraps one. With peft, pass peft's model after
@@ -110,12 +111,13 @@ def enable_shared_prefix(model: nn.Module) -> None:
     if before[_text_part(model)] != SHARED_PREFIX:
         text.attention_before_shared_prefix = before
     if not _checks_inputs(model):
-        # The hook stays when sharing is disabled. It then refuses a plan, which the model's own attention would ignore.
+        # The hook remains when sharing is disabled. It then rejects a plan, which the model's own attention would
+        # ignore.
         text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 
 def disable_shared_prefix(model: nn.Module) -> None:
-    """Restore the attention of text and vision that the model had before sharing was enabled.
+    """Restore the text and vision attention that the model had before sharing was enabled.
 
     Raises:
         ModelError: sharing was enabled on another model with the same config or by `set_attn_implementation`, so the
@@ -138,7 +140,7 @@ def disable_shared_prefix(model: nn.Module) -> None:
 
 @contextmanager
 def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
-    """Enable shared prompts inside the context, and restore the former attention afterwards."""
+    """Enable shared prompts inside the context, and restore the former attention afterward."""
     before = is_shared_prefix(model)
     enable_shared_prefix(model)
     try:
@@ -149,7 +151,7 @@ def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
 
 
 def is_shared_prefix(model: nn.Module) -> bool:
-    """Return whether the model's decoder layers attend by a plan."""
+    """Return whether the model's decoder layers attend according to a plan."""
     return _transformers_model(model).config.get_text_config()._attn_implementation == SHARED_PREFIX
 
 
@@ -166,8 +168,8 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
     Raises:
         RuntimeError: the model is not enabled, attention did not run exactly once per decoder layer, or this version of
             transformers would drop `mm_encoder_outputs`.
-        ValueError: a mask or a cache was passed, positions are missing, rows do not fit the plan, features have another
-            format, or the model has its head.
+        ValueError: a mask or a cache was passed, positions are missing, rows do not fit the plan, features have a
+            different format, or the model includes its head.
     """
     if not isinstance(plan, SharedPrefixPlan) and not hasattr(plan, "attend"):
         raise ValueError(f"plan: expected a SharedPrefixPlan, got {type(plan).__name__}; see its from_lengths")
@@ -229,7 +231,7 @@ def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) 
     if tokens is not None and ids is not None and tuple(ids.shape) != (1, tokens):
         raise ValueError(f"input_ids: expected [1, {tokens}], the plan's tokens in one row, got {list(ids.shape)}")
     if positions is None or positions.dim() < 2 or tokens not in (None, positions.shape[-1]):
-        # Without positions, transformers would number the row as if it were one text.
+        # Without positions, transformers would number the row as a single text.
         raise ValueError(
             f"position_ids: expected positions of {tokens or 'all'} tokens, [1, T] or [3, 1, T], in which each "
             f"response continues from its prompt, got {'none' if positions is None else list(positions.shape)}"
@@ -237,14 +239,14 @@ def _check_rows(plan: SharedPrefixPlan | AttendsItself, inputs: dict[str, Any]) 
 
 
 def _check_features(body: nn.Module, features: Any) -> None:
-    """Refuse features that transformers would silently ignore, so that the model would see no video."""
+    """Reject features that transformers would silently ignore, because the model would then see no video."""
     forward = inspect.signature(getattr(body, "_orig_mod", body).forward)
     if "mm_encoder_outputs" not in forward.parameters:
         raise RuntimeError(
             f"{body.config.model_type}: {type(body).__name__} of transformers {transformers.__version__} ignores "
             "mm_encoder_outputs, so the model would see no video; pass a vision-language model, with transformers>=5.18"
         )
-    # A model's output is also a mapping, but with other keys.
+    # A model's output is also a mapping, but with different keys.
     if type(features) is not dict or not features or features.keys() - {"image", "video"}:
         got = list(features) if isinstance(features, dict) else type(features).__name__
         raise ValueError(
@@ -294,7 +296,7 @@ def _config_reason(config: Any, text_config: Any) -> str | None:
 
 
 def _adapter_reason(model: nn.Module) -> str | None:
-    """Return why peft's adapters cannot work on packed rows, or None. Only the configs that peft keeps are read."""
+    """Return why peft's adapters cannot work on packed rows, or None. Only peft's configs are read."""
     for part in model.modules():
         # PeftModel has this attribute, and so does every model with adapters in its layers.
         for name, adapter in (getattr(part, "peft_config", None) or {}).items():
@@ -374,7 +376,7 @@ def _refused(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> str
 
 
 def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse inputs that would never reach attention: a 2-D mask, a cache, or a plan that the attention ignores."""
+    """Reject inputs that would never reach attention: a 2-D mask, a cache, or a plan that the attention ignores."""
     plan = kwargs.get("shared_prefix")
     name = type(text).__name__
     if text.config._attn_implementation != SHARED_PREFIX:
@@ -432,12 +434,12 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _checks_inputs(model: nn.Module) -> bool:
-    """Return whether the model has the hook, which means that `unsupported` has accepted it."""
+    """Return whether the model has the hook, that is, whether it passed the check of `unsupported`."""
     return any(_check_inputs in part._forward_pre_hooks.values() for part in model.modules())
 
 
 def _text_part(model: PreTrainedModel) -> str:
-    """Return set_attn_implementation's name of the text model: a part of the config, or "" for a text-only model."""
+    """Return set_attn_implementation's name for the text model: a key of the config, or "" for a text-only model."""
     return "" if model.config.get_text_config() is model.config else "text_config"
 
 

@@ -1,4 +1,4 @@
-"""The student: a model of the Qwen3-VL family with its tokenizer and preprocessor, and its forward passes on rows."""
+"""Load a student (a Qwen3-VL model with its tokenizer and preprocessor), and run its forward passes on rows."""
 
 from __future__ import annotations
 
@@ -152,12 +152,12 @@ def encode_media(
     Args:
         model: the student's model.
         prompts: prompts whose media are encoded.
-        distinct: whether to encode equal media only once. False is for comparison with trainers that process samples
+        distinct: whether to encode equal media only once. False allows comparisons with trainers that process samples
             without groups.
         tokens_per_call: if set, split the media over several calls, each of at most this many vision tokens or one
             medium. Do not set it inside an engine's forward, where all ranks must make the same number of calls.
         cache: features by `Frames.key` in host memory, for a tower that does not change. Each medium is then encoded in
-            its own call, so that its features do not depend on which others were cached.
+            its own call, so that its features do not depend on which other media were cached.
     Raises:
         RuntimeError: the number of features of a prompt differs from its number of placeholders.
     """
@@ -212,7 +212,8 @@ def _encode_cached(
 
 def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
     visual = model.model.visual
-    # Pixels stay uint8 until they are on the device, a quarter of the bytes. Pinned pixels are copied asynchronously.
+    # Pixels stay uint8 until they are on the device, which takes a quarter of the bytes. Pinned pixels are copied
+    # asynchronously.
     patches = []
     for frames in media:
         pixels = frames.pixels.to(visual.device, non_blocking=True)
@@ -221,7 +222,7 @@ def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
             pixels.record_stream(torch.cuda.current_stream(pixels.device))
         patches.append(video_patches(pixels, frames.preprocessor, dtype=visual.dtype))
     grid_thw = torch.tensor([frames.grid_thw for frames in media], device=visual.device)
-    # The tower processes images and videos in the same way, so one call serves both.
+    # The tower processes images and videos in the same way, so one call handles both.
     return model.model.get_image_features(torch.cat(patches), grid_thw, return_dict=True)
 
 
@@ -272,7 +273,8 @@ def _same(a: Frames, b: Frames) -> bool:
 
 
 def _sample(frames: Frames) -> tuple:
-    """Return a key or some pixels. Different media rarely agree in them, so whole videos are rarely compared."""
+    """Return a key or a sample of the pixels. Different media rarely have equal samples, so few videos are fully
+    compared."""
     if frames.key:
         return frames.grid_thw, frames.key
     pixels = frames.pixels.flatten()
@@ -314,8 +316,8 @@ def embed(
 def add_deepstack_by_index(language_model: nn.Module) -> None:
     """Let a language model add deepstack features at indices [vision tokens] instead of a mask [B, L].
 
-    transformers indexes by the mask twice per layer, and each time the host waits until the device has counted it. A
-    mask, as made by the whole model of transformers, is still accepted.
+    transformers indexes with the mask twice per layer, and each time the host waits for the device to count its
+    entries. A mask, which the full transformers model passes, is still accepted.
 
     Raises:
         NotInstalled: this version of transformers adds the features with another method.
@@ -331,7 +333,7 @@ def add_deepstack_by_index(language_model: nn.Module) -> None:
 def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Add features [vision tokens, D] to the hidden states [B, L, D] of a decoder layer, in place.
 
-    In-place is safe, because a layer ends with the sum of its residual and its MLP, whose backward does not read the
+    This is safe, because a layer ends with the sum of its residual and its MLP, whose backward does not read the
     result.
     """
     if places.dtype == torch.bool:
@@ -347,8 +349,8 @@ def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features:
     Gradients flow into the features from every row that contains them.
 
     Raises:
-        RuntimeError: the rows are packed and the model has no shared-prefix attention, or the rows are padded and it
-            has.
+        RuntimeError: the rows are packed but shared-prefix attention is disabled, or the rows are padded but it is
+            enabled.
     """
     if rows.plan is None and is_shared_prefix(model):
         raise RuntimeError("padded rows require the model's own attention; call disable_shared_prefix(model) first")

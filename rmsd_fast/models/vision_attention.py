@@ -1,9 +1,10 @@
-"""Vision attention of the Qwen towers in a few calls instead of one call per frame.
+"""Compute the vision attention of the Qwen towers in a few calls instead of one call per frame.
 
 In a tower of Qwen2.5-VL or Qwen3-VL, every frame (or window) attends only to itself. Without flash-attn, transformers
 splits the patches by `cu_seqlens` and calls attention once per frame. This module calls `scaled_dot_product_attention`
-on [F, H, L, d] once per frame size, or `varlen_attn` once on CUDA in half precision. The results are those of the loop.
-The name of our implementation contains "flash" because transformers passes `cu_seqlens` only to such implementations.
+on [F, H, L, d] once per frame size, or `varlen_attn` once on CUDA in half precision. The results equal those of the
+loop. The name of our implementation contains "flash" because transformers passes `cu_seqlens` only to such
+implementations.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def frame_attention(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Compute attention in which every frame attends to all of itself and nothing else. Differentiable.
+    """Compute attention in which every frame attends only to itself, without a mask. Differentiable.
 
     Args:
         query: patches of all frames, one frame after the other, [S, H, d]. S may be 0.

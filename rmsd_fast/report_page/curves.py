@@ -1,4 +1,4 @@
-"""The curves of the report, by stage and in order."""
+"""Draw the curves of the report, by stage and in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGE_TITLES = {
     "distill": "Stage 2: adversarial distillation",
 }
 PHASE = "seconds/"
-# Further phases are drawn as one.
+# All other phases are drawn as a single one.
 MAX_PHASES = 6
 
 
@@ -24,8 +24,7 @@ MAX_PHASES = 6
 class Chart:
     """One chart: title, a line on how to read it, (metric key, name) of its curves, and its axis.
 
-    Counts and settings are not `smoothed`, because they have no noise. `skip_zero` leaves the chart out if all values
-    are 0.
+    Counts and settings are not `smoothed`, because they have no noise. `skip_zero` omits the chart if all values are 0.
     """
 
     title: str
@@ -128,7 +127,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
     (
         "Policy",
         (
-            Chart("Policy loss", "watch for jumps; the level says little", (("policy/loss", "loss"),)),
+            Chart("Policy loss", "watch for jumps; the level is not informative", (("policy/loss", "loss"),)),
             Chart(
                 "KL to the stage-1 student",
                 "nats per token",
@@ -149,7 +148,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Mismatch correction",
-                "share of tokens whose weight is capped, and in responses that are excluded",
+                "share of tokens whose weight is capped, and of tokens in excluded responses",
                 (("policy/tis_capped_fraction", "capped"), ("policy/sequence_masked_fraction", "excluded")),
                 include=(0.0,),
             ),
@@ -289,7 +288,7 @@ def phases(curves: Mapping[str, Series]) -> str:
         for step, value in zip(step_series.steps, step_series.values, strict=True):
             other[step] = other.get(step, 0.0) + max(value - known.get(step, 0.0), 0.0)
     phase_series = phase_series[:MAX_PHASES]
-    # A remainder of less than half a percent is within the resolution of the clock.
+    # A remainder of less than half a percent is below the resolution of the clock.
     shown = sum(v for s in phase_series for v in s.values if math.isfinite(v))
     if sum(v for v in other.values() if math.isfinite(v)) > 0.005 * shown:
         phase_series.append(Series("other", tuple(sorted(other)), tuple(other[step] for step in sorted(other))))
@@ -297,7 +296,7 @@ def phases(curves: Mapping[str, Series]) -> str:
 
 
 def stage_section(stage: str, curves: Mapping[str, Series]) -> str:
-    """Return heading and charts of one stage. Metrics that are in no chart follow in a folded block."""
+    """Return heading and charts of one stage. Metrics without a chart follow in a folded block."""
     title = STAGE_TITLES.get(stage, stage)
     counts = {s.steps[-1] for s in curves.values() if s.steps}
     steps = max(counts) if counts else 0

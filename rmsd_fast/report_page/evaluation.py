@@ -1,4 +1,4 @@
-"""Evaluation section of the report, and the picture for a README."""
+"""Render the evaluation section of the report, and the picture for a README."""
 
 from __future__ import annotations
 
@@ -297,11 +297,11 @@ def _place(svg: str, x: float, y: float, width: float, height: float) -> str:
 
 def _picture_legend(entries: Sequence[tuple[str, int, str]], x: float, y: float, floor: bool) -> str:
     out = []
-    for name, colour, shape in entries:
+    for name, color, shape in entries:
         shapes = {
-            "circle": f'<circle class="f{colour}" cx="{x + 6}" cy="{y}" r="5"/>',
-            "square": f'<rect class="f{colour}" x="{x + 1.5}" y="{y - 4.5}" width="9" height="9"/>',
-            "diamond": f'<path class="f{colour}" d="M{x} {y}l6 -6l6 6l-6 6Z"/>',
+            "circle": f'<circle class="f{color}" cx="{x + 6}" cy="{y}" r="5"/>',
+            "square": f'<rect class="f{color}" x="{x + 1.5}" y="{y - 4.5}" width="9" height="9"/>',
+            "diamond": f'<path class="f{color}" d="M{x} {y}l6 -6l6 6l-6 6Z"/>',
         }
         out.append(f'{shapes[shape]}<text class="tb" x="{x + 17}" y="{y + 4}">{visible(name)}</text>')
         x += 34 + 7 * len(name)

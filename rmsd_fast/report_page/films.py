@@ -1,4 +1,4 @@
-"""Previews of media files for the page, read by a separate process, because a bad file may hang or crash it."""
+"""Read previews of media files for the page in a separate process, because a bad file may hang or crash it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 # Fewer frames would miss events of a second or two in a short clip.
 FRAMES_PER_FILM = 8
 LONGEST_PX = 240
-# After this many lost files no more are read, so the page is written even if a disk hangs.
+# After this many lost files, no more files are read, so the page is written even if a disk hangs.
 MOST_LOST = 3
 
 
 @dataclass(frozen=True)
 class Film:
-    """The preview of a media file: (source, caption) of its frames, or the fault if there are none.
+    """The preview of a media file: (source, caption) of its frames, or an error message if there are none.
 
     seconds: end of a video in the file's time; None for a picture.
     """
@@ -33,7 +33,7 @@ class Film:
 
 
 class Films:
-    """Reads previews, and reads each part of a file only once.
+    """Read previews, and read each part of a file only once.
 
     Args:
         timeout_s: time limit of a file.
@@ -60,7 +60,7 @@ class Films:
             self._fork_server.close()
 
     def read(self, path: str, *, is_video: bool, span: Span = None) -> Film:
-        """Return the preview of a file. If the file cannot be read, it has a fault instead of frames.
+        """Return the preview of a file. If the file cannot be read, the preview has an error message instead of frames.
 
         Args:
             path: the media file.

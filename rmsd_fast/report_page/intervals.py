@@ -1,4 +1,4 @@
-"""Dots with 95% intervals, one row per task, as inline SVG."""
+"""Draw dots with 95% intervals, one row per task, as inline SVG."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rmsd_fast.report_page.svg import number, ticks
 
 @dataclass(frozen=True)
 class Mark:
-    """One dot with its 95% interval; `colour` 1-8, `shape` circle, square or diamond, `text` of the tooltip."""
+    """One dot with its 95% interval; `color` 1-8, `shape` circle, square or diamond, `text` of the tooltip."""
 
     mean: float
     low: float
     high: float
-    colour: int
+    color: int
     shape: str
     text: str
 
@@ -33,17 +33,17 @@ class IntervalRow:
 
 def _dot(mark: Mark, x: Callable[[float], float], y: float) -> str:
     shapes = {
-        "circle": lambda cx: f'<circle class="f{mark.colour}" cx="{cx:.1f}" cy="{y:.1f}" r="4.5"/>',
+        "circle": lambda cx: f'<circle class="f{mark.color}" cx="{cx:.1f}" cy="{y:.1f}" r="4.5"/>',
         "square": lambda cx: (
-            f'<rect class="f{mark.colour}" x="{cx - 4.2:.1f}" y="{y - 4.2:.1f}" width="8.4" height="8.4"/>'
+            f'<rect class="f{mark.color}" x="{cx - 4.2:.1f}" y="{y - 4.2:.1f}" width="8.4" height="8.4"/>'
         ),
-        "diamond": lambda cx: f'<path class="f{mark.colour}" d="M{cx - 5.6:.1f} {y:.1f}l5.6 -5.6l5.6 5.6l-5.6 5.6Z"/>',
+        "diamond": lambda cx: f'<path class="f{mark.color}" d="M{cx - 5.6:.1f} {y:.1f}l5.6 -5.6l5.6 5.6l-5.6 5.6Z"/>',
     }
     line = f"M{x(mark.low):.1f} {y:.1f}H{x(mark.high):.1f}"
     caps = f"M{x(mark.low):.1f} {y - 3:.1f}v6M{x(mark.high):.1f} {y - 3:.1f}v6"
     return (
         f"<g><title>{escape(mark.text)}</title>"
-        f'<path class="i{mark.colour}" d="{line}{caps}"/>{shapes[mark.shape](x(mark.mean))}</g>'
+        f'<path class="i{mark.color}" d="{line}{caps}"/>{shapes[mark.shape](x(mark.mean))}</g>'
     )
 
 
@@ -94,10 +94,10 @@ def interval_svg(
 
 
 def mark_legend(entries: Sequence[tuple[str, int, str]], floor: bool) -> str:
-    """Return the legend of an interval chart: (name, colour, shape) of each student, and the floor's dashed tick."""
+    """Return the legend of an interval chart: (name, color, shape) of each student, and the floor's dashed tick."""
     items = []
-    for name, colour, shape in entries:
-        dot = _dot(Mark(11.0, 1.0, 21.0, colour, shape, name), lambda v: v, 6.0)
+    for name, color, shape in entries:
+        dot = _dot(Mark(11.0, 1.0, 21.0, color, shape, name), lambda v: v, 6.0)
         items.append(f'<li><svg viewBox="0 0 22 12" style="height:12px">{dot}</svg>{escape(name)}</li>')
     if floor:
         items.append(
@@ -117,7 +117,7 @@ def interval_figure(
     tick_text: Callable[[float], str] = number,
     zero: bool = False,
 ) -> str:
-    """Return a card with two drawings, for wide and narrow windows, so that the lettering keeps its size."""
+    """Return a card with two drawings, for wide and narrow windows, so that the text keeps its size."""
     drawings = []
     for kind, width in (("wide", 560), ("narrow", 350)):
         svg, _ = interval_svg(rows, title, domain=domain, tick_text=tick_text, zero=zero, width=width)

@@ -1,4 +1,4 @@
-"""Draw answers: boxes over the frames of a question's video, and intervals on a time line below them."""
+"""Draw answers: boxes over the frames of a question's video, and intervals on a timeline below them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rmsd_fast.method.answers import answer_body, parse_answer_body
 from rmsd_fast.report_page.svg import number, ticks
 from rmsd_fast.report_page.text import visible
 
-# Coordinates of boxes are shares of the frame in thousandths.
+# Coordinates of boxes are in thousandths of the frame.
 _WHOLE = 1000
 TRUTH = "truth"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One box `(x1, y1, x2, y2)` or interval `(start, end)`: its short name, and `truth` or a series colour 1-8."""
+    """One box `(x1, y1, x2, y2)` or interval `(start, end)`: its short name, and `truth` or a series color 1-8."""
 
     name: str
-    colour: str
+    color: str
     values: tuple[float, ...]
 
 
@@ -29,12 +29,12 @@ def truth_mark(task_type: str, answer: object) -> list[Mark]:
     return _mark("ground truth", TRUTH, task_type, str(answer or ""))
 
 
-def response_mark(name: str, colour: int, task_type: str, text: object) -> list[Mark]:
+def response_mark(name: str, color: int, task_type: str, text: object) -> list[Mark]:
     """Return the mark of a response's answer, even if the format around the answer is broken."""
-    return _mark(name, str(colour), task_type, answer_body(str(text or "")))
+    return _mark(name, str(color), task_type, answer_body(str(text or "")))
 
 
-def _mark(name: str, colour: str, task_type: str, body: str | None) -> list[Mark]:
+def _mark(name: str, color: str, task_type: str, body: str | None) -> list[Mark]:
     if task_type not in ("spatial", "temporal") or body is None:
         return []
     values = parse_answer_body(body, task_type)
@@ -42,7 +42,7 @@ def _mark(name: str, colour: str, task_type: str, body: str | None) -> list[Mark
     half = len(values or ()) // 2
     if values is None or any(end <= start for start, end in zip(values[:half], values[half:], strict=True)):
         return []
-    return [Mark(name, colour, values)]
+    return [Mark(name, color, values)]
 
 
 def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
@@ -50,7 +50,7 @@ def _merged(marks: Sequence[Mark], *, values: int) -> list[Mark]:
     names: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for mark in marks:
         if len(mark.values) == values:
-            names.setdefault((mark.colour, mark.values), []).append(mark.name)
+            names.setdefault((mark.color, mark.values), []).append(mark.name)
     return [Mark(", ".join(agreeing), *key) for key, agreeing in names.items()]
 
 
@@ -64,7 +64,7 @@ def box_overlay(marks: Sequence[Mark]) -> str:
         x1, y1, x2, y2 = (min(max(value, 0.0), _WHOLE) for value in mark.values)
         title = f"{mark.name}: {','.join(number(v, 4) for v in mark.values)}"
         boxes.append(
-            f'<rect class="m-{mark.colour}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}">'
+            f'<rect class="m-{mark.color}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}">'
             f"<title>{visible(title)}</title></rect>"
         )
     view = f"0 0 {_WHOLE} {_WHOLE}"
@@ -74,7 +74,7 @@ def box_overlay(marks: Sequence[Mark]) -> str:
 def time_line(
     marks: Sequence[Mark], seconds: float | None, span: tuple[float | None, float | None] | None = None
 ) -> str:
-    """Return one lane per interval, with a bar on a time line of the clip; "" without intervals.
+    """Return one lane per interval, with a bar on a timeline of the clip; "" without intervals.
 
     Args:
         marks: the answers to draw; marks of boxes are ignored.
@@ -85,7 +85,7 @@ def time_line(
     if not marks:
         return ""
     end = max(mark.values[1] for mark in marks) if seconds is None else seconds
-    # No clip is shorter than a frame, and such a scale could not be drawn.
+    # A clip is at least as long as a frame; a shorter scale could not be drawn.
     if not 1e-3 < end < math.inf:
         return ""
 
@@ -98,7 +98,7 @@ def time_line(
         shown = f'<i class="span" style="{bar_style(span[0] or 0.0, end if span[1] is None else span[1])}"></i>'
     lanes = [
         f'<div class="lane"><span>{visible(mark.name)}</span><div class="track">{shown}'
-        f'<b class="m-{mark.colour}" style="{bar_style(*mark.values)}"></b></div>'
+        f'<b class="m-{mark.color}" style="{bar_style(*mark.values)}"></b></div>'
         f"<span>{number(mark.values[0], 4)} to {number(mark.values[1], 4)} s</span></div>"
         for mark in marks
     ]
@@ -109,7 +109,7 @@ def time_line(
 
 
 def mark_key(marks: Sequence[Mark], names: Mapping[str, str]) -> str:
-    """Return the legend of the boxes. names: name of each colour."""
-    colours = [colour for colour in names if any(mark.colour == colour and len(mark.values) == 4 for mark in marks)]
-    items = "".join(f'<li><i class="swatch m-{colour}"></i>{visible(names[colour])}</li>' for colour in colours)
+    """Return the legend of the boxes. names: name of each color."""
+    colors = [color for color in names if any(mark.color == color and len(mark.values) == 4 for mark in marks)]
+    items = "".join(f'<li><i class="swatch m-{color}"></i>{visible(names[color])}</li>' for color in colors)
     return f'<ul class="legend">{items}</ul>' if items else ""

@@ -1,4 +1,4 @@
-"""The whole page: header, headline numbers, sections, settings."""
+"""Render the whole page: header, headline numbers, sections, settings."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _spent(run: ReportedRun, started: datetime | None, finished: datetime | None
 
 
 def _notes(run: ReportedRun) -> str:
-    """Return notes that must be read before any number: a simulated teacher, damaged files."""
+    """Return notes that must come before any number: a simulated teacher, damaged files."""
     out = []
     if is_simulated(run.evaluation) or is_simulated(run.teacher):
         out.append(
@@ -210,5 +210,5 @@ def _samples(run: ReportedRun, films: Films) -> str:
     if not run.samples:
         return f'{head}<p class="muted">No answers were kept (no samples.jsonl).</p>'
     cards = sample_cards(run.samples, student_names(run), films)
-    lead = "Held-out questions with frames of their video. The colour of an answer's edge shows its score."
+    lead = "Held-out questions with frames of their video. The color of an answer's edge shows its score."
     return f'{head}<p class="muted">{lead}</p>{cards}'

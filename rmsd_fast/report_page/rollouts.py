@@ -1,4 +1,4 @@
-"""Rollouts of the report: for some logged steps, each question with its teacher answers and its rollouts.
+"""Render the rollouts of some logged steps: each question with its teacher answers and its rollouts.
 
 Like samples.jsonl, rollouts.jsonl contains text of models and data files, which is escaped.
 """
@@ -17,12 +17,12 @@ from rmsd_fast.report_page.samples import film_strip, is_number, question_html, 
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.text import visible
 
-# Per step; a run may log more.
+# Maximum number of questions per step; a run may log more.
 QUESTIONS_SHOWN = 4
-TEACHER_COLOUR, STUDENT_COLOUR = 1, 2
+TEACHER_COLOR, STUDENT_COLOR = 1, 2
 # Names of record fields on the page.
 _NAMES = {"quality": "q", "d_score": "D", "log_ratio": "k1"}
-_COLOURS = {TRUTH: "ground truth", str(TEACHER_COLOUR): "teacher answers", str(STUDENT_COLOUR): "rollouts"}
+_COLORS = {TRUTH: "ground truth", str(TEACHER_COLOR): "teacher answers", str(STUDENT_COLOR): "rollouts"}
 
 
 def rollouts_section(rows: Sequence[Mapping[str, Any]], films: Films) -> str:
@@ -63,15 +63,15 @@ def _card(row: Mapping[str, Any], films: Films) -> str:
     rollouts = [(f"R{index}", rollout) for index, rollout in enumerate(row["rollouts"])]
     rollouts.sort(key=lambda named: _rank(named[1]), reverse=True)
     marks = truth_mark(task, row.get("answer"))
-    for colour, side in ((TEACHER_COLOUR, teacher), (STUDENT_COLOUR, rollouts)):
+    for color, side in ((TEACHER_COLOR, teacher), (STUDENT_COLOR, rollouts)):
         for name, response in side:
-            marks += response_mark(name, colour, task, response.get("text"))
+            marks += response_mark(name, color, task, response.get("text"))
     teacher_cards = _answers([(name, _teacher_answer(answer)) for name, answer in teacher])
     rollout_cards = _answers([(name, _rollout(rollout)) for name, rollout in rollouts])
     return (
         f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
         f'<span class="muted small">{visible(row.get("id", ""))}</span></div>'
-        f"{film_strip(row, marks, _COLOURS, films)}{question_html(row)}"
+        f"{film_strip(row, marks, _COLORS, films)}{question_html(row)}"
         f"<h4>Teacher answers</h4>{teacher_cards}<h4>Rollouts</h4>{rollout_cards}</article>"
     )
 

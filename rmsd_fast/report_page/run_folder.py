@@ -25,7 +25,7 @@ class ReportedRun:
         folder: the run folder.
         settings: content of config.yaml.
         settings_text: text of config.yaml.
-        metrics: curves over the optimiser steps, by stage and metric key.
+        metrics: curves over the optimizer steps, by stage and metric key.
         alarms: alarms that the metrics raise, in the order of the run.
         rollouts: lines of rollouts.jsonl.
         evaluation: content of evaluation.json, or None without an evaluation.
@@ -33,7 +33,7 @@ class ReportedRun:
         teacher: content of teacher.json (statistics of the pool), or None.
         info: content of run.json (`started`, `finished` as ISO 8601, `recipe`, `hardware`, `world_size`, `versions` by
             name); may be empty.
-        notes: notes on the files for the reader of the page.
+        notes: notes on the files, shown on the page.
     """
 
     folder: Path
@@ -217,7 +217,7 @@ def _check_stage_and_step(row: dict[str, Any], where: str) -> None:
 
 
 def curves(rows: list[tuple[int, dict[str, Any]]], path: Path) -> dict[str, dict[str, Series]]:
-    """Return the curves by stage and key. If a step was logged twice (before and after a resume), the last one counts.
+    """Return the curves by stage and key. If a step was logged twice (before and after a resume), the last line counts.
 
     Raises:
         ReportError: a line has no valid `stage` or `step`; the message names the line.

@@ -1,4 +1,4 @@
-"""Sample cards of the report: frames, question, options, ground truth and the students' answers side by side.
+"""Render the sample cards: frames, question, options, ground truth and the students' answers side by side.
 
 All text shown here comes from a model or a data file. It is escaped, so tags in it are visible text.
 """
@@ -26,8 +26,8 @@ from rmsd_fast.report_page.text import visible
 
 MAX_CARDS = 40
 STUDENT_ORDER = ("untrained", "stage1", "stage2")
-# Series colours of the students' marks, as in the charts.
-STUDENT_COLOURS, OTHER_COLOUR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
+# Series colors of the students' marks, as in the charts.
+STUDENT_COLORS, OTHER_COLOR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 
 
@@ -37,12 +37,12 @@ def film_strip(
     names: Mapping[str, str],
     films: Films,
 ) -> str:
-    """Return the frames of a question's media, with boxes over them and intervals on a time line below.
+    """Return the frames of a question's media, with boxes over them and intervals on a timeline below.
 
     Args:
         row: a line of samples.jsonl or rollouts.jsonl; its `videos`, `images`, `spans` and `duration` are read.
         marks: the answers to draw.
-        names: name of each colour, for the legend.
+        names: name of each color, for the legend.
         films: reader of the media.
     """
     media = [(str(path), True, _span(row, index)) for index, path in enumerate(row.get("videos") or ())]
@@ -111,7 +111,7 @@ def _answer(name: str, row: Mapping[str, object]) -> str:
         return f'<div class="answer bad"><header><b>{visible(name)}</b></header>{fault}</div>'
     score = row.get("score")
     if is_number(score):
-        # Bounds of the colours only: a full score, and less than the default quality threshold of the teacher (0.3).
+        # Thresholds of the colors only: a full score, and less than the default quality threshold of the teacher (0.3).
         kind = "good" if score >= 0.995 else "bad" if score < 0.3 else "part"
         what = f"score {score:.2f}"
     else:
@@ -159,17 +159,17 @@ def sample_cards(rows: Sequence[Mapping[str, object]], names: Mapping[str, str],
     for identity, group in list(groups.items())[:MAX_CARDS]:
         group = sorted(group, key=lambda row: order.get(str(row.get("student")), len(order)))
         first, task = group[0], str(group[0].get("task_type", ""))
-        marks, colours = truth_mark(task, first.get("answer")), {TRUTH: "ground truth"}
+        marks, colors = truth_mark(task, first.get("answer")), {TRUTH: "ground truth"}
         for row in group:
             student = str(row.get("student"))
-            colour = STUDENT_COLOURS.get(student, OTHER_COLOUR)
-            colours[str(colour)] = names.get(student, student)
-            marks += response_mark(names.get(student, student), colour, task, row.get("response"))
+            color = STUDENT_COLORS.get(student, OTHER_COLOR)
+            colors[str(color)] = names.get(student, student)
+            marks += response_mark(names.get(student, student), color, task, row.get("response"))
         answers = "".join(_answer(names.get(str(r.get("student")), str(r.get("student"))), r) for r in group)
         cards.append(
             f'<article class="card sample"><div><span class="badge">{visible(task)}</span>'
             f'<span class="muted small">{visible(identity)}</span></div>'
-            f"{film_strip(first, marks, colours, films)}{question_html(first)}"
+            f"{film_strip(first, marks, colors, films)}{question_html(first)}"
             f'<div class="answers">{answers}</div></article>'
         )
     more = len(groups) - len(cards)

@@ -1,7 +1,7 @@
-"""Colours, style sheet and script of the report page.
+"""Colors, style sheet and script of the report page.
 
-Page and pictures use the same palette. Each series colour has a contrast of at least 3:1 with its card. Series also
-differ by dash or marker, so that readers need not distinguish hues.
+Page and pictures use the same palette. Each series color has a contrast of at least 3:1 with its card. Series also
+differ by dash or marker, so that readers do not have to distinguish hues.
 """
 
 from __future__ import annotations
@@ -49,33 +49,33 @@ DARK = {
     "s7": "#f27aa5",
     "s8": "#55c3d6",
 }
-SERIES_COLOURS = 8
+SERIES_COLORS = 8
 # Second, fourth, ... series of a chart are dashed.
 _DASHES = {2: "7 3", 4: "2 3", 5: "9 3 2 3", 7: "4 2", 8: "1 3"}
 
 
-def _svg_rules(colour: dict[str, str]) -> str:
-    """Return the rules of the drawings, with literal colours, since SVG viewers may not support CSS variables."""
+def _svg_rules(color: dict[str, str]) -> str:
+    """Return the rules of the drawings, with literal colors, since SVG viewers may not support CSS variables."""
     rules = [
-        f".t{{fill:{colour['muted']};font:11px system-ui,sans-serif}}",
-        f".tb{{fill:{colour['ink']};font:600 12px system-ui,sans-serif}}",
-        f".th{{fill:{colour['ink']};font:600 16px system-ui,sans-serif}}",
-        f".g{{stroke:{colour['grid']};stroke-width:1;fill:none}}",
-        f".a{{stroke:{colour['line']};stroke-width:1;fill:none}}",
-        f".w{{stroke:{colour['bad']};stroke-width:1;stroke-dasharray:5 4;fill:none}}",
-        # An outline in the card's colour keeps the text legible where a curve crosses it.
-        f".wt{{fill:{colour['bad']};font:10px system-ui,sans-serif;"
-        f"paint-order:stroke;stroke:{colour['card']};stroke-width:3px}}",
-        f".fl{{stroke:{colour['ink']};stroke-width:2;stroke-dasharray:3 2;fill:none}}",
-        f".board{{fill:{colour['card']};stroke:{colour['line']}}}",
+        f".t{{fill:{color['muted']};font:11px system-ui,sans-serif}}",
+        f".tb{{fill:{color['ink']};font:600 12px system-ui,sans-serif}}",
+        f".th{{fill:{color['ink']};font:600 16px system-ui,sans-serif}}",
+        f".g{{stroke:{color['grid']};stroke-width:1;fill:none}}",
+        f".a{{stroke:{color['line']};stroke-width:1;fill:none}}",
+        f".w{{stroke:{color['bad']};stroke-width:1;stroke-dasharray:5 4;fill:none}}",
+        # An outline in the card's color keeps the text legible where a curve crosses it.
+        f".wt{{fill:{color['bad']};font:10px system-ui,sans-serif;"
+        f"paint-order:stroke;stroke:{color['card']};stroke-width:3px}}",
+        f".fl{{stroke:{color['ink']};stroke-width:2;stroke-dasharray:3 2;fill:none}}",
+        f".board{{fill:{color['card']};stroke:{color['line']}}}",
     ]
-    for i in range(1, SERIES_COLOURS + 1):
-        hue = colour[f"s{i}"]
+    for i in range(1, SERIES_COLORS + 1):
+        hue = color[f"s{i}"]
         dash = f";stroke-dasharray:{_DASHES[i]}" if i in _DASHES else ""
         rules.append(f".l{i}{{stroke:{hue};stroke-width:2;fill:none;stroke-linecap:round;stroke-linejoin:round{dash}}}")
         rules.append(f".r{i}{{stroke:{hue};stroke-width:1;fill:none;opacity:.3;stroke-linecap:round}}")
         rules.append(f".i{i}{{stroke:{hue};stroke-width:2;fill:none}}")
-        rules.append(f".f{i}{{fill:{hue};stroke:{colour['card']};stroke-width:1}}")
+        rules.append(f".f{i}{{fill:{hue};stroke:{color['card']};stroke-width:1}}")
     return "\n".join(rules)
 
 
@@ -84,8 +84,8 @@ def svg_style() -> str:
     return f"{_svg_rules(LIGHT)}\n@media (prefers-color-scheme: dark){{\n{_svg_rules(DARK)}\n}}"
 
 
-def _variables(colour: dict[str, str]) -> str:
-    return ";".join(f"--{name.replace('_', '-')}:{value}" for name, value in colour.items())
+def _variables(color: dict[str, str]) -> str:
+    return ";".join(f"--{name.replace('_', '-')}:{value}" for name, value in color.items())
 
 
 _PAGE_RULES = """
@@ -223,13 +223,13 @@ document.querySelectorAll('svg[data-plot]').forEach(function(svg){
 
 
 def _mark_rules() -> str:
-    """Return the colours of boxes and bars. Boxes are drawn over video, so they have bright colours in both themes."""
+    """Return the colors of boxes and bars. Boxes are drawn over video, so they have bright colors in both themes."""
     rules = []
-    for name in ("truth", *range(1, SERIES_COLOURS + 1)):
+    for name in ("truth", *range(1, SERIES_COLORS + 1)):
         variable, bright = ("good", DARK["good"]) if name == "truth" else (f"s{name}", DARK[f"s{name}"])
         rules.append(f".boxes .m-{name}{{stroke:{bright}}}.swatch.m-{name}{{border-color:var(--{variable})}}")
         rules.append(f".track .m-{name}{{background:var(--{variable})}}")
-    # The ground truth is the widest line and below the others, so all dashes are visible even if the answers agree.
+    # The ground truth is the widest line and is drawn first, so all dashes are visible even if the answers agree.
     rules.append(".boxes .m-truth{stroke-width:5}.boxes .m-1{stroke-dasharray:9 5}.boxes .m-2{stroke-dasharray:3 5}")
     return "\n".join(rules)
 
@@ -246,7 +246,7 @@ def page_style() -> str:
 def content_policy() -> str:
     """Return the content security policy of the page: nothing is fetched, and only the page's own script runs.
 
-    Text of teacher and student is escaped. If some text were not, browsers would still block any other script.
+    Text of teacher and student is escaped. Even if some text were not, browsers would block any other script.
     """
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -1,7 +1,7 @@
-"""Curves and stacked times of the report as inline SVG.
+"""Draw curves and stacked times of the report as inline SVG.
 
-The functions return markup and escape all text that they are given. Curves are drawn at about the size at which they
-are shown (360 units wide, one column of a phone), so that the lettering keeps its size.
+The functions return markup and escape all text arguments. Curves are drawn at about their display size (360 units wide,
+one column of a phone), so that the text keeps its size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from rmsd_fast.report_page.style import SERIES_COLOURS
+from rmsd_fast.report_page.style import SERIES_COLORS
 
 # Maximum number of points of a raw curve; the chart has fewer columns than that.
 MAX_POINTS = 600
@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 24
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: optimiser steps and values (NaN where the value was not finite)."""
+    """One curve: optimizer steps and values (NaN where the value was not finite)."""
 
     name: str
     steps: tuple[int, ...]
@@ -59,10 +59,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the centred moving mean over about a twelfth of the curve, without non-finite values.
+    """Return the centered moving mean over about a twelfth of the curve, without non-finite values.
 
-    A trailing mean would shift every turn of the curve to the right. The window is cut at both ends, and short curves
-    are returned unchanged.
+    A trailing mean would shift every turn of the curve to the right. The window is truncated at both ends, and short
+    curves are returned unchanged.
     """
     n = len(values)
     half = min(n // 24, 50)
@@ -100,7 +100,7 @@ def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[lis
 
 
 def value_range(series: Sequence[Series], include: Sequence[float] = ()) -> tuple[float, float, str]:
-    """Return the vertical range, and a remark if isolated spikes lie outside of it."""
+    """Return the vertical range, and a remark if isolated spikes are outside of it."""
     finite = sorted(v for s in series for v in s.values if math.isfinite(v))
     if not finite:
         return 0.0, 1.0, ""
@@ -229,7 +229,7 @@ def curve_svg(
 ) -> tuple[str, str]:
     """Return a chart of smoothed curves over faint raw ones, with warning lines, and a remark on values outside of it.
 
-    `y_range` fixes the vertical axis. Without it, the axis covers the values and those of `include`.
+    `y_range` fixes the vertical axis. Without it, the axis covers the values and `include`.
     """
     low, high, remark = value_range(series, include)
     # Spikes outside of the chart must not affect the smoothed curve.
@@ -282,8 +282,8 @@ def curve_chart(
     warn: Sequence[tuple[float, str]] = (),
     smoothed: bool = True,
 ) -> str:
-    """Return a card with curves. If smoothed values are beyond a warning line, the card has a warning text too."""
-    series = list(series)[:SERIES_COLOURS]
+    """Return a card with curves. If smoothed values are beyond a warning line, the card also has a warning text."""
+    series = list(series)[:SERIES_COLORS]
     svg, remark = curve_svg(
         series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed
     )
@@ -323,7 +323,7 @@ def _summary(title: str, series: Sequence[Series]) -> str:
 
 def stacked_chart(title: str, hint: str, series: Sequence[Series], *, width: int = 360, height: int = 190) -> str:
     """Return a card with stacked bars (means over several steps if there are many) and the share of each series."""
-    series = list(series)[:SERIES_COLOURS]
+    series = list(series)[:SERIES_COLORS]
     steps = sorted({step for s in series for step in s.steps})
     size = math.ceil(len(steps) / MAX_BARS)
     tables = [dict(zip(s.steps, s.values, strict=True)) for s in series]

@@ -1,4 +1,4 @@
-"""Teacher section of the report: how quality varies across and within questions, by task."""
+"""Render the teacher section of the report: how quality varies across and within questions, by task."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
     for task, group in groups:
         mean = value(group, "mean")
         marks = []
-        for key, name, colour, shape in _LANES:
+        for key, name, color, shape in _LANES:
             sd = value(group, key)
             if math.isfinite(mean) and math.isfinite(sd):
                 text = f"{task}: mean {number(mean)}, {name} {number(sd)}"
-                marks.append(Mark(mean, mean - sd, mean + sd, colour, shape, text))
+                marks.append(Mark(mean, mean - sd, mean + sd, color, shape, text))
         rows.append(IntervalRow(task, tuple(marks)))
-    legend = mark_legend([(f"mean ± {name}", colour, shape) for _, name, colour, shape in _LANES], floor=False)
+    legend = mark_legend([(f"mean ± {name}", color, shape) for _, name, color, shape in _LANES], floor=False)
     hint = "spread between questions, and between the answers to one question"
     return interval_figure("Quality by task", hint, rows, legend, (0.0, 1.0))
 

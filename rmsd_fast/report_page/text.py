@@ -1,11 +1,11 @@
-"""Conversion of untrusted text to HTML."""
+"""Convert untrusted text to HTML."""
 
 from __future__ import annotations
 
 import re
 from html import escape
 
-# Control characters other than tab and newline, and lone surrogates, which UTF-8 cannot carry.
+# Control characters other than tab and newline, and lone surrogates, which UTF-8 cannot represent.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

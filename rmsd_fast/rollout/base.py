@@ -43,7 +43,7 @@ class Rollout:
         text: decoded text.
         logp: log-probs of the sampled ids, float32 [R], under the sampled distribution (with temperature, without
             banned ids). If the model's logits were not finite, the response ends there with NaN.
-        truncated: whether the response was cut at `max_new_tokens`.
+        truncated: whether the response was truncated at `max_new_tokens`.
         policy_version: rollout step in which the response was sampled. The weights change at most once per step.
     """
 
@@ -77,7 +77,7 @@ class RolloutEngine(Protocol):
             model: the policy's model.
             prompts: prompts to answer.
             sampling: sampling parameters.
-            features: vision features of the prompts, for an engine that runs the model itself.
+            features: vision features of the prompts, for engines that run the model themselves.
             policy_version: version to record in the rollouts.
         """
 
@@ -85,9 +85,9 @@ class RolloutEngine(Protocol):
 def sampling_noise(sampling: Sampling, question_id: str, index: int) -> np.ndarray:
     """Return uniform numbers in [0, 1) for one rollout, float64 [max_new_tokens].
 
-    The numbers depend only on (seed, step, id, index, position). The key of a rollout is a hash of the first four, and
-    the number at a position is that output of the splitmix64 sequence of the key. A rollout therefore depends neither
-    on the rest of its batch nor on the number of processes.
+    The numbers depend only on (seed, step, id, index, position). The key of a rollout is a hash of the first four
+    values, and the number at a position is the corresponding output of splitmix64 seeded with the key. A rollout
+    therefore does not depend on the rest of its batch or on the number of processes.
     """
     name = f"{sampling.seed}/{sampling.step}/{question_id}/{index}".encode()
     key = np.uint64(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))

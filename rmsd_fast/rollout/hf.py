@@ -1,4 +1,4 @@
-"""Rollouts with transformers in the training process, on shared prefixes.
+"""Generate rollouts with transformers in the training process, on shared prefixes.
 
 The prompts of a batch are prefilled in one packed row. Their K/V are stored once, and all N responses of a prompt read
 them.
@@ -47,7 +47,7 @@ class HfRollout:
     ) -> list[list[Rollout]]:
         """Return N rollouts per prompt; see `RolloutEngine`.
 
-        The call enables eval mode and shared prefixes, and restores the model afterwards.
+        The call enables eval mode and shared prefixes, and restores the model afterward.
         """
         was_training = model.training
         model.eval()
@@ -80,7 +80,7 @@ class HfRollout:
 
         tokens = torch.full(noise.shape, -1, dtype=torch.long, device=self.device)
         logps = torch.zeros(noise.shape, device=self.device)
-        # `rows` are the rows of `tokens` that are still in the batch; `active` marks those that have not ended.
+        # `rows` are the rows of `tokens` that are still in the batch; `active` marks the rows that have not ended.
         rows = torch.arange(len(tokens), device=self.device)
         active = torch.ones_like(rows, dtype=torch.bool)
         for t in range(sampling.max_new_tokens):

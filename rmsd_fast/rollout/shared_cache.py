@@ -10,9 +10,9 @@ import torch
 from rmsd_kernels.shared_prefix.attention import SharedPrefixPlan, shared_prefix_attention
 from rmsd_kernels.shared_prefix.decode import DecodePlan, shared_prefix_decode
 
-# Tokens by which the buffers of the responses' own K/V grow. Each growth copies a buffer; over 1,024 tokens, the copies
-# amount to 1.5% of what attention reads from it. Buffers grow because most responses end long before their maximum
-# length.
+# Number of tokens by which the buffers of the responses' own K/V grow. Each growth copies a buffer; over 1,024 tokens,
+# the copies amount to 1.5% of the bytes that attention reads from it. Buffers grow because most responses end long
+# before their maximum length.
 BLOCK = 64
 
 
@@ -101,7 +101,7 @@ class DecodeCache:
         return out[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only some of the rows. Synchronizes with the device.
+        """Keep only the given rows. Synchronizes with the device.
 
         The prompt of a group without rows stays in memory but is no longer read.
 
@@ -139,6 +139,6 @@ class OwnTokens:
         return self.buffer[:, :, : self.length]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only some of the rows, int64 [A]."""
+        """Keep only the given rows, int64 [A]."""
         if self.buffer is not None:
             self.buffer = self.buffer.index_select(0, rows)

@@ -1,4 +1,4 @@
-"""Alarms: conditions under which a run needs attention, as one table over the metrics of a stage.
+"""Define alarms: conditions on the metrics of a stage under which a run needs attention, in one table.
 
 Alarms depend only on the metrics. Training prints each alarm once per run, and the report derives the same alarms from
 metrics.jsonl.
@@ -21,11 +21,11 @@ LENGTH_BIAS = 0.3
 
 @dataclass(frozen=True)
 class Condition:
-    """A metric whose mean should stay within [low, high] over the last two windows of `window` steps.
+    """A metric whose mean over each of the last two windows of `window` steps should be within [low, high].
 
-    An alarm requires that both means lie outside by more than two standard errors, computed from the variation within
-    each window. Noise of single steps therefore raises no alarm. One window would not be enough, because metrics drift,
-    and the variation within ten steps says little about the drift over ten.
+    An alarm requires that both means are out of bounds by more than two standard errors, computed from the variation
+    within each window. Noise in single steps therefore does not raise an alarm. One window would not be enough, because
+    metrics drift, and the variation within ten steps is a poor estimate of the drift over ten steps.
 
     Attributes:
         title: name of the alarm.
@@ -100,8 +100,8 @@ CONDITIONS = (
     Condition(
         "the discriminator is at chance late in its warm-up",
         "discriminator/pair_accuracy",
-        "It does not tell teacher answers from rollouts yet, so stage 2 would start with a reward that is noise.",
-        "raise discriminator.warm_up_lr or discriminator.warm_up_steps. Check teacher/kept_share too: "
+        "It cannot distinguish teacher answers from rollouts yet, so the reward of stage 2 would start as noise.",
+        "raise discriminator.warm_up_lr or discriminator.warm_up_steps. Also check teacher/kept_share: "
         "teacher.responses (K) and teacher.min_quality (tau) must leave pairs.",
         low=0.55,
         first_share=0.75,
@@ -110,7 +110,7 @@ CONDITIONS = (
     Condition(
         "the discriminator is at chance",
         "discriminator/pair_accuracy",
-        "It does not tell teacher answers from rollouts, so its part of the reward is noise.",
+        "It cannot distinguish teacher answers from rollouts, so its part of the reward is noise.",
         "compare teacher answers and rollouts in the report. If the rollouts are worse, raise discriminator.lr or "
         "discriminator.warm_up_steps, and check that teacher.responses (K) and teacher.min_quality (tau) leave pairs "
         "(teacher/kept_share). If they are equally good, stage 2 has nothing left to learn from this pool.",
@@ -163,7 +163,7 @@ CONDITIONS = (
         "many questions have no usable teacher answer",
         "teacher/empty_share",
         "None of their answers reaches teacher.min_quality, so they yield no pair and no discriminator reward.",
-        "lower teacher.min_quality (tau), collect more answers per question, or leave these questions out. "
+        "lower teacher.min_quality (tau), collect more answers per question, or remove these questions. "
         "The report's table of teacher responses shows the task types.",
         high=0.3,
         window=20,

@@ -1,9 +1,9 @@
-"""Checkpoints: one folder per checkpoint, written atomically.
+"""Write and read checkpoints: one folder per checkpoint, written atomically.
 
 All ranks fill `checkpoints/.step_N.tmp`. Its files are synced to disk and listed in `manifest.json` with their sizes
-and sha256. Then the folder is renamed to `step_N`, and finally `checkpoints/latest` names it. If the run is killed at
-any point, the former checkpoint remains. All files are safetensors or JSON, so loading does not execute code. All ranks
-must see the run folder.
+and sha256. Then the folder is renamed to `step_N`, and finally its name is written to `checkpoints/latest`. If the run
+is killed at any point, the previous checkpoint remains. All files are safetensors or JSON, so loading does not execute
+code. The run folder must be visible to all ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Checkpoint:
         folder: folder of the checkpoint.
         tag: tag of the checkpoint.
         state: `state` as given to `save_checkpoint`.
-        damaged: faults of the newer checkpoints that were skipped.
+        damaged: problems of the newer checkpoints that were skipped.
     """
 
     folder: Path
@@ -66,12 +66,12 @@ def save_checkpoint(
     writers: Mapping[str, Callable[[Path], None]] | None = None,
     keep: int = 2,
 ) -> bool:
-    """Write `checkpoints/step_<tag>`. All ranks call this at the same point, between two steps.
+    """Write `checkpoints/step_<tag>`. All ranks must call this at the same point, between two steps.
 
     Args:
         run_folder: the run folder.
-        tag: number that grows over the run. Checkpoints with a higher tag belong to an abandoned continuation and are
-            removed.
+        tag: number that increases during the run. Checkpoints with a higher tag belong to an abandoned continuation and
+            are removed.
         world: this process in the run.
         engines: engines by name, each with `save(folder)` and `load(folder)`.
         state: JSON-serializable state: stage, step, data cursor, fingerprints, counters.
@@ -79,8 +79,8 @@ def save_checkpoint(
             export. If one reads an engine's weights under ZeRO-3, call this function inside `engine.full_weights()`.
         keep: number of newest checkpoints to keep, including this one.
     Returns:
-        Whether the checkpoint was written. If the disk is full or fails, this checkpoint is removed, the former ones
-        remain, and training can continue.
+        Whether the checkpoint was written. If the disk is full or fails, this checkpoint is removed, previous
+        checkpoints remain, and training can continue.
     Raises:
         ValueError: keep < 1, or the state is not JSON-serializable.
         CheckpointError: on all ranks, if the folder is not writable.
@@ -96,7 +96,8 @@ def save_checkpoint(
         if world.is_main:
             make_folder(root)
             for leftover in root.glob("*.tmp"):
-                # On NFS, files in use can outlive their removal. Only the folder of this checkpoint has to be gone.
+                # On NFS, files in use can remain after they are removed. Only the folder of this checkpoint has to be
+                # removed.
                 shutil.rmtree(leftover, ignore_errors=leftover != tmp) if leftover.is_dir() else leftover.unlink()
             tmp.mkdir()
         return {}
@@ -113,7 +114,7 @@ def save_checkpoint(
         return {}
 
     def finish() -> dict[str, Any]:
-        # Gather names from all ranks: on shared disks, a rank may not yet see the files that another has just written.
+        # Gather names from all ranks: on shared disks, a rank may not see files that another rank has just written.
         seen = [str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file()]
         files = sorted({name for part in all_gather_objects(seen, world) for name in part})
         return {name: _to_disk(tmp / name) for name in files[world.rank :: world.size]}
@@ -136,7 +137,7 @@ def save_checkpoint(
 
 
 def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> list[dict[str, Any]] | None:
-    """Run `work` on every rank and agree on the outcome: return all results, or None if a disk was full or failed."""
+    """Run `work` on every rank and agree on the outcome. Return all results, or None if a disk was full or failed."""
     result, kind, text = {}, "", ""
     try:
         result = work()
@@ -197,7 +198,7 @@ def _prune(root: Path, tag: int, keep: int) -> None:
     for path in list(root.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match and (int(match[1]) not in kept or match[2]):
-            # Rename first, so that a kill during the removal leaves nothing that looks like a checkpoint.
+            # Rename first, so that a folder that is only partly removed does not look like a checkpoint.
             removed = path.with_name(f".{path.name}.removed.tmp")
             try:
                 path.rename(removed)
@@ -209,7 +210,7 @@ def _prune(root: Path, tag: int, keep: int) -> None:
 def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | None:
     """Return the newest checkpoint whose files match its manifest, or None if there are no checkpoints.
 
-    Damaged checkpoints are skipped with a warning that describes the faults.
+    Damaged checkpoints are skipped with a warning that describes the problems.
 
     Args:
         run_folder: the run folder.
@@ -234,7 +235,7 @@ def find_checkpoint(run_folder: str | Path, *, world: World) -> Checkpoint | Non
 
 
 def _candidates(root: Path) -> list[str]:
-    """Return the names of the checkpoints: first the one in `latest`, then the others from new to old."""
+    """Return the names of the checkpoints: first the name in `latest`, then the others from newest to oldest."""
     if not root.is_dir():
         return []
     try:
@@ -262,7 +263,7 @@ def _problems(folder: Path, world: World) -> list[str]:
     problems = [] if "state.json" in files else ["state.json is not in the manifest"]
     try:
         unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {*files, "manifest.json"}
-        # NFS temporarily gives such names to files that were removed while open.
+        # NFS temporarily gives names like this to files that were removed while open.
         unlisted = {name for name in unlisted if not Path(name).name.startswith(".nfs")}
     except OSError as error:
         return [*problems, f"{error.filename} cannot be read ({error.strerror})"]
@@ -305,7 +306,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, world: World, engines: Mapping[st
         try:
             engine.load(folder / "engines" / name)
         except FileNotFoundError as error:
-            # The file is neither on disk nor in the manifest, so verification could not notice it.
+            # The file is neither on disk nor in the manifest, so the verification could not detect that it is missing.
             raise CheckpointError(f"{folder}: {first_line(error)}; resume from a copy of the run folder") from error
     path = folder / f"rng_{world.rank:05d}.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Exit notes: how the processes of a job learn of each other's end, through torchrun's store, which outlives them."""
+"""Exchange exit notes between the processes of a job through torchrun's store, which outlives the processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STORE_S = 10.0
 
 
 class Ends:
-    """Notes on why processes end. Without torchrun, or with a single process, every message is printed.
+    """Record why processes end. Without torchrun, or with a single process, every message is printed.
 
     Args:
-        world: this process in the run. Its processes agree on a name for this start, because torchrun's store outlives
+        world: this process in the run. All processes agree on a name for this start, because torchrun's store outlives
             restarts.
     """
 
@@ -38,13 +38,13 @@ class Ends:
             self._store = dist.PrefixStore(f"rmsd_fast/{name}", store)
 
     def note(self, kind: str) -> None:
-        """Note that this process ends and reports the reason: a `fault`, or a signal to `stop`."""
+        """Record that this process ends and reports the reason: a `fault`, or a signal to `stop`."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.add(kind, 1)
 
     def noted(self, *kinds: str) -> bool:
-        """Return whether any process has noted an end of one of these kinds."""
+        """Return whether any process has recorded an end of one of these kinds."""
         if self._store is None:
             return False
         try:
@@ -53,7 +53,7 @@ class Ends:
             return False
 
     def is_mine_to_tell(self, message: str) -> bool:
-        """Return whether this process should print a message that other processes may have, too.
+        """Return whether this process should print a message that other processes may also want to print.
 
         The main process prints it. Any other process waits for up to MAIN_S seconds and prints it if the main process
         has not.

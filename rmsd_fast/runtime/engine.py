@@ -1,10 +1,10 @@
-"""One DeepSpeed engine per trained model, on CPU (gloo) and on CUDA (nccl).
+"""Wrap each trained model in a DeepSpeed engine, on CPU (gloo) and on CUDA (nccl).
 
-Every caller must follow three rules; otherwise DeepSpeed's collectives hang or sum the wrong numbers:
+Every caller must follow three rules. Otherwise, DeepSpeed's collectives hang or sum the wrong values:
 
 1. Every rank calls `Engine.__call__` and `Engine.backward` the same number of times between two steps, through the same
    modules in the same order. A rank without samples runs filler rows and multiplies their loss by zero.
-2. Losses are local sums divided by a GLOBAL count (`global_sum`). `backward` undoes DeepSpeed's mean over ranks.
+2. Losses are local sums divided by a GLOBAL count (`global_sum`). `backward` reverts DeepSpeed's mean over ranks.
 3. The forward goes through `engine(...)`, not `engine.module`, because DeepSpeed's bookkeeping depends on that call.
 """
 
@@ -24,7 +24,8 @@ from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
 from rmsd_fast.files import read_tensors, write_tensors
 from rmsd_fast.runtime.process_group import World, global_max
 
-# Parameters below this size stay gathered under ZeRO-3. Gathering norms and biases costs more than their memory.
+# Parameters below this size stay gathered under ZeRO-3, because gathering norms and biases costs more than their
+# memory.
 PERSISTENT_NUMEL = 10_000
 # Gradients with a larger norm are treated as not finite, because their squares could overflow float32 in DeepSpeed's
 # norm.
@@ -74,7 +75,7 @@ class Engine:
         if dtype == "float32":
             module = module.float()
         dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
-        # The fused kernel makes one pass over weights and moments and no temporary of their size. Without a GPU,
+        # The fused kernel makes one pass over weights and moments without a temporary of their size. Without a GPU,
         # torch's default is kept because the fused CPU kernel rounds differently.
         fused = world.device.type == "cuda" or offload_optimizer
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory figures.
@@ -85,7 +86,7 @@ class Engine:
                 dist_init_required=False,
             )
         for name, buffer in self.engine.module.named_buffers():
-            # DeepSpeed before 0.19.4 casts buffers too. Rotary frequencies in bfloat16 are off by many radians at late
+            # DeepSpeed before 0.19.4 also casts buffers. Rotary frequencies in bfloat16 are off by many radians at late
             # positions.
             if buffer.dtype != dtypes[name]:
                 raise NotInstalled(
@@ -107,7 +108,7 @@ class Engine:
 
     def _watch(self, index: int) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            # vector_norm makes one pass over the gradient and no temporary of its size.
+            # vector_norm makes one pass over the gradient without a temporary of its size.
             self._probe.add_(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))
             self._trace = (self._trace * 1_000_003 + index + 1) % 2_147_483_647
 
@@ -156,7 +157,7 @@ class Engine:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
         if self.zero_stage == 3:
-            # Otherwise, a parameter without a gradient before the next step would use its old gradient.
+            # Without this, a parameter that gets no gradient before the next step would use its old gradient.
             optimizer.grad_partitions_flat_buffer.zero_()
         self._reset_watch()
         if not self.engine.was_step_applied():
@@ -168,7 +169,7 @@ class Engine:
     def discard(self) -> None:
         """Discard the accumulated gradients. Weights and optimizer states stay bitwise unchanged.
 
-        This makes the same calls as DeepSpeed does after an overflow, for which it has no public function.
+        This makes the same calls as DeepSpeed after an overflow, because DeepSpeed has no public function for it.
         """
         optimizer = self.engine.optimizer
         if self.zero_stage == 0:
@@ -245,7 +246,7 @@ class Engine:
             (folder / "engine.json").write_text(json.dumps(self._layout(), indent=1) + "\n", encoding="utf-8")
             if self.zero_stage != 3:
                 write_tensors(folder / "weights.safetensors", self._weights())
-        if main or self.zero_stage > 0:  # Under ZeRO-0, all ranks hold the same.
+        if main or self.zero_stage > 0:  # Under ZeRO-0, all ranks hold the same states.
             tensors = {} if self.zero_stage != 3 else {f"weight.{k}": v for k, v in self._weights().items()}
             state = self.engine.basic_optimizer.state
             for i, master in enumerate(self._masters()):
@@ -254,10 +255,11 @@ class Engine:
             write_tensors(folder / self._part(), tensors)
 
     def load(self, folder: Path) -> None:
-        """Restore exactly the state at the call of `save`.
+        """Restore the exact state saved by `save`.
 
         Raises:
-            CheckpointError: saved with another number of ranks, ZeRO stage or dtype, or other trainable parameters.
+            CheckpointError: the state was saved with a different number of ranks, ZeRO stage, dtype or set of trainable
+                parameters.
         """
         saved, now = json.loads((folder / "engine.json").read_text()), self._layout()
         for key, value in now.items():
@@ -351,7 +353,7 @@ def _restore_state(optimizer: torch.optim.Optimizer, master: Tensor, part: dict[
             on_host = key == "step" and not optimizer.defaults["fused"]
             optimizer.state[master][key] = value if on_host else value.to(master.device)
     for key in current.keys() - saved.keys():
-        current[key].zero_()  # Saved before the first step: AdamW starts with zeros.
+        current[key].zero_()  # The state was saved before the first step, and AdamW starts with zeros.
 
 
 def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:

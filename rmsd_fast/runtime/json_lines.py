@@ -1,4 +1,4 @@
-"""A JSONL file that a run appends to. It survives kills and full disks, and a resume truncates it to the checkpoint."""
+"""Append to a JSONL file that survives kills and full disks. Resuming truncates the file to the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class JsonLines:
 
     Args:
         path: the file, created by the first record.
-        keep: `lines` from the checkpoint. Later lines and an unfinished line are cut off. 0 means a new file, None
+        keep: `lines` from the checkpoint. Later lines and an unfinished line are removed. 0 means a new file; None
             keeps all complete lines.
-        waiting: `waiting` from the checkpoint, to be appended next.
+        waiting: `waiting` from the checkpoint; these lines are appended next.
     """
 
     def __init__(self, path: Path, keep: int | None = 0, waiting: Sequence[str] = ()) -> None:
@@ -80,15 +80,16 @@ class JsonLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. Numbers that are not finite become null.
 
-        The line is in the file when this returns, so a kill loses no line. If the disk is full, lines are kept in
-        memory until there is space. Half a line is never left behind.
+        The line is in the file when this method returns, so no line is lost if the run is killed. If the disk is full,
+        lines are kept in memory until there is space. Partial lines are never left in the file.
         """
         self._pending.append(json.dumps(_finite(record), allow_nan=False).encode() + b"\n")
         self._write_pending()
 
     def _write_pending(self) -> None:
         while self._pending:
-            # Remove the line before writing it, so that an interrupt in between cannot cause it to be written twice.
+            # Remove the line from the queue before writing it, so that an interrupt cannot cause it to be written
+            # twice.
             line = self._pending.popleft()
             if fault := self._write(line):
                 self._pending.appendleft(line)
@@ -102,8 +103,8 @@ class JsonLines:
         """Append a complete line. If the disk is full or fails, leave the file unchanged and return the error."""
         try:
             if self._file is None:
-                # Unbuffered, so that a returned line is in the file. In append mode, because a line that did not fit is
-                # cut off again.
+                # Unbuffered, so that the line is in the file when `append` returns. In append mode, because a line that
+                # did not fit is removed again.
                 self._file = self._path.open("ab", buffering=0)
                 sync_folder(self._path.parent)
             append_whole(self._file, line)
@@ -143,11 +144,11 @@ class JsonLines:
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Also save them in the checkpoint's state."""
         return [line.decode().removesuffix("\n") for line in self._pending]
 
     def sync(self) -> None:
-        """Write and sync all lines, as far as the disk allows."""
+        """Write and sync all lines that the disk has room for."""
         self._write_pending()
         self._sync_written()
         if not self._pending:
@@ -172,7 +173,7 @@ class JsonLines:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with None in place of numbers that JSON cannot represent."""
+    """Return the value, with numbers that JSON cannot represent replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

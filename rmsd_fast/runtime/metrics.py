@@ -1,4 +1,4 @@
-"""What a run reports during training: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
+"""Report the progress of training: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAIN_NUMBERS = {
 }
 # Width of the progress line in columns without a terminal, or if the terminal's width is unknown.
 PLAIN_WIDTH = 100
-# Without a terminal, a line is printed after this many seconds or this share of the stage, whichever comes first.
+# Without a terminal, a line is printed after this many seconds or this fraction of the stage, whichever comes first.
 PLAIN_SECONDS, PLAIN_SHARE = 10.0, 1 / 20
 
 
@@ -47,7 +47,7 @@ class MetricsLog:
     Args:
         run_folder: folder for `metrics.jsonl` and `tensorboard/<stage>/`.
         world: this process in the run.
-        resume_lines: `lines` from the checkpoint. Later lines and an unfinished line are cut off, and later TensorBoard
+        resume_lines: `lines` from the checkpoint. Later lines and an unfinished line are removed, and later TensorBoard
             points are hidden. None means a new run.
         resume_waiting: `waiting` from the checkpoint.
         totals: number of steps of each stage, for alarms that are checked only late in a stage.
@@ -96,11 +96,11 @@ class MetricsLog:
 
     @property
     def waiting(self) -> list[str]:
-        """Lines that the last `sync` could not write. Save them in the checkpoint's state, too."""
+        """Lines that the last `sync` could not write. Also save them in the checkpoint's state."""
         return self._file.waiting if self._on else []
 
     def sync(self) -> None:
-        """Write and sync all lines, as far as the disk allows."""
+        """Write and sync all lines that the disk has room for."""
         if self._on:
             self._file.sync()
 
@@ -180,7 +180,7 @@ class MetricsLog:
             width = os.get_terminal_size(self._stream.fileno()).columns or PLAIN_WIDTH
         except (OSError, ValueError):
             width = PLAIN_WIDTH
-        # A line longer than the terminal is wide would wrap, and the next line would not overwrite it.
+        # A line that is wider than the terminal would wrap, and the next line would not overwrite it.
         print("\r\x1b[K" + fit_line(self._parts, width - 1, phase), end="", file=self._stream, flush=True)
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class MetricsLog:
             try:
                 writer.close()
             except OSError as error:
-                # The writer's thread reports an earlier full disk even if there is space again.
+                # The writer's thread may report a full disk even if there is space again.
                 log.warning("TensorBoard files are incomplete: %s; metrics.jsonl has all numbers", error)
         self._writers = {}
         self._file.close()
@@ -229,7 +229,8 @@ def progress_parts(
 
 
 def fit_line(parts: list[str], width: int, phase: str = "") -> str:
-    """Join as many fields as fit into `width` columns together with the phase. No field is cut except the first."""
+    """Join as many fields as fit into `width` columns together with the phase. Only the first field may be
+    truncated."""
     room = width - (len(phase) + 2 if phase else 0)
     # The first field is always shown, even if the terminal is too narrow for it.
     line = parts[0]
@@ -245,7 +246,7 @@ def fit_line(parts: list[str], width: int, phase: str = "") -> str:
 def _short_number(value: float) -> str:
     """Format a number with three significant digits: `0.0123`, `-1.23`, `123`, `12.3k`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # Rounding to three digits can reach the next unit before the value itself does.
+        # Rounding to three digits can reach the next unit although the value does not.
         if size * 0.9995 <= abs(value) < math.inf:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
@@ -265,9 +266,9 @@ def _plain(key: str, value: Any) -> Any:
 class PhaseTimer:
     """Measure the seconds of each phase of a step: `with timer("rollout"): ...`, then `timer.take()`.
 
-    On CUDA, the timer records events and waits for the device only once, in `take`. A phase counts the time until its
-    own kernels have ended, including host work, without a synchronization after each phase. The times of a repeated
-    phase add up, and a nested phase counts in the outer one, too.
+    On CUDA, the timer records events and waits for the device only once, in `take`. The time of a phase extends until
+    its own kernels have ended, and includes host work, without a synchronization after each phase. The times of a
+    repeated phase are added, and a nested phase is also counted in the outer phase.
 
     Args:
         device: device of this process.

@@ -1,4 +1,4 @@
-"""The process group, and small collectives over it.
+"""Manage the process group, and run small collectives.
 
 Call `start` before creating any DeepSpeed engine.
 """
@@ -89,7 +89,7 @@ def start(timeout_s: float = 1800.0) -> World:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        # A single process needs no store that others can reach, and torch's TCP store listens on all interfaces.
+        # A single process does not need a network store, and torch's TCP store listens on all interfaces.
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if _SET_HERE else {}
         # `device_id` is left out because with it, groups that DeepSpeed creates later are split off eagerly, which can
         # hang.
@@ -111,16 +111,16 @@ def _prepare_deepspeed(cuda: bool) -> None:
 
 
 def stop() -> None:
-    """Leave the process group. `start` may be called again afterwards. Idempotent."""
+    """Leave the process group. `start` may then be called again. Idempotent."""
     if dist.is_initialized():
         import deepspeed
 
         if deepspeed.comm.is_initialized():
-            # DeepSpeed keeps its own groups, which the next engine would otherwise use although they are destroyed.
+            # DeepSpeed caches its own groups, and the next engine would use them although they are destroyed.
             deepspeed.comm.destroy_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Otherwise, processes started later would mistake these variables for a launcher's.
+    # Otherwise, processes started later would treat these variables as set by a launcher.
     while _SET_HERE:
         os.environ.pop(_SET_HERE.popitem()[0], None)
 

@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C. SIGTERM ends the program at once if nothing is lost; in training, after a step and a checkpoint.
+"""Handle SIGTERM and Ctrl-C.
 
-Ctrl-C always ends the program at once.
+During training, SIGTERM ends the program after a step and a checkpoint; otherwise it ends the program immediately.
+Ctrl-C always ends the program immediately.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 # Under torchrun, each process may receive a signal twice at about the same time, and a key that is held down sends it
-# many times. A signal that arrives after this many seconds is a new request.
+# many times. A signal that arrives after more than this many seconds is a new request.
 _REPEATED_S = 5.0
 
 
 class Stopped(BaseException):
-    """Raised after SIGTERM, once everything that can be saved is saved. Not an error.
+    """The program stops after SIGTERM, with its state saved where possible. This is not an error.
 
     Args:
         text: message for the user.
@@ -35,10 +36,11 @@ class Stopped(BaseException):
 class StopSignal:
     """Handle SIGTERM and Ctrl-C.
 
-    SIGTERM ends the program at once by raising `Stopped`. Inside `deferred`, it is only recorded, and `asked` returns
-    it. If a launcher passes on SIGHUP, it counts as SIGTERM; the launcher kills remaining processes after 30 s.
+    SIGTERM ends the program immediately by raising `Stopped`. Inside `deferred`, it is only recorded, and `asked`
+    returns it. A SIGHUP passed on by a launcher counts as SIGTERM; the launcher kills remaining processes after 30 s.
 
-    Python ignores exceptions that are raised while an object is being deleted, so `check` raises a lost one again.
+    Python ignores exceptions that are raised while an object is being deleted, so `check` raises a lost exception
+    again.
 
     Attributes:
         run_folder: folder of the run, or None before it is created.
@@ -58,7 +60,7 @@ class StopSignal:
         first, self._terminated = not self._terminated, True
         if self._deferred:
             if first and os.environ.get("RANK", "0") == "0":
-                # Not print, because the signal may have interrupted a print.
+                # Do not use print, because the signal may have interrupted a print.
                 with suppress(OSError):
                     os.write(2, b"\nSIGTERM: the run ends after this step and its checkpoint\n")
         elif time.monotonic() - self._raised_s >= _REPEATED_S:
@@ -86,7 +88,7 @@ class StopSignal:
 
     @property
     def asked(self) -> bool:
-        """Whether this process was asked to end. Raises KeyboardInterrupt if one was lost."""
+        """Whether this process was asked to end. Raises KeyboardInterrupt if an earlier one was lost."""
         if self._interrupted:
             raise KeyboardInterrupt
         return self._terminated

@@ -39,8 +39,8 @@ def load(path: str, settings: RunConfig, world: World) -> Student:
 
 
 def prepare(student: Student, path: str, settings: RunConfig, world: World) -> Student:
-    """Move a student to this process's device and set the attention that the settings ask for."""
-    # Moved first, because the choice of attention for the vision tower depends on the device.
+    """Move a student to this process's device and set its attention implementation according to the settings."""
+    # Move the student first, because the attention of the vision tower depends on the device.
     student.model.to(world.device)
     reason = unsupported(student.model)
     if reason:
@@ -101,7 +101,7 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
     Raises:
         SettingsError: more than `data.max_bad_share` of the answers are left out, most of them because of
             `micro_tokens`.
-        DataError: more than `data.max_bad_share` of the answers are left out, most of them because of the student.
+        DataError: more than `data.max_bad_share` of the answers are left out, most of them for other reasons.
     """
     room = settings.micro_tokens - settings.data.max_prompt_tokens
     refused: dict[str, list[str]] = {}

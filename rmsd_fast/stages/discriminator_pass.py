@@ -1,4 +1,4 @@
-"""The discriminator in stage 2 and its warm-up: one forward pass gives rewards and loss (arXiv 2603.11423)."""
+"""Run the discriminator in stage 2 and its warm-up: one forward pass gives rewards and loss (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def discriminator_pass(
 ) -> tuple[dict[str, Metric], int, int]:
     """Score every distinct response of the step once, back-propagate L_D, and store the scores in the groups.
 
-    The scores become rewards of the rollouts. Afterwards the engine's gradients are complete but not applied, so the
-    scores are those before the update. If a group is split over several micro-batches, its pair loss needs the scores
-    of all of them. All processes then run an additional pass without gradient first.
+    The scores are used in the rewards of the rollouts. After the call, the engine's gradients are complete but not
+    applied, so the scores come from the weights before the update. If a group is split over several micro-batches, its
+    pair loss needs the scores of all of them. In this case, all processes first run an additional pass without
+    gradients.
 
     Returns:
         This process's part of the metrics, the number of tokens of the teacher responses, each with its own prompt,
@@ -65,7 +66,7 @@ def discriminator_pass(
         if step_pass.filler:
             loss = scores.sum()
         elif split:
-            # Only the gradient of this value is meaningful: it equals that of the loss over whole groups.
+            # Only the gradient of this value is meaningful: it equals the gradient of the loss over whole groups.
             loss = (scores * gradient[pass_positions]).sum()
         else:
             pass_pairs = make_pairs([groups[i] for i in step_pass.batch.prompts], settings)
@@ -87,7 +88,7 @@ def discriminator_pass(
 def _pair_loss(
     scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs, settings: RunConfig, counts: dict[str, float]
 ) -> torch.Tensor:
-    """Return the contribution of some groups to L_D; the loss is the sum over all groups and processes.
+    """Return the contribution of the given groups to L_D; the loss is the sum over all groups and processes.
 
     Args:
         scores: scores of the distinct texts, group after group, [R].
@@ -157,7 +158,7 @@ def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> d
     both = scores[index].double()
     students, teachers = both.split([sum(sizes[0]), sum(sizes[1])])
     margin = teachers[pairs.teacher_index] - students[pairs.student_index]
-    # A tie counts half, as in the area under a ROC curve.
+    # A tie counts as half, as in the area under a ROC curve.
     correct = (margin > TIE) + 0.5 * (margin.abs() <= TIE)
     lengths = torch.tensor([len(ids) for distinct in texts for ids in distinct.responses])[index]
     question = torch.cat([torch.arange(len(side)).repeat_interleave(torch.tensor(side)) for side in sizes])
@@ -175,8 +176,8 @@ def length_sums(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Return this process's sums for `length_correlation`, centered within each question.
 
-    A question with long answers and high scores is not a sign of a length bias, so only the differences between the
-    responses to one question count.
+    A question whose answers are long and score high is not evidence of a length bias, so only differences between
+    responses to the same question are used.
 
     Args:
         lengths: lengths of all responses that the discriminator reads, rollouts and teacher responses, [R].
@@ -185,11 +186,11 @@ def length_sums(
     Returns:
         Sums of the squared lengths, of the squared scores and of their products, and R.
     """
-    x, y = (_centred(values.double(), question) for values in (lengths, scores))
+    x, y = (_centered(values.double(), question) for values in (lengths, scores))
     return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
 
 
-def _centred(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+def _centered(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
     counts = torch.bincount(question)
     means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, question, values) / counts
     return values - means[question]

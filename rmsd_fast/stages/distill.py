@@ -198,7 +198,7 @@ def _set_log_ratios(groups: list[RolloutGroup], policy_passes: list[_PolicyPass]
 def _policy_pass(
     state: StageState, groups: list[RolloutGroup], policy_passes: list[_PolicyPass], counts: dict[str, float]
 ) -> tuple[dict[str, Metric], int]:
-    """Run forward and backward of the policy loss. Afterwards the gradients are complete but not applied.
+    """Run forward and backward of the policy loss. The gradients are then complete but not applied.
 
     Args:
         state: state of the stage.
@@ -211,8 +211,8 @@ def _policy_pass(
     distill = state.settings.distill
     token_mean = distill.aggregation == "token_mean"
     exact_kl = distill.kl_coef and distill.kl == "full"
-    # With kl_coef = 0, a KL is only measured, if the reward needed the reference's log-probs anyway. "full" would need
-    # the reference's hidden states, so k3 takes its place.
+    # With kl_coef = 0, the KL is measured only if the reward needs the reference's log-probs anyway. "full" would need
+    # the reference's hidden states, so k3 is used instead.
     kl = {} if distill.kl == "full" and not exact_kl else {"kl": distill.kl, "kl_coef": distill.kl_coef}
     totals: dict[str, torch.Tensor] = {}
     tokens = 0
@@ -254,7 +254,7 @@ def _policy_pass(
     return record, sum(policy_pass.read.rows.input_ids.numel() for policy_pass in policy_passes)
 
 
-# Means over tokens that the loss may report, depending on its settings. importance_ratio is the trainer's probability
+# Means over tokens that the loss reports, depending on its settings. importance_ratio is the trainer's probability
 # of the sampled tokens divided by the rollout engine's; it is 1 if both compute the same.
 _MEANS = {"kl", "kl_k1", "entropy", "logp", "importance_ratio", "tis_capped_fraction", "sequence_masked_fraction"}
 

@@ -1,4 +1,5 @@
-"""Evaluation: greedy answers to held-out questions, scores per task type with 95% intervals, and their files."""
+"""Evaluate a student: greedy answers to held-out questions, scores per task type with 95% intervals, and their
+files."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
 ) -> list[dict]:
-    """Return a student's greedy answers, one record per question, the same list on every process.
+    """Return a student's greedy answers, one record per question, as the same list on every process.
 
     Every process holds the whole model and answers its share of the questions, while the media of the next batch are
     decoded. A question is recorded with `error` and scored 0 if its media cannot be used, its prompt is too long, or
@@ -142,7 +143,7 @@ def _record(
 ) -> dict:
     task, options = question.task_type, question.options
     if error:
-        # Text generated before the error says nothing about the answer.
+        # Text generated before the error is not an answer.
         nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
         return {"id": question.id, "task_type": task, "response": response, **nothing}
     read = response
@@ -159,7 +160,7 @@ def _record(
     }
 
 
-def summarise(records: list[dict]) -> dict:
+def summarize(records: list[dict]) -> dict:
     """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
     The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
@@ -187,10 +188,10 @@ def _by_task(records: list[dict], measure) -> dict:
 def _mean_with_interval(rows: list[dict]) -> dict:
     n, z = len(rows), 1.959963984540054
     mean = sum(row["score"] for row in rows) / n
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     valid = sum(row["valid"] for row in rows) / n
-    return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n, "valid_share": valid}
+    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n, "valid_share": valid}
 
 
 def _bootstrap(rows: list[dict], seed: int) -> dict:
@@ -212,7 +213,7 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
         "parse": settings.evaluate.parse,
         "floors": floors_of(questions, settings),
         "unusable": {name: sum("error" in record for record in records) for name, records in predictions.items()},
-        "students": {name: summarise(records) for name, records in predictions.items()},
+        "students": {name: summarize(records) for name, records in predictions.items()},
         "differences": {
             f"{after}-{before}": compare(predictions[after], predictions[before])
             for before, after in zip(names, names[1:], strict=False)

@@ -119,8 +119,8 @@ def distinct_texts(group: RolloutGroup, builder: PromptBuilder) -> DistinctTexts
     """Return rollouts and kept teacher responses as the discriminator reads them.
 
     Both sides are encoded from their text and end with the end token, even if a rollout was truncated. The
-    discriminator can therefore use neither the tokenization nor a missing end token to tell them apart. Only a rollout
-    that spells a special token with ordinary tokens keeps its own tokens.
+    discriminator can therefore use neither the tokenization nor a missing end token to tell them apart. The only
+    exception is a rollout that spells a special token with ordinary tokens; it keeps its own tokens.
     """
     index_of: dict[tuple[int, ...], int] = {}
     students = [_canonical_ids(rollout, builder) for rollout in group.rollouts]

@@ -1,4 +1,4 @@
-"""Read and check the input files of a run, questions and teacher answers, before anything else happens."""
+"""Read and check the input files of a run (questions and teacher answers) before anything else happens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
 from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
 
-# Faults are reported in this order, regardless of the order of the arguments.
+# Errors are reported in this order, regardless of the order of the arguments.
 QUESTION_ROLES = ("train", "heldout")
 
 
@@ -28,7 +28,7 @@ class Inputs:
         scores: scores of the answers to `train`.
         simulated: whether a simulated teacher wrote the answers.
         statistics: result of pool_statistics; empty without a pool.
-        summary: description of the inputs for people.
+        summary: human-readable description of the inputs.
     """
 
     train: list[Question]
@@ -48,7 +48,7 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         roots: media root by role; an empty root means the folder of the file.
     Raises:
         DataError: a file is damaged, the pool belongs to other questions or has almost no valid answer, or too many
-            media files are missing. All faults that are known before the answers are scored are raised as one error.
+            media files are missing. All problems found before the answers are scored are raised as one error.
         SettingsError: the pool holds fewer answers per question than requested, or data.task_type has no effect.
     """
     questions, pool = read_files(settings, files, roots)
@@ -93,7 +93,7 @@ def read_files(
     """Read questions by role, and teacher answers by question; both are empty if the file is not given.
 
     Raises:
-        DataError: a file is damaged. The faults of all files are raised as one error.
+        DataError: a file is damaged. The problems of all files are raised as one error.
         SettingsError: data.task_type has no effect.
     """
     _check_task_type(settings, files)
@@ -150,7 +150,7 @@ def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question],
 
 
 def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
-    """Refuse data.task_type if every question file is in our own format, whose records name their task types."""
+    """Reject data.task_type if every question file is in our own format, whose records specify their task types."""
     data = settings.data
     if data.task_type == "auto" or data.format != "auto":
         return
@@ -158,7 +158,7 @@ def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
     try:
         formats = {question_format(path) for path in paths}
     except DataError:
-        # Reading the file reports this fault together with its others.
+        # Reading the file reports this problem together with its other problems.
         return
     if formats == {"rmsd"}:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""Prepare what a run needs before it starts: questions, a teacher pool and a model folder, generated if requested."""
+"""Prepare the inputs of a run: questions, a teacher pool and a model folder, which are generated if requested."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rmsd_fast.stages.inputs import Inputs, read_inputs
 from rmsd_fast.teacher.pool import load_pool
 from rmsd_kernels.implementations import resolve_impl
 
-# Seconds to wait for another program that generates the same material. Must be below the time that the other processes
-# of this program wait for the main process.
+# Seconds to wait for another program that generates the same material. It must be less than the time that the other
+# processes of this program wait for the main process.
 LONGEST_MAKING_S = 1500.0
 
 
@@ -48,7 +48,7 @@ class Material(Inputs):
 
 
 def prepare_material(settings: RunConfig, world: World, *, training: bool = True) -> Material:
-    """Read and check what a run needs. With `made.enabled`, the main process generates what does not exist yet.
+    """Read and check the inputs of a run. With `made.enabled`, the main process generates missing inputs.
 
     Args:
         settings: settings of the run.
@@ -76,8 +76,8 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
     roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
-    # Checked before a run folder is created. The main process downloads a Hub model, and the others find it in the
-    # cache.
+    # This is checked before a run folder is created. The main process downloads a Hub model, and the other processes
+    # find it in the cache.
     on_main(world, lambda: _check_model(model_path))
     return Material(**vars(inputs), model_path=model_path, files=files)
 
@@ -112,7 +112,7 @@ def losses_of(settings: RunConfig, world: World) -> str:
 
 
 def _make_locked(settings: RunConfig) -> dict[str, str]:
-    """Call `_make` from one program at a time, after removing the leftovers of a killed one."""
+    """Call `_make` from one program at a time, after removing temporary files of killed programs."""
     folder = Path(settings.made.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _make_locked(settings: RunConfig) -> dict[str, str]:
 
 
 def _make(settings: RunConfig) -> dict[str, str]:
-    """Generate what does not exist yet and return paths by role. Names contain a hash of the content's settings."""
+    """Generate missing inputs and return paths by role. File names contain a hash of the settings of their content."""
     made = settings.made
     if made.source == "clips":
         clips = make_clips(

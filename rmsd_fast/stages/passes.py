@@ -1,4 +1,5 @@
-"""The forward and backward passes of a step: micro-batches of prompts with their responses, as rows on the device."""
+"""Build the forward and backward passes of a step: micro-batches of prompts with their responses, as rows on the
+device."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Pass:
 
     @property
     def filler(self) -> bool:
-        """Whether this pass only repeats another one, so that all processes run the same number of passes."""
+        """Whether this pass only repeats another pass, so that all processes run the same number of passes."""
         return self.batch.filler
 
     def backward(self, engine: Engine, loss: torch.Tensor) -> None:
@@ -72,7 +73,7 @@ def passes(
 
 
 def _plan(state: StageState, prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> list[MicroBatch]:
-    """Return the micro-batches of this process. A process that cannot plan informs the others before it raises."""
+    """Return the micro-batches of this process. If planning fails, inform the other processes before raising."""
     agreed = False
 
     def agree(count: int) -> int:

@@ -79,7 +79,7 @@ def _stage_lines(settings: RunConfig) -> list[str]:
 
 
 def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
-    """Return lines about the questions and answers that were read, and lines about what is missing."""
+    """Return lines about the questions and answers that were read, and lines about missing inputs."""
     present, missing = [], []
     made = settings.made.enabled
     named = {"train": settings.data.train, "heldout": settings.data.heldout, "pool": settings.teacher.pool}
@@ -111,7 +111,7 @@ def _inputs(settings: RunConfig) -> tuple[list[str], list[str]]:
 
 
 def _model(settings: RunConfig) -> tuple[Path | None, str, str]:
-    """Return the model's folder if it is local, a line that describes it, and its fault; both texts may be empty."""
+    """Return the model's folder if it is local, a line that describes it, and a problem; both texts may be empty."""
     path = settings.model.path
     if not path:
         made = settings.made.enabled

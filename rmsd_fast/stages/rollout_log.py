@@ -1,7 +1,7 @@
-"""`rollouts.jsonl`: the student's rollouts during training and the teacher's answers, with their scores.
+"""Write `rollouts.jsonl`: the student's rollouts during training and the teacher's answers, with their scores.
 
-One line per question of a logged step, in the order of the step. `null` stands for a score that was not computed (no
-discriminator, no usable teacher answer, no reward in the warm-up) or for a number that was not finite.
+The file has one line per question of a logged step, in the order of the step. `null` stands for a score that was not
+computed (no discriminator, no usable teacher answer, no reward in the warm-up) or for a number that was not finite.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run: its inputs, logs and checkpoints, and the training loop that every stage uses."""
+"""Open a run with its inputs, logs and checkpoints, and run the training loop that every stage uses."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TrainingRun:
 
     @property
     def stage1(self) -> str:
-        """Folder of the student after stage 1, from which discriminator, reference and stage 2 start."""
+        """Folder of the stage-1 student, from which discriminator, reference and stage 2 start."""
         return str(self.folder / "stage1") if "sft" in self.settings.stages else self.material.model_path
 
 
@@ -103,7 +103,7 @@ def open_run(
     resumed: bool,
     allow_changes: bool,
 ) -> TrainingRun:
-    """Start a run in its folder, or check and reopen the run to continue.
+    """Start a new run in its folder, or check and reopen an existing run.
 
     Args:
         settings: settings of the run.
@@ -132,7 +132,7 @@ def open_run(
     def open_logs() -> None:
         nonlocal metrics
         write_fingerprints(folder, fingerprints)
-        # Lines that could not be written to disk before the checkpoint was saved.
+        # These lines could not be written to disk before the checkpoint was saved.
         waiting = saved.get("waiting", {})
         metrics = MetricsLog(
             folder,
@@ -195,7 +195,7 @@ def write_facts(run: TrainingRun, *, finished: bool) -> None:
 
 
 def _facts(path: Path) -> dict:
-    """Read `run.json`. Only the start time is needed, so a damaged file is replaced and only that is lost."""
+    """Read `run.json`. Only the start time is needed, so a damaged file is simply replaced."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return facts if isinstance(facts.get("started"), str) else {"started": _now()}
@@ -207,7 +207,8 @@ def _facts(path: Path) -> dict:
 
 
 def _losses(run: TrainingRun) -> str:
-    """Return the implementation of the heads that `auto` resolves to and, if it is the slow one on CPU, the reason."""
+    """Return the implementation of the heads that `auto` resolves to and, if it is the slow CPU fallback, the
+    reason."""
     chosen = losses_of(run.settings, run.world)
     return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
 
@@ -325,7 +326,7 @@ def run_steps(
                     count_skipped(state, result.skipped)
                 except NonFiniteRun as error:
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
-                # The groups hold the step's frames, which must be freed before the next step.
+                # The groups hold the frames of the step, which must be freed before the next step.
                 del result
                 stopping = any_rank(run.stop.asked, run.world)
                 saved = False
@@ -347,7 +348,7 @@ def run_steps(
 
 
 def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
-    """Return this process's prompts of a step. A fault on one process, or too many bad samples, ends all processes."""
+    """Return this process's prompts of a step. An error on one process, or too many bad samples, ends all processes."""
     prompts, fault = [], None
     try:
         prompts = loader.step(number, total)
@@ -372,7 +373,7 @@ def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: in
 
 
 def _note_bad(run: TrainingRun, loader: PromptLoader) -> None:
-    """Log the questions that could not be used, each once per stage."""
+    """Log the questions that could not be used, once per stage."""
     faults = [fault for part in all_gather_objects(loader.faults, run.world) for fault in part]
     for question_id, reason in faults if run.world.is_main else ():
         if (loader.stage, question_id) not in run.listed:
@@ -390,7 +391,7 @@ def _note_skipped(run: TrainingRun, stage: str, step: int, prompts: list[Prompt]
 
 
 def _cost(run: TrainingRun, state: StageState, result: StepResult) -> dict[str, float]:
-    """Return time, rates, memory and faults of a step."""
+    """Return time, rates, memory and error counts of a step."""
     cost = global_max(state.timer.take(), run.world)
     seconds, tokens, computed = (
         cost["seconds/step"],
@@ -445,7 +446,7 @@ def record_stage1(run: TrainingRun) -> None:
 
 
 def forget_stage1(run: TrainingRun) -> None:
-    """Remove the record of an earlier `stage1/`, because the coming steps will write a new one."""
+    """Remove the record of an earlier `stage1/`, because the following steps will write a new one."""
     if run.fingerprints.pop("stage1", None) is not None:
         on_main(run.world, lambda: write_fingerprints(run.folder, run.fingerprints))
 

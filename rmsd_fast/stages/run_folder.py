@@ -1,4 +1,4 @@
-"""The folder of a run: creating and locking it, and checking a run to continue against its former state."""
+"""Create and lock the folder of a run, and compare a resumed run with its saved state."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rmsd_fast.stages.material import Material
 
 # Section and field of the settings that hold the number of steps of each stage.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
-# Settings and hashes of all input files at the start of the run; from the end of stage 1 also those of `stage1/`.
+# Settings and hashes of all input files at the start of the run, and of `stage1/` once stage 1 has ended.
 FINGERPRINTS = "fingerprints.json"
-# Seconds within which the threads of a killed process end and release its lock.
+# Seconds that the threads of a killed process may take to end and release its lock.
 KILLED_S = 5.0
 
 
@@ -111,7 +111,9 @@ def _new_folder(settings: RunConfig) -> Path:
 def check_changes(
     settings: RunConfig, folder: Path, checkpoint: Checkpoint | None, fingerprints: dict, allow_changes: bool
 ) -> dict:
-    """Compare with the run to continue, and apply allowed changes. Nothing is written before all checks have passed.
+    """Compare the settings and inputs with the saved run, and apply allowed changes.
+
+    Nothing is written before all checks have passed.
 
     Args:
         settings: settings of the continued run.
@@ -120,7 +122,7 @@ def check_changes(
         fingerprints: current fingerprints of settings and input files.
         allow_changes: whether settings may differ from those of the run.
     Returns:
-        The fingerprints, including those of stage 1 if it is complete.
+        The fingerprints, including stage 1 if it is complete.
     """
     former = former_fingerprints(folder, checkpoint)
     now = {key: value for key, value in fingerprints.items() if key in former}
@@ -128,7 +130,7 @@ def check_changes(
         if (folder / "stage1").is_dir():
             now["stage1"] = model_digests(folder / "stage1")
         else:
-            # Stage 1 itself decides whether the missing folder can be written again.
+            # Stage 1 itself checks whether the missing folder can be written again.
             del former["stage1"]
     changes = compare_fingerprints(former, now, allow_changes=allow_changes)
     if allow_changes and not changes:
@@ -143,7 +145,7 @@ def check_changes(
 def former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
     """Return the fingerprints of the checkpoint, or of the run's start if there is no checkpoint yet.
 
-    They include `stage1` from the end of stage 1.
+    They include `stage1` once stage 1 has ended.
     """
     written: dict = {}
     with suppress(OSError, ValueError):
@@ -154,8 +156,8 @@ def former_fingerprints(folder: Path, checkpoint: Checkpoint | None) -> dict:
         return {**written, "settings": settings}
     former = dict(checkpoint.state["fingerprints"])
     if "stage1" not in former and "stage1" in written:
-        # Between the end of stage 1 and the next checkpoint, only this file records that the stage is complete. If it
-        # does not, the stage continues from its last checkpoint and writes the folder again.
+        # Between the end of stage 1 and the next checkpoint, only this file records that the stage is complete. Without
+        # this record, the stage continues from its last checkpoint and writes the folder again.
         former["stage1"] = written["stage1"]
     return former
 
@@ -165,7 +167,7 @@ def write_fingerprints(folder: Path, fingerprints: dict) -> None:
 
 
 def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
-    """Refuse changed settings of completed stages, and fewer steps of the current stage than are already done."""
+    """Reject changed settings of completed stages, and fewer steps of the current stage than are already done."""
     former = state["fingerprints"]["settings"]
     now = settings_as_dict(settings)
     for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
@@ -186,7 +188,7 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
 
 
 def _take_changes(settings: RunConfig, folder: Path) -> None:
-    """Save the new settings, keep the former ones beside them, and delete predictions so that they are made again."""
+    """Save the new settings next to the previous ones, and delete predictions so that they are generated again."""
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
     write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))

@@ -1,4 +1,4 @@
-"""Stage 1: imitate teacher responses, L = -log pi(T | V, Q) (arXiv 2603.11423). Also the control of stage 2."""
+"""Stage 1, and the control of stage 2: imitate teacher responses, L = -log pi(T | V, Q) (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
     Args:
         state: state of the stage.
         prompts: prompts of this process.
-        number: step within the stage, counted from 0. Unused, because imitation draws nothing at random.
+        number: step within the stage, counted from 0. Unused, because imitation is deterministic.
     """
     responses = [_imitated(state, prompt) for prompt in prompts]
     tokens = sum(len(ids) for answers in responses for ids in answers)

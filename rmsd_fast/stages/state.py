@@ -1,4 +1,4 @@
-"""The state that a stage's step works on, and the bookkeeping that both stages share."""
+"""The state that the steps of a stage work on, and the bookkeeping that all stages share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StepResult:
 
 
 class NonFiniteRun(UserError, RuntimeError):
-    """Raised when the loss or a gradient was not finite for too many consecutive steps."""
+    """The loss or a gradient was not finite for too many consecutive steps."""
 
 
 def learning_rate(step: int, *, steps: int, lr: float, warmup_steps: int, schedule: str) -> float:
@@ -83,7 +83,7 @@ def apply_or_discard(engines: list[Engine]) -> tuple[list[float], bool]:
     Raises:
         RuntimeError: DeepSpeed did not apply a step, or a norm is not finite although `gradients_finite` is true.
     """
-    # All engines are checked before the first one steps.
+    # Check all engines before the first one takes a step.
     if not gradients_finite(engines):
         for engine in engines:
             engine.discard()

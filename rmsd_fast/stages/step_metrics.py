@@ -1,4 +1,4 @@
-"""Metrics of a step over the global batch. Each is defined in one place, with the sums that it is computed from."""
+"""Compute the metrics of a step over the global batch. Each is defined in one place, by the sums that it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from rmsd_fast.runtime.process_group import World, global_sum
 
 Number = float | Tensor
-# Either a sum over the processes, or a function followed by the sums that it takes, e.g. (mean, total, count).
+# A metric is either a sum over the processes, or a function followed by its arguments, e.g. (mean, total, count).
 Metric = Number | tuple[Any, ...]
 
 

@@ -21,9 +21,9 @@ _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
 def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig, *, simulated: bool) -> dict:
     """Return teacher statistics by task type, over closed tasks and over all questions.
 
-    Quality here is always the metric's, so that a run with uniform quality can still be judged. Invalid answers count
-    as 0. Open questions have no metric: their quality only shows how many answers are valid, so they are part of "all"
-    for the shares, but not of "closed".
+    Quality here always uses the metric, even in a run with uniform quality. Invalid answers count as 0. Open questions
+    have no metric, and their quality only shows how many answers are valid. They are therefore included in the shares
+    of "all", but not in "closed".
 
     Args:
         scores: result of score_pool.
@@ -31,7 +31,7 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
         cfg: teacher settings.
         simulated: whether a simulated teacher wrote the pool.
     Returns:
-        {"teacher_simulated": bool, "responses": K used at most, "min_quality": tau, "parse": how texts were read,
+        {"teacher_simulated": bool, "responses": maximum K, "min_quality": tau, "parse": teacher.parse,
          "tasks": {task: group}, "closed": group, "all": group}. A group without answers is None. Any other group is
         {"questions", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share", "as_sent_share",
          "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}:
@@ -66,7 +66,7 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
     flat = [answer for row in rows for answer in row]
     qualities = [[answer.quality for answer in row] for row in rows]
     means = [statistics.fmean(row) for row in qualities]
-    # The filter of the matching: q >= tau, and never q = 0.
+    # Matching keeps answers with q >= tau and q > 0.
     kept = [[quality >= cfg.min_quality and quality > 0 for quality in row] for row in qualities]
     return {
         "questions": len(questions),

@@ -1,6 +1,6 @@
-"""The score of the best constant answer to all questions: the floor that a student has to beat.
+"""Compute the score of the best constant answer to all questions: the floor that a student has to beat.
 
-A search over every answer would cost the square of the number of questions. Candidates are therefore bounded
+A search over all answers would be quadratic in the number of questions. The number of candidates is therefore limited
 (ground truths, and a grid), graded tasks are scored in floating point, and only the best candidate is scored exactly.
 """
 
@@ -20,8 +20,9 @@ from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, option_letters, p
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
-# Limits on the ground truths that are tried: the most frequent ones, and a sample of the others. Texts are compared in
-# pairs, so fewer are tried, on a sample of questions that shrinks as texts get longer (this takes a second or two).
+# Limits on the number of candidates: the most frequent ground truths, and a sample of the others. Texts are compared in
+# pairs, so there are fewer candidates, and the sample of questions shrinks as texts get longer (this takes a second or
+# two).
 MOST_TRUTHS, MOST_TEXTS, MOST_QUESTIONS, MOST_CHARACTERS = 1000, 50, 500, 3_000_000
 LEAST_QUESTIONS = 10
 
@@ -50,7 +51,7 @@ def best_constant_floor(
             continue
         candidates = sorted(_candidates(task, members))
         scores = np.round(_mean_scores(task, candidates, members, cfg), 9)
-        # Among equal scores, take the first answer in alphabetical order, whatever the order of the questions.
+        # Resolve ties by alphabetical order, so that the result does not depend on the order of the questions.
         answer = candidates[int(scores.argmax())]
         floors[task] = (_constant_score(answer, members, cfg), answer)
     return floors

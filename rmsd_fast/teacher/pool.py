@@ -4,13 +4,13 @@
 
 `key` identifies everything that determines the request: three digests of 16 hex digits, `<question>-<media>-<request>`,
 made by `request_key`. A pool is checked against its questions by the first digest, and on request by the second. This
-detects a pool that was collected for other questions, or before a question was edited. The third digest tells a resumed
-collection whether sampling or frames have changed. An empty key means that the origin is unknown; such a line is
+detects a pool that was collected for other questions, or before a question was edited. The third digest shows a resumed
+collection whether sampling or frames have changed. An empty key means that the origin is unknown; the line is then
 matched by id only.
 
 Invalid and truncated responses are ordinary lines with quality 0. A null `text`, which servers send if a filter stopped
-the answer, is an empty one. A repaired pool keeps the text as sent under `raw`, and the reason why an answer cannot be
-used under `reason`.
+the answer, is an empty answer. A repaired pool keeps the text as sent under `raw`, and the reason why an answer cannot
+be used under `reason`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class TeacherResponse:
     key: str
     """Result of request_key for the request; "" means unknown, and the line is matched by id only."""
     text: str
-    """The full response as sent; if `raw` holds that, its canonical form."""
+    """The full response as sent, or its canonical form if `raw` is set."""
     finish_reason: str | None = None
-    """How it ended, in the server's words (`method.finish_reasons` reads them); None means unknown. If the server sent
-    an object, this is its `type`."""
+    """The server's finish reason, which `method.finish_reasons` interprets; None means unknown. If the server sent an
+    object, this is its `type`."""
     usage: dict[str, Any] = field(default_factory=dict)
     """Token counts as the server reported them."""
     model: str = ""
@@ -71,11 +71,11 @@ class TeacherResponse:
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters of the request."""
     valid: bool | None = None
-    """Validity as determined at collection. Training computes its own."""
+    """Validity determined at collection. Training computes it again."""
     quality: float | None = None
-    """Quality as determined at collection. Training computes its own."""
+    """Quality determined at collection. Training computes it again."""
     raw: str | None = None
-    """The text as sent if `text` is its canonical form; None if `text` is as sent."""
+    """The original text if `text` is its canonical form; None if `text` is the original."""
     reason: str | None = None
     """Why the answer is invalid, a key of `method.natural.REASONS`."""
 
@@ -86,14 +86,14 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
     Args:
         path: the pool file.
     Raises:
-        DataError: the message names file, line, field, what was expected and what was found.
+        DataError: the message names the file, the line, the field, the expected value and the actual value.
     """
     path = Path(path)
     pool: dict[str, list[TeacherResponse]] = {}
     places: dict[tuple[str, int], int] = {}
     faults: list[DataError] = []
     number = 0
-    # The same few settings occur in every line, so they are kept only once.
+    # The same few settings occur in every line, so they are stored only once.
     shared: dict[str, Any] = {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -108,7 +108,7 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
         except OtherFileError:
             raise
         except DataError as error:
-            # Only the last line can be torn, and only if its newline is missing.
+            # Only the last line can be incomplete, and only if its newline is missing.
             if line.endswith(b"\n"):
                 faults.append(error)
             else:
@@ -180,12 +180,13 @@ def check_pool(
     max_unanswered_share: float = 0.0,
     check_media: bool = False,
 ) -> list[str]:
-    """Refuse a pool that belongs to other questions. The pool may contain further ids, if a subset is trained on.
+    """Reject a pool that belongs to other questions. The pool may contain more ids, if training uses a subset.
 
     Args:
         pool: result of load_pool.
         questions: the questions to train on.
-        max_unanswered_share: largest share of the questions that may have no response. It is an error if none has one.
+        max_unanswered_share: largest share of questions that may have no response. It is always an error if no question
+            has one.
         check_media: also compare the contents of the media files, which reads all of them.
     Returns:
         Ids of the questions that have no response.
@@ -220,7 +221,7 @@ def check_answered(
 def check_keys(
     pool: dict[str, list[TeacherResponse]], questions: Sequence[Question], *, check_media: bool = False
 ) -> None:
-    """Refuse responses to other questions, or to other texts or media of these questions. Empty keys are not checked.
+    """Reject responses to other questions, or to other texts or media of these questions. Empty keys are not checked.
 
     Raises:
         DataError: the message says which ids, and what to do.
@@ -313,7 +314,7 @@ def _parse_response(record: dict[str, Any], where: str, shared: dict[str, Any]) 
 
 
 def _advice(name: str, record: dict[str, Any]) -> str:
-    """Return what to do about a field that pool lines do not have."""
+    """Return advice about a field that pool lines do not have."""
     if name in _REASONING:
         return "put it into 'text', as <think>…</think> before the answer, and remove the field"
     ours = next((ours for ours, theirs in _OTHER_NAMES.items() if name in theirs), None)
@@ -342,7 +343,7 @@ def _question_digest(question: Question) -> str:
         "options": question.options,
         "media": [len(question.videos), len(question.images)],
     }
-    # Added only if there are any, so that keys made before spans existed stay valid.
+    # Spans are added only if there are any, so that keys made before spans existed remain valid.
     asked |= {"spans": question.spans} if any(question.spans) else {}
     asked |= {"system": question.system} if question.system else {}
     return _digest(asked)
@@ -353,7 +354,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Questions share clips, so each file is read once per process, and again if it changes.
+# Questions share clips, so each file is read only once per process unless it changes.
 @lru_cache(maxsize=65536)
 def _cached_sha256(path: str, mtime_ns: int, size: int) -> str:
     return file_sha256(path)

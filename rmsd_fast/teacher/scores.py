@@ -1,4 +1,4 @@
-"""Score teacher answers as training uses them: the text in canonical form, its validity and its quality."""
+"""Score teacher answers for training: the text in canonical form, its validity and its quality."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ScoredResponse(NamedTuple):
     """One teacher answer as training uses it."""
 
     k: int
-    """Its index in the pool."""
+    """Index in the pool."""
     text: str
     """The full text: canonical if `teacher.parse=natural` could read it, otherwise as sent."""
     valid: bool
@@ -42,14 +42,14 @@ class ScoredResponse(NamedTuple):
     reason: str | None = None
     """Why it is invalid, a key of `method.natural.REASONS`; None if it is valid."""
     as_sent: bool = True
-    """Whether the text as sent, before any repair, keeps the format.
+    """Whether the original text, before any repair, follows the format.
 
     arXiv 2603.11423 counts the others as format violations.
     """
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
-    """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get none."""
+    """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get no answers."""
     return {
         question.id: [
             score_response(response, question, cfg) for response in pool.get(question.id, [])[: cfg.responses]
@@ -92,7 +92,7 @@ def quality_settings(teacher: TeacherConfig) -> dict:
 
 
 def _strict_reason(text: str, ended: str | None, question: Question) -> str | None:
-    """Return why a text is invalid, judged by the format alone. `ended` is the result of finish_reason_of."""
+    """Return why a text is invalid, considering only the format. `ended` is the result of finish_reason_of."""
     if ended in _NOT_WHOLE:
         return _NOT_WHOLE[ended]
     if not text.strip():

@@ -1,4 +1,4 @@
-"""Describe what a run is about to train on: questions, teacher answers, and why some of them cannot be used."""
+"""Summarize the training data of a run: questions, teacher answers, and why some of them cannot be used."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rmsd_fast.teacher.scores import Pool
 # Below this share of valid answers, something is wrong with the pool as a whole.
 LEAST_VALID = 0.05
 SHOWN_IDS, SHOWN_NAMES, SHOWN_COUNTS = 5, 3, 4
-# Warn if more than this share of a file's questions are named `open` but have an answer like a closed question's.
+# Warn if more than this share of a file's questions are named `open` but have an answer like that of a closed question.
 CLOSED_SHARE = 0.05
 
 
 @dataclass
 class Summary:
-    """Lines of a summary, warnings about probable mistakes, and faults that prevent a run from starting."""
+    """Lines of a summary, warnings about probable mistakes, and errors that prevent a run from starting."""
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -74,7 +74,8 @@ def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
-    """Warn about open questions whose answers look like those of closed ones, by whether the task type was inferred."""
+    """Warn about open questions whose answers look like answers to closed questions, separately for inferred task
+    types."""
     answered = [question for question in questions if question.task_type == "open" and question.answer]
     closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
     inferred = [question for question in closed if "inferred" in question.meta]
@@ -106,7 +107,7 @@ def describe_pool(
         statistics: result of pool_statistics for the answers that are used.
         unanswered: ids of questions that are left out because the pool has no answer to them.
     Returns:
-        The summary. It has a fault if almost no answer can be used.
+        The summary. It contains an error if almost no answer can be used.
     """
     cfg = settings.teacher
     every = statistics["all"]
@@ -159,7 +160,7 @@ def describe_pool(
 
 
 def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
-    """Return lines about the answers in the pool that a run does not read."""
+    """Return lines about answers in the pool that a run does not use."""
     asked = {question.id for question in questions}
     foreign = [identity for identity in pool if identity not in asked]
     beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
@@ -222,7 +223,7 @@ def _table(statistics: dict) -> list[str]:
 
 
 def _reasons(group: dict, shown: int = 5) -> str:
-    """Return `refusal 12, two_answers 3`; REASONS explains the names."""
+    """Return text such as `refusal 12, two_answers 3`; REASONS explains the names."""
     reasons = list(group["reasons"].items())
     more = sum(count for _, count in reasons[shown:])
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons[:shown]) + (f", other {more:,}" if more else "")
@@ -234,7 +235,7 @@ def explain_reasons(reasons: Sequence[str]) -> dict[str, str]:
 
 
 def _overlaps(train: Sequence[Question], heldout: Sequence[Question]) -> list[str]:
-    """Warn about held-out questions that are trained on, and those whose media are."""
+    """Warn about held-out questions that are also training questions or share media with them."""
     asked = {_content(question) for question in train}
     media = {path for question in train for path in (*question.videos, *question.images)}
     same = [question.id for question in heldout if _content(question) in asked]

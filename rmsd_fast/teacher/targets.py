@@ -1,4 +1,4 @@
-"""The part of the pool that training uses: each question's answers, their quality and matching probabilities."""
+"""Select the part of the pool that training uses: answers, their quality and their matching probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from rmsd_fast.teacher.scores import ScoredResponse, Scores
 
 @dataclass(frozen=True)
 class Targets:
-    """Teacher side of one question. Texts are tokenized when a step uses them: a pool of 200,000 would take minutes.
+    """The teacher answers to one question. Texts are tokenized when a step uses them, because 200,000 would take
+    minutes.
 
     Fields:
         answers: the K answers.
@@ -46,11 +47,11 @@ def build_targets(
     seed: int,
     imitate: str,
 ) -> dict[str, Targets]:
-    """Return the targets of every question. A question without answers gets empty ones.
+    """Return the targets of every question. A question without answers gets empty targets.
 
     Args:
-        refuse: returns why a text may not be trained on, or None. Such an answer counts as invalid. It is called only
-            for answers that could be used.
+        refuse: function that returns why a text cannot be trained on, or None. An answer with a reason counts as
+            invalid. The function is called only for usable answers.
         imitate: `best`, `all` or `random`, see `sft.responses`.
     """
     return {
@@ -68,7 +69,7 @@ def _targets_of(
     imitate: str,
 ) -> Targets:
     closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
-    # Invalid answers have quality 0, but uniform quality and random imitation use them as they are.
+    # Invalid answers have quality 0, but uniform quality and random imitation use them unchanged.
     takes_invalid = teacher.quality == "uniform" or imitate == "random"
     uses = [(answer.valid or takes_invalid) and refuse(answer.text) is None for answer in answers]
     quality = [1.0 if teacher.quality == "uniform" else answer.quality for answer in answers]

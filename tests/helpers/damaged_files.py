@@ -233,7 +233,7 @@ FAULTS = (
     Fault("truncated WebM", _truncated_as("webm", "libvpx-vp9"), "truncated: expected at least"),
     Fault("audio only", _audio_only, "got a file without a video stream"),
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
-    Fault("many flipped bytes", _flipped, "plain grey that replaces lost frames", True),
+    Fault("many flipped bytes", _flipped, "plain gray that replaces lost frames", True),
     Fault("one flipped byte", _slightly_flipped, ""),
     Fault("single colour", _single_colour, "a single colour", True),
     Fault("frozen picture", _frozen, "are all identical", True),

@@ -87,7 +87,7 @@ def test_a_transparent_color_shows_white(tmp_path: Path) -> None:
     assert grey_row(tmp_path / "l16.png") == [0, 0, 255, 1, 127, 128, 255, 255]
     rgb = struct.pack(">6H", 256, 0, 0, 257, 0, 0)
     write_png(tmp_path / "rgb16.png", (2, 1), 16, 2, [rgb], tRNS=struct.pack(">3H", 256, 0, 0))
-    assert "got a 16-bit transparent colour; save it as an 8-bit PNG" in refusal(tmp_path / "rgb16.png")
+    assert "got a 16-bit transparent color; save it as an 8-bit PNG" in refusal(tmp_path / "rgb16.png")
 
 
 def write_bmp(path: Path, compression: int, alpha_mask: int | None, pixels_bgra: list[tuple[int, ...]]) -> Path:
@@ -109,7 +109,7 @@ def write_tga(path: Path, kind: int, bits: int, alpha_bits: int, data: bytes) ->
 
 
 INVISIBLE = (
-    "expected visible pixels, got a picture that is almost entirely transparent; if its colours are meant to show, "
+    "expected visible pixels, got a picture that is almost entirely transparent; if its colors are meant to show, "
 )
 
 

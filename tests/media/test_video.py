@@ -99,7 +99,7 @@ def test_flipped_bytes_give_whole_frames_or_a_media_error(tmp_path: Path) -> Non
             assert frames.pixels.shape == (6, 3, 64, 96) and len(frames.timestamps_s) == 6
             outcomes.add("used")
         except MediaError as error:
-            outcomes.add("grey" if "plain grey" in str(error) else "decoder")
+            outcomes.add("grey" if "plain gray" in str(error) else "decoder")
     # The outcomes depend on the FFmpeg version, but no other type of error may be raised.
     assert len(outcomes) >= 2
 
@@ -137,9 +137,9 @@ def test_detection_of_damaged_frames() -> None:
     with pytest.raises(MediaError, match="the 4 frames are all identical"):
         check_frames("x", still, different=2)
     # Frames of a single color are refused at any frame rate.
-    with pytest.raises(MediaError, match="each of the 4 frames has a single colour"):
+    with pytest.raises(MediaError, match="each of the 4 frames has a single color"):
         check_frames("x", grey, different=1)
-    with pytest.raises(MediaError, match="1 of 4 frames are the plain grey"):
+    with pytest.raises(MediaError, match="1 of 4 frames are the plain gray"):
         check_frames("x", torch.cat([moving[:3], grey[:1]]), different=4)
 
 

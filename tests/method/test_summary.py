@@ -253,7 +253,7 @@ def test_pool_check_judges_every_answer(files, capsys):
     assert run("check", *files) == 0
     printed = capsys.readouterr().out
     assert "teacher: 9 answers, up to K=8 of each question (1 question has 8, 1 question has 1)" in printed
-    assert "all answers were judged; a run reads the first teacher.responses=4 per question" in printed
+    assert "all answers were checked; a run reads the first teacher.responses=4 per question" in printed
     assert "refusal 4" in printed and "    1 k=6: " in printed
 
 
@@ -321,7 +321,7 @@ def test_pool_repair_keeps_the_original_text_and_repairs_once(files, tmp_path, c
     pool, questions = files
     output = tmp_path / "repaired.jsonl"
     assert run("repair", pool, questions, "--output", output) == 0
-    assert "6 answers, 2 brought into canonical form, 2 invalid, 1 to questions" in capsys.readouterr().out
+    assert "6 answers, 2 converted to canonical form, 2 invalid, 1 to questions" in capsys.readouterr().out
     repaired = load_pool(output)
     first, second, third, fourth = repaired["1"]
     assert (first.text, first.raw) == ("<think>It is white.</think><answer>B</answer>", NATURAL[0])

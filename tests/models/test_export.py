@@ -271,7 +271,7 @@ def test_readme_describes_the_folder(tmp_path: Path, student: Student) -> None:
         "- Base model: `Qwen/Qwen3-VL-4B-Instruct`\n- Stage of training: `distill`\n",
         "oldest version of transformers that loads this folder is 4.57",
         "do_sample=False",
-        "The licence of the base model applies.",
+        "The license of the base model applies.",
         *ANSWER_FORMAT.values(),
     ):
         assert part in text, part

@@ -13,7 +13,7 @@ from rmsd_fast.stages.evaluation import (
     compare,
     format_table,
     read_predictions,
-    summarise,
+    summarize,
     write_evaluation,
     write_predictions,
 )
@@ -47,7 +47,7 @@ def test_answers_are_read_strictly_or_naturally(parse, text, truncated, score):
 
 
 def test_wilson_interval_by_hand():
-    result = summarise(records([1.0] * 8 + [0.0] * 2))["tasks"]["mcq"]
+    result = summarize(records([1.0] * 8 + [0.0] * 2))["tasks"]["mcq"]
     # The Wilson score interval of 8 in 10 at 95% is 0.490 to 0.943.
     assert (result["mean"], result["n"], result["valid_share"]) == (0.8, 10, 0.8)
     assert result["low"] == pytest.approx(0.4902, abs=1e-4)
@@ -55,16 +55,16 @@ def test_wilson_interval_by_hand():
 
 
 def test_an_interval_always_has_a_width():
-    none, all_right = (summarise(records([s] * 20))["tasks"]["mcq"] for s in (0.0, 1.0))
+    none, all_right = (summarize(records([s] * 20))["tasks"]["mcq"] for s in (0.0, 1.0))
     assert none["low"] == 0 and none["high"] == pytest.approx(0.1611, abs=1e-4)
     assert all_right["high"] == 1 and all_right["low"] == pytest.approx(0.8389, abs=1e-4)
 
 
 def test_closed_score_excludes_open_questions():
-    result = summarise(records([1.0, 0.0]) + records([1.0, 1.0], "open"))
+    result = summarize(records([1.0, 0.0]) + records([1.0, 1.0], "open"))
     assert result["closed"]["mean"] == 0.5 and result["closed"]["n"] == 2
     assert result["all"]["mean"] == 0.75
-    assert "closed" not in summarise(records([1.0], "open"))
+    assert "closed" not in summarize(records([1.0], "open"))
 
 
 def test_paired_difference():

@@ -10,7 +10,7 @@ from report_files import Page
 
 from rmsd_fast.report_page.evaluation import difference_name, interval, verdict
 from rmsd_fast.report_page.samples import response_html, visible
-from rmsd_fast.report_page.style import DARK, LIGHT, SERIES_COLOURS
+from rmsd_fast.report_page.style import DARK, LIGHT, SERIES_COLORS
 from rmsd_fast.report_page.svg import Series, curve_chart, number, smooth, stacked_chart, thin, ticks, value_range
 
 
@@ -26,7 +26,7 @@ def test_colors_have_contrast() -> None:
 
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     for theme in (LIGHT, DARK):
-        for i in range(1, SERIES_COLOURS + 1):
+        for i in range(1, SERIES_COLORS + 1):
             assert contrast(theme[f"s{i}"], theme["card"]) >= 3
         for name in ("ink", "muted", "good", "bad"):
             assert contrast(theme[name], theme["card"]) >= 4.5, name

@@ -1,7 +1,7 @@
-"""Public discriminator losses: argument checks and the choice of implementation. The formulas are in `reference`.
+"""Public discriminator losses, with argument checks and the choice of implementation. `reference` has the formulas.
 
-The losses move a few kilobytes, so no chunks are needed, and "torch" and "reference" run the same code. On CUDA, one
-launch in each direction (`triton_loss`) replaces about 25 launches of eager code, which saves latency.
+The losses move only a few kilobytes, so chunks are not needed, and "torch" and "reference" run the same code. On CUDA,
+one launch in each direction (`triton_loss`) replaces about 25 launches of eager code, which saves latency.
 """
 
 from types import ModuleType
@@ -34,7 +34,7 @@ def last_token_values(
         weight: the scalar head, [D], floating.
         bias: bias of the head, [1] or [], floating; None means 0.
         norm_weight: weight of an RMSNorm that is applied before the head, [D], floating. None skips the norm, for
-            hidden states that are already normalised.
+            hidden states that are already normalized.
         norm_eps: epsilon of the RMSNorm, >= 0.
         impl: see rmsd_fast.losses.
     Returns:
@@ -87,9 +87,9 @@ def pairwise_discriminator_loss(
         impl: see rmsd_fast.losses.
     Returns:
         DiscriminatorLoss(loss, accuracy, margin): the loss, the share of pairs with T > S, and the mean of T - S. Share
-        and mean are weighted by pair_weight, and 0 without pairs.
+        and mean are weighted by pair_weight, and are 0 without pairs.
     Raises:
-        ValueError: shapes or devices do not match. For CPU tensors also: an index is out of range, a quality is NaN or
+        ValueError: shapes or devices do not match. For CPU tensors, an index is out of range, a quality is NaN or
             outside [0, 1], or a pair_weight is negative.
         TypeError: a dtype does not match.
         RuntimeError: impl is not available.
@@ -183,7 +183,7 @@ def discriminator_loss(
 
 
 def _backend(impl: str, tensor: Tensor) -> ModuleType:
-    """Return the module whose functions of the same names serve the call; triton is imported on first use."""
+    """Return the module that implements the functions for this call; triton is imported on first use."""
     checks.check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if resolve_impl(impl, tensor, native_form=False) != "triton":
         return reference

@@ -1,7 +1,7 @@
-"""Reference forms of the discriminator's losses: eager torch, in the dtype of the inputs.
+"""Reference implementations of the discriminator losses in eager torch, in the dtype of the inputs.
 
 Every kernel is tested against this file. Sums and results are float64 for float64 inputs and float32 otherwise.
-Arguments are checked by the public functions, not here.
+The public functions check the arguments.
 
 Symbols: T tokens, D hidden, B sequences, S rollout scores, R teacher scores, P pairs.
 """
@@ -29,7 +29,7 @@ class DiscriminatorLoss(NamedTuple):
 
 
 class DiscriminatorOutput(NamedTuple):
-    """DiscriminatorLoss, and the detached scores [S+R] that it was computed from, in the order of last_index."""
+    """DiscriminatorLoss, and the detached scores [S+R] from which it was computed, in the order of last_index."""
 
     loss: Tensor
     accuracy: Tensor
@@ -75,7 +75,7 @@ def pairwise_discriminator_loss(
     student, teacher = student_scores.to(dtype), teacher_scores.to(dtype)
     margin = teacher[teacher_index] - student[student_index]
     weights = None if pair_weight is None else pair_weight.detach().to(dtype)
-    # softplus(S - T) = -log sigmoid(T - S). torch's softplus switches to the identity at 20; logsigmoid is exact.
+    # softplus(S - T) = -log sigmoid(T - S). torch's softplus becomes the identity above 20; logsigmoid is exact.
     loss = weighted_sum(-F.logsigmoid(margin) * quality.detach().to(dtype), weights, normalizer)
     if score_l2:
         squares = torch.cat([student, teacher]).square()

@@ -1,7 +1,7 @@
 """Triton kernels of the discriminator's losses; formulas and launches are in `triton_loss`.
 
-An optional pointer or number that is None removes its code when the kernel is compiled. The kernels do not specialise
-on sizes that change per batch. Everything after a load is float32.
+If an optional pointer or number is None, its code is removed when the kernel is compiled. The kernels do not specialize
+on sizes that change per batch. All arithmetic after a load is float32.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ GRAD_BLOCK_D = 64
 GRAD_WARPS = 8
 
 SIZES = ["students", "teachers", "pairs", "count", "tokens"]
-# These may be slices of longer vectors, so the kernels do not specialise on their alignment.
+# These may be slices of longer vectors, so the kernels do not specialize on their alignment.
 UNALIGNED = [
     "last_index_ptr",
     "scores_ptr",
@@ -46,7 +46,7 @@ UNALIGNED = [
 
 
 class _Pairs(NamedTuple):
-    """The pairs and the scores they point into."""
+    """The pairs, and the scores that they index."""
 
     student_ptr: Any
     teacher_ptr: Any
@@ -116,7 +116,8 @@ def _store_scores(head, first, scores_ptr, saved_ptr, ROWS: tl.constexpr, BLOCK_
 
 @triton.jit
 def _log1p(e):
-    """Return log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): relative error 1e-9, while 1 + e would lose digits."""
+    """Return log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): relative error 1e-9, while 1 + e would lose
+    precision."""
     s = e / (2.0 + e)
     u = s * s
     p = u / 15.0 + 1.0 / 13.0
@@ -145,7 +146,7 @@ def _pair_block(pairs, p):
 
 @triton.jit
 def _divisor(value, normalizer, normalizer_ptr):
-    """Return the normalizer if there is one, otherwise value; 0 becomes 1."""
+    """Return the normalizer if it is given, otherwise value; 0 becomes 1."""
     if normalizer_ptr is not None:
         value = tl.load(normalizer_ptr).to(tl.float32)
     elif normalizer is not None:

@@ -4,11 +4,11 @@
     score = sum(n * head) + bias                            row = hidden[last_index]
     loss = sum(w * q * softplus(S - T)) / normalizer + score_l2 * sum(score^2) / l2_normalizer
 
-Forward of up to ONE_PROGRAM_ROWS responses is one launch of one program. It computes the scores, then the pairs, and
-with them the gradient of the loss with respect to each score, which needs the pairs anyway. Backward is one launch over
-blocks of D, which also zeroes the rows of d_hidden at which no response ends. Sums run in float32 and in a fixed order,
-without atomics. If several responses end at the same row, each of them writes the sum of their gradients there. Latency
-dominates: about 2*(S+R)*D*itemsize bytes move, and T*D*itemsize bytes for d_hidden.
+For up to ONE_PROGRAM_ROWS responses, forward is a single program. It computes the scores, then the pairs, and from the
+pairs also the gradient of the loss with respect to each score. Backward is one launch over blocks of D, which also
+zeroes the rows of d_hidden at which no response ends. Sums run in float32 and in a fixed order, without atomics. If
+several responses end at the same row, each of them writes the sum of their gradients there. Latency dominates: about
+2*(S+R)*D*itemsize bytes are moved, and T*D*itemsize bytes for d_hidden.
 
 An index out of range gives NaN and is never dereferenced. Importing this module imports triton. If TRITON_INTERPRET=1
 is set before the import, the kernels run on CPU tensors.
@@ -41,7 +41,8 @@ from .triton_kernels import (
 )
 
 # Number of programs per block of columns that zero rows, each a series of tiles. With 40 blocks of columns (D = 2560)
-# this is about 5 programs per SM. With one program per tile, each would wait for its indices before its only store.
+# this is about 5 programs per SM. With one program per tile, each program would wait for its indices before its only
+# store.
 _MOST_TILES = 16
 _LIBRARY = torch.library.Library("rmsd_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor last_index, Tensor head"
@@ -105,7 +106,7 @@ def discriminator_loss(
 
 
 def _number(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """Return a normalizer as the two arguments that the ops take: number, tensor."""
+    """Return a normalizer as two arguments for the ops: number, tensor."""
     if isinstance(value, Tensor):
         return None, value.detach()
     return (None if value is None else float(value)), None
@@ -137,7 +138,7 @@ class _Discriminator(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, last_index, head, bias, norm_weight, saved, score_grad)
         ctx.mark_non_differentiable(accuracy, margin, scores)
-        # Materialising zero gradients of the other three outputs would cost a launch each.
+        # Materializing zero gradients of the other three outputs would need an additional launch each.
         ctx.set_materialize_grads(False)
         return loss, accuracy, margin, scores
 
@@ -176,7 +177,8 @@ class _Pairwise(torch.autograd.Function):
 
 
 def _head_gradients(saved, score_grad, grad_loss, *needed: bool) -> list[Tensor | None]:
-    """Return gradients of hidden, head, bias and norm_weight; None for an input that is None or needs no gradient."""
+    """Return gradients of hidden, head, bias and norm_weight; None for inputs that are None or do not need a
+    gradient."""
     hidden, last_index, head, bias, norm_weight, stats = saved
     gradients = torch.ops.rmsd_kernels.discriminator_backward(
         score_grad, grad_loss, hidden, last_index, head, bias, norm_weight, stats, *needed

@@ -1,4 +1,4 @@
-"""Convert checked arguments of a public function to the records that the loops take."""
+"""Convert checked arguments of a public function to the records that the loops expect."""
 
 import torch
 from torch import Tensor

@@ -1,16 +1,16 @@
-"""Gradients of the loops in `loops`: four autograd functions, and the choice between them for log-probs.
+"""Define the gradients of the loops in `loops`: four autograd functions, and the choice between them for log-probs.
 
 - `one_pass`: forward computes all gradients, because each row's gradient is known up to one common factor. Backward
   multiplies them by this factor. The function returns a zero that carries the gradient; the value of the loss is
   computed separately from the scores.
 - `score`: log-probs, entropy and exact KL, with any upstream gradient per row. Logits are kept for backward if all of
-  them fit the memory budget, and computed again otherwise. If the head is frozen and only log-probs are
+  them fit into the memory budget, and recomputed otherwise. If the head is frozen and only log-probs are
   differentiated, forward computes d logp / d hidden instead.
-- `divergence`: as one_pass.
+- `divergence`: same as one_pass.
 
-The first backward of `one_pass`, of `divergence` and through kept logits consumes in place what forward made, so a
-second one raises. Tensors that receive a gradient are separate arguments; everything else travels in records and is a
-constant to autograd.
+The first backward of `one_pass`, of `divergence` and through kept logits overwrites tensors saved by forward, so a
+second backward raises. Tensors that receive a gradient are separate arguments; all other inputs are fields of records
+and constants to autograd.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def one_pass(
 ) -> tuple[HeadScores, Tensor]:
     """Return detached scores, and a zero whose gradient is the gradient of the summed policy losses of the rows.
 
-    skip_idle: find rows whose gradient is known to be 0 and skip their backward GEMMs.
+    skip_idle: whether to find rows whose gradient is known to be 0 and skip their backward GEMMs.
     """
     needs = _needs(call)
     if not any(needs):
@@ -163,14 +163,15 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call, keep, needs, execution):
         stats, logits, ref_logits = loops.head_score(call=call, keep=keep, execution=execution)
-        # The inputs themselves, not detached aliases: hooks for saved tensors and ZeRO-3 know parameters by identity.
+        # Save the inputs themselves, not detached aliases: hooks for saved tensors and ZeRO-3 identify parameters by
+        # identity.
         call = call._replace(hidden=hidden, weight=weight, bias=bias)
         tensors = {name: value for name, value in call._asdict().items() if isinstance(value, Tensor)}
         ctx.save_for_backward(stats, *((logits, ref_logits) if keep else ()), *tensors.values())
         ctx.tensors, ctx.values = tuple(tensors), {n: v for n, v in call._asdict().items() if n not in tensors}
         ctx.keep, ctx.needs, ctx.execution = keep, needs, execution
         ctx.mark_non_differentiable(stats)
-        # Outputs that the loss does not use then cost nothing in backward.
+        # Outputs that the loss does not use then have no cost in backward.
         ctx.set_materialize_grads(False)
         return stats, stats[Stat.LOGP].clone(), stats[Stat.ENTROPY].clone(), stats[Stat.FULL_KL].clone()
 
@@ -201,13 +202,13 @@ class _Scores(torch.autograd.Function):
 def _save_gradients(ctx, values: Tensor, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(values)
-    # Materialising a zero gradient of `values` would cost a launch.
+    # Materializing a zero gradient of `values` would need an additional launch.
     ctx.set_materialize_grads(False)
     return values, values.new_zeros(())
 
 
 def _scale_saved_gradients(ctx, g: Tensor | None) -> list[Tensor | None]:
-    """Multiply the gradients made in forward by g, in place, and return them; return Nones if g is None."""
+    """Multiply the gradients computed in forward by g, in place, and return them; return Nones if g is None."""
     if g is not None:
         _allow_one_backward(ctx)
     gradients = ctx.saved_tensors
@@ -220,8 +221,8 @@ def _scale_saved_gradients(ctx, g: Tensor | None) -> list[Tensor | None]:
 
 
 def _allow_one_backward(ctx) -> None:
-    """Raise if backward already ran: it consumes its saved tensors in place."""
-    # A compiled graph has no such state.
+    """Raise if backward has already run, because it overwrites its saved tensors."""
+    # A compiled graph does not have this state.
     if torch.compiler.is_compiling():
         return
     if getattr(ctx, "backward_done", False):
@@ -233,10 +234,10 @@ def _allow_one_backward(ctx) -> None:
 
 
 def _unit(hidden: Tensor, scale: Tensor) -> Tensor | None:
-    """Return the divisor of float16 gradients made in forward, or None for other dtypes.
+    """Return the divisor of float16 gradients computed in forward, or None for other dtypes.
 
     The loss scale multiplies the gradients only in backward. Before that, gradients of a mean over T tokens are too
-    small for float16, while sums of T gradients of size 1 may be too large; a factor of sqrt(T) lies in between.
+    small for float16, while sums of T gradients of size 1 may be too large. A factor of sqrt(T) is a compromise.
     """
     if hidden.dtype != torch.float16 or not scale.numel():
         return None

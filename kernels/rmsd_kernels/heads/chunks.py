@@ -1,4 +1,4 @@
-"""Chunks of tokens: their size, the inputs of their logits, and the sums of gradients over them."""
+"""Divide tokens into chunks: their size, the inputs of their logits, and the sums of gradients over them."""
 
 import importlib
 import math
@@ -20,8 +20,8 @@ from .row_types import Execution, HeadCall, Needs, RowInputs, RowReference
 DEFAULT_BUDGET_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
 # If the gradient is known only in backward, up to this many bytes of logits are kept, which saves a second GEMM.
 DEFAULT_KEPT_BYTES = {"cuda": 512 << 20, "cpu": 1 << 30}
-# Up to this many chunks, rounding a 16-bit d_weight once per chunk keeps the error of a single GEMM (measured in the
-# tests). With more chunks it is summed in float32.
+# Up to this many chunks, rounding a 16-bit d_weight once per chunk does not exceed the error of a single GEMM (measured
+# in the tests). With more chunks, it is summed in float32.
 MAX_ROUNDINGS = 5
 _CUDA_TILE_ROWS = 128
 _CPU_TILE_ROWS = 32
@@ -82,7 +82,7 @@ class Loop(ExitStack):
         return empty_logits(self.hidden, self.step if self.count else 0, self.weight.shape[0], dtype)
 
     def bias_of(self, bias: Tensor | None) -> Tensor | None:
-        """Return a head's bias as the row functions take it: contiguous, in the accumulation dtype."""
+        """Return a head's bias in the format of the row functions: contiguous, in the accumulation dtype."""
         return None if bias is None else bias.to(self.dtype).contiguous()
 
     def __iter__(self) -> Iterator[tuple[slice, slice | Tensor]]:
@@ -93,7 +93,7 @@ class Loop(ExitStack):
                 yield span, span if self.rows is None else self.rows[span]
 
     def inputs(self, call: HeadCall, rows: Tensor, index: slice | Tensor) -> RowInputs:
-        """Return the inputs of the row functions besides the logits; rows = call.hidden[index]."""
+        """Return the inputs of the row functions other than the logits; rows = call.hidden[index]."""
         temperature, targets = None if call.temperature is None else call.temperature[index], call.targets[index]
         target_logit = self.backend.target_logit(rows, self.weight, targets)
         return RowInputs(targets, target_logit, self.bias, temperature, call.softcap)
@@ -117,7 +117,7 @@ class Gradients:
         self.bias = torch.zeros(len(weight) if needs.bias else 0, dtype=loop.dtype, device=weight.device)
 
     def unrounded(self, logits: Tensor, ref: RowReference | None) -> tuple[Tensor, RowReference | None]:
-        """Return logits in the accumulation dtype if d_bias is needed: it sums gradients that must not be rounded."""
+        """Return logits in the accumulation dtype if d_bias is needed, because it sums unrounded gradients."""
         if not self.needs.bias or logits.dtype == self.loop.dtype:
             return logits, ref
         ref = None if ref is None else ref._replace(logits=ref.logits.to(self.loop.dtype))
@@ -160,15 +160,15 @@ class Gradients:
 def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool) -> int:
     """Return the bytes of one head's logits if the caller sets no budget.
 
-    For a 16-bit d_weight, chunks are so large that at most MAX_ROUNDINGS of them are needed. If that takes more memory
-    in all than a sum in float32, d_weight is summed in float32, in chunks of its own size, because each chunk reads and
-    writes it once.
+    For a 16-bit d_weight, chunks are large enough that at most MAX_ROUNDINGS of them are needed. If that takes more
+    memory in total than a sum in float32, d_weight is summed in float32, with chunks of the size of d_weight, because
+    each chunk reads and writes it once.
     """
     usual = DEFAULT_BUDGET_BYTES.get(weight.device.type, DEFAULT_BUDGET_BYTES["cpu"])
     if not need_weight or weight.element_size() != 2:
         return usual
     few = _whole_tiles(math.ceil(rows / MAX_ROUNDINGS), weight.device.type) * row_bytes
-    # Chunks and a 16-bit d_weight, against chunks, a float32 d_weight and its 16-bit copy.
+    # Compare chunks and a 16-bit d_weight with chunks, a float32 d_weight and its 16-bit copy.
     in_float32 = 4 * weight.numel()
     return max(usual, few if few <= 2 * in_float32 else in_float32)
 
@@ -176,15 +176,15 @@ def default_budget(rows: int, row_bytes: int, weight: Tensor, need_weight: bool)
 def empty_logits(like: Tensor, rows: int, vocabulary: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return an empty [rows, V] on the device of `like`, in its dtype by default.
 
-    On CUDA, rows are padded to a multiple of 64 numbers: unaligned rows would cost the row kernels four times as many
-    instructions.
+    On CUDA, rows are padded to a multiple of 64 numbers: with unaligned rows, the row kernels would need four times as
+    many instructions.
     """
     width = -(-vocabulary // _ROW_COLUMNS) * _ROW_COLUMNS if like.device.type == "cuda" else vocabulary
     return like.new_empty(rows, width, dtype=dtype)[:, :vocabulary]
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int, device: str) -> int:
-    """Return the rows per chunk: as many as fit the budget, in whole GEMM tiles, and on CPU in chunks of equal size."""
+    """Return the rows per chunk that fit into the budget, in whole GEMM tiles, and on CPU in chunks of equal size."""
     most = max(1, budget // row_bytes)
     if rows <= most:
         return max(1, rows)
@@ -229,5 +229,5 @@ def chunk_buffers(hidden: Tensor, full_kl: bool, need_bias: bool) -> int:
 
 
 def _backend(impl: str, hidden: Tensor) -> ModuleType:
-    """Return the row back end that serves `hidden`. Triton is imported here, on first use."""
+    """Return the row back end for `hidden`. Triton is imported here, on first use."""
     return importlib.import_module(f".{resolve_impl(impl, hidden)}_rows", __package__)

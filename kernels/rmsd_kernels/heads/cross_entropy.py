@@ -1,6 +1,8 @@
-"""Cross entropy from hidden states. Forward computes the gradients too: 6TDV of work (4TDV with a frozen head).
+"""Compute cross entropy from hidden states. Forward also computes the gradients: 6TDV of work (4TDV with a frozen
+head).
 
-It equals the on-policy policy loss with advantage 1: the derivative with respect to logp is -token_weights/normalizer.
+It equals the on-policy policy loss with advantage 1, because the derivative with respect to logp is
+-token_weights/normalizer.
 """
 
 import torch
@@ -69,7 +71,7 @@ def linear_cross_entropy(
     scored = scored_of(targets, ignore_index, None, accumulation_dtype(hidden))
     weights = row_weights(scored, token_weights, normalizer, scored.count.dtype).expand(len(targets)).contiguous()
     if token_weights is not None and ignore_index is not None:
-        # A row with weight 0 adds nothing to the loss and is skipped like an ignored row.
+        # A row with weight 0 does not contribute to the loss and is skipped like an ignored row.
         call = call._replace(targets=torch.where(weights == 0, ignore_index, targets))
     terms = PolicyTerms(scale=weights, advantage=torch.ones_like(weights))
     scores, carrier = autograd.one_pass(call, terms, execution)

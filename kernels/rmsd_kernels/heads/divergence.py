@@ -1,7 +1,7 @@
-"""Divergence between a teacher's and a student's distributions, from the student's hidden states.
+"""Compute the divergence between a teacher's and a student's distributions from the student's hidden states.
 
-Forward computes the gradients too: 6TDV of work (4TDV with a frozen head), and 2TDV more if the teacher is passed as
-hidden states and a head. Logits that the loss computes, of either side, exist for one chunk at a time.
+Forward also computes the gradients: 6TDV of work (4TDV with a frozen head), and 2TDV more if the teacher is passed as
+hidden states and a head. Logits that the loss computes, for student or teacher, exist for one chunk at a time.
 """
 
 import torch
@@ -42,7 +42,7 @@ def linear_divergence(
         teacher_hidden: the teacher's hidden states, [T, D'].
         teacher_weight: the teacher's head, [V, D'].
         teacher_logits: the teacher's logits, [T, V].
-        teacher_topk: (logits or log-probs [T, k], ids [T, k] int64). Both sides are renormalised over these k ids.
+        teacher_topk: (logits or log-probs [T, k], ids [T, k] int64). Both sides are renormalized over these k ids.
         kind: "forward_kl": KL(p||q). "reverse_kl": KL(q||p). "jsd": alpha KL(p||m) + (1-alpha) KL(q||m) with
             m = alpha p + (1-alpha) q. "skew_kl": KL(p||m).
         alpha: share of p in m, in (0, 1), for "jsd" (None means 0.5) and "skew_kl" (None means 0.1) only.

@@ -1,10 +1,10 @@
-"""Log-probability and entropy of targets from hidden states, without a [T, V] tensor that exceeds the budget.
+"""Compute log-probability and entropy of targets from hidden states, with logits within a memory budget.
 
     logp[t] = z[y_t] - log sum_v exp z_v,  z = softcapped (hidden[t] @ weight.T + bias) / temperature[t]
 
-Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. If the logits do not fit the budget, a
-trained head takes 8TDV, and a frozen head whose entropy is differentiated takes 6TDV. The loop is in `loops`, its
-gradient in `autograd`, the formula in `reference`.
+Work: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. If the logits do not fit into the
+budget, a trained head takes 8TDV, and a frozen head whose entropy is differentiated takes 6TDV. The loop is in `loops`,
+its gradient is in `autograd`, and the formula is in `reference`.
 """
 
 from torch import Tensor
@@ -40,16 +40,16 @@ def linear_logprob(
         softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.
         ignore_index: rows with this target give 0 and no gradient, even if their hidden state holds NaN. None: every
             row is scored, and on CUDA the call does not wait for the device.
-        return_entropy: whether to return the entropy too.
+        return_entropy: whether to also return the entropy.
         impl: see rmsd_fast.losses.
-        memory_budget_bytes: see rmsd_fast.losses. If the logits of all T rows fit the budget, they are kept for
-            backward; otherwise backward computes them again (8TDV of work instead of 6TDV).
+        memory_budget_bytes: see rmsd_fast.losses. If the logits of all T rows fit into the budget, they are kept for
+            backward; otherwise backward recomputes them (8TDV of work instead of 6TDV).
     Returns:
         logp [T], or (logp [T], entropy [T]), float32 (float64 for float64 inputs). Both are differentiable; logp is
         never above 0.
     Raises:
-        ValueError: shapes, devices or values do not match. Targets out of range raise for CPU tensors; elsewhere they
-            give NaN.
+        ValueError: shapes, devices or values do not match. Targets out of range raise for CPU tensors; on other devices
+            they give NaN.
         TypeError: a dtype does not match.
         RuntimeError: impl is not available.
     """

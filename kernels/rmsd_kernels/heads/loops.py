@@ -1,4 +1,4 @@
-"""The loop of the fused heads. For each chunk of tokens: a GEMM, one pass of a row back end, and the backward GEMMs.
+"""Run the loop of the fused heads: for each chunk of tokens, a GEMM, a pass of a row back end, and backward GEMMs.
 
     logits = hidden[chunk] @ weight.T  ->  row function, in place  ->  d_hidden[chunk] = logits @ weight
                                                                        d_weight       += logits.T @ hidden[chunk]
@@ -6,9 +6,9 @@
 Unless they are kept for backward, logits exist for one chunk at a time, in the dtype of hidden (a 16-bit d_bias needs
 float32 copies of a chunk). The row function overwrites them with their gradient.
 Work with T scored tokens: 2TDV without gradients, 4TDV with a frozen head, 6TDV with a trained head. A reference head
-adds 2TDV, and so does a backward that has to compute the logits again. Ignored rows never enter a GEMM. Rows whose
-gradient is known to be 0 (advantage 0 without KL and entropy terms) enter the first GEMM only. On CUDA with
-ignore_index=None these rows are not looked for, because finding them would wait for the device.
+adds 2TDV, and so does a backward that recomputes the logits. Ignored rows are excluded from all GEMMs. Rows whose
+gradient is known to be 0 (advantage 0 without KL and entropy terms) are included only in the first GEMM. On CUDA with
+ignore_index=None, these rows are not searched for, because this would wait for the device.
 
 Each loop is one torch.library op without a gradient of its own; `autograd` adds the gradient. Per-row results are one
 tensor [len(Stat), T] in float32 (float64 for float64 inputs), 0 in ignored rows. An op cannot return None, so results
@@ -81,7 +81,7 @@ def head_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (d_hidden, d_weight, d_bias) of the sum of g_* times the statistics.
 
-    logits: the logits that head_score kept, which are overwritten; or empty, and then they are computed again.
+    logits: the logits kept by head_score, which are overwritten; if empty, they are recomputed.
     """
     hidden, full_kl = call.hidden, g_full_kl is not None
     scored = scored_rows(call.targets, call.ignore_index)
@@ -127,7 +127,7 @@ def head_policy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (statistics, d_hidden, d_weight, d_bias) of the summed policy losses of the rows, in one pass.
 
-    skip_idle: find rows whose gradient is known to be 0 and skip their backward GEMMs.
+    skip_idle: whether to find rows whose gradient is known to be 0 and skip their backward GEMMs.
     """
     hidden, settings = call.hidden, terms.settings
     scored, live = scored_rows(call.targets, call.ignore_index), None
@@ -205,7 +205,7 @@ def head_divergence(
             if topk_ids is None:
                 row_values = loop.backend.divergence_(logits, teacher_rows, row_temperature, kind, alpha, row_scale)
             else:
-                # With only k logits per row, a fused kernel would gain nothing.
+                # With only k logits per row, a fused kernel would not be faster.
                 ids = topk_ids[index]
                 chosen = logits.gather(1, ids).to(loop.dtype)
                 row_values = torch_rows.divergence_(chosen, teacher_rows, row_temperature, kind, alpha, row_scale)
@@ -230,7 +230,8 @@ def _(
 
 @torch.library.custom_op("rmsd_kernels::scale_", mutates_args=("values",))
 def scale_(values: Tensor, factor: Tensor) -> None:
-    """Multiply values in place by factor, one number on the same device. If it is 1, as usual, values are not read."""
+    """Multiply values in place by factor, one number on the same device. If it is 1, which is the usual case, values
+    are not read."""
     if values.device.type == "cuda" and can_run_triton(values) and factor.dtype == torch.float32:
         importlib.import_module(".triton_rows", __package__).scale_unless_one_(values, factor)
     elif values.device.type != "cpu" or factor.item() != 1.0:
@@ -243,7 +244,8 @@ def _(values, factor):
 
 
 class Statistics:
-    """Results of the scored rows in the loop's order, so that a chunk's results are adjacent and need no copy."""
+    """Results of the scored rows in the order of the loop, so that a chunk's results are adjacent and are not
+    copied."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop

@@ -1,8 +1,8 @@
-"""Row back end on CPU: the compiled ops of csrc/ behind the functions of `torch_rows`, float32 and bfloat16 logits.
+"""Row back end on CPU: the functions of `torch_rows` with the compiled ops of csrc/, for float32 and bfloat16 logits.
 
 Each function makes two passes over a row, which stays in the cache between them. Logits are read from memory once and
 written at most once (n*V*itemsize bytes each). Sums are float32 within 512 columns and double across them. One thread
-processes a row, so results do not depend on the number of threads. Rows may be any distance apart, but columns must be
+processes a row, so results do not depend on the number of threads. Rows may have any stride, but columns must be
 adjacent. Vectors are contiguous float32; targets are int64. Nothing here is differentiable.
 
 Raises (all functions):
@@ -21,7 +21,7 @@ from .torch_rows import into, target_logit
 
 __all__ = ["divergence_", "gradient_", "policy_", "score", "target_logit"]
 
-# The ops take the names as these numbers.
+# The ops represent the names by these numbers.
 KL_CODES = {"none": 0, "k1": 1, "k2": 2, "k3": 3, "full": 4}
 DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """Return RowStats of logits [n, V], in `out` if there is one. Logits are only read."""
+    """Return RowStats of logits [n, V], in `out` if it is given. Logits are only read."""
     return _stats(_ops(logits).row_score(logits, **_head(inputs, ref)), ref, out)
 
 

@@ -1,4 +1,4 @@
-"""The policy loss from per-row numbers [T]: log-probs, entropy, exact KL. The reference and the fused head use it.
+"""Compute the policy loss from per-row values [T]: log-probs, entropy, exact KL. Reference and fused head use it.
 
 Rows that are not scored have no effect, even if they contain NaN. See `linear_policy_loss` for the formula.
 """
@@ -42,7 +42,7 @@ class Scored(NamedTuple):
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Return for each row the mean over the scored rows of its sequence. values must be 0 in all other rows."""
         ones = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
-        # index_add has no fixed order on CUDA. "unsafe" skips checks that wait for the device.
+        # index_add does not have a fixed order on CUDA. "unsafe" skips checks that wait for the device.
         sums, counts = (
             torch.segment_reduce(t.contiguous(), "sum", lengths=self.lengths, unsafe=True) for t in (values, ones)
         )
@@ -114,7 +114,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str, log_ratio_clip: float
     if kind == "k2":
         return 0.5 * d * d
     if kind == "k3":
-        # Near d = 0, exp(d) - 1 would lose digits; expm1 does not.
+        # Near d = 0, exp(d) - 1 would lose precision; expm1 does not.
         return torch.expm1(d.clamp(max=EXP_LIMIT)) - d
     raise ValueError(f"kl: expected 'k1', 'k2', 'k3' or 'full', got {kind!r}")
 

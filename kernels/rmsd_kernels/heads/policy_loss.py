@@ -1,10 +1,10 @@
-"""The clipped, KL-regularised policy-gradient loss, computed from hidden states.
+"""Compute the clipped, KL-regularized policy-gradient loss from hidden states.
 
 Advantages, old and reference log-probs and the normalizer are known before the head runs. The row pass that computes a
 row's log-prob can therefore also overwrite its logits with their gradient. This takes 6TDV of work (4TDV with a frozen
 head, 2TDV more for a reference head), and logits exist for one chunk at a time. Sequence-level ratios and sequence
-masks are known only after all rows of a sequence. In these cases forward computes the log-probs, and backward computes
-the gradient from logits that were kept or are computed again.
+masks are known only after all rows of a sequence have been processed. In these cases, forward computes the log-probs,
+and backward computes the gradient from kept or recomputed logits.
 """
 
 from torch import Tensor
@@ -60,8 +60,8 @@ def linear_policy_loss(
     loss = sum over scored rows of token_weights * (-w * min(r*A, clip(r, 1-clip_low, 1+clip_high)*A)
            + kl_coef * KL - entropy_coef * H) / normalizer
 
-    The values of per-row tensors in ignored rows have no effect. Rows with a token weight of 0 are scored: they add
-    nothing to the loss, but count in the metrics.
+    The values of per-row tensors in ignored rows have no effect. Rows with a token weight of 0 are scored: they do not
+    contribute to the loss, but are included in the metrics.
 
     Args:
         hidden: hidden states, [T, D], floating.
@@ -104,14 +104,14 @@ def linear_policy_loss(
     Returns:
         PolicyLoss(loss, metrics). Metrics are means over scored rows, or 0 if there are none: logp, entropy, mean_ratio
         and clip_fraction; with a reference also kl and kl_k1; with rollout_logp also importance_ratio,
-        tis_capped_fraction and sequence_masked_fraction. metrics["rows"] is the number of scored rows, for combining
-        the means of several batches.
+        tis_capped_fraction and sequence_masked_fraction. metrics["rows"] is the number of scored rows, which is needed
+        to combine the means of several batches.
     Raises:
         ValueError: shapes, devices or values do not match, targets are out of range (checked for CPU tensors), or an
             argument is missing or has no effect.
         TypeError: a dtype does not match.
         RuntimeError: impl is not available.
-    Source: R-MSD (arXiv 2603.11423) L_RL; details that it leaves open follow GAD (arXiv 2511.10643).
+    Source: R-MSD (arXiv 2603.11423) L_RL; unspecified details follow GAD (arXiv 2511.10643).
     """
     checks.check_scored(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     checks.check_weights(token_weights, normalizer, hidden)
@@ -188,7 +188,7 @@ def linear_policy_loss(
 
 
 def _row_terms(advantages, old_logp, ref_logp, rollout_logp, weights, scored, settings: PolicySettings) -> PolicyTerms:
-    """Return the per-row inputs of the row pass. An importance correction that is known scales the advantage."""
+    """Return the per-row inputs of the row pass. The advantage includes the importance correction if it is known."""
     dtype = weights.dtype
     advantage, old, rollout = (scored.clean(t, dtype) for t in (advantages, old_logp, rollout_logp))
     deferred_rollout = None

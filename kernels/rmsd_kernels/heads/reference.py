@@ -1,15 +1,15 @@
-"""Reference forms of the heads' losses: eager torch, in the dtype of the inputs. Tests use float64 as the truth.
+"""Reference implementations of the head losses in eager torch, in the dtype of the inputs. Tests use float64 as truth.
 
-Every kernel is tested against this one file. Logits are a GEMM in the dtype of hidden. Everything after it, and every
-result, is float64 for float64 inputs and float32 otherwise. The computation within one row of logits is in
+All kernels are tested against this file. Logits are computed by a GEMM in the dtype of hidden. All later computations
+and results are float64 for float64 inputs and float32 otherwise. The computation within one row of logits is in
 `row_formula`.
 
 Rows without a loss (target = ignore_index, or weight 0 in a divergence) are removed before the GEMM, so their content,
-even NaN, reaches neither the loss nor a gradient. A target outside 0..V-1 gives NaN and is never dereferenced.
+even NaN, affects neither the loss nor the gradients. A target outside 0..V-1 gives NaN and is never dereferenced.
 
 The computation on the per-row numbers of the policy loss (ratio, clip, correction, masks, normalizer, metrics) is in
-`policy_formula`. The fused head uses the same code, so tests with numbers worked out by hand check it. All rows are
-processed at once, with the memory of eager code. Arguments are checked by the public functions, not here.
+`policy_formula`. The fused head uses the same code, which is also tested with values computed by hand. All rows are
+processed at once, with the memory use of eager code. The public functions check the arguments.
 
 Symbols: T tokens, D hidden, V vocabulary.
 """
@@ -149,7 +149,7 @@ def linear_divergence(
     scale = temperature_rows(temperature, keep, hidden)
     student_z, teacher_rows = head_logits(hidden[keep], weight, None, scale, None), teacher.detach()[keep]
     if ids is not None:
-        # Both sides are renormalised over the teacher's k ids.
+        # Both sides are renormalized over the teacher's k ids.
         student_z = student_z.gather(1, ids[keep])
     if teacher_head is not None:
         teacher_z = head_logits(teacher_rows, teacher_head, None, scale, None)

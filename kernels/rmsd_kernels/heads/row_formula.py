@@ -1,9 +1,10 @@
-"""The computation of the reference losses within a row of logits.
+"""Compute the parts of the reference losses within a row of logits.
 
     z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature       (bias, softcap, temperature: optional)
     log pi = log_softmax(z)
 
-Logits are a GEMM in the dtype of hidden; everything after it is float64 for float64 inputs and float32 otherwise.
+Logits are computed by a GEMM in the dtype of hidden. Later computations are float64 for float64 inputs and float32
+otherwise.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ..ops import accumulation_dtype
 
 
 class RowScores(NamedTuple):
-    """Of n scored rows: log-prob of the target and entropy; with a reference also its log-prob and the exact KL."""
+    """Scores of n rows: log-prob of the target and entropy; with a reference, also its log-prob and the exact KL."""
 
     logp: Tensor
     entropy: Tensor
@@ -76,7 +77,8 @@ def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float
 
 
 def expectation(log_probability: Tensor, value: Tensor) -> Tensor:
-    """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 adds 0 for any value."""
+    """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 contributes 0 for any
+    value."""
     impossible = log_probability == -float("inf")
     return (log_probability.exp() * value.masked_fill(impossible, 0.0)).sum(dim=-1)
 
@@ -89,7 +91,7 @@ def _pick(logp_V: Tensor, target: Tensor) -> Tensor:
 
 
 def temperature_rows(temperature: float | Tensor, keep: Tensor, hidden: Tensor) -> Tensor | None:
-    """Return the temperature of each kept row, or None if it is the number 1, which saves a pass over the logits."""
+    """Return the temperature of each kept row, or None for the number 1, which saves a pass over the logits."""
     if isinstance(temperature, Tensor):
         rows = temperature.detach().to(device=hidden.device, dtype=accumulation_dtype(hidden))
         return rows[keep] if rows.ndim else rows.expand(len(keep))

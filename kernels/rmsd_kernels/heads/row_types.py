@@ -1,7 +1,7 @@
-"""The records that the loops, the autograd functions and all row back ends share.
+"""Define the records that the loops, the autograd functions and all row back ends share.
 
 The fields of `HeadCall`, `PolicyTerms`, `PolicySettings`, `Needs` and `Execution` are also the arguments of the ops in
-`loops` (see `ops.record_op`), so a new field is added only here.
+`loops` (see `ops.record_op`), so a new field has to be added only here.
 """
 
 from typing import NamedTuple
@@ -83,7 +83,7 @@ class Execution(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """Inputs of z besides the logits; all but targets in the accumulation dtype (float64 for float64, else float32)."""
+    """Inputs of z other than the logits, in the accumulation dtype (float64 for float64, otherwise float32)."""
 
     targets: Tensor  # int64 [n]
     target_logit: Tensor  # [n]
@@ -93,7 +93,7 @@ class RowInputs(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Of each row [n]: log-prob of the target, entropy, log-sum-exp, and, with a reference, sum p (log p - log r)."""
+    """Results [n]: log-prob of the target, entropy, log-sum-exp, and, with a reference, sum p (log p - log r)."""
 
     logp: Tensor
     entropy: Tensor

@@ -1,15 +1,15 @@
-"""The row back end in eager torch: operations on a chunk of logits.
+"""Row back end in eager torch: operations on a chunk of logits.
 
 A row back end is a module with `target_logit`, `score`, `gradient_`, `policy_` and `divergence_`. The other two are
-`native_rows` (CPU, compiled) and `triton_rows` (CUDA). This one supports any floating dtype on any device and is used
-if no compiled one is available. In float64 it is the reference in tests of the others. It processes a few rows at a
-time, so its temporaries are small compared with the chunk.
+`native_rows` (CPU, compiled) and `triton_rows` (CUDA). This back end supports any floating dtype on any device and is
+used if no compiled one is available. In float64, it is the reference in tests of the other two. It processes a few rows
+at a time, so its temporaries are small compared with the chunk.
 
     z = cap(logits + bias) / temperature,  cap(x) = softcap * tanh(x / softcap)   (bias, softcap, temperature: optional)
     log p_v = z_v - lse for v != y, and logp for the target y,  lse = log sum exp z,  logp = min(z_y - lse, 0)
 
-In z, the target's logit is replaced by `target_logit`, a dot product in float32. A 16-bit logit has an error of up to
-2^-9 of its size, which would otherwise be the error of the log-prob. A target outside 0..V-1 gives a logp of NaN.
+In z, the target's logit is replaced by `target_logit`, a dot product in float32. A 16-bit logit has a relative error of
+up to 2^-9, which would otherwise affect the log-prob. A target outside 0..V-1 gives a logp of NaN.
 """
 
 import math
@@ -36,7 +36,7 @@ def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """Return RowStats of logits [n, V], in `out` if there is one. Logits are only read."""
+    """Return RowStats of logits [n, V], in `out` if it is given. Logits are only read."""
 
     def block(rows: slice) -> tuple[Tensor | None, ...]:
         z = _z(logits[rows], _select_rows(inputs, rows))
@@ -172,14 +172,14 @@ def _divergence_slope(log_p: Tensor, log_q: Tensor, kind: str, share: float) -> 
         slope = log_q - log_p
     else:
         log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-        # jsd: the derivatives of its two terms through m cancel except for this one.
+        # jsd: the derivatives of the two terms through m cancel except for this part.
         slope = (1 - share) * (log_q - log_m) if kind == "jsd" else -(1 - share) * (log_p - log_m).exp()
     slope = slope.masked_fill(log_q == -math.inf, 0.0)
     return q * (slope - (q * slope).sum(dim=-1, keepdim=True))
 
 
 def into(out: RowStats | None, stats: RowStats) -> RowStats:
-    """Copy stats into `out` and return it; return stats if there is no `out`."""
+    """Copy stats into `out` and return it; return stats if `out` is None."""
     if out is None:
         return stats
     for target, values in zip(out, stats, strict=True):

@@ -1,8 +1,8 @@
 """Divergences between rows of logits in Triton: `divergence_` of `torch_rows` for CUDA tensors.
 
 One program processes one row of student logits and of teacher logits. It reads both rows twice, and a third time if it
-writes the gradient. With b bytes per logit, 2bV bytes come from memory, and the repeated reads come from the cache as
-long as it holds both rows. A gradient adds bV bytes of writes. Logarithms are to base 2 until a result is stored.
+writes the gradient. With b bytes per logit, 2bV bytes are read from memory, and repeated reads hit the cache as long as
+it holds both rows. A gradient adds bV bytes of writes. Logarithms are to base 2 until a result is stored.
 """
 
 import math
@@ -47,7 +47,7 @@ def _read_block(row_ptr, tops, total, view, scale, col, LANE: tl.constexpr, MASK
 
 @triton.jit
 def _combined(tops, total, scale):
-    """Return the top of all threads, and the base-2 logarithm of their sum."""
+    """Return the maximum over all threads, and the base-2 logarithm of their sum."""
     top = tl.max(tops, 0)
     return top, tl.log2(tl.sum(total * exp2((tops - top) * scale), 0))
 
@@ -135,7 +135,7 @@ def _divergence_kernel(
     top_q, log_q_total = _combined(tops_q, total_q, scale)
     top_p, log_p_total = _combined(tops_p, total_p, scale)
 
-    # Second pass, from the end of the row, which is still in the cache: the divergence.
+    # Second pass: the divergence. It starts at the end of the row, which is still in the cache.
     value = tl.zeros([BLOCK // LANE], tl.float32)
     mean_slope = tl.zeros([BLOCK // LANE], tl.float32)
     if whole < vocab:

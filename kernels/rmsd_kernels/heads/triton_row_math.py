@@ -4,16 +4,16 @@
 
 In the first pass, each thread keeps a running maximum of u (`top`) and the sums of e, e*d and, with a reference,
 e*(d*ln 2 - log r). The threads are combined once, after the loop, so the loop has no barrier. Log-sum-exp, entropy and
-the exact KL follow from the sums, so an offset that all logits share costs no digits. The second pass runs from the end
-of the row, which is still in the cache, and overwrites the logits with their gradient. Everything after a load is
-float32.
+the exact KL follow from the sums, so an offset that all logits share does not reduce the precision. The second pass
+starts at the end of the row, which is still in the cache, and overwrites the logits with their gradient. All arithmetic
+after a load is float32.
 
 The target's rounded logit is never used. Before the first pass, `hide_target` replaces it in memory by -inf, so that it
-adds nothing to the sums; its exact logit is added to them afterwards. Its gradient is a single store after the second
-pass, which overwrites what that pass wrote.
+does not contribute to the sums; its exact logit is added to them later. Its gradient is a single store after the second
+pass, which overwrites the value written by that pass.
 
-Whole blocks are read without a mask, and the tail of a row with one. A field of a record that is None removes its code
-when the kernel is compiled.
+Whole blocks are read without a mask, and the tail of a row with a mask. If a field of a record is None, its code is
+removed when the kernel is compiled.
 
 Source: online softmax, Milakov and Gimelshein (arXiv 1805.02867), extended to entropy and KL.
 """
@@ -25,18 +25,18 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Below every logit but -inf.
+# Below every logit except -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Up to this size of u * log2(e) / temperature, the rounding error of that product is far below the largest exponent.
 LARGEST_PRODUCT = tl.constexpr(1e9)
-# Replaces base-2 logarithms whose power is 0 in float32, in products with that 0: -inf would make them NaN.
+# Replaces base-2 logarithms whose power is 0 in float32, in products with that 0, because -inf would give NaN.
 LOG_OF_ZERO = tl.constexpr(-1e3)
-# Triton's exp2 takes three instructions more to handle results below 2^-126. The interpreter cannot run assembly.
+# Triton's exp2 takes three more instructions to handle results below 2^-126. The interpreter cannot run assembly.
 HAS_ASM = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 class View(NamedTuple):
-    """The parameters of z for a row. A field that is None removes its code when the kernel is compiled."""
+    """The parameters of z for a row. If a field is None, its code is removed when the kernel is compiled."""
 
     bias_ptr: Any
     softcap: Any
@@ -86,7 +86,7 @@ def exp2(x):
 
 @triton.jit
 def _tanh(x):
-    """Return tanh(x) and its derivative, without overflow and without cancellation for small or large x."""
+    """Return tanh(x) and its derivative, without overflow or cancellation for small or large x."""
     e = tl.exp(-2.0 * tl.abs(x))
     large = 1.0 - 2.0 * e / (1.0 + e)
     # Fitted to (tanh(x) - x) / x^3 for |x| < 0.65; the relative error of tanh is 7e-9.
@@ -128,7 +128,7 @@ def block_u(row_ptr, col, hidden_col, view, MASKED: tl.constexpr):
         u += _columns(view.bias_ptr, col, view.vocab, 0.0, MASKED)
     if view.softcap is not None:
         tanh, slope = _tanh(u / view.softcap)
-        # The softcap makes the -inf of hidden columns finite, so they are set again.
+        # The softcap makes the -inf of hidden columns finite, so they are reset.
         u = tl.where((col < view.vocab) & (col != hidden_col), view.softcap * tanh, -float("inf"))
     return u, slope
 
@@ -191,7 +191,7 @@ def online(top, total, u, scale):
     new = tl.maximum(top, tl.max(u, 1))
     distance = tl.maximum((top - new) * scale, LOG_OF_ZERO)
     factor = exp2(distance)
-    # Not one multiply-add with a product of top and scale: its rounding error is d where u is top.
+    # Do not use a single multiply-add with a product of top and scale: where u is top, d would be its rounding error.
     d = (u - new[:, None]) * scale
     e = exp2(d)
     return new, distance, factor, d, e, total * factor + tl.sum(e, 1)
@@ -216,7 +216,7 @@ def _read_block(
     # Only this copy of d is bounded, not the argument of exp2: a NaN must reach the sum of e.
     sum_ed = moment(sum_ed, total, distance, factor, e, tl.maximum(d, LOG_OF_ZERO))
     if ref.ptr is not None:
-        # A probability of 0 adds nothing, even if its logarithm is -inf.
+        # A probability of 0 contributes nothing, even if its logarithm is -inf.
         w = tl.where(e == 0.0, 0.0, tl.fma(d, LN2, -tl.reshape(log_r(ref, col, MASKED), shape)))
         sum_ew = moment(sum_ew, total, distance * LN2, factor, e, w)
     return new, new_total, sum_ed, sum_ew
@@ -240,7 +240,7 @@ def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.cons
         tops, total, sum_ed, sum_ew = _read_block(
             tops, total, sum_ed, sum_ew, logits_row, ref, target, view, scale, whole + offsets, LANE, True
         )
-    # Bring all threads and the target to one top.
+    # Rescale the sums of all threads and of the target to a common top.
     top = tl.maximum(tl.max(tops, 0), target.u)
     distance = tl.maximum((tops - top) * scale, LOG_OF_ZERO)
     factor = exp2(distance)
@@ -250,7 +250,7 @@ def first_pass(logits_row, ref, target, view, BLOCK: tl.constexpr, LANE: tl.cons
     all_ed = tl.sum((sum_ed + total * distance) * factor, 0) + e * tl.maximum(d, LOG_OF_ZERO)
     log_total = tl.log2(all_total)
     logp = (d - log_total) * LN2
-    # tl.minimum would turn NaN into 0 on a GPU.
+    # tl.minimum would convert NaN to 0 on a GPU.
     logp = tl.where(target.valid, tl.where(logp > 0.0, 0.0, logp), float("nan"))
     entropy = (log_total - all_ed / all_total) * LN2
     full_kl = 0.0
@@ -339,7 +339,7 @@ def second_pass(
 ):
     """Overwrite logits with their gradient, from the end of the row. slopes: d loss / d (logp, entropy, full KL).
 
-    FAST: take one instruction less per logit where logits are not huge; without entropy and full KL.
+    FAST: use one instruction less per logit; only for logits of moderate size, without entropy and full KL.
     """
     g_logp, g_entropy, g_full_kl = slopes
     scale = view.inverse_temperature * LOG2E
@@ -366,7 +366,7 @@ def second_pass(
     else:
         _write_row(logits_row, ref, target, view, scale, row, terms, HAS_ENTROPY, HAS_FULL_KL, False, BLOCK, STAGES)
     p = tl.exp(row.logp)
-    # 1 - p without the digits that the difference loses where p is near 1.
+    # 1 - p, without the loss of precision of the difference where p is near 1.
     half, _ = _tanh(0.5 * row.logp)
     dz = g_logp * (-2.0 * half / (1.0 - half))
     if HAS_ENTROPY:

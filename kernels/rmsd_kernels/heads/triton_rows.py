@@ -1,8 +1,8 @@
-"""The row back end in Triton: the functions of `torch_rows` for CUDA tensors.
+"""Row back end in Triton: the functions of `torch_rows` for CUDA tensors.
 
 One program processes one row [V] of float32, bfloat16 or float16 logits and computes in float32. There are no atomics,
-so two runs agree bit for bit. Row offsets are int64, because n*V may exceed 2^31. `triton_row_math` has the passes over
-a row.
+so repeated runs are bit-identical. Row offsets are int64, because n*V may exceed 2^31. `triton_row_math` has the passes
+over a row.
 
 Bytes moved per row, with b bytes per logit: score bV; policy_ 2bV if the row stays in cache, otherwise 3bV; gradient_
 2bV. A reference head adds bV.
@@ -37,7 +37,7 @@ __all__ = ["divergence_", "gradient_", "policy_", "scale_unless_one_", "score", 
 # 8 numbers per thread: 16-byte loads for 16-bit rows.
 DOT_BLOCK = 1024
 DOT_WARPS = 4
-# Enough programs to fill any device; each processes several blocks.
+# This many programs fill any device; each processes several blocks.
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 1024
 SCALE_WARPS = 8
@@ -226,8 +226,8 @@ def _gradient_kernel(
     target = target_of_row(row, targets_ptr, target_logit_ptr, view)
     ref = ref_of_row(row, ref_ptr, ref_stride, ref_lse_ptr, ref_logp_ptr, ref_bias_ptr, view)
     full_kl = load_or(full_kl_ptr, row, 0.0)
-    # u relative to the target's, unless it is unlikely: its log-prob is smaller than the log-sum-exp, so it has more
-    # digits.
+    # Use u relative to the target's unless the target is unlikely: its log-prob is smaller than the log-sum-exp and
+    # therefore more precise.
     lse = tl.load(lse_ptr + row)
     logp = tl.load(logp_ptr + row)
     likely = target.valid & (logp > -64.0)
@@ -289,7 +289,7 @@ def target_logit(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def score(
     logits: Tensor, inputs: RowInputs, ref: RowReference | None = None, *, out: RowStats | None = None
 ) -> RowStats:
-    """Return RowStats of logits [n, V], in `out` if there is one. Logits are changed temporarily and restored."""
+    """Return RowStats of logits [n, V], in `out` if it is given. Logits are changed temporarily and restored."""
     stats = _new_stats(logits, ref is not None) if out is None else _written(out)
     if len(logits):
         _launch(_score_kernel, logits, _row_arguments(logits, inputs, stats, ref), inputs, ref)

@@ -1,4 +1,4 @@
-"""Exact attention over one packed row whose responses share their group's prefix. Each prefix is processed once.
+"""Compute exact attention over a packed row whose responses share their group's prefix. Each prefix is processed once.
 
     row:     [P_1 | P_2 | … | P_G | R_11 R_12 … | R_21 …]       prefixes first, then the responses, group by group
     call A:  every segment, prefix or response, attends to itself, causally
@@ -6,14 +6,14 @@
     merge:   out = out_A + sigmoid(lse_B - lse_A) (out_B - out_A),  lse = logaddexp(lse_A, lse_B)     on response rows
 
 Backward makes the same two calls, both with the merged out and lse. A flash backward computes p = exp(s - lse) and
-delta = dout·out from its arguments, so each call returns exactly its share of dQ and its own dK and dV, and the shares
-add up. Merging outside of a single autograd function would silently give wrong gradients, because flash kernels drop
-the gradient of lse.
+delta = dout·out from its arguments, so each call returns exactly its share of dQ and its own dK and dV, and dQ is the
+sum of the shares. Merging outside of a single autograd function would silently give wrong gradients, because flash
+kernels drop the gradient of lse.
 
 Work for M responses of R tokens on a prefix of P tokens: P²/2 + M (R²/2 + R P) query-key pairs, compared with
 M (P + R)²/2 in separate rows. Each direction is one torch.library op, so autograd, both kinds of checkpointing and
-torch.compile see a single call. Lengths are passed as tensors, so compiled code serves every plan. Only creating a plan
-waits for the device.
+torch.compile see a single call. Lengths are passed as tensors, so compiled code works for every plan. Only creating a
+plan waits for the device.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class SharedPrefixPlan:
         lengths: G, the prefixes' tokens, the number of responses of each group, and the responses' tokens,
             [1 + 2G + M], int64 on the CPU.
         segments: edges of all segments in the row, [G + M + 1], int32 on the plan's device.
-        group_queries: edges of each group's responses, counted from the first response, [G + 1], int32, likewise.
-        group_keys: edges of the prefixes, [G + 1], int32, likewise.
+        group_queries: edges of each group's responses, counted from the first response, [G + 1], int32, same device.
+        group_keys: edges of the prefixes, [G + 1], int32, same device.
     """
 
     prefix_lengths: tuple[int, ...]
@@ -146,7 +146,7 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Compute causal attention of a packed row in which each response attends to its group's prefix and to itself.
 
-    Same as scaled_dot_product_attention with the plan's [T, T] mask, which is never materialised. The result can be
+    Same as scaled_dot_product_attention with the plan's [T, T] mask, which is never materialized. The result can be
     differentiated once.
 
     Args:
@@ -163,14 +163,14 @@ def shared_prefix_attention(
             converted to float32 where parts are summed.
             "torch" uses explicit matrix products in float32 (float64 for float64 inputs), for any device and floating
             dtype.
-            "auto" uses flash kernels if they can serve the call, otherwise "torch".
+            "auto" uses flash kernels if they support the call, otherwise "torch".
     Returns:
         The attention output, [T, H, d], contiguous, in the dtype of q; under autocast in the autocast dtype, as
         scaled_dot_product_attention.
     Raises:
         ValueError: shapes, devices or the plan do not match.
         TypeError: dtypes do not match.
-        RuntimeError: impl="flash" cannot serve the call.
+        RuntimeError: impl="flash" does not support the call.
     """
     q, k, v = autocast(q, k, v)
     _check_row(q, k, v, plan)
@@ -257,7 +257,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors as autocast would pass them to scaled_dot_product_attention."""
+    """Return the tensors in the dtype that autocast uses for scaled_dot_product_attention."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -266,9 +266,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], axis: int, shape: str) -> None:
-    """Check that k and v have one shape, the dtype, device and head size of q, and heads that divide those of q.
+    """Check that k and v have the same shape, the dtype, device and head size of q, and heads that divide those of q.
 
-    names: of k and v in messages. axis: the axis of their heads. shape: their expected shape in messages.
+    `names` are the names of k and v in messages, `axis` is the axis of their heads, and `shape` is their expected shape
+    in messages.
     """
     for name, tensor in zip(names, (k, v), strict=True):
         if tensor.dtype != q.dtype:
@@ -285,7 +286,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], axis: i
 
 
 def check_query(q: Tensor, shape: str) -> None:
-    """Check for a floating tensor with 3 nonempty axes. shape: its expected shape in messages."""
+    """Check for a floating tensor with 3 nonempty axes. `shape` is its expected shape in messages."""
     if not isinstance(q, Tensor) or q.ndim != 3 or 0 in q.shape:
         got = list(q.shape) if isinstance(q, Tensor) else type(q).__name__
         raise ValueError(f"q: expected shape {shape} with no empty axis, got {got}")

@@ -1,4 +1,4 @@
-"""The choice of kernels for the shared-prefix ops, and a counter of their calls."""
+"""Choose the kernels for the shared-prefix ops, and count their calls."""
 
 import threading
 from typing import Protocol
@@ -28,9 +28,9 @@ class Backend(Protocol):
 
 
 def attention_calls() -> int:
-    """Return how often this thread has executed the forward of shared_prefix_attention and shared_prefix_decode.
+    """Return how many times this thread has executed the forward of shared_prefix_attention and shared_prefix_decode.
 
-    The op itself counts, so runs of compiled code are included and tracing is not.
+    Calls are counted inside the op, so runs of compiled code are included and tracing is not.
     """
     return getattr(_count, "calls", 0)
 

@@ -1,12 +1,12 @@
-"""Shared-prefix attention on CUDA: two variable-length flash calls serve any number of groups.
+"""Shared-prefix attention on CUDA, with two variable-length flash calls for any number of groups.
 
-torch's own kernels are FlashAttention-2, so the package flash_attn (2) would add nothing and is not used.
-FlashAttention-3 (`flash_attn_interface`) is used on the devices that it is written for (compute capability 9.0). Its
-interface is not stable, so the first use checks that its ops take the arguments that this file passes.
+torch's own kernels are FlashAttention-2, so the package flash_attn (2) is not needed. FlashAttention-3
+(`flash_attn_interface`) is used on supported devices (compute capability 9.0). Its interface is not stable, so the
+first use checks that its ops accept the arguments that this file passes.
 
 This file relies on these properties of the kernels:
 - lse of variable-length calls is [H, T], and backward expects it to be contiguous.
-- Gradients of keys that no query attends to may be left uninitialised.
+- Gradients of keys that no query attends to may be left uninitialized.
 - With a maximum query length of 1, the FlashAttention-2 forward assumes one query per segment, which is wrong for a
   group without responses. This file passes 2 instead, which is valid because the argument is only an upper bound.
 
@@ -42,7 +42,7 @@ class Lengths(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """A backend built from a kernel's forward and backward on q [T, H, d] and k, v [S, Hkv, d] with Lengths.
+    """A back end built from a kernel's forward and backward on q [T, H, d] and k, v [S, Hkv, d] with Lengths.
 
     attend(q, k, v, lengths, causal, scale) returns (out, lse [H, T]). With lengths=None, it takes q [B, T, H, d] and
     k, v [B, S, Hkv, d], and lse is [B, H, T].
@@ -90,9 +90,9 @@ class Varlen(NamedTuple):
     def attend_prefixes(self, q, k, v, prefixes, rows, edges, scale: float) -> tuple[Tensor, Tensor]:
         """Return the same for each group's rows over its prefix, with k, v [Tp, Hkv, d].
 
-        If all prompts have one length and equally many rows, this is a dense call, in which FlashAttention-2 divides
+        If all prompts have the same length and number of rows, this is a dense call, in which FlashAttention-2 divides
         the keys among thread blocks. Otherwise it is a variable-length call, in which each block reads a whole prefix,
-        so that few groups leave most of the device idle.
+        so with few groups most of the device is idle.
         """
         k, v = map(adjacent, (k, v))
         batch, _, fold, _ = q.shape
@@ -172,7 +172,8 @@ TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
 
 @lru_cache(maxsize=1)
 def flash_attn_3() -> Varlen:
-    """Return the ops of FlashAttention-3. Raise RuntimeError if they do not take the arguments that are passed here."""
+    """Return the ops of FlashAttention-3. Raise RuntimeError if they do not accept the arguments that are passed
+    here."""
     importlib.import_module("flash_attn_interface")
     settings = (*_LENGTHS, "softmax_scale", "is_causal")
     forward = _op("fwd", ("q", "k", "v", *settings))

@@ -1,8 +1,8 @@
-"""One decode step of B sequences. Keys and values of a prompt are stored once per prompt, not once per sequence.
+"""Compute one decode step of B sequences. Keys and values of a prompt are stored once, not once per sequence.
 
 Attention over a sequence's own keys and attention over its prompt's keys are two calls, merged as in `attention`. Query
 heads that share a key head are folded into query rows, so that both calls read each key once for all of these heads.
-This is exact because nothing is masked. There is no gradient.
+This is exact because there is no mask. Gradients are not supported.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ def shared_prefix_decode(
     Raises:
         ValueError: shapes, devices or the plan do not match.
         TypeError: dtypes do not match.
-        RuntimeError: impl="flash" cannot serve the call, or an input requires a gradient.
+        RuntimeError: impl="flash" does not support the call, or an input requires a gradient.
     """
     q, prefix_k, prefix_v, own_k, own_v = autocast(q, prefix_k, prefix_v, own_k, own_v)
     _check_step(q, prefix_k, prefix_v, own_k, own_v, plan)

@@ -1,4 +1,4 @@
-"""The positions of a packed row's segments, computed from the length tensor that is passed through the ops."""
+"""Compute the positions of a packed row's segments from the length tensor that is passed to the ops."""
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -18,7 +18,7 @@ class Group(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`count` adjacent segments of `length` tokens each, which are one batched call."""
+    """`count` adjacent segments of `length` tokens each, processed in one batched call."""
 
     rows: slice
     count: int
@@ -46,7 +46,7 @@ def integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 
 def cumulative(lengths: Iterable[int], device: torch.device | str) -> Tensor:
-    """Return the cumulative lengths from 0, int32, as varlen kernels take them."""
+    """Return the cumulative lengths from 0, int32, as required by varlen kernels."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -55,7 +55,7 @@ def layout_of(lengths: Tensor) -> Layout:
     return _layout(tuple(lengths.tolist()))
 
 
-# In a step, all layers use the same few plans.
+# All layers use the same few plans in a step, so the layouts are cached.
 @lru_cache(maxsize=256)
 def _layout(lengths: tuple[int, ...]) -> Layout:
     groups = lengths[0]

@@ -1,4 +1,4 @@
-"""Merge attention over two sets of keys, and a helper on strides that all back ends use."""
+"""Merge attention over two sets of keys, and provide a helper for strides that all back ends use."""
 
 import importlib
 
@@ -26,5 +26,5 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
 
 def adjacent(t: Tensor) -> Tensor:
-    """Return t with stride 1 in its last dimension, as the kernels require; other strides may be anything."""
+    """Return t with stride 1 in its last dimension, as the kernels require; other strides are arbitrary."""
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -18,10 +18,10 @@ _SCORES = 1 << 24
 
 
 class Segments(NamedTuple):
-    """A backend built from three functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
+    """A back end built from three functions on [B, H, R, d] queries and [B, Hkv, P, d] keys.
 
     attend(q, k, v, causal, scale) returns (out, lse [B, H, R]).
-    attend_exactly is the same with out in the accumulation dtype, for results that are rounded after a merge.
+    attend_exactly is the same, with out in the accumulation dtype, for results that are rounded after a merge.
     attend_backward(d_out, q, k, v, out, lse, causal, scale) returns (dq, dk, dv).
     """
 
@@ -124,7 +124,7 @@ def cpu_flash_exactly(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
 
 def cpu_flash_backward(d_out, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     # For bfloat16 inputs, the kernel sums dK and dV in bfloat16, over blocks of 32 to 256 queries and over the query
-    # heads of a key head, which gives 2 to 4 times the error of rounding once.
+    # heads of a key head, which gives 2 to 4 times the error of a single rounding.
     rows = (t.to(lse.dtype) for t in (d_out, q, k, v, out))
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return backward(*rows, lse, 0.0, causal, scale=scale)

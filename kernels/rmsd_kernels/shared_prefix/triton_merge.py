@@ -1,4 +1,4 @@
-"""`merge_` of `merge` in Triton for CUDA tensors: one kernel that reads both parts once and writes the result.
+"""Triton implementation of `merge.merge_` for CUDA tensors: one kernel reads both parts once and writes the result.
 
 One program processes several heads of one row. Arithmetic is float32, and the result is rounded once.
 """
@@ -11,7 +11,7 @@ from ..triton_launch import device_of
 
 HEADS = 8
 WARPS = 4
-# These are slices of longer tensors. Without this, every alignment would compile the kernel again.
+# These are slices of longer tensors. Without this, the kernel would be recompiled for every alignment.
 SLICED = ["lse_ptr", "other_lse_ptr"]
 
 

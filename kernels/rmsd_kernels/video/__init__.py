@@ -1,1 +1,1 @@
-"""Resizing of uint8 frames, and their patches in the layout that a vision tower takes."""
+"""Resize uint8 frames, and cut them into patches in the layout of a vision tower."""

@@ -1,6 +1,6 @@
 """Media back end on CPU: the compiled ops of csrc/ on uint8 frames of any strides, 1 to 4 channels.
 
-The resize equals torch.nn.functional.interpolate on uint8 bit for bit. Each frame is read once and its result is
+The resize is bit-identical to torch.nn.functional.interpolate on uint8. Each frame is read once and its result is
 written once. In between, a thread buffers only the rows that an output row needs, a few hundred KB. Groups of frames
 are distributed over torch's threads; one thread processes a single frame. Nothing here is differentiable.
 

@@ -1,15 +1,15 @@
-"""Convert video frames to the patches of a vision tower: bicubic antialiased resize, normalisation and patch order.
+"""Convert video frames to the patches of a vision tower: bicubic antialiased resize, normalization and patch order.
 
     x = clamp(round(W_y round(W_x frame)), 0, 255)      uint8, torch's resize of uint8 on CPU
     v = (x - 255 mean) / (255 std)                      float32, rounded once to the result's dtype
     patches[(t, h, w, mh, mw), (c, tp, py, px)]         t: pairs of frames; h, w: blocks of merge x merge patches
 
 W_x and W_y are cubic weights (a = -0.5), stretched by the downscaling factor. On CUDA, the resize is in floating point,
-as in HF's processors on CUDA: values are not rounded between the axes. On real clips, 85-89% of the values agree
-between the two, and no value differs by more than 3 levels.
+as in HF's processors on CUDA, and values are not rounded between the axes. On real clips, 85-89% of the CPU and CUDA
+values agree, and no value differs by more than 3 levels.
 
 Bytes moved: F C H W read and N C tp patch^2 itemsize written (64 frames of 720p to 832 x 448, float32: 177 + 286 MB).
-The resized clip is never in memory; torch's own operations would write and read back 286 MB three times.
+The resized clip is never stored in memory; torch's own operations would write and read 286 MB three times.
 
 Source: the processors of Qwen2.5-VL (patch 14) and Qwen3-VL (patch 16); Pillow's resize.
 """
@@ -45,7 +45,7 @@ def video_patches(
     dtype: torch.dtype = torch.float32,
     impl: str = "auto",
 ) -> Tensor:
-    """Resize frames to (height, width), normalise them, and return their patches in the order of pixel_values_videos.
+    """Resize frames to (height, width), normalize them, and return their patches in the order of pixel_values_videos.
 
     The result has no gradient.
 
@@ -68,7 +68,7 @@ def video_patches(
     Raises:
         ValueError: a shape or a number is out of range.
         TypeError: frames are not uint8, or dtype is not supported.
-        RuntimeError: the implementation cannot serve the call.
+        RuntimeError: the implementation does not support the call.
     """
     _check_frames(frames, height, width, impl)
     for name, value in (("temporal_patch_size", temporal_patch_size), ("merge_size", merge_size)):
@@ -102,7 +102,7 @@ def resize_frames(frames: Tensor, *, height: int, width: int, out: Tensor | None
     Raises:
         ValueError: a shape or a number is out of range.
         TypeError: frames or out are not uint8.
-        RuntimeError: the implementation cannot serve the call.
+        RuntimeError: the implementation does not support the call.
     """
     _check_frames(frames, height, width, impl)
     shape = (*frames.shape[:2], height, width)
@@ -123,7 +123,7 @@ def resize_frames(frames: Tensor, *, height: int, width: int, out: Tensor | None
 
 
 def resize_in_float(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 frames in floating point, as HF's processors do on CUDA. Works on any device."""
+    """Resize uint8 frames in floating point, like HF's processors on CUDA. Works on any device."""
     if (height, width) == tuple(frames.shape[2:]):
         return frames
     resized = F.interpolate(frames.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -131,7 +131,7 @@ def resize_in_float(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 class TorchForm:
-    """The same with torch operations, on any device; the reference for the other implementations."""
+    """Implementation with torch operations, on any device; the reference for the other implementations."""
 
     @staticmethod
     def resized(frames: Tensor, height: int, width: int) -> Tensor:
@@ -140,8 +140,8 @@ class TorchForm:
         if (height, width) == tuple(frames.shape[2:]):
             return frames
         if frames.shape[3] == 1 or height * width == 1:
-            # torch 2.13 misinterprets the memory format of some one-pixel axes, and then reads beyond the frames or
-            # raises. A new channels-last copy is safe.
+            # torch 2.13 misinterprets the memory format of some one-pixel axes, and then reads out of bounds or raises.
+            # A new channels-last copy is safe.
             rows = frames.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
             frames = rows.permute(0, 3, 1, 2)
         return F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -169,7 +169,7 @@ class TorchForm:
 def cut_patches(
     frames: Tensor, patch: int, span: int, merge: int, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the patches of frames that have their final size. mean and std [C] are on the scale 0..255."""
+    """Return the patches of frames of the final size. mean and std [C] are on the scale 0..255."""
     if missing := -frames.shape[0] % span:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     count, channels, height, width = frames.shape
@@ -200,5 +200,5 @@ def _per_channel(name: str, values: Sequence[float], frames: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected {frames.shape[1]} numbers, one per channel of frames, got {len(values)}")
     for value in values:
         checks.check_number(name, value, above=0.0 if name == "std" else None)
-    # Computed on the CPU; the copy of these few bytes to a GPU does not wait for the device.
+    # Compute these values on the CPU; copying a few bytes to a GPU does not wait for the device.
     return torch.tensor(values, dtype=torch.float32).mul(255).to(frames.device, non_blocking=True)

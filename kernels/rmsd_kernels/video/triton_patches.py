@@ -1,4 +1,4 @@
-"""Media back end in Triton: resize, normalisation and patch order of uint8 frames in one pass, for CUDA tensors.
+"""Media back end in Triton: resize, normalization and patch order of uint8 frames in one pass, for CUDA tensors.
 
 A program of one warp computes one channel of one patch: patch^2 values that are adjacent in the result. Each value is a
 sum over the vertical taps of sums over the horizontal taps, computed directly from the uint8 frame. Downscaling by s
@@ -6,8 +6,8 @@ takes (4 s + 1)^2 loads per value, nearly all of them from the L1 cache, and sto
 eight values of a lane share a column, so a tap's weight is loaded once for all of them.
 
 The resize is in floating point (see video_patches): float32 weights and sums, x before y, clamped and rounded to an
-integer. Then (x - mean) / std is computed with IEEE division. A sum within float32 rounding of a tie may be rounded to
-either side, one level apart.
+integer. Then (x - mean) / std is computed with IEEE division. A sum within float32 rounding error of a tie may be
+rounded up or down, a difference of one level.
 
 The kernels are compiled once per dtype and patch size. Sizes, strides and numbers of taps are run-time arguments.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..triton_launch import device_of
 
-# Kernels are not compiled again for other clip sizes or for other alignments of a slice of frames.
+# Kernels are not recompiled for other clip sizes or for other alignments of a slice of frames.
 SIZES = [
     *("stride_f", "stride_c", "stride_y", "stride_x", "frames", "in_height", "in_width", "height", "width"),
     *("taps_x", "taps_y", "channels", "temporal", "merge"),
@@ -30,7 +30,7 @@ SLICED = ["frames_ptr", "out_ptr"]
 WARPS = 1
 # A tile of resized frames has 32 bytes per row, one memory sector.
 TILE_ROWS, TILE_COLUMNS = 8, 32
-# Adding and subtracting it rounds to the nearest integer, ties to even.
+# Adding and subtracting this number rounds to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
 

@@ -1,8 +1,8 @@
 """Convert natural answers of a teacher to the canonical form `<think>…</think><answer>…</answer>`.
 
 API models often do not follow a format. `canonical_response` rewrites a response whose answer is clear to a careful
-reader and rejects all others, including ambiguous ones; `invalid_reason` returns the reason. Ground truths are not
-used. The rewards of training stay strict (`method.answers`). This package reads teacher responses and, with
+reader, and rejects all other responses, including ambiguous ones. `invalid_reason` returns the reason. Ground truths
+are not used. The rewards in training remain strict (`method.answers`). This package reads teacher responses and, with
 `evaluate.parse=natural`, evaluations.
 
 Files: `response` finds the answer in a response, with `tags`, `sentences` and `refusals`. `body` rewrites the answer of

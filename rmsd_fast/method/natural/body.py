@@ -14,7 +14,7 @@ from .reasons import Unreadable
 from .text import json_object, strip_outside, unquoted, visible
 from .times import read_interval
 
-# Longer texts do not answer closed questions, and some searches take quadratic time.
+# Longer texts are not answers to closed questions, and some searches take quadratic time.
 MOST_CHARACTERS = 2_000
 
 _THING = rf"(?:{THING}|it)"
@@ -35,7 +35,7 @@ _SAYS = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b|不|没", re.IGNORECASE)
-# "It might say EXIT". A text itself may begin with "It might be".
+# "It might say EXIT". The text itself may also begin with "It might be".
 _HEDGED = re.compile(
     rf"(?:maybe|perhaps|possibly)[,\s]+(?:it|{_ARTICLE}{_THING})\s+(?:says|reads)\b"
     rf"|{_ARTICLE}(?:[\w-]+\s+){{0,3}}?{_THING}\s+(?:[\w-]+\s+){{0,3}}?(?:could|might|may)\s+(?:[\w-]+\s+)?(?:say"
@@ -63,11 +63,11 @@ _ILLEGIBLE = re.compile(
     r"|(?:.{0,30}[字牌本容].{0,8})?(?:无法|不能|难以)(?:辨认|看清|识别)(?:.{0,8}[字牌本容].{0,6})?[。.]?|.{0,12}看不清(?:楚)?(?:文字|内容|字)?[。.]?",
     re.IGNORECASE | re.DOTALL,
 )
-# "AB1? C?E", but not the query of an address.
+# "AB1? C?E", but not the query string of a URL.
 _UNKNOWN_CHARACTER = re.compile(
     r"(?:^|\s)[A-Za-z0-9]+\?[A-Za-z0-9]+[?]?(?=\s|$)|[□▯▢\ufffd]|\[(?:illegible|unreadable|unclear)\]", re.IGNORECASE
 )
-# Words that describe a text and do not belong to it: "EXIT in green letters".
+# Words that describe a text but are not part of it: "EXIT in green letters".
 _DESCRIBES = re.compile(
     r"[,;]\s|\b(?:letters|lettering|font|background|frames?|video|clip|seconds?|visible|written|printed|capitals"
     r"|throughout|colou?rs?|corner|beginning|which|when|while)\b",
@@ -84,7 +84,7 @@ def canonical_body(body: str, task_type: str, options: Sequence[str] | None = No
     Args:
         body: the text of the answer, without reasoning.
         task_type: one of TASK_TYPES.
-        options: choices of an `mcq` question in order, bare or labelled.
+        options: choices of an `mcq` question in order, bare or labeled.
         as_sent: the response already has the canonical format, so an ocr text is rewritten only if a sentence clearly
             quotes it.
     Returns:
@@ -130,7 +130,7 @@ def read_text(body: str, *, as_sent: bool = False) -> str:
 
 
 def is_legible(text: str) -> bool:
-    """Return whether a text has no marks for characters that could not be read."""
+    """Return whether a text has no marks for illegible characters."""
     return not _UNKNOWN_CHARACTER.search(text)
 
 
@@ -162,7 +162,7 @@ def said_text(sentence: str, *, quoted_only: bool = False) -> str | None:
 
 
 def _unquoted_value(rest: str, says: str) -> str | None:
-    """Return the unquoted text after "The clock shows"; None if it need not be a text, such as "the time".
+    """Return the unquoted text after "The clock shows"; None if it may not be a text, such as "the time".
 
     Raises:
         Unreadable: words that describe the text cannot be distinguished from it.

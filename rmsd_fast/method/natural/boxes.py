@@ -1,4 +1,4 @@
-"""Read one box in the notations that models use."""
+"""Read one box in the common notations of models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMES_IN_ORDER = re.compile(
     r"|left[\s,]+top[\s,]+right[\s,]+bottom|xyxy)\b\s*[\])]?(?!\s*[=:]\s*-?[0-9.]+\s*(?:$|[;,]\s*[a-z]))",
     re.IGNORECASE,
 )
-# Pixels, sizes, centres, other orders; Gemini's box_2d names y first.
+# Pixels, sizes, centers, other orders; Gemini's box_2d names y first.
 _OTHER_BOX = re.compile(
     r"\b(?:px|pixels?|width|height|wide|high|tall|size|w|h|cx|cy|cxcywh|[xy]_?c|xywh|yxyx|yxhw|ltwh|tlbr"
     r"|[xy]_?cent(?:er|re)"
@@ -48,7 +48,7 @@ _BEFORE = re.compile(
     r"|[是为為在はがの的]|约|大约|位于)\s*$",
     re.IGNORECASE,
 )
-# Allowed after a box: the end, or words that say where and when.
+# Allowed after a box: the end, or words about location and time.
 _AFTER = re.compile(
     r"(?:[\s.,;:!)\]”\"。，、|]|\b(?:in|on|of|at|the|this|that|image|picture|frame|frames|video|scene|photo"
     r"|respectively|as|shown"
@@ -81,7 +81,7 @@ _NAMED = re.compile(
     rf"\b(x1|y1|x2|y2|[xy]_?min|[xy]_?max|left|top|right|bottom)\b\s*[:=]\s*({_N})(?![\w%])", re.IGNORECASE
 )
 _KEYS = ("bbox_2d", "bbox", "box", "boxes", "bounding_box", "boundingbox", "coordinates", "answer", "final_answer")
-# Next to a box, these keys name the object or the moment.
+# Next to a box, these keys specify the object or the moment.
 _REMARKS = ("category", "class", "name", "object", "score", "time", "timestamp", "frame", "id", "object_name", "color")
 
 
@@ -150,7 +150,7 @@ def _listed(text: str) -> str:
 
 
 def _checked(box: str) -> str:
-    """Return the box. Raise if its coordinates are from 0 to 1 instead of thousandths of the frame."""
+    """Return the box. Raise if its coordinates range from 0 to 1 instead of 0 to 1000."""
     if max(map(Decimal, box.split(","))) <= 1:
         raise Unreadable("not_a_box")
     return box

@@ -19,7 +19,7 @@ _UNCERTAIN = (
     r"|(?<!\bno )(?<!\bwithout )(?<!\bwithout a )doubt\w*|guess\w*|(?:low|little|no) confidence|if (?:i|anything"
     r"|at all)|assum\w*|ambiguous|undecided|random\w*|none of the (?:options|choices|answers)"
 )
-# Words that claim nothing: "maybe", "it could be", "I am not sure".
+# Words that make no claim: "maybe", "it could be", "I am not sure".
 _DOUBTED = re.compile(
     rf"\b(?:{_UNCERTAIN})|\b(?:might|may|could|maybe|perhaps|possib\w*|seemingly|suppos\w*|suspect\w*|presum\w*"
     rf"|tentativ\w*|conceivabl\w*|arguabl\w*|seems? like|hopefully"
@@ -37,7 +37,7 @@ _DENIED = re.compile(
     r"|\b(?:old|previous|initial|former|earlier|original) (?:box|answer|interval|count|estimate)\b",
     re.IGNORECASE,
 )
-# Absent things can be counted, but they are not in the picture.
+# Absent things may be counted, but they are not in the picture.
 _ABSENT = re.compile(
     r"\b(?:no(?! doubt)|fake|unlikely|least|outside|nearly|almost|absent|absence|missing|lacks?"
     r"|lacking|nowhere|invisible|used to|formerly|previous(?:ly)?|pretend\w*|refus\w*|avoid\w*|ignor\w*|replaced"

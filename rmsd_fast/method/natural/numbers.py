@@ -1,4 +1,4 @@
-"""Read one number in the notations that people use, and write it as a decimal that `method.answers` parses."""
+"""Read one number in common notations, and write it as a decimal that `method.answers` parses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _APOSTROPHES = re.compile(r"(?<![0-9'’])[1-9][0-9]{0,2}(?:['’][0-9]{3})+(?![
 _FRACTION = re.compile(r"[\s$]*(-?)\s*\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}[\s$.]*")
 _HALVES = {"½": "0.5", "¼": "0.25", "¾": "0.75"}
 _BELOW_ZERO = re.compile(r"(?:\b(?:minus|negative)\s+|[负負]|零下)(?=[0-9])", re.IGNORECASE)
-# Allowed directly before a count. Any other word may change it: "double 3", "beyond 3", "Frame 3".
+# Allowed directly before a count. Any other word may change its meaning: "double 3", "beyond 3", "Frame 3".
 _BEFORE = re.compile(
     r"(?:^|[:：=≈~(\[，、。“\"]|,\s|(?:[a-z]{4}|approx)[.!;]\s"
     r"|(?<![A-Za-z'’-])(?:is|are|was|were|be|been|has|have|had|i|we|he|she|they|see|sees|saw|seen|counts?|counted"
@@ -141,7 +141,7 @@ _ASIDE = re.compile(r"(?<=\S)\s*\(([^()]*)\)")
 _UNSURE = re.compile(r"\b(?:maybe|perhaps|possibly|or|could|might|may|if)\b|也许|可能|或", re.IGNORECASE)
 _CONVERTED = re.compile(r"°\s*[CF]\b|\b(?:km/h|mph|km|miles?|kg|lbs?|cm|inch(?:es)?)\b")
 _BREAKDOWN = re.compile(r"[:：(]|其中|\bincluding\b|\bof which\b", re.IGNORECASE)
-# After an answer, these words state another answer. A number without them may be that of a frame.
+# After an answer, these words state another answer. A number without these words may be a frame number.
 _RECOUNTED = re.compile(
     rf"\b(?:there (?:are|is|were)|it(?:['’]s| is)|i (?:now )?(?:count|see)|making|makes?|total(?:l?ing|s)?(?: of"
     rf"| is)?|brings? .{{1,20}} to"
@@ -154,7 +154,7 @@ _KEYS = {"answer", "count", "number", "value", "result", "total", "final_answer"
 
 
 def strict(text: str, task: str) -> str | None:
-    """Return a text that parses strictly, with normalised white space and without a final full stop; otherwise None."""
+    """Return a text that parses strictly, with normalized white space and without a final period; otherwise None."""
     text = re.sub(r"(?<=[0-9])\.$", "", " ".join(text.split()))
     return text if parse_answer_body(text, task) is not None else None
 
@@ -297,8 +297,8 @@ def _stands_as_a_count(text: str, count: re.Match[str]) -> bool:
     near = before[-40:] if len(before) > 40 else before
     repeated = re.match(r"\s*times\b", after) and not _NAMED_BY_NUMBER.search(near)
     # "the number 20", but not "number 3 on the list".
-    labelled = re.search(r"\bnumber\s$", near, re.IGNORECASE) and _END.match(after)
-    if not (_BEFORE.search(near) or _VERB.search(near) or repeated or labelled):
+    labeled = re.search(r"\bnumber\s$", near, re.IGNORECASE) and _END.match(after)
+    if not (_BEFORE.search(near) or _VERB.search(near) or repeated or labeled):
         return False
     if _END.match(after) or _UNIT.match(after) or re.match(rf"\s*{_MEASURE}", after):
         return True

@@ -1,4 +1,4 @@
-"""Find the letter of an option from its letter, its words or both."""
+"""Find the letter of an option that an answer gives by its letter, its words or both."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .reasons import Unreadable, the_only
 from .text import compatible, json_value, plain, without_remarks
 
 _ONE_LETTER = re.compile(r"[(\[{<【「]?\s*([A-Za-z])\s*[)\]}>】」]?\s*[.:、,)]?")
-# "B. milk", "(b) milk", "B - milk", "B, milk". After a space only, the rest decides: "A man" begins with a word.
+# "B. milk", "(b) milk", "B - milk", "B, milk". If only a space follows, the rest of the text decides: "A man" begins
+# with a word.
 _LED = re.compile(
     r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:、,-]?|([A-Za-z])\s*[.:、)]|([A-Z])\s*-+(?=\s)|([A-Z])\s*[,;(])\s*(.+)",
     re.DOTALL,
 )
 _LED_BY_BLANK = re.compile(r"([A-Z])(?:\s+|(?=[^\x00-\x7f]))(.+)", re.DOTALL)
-# Words before an answer that say nothing about it.
+# Words before an answer that do not affect it.
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore|hence|then|yes|well|ok|okay|and|but|honestly|probably|likely|most likely|definitely"
     r"|clearly|obviously|surely|i(?:['’]m| am)(?: very| quite| fairly)? (?:confident|sure|certain)(?: that)?"
@@ -78,9 +79,9 @@ _POLAR_ANSWER = re.compile(r"\W*([A-Za-z]+|[是不否有没对会能可以]+?)�
 _CALLED_WRONG = re.compile(
     r"\W*(?:(?:which|that|this) is )?(?:wrong|incorrect|false|not (?:right|correct|true))\b|\W*[✗✘❌]", re.I
 )
-# Marks that the comparison of words ignores.
+# Punctuation that the comparison of words ignores.
 _CROSSED = re.compile(r"[?？✗✘❌]")
-# "Option B is a trap": such a judgement counts only if it affirms the option.
+# "Option B is a trap": such a judgment counts only if it affirms the option.
 _JUDGED = re.compile(r"\s+(?:is|was|are|looks?|seems?|sounds?|appears?|would|can|could|has)\b", re.IGNORECASE)
 _KEYS = {"answer", "option", "choice", "letter", "final_answer", "correct_answer", "correct_option"}
 # Keys for the option's words, next to its letter.
@@ -173,7 +174,7 @@ def is_whole_letter(text: str, options: Sequence[str] | None) -> bool:
 
 
 def comparable_options(options: Sequence[str] | None) -> Sequence[str]:
-    """Return the options' words without their letters, normalised for comparison."""
+    """Return the options' words without their letters, normalized for comparison."""
     return () if options is None else _comparable_options(tuple(options))
 
 
@@ -206,7 +207,7 @@ def _as_a_whole(text: str, options: Sequence[str] | None, letters: str) -> str |
             text = text[1:-1].strip()
         if letter := _ONE_LETTER.fullmatch(text):
             return _among(letter[1].upper(), letters)
-        # Tested before the words are compared, because the A of "A. milk" is not an article.
+        # This is tested before the words are compared, because the A of "A. milk" is not an article.
         if led := _LED.fullmatch(text):
             letter = next(group for group in led.groups()[:4] if group).upper()
             return _followed(letter, led[5], options, letters)
@@ -283,7 +284,7 @@ def _followed(letter: str, rest: str, options: Sequence[str] | None, letters: st
     _among(letter, letters)
     texts = comparable_options(options)
     same = _equal(rest, texts, letters)
-    # The option's words, possibly without their end.
+    # The option's words, possibly truncated.
     words = comparable(rest)
     begun = [letters[index] for index, text in enumerate(texts) if len(words) > 20 and text.startswith(words)]
     if letter in same or begun == [letter]:

@@ -1,8 +1,8 @@
-"""Read the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
+"""Extract the text in a picture from sentences without answer tags: `The sign reads "EXIT", in green letters.`
 
-If a sentence about a text contains one quoted or emphasised text, this is the reading, whatever else the sentence says.
-Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself contain
-quotation marks, so a quotation counts only in a sentence about a text.
+If a sentence about a text contains one quoted or emphasized text, this is the reading, regardless of the rest of the
+sentence. Two different quotations are rejected, unless the second one follows "not". The text in a picture may itself
+contain quotation marks, so a quotation counts only in a sentence about a text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .text import unquoted
 
 MOST_QUOTATIONS = 50
 
-# Things that carry a text. In capitals, they may be the text itself: "Joe's Book Shop".
+# Things that bear a text. In capitals, they may be the text itself: "Joe's Book Shop".
 THING = (
     r"(?:texts?|sign(?:s|age|board|post)?|captions?|subtitles?|titles?|head(?:line|er|ing)s?|labels?|words?|wording"
     r"|phrases?|sentences?|letter(?:s|ing)?|inscription|writing|messages?|notes?|banner|display|screen|monitor"
@@ -28,7 +28,7 @@ THING = (
     r"|url|address|tattoo|graffiti|credits?|watermark|username|handle|button|chyron|ticker|overlay|graphic|stamp|mat"
     r"|ribbon|flag|arrow|line|row|code)"
 )
-# Verbs for texts. With "is" and "has", the sentence must also name a thing that carries a text.
+# Verbs for texts. With "is" and "has", the sentence must also name a thing that bears a text.
 _WRITES = (
     r"(?:reads?|reading|says?|saying|spells?|spelling|shows?|showing|displays?|displayed|displaying|states?|stating"
     r"|indicates?|bears?|bearing|carries|writes?|written|writing|prints?|printed|painted|engraved|inscribed|embossed"
@@ -110,7 +110,7 @@ _TEXT_LABEL = re.compile(
     re.IGNORECASE,
 )
 _THING_LABEL = re.compile(rf"(?:[\w'’-]+\s+){{0,4}}?{THING}(?:\s+(?:on|in|of|at)\s+[\w\s'’-]{{1,60}})?", re.IGNORECASE)
-_LABELLED = re.compile(
+_LABELED = re.compile(
     r"(?P<bold>\*\*)?(?P<label>[^\n:：*\ue000-\ue0ff]{2,80}?)(?:\*\*)?\s*(?:：|:(?![0-9/]))(?:\*\*)?\s*(?P<value>\S[^\n]*)"
 )
 _HEADING = re.compile(
@@ -192,7 +192,7 @@ def _masked(text: str) -> tuple[str, list[str]]:
 
     def mask(match: re.Match[str]) -> str:
         inside = match[match.lastindex]
-        # "**Text:** EXIT" and "The **red sign** reads": a label or a thing is emphasised, not a quotation.
+        # "**Text:** EXIT" and "The **red sign** reads": a label or a thing is emphasized, not a quotation.
         if match[0].startswith("*") and (
             inside.rstrip().endswith((":", "："))
             or re.match(r"\s*[:：]", match.string[match.end() :])
@@ -203,7 +203,7 @@ def _masked(text: str) -> tuple[str, list[str]]:
             raise Unreadable("two_answers")
         quotations.append(inside)
         mark = chr(0xE000 + len(quotations) - 1)
-        # "It says 'Stop.' The sign is red.": the full stop inside the quotation ends the sentence.
+        # "It says 'Stop.' The sign is red.": the period inside the quotation ends the sentence.
         goes_on = re.match(r"\s+[A-Z]", match.string[match.end() :][:20])
         return f"{mark}." if inside.rstrip()[-1:] in (".", "!", "?") and goes_on else mark
 
@@ -249,7 +249,7 @@ def _check_telling(sentence: str) -> None:
 
 
 def _check_others(before: list[str], after: list[str], explanation: str) -> None:
-    """Raise Unreadable if sentences around the one with the quotation make the text uncertain, or give another text."""
+    """Raise Unreadable if sentences around the quotation make the text uncertain, or give another text."""
     for sentence in (*before, *after, explanation):
         words = _MASK.sub(" ", sentence)
         if is_unknowing(words) or _BLURRED.search(words):
@@ -303,19 +303,19 @@ def block_text(text: str) -> str:
     return text[items[0].end() :] if len(lines) == 1 and items[0] and lines[0].lstrip()[0] in "-*•" else text
 
 
-def labelled_reading(text: str) -> Reading | None:
+def labeled_reading(text: str) -> Reading | None:
     """Return the text after "Text on the sign:" in a single line; None for other texts.
 
     Raises:
         Unreadable: a label such as "Serial number:" may itself be part of the text.
     """
     body, explanation, _ = split_ending(text)
-    labelled = _LABELLED.fullmatch(body.strip())
-    if not labelled:
+    labeled = _LABELED.fullmatch(body.strip())
+    if not labeled:
         return None
-    label = labelled["label"].strip()
-    if _TEXT_LABEL.fullmatch(label) or (labelled["bold"] and _THING_LABEL.fullmatch(label)):
-        return Reading("", labelled["value"], explanation)
+    label = labeled["label"].strip()
+    if _TEXT_LABEL.fullmatch(label) or (labeled["bold"] and _THING_LABEL.fullmatch(label)):
+        return Reading("", labeled["value"], explanation)
     if _THING_LABEL.fullmatch(label) and not label.isupper():
         raise Unreadable("no_answer")
     return None

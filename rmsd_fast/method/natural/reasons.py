@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 REASONS = {
     "empty": "the response is empty",
-    "truncated": "the response was cut, at the token limit or by an error of the server",
+    "truncated": "the response was cut off, at the token limit or by an error of the server",
     "filtered": "a content filter of the server stopped the response",
     "refusal": "the teacher declined to answer",
     "unfinished": "the reasoning or the answer is not closed",

@@ -1,4 +1,4 @@
-"""Detect responses in which a teacher declines to answer, or says that it has not seen a video."""
+"""Detect responses in which a teacher declines to answer or says that it has not seen a video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DECLINES = re.compile(
     r"|ich (?:kann|sehe|habe) (?:leider )?(?:das |kein)|je ne (?:vois|peux) pas|no (?:veo|puedo)\b",
     re.IGNORECASE,
 )
-# Words of a teacher that a person in a film would not say, whatever follows.
+# Phrases of a teacher that a person in a film would not say, regardless of what follows.
 _SURE = re.compile(
     rf"{_POLITE}{_UNABLE}\s+(?:to )?{_WHAT}(?:comply|determine|assist with|process|analy[sz]e)\b"
     rf"|{_AI},?\s+i\b|作为.{{0,8}}(?:AI|人工智能|语言模型)"

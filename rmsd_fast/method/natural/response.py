@@ -1,8 +1,8 @@
-"""Find the answer of a whole response.
+"""Find the answer in a whole response.
 
-Searched for, in this order: an `<answer>` block, in any spelling; `\\boxed{}`; a sentence such as "The answer is B.";
-and a text after the reasoning, or instead of it, that consists of an answer. If another part of the response outside
-the reasoning gives another answer, the response is unreadable.
+The search tries, in this order: an `<answer>` block in any spelling, `\\boxed{}`, a sentence such as "The answer is
+B.", and a text after the reasoning (or without reasoning) that consists of an answer. If another part of the response
+outside the reasoning gives another answer, the response is unreadable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .readings import (
     Reading,
     block_reading,
     block_text,
-    labelled_reading,
+    labeled_reading,
     last_sentence,
     quoted_reading,
     speaks_of_a_text,
@@ -45,7 +45,7 @@ from .tags import has_tags, one_spelling, split_reasoning, without_answer_marks,
 from .text import REASONING_KEYS, find_json, strip_outside, visible, without_courtesy
 
 Options = Sequence[str] | None
-# A longer text without an answer block does not answer a closed question.
+# A longer text without an answer block is not an answer to a closed question.
 MOST_CHARACTERS = 20_000
 # A text without reasoning that is at most this long may give its only answer in any sentence.
 MOST_WORDS = 60
@@ -79,14 +79,14 @@ def canonical_response(
 ) -> str | None:
     """Return the response as `<think>…</think><answer>…</answer>` whose answer parses, or None if no answer is clear.
 
-    A response that has this form already is returned unchanged, unless its answer has a simpler spelling.
+    A response that already has this form is returned unchanged, unless its answer has a simpler spelling.
 
     Args:
         text: the whole response.
         task_type: one of TASK_TYPES.
-        options: choices of an `mcq` question in order, bare or labelled; None = the options are in the question's text.
-        finish_reason: finish reason of any server (see `method.finish_reasons`). A response that was cut, or stopped by
-            an error or a filter, is invalid. None = unknown.
+        options: choices of an `mcq` question in order, bare or labeled; None = the options are in the question's text.
+        finish_reason: finish reason of any server (see `method.finish_reasons`). A response that was truncated, or
+            stopped by an error or a filter, is invalid. None = unknown.
     Returns:
         The canonical response, or None.
     Raises:
@@ -110,7 +110,7 @@ def invalid_reason(
 
 
 def read_response(text: str, task: str, options: Options, finish_reason: str | None) -> str:
-    """Return the canonical response. Raise Unreadable, with the reason, if there is none."""
+    """Return the canonical response. Raise Unreadable with the reason if there is none."""
     finish_reason = finish_reason_of(finish_reason)
     if finish_reason in _NOT_WHOLE:
         raise Unreadable(_NOT_WHOLE[finish_reason])
@@ -165,7 +165,8 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
         return "", _body(body, task, options), after
     inside, closed, after = rest.rpartition("</answer>")
     if not closed or "<answer>" in after:
-        # "12" might have become "125", and "red" "red and blue". Only a letter is certainly complete.
+        # A truncated "12" might be the start of "125", and "red" of "red and blue". Only a letter is certainly
+        # complete.
         if finish_reason != "stop" and not (task == "mcq" and is_whole_letter(rest, options)):
             raise Unreadable("unfinished")
         inside, after = rest, ""
@@ -281,13 +282,13 @@ def _untagged_text(text: str, task: str, options: Options, *, reasoned: bool) ->
 
 
 def _untagged_reading(text: str, *, reasoned: bool) -> tuple[str, str, str]:
-    """Do the same as `_untagged` for a text that was read in a picture."""
+    """Return the same as `_untagged` for a text that was read in a picture."""
     if read := _boxed_text(text):
         return read
     if stated := text_statement(text) or heading(text):
         before, read = stated[0], _stated_reading(stated[1])
         return before, _reading_body(read), read.after
-    if read := block_reading(text) or quoted_reading(text) or labelled_reading(text):
+    if read := block_reading(text) or quoted_reading(text) or labeled_reading(text):
         return read.before, _reading_body(read), read.after
     text, explanation, cut = split_ending(text)
     _check_one_text(text)

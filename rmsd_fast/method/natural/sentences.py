@@ -17,7 +17,7 @@ from .times import intervals_in
 
 Options = Sequence[str] | None
 
-# Only sentences that contain one of these are searched for a statement.
+# Only sentences that contain one of these words are searched for a statement.
 _CUE = re.compile(
     r"answer|choice|option|\bans\b|\bI\b|respuesta|antwort|lösung|réponse|答|选|選|正解|回答", re.IGNORECASE
 )
@@ -104,7 +104,7 @@ class Sentence(NamedTuple):
 
 
 def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
-    """Return the sentences of a text. For ocr questions, return its lines, since a full stop may belong to the text."""
+    """Return the sentences of a text. For ocr questions, return its lines, since a period may belong to the text."""
     sentences = []
     for line in re.finditer(r"[^\n]+", text):
         start, ends = line.start(), []
@@ -123,7 +123,7 @@ def sentences_in(text: str, task: str, options: Options) -> list[Sentence]:
 
 
 def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
-    """Return whether a full stop ends a sentence, and does not belong to an abbreviation such as "i.e."."""
+    """Return whether a period ends a sentence, and does not belong to an abbreviation such as "i.e."."""
     before = line[max(0, stop.start() - 2) : stop.start()]
     if re.match(
         r"\.\s*(?:[0-9]|one|two|three|four|five|six|seven|eight|nine|ten)", line[stop.start() :][:8]
@@ -133,7 +133,7 @@ def _ends_sentence(line: str, stop: re.Match[str]) -> bool:
 
 
 def _is_label(before: str, after: str, options: Options) -> bool:
-    """Return whether a full stop follows an option's letter: "B. milk", but not "The answer is B. It is white."."""
+    """Return whether a period follows an option's letter: "B. milk", but not "The answer is B. It is white."."""
     if not _LABEL_STOP.search(before):
         return False
     words = comparable(after[:1000])
@@ -142,7 +142,7 @@ def _is_label(before: str, after: str, options: Options) -> bool:
 
 
 class Statement(NamedTuple):
-    """A sentence that states the answer. answer is None if it cannot be read, for `reason`."""
+    """A sentence that states the answer. If the answer cannot be read, it is None and `reason` is set."""
 
     start: int
     end: int
@@ -151,7 +151,7 @@ class Statement(NamedTuple):
 
 
 def statements(text: str, task: str, options: Options) -> list[Statement]:
-    """Return all statements of a text in order, including those that cannot be read."""
+    """Return all statements of a text in order, including statements that cannot be read."""
     sentences, stated = sentences_in(text, task, options), []
     for index, sentence in enumerate(sentences):
         if not _CUE.search(sentence.text):
@@ -178,7 +178,7 @@ def statements(text: str, task: str, options: Options) -> list[Statement]:
 
 
 def text_statement(text: str) -> tuple[str, str] | None:
-    """Return the text before and after "The answer is" at the start of a line or sentence, the last such place."""
+    """Return the text before and after "The answer is" at the start of a line or sentence; the last match counts."""
     starts = [sentence.start for sentence in sentences_in(text, "open", None)]
     for start in reversed(starts):
         if match := _TEXT_STATEMENT.match(text, start):
@@ -201,7 +201,7 @@ def takes_back(text: str) -> bool:
 
 
 def is_taken_back(text: str, answer: str, task: str, options: Options) -> bool:
-    """Return whether the text after an answer retracts it, or gives another answer."""
+    """Return whether the text after an answer retracts it or gives another answer."""
     if not text.strip():
         return False
     if is_retracted(text) or {alone for _, alone in standing_alone(text, task, options)} - {answer}:
@@ -277,7 +277,8 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """Return the answer of a sentence that begins with "so" or "in total", or ends with such a clause; else None."""
+    """Return the answer of a sentence that begins with "so" or "in total", or ends with such a clause; otherwise
+    None."""
     *reason, clause = _LAST_CLAUSE.split(sentence)
     # "3 → 5" describes a change, not a conclusion.
     moves = task == "numeric" and re.search("[→⇒]|=>", sentence)

@@ -1,4 +1,4 @@
-"""Normalise the tags around reasoning and answer, and split a response at them."""
+"""Normalize the tags around reasoning and answer, and split a response at them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SPELLINGS = [
     (re.compile(rf"<\s*{_ANSWER}\s*>|\[\s*answer\s*\]|<\|begin_of_box\|>", re.IGNORECASE), "<answer>"),
     (re.compile(rf"<\s*/\s*{_ANSWER}\s*>|\[\s*/\s*answer\s*\]|<\|end_of_box\|>", re.IGNORECASE), "</answer>"),
 ]
-# Qwen's marks of boxes in the reasoning are special tokens of the student too. Only the marks are removed.
+# Qwen's box marks in the reasoning are also special tokens of the student. Only the marks are removed.
 _REGION_MARKS = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
-# GLM's marks of an answer, which may occur inside an answer block.
+# GLM's answer marks, which may occur inside an answer block.
 _BOX_MARKS = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _ANY_TAG = re.compile(r"</?(?:think|answer)>")
 # Tokens that servers leave at the end of a text.
@@ -30,7 +30,7 @@ _END_TOKENS = (*(f"<|{token}|>" for token in _END_TOKENS), "</s>", "<eos>", "<en
 
 
 def one_spelling(text: str) -> str:
-    """Return the text with all spellings of the tags normalised, and without end tokens and invisible characters."""
+    """Return the text with all spellings of the tags normalized, and without end tokens and invisible characters."""
     text = text.rstrip()
     while text.endswith(_END_TOKENS):
         text = text[: text.rindex("<")].rstrip()

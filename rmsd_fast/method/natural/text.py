@@ -41,7 +41,7 @@ _LATEX_MARKS = re.compile(r"\\[()\[\]]|\\[,;:! ]|\\(?:quad|qquad|left|right)\b|(
 _LATEX_PERCENT = re.compile(r"\\([%$])")
 _LATEX_ESCAPE = re.compile(r"\\([%$&#_{} ])")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|br|span|div|code|pre|h[1-6])\s*/?>", re.IGNORECASE)
-# A dash before a number may be a sign, and ">" a bound.
+# A dash before a number may be a minus sign, and ">" may be a bound.
 _LINE_MARK = re.compile(
     r"^\s*(?:#{1,6}\s+|[*•]\s+|[>-]\s+(?![$€£¥]?\s*[.0-9]|(?:one|two|three|four|five|six|seven|eight|nine|ten)\b))",
     re.MULTILINE | re.IGNORECASE,
@@ -53,7 +53,7 @@ _EMPHASIS = re.compile(
     r"(?<![0-9)*])(?<![0-9)] )\*{1,3}(?!\*)|\*{1,3}(?!\*)(?! ?[0-9(])|(?<!\w)_{1,2}|_{1,2}(?!\w)|`+|~~"
 )
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "《》", "``")
-# Allows apostrophes inside words: 'It's now or never'.
+# This allows apostrophes inside words: 'It's now or never'.
 _SINGLE_QUOTES = re.compile(r"[‘']((?:[^‘’'\n]|(?<=\w)[’'](?=\w))+)[’']")
 _LABEL = re.compile(
     r"(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the|my|its)\s+)?(?:(?:final|correct|best|right|most\s+likely)\s+)*"
@@ -104,7 +104,7 @@ def unquoted(text: str) -> str:
         for mark in ("***", "**", "__", "`"):
             if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
                 text = text[len(mark) : -len(mark)].strip()
-        # The full stop of a sentence that ends with a quotation.
+        # The period of a sentence that ends with a quotation.
         sentence = text[:-1].rstrip() if text[-1:] in (".", "。") else text
         if (inside := _unwrapped(sentence, _QUOTES)) != sentence:
             text = inside

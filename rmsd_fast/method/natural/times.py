@@ -1,4 +1,4 @@
-"""Read one interval in the notations that people use, and write it in seconds."""
+"""Read one interval in common notations, and write it in seconds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _JOINER = (
     r"(?:to|until|till|til|through|thru|bis|hasta|a|à|ends?|ending|ended|end_?time|finish(?:es|ed|ing)?|"
     r"stops?|stopped|stopping|-+>?|[~〜]|→|到|至|から|まで|结束)"
 )
-# Allowed between the two times, besides a joiner. "lasts", "for" and "within" are not included, because a duration
-# would be read as the end.
+# Allowed between the two times, in addition to a joiner. "lasts", "for" and "within" are not included, because a
+# duration would be read as the end.
 _BETWEEN = re.compile(
     rf"(?:\s|[,;:=\"'(\[]|\b(?:t\s*=|and|y|und|et|it|the|this|event|action|scene|which|then|at|around|about"
     rf"|approximately|"
@@ -62,7 +62,7 @@ _OTHER_UNIT = re.compile(
     r"|[(（]\s*(?:in\s+)?(?:minutes?|mins?|hours?|ms|milliseconds?)\s*[)）]",
     re.IGNORECASE,
 )
-# Words that make an interval a duration, or relative to another moment than the start of the video.
+# Words that make an interval a duration, or relative to a moment other than the start of the video.
 _DURATION = re.compile(
     r"\b(?:long|in length|in duration|duration|apart|later|earlier|remain\w*|from the end|before the end|of footage"
     r"|span of|length)\b|时长|长达|持续了|之?[前后]$|後$|最后|最後",
@@ -101,7 +101,7 @@ _NOT_BETWEEN = re.compile(
     r"|far|different|starting|beginning|ending)\s+(?:\w+\s+)?(?:between|within)$",
     re.IGNORECASE,
 )
-# Allowed directly after an interval. Any other word may be its unit, or another reference time.
+# Allowed directly after an interval. Any other word may be a unit or another reference time.
 _AFTER = re.compile(
     r"\s*(?:$|[.,;:!)\]\"”，。；、(（]|(?:in|on)\s+(?:the\s+)?(?:video|clip|footage|recording|film|timeline|seconds)\b"
     r"|(?:of|into)\s+the\s+(?:video|clip|footage|recording|film|timeline)\b"
@@ -131,7 +131,7 @@ _KEYS = {
     "time_range",
 }
 _KEYS |= {"time_interval", "time_segment", "span", "window", "period"}
-# Spellings that are normalised: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
+# Spellings that are normalized: 1'03", "1 min 3", "在3秒和5秒之间", "3秒开始，5秒结束".
 _SPELLINGS = (
     (re.compile(r"(?<![0-9:.])([0-9]{1,3})['’′]([0-5][0-9])(?:\"|''|”|″)"), r"\1:\2"),
     (
@@ -251,7 +251,7 @@ def _stands_as_an_interval(text: str, first: re.Match[str], last: re.Match[str])
         return False
     if _NOT_BETWEEN.search(before[-80:].rstrip("[( ")):
         return False
-    # Without a unit, "The score is 3 to 5" is not an interval, so all words before it must be about an interval.
+    # Without a unit, "The score is 3 to 5" is not an interval, so all words before the times must refer to an interval.
     return bool(_BEFORE.search(before[-40:]) if in_seconds else _FRAME.fullmatch(before))
 
 
