@@ -151,7 +151,7 @@ def _slightly_flipped(path: Path) -> None:
     raise AssertionError("every flip was detected")
 
 
-def _single_colour(path: Path) -> None:
+def _single_color(path: Path) -> None:
     write_clip(path, torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8))
 
 
@@ -235,7 +235,7 @@ FAULTS = (
     Fault("one frame", _one_frame, "too few frames: expected at least 2, got 1"),
     Fault("many flipped bytes", _flipped, "plain gray that replaces lost frames", True),
     Fault("one flipped byte", _slightly_flipped, ""),
-    Fault("single colour", _single_colour, "a single colour", True),
+    Fault("single color", _single_color, "a single color", True),
     Fault("frozen picture", _frozen, "are all identical", True),
     Fault("variable frame rate", _variable_rate, ""),
     Fault("rotated", _rotated, ""),
