@@ -190,9 +190,22 @@ class TeacherConfig:
     max_unanswered_share: float = number(0.05, least=0, most=1)
     """Questions without any response are left out of training. A share above this one is an error."""
     min_quality: float = number(0.3, least=0, most=1)
-    """tau: responses of lower quality are excluded from matching (2603.11423: 0.3)."""
-    quality: str = choice("metric", of=("metric", "uniform"))
-    """`metric` (q_k of 2603.11423) or `uniform` (q=1 for every response, as in GAD 2511.10643)."""
+    """tau: responses of lower quality, and those of quality 0, do not pass the filter (2603.11423: 0.3)."""
+    filter: str = choice("both", of=("both", "matching", "imitation", "none"))
+    """Where the filter applies: `both` = a filtered response is neither imitated (stage 1, control) nor matched
+    (warm-up, stage 2), `matching` or `imitation` = only one of these, `none` = every complete response is used.
+    Truncated responses are never used."""
+    empty_pools: str = choice("keep", of=("keep", "drop"))
+    """Questions with no response to match: `keep` = they stay in stage 2, with the rewards for format and content
+    (open), or `drop` = stage 2 and its control leave them out."""
+    weighting: str = choice("quality", of=("quality", "uniform"))
+    """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
+    open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
+    weight_power: float = number(1.0, above=0, most=16)
+    """Exponent of q_k in matching probabilities and weights (2603.11423: 1). Above 1, good responses count more."""
+    open_quality: str = choice("valid", of=("valid", "lexical"))
+    """Quality of responses to open questions: `valid` = 1 for each valid response (2603.11423), or `lexical` = word
+    overlap with the reference answer (F1), which the paper found to be worse."""
     numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
     """`epsilon` accuracy or `mra` (mean relative accuracy)."""
     numeric_eps: float = number(0.01, least=0)
@@ -221,7 +234,7 @@ class SftConfig:
     """Also train vision tower and mergers."""
     responses: str = choice("best", of=("best", "all", "random"))
     """`best` = T_best, the response of highest quality, with a seeded uniform choice for ties and open questions; `all`
-    = every response of quality above 0; `random` = one response of the pool."""
+    = every response; `random` = one response. They choose among the complete responses that pass `teacher.filter`."""
 
 
 @dataclass
@@ -234,6 +247,15 @@ class DiscriminatorConfig:
     """Steps on (teacher, on-policy) pairs between stage 1 and stage 2 (2511.10643: the gain is lost without them)."""
     warm_up_lr: float = number(1e-6, least=0)
     """AdamW learning rate of the warm-up (open)."""
+    warm_up_accuracy: float | None = number(None, above=0.5, most=1)
+    """End the warm-up early once the pair accuracy, averaged over its last 8 steps and measured before each update,
+    reaches this value; null = never (open)."""
+    head: str = choice("random", of=("random", "zero"))
+    """Initial weights of the value head: `random` (as in a linear layer), or `zero`, so that all scores are equal at
+    first (open)."""
+    order_weight: float = number(0.0, least=0)
+    """Weight of further pairs in its loss, the better against the worse response within the rollouts and within the
+    teacher responses of a closed question, each weighted by the difference in quality (open)."""
     pairing: str = choice("expected", of=("expected", "sampled"))
     """`expected` = all pairs weighted by p_k, exact expectation; `sampled` = one teacher response per rollout."""
     normalizer: str = choice("pairs", of=("pairs", "quality"))
@@ -259,6 +281,13 @@ class RewardConfig:
     normalization: str = choice("gn_then_sum", of=("gn_then_sum", "sum_then_gn"))
     """`gn_then_sum` = components are normalized within their group, then weighted (2604.28123); `sum_then_gn` = literal
     reading of 2603.11423."""
+    score_sd_offset: float = number(0.5, least=0)
+    """Added to the standard deviation by which `gn_then_sum` divides the discriminator scores of a group. Scores are
+    logits, so the scores of an undecided discriminator stay small; 0 gives them the full weight whatever their spread
+    (2604.28123)."""
+    score_groups: str = choice("all", of=("all", "flat_content"))
+    """Groups in which the discriminator score counts: `all` (2603.11423), or `flat_content` = only those whose rollouts
+    have equal content rewards (open)."""
     score_clip: float | None = number(None, above=0)
     """Clip of the discriminator score in the reward, e.g. 10 (2604.28123)."""
     kl_in_reward: float = number(0.0, least=0)

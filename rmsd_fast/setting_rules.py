@@ -101,7 +101,16 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             makes_rollouts and "distill" not in stages,
             "the warm-up does not compute rewards; add distill to stages",
         ),
-        (["reward.score_clip"], not judged, "no discriminator is trained; give reward.alpha > 0"),
+        (
+            ["reward.score_clip", "reward.score_sd_offset", "reward.score_groups"],
+            not judged,
+            "no discriminator is trained; give reward.alpha > 0",
+        ),
+        (
+            ["reward.score_sd_offset"],
+            settings.reward.normalization == "sum_then_gn",
+            "sum_then_gn does not normalize the scores; write reward.normalization=gn_then_sum",
+        ),
         (
             ["model.attention"],
             settings.packing == "shared",
@@ -109,8 +118,24 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["teacher.min_quality"],
-            not judged or settings.teacher.quality == "uniform",
-            "it only applies when a discriminator is trained and teacher.quality is not uniform; change one of these",
+            settings.teacher.filter == "none",
+            "teacher.filter is none; write teacher.filter=both",
+        ),
+        (
+            ["teacher.min_quality", "teacher.filter"],
+            settings.teacher.filter == "matching" and not judged,
+            "teacher.filter=matching only applies when a discriminator is trained; write teacher.filter=both",
+        ),
+        (["teacher.weighting"], not judged, "no discriminator is trained; add warm_up and give reward.alpha > 0"),
+        (
+            ["teacher.weight_power"],
+            not judged or settings.teacher.weighting == "uniform",
+            "weights follow the quality only with a discriminator and teacher.weighting=quality; change one of these",
+        ),
+        (
+            ["teacher.empty_pools"],
+            not makes_rollouts,
+            "no stage makes rollouts; add warm_up or distill to stages",
         ),
         (
             ["made.student_hidden", "made.student_layers"],
@@ -149,7 +174,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
         (
-            ["discriminator.warm_up_steps", "discriminator.warm_up_lr"],
+            ["discriminator.warm_up_steps", "discriminator.warm_up_lr", "discriminator.warm_up_accuracy"],
             not warm_up,
             "stage warm_up is not in stages; add it to stages",
         ),

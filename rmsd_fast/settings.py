@@ -28,6 +28,7 @@ RENAMED = {
     "distill.micro_batch": "micro_tokens",
     "distill.micro_prompts": "micro_tokens",
     "sft.target": "sft.responses=best, all or random",
+    "teacher.quality": "teacher.weighting=quality or uniform, and teacher.filter",
 }
 # Settings of earlier versions that have no replacement.
 REMOVED = {

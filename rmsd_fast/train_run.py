@@ -12,11 +12,13 @@ import torch
 
 from rmsd_fast.config import CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
 from rmsd_fast.data.media import MediaReader
+from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.report import ReportError, write_report
 from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
+from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, build_imitation, load
 from rmsd_fast.stages.evaluation import (
@@ -44,6 +46,9 @@ from rmsd_fast.stages.run import (
 )
 from rmsd_fast.stages.run_folder import run_folder
 from rmsd_fast.stages.state import StageState
+
+# Below this share of groups whose rollouts differ in content, the forecast warns.
+LEAST_SIGNAL = 0.05
 
 
 def train(
@@ -123,23 +128,28 @@ def imitate(run: TrainingRun) -> None:
     if run.checkpoint is not None and run.checkpoint.state["stage"] != "sft":
         raise CheckpointError(f"{final} is missing, but the checkpoint is later than stage 1; restore the folder")
     state = build_imitation(run.material.model_path, settings, run.world, run.material, run.media, stage="sft")
-    _imitation_steps(run, state, "sft", settings.sft, final)
+    questions = [q for q in run.material.train if state.targets[q.id].imitate]
+    _imitation_steps(run, state, "sft", settings.sft, questions, final)
     record_stage1(run)
 
 
 def control(run: TrainingRun) -> None:
-    """Run the control of stage 2: imitation with the same steps, batch size and learning rate."""
+    """Run the control of stage 2: imitation with the same steps, batch size, learning rate and order of questions."""
     state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
-    _imitation_steps(run, state, "distill", run.settings.distill, run.folder / "export")
+    _imitation_steps(run, state, "distill", run.settings.distill, _late_questions(run, state), run.folder / "export")
 
 
 def _imitation_steps(
-    run: TrainingRun, state: StageState, stage: str, training: SftConfig | DistillConfig, final: Path
+    run: TrainingRun,
+    state: StageState,
+    stage: str,
+    training: SftConfig | DistillConfig,
+    questions: list[Question],
+    final: Path,
 ) -> None:
     engines = {"policy": state.policy}
     restore(run, (stage,), state, engines)
-    questions = [q for q in run.material.train if state.targets[q.id].imitate]
-    loader = open_loader(run, state, stage, questions, training.batch_size)
+    loader = open_loader(run, state, stage, questions, training.batch_size, imitates=True)
     rates = {"policy": rate_of(training, steps=training.steps)}
     run_steps(run, stage, state, loader, engines, sft.step, rates)
     export(run, state.student, state.policy, final, stage)
@@ -154,6 +164,7 @@ def distillation(run: TrainingRun) -> None:
     if state.discriminator is not None:
         engines["discriminator"] = state.discriminator
     restore(run, ("warm_up", "distill"), state, engines)
+    _forecast(run, state)
     if "warm_up" in settings.stages:
         _adversarial_steps(run, state, engines, "warm_up", distill.warm_up_step)
     if "distill" in settings.stages:
@@ -170,8 +181,56 @@ def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, E
     if stage == "distill":
         rates = {"policy": rate_of(settings.distill, steps=settings.distill.steps), **rates}
     rates = {name: rate for name, rate in rates.items() if name in engines}
-    loader = open_loader(run, state, stage, run.material.train, settings.distill.batch_size)
+    loader = open_loader(run, state, stage, _late_questions(run, state), settings.distill.batch_size)
     run_steps(run, stage, state, loader, engines, step, rates)
+
+
+def _forecast(run: TrainingRun, state: StageState) -> None:
+    """Print what stage 2 can gain, and write it to `forecast.json`, before any step of warm-up and stage 2."""
+    first = next(stage for stage in run.settings.stages if stage != "sft")
+    path = run.folder / "forecast.json"
+    if on_main(run.world, path.exists) or first_step(run, first):
+        return
+    loader = open_loader(run, state, first, _late_questions(run, state), run.settings.distill.batch_size)
+    try:
+        metrics = distill.forecast(state, loader.step(0, 1))
+    finally:
+        loader.close()
+    on_main(run.world, lambda: write_text_atomic(path, json.dumps(metrics, indent=2) + "\n"))
+    for line in describe_forecast(metrics, run.settings):
+        run.metrics.message(line)
+
+
+def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> list[str]:
+    """Return lines that say what stage 2 can gain on closed questions, with a warning if that is nothing."""
+    student, target = metrics["rollout/quality"], metrics["teacher/target_quality"]
+    if student is None:
+        return ["forecast: no closed question with a teacher answer in the first step, so stage 2 cannot be forecast"]
+    best, signal = metrics["teacher/best_quality"], metrics["rollout/signal_share"]
+    judged = uses_discriminator(settings)
+    led = f"; the discriminator leads to {target:.3f}" if judged else ""
+    lines = [
+        f"forecast for closed questions, from one rollout: the student has a quality of {student:.3f}{led}, best "
+        f"answer of K {best:.3f}; {signal:.0%} of the groups differ in content"
+    ]
+    if judged and target <= student:
+        lines.append(
+            "WARNING: the teacher answers that the discriminator is trained towards are not better than the rollouts. "
+            "Raise teacher.weight_power or teacher.min_quality, or lower reward.alpha"
+        )
+    if signal < LEAST_SIGNAL:
+        lines.append(
+            "WARNING: almost no group differs in content, so the content reward teaches nothing. Raise "
+            "rollout.temperature or rollout.n, or use harder questions"
+        )
+    return lines
+
+
+def _late_questions(run: TrainingRun, state: StageState) -> list[Question]:
+    """Return the questions of warm-up and stage 2. The control has the same list, so its prompts are the same."""
+    if run.settings.teacher.empty_pools == "keep":
+        return run.material.train
+    return [question for question in run.material.train if state.targets[question.id].has_teacher]
 
 
 def release_memory() -> None:

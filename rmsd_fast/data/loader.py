@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -59,6 +61,7 @@ class PromptLoader:
         threads: number of prompts that are built at the same time.
         ahead: number of steps to decode ahead; 0 builds the prompts of a step on demand.
         max_prompt_tokens: longer prompts cannot be used.
+        is_wanted: whether the stage can use a question; another one silently takes its place. None = all questions.
 
     Attributes:
         faults: (question id, reason) of each question that the last step skipped. They are counted when a step takes
@@ -78,6 +81,7 @@ class PromptLoader:
         threads: int,
         ahead: int,
         max_prompt_tokens: int,
+        is_wanted: Callable[[Question], bool] | None = None,
     ):
         if positions_per_step % size:
             raise SettingsError(
@@ -88,6 +92,9 @@ class PromptLoader:
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
         self.rank, self.ahead = rank, ahead
         self.max_prompt_tokens = max_prompt_tokens
+        self.is_wanted = is_wanted or (lambda question: True)
+        if not any(map(self.is_wanted, questions)):
+            raise ValueError(f"stage {stage}: expected questions that the stage can use, got none of {len(questions)}")
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.submitted: dict[int, list[Future[tuple[Prompt | None, list[Fault]]]]] = {}
         self.faults: list[Fault] = []
@@ -126,10 +133,18 @@ class PromptLoader:
         index = order_position(n, position, seed=self.seed, stage=self.stage)
         faults = []
         for attempt in range(ATTEMPTS):
-            question = self.questions[index]
+            question = self._wanted_question(index, position, attempt)
             try:
                 return self.builder.build(question, max_tokens=self.max_prompt_tokens), faults
             except (MediaError, PromptError) as error:
                 faults.append((question.id, str(error)))
             index = _hash(f"replace/{self.seed}/{self.stage}/{position}/{attempt}") % n
         return None, faults
+
+    def _wanted_question(self, index: int, position: int, attempt: int) -> Question:
+        """Return the question at an index, or the first of a hashed sequence that the stage can use."""
+        for draw in itertools.count():
+            question = self.questions[index]
+            if self.is_wanted(question):
+                return question
+            index = _hash(f"unwanted/{self.seed}/{self.stage}/{position}/{attempt}/{draw}") % len(self.questions)

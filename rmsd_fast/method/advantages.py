@@ -8,9 +8,11 @@ from torch import Tensor
 
 # A spread of rewards below this fraction of max(1, |mean|) is a rounding error.
 DEGENERATE_SPREAD = 1e-6
+# Added to the standard deviation before dividing by it.
+EPS = 1e-6
 
 
-def group_advantages(reward: Tensor, *, eps: float = 1e-6) -> Tensor:
+def group_advantages(reward: Tensor, *, eps: float = EPS) -> Tensor:
     """Return (r - mean) / (sd + eps) over the last axis, with the unbiased standard deviation.
 
     A degenerate group (N = 1, or max - min <= 1e-6 * max(1, |mean|)) gives exact zeros. A reward that is not finite

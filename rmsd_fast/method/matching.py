@@ -35,31 +35,44 @@ class Pairs(NamedTuple):
     normalizer: int
 
 
-def matching_probabilities(quality: Tensor | Sequence[float], *, closed_ended: bool, min_quality: float) -> Tensor:
+def passes_filter(quality: float, min_quality: float) -> bool:
+    """Return whether a response of this quality passes the filter: q >= tau, and never q = 0, which means invalid."""
+    return quality >= min_quality and quality > 0
+
+
+def matching_probabilities(
+    quality: Tensor | Sequence[float],
+    *,
+    closed_ended: bool,
+    kept: Sequence[bool] | None = None,
+    power: float = 1.0,
+) -> Tensor:
     """Return the probabilities with which the K teacher responses of one question are matched.
 
-    Responses with quality below min_quality, or with quality 0 (invalid), are dropped. For closed-ended questions,
-    p_k = q_k / sum of the kept q. For open-ended questions, p is uniform over the kept responses. If no response is
-    kept, p is all zero.
+    For closed-ended questions, p_k is proportional to q_k ** power over the kept responses. For open-ended questions,
+    p is uniform over them. If no response is kept, or all of them have no weight, p is all zero.
 
     Args:
         quality: quality of each response, [K], in [0, 1].
-        closed_ended: whether the question is closed-ended.
-        min_quality: tau, in [0, 1].
+        closed_ended: whether p follows the quality.
+        kept: whether each response can be matched, K flags; None = all of them.
+        power: exponent of the quality, above 0.
     Returns:
         Probabilities, [K], in the dtype of quality (float32 for half precision and integers, float64 for a list).
     Raises:
-        ValueError: quality is not one-dimensional, or min_quality or a value of quality is outside [0, 1].
+        ValueError: quality is not one-dimensional or outside [0, 1], there are not K flags, or power is not above 0.
     """
-    if not 0.0 <= min_quality <= 1.0:
-        raise ValueError(f"min_quality: expected a number in [0, 1], got {min_quality!r}")
+    if not power > 0:
+        raise ValueError(f"power: expected a number above 0, got {power!r}")
     quality = _probability_vector(quality, "quality")
     if not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"quality: expected values in [0, 1], got {quality.tolist()}")
-    # torch rounds the threshold to the dtype of quality, so 0.7 in float32 is not below 0.7.
-    # Quality 0 means invalid: such a response is never matched, even with min_quality=0.
-    kept = ((quality >= min_quality) & (quality > 0)).double()
-    weight = quality.double() * kept if closed_ended else kept
+    flags = torch.ones_like(quality, dtype=torch.float64)
+    if kept is not None:
+        if len(kept) != len(quality):
+            raise ValueError(f"kept: expected {len(quality)} flags, one per response, got {len(kept)}")
+        flags = torch.tensor(list(kept), dtype=torch.float64, device=quality.device)
+    weight = quality.double() ** power * flags if closed_ended else flags
     total = weight.sum()
     return (weight / torch.where(total > 0, total, torch.ones_like(total))).to(quality.dtype)
 
@@ -100,24 +113,25 @@ def sample_matches(p: Tensor | Sequence[float], n: int, *, seed: int, step: int,
     return torch.tensor(matches, dtype=torch.int64, device=p.device)
 
 
-def best_response(quality: Tensor | Sequence[float], *, closed_ended: bool, seed: int, question_id: str) -> int | None:
-    """Return the index of T_best, the response that stage 1 imitates; None if no response has a quality above 0.
+def best_response(
+    quality: Tensor | Sequence[float], usable: Sequence[bool], *, seed: int, question_id: str
+) -> int | None:
+    """Return the index of T_best, the usable response of highest quality; None if no response is usable.
 
-    For closed-ended questions, T_best has the highest quality, and ties are resolved by a seeded uniform draw. For
-    open-ended questions, it is a seeded uniform draw among the valid responses (quality above 0). The paper specifies
-    neither ties nor open questions.
+    A seeded uniform draw decides ties. The valid responses to an open-ended question all have quality 1, so T_best is a
+    uniform draw among them. The paper specifies neither ties nor open questions.
 
     Args:
         quality: quality of each response, [K].
-        closed_ended: whether the question is closed-ended.
+        usable: whether each response may be imitated, K flags.
         seed: seed of the run.
         question_id: id of the question.
     Returns:
         The index, or None.
     """
     values = _probability_vector(quality, "quality").tolist()
-    best = max(values, default=0.0)
-    candidates = [k for k, value in enumerate(values) if value > 0 and (value == best or not closed_ended)]
+    best = max((value for value, use in zip(values, usable, strict=True) if use), default=None)
+    candidates = [k for k, (value, use) in enumerate(zip(values, usable, strict=True)) if use and value == best]
     if not candidates:
         return None
     draw = uniform("best", seed, 0, question_id, index=0)
@@ -180,6 +194,28 @@ def sampled_pairs(num_rollouts: Sequence[int], matches: Sequence[Tensor | None],
             normalizer += n
         first_student, first_teacher = first_student + n, first_teacher + len(q)
     return _join_pairs(group_pairs, normalizer)
+
+
+def order_pairs(quality: Sequence[Tensor]) -> Pairs:
+    """Return the pairs of a better and a worse response within each set, weighted by the difference in quality.
+
+    The result has the form of the other pairs, with the worse response as the "student" and the better one as the
+    "teacher"; both index the concatenated sets. The pairs of a set of M responses have the weights M / (number of
+    pairs), so that a set counts like M rollouts in `expected_pairs`. Sets of equal quality yield no pair.
+
+    Args:
+        quality: quality of the responses of each set, [M].
+    """
+    set_pairs, first = [], 0
+    for values in quality:
+        gap = values[None, :] - values[:, None]
+        worse, better = torch.nonzero(gap > 0, as_tuple=True)
+        size = len(values)
+        if len(worse):
+            weight = torch.full_like(gap[worse, better], size / (size * (size - 1) / 2))
+            set_pairs.append((worse + first, better + first, gap[worse, better], weight))
+        first += size
+    return _join_pairs(set_pairs, 0)
 
 
 def uniform(purpose: str, seed: int, step: int, question_id: str, *, index: int) -> float:

@@ -13,6 +13,7 @@ Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Be
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
@@ -179,6 +180,13 @@ def fold_text(text: str) -> str:
 def words_of(text: str) -> list[str]:
     """Return the words of a text; in scripts without spaces between words, each character is a word."""
     return _WORD.findall(fold_text(text))
+
+
+def word_overlap(predicted: str, truth: str) -> float:
+    """Return the F1 of the words that two texts share, in [0, 1]. Word order does not matter, but repetitions do."""
+    words, reference = Counter(words_of(predicted)), Counter(words_of(truth))
+    shared = (words & reference).total()
+    return 2 * shared / (words.total() + reference.total()) if shared else 0.0
 
 
 def _word_accuracy(predicted: str, truth: str) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .advantages import group_advantages
+from .advantages import EPS, group_advantages
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,25 @@ def composite_advantages(
     *,
     weights: RewardWeights | Mapping[str, float],
     normalization: str = "gn_then_sum",
+    score_sd_offset: float = 0.0,
     log_ratio: Tensor | None = None,
     kl_in_reward: float = 0.0,
 ) -> Tensor:
     """Return the advantages of one group from its reward components.
 
     "gn_then_sum" computes group advantages of each component (zeros for a constant component) and returns their
-    weighted sum, so the scale of D does not matter. "sum_then_gn" returns the group advantages of the weighted sum, the
-    literal reading of the paper. The KL penalty counts as one more component.
+    weighted sum. The scores of D are divided by sd + score_sd_offset. With an offset of 0 the scale of D does not
+    matter; with a larger one, scores that hardly differ have little weight. "sum_then_gn" returns the group advantages
+    of the weighted sum, the literal reading of the paper, and ignores the offset. The KL penalty counts as one more
+    component.
 
     Arguments, shapes and errors are the same as for composite_reward. An unknown normalization also raises ValueError.
     """
     components, dtype = _components(d_score, outer, task, content)
     if normalization == "gn_then_sum":
-        advantages = _weighted_sum([group_advantages(component) for component in components], weights).to(dtype)
+        d_score, *others = components
+        scaled = [group_advantages(d_score, eps=EPS + score_sd_offset), *map(group_advantages, others)]
+        advantages = _weighted_sum(scaled, weights).to(dtype)
         return advantages - kl_in_reward * group_advantages(log_ratio) if kl_in_reward else advantages
     if normalization == "sum_then_gn":
         reward = _weighted_sum(components, weights)

@@ -18,9 +18,10 @@ class Discriminator(nn.Module):
     Args:
         model: the student to start from. Its language-model head is not used.
         seed: seed of the value head's initial weights.
+        zero_head: start with weights of 0, so that all scores are equal at first.
     """
 
-    def __init__(self, model: nn.Module, *, seed: int):
+    def __init__(self, model: nn.Module, *, seed: int, zero_head: bool = False):
         super().__init__()
         self.model = model
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -30,6 +31,8 @@ class Discriminator(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         reference = next(model.parameters())
         weight = torch.randn(hidden_size, generator=generator) / (hidden_size + 1) ** 0.5
+        if zero_head:
+            weight.zero_()
         self.value_weight = nn.Parameter(weight.to(reference))
         self.value_bias = nn.Parameter(torch.zeros(1, dtype=reference.dtype, device=reference.device))
 

@@ -67,6 +67,13 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                 warn=((LENGTH_BIAS, f"{LENGTH_BIAS}"), (-LENGTH_BIAS, f"{-LENGTH_BIAS}")),
             ),
             Chart(
+                "Content correlation",
+                "between content reward and score of the rollouts of a question; above 0: it rewards correct answers",
+                (("discriminator/content_correlation", "correlation"),),
+                y_range=(-1.0, 1.0),
+                include=(0.0,),
+            ),
+            Chart(
                 "Scores",
                 "only the gap between the two matters; the level is arbitrary",
                 (("discriminator/score_teacher", "teacher"), ("discriminator/score_student", "student")),
@@ -114,6 +121,28 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
                     ("reward/content/weighted", "content"),
                 ),
                 include=(0.0,),
+            ),
+            Chart(
+                "Quality of closed questions",
+                "of the rollouts, of the teacher mixture that the discriminator leads to, and of the best answer",
+                (
+                    ("rollout/quality", "rollouts"),
+                    ("teacher/target_quality", "discriminator's target"),
+                    ("teacher/best_quality", "best of K"),
+                ),
+                include=(0.0, 1.0),
+            ),
+            Chart(
+                "Headroom",
+                "the discriminator's target minus the quality of the rollouts; below 0 it can only lower the quality",
+                (("teacher/headroom", "headroom"),),
+                include=(0.0,),
+            ),
+            Chart(
+                "Groups with different content",
+                "share of closed questions whose rollouts differ in content reward",
+                (("rollout/signal_share", "groups"),),
+                include=(0.0, 1.0),
             ),
             Chart("Total reward", "an increase alone does not show a better student", (("reward/total", "total"),)),
             Chart(

@@ -119,6 +119,17 @@ CONDITIONS = (
         stages=("distill",),
     ),
     Condition(
+        "the discriminator leads below the student",
+        "teacher/headroom",
+        "On closed questions, the teacher answers that it is trained towards are worse than the rollouts already are, "
+        "so its reward lowers the quality.",
+        "raise teacher.weight_power or teacher.min_quality, so that only the best answers count. Otherwise lower "
+        "reward.alpha, or write reward.score_groups=flat_content.",
+        low=0.0,
+        window=20,
+        stages=("distill",),
+    ),
+    Condition(
         "the discriminator separates answers and rollouts almost perfectly",
         "discriminator/pair_accuracy",
         "It has likely found a cue other than quality (length, format, wording), and its reward teaches that cue.",

@@ -175,7 +175,7 @@ def make_discriminator(student: Student, settings: RunConfig) -> Discriminator:
     """Return the module that the discriminator's engine trains."""
     freeze(student.model, train_vision=settings.distill.train_vision)
     _checkpoint_layers(student.model, settings)
-    return Discriminator(student.model, seed=settings.seed).train()
+    return Discriminator(student.model, seed=settings.seed, zero_head=settings.discriminator.head == "zero").train()
 
 
 def _checkpoint_layers(model, settings: RunConfig) -> None:

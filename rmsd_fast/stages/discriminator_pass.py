@@ -9,10 +9,11 @@ import torch
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import pairwise_discriminator_loss
+from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import Pairs
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.runtime.process_group import global_sum
-from rmsd_fast.stages.groups import DistinctTexts, RolloutGroup, distinct_texts, make_pairs
+from rmsd_fast.stages.groups import DistinctTexts, RolloutGroup, distinct_texts, make_order_pairs, make_pairs
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState
 from rmsd_fast.stages.step_metrics import Metric, mean
@@ -59,7 +60,7 @@ def discriminator_pass(
                 [engine(step_pass.prompts, step_pass.rows, step_pass.features) for step_pass in step_passes],
             )
         scores.requires_grad_()
-        (gradient,) = torch.autograd.grad(_pair_loss(scores, texts, pairs, settings, counts), scores)
+        (gradient,) = torch.autograd.grad(_loss(scores, texts, groups, settings, counts), scores)
     scored = []
     for step_pass, pass_positions in zip(step_passes, positions, strict=True):
         scores = engine(step_pass.prompts, step_pass.rows, step_pass.features)
@@ -69,13 +70,17 @@ def discriminator_pass(
             # Only the gradient of this value is meaningful: it equals the gradient of the loss over whole groups.
             loss = (scores * gradient[pass_positions]).sum()
         else:
-            pass_pairs = make_pairs([groups[i] for i in step_pass.batch.prompts], settings)
-            loss = _pair_loss(scores, [texts[i] for i in step_pass.batch.prompts], pass_pairs, settings, counts)
+            chosen = step_pass.batch.prompts
+            loss = _loss(scores, [texts[i] for i in chosen], [groups[i] for i in chosen], settings, counts)
         step_pass.backward(engine, loss)
         scored.append(scores.detach())
     scores = _in_order(step_passes, positions, scored).cpu()
     _hand_out(scores, groups, texts)
-    record = {"discriminator/loss": _pair_loss(scores, texts, pairs, settings, counts), **_record(scores, texts, pairs)}
+    record = {
+        "discriminator/loss": _loss(scores, texts, groups, settings, counts),
+        **_record(scores, texts, pairs),
+        "discriminator/content_correlation": (correlation, *_content_sums(groups)),
+    }
     computed = sum(step_pass.rows.input_ids.numel() for step_pass in step_passes) * (2 if split else 1)
     teacher_tokens = sum(
         len(group.prompt.input_ids) + len(distinct.responses[index])
@@ -85,29 +90,44 @@ def discriminator_pass(
     return record, teacher_tokens, computed
 
 
-def _pair_loss(
-    scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs, settings: RunConfig, counts: dict[str, float]
+def _loss(
+    scores: torch.Tensor,
+    texts: list[DistinctTexts],
+    groups: list[RolloutGroup],
+    settings: RunConfig,
+    counts: dict[str, float],
 ) -> torch.Tensor:
     """Return the contribution of the given groups to L_D; the loss is the sum over all groups and processes.
 
     Args:
         scores: scores of the distinct texts, group after group, [R].
         texts: distinct texts of these groups.
-        pairs: pairs of these groups.
+        groups: these groups.
         settings: settings of the run.
         counts: normalizers of L_D over the global batch: pairs, their qualities, and scores of both sides.
     """
+    cfg = settings.discriminator
+    pairs = make_pairs(groups, settings)
     students, teachers, quality, weight, index = to_device([*pairs[:4], _index_of_sides(texts)], scores.device)
-    return pairwise_discriminator_loss(
-        *scores[index].split([sum(len(t.students) for t in texts), sum(len(t.teachers) for t in texts)]),
+    sides = scores[index]
+    normalizer = max(counts[cfg.normalizer], 1e-12)
+    loss = pairwise_discriminator_loss(
+        *sides.split([sum(len(t.students) for t in texts), sum(len(t.teachers) for t in texts)]),
         students,
         teachers,
         quality,
         pair_weight=weight,
-        normalizer=max(counts[settings.discriminator.normalizer], 1e-12),
-        score_l2=settings.discriminator.score_l2,
+        normalizer=normalizer,
+        score_l2=cfg.score_l2,
         l2_normalizer=counts["scores"],
     ).loss
+    if cfg.order_weight:
+        worse, better, gap, weight = to_device([*make_order_pairs(groups)[:4]], scores.device)
+        ordered = pairwise_discriminator_loss(
+            sides, sides, worse, better, gap, pair_weight=weight, normalizer=normalizer
+        ).loss
+        loss = loss + cfg.order_weight * ordered
+    return loss
 
 
 def _index_of_sides(texts: list[DistinctTexts]) -> torch.Tensor:
@@ -165,29 +185,39 @@ def _record(scores: torch.Tensor, texts: list[DistinctTexts], pairs: Pairs) -> d
     return {
         "discriminator/pair_accuracy": (mean, (weight * correct).sum(), weight.sum()),
         "discriminator/margin": (mean, (weight * margin).sum(), weight.sum()),
-        "discriminator/length_correlation": (length_correlation, *length_sums(lengths, both, question)),
+        "discriminator/length_correlation": (correlation, *sums_within_questions(lengths, both, question)),
         "discriminator/score_student": (mean, students.sum(), len(students)),
         "discriminator/score_teacher": (mean, teachers.sum(), len(teachers)),
     }
 
 
-def length_sums(
-    lengths: torch.Tensor, scores: torch.Tensor, question: torch.Tensor
+def sums_within_questions(
+    values: torch.Tensor, scores: torch.Tensor, question: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Return this process's sums for `length_correlation`, centered within each question.
+    """Return this process's sums for the `correlation` of values and scores, centered within each question.
 
     A question whose answers are long and score high is not evidence of a length bias, so only differences between
     responses to the same question are used.
 
     Args:
-        lengths: lengths of all responses that the discriminator reads, rollouts and teacher responses, [R].
-        scores: scores of these responses, [R].
+        values: a property of each response, such as its length, [R].
+        scores: discriminator scores of these responses, [R].
         question: index of each response's question, int64 [R].
     Returns:
-        Sums of the squared lengths, of the squared scores and of their products, and R.
+        Sums of the squared values, of the squared scores and of their products, and R.
     """
-    x, y = (_centered(values.double(), question) for values in (lengths, scores))
+    x, y = (_centered(of_response.double(), question) for of_response in (values, scores))
     return x.square().sum(), y.square().sum(), (x * y).sum(), len(scores)
+
+
+def _content_sums(groups: list[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Return the sums for the correlation of content reward and score among the rollouts of closed questions."""
+    scored = [group for group in groups if group.kept and group.prompt.question.task_type in CLOSED_TASKS]
+    if not scored:
+        return (*(torch.zeros((), dtype=torch.float64),) * 3, 0)
+    question = torch.arange(len(scored)).repeat_interleave(torch.tensor([len(group.rollouts) for group in scored]))
+    content, scores = (torch.cat([getattr(group, name) for group in scored]) for name in ("content", "d_score"))
+    return sums_within_questions(content, scores, question)
 
 
 def _centered(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
@@ -196,8 +226,8 @@ def _centered(values: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
     return values - means[question]
 
 
-def length_correlation(xx: float, yy: float, xy: float, responses: float) -> float | None:
-    """Return the correlation between length and score within questions, or None if either is constant."""
+def correlation(xx: float, yy: float, xy: float, responses: float) -> float | None:
+    """Return the correlation of values and scores within questions, or None if either is constant."""
     if xx == 0 or yy <= responses * TIE**2:
         return None
     return xy / (xx * yy) ** 0.5

@@ -20,10 +20,13 @@ from rmsd_fast.rollout.base import Rollout, Sampling
 from rmsd_fast.runtime.process_group import any_rank, global_sum
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
-from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, set_advantages
+from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
+
+# Steps over which the pair accuracy is averaged to end the warm-up.
+ACCURACY_STEPS = 8
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -49,7 +52,35 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
         (norm,), skipped = apply_or_discard([state.discriminator])
     work = {"tokens": _rollout_tokens(groups) + teacher_tokens, "tokens_computed": computed}
     metrics = global_metrics({**scored, **group_record(groups, settings), **work}, state.world)
-    return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups)
+    finished = _has_learned(state, metrics["discriminator/pair_accuracy"])
+    return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups, finished)
+
+
+def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None]:
+    """Return the metrics that say what stage 2 can gain, from one rollout of the student and without training.
+
+    Args:
+        state: state of the stage.
+        prompts: prompts of this process, for instance those of the first step.
+    """
+    rollouts, _ = roll_out(state, prompts, 0)
+    groups = [
+        make_group(prompt, drawn, state.targets[prompt.question.id], state.settings, step=0)
+        for prompt, drawn in zip(prompts, rollouts or [], strict=bool(rollouts))
+    ]
+    return global_metrics(quality_record(groups), state.world)
+
+
+def _has_learned(state: StageState, accuracy: float | None) -> bool:
+    """Return whether the pair accuracy, averaged over the latest steps, has reached `discriminator.warm_up_accuracy`.
+
+    Each step measures it before the update, on questions that the discriminator has not been trained on in this epoch.
+    """
+    enough = state.settings.discriminator.warm_up_accuracy
+    if enough is None or accuracy is None:
+        return False
+    state.accuracies = [*state.accuracies, accuracy][-ACCURACY_STEPS:]
+    return len(state.accuracies) == ACCURACY_STEPS and sum(state.accuracies) / ACCURACY_STEPS >= enough
 
 
 def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:

@@ -10,7 +10,7 @@ from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.method.advantages import degenerate_groups
 from rmsd_fast.method.answers import CLOSED_TASKS, has_outer_format, has_task_format, is_empty_answer, parse_answer
-from rmsd_fast.method.matching import Pairs, expected_pairs, sample_matches, sampled_pairs
+from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
@@ -86,11 +86,26 @@ def make_group(
 def make_pairs(groups: list[RolloutGroup], settings: RunConfig) -> Pairs:
     """Return the pairs of the groups. They index the concatenated rollouts and the concatenated kept responses."""
     counts = [len(group.rollouts) for group in groups]
-    quality = [group.targets.quality[group.kept] for group in groups]
+    quality = [group.targets.weight[group.kept] for group in groups]
     if settings.discriminator.pairing == "expected":
         return expected_pairs(counts, [group.targets.p[group.kept] for group in groups], quality)
     matches = [_among_kept(group) for group in groups]
     return sampled_pairs(counts, matches, quality)
+
+
+def make_order_pairs(groups: list[RolloutGroup]) -> Pairs:
+    """Return the pairs that order the rollouts, and the kept responses, of closed questions by quality.
+
+    They index the concatenated rollouts followed by the concatenated kept responses.
+    """
+    quality = [group.content for group in groups] + [_closed_quality(group)[group.kept] for group in groups]
+    return order_pairs(quality)
+
+
+def _closed_quality(group: RolloutGroup) -> torch.Tensor:
+    """Return the quality of the teacher's responses, or zeros for an open question, whose content reward is 0 too."""
+    closed = group.prompt.question.task_type in CLOSED_TASKS
+    return group.targets.quality if closed else torch.zeros_like(group.targets.quality)
 
 
 def _among_kept(group: RolloutGroup) -> torch.Tensor | None:
@@ -153,11 +168,38 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
     d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
     if reward.score_clip is not None:
         d_score = d_score.clamp(-reward.score_clip, reward.score_clip)
+    if reward.score_groups == "flat_content" and not degenerate_groups(group.content):
+        d_score = torch.zeros_like(d_score)
     components = (d_score, group.outer, group.task, group.content)
     weights = RewardWeights(reward.alpha, reward.beta, reward.eta, reward.delta)
     penalty = {"log_ratio": group.log_ratio, "kl_in_reward": reward.kl_in_reward}
     group.reward = composite_reward(*components, weights=weights, **penalty)
-    group.advantages = composite_advantages(*components, weights=weights, normalization=reward.normalization, **penalty)
+    group.advantages = composite_advantages(
+        *components,
+        weights=weights,
+        normalization=reward.normalization,
+        score_sd_offset=reward.score_sd_offset,
+        **penalty,
+    )
+
+
+def quality_record(groups: list[RolloutGroup]) -> dict[str, Metric]:
+    """Return this process's part of the metrics that say what stage 2 can gain on closed questions.
+
+    Only questions with a teacher response count, so that all of the metrics refer to the same questions.
+    """
+    closed = [g for g in groups if g.kept and g.prompt.question.task_type in CLOSED_TASKS]
+    student = sum(float(group.content.mean()) for group in closed)
+    target = sum(group.targets.target_quality for group in closed)
+    best = sum(float(group.targets.quality.max()) for group in closed)
+    signal = sum(not bool(degenerate_groups(group.content)) for group in closed)
+    return {
+        "rollout/quality": (mean, student, len(closed)),
+        "rollout/signal_share": (mean, signal, len(closed)),
+        "teacher/target_quality": (mean, target, len(closed)),
+        "teacher/best_quality": (mean, best, len(closed)),
+        "teacher/headroom": (mean, target - student, len(closed)),
+    }
 
 
 def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, Metric]:
@@ -174,6 +216,7 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
         "teacher/kept_share": (mean, sum(len(group.kept) for group in groups), len(answers)),
         "teacher/empty_share": (mean, sum(not group.kept for group in groups), len(groups)),
     }
+    record |= quality_record(groups)
     # The warm-up has no advantages.
     if all(len(group.advantages) for group in groups):
         flat = sum(float(degenerate_groups(group.advantages)) for group in groups)

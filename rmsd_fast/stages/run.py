@@ -237,7 +237,8 @@ def first_step(run: TrainingRun, stage: str) -> int:
     saved = run.checkpoint.state
     if STAGES.index(saved["stage"]) < STAGES.index(stage):
         return 0
-    return saved["step"] if saved["stage"] == stage else stage_steps(run.settings, stage)
+    unfinished = saved["stage"] == stage and not saved.get("finished", False)
+    return saved["step"] if unfinished else stage_steps(run.settings, stage)
 
 
 def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engines: dict[str, Engine]) -> None:
@@ -245,16 +246,30 @@ def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engine
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
+        state.accuracies = run.checkpoint.state.get("accuracies", [])
 
 
 def open_loader(
-    run: TrainingRun, state: StageState, stage: str, questions: list[Question], batch_size: int
+    run: TrainingRun,
+    state: StageState,
+    stage: str,
+    questions: list[Question],
+    batch_size: int,
+    *,
+    imitates: bool = False,
 ) -> PromptLoader:
+    """Return the loader of a stage. If the stage imitates, it replaces questions with nothing to imitate by others."""
     data, world = run.settings.data, run.world
-    if not questions:
+
+    def is_wanted(question: Question) -> bool:
+        return bool(state.targets[question.id].imitate) or not imitates
+
+    if not any(map(is_wanted, questions)):
         raise SettingsError(
             f"stage {stage}: expected questions with a usable response, got none: the pool has no usable response for "
-            f"any of {len(run.material.train)} questions; check the pool with python -m rmsd_fast.pool check"
+            f"any of {len(run.material.train)} questions that passes teacher.filter={run.settings.teacher.filter} with "
+            f"teacher.min_quality={run.settings.teacher.min_quality:g}; check the pool with python -m rmsd_fast.pool "
+            "check, or lower teacher.min_quality"
         )
     return PromptLoader(
         state.builder,
@@ -267,6 +282,7 @@ def open_loader(
         threads=data.decode_threads,
         ahead=data.decode_ahead,
         max_prompt_tokens=data.max_prompt_tokens,
+        is_wanted=is_wanted,
     )
 
 
@@ -326,16 +342,21 @@ def run_steps(
                     count_skipped(state, result.skipped)
                 except NonFiniteRun as error:
                     raise NonFiniteRun(f"{error}; {run.stop.advice}") from None
+                finished = result.finished
                 # The groups hold the frames of the step, which must be freed before the next step.
                 del result
                 stopping = any_rank(run.stop.asked, run.world)
                 saved = False
-                if number + 1 == total or stopping or (every and (number + 1) % every == 0):
-                    saved = save(run, stage, number + 1, state, engines)
+                if number + 1 == total or finished or stopping or (every and (number + 1) % every == 0):
+                    saved = save(run, stage, number + 1, state, engines, finished=finished)
                 if stopping and not saved:
                     raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved; {run.stop.advice}")
                 if stopping:
                     raise run.stop.stopped(f"step {number + 1} of {stage} is saved", together=True)
+                if finished:
+                    if number + 1 < total:
+                        run.metrics.message(f"{stage}: goal reached after {number + 1} of {total} steps")
+                    break
     finally:
         loader.close()
     run.stop.check()
@@ -411,7 +432,15 @@ def _cost(run: TrainingRun, state: StageState, result: StepResult) -> dict[str, 
     }
 
 
-def save(run: TrainingRun, stage: str, step: int, state: StageState, engines: dict[str, Engine]) -> bool:
+def save(
+    run: TrainingRun,
+    stage: str,
+    step: int,
+    state: StageState,
+    engines: dict[str, Engine],
+    *,
+    finished: bool = False,
+) -> bool:
     """Save a checkpoint that contains an export of the student. Return False if the disk is full or fails."""
     done = STAGES.index(stage)
     before = sum(stage_steps(run.settings, s) for s in STAGES[:done] if s in run.settings.stages)
@@ -424,6 +453,8 @@ def save(run: TrainingRun, stage: str, step: int, state: StageState, engines: di
             state={
                 "stage": stage,
                 "step": step,
+                "finished": finished,
+                "accuracies": state.accuracies,
                 "skipped": run.skipped,
                 "bad": run.bad,
                 "seen": run.seen,

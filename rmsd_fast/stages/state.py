@@ -27,6 +27,7 @@ class StageState:
         train_vision: whether the policy's vision tower is trained. If so, each model encodes the media in its own
             passes.
         features: cached vision features of a frozen tower, by medium; None if `data.embedding_cache_mib` is 0.
+        accuracies: pair accuracies of the latest steps of the warm-up, for `discriminator.warm_up_accuracy`.
     """
 
     settings: RunConfig
@@ -42,6 +43,7 @@ class StageState:
     rollouts: RolloutEngine | None = None
     skipped_in_a_row: int = 0
     features: ByteLru[list[torch.Tensor]] | None = None
+    accuracies: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class StepResult:
         metrics: metrics over the global batch.
         skipped: whether the step was skipped, which leaves the weights unchanged.
         groups: this process's questions with their rollouts; empty in stages without rollouts.
+        finished: whether the stage has reached its goal and ends before its last step.
     """
 
     metrics: dict[str, float | None]
     skipped: bool
     groups: list[RolloutGroup] = field(default_factory=list)
+    finished: bool = False
 
 
 class NonFiniteRun(UserError, RuntimeError):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
+from rmsd_fast.method.matching import passes_filter
 from rmsd_fast.teacher.scores import ScoredResponse, Scores
 
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>")
@@ -66,8 +67,7 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
     flat = [answer for row in rows for answer in row]
     qualities = [[answer.quality for answer in row] for row in rows]
     means = [statistics.fmean(row) for row in qualities]
-    # Matching keeps answers with q >= tau and q > 0.
-    kept = [[quality >= cfg.min_quality and quality > 0 for quality in row] for row in qualities]
+    kept = [[passes_filter(quality, cfg.min_quality) for quality in row] for row in qualities]
     return {
         "questions": len(questions),
         "responses": len(flat),

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.marks import SPECIAL_TOKEN, is_unicode
 from rmsd_fast.data.records import Question
-from rmsd_fast.method.answers import has_outer_format, parse_answer
+from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
 from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
-from rmsd_fast.method.quality import quality_score
+from rmsd_fast.method.quality import quality_score, word_overlap
 from rmsd_fast.teacher.pool import TeacherResponse
 
 Pool = dict[str, list[TeacherResponse]]
@@ -79,7 +80,18 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
     quality = 0.0
     if reason is None:
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
+        if task == "open" and cfg.open_quality == "lexical":
+            quality = word_overlap(answer_body(text), _reference(question))
     return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent)
+
+
+def _reference(question: Question) -> str:
+    if question.answer is None:
+        raise DataError(
+            f"teacher.open_quality=lexical: expected a reference answer to open question {question.id!r}, got none; "
+            "add it, or write teacher.open_quality=valid"
+        )
+    return question.answer
 
 
 def quality_settings(teacher: TeacherConfig) -> dict:

@@ -10,8 +10,12 @@ import torch
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
-from rmsd_fast.method.matching import best_response, matching_probabilities, uniform
+from rmsd_fast.method.matching import best_response, matching_probabilities, passes_filter, uniform
 from rmsd_fast.teacher.scores import ScoredResponse, Scores
+
+# Reasons of invalid answers that no setting makes usable: their text is incomplete, or a tokenizer cannot encode it.
+# Imitating a truncated answer would teach the student to stop in the middle of a sentence.
+UNUSABLE = frozenset({"truncated", "filtered", "empty", "special_token", "not_unicode"})
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Targets:
 
     Fields:
         answers: the K answers.
-        quality: float32 [K].
+        quality: q_k, float32 [K]; 0 for unusable answers.
         p: matching probabilities, float32 [K]; all zero if no answer is kept.
+        weight: weight of each answer's pairs in the discriminator loss, float32 [K].
         valid: K flags.
         imitate: indices of the answers that stage 1 imitates; empty if there are none.
     """
@@ -30,12 +35,24 @@ class Targets:
     answers: tuple[ScoredResponse, ...]
     quality: torch.Tensor
     p: torch.Tensor
+    weight: torch.Tensor
     valid: tuple[bool, ...]
     imitate: tuple[int, ...]
 
     @property
     def has_teacher(self) -> bool:
         return bool((self.p > 0).any())
+
+    @property
+    def target_quality(self) -> float | None:
+        """The quality to which the discriminator leads: mean q_k, weighted by p_k and by the weight in its loss.
+
+        A discriminator that is trained to the end rewards being like the teacher, in this mixture of its answers. It
+        can therefore raise the quality of a student only up to this value. None if no answer is kept.
+        """
+        weight = (self.p * self.weight).double()
+        total = float(weight.sum())
+        return float((weight * self.quality).sum()) / total if total else None
 
 
 def build_targets(
@@ -68,30 +85,39 @@ def _targets_of(
     seed: int,
     imitate: str,
 ) -> Targets:
-    closed = question.task_type in CLOSED_TASKS and teacher.quality == "metric"
-    # Invalid answers have quality 0, but uniform quality and random imitation use them unchanged.
-    takes_invalid = teacher.quality == "uniform" or imitate == "random"
-    uses = [(answer.valid or takes_invalid) and refuse(answer.text) is None for answer in answers]
-    quality = [1.0 if teacher.quality == "uniform" else answer.quality for answer in answers]
-    q = torch.tensor([score * use for score, use in zip(quality, uses, strict=True)], dtype=torch.float32)
+    weighted = teacher.weighting == "quality"
+    complete = [answer.reason not in UNUSABLE for answer in answers]
+    good = [passes_filter(answer.quality, teacher.min_quality) for answer in answers]
+    # An answer of quality 0 has no weight, so only uniform weights can match it.
+    matched = good if teacher.filter in ("both", "matching") else [a.quality > 0 or not weighted for a in answers]
+    imitated = good if teacher.filter in ("both", "imitation") else complete
+    usable = [
+        whole and not ((match or imitation) and refuse(answer.text))
+        for answer, whole, match, imitation in zip(answers, complete, matched, imitated, strict=True)
+    ]
+    quality = torch.tensor([a.quality * use for a, use in zip(answers, usable, strict=True)], dtype=torch.float32)
+    imitable = [use and imitation for use, imitation in zip(usable, imitated, strict=True)]
     return Targets(
         answers=tuple(answers),
-        quality=q,
-        p=matching_probabilities(q, closed_ended=closed, min_quality=teacher.min_quality),
-        valid=tuple(answer.valid and use for answer, use in zip(answers, uses, strict=True)),
-        imitate=_imitated(uses, q, closed, question.id, seed, imitate),
+        quality=quality,
+        p=matching_probabilities(
+            quality,
+            closed_ended=weighted and (question.task_type in CLOSED_TASKS or teacher.open_quality == "lexical"),
+            kept=[use and match for use, match in zip(usable, matched, strict=True)],
+            power=teacher.weight_power,
+        ),
+        weight=quality**teacher.weight_power if weighted else torch.ones_like(quality),
+        valid=tuple(answer.valid and use for answer, use in zip(answers, usable, strict=True)),
+        imitate=_imitated(quality, imitable, question.id, seed, imitate),
     )
 
 
 def _imitated(
-    uses: list[bool], quality: torch.Tensor, closed: bool, question_id: str, seed: int, imitate: str
+    quality: torch.Tensor, imitable: list[bool], question_id: str, seed: int, imitate: str
 ) -> tuple[int, ...]:
-    if imitate == "all":
-        return tuple(k for k, use in enumerate(uses) if use and quality[k] > 0)
+    candidates = [k for k, use in enumerate(imitable) if use]
+    if imitate == "all" or not candidates:
+        return tuple(candidates)
     if imitate == "best":
-        best = best_response(quality, closed_ended=closed, seed=seed, question_id=question_id)
-        return () if best is None else (best,)
-    usable = [k for k, use in enumerate(uses) if use]
-    if not usable:
-        return ()
-    return (usable[int(uniform("imitate", seed, 0, question_id, index=0) * len(usable))],)
+        return (best_response(quality, imitable, seed=seed, question_id=question_id),)
+    return (candidates[int(uniform("imitate", seed, 0, question_id, index=0) * len(candidates))],)

@@ -152,9 +152,9 @@ def test_metric_settings_are_used():
     assert scored(pool, questions, TeacherConfig(numeric_metric="mra"))["n"] == [(True, 0.8, None)]
 
 
-@pytest.mark.parametrize("quality", ["metric", "uniform"])
-def test_pool_statistics(quality):
-    stats = statistics_of(TeacherConfig(min_quality=0.3, quality=quality, parse="strict"))
+@pytest.mark.parametrize("weighting", ["quality", "uniform"])
+def test_pool_statistics(weighting):
+    stats = statistics_of(TeacherConfig(min_quality=0.3, weighting=weighting, parse="strict"))
     assert stats["teacher_simulated"] is True
     assert stats["tasks"]["numeric"] is None and set(stats["tasks"]) == {"mcq", "temporal", "open", "numeric"}
     mcq, temporal = stats["tasks"]["mcq"], stats["tasks"]["temporal"]

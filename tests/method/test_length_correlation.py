@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rmsd_fast.stages.discriminator_pass import length_correlation, length_sums
+from rmsd_fast.stages.discriminator_pass import correlation as within_correlation
+from rmsd_fast.stages.discriminator_pass import sums_within_questions
 
 
 def sums_of(questions: list[tuple[list[int], list[float]]]) -> tuple[float, ...]:
@@ -15,11 +16,11 @@ def sums_of(questions: list[tuple[list[int], list[float]]]) -> tuple[float, ...]
     question = torch.tensor([index for index, (own, _) in enumerate(questions) for _ in own])
     # Rollouts come before teacher responses, so the responses of a question are not adjacent.
     order = torch.tensor([*range(0, len(question), 2), *range(1, len(question), 2)])
-    return length_sums(lengths[order], scores[order], question[order])
+    return sums_within_questions(lengths[order], scores[order], question[order])
 
 
 def correlation(*questions) -> float:
-    return length_correlation(*sums_of(list(questions)))
+    return within_correlation(*sums_of(list(questions)))
 
 
 def test_one_question_by_hand():
@@ -54,6 +55,6 @@ def test_sums_of_processes_add_up_to_those_of_one():
     questions = [([10, 20, 30], [0.0, 1.0, 5.0]), ([4, 8], [2.0, 1.0]), ([50, 70, 60], [1.0, 0.5, 2.0])]
     parts = [sums_of(questions[:1]), sums_of(questions[1:])]
     together = [sum(sums) for sums in zip(*parts, strict=True)]
-    assert length_correlation(*together) == pytest.approx(length_correlation(*sums_of(questions)))
-    # The covariance is 50 - 2 - 5, and the variances are 200 + 8 + 200 and 14 + 0.5 + (1/6)^2 + (4/6)^2 + (5/6)^2.
-    assert length_correlation(*together) == pytest.approx(43 / (408 * (14.5 + 42 / 36)) ** 0.5)
+    assert within_correlation(*together) == pytest.approx(within_correlation(*sums_of(questions)))
+    # 50 - 2 - 5; 200 + 8 + 200; 14 + 0.5 + (1/6)^2 + (4/6)^2 + (5/6)^2
+    assert within_correlation(*together) == pytest.approx(43 / (408 * (14.5 + 42 / 36)) ** 0.5)

@@ -13,6 +13,8 @@ from rmsd_fast.method.matching import (
     best_response,
     expected_pairs,
     matching_probabilities,
+    order_pairs,
+    passes_filter,
     sample_matches,
     sampled_pairs,
     uniform,
@@ -20,8 +22,9 @@ from rmsd_fast.method.matching import (
 from rmsd_kernels.reference import pairwise_discriminator_loss
 
 
-def probabilities(quality, closed=True, tau=0.3):
-    return matching_probabilities(torch.tensor(quality), closed_ended=closed, min_quality=tau).tolist()
+def probabilities(quality, closed=True, tau=0.3, power=1.0):
+    kept = [passes_filter(q, tau) for q in quality]
+    return matching_probabilities(torch.tensor(quality), closed_ended=closed, kept=kept, power=power).tolist()
 
 
 def test_closed_ended_is_proportional_to_kept_quality():
@@ -33,11 +36,27 @@ def test_open_ended_is_uniform_over_the_kept():
     assert probabilities([1.0, 0.0, 1.0, 1.0], closed=False) == pytest.approx([1 / 3, 0.0, 1 / 3, 1 / 3])
 
 
-def test_the_threshold_itself_is_kept_in_any_dtype():
-    for tau in (0.1, 0.3, 0.7):
-        for dtype in (torch.float32, torch.float64):
-            quality = torch.tensor([tau, tau - 1e-3], dtype=dtype)
-            assert matching_probabilities(quality, closed_ended=True, min_quality=tau).tolist() == [1.0, 0.0]
+def test_a_power_of_the_quality():
+    # 1 / 1.25 and 0.25 / 1.25.
+    assert probabilities([1.0, 0.5], power=2.0) == pytest.approx([0.8, 0.2])
+    assert probabilities([1.0, 0.5], power=1.0) == pytest.approx([2 / 3, 1 / 3])
+    assert probabilities([1.0, 1.0], closed=False, power=4.0) == pytest.approx([0.5, 0.5])
+    with pytest.raises(ValueError, match="power"):
+        probabilities([1.0], power=0.0)
+
+
+def test_without_a_filter_quality_0_is_matched_only_uniformly():
+    quality = torch.tensor([0.0, 0.5])
+    assert matching_probabilities(quality, closed_ended=True).tolist() == [0.0, 1.0]
+    assert matching_probabilities(quality, closed_ended=False).tolist() == [0.5, 0.5]
+    assert matching_probabilities(quality, closed_ended=False, kept=[True, False]).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="kept: expected 2 flags"):
+        matching_probabilities(quality, closed_ended=True, kept=[True])
+
+
+def test_the_filter_keeps_the_threshold_itself_and_never_quality_0():
+    assert passes_filter(0.3, 0.3) and not passes_filter(0.299, 0.3)
+    assert passes_filter(0.01, 0.0) and not passes_filter(0.0, 0.0)
 
 
 def test_all_zero_if_nothing_is_kept():
@@ -53,7 +72,7 @@ def test_dtype_follows_quality():
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        p = matching_probabilities(torch.ones(3, dtype=quality_dtype), closed_ended=True, min_quality=0.3)
+        p = matching_probabilities(torch.ones(3, dtype=quality_dtype), closed_ended=True)
         assert p.dtype == expected
         sample_matches(p, 2, seed=0, step=0, question_id="q")
 
@@ -61,14 +80,7 @@ def test_dtype_follows_quality():
 @pytest.mark.parametrize("quality", [[float("nan"), 1.0], [1.5], [-0.1], [[0.5]]])
 def test_invalid_quality(quality):
     with pytest.raises(ValueError, match="quality"):
-        probabilities(quality)
-
-
-def test_invalid_threshold():
-    with pytest.raises(ValueError, match="min_quality"):
-        probabilities([1.0], tau=1.5)
-    with pytest.raises(ValueError, match="min_quality"):
-        probabilities([1.0], tau=float("nan"))
+        matching_probabilities(torch.tensor(quality), closed_ended=True)
 
 
 @pytest.mark.parametrize(
@@ -166,19 +178,30 @@ def test_uniform_is_within_the_unit_interval_and_separates_purposes():
 
 
 def test_best_response():
-    assert best_response([0.2, 0.9, 0.5], closed_ended=True, seed=0, question_id="q") == 1
-    assert best_response([0.0, 0.0], closed_ended=True, seed=0, question_id="q") is None
-    assert best_response([], closed_ended=False, seed=0, question_id="q") is None
-    ties = Counter(best_response([1, 0, 1], closed_ended=True, seed=0, question_id=str(i)) for i in range(400))
+    every = [True, True, True]
+    assert best_response([0.2, 0.9, 0.5], every, seed=0, question_id="q") == 1
+    assert best_response([0.2, 0.9, 0.5], [True, False, True], seed=0, question_id="q") == 2
+    assert best_response([0.0, 0.0], [False, False], seed=0, question_id="q") is None
+    assert best_response([], [], seed=0, question_id="q") is None
+    ties = Counter(best_response([1, 0, 1], every, seed=0, question_id=str(i)) for i in range(400))
     assert set(ties) == {0, 2} and 150 < ties[0] < 250
-    chosen = {best_response([1, 0.5, 0], closed_ended=False, seed=0, question_id=str(i)) for i in range(50)}
-    assert chosen == {0, 1}
+    # Without a filter, responses of quality 0 are candidates if there is nothing better.
+    assert {best_response([0, 0], [True, True], seed=0, question_id=str(i)) for i in range(50)} == {0, 1}
+
+
+def test_order_pairs_by_hand():
+    pairs = order_pairs([torch.tensor([0.25, 1.0, 0.25]), torch.tensor([0.5]), torch.tensor([0.0, 0.5])])
+    found = list(zip(pairs.student_index.tolist(), pairs.teacher_index.tolist(), pairs.quality.tolist(), strict=True))
+    assert found == [(0, 1, 0.75), (2, 1, 0.75), (4, 5, 0.5)]
+    # 3 responses over 3 pairs, 2 responses over 1 pair.
+    assert pairs.pair_weight.tolist() == [1.0, 1.0, 2.0]
+    assert len(order_pairs([torch.tensor([1.0, 1.0])]).quality) == 0 and len(order_pairs([]).quality) == 0
 
 
 def ragged_groups():
     """Return three groups: 2 rollouts and 3 responses (one dropped), an empty pool, and 3 rollouts and 2 responses."""
     quality = [torch.tensor([1.0, 0.2, 0.6]), torch.tensor([0.1]), torch.tensor([0.5, 0.5])]
-    p = [matching_probabilities(q, closed_ended=True, min_quality=0.3) for q in quality]
+    p = [matching_probabilities(q, closed_ended=True, kept=(q >= 0.3).tolist()) for q in quality]
     return [2, 2, 3], p, quality
 
 

@@ -55,6 +55,20 @@ def test_kl_in_reward():
     assert apart.tolist() == pytest.approx([expected, -expected], abs=1e-6)
 
 
+def test_an_offset_of_the_spread_gives_an_undecided_discriminator_little_weight():
+    # Two scores with the gap g become ±(g/2) / (g/sqrt(2) + 0.5).
+    rest = (torch.ones(2), torch.ones(2), torch.ones(2))
+    for gap in (0.01, 3.0):
+        d = torch.tensor([gap, 0.0], dtype=torch.float64)
+        advantages = composite_advantages(d, *rest, weights=WEIGHTS, score_sd_offset=0.5)
+        expected = 0.4 * (gap / 2) / (gap / math.sqrt(2) + 0.5 + 1e-6)
+        assert advantages.tolist() == pytest.approx([expected, -expected])
+    # The other components are not affected.
+    zeros, content = torch.zeros(2), torch.tensor([0.0, 1.0])
+    plain = composite_advantages(zeros, *rest[:2], content, weights=WEIGHTS)
+    assert torch.equal(plain, composite_advantages(zeros, *rest[:2], content, weights=WEIGHTS, score_sd_offset=0.5))
+
+
 def test_gn_then_sum_ignores_the_scale_and_level_of_d():
     d, content = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
     rest = (torch.ones(8), torch.ones(8), content)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import score_pool
@@ -44,9 +45,10 @@ def test_quality_filter_and_matching_by_hand():
     assert t.valid == (True, True, True, False) and t.imitate == (0,) and t.has_teacher
 
 
-def test_stage_1_may_imitate_every_response_of_quality_above_0():
+def test_stage_1_may_imitate_every_response_that_passes_the_filter():
     texts = [answer("0.0 to 10.0"), answer("nonsense"), answer("0.0 to 2.0<bad>"), answer("0.0 to 5.0")]
     assert targets(texts, imitate="all").imitate == (0, 3)
+    assert targets(texts, imitate="all", min_quality=0.6).imitate == (0,)
     assert targets(["nonsense"], imitate="all").imitate == ()
 
 
@@ -59,9 +61,12 @@ def test_special_tokens_are_refused_and_truncated_responses_are_invalid():
     assert t.valid == (False, False, True) and t.imitate == (2,)
 
 
-def test_a_text_that_a_model_cannot_encode_is_never_matched():
+NO_FILTER = {"filter": "none", "weighting": "uniform"}
+
+
+def test_a_text_that_a_model_cannot_take_is_never_matched():
     open_question = Question(id="o", question="?", task_type="open", videos=("v",))
-    for settings in ({"quality": "uniform", "responses": 1, "min_quality": 0.0}, {"min_quality": 0.0}):
+    for settings in ({**NO_FILTER, "responses": 1}, {"min_quality": 0.0}):
         t = targets([answer("x<bad>")], open_question, **settings)
         assert t.p.tolist() == [0] and not t.has_teacher
 
@@ -75,19 +80,76 @@ def test_only_usable_answers_are_checked():
 
     texts = [answer("0.0 to 10.0"), "nonsense"]
     responses = [TeacherResponse("q", k, "", text) for k, text in enumerate(texts)]
-    for quality, imitate, expected in (
-        ("metric", "best", texts[:1]),
-        ("metric", "all", texts[:1]),
-        ("metric", "random", texts),
-        ("uniform", "best", texts),
+    for where, imitate, expected in (
+        ("both", "best", texts[:1]),
+        ("both", "all", texts[:1]),
+        ("both", "random", texts[:1]),
+        ("matching", "random", texts),
+        ("none", "best", texts),
     ):
-        cfg = TeacherConfig(parse="strict", quality=quality)
+        cfg = TeacherConfig(parse="strict", filter=where)
         asked.clear()
         build_targets([QUESTION], score_pool({"q": responses}, [QUESTION], cfg), cfg, note, seed=0, imitate=imitate)
         assert asked == expected
 
 
-def test_an_empty_pool_has_no_matches():
+@pytest.mark.parametrize(
+    ("where", "imitated", "matched"),
+    [("both", [0, 1], [0, 1]), ("matching", [0, 1, 2, 3], [0, 1]), ("imitation", [0, 1], [0, 1, 2, 3])],
+)
+def test_the_filter_of_each_stage(where, imitated, matched):
+    texts = [answer("0.0 to 10.0"), answer("0.0 to 5.0"), answer("0.0 to 2.0"), "nonsense", answer("0.0 to 9.0")]
+    reasons = ["stop"] * 4 + ["length"]
+    t = targets(texts, imitate="all", reasons=reasons, weighting="uniform", filter=where, responses=5)
+    assert list(t.imitate) == imitated
+    assert t.p.tolist() == pytest.approx([1 / len(matched) if k in matched else 0 for k in range(5)])
+    assert t.weight.tolist() == [1.0] * 5 and t.valid == (True, True, True, False, False)
+    # With weights that follow the quality, an answer of quality 0 has no weight.
+    weighted = targets(texts, imitate="all", reasons=reasons, filter=where, responses=5)
+    kept = {0: 1.0, 1: 0.5} if where != "imitation" else {0: 1.0, 1: 0.5, 2: 0.2}
+    assert weighted.p.tolist() == pytest.approx([kept.get(k, 0) / sum(kept.values()) for k in range(5)])
+
+
+def test_truncated_answers_are_neither_imitated_nor_matched():
+    texts = [answer("0.0 to 10.0")[:-20], answer("0.0 to 10.0"), "<think>a</think>", " "]
+    for imitate in ("best", "all", "random"):
+        t = targets(texts, imitate=imitate, reasons=["length", "length", "content_filter", "stop"], **NO_FILTER)
+        assert t.imitate == () and not t.has_teacher
+
+
+def test_a_best_response_below_tau_is_imitated_only_without_the_filter():
+    texts = [answer("0.0 to 1.0"), answer("0.0 to 2.0")]
+    assert targets(texts).imitate == () and targets(texts, filter="imitation").imitate == ()
+    assert targets(texts, filter="matching").imitate == (1,) and targets(texts, filter="none").imitate == (1,)
+
+
+def test_a_single_sample_is_imitated_even_if_it_is_wrong():
+    """It was once left out, which made single-sample imitation a rejection sampling."""
+    assert targets([answer("20.0 to 30.0")], responses=1, **NO_FILTER).imitate == (0,)
+    assert targets(["nonsense"], responses=1, **NO_FILTER).imitate == (0,)
+
+
+def test_the_power_of_the_weights():
+    t = targets([answer("0.0 to 10.0"), answer("0.0 to 5.0")], weight_power=2.0)
+    assert t.p.tolist() == pytest.approx([0.8, 0.2]) and t.weight.tolist() == pytest.approx([1.0, 0.25])
+    assert t.quality.tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_lexical_quality_of_open_answers_by_hand():
+    question = Question(id="o", question="?", task_type="open", videos=("v",), answer="a red block at the top")
+    texts = [answer("A red block at the left."), answer("red"), answer("blue")]
+    t = targets(texts, question, open_quality="lexical", min_quality=0.1)
+    # 2 * 5 / 12 and 2 * 1 / 7.
+    assert t.quality.tolist() == pytest.approx([10 / 12, 2 / 7, 0.0])
+    assert t.p.tolist() == pytest.approx([(10 / 12) / (10 / 12 + 2 / 7), (2 / 7) / (10 / 12 + 2 / 7), 0.0])
+    assert t.imitate == (0,)
+    assert targets(texts, question).p.tolist() == pytest.approx([1 / 3] * 3)
+    unanswered = Question(id="o", question="?", task_type="open", videos=("v",))
+    with pytest.raises(DataError, match="expected a reference answer to open question 'o'"):
+        targets(texts, unanswered, open_quality="lexical")
+
+
+def test_an_empty_pool_gives_no_teacher():
     t = targets([answer("nonsense")] * 4)
     assert not t.has_teacher and t.imitate == ()
     none = build_targets([QUESTION], {"q": []}, TeacherConfig(), refuse, seed=0, imitate="best")["q"]
@@ -104,18 +166,21 @@ def test_open_questions_match_uniformly_and_imitate_a_valid_one():
     assert set(picked) == {0, 2, 3}
 
 
-def test_k_and_uniform_quality():
+def test_k_and_uniform_weights():
     texts = [answer("0.0 to 1.0"), answer("0.0 to 10.0")]
     assert targets(texts, responses=1).quality.shape == (1,)
-    gad = targets(texts, responses=1, quality="uniform", min_quality=0.0)
-    assert gad.quality.tolist() == [1.0] and gad.p.tolist() == [1.0] and gad.imitate == (0,)
+    gad = targets(texts, responses=1, **NO_FILTER)
+    assert gad.quality.tolist() == pytest.approx([0.1]) and gad.weight.tolist() == [1.0]
+    assert gad.p.tolist() == [1.0] and gad.imitate == (0,)
 
 
-def test_random_imitation_uses_responses_of_any_quality():
+def test_random_imitation_takes_any_response_that_passes_the_filter():
     picked = Counter()
     for number in range(80):
         question = Question(id=f"t{number}", question="?", task_type="temporal", videos=("v",), answer="0.0 to 10.0")
-        picked[targets([answer("0.0 to 10.0"), "wrong format"], question, imitate="random").imitate[0]] += 1
+        texts = [answer("0.0 to 10.0"), "wrong format"]
+        picked[targets(texts, question, imitate="random", filter="none").imitate[0]] += 1
+        assert targets(texts, question, imitate="random").imitate == (0,)
     assert set(picked) == {0, 1} and min(picked.values()) > 20
 
 
