@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"deepspeed", "transformers", "trl", "verl", "vllm"}
-PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool"}
+PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool", "lab"}
 
 # Level of each part: a part may import parts of a lower level. `rmsd_fast` itself (the package file) is level 0.
 LEVELS = {
@@ -50,6 +50,7 @@ SAME_LEVEL = {
     ("config", "method"),  # the task types among the choices
     ("train", "evaluate"),
     ("train", "report"),
+    ("lab", "report"),  # colours and ticks of its chart
     ("program", "runtime"),
     ("teacher", "data"),
     ("models", "data"),
