@@ -39,13 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from rmsd_fast.config import UserError
     from rmsd_fast.files import FolderLock
-    from rmsd_fast.lab_plan import choose, plan_jobs, read_plan
+    from rmsd_fast.lab_plan import check_seeds, choose, plan_jobs, read_plan
 
     try:
-        plan = read_plan(arguments.plan, overrides=arguments.overrides, seeds=arguments.seeds)
+        seeds = check_seeds(arguments.seeds, "--seeds") if arguments.seeds else ()
+        plan = read_plan(arguments.plan, overrides=arguments.overrides, seeds=seeds)
         out = arguments.out.resolve()
         jobs = plan_jobs(plan, out)
-        chosen = choose(plan, jobs, arguments.only)
+        chosen = choose(plan, jobs, arguments.only, seeds)
         lab = Lab(plan, jobs, chosen, out, at_once=arguments.jobs, keep=arguments.keep)
         if arguments.dry_run:
             print(lab.queue())
@@ -64,7 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of every run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for runs, material and results")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at once (default: 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds to use in place of the plan's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="train only these seeds")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="train only these, and the stage-1 students they need"
     )
@@ -127,10 +128,11 @@ class Lab:
     def totals(self) -> str:
         """Return the line that a lab starts with."""
         done = len(self.chosen) - len(self.waiting)
+        seeds = len({job.seed for job in self.chosen})
         students = sum(not job.entry.is_arm for job in self.chosen)
         return (
             f"{self.plan.path.name}: {len(self.chosen)} runs ({students} of stage 1, {len(self.chosen) - students} of "
-            f"arms) over {len(self.plan.seeds)} seeds, {done} already finished, {self.at_once} at once"
+            f"arms) over {seeds} seeds, {done} already finished, {self.at_once} at once"
         )
 
     def run(self) -> int:
@@ -200,7 +202,8 @@ class Lab:
             else:
                 lines = self._log(job).read_text(errors="replace").splitlines()[-SHOWN_LINES:]
                 shown = "\n".join(f"    {line}" for line in lines)
-                self._fail(job, f"failed with exit code {process.returncode}; the end of {self._log(job)}:\n{shown}")
+                code = process.returncode
+                self._fail(job, f"failed with exit code {code}; {self._log(job)} ends with:\n{shown}")
         if not ended:
             time.sleep(POLL_S)
 

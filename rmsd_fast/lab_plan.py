@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.setting_rules import refuse_useless
 from rmsd_fast.settings import load_settings, settings_as_dict
 
 PLANS = Path(__file__).parent / "plans"
@@ -93,13 +95,13 @@ class Job:
         return f"seed {self.seed}, {self.entry.name}"
 
 
-def read_plan(plan: str, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Plan:
+def read_plan(plan: str, *, overrides: Sequence[str] = (), seeds: Sequence[int] = ()) -> Plan:
     """Read a plan and check its structure.
 
     Args:
         plan: path of a YAML file, or name of a plan of the package.
         overrides: settings of every run, in addition to those of the plan.
-        seeds: seeds to use in place of the plan's.
+        seeds: seeds of trainings to add to the plan's, unless they are among them.
     Raises:
         SettingsError: the plan cannot be read, or one of its entries is wrong.
     """
@@ -128,7 +130,7 @@ def read_plan(plan: str, *, overrides: Sequence[str] = (), seeds: Sequence[int] 
         path=path,
         recipe=str(file.resolve()) if file else recipe,
         settings=(*_settings(content.get("settings"), f"{path}: settings"), *_own(overrides, "command line")),
-        seeds=_seeds(content.get("seeds", [0]) if seeds is None else list(seeds), path),
+        seeds=tuple(dict.fromkeys((*check_seeds(content.get("seeds", [0]), f"{path}: seeds"), *seeds))),
         threads=threads,
         entries=entries,
         comparisons=_comparisons(content.get("comparisons"), entries, path),
@@ -161,10 +163,11 @@ def _own(settings: Iterable[str], where: str, taken: Iterable[str] = OWN_SETTING
     return tuple(settings)
 
 
-def _seeds(value: object, path: Path) -> tuple[int, ...]:
+def check_seeds(value: object, where: str) -> tuple[int, ...]:
+    """Return seeds that are different and that settings accept; otherwise raise SettingsError."""
     numbers = isinstance(value, list) and value and all(type(seed) is int and 0 <= seed < 2**32 for seed in value)
     if not numbers or len(set(value)) != len(value):
-        raise SettingsError(f"{path}: seeds: expected different numbers from 0, got {value!r}; write e.g. [0, 1, 2]")
+        raise SettingsError(f"{where}: expected different numbers from 0, got {value!r}; write e.g. [0, 1, 2]")
     return tuple(value)
 
 
@@ -228,9 +231,14 @@ def _comparisons(value: object, entries: dict[str, Entry], path: Path) -> tuple[
     return tuple(pairs)
 
 
-def choose(plan: Plan, jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    """Return the trainings of some entries and of the stage-1 students that they need; all if `only` is empty.
+def choose(plan: Plan, jobs: Sequence[Job], only: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Return the trainings of some entries, and of the stage-1 students that they need, over some seeds.
 
+    Args:
+        plan: the plan.
+        jobs: all of its trainings.
+        only: names of the entries; empty = all.
+        seeds: their seeds; empty = all.
     Raises:
         SettingsError: a name is not in the plan.
     """
@@ -238,7 +246,7 @@ def choose(plan: Plan, jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
         if name not in plan.entries:
             raise SettingsError(f"--only: expected names among {', '.join(plan.entries)}, got {name!r}; correct it")
     names = {*only, *(plan.entries[name].start for name in only)} if only else plan.entries
-    return [job for job in jobs if job.entry.name in names]
+    return [job for job in jobs if job.entry.name in names and job.seed in (seeds or plan.seeds)]
 
 
 def plan_jobs(plan: Plan, out: Path) -> list[Job]:
@@ -251,43 +259,39 @@ def plan_jobs(plan: Plan, out: Path) -> list[Job]:
         SettingsError: an entry's settings are wrong, or equal to those of another; the message names the entry.
     """
     load_settings(plan.recipe)
-    jobs = []
     with tempfile.TemporaryDirectory() as temporary:
-        recipe, common = _common_recipe(plan, Path(temporary))
-        own = []
-        if common.made.folder == RunConfig().made.folder:
-            own = [f"made.folder={out / 'made'}"]
-        for seed in plan.seeds:
-            of_seed: dict[str, Job] = {}
-            for entry in plan.entries.values():
-                made = [f"made.seed={seed}", *own] if common.made.enabled else []
-                of_seed[entry.name] = _job(plan, entry, seed, out, recipe, made, of_seed.get(entry.start))
-            _refuse_equal(plan, of_seed.values())
-            jobs += of_seed.values()
+        recipe = _common_recipe(plan, Path(temporary))
+        checked = {entry.name: _checked(plan, entry, recipe) for entry in plan.entries.values()}
+    _refuse_equal(plan, checked)
+    jobs = []
+    for seed in plan.seeds:
+        of_seed: dict[str, Job] = {}
+        for entry in plan.entries.values():
+            of_seed[entry.name] = _job(entry, seed, checked[entry.name], out, of_seed.get(entry.start))
+        jobs += of_seed.values()
     return jobs
 
 
-def _common_recipe(plan: Plan, folder: Path) -> tuple[Path, RunConfig]:
-    """Write the plan's recipe with the settings of every run as a recipe of its own, and return it and its settings.
+def _common_recipe(plan: Plan, folder: Path) -> Path:
+    """Write the plan's recipe with the settings of every run as a recipe of its own, and check it.
 
     As a recipe, it may have settings that only some of the runs use.
     """
     recipe = folder / "plan.yaml"
     try:
         OmegaConf.save(OmegaConf.merge(OmegaConf.from_dotlist(list(plan.settings)), {"base": plan.recipe}), recipe)
-        return recipe, load_settings(str(recipe))
+        load_settings(str(recipe))
     except Exception as error:
         text = str(error).replace(f"recipe {recipe}", "").lstrip(": ")
         raise SettingsError(f"{plan.path}: settings: {' '.join(text.split())}") from None
+    return recipe
 
 
-def _job(plan: Plan, entry: Entry, seed: int, out: Path, recipe: Path, made: list[str], needs: Job | None) -> Job:
-    folder = out / "runs" / str(seed) / entry.name
-    own = [f"seed={seed}", f"output={folder}", *made, *entry.settings]
-    if needs:
-        own.append(f"model.path={needs.folder / 'stage1'}")
+def _checked(plan: Plan, entry: Entry, recipe: Path) -> RunConfig:
+    """Return the settings of an entry without those that depend on the seed; `model.path` names its stage-1 student."""
     try:
-        settings = load_settings(str(recipe), own)
+        model = [f"model.path={entry.start}/stage1"] if entry.start else []
+        settings = load_settings(str(recipe), [*entry.settings, *model])
         if not settings.made.enabled and not settings.data.heldout:
             raise SettingsError("data.heldout: expected held-out questions, got none; the lab scores their answers")
         # Without stage 1 the model itself is evaluated as the stage-1 student.
@@ -300,31 +304,56 @@ def _job(plan: Plan, entry: Entry, seed: int, out: Path, recipe: Path, made: lis
             )
     except SettingsError as error:
         raise SettingsError(f"{plan.path}: {'arms' if entry.is_arm else 'stage1'}: {entry.name}: {error}") from None
-    changed = json.dumps(with_effect(settings, out), sort_keys=True)
-    digest = hashlib.blake2b(changed.encode(), digest_size=4).hexdigest()
-    return Job(entry, seed, settings, folder / f"{settings.name}-{digest}", needs)
+    return settings
 
 
-def _refuse_equal(plan: Plan, jobs: Iterable[Job]) -> None:
+def _refuse_equal(plan: Plan, checked: dict[str, RunConfig]) -> None:
     by_settings: dict[str, str] = {}
-    for job in jobs:
-        name, former = job.entry.name, by_settings.setdefault(job.folder.name, job.entry.name)
+    for name, settings in checked.items():
+        former = by_settings.setdefault(json.dumps(with_effect(settings, Path()), sort_keys=True), name)
         if former != name:
             raise SettingsError(
                 f"{plan.path}: arms: expected different settings, got the same for {former} and {name}; remove one"
             )
 
 
+def _job(entry: Entry, seed: int, checked: RunConfig, out: Path, needs: Job | None) -> Job:
+    settings = copy.deepcopy(checked)
+    folder = out / "runs" / str(seed) / entry.name
+    settings.seed, settings.output = seed, str(folder)
+    if settings.made.enabled:
+        settings.made.seed = seed
+        if settings.made.folder == RunConfig().made.folder:
+            settings.made.folder = str(out / "made")
+    if needs:
+        settings.model.path = str(needs.folder / "stage1")
+    changed = json.dumps(with_effect(settings, out), sort_keys=True)
+    digest = hashlib.blake2b(changed.encode(), digest_size=4).hexdigest()
+    return Job(entry, seed, settings, folder / f"{settings.name}-{digest}", needs)
+
+
 def with_effect(settings: RunConfig, out: Path) -> dict[str, object]:
-    """Return the settings that differ from their defaults and change the result, by key.
+    """Return the settings that differ from their defaults and have an effect in this run, by key.
 
     The lab's folder is left out of `model.path`, so the names of run folders do not depend on it.
     """
     flat, defaults = flat_settings(settings), flat_settings(RunConfig())
-    changed = {key: value for key, value in flat.items() if value != defaults[key] and key not in WITHOUT_EFFECT}
+    changed = {
+        key: value
+        for key, value in flat.items()
+        if value != defaults[key] and key not in WITHOUT_EFFECT and _has_effect(settings, key)
+    }
     if "model.path" in changed:
         changed["model.path"] = changed["model.path"].removeprefix(f"{out}/")
     return changed
+
+
+def _has_effect(settings: RunConfig, key: str) -> bool:
+    try:
+        refuse_useless(settings, [key], where="")
+    except SettingsError:
+        return False
+    return True
 
 
 def flat_settings(settings: RunConfig) -> dict[str, object]:

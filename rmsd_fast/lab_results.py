@@ -229,6 +229,8 @@ def write_results(plan: Plan, jobs: Sequence[Job], finished: Mapping[Path, Score
         },
         **summarize(plan, scored),
     }
+    # Six digits of each number are enough.
+    result = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 6))
     write_text_atomic(out / "lab.json", json.dumps(result, indent=1) + "\n")
     write_text_atomic(out / "table.md", table(result))
     values = {
