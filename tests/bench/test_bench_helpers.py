@@ -388,11 +388,3 @@ def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed()
     assert {metric for *_, metric, _ in TABLE} == set(METRICS)
     swept = [case.name for case in modules["step"].cases(False, "cpu") if len(case.ways) == 10]
     assert swept == list(SWEPT)
-
-
-def test_variants_of_the_accuracy_benchmark_are_settings(tmp_path):
-    from rmsd_fast.settings import load_settings
-    from tools.accuracy import VARIANTS
-
-    for changes, _ in VARIANTS.values():
-        load_settings("quickstart", [change.format(stage1=tmp_path) for change in changes])

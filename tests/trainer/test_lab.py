@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -140,6 +141,14 @@ def test_runs_are_queued_by_seed_and_start_from_their_stage_1(tmp_path):
 def test_the_plans_of_the_package_are_valid(tmp_path):
     for path in PLANS.glob("*.yaml"):
         assert plan_jobs(read_plan(path.stem), tmp_path)
+
+
+def test_the_plan_of_the_manual_is_valid(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    (text,) = re.findall(r"^```\n(recipe: .*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "plan.yaml").write_text(text)
+    jobs = plan_jobs(read_plan(str(tmp_path / "plan.yaml")), tmp_path)
+    assert [job.entry.name for job in jobs[:6]] == ["best", "single", "D", "control", "content only", "D from single"]
 
 
 def test_t_quantiles_are_those_of_printed_tables():
