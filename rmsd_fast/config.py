@@ -382,6 +382,9 @@ class EvaluateConfig:
     """Number of held-out questions to evaluate, from the start of the file; 0 = all."""
     max_new_tokens: int = number(1024, least=1)
     """Maximum length of a response in tokens; decoding is greedy."""
+    rollouts: int = number(0, least=0)
+    """Number of responses sampled per question in addition to the greedy one, at `rollout.temperature`; their mean
+    score is reported as `sampled`."""
     parse: str = choice("strict", of=("strict", "natural"))
     """`strict` = an answer counts only in the required format; `natural` = any clear statement counts (as in
     `teacher.parse`)."""

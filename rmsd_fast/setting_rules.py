@@ -87,6 +87,9 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     control = distill.objective == "sft"
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     own_clips = settings.made.enabled and settings.made.source == "clips"
+    # The evaluation samples at rollout.temperature.
+    sampled = settings.evaluate.rollouts > 0
+    of_rollouts = [f"rollout.{f.name}" for f in fields(settings.rollout) if not (sampled and f.name == "temperature")]
     # (settings, whether they have no effect, reason and what to write); a name that ends in "." is a whole section.
     rules = [
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
@@ -147,11 +150,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             bool(settings.teacher.pool),
             "teacher.pool sets the pool; leave teacher.pool empty",
         ),
-        (["rollout.", "reward."], not makes_rollouts, "no stage makes rollouts; add warm_up or distill to stages"),
+        ([*of_rollouts, "reward."], not makes_rollouts, "no stage makes rollouts; add warm_up or distill to stages"),
         (
             [
                 "reward.",
-                "rollout.",
+                *of_rollouts,
                 "distill.kl",
                 "distill.kl_coef",
                 "distill.tis_cap",

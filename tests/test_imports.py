@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"deepspeed", "transformers", "trl", "verl", "vllm"}
-PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool"}
+PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool", "lab"}
 
 # A part may import parts of a lower level. `rmsd_fast` itself (the package file) has level 0.
 LEVELS = {
@@ -50,6 +50,7 @@ SAME_LEVEL = {
     ("config", "method"),  # config has the task types among its choices.
     ("train", "evaluate"),
     ("train", "report"),
+    ("lab", "report"),  # colours and ticks of its chart
     ("program", "runtime"),
     ("runtime", "data"),  # copies to a device
     ("teacher", "data"),

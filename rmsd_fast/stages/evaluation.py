@@ -1,5 +1,7 @@
-"""Evaluate a student: greedy answers to held-out questions, scores per task type with 95% intervals, and their
-files."""
+"""Evaluate a student: answers to held-out questions, scores per task type with 95% intervals, and their files.
+
+Answers are greedy; `evaluate.rollouts` adds the mean score of sampled ones.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def answer_questions(
     name: str,
     stop: StopSignal | None = None,
 ) -> list[dict]:
-    """Return a student's greedy answers, one record per question, as the same list on every process.
+    """Return a student's answers, one record per question, as the same list on every process.
+
+    A record has the greedy answer and, with `evaluate.rollouts`, the mean score of as many sampled ones.
 
     Every process holds the whole model and answers its share of the questions, while the media of the next batch are
     decoded. A question is recorded with `error` and scored 0 if its media cannot be used, its prompt is too long, or
@@ -90,7 +94,7 @@ def answer_questions(
             failed = [_record(q, "", settings, error=str(p)) for q, p in batch if not isinstance(p, Prompt)]
             if prompts:
                 answers = engine.generate(student.model, prompts, sampling)
-                records += [
+                answered = [
                     _record(
                         prompt.question,
                         rollout.text,
@@ -100,7 +104,8 @@ def answer_questions(
                     )
                     for prompt, (rollout,) in zip(prompts, answers, strict=True)
                 ]
-            records += failed
+                records += _with_sampled(answered, prompts, student, engine, settings)
+            records += [{**record, "sampled": 0.0} for record in failed] if settings.evaluate.rollouts else failed
             progress.update(len(prompts) + len(failed))
     order = {question.id: number for number, question in enumerate(questions)}
     everything = [record for part in all_gather_objects(records, world) for record in part]
@@ -114,6 +119,39 @@ def answer_questions(
             unusable[0]["error"],
         )
     return sorted(everything, key=lambda record: order[record["id"]])
+
+
+def _with_sampled(
+    records: list[dict], prompts: list[Prompt], student: Student, engine: HfRollout, settings: RunConfig
+) -> list[dict]:
+    """Return the records with the mean score of sampled responses, or unchanged if `evaluate.rollouts` is 0.
+
+    The noise of a response depends on the seed, the question's id and the response's index, and not on the batch.
+    """
+    count = settings.evaluate.rollouts
+    if count == 0:
+        return records
+    sampling = Sampling(
+        n=count,
+        temperature=settings.rollout.temperature,
+        max_new_tokens=settings.evaluate.max_new_tokens,
+        seed=settings.seed,
+    )
+    # As many rows at a time as in greedy decoding.
+    rows = max(1, settings.evaluate.prompts_per_batch // count)
+    sampler = HfRollout(engine.builder, prompts_per_batch=rows, device=engine.device)
+    result = []
+    for record, prompt, rollouts in zip(
+        records, prompts, sampler.generate(student.model, prompts, sampling), strict=True
+    ):
+        scores = [
+            _record(prompt.question, rollout.text, settings, truncated=rollout.truncated)["score"]
+            if rollout.finite
+            else 0.0
+            for rollout in rollouts
+        ]
+        result.append({**record, "sampled": round(sum(scores) / count, 6)})
+    return result
 
 
 def _prompts_ahead(
@@ -164,16 +202,38 @@ def summarize(records: list[dict]) -> dict:
     """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
     The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
-    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers.
+    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If the
+    records have scores of sampled responses, `sampled` holds the same means of these.
     """
-    return _by_task(records, _mean_with_interval)
+    result = _by_task(records, _mean_with_interval)
+    if sampled := _of_samples(records):
+        result["sampled"] = _by_task(sampled, _wilson)
+    return result
 
 
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
-    """Return paired differences after - before with 95% bootstrap intervals over questions."""
+    """Return paired differences after - before with 95% bootstrap intervals over questions.
+
+    If both students have scores of sampled responses, `sampled` holds the differences of these.
+    """
+    result = _compare(after, before, seed)
+    samples = _of_samples(after), _of_samples(before)
+    if all(samples):
+        result["sampled"] = _compare(*samples, seed)
+    return result
+
+
+def _compare(after: list[dict], before: list[dict], seed: int) -> dict:
     earlier = {record["id"]: record["score"] for record in before}
     paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
     return _by_task(paired, lambda rows: _bootstrap(rows, seed))
+
+
+def _of_samples(records: list[dict]) -> list[dict]:
+    """Return the records with the mean score of sampled responses as their score; none if any lacks it."""
+    if not all("sampled" in record for record in records):
+        return []
+    return [{**record, "score": record["sampled"]} for record in records]
 
 
 def _by_task(records: list[dict], measure) -> dict:
@@ -186,12 +246,15 @@ def _by_task(records: list[dict], measure) -> dict:
 
 
 def _mean_with_interval(rows: list[dict]) -> dict:
+    return {**_wilson(rows), "valid_share": sum(row["valid"] for row in rows) / len(rows)}
+
+
+def _wilson(rows: list[dict]) -> dict:
     n, z = len(rows), 1.959963984540054
     mean = sum(row["score"] for row in rows) / n
     center = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    valid = sum(row["valid"] for row in rows) / n
-    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n, "valid_share": valid}
+    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n}
 
 
 def _bootstrap(rows: list[dict], seed: int) -> dict:
@@ -285,8 +348,8 @@ def format_table(result: dict) -> str:
     """Return the accuracy table as text, one line per task type."""
     students = result["students"]
     lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
-    for task in [*TASK_TYPES, "closed"]:
-        rows = {n: s["tasks"].get(task) if task != "closed" else s.get("closed") for n, s in students.items()}
+    for task in [*TASK_TYPES, "closed", "sampled"]:
+        rows = {n: _row(s, task) for n, s in students.items()}
         if not any(rows.values()):
             continue
         floor = result["floors"].get(task, {}).get("score")
@@ -298,4 +361,13 @@ def format_table(result: dict) -> str:
         if "closed" in difference:
             d = difference["closed"]
             lines.append(f"{name}, closed tasks: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
+        if d := _row(difference, "sampled"):
+            lines.append(f"{name}, closed tasks, sampled: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
     return "\n".join(lines)
+
+
+def _row(result: dict, row: str) -> dict | None:
+    """Return the numbers of one line of the table: a task type, `closed`, or `sampled` for closed tasks sampled."""
+    if row == "sampled":
+        return result.get("sampled", {}).get("closed")
+    return result.get("closed") if row == "closed" else result["tasks"].get(row)

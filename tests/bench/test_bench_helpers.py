@@ -388,11 +388,3 @@ def test_cases_with_a_claim_are_exactly_the_measured_cases():
     assert {metric for *_, metric, _ in TABLE} == set(METRICS)
     swept = [case.name for case in modules["step"].cases(False, "cpu") if len(case.ways) == 10]
     assert swept == list(SWEPT)
-
-
-def test_variants_of_the_accuracy_benchmark_are_settings(tmp_path):
-    from rmsd_fast.settings import load_settings
-    from tools.accuracy import VARIANTS
-
-    for changes, _ in VARIANTS.values():
-        load_settings("quickstart", [change.format(stage1=tmp_path) for change in changes])

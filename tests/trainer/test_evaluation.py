@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from material import WORLD, tiny_material, tiny_settings
 
 from rmsd_fast.config import EvaluateConfig, RunConfig
+from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
+from rmsd_fast.models.students import load_student
+from rmsd_fast.stages import evaluation
 from rmsd_fast.stages.evaluation import (
     _record,
+    answer_questions,
     compare,
     format_table,
     read_predictions,
@@ -101,6 +106,44 @@ def test_files_of_the_run_folder(tmp_path):
     table = format_table(result)
     assert "0.500" in table and "stage2-stage1, closed tasks: +0.250" in table
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_sampled_scores_stand_beside_the_greedy_ones():
+    before = [{**r, "sampled": 0.25} for r in records([0.0, 1.0])]
+    after = [{**r, "sampled": s} for r, s in zip(records([1.0, 1.0]), (0.5, 1.0), strict=True)]
+    result = summarise(after)
+    assert result["sampled"]["closed"]["mean"] == result["sampled"]["tasks"]["mcq"]["mean"] == 0.75
+    assert "valid_share" in result["closed"] and "valid_share" not in result["sampled"]["closed"]
+    difference = compare(after, before)
+    assert (difference["closed"]["mean"], difference["sampled"]["closed"]["mean"]) == (0.5, 0.5)
+    students = {"stage1": summarise(before), "stage2": result}
+    table = format_table({"students": students, "floors": {}, "differences": {"stage2-stage1": difference}})
+    assert "\nsampled       -    0.250" in table and "stage2-stage1, closed tasks, sampled: +0.500" in table
+    # One student without them: no difference.
+    assert "sampled" not in compare(after, records([0.0, 1.0])) and "sampled" not in summarise(records([1.0]))
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(tmp_path):
+    material = tiny_material(tmp_path)
+    student = load_student(material.model_path, dtype="float32")
+
+    def answers(*overrides):
+        settings = tiny_settings(tmp_path, "evaluate.max_new_tokens=6", "rollout.temperature=2", *overrides)
+        with MediaReader(settings.data, WORLD.device) as media:
+            return answer_questions(student, material.heldout, settings, WORLD, media, name="x")
+
+    greedy = answers()
+    assert all("sampled" not in record for record in greedy)
+    # A student that has learned nothing would score 0, so the score here is the share of even lengths.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "quality_score", lambda text, *args, **kwargs: float(len(text) % 2 == 0))
+        sampled = answers("evaluate.rollouts=4", "evaluate.prompts_per_batch=64")
+        other_batch = answers("evaluate.rollouts=4", "evaluate.prompts_per_batch=2")
+        other_seed = answers("evaluate.rollouts=4", "seed=5")
+    scores = [record.pop("sampled") for record in sampled]
+    assert scores == [record["sampled"] for record in other_batch] != [record["sampled"] for record in other_seed]
+    assert len(set(scores)) > 1 and set(scores) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert [record["response"] for record in sampled] == [record["response"] for record in greedy]
 
 
 def test_an_answer_with_an_error_counts_0():

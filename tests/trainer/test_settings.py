@@ -116,6 +116,8 @@ def test_help_documents_every_field():
         (["stages=[]"], "stages"),
         (["stages=[sft]", "distill.steps=4"], "distill.steps has no effect"),
         (["stages=[sft,distill]", "discriminator.warm_up_steps=4"], "add it to stages"),
+        (["stages=[sft]", "rollout.temperature=1"], "no stage makes rollouts"),
+        (["stages=[sft]", "evaluate.rollouts=2", "rollout.n=4"], "no stage makes rollouts"),
         (["reward.alpha=0", "stages=[sft,distill]", "discriminator.lr=1"], "reward.alpha > 0"),
         (["reward.alpha=0"], "warm_up trains the discriminator"),
         (["distill.objective=sft"], "stages=[sft,distill]"),
@@ -153,6 +155,8 @@ def test_impossible_or_ineffective_settings_are_refused(overrides, says):
         ["data.embedding_cache_mib=8", "stages=[sft]", "sft.train_vision=false"],
         ["data.embedding_cache_mib=8", "runtime.zero_stage=3"],
         ["data.disk_cache=x", "data.disk_cache_gib=0.5"],
+        ["stages=[sft]", "evaluate.rollouts=2", "rollout.temperature=1"],
+        ["stages=[distill]", "distill.objective=sft", "evaluate.rollouts=2", "rollout.temperature=1"],
     ],
 )
 def test_effective_settings_are_accepted(overrides):
