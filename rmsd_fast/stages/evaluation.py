@@ -19,6 +19,7 @@ from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.natural import canonical_response
 from rmsd_fast.method.quality import quality_score
@@ -144,7 +145,7 @@ def _record(
     if error:
         # Text generated before the error says nothing about the answer.
         nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
-        return {"id": question.id, "task_type": task, "response": response, **nothing}
+        return {"id": question.id, "task_type": task, "response": response, **nothing, **_meaning(question, None)}
     read = response
     if settings.evaluate.parse == "natural" and not truncated:
         read = canonical_response(response, task, options=options, finish_reason="stop") or response
@@ -156,16 +157,30 @@ def _record(
         # The share of answers in the required format is reported separately, regardless of the parser.
         "valid": parse_answer(response, task, options) is not None,
         "truncated": truncated,
+        **_meaning(question, parse_answer(read, task, options)),
     }
+
+
+def _meaning(question: Question, answer: str | None) -> dict[str, float]:
+    """Return whether an open answer about a generated clip means the right thing; nothing for other questions."""
+    if question.task_type != "open" or not has_content(question):
+        return {}
+    return {"meaning": 0.0 if answer is None else meaning_score(answer, question.meta["made"])}
 
 
 def summarise(records: list[dict]) -> dict:
     """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
     The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
-    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers.
+    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
+    them are about generated clips, `meaning` is the share of right answers to these.
     """
-    return _by_task(records, _mean_with_interval)
+    result = _by_task(records, _mean_with_interval)
+    meanings = [record["meaning"] for record in records if "meaning" in record]
+    if meanings:
+        low, high = _wilson(sum(meanings) / len(meanings), len(meanings))
+        result["meaning"] = {"mean": sum(meanings) / len(meanings), "low": low, "high": high, "n": len(meanings)}
+    return result
 
 
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
@@ -185,12 +200,19 @@ def _by_task(records: list[dict], measure) -> dict:
 
 
 def _mean_with_interval(rows: list[dict]) -> dict:
-    n, z = len(rows), 1.959963984540054
+    n = len(rows)
     mean = sum(row["score"] for row in rows) / n
+    low, high = _wilson(mean, n)
+    valid = sum(row["valid"] for row in rows) / n
+    return {"mean": mean, "low": low, "high": high, "n": n, "valid_share": valid}
+
+
+def _wilson(mean: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a mean of n scores in [0, 1]."""
+    z = 1.959963984540054
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    valid = sum(row["valid"] for row in rows) / n
-    return {"mean": mean, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n, "valid_share": valid}
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _bootstrap(rows: list[dict], seed: int) -> dict:
@@ -281,11 +303,11 @@ def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:
 
 
 def format_table(result: dict) -> str:
-    """Return the accuracy table as text, one line per task type."""
+    """Return the accuracy table as text: one line per task type, then the meaning of open answers, then all closed."""
     students = result["students"]
     lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
-    for task in [*TASK_TYPES, "closed"]:
-        rows = {n: s["tasks"].get(task) if task != "closed" else s.get("closed") for n, s in students.items()}
+    for task in [*TASK_TYPES, "meaning", "closed"]:
+        rows = {n: (s["tasks"] if task in TASK_TYPES else s).get(task) for n, s in students.items()}
         if not any(rows.values()):
             continue
         floor = result["floors"].get(task, {}).get("score")

@@ -138,3 +138,53 @@ def test_predictions_that_cannot_be_used_are_asked_for_again(tmp_path, damage, c
         )
     assert read_predictions(tmp_path, "stage1", questions) is None
     assert "stage1.jsonl: the file cannot be used" in caplog.text
+
+
+def test_meaning_of_open_answers_about_generated_clips():
+    content = {"color": "red", "shape": "block", "place": "top left"}
+    question = Question("q", "?", "open", videos=("v",), answer="A red block at the top left.", meta={"made": content})
+
+    def record(text, question=question, **kwargs):
+        return _record(question, text, RunConfig(), **kwargs)
+
+    right = record("<think>x</think><answer>In the upper left: a block, colored red.</answer>")
+    assert right == {
+        "id": "q",
+        "task_type": "open",
+        "response": "<think>x</think><answer>In the upper left: a block, colored red.</answer>",
+        "score": 1.0,
+        "valid": True,
+        "truncated": False,
+        "meaning": 1.0,
+    }
+    assert record("<think>x</think><answer>A blue block at the top left.</answer>")["meaning"] == 0.0
+    # The reasoning does not count, and neither does an answer without the format.
+    assert record("<think>A red block at the top left.</think><answer>I cannot tell.</answer>")["meaning"] == 0.0
+    assert record("A red block at the top left.")["meaning"] == 0.0
+    assert record(right["response"], error="the media cannot be used")["meaning"] == 0.0
+    # Other questions have no such score.
+    for meta in ({}, {"made": "2020"}):
+        other = Question("q", "?", "open", videos=("v",), meta=meta)
+        assert "meaning" not in record(right["response"], other)
+    closed = Question("q", "?", "ocr", videos=("v",), answer="x", meta={"made": content})
+    assert "meaning" not in record(right["response"], closed)
+
+
+def test_summary_and_table_of_meanings(tmp_path):
+    rows = records([1.0] * 10, "open")
+    assert "meaning" not in summarise(rows)
+    for row, meaning in zip(rows, [1.0] * 8 + [0.0] * 2, strict=True):
+        row["meaning"] = meaning
+    result = summarise(rows + records([0.0]))
+    # Wilson score interval of 8 in 10 at 95%, as above. The other fields stay as they are.
+    assert result["meaning"] == {
+        "mean": 0.8,
+        "low": pytest.approx(0.4902, abs=1e-4),
+        "high": pytest.approx(0.9433, abs=1e-4),
+        "n": 10,
+    }
+    assert set(result) == {"tasks", "all", "closed", "meaning"} and result["tasks"]["open"]["mean"] == 1.0
+    evaluation = {"students": {"stage1": result, "stage2": summarise(records([0.5]))}, "floors": {}, "differences": {}}
+    lines = format_table(evaluation).splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed"]
+    assert lines[3].split() == ["meaning", "-", "0.800", "[0.49,", "0.94]", "-"]
