@@ -17,6 +17,8 @@ from rmsd_fast.method.answers import TASK_TYPES
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("sft", "warm_up", "distill")
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
+TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
+WORDINGS = ("reference", "paraphrased")
 
 
 class UserError(Exception):
@@ -70,13 +72,34 @@ class MadeConfig:
     heldout_clips: int = number(150, least=1)
     """Number of clips for evaluation; their contents never occur in training."""
     questions_per_clip: int = number(3, least=1, most=6)
-    """Questions per clip, each of a different task type."""
+    """Questions per clip, each of a different task type of `made.tasks`."""
+    tasks: list[str] = field(default_factory=lambda: list(TASK_TYPES))
+    """Task types of the questions about generated clips: some of [mcq, temporal, spatial, numeric, ocr, open], in any
+    order."""
     seed: int = number(0, least=0, most=2**32 - 1)
     """Seed for the clips, the questions, the teacher and the initialization of the student."""
     responses: int = number(4, least=1)
     """K, teacher responses per question (2603.11423: K=4)."""
+    teacher: str = choice("noisy", of=TEACHERS)
+    """Errors of the simulated teacher, before format violations.
+    `noisy` = a share `made.teacher_error_rate` of the answers is wrong or imprecise.
+    `reported` = simulated qualities with the mean and spread that 2603.11423 reports for its teacher.
+    `biased` = simulated errors in one direction: 5% of the intervals are exact, 10% end one second late, 70% start and
+    end one second late, 15% are entirely wrong. Boxes are a step too wide or too far right with the same shares, and
+    80% of the counts are one too high.
+    `imprecise` = simulated errors in all directions: 30% of the intervals and boxes are exact, 35% have one edge off by
+    a step, 20% are shifted by a step, 15% are entirely wrong; 55% of the counts are off by one. The other answers of
+    `biased` and `imprecise` are those of `noisy` at 0.35.
+    `blind` = simulated ignorance: all answers to about a third of the questions of each task type, recognizable in the
+    clip, are entirely wrong, and all others are right."""
     teacher_error_rate: float = number(0.35, least=0, most=1)
-    """Share of simulated responses whose answer is wrong or imprecise, before format violations."""
+    """Share of the simulated responses of `made.teacher=noisy` whose answer is wrong or imprecise, before format
+    violations."""
+    wording: str = choice("reference", of=WORDINGS)
+    """Wording of the simulated teacher's open answers about generated clips.
+    `reference` = all are worded like the reference answer.
+    `paraphrased` = simulated paraphrases: right answers are worded unlike the reference and wrong ones like it, so that
+    word overlap with the reference ranks wrong answers above right ones."""
     student_hidden: int = number(64, least=32)
     """Hidden size of the tiny student; its other sizes are derived from it."""
     student_layers: int = number(3, least=1)

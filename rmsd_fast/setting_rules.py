@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import STAGES, RunConfig, SettingsError
+from rmsd_fast.config import STAGES, TASK_TYPES, MadeConfig, RunConfig, SettingsError
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -76,8 +76,28 @@ def check_together(settings: RunConfig) -> None:
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
+    _check_made(settings.made)
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _check_made(made: MadeConfig) -> None:
+    if not made.tasks or len(set(made.tasks)) < len(made.tasks) or not set(made.tasks) <= set(TASK_TYPES):
+        raise SettingsError(
+            f"made.tasks: expected some of {list(TASK_TYPES)}, each at most once, got {made.tasks}; "
+            "write e.g. made.tasks=[temporal,open]"
+        )
+    if made.questions_per_clip > len(made.tasks):
+        raise SettingsError(
+            f"made.questions_per_clip: expected at most {len(made.tasks)}, the number of made.tasks, since the "
+            f"questions about a clip have different task types, got {made.questions_per_clip}; write "
+            f"made.questions_per_clip={len(made.tasks)}"
+        )
+    if made.teacher == "blind" and made.source != "clips":
+        raise SettingsError(
+            "made.teacher=blind: expected made.source=clips, since the teacher errs on contents of generated clips, "
+            f"got made.source={made.source}; choose another made.teacher"
+        )
 
 
 def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> None:
@@ -146,9 +166,19 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "model.path sets the student; leave model.path empty",
         ),
         (
-            ["made.responses", "made.teacher_error_rate"],
+            ["made.responses", "made.teacher", "made.teacher_error_rate", "made.wording"],
             bool(settings.teacher.pool),
             "teacher.pool sets the pool; leave teacher.pool empty",
+        ),
+        (
+            ["made.teacher_error_rate"],
+            settings.made.teacher != "noisy",
+            f"made.teacher={settings.made.teacher} has its own errors; write made.teacher=noisy",
+        ),
+        (
+            ["made.wording"],
+            "open" not in settings.made.tasks,
+            "open is not in made.tasks; add it to made.tasks",
         ),
         ([*of_rollouts, "reward."], not makes_rollouts, "no stage makes rollouts; add warm_up or distill to stages"),
         (
@@ -188,9 +218,14 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no material is generated; write made.enabled=true",
         ),
         (
-            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip"],
+            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks"],
             not own_clips,
             "the set of real clips is fixed; write made.source=clips",
+        ),
+        (
+            ["made.wording"],
+            not own_clips,
+            "only open answers about generated clips are paraphrased; write made.source=clips",
         ),
         (
             ["video.min_frames", "video.max_frames"],

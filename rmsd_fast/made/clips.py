@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -121,20 +121,37 @@ class MadeMaterial:
 
 
 def make_clips(
-    folder: str | os.PathLike, *, train_clips: int, heldout_clips: int, questions_per_clip: int, seed: int
+    folder: str | os.PathLike,
+    *,
+    train_clips: int,
+    heldout_clips: int,
+    questions_per_clip: int,
+    seed: int,
+    tasks: Sequence[str] = TASK_TYPES,
 ) -> MadeMaterial:
     """Write clips, `train.jsonl` and `heldout.jsonl` to `folder/<hash of the settings>`, unless they exist.
 
     The folder is created atomically. `made.json` in it records the settings.
 
+    Args:
+        folder: parent of the new folder.
+        train_clips, heldout_clips: number of clips of each split.
+        questions_per_clip: questions per clip, each of a different task type.
+        seed: seed of all draws.
+        tasks: task types of the questions, in any order.
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a task type is unknown, repeated or missing.
         NotInstalled: torchcodec or FFmpeg is missing.
     """
+    if not tasks or sorted(tasks) != sorted(set(tasks) & set(TASK_TYPES)):
+        raise SettingsError(
+            f"made.tasks: expected some of {list(TASK_TYPES)}, each at most once, got {list(tasks)}; change the setting"
+        )
+    tasks = [task for task in TASK_TYPES if task in tasks]
     for name, value, low, high in (
         ("train_clips", train_clips, 1, None),
         ("heldout_clips", heldout_clips, 1, None),
-        ("questions_per_clip", questions_per_clip, 1, len(TASK_TYPES)),
+        ("questions_per_clip", questions_per_clip, 1, len(tasks)),
     ):
         if value < low or (high is not None and value > high):
             limit = f"{low} to {high}" if high else f"at least {low}"
@@ -146,6 +163,9 @@ def make_clips(
         "questions_per_clip": questions_per_clip,
         "seed": seed,
     }
+    # All task types, as before there was a choice, so that existing material keeps its name.
+    if len(tasks) < len(TASK_TYPES):
+        settings["tasks"] = tasks
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     final = Path(folder).absolute() / name
     material = MadeMaterial(final, final / "train.jsonl", final / "heldout.jsonl", final / "clips")
@@ -155,7 +175,7 @@ def make_clips(
     with staged_folder(final, replace=False) as temporary:
         (temporary / "clips").mkdir()
         for split, clips in (("train", train_clips), ("heldout", heldout_clips)):
-            questions = _make_split(temporary, split, clips, questions_per_clip, seed)
+            questions = _make_split(temporary, split, clips, questions_per_clip, seed, tasks)
             write_questions(temporary / f"{split}.jsonl", questions, media_root=temporary)
         (temporary / "made.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     # Another process may have generated the same material in the meantime. Its copy is equivalent.
@@ -297,17 +317,19 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _make_split(folder: Path, split: str, clips: int, per_clip: int, seed: int) -> list[Question]:
+def _make_split(
+    folder: Path, split: str, clips: int, per_clip: int, seed: int, task_types: Sequence[str]
+) -> list[Question]:
     rng = random.Random(f"made clips {seed} {split}")
     heldout = split == "heldout"
     # The answers are dealt from decks, each equally often, which minimizes the score of a constant answer.
     dots, signs, letters = _deck(rng, list(_PATTERNS)), _deck(rng, _signs(heldout)), _deck(rng, list("ABCD"))
-    asked = dict.fromkeys(TASK_TYPES, 0)
+    asked = dict.fromkeys(task_types, 0)
     questions = []
     for index in range(clips):
         # Choose the least frequent types so far, with random ties. Counts then differ by at most one, and no type
         # occurs twice for a clip.
-        tasks = sorted(TASK_TYPES, key=lambda name: (asked[name] / SHARES.get(name, 1), rng.random()))[:per_clip]
+        tasks = sorted(task_types, key=lambda name: (asked[name] / SHARES.get(name, 1), rng.random()))[:per_clip]
         content = sample_content(
             rng,
             heldout=heldout,

@@ -2,11 +2,12 @@
 
 All of its responses have `model="simulated"`, and all results computed from them must be labeled as simulated. It knows
 the ground truth of every question (and the content of a generated clip). A given share of its answers is wrong, with
-reasoning that agrees with the wrong answer. There are two ways to choose this share:
+reasoning that agrees with the wrong answer. There are five kinds of simulated teachers:
 
-- `error_rate` in [0, 1]: this share of closed-task answers is wrong or inexact, more in ocr and grounding, less in mcq.
-- `error_rate=None`: the spread that R-MSD reports for its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22
-  across inputs, mcq 0.96, ocr between 0.50 and 0.85, sd within an input from 0.07 (mcq) to 0.15 (graded tasks).
+- `noisy`: the share `error_rate` of closed-task answers is wrong or inexact, more in ocr and grounding, less in mcq.
+- `reported`: the spread that R-MSD reports for its teacher (arXiv 2603.11423): mean quality 0.75 and sd 0.22 across
+  inputs, mcq 0.96, ocr between 0.50 and 0.85, sd within an input from 0.07 (mcq) to 0.15 (graded tasks).
+- `biased`, `imprecise` and `blind`: as described in `errors`.
 
 Format violations are drawn in addition: 10% of temporal answers and 0.2% of the others. The paper reports up to 10% on
 temporal and 1% overall, which implies that fewer than one question in six is temporal.
@@ -23,8 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.config import TEACHERS, WORDINGS
 from rmsd_fast.data.records import Question
-from rmsd_fast.made.clips import COLORS, DIGITS, LETTERS, Content, article
+from rmsd_fast.made.clips import COLORS, Content, article
+from rmsd_fast.made.errors import box_text, drawn_answer, interval_text, noisy_answer, other_word, wrong_answer
+from rmsd_fast.made.wording import paraphrase, wrong_text
 from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters, parse_answer_body
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
@@ -32,8 +36,6 @@ MODEL = "simulated"
 # Increase it whenever the same settings would give different responses.
 VERSION = 2
 
-# Exponents f of 1 - (1 - error_rate)**f, the share of wrong answers; their mean over the closed tasks is 1.
-ERROR_FACTORS = {"mcq": 0.7, "temporal": 1.1, "spatial": 1.1, "numeric": 1.0, "ocr": 1.1, "open": 1.0}
 VIOLATION_RATES = {"temporal": 0.10}
 OTHER_VIOLATIONS = 0.002
 
@@ -59,8 +61,42 @@ REPORTED = {
 }
 
 
+@dataclass(frozen=True)
+class SimulatedTeacher:
+    """What a simulated teacher gets wrong, and how it words open answers.
+
+    Raises:
+        ValueError: a value is not one of those below.
+    """
+
+    kind: str = "noisy"
+    """One of `config.TEACHERS`."""
+    error_rate: float = 0.35
+    """Share of answers of `noisy` that are wrong or inexact, in [0, 1]. Other kinds ignore it."""
+    wording: str = "reference"
+    """One of `config.WORDINGS`."""
+
+    def __post_init__(self):
+        if self.kind not in TEACHERS:
+            raise ValueError(f"teacher: expected one of {', '.join(TEACHERS)}, got {self.kind!r}")
+        if not 0 <= self.error_rate <= 1:
+            raise ValueError(f"error_rate: expected a number in [0, 1], got {self.error_rate}")
+        if self.wording not in WORDINGS:
+            raise ValueError(f"wording: expected one of {', '.join(WORDINGS)}, got {self.wording!r}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values that decide the responses. They are part of the responses and of their file's name."""
+        # `noisy` and `reported` are told apart by the rate, as before there were others: pools keep their names.
+        settings = {"error_rate": self.error_rate if self.kind == "noisy" else None}
+        if self.kind not in ("noisy", "reported"):
+            settings["teacher"] = self.kind
+        if self.wording != "reference":
+            settings["wording"] = self.wording
+        return settings
+
+
 def simulate_teacher(
-    questions: Sequence[Question], *, k: int, seed: int, error_rate: float | None
+    questions: Sequence[Question], *, k: int, seed: int, teacher: SimulatedTeacher
 ) -> list[TeacherResponse]:
     """Return K responses to every question. Responses do not depend on K or on other questions.
 
@@ -68,16 +104,15 @@ def simulate_teacher(
         questions: questions with ground truths. Media files must exist, because the request key covers their contents.
         k: responses per question.
         seed: seed of all draws.
-        error_rate: share of answers that are wrong or inexact, in [0, 1]; None means the reported spread.
+        teacher: kind of errors, and wording of open answers.
     Raises:
         ValueError: a number is out of range, or a closed question has no ground truth.
         DataError: a media file cannot be read.
     """
     if k < 1:
         raise ValueError(f"responses: expected at least 1 per question, got {k}")
-    if error_rate is not None and not 0 <= error_rate <= 1:
-        raise ValueError(f"error_rate: expected a number in [0, 1] or none, got {error_rate}")
-    sampling = {"seed": seed, "error_rate": error_rate, "version": VERSION}
+    settings = teacher.settings()
+    sampling = {"seed": seed, "error_rate": settings.pop("error_rate"), "version": VERSION, **settings}
     responses = []
     for question in questions:
         if question.answer is None and question.task_type in CLOSED_TASKS:
@@ -86,7 +121,7 @@ def simulate_teacher(
         level = _question_level(question, seed)
         for index in range(k):
             rng = random.Random(f"simulated {seed} {question.id} {index}")
-            text, finish_reason = _respond(question, level, error_rate, rng)
+            text, finish_reason = _respond(question, level, teacher, rng)
             responses.append(
                 TeacherResponse(
                     question.id, index, key, text, finish_reason=finish_reason, model=MODEL, sampling=sampling
@@ -96,14 +131,16 @@ def simulate_teacher(
 
 
 def write_simulated_pool(
-    folder: str | os.PathLike, questions: Sequence[Question], *, k: int, seed: int, error_rate: float | None
+    folder: str | os.PathLike, questions: Sequence[Question], *, k: int, seed: int, teacher: SimulatedTeacher
 ) -> Path:
     """Write `pool-<hash of settings and questions>.jsonl` to the folder, unless it exists, and return its path."""
-    settings = [VERSION, k, seed, error_rate, [[question.id, question.question] for question in questions]]
+    described = teacher.settings()
+    asked = [[question.id, question.question] for question in questions]
+    settings = [VERSION, k, seed, described.pop("error_rate"), asked, *([described] if described else [])]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     path = Path(folder) / f"pool-{name}.jsonl"
     if not path.exists():
-        write_pool(path, simulate_teacher(questions, k=k, seed=seed, error_rate=error_rate))
+        write_pool(path, simulate_teacher(questions, k=k, seed=seed, teacher=teacher))
     return path
 
 
@@ -119,17 +156,18 @@ def _question_level(question: Question, seed: int) -> float:
     return min(1.0, max(0.1, rng.gauss(spread.mean, spread.across)))
 
 
-def _respond(question: Question, level: float, error_rate: float | None, rng: random.Random) -> tuple[str, str]:
+def _respond(question: Question, level: float, teacher: SimulatedTeacher, rng: random.Random) -> tuple[str, str]:
     """Return the text and the finish reason of one response."""
     task = question.task_type
-    if error_rate is None:
+    if teacher.kind == "reported":
         spread = REPORTED[task]
         target = min(1.0, max(0.1, rng.gauss(level, spread.within)))
         answer = _graded(question, target, rng) if question.answer is not None else None
+    elif teacher.kind == "noisy":
+        answer = noisy_answer(question, teacher.error_rate, rng)
     else:
-        wrong = rng.random() < 1 - (1 - error_rate) ** ERROR_FACTORS[task]
-        answer = _wrong(question, rng) if wrong and question.answer is not None else question.answer
-    think, answer = _reasoning(question, answer, rng)
+        answer = drawn_answer(question, teacher.kind, rng)
+    think, answer = _reasoning(question, answer, teacher.wording, rng)
     if rng.random() < VIOLATION_RATES.get(task, OTHER_VIOLATIONS):
         return _violate(think, answer, task, rng)
     return f"<think>{think}</think><answer>{answer}</answer>", "stop"
@@ -141,88 +179,24 @@ def _graded(question: Question, target: float, rng: random.Random) -> str:
     if task == "temporal":
         start, end = parse_answer_body(answer, task)
         kept = max(0.1, round(target * (end - start), 1))
-        return _interval(start, start + kept) if rng.random() < 0.5 else _interval(end - kept, end)
+        return interval_text(start, start + kept) if rng.random() < 0.5 else interval_text(end - kept, end)
     if task == "spatial":
         x1, y1, x2, y2 = parse_answer_body(answer, task)
         if rng.random() < 0.5:
             x2 = x1 + target * (x2 - x1)
         else:
             y1 = y2 - target * (y2 - y1)
-        return _box((x1, y1, x2, y2))
+        return box_text((x1, y1, x2, y2))
     if task == "ocr":
-        return " ".join(word if rng.random() < target else _other_word(word, rng) for word in answer.split())
-    return answer if rng.random() < target else _wrong(question, rng)
+        return " ".join(word if rng.random() < target else other_word(word, rng) for word in answer.split())
+    return answer if rng.random() < target else wrong_answer(question, rng)
 
 
-def _wrong(question: Question, rng: random.Random) -> str:
-    """Return a wrong answer: with equal probability, a near miss or an entirely different answer."""
-    task, answer = question.task_type, question.answer
-    if task == "mcq":
-        letters = option_letters(question.options) if question.options else "ABCD"
-        return rng.choice([letter for letter in letters if letter != answer])
-    if task == "temporal":
-        return _wrong_interval(*parse_answer_body(answer, task), question.duration, rng)
-    if task == "spatial":
-        return _wrong_box(parse_answer_body(answer, task), rng)
-    if task == "numeric":
-        value = parse_answer_body(answer, task)
-        # Off by one for counts, and by a tenth for measurements. Zero only increases.
-        step = 1.0 if value == int(value) else abs(value) / 10
-        return f"{value + step * (1 if value <= step or rng.random() < 0.5 else -1):.6g}"
-    words = answer.split()
-    if task == "ocr":
-        changed = set(rng.sample(range(len(words)), rng.randint(1, len(words))))
-        return " ".join(_other_word(word, rng) if index in changed else word for index, word in enumerate(words))
-    return " ".join(words[: max(1, len(words) // 2)])
-
-
-def _wrong_interval(start: float, end: float, duration: float | None, rng: random.Random) -> str:
-    limit = max(end, duration or 0.0)
-    step = max(0.1, round(limit / 8, 1))
-    if rng.random() < 0.5:
-        # Move one end by an eighth of the clip, so that an interval within the clip remains.
-        moves = [(start - step, end), (start + step, end), (start, end - step), (start, end + step)]
-    else:
-        moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
-    moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
-    # An interval that fills a clip of one step has no neighbor, so halve it.
-    return _interval(*rng.choice(moves)) if moves else _interval(start, (start + end) / 2)
-
-
-def _wrong_box(box: tuple[float, ...], rng: random.Random) -> str:
-    x1, y1, x2, y2 = box
-    width, height = x2 - x1, y2 - y1
-    on_grid = all(value % 250 == 0 for value in box)
-    step_x, step_y = (250.0, 250.0) if on_grid else (width / 2, height / 2)
-    if rng.random() < 0.5:
-        moves = [(x1 + dx, y1 + dy) for dx, dy in ((step_x, 0), (-step_x, 0), (0, step_y), (0, -step_y))]
-    else:
-        moves = [(step_x * column, step_y * row) for column in range(4) for row in range(4)]
-    limit_x, limit_y = max(1000.0, x2), max(1000.0, y2)
-    moves = [
-        (x, y, x + width, y + height)
-        for x, y in moves
-        if x >= 0 and y >= 0 and x + width <= limit_x and y + height <= limit_y and (x, y) != (x1, y1)
-    ]
-    return _box(rng.choice(moves)) if moves else _box((x1, y1, x1 + width / 2, y2))
-
-
-def _other_word(word: str, rng: random.Random) -> str:
-    for alphabet in (LETTERS, DIGITS):
-        if word in alphabet:
-            return rng.choice([other for other in alphabet if other != word])
-    # Replace a character, but not by the same letter in a different case.
-    place = rng.randrange(len(word))
-    return (
-        word[:place] + rng.choice([c for c in "ae0o1lst" if c.casefold() != word[place].casefold()]) + word[place + 1 :]
-    )
-
-
-def _reasoning(question: Question, answer: str | None, rng: random.Random) -> tuple[str, str]:
+def _reasoning(question: Question, answer: str | None, wording: str, rng: random.Random) -> tuple[str, str]:
     """Return reasoning that leads to the (right or wrong) answer and describes the clip, and the text of the answer."""
     task = question.task_type
     if "made" in question.meta:
-        return _made_reasoning(question, _content(question.meta["made"]), answer, rng)
+        return _made_reasoning(question, _content(question.meta["made"]), answer, wording, rng)
     if answer is None:
         return "I look at the clip.", "I cannot tell."
     if task == "mcq" and question.options:
@@ -237,7 +211,9 @@ def _reasoning(question: Question, answer: str | None, rng: random.Random) -> tu
     return words.get(task, "I look at the clip."), answer
 
 
-def _made_reasoning(question: Question, content: Content, answer: str, rng: random.Random) -> tuple[str, str]:
+def _made_reasoning(
+    question: Question, content: Content, answer: str, wording: str, rng: random.Random
+) -> tuple[str, str]:
     task = question.task_type
     if task == "mcq":
         chosen = question.options[option_letters(question.options).index(answer)]
@@ -256,6 +232,10 @@ def _made_reasoning(question: Question, content: Content, answer: str, rng: rand
         return f"I count {answer} {content.dot_color} dots.", answer
     if task == "ocr":
         return f"The sign reads {answer}.", answer
+    if wording == "paraphrased":
+        worded = paraphrase if answer == question.answer else wrong_text
+        text = worded(content.color, content.shape, content.place, rng)
+        return text, text
     # A shortened open answer represents a wrong answer, so use a different color.
     if answer != question.answer:
         content = replace(content, color=rng.choice([name for name in COLORS if name != content.color]))
@@ -291,11 +271,3 @@ def _violate(think: str, answer: str, task: str, rng: random.Random) -> tuple[st
 def _content(record: dict[str, Any]) -> Content:
     fields = {name: value for name, value in record.items() if name != "place"}
     return Content(**fields | {"box": tuple(fields["box"])})
-
-
-def _interval(start: float, end: float) -> str:
-    return f"{start:.1f} to {end:.1f}"
-
-
-def _box(box: Sequence[float]) -> str:
-    return ",".join(str(round(value)) for value in box)

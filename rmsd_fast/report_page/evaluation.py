@@ -21,6 +21,8 @@ _MORE_STYLES = ((4, "circle"), (5, "square"), (7, "diamond"), (8, "circle"))
 # Size of a curve in the picture.
 _PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
+# Rows beside the task types, and their labels.
+_TOTALS = {"meaning": "meaning", "closed": "all closed", "all": "all"}
 
 
 def student_names(run: ReportedRun) -> dict[str, str]:
@@ -88,17 +90,17 @@ def _tasks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _entry(result: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:
-    entry = result.get(task) if task in ("closed", "all") else result.get("tasks", {}).get(task)
+    entry = result.get(task) if task in _TOTALS else result.get("tasks", {}).get(task)
     return entry if isinstance(entry, Mapping) else None
 
 
 def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    totals = [t for t in ("closed", "all") if any(isinstance(r.get(t), Mapping) for r in results.values())]
+    totals = [t for t in _TOTALS if any(isinstance(r.get(t), Mapping) for r in results.values())]
     return [*_tasks(results), *totals]
 
 
 def _labels(task: str) -> str:
-    return {"closed": "all closed", "all": "all"}.get(task, task)
+    return _TOTALS.get(task, task)
 
 
 def _style(key: str, keys: Sequence[str]) -> tuple[int, str]:
@@ -224,6 +226,11 @@ def evaluation_section(run: ReportedRun) -> str:
         "The floor is the best score of a constant answer to all questions. Open questions have no metric; their score "
         "is the share of valid answers."
     )
+    if any("meaning" in student for student in evaluation["students"].values()):
+        lead += (
+            " “Meaning” is the share of open answers about generated clips that state color, shape and place "
+            "correctly. Training does not use it."
+        )
     rows = score_rows(evaluation, names)
     hint = "percent, 95% intervals"
     chart = interval_figure("Score by task", hint, rows, legend, (0.0, 1.0), tick_text=_whole_percent)

@@ -22,6 +22,7 @@ from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.natural import canonical_response
 from rmsd_fast.method.quality import quality_score
@@ -183,7 +184,7 @@ def _record(
     if error:
         # Text generated before the error is not an answer.
         nothing = {"score": 0.0, "valid": False, "truncated": truncated, "error": error}
-        return {"id": question.id, "task_type": task, "response": response, **nothing}
+        return {"id": question.id, "task_type": task, "response": response, **nothing, **_meaning(question, None)}
     read = response
     if settings.evaluate.parse == "natural" and not truncated:
         read = canonical_response(response, task, options=options, finish_reason="stop") or response
@@ -195,17 +196,29 @@ def _record(
         # The share of answers in the required format is reported separately, regardless of the parser.
         "valid": parse_answer(response, task, options) is not None,
         "truncated": truncated,
+        **_meaning(question, parse_answer(read, task, options)),
     }
+
+
+def _meaning(question: Question, answer: str | None) -> dict[str, float]:
+    """Return whether an open answer about a generated clip means the right thing; nothing for other questions."""
+    if question.task_type != "open" or not has_content(question):
+        return {}
+    return {"meaning": 0.0 if answer is None else meaning_score(answer, question.meta["made"])}
 
 
 def summarize(records: list[dict]) -> dict:
     """Return means with 95% intervals: per task type, over the closed task types, and over all.
 
     The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
-    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If the
-    records have scores of sampled responses, `sampled` holds the same means of these.
+    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
+    them are about generated clips, `meaning` is the share of correct answers to these. If the records have scores of
+    sampled responses, `sampled` holds the same means of these.
     """
     result = _by_task(records, _mean_with_interval)
+    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
+    if meanings:
+        result["meaning"] = _wilson(meanings)
     if sampled := _of_samples(records):
         result["sampled"] = _by_task(sampled, _wilson)
     return result
@@ -345,10 +358,10 @@ def write_predictions(run_folder: Path, name: str, records: list[dict]) -> None:
 
 
 def format_table(result: dict) -> str:
-    """Return the accuracy table as text, one line per task type."""
+    """Return the accuracy table as text: one line per task type, then the meaning of open answers, then all closed."""
     students = result["students"]
     lines = ["task      floor  " + "  ".join(f"{name:>20}" for name in students)]
-    for task in [*TASK_TYPES, "closed", "sampled"]:
+    for task in [*TASK_TYPES, "meaning", "closed", "sampled"]:
         rows = {n: _row(s, task) for n, s in students.items()}
         if not any(rows.values()):
             continue
@@ -367,7 +380,7 @@ def format_table(result: dict) -> str:
 
 
 def _row(result: dict, row: str) -> dict | None:
-    """Return the numbers of one line of the table: a task type, `closed`, or `sampled` for closed tasks sampled."""
+    """Return the numbers of one line of the table: a task type, `closed`, `meaning`, or `sampled` for closed tasks."""
     if row == "sampled":
         return result.get("sampled", {}).get("closed")
-    return result.get("closed") if row == "closed" else result["tasks"].get(row)
+    return result.get(row) if row in ("closed", "meaning") else result["tasks"].get(row)

@@ -15,7 +15,7 @@ from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
 from rmsd_fast.made.clips import make_clips
 from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
-from rmsd_fast.made.teacher import write_simulated_pool
+from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
 from rmsd_fast.models.folders import model_digests, open_folder, resolve_folder
 from rmsd_fast.models.liger import check_liger
 from rmsd_fast.models.students import DTYPES
@@ -142,15 +142,15 @@ def _make(settings: RunConfig) -> dict[str, str]:
             heldout_clips=made.heldout_clips,
             questions_per_clip=made.questions_per_clip,
             seed=made.seed,
+            tasks=made.tasks,
         )
         folder, train, heldout, root = clips.folder, clips.train, clips.heldout, clips.folder
     else:
         folder = Path(made.folder).absolute() / f"real-clips-{made.seed}"
         train, heldout, root = write_real_questions(folder)
     questions = load_questions(train, media_root=root)
-    pool_path = write_simulated_pool(
-        folder, questions, k=made.responses, seed=made.seed, error_rate=made.teacher_error_rate
-    )
+    teacher = SimulatedTeacher(made.teacher, error_rate=made.teacher_error_rate, wording=made.wording)
+    pool_path = write_simulated_pool(folder, questions, k=made.responses, seed=made.seed, teacher=teacher)
     texts = [question_text(question) for question in questions[:2000]]
     texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
     student = folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"

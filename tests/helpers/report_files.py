@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.records import load_questions
-from rmsd_fast.made.teacher import simulate_teacher
+from rmsd_fast.made.teacher import SimulatedTeacher, simulate_teacher
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.settings import to_yaml
 from rmsd_fast.teacher.diagnostics import pool_statistics
@@ -199,14 +199,14 @@ def made_run(folder: Path, material, *, steps: dict[str, int] | None = None) -> 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluation.json").write_text(json.dumps(made_evaluation()))
     train, heldout = load_questions(material.train), load_questions(material.heldout)
-    responses = simulate_teacher(train, k=4, seed=0, error_rate=0.35)
+    responses = simulate_teacher(train, k=4, seed=0, teacher=SimulatedTeacher())
     pool: dict[str, list] = {}
     for response in responses:
         pool.setdefault(response.id, []).append(response)
     cfg = TeacherConfig(parse="strict")
     statistics = pool_statistics(score_pool(pool, train, cfg), train, cfg, simulated=True)
     (folder / "teacher.json").write_text(json.dumps(statistics))
-    answers = {r.id: r.text for r in simulate_teacher(heldout, k=1, seed=3, error_rate=0.3)}
+    answers = {r.id: r.text for r in simulate_teacher(heldout, k=1, seed=3, teacher=SimulatedTeacher(error_rate=0.3))}
     lines = []
     for name in STUDENTS:
         for i, question in enumerate(heldout):

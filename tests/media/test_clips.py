@@ -1,5 +1,6 @@
 """Test the generated clips (content, questions, held-out split) and the questions on real clips."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -169,6 +170,47 @@ def test_generating_again_reuses_the_folder(made, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
     assert make_clips(tmp_path, train_clips=24, heldout_clips=12, questions_per_clip=3, seed=0) == again
     assert stamps == {path: path.stat().st_mtime_ns for path in again.folder.rglob("*")}
+
+
+def test_default_material_stays_as_it_was(made):
+    """Folder and SHA-256 of the question files that the code made before `tasks` could be chosen (version 3)."""
+    assert made.folder.name == "64e099e46061"
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (made.train, made.heldout)]
+    assert digests == ["ad7281bf378b552e", "7b09f5bf5b90bd7d"]
+
+
+def test_chosen_task_types(tmp_path):
+    sizes = {"train_clips": 9, "heldout_clips": 3, "seed": 0}
+    material = make_clips(tmp_path, **sizes, questions_per_clip=2, tasks=["numeric", "temporal", "open"])
+    train, heldout = load_questions(material.train), load_questions(material.heldout)
+    # 18 and 6 questions, dealt evenly.
+    assert Counter(q.task_type for q in train) == {"temporal": 6, "numeric": 6, "open": 6}
+    assert Counter(q.task_type for q in heldout) == {"temporal": 2, "numeric": 2, "open": 2}
+    assert all(len({q.task_type for q in train if q.videos == video}) == 2 for video in {q.videos for q in train})
+    # Each of the seven numbers of dots is dealt at most once in six questions.
+    assert len({q.answer for q in train if q.task_type == "numeric"}) == 6
+    # The order of the task types has no effect, and naming all of them is the default.
+    assert make_clips(tmp_path, **sizes, questions_per_clip=2, tasks=["open", "temporal", "numeric"]) == material
+    default = make_clips(tmp_path, **sizes, questions_per_clip=2)
+    assert default.folder != material.folder
+    assert make_clips(tmp_path, **sizes, questions_per_clip=2, tasks=TASK_TYPES[::-1]) == default
+
+
+def test_mcq_alone_is_dealt_evenly(tmp_path):
+    material = make_clips(tmp_path, train_clips=8, heldout_clips=1, questions_per_clip=1, seed=0, tasks=["mcq"])
+    assert Counter(q.answer for q in load_questions(material.train)) == dict.fromkeys("ABCD", 2)
+
+
+@pytest.mark.parametrize("tasks", [[], ["ocr", "ocr"], ["ocr", "counting"]])
+def test_task_types_that_cannot_be_dealt(tmp_path, tasks):
+    with pytest.raises(ValueError, match=r"made\.tasks: expected some of \['mcq'.*, each at most once, got "):
+        make_clips(tmp_path / "x", train_clips=1, heldout_clips=1, questions_per_clip=1, seed=0, tasks=tasks)
+    assert not (tmp_path / "x").exists()
+
+
+def test_more_questions_per_clip_than_task_types(tmp_path):
+    with pytest.raises(ValueError, match=r"made\.questions_per_clip: expected 1 to 2, got 3"):
+        make_clips(tmp_path, train_clips=1, heldout_clips=1, questions_per_clip=3, seed=0, tasks=["ocr", "open"])
 
 
 def test_other_settings_use_another_folder(made, tmp_path):

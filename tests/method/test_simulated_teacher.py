@@ -1,20 +1,25 @@
 """Test the simulated teacher: schema, determinism, consistent reasoning, and the reported statistics."""
 
+import hashlib
 import random
 from pathlib import Path
 
 import pytest
 
-from rmsd_fast.config import TeacherConfig
+from rmsd_fast.config import TEACHERS, WORDINGS, TeacherConfig
 from rmsd_fast.data.records import DataError, Question
-from rmsd_fast.made import teacher as made_teacher
+from rmsd_fast.made import errors
+from rmsd_fast.made import teacher as teacher_module
 from rmsd_fast.made.clips import make_question, sample_content
-from rmsd_fast.made.teacher import is_simulated, simulate_teacher, write_simulated_pool
+from rmsd_fast.made.teacher import SimulatedTeacher, is_simulated, simulate_teacher, write_simulated_pool
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, parse_answer
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import score_pool
+
+REPORTED = SimulatedTeacher("reported")
+OTHERS = [SimulatedTeacher("biased"), SimulatedTeacher("imprecise"), SimulatedTeacher("blind")]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def questions(clip):
 
 @pytest.fixture(scope="module")
 def reported(questions):
-    return by_id(simulate_teacher(questions, k=4, seed=0, error_rate=None))
+    return by_id(simulate_teacher(questions, k=4, seed=0, teacher=REPORTED))
 
 
 def test_reported_statistics(questions, reported):
@@ -72,17 +77,17 @@ def test_reported_statistics(questions, reported):
 
 @pytest.mark.parametrize("rate", [0.0, 0.35, 1.0])
 def test_error_rate(questions, rate):
-    pool = by_id(simulate_teacher(questions, k=2, seed=1, error_rate=rate))
+    pool = by_id(simulate_teacher(questions, k=2, seed=1, teacher=SimulatedTeacher(error_rate=rate)))
     scores = score_pool(pool, questions, TeacherConfig(responses=2, parse="strict"))
     for task in CLOSED_TASKS:
         rows = [answer for q in questions if q.task_type == task for answer in scores[q.id]]
         exact = sum(row.quality == 1.0 for row in rows if row.valid) / sum(row.valid for row in rows)
-        expected = (1 - rate) ** made_teacher.ERROR_FACTORS[task]
+        expected = (1 - rate) ** errors.ERROR_FACTORS[task]
         assert exact == pytest.approx(expected, abs=0.045), task
 
 
 def test_errors_are_of_several_sizes(questions):
-    pool = by_id(simulate_teacher(questions, k=4, seed=0, error_rate=1.0))
+    pool = by_id(simulate_teacher(questions, k=4, seed=0, teacher=SimulatedTeacher(error_rate=1.0)))
     scores = score_pool(pool, questions, TeacherConfig(parse="strict"))
     for task in ("temporal", "spatial", "ocr"):
         own = [answer for question in questions if question.task_type == task for answer in scores[question.id]]
@@ -91,7 +96,7 @@ def test_errors_are_of_several_sizes(questions):
 
 
 def test_best_of_four_beats_one_response(questions):
-    pool = by_id(simulate_teacher(questions, k=4, seed=0, error_rate=0.35))
+    pool = by_id(simulate_teacher(questions, k=4, seed=0, teacher=SimulatedTeacher(error_rate=0.35)))
     scores = score_pool(pool, questions, TeacherConfig(parse="strict"))
     closed = [[a.quality for a in scores[q.id]] for q in questions if q.task_type in CLOSED_TASKS]
     assert sum(max(row) for row in closed) / len(closed) > 0.95
@@ -99,16 +104,18 @@ def test_best_of_four_beats_one_response(questions):
 
 
 def test_independent_of_k_order_and_other_questions(questions):
-    few = questions[:12]
-    whole = by_id(simulate_teacher(few, k=4, seed=3, error_rate=0.5))
-    assert by_id(simulate_teacher(few[::-1], k=4, seed=3, error_rate=0.5)) == whole
-    assert by_id(simulate_teacher(few[4:5], k=2, seed=3, error_rate=0.5))[few[4].id] == whole[few[4].id][:2]
-    other = by_id(simulate_teacher(few, k=4, seed=4, error_rate=0.5))
+    few, teacher = questions[:12], SimulatedTeacher(error_rate=0.5)
+    whole = by_id(simulate_teacher(few, k=4, seed=3, teacher=teacher))
+    assert by_id(simulate_teacher(few[::-1], k=4, seed=3, teacher=teacher)) == whole
+    (alone,) = by_id(simulate_teacher(few[4:5], k=2, seed=3, teacher=teacher)).values()
+    assert alone == whole[few[4].id][:2]
+    other = by_id(simulate_teacher(few, k=4, seed=4, teacher=teacher))
     assert any(a.text != b.text for i in whole for a, b in zip(whole[i], other[i], strict=True))
 
 
-def test_reasoning_agrees_with_the_answer(questions):
-    for response in simulate_teacher(questions[:600], k=2, seed=0, error_rate=0.6):
+@pytest.mark.parametrize("teacher", [SimulatedTeacher(error_rate=0.6), *OTHERS], ids=lambda teacher: teacher.kind)
+def test_reasoning_agrees_with_the_answer(questions, teacher):
+    for response in simulate_teacher(questions[:600], k=2, seed=0, teacher=teacher):
         question = next(q for q in questions if q.id == response.id)
         value = parse_answer(response.text, question.task_type, question.options)
         if value is None:
@@ -119,6 +126,10 @@ def test_reasoning_agrees_with_the_answer(questions):
             assert f"So {question.options['ABCD'.index(value)]} {value}." in think
         elif question.task_type == "temporal":
             assert f"The light is on from {value[0]:g} to {value[1]:g}." in think
+        elif question.task_type == "spatial":
+            center = [(value[axis] + value[axis + 2]) / 2 for axis in (0, 1)]
+            assert ("left" in think, "right" in think) == (center[0] < 500, center[0] > 500)
+            assert ("top" in think, "bottom" in think) == (center[1] < 500, center[1] > 500)
         elif question.task_type == "numeric":
             assert f"{value:g} {made['dot_color']} dots" in think
         elif question.task_type == "ocr":
@@ -128,7 +139,7 @@ def test_reasoning_agrees_with_the_answer(questions):
 
 
 def test_wrong_answers_stay_in_the_task_format(questions):
-    for response in simulate_teacher(questions, k=1, seed=0, error_rate=1.0):
+    for response in simulate_teacher(questions, k=1, seed=0, teacher=SimulatedTeacher(error_rate=1.0)):
         question = next(q for q in questions if q.id == response.id)
         value = parse_answer(response.text, question.task_type, question.options)
         if value is None or question.task_type == "open":
@@ -141,10 +152,10 @@ def test_wrong_answers_stay_in_the_task_format(questions):
 
 
 def test_there_are_several_kinds_of_format_violations(questions, monkeypatch):
-    monkeypatch.setattr(made_teacher, "OTHER_VIOLATIONS", 1.0)
-    monkeypatch.setattr(made_teacher, "VIOLATION_RATES", {})
+    monkeypatch.setattr(teacher_module, "OTHER_VIOLATIONS", 1.0)
+    monkeypatch.setattr(teacher_module, "VIOLATION_RATES", {})
     texts = []
-    for response in simulate_teacher(questions, k=1, seed=0, error_rate=0.0):
+    for response in simulate_teacher(questions, k=1, seed=0, teacher=SimulatedTeacher(error_rate=0.0)):
         question = next(q for q in questions if q.id == response.id)
         assert parse_answer(response.text, question.task_type, question.options) is None, response.text
         texts.append(response.text)
@@ -155,27 +166,57 @@ def test_there_are_several_kinds_of_format_violations(questions, monkeypatch):
     assert any("-" in text for text in texts) and any("about " in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "name", "digest"),
+    [
+        (SimulatedTeacher(), "pool-c78a8d0b6a5d.jsonl", "dbe8a23d8a957b3f"),
+        (REPORTED, "pool-c7b0d3b82f71.jsonl", "34f856d1e1975d8f"),
+    ],
+    ids=["noisy", "reported"],
+)
+def test_pools_of_the_first_two_kinds_stay_as_they_were(clip, tmp_path, teacher, name, digest):
+    """Name and SHA-256 of the pools that the code made before there were other kinds (version 2)."""
+    path = write_simulated_pool(tmp_path, questions_of(clip, 20), k=4, seed=0, teacher=teacher)
+    assert path.name == name
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] == digest
+
+
+def test_every_teacher_has_a_pool_of_its_own(clip, tmp_path):
+    questions = questions_of(clip, 2)
+    teachers = [SimulatedTeacher(kind, wording=wording) for kind in TEACHERS for wording in WORDINGS]
+    paths = [write_simulated_pool(tmp_path, questions, k=1, seed=0, teacher=teacher) for teacher in teachers]
+    assert len(set(paths)) == 10
+    assert len({load_pool(path)[questions[0].id][0].key for path in paths}) == 10
+    # Other kinds ignore the rate.
+    other = SimulatedTeacher("blind", error_rate=0.9)
+    assert write_simulated_pool(tmp_path, questions, k=1, seed=0, teacher=other) in paths
+
+
 def test_pool_file(clip, tmp_path):
     questions = questions_of(clip, 3)
-    path = write_simulated_pool(tmp_path, questions, k=2, seed=0, error_rate=0.35)
+    path = write_simulated_pool(tmp_path, questions, k=2, seed=0, teacher=SimulatedTeacher(error_rate=0.35))
     pool = load_pool(path)
     check_pool(pool, questions, check_media=True)
     assert is_simulated(pool) and {len(row) for row in pool.values()} == {2}
     assert {r.model for row in pool.values() for r in row} == {"simulated"}
     stamp = path.stat().st_mtime_ns
-    assert write_simulated_pool(tmp_path, questions, k=2, seed=0, error_rate=0.35) == path
+    assert write_simulated_pool(tmp_path, questions, k=2, seed=0, teacher=SimulatedTeacher(error_rate=0.35)) == path
     assert path.stat().st_mtime_ns == stamp
-    assert write_simulated_pool(tmp_path, questions, k=2, seed=0, error_rate=None) != path
-    assert write_simulated_pool(tmp_path, questions[1:], k=2, seed=0, error_rate=0.35) != path
+    assert write_simulated_pool(tmp_path, questions, k=2, seed=0, teacher=REPORTED) != path
+    assert write_simulated_pool(tmp_path, questions[1:], k=2, seed=0, teacher=SimulatedTeacher(error_rate=0.35)) != path
 
 
 def real(clip, task, answer, **fields):
     return Question(f"r-{task}-{answer}", "What?", task, videos=(str(clip),), answer=answer, **fields)
 
 
-@pytest.mark.parametrize("rate", [None, 0.0, 1.0])
-def test_questions_without_generated_content(clip, rate):
-    """Some questions without generated content leave little room for wrong answers."""
+@pytest.mark.parametrize(
+    "teacher",
+    [REPORTED, SimulatedTeacher(error_rate=0.0), SimulatedTeacher(error_rate=1.0), *OTHERS],
+    ids=lambda teacher: f"{teacher.kind}-{teacher.error_rate}",
+)
+def test_questions_without_generated_content(clip, teacher):
+    """Questions without generated content, some of which hardly allow wrong answers."""
     questions = [
         real(clip, "mcq", "B", options=("A. a cat", "B. a dog")),
         real(clip, "mcq", "C"),
@@ -189,22 +230,28 @@ def test_questions_without_generated_content(clip, rate):
         real(clip, "open", "A dog runs."),
         real(clip, "open", None),
     ]
-    pool = by_id(simulate_teacher(questions, k=6, seed=0, error_rate=rate))
+    pool = by_id(simulate_teacher(questions, k=6, seed=0, teacher=teacher))
     scores = score_pool(pool, questions, TeacherConfig(responses=6, parse="strict"))
     for question in questions:
         answers = scores[question.id]
         assert sum(answer.valid for answer in answers) >= 3, question.id
-        if question.task_type != "open" and rate is not None:
-            assert all((answer.quality == 1) == (rate == 0.0) for answer in answers if answer.valid), question.id
+        if question.task_type != "open" and teacher.kind in ("noisy", "blind"):
+            # Without generated content, nothing is hidden from the teacher that does not see some contents.
+            is_right = teacher.kind == "blind" or teacher.error_rate == 0.0
+            assert all((answer.quality == 1) == is_right for answer in answers if answer.valid), question.id
 
 
 def test_bad_arguments(clip):
     question = real(clip, "numeric", "3")
     with pytest.raises(ValueError, match="responses: expected at least 1"):
-        simulate_teacher([question], k=0, seed=0, error_rate=None)
+        simulate_teacher([question], k=0, seed=0, teacher=REPORTED)
     with pytest.raises(ValueError, match=r"error_rate: expected a number in \[0, 1\]"):
-        simulate_teacher([question], k=1, seed=0, error_rate=1.5)
+        SimulatedTeacher(error_rate=1.5)
+    with pytest.raises(ValueError, match="teacher: expected one of noisy, reported, biased, imprecise, blind, got 'x'"):
+        SimulatedTeacher("x")
+    with pytest.raises(ValueError, match="wording: expected one of reference, paraphrased, got 'x'"):
+        SimulatedTeacher(wording="x")
     with pytest.raises(ValueError, match="expected a ground truth"):
-        simulate_teacher([real(clip, "numeric", None)], k=1, seed=0, error_rate=None)
+        simulate_teacher([real(clip, "numeric", None)], k=1, seed=0, teacher=REPORTED)
     with pytest.raises(DataError, match="cannot be read"):
-        simulate_teacher([real("/gone.mp4", "numeric", "3")], k=1, seed=0, error_rate=None)
+        simulate_teacher([real("/gone.mp4", "numeric", "3")], k=1, seed=0, teacher=REPORTED)

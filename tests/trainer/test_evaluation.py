@@ -111,16 +111,16 @@ def test_files_of_the_run_folder(tmp_path):
 def test_sampled_scores_stand_beside_the_greedy_ones():
     before = [{**r, "sampled": 0.25} for r in records([0.0, 1.0])]
     after = [{**r, "sampled": s} for r, s in zip(records([1.0, 1.0]), (0.5, 1.0), strict=True)]
-    result = summarise(after)
+    result = summarize(after)
     assert result["sampled"]["closed"]["mean"] == result["sampled"]["tasks"]["mcq"]["mean"] == 0.75
     assert "valid_share" in result["closed"] and "valid_share" not in result["sampled"]["closed"]
     difference = compare(after, before)
     assert (difference["closed"]["mean"], difference["sampled"]["closed"]["mean"]) == (0.5, 0.5)
-    students = {"stage1": summarise(before), "stage2": result}
+    students = {"stage1": summarize(before), "stage2": result}
     table = format_table({"students": students, "floors": {}, "differences": {"stage2-stage1": difference}})
     assert "\nsampled       -    0.250" in table and "stage2-stage1, closed tasks, sampled: +0.500" in table
     # One student without them: no difference.
-    assert "sampled" not in compare(after, records([0.0, 1.0])) and "sampled" not in summarise(records([1.0]))
+    assert "sampled" not in compare(after, records([0.0, 1.0])) and "sampled" not in summarize(records([1.0]))
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(tmp_path):
@@ -181,3 +181,53 @@ def test_unusable_predictions_are_generated_again(tmp_path, damage, caplog):
         )
     assert read_predictions(tmp_path, "stage1", questions) is None
     assert "stage1.jsonl: the file cannot be used" in caplog.text
+
+
+def test_meaning_of_open_answers_about_generated_clips():
+    content = {"color": "red", "shape": "block", "place": "top left"}
+    question = Question("q", "?", "open", videos=("v",), answer="A red block at the top left.", meta={"made": content})
+
+    def record(text, question=question, **kwargs):
+        return _record(question, text, RunConfig(), **kwargs)
+
+    right = record("<think>x</think><answer>In the upper left: a block, colored red.</answer>")
+    assert right == {
+        "id": "q",
+        "task_type": "open",
+        "response": "<think>x</think><answer>In the upper left: a block, colored red.</answer>",
+        "score": 1.0,
+        "valid": True,
+        "truncated": False,
+        "meaning": 1.0,
+    }
+    assert record("<think>x</think><answer>A blue block at the top left.</answer>")["meaning"] == 0.0
+    # The reasoning does not count, and neither does an answer without the format.
+    assert record("<think>A red block at the top left.</think><answer>I cannot tell.</answer>")["meaning"] == 0.0
+    assert record("A red block at the top left.")["meaning"] == 0.0
+    assert record(right["response"], error="the media cannot be used")["meaning"] == 0.0
+    # Other questions have no such score.
+    for meta in ({}, {"made": "2020"}):
+        other = Question("q", "?", "open", videos=("v",), meta=meta)
+        assert "meaning" not in record(right["response"], other)
+    closed = Question("q", "?", "ocr", videos=("v",), answer="x", meta={"made": content})
+    assert "meaning" not in record(right["response"], closed)
+
+
+def test_summary_and_table_of_meanings(tmp_path):
+    rows = records([1.0] * 10, "open")
+    assert "meaning" not in summarize(rows)
+    for row, meaning in zip(rows, [1.0] * 8 + [0.0] * 2, strict=True):
+        row["meaning"] = meaning
+    result = summarize(rows + records([0.0]))
+    # Wilson score interval of 8 in 10 at 95%, as above. The other fields stay as they are.
+    assert result["meaning"] == {
+        "mean": 0.8,
+        "low": pytest.approx(0.4902, abs=1e-4),
+        "high": pytest.approx(0.9433, abs=1e-4),
+        "n": 10,
+    }
+    assert set(result) == {"tasks", "all", "closed", "meaning"} and result["tasks"]["open"]["mean"] == 1.0
+    evaluation = {"students": {"stage1": result, "stage2": summarize(records([0.5]))}, "floors": {}, "differences": {}}
+    lines = format_table(evaluation).splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed"]
+    assert lines[3].split() == ["meaning", "-", "0.800", "[0.49,", "0.94]", "-"]

@@ -78,6 +78,20 @@ def test_page_of_a_complete_run(run: Path) -> None:
     assert not list(run.glob("*.tmp*"))
 
 
+def test_meaning_of_open_answers_has_a_row(run: Path) -> None:
+    lead = "state color, shape and place correctly"
+    text, page = read(write_report(run))
+    assert lead not in page.text and '<th scope="row">meaning</th>' not in text
+    evaluation = made_evaluation()
+    evaluation["students"]["stage2"]["meaning"] = {"mean": 0.625, "low": 0.51, "high": 0.73, "n": 75}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text, page = read(write_report(run))
+    assert lead in page.text and page.text.count("62.5 [51.0, 73.0]") >= 1
+    # In the table of scores; no differences are measured. The other students have dashes.
+    assert '<th scope="row">meaning</th><td>75</td><td>–</td><td>–</td><td>–</td><td>62.5 [51.0, 73.0]</td>' in text
+    assert text.count('<th scope="row">meaning</th>') == 1
+
+
 def test_hover_data_are_the_logged_values(run: Path) -> None:
     _, page = read(write_report(run))
     plots = [json.loads(a["data-plot"]) for t, a in page.tags if t == "svg" and "data-plot" in a]
