@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from material import WORLD, tiny_settings
 
 from rmsd_fast.config import DataConfig, EvaluateConfig, RunConfig, SettingsError, TeacherConfig
 from rmsd_fast.data.errors import DataError
+from rmsd_fast.made.meaning import meaning_score
+from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.stages.inputs import read_inputs
+from rmsd_fast.stages.material import prepare_material
 
 GOOD = {"question": "What is poured?", "task_type": "mcq", "options": ["tea", "milk"], "answer": "B"}
 
@@ -121,3 +125,20 @@ def test_requesting_more_answers_than_the_pool_has_is_refused(folder):
     files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
     with pytest.raises(SettingsError, match=r"teacher\.responses: expected at most 1, .*pool\.jsonl, got 4"):
         read_inputs(RunConfig(), files, dict.fromkeys(files, ""))
+
+
+def test_generated_material_follows_its_settings(tmp_path):
+    changes = ["made.tasks=[open,temporal]", "made.questions_per_clip=2", "made.teacher=biased"]
+    material = prepare_material(tiny_settings(tmp_path, *changes, "made.wording=paraphrased"), WORLD)
+    assert [q.task_type for q in material.train].count("open") == 12 and len(material.train) == 24
+    assert {q.task_type for q in material.heldout} == {"open", "temporal"}
+    # Of 48 intervals, 5% are exact and 10% break the format.
+    exact = [a.quality == 1 for q in material.train if q.task_type == "temporal" for a in material.scores[q.id]]
+    assert len(exact) == 48 and sum(exact) < 12
+    answers = [(q, parse_answer(a.text, "open")) for q in material.train if q.task_type == "open"
+               for a in material.scores[q.id] if a.valid]  # fmt: skip
+    right = [text for q, text in answers if meaning_score(text, q.meta["made"])]
+    assert 0 < len(right) < len(answers) and all(" at the " not in text for text in right)
+    # Another teacher has a pool of its own beside the same clips.
+    other = prepare_material(tiny_settings(tmp_path, *changes), WORLD)
+    assert other.files["train"] == material.files["train"] and other.files["pool"] != material.files["pool"]
