@@ -111,8 +111,7 @@ def enable_shared_prefix(model: nn.Module) -> None:
     if before[_text_part(model)] != SHARED_PREFIX:
         text.attention_before_shared_prefix = before
     if not _checks_inputs(model):
-        # The hook remains when sharing is disabled. It then rejects a plan, which the model's own attention would
-        # ignore.
+        # The hook remains when sharing is disabled. It then rejects plans, which the model's attention would ignore.
         text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 

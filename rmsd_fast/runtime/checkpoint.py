@@ -96,8 +96,7 @@ def save_checkpoint(
         if world.is_main:
             make_folder(root)
             for leftover in root.glob("*.tmp"):
-                # On NFS, files in use can remain after they are removed. Only the folder of this checkpoint has to be
-                # removed.
+                # On NFS, files in use can remain after they are removed. Only this checkpoint's folder must be removed.
                 shutil.rmtree(leftover, ignore_errors=leftover != tmp) if leftover.is_dir() else leftover.unlink()
             tmp.mkdir()
         return {}

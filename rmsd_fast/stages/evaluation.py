@@ -1,5 +1,4 @@
-"""Evaluate a student: greedy answers to held-out questions, scores per task type with 95% intervals, and their
-files."""
+"""Evaluate a student: greedy answers to held-out questions, scores by task type with 95% intervals, and files."""
 
 from __future__ import annotations
 
