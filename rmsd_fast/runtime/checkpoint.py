@@ -160,10 +160,10 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     barrier(world)
     name = tmp.with_name(tmp.stem.removeprefix("."))
     if texts["fault"]:
-        raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints remain")
+        raise RuntimeError(f"{name} could not be written ({texts['fault']}); previous checkpoints remain")
     if texts["refused"]:
         raise CheckpointError(
-            f"{name} could not be written ({texts['refused']}); former checkpoints remain; fix the cause and resume"
+            f"{name} could not be written ({texts['refused']}); previous checkpoints remain; fix the cause and resume"
         )
     if world.is_main:
         log.warning(
@@ -361,7 +361,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
         raise CheckpointError(
             "this run differs from the run to continue (values of files and stage1 are hashes of their contents):\n  "
             + "\n  ".join(changes)
-            + "\nrestore the former settings and data, or continue anyway with --allow-changes"
+            + "\nrestore the previous settings and data, or continue anyway with --allow-changes"
         )
     return changes
 
