@@ -39,7 +39,7 @@ PairTotals pair_totals(const A* a, const B* b, int64_t vocab, float inverse) {
     if (block.top_a > total.base_a || block.top_b > total.base_b) {
       const float base_a = std::max(total.base_a, block.top_a), base_b = std::max(total.base_b, block.top_b);
       block = pair_sums(u_a, u_b, n, live(base_a), live(base_b), inverse);
-      // A row without a finite logit so far has sums of 0 (or NaN), or a k that stays infinite.
+      // If a row has no finite logit so far, its sums are 0 (or NaN), or its k stays infinite.
       const double step_a =
           total.base_a == kMinusInfinity ? 0.0 : (static_cast<double>(total.base_a) - base_a) * inverse;
       const double step_b =

@@ -1,14 +1,14 @@
-// Rows of a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any linear
+// Row ops on a head's logits on CPU: log-prob, entropy, log-sum-exp and exact KL, and the gradient of any linear
 // combination of them.
 //
 //   z_v = cap(logit_v + bias_v) / temperature    cap(x) = softcap * tanh(x / softcap)
-//   lse = log sum exp z    log p_v = z_v - lse    logp = min(log p_y, 0)    H = -sum p log p    KL = sum p (log p - log
-//   r)
+//   lse = log sum exp z    log p_v = z_v - lse    logp = min(log p_y, 0)    H = -sum p log p
+//   KL = sum p (log p - log r)
 //
 // Bias, softcap and temperature are optional. The logit of the target y is target_logit. The first pass computes the
-// statistics, the second one writes the gradient in place. A row of 151936 columns (608 KB in float32) stays in the L2
-// cache between them, so memory is read once and written once. The first pass sums exp(z - base) for a running maximum
-// `base`, in float32 within a piece and in double across pieces.
+// statistics, and the second pass writes the gradient in place. A row of 151936 columns (608 KB in float32) stays in
+// the L2 cache between them, so memory is read once and written once. The first pass sums exp(z - base) for a running
+// maximum `base`, in float32 within a piece and in double across pieces.
 
 #include "head_rows.h"
 
@@ -17,7 +17,7 @@
 namespace rmsd {
 namespace {
 
-// The parameters of u. The logit of column `target` is replaced by `target_logit`; target = -1 replaces nothing.
+// The parameters of u. The logit of column `target` is replaced by `target_logit`; target = -1 means no replacement.
 struct Head {
   const float* bias;
   float softcap;  // 0: none
@@ -35,7 +35,7 @@ struct Reference {
 
 struct RowResult {
   double logp, entropy, lse, full_kl;
-  float base;      // value that is subtracted before exponentiation
+  float base;      // value subtracted before exponentiation
   double log_sum;  // lse = base / temperature + log_sum
 };
 
@@ -105,7 +105,7 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
     const bool direct = head.plain() && ref.logits == nullptr && !has_target;
     const float* u = direct ? nullptr : block_of(row, head, start, n, buffer);
     if (has_target) {
-      // The value that is added to the sum, so that logp is exactly 0 if the target is the only term.
+      // Use the value that is added to the sum, so that logp is exactly 0 if the target is the only term.
       u_target = u[head.target - start];
     }
     if (ref.logits != nullptr) {
@@ -119,7 +119,7 @@ RowResult score_row(const T* row, int64_t vocab, const Head& head, double temper
         return sums(u, n, against, inverse);
       }
       // If both heads agree, z - base - log r equals log sum exp(z - base) in every column. It is subtracted from the
-      // terms, because otherwise the sum would lose digits. An implausible value, from a column without weight, is
+      // terms, because otherwise the sum would lose precision. An implausible value from a column without weight is
       // harmless.
       const float shift = std::fmin(std::fmax((u[0] - against) * inverse - log_r[0], 0.0f), 16.0f);
       Sums block = sums_against(u, log_r, n, against, inverse, shift);
@@ -244,7 +244,7 @@ Coefficients policy_coefficients(const Policy& policy, int64_t t, float logp) {
   return {scale * g, -scale * policy.entropy_coef, policy.kl == kFull ? scale * policy.kl_coef : 0.0};
 }
 
-// The arguments that all three ops take, as pointers.
+// The arguments of all three ops, as pointers.
 struct Rows {
   int64_t count, vocab, stride;
   bool is_float;
@@ -339,7 +339,8 @@ void for_rows(const Rows& rows, void* data, const Each& each) {
 HeadStats row_score(const HeadArguments& arguments) {
   const Rows rows("row_score", arguments);
   const Output out(arguments.target_logit, rows);
-  // The logits are only read here. The cast is needed because for_rows passes writable pointers for the other ops.
+  // The logits are only read here. The cast is needed because for_rows passes writable pointers to support the other
+  // ops.
   for_rows(rows, const_cast<void*>(arguments.logits.const_data_ptr()), [&](const auto* row, int64_t t) {
     out.put(t, score_row(row, rows.vocab, rows.head(t), rows.temperature_of(t), rows.reference(t)));
   });

@@ -10,7 +10,7 @@
 namespace rmsd {
 
 // logits and ref_logits [n, V] are float32 or bfloat16, and their rows may be strided. targets [n] is int64. bias [V]
-// and the other vectors [n] are contiguous float32. ref_* belong to the reference head: ref_logits, ref_lse and
+// and the other vectors [n] are contiguous float32. ref_* belongs to the reference head: ref_logits, ref_lse and
 // ref_logp are all present or all absent, and ref_bias is optional.
 struct HeadArguments {
   const torch::stable::Tensor &logits, &targets, &target_logit;

@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rmsd_kernels, m) {
   m.def(
       "video_patches(Tensor frames, int height, int width, int patch, int temporal, int merge, Tensor mean, Tensor std, "
       "ScalarType dtype) -> Tensor");
-  // For tests: use at most this instruction set (0 portable, 1 AVX2, 2 AVX512) from now on; returns the one in use.
+  // For tests: limits the instruction set (0 portable, 1 AVX2, 2 AVX512) from now on; returns the level in use.
   m.def("cpu_level(int limit) -> int");
 }
 

@@ -1,4 +1,4 @@
-// Shared by the row ops: reading a row as float32 blocks, and checks of arguments.
+// Shared code of the row ops: reading a row as float32 blocks, and argument checks.
 
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr int64_t kGrain = 64 * 1024;  // with fewer logits per task, threads co
 
 inline int64_t rows_per_task(int64_t vocab) { return std::max<int64_t>(1, kGrain / vocab); }
 
-// Prefetches the block after the one at x. The hardware prefetcher stops at each page, and does not read far enough
+// Prefetches the block after the block at x. The hardware prefetcher stops at each page, and does not read far enough
 // ahead in these slow loops.
 template <typename T>
 void prefetch_next_block(const T* x, int64_t n) {

@@ -80,7 +80,7 @@ INLINE ScaledExp split_exp(float x) {
   return {as_float((as_bits(shifted) << 23) + 0x3f800000u), p * (r * r) + r};
 }
 
-// Returns max(z, -88), and NaN for NaN. The exponential is 0 at -88 already, and 0 times a finite number is 0.
+// Returns max(z, -88), and NaN for NaN. The exponential is already 0 at -88, and 0 times a finite number is 0.
 INLINE float bounded(float z) { return z < -88.0f ? -88.0f : z; }
 
 // Returns e^z for z <= 0 (or slightly above), and 0 below kSmallestExponent.
@@ -106,8 +106,9 @@ INLINE float log_positive(float x) {
   return n * kLn2High + (f + (n * kLn2Low + (square * f * p - 0.5f * square)));
 }
 
-// Prefetches what the loop will read `ahead` bytes later. The rows come from memory, and the hardware prefetcher stops
-// at every 4 KB page. Measured on AVX512: saves 20% of the first pass over rows in memory.
+// Prefetches the data that the loop will read `ahead` bytes later. The rows come from memory, and the hardware
+// prefetcher stops at every 4 KB page. On AVX512, this saves 20% of the time of the first pass over rows in memory
+// (measured).
 constexpr int64_t kAhead = 2048;
 INLINE void prefetch(const void* from, int64_t bytes, int64_t ahead) {
   const char* p = static_cast<const char*>(from) + ahead;
@@ -116,8 +117,8 @@ INLINE void prefetch(const void* from, int64_t bytes, int64_t ahead) {
   }
 }
 
-// Returns a piece of a row as float32. The conversion is a separate loop, because with a 16-bit type in it, the loop
-// below would use vectors of half the width.
+// Returns a piece of a row as float32. The conversion is a separate loop, because the loop below would use vectors of
+// half the width if it contained a 16-bit type.
 INLINE const float* as_floats(const float* u, int64_t, float*) { return u; }
 INLINE const float* as_floats(const uint16_t* u, int64_t n, float* buffer) {
 #pragma omp simd
@@ -141,7 +142,7 @@ INLINE Sums sums_body(const T* u, int64_t n, float base, float inverse) {
       const float x = piece[i];
       top = top < x ? x : top;
       float z = (x - base) * inverse;
-      // Cheaper than exact zeros: a masked logit adds at most 1.7e-38 to a sum of at least 1.
+      // This is cheaper than exact zeros: a masked logit adds at most 1.7e-38 to a sum of at least 1.
       z = z < kSmallestExponent ? kSmallestExponent : z;
       const ScaledExp split = split_exp(z);
       const float e = split.scale * split.q + split.scale;
@@ -250,7 +251,7 @@ INLINE void add_bias_body(const float* u, const float* bias, int64_t n, float* o
 }
 
 // With e = e^(-2|a|) and t = e - 1, tanh |a| = -t / (2 + t) = 1 - 2 e / (2 + t). The first form is accurate near 0; the
-// second one rounds once where tanh is near 1. 1 - tanh^2 = 4 e / (2 + t)^2.
+// second form rounds only once where tanh is near 1. 1 - tanh^2 = 4 e / (2 + t)^2.
 template <bool kSlope>
 INLINE void cap_body(const float* u, int64_t n, float softcap, float* out, float* slope) {
   const float factor = -2.0f / softcap;
@@ -263,7 +264,7 @@ INLINE void cap_body(const float* u, int64_t n, float softcap, float* out, float
     const bool small = a > -1.0f;
     float ratio = small ? -t : 2.0f * e;
     if constexpr (kSlope) {
-      // One division for both. The gradient tolerates one more rounding; the log-sum-exp does not.
+      // Use one division for both. The gradient tolerates an additional rounding; the log-sum-exp does not.
       const float below = 1.0f / (2.0f + t);
       slope[i] = 4.0f * e * below * below;
       ratio *= below;
@@ -378,7 +379,7 @@ int limit_cpu_level(int limit) { return level = std::clamp(limit, static_cast<in
 
 int cpu_level() { return level; }
 
-// Defines the function in three builds, and the function of row_kernels.h that chooses among them.
+// Defines the function in three builds, and the function in row_kernels.h that chooses among them.
 #define DISPATCH(returns, name, label, body, parameters, arguments)                                    \
   namespace {                                                                                          \
   TARGET_AVX512 __attribute__((noinline)) returns label##_avx512 parameters { return body arguments; } \

@@ -18,7 +18,7 @@ constexpr int64_t kShort = 128;   // for sums of which large parts cancel later
 
 // The instruction sets of the loops; also the argument and result of the op cpu_level.
 enum CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-// Uses at most `limit` from now on, and at most what the processor supports; returns the level in use.
+// Limits the instruction set to `limit` from now on, and to the support of the processor; returns the level in use.
 int limit_cpu_level(int limit);
 int cpu_level();
 
@@ -88,7 +88,7 @@ MixtureSums mixture_sums(const float* q, const float* p, int64_t n, const Mixtur
 // x = factor * exp((x - c) * inverse), in place.
 void scaled_exp(float* x, int64_t n, float c, float inverse, float factor);
 void scaled_exp(uint16_t* x, int64_t n, float c, float inverse, float factor);
-// The same with GradientTerms, without log r.
+// The same as with GradientTerms, but without log r.
 void entropy_gradient(float* x, int64_t n, const GradientTerms& t);
 void entropy_gradient(uint16_t* x, int64_t n, const GradientTerms& t);
 // g = the expression of GradientTerms for u and log_r (null: no such term), times slope (null: 1). g may be u.

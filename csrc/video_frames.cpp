@@ -1,6 +1,5 @@
-// Bicubic, antialiased resize of uint8 frames on CPU, and their conversion to the normalised patches of a vision tower.
-//
-// The resize equals torch.nn.functional.interpolate for uint8 on CPU bit for bit: cubic weights (a = -0.5) stretched by
+// Bicubic, antialiased resize of uint8 frames on CPU, and their conversion to the normalized patches of a vision tower.
+//The resize is bit-identical to torch.nn.functional.interpolate for uint8 on CPU: cubic weights (a = -0.5) stretched by
 // the downscaling factor, as 16-bit integers with one precision per axis; x first, rounded to uint8, then y. An axis
 // that keeps its size gets a single weight of 1, which is exact.
 //
@@ -71,7 +70,7 @@ Axis make_axis(int64_t in, int64_t out) {
   while (axis.precision < 22 && static_cast<int>(0.5 + largest * (1 << (axis.precision + 1))) < (1 << 15)) {
     ++axis.precision;
   }
-  // Output pixels beyond the last are not used, but loops that process several at a time read them.
+  // Output pixels after the last one are not used, but loops that process several pixels at a time read them.
   const int64_t padded = round_up(out, kPixelStep);
   axis.start.assign(padded, static_cast<int32_t>(starts[out - 1] / 2 * 2));
   axis.weights.assign(padded * 2 * axis.pairs, 0);
@@ -192,7 +191,7 @@ void write_patches(const Frames& frames, const Axis& x, const Axis& y, const Pat
   const int64_t area = grid.patch * grid.patch, values = grid.values(frames.channels);
   const int64_t group_values = grid.rows * grid.columns * values;
   const PatchRow to{grid.patch, grid.merge, grid.columns, values};
-  // Frames that need no resize and have adjacent pixels are read in place.
+  // Frames that do not need a resize and have adjacent pixels are read in place.
   const bool in_place = frames.height == frames.in_height && frames.width == frames.in_width && frames.sx == 1;
   const int64_t groups = (frames.count + grid.temporal - 1) / grid.temporal;
   torch::stable::parallel_for(0, groups, kFrameGrain, [&](int64_t begin, int64_t end) {
@@ -229,15 +228,16 @@ void write_patches(const Frames& frames, const Axis& x, const Axis& y, const Pat
 }
 
 // Large results get new pages from the system. With 4 KB pages, the page faults cost as much as all the work on the
-// pixels (64 frames of 720p, 286 MB: 0.20 s with small pages, 0.11 s with large ones). From 32 MB on, glibc's malloc
-// maps every block separately, so the advice ends with the block. Non-temporal stores were not faster (0.10 s).
+// pixels (64 frames of 720p, 286 MB: 0.20 s with small pages, 0.11 s with large ones). For blocks of 32 MB or more,
+// glibc's malloc maps every block separately, so the advice ends with the block. Non-temporal stores were not faster
+// (0.10 s).
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   if (bytes >= (int64_t{32} << 20)) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-    // This is only advice: a system that does not support it ignores it.
+    // This is only advice, and systems that do not support it ignore it.
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #else

@@ -1,4 +1,4 @@
-// The loops of video_kernels.h. The portable ones are here; video_loops.inl has those with vector instructions.
+// The loops of video_kernels.h. The portable loops are here; video_loops.inl has the loops with vector instructions.
 
 #include "video_kernels.h"
 
@@ -39,7 +39,7 @@ inline void from_float(float x, Half* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-  // Changes the exponent bias from 127 to 15 and rounds 13 bits of the mantissa off.
+  // Changes the exponent bias from 127 to 15 and rounds off 13 bits of the mantissa.
   const uint32_t normal = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
   // Below 2^-14, float16 numbers are as far apart as float32 numbers at 0.5, so adding 0.5 rounds.
   float magnitude;
@@ -53,8 +53,8 @@ inline void from_float(float x, Half* to) {
 }
 using rmsd::from_float;
 
-// Processes one patch at a time. Its pixels are first made adjacent, so that the second loop is the same for every
-// patch size. The function is inlined into each build and compiled with its instruction set.
+// Processes one patch at a time. Its pixels are first copied to adjacent memory, so that the second loop is the same
+// for every patch size. The function is inlined into each build and compiled with its instruction set.
 template <typename T>
 inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int64_t stride, const PatchRow& to,
                                                         float mean, float std, T* out) {
@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int
     T* at = out + (w / to.merge * to.merge * to.merge + w % to.merge) * to.stride;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      // Dividing, instead of multiplying by 1 / std, gives the same bits as torch. The stores take longer anyway.
+      // Division, instead of multiplication by 1 / std, gives the same bits as torch. The stores take longer anyway.
       from_float((static_cast<float>(tile[i]) - mean) / std, at + i);
     }
   }
@@ -75,7 +75,7 @@ inline __attribute__((always_inline)) void patches_body(const uint8_t* rows, int
 
 namespace portable {
 
-// Processes rows in parallel as in video_loops.inl, in loops of fixed length that compilers vectorise.
+// Processes rows in parallel as in video_loops.inl, in loops of fixed length that compilers vectorize.
 void along_x(const RowBlock& rows, const Axis& x, Columns& room, uint8_t* out, int64_t stride, int64_t plane) {
   int16_t* columns = reinterpret_cast<int16_t*>(room.pairs.data());  // [pixel][C][row]
   const int64_t channels = rows.channels;

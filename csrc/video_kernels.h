@@ -18,7 +18,7 @@ constexpr int64_t kMaxPatch = 64;
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The resize of one axis: out[i] = (round + sum_k weight[i][k] * in[start[i] + k]) >> precision, clamped to 0..255.
-// Starts are even and never decrease. Weights beyond the taps are 0; start + k may lie beyond the input there.
+// Starts are even and never decrease. Weights beyond the taps are 0; start + k may be beyond the input there.
 struct Axis {
   int64_t in, out;
   int64_t pairs;                 // pairs of weights per output pixel
@@ -30,7 +30,7 @@ struct Axis {
   int32_t round() const { return int32_t{1} << (precision - 1); }
 };
 
-// Input rows of one frame; rows beyond the last repeat it. Row r, pixel x, channel c is row[r][x * sx + c * sc].
+// Input rows of one frame; rows after the last one repeat it. Row r, pixel x, channel c is row[r][x * sx + c * sc].
 struct RowBlock {
   const uint8_t* row[kBlockRows];
   int64_t channels, sx, sc;
@@ -66,7 +66,7 @@ struct VideoLoops {
   void (*patches_f16)(const uint8_t* rows, int64_t stride, const PatchRow& to, float mean, float std, Half* out);
 };
 
-// Returns the build for the processor, or for the level to which the op cpu_level limits it.
+// Returns the build for the processor, or for the limit set by the op cpu_level.
 const VideoLoops& video_loops();
 
 }  // namespace rmsd

@@ -1,4 +1,4 @@
-// The loops of video_kernels.h in vectors of RMSD_LANES lanes of 16 bytes. video_kernels.cpp includes this file once
+// The loops of video_kernels.h with vectors of RMSD_LANES lanes of 16 bytes. video_kernels.cpp includes this file once
 // per instruction set. Instructions work lane by lane; V(name) is an intrinsic.
 //
 // In the pass along x, a vector holds 4 rows per lane, 32 bits per row: two adjacent pixels of the row as 16-bit

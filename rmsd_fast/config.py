@@ -129,9 +129,10 @@ class VideoConfig:
     """Conversion of media to vision tokens."""
 
     num_frames: int | None = number(16, least=2)
-    """Frames sampled per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Excludes `fps`."""
+    """Frames sampled per video, evenly spaced (2603.11423: 16 in training, 64 in evaluation). Do not combine with
+    `fps`."""
     fps: float | None = number(None, above=0)
-    """Frames sampled per second, within [min_frames, max_frames]. Excludes `num_frames`."""
+    """Frames sampled per second, within [min_frames, max_frames]. Do not combine with `num_frames`."""
     min_frames: int = number(4, least=2)
     """Minimum number of frames with `fps` (Qwen3-VL's processor: 4). It must be at least one temporal patch, which is 2
     frames in all Qwen3-VL models."""

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the evaluation picture, not the page")
     arguments = parser.parse_args(argv)
     if arguments.output and arguments.picture:
-        parser.error("--output and --picture exclude each other: with --picture no page is written; leave one out")
+        parser.error("--output and --picture cannot be combined: with --picture no page is written; leave one out")
     try:
         if arguments.picture:
             path = write_picture(arguments.run, arguments.picture)

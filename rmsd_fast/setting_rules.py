@@ -60,7 +60,7 @@ def check_together(settings: RunConfig) -> None:
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
-            "video.num_frames and video.fps exclude each other: write video.num_frames=null with video.fps=2, "
+            "video.num_frames and video.fps cannot both be set: write video.num_frames=null with video.fps=2, "
             f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
         )
     for low, high in (

@@ -172,7 +172,7 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, l
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {names}")
     if str(path) in seen:
-        raise SettingsError(f"recipe {recipe}: 'base' leads back to itself: {' -> '.join((*seen, str(path)))}")
+        raise SettingsError(f"recipe {recipe}: 'base' refers back to itself: {' -> '.join((*seen, str(path)))}")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:

@@ -109,8 +109,7 @@ def _run_stages(run: TrainingRun) -> None:
 
 
 def finish(run: TrainingRun) -> None:
-    """Write the report. The run is complete at this point, so a failure to write the report is not an error of the
-    run."""
+    """Write the report. The run is complete at this point, so a failure here is not an error of the run."""
     write_facts(run, finished=True)
     try:
         write_report(run.folder)

@@ -44,7 +44,7 @@ def resolve_impl(
         reason = _why_not_triton(device, dtype, triton_dtypes)
         if reason:
             raise RuntimeError(
-                f"impl: 'auto' means 'triton' for CUDA tensors, which cannot serve this call: {reason}; "
+                f"impl: 'auto' means 'triton' for CUDA tensors, which does not support this call: {reason}; "
                 "or use impl='torch'"
             )
         return "triton"
@@ -56,7 +56,7 @@ def resolve_impl(
     elif impl == "native":
         reason = _why_not_native(device, dtype, native_dtypes) if native_form else "csrc/ does not implement this loss"
     if reason:
-        raise RuntimeError(f"impl: {impl!r} cannot serve this call: {reason}; use 'auto' or 'torch'")
+        raise RuntimeError(f"impl: {impl!r} does not support this call: {reason}; use 'auto' or 'torch'")
     return impl
 
 

@@ -63,8 +63,7 @@ def _reduction_flags() -> list[tuple[Callable, Callable]]:
 
 
 def _as_tuple(flags: bool | tuple[bool, ...]) -> tuple[bool, ...]:
-    """Return the flags in the format of the setter. A torch without the second flag has a getter that returns a
-    bool."""
+    """Return the flags in the format of the setter. Older torch has one flag, and its getter returns a bool."""
     return flags if isinstance(flags, tuple) else (flags,)
 
 
@@ -163,8 +162,7 @@ def _flatten(record: Any, value: Any, into: list) -> None:
 
 
 def first_order(backward: Callable) -> Callable:
-    """Make a backward raise under create_graph=True, because its result is a constant to autograd and terms would be
-    lost."""
+    """Make a backward raise under create_graph=True: autograd treats its result as constant, so terms would be lost."""
 
     @functools.wraps(backward)
     def run(ctx, *gradients):

@@ -29,8 +29,7 @@ _FLOATS = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Variant(NamedTuple):
-    """A kernel with a choice of arguments: Triton type names of the arguments that are not None, and constexpr
-    values."""
+    """A kernel with a choice of arguments: Triton type names of arguments other than None, and constexpr values."""
 
     name: str
     kernel: Any

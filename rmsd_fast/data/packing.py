@@ -250,7 +250,7 @@ def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tupl
             vision_tokens = vision_ids.intersection(response.tolist())
             if vision_tokens:
                 raise ValueError(
-                    f"{name} contains the vision token {min(vision_tokens)}, which the model would take for a medium "
+                    f"{name} contains the vision token {min(vision_tokens)}, which the model would treat as a medium "
                     "or its delimiter; ban it in generation, or leave the response out"
                 )
     flat = [response for answers in responses for response in answers]

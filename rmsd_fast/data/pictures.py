@@ -187,8 +187,7 @@ def _raw_mode(image: Any) -> str:
 
 
 def _refuse_deep_color_key(path: str, image: Any) -> None:
-    """Reject a 16-bit transparent color: Pillow keeps only 8 of its bits, so other colors may become transparent
-    too."""
+    """Reject a 16-bit transparent color: Pillow keeps only 8 bits, so it may match other colors."""
     if "transparency" in image.info and _raw_mode(image) == "RGB;16B":
         raise MediaError(
             f"{path}: expected transparency as an alpha channel, got a 16-bit transparent color; save it as an "

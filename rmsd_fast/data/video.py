@@ -57,7 +57,7 @@ class MediaRequest:
         preprocessor: the model's preprocessing settings.
         span: start and end in seconds on the file's clock (None = open); None instead of both reads the whole video.
         check_frames: whether to reject videos whose frames show damage (see `check_frames`).
-        max_file_mib: refuse larger files.
+        max_file_mib: maximum file size; larger files are rejected.
     """
 
     path: str
@@ -115,8 +115,7 @@ def read_layout(request: MediaRequest) -> MediaLayout:
     with _opened(request) as media:
         if request.kind == "image":
             return MediaLayout((), request.preprocessor.grid(1, *_sized(request, *picture_size(media))), "image")
-        # The headers may count frames that an edit list removes, or no frames. Scanning a file costs less than hashing
-        # it.
+        # The headers may count frames that an edit list removes, or no frames. Scanning a file is cheaper than hashing.
         clip = open_clip(media)
         indices = _choose(request, clip)
         size = _sized(request, *clip.shown, len(indices))
@@ -195,8 +194,7 @@ class PreviewRequest:
         kind: "video" or "image".
         count: number of frames of a video; fewer if the video has fewer.
         longest_px: longer side of the result in pixels.
-        max_file_mib: refuse larger files.
-        span: part of the video to take frames from, as in MediaRequest.
+        x of the video to take frames from, as in MediaRequest.
     """
 
     path: str

@@ -246,8 +246,7 @@ class FusedGRPOMixin:
             return None, batch * self.max_completion_length * steps
         if self.loss_type == "luspo":
             return None, batch * steps
-        # dapo divides by the tokens of the whole generation batch, scaled in training to the share of one optimizer
-        # step.
+        # dapo divides by the tokens of the whole generation batch, scaled to one optimizer step in training.
         normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         return None, normalizer * steps / self.args.steps_per_generation if self.model.training else normalizer
 

@@ -111,8 +111,7 @@ def enable_shared_prefix(model: nn.Module) -> None:
     if before[_text_part(model)] != SHARED_PREFIX:
         text.attention_before_shared_prefix = before
     if not _checks_inputs(model):
-        # The hook remains when sharing is disabled. It then rejects a plan, which the model's own attention would
-        # ignore.
+        # The hook remains when sharing is disabled. It then rejects plans, which the model's attention would ignore.
         text.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 
@@ -193,7 +192,7 @@ def run_shared_prefix(body: nn.Module, plan: SharedPrefixPlan | AttendsItself, *
         )
     _refuse_mask_and_cache(type(body).__name__, inputs)
     if inputs.pop("use_cache", False):
-        raise ValueError(f"{type(body).__name__}: shared-prompt attention cannot take use_cache; {_ADVICE}")
+        raise ValueError(f"{type(body).__name__}: shared-prompt attention does not support use_cache; {_ADVICE}")
     if inputs.get("adapter_names") is not None:
         raise ValueError(
             f"{type(body).__name__}: adapter_names is read only by peft's wrapper; call model.set_adapter(name) instead"
@@ -346,7 +345,7 @@ def _shared_prefix_forward(
     """Compute one layer's attention with the signature of transformers: [B, H, L, d] in, [B, L, H, d] out."""
     what = _refused(attention_mask, dropout, kwargs)
     if what:
-        raise ValueError(f"{type(module).__name__}: shared-prompt attention cannot take {what}; {_ADVICE}")
+        raise ValueError(f"{type(module).__name__}: shared-prompt attention does not support {what}; {_ADVICE}")
     if shared_prefix is None:
         raise RuntimeError(f"{type(module).__name__}: shared-prompt attention expected a plan, got none; {_ADVICE}")
     if not isinstance(shared_prefix, SharedPrefixPlan):
@@ -401,7 +400,7 @@ def _check_inputs(text: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _refuse_mask_and_cache(name: str, inputs: dict[str, Any]) -> None:
     for what in ("attention_mask", "past_key_values"):
         if inputs.get(what) is not None:
-            raise ValueError(f"{name}: shared-prompt attention cannot take {what}; {_ADVICE}")
+            raise ValueError(f"{name}: shared-prompt attention does not support {what}; {_ADVICE}")
 
 
 class _CountedCache:

@@ -273,7 +273,7 @@ def _same(a: Frames, b: Frames) -> bool:
 
 
 def _sample(frames: Frames) -> tuple:
-    """Return a key or a sample of the pixels. Different media rarely have equal samples, so few videos are fully
+    """Return a key or a sample of the pixels. Samples of different media are rarely equal, so few videos are
     compared."""
     if frames.key:
         return frames.grid_thw, frames.key

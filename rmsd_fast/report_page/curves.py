@@ -61,7 +61,7 @@ GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
             ),
             Chart(
                 "Length correlation",
-                "between length and score of the answers to a question; far from 0: the discriminator judges length",
+                "between length and score of the answers to a question; far from 0: the discriminator judges by length",
                 (("discriminator/length_correlation", "correlation"),),
                 y_range=(-1.0, 1.0),
                 warn=((LENGTH_BIAS, f"{LENGTH_BIAS}"), (-LENGTH_BIAS, f"{-LENGTH_BIAS}")),

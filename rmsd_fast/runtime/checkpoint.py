@@ -96,8 +96,7 @@ def save_checkpoint(
         if world.is_main:
             make_folder(root)
             for leftover in root.glob("*.tmp"):
-                # On NFS, files in use can remain after they are removed. Only the folder of this checkpoint has to be
-                # removed.
+                # On NFS, files in use can remain after they are removed. Only this checkpoint's folder must be removed.
                 shutil.rmtree(leftover, ignore_errors=leftover != tmp) if leftover.is_dir() else leftover.unlink()
             tmp.mkdir()
         return {}
@@ -161,10 +160,10 @@ def _together(work: Callable[[], dict[str, Any]], tmp: Path, world: World) -> li
     barrier(world)
     name = tmp.with_name(tmp.stem.removeprefix("."))
     if texts["fault"]:
-        raise RuntimeError(f"{name} could not be written ({texts['fault']}); former checkpoints remain")
+        raise RuntimeError(f"{name} could not be written ({texts['fault']}); previous checkpoints remain")
     if texts["refused"]:
         raise CheckpointError(
-            f"{name} could not be written ({texts['refused']}); former checkpoints remain; fix the cause and resume"
+            f"{name} could not be written ({texts['refused']}); previous checkpoints remain; fix the cause and resume"
         )
     if world.is_main:
         log.warning(
@@ -362,7 +361,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], *, al
         raise CheckpointError(
             "this run differs from the run to continue (values of files and stage1 are hashes of their contents):\n  "
             + "\n  ".join(changes)
-            + "\nrestore the former settings and data, or continue anyway with --allow-changes"
+            + "\nrestore the previous settings and data, or continue anyway with --allow-changes"
         )
     return changes
 

@@ -88,8 +88,7 @@ class JsonLines:
 
     def _write_pending(self) -> None:
         while self._pending:
-            # Remove the line from the queue before writing it, so that an interrupt cannot cause it to be written
-            # twice.
+            # Remove the line from the queue before writing it, so that an interrupt cannot cause a second write.
             line = self._pending.popleft()
             if fault := self._write(line):
                 self._pending.appendleft(line)

@@ -229,8 +229,7 @@ def progress_parts(
 
 
 def fit_line(parts: list[str], width: int, phase: str = "") -> str:
-    """Join as many fields as fit into `width` columns together with the phase. Only the first field may be
-    truncated."""
+    """Join the fields that fit into `width` columns together with the phase. Only the first may be truncated."""
     room = width - (len(phase) + 2 if phase else 0)
     # The first field is always shown, even if the terminal is too narrow for it.
     line = parts[0]

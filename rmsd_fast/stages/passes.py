@@ -1,5 +1,4 @@
-"""Build the forward and backward passes of a step: micro-batches of prompts with their responses, as rows on the
-device."""
+"""Build the forward and backward passes of a step: micro-batches of prompts and responses, as rows on the device."""
 
 from __future__ import annotations
 

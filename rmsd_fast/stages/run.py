@@ -207,8 +207,7 @@ def _facts(path: Path) -> dict:
 
 
 def _losses(run: TrainingRun) -> str:
-    """Return the implementation of the heads that `auto` resolves to and, if it is the slow CPU fallback, the
-    reason."""
+    """Return the implementation of the heads that `auto` resolves to, with a reason for the slow CPU fallback."""
     chosen = losses_of(run.settings, run.world)
     return f"torch ({native.why_not()})" if chosen == "torch" and not native.available() else chosen
 

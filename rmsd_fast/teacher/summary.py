@@ -74,8 +74,7 @@ def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
-    """Warn about open questions whose answers look like answers to closed questions, separately for inferred task
-    types."""
+    """Warn about open questions with closed-looking answers, separately for inferred and specified task types."""
     answered = [question for question in questions if question.task_type == "open" and question.answer]
     closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
     inferred = [question for question in closed if "inferred" in question.meta]

@@ -275,5 +275,5 @@ def test_missing_library_is_reported(tmp_path):
         "except RuntimeError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "[1, 3, 2, 2]" in done.stdout and "'native' cannot serve this call" in done.stdout
+    assert "[1, 3, 2, 2]" in done.stdout and "'native' does not support this call" in done.stdout
     assert "was not built" in done.stdout

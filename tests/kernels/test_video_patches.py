@@ -150,7 +150,7 @@ def test_auto_uses_the_torch_form_if_nothing_was_built(monkeypatch):
     monkeypatch.setattr("rmsd_kernels.native.why_not", lambda: "taken away by this test")
     got = resize_frames(frames, height=24, width=32), video_patches(frames, height=32, width=64, **HALF)
     assert all(map(torch.equal, got, expected))
-    with pytest.raises(RuntimeError, match="'native' cannot serve this call: taken away by this test"):
+    with pytest.raises(RuntimeError, match="'native' does not support this call: taken away by this test"):
         resize_frames(frames, height=24, width=32, impl="native")
 
 
@@ -186,7 +186,7 @@ def test_torch_form_writes_into_out_and_keeps_one_pixel_axes_right():
         ({"mean": (0.5, float("nan"), 0.5)}, ValueError, "mean: expected a finite number, got nan"),
         ({"dtype": torch.float64}, TypeError, "dtype: expected float32, bfloat16 or float16, got torch.float64"),
         ({"impl": "reference"}, ValueError, "impl: expected one of 'auto', 'triton', 'native', 'torch'"),
-        ({"impl": "triton"}, RuntimeError, "'triton' cannot serve this call"),
+        ({"impl": "triton"}, RuntimeError, "'triton' does not support this call"),
     ],
 )
 def test_error_messages_of_refused_calls(change, error, message):

@@ -222,7 +222,7 @@ def test_pool_check_shows_counts_and_examples(files, capsys):
     assert "mcq           2        5  60.0%    20.0%   50.0%  two_answers 1, truncated 1" in printed
     assert "  two_answers: several different answers were given\n    1 k=3: 'A or B'" in printed
     assert (
-        "  truncated: the response was cut, at the token limit or by an error of the server\n    2 k=0: '<think>a'"
+        "  truncated: the response was cut off, at the token limit or by an error of the server\n    2 k=0: '<think>a'"
         in printed
     )
     assert "not used: 1 answer to ids that no question has (other)" in printed

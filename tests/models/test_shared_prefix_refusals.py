@@ -105,7 +105,7 @@ def test_models_that_share_a_config_are_enabled_separately() -> None:
     assert is_shared_prefix(second)
     inputs = {**pack_inputs(prompts, responses), "shared_prefix": plan_of(prompts, responses), "use_cache": False}
     ids = inputs.pop("input_ids")
-    with pytest.raises(ValueError, match="cannot take attention_mask"):
+    with pytest.raises(ValueError, match="does not support attention_mask"):
         second.model.language_model(ids, attention_mask=torch.ones_like(ids), **inputs)
     with pytest.raises(ModelError, match="not enabled on this model.*disable them there"):
         disable_shared_prefix(second)
@@ -155,7 +155,7 @@ class TestRefusedInputs:
             run_shared_prefix(model, plan, **inputs)
         with pytest.raises(ValueError, match="plan: expected a SharedPrefixPlan, got NoneType"):
             run_shared_prefix(model.model, None, **inputs)
-        with pytest.raises(ValueError, match="cannot take use_cache"):
+        with pytest.raises(ValueError, match="does not support use_cache"):
             run_shared_prefix(model.model, plan, **inputs, use_cache=True)
         hidden = run_shared_prefix(model.model, plan, **inputs, use_cache=False)
         assert torch.equal(hidden, run_shared_prefix(model.model, plan, **inputs))
@@ -182,9 +182,9 @@ class TestRefusedInputs:
     @pytest.mark.parametrize("mask", [torch.ones(1, 67, dtype=torch.int64), torch.ones(1, 1, 67, 67).bool()])
     def test_mask(self, case, mask: torch.Tensor) -> None:
         model, inputs, plan = case
-        with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take attention_mask"):
+        with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* does not support attention_mask"):
             run_shared_prefix(model.model, plan, **inputs, attention_mask=mask)
-        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take attention_mask"):
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* does not support attention_mask"):
             model.model(**inputs, shared_prefix=plan, attention_mask=mask, use_cache=False)
 
     def test_positional_mask(self, case) -> None:
@@ -196,9 +196,9 @@ class TestRefusedInputs:
     def test_cache(self, case) -> None:
         model, inputs, plan = case
         for cache in (transformers.DynamicCache(), ()):
-            with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* cannot take past_key_values"):
+            with pytest.raises(ValueError, match="Qwen2_5_VLModel: .* does not support past_key_values"):
                 run_shared_prefix(model.model, plan, **inputs, past_key_values=cache)
-        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* cannot take past_key_values"):
+        with pytest.raises(ValueError, match="Qwen2_5_VLTextModel: .* does not support past_key_values"):
             model.model(**inputs, shared_prefix=plan, past_key_values=transformers.DynamicCache(), use_cache=False)
 
     @pytest.mark.parametrize("setting", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
@@ -241,13 +241,13 @@ class TestRefusedInputs:
         model, inputs, plan = case
         model.model.language_model.layers[0].self_attn.attention_dropout = 0.1
         model.train()
-        with pytest.raises(ValueError, match="cannot take dropout"):
+        with pytest.raises(ValueError, match="does not support dropout"):
             run_shared_prefix(model.model, plan, **inputs)
 
     def test_sliding_window_switched_on_later(self, case) -> None:
         model, inputs, plan = case
         model.model.language_model.layers[0].self_attn.sliding_window = 8
-        with pytest.raises(ValueError, match="cannot take a sliding window"):
+        with pytest.raises(ValueError, match="does not support a sliding window"):
             run_shared_prefix(model.model, plan, **inputs)
 
     def test_model_that_is_not_enabled(self, case) -> None:

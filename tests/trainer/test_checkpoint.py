@@ -271,7 +271,7 @@ def test_other_failures_are_raised_and_leave_no_files(tmp_path):
         (folder / "half").write_text("x")
         raise KeyError("no such layer")
 
-    with pytest.raises(RuntimeError, match=r"rank 0: KeyError: 'no such layer'.*former checkpoints remain"):
+    with pytest.raises(RuntimeError, match=r"rank 0: KeyError: 'no such layer'.*previous checkpoints remain"):
         save(tmp_path, 2, writers={"export": broken})
     assert names(tmp_path) == ["latest", "step_1"]
     with pytest.raises(ValueError):

@@ -326,7 +326,7 @@ def test_program(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.strip() == str(output), done.stderr
     assert output.is_file() and not (run / "report.html").exists()
     refused = call(run, "--output", output, "--picture", tmp_path / "x.svg")
-    assert refused.returncode == 2 and "exclude each other" in refused.stderr
+    assert refused.returncode == 2 and "cannot be combined" in refused.stderr
     gone = call(run, "--output", tmp_path / "no folder" / "page.html")
     assert gone.returncode == 2 and "in an existing folder" in gone.stderr and "Traceback" not in gone.stderr
     assert main([str(run), "--output", str(tmp_path)]) == 2

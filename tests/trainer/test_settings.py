@@ -100,7 +100,7 @@ def test_help_documents_every_field():
         (["rollout.log_every_steps=0", "rollout.log_questions=2"], "write rollout.log_every_steps=10"),
         (["stages=[sft]", "rollout.log_every_steps=5"], "no stage makes rollouts"),
         (["rollout.temperature=0"], "rollout.temperature"),
-        (["video.fps=2"], "exclude each other"),
+        (["video.fps=2"], "cannot both be set"),
         (["video.min_video_pixels=10000", "video.max_video_pixels=5000"], "at most video.max_video_pixels=5000"),
         (
             ["video.num_frames=null", "video.fps=2", "video.min_frames=9", "video.max_frames=4"],
@@ -195,7 +195,7 @@ def test_unknown_keys_of_a_recipe_file_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"sft\.stepz.*did you mean sft\.steps"):
         load_settings(str(tmp_path / "x.yaml"))
     (tmp_path / "y.yaml").write_text("base: y.yaml\n")
-    with pytest.raises(SettingsError, match="leads back to itself"):
+    with pytest.raises(SettingsError, match="refers back to itself"):
         load_settings(str(tmp_path / "y.yaml"))
     (tmp_path / "z.yaml").write_text("a: [1\n")
     with pytest.raises(SettingsError, match="not readable"):

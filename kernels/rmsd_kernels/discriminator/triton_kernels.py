@@ -116,8 +116,7 @@ def _store_scores(head, first, scores_ptr, saved_ptr, ROWS: tl.constexpr, BLOCK_
 
 @triton.jit
 def _log1p(e):
-    """Return log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): relative error 1e-9, while 1 + e would lose
-    precision."""
+    """Return log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)), with a relative error of 1e-9 also for small e."""
     s = e / (2.0 + e)
     u = s * s
     p = u / 15.0 + 1.0 / 13.0

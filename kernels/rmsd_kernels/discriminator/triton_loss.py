@@ -177,8 +177,7 @@ class _Pairwise(torch.autograd.Function):
 
 
 def _head_gradients(saved, score_grad, grad_loss, *needed: bool) -> list[Tensor | None]:
-    """Return gradients of hidden, head, bias and norm_weight; None for inputs that are None or do not need a
-    gradient."""
+    """Return gradients of hidden, head, bias and norm_weight; None for inputs that are None or need no gradient."""
     hidden, last_index, head, bias, norm_weight, stats = saved
     gradients = torch.ops.rmsd_kernels.discriminator_backward(
         score_grad, grad_loss, hidden, last_index, head, bias, norm_weight, stats, *needed

@@ -230,8 +230,7 @@ def _(
 
 @torch.library.custom_op("rmsd_kernels::scale_", mutates_args=("values",))
 def scale_(values: Tensor, factor: Tensor) -> None:
-    """Multiply values in place by factor, one number on the same device. If it is 1, which is the usual case, values
-    are not read."""
+    """Multiply values in place by a one-element tensor. In the usual case of a factor of 1, values are not read."""
     if values.device.type == "cuda" and can_run_triton(values) and factor.dtype == torch.float32:
         importlib.import_module(".triton_rows", __package__).scale_unless_one_(values, factor)
     elif values.device.type != "cpu" or factor.item() != 1.0:
@@ -244,8 +243,7 @@ def _(values, factor):
 
 
 class Statistics:
-    """Results of the scored rows in the order of the loop, so that a chunk's results are adjacent and are not
-    copied."""
+    """Results of the scored rows in the order of the loop, so that a chunk's results are adjacent (no copy)."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop

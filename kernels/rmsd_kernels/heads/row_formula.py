@@ -77,8 +77,7 @@ def divergence_of_rows(teacher: Tensor, student: Tensor, kind: str, alpha: float
 
 
 def expectation(log_probability: Tensor, value: Tensor) -> Tensor:
-    """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 contributes 0 for any
-    value."""
+    """Return the sum over the vocabulary of exp(log_probability) * value. A probability of 0 contributes 0."""
     impossible = log_probability == -float("inf")
     return (log_probability.exp() * value.masked_fill(impossible, 0.0)).sum(dim=-1)
 

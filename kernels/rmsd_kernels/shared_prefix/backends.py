@@ -46,7 +46,7 @@ def backend_of(q: Tensor, impl: str) -> Backend:
         if not reason:
             return segments.CPU_FLASH if q.device.type == "cpu" else cuda.kernels_for(q)
         if impl == "flash":
-            raise RuntimeError(f"impl: 'flash' cannot serve this call: {reason}; use 'auto' or 'torch'")
+            raise RuntimeError(f"impl: 'flash' does not support this call: {reason}; use 'auto' or 'torch'")
     return segments.EXPLICIT
 
 

@@ -172,8 +172,7 @@ TORCH_FLASH = Varlen(torch_flash, torch_flash_backward)
 
 @lru_cache(maxsize=1)
 def flash_attn_3() -> Varlen:
-    """Return the ops of FlashAttention-3. Raise RuntimeError if they do not accept the arguments that are passed
-    here."""
+    """Return the ops of FlashAttention-3. Raise RuntimeError if they do not accept the arguments passed here."""
     importlib.import_module("flash_attn_interface")
     settings = (*_LENGTHS, "softmax_scale", "is_causal")
     forward = _op("fwd", ("q", "k", "v", *settings))

@@ -165,8 +165,7 @@ def _tagged(final: str, task: str, options: Options, finish_reason: str | None) 
         return "", _body(body, task, options), after
     inside, closed, after = rest.rpartition("</answer>")
     if not closed or "<answer>" in after:
-        # A truncated "12" might be the start of "125", and "red" of "red and blue". Only a letter is certainly
-        # complete.
+        # A truncated "12" might be part of "125", and "red" of "red and blue". Only a letter is certainly complete.
         if finish_reason != "stop" and not (task == "mcq" and is_whole_letter(rest, options)):
             raise Unreadable("unfinished")
         inside, after = rest, ""

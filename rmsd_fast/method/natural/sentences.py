@@ -277,8 +277,7 @@ def short(text: str, task: str, options: Options) -> str | None:
 
 
 def concluded(sentence: str, task: str, options: Options) -> str | None:
-    """Return the answer of a sentence that begins with "so" or "in total", or ends with such a clause; otherwise
-    None."""
+    """Return the answer of a sentence that begins with "so" or "in total" or ends with such a clause, or None."""
     *reason, clause = _LAST_CLAUSE.split(sentence)
     # "3 → 5" describes a change, not a conclusion.
     moves = task == "numeric" and re.search("[→⇒]|=>", sentence)
