@@ -19,10 +19,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
 from rmsd_fast.process import end_with_parent, tell
+
+if TYPE_CHECKING:
+    from rmsd_fast.lab_plan import Job, Plan
+    from rmsd_fast.lab_results import Scored
 
 # Seconds that stopped runs get to finish their step and save it.
 STOP_S = 600.0
@@ -101,15 +106,17 @@ class Lab:
         SettingsError: a run folder holds a run with other settings.
     """
 
-    def __init__(self, plan, jobs, chosen, out: Path, *, at_once: int, keep: bool) -> None:
+    def __init__(self, plan: Plan, jobs: list[Job], chosen: list[Job], out: Path, *, at_once: int, keep: bool) -> None:
         self.plan, self.jobs, self.out = plan, jobs, out
         self.at_once, self.keep = at_once, keep
         self.finished = {job.folder: _scores(job) for job in jobs if _is_finished(job, out)}
         self.chosen = chosen
         self.waiting = [job for job in chosen if job.folder not in self.finished]
         self.total = len(self.waiting)
-        self.running: dict = {}
-        self.failed: list = []
+        # Process and start time of each running training.
+        self.running: dict[Job, tuple[subprocess.Popen, float]] = {}
+        self.failed: list[Job] = []
+        # Seconds of the runs that this call has finished, by entry.
         self.seconds: dict[str, list[float]] = {}
 
     def queue(self) -> str:
@@ -140,6 +147,9 @@ class Lab:
         print(self.totals(), flush=True)
         former = signal.signal(signal.SIGTERM, _interrupt)
         try:
+            for job in self.chosen:
+                if job.folder in self.finished:
+                    self._remove_checkpoints(job)
             if self.finished:
                 self._write()
             while self.waiting or self.running:
@@ -162,7 +172,7 @@ class Lab:
 
     def _start_ready(self) -> None:
         for job in list(self.waiting):
-            if job.needs in self.failed:
+            if job.needs is not None and job.needs in self.failed:
                 self.waiting.remove(job)
                 self._fail(job, f"not trained, because {job.needs.name} failed")
             elif len(self.running) < self.at_once and (job.needs is None or job.needs.folder in self.finished):
@@ -170,7 +180,7 @@ class Lab:
                 prepare(job, self.out)
                 self.running[job] = (self._start(job), time.monotonic())
 
-    def _start(self, job) -> subprocess.Popen:
+    def _start(self, job: Job) -> subprocess.Popen:
         log = self._log(job)
         log.parent.mkdir(exist_ok=True)
         command = train_command(job.folder)
@@ -188,7 +198,7 @@ class Lab:
                 preexec_fn=end_with_parent,
             )
 
-    def _log(self, job) -> Path:
+    def _log(self, job: Job) -> Path:
         return self.out / "logs" / f"{job.seed}-{job.entry.name}.log"
 
     def _collect(self) -> None:
@@ -207,19 +217,22 @@ class Lab:
         if not ended:
             time.sleep(POLL_S)
 
-    def _finish(self, job) -> None:
+    def _finish(self, job: Job) -> None:
         run = self.finished[job.folder] = _scores(job)
-        if not self.keep:
-            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+        self._remove_checkpoints(job)
         self._write()
         scores = [f"{kind} {score:.3f}" for kind in ("greedy", "sampled") if (score := run.score(kind)) is not None]
         self._tell(job, ", ".join(scores))
 
-    def _fail(self, job, reason: str) -> None:
+    def _remove_checkpoints(self, job: Job) -> None:
+        if not self.keep:
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+
+    def _fail(self, job: Job, reason: str) -> None:
         self.failed.append(job)
         self._tell(job, reason)
 
-    def _tell(self, job, text: str) -> None:
+    def _tell(self, job: Job, text: str) -> None:
         done = self.total - len(self.waiting) - len(self.running)
         left = f"; about {_duration(self._left_s())} left" if self.seconds and (self.waiting or self.running) else ""
         print(f"[{done}/{self.total}] {job.name}: {text}{left}", flush=True)
@@ -277,7 +290,7 @@ def run_environment(threads: int) -> dict[str, str]:
     return {**inherited, **device, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
 
 
-def prepare(job, out: Path) -> None:
+def prepare(job: Job, out: Path) -> None:
     """Write the settings of a new run, and the answers of its first student if its stage-1 run has them already."""
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.settings import save_settings
@@ -297,7 +310,7 @@ def prepare(job, out: Path) -> None:
         save_settings(job.settings, folder / "config.yaml")
 
 
-def _same_evaluation(job, stage1) -> bool:
+def _same_evaluation(job: Job, stage1: Job) -> bool:
     """Return whether both runs would ask a student the same questions in the same way and score it alike."""
     from rmsd_fast.lab_plan import flat_settings
 
@@ -320,7 +333,7 @@ def _commit() -> str:
         return ""
 
 
-def _is_finished(job, out: Path) -> bool:
+def _is_finished(job: Job, out: Path) -> bool:
     """Return whether a run has finished.
 
     Raises:
@@ -348,7 +361,7 @@ def _is_finished(job, out: Path) -> bool:
     return "finished" in facts and (job.folder / "predictions" / f"{job.entry.prediction}.jsonl").is_file()
 
 
-def _scores(job):
+def _scores(job: Job) -> Scored:
     from rmsd_fast.lab_results import read_run
 
     return read_run(job.folder, job.entry.prediction)

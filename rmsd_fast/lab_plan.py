@@ -24,7 +24,7 @@ KEYS = ("recipe", "settings", "seeds", "threads", "stage1", "arms", "comparisons
 ARM_KEYS = ("from", "settings", "prediction")
 PREDICTIONS = ("untrained", "stage1", "stage2")
 # Settings that the lab gives every run.
-OWN_SETTINGS = ("seed", "made.seed", "output")
+LAB_SETTINGS = ("seed", "made.seed", "output")
 # Settings that do not change the result of a run. Its folder's name does not depend on them.
 WITHOUT_EFFECT = ("output", "made.folder", "checkpoint.every_steps", "checkpoint.keep")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
@@ -129,7 +129,7 @@ def read_plan(plan: str, *, overrides: Sequence[str] = (), seeds: Sequence[int] 
     return Plan(
         path=path,
         recipe=str(file.resolve()) if file else recipe,
-        settings=(*_settings(content.get("settings"), f"{path}: settings"), *_own(overrides, "command line")),
+        settings=(*_settings(content.get("settings"), f"{path}: settings"), *_allowed(overrides, "command line")),
         seeds=tuple(dict.fromkeys((*check_seeds(content.get("seeds", [0]), f"{path}: seeds"), *seeds))),
         threads=threads,
         entries=entries,
@@ -153,10 +153,10 @@ def _settings(value: object, where: str) -> tuple[str, ...]:
         raise SettingsError(
             f"{where}: expected a list of section.field=value, got {value!r}; write e.g. [distill.steps=20]"
         )
-    return _own(value, where)
+    return _allowed(value, where)
 
 
-def _own(settings: Iterable[str], where: str, taken: Iterable[str] = OWN_SETTINGS) -> tuple[str, ...]:
+def _allowed(settings: Iterable[str], where: str, taken: Iterable[str] = LAB_SETTINGS) -> tuple[str, ...]:
     for item in settings:
         if item.partition("=")[0] in taken:
             raise SettingsError(f"{where}: expected settings that the lab leaves to the plan, got {item}; leave it out")
@@ -193,7 +193,7 @@ def _entries(content: dict, path: Path) -> dict[str, Entry]:
 
 
 def _stage1(name: str, value: object, where: str) -> Entry:
-    settings = _own(_settings(value, where), where, ("stages",))
+    settings = _allowed(_settings(value, where), where, ("stages",))
     return Entry(name, "", ("stages=[sft]", *settings), "stage1", is_arm=False)
 
 
@@ -207,7 +207,7 @@ def _arm(name: str, value: object, entries: dict[str, Entry], where: str) -> Ent
         raise SettingsError(f"{where}: from: expected {expected}, got {start!r}; define it below stage1")
     settings = _settings(arm.get("settings"), where)
     if start:
-        settings = ("stages=[warm_up,distill]", *_own(settings, where, ("model.path",)))
+        settings = ("stages=[warm_up,distill]", *_allowed(settings, where, ("model.path",)))
     prediction = arm.get("prediction", "stage2")
     if prediction not in PREDICTIONS:
         raise SettingsError(

@@ -48,7 +48,7 @@ def contents(folder: Path) -> tuple[str, set[str]]:
 
 def sources_that_belong_in_a_wheel() -> set[str]:
     fast = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast").rglob("*.py")}
-    recipes = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast" / "recipes").glob("*.yaml")}
+    recipes = {path.relative_to(ROOT) for path in (ROOT / "rmsd_fast").glob("*/*.yaml")}
     kernels = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")}
     assert fast and recipes and kernels
     return {path.as_posix() for path in fast | recipes | kernels}
