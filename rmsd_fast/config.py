@@ -15,7 +15,10 @@ from typing import Any
 from rmsd_fast.method.answers import TASK_TYPES
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("sft", "warm_up", "distill")
+STAGES = ("sft", "warm_up", "distill", "control")
+# Students that a run evaluates, and the differences between them that it reports: after, before.
+STUDENTS = ("untrained", "stage1", "stage2", "control")
+DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage1"), ("stage2", "control"))
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
@@ -355,8 +358,6 @@ class DistillConfig:
     """AdamW weight decay (open)."""
     train_vision: bool = False
     """Also train vision tower and mergers (open; off, as in most comparable work)."""
-    objective: str = choice("policy", of=("policy", "sft"))
-    """`policy` = R-MSD; `sft` = the control: imitation of T_best for the same number of steps of the same size."""
     kl: str = choice("k3", of=("k2", "k3", "full"))
     """KL in the loss: `k2`, `k3` (sampled tokens) or `full` (exact over the vocabulary). `k1` is rejected because its
     gradient is zero in expectation; use `reward.kl_in_reward`."""
@@ -428,8 +429,10 @@ class RunConfig:
     """Folder in which the run folder `<name>-<time>` is created."""
     seed: int = number(0, least=0, most=2**32 - 1)
     """Seed for data order, matching, rollouts and the initial heads."""
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run: a subsequence of [sft, warm_up, distill]."""
+    stages: list[str] = field(default_factory=lambda: ["sft", "warm_up", "distill"])
+    """Stages to run: a subsequence of [sft, warm_up, distill, control]. `control` starts from the stage-1 student and
+    imitates for as many steps as stage 2 has, with its questions, batch size and learning rate. The evaluation then
+    says whether stage 2 is better than more imitation."""
     packing: str = choice("shared", of=("shared", "padded"))
     """`shared` = a prompt is computed once for all its responses, in policy, reference and discriminator; `padded` =
     once for each response, in rows `[prompt | response | padding]` with transformers' attention (slower, for

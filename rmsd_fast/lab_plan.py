@@ -15,14 +15,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.config import STUDENTS, RunConfig, SettingsError
 from rmsd_fast.setting_rules import refuse_useless
 from rmsd_fast.settings import load_settings, settings_as_dict
 
 PLANS = Path(__file__).parent / "plans"
 KEYS = ("recipe", "settings", "seeds", "threads", "stage1", "arms", "comparisons")
 ARM_KEYS = ("from", "settings", "prediction")
-PREDICTIONS = ("untrained", "stage1", "stage2")
 # Settings that the lab gives every run.
 LAB_SETTINGS = ("seed", "made.seed", "output")
 # Settings that do not change the result of a run. Its folder's name does not depend on them.
@@ -38,7 +37,7 @@ class Entry:
         name: its name in the plan.
         start: name of the stage-1 student that it starts from; "" = the recipe's model.
         settings: its own settings, as overrides.
-        prediction: the student whose answers are scored, one of PREDICTIONS.
+        prediction: the student whose answers are scored, one of STUDENTS.
         is_arm: False for a stage-1 student.
     """
 
@@ -208,10 +207,12 @@ def _arm(name: str, value: object, entries: dict[str, Entry], where: str) -> Ent
     settings = _settings(arm.get("settings"), where)
     if start:
         settings = ("stages=[warm_up,distill]", *_allowed(settings, where, ("model.path",)))
-    prediction = arm.get("prediction", "stage2")
-    if prediction not in PREDICTIONS:
+    # The last student of the arm, unless the plan names one.
+    only_control = any(re.fullmatch(r"stages=\[(sft, ?)?control\]", setting) for setting in settings)
+    prediction = arm.get("prediction", "control" if only_control else "stage2")
+    if prediction not in STUDENTS:
         raise SettingsError(
-            f"{where}: prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}; write stage2"
+            f"{where}: prediction: expected one of {', '.join(STUDENTS)}, got {prediction!r}; write stage2"
         )
     return Entry(name, start, settings, prediction, is_arm=True)
 
@@ -296,7 +297,8 @@ def _checked(plan: Plan, entry: Entry, recipe: Path) -> RunConfig:
             raise SettingsError("data.heldout: expected held-out questions, got none; the lab scores their answers")
         # Without stage 1 the model itself is evaluated as the stage-1 student.
         first = ("untrained", "stage1") if "sft" in settings.stages else ("stage1",)
-        students = (*first, "stage2") if "distill" in settings.stages else first
+        late = {"distill": "stage2", "control": "control"}
+        students = (*first, *(student for stage, student in late.items() if stage in settings.stages))
         if entry.prediction not in students:
             raise SettingsError(
                 f"prediction: expected one of {', '.join(students)}, which stages={settings.stages} has, got "

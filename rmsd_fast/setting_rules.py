@@ -9,24 +9,27 @@ from rmsd_fast.config import STAGES, TASK_TYPES, MadeConfig, RunConfig, Settings
 
 def uses_reference(settings: RunConfig) -> bool:
     """Return whether stage 2 computes log-probs of its rollouts under the stage-1 student."""
-    policy = "distill" in settings.stages and settings.distill.objective == "policy"
-    return policy and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
+    return "distill" in settings.stages and (settings.distill.kl_coef > 0 or settings.reward.kl_in_reward > 0)
 
 
 def uses_discriminator(settings: RunConfig) -> bool:
     """Return whether this run trains a discriminator, that is, whether its score has a weight in the reward."""
-    makes_rollouts = "warm_up" in settings.stages or "distill" in settings.stages
-    return makes_rollouts and settings.reward.alpha > 0 and settings.distill.objective == "policy"
+    return makes_rollouts(settings) and settings.reward.alpha > 0
+
+
+def makes_rollouts(settings: RunConfig) -> bool:
+    """Return whether any stage samples rollouts."""
+    return "warm_up" in settings.stages or "distill" in settings.stages
 
 
 def uses_frozen_tower(settings: RunConfig) -> bool:
     """Return whether any stage encodes media outside of the training passes, with a frozen vision tower."""
-    late_stages = {"warm_up", "distill"} & set(settings.stages)
-    imitates = {"sft": settings.sft} if "sft" in settings.stages else {}
-    imitates |= {"distill": settings.distill} if late_stages and settings.distill.objective == "sft" else {}
-    if any(not stage.train_vision and settings.runtime.zero_stage < 3 for stage in imitates.values()):
+    imitation = {"sft": settings.sft, "control": settings.distill}
+    if settings.runtime.zero_stage < 3 and any(
+        stage in settings.stages and not training.train_vision for stage, training in imitation.items()
+    ):
         return True
-    return bool(late_stages and settings.distill.objective == "policy" and not settings.distill.train_vision)
+    return makes_rollouts(settings) and not settings.distill.train_vision
 
 
 def check_room(settings: RunConfig, response: int, what: str) -> None:
@@ -54,8 +57,8 @@ def check_together(settings: RunConfig) -> None:
         )
     if "warm_up" in settings.stages and not uses_discriminator(settings):
         raise SettingsError(
-            "stages: warm_up trains the discriminator, which reward.alpha=0 and distill.objective=sft do not use; "
-            "leave warm_up out, e.g. stages=[sft,distill]"
+            "stages: warm_up trains the discriminator, which reward.alpha=0 does not use; leave warm_up out, e.g. "
+            "stages=[sft,distill]"
         )
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
@@ -71,7 +74,7 @@ def check_together(settings: RunConfig) -> None:
         least, most = getattr(video, low), getattr(video, high)
         if least > most:
             raise SettingsError(f"video.{low}={least}: expected at most video.{high}={most}; change one of the two")
-    if {"warm_up", "distill"} & set(settings.stages) and settings.distill.objective == "policy":
+    if makes_rollouts(settings):
         # An end token is appended to truncated rollouts before the discriminator reads them.
         check_room(
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
@@ -103,8 +106,7 @@ def _check_made(made: MadeConfig) -> None:
 def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> None:
     """Raise SettingsError if one of the written keys has no effect in combination with the other settings."""
     stages, distill = settings.stages, settings.distill
-    makes_rollouts = "warm_up" in stages or "distill" in stages
-    control = distill.objective == "sft"
+    rolls_out, control = makes_rollouts(settings), "control" in stages
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
     own_clips = settings.made.enabled and settings.made.source == "clips"
     # The evaluation samples at rollout.temperature.
@@ -115,13 +117,18 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (["sft."], "sft" not in stages and not control, "stage sft is not in stages; add it to stages"),
         (
             [f"distill.{f.name}" for f in fields(distill) if f.name not in ("batch_size", "train_vision")],
-            "distill" not in stages,
+            "distill" not in stages and not control,
             "stage distill is not in stages; add it to stages",
         ),
-        (["distill."], not makes_rollouts, "no stage uses it; add warm_up or distill to stages"),
+        (["distill."], not rolls_out and not control, "no stage uses it; add distill to stages"),
+        (
+            [f"distill.{name}" for name in ("kl", "kl_coef", "tis_cap", "sequence_mask_cap", "aggregation")],
+            "distill" not in stages,
+            "stage distill is not in stages, and the control has no policy loss; add distill to stages",
+        ),
         (
             ["reward."],
-            makes_rollouts and "distill" not in stages,
+            rolls_out and "distill" not in stages,
             "the warm-up does not compute rewards; add distill to stages",
         ),
         (
@@ -157,7 +164,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["teacher.empty_pools"],
-            not makes_rollouts,
+            not rolls_out,
             "no stage makes rollouts; add warm_up or distill to stages",
         ),
         (
@@ -180,20 +187,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "open" not in settings.made.tasks,
             "open is not in made.tasks; add it to made.tasks",
         ),
-        ([*of_rollouts, "reward."], not makes_rollouts, "no stage makes rollouts; add warm_up or distill to stages"),
-        (
-            [
-                "reward.",
-                *of_rollouts,
-                "distill.kl",
-                "distill.kl_coef",
-                "distill.tis_cap",
-                "distill.sequence_mask_cap",
-                "distill.aggregation",
-            ],
-            control,
-            "distill.objective=sft imitates T_best without rollouts; write distill.objective=policy",
-        ),
+        ([*of_rollouts, "reward."], not rolls_out, "no stage makes rollouts; add warm_up or distill to stages"),
         (
             ["rollout.log_questions"],
             settings.rollout.log_every_steps == 0,

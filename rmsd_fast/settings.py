@@ -32,6 +32,7 @@ RENAMED = {
 }
 # Settings of earlier versions that have no replacement.
 REMOVED = {
+    "distill.objective": "the control of stage 2 is a stage; write stages=[sft,control], or add control to the stages",
     "teacher.spatial_format": "box coordinates always range from 0 to 1000 of the picture's width and height, as the "
     "prompt says, because the student sees resized frames, not the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",

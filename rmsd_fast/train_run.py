@@ -102,10 +102,14 @@ def _run_stages(run: TrainingRun) -> None:
         release_memory()
         evaluate(run, run.stage1, "stage1")
     if set(settings.stages) & {"warm_up", "distill"}:
-        control(run) if settings.distill.objective == "sft" else distillation(run)
+        distillation(run)
         release_memory()
         if "distill" in settings.stages:
             evaluate(run, str(run.folder / "export"), "stage2")
+    if "control" in settings.stages:
+        control(run)
+        release_memory()
+        evaluate(run, str(run.folder / "control"), "control")
 
 
 def finish(run: TrainingRun) -> None:
@@ -133,9 +137,12 @@ def imitate(run: TrainingRun) -> None:
 
 
 def control(run: TrainingRun) -> None:
-    """Run the control of stage 2: imitation with the same steps, batch size, learning rate and order of questions."""
-    state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="distill")
-    _imitation_steps(run, state, "distill", run.settings.distill, _late_questions(run, state), run.folder / "export")
+    """Run the control of stage 2: imitation with the same steps, batch size, learning rate and order of questions.
+
+    It ends by writing `control/`.
+    """
+    state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="control")
+    _imitation_steps(run, state, "control", run.settings.distill, _late_questions(run, state), run.folder / "control")
 
 
 def _imitation_steps(
@@ -186,7 +193,7 @@ def _adversarial_steps(run: TrainingRun, state: StageState, engines: dict[str, E
 
 def _forecast(run: TrainingRun, state: StageState) -> None:
     """Print what stage 2 can gain, and write it to `forecast.json`, before any step of warm-up and stage 2."""
-    first = next(stage for stage in run.settings.stages if stage != "sft")
+    first = next(stage for stage in run.settings.stages if stage in ("warm_up", "distill"))
     path = run.folder / "forecast.json"
     if on_main(run.world, path.exists) or first_step(run, first):
         return

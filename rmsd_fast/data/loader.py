@@ -61,6 +61,7 @@ class PromptLoader:
         threads: number of prompts that are built at the same time.
         ahead: number of steps to decode ahead; 0 builds the prompts of a step on demand.
         max_prompt_tokens: longer prompts cannot be used.
+        order: name that decides the order together with the seed, so that two stages can have the same; "" = `stage`.
         is_wanted: whether the stage can use a question; another one silently takes its place. None = all questions.
 
     Attributes:
@@ -81,6 +82,7 @@ class PromptLoader:
         threads: int,
         ahead: int,
         max_prompt_tokens: int,
+        order: str = "",
         is_wanted: Callable[[Question], bool] | None = None,
     ):
         if positions_per_step % size:
@@ -89,6 +91,7 @@ class PromptLoader:
                 "change batch_size or the number of processes"
             )
         self.builder, self.questions, self.stage, self.seed = builder, questions, stage, seed
+        self.order = order or stage
         self.positions_per_step, self.share = positions_per_step, positions_per_step // size
         self.rank, self.ahead = rank, ahead
         self.max_prompt_tokens = max_prompt_tokens
@@ -130,7 +133,7 @@ class PromptLoader:
     def _prompt_at(self, position: int) -> tuple[Prompt | None, list[Fault]]:
         """Return the prompt of a position (None if no question can be used), and the skipped questions."""
         n = len(self.questions)
-        index = order_position(n, position, seed=self.seed, stage=self.stage)
+        index = order_position(n, position, seed=self.seed, stage=self.order)
         faults = []
         for attempt in range(ATTEMPTS):
             question = self._wanted_question(index, position, attempt)
@@ -138,7 +141,7 @@ class PromptLoader:
                 return self.builder.build(question, max_tokens=self.max_prompt_tokens), faults
             except (MediaError, PromptError) as error:
                 faults.append((question.id, str(error)))
-            index = _hash(f"replace/{self.seed}/{self.stage}/{position}/{attempt}") % n
+            index = _hash(f"replace/{self.seed}/{self.order}/{position}/{attempt}") % n
         return None, faults
 
     def _wanted_question(self, index: int, position: int, attempt: int) -> Question:
@@ -147,4 +150,4 @@ class PromptLoader:
             question = self.questions[index]
             if self.is_wanted(question):
                 return question
-            index = _hash(f"unwanted/{self.seed}/{self.stage}/{position}/{attempt}/{draw}") % len(self.questions)
+            index = _hash(f"unwanted/{self.seed}/{self.order}/{position}/{attempt}/{draw}") % len(self.questions)

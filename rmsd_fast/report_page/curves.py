@@ -14,6 +14,7 @@ STAGE_TITLES = {
     "sft": "Stage 1: imitation of teacher responses",
     "warm_up": "Discriminator warm-up",
     "distill": "Stage 2: adversarial distillation",
+    "control": "Control: imitation in place of stage 2",
 }
 PHASE = "seconds/"
 # All other phases are drawn as a single one.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rmsd_fast.config import DIFFERENCES
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report_page.curves import PAIR_ACCURACY
 from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, interval_svg, mark_legend
@@ -16,8 +17,8 @@ from rmsd_fast.report_page.style import svg_style
 from rmsd_fast.report_page.svg import curve_svg
 from rmsd_fast.report_page.text import visible
 
-STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond")}
-_MORE_STYLES = ((4, "circle"), (5, "square"), (7, "diamond"), (8, "circle"))
+STYLES = {"untrained": (6, "circle"), "stage1": (1, "square"), "stage2": (2, "diamond"), "control": (4, "circle")}
+_MORE_STYLES = ((5, "square"), (3, "circle"), (7, "diamond"), (8, "circle"))
 # Size of a curve in the picture.
 _PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
@@ -26,10 +27,8 @@ _TOTALS = {"meaning": "meaning", "closed": "all closed", "all": "all"}
 
 
 def student_names(run: ReportedRun) -> dict[str, str]:
-    """Return the students' names on the page. The second student of a control run is named as the control."""
-    names = {"untrained": "untrained", "stage1": "stage 1", "stage2": "stage 2"}
-    if (run.settings.get("distill") or {}).get("objective") == "sft":
-        names["stage2"] = "control (more imitation)"
+    """Return the students' names on the page."""
+    names = {"untrained": "untrained", "stage1": "stage 1", "stage2": "stage 2", "control": "control"}
     for key in (run.evaluation or {}).get("students", {}):
         names.setdefault(str(key), str(key))
     return names
@@ -177,7 +176,7 @@ def _difference_table(differences: Mapping[str, Any], names: Mapping[str, str]) 
 
 def _difference_chart(differences: Mapping[str, Any], names: Mapping[str, str]) -> str:
     keys = list(differences)
-    styles = {"stage1-untrained": STYLES["stage1"], "stage2-stage1": STYLES["stage2"]}
+    styles = {f"{after}-{before}": STYLES[after] for after, before in DIFFERENCES if before != "control"}
     rows, ends = [], [-0.05, 0.05]
     for task in [t for t in _rows(differences) if t != "all"]:
         marks = []

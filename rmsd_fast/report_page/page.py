@@ -170,11 +170,11 @@ def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
 
 
 def _tiles(run: ReportedRun) -> str:
-    """Return headline numbers: the last student's score, the change by each stage, and pair accuracy."""
+    """Return headline numbers: the final student's score, the change by each stage, and pair accuracy."""
     tiles = []
     names = student_names(run)
     evaluation = run.evaluation or {"students": {}, "differences": {}}
-    students = in_order(list(evaluation["students"]), STUDENT_ORDER)
+    students = [name for name in in_order(list(evaluation["students"]), STUDENT_ORDER) if name != "control"]
     if students and isinstance(evaluation["students"][students[-1]].get("closed"), Mapping):
         entry = evaluation["students"][students[-1]]["closed"]
         below = f"95% interval {interval(entry).partition(' ')[2]}, n = {number(value(entry, 'n'), 6)}"

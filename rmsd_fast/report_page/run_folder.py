@@ -105,6 +105,7 @@ def _settings(path: Path) -> tuple[dict[str, Any], str]:
 def _totals(settings: dict[str, Any]) -> dict[str, int]:
     """Return the number of steps of each stage that is in the settings."""
     keys = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
+    keys["control"] = keys["distill"]
     totals = {stage: (settings.get(section) or {}).get(key) for stage, (section, key) in keys.items()}
     return {stage: total for stage, total in totals.items() if isinstance(total, int)}
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from rmsd_fast.config import STUDENTS
 from rmsd_fast.method.answers import bare_options, option_letters
 from rmsd_fast.report_page.films import Film, Films
 from rmsd_fast.report_page.marks import (
@@ -25,9 +26,9 @@ from rmsd_fast.report_page.marks import (
 from rmsd_fast.report_page.text import visible
 
 MAX_CARDS = 40
-STUDENT_ORDER = ("untrained", "stage1", "stage2")
+STUDENT_ORDER = STUDENTS
 # Series colors of the students' marks, as in the charts.
-STUDENT_COLORS, OTHER_COLOR = {"untrained": 6, "stage1": 1, "stage2": 2}, 4
+STUDENT_COLORS, OTHER_COLOR = {"untrained": 6, "stage1": 1, "stage2": 2, "control": 4}, 5
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 
 

@@ -70,7 +70,7 @@ def build_imitation(
         world: this process in the run.
         material: checked inputs of the run.
         media: reader of the videos and images.
-        stage: "sft", or "distill" for the control.
+        stage: "sft" or "control".
     """
     training = settings.sft if stage == "sft" else settings.distill
     student = load(path, settings, world)

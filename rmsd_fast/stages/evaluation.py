@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
@@ -36,7 +36,6 @@ from rmsd_fast.teacher.scores import quality_settings
 
 log = logging.getLogger("rmsd_fast")
 
-STUDENTS = ("untrained", "stage1", "stage2")
 RESAMPLES = 2000
 
 
@@ -281,7 +280,6 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
     """Write `samples.jsonl` and `evaluation.json` from the predictions in the run folder so far."""
     predictions = {name: read_predictions(run_folder, name, questions) for name in STUDENTS}
     predictions = {name: records for name, records in predictions.items() if records is not None}
-    names = list(predictions)
     result = {
         "questions": len(questions),
         "seed": settings.seed,
@@ -292,7 +290,8 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
         "students": {name: summarize(records) for name, records in predictions.items()},
         "differences": {
             f"{after}-{before}": compare(predictions[after], predictions[before])
-            for before, after in zip(names, names[1:], strict=False)
+            for after, before in DIFFERENCES
+            if after in predictions and before in predictions
         },
     }
     by_id = {question.id: question for question in questions}

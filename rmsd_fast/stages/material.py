@@ -89,7 +89,7 @@ def _check_model(path: str) -> None:
 def check_batches(settings: RunConfig, processes: int) -> None:
     """Raise SettingsError if a step's questions cannot be divided evenly among the processes."""
     batches = {"sft.batch_size": settings.sft.batch_size} if "sft" in settings.stages else {}
-    if {"warm_up", "distill"} & set(settings.stages):
+    if {"warm_up", "distill", "control"} & set(settings.stages):
         batches["distill.batch_size"] = settings.distill.batch_size
     for key, batch in batches.items():
         if batch % processes:

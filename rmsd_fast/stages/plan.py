@@ -35,7 +35,7 @@ def describe_plan(settings: RunConfig) -> tuple[str, bool]:
         f"ZeRO-{settings.runtime.zero_stage}"
     ]
     lines += _stage_lines(settings)
-    if "sft" in settings.stages or settings.distill.objective == "sft":
+    if {"sft", "control"} & set(settings.stages):
         lines.append(f"  imitated responses: {settings.sft.responses}")
     data = settings.data
     kept = f"{data.cache_mib} MiB of frames and {data.embedding_cache_mib} MiB of embeddings per process"
@@ -65,14 +65,15 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         ("sft", settings.sft.steps, settings.sft.batch_size),
         ("warm_up", settings.discriminator.warm_up_steps, late.batch_size),
         ("distill", late.steps, late.batch_size),
+        ("control", late.steps, late.batch_size),
     ):
         if stage not in settings.stages:
             continue
         what = f"{steps} steps of {batch} questions"
-        if stage != "sft" and late.objective == "policy":
+        if stage in ("warm_up", "distill"):
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
-    if "distill" in settings.stages and late.objective == "policy":
+    if "distill" in settings.stages:
         rewarded_by = "with a discriminator" if uses_discriminator(settings) else "without a discriminator"
         lines.append(f"  reward {rewarded_by}, K={settings.teacher.responses}, tau={settings.teacher.min_quality}")
     return lines

@@ -274,6 +274,8 @@ def open_loader(
         state.builder,
         questions,
         stage=stage,
+        # The control draws the questions of stage 2 in the same order.
+        order="distill" if stage == "control" else stage,
         seed=run.settings.seed,
         positions_per_step=batch_size,
         rank=world.rank,

@@ -19,6 +19,7 @@ from rmsd_fast.stages.material import Material
 
 # Section and field of the settings that hold the number of steps of each stage.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
+STEPS["control"] = STEPS["distill"]
 # Settings and hashes of all input files at the start of the run, and of `stage1/` once stage 1 has ended.
 FINGERPRINTS = "fingerprints.json"
 # Seconds that the threads of a killed process may take to end and release its lock.
@@ -175,7 +176,7 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
         # The current stage may get more steps, even if it is complete.
         if stage != state["stage"] or state["step"] == former[section][steps] == now[section][steps]:
             # The discriminator's section holds settings of both the warm-up and stage 2.
-            names = ("warm_up_steps", "warm_up_lr") if stage == "warm_up" else now[section]
+            names = ("warm_up_steps", "warm_up_lr", "warm_up_accuracy") if stage == "warm_up" else now[section]
             late = [name for name in names if now[section][name] != former[section].get(name)]
         else:
             late = [steps] if now[section][steps] < state["step"] else []

@@ -139,3 +139,24 @@ def test_closing_starts_no_more_prompts_and_does_not_wait():
     used.pool.shutdown(wait=True)
     # Two threads were already building prompts.
     assert sum(builder.built.values()) <= 2
+
+
+def test_two_stages_with_the_same_order_see_the_same_questions():
+    first, second = loader(stage="distill"), loader(stage="control", order="distill")
+    other = loader(stage="control")
+    steps = [[ids(one.step(step, 3)) for step in range(3)] for one in (first, second, other)]
+    assert steps[0] == steps[1] != steps[2]
+
+
+def test_a_question_that_the_stage_cannot_use_is_replaced_and_the_others_stay():
+    unwanted = {question.id for question in QUESTIONS[::3]}
+    plain, chosen = loader(), loader(is_wanted=lambda question: question.id not in unwanted)
+    replaced = 0
+    for step in range(4):
+        before, after = ids(plain.step(step, 4)), ids(chosen.step(step, 4))
+        assert not unwanted & set(after) and chosen.faults == []
+        assert all(old == new for old, new in zip(before, after, strict=True) if old not in unwanted)
+        replaced += len(unwanted & set(before))
+    assert replaced
+    with pytest.raises(ValueError, match="stage sft: expected questions that the stage can use, got none"):
+        loader(is_wanted=lambda question: False)

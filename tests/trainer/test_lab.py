@@ -24,7 +24,7 @@ from rmsd_fast.config import SettingsError
 from rmsd_fast.lab_plan import PLANS, choose, plan_jobs, read_plan
 from rmsd_fast.lab_results import Scored, compare, question_interval, score_records, t_interval, t_quantile
 
-CONTROL = ["stages=[distill]", "distill.objective=sft"]
+CONTROL = ["stages=[control]"]
 PLAN = {
     "recipe": "quickstart",
     "settings": ["evaluate.rollouts=2", "rollout.temperature=1", "distill.steps=5"],
@@ -76,7 +76,7 @@ def write_plan(folder: Path, **changes) -> Path:
         ),
         (
             {"arms": {"D": {"prediction": "stage3"}}},
-            "prediction: expected one of untrained, stage1, stage2, got 'stage3'",
+            "prediction: expected one of untrained, stage1, stage2, control, got 'stage3'",
         ),
         (
             {"arms": {"D": {"from": "best", "prediction": "untrained"}}, "comparisons": []},

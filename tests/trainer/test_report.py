@@ -12,14 +12,12 @@ from xml.etree import ElementTree
 import pytest
 from report_files import EVIL, assert_nothing_is_fetched, made_evaluation, made_run, read
 
-from rmsd_fast.config import RunConfig
 from rmsd_fast.made.clips import make_clips
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.report import ReportError, main, write_picture, write_report
 from rmsd_fast.report_page.films import Films
 from rmsd_fast.report_page.run_folder import load_run
 from rmsd_fast.report_page.teacher import teacher_section
-from rmsd_fast.settings import to_yaml
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +164,17 @@ def test_the_last_record_of_a_repeated_step_is_used(bare: Path) -> None:
     assert curve.steps == (1, 2, 3) and curve.values == (3.0, 2.0, 1.0)
 
 
-def test_a_control_run_is_labeled(run: Path) -> None:
-    config = RunConfig(name="control")
-    config.distill.objective = "sft"
-    (run / "config.yaml").write_text(to_yaml(config))
-    assert "control (more imitation) − stage 1" in read(write_report(run))[1].text
+def test_the_control_of_stage_2_is_shown(run: Path) -> None:
+    path = run / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["students"]["control"] = evaluation["students"]["stage1"]
+    for key in ("control-stage1", "stage2-control"):
+        evaluation["differences"][key] = evaluation["differences"]["stage2-stage1"]
+    path.write_text(json.dumps(evaluation))
+    text = read(write_report(run))[1].text
+    assert "control − stage 1" in text and "stage 2 − control" in text
+    # The first tile shows the student that the run is for.
+    assert "Closed tasks, stage 2" in text and "Closed tasks, control" not in text
 
 
 def test_hostile_text_is_escaped(run: Path) -> None:

@@ -295,6 +295,27 @@ def _wait_for_lines(process, folder: Path, lines: int) -> None:
     raise AssertionError("the run wrote no metrics")
 
 
+def test_the_control_imitates_the_questions_of_stage_2_from_the_stage_1_student(tmp_path, made):
+    """It does not depend on whether stage 2 runs before it."""
+    late = ("rollout.", "discriminator.")
+    without = [a for a in mini_arguments(tmp_path / "a", made) if not a.startswith(late)]
+    content = ["stages=[sft,distill,control]", "reward.alpha=0", "teacher.empty_pools=drop"]
+    every = [a for a in mini_arguments(tmp_path / "b", made, *content) if not a.startswith("discriminator.")]
+    for arguments in ([*without, "stages=[sft,control]"], every):
+        done = run_train(arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, both = only_run(tmp_path / "a"), only_run(tmp_path / "b")
+    controls = [load_file(run / "control" / "model.safetensors") for run in (alone, both)]
+    stage1 = load_file(alone / "stage1" / "model.safetensors")
+    assert all(torch.equal(controls[0][name], controls[1][name]) for name in stage1)
+    assert any(not torch.equal(controls[0][name], stage1[name]) for name in stage1)
+    evaluation = json.loads((both / "evaluation.json").read_text())
+    assert list(evaluation["students"]) == ["untrained", "stage1", "stage2", "control"]
+    assert list(evaluation["differences"])[1:] == ["stage2-stage1", "control-stage1", "stage2-control"]
+    assert [line["step"] for line in metrics(both) if line["stage"] == "control"] == [1, 2, 3, 4, 5]
+    assert "Control: imitation in place of stage 2" in (both / "report.html").read_text()
+
+
 def test_resume_refuses_other_settings(whole):
     done = run_train(["--resume", str(whole), "distill.lr=1e-3"])
     assert done.returncode == 2
