@@ -228,8 +228,9 @@ class TeacherConfig:
     weighting: str = choice("quality", of=("quality", "uniform"))
     """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
     open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
-    weight_power: float = number(1.0, above=0, most=16)
-    """Exponent of q_k in matching probabilities and weights (2603.11423: 1). Above 1, good responses count more."""
+    weight_power: float = number(4.0, above=0, most=16)
+    """Exponent of q_k in matching probabilities and weights (open; 2603.11423: 1). Above 1, good responses count more
+    and raise the quality that the discriminator leads to. It changes nothing where quality is 0 or 1."""
     open_quality: str = choice("valid", of=("valid", "lexical"))
     """Quality of responses to open questions: `valid` = 1 for each valid response (2603.11423), or `lexical` = word
     overlap with the reference answer (F1), which the paper found to be worse."""
@@ -277,9 +278,9 @@ class DiscriminatorConfig:
     warm_up_accuracy: float | None = number(None, above=0.5, most=1)
     """End the warm-up early once the pair accuracy, averaged over its last 8 steps and measured before each update,
     reaches this value; null = never (open)."""
-    head: str = choice("random", of=("random", "zero"))
-    """Initial weights of the value head: `random` (as in a linear layer), or `zero`, so that all scores are equal at
-    first (open)."""
+    head: str = choice("zero", of=("zero", "random"))
+    """Initial weights of the value head: `zero`, so that all scores are equal at first, or `random`, as in a linear
+    layer (open)."""
     order_weight: float = number(0.0, least=0)
     """Weight of further pairs in its loss, the better against the worse response within the rollouts and within the
     teacher responses of a closed question, each weighted by the difference in quality (open)."""

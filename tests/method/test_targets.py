@@ -32,7 +32,7 @@ def targets(texts, question=QUESTION, imitate="best", reasons=None, **teacher):
             for k, (text, reason) in enumerate(zip(texts, reasons, strict=True))
         ]
     }
-    cfg = TeacherConfig(**{"parse": "strict", **teacher})
+    cfg = TeacherConfig(**{"parse": "strict", "weight_power": 1.0, **teacher})
     scores = score_pool(pool, [question], cfg)
     return build_targets([question], scores, cfg, refuse, seed=0, imitate=imitate)[question.id]
 
