@@ -242,6 +242,7 @@ METRICS = (
     "Policy",
     "Rollouts",
     "Teacher answers",
+    "What stage 2 can gain",
 )
 
 
