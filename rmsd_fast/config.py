@@ -103,6 +103,9 @@ class MadeConfig:
     `reference` = all are worded like the reference answer.
     `paraphrased` = simulated paraphrases: right answers are worded unlike the reference and wrong ones like it, so that
     word overlap with the reference ranks wrong answers above right ones."""
+    label_share: float = number(1.0, least=0, most=1)
+    """Share of the closed training questions about generated clips, of each task type, that keep their ground truth.
+    The simulated teacher knows all of them. Below 1, set `teacher.unlabeled=agreement`."""
     student_hidden: int = number(64, least=32)
     """Hidden size of the tiny student; its other sizes are derived from it."""
     student_layers: int = number(3, least=1)
@@ -234,6 +237,10 @@ class TeacherConfig:
     open_quality: str = choice("valid", of=("valid", "lexical"))
     """Quality of responses to open questions: `valid` = 1 for each valid response (2603.11423), or `lexical` = word
     overlap with the reference answer (F1), which the paper found to be worse."""
+    unlabeled: str = choice("refuse", of=("refuse", "agreement"))
+    """Training questions of closed tasks without ground truth: `refuse` = an error (2603.11423 has ground truths), or
+    `agreement` = the quality of a response to them is its mean score against the other valid ones of the question, and
+    their rollouts get no content reward (open). Held-out questions always need a ground truth."""
     numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
     """`epsilon` accuracy or `mra` (mean relative accuracy)."""
     numeric_eps: float = number(0.01, least=0)

@@ -30,6 +30,7 @@ _READ_BY_BOTH = (
     "teacher.numeric_metric",
     "teacher.numeric_eps",
     "teacher.ocr_metric",
+    "teacher.unlabeled",
 )
 READ = {"check": (*_READ_BY_BOTH, "teacher.responses", "teacher.max_unanswered_share"), "repair": _READ_BY_BOTH}
 EXAMPLES = 3

@@ -80,6 +80,11 @@ def check_together(settings: RunConfig) -> None:
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
     _check_made(settings.made)
+    if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
+        raise SettingsError(
+            "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth, got "
+            f"{settings.made.label_share:g}; write teacher.unlabeled=agreement"
+        )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
 
@@ -177,6 +182,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             bool(settings.teacher.pool),
             "teacher.pool sets the pool; leave teacher.pool empty",
         ),
+        (["made.label_share"], bool(settings.data.train), "data.train sets the questions; leave data.train empty"),
         (
             ["made.teacher_error_rate"],
             settings.made.teacher != "noisy",
@@ -212,7 +218,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "no material is generated; write made.enabled=true",
         ),
         (
-            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks"],
+            ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks", "made.label_share"],
             not own_clips,
             "the set of real clips is fixed; write made.source=clips",
         ),

@@ -211,7 +211,7 @@ def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> 
     """Return lines that say what stage 2 can gain on closed questions, with a warning if that is nothing."""
     student, target = metrics["rollout/quality"], metrics["teacher/target_quality"]
     if student is None:
-        return ["forecast: no closed question with a teacher answer in the first step, so stage 2 cannot be forecast"]
+        return ["forecast: impossible, since no question of the first step has both ground truth and a teacher answer"]
     best, signal = metrics["teacher/best_quality"], metrics["rollout/signal_share"]
     judged = uses_discriminator(settings)
     led = f"; the discriminator leads to {target:.3f}" if judged else ""

@@ -65,6 +65,16 @@ class Question:
     """Any other data. Training does not read it."""
 
     @property
+    def has_truth(self) -> bool:
+        """Return whether a metric can compare answers with a ground truth: the task is closed, and has an answer."""
+        return self.task_type in CLOSED_TASKS and self.answer is not None
+
+    @property
+    def is_unlabeled(self) -> bool:
+        """Return whether the ground truth of a closed task is missing, as `teacher.unlabeled=agreement` allows."""
+        return self.task_type in CLOSED_TASKS and self.answer is None
+
+    @property
     def media(self) -> list[tuple[str, str, Span]]:
         """Return kind, path and span of each medium, in the order in which the prompt shows them."""
         spans = self.spans or (None,) * len(self.videos)
@@ -326,7 +336,10 @@ def _options(value: object, task: str, fail) -> tuple[str, ...] | None:
 def _answer(value: object, task: str, options: Sequence[str] | None, required: bool, fail) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         if required and task in CLOSED_TASKS:
-            todo = "add the ground truth, or set task_type to open"
+            todo = (
+                "add the ground truth, set task_type to open, or, for training questions only, write "
+                "teacher.unlabeled=agreement"
+            )
             raise fail("answer", f"{EXPECTED_FORMAT[task]}, since {task} is a closed task", value, todo)
         return None
     expected = EXPECTED_FORMAT[task]

@@ -29,7 +29,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.made.clips import COLORS, Content, article
 from rmsd_fast.made.errors import box_text, drawn_answer, interval_text, noisy_answer, other_word, wrong_answer
 from rmsd_fast.made.wording import paraphrase, wrong_text
-from rmsd_fast.method.answers import CLOSED_TASKS, bare_options, option_letters, parse_answer_body
+from rmsd_fast.method.answers import bare_options, option_letters, parse_answer_body
 from rmsd_fast.teacher.pool import TeacherResponse, media_digest, request_key, write_pool
 
 MODEL = "simulated"
@@ -115,7 +115,7 @@ def simulate_teacher(
     sampling = {"seed": seed, "error_rate": settings.pop("error_rate"), "version": VERSION, **settings}
     responses = []
     for question in questions:
-        if question.answer is None and question.task_type in CLOSED_TASKS:
+        if question.is_unlabeled:
             raise ValueError(f"question {question.id!r}: expected a ground truth to simulate from, got none; add it")
         key = request_key(question, sampling=sampling, frame_indices=None, media_digest=media_digest(question))
         level = _question_level(question, seed)

@@ -2,6 +2,7 @@
 
 Metrics by task type: option letter (mcq), interval IoU (temporal), box IoU (spatial), epsilon accuracy or mean relative
 accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 if the response is valid.
+Without ground truth, `agreement` compares the responses to a closed question with each other.
 
 Intervals, boxes and numbers are compared exactly, as rational numbers. A difference of exactly 0.01 in the text
 therefore passes an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
@@ -12,6 +13,7 @@ Sources: R-MSD (arXiv 2603.11423), quality score; mean relative accuracy: VSI-Be
 
 import math
 import re
+import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -84,6 +86,58 @@ def quality_score(
         _check_box_range(truth, spatial_format, size)
     if predicted is None:
         return 0.0
+    return _metric(predicted, truth, task_type, numeric_metric, numeric_eps, ocr_metric, anls_threshold)
+
+
+def agreement(
+    texts: Sequence[str],
+    task_type: str,
+    *,
+    options: Sequence[str] | None = None,
+    numeric_metric: str = "epsilon",
+    numeric_eps: float = 0.01,
+    ocr_metric: str = "wer",
+    anls_threshold: float = 0.5,
+) -> list[float]:
+    """Return how well each response to a closed question agrees with the others, in [0, 1].
+
+    It is the mean of the task's metric between a response and each other valid response, which takes the place of the
+    ground truth. It is 0 for an invalid response, and for the only valid response, since nothing agrees with it.
+
+    Args:
+        texts: the whole responses to one question.
+        task_type: a closed task.
+        options, numeric_metric, numeric_eps, ocr_metric, anls_threshold: as in quality_score.
+    Returns:
+        The agreement of each response.
+    Raises:
+        ValueError: the task is not closed, or a metric is unknown.
+        TypeError: a text is not a str.
+    """
+    _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, "relative", None)
+    if task_type not in CLOSED_TASKS:
+        raise ValueError(f"agreement: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
+    parsed = [parse_answer(text, task_type, options) for text in texts]
+    scores = []
+    for index, answer in enumerate(parsed):
+        others = [other for at, other in enumerate(parsed) if at != index and other is not None]
+        if answer is None or not others:
+            scores.append(0.0)
+            continue
+        metric = (task_type, numeric_metric, numeric_eps, ocr_metric, anls_threshold)
+        scores.append(statistics.fmean(_metric(answer, other, *metric) for other in others))
+    return scores
+
+
+def _metric(
+    predicted: ParsedAnswer,
+    truth: ParsedAnswer,
+    task_type: str,
+    numeric_metric: str,
+    numeric_eps: float,
+    ocr_metric: str,
+    anls_threshold: float,
+) -> float:
     if task_type == "mcq":
         return float(predicted == truth)
     if task_type in ("temporal", "spatial"):

@@ -138,9 +138,10 @@ def _options(options: Sequence[object] | None, answer: object) -> str:
 def question_html(row: Mapping[str, object]) -> str:
     """Return the question as HTML with its options and its ground truth."""
     truth = row.get("answer")
+    missing = "none (open question)" if row.get("task_type") == "open" else "none"
     return (
         f'<p class="text"><b>{visible(row.get("question", ""))}</b></p>{_options(row.get("options"), truth)}'
-        f'<p class="small">Ground truth: {"none (open question)" if truth is None else visible(truth)}</p>'
+        f'<p class="small">Ground truth: {missing if truth is None else visible(truth)}</p>'
     )
 
 

@@ -42,7 +42,9 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
     lead = (
         f"Quality of the first {visible(statistics.get('responses', '?'))} responses per training question. Invalid "
         f"responses count as 0; responses of at least {visible(statistics.get('min_quality', '?'))} are kept. Open "
-        "questions have no metric: a valid answer counts as 1. " + _parse_words(statistics)
+        "questions have no metric: a valid answer counts as 1. "
+        + _unlabeled_words(statistics)
+        + _parse_words(statistics)
     )
     simulated = f"<p><b>{SIMULATED}: these numbers describe the simulation.</b></p>" if is_simulated(statistics) else ""
     paper = (
@@ -53,6 +55,17 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
     return (
         f'{head}{simulated}<p class="muted">{lead}</p>{_table(groups, totals)}<div class="split">{_chart(groups)}</div>'
         f'<p class="muted small">{escape(paper)}</p>'
+    )
+
+
+def _unlabeled_words(statistics: Mapping[str, Any]) -> str:
+    """Return how many questions lack a ground truth; "" if none does."""
+    count = value(statistics.get("all") or {}, "unlabeled")
+    if not count > 0:
+        return ""
+    return (
+        f"Closed questions without ground truth: {count:.0f}. The quality of a response to them is its agreement with "
+        "the other responses. "
     )
 
 

@@ -9,7 +9,6 @@ import torch
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import pairwise_discriminator_loss
-from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import Pairs
 from rmsd_fast.models.students import MediaFeatures
 from rmsd_fast.runtime.process_group import global_sum
@@ -211,8 +210,8 @@ def sums_within_questions(
 
 
 def _content_sums(groups: list[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Return the sums for the correlation of content reward and score among the rollouts of closed questions."""
-    scored = [group for group in groups if group.kept and group.prompt.question.task_type in CLOSED_TASKS]
+    """Return the sums for the correlation of content reward and score among the rollouts to a ground truth."""
+    scored = [group for group in groups if group.kept and group.prompt.question.has_truth]
     if not scored:
         return (*(torch.zeros((), dtype=torch.float64),) * 3, 0)
     question = torch.arange(len(scored)).repeat_interleave(torch.tensor([len(group.rollouts) for group in scored]))

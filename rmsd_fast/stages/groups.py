@@ -9,7 +9,7 @@ import torch
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
 from rmsd_fast.method.advantages import degenerate_groups
-from rmsd_fast.method.answers import CLOSED_TASKS, has_outer_format, has_task_format, is_empty_answer, parse_answer
+from rmsd_fast.method.answers import has_outer_format, has_task_format, is_empty_answer, parse_answer
 from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample_matches, sampled_pairs
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
@@ -63,8 +63,8 @@ def make_group(
     question, options = prompt.question, prompt.question.options
     texts = [rollout.text for rollout in rollouts]
     content = [0.0] * len(texts)
-    # Open questions have no metric and therefore no content reward.
-    if question.task_type in CLOSED_TASKS:
+    # Without ground truth, as in open questions, there is no content reward.
+    if question.has_truth:
         metric = {"answer": question.answer, "options": options, **quality_settings(settings.teacher)}
         content = [quality_score(text, question.task_type, **metric) for text in texts]
     matches = None
@@ -94,18 +94,18 @@ def make_pairs(groups: list[RolloutGroup], settings: RunConfig) -> Pairs:
 
 
 def make_order_pairs(groups: list[RolloutGroup]) -> Pairs:
-    """Return the pairs that order the rollouts, and the kept responses, of closed questions by quality.
+    """Return the pairs that order the rollouts, and the kept responses, of questions with ground truth by quality.
 
     They index the concatenated rollouts followed by the concatenated kept responses.
     """
-    quality = [group.content for group in groups] + [_closed_quality(group)[group.kept] for group in groups]
+    quality = [group.content for group in groups] + [_true_quality(group)[group.kept] for group in groups]
     return order_pairs(quality)
 
 
-def _closed_quality(group: RolloutGroup) -> torch.Tensor:
-    """Return the quality of the teacher's responses, or zeros for an open question, whose content reward is 0 too."""
-    closed = group.prompt.question.task_type in CLOSED_TASKS
-    return group.targets.quality if closed else torch.zeros_like(group.targets.quality)
+def _true_quality(group: RolloutGroup) -> torch.Tensor:
+    """Return the quality of the teacher's responses; zeros without ground truth, like the content reward."""
+    has_truth = group.prompt.question.has_truth
+    return group.targets.quality if has_truth else torch.zeros_like(group.targets.quality)
 
 
 def _among_kept(group: RolloutGroup) -> torch.Tensor | None:
@@ -186,9 +186,10 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
 def quality_record(groups: list[RolloutGroup]) -> dict[str, Metric]:
     """Return this process's part of the metrics that say what stage 2 can gain on closed questions.
 
-    Only questions with a teacher response count, so that all of the metrics refer to the same questions.
+    Only questions with ground truth and a teacher response count, so that all of the metrics refer to the same
+    questions.
     """
-    closed = [g for g in groups if g.kept and g.prompt.question.task_type in CLOSED_TASKS]
+    closed = [g for g in groups if g.kept and g.prompt.question.has_truth]
     student = sum(float(group.content.mean()) for group in closed)
     target = sum(group.targets.target_quality for group in closed)
     best = sum(float(group.targets.quality.max()) for group in closed)

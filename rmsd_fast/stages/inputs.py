@@ -81,6 +81,8 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         summary += describe_pool(answered, pool, statistics, unanswered, settings)
         if statistics["all"]["reasons"]:
             example = f"python -m rmsd_fast.pool check {files['pool']} {files['train']}"
+            if settings.teacher.unlabeled != "refuse":
+                example += f" teacher.unlabeled={settings.teacher.unlabeled}"
             summary.lines.append(f"  examples of invalid answers: {example}")
         if summary.faults:
             raise DataError("\n".join([*summary.faults, *summary.lines]))
@@ -112,6 +114,7 @@ def read_files(
                     media_root=roots[role],
                     format=settings.data.format,
                     task_type=settings.data.task_type,
+                    require_answer=role == "heldout" or settings.teacher.unlabeled == "refuse",
                     follow_symlinks=settings.data.follow_symlinks,
                 )
         except DataError as error:

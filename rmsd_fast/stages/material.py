@@ -13,6 +13,7 @@ from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.files import FolderLock, file_digest, remove_leftovers
 from rmsd_fast.made.clips import make_clips
+from rmsd_fast.made.labels import write_label_share
 from rmsd_fast.made.real_clips import write_real_questions
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.made.teacher import SimulatedTeacher, write_simulated_pool
@@ -153,6 +154,8 @@ def _make(settings: RunConfig) -> dict[str, str]:
     pool_path = write_simulated_pool(folder, questions, k=made.responses, seed=made.seed, teacher=teacher)
     texts = [question_text(question) for question in questions[:2000]]
     texts += [response.text for responses in list(load_pool(pool_path).values())[:2000] for response in responses]
+    if made.label_share < 1:
+        train = write_label_share(train, questions, share=made.label_share, seed=made.seed, media_root=root)
     student = folder / f"student-{made.student_hidden}x{made.student_layers}-{pool_path.stem}"
     build_tiny_student(student, texts=texts, seed=made.seed, hidden=made.student_hidden, layers=made.student_layers)
     paths = {"train": train, "heldout": heldout, "pool": pool_path, "student": student, "media_root": root}

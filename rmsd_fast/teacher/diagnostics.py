@@ -24,7 +24,7 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
 
     Quality here always uses the metric, even in a run with uniform quality. Invalid answers count as 0. Open questions
     have no metric, and their quality only shows how many answers are valid. They are therefore included in the shares
-    of "all", but not in "closed".
+    of "all", but not in "closed". The quality of answers to closed questions without ground truth is their agreement.
 
     Args:
         scores: result of score_pool.
@@ -34,9 +34,10 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
     Returns:
         {"teacher_simulated": bool, "responses": maximum K, "min_quality": tau, "parse": teacher.parse,
          "tasks": {task: group}, "closed": group, "all": group}. A group without answers is None. Any other group is
-        {"questions", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share", "as_sent_share",
-         "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}:
+        {"questions", "unlabeled", "responses", "mean", "sd_across", "sd_within", "low", "high", "valid_share",
+         "as_sent_share", "kept_share", "truncated_share", "reasoned_share", "empty_share", "best_share", "reasons"}:
 
+        - unlabeled: number of closed questions without ground truth;
         - mean, sd_across, low, high: mean, sd, minimum and maximum of the inputs' mean quality;
         - sd_within: mean over inputs of the sd among their answers;
         - valid_share, as_sent_share, kept_share, truncated_share: shares of answers that are valid, valid as sent, kept
@@ -70,6 +71,7 @@ def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) ->
     kept = [[passes_filter(quality, cfg.min_quality) for quality in row] for row in qualities]
     return {
         "questions": len(questions),
+        "unlabeled": sum(question.is_unlabeled for question in questions),
         "responses": len(flat),
         "mean": statistics.fmean(means),
         "sd_across": statistics.pstdev(means),

@@ -16,7 +16,7 @@ import numpy as np
 
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
-from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES, option_letters, parse_answer_body
+from rmsd_fast.method.answers import TASK_TYPES, option_letters, parse_answer_body
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.teacher.scores import quality_settings
 
@@ -43,7 +43,7 @@ def best_constant_floor(
     cfg = cfg or TeacherConfig()
     floors = {}
     for task in TASK_TYPES:
-        members = [q for q in questions if q.task_type == task and (q.answer is not None or task not in CLOSED_TASKS)]
+        members = [q for q in questions if q.task_type == task and not q.is_unlabeled]
         if not members:
             continue
         if task == "open":

@@ -12,7 +12,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
 from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
-from rmsd_fast.method.quality import quality_score, word_overlap
+from rmsd_fast.method.quality import agreement, quality_score, word_overlap
 from rmsd_fast.teacher.pool import TeacherResponse
 
 Pool = dict[str, list[TeacherResponse]]
@@ -39,7 +39,10 @@ class ScoredResponse(NamedTuple):
     """The full text: canonical if `teacher.parse=natural` could read it, otherwise as sent."""
     valid: bool
     quality: float
-    """The task's metric in [0, 1]; 0 for invalid answers, 1 for valid answers to open questions."""
+    """The task's metric in [0, 1]; 0 for invalid answers, 1 for valid answers to open questions.
+
+    Without ground truth, it is the agreement with the other valid answers to the question.
+    """
     reason: str | None = None
     """Why it is invalid, a key of `method.natural.REASONS`; None if it is valid."""
     as_sent: bool = True
@@ -51,16 +54,26 @@ class ScoredResponse(NamedTuple):
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
     """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get no answers."""
-    return {
-        question.id: [
-            score_response(response, question, cfg) for response in pool.get(question.id, [])[: cfg.responses]
-        ]
-        for question in questions
-    }
+    scores = {}
+    for question in questions:
+        responses = pool.get(question.id, [])[: cfg.responses]
+        answers = [score_response(response, question, cfg) for response in responses]
+        scores[question.id] = _with_agreement(answers, question, cfg) if question.is_unlabeled else answers
+    return scores
+
+
+def _with_agreement(answers: Sequence[ScoredResponse], question: Question, cfg: TeacherConfig) -> list[ScoredResponse]:
+    """Return the answers to a closed question without ground truth, with their agreement as quality."""
+    texts = [answer.text for answer in answers if answer.valid]
+    scores = iter(agreement(texts, question.task_type, options=question.options, **quality_settings(cfg)))
+    return [answer._replace(quality=next(scores)) if answer.valid else answer for answer in answers]
 
 
 def score_response(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> ScoredResponse:
-    """Return validity, reason and quality of one answer. Truncated and filtered answers are always invalid."""
+    """Return validity, reason and quality of one answer. Truncated and filtered answers are always invalid.
+
+    An answer to a closed question without ground truth gets quality 0, because its agreement needs the other answers.
+    """
     text, task, options = response.text, question.task_type, question.options
     ended = finish_reason_of(response.finish_reason)
     strict = _strict_reason(text, ended, question)
@@ -78,7 +91,7 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
     if reason is None and not is_unicode(text):
         reason = "not_unicode"
     quality = 0.0
-    if reason is None:
+    if reason is None and not question.is_unlabeled:
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
         if task == "open" and cfg.open_quality == "lexical":
             quality = word_overlap(answer_body(text), _reference(question))
@@ -95,7 +108,7 @@ def _reference(question: Question) -> str:
 
 
 def quality_settings(teacher: TeacherConfig) -> dict:
-    """Return metric settings as arguments of `method.quality.quality_score`."""
+    """Return metric settings as arguments of `quality_score` and `agreement` of `method.quality`."""
     return {
         "numeric_metric": teacher.numeric_metric,
         "numeric_eps": teacher.numeric_eps,

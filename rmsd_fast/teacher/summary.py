@@ -125,16 +125,22 @@ def describe_pool(
             "stage 1 imitates",
         ]
     )
+    if every["unlabeled"]:
+        summary.lines.append(
+            f"  without ground truth: {counted(every['unlabeled'], 'closed question')}; the quality of their answers "
+            "is agreement with the other valid answers, and their rollouts get no content reward"
+        )
     if unanswered:
         left_out = counted(len(unanswered), "question")
         summary.lines.append(f"  left out: {left_out} without an answer ({some_ids(unanswered)})")
     summary.lines += _unused(questions, pool, cfg.responses)
     summary += _endings([response.finish_reason for response in used])
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
+        nothing = "no answer is correct" + (" or agrees with another" if every["unlabeled"] else "")
         summary.faults.append(
             f"teacher pool: {every['valid_share']:.1%} of {counted(every['responses'], 'answer')} are valid, and "
             f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most of both. "
-            f"Reasons: {_reasons(every) or 'no answer is correct'}{_advice(cfg.parse)}"
+            f"Reasons: {_reasons(every) or nothing}{_advice(cfg.parse)}"
         )
         return summary
     if every["reasoned_share"] < 0.5:

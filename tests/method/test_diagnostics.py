@@ -233,3 +233,35 @@ def test_the_floor_of_long_texts_takes_seconds():
     # A fifth of the questions have the answer that scores best.
     assert best_constant_floor(long)["ocr"][0] == pytest.approx(0.2, abs=0.01)
     assert process_time() - started < 6
+
+
+def test_answers_without_ground_truth_are_compared_with_each_other():
+    unlabeled = question("u", "temporal", None)
+    assert unlabeled.is_unlabeled and not unlabeled.has_truth
+    assert [q.has_truth for q in QUESTIONS] == [True, True, False, True] and not any(q.is_unlabeled for q in QUESTIONS)
+    pool = {
+        "u": [
+            said("u", 0, "0 to 4"),
+            said("u", 1, "0 to 8", finish_reason="length"),
+            said("u", 2, "2 to 6"),
+            said("u", 3, "0 to 8"),
+        ]
+    }
+    # The truncated answer does not take part. The IoUs are 1/3 and 1/2, 1/2.
+    assert scored(pool, [unlabeled], STRICT)["u"] == [
+        (True, pytest.approx(5 / 12), None),
+        (False, 0.0, "truncated"),
+        (True, pytest.approx(5 / 12), None),
+        (True, 0.5, None),
+    ]
+    # Of the first three answers, two are valid; of the first two, only one, with which nothing agrees.
+    three = scored(pool, [unlabeled], TeacherConfig(responses=3))["u"]
+    assert [quality for _, quality, _ in three] == pytest.approx([1 / 3, 0, 1 / 3])
+    assert scored(pool, [unlabeled], TeacherConfig(responses=2))["u"] == [(True, 0, None), (False, 0, "truncated")]
+    stats = pool_statistics(
+        score_pool(pool | POOL, [unlabeled, *QUESTIONS], STRICT), [unlabeled, *QUESTIONS], STRICT, simulated=True
+    )
+    # 4/3 of four answers, and 1.25 of the four of the other question.
+    assert stats["tasks"]["temporal"]["unlabeled"] == 1 and stats["tasks"]["mcq"]["unlabeled"] == 0
+    assert stats["all"]["unlabeled"] == 1 and stats["tasks"]["temporal"]["mean"] == pytest.approx((1 / 3 + 0.3125) / 2)
+    assert best_constant_floor([unlabeled]) == {}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rmsd_fast.method.quality import _edit_distance, fold_text, parse_ground_truth, quality_score
+from rmsd_fast.method.quality import _edit_distance, agreement, fold_text, parse_ground_truth, quality_score
 
 
 def q(answer: str, task: str, truth=None, **settings) -> float:
@@ -262,3 +262,44 @@ def test_one_final_full_stop_is_ignored():
     # Several full stops are part of the text.
     assert fold_text("Wait...") == "wait.." and fold_text(".") == "."
     assert q("Wait...", "ocr", "Wait.") == 0.0 and q("Wait.", "ocr", "Wait") == 1.0
+
+
+def agree(task: str, *answers: str, **settings) -> list[float]:
+    return agreement([f"<think>t</think><answer>{answer}</answer>" for answer in answers], task, **settings)
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "scores"),
+    [
+        # IoU: 2/6 of the first two, 4/8 of either and the third.
+        ("temporal", ["0 to 4", "2 to 6", "0 to 8"], [(1 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2, 1 / 2]),
+        # An invalid answer has quality 0, and the others are not compared with it.
+        ("temporal", ["0 to 4", "soon", "2 to 6"], [1 / 3, 0, 1 / 3]),
+        ("temporal", ["3 to 3", "3 to 3"], [0, 0]),
+        ("mcq", ["B", "(b)", "A", "B"], [2 / 3, 2 / 3, 0, 2 / 3]),
+        ("mcq", ["A", "B"], [0, 0]),
+        # A ground truth could not have these coordinates, but an answer can.
+        ("spatial", ["0,0,2000,10", "0,0,1000,10"], [1 / 2, 1 / 2]),
+        # The tolerance is 1% of the other answer: 1.01 for the first, and 1 for the second, of which 1.005 apart.
+        ("numeric", ["100", "101.005"], [1, 0]),
+        # One word is missing from three, or too many for two.
+        ("ocr", ["a b", "a b c"], [2 / 3, 1 / 2]),
+        # Nothing agrees with an only valid answer.
+        ("mcq", ["B"], [0]),
+        ("numeric", ["3", "three", ""], [0, 0, 0]),
+        ("ocr", [], []),
+    ],
+)
+def test_agreement_by_hand(task, answers, scores):
+    assert agree(task, *answers) == pytest.approx(scores)
+
+
+def test_agreement_uses_the_settings_of_the_metric():
+    # The relative errors are 0.3/3.3 = 0.0909 and 0.3/3 = 0.1: below 1 - t for t up to 0.90 (9 of 10), and 0.85 (8).
+    assert agree("numeric", "3", "3.3", numeric_metric="mra") == pytest.approx([0.9, 0.8])
+    assert agree("mcq", "C", "C", "B", options=("x", "y")) == [0, 0, 0]
+    assert agree("ocr", "sitting", "kitten", ocr_metric="anls") == pytest.approx([4 / 7, 4 / 7])
+    with pytest.raises(ValueError, match="agreement: expected a closed task .* got 'open'"):
+        agree("open", "x", "x")
+    with pytest.raises(ValueError, match="numeric_metric"):
+        agree("mcq", "A", "A", numeric_metric="mae")

@@ -357,3 +357,31 @@ def test_pool_repair_never_overwrites(files, tmp_path, capsys):
     pool.write_text('{"id": 3, "k": 0, "text": "B"}\n')
     assert run("repair", pool, questions, "--output", tmp_path / "new.jsonl") == 2
     assert "got them for 0 of 2" in capsys.readouterr().err and not (tmp_path / "new.jsonl").exists()
+
+
+def test_questions_without_ground_truth_are_counted():
+    questions = [mcq("q1"), mcq("q2", answer=None), mcq("q3", answer=None)]
+    summary = described(["B", "B", "A"], questions)
+    assert (
+        "  without ground truth: 2 closed questions; the quality of their answers is agreement with the other valid "
+        "answers, and their rollouts get no content reward"
+    ) in summary.lines
+    assert summary.warnings[1:] == summary.faults == []
+    (fault,) = described(["B", "A"], questions[1:]).faults
+    assert "Reasons: no answer is correct or agrees with another" in fault
+
+
+def test_the_pool_program_reads_questions_without_ground_truth_on_request(files, tmp_path, capsys):
+    _, questions = files
+    questions.write_text(questions.read_text().replace(', "answer": "B"', ""))
+    assert run("check", *files) == 2
+    assert "training questions only, write teacher.unlabeled=agreement" in capsys.readouterr().err
+    assert run("check", *files, "teacher.unlabeled=agreement") == 0
+    printed = capsys.readouterr().out
+    # Of B, A and B, the two B agree, so one of the two questions has an answer to imitate.
+    assert "mcq           2        5  60.0%    20.0%   50.0%  two_answers 1, truncated 1" in printed
+    assert "  without ground truth: 2 closed questions" in printed
+    output = tmp_path / "repaired.jsonl"
+    assert run("repair", *files, "teacher.unlabeled=agreement", "--output", output) == 0
+    # A quality that depends on the number of answers that a run reads is not stored.
+    assert [(a.valid, a.quality) for a in load_pool(output)["1"]] == [*[(True, None)] * 3, (False, None)]

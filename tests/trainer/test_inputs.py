@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from material import WORLD, tiny_settings
 
 from rmsd_fast.config import DataConfig, EvaluateConfig, RunConfig, SettingsError, TeacherConfig
 from rmsd_fast.data.errors import DataError
+from rmsd_fast.made.labels import keep_labels
 from rmsd_fast.made.meaning import meaning_score
-from rmsd_fast.method.answers import parse_answer
+from rmsd_fast.method.answers import CLOSED_TASKS, parse_answer
 from rmsd_fast.stages.inputs import read_inputs
 from rmsd_fast.stages.material import prepare_material
 
@@ -121,6 +123,34 @@ def test_a_task_type_that_no_record_asks_for_is_refused(folder):
         read(folder, task_type="ocr")
 
 
+def test_training_questions_may_lack_the_ground_truth_on_request(folder):
+    bare = {key: value for key, value in GOOD.items() if key != "answer"}
+    asked = [GOOD | {"id": "q0"}, *(bare | {"id": f"q{i}"} for i in (1, 2, 3))]
+    write(folder / "train.jsonl", *(question | {"videos": ["a.mp4"]} for question in asked))
+    said = [(f"q{i}", k, answer) for i in range(4) for k, answer in enumerate("BBA")]
+    texts = ({"id": i, "k": k, "text": f"<think>t</think><answer>{answer}</answer>"} for i, k, answer in said)
+    write(folder / "pool.jsonl", *texts)
+    files = {role: str(folder / f"{role}.jsonl") for role in ("train", "heldout", "pool")}
+    with pytest.raises(DataError) as caught:
+        read_inputs(RunConfig(teacher=TeacherConfig(responses=3)), files, dict.fromkeys(files, ""))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("train.jsonl: 3 of 4 records cannot be used:")
+    assert "train.jsonl:2: field 'answer': expected one option letter such as 'B', since mcq is a closed" in lines[1]
+    assert lines[1].endswith(
+        "got nothing; add the ground truth, set task_type to open, or, for training questions only, write "
+        "teacher.unlabeled=agreement"
+    )
+    settings = RunConfig(teacher=TeacherConfig(responses=3, unlabeled="agreement"))
+    inputs = read_inputs(settings, files, dict.fromkeys(files, ""))
+    assert [answer.quality for answer in inputs.scores["q0"]] == [1, 1, 0]
+    assert [answer.quality for answer in inputs.scores["q1"]] == [0.5, 0.5, 0]
+    assert inputs.statistics["all"]["unlabeled"] == 3
+    # Evaluations always need ground truths.
+    write(folder / "heldout.jsonl", bare | {"id": "h", "videos": ["b.mp4"]})
+    with pytest.raises(DataError, match=r"heldout\.jsonl:1: field 'answer': expected one option letter"):
+        read_inputs(settings, files, dict.fromkeys(files, ""))
+
+
 def test_requesting_more_answers_than_the_pool_has_is_refused(folder):
     files = {role: str(folder / f"{role}.jsonl") for role in ("train", "pool")}
     with pytest.raises(SettingsError, match=r"teacher\.responses: expected at most 1, .*pool\.jsonl, got 4"):
@@ -142,3 +172,35 @@ def test_generated_material_follows_its_settings(tmp_path):
     # Another teacher has a pool of its own beside the same clips.
     other = prepare_material(tiny_settings(tmp_path, *changes), WORLD)
     assert other.files["train"] == material.files["train"] and other.files["pool"] != material.files["pool"]
+
+
+def test_a_share_of_the_generated_questions_keeps_its_ground_truth(tmp_path):
+    whole = prepare_material(tiny_settings(tmp_path / "a"), WORLD)
+    names = sorted(path.name for path in (tmp_path / "a").rglob("*"))
+    same = prepare_material(tiny_settings(tmp_path / "b", "made.label_share=1.0"), WORLD)
+    assert sorted(path.name for path in (tmp_path / "b").rglob("*")) == names
+    for role in ("train", "heldout", "pool"):
+        assert Path(same.files[role]).read_bytes() == Path(whole.files[role]).read_bytes()
+    unlabeled = ("made.label_share=0.25", "teacher.unlabeled=agreement")
+    some = prepare_material(tiny_settings(tmp_path / "a", *unlabeled), WORLD)
+    # The teacher, which was simulated from all ground truths, and the student are the same.
+    assert {role for role in whole.files if some.files[role] != whole.files[role]} == {"train"}
+    assert some.model_path == whole.model_path
+    assert sorted({path.name for path in (tmp_path / "a").rglob("*")} - set(names)) == ["train-labels-0.25.jsonl"]
+    kept = {}
+    for task in CLOSED_TASKS:
+        asked = [(a, b) for a, b in zip(whole.train, some.train, strict=True) if a.task_type == task]
+        kept[task] = {b.id for _, b in asked if b.has_truth}
+        assert len(kept[task]) == round(0.25 * len(asked)) and len(asked) >= 4
+        assert all(b == a if b.has_truth else b == replace(a, answer=None) for a, b in asked)
+    assert [q for q in some.train if q.task_type == "open"] == [q for q in whole.train if q.task_type == "open"]
+    assert some.heldout == whole.heldout and some.statistics["all"]["unlabeled"] == sum(
+        q.is_unlabeled for q in some.train
+    )
+    # A larger share keeps the same ground truths and more, and another seed keeps others.
+    half = keep_labels(whole.train, share=0.5, seed=0)
+    assert set().union(*kept.values()) < {q.id for q in half if q.has_truth}
+    assert half == keep_labels(whole.train, share=0.5, seed=0) != keep_labels(whole.train, share=0.5, seed=1)
+    assert not any(q.has_truth for q in keep_labels(whole.train, share=0.0, seed=0))
+    # Without some of its labels, the material still has its only pool.
+    assert prepare_material(tiny_settings(tmp_path / "a"), WORLD).train == whole.train

@@ -362,3 +362,7 @@ def test_the_page_states_how_teacher_answers_were_read():
     # Runs of earlier versions do not record the reasons.
     del group["reasons"]
     assert "Why answers" not in teacher_section({"tasks": {"mcq": group}, "all": group, "responses": 4})
+    unlabeled = "Closed questions without ground truth: 2. The quality of a response to them is its agreement with the"
+    for count, shown in ((0, False), (2, True)):
+        text = teacher_section({"tasks": {"mcq": group}, "all": group | {"unlabeled": count}, "responses": 4})
+        assert (unlabeled in text) == shown

@@ -76,6 +76,14 @@ def test_help_documents_every_field():
         (["made.source=real_clips", "made.wording=paraphrased"], "write made.source=clips"),
         (["made.source=real_clips", "made.teacher=blind"], "made.teacher=blind: expected made.source=clips"),
         (["made.tasks=[mcq,spatial,ocr]", "made.wording=paraphrased"], "add it to made.tasks"),
+        (
+            ["made.label_share=0.5"],
+            "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth",
+        ),
+        (["made.label_share=2", "teacher.unlabeled=agreement"], "made.label_share: expected 0 to 1"),
+        (["made.source=real_clips", "made.label_share=1"], "the set of real clips is fixed"),
+        (["data.train=q.jsonl", "made.label_share=1"], "data.train sets the questions"),
+        (["teacher.unlabeled=vote"], "teacher.unlabeled: expected one of refuse, agreement"),
         (["made.teacher=late"], "made.teacher: expected one of noisy, reported, biased, imprecise, blind, got 'late'"),
         (["made.wording=other"], "made.wording: expected one of reference, paraphrased"),
         (["made.teacher=biased", "made.teacher_error_rate=0.2"], "made.teacher=biased has its own errors"),
@@ -158,6 +166,8 @@ def test_impossible_or_ineffective_settings_are_refused(overrides, says):
     [
         ["made.tasks=[temporal,open]", "made.questions_per_clip=2", "made.teacher=biased", "made.wording=paraphrased"],
         ["made.source=real_clips", "made.teacher=imprecise"],
+        ["made.label_share=0", "teacher.unlabeled=agreement"],
+        ["made.label_share=1"],
         ["distill.kl_coef=0"],
         ["distill.kl_coef=0", "reward.kl_in_reward=0.1"],
         ["stages=[sft,warm_up]", "distill.batch_size=8", "micro_tokens=20000"],

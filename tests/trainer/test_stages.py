@@ -23,13 +23,17 @@ from rmsd_fast.runtime import process_group
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.stages import distill, sft
 from rmsd_fast.stages.build import build_distillation, load, read_targets
+from rmsd_fast.stages.discriminator_pass import _content_sums
 from rmsd_fast.stages.groups import (
     distinct_texts,
     group_record,
     make_group,
+    make_order_pairs,
     make_pairs,
+    quality_record,
     set_advantages,
 )
+from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.passes import passes
 from rmsd_fast.stages.state import NonFiniteRun, count_skipped
 from rmsd_fast.stages.step_metrics import global_metrics, mean
@@ -225,7 +229,9 @@ def test_no_collective_between_reference_and_policy(folder, material, world, mon
 
 
 def test_reference_equals_the_policy_before_the_first_update(folder, material, world):
-    state, prompts = build(folder, material, world, "distill.kl=full")
+    # With a zero head, hardly any reward would differ before the first update.
+    overrides = ("distill.kl=full", "discriminator.head=random", "reward.score_sd_offset=0")
+    state, prompts = build(folder, material, world, *overrides)
     first = distill.step(state, prompts, 0).metrics
     assert first["policy/kl"] == pytest.approx(0.0, abs=1e-6)
     # The engine excludes banned ids and the loss does not; they have about 1.3% of an untrained student's mass.
@@ -418,6 +424,49 @@ def test_rewards_and_advantages_by_hand(folder, material, world):
     average = 0.7 / 3
     sd = (sum((r - average) ** 2 for r in (1.0, -0.3, 0.0)) / 2) ** 0.5
     assert group.advantages.tolist() == pytest.approx([(r - average) / sd for r in (1.0, -0.3, 0.0)], rel=1e-4)
+
+
+def test_rollouts_without_ground_truth_by_hand(folder, material, world):
+    state, _ = build(folder, material, world)
+    question = next(q for q in material.train if q.task_type == "mcq")
+    prompt = state.builder.build(question)
+    (drawn,) = roll_out(state, [prompt])
+    texts = [f"<think>a</think><answer>{question.answer}</answer>", "<think>a</think><answer>.</answer>", ""]
+    rollouts = [replace(r, text=text) for r, text in zip(drawn.rollouts, texts, strict=True)]
+    bare = replace(prompt, question=replace(question, answer=None))
+    quality = torch.tensor([1 / 3, 1 / 3, 0, 2 / 3])
+    targets = replace(state.targets[question.id], quality=quality, p=quality / quality.sum(), weight=quality)
+    known, unknown = (make_group(p, rollouts, targets, state.settings, step=0) for p in (prompt, bare))
+    assert known.content.tolist() == [1, 0, 0] and unknown.content.tolist() == [0, 0, 0]
+    assert unknown.outer.tolist() == [1, 1, 0] and unknown.task.tolist() == [1, 0, 0] and unknown.valid == 1
+    # Its agreement weighs the pairs, but no metric of accuracy counts it.
+    assert unknown.kept == [0, 1, 3] and make_pairs([unknown], state.settings).quality.sum() == pytest.approx(4)
+    assert len(make_order_pairs([unknown]).quality) == 0 < len(make_order_pairs([known]).quality)
+    alone = global_metrics(quality_record([known]), world)
+    assert alone == global_metrics(quality_record([known, unknown]), world)
+    assert alone["rollout/quality"] == pytest.approx(1 / 3) and alone["teacher/best_quality"] == pytest.approx(2 / 3)
+    assert set(global_metrics(quality_record([unknown]), world).values()) == {None}
+    for group in (known, unknown):
+        group.d_score = torch.tensor([1.0, -1.0, 0.0])
+    assert [float(x) for x in _content_sums([known, unknown])] == [float(x) for x in _content_sums([known])]
+    assert _content_sums([unknown])[3] == 0
+    # 0.4 D + 0.1 outer + 0.1 task
+    set_advantages(unknown, state.settings)
+    assert unknown.reward.tolist() == pytest.approx([0.6, -0.3, 0.0])
+
+
+def test_questions_without_ground_truth_take_every_step(folder, world):
+    changes = ("made.label_share=0", "teacher.unlabeled=agreement", "teacher.min_quality=0.1")
+    unlabeled = prepare_material(tiny_settings(folder, *changes), world)
+    state, prompts = build(folder, unlabeled, world, *changes, "discriminator.order_weight=1")
+    prompts = [prompt for prompt in prompts if prompt.question.is_unlabeled]
+    assert len(prompts) >= 2
+    before = weights(state)
+    assert not sft.step(state, prompts, 0).skipped and not distill.warm_up_step(state, prompts, 9).skipped
+    metrics = distill.step(state, prompts, 0).metrics
+    assert metrics["reward/content/raw"] == 0 < metrics["teacher/quality"] and metrics["teacher/empty_share"] == 0
+    assert metrics["rollout/quality"] is None and metrics["discriminator/content_correlation"] is None
+    assert metrics["discriminator/pair_accuracy"] is not None and not same(before, weights(state))
 
 
 def test_shares_of_rollouts_by_hand(folder, material, world):
