@@ -108,7 +108,7 @@ def test_the_forecast_names_a_pool_that_teaches_nothing(folder):
     (line,) = describe_forecast({**numbers, "teacher/target_quality": 0.55}, content)
     assert "leads to" not in line
     (line,) = describe_forecast(dict.fromkeys(numbers), settings)
-    assert "cannot be forecast" in line
+    assert "forecast: impossible, since no question" in line
 
 
 def test_a_zero_head_scores_all_texts_alike_at_first(folder, material, world):
