@@ -37,6 +37,7 @@ class Condition:
         window: number of steps of a window.
         first_share: share of the stage's steps after which the condition is checked, once two windows are complete.
         stages: stages in which the condition is checked.
+        only_if: another metric and a bound; steps where that metric is below the bound are skipped.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Condition:
     window: int = 10
     first_share: float = 0.0
     stages: tuple[str, ...] = ("warm_up", "distill")
+    only_if: tuple[str, float] | None = None
 
     def is_broken(self, values: Sequence[float]) -> bool:
         """Return whether the means of both windows are significantly out of bounds, on the same side."""
@@ -117,14 +119,16 @@ CONDITIONS = (
         low=0.55,
         window=20,
         stages=("distill",),
+        # Once the rollouts are better than the answers, they should not be told apart in favor of the answers.
+        only_if=("teacher/headroom", 0.0),
     ),
     Condition(
-        "the discriminator leads below the student",
+        "the student has passed the teacher answers",
         "teacher/headroom",
-        "On closed questions, the teacher answers that it is trained towards are worse than the rollouts already are, "
-        "so its reward lowers the quality.",
-        "raise teacher.weight_power or teacher.min_quality, so that only the best answers count. Otherwise lower "
-        "reward.alpha, or write reward.score_groups=flat_content.",
+        "On closed questions, the rollouts are better than the answers that the discriminator is trained towards. Its "
+        "score can no longer raise their quality. The content reward still can.",
+        "if reward/content/raw still rises, nothing. Otherwise end stage 2, or raise teacher.weight_power or "
+        "teacher.min_quality so that only the best answers count.",
         low=0.0,
         window=20,
         stages=("distill",),
@@ -225,6 +229,10 @@ class AlarmWatch:
             value = values.get(condition.metric)
             if stage not in condition.stages or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
+            if condition.only_if:
+                other, least = condition.only_if
+                if isinstance(values.get(other), int | float) and values[other] < least:
+                    continue
             recent = self._values.setdefault((stage, condition), deque(maxlen=2 * condition.window))
             recent.append(value)
             early = len(recent) < 2 * condition.window or step < condition.first_share * self._totals.get(stage, 0)

@@ -8,8 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Material with all kinds of questions. The quickstart itself asks only two.
+SIX_TASKS = [
+    "made.tasks=[mcq,temporal,spatial,numeric,ocr,open]",
+    "made.questions_per_clip=3",
+    "made.teacher=noisy",
+    "stages=[sft,warm_up,distill]",
+    "evaluate.rollouts=0",
+]
 # These settings run all parts of the quickstart in seconds: 3 + 1 + 5 steps.
 MINI = [
+    *SIX_TASKS,
     "made.train_clips=24",
     "made.heldout_clips=4",
     "made.student_layers=2",

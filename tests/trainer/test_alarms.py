@@ -36,6 +36,7 @@ def raised(*args, totals=None, **options) -> list[tuple[str, int, float]]:
         ("rollout/empty_share", 0.1, 0.04, 20),
         ("teacher/empty_share", 0.4, 0.25, 40),
         ("advantage/zero_share", 0.6, 0.45, 40),
+        ("teacher/headroom", -0.05, 0.01, 40),
         ("policy/kl", 1.5, 0.5, 20),
         ("policy/importance_ratio", 1.2, 1.05, 20),
         ("policy/importance_ratio", 0.8, 0.95, 20),
@@ -64,6 +65,16 @@ def test_accuracy_is_compared_with_chance_late_in_warm_up_and_in_stage_2():
     # D learns by the end of a warm-up of 40 steps: the mean of steps 21 to 30 is 0.65.
     learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]
     assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 40}) == []
+
+
+def test_accuracy_below_chance_is_no_alarm_once_the_rollouts_are_better():
+    values = [{"stage": "distill", "step": step, ACCURACY: 0.4, "teacher/headroom": -0.1} for step in range(1, 101)]
+    assert [alarm.condition.metric for alarm in find_alarms(values, {})] == ["teacher/headroom"]
+    for row in values[40:]:
+        row["teacher/headroom"] = 0.0
+    # The first 40 steps do not count.
+    found = {alarm.condition.metric: alarm.step for alarm in find_alarms(values, {})}
+    assert found == {"teacher/headroom": 40, ACCURACY: 80}
 
 
 def test_both_windows_must_be_out_of_bounds():

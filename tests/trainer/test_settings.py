@@ -16,7 +16,15 @@ ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def test_all_recipes_exist():
-    wanted = {"quickstart", "quickstart_long", "real_clips", "rmsd_qwen3vl_4b", "sft_rl_baseline", "gad"}
+    wanted = {
+        "quickstart",
+        "quickstart_long",
+        "real_clips",
+        "rmsd_qwen3vl_4b",
+        "rmsd_literal",
+        "sft_rl_baseline",
+        "gad",
+    }
     assert wanted <= set(ALL_RECIPES)
 
 
