@@ -21,6 +21,7 @@ from statistics import median
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -269,11 +270,14 @@ def difference(values: Tensor, expected: Tensor) -> float:
     return (far / base) ** 0.5 if base else float("inf")
 
 
+def spread(values: list[float], unit: str = "") -> dict[str, float]:
+    """Return median, 20th and 80th percentile, with the unit as an ending of their names."""
+    low, middle, high = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+    return {f"median{unit}": middle, f"p20{unit}": low, f"p80{unit}": high}
+
+
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile in ms."""
-    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), shares).tolist()
-    return {"median_ms": middle, "p20_ms": low, "p80_ms": high}
+    return spread(values, "_ms")
 
 
 def numbers_of(samples: dict[str, Samples], variants: list[Variant], baseline: str | None = GEMMS) -> dict[str, dict]:

@@ -13,6 +13,7 @@ timed. Files are made once (files.py).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,11 +26,10 @@ import pytest
 import torch
 
 from bench.core.goals import GOPS, MOST_LEVELS, SIZES, verdicts
-from bench.core.measure import OURS, Unavailable, in_turns
+from bench.core.measure import OURS, Unavailable, in_turns, spread
 from bench.media import files
 from bench.media.process import VariantProcess
-from bench.media.variants import PARTS, cpu_count
-from bench.media.work import Spec
+from bench.media.variants import PARTS
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices
 
@@ -57,12 +57,6 @@ FULL, QUICK = Pace(15.0, 4, 9), Pace(0.5, 1, 3, least_slow=1)
 ON_CUDA = Pace(4.0, 3, 9)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    low, middle, high = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
-    return {"median": middle, "p20": low, "p80": high}
-
-
 @contextlib.contextmanager
 def started(
     part: str, arguments: dict[str, Any], threads: int = 1, names: list[str] | None = None
@@ -72,8 +66,9 @@ def started(
     not_run: dict[str, str] = {}
     try:
         for name in names or PARTS[part]:
-            own = {key: value for key, value in arguments.items() if key in wanted_arguments(part, name)}
-            running[name] = VariantProcess(Spec(part, name, own, threads))
+            taken = inspect.signature(PARTS[part][name]).parameters
+            own = {key: value for key, value in arguments.items() if key in taken}
+            running[name] = VariantProcess(part, name, own, threads)
         for name, process in list(running.items()):
             try:
                 process.ready()
@@ -86,14 +81,6 @@ def started(
     finally:
         for process in running.values():
             process.close()
-
-
-def wanted_arguments(part: str, name: str) -> set[str]:
-    """Names of the arguments that a variant takes and that are not set yet."""
-    function = PARTS[part][name]
-    bound = getattr(function, "keywords", {})
-    code = getattr(function, "func", function).__code__
-    return set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - set(bound)
 
 
 def interleaved(calls: dict[str, Callable[[], dict]], pace: Pace) -> dict[str, list[dict]]:
@@ -312,7 +299,7 @@ def test_cuda(toy: bool, finish, warm: str) -> None:
     path = read_once(files.long_video(30))
     arguments = {"path": path, "indices": chosen(64), "warm": warm, "raw": decoded(64)}
     # The CPU route may have all cores.
-    found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=cpu_count())
+    found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=len(os.sched_getaffinity(0)))
     finish("cuda-720p-64f-gop30", "cuda", {"frames": 64, "GOP": 30}, found, device="cuda")
 
 
