@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from bench.core.launches import device_timings, launches_of, sweeper
-from bench.core.measure import OURS, Effort, Outcome, Timing, difference, facts_of, main_time, measure, numbers_of
+from bench.core.measure import OURS, Effort, Timing, difference, facts_of, measure, numbers_of
 from bench.cuda.section_log import seconds_left
 from bench.prefix.decode import measure_decode
 from bench.prefix.variants import (
     CEILING,
-    DENSE,
     FLEX,
     LOOP,
     VARLEN,
@@ -47,13 +46,12 @@ _ALLOWANCE = 1.25
 # more.
 _MOST_DIFFERENCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
 # Well-established torch kernels, which must agree with ours.
-_TRUSTED = (VARLEN, LOOP, DENSE)
+_TRUSTED = (VARLEN, LOOP)
 _GATE = {"prefix": 320, "response": 64, "count": 3}
 # FlexAttention compiles for about 40 s per shape. It is left out if less time than this remains.
 _FLEX_S = 100.0
-# FlexAttention is compiled for each shape, so it runs only where the most and the least is shared. A dense mask is slow
-# and runs only in the smallest shape.
-_FLEX_SHAPES, _DENSE_SHAPE = ((8192, 512), (2048, 128)), (2048, 128)
+# FlexAttention is compiled for each shape, so it runs only where the most and the least is shared.
+_FLEX_SHAPES = ((8192, 512), (2048, 128))
 
 
 def cases(quick: bool, device: str) -> list[Case]:
@@ -145,26 +143,20 @@ def compare(ways: dict[str, Way], not_run: dict[str, str]) -> dict[str, dict[str
 
 
 @pytest.mark.timeout(600)
-def test_prefix_attention(case: Case, effort, report) -> None:
-    if case.decode:
-        record, variant = measure_decode(case, effort)
-        report(Outcome(_facts(case) | record, variant, main_time(record["variants"][OURS]) / 1e3))
-        return
-    outcome = run_attention(case, effort)
-    report(outcome)
-    trusted = {name: d for name, d in outcome.record["differences"].items() if name in _TRUSTED}
+def test_prefix_attention(case: Case, effort, publish) -> None:
+    record = measure_decode(case, effort) if case.decode else measure_attention(case, effort)
+    publish(_facts(case) | record)
+    trusted = {name: d for name, d in record["differences"].items() if name in _TRUSTED}
     far = {name: d for name, d in trusted.items() if not max(d.values()) <= _MOST_DIFFERENCE[case.dtype]}
     assert not far, f"gradients differ from ours in the timed shape: {far}"
 
 
-def run_attention(case: Case, effort: Effort) -> Outcome:
+def measure_attention(case: Case, effort: Effort) -> dict[str, object]:
     device, skip = torch.device(case.device), {}
     if case.device == "cuda" and (case.prefix, case.response) not in _FLEX_SHAPES:
         skip[FLEX] = "compiled for two shapes only"
     elif seconds_left() < _FLEX_S:
         skip[FLEX] = f"no time left to compile it: {seconds_left():.0f} s"
-    if case.device == "cuda" and (case.prefix, case.response) != _DENSE_SHAPE:
-        skip[DENSE] = "only for the smallest shape"
     errors = gate(replace(case, **_GATE))
     ways, not_run = build_ways(case, make_inputs(case), skip)
     differences = compare(ways, not_run)
@@ -175,11 +167,10 @@ def run_attention(case: Case, effort: Effort) -> Outcome:
         times = _medians(device_timings(ways[name].variant, device, effort.always_rounds, sweep))
         own |= {"pairs": ways[name].pairs, "flop": 12 * case.heads * case.size * ways[name].pairs, "device_ms": times}
         own["tflop_per_s"] = own["flop"] / times["both"] / 1e9
-    record = _facts(case) | {"variants": numbers, "floor": floor_of(numbers)}
+    record = {"variants": numbers, "floor": floor_of(numbers)}
     record |= {"pairs": {"shared": case.shared_pairs, "separate": case.separate_pairs}}
     record |= {"errors": errors, "differences": differences, "not_run": not_run}
-    record |= launches_of({name: ways[name].variant for name in (OURS, VARLEN) if name in numbers}, device)
-    return Outcome(record, ways[OURS].variant, main_time(numbers[OURS]) / 1e3)
+    return record | launches_of({name: ways[name].variant for name in (OURS, VARLEN) if name in numbers}, device)
 
 
 def floor_of(numbers: dict[str, dict]) -> dict[str, float]:

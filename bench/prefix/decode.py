@@ -68,8 +68,8 @@ def gate(case: Case) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_decode(case: Case, effort: Effort) -> tuple[dict[str, object], Variant]:
-    """What the record of a case says beside its shape, and our variant."""
+def measure_decode(case: Case, effort: Effort) -> dict[str, object]:
+    """What the record of a case says beside its shape."""
     device, errors, runs = torch.device(case.device), gate(case), decode_runs(case)
     found = {EXPANDED: {"out": difference(runs[EXPANDED](), runs[OURS]())}}
     variants = [Variant(name, torch.no_grad()(run)) for name, run in runs.items()]
@@ -80,5 +80,4 @@ def measure_decode(case: Case, effort: Effort) -> tuple[dict[str, object], Varia
         facts = counted["launches"].get(name)
         us = facts["device_us"] if facts else main_time(own) * 1e3
         own |= {"bytes": sizes[name], "gb_per_s": sizes[name] / us / 1e3, "times_floor": us * rate * 1e3 / sizes[name]}
-    record = {"variants": numbers, **counted, "copy_gb_per_s": rate, "errors": errors, "differences": found}
-    return record, variants[0]
+    return {"variants": numbers, **counted, "copy_gb_per_s": rate, "errors": errors, "differences": found}

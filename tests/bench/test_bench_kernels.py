@@ -82,12 +82,10 @@ def test_floor_by_hand():
     assert floor_of({"ours": side(300, 4.0)}) == {}
 
 
-def test_bytes_of_rows_and_frames():
-    from bench.heads.profile import Media, PolicyRows
+def test_bytes_of_rows():
+    from bench.heads.bench_profile import PolicyRows
 
     assert PolicyRows(3, 50, torch.bfloat16, "cpu").bytes == 2 * 3 * 50 * 2
-    # 2 frames of 3 channels, 1 byte each; patches of the same number of pixels at half the height, 2 bytes each.
-    assert Media(2, (64, 32), (32, 32), "cpu").bytes == 2 * 3 * (64 * 32 + 2 * 32 * 32)
 
 
 # Attention: all variants are the same function.
@@ -95,13 +93,14 @@ def test_bytes_of_rows_and_frames():
 
 def test_variants_agree_in_values_and_gradients():
     from bench.prefix.bench_attention import compare
-    from bench.prefix.variants import DENSE, LOOP, build_ways, make_inputs
+    from bench.prefix.variants import FLEX, LOOP, VARLEN, build_ways, make_inputs
 
-    ways, not_run = build_ways(small(), make_inputs(small()), {DENSE: "why"})
+    assert build_ways(small(), make_inputs(small()), {FLEX: "why"})[1][FLEX] == "why"
+    ways, not_run = build_ways(small(), make_inputs(small()), {})
     differences = compare(ways, not_run)
-    assert set(differences) == {LOOP} and not_run[DENSE] == "why"
+    assert set(differences) == {LOOP}
     assert set(differences[LOOP]) == {"out", "dq", "dk", "dv"} and max(differences[LOOP].values()) < 1e-5
-    assert "no backward on CPU" in not_run["FlexAttention"] and "CUDA only" in not_run["separate rows, cuDNN"]
+    assert "no backward on CPU" in not_run["FlexAttention"] and "CUDA only" in not_run[VARLEN]
 
 
 def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
@@ -131,7 +130,9 @@ def test_gate_refuses_responses_that_see_each_other(monkeypatch):
     # Not even built: it would be compiled twice.
     monkeypatch.setitem(prefix_variants.WAYS, prefix_variants.FLEX, None)
     errors = gate.__wrapped__(small())
-    assert set(errors) >= {"eager", "ours", "dense mask, sdpa"} and set(errors["ours"]) == set(errors["eager"])
+    assert set(errors) >= {"eager", "ours", "separate rows, sdpa row by row"} and set(errors["ours"]) == set(
+        errors["eager"]
+    )
     monkeypatch.setattr(prefix_variants, "shared_prefix_attention", leaky)
     with pytest.raises(AssertionError, match="too far from float64.*out responses"):
         gate.__wrapped__(small())
@@ -167,12 +168,12 @@ def test_variable_length_functions_get_the_copies_one_after_another(monkeypatch)
     def flash(q, k, v, edges, edges_k, longest, longest_k):
         assert edges.dtype == torch.int32 and torch.equal(edges, edges_k) and longest == longest_k == 7
         rows = [slice(a, b) for a, b in zip(edges.tolist(), edges.tolist()[1:], strict=False)]
-        # As some versions of flash-attn: a tuple.
-        return torch.cat([own._causal(q[r][None], k[r][None], v[r][None], None)[0] for r in rows]), None
+        return torch.cat([own._causal(q[r][None], k[r][None], v[r][None])[0] for r in rows])
 
     monkeypatch.setattr(own, "_need_cuda", lambda case, what: None)
+    monkeypatch.setattr(own, "_torch_varlen", lambda: flash)
     x = own.make_inputs(small())
-    way = own._varlen("flash", lambda: flash)(small(), x)
+    way = own._separate_varlen(small(), x)
     differences = compare({"ours": own.ours(small(), x), "flash": way}, {})
     assert max(differences["flash"].values()) < 1e-5 and way.pairs == small().separate_pairs
 
@@ -322,7 +323,7 @@ def test_device_timings_leave_out_what_goes_before(pretended_gpu):
 
 def test_parts_of_a_head_by_name_and_order():
     from bench.core.launches import Event
-    from bench.heads.profile import GEMMS, parts_of
+    from bench.heads.bench_profile import GEMMS, parts_of
 
     chunk = ["gather", "nvjet_tst", "_policy_kernel", "nvjet_tst", "cublasLt::splitKreduce_kernel", "nvjet_tst"]
     timeline = [Event(name, 0.0, 1000.0) for name in ["Memcpy DtoH", *chunk, *chunk, "_scale_kernel"]]
@@ -370,8 +371,8 @@ def test_an_interrupted_part_is_reported(monkeypatch, effort):
     case = next(case for case in bench.toy_cases("cpu") if case.part == "chunks")
     with pytest.raises(KeyboardInterrupt):
         bench.run(case, effort, reported.append)
-    (outcome,) = reported
-    assert outcome.record["ended"] == bench.INTERRUPTED and list(outcome.record["variants"]) == ["ours", "512 rows"]
+    (record,) = reported
+    assert record["ended"] == bench.INTERRUPTED and list(record["variants"]) == ["ours", "512 rows"]
 
 
 # Rehearsals.
@@ -392,7 +393,7 @@ def test_rehearsal_of_attention(effort):
     reported = []
     for case in bench.toy_cases("cpu"):
         bench.test_prefix_attention(case, effort, reported.append)
-    attention, decode = (complete(outcome.record) for outcome in reported)
+    attention, decode = map(complete, reported)
     assert set(attention["variants"]) | set(attention["not_run"]) == set(bench.build_ways.__globals__["WAYS"])
     for own in attention["variants"].values():
         assert own["flop"] == 12 * 4 * 64 * own["pairs"] and own["tflop_per_s"] > 0 and own["device_ms"]["both"] > 0
@@ -434,30 +435,44 @@ def test_rehearsal_of_the_head_profile(effort):
 
     found = {}
     for case in bench.toy_cases("cpu"):
-        bench.run(case, effort, lambda outcome, case=case: found.update({case.name: complete(outcome.record)}))
+        bench.run(case, effort, lambda record, case=case: found.update({case.name: complete(record)}))
     assert len(found) == len(bench.PARTS) + 2
     for record in found.values():
         assert record["ended"] == bench.COMPLETE and record["variants"]["ours"]["rounds"] == 1
     by_part = {(record["part"], "policy" in name): record for name, record in found.items()}
     assert "CUDA only" in by_part["kernels", True]["not_run"]["profile"]
-    assert set(by_part["kernels", True]["gemms_alone"]) == {*bench.GEMMS, "GEMM d_weight, added"}
-    assert set(by_part["kernels", False]["gemms_alone"]) == set(bench.GEMMS[:2])
     chunks = by_part["chunks", False]["variants"]
     assert set(chunks) == {"ours", "ours, again", *(f"{rows} rows" for rows in bench._CHUNKS)}
     assert chunks["512 rows"]["chunks"] == 1 and chunks["512 rows"]["rows_per_chunk"] == 64
     assert all("Triton" in reason for reason in by_part["rows", True]["not_run"].values())
-    assert bench.cases(False, "cpu") == [] and len(bench.cases(False, "cuda")) == 6
+    assert bench.cases(False, "cpu") == [] and len(bench.cases(False, "cuda")) == 5
 
 
 INTERPRETED = """
 import sys
+from unittest import mock
+
 import torch
-from bench.heads import profile as own
+from bench.heads import bench_profile as own
 
 sys.path.append("tests/helpers")
 from triton_cases import repair_interpreter
 
 repair_interpreter()
+from rmsd_kernels.heads import triton_rows
+
+
+class Noted:
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launched.append(options)
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
 
 rows = own.PolicyRows(3, 700, torch.float32, "cpu")
 rows.by_the_package()
@@ -465,18 +480,18 @@ expected = rows.logits.clone()
 assert not torch.equal(expected, rows.original)
 for setting in (own.Setting(4, 1024, 2), own.Setting(8, 256, 3)):
     rows.restore()
-    assert own.registers(rows.launcher(setting)()) == {}
+    launched = []
+    kernel = triton_rows._policy_kernel
+    with mock.patch.object(triton_rows, "_policy_kernel", Noted(kernel, launched)):
+        rows.launch(setting)
+    (own_options,) = launched
+    assert (own_options["num_warps"], own_options["BLOCK"], own_options["STAGES"]) == setting
     torch.testing.assert_close(rows.logits, expected, rtol=1e-5, atol=1e-7)
-media = own.Media(2, (48, 32), (32, 32), "cpu")
-expected = media.out.clone()
-media.out.zero_()
-media.launcher(2)()
-assert torch.equal(media.out, expected) and expected.any()
 print("equal")
 """
 
 
-def test_launchers_of_other_settings_compute_what_the_package_does():
+def test_other_settings_are_launched_and_compute_the_same():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -484,11 +499,11 @@ def test_launchers_of_other_settings_compute_what_the_package_does():
 
 
 def test_settings_of_the_sweep_compile_without_spills():
-    from bench.heads.profile import FIRST
+    from bench.heads.bench_profile import SETTINGS
     from rmsd_kernels import triton_compile
 
     policy = next(v for v in triton_compile.row_variants("bf16") if v.name == "policy k3 temperature bf16")
-    for setting in FIRST:
+    for setting in SETTINGS:
         constants = policy.constants | {"BLOCK": setting.columns, "STAGES": setting.stages}
         registers = min(255, 65536 // (32 * setting.warps))
         changes = {"constants": constants, "warps": setting.warps, "registers": registers}
