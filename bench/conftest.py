@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.core.goals import CLAIM_CASES, GOALS
-from bench.core.measure import Effort, Outcome
+from bench.core.measure import Effort
 from bench.core.memory import keep_freed_memory
 from bench.core.records import save
 from bench.core.report import case_text
@@ -24,8 +24,6 @@ FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_roun
 # On CUDA, calls take milliseconds.
 ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, limit_s=60.0, least_rounds=3, always_rounds=10)
 TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, limit_s=5.0, always_rounds=2)
-# pytest-benchmark repeats our call for about this long, for its own JSON and comparison.
-PEDANTIC_S = {True: 1.0, False: 3.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -122,25 +120,5 @@ def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[di
         if request.config.getoption("record"):
             save(record, request.config.getoption("record"))
         return record
-
-    return run
-
-
-@pytest.fixture
-def report(benchmark, publish: Callable[[dict], dict], quick: bool) -> Callable[[Outcome], None]:
-    """Publish the record, then let pytest-benchmark time our call for its own JSON."""
-
-    def run(outcome: Outcome) -> None:
-        record = publish(outcome.record)
-        benchmark.extra_info.update(record)
-        rounds = max(1, min(5, int(PEDANTIC_S[quick] / max(outcome.seconds, 1e-6))))
-        device = torch.device(record["device"])
-
-        def call() -> None:
-            outcome.ours()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        benchmark.pedantic(call, rounds=rounds)
 
     return run

@@ -101,14 +101,6 @@ class Variant:
         return value, None if self.backward is None else self.backward(value)
 
 
-class Outcome(NamedTuple):
-    """The record to print and save, and our variant for pytest-benchmark."""
-
-    record: dict
-    ours: Variant
-    seconds: float
-
-
 def facts_of(bench: str, case: Any, shape: dict[str, int], baseline: str = OURS) -> dict[str, Any]:
     """What every record begins with."""
     facts = {"bench": bench, "case": case.name, "shape": shape, "dtype": str(case.dtype).removeprefix("torch.")}

@@ -41,7 +41,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 @pytest.mark.timeout(1800)
-def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
+def test_linear_cross_entropy(case: Case, effort, publish, quick: bool) -> None:
     skip = {}
     slow = ("CCE torch_compile", "torch l.c.e. chunked")
     if case.device == "cpu" and (case.mask or case.softmax != "random"):
@@ -53,9 +53,9 @@ def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
         skip = {"torch l.c.e. chunked": "quick: many seconds a call, left out"}
         if case.dtype is torch.bfloat16:
             skip |= dict.fromkeys(("torch.compile", "CCE torch_compile"), "quick: its compilation is left out")
-    report(run.run_case(BENCH, case, effort, skip))
+    publish(run.run_case(BENCH, case, effort, skip))
 
 
 @pytest.mark.timeout(1800)
-def test_linear_cross_entropy_conditions(condition_case: Case, effort, report) -> None:
-    report(run.run_conditions(BENCH, condition_case, effort))
+def test_linear_cross_entropy_conditions(condition_case: Case, effort, publish) -> None:
+    publish(run.run_conditions(BENCH, condition_case, effort))

@@ -70,9 +70,7 @@ def toy_cases(device: str) -> list[DivergenceCase]:
 
 
 @pytest.mark.timeout(900)
-def test_linear_divergence(case: DivergenceCase, effort, report, quick: bool) -> None:
+def test_linear_divergence(case: DivergenceCase, effort, publish, quick: bool) -> None:
     names = ("torch.compile", "Liger chunked JSD") if quick and case.device == "cpu" else ()
     skip = dict.fromkeys(names, "quick: its compilation is left out")
-    outcome = run.run_case(BENCHES[case.kind], case, effort, skip)
-    outcome.record["kind"] = case.kind
-    report(outcome)
+    publish(run.run_case(BENCHES[case.kind], case, effort, skip) | {"kind": case.kind})

@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.core.measure import (
     OURS,
     Effort,
-    Outcome,
     Variant,
     bare_gemms,
     differences_of,
@@ -76,7 +75,7 @@ def conditions(quick: bool, device: str, on_cpu: Sequence[Case], quick_on_cpu: S
     return list(quick_on_cpu if quick else on_cpu)
 
 
-def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> Outcome:
+def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> dict:
     """Gate, then the bare GEMMs of the scored rows, ours and every peer."""
     errors = gate(bench, case, effort)
     inputs = head_inputs(case)
@@ -98,8 +97,7 @@ def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] 
     for own in numbers.values():
         own["tflop_per_s"] = flop / main_time(own) / 1e9
     record = case.facts(bench.name) | {"gemm_flop": flop, "variants": numbers}
-    record |= {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
-    return Outcome(record, ours, main_time(numbers[OURS]) / 1e3)
+    return record | {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
 
 
 def too_slow(bench: HeadBench, case: Case, effort: Effort, skip: Collection[str]) -> dict[str, str]:
@@ -144,7 +142,7 @@ def _one_call(bench: HeadBench, case: Case, names: tuple[str, ...]) -> dict[str,
     return seconds
 
 
-def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> Outcome:
+def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> dict:
     """Ours alone under each condition, interleaved: what masked rows and a frozen head save, what a peak costs."""
     conditions = {
         OURS: case,
@@ -163,9 +161,7 @@ def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> Outcome:
         own["times_base"] = 1 / own.pop("share_of_gemms")
         by_round = own.pop("share_of_gemms_by_round")
         own["times_base_by_round"] = None if by_round is None else 1 / by_round
-    record = case.facts(bench.name) | {"variants": numbers, "errors": errors}
-    record["case"] += "-conditions"
-    return Outcome(record, variants[0], main_time(numbers[OURS]) / 1e3)
+    return case.facts(bench.name) | {"case": f"{case.name}-conditions", "variants": numbers, "errors": errors}
 
 
 def gate(bench: HeadBench, case: Case, effort: Effort) -> Errors:

@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench.core.measure import Outcome, Variant, differences_of, facts_of, main_time, measure, numbers_of
+from bench.core.measure import Variant, differences_of, facts_of, measure, numbers_of
 from bench.prefix.groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
 from bench.step.flops import Load, copies_flops, packed_flops, padded_flops
 from bench.step.rates import predicted_seconds, rates
@@ -71,7 +71,7 @@ def make_variant(way: str, m: int, case: Case) -> tuple[Variant, Load, object]:
 
 
 @pytest.mark.timeout(1800)
-def test_shared_prefix(case: Case, effort, report) -> None:
+def test_shared_prefix(case: Case, effort, publish) -> None:
     made = [make_variant(way, m, case) for way, m in WAYS]
     variants, config = [variant for variant, _, _ in made], made[0][2]
     device = torch.device(case.device)
@@ -91,4 +91,4 @@ def test_shared_prefix(case: Case, effort, report) -> None:
     shape = {"P": made[0][1].prefix, "R": case.response, "D": HIDDEN, "layers": LAYERS}
     record = facts_of(NAME, case, shape, BASE) | {"rates": rate, "variants": numbers}
     record["differences"] = {name: max(own.values()) for name, own in differences.items() if "M=12" in name}
-    report(Outcome(record, variants[0], main_time(numbers[BASE]) / 1e3))
+    publish(record)
