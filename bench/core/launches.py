@@ -10,7 +10,7 @@ Before each call, a marker keeps the device busy so that the host gets ahead of 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -141,11 +141,10 @@ def typical(calls: list[list[Event]]) -> Launches:
 
 
 def _by_name(events: Iterable[Event]) -> dict[str, tuple[int, float]]:
-    found: dict[str, tuple[int, float]] = {}
+    times = defaultdict(list)
     for event in events:
-        number, us = found.get(event.name[:_NAME_LENGTH], (0, 0.0))
-        found[event.name[:_NAME_LENGTH]] = (number + 1, us + event.us)
-    return found
+        times[event.name[:_NAME_LENGTH]].append(event.us)
+    return {name: (len(own), sum(own)) for name, own in times.items()}
 
 
 def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, object]:
@@ -183,17 +182,14 @@ def device_timings(
     return found
 
 
-def device_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Warm up `run`, and return the median time of a call in ms."""
-    run()
-    return median(timing.forward_ms for timing in device_timings(Variant("", run), device, calls))
+def copy_gb_per_s(device: torch.device, size: int, seconds: float = 0.0) -> float:
+    """Return the rate of a copy of `size` bytes on the device, counting bytes read and bytes written.
 
-
-def copy_gb_per_s(device: torch.device, size: int) -> float:
-    """Return the rate of a copy of `size` bytes on the device, counting bytes read and bytes written."""
+    seconds: as in `call_seconds`.
+    """
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / device_ms(lambda: target.copy_(source), device) / 1e6
+    return 2 * size / call_seconds(lambda: target.copy_(source), device, seconds) / 1e9
 
 
 def call_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:

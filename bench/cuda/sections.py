@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from bench.core.records import REPOSITORY, read_lines
 
 # Seconds that a section may overrun in order to write its results.
@@ -267,10 +269,9 @@ def end(process: subprocess.Popen, patience_s: float = 3.0) -> None:
 
 def _runs(group: int) -> bool:
     """Return whether a process of the group still runs. In a container, ended processes may stay zombies for ever."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
-            if int(found) == group and state not in "XZ":
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return True
     return False
 

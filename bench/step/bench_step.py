@@ -16,15 +16,13 @@ with recomputed decoder layers ("..., checkpointing"); if that is the base, all 
 
 `utilisation` counts the FLOPs of shared prompts, whatever the way computes, over the datasheet's dense bf16 peak, and
 `utilisation_of_measured_gemm` over the rate of GEMMs in `rates`. `predicted_s` is all FLOPs of the passes at `rates`.
-`peak_mib` is `held_mib` before the step (0 on CPU) and what the step adds. A shared step that had to ask the device for
-memory (`device_allocs`) is timed again, since in training the allocator's cache has its shapes.
+`peak_mib` is `held_mib` before the step (0 on CPU) and what the step adds.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,12 +31,11 @@ import torch
 
 from bench.core.goals import SWEPT
 from bench.core.measure import Effort, quantiles
-from bench.core.records import hardware_of, read_lines, surroundings
 from bench.core.report import PASSES
 from bench.cuda.section_log import NO_TIME, seconds_left
 from bench.step import trl_peer
 from bench.step.flops import step_flops
-from bench.step.models import CONFIG_TOY, SMALL, activation_bytes, counts_of, start, stop
+from bench.step.models import CONFIG_TOY, SMALL, counts_of, start, stop
 from bench.step.rates import datasheet_peak
 from bench.step.sweep import Measured, Rig, begin, sweep
 from bench.step.way import (
@@ -93,15 +90,14 @@ def room_for_apart() -> int:
 
 def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None) -> dict[str, Any]:
     """A variant of the record. peak: FLOP/s. Optimisers that are measured apart are not in it."""
-    rounds, response = found.rounds[way], found.case.response
-    flop = step_flops(rig.config, found.loads(way), "shared", teacher_per_rollout=False).total
+    rounds = found.rounds[way]
+    flop = step_flops(rig.config, found.loads(way), "shared").total
     passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
     left_out = ("rollout",) * found.case.gives_rollouts + ("optimizer",) * rig.apart
     whole = [phases["step"] - sum(phases[name] for name in left_out) for phases in rounds]
     spent = {"passes": median(passes), "whole": None if rig.apart else median(whole)}
-    phases = [name for name in rounds[0] if name not in ("step", "device_allocs", "tokens_computed")]
-    tokens = way.groups * (found.prefix + (way.k + way.n) * response)
-    own = {
+    phases = [name for name in rounds[0] if name not in ("step", "tokens_computed")]
+    return {
         "rounds": len(rounds),
         "forward": quantiles([1e3 * seconds for seconds in whole]),
         "training": quantiles([1e3 * seconds for seconds in passes]),
@@ -109,17 +105,12 @@ def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None) -> dict[
         "whole_s": median(whole),
         "optimizer_s": None if rig.apart else median(phases["optimizer"] for phases in rounds),
         "phases_s": {name: median(own.get(name, 0.0) for own in rounds) for name in phases},
-        "predicted_s": found.predicted_s(rig.config, way),
+        "predicted_s": found.predicted_s(way),
         "model_flop": flop,
         **rates_of(flop, spent, peak, found.rate["matmul"]),
         "peak_mib": found.peaks[way.name] / 2**20,
         "tokens_computed": rounds[-1]["tokens_computed"],
-        "device_allocs": [phases["device_allocs"] for phases in rounds],
     }
-    if way.mode == "shared" and rig.sizes is not SMALL:
-        estimated = activation_bytes(rig.sizes, tokens, checkpointing=way.checkpointing)
-        own["activations_estimated_mib"] = estimated / 2**20
-    return own
 
 
 def rates_of(flop: float, spent: dict[str, float | None], peak: float | None, gemm: float) -> dict[str, dict]:
@@ -142,8 +133,6 @@ def record_of(rig: Rig, found: Measured) -> dict[str, Any]:
         remarks["utilisation"] = f"no datasheet's peak is known for {device}"
     if rig.gate:
         remarks["gate"] = rig.gate
-    if case.device == "cuda" and "attention as torch chooses" not in found.rate:
-        remarks["attention"] = "no flash kernel takes these sizes; predicted at the rate of what torch chooses"
     if BASE.name not in variants:
         why = found.not_run.get(BASE.name, "not tried")
         remarks[BASE.name] = f"not as it is ({why}); all ratios are to another variant"
@@ -188,31 +177,17 @@ def lacks_optimizer(record: dict[str, Any]) -> bool:
     return record["bench"] == NAME and any(own.get("optimizer_s", 0.0) is None for own in record["variants"].values())
 
 
-def optimizer_of(place: Path | None, student: str, quick: bool) -> dict[str, Any] | None:
-    """What bench_optimizer.py has recorded of this student on this hardware, where these records go."""
-    path = None if place is None else place if place.suffix == ".jsonl" else place / "optimizer.jsonl"
-    found = None
-    for record in read_lines(path) if path is not None and path.exists() else ():
-        same = record["bench"] == "optimizer" and hardware_of(record) == hardware_of(surroundings())
-        if same and record["case"] == student and record["quick"] == quick:
-            found = record["optimizer"]
-    return found
-
-
 class Bench:
     """The models of the case at hand, and what was found on them so far."""
 
-    def __init__(self, effort: Effort | None = None) -> None:
-        self.small = (
-            Rounds() if effort is None else Rounds(effort.always_rounds, effort.least_rounds, float("inf"), 0.0)
-        )
+    def __init__(self) -> None:
         self.rig: Rig | None = None
         self.kind: tuple | None = None
         self.found: dict[str, Measured] = {}
         self.failed: dict[tuple, str] = {}
 
-    def rig_of(self, case: StepCase) -> Rig:
-        """Made once for all cases of a kind."""
+    def rig_of(self, case: StepCase, rounds: Rounds) -> Rig:
+        """Return the models, which are made once for all cases of a kind."""
         kind = (case.sizes, case.room, case.dtype)
         if kind in self.failed:
             pytest.skip(f"its models could not be made: {self.failed[kind]}")
@@ -222,18 +197,13 @@ class Bench:
             self.close()
             self.kind = kind
             try:
-                self.rig = Rig(case, start(), self.small if case.sizes is SMALL else Rounds())
+                self.rig = Rig(case, start(), rounds)
             except Exception as error:
                 self.failed[kind] = f"{type(error).__name__}: {error}"
                 # pytest keeps the error to the end, and its frames what was made of the models.
                 traceback.clear_frames(error.__traceback__)
                 raise
         return self.rig
-
-    def found_of(self, rig: Rig, case: StepCase) -> Measured:
-        if case.name not in self.found:
-            self.found[case.name] = begin(rig, case)
-        return self.found[case.name]
 
     def close(self) -> None:
         if self.rig is not None:
@@ -250,22 +220,20 @@ def bench():
 
 
 @pytest.mark.timeout(3600)
-def test_step(
-    case: StepCase, bench: Bench, effort: Effort, publish: Callable[[dict], dict], request: pytest.FixtureRequest
-) -> None:
+def test_step(case: StepCase, bench: Bench, effort: Effort, publish: Callable[[dict], dict]) -> None:
     if seconds_left() <= 0:
         pytest.skip(NO_TIME)
-    bench.small = Rounds(effort.always_rounds, effort.least_rounds, slow_s=float("inf"), quick_s=0.0)
-    rig = bench.rig_of(case)
-    found = bench.found_of(rig, case)
+    small = Rounds(effort.always_rounds, effort.least_rounds, slow_s=float("inf"), quick_s=0.0)
+    rig = bench.rig_of(case, small if case.sizes is SMALL else Rounds())
+    if case.name not in bench.found:
+        bench.found[case.name] = begin(rig, case)
+    found = bench.found[case.name]
     before = sum(map(len, found.rounds.values()))
     faults = sweep(rig, found, case.ways)
     if sum(map(len, found.rounds.values())) == before:
         assert not faults, faults
         pytest.skip(f"nothing ran: {'; '.join(sorted(set(found.not_run.values()))) or NO_TIME}")
-    record = record_of(rig, found)
-    optimizer = optimizer_of(request.config.getoption("record"), rig.sizes.name, case.sizes is CONFIG_TOY)
-    publish(with_optimizer(record, optimizer) if optimizer and rig.apart else record)
+    publish(record_of(rig, found))
     assert not faults and not rig.gate, [*faults, rig.gate]
 
 

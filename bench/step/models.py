@@ -17,11 +17,11 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
@@ -245,12 +245,17 @@ def layers_that_fit(sizes: Sizes, room: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing of this process or another holds."""
+    """Return memory that nothing of this process or another holds."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().free
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def make_state(
