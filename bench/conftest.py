@@ -19,11 +19,11 @@ from bench.core.records import save
 from bench.core.report import case_text
 from bench.cuda.section_log import has_deadline
 
-QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
-FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
+QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, gate_vocabulary=19072)
+FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, always_rounds=7)
 # On CUDA, calls take milliseconds.
-ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, limit_s=60.0, least_rounds=3, always_rounds=10)
-TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, limit_s=5.0, always_rounds=2)
+ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, least_rounds=3, always_rounds=10)
+TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, always_rounds=2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

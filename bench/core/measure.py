@@ -77,8 +77,6 @@ class Effort:
     seconds: float
     most_rounds: int
     slow_s: float
-    # A variant that is expected to need longer for one call is not run (see heads.too_slow).
-    limit_s: float
     # Rows of the head with which a wide one (D > 1024) stands before the gate; None: all.
     gate_vocabulary: int | None = None
     # Rounds that peers take part in at least, and those of ALWAYS, on which every claim rests.

@@ -20,7 +20,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 RECORDS = "results.jsonl"
 _PACKAGES = (
     *("triton", "transformers", "deepspeed", "torchcodec", "vllm"),
-    *("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "flash-attn"),
+    *("liger_kernel", "trl", "cut-cross-entropy", "flash-attn"),
 )
 
 

@@ -37,10 +37,8 @@ OPTIONAL = {
     "liger_kernel": "its losses are no peers, and students run without its layers",
     "cut_cross_entropy": "no peer",
     "trl": "no peer",
-    "quack": "no peer",
-    "verl": "no peer",
-    "flash_attn": "no peer, and vision towers take torch's attention",
-    "flash_attn_interface": "no peer, and shared prefixes take torch's flash kernels",
+    "flash_attn": "vision towers take torch's attention",
+    "flash_attn_interface": "shared prefixes take torch's flash kernels",
 }
 
 

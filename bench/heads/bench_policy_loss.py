@@ -50,8 +50,7 @@ def _at_temperature(cases: list[Case]) -> list[Case]:
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    others = run.condition_cases(quick, device) if device == "cuda" else []
-    return _at_temperature([*run.base_cases(quick, device), *others])
+    return _at_temperature(run.base_cases(quick, device))
 
 
 def toy_cases(device: str) -> list[Case]:

@@ -115,12 +115,6 @@ def _cross_entropy_cce(implementation: str) -> Build:
     return build
 
 
-def _cross_entropy_quack(x: HeadInputs) -> Loss:
-    need_cuda(x, "CuTe kernels (SM90 and later),")
-    function = need("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda: function(x.hidden, x.weight, x.targets, ignore_index=IGNORED)
-
-
 # Log-prob and entropy: sum over scored rows of (g * logp + 0.01 * g' * entropy), g and g' constants of the rows.
 
 
@@ -173,17 +167,6 @@ def _logprob_liger(x: HeadInputs) -> Loss:
         return -loss, entropy
 
     return _logprob_from(scores, x)
-
-
-def _logprob_verl_kernel(x: HeadInputs) -> Loss:
-    need_cuda(x, "Triton kernels,")
-    apply, targets = need("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy, x.targets.clamp(min=0)
-    return _logprob_from(lambda: apply(x.hidden, x.weight, targets, 1.0, "none"), x)
-
-
-def _logprob_verl_torch(x: HeadInputs) -> Loss:
-    head, targets = need("verl.utils.experimental.torch_functional").FusedLinearForPPO(), x.targets.clamp(min=0)
-    return _logprob_from(lambda: head(x.hidden, x.weight, targets), x)
 
 
 def _scored_rows(x: HeadInputs) -> slice | Tensor:
@@ -299,14 +282,11 @@ CROSS_ENTROPY: dict[str, Build] = {
     "CCE torch_compile": _cross_entropy_cce("torch_compile"),
     "CCE": _cross_entropy_cce("filtered"),
     "CCE exact": _cross_entropy_cce("exact"),
-    "QuACK": _cross_entropy_quack,
 }
 LOGPROB: dict[str, Build] = {
     **eager_and_compiled(_eager_logprob_sum, lambda x: (x.hidden, x.weight, x.targets, *logprob_weights(x))),
     "TRL chunked": _logprob_trl,
     "Liger scaled CE": _logprob_liger,
-    "verl kernel": _logprob_verl_kernel,
-    "verl torch": _logprob_verl_torch,
 }
 POLICY: dict[str, Build] = {
     **eager_and_compiled(eager_policy_loss, policy_arguments),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,14 +20,13 @@ from bench.core.measure import (
     numbers_of,
 )
 from bench.heads.cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
-from bench.heads.peers import COMPILES, Build, as_variant, gather
+from bench.heads.peers import Build, as_variant, gather
 
 # Beyond this relative difference to ours a peer is named in the record: a filter or rounding of its own.
 _NOTABLE = 0.05
 
 
-# Compared by identity, so that it may be a key.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class HeadBench:
     """One public loss: `ours` gives the scalar that is timed, `gate_*` what is compared with float64.
 
@@ -49,8 +46,7 @@ def base_cases(quick: bool, device: str) -> list[Case]:
     """Shapes with nothing masked and a random softmax."""
     if device == "cuda":
         # Those that carry claims first: a run may end before the last.
-        widths, lengths = ((2560,), (2048, 512)) if quick else ((2560, 4096), (8192, 2048, 32768, 512))
-        return [Case(t, d, torch.bfloat16, device=device) for d in widths for t in lengths]
+        return [Case(t, d, torch.bfloat16, device=device) for d in (2560, 4096) for t in (8192, 2048, 32768, 512)]
     narrow, wide = ((128,), (128,)) if quick else ((512, 2048), (512, 2048))
     return [Case(t, 256, torch.float32) for t in narrow] + [Case(t, 2560, torch.bfloat16) for t in wide]
 
@@ -61,17 +57,17 @@ def toy_cases(device: str) -> list[Case]:
 
 
 def condition_cases(quick: bool, device: str) -> list[Case]:
-    """One condition changed at a time, on one shape."""
-    if quick:
+    """One condition changed at a time, against peers."""
+    if quick or device == "cuda":
         return []
-    shape = Case(8192, 2560, torch.bfloat16, device=device) if device == "cuda" else Case(512, 256, torch.float32)
+    shape = Case(512, 256, torch.float32)
     return [replace(shape, mask=50), replace(shape, mask=90), replace(shape, softmax="peaked")]
 
 
 def conditions(quick: bool, device: str, on_cpu: Sequence[Case], quick_on_cpu: Sequence[Case] = ()) -> list[Case]:
     """Shapes on which ours alone is timed under every condition."""
     if device == "cuda":
-        return [Case(512 if quick else 8192, 2560, torch.bfloat16, device=device)]
+        return [Case(8192, 2560, torch.bfloat16, device=device)]
     return list(quick_on_cpu if quick else on_cpu)
 
 
@@ -80,14 +76,11 @@ def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] 
     errors = gate(bench, case, effort)
     inputs = head_inputs(case)
     score = case.head == "score"
-    device = inputs.hidden.device
     ours = as_variant(OURS, lambda: bench.ours(inputs), inputs, score)
-    skip = skip or {}
-    skip = {**too_slow(bench, case, effort, skip), **skip}
     others, not_run = gather(bench.peers, inputs, score=score, skip=skip)
     own = bench.gemms or (lambda x: bare_gemms(x.hidden[x.scored], x.weight, case.head))
     variants = [own(inputs), ours, *others]
-    samples = measure(variants, effort, device, not_run, base=OURS)
+    samples = measure(variants, effort, inputs.hidden.device, not_run, base=OURS)
     numbers = numbers_of(samples, variants)
     far = differences_of(samples)
     notable = {name: f"differs from ours by {d}" for name, d in far.items() if max(d.values()) > _NOTABLE}
@@ -98,48 +91,6 @@ def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] 
         own["tflop_per_s"] = flop / main_time(own) / 1e9
     record = case.facts(bench.name) | {"gemm_flop": flop, "variants": numbers}
     return record | {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
-
-
-def too_slow(bench: HeadBench, case: Case, effort: Effort, skip: Collection[str]) -> dict[str, str]:
-    """Peers whose call would take longer than effort.limit_s, by a straight line through calls on 16 and 64 tokens.
-
-    Some libraries' paths for CPU take minutes here. Not tried: those of `skip`, compiled ones (they would compile once
-    more), and short cases.
-    """
-    found: dict[str, str] = {}
-    if case.device != "cpu" or case.tokens <= 128:
-        return found
-    tried = tuple(name for name in bench.peers if name not in COMPILES and name not in skip)
-    trials = _trial_seconds(bench, replace(case, tokens=0, mask=0), tried, effort.limit_s)
-    too_long = f"{case.tokens} too long (the limit of a call is {effort.limit_s:.0f} s)"
-    for name, (first, last) in trials.items():
-        if last is None:
-            # Not tried with more: the time grows with them.
-            found[name] = f"16 tokens take {first:.1f} s, {too_long}"
-        elif last + max(0.0, last - first) / 48 * max(0, case.tokens - 64) > effort.limit_s:
-            found[name] = f"64 tokens take {last:.1f} s, {too_long}"
-    return found
-
-
-@functools.cache
-def _trial_seconds(
-    bench: HeadBench, case: Case, tried: tuple[str, ...], limit_s: float
-) -> dict[str, tuple[float, float | None]]:
-    """Seconds of one call on 16 and on 64 tokens; None where 16 take an eighth of the limit already."""
-    first = _one_call(bench, replace(case, tokens=16), tried)
-    last = _one_call(bench, replace(case, tokens=64), tuple(n for n, s in first.items() if s < limit_s / 8))
-    return {name: (seconds, last.get(name)) for name, seconds in first.items()}
-
-
-def _one_call(bench: HeadBench, case: Case, names: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of one call of each of these peers that runs here."""
-    seconds = {}
-    builds = {name: bench.peers[name] for name in names}
-    for variant in gather(builds, head_inputs(case), score=case.head == "score")[0]:
-        start = time.perf_counter()
-        variant()
-        seconds[variant.name] = time.perf_counter() - start
-    return seconds
 
 
 def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> dict:

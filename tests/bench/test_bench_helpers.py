@@ -42,14 +42,14 @@ def test_rounds_turn_the_order_and_slow_variants_take_part_in_fewer():
 
     calls = []
     variants = [_variant("a", calls), _variant("b", calls, 0.02), _variant("c", calls)]
-    effort = Effort(seconds=0.03, most_rounds=4, slow_s=1.0, limit_s=1.0, least_rounds=2)
+    effort = Effort(seconds=0.03, most_rounds=4, slow_s=1.0, least_rounds=2)
     timings = interleaved(variants, effort, CPU)
     # "b" has used 0.04 s after its two least rounds.
     assert calls == ["a", "b", "c", "b", "c", "a", "c", "a", "a", "c"]
     assert {name: sorted(own) for name, own in timings.items()} == {"a": [0, 1, 2, 3], "b": [0, 1], "c": [0, 1, 2, 3]}
     assert all(t.forward_ms >= 20 and t.backward_ms == 0 for t in timings["b"].values())
     # Claims rest on ours, eager and the GEMMs: they have a least number of their own.
-    effort = Effort(seconds=0.0, most_rounds=9, slow_s=1.0, limit_s=1.0, least_rounds=2, always_rounds=7)
+    effort = Effort(seconds=0.0, most_rounds=9, slow_s=1.0, least_rounds=2, always_rounds=7)
     rounds = interleaved([_variant(name, []) for name in ("bare GEMMs", "ours", "eager", "peer")], effort, CPU)
     assert {name: len(own) for name, own in rounds.items()} == {"bare GEMMs": 7, "ours": 7, "eager": 7, "peer": 2}
 
@@ -60,7 +60,7 @@ def test_a_call_beyond_the_limit_is_represented_by_its_memory_pass():
     calls = []
     # The baseline is timed properly however long it takes.
     variants = [_variant("quick", calls), _variant("slow", calls, 0.05), _variant(GEMMS, calls, 0.05)]
-    effort = Effort(seconds=0.01, most_rounds=3, slow_s=0.04, limit_s=1.0, least_rounds=3)
+    effort = Effort(seconds=0.01, most_rounds=3, slow_s=0.04, least_rounds=3)
     numbers = numbers_of(measure(variants, effort, CPU), variants, baseline="quick")
     assert calls.count("slow") == 1 and calls.count("quick") == 4 and calls.count(GEMMS) == 4
     assert numbers["slow"]["memory_pass_only"] and numbers["slow"]["rounds"] == 1
@@ -75,7 +75,7 @@ def test_a_peer_that_fails_is_named_and_ours_must_not_fail():
     def broken():
         raise RuntimeError("not enough memory\nmore")
 
-    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, least_rounds=1)
     not_run = {}
     samples = measure([_variant(OURS, []), Variant("peer", broken)], effort, CPU, not_run)
     assert list(samples) == [OURS] and not_run == {"peer": "RuntimeError: not enough memory"}
@@ -91,7 +91,7 @@ def test_gradients_of_the_timed_shape_are_compared_with_those_of_eager():
     def variant(name, factor):
         return with_gradients(name, lambda: weight.sum() + factor * bias.sum(), (weight, bias))
 
-    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0)
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0)
     variants = [variant(OURS, 2.0), variant(EAGER, 2.0), variant("peer", 3.0)]
     found = {name: s.differences for name, s in measure(variants, effort, CPU, base=OURS).items()}
     assert found[OURS] == {} and found["peer"] == {
@@ -131,7 +131,7 @@ def test_peak_counts_what_is_freed_within_the_call_and_gradients_are_taken_off()
         torch.ones(16 * MIB).mul_(2.0)
         return (weight * 2.0).sum()
 
-    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1)
+    effort = Effort(seconds=0.01, most_rounds=1, slow_s=9.0, least_rounds=1)
     variant = with_gradients("it", loss, (weight,))
     numbers = numbers_of(measure([variant], effort, CPU), [variant], baseline=None)["it"]
     # Between that and the two next sums, 32 and 96; machines round resident pages to their own sizes.
@@ -230,7 +230,7 @@ def test_peers_agree_and_those_that_do_not_run_are_named():
         values = {variant.name: variant.forward().item() for variant in variants}
         assert values == pytest.approx(dict.fromkeys(values, values["eager"]), rel=1e-4)
     # These need CUDA tensors, whatever is installed.
-    assert "QuACK" in gather(CROSS_ENTROPY, x, skip={"torch.compile": "slow"})[1]
+    assert "CCE" in gather(CROSS_ENTROPY, x, skip={"torch.compile": "slow"})[1]
 
 
 def test_both_forms_of_the_discriminator_pass_its_gate():

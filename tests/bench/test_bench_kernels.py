@@ -33,7 +33,7 @@ def _malloc_restored():
 def effort():
     from bench.core.measure import Effort
 
-    return Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1, always_rounds=1)
+    return Effort(seconds=0.01, most_rounds=1, slow_s=9.0, least_rounds=1, always_rounds=1)
 
 
 def small(**changes):
