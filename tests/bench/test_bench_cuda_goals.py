@@ -52,7 +52,7 @@ def test_goals_of_the_step():
     alone["not_run"]["shared K=1 N=8"] = "no time left"
     assert verdicts_of(alone)[2:4] == [
         ("NOT MEASURED", "shared K=1 N=8: no time left"),
-        ("NOT MEASURED", "shared K=4 N=8: utilisation: optimiser apart"),
+        ("NOT MEASURED", "shared K=4 N=8: utilisation: optimizer apart"),
     ]
     # With four groups 0.6 / 1.9 of the peak; 16 of them are 4 of these with one optimiser step: 2.4 / 6.1.
     several = verdicts_of(step_record("P2048-R128-bfloat16", k4=1.0, several=1.4))
