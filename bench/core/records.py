@@ -103,21 +103,20 @@ SUBJECTS = {
 }
 
 
-def load(
-    folder: Path, subject: str, *, device: str = "cpu", hardware: str | None = None, quick: bool = False
-) -> list[dict]:
-    """Return the newest record of each case of a subject, in the order of SUBJECTS and of the files.
+def load(folder: Path, subject: str, *, hardware: str | None = None) -> list[dict]:
+    """Return the newest record of each case of a subject on CPU, in the order of SUBJECTS and of the files.
+
+    Records of --quick are ignored.
 
     Args:
         hardware: part of the name that hardware_of returns.
-        quick: whether to use records of --quick, which are otherwise ignored.
     Raises:
         ValueError: if the records come from several machines.
     """
     newest: dict[tuple[str, str], dict] = {}
     for bench in SUBJECTS[subject]:
         for record in read_lines(folder / f"{bench}.jsonl"):
-            own = bool(record.get("quick")) == quick and record["device"] == device
+            own = not record.get("quick") and record["device"] == "cpu"
             if own and (hardware or "") in hardware_of(record):
                 newest[bench, case_of(record)] = record
     machines = sorted({hardware_of(record) for record in newest.values()})

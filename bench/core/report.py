@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.core.goals import MET, MISSED, NOT_MEASURED, counted, verdicts
+from bench.core.goals import HEADS, MET, MISSED, NOT_MEASURED, counted, verdicts
 from bench.core.measure import EAGER, GEMMS, OURS, main_time
 from bench.core.metrics import STEP_ONE
 from bench.core.records import RECORDS, RESULTS, case_of, load, load_run, read_lines, sources
@@ -171,28 +171,19 @@ def _bar(x: float, top: float, share: float, text: str, colour: int) -> str:
 
 def heads_chart(records: list[dict]) -> str:
     """For each loss and dtype, select the longest case with a trainable head, no mask and a random softmax."""
-    benches = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
-    longest: dict[tuple, dict] = {}
-    for record in sorted(
-        (r for r in records if r["bench"] in benches), key=lambda r: (r["shape"]["D"], r["shape"]["T"])
-    ):
+    longest: dict[tuple[int, str], dict] = {}
+    for record in sorted((r for r in records if r["bench"] in HEADS), key=lambda r: (r["shape"]["D"], r["shape"]["T"])):
         plain = (record.get("mask_percent"), record.get("softmax"), record.get("head")) == (0, "random", "trainable")
         if plain and not record["case"].endswith("-conditions"):
-            longest[record["bench"], record["dtype"]] = record
-    chosen = sorted(longest.values(), key=lambda r: (benches.index(r["bench"]), r["dtype"]))
-    groups = []
+            longest[HEADS.index(record["bench"]), record["dtype"]] = record
+    chosen, groups = [longest[key] for key in sorted(longest)], []
     for record in chosen:
         variants, base = record["variants"], main_time(record["variants"][GEMMS])
-        rows = [
-            (
-                name + " *" * bool(own.get("memory_pass_only")),
-                main_time(own) / base,
-                own.get("peak_beyond_gradients_mib"),
-                name == record["baseline"],
-            )
-            for name, own in variants.items()
-            if name != GEMMS
-        ]
+        rows = []
+        for name, own in variants.items():
+            label = name + " *" * bool(own.get("memory_pass_only"))
+            numbers = (main_time(own) / base, own.get("peak_beyond_gradients_mib"))
+            rows += [(label, *numbers, name == record["baseline"])] * (name != GEMMS)
         title = f"{record['bench']}, {record['dtype']}, T = {record['shape']['T']}, D = {record['shape']['D']}"
         groups.append(Group(title, sorted(rows, key=lambda row: (not row[3], row[1]))))
     title = "Fused losses: forward and backward, V = 151,936"
@@ -262,17 +253,14 @@ def sharing_chart(records: list[dict]) -> str:
     for record in records:
         found = []
         for name, own in record["variants"].items():
-            matched = re.fullmatch(rf"({'|'.join(words)}) K=(\d+) N=8", name)
-            if matched:
-                found.append(
-                    (list(words).index(matched[1]), int(matched[2]), f"{words[matched[1]]}, K={matched[2]}", own)
-                )
+            if matched := re.fullmatch(r"(\w+) K=(\d+) N=8", name):
+                found.append((list(words).index(matched[1]), int(matched[2]), own))
         if STEP_ONE not in record["variants"] or sum(way == 2 for way, *_ in found) < 2:
             continue
         base, drawn = main_time(record["variants"][STEP_ONE]), [*drawn, record]
         rows = [
-            (name, main_time(own) / base, own.get("peak_mib"), not way)
-            for way, _, name, own in sorted(found, key=lambda x: x[:2])
+            (f"{list(words.values())[way]}, K={k}", main_time(own) / base, own.get("peak_mib"), way == 0)
+            for way, k, own in sorted(found, key=lambda row: row[:2])
         ]
         shape = record["shape"]
         groups.append(Group(f"{shape['P']} prompt tokens, responses of {shape['R']}, N = 8 rollouts", rows))

@@ -64,11 +64,9 @@ def condition_cases(quick: bool, device: str) -> list[Case]:
     return [replace(shape, mask=50), replace(shape, mask=90), replace(shape, softmax="peaked")]
 
 
-def conditions(quick: bool, device: str, on_cpu: Sequence[Case], quick_on_cpu: Sequence[Case] = ()) -> list[Case]:
+def conditions(quick: bool, device: str, on_cpu: Sequence[Case]) -> list[Case]:
     """Shapes on which ours alone is timed under every condition."""
-    if device == "cuda":
-        return [Case(8192, 2560, torch.bfloat16, device=device)]
-    return list(quick_on_cpu if quick else on_cpu)
+    return [Case(8192, 2560, torch.bfloat16, device=device)] if device == "cuda" else [] if quick else list(on_cpu)
 
 
 def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> dict:

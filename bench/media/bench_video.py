@@ -126,17 +126,20 @@ def measured(
     part: str,
     arguments: dict[str, Any],
     pace: Pace,
-    compare: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    compare: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
     *,
     warm_up: bool = False,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Variants, differences and what did not run. The peaks come from the last call, whose results are compared.
+    """Return variants, differences and what did not run.
 
-    warm_up: a call of each that does not count; where calls take seconds its share would be too small to notice.
+    compare: of the results of two variants. Peaks come from a last call, whose results are compared; None: the part has
+    neither. warm_up: a call of each that does not count; where calls take seconds its share would be too small to
+    notice.
     """
     files.FOLDER.mkdir(parents=True, exist_ok=True)
     names = [name for name in PARTS[part] if pace is not QUICK or name not in SLOW]
+    differences: dict[str, dict[str, float]] = {}
     with (
         started(part, arguments, threads, names) as (running, not_run),
         tempfile.TemporaryDirectory(dir=files.FOLDER) as folder,
@@ -146,9 +149,8 @@ def measured(
                 process.call()
         calls = interleaved({name: process.call for name, process in running.items()}, pace)
         variants = {name: numbers(own) for name, own in calls.items()}
-        differences: dict[str, dict[str, float]] = {}
         expected = Path(folder) / "ours.npy"
-        for name, process in running.items():
+        for name, process in running.items() if compare else ():
             result = expected if name == OURS else Path(folder) / "theirs.npy"
             variants[name] |= process.memory(result)
             if name != OURS and result.exists():
@@ -156,19 +158,13 @@ def measured(
                 if shown[0].shape == shown[1].shape or part != "cuda":
                     differences[name] = compare(*shown)
                 result.unlink()
-        libraries = {name: process.library for name, process in running.items()}
+        libraries = {name: process.library for name, process in running.items() if process.library}
     return {"variants": variants, "differences": differences, "not_run": not_run, "libraries": libraries}
 
 
-def whole_runs(part: str, arguments: dict[str, Any], most: int) -> dict[str, Any]:
-    """For parts whose variants are whole runs: so many calls each, in turned order."""
-    with started(part, arguments) as (running, not_run):
-        assert not not_run, not_run
-        calls = {name: process.call for name, process in running.items()}
-        variants = {
-            name: numbers(own) for name, own in interleaved(calls, Pace(0.0, most, most, least_slow=most)).items()
-        }
-    return {"variants": variants, "differences": {}, "not_run": not_run, "libraries": {}}
+def whole_runs(most: int) -> Pace:
+    """Return the pace of parts whose variants are whole runs: so many calls each, in turned order."""
+    return Pace(0.0, most, most, least_slow=most)
 
 
 @pytest.fixture
@@ -271,13 +267,13 @@ def test_ahead(quick: bool, finish, warm: str, clips: list[str]) -> None:
     per_step = 1 if quick else 2
     # A step about 1.5 times as long as one worker decodes its prompts, 0.45 s each, at 95 GFLOP/s.
     arguments = {"paths": clips, "warm": warm, "per_step": per_step, "products": per_step * 32}
-    found = whole_runs("ahead", arguments, 1 if quick else 2)
+    found = measured("ahead", arguments, whole_runs(1 if quick else 2))
     shape = {"clips": len(clips), "a step": per_step}
     finish("ahead-720p", "ahead", shape, found)
 
 
 def test_epochs(quick: bool, finish, warm: str, clips: list[str]) -> None:
-    found = whole_runs("epochs", {"paths": clips, "warm": warm}, 1 if quick else 3)
+    found = measured("epochs", {"paths": clips, "warm": warm}, whole_runs(1 if quick else 3))
     finish("epochs-720p", "epochs", {"clips": len(clips), "frames": 16}, found)
 
 
@@ -287,7 +283,7 @@ def test_flat(quick: bool, finish, warm: str, tmp_path: Path) -> None:
     small = files.copies(Path(warm), tmp_path / "small", count - count // 10)
     large = files.copies(larger, tmp_path / "large", count // 10)
     paths = [str(large.pop() if number % 10 == 9 else small.pop()) for number in range(count)]
-    found = whole_runs("flat", {"paths": paths, "warm": warm, "cache_mib": 32, "every": 100}, 1)
+    found = measured("flat", {"paths": paths, "warm": warm, "cache_mib": 32, "every": 100}, whole_runs(1))
     finish("flat", "flat", {"videos": count}, found)
 
 

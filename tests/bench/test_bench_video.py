@@ -136,8 +136,6 @@ def test_newest_record_of_a_case_counts_and_machines_are_never_mixed(tmp_path):
     assert path.name == "media.jsonl"
     (found,) = load(tmp_path, "media")
     assert found["variants"]["ours"]["cpu_s"]["median"] == 5.0
-    (found,) = load(tmp_path, "media", quick=True)
-    assert found["variants"]["ours"]["cpu_s"]["median"] == 1.0
     # The charts of the losses do not take them for theirs.
     assert load(tmp_path, "heads") == []
     with path.open("a") as file:
