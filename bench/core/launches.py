@@ -2,7 +2,7 @@
 
 This works around two profiler quirks. A session may silently lose its first kernels (pytorch issue 192021), so each
 session starts with dummy marker kernels, calls are delimited by markers, and they are counted from the end. The
-profiler also lists synchronisations and events as if they ran on the device; these are left out.
+profiler also lists synchronizations and events as if they ran on the device; these are left out.
 
 Before each call, a marker keeps the device busy so that the host gets ahead of it (see measure.time_once).
 """

@@ -14,7 +14,7 @@ HF = "HF processor"
 PREPARED = "ours, all prepared"
 STEP_BASE, STEP_ONE, STEP_PADDED = "shared K=4 N=8", "shared K=1 N=8", "padded K=4 N=8"
 STEP_SEVERAL, SEVERAL = "shared K=4 N=8, 4 groups", 4
-# The recipe has 128 groups on 8 GPUs to an optimiser step; the benchmark has one or four.
+# The recipe has 128 groups on 8 GPUs to an optimizer step; the benchmark has one or four.
 RECIPE_GROUPS = 16
 
 

@@ -76,7 +76,7 @@ def _step_table(record: dict) -> str:
         times += [_number(own, key, 3) for key in ("predicted_s", "optimizer_s", "whole_s")]
         rows.append((name, *times, *shares, f"{own['peak_mib'] / 1024:.2f}", own["rounds"]))
     head = ("variant", *(f"{phase} s" for phase in PASSES), "passes s", f"/ {record['baseline']}", "predicted s")
-    used = ("optimisers s", "whole s", "passes of peak", "whole of peak", "whole of GEMM rate", "peak GiB", "n")
+    used = ("optimizers s", "whole s", "passes of peak", "whole of peak", "whole of GEMM rate", "peak GiB", "n")
     return table((*head, *used), rows)
 
 
@@ -147,20 +147,20 @@ def _bars(group: Group, y: float, most_times: float | None) -> str:
                 f'<text class="t" x="{at:.1f}" y="{y + height + 12:.1f}" text-anchor="middle">{number(tick)}</text>'
             )
     for index, (name, times, mib, ours) in enumerate(group.rows):
-        top, colour = y + index * _ROW, 1 if ours else 6
+        top, color = y + index * _ROW, 1 if ours else 6
         out.append(f'<text class="t" x="{_LABEL - 8}" y="{top + 13:.1f}" text-anchor="end">{escape(name)}</text>')
-        out.append(_bar(_LABEL, top, times / most, f"{times:.2f}" if times < 10 else f"{times:.0f}", colour))
+        out.append(_bar(_LABEL, top, times / most, f"{times:.2f}" if times < 10 else f"{times:.0f}", color))
         if mib is not None:
-            out.append(_bar(_RIGHT, top, mib / most_mib, number(mib), colour))
+            out.append(_bar(_RIGHT, top, mib / most_mib, number(mib), color))
     # The base itself, over the bars.
     out.append(f'<path class="fl" d="M{_LABEL + _BAR / most:.1f} {y}v{height}"/>')
     return "".join(out)
 
 
-def _bar(x: float, top: float, share: float, text: str, colour: int) -> str:
+def _bar(x: float, top: float, share: float, text: str, color: int) -> str:
     """A bar of a share of the full length; a longer one is cut with an open end."""
     width = min(share, 1.0) * _BAR
-    shape = f'<rect class="f{colour}" x="{x:.1f}" y="{top + 3:.1f}" width="{max(width, 1.0):.1f}" height="{_ROW - 6}"/>'
+    shape = f'<rect class="f{color}" x="{x:.1f}" y="{top + 3:.1f}" width="{max(width, 1.0):.1f}" height="{_ROW - 6}"/>'
     if share > 1.0:
         shape += f'<path class="g" style="stroke-width:3" d="M{x + _BAR - 14:.1f} {top + _ROW - 1:.1f}l8 {2 - _ROW}"/>'
     return shape + f'<text class="t" x="{x + width + 5:.1f}" y="{top + 13:.1f}">{text}</text>'
@@ -468,7 +468,7 @@ def _findings(record: dict) -> list[str]:
         found.append(f"Ended early: {record['ended']}.")
     if "liger" in record:
         rates = ", ".join(f"{name} {r / 1e12:.3g}" for name, r in record["rates"].items())
-        found.append(f"Optimisers: {record['optimizer']['how']}. Liger: {record['liger']}. TFLOP/s: {rates}.")
+        found.append(f"Optimizers: {record['optimizer']['how']}. Liger: {record['liger']}. TFLOP/s: {rates}.")
     return found
 
 

@@ -143,7 +143,7 @@ SECTIONS = (
         ahead=_media_files,
     ),
     Section("stages", "whole stages, and all other tests for CUDA and vLLM", 40, 20, _tests(kernels=False)),
-    Section("optimizer", "a full optimiser at the shape of Qwen3-VL-4B", 20, 20, _benchmark("step/bench_optimizer")),
+    Section("optimizer", "a full optimizer at the shape of Qwen3-VL-4B", 20, 20, _benchmark("step/bench_optimizer")),
 )
 MINUTES = sum(section.seconds for section in SECTIONS) / 60
 

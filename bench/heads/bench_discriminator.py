@@ -107,7 +107,7 @@ def eager(x: Inputs) -> Tensor:
 
 
 def gathered_eager(x: Inputs) -> Tensor:
-    """Optimised eager code: only the last rows pass through norm and head. On CPU, ours is torch code like this."""
+    """Optimized eager code: only the last rows pass through norm and head. On CPU, ours is torch code like this."""
     pairs = torch.arange(len(x.quality), device=x.quality.device)
     student, teacher = (_row_scores(hidden[pairs, last], x) for hidden, last in x.sides)
     return _pair_loss(student, teacher, x)

@@ -1,6 +1,6 @@
-"""One optimiser step of a student of the shape of Qwen3-VL-4B by the trainer's own engine, on one GPU.
+"""One optimizer step of a student of the shape of Qwen3-VL-4B by the trainer's own engine, on one GPU.
 
-For bench_step.py, where two full optimisers do not fit beside three models: twice this time is added to the steps that
+For bench_step.py, where two full optimizers do not fit beside three models: twice this time is added to the steps that
 are recorded without. A process of its own, since the largest tensors of all are made here. DeepSpeed with AdamW:
 float32 master weights, moments and gradients of as many decoder layers as fit with them, all 36 if 92 GB are there;
 `scaled`: the seconds of all layers are those measured times their parameters over those measured. Medians, after real
@@ -107,7 +107,7 @@ def test_optimizer(
     if seconds_left() <= 0:
         pytest.skip(NO_TIME)
     if not is_apart(case, world.device):
-        pytest.skip("the steps have their optimisers")
+        pytest.skip("the steps have their optimizers")
     place = request.config.getoption("record")
     # Steps of this run that were measured before.
     steps = load_run(place) if place is not None and place.suffix == ".jsonl" else []

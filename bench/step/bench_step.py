@@ -1,6 +1,6 @@
 """A whole stage-2 step: shared prompts against padded rows and against a copy of the prompt per response.
 
-One step is vision, rollouts, discriminator on N rollouts and K teacher responses, reference, policy, both optimisers,
+One step is vision, rollouts, discriminator on N rollouts and K teacher responses, reference, policy, both optimizers,
 by the trainer's own code. On a CPU it runs with the small student and generates its rollouts; on a GPU it has the shape
 of Qwen3-VL-4B, and rollouts are given and not timed (models.py). The ways share the same three models:
 
@@ -10,7 +10,7 @@ of Qwen3-VL-4B, and rollouts are given and not timed (models.py). The ways share
 
 Gradient norms of the ways are compared first, on the same rollouts (`differences`). If they are too far apart, `gate`
 says so, and the benchmark fails after the steps were timed. `passes_s` (`training` in ms) is the four passes by the
-trainer's PhaseTimer, `whole_s` the step by the clock. Where two full optimisers do not fit, `whole_s` is without them
+trainer's PhaseTimer, `whole_s` the step by the clock. Where two full optimizers do not fit, `whole_s` is without them
 until bench_optimizer.py has run; `optimizer` says which. A way that runs out of memory is in `not_run`, and comes again
 with recomputed decoder layers ("..., checkpointing"); if that is the base, all ways of the case recompute.
 
@@ -75,7 +75,7 @@ def cases(quick: bool, device: str) -> list[StepCase]:
 
 
 def toy_cases(device: str) -> list[StepCase]:
-    """A rehearsal of both modes: with optimisers in the step, and apart."""
+    """A rehearsal of both modes: with optimizers in the step, and apart."""
     parts = (PAIR, (*PADDED, *SEVERAL[1:]), (*COUNTS, *COPIES[1:]))
     found = [StepCase(128, 16, "bfloat16", device, sizes=CONFIG_TOY, ways=ways) for ways in parts]
     apart = StepCase(128, 16, "bfloat16", device, sizes=CONFIG_TOY, ways=PAIR, room=room_for_apart())
@@ -83,13 +83,13 @@ def toy_cases(device: str) -> list[StepCase]:
 
 
 def room_for_apart() -> int:
-    """Bytes in which the toy's optimisers do not fit, and not all of its layers with one."""
+    """Bytes in which the toy's optimizers do not fit, and not all of its layers with one."""
     counts = counts_of(CONFIG_TOY)
     return 24 * (counts.trained - counts.layer)
 
 
 def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None) -> dict[str, Any]:
-    """A variant of the record. peak: FLOP/s. Optimisers that are measured apart are not in it."""
+    """A variant of the record. peak: FLOP/s. Optimizers that are measured apart are not in it."""
     rounds = found.rounds[way]
     flop = step_flops(rig.config, found.loads(way), "shared").total
     passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
@@ -159,7 +159,7 @@ def record_of(rig: Rig, found: Measured) -> dict[str, Any]:
 
 
 def with_optimizer(record: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The record of steps without optimisers, with twice the step that bench_optimizer.py has measured."""
+    """The record of steps without optimizers, with twice the step that bench_optimizer.py has measured."""
     both = 2 * optimizer["seconds"]
     variants = {}
     for name, own in record["variants"].items():
@@ -239,7 +239,7 @@ def test_step(case: StepCase, bench: Bench, effort: Effort, publish: Callable[[d
 
 @pytest.mark.timeout(3600)
 def test_against_trl(quick: bool, toy: bool, publish: Callable[[dict], dict]) -> None:
-    """Rollouts, reference, policy and optimiser like for like, and ours with the discriminator as well."""
+    """Rollouts, reference, policy and optimizer like for like, and ours with the discriminator as well."""
     if toy or torch.cuda.is_available():
         pytest.skip("a benchmark for CPUs, not part of a rehearsal")
     missing = trl_peer.missing()

@@ -179,7 +179,7 @@ class Rig:
 
 
 def is_apart(case: StepCase, device: torch.device) -> bool:
-    """Whether the optimisers do not fit beside the models; asked while the device is empty."""
+    """Whether the optimizers do not fit beside the models; asked while the device is empty."""
     room = case.room or models.free_bytes(device)
     return not models.fits(case.sizes, room, case.prefix + (BASE.k + BASE.n) * case.response)
 

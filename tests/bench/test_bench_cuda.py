@@ -376,7 +376,7 @@ def test_rehearsal(tmp_path):
     outcomes = {line["section"]: line["outcome"] for line in lines if line["bench"] == "section"}
     assert list(outcomes) == [section.name for section in SECTIONS]
     assert outcomes.pop("correctness") == outcomes.pop("stages") == "left out"
-    # Written again with the optimiser, which was measured after the steps.
+    # Written again with the optimizer, which was measured after the steps.
     apart = [line for line in lines if line["bench"] == "step" and "apart" in line["case"]]
     assert "not measured" in apart[0]["optimizer"]["how"] and apart[-1]["optimizer"]["scaled"]
     assert set(outcomes.values()) == {"passed"}, outcomes

@@ -54,7 +54,7 @@ def test_goals_of_the_step():
         ("NOT MEASURED", "shared K=1 N=8: no time left"),
         ("NOT MEASURED", "shared K=4 N=8: utilisation: optimizer apart"),
     ]
-    # With four groups 0.6 / 1.9 of the peak; 16 of them are 4 of these with one optimiser step: 2.4 / 6.1.
+    # With four groups 0.6 / 1.9 of the peak; 16 of them are 4 of these with one optimizer step: 2.4 / 6.1.
     several = verdicts_of(step_record("P2048-R128-bfloat16", k4=1.0, several=1.4))
     assert [text.partition("groups: ")[2][:5] for _, text in several[5:7]] == ["31.6%", "39.3%"]
 

@@ -46,7 +46,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def rig(world):
-    """Passes without optimisers."""
+    """Passes without optimizers."""
     rig = Rig(APART, world, Rounds())
     yield rig
     rig.close()
@@ -167,7 +167,7 @@ def test_the_optimizer_apart(world, rig):
     assert "not measured" in record["optimizer"]["how"]
     assert record["variants"][BASE.name]["tflop_per_s"]["whole"] is record["variants"][BASE.name]["optimizer_s"] is None
     optimizer = bench_optimizer.measure_optimizer(APART, world)
-    # Not all of the toy's 4 layers fit with their optimiser.
+    # Not all of the toy's 4 layers fit with their optimizer.
     assert optimizer["scaled"] and optimizer["layers"] < 4
     assert optimizer["seconds"] == pytest.approx(optimizer["measured_s"] * rig.counts.trained / optimizer["parameters"])
     assert bench_step.lacks_optimizer(record)
@@ -310,7 +310,7 @@ def test_passes_have_the_gradients_of_an_engine(world, monkeypatch):
     monkeypatch.setattr(engine, "LARGEST_BUCKET", 100_000)
     norms = {}
     for apart in (True, False):
-        # The room decides whether the optimisers are there.
+        # The room decides whether the optimizers are there.
         rig = Rig(APART if apart else ENGINES, world, Rounds())
         assert isinstance(rig.state.policy, Passes) == apart
         run = rig.prepare(Way("padded", 2, 3), make_prompts(rig.state, 128, 1), 16)
