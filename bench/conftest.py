@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.core.goals import CLAIM_CASES, GOALS
-from bench.core.measure import Effort
+from bench.core.measure import Effort, Variant, main_time
 from bench.core.memory import keep_freed_memory
 from bench.core.records import save
 from bench.core.report import case_text
@@ -120,5 +120,24 @@ def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[di
         if request.config.getoption("record"):
             save(record, request.config.getoption("record"))
         return record
+
+    return run
+
+
+@pytest.fixture
+def report(benchmark, publish: Callable[[dict], dict], quick: bool) -> Callable[[dict, Variant], None]:
+    """Return a function that publishes a record, then lets pytest-benchmark repeat our call for its own JSON."""
+
+    def run(record: dict, ours: Variant) -> None:
+        benchmark.extra_info.update(publish(record))
+        device = torch.device(record["device"])
+
+        def call() -> None:
+            ours()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        seconds = main_time(record["variants"][record["baseline"]]) / 1e3
+        benchmark.pedantic(call, rounds=max(1, min(5, int((1.0 if quick else 3.0) / seconds))))
 
     return run

@@ -60,7 +60,7 @@ INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLOSING_S = 4.0
 # Approximate seconds for finding the device and unpacking.
 START_S = 10.0
-NEEDED = ("torch", "triton", "transformers", "numpy", "psutil", "pytest", "pytest_timeout")
+NEEDED = ("torch", "triton", "transformers", "numpy", "psutil", "pytest", "pytest_benchmark", "pytest_timeout")
 NEEDED_FROM_FOLDER = ("deepspeed", "omegaconf")
 # Environment variables set for other programs that would distort the measurements.
 NOT_PASSED_ON = (

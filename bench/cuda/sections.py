@@ -117,7 +117,7 @@ def _benchmark(*files: str, only: str = "") -> Callable[[Run], list[str]]:
 
     def command(run: Run) -> list[str]:
         chosen = ["-k", "toy" if run.toy else only] if only else []
-        options = [*_PLUGINS, "--record", str(run.records), *["--toy"] * run.toy]
+        options = [*_PLUGINS, "--benchmark-disable", "--record", str(run.records), *["--toy"] * run.toy]
         return _python("pytest", *options, *chosen, *(f"bench/{name}.py" for name in files))
 
     return command

@@ -37,7 +37,7 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 @pytest.mark.timeout(1800)
-def test_linear_cross_entropy(case: Case, effort, publish, quick: bool) -> None:
+def test_linear_cross_entropy(case: Case, effort, report, quick: bool) -> None:
     skip, chunked = {}, "torch l.c.e. chunked"
     if case.device == "cpu":
         if case.mask or case.softmax != "random":
@@ -51,9 +51,9 @@ def test_linear_cross_entropy(case: Case, effort, publish, quick: bool) -> None:
             skip[chunked] = "16 tokens take 12 s on a CPU"
             names = ("torch.compile", "CCE torch_compile") if quick else ()
             skip |= dict.fromkeys(names, "quick: its compilation is left out")
-    publish(run.run_case(BENCH, case, effort, skip))
+    report(*run.run_case(BENCH, case, effort, skip))
 
 
 @pytest.mark.timeout(1800)
-def test_linear_cross_entropy_conditions(condition_case: Case, effort, publish) -> None:
-    publish(run.run_conditions(BENCH, condition_case, effort))
+def test_linear_cross_entropy_conditions(condition_case: Case, effort, report) -> None:
+    report(*run.run_conditions(BENCH, condition_case, effort))

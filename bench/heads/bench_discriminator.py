@@ -211,7 +211,7 @@ def toy_cases(device: str) -> list[Case]:
 
 
 @pytest.mark.timeout(900)
-def test_discriminator(case: Case, effort, publish) -> None:
+def test_discriminator(case: Case, effort, report) -> None:
     errors = gate(case)
     x = make_inputs(case)
     forms = FORMS | {EAGER: eager, "eager, gathered": gathered_eager}
@@ -236,4 +236,4 @@ def test_discriminator(case: Case, effort, publish) -> None:
     record = facts_of(NAME, case, shape) | {"mode": case.mode, "variants": numbers, "errors": errors}
     record |= {"not_run": not_run, "differences": differences_of(samples)}
     counted = {variant.name: variant for variant in variants if variant.name in numbers}
-    publish(record | launches_of(prepared(x, score) | counted, device))
+    report(record | launches_of(prepared(x, score) | counted, device), variants[0])

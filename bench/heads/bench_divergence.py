@@ -70,7 +70,8 @@ def toy_cases(device: str) -> list[DivergenceCase]:
 
 
 @pytest.mark.timeout(900)
-def test_linear_divergence(case: DivergenceCase, effort, publish, quick: bool) -> None:
+def test_linear_divergence(case: DivergenceCase, effort, report, quick: bool) -> None:
     names = ("torch.compile", "Liger chunked JSD") if quick and case.device == "cpu" else ()
     skip = dict.fromkeys(names, "quick: its compilation is left out")
-    publish(run.run_case(BENCHES[case.kind], case, effort, skip) | {"kind": case.kind})
+    record, ours = run.run_case(BENCHES[case.kind], case, effort, skip)
+    report(record | {"kind": case.kind}, ours)

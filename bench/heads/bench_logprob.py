@@ -58,15 +58,15 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 @pytest.mark.timeout(1800)
-def test_linear_logprob(case: Case, effort, publish, quick: bool) -> None:
+def test_linear_logprob(case: Case, effort, report, quick: bool) -> None:
     skip = {}
     if quick and case.device == "cpu":
         skip = {"torch.compile": "quick: its compilation is left out"}
     elif case.device == "cpu" and case.tokens > 512 and case.head == "trainable":
         skip = {"Liger scaled CE": "left out at this length, to save time: see T = 512"}
-    publish(run.run_case(BENCH, case, effort, skip))
+    report(*run.run_case(BENCH, case, effort, skip))
 
 
 @pytest.mark.timeout(1800)
-def test_linear_logprob_conditions(condition_case: Case, effort, publish) -> None:
-    publish(run.run_conditions(BENCH, condition_case, effort))
+def test_linear_logprob_conditions(condition_case: Case, effort, report) -> None:
+    report(*run.run_conditions(BENCH, condition_case, effort))

@@ -63,15 +63,15 @@ def conditions(quick: bool, device: str) -> list[Case]:
 
 
 @pytest.mark.timeout(1800)
-def test_linear_policy_loss(case: Case, effort, publish, quick: bool) -> None:
+def test_linear_policy_loss(case: Case, effort, report, quick: bool) -> None:
     skip = {}
     if quick and case.device == "cpu":
         skip = {"torch.compile": "quick: its compilation is left out"}
         if case.dtype is torch.bfloat16:
             skip["Liger chunked GRPO"] = "quick: its compilation is left out"
-    publish(run.run_case(BENCH, case, effort, skip))
+    report(*run.run_case(BENCH, case, effort, skip))
 
 
 @pytest.mark.timeout(1800)
-def test_linear_policy_loss_conditions(condition_case: Case, effort, publish) -> None:
-    publish(run.run_conditions(BENCH, condition_case, effort))
+def test_linear_policy_loss_conditions(condition_case: Case, effort, report) -> None:
+    report(*run.run_conditions(BENCH, condition_case, effort))

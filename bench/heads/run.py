@@ -69,8 +69,8 @@ def conditions(quick: bool, device: str, on_cpu: Sequence[Case]) -> list[Case]:
     return [Case(8192, 2560, torch.bfloat16, device=device)] if device == "cuda" else [] if quick else list(on_cpu)
 
 
-def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> dict:
-    """Gate, then the bare GEMMs of the scored rows, ours and every peer."""
+def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] | None = None) -> tuple[dict, Variant]:
+    """Gate, then the bare GEMMs of the scored rows, ours and every peer. Return the record and ours."""
     errors = gate(bench, case, effort)
     inputs = head_inputs(case)
     score = case.head == "score"
@@ -88,10 +88,11 @@ def run_case(bench: HeadBench, case: Case, effort: Effort, skip: dict[str, str] 
     for own in numbers.values():
         own["tflop_per_s"] = flop / main_time(own) / 1e9
     record = case.facts(bench.name) | {"gemm_flop": flop, "variants": numbers}
-    return record | {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
+    record |= {"differences": far, "remarks": notable, "not_run": not_run, "errors": errors._asdict()}
+    return record, ours
 
 
-def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> dict:
+def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> tuple[dict, Variant]:
     """Ours alone under each condition, interleaved: what masked rows and a frozen head save, what a peak costs."""
     conditions = {
         OURS: case,
@@ -110,7 +111,8 @@ def run_conditions(bench: HeadBench, case: Case, effort: Effort) -> dict:
         own["times_base"] = 1 / own.pop("share_of_gemms")
         by_round = own.pop("share_of_gemms_by_round")
         own["times_base_by_round"] = None if by_round is None else 1 / by_round
-    return case.facts(bench.name) | {"case": f"{case.name}-conditions", "variants": numbers, "errors": errors}
+    record = case.facts(bench.name) | {"case": f"{case.name}-conditions", "variants": numbers, "errors": errors}
+    return record, variants[0]
 
 
 def gate(bench: HeadBench, case: Case, effort: Effort) -> Errors:

@@ -71,7 +71,7 @@ def make_variant(way: str, m: int, case: Case) -> tuple[Variant, Load, object]:
 
 
 @pytest.mark.timeout(1800)
-def test_shared_prefix(case: Case, effort, publish) -> None:
+def test_shared_prefix(case: Case, effort, report) -> None:
     made = [make_variant(way, m, case) for way, m in WAYS]
     variants, config = [variant for variant, _, _ in made], made[0][2]
     device = torch.device(case.device)
@@ -91,4 +91,4 @@ def test_shared_prefix(case: Case, effort, publish) -> None:
     shape = {"P": made[0][1].prefix, "R": case.response, "D": HIDDEN, "layers": LAYERS}
     record = facts_of(NAME, case, shape, BASE) | {"rates": rate, "variants": numbers}
     record["differences"] = {name: max(own.values()) for name, own in differences.items() if "M=12" in name}
-    publish(record)
+    report(record, variants[0])
