@@ -213,7 +213,7 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
     assert errors.ours == errors.eager and set(errors.bound) == {"value", "hidden gradient", "weight gradient"}
     with pytest.raises(AssertionError, match="in one chunk.*too far from float64"):
         checked("off", case, off, eager)
-    with pytest.raises(AssertionError, match="in chunks of 4 rows.*too far from float64"):
+    with pytest.raises(AssertionError, match="in chunks of 8 rows.*too far from float64"):
         checked("off in chunks", case, off_in_chunks, eager)
 
 
