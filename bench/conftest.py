@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -50,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize `case` with the module's `cases(quick, device)`, or `toy_cases(device)` with --toy, and
     `condition_case` with its `conditions(quick, device)`.
     """
-    bench, toy = getattr(metafunc.module, "NAME", ""), metafunc.config.getoption("toy")
+    name, toy = getattr(metafunc.module, "NAME", ""), metafunc.config.getoption("toy")
     for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
             if toy:
@@ -59,9 +60,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             else:
                 cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
             if metafunc.config.getoption("claims"):
-                cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
+                cases = [case for case in cases if (getattr(case, "bench", name), case.name + suffix) in CLAIM_CASES]
             none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no case for this device and size"))
-            metafunc.parametrize(argument, cases or [none], ids=lambda case: getattr(case, "name", None))
+            metafunc.parametrize(argument, cases or [none], ids=_id)
+
+
+def _id(case: Any) -> str | None:
+    """The names of a case and, where a file has several benchmarks, of its own."""
+    name = getattr(case, "name", None)
+    return f"{case.bench}-{name}" if hasattr(case, "bench") else name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _case_of(item: pytest.Item) -> tuple[str, str]:
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    return getattr(item.module, "NAME", ""), getattr(case, "name", "")
+    return getattr(case, "bench", getattr(item.module, "NAME", "")), getattr(case, "name", "")
 
 
 def device_name() -> str:

@@ -128,7 +128,7 @@ def _media_files(run: Run) -> list[str]:
 
 
 _PLUGINS = ("-p", "bench.cuda.section_log", "-p", "no:cacheprovider", "-q")
-_HEADS = [f"heads/bench_{n}" for n in ("profile", "policy_loss", "logprob", "cross_entropy", "divergence")]
+_HEADS = ("heads/bench_profile", "heads/bench_losses")
 _PREFIX = ("prefix/bench_attention", "heads/bench_discriminator")
 # Basic kernels come first, so that their faults are known before anything depends on them. `optimizer` is the first
 # section that needs a communicator.

@@ -43,8 +43,8 @@ from bench.core.measure import (
     with_gradients,
 )
 from bench.cuda.section_log import NO_TIME, seconds_left
-from bench.heads import bench_policy_loss
 from bench.heads import cases as head_cases
+from bench.heads.bench_losses import policy_loss
 from bench.heads.peers import CLIP, KL_COEF, TEMPERATURE, logprob_weights
 from rmsd_fast.losses import linear_logprob
 from rmsd_kernels.heads.chunks import chunk_rows, default_budget
@@ -147,7 +147,7 @@ class Head:
     def variant(self, name: str = OURS, budget: int | None = None) -> Variant:
         x = self.x
         if self.case.loss == "policy":
-            return with_gradients(name, lambda: bench_policy_loss.ours(x, budget), x.differentiable)
+            return with_gradients(name, lambda: policy_loss(x, budget), x.differentiable)
         weights, _ = logprob_weights(x)
 
         def loss() -> Tensor:
@@ -259,7 +259,7 @@ OTHER_STAGES = (2, 3)
 
 
 class PolicyRows:
-    """A chunk of logits [n, V] and what the policy kernel needs beside it, as in bench_policy_loss."""
+    """A chunk of logits [n, V] and what the policy kernel needs beside it, as in bench_losses."""
 
     def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator(device).manual_seed(7)

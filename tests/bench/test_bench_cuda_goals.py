@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuda_records import bench_modules, head_record, step_record
+from cuda_records import bench_cases, head_record, step_record
 
 
 def verdicts_of(record: dict) -> list[tuple[str, str]]:
@@ -73,11 +73,11 @@ def test_goals_of_the_discriminator():
 def test_every_goal_has_a_case_that_is_measured():
     from bench.core.goals import GOALS, verdicts
 
-    modules = bench_modules()
+    measured = bench_cases("cuda")
     goals = [goal for goal in GOALS if goal.device == "cuda"]
     for goal in goals:
         if goal.bench != "media":
-            assert goal.case in [case.name for case in modules[goal.bench].cases(False, "cuda")], goal
+            assert goal.case in [case.name for case in measured[goal.bench]], goal
     # Without a record every goal is there; so it is with one of a rehearsal.
     rehearsed = head_record("linear_logprob") | {"quick": True}
     for records in ([], [rehearsed]):

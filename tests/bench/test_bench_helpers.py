@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_records import bench_modules
+from cuda_records import bench_cases
 
 
 @pytest.fixture(autouse=True)
@@ -209,12 +209,12 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
         return off(x, budget) if budget else eager(x)
 
     case = Case(16, 64, torch.float32, vocabulary=500)
-    errors = checked("eager", case, same, eager)
+    errors = checked(case, same, eager)
     assert errors.ours == errors.eager and set(errors.bound) == {"value", "hidden gradient", "weight gradient"}
     with pytest.raises(AssertionError, match="in one chunk.*too far from float64"):
-        checked("off", case, off, eager)
+        checked(case, off, eager)
     with pytest.raises(AssertionError, match="in chunks of 8 rows.*too far from float64"):
-        checked("off in chunks", case, off_in_chunks, eager)
+        checked(case, off_in_chunks, eager)
 
 
 def test_peers_agree_and_those_that_do_not_run_are_named():
@@ -378,15 +378,14 @@ def test_claims_are_checked_against_the_records():
 def test_every_case_with_a_claim_is_measured_and_every_measured_one_is_claimed():
     from bench.core.goals import CASES, CLAIM_CASES, CONDITIONS, METRICS, SWEPT, TABLE
 
-    modules = bench_modules()
+    measured, conditions = bench_cases("cpu"), bench_cases("cpu", "conditions")
     for bench, names in CASES.items():
-        assert sorted(case.name for case in modules[bench].cases(False, "cpu")) == sorted(names)
-        conditions = modules[bench].conditions(False, "cpu") if hasattr(modules[bench], "conditions") else []
-        assert tuple(f"{case.name}-conditions" for case in conditions) == CONDITIONS.get(bench, ())
+        assert sorted(case.name for case in measured[bench]) == sorted(names)
+        assert tuple(f"{case.name}-conditions" for case in conditions.get(bench, ())) == CONDITIONS.get(bench, ())
     every = {(bench, name) for cases in (CASES, CONDITIONS) for bench, names in cases.items() for name in names}
     assert {(bench, case) for bench, case in CLAIM_CASES if bench != "media"} < every
     assert {metric for *_, metric, _ in TABLE} == set(METRICS)
-    swept = [case.name for case in modules["step"].cases(False, "cpu") if len(case.ways) == 10]
+    swept = [case.name for case in measured["step"] if len(case.ways) == 10]
     assert swept == list(SWEPT)
 
 
