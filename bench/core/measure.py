@@ -215,7 +215,8 @@ def measure(
             not_run[variant.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             continue
         own = samples[variant.name].differences
-        own |= {name: difference(found[name], expected[name]) for name in expected.keys() & found.keys()}
+        alike = [name for name in expected.keys() & found.keys() if found[name].shape == expected[name].shape]
+        own |= {name: difference(found[name], expected[name]) for name in sorted(alike)}
         if variant.name == EAGER:
             far = {n: d for n, d in own.items() if n != "value" and not d <= _MOST_DIFFERENCE[expected[n].dtype]}
             assert not far, f"gradients of {base} and eager differ in the timed shape: {far}"
@@ -233,7 +234,7 @@ def measure(
 
 
 def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float, dict[str, Tensor]]:
-    """Peak of one call, its seconds, and what it computed: a scalar value and the gradients."""
+    """Peak of one call, its seconds, and what it computed: the gradients, and a value that is a scalar."""
     if variant.compiles or device.type == "cuda":
         # Libraries allocate workspaces and compile kernels at their first call.
         variant()
@@ -242,10 +243,8 @@ def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float
     seconds = time.perf_counter() - start
     held = gradients if isinstance(gradients, tuple) else ()
     own = Samples(peak_bytes=peak, gradient_bytes=sum(t.numel() * t.element_size() for t in held))
-    if value.ndim:
-        # The logits of the bare GEMMs.
-        return own, seconds, {}
-    return own, seconds, {"value": value.detach()} | {f"gradient {i}": tensor for i, tensor in enumerate(held)}
+    found = {f"gradient {i}": tensor for i, tensor in enumerate(held)}
+    return own, seconds, found if value.ndim else {"value": value.detach()} | found
 
 
 def difference(values: Tensor, expected: Tensor) -> float:

@@ -1,9 +1,9 @@
 """The attention op alone at the shape of Qwen3-VL-4B: one group of M responses over a prefix of P tokens, or decoding.
 
 FLOPs are counted from the pairs of query and key that a variant has to compute: 4 * size per head and pair in the
-forward pass, and 8 * size in the backward pass. `device_ms` has medians with cold caches. `floor` has the ms that our
-pairs would take at the rate of causal flash attention over the prefix alone, and the ratio of our time to it. 1 means
-that merging and short responses are free.
+forward pass, and 8 * size in the backward pass. `floor` has the ms that our pairs would take at the rate of causal
+flash attention over the prefix alone, and the ratio of our time to it. 1 means that merging and short responses are
+free.
 
 Before timing, errors are checked on a short row against the formula in float64: the norm of our error, on prefix and
 responses separately, is at most 2 * 1.25 times that of eager code in the same dtype (1.25: both parts are rounded
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from statistics import median
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.core.launches import device_timings, launches_of, sweeper
-from bench.core.measure import OURS, Effort, Timing, difference, facts_of, measure, numbers_of
+from bench.core.launches import launches_of
+from bench.core.measure import OURS, Effort, differences_of, facts_of, main_time, measure, numbers_of
 from bench.cuda.section_log import seconds_left
 from bench.prefix.decode import measure_decode
 from bench.prefix.variants import (
@@ -121,27 +120,6 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor], prefix: int) -> 
     }
 
 
-def compare(ways: dict[str, Way], not_run: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Return the differences of each variant from ours in the timed shape, and move those that fail to not_run."""
-    differences, expected = {}, {}
-    for name, way in list(ways.items()):
-        try:
-            found = _outcome(way) if way.packed is not None else {}
-            if way.packed is None:
-                way.variant()
-        except Exception as error:
-            if name == OURS:
-                raise
-            not_run[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-            del ways[name]
-            continue
-        if name == OURS:
-            expected = found
-        elif found:
-            differences[name] = {key: difference(found[key], expected[key]) for key in expected}
-    return differences
-
-
 @pytest.mark.timeout(600)
 def test_prefix_attention(case: Case, effort, publish) -> None:
     record = measure_decode(case, effort) if case.decode else measure_attention(case, effort)
@@ -159,17 +137,15 @@ def measure_attention(case: Case, effort: Effort) -> dict[str, object]:
         skip[FLEX] = f"no time left to compile it: {seconds_left():.0f} s"
     errors = gate(replace(case, **_GATE))
     ways, not_run = build_ways(case, make_inputs(case), skip)
-    differences = compare(ways, not_run)
     variants = [way.variant for way in ways.values()]
-    numbers = numbers_of(measure(variants, effort, device, not_run), variants, baseline=None)
-    sweep = sweeper(device)
+    samples = measure(variants, effort, device, not_run, base=OURS)
+    numbers = numbers_of(samples, variants, baseline=None)
     for name, own in numbers.items():
-        times = _medians(device_timings(ways[name].variant, device, effort.always_rounds, sweep))
-        own |= {"pairs": ways[name].pairs, "flop": 12 * case.heads * case.size * ways[name].pairs, "device_ms": times}
-        own["tflop_per_s"] = own["flop"] / times["both"] / 1e9
+        own |= {"pairs": ways[name].pairs, "flop": 12 * case.heads * case.size * ways[name].pairs}
+        own["tflop_per_s"] = own["flop"] / main_time(own) / 1e9
     record = {"variants": numbers, "floor": floor_of(numbers)}
     record |= {"pairs": {"shared": case.shared_pairs, "separate": case.separate_pairs}}
-    record |= {"errors": errors, "differences": differences, "not_run": not_run}
+    record |= {"errors": errors, "differences": differences_of(samples), "not_run": not_run}
     return record | launches_of({name: ways[name].variant for name in (OURS, VARLEN) if name in numbers}, device)
 
 
@@ -180,14 +156,9 @@ def floor_of(numbers: dict[str, dict]) -> dict[str, float]:
     ours, ceiling = numbers[OURS], numbers[CEILING]
     found = {}
     for key in ("forward", "backward", "both"):
-        found[f"{key}_ms"] = ceiling["device_ms"][key] * ours["pairs"] / ceiling["pairs"]
-        found[f"{key}_times"] = ours["device_ms"][key] / found[f"{key}_ms"]
+        found[f"{key}_ms"] = ceiling[key]["median_ms"] * ours["pairs"] / ceiling["pairs"]
+        found[f"{key}_times"] = ours[key]["median_ms"] / found[f"{key}_ms"]
     return found
-
-
-def _medians(timings: list[Timing]) -> dict[str, float]:
-    found = {"forward": [t.forward_ms for t in timings], "backward": [t.backward_ms for t in timings]}
-    return {name: median(values) for name, values in found.items()} | {"both": median(t.total_ms for t in timings)}
 
 
 def _facts(case: Case) -> dict[str, object]:
