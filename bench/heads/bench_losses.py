@@ -48,7 +48,7 @@ from bench.heads.peers import (
     eager_policy_loss,
     gather,
     logprob_weights,
-    policy_arguments,
+    weighted_sum,
 )
 from rmsd_fast.losses import linear_cross_entropy, linear_divergence, linear_logprob, linear_policy_loss
 
@@ -82,7 +82,7 @@ def _logprob(x: HeadInputs, budget: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def logprob_sum(x: HeadInputs) -> Tensor:
-    return sum((values * weights).sum() for values, weights in zip(_logprob(x), logprob_weights(x), strict=True))
+    return weighted_sum(_logprob(x), logprob_weights(x))
 
 
 def _stacked(x: HeadInputs, scores: tuple[Tensor, Tensor]) -> Tensor:
@@ -114,27 +114,20 @@ class Loss:
 
 
 def _divergence(kind: str) -> Loss:
-    def eager(x: HeadInputs) -> Tensor:
-        return eager_divergence(x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), kind)
-
     ours = partial(divergence, kind=kind)
-    return Loss(ours, ours, eager, divergence_peers(kind), buffers=2)
+    return Loss(ours, ours, partial(eager_divergence, kind=kind), divergence_peers(kind), buffers=2)
 
 
 # By name of the records and kind.
 LOSSES = {
-    ("linear_policy_loss", ""): Loss(
-        policy_loss, policy_loss, lambda x: eager_policy_loss(*policy_arguments(x)), POLICY
-    ),
+    ("linear_policy_loss", ""): Loss(policy_loss, policy_loss, eager_policy_loss, POLICY),
     ("linear_logprob", ""): Loss(
         logprob_sum,
         lambda x, budget: _stacked(x, _logprob(x, budget)),
-        lambda x: _stacked(x, eager_logprob(x.hidden, x.weight, x.targets)),
+        lambda x: _stacked(x, eager_logprob(x)),
         LOGPROB,
     ),
-    ("linear_cross_entropy", ""): Loss(
-        cross_entropy, cross_entropy, lambda x: eager_cross_entropy(x.hidden, x.weight, x.targets), CROSS_ENTROPY
-    ),
+    ("linear_cross_entropy", ""): Loss(cross_entropy, cross_entropy, eager_cross_entropy, CROSS_ENTROPY),
     **{("linear_divergence", kind): _divergence(kind) for kind in ("forward_kl", "jsd")},
 }
 

@@ -60,24 +60,21 @@ def as_variant(name: str, loss: Loss, inputs: HeadInputs, score: bool) -> Varian
     return with_gradients(name, loss, inputs.differentiable, compiles=compiles)
 
 
-def eager_and_compiled(loss: Callable[..., Tensor], arguments: Callable[[HeadInputs], tuple]) -> dict[str, Build]:
+def eager_and_compiled(loss: Callable[[HeadInputs], Tensor]) -> dict[str, Build]:
     """A loss as eager code, and compiled afresh for each shape, as a user does who asks for speed."""
-
-    def eager(x: HeadInputs) -> Loss:
-        return functools.partial(loss, *arguments(x))
 
     def compiled(x: HeadInputs) -> Loss:
         torch._dynamo.reset()
-        return functools.partial(torch.compile(loss, dynamic=False), *arguments(x))
+        return functools.partial(torch.compile(loss, dynamic=False), x)
 
-    return {"eager": eager, "torch.compile": compiled}
+    return {"eager": lambda x: functools.partial(loss, x), "torch.compile": compiled}
 
 
 # Cross entropy.
 
 
-def eager_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_wide_logits(hidden, weight), targets, ignore_index=IGNORED)
+def eager_cross_entropy(x: HeadInputs) -> Tensor:
+    return F.cross_entropy(_wide_logits(x.hidden, x.weight), x.targets, ignore_index=IGNORED)
 
 
 def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -124,15 +121,13 @@ def logprob_weights(x: HeadInputs) -> tuple[Tensor, Tensor]:
     return -x.advantages * scored, 0.01 * x.ref_logp * scored
 
 
-def eager_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logp = _wide_logits(hidden, weight).log_softmax(-1)
-    return logp.gather(1, targets.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+def eager_logprob(x: HeadInputs) -> tuple[Tensor, Tensor]:
+    logp = _wide_logits(x.hidden, x.weight).log_softmax(-1)
+    return logp.gather(1, x.targets.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def _eager_logprob_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, for_logp: Tensor, for_entropy: Tensor
-) -> Tensor:
-    logp, entropy = eager_logprob(hidden, weight, targets)
+def weighted_sum(scores: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Tensor:
+    (logp, entropy), (for_logp, for_entropy) = scores, weights
     return (logp * for_logp).sum() + (entropy * for_entropy).sum()
 
 
@@ -141,12 +136,7 @@ def _logprob_from(
 ) -> Loss:
     """rows: those that are scored. Peers that have no ignored rows score all; the weights of ignored ones are 0."""
     for_logp, for_entropy = (weights[rows] for weights in logprob_weights(x))
-
-    def loss() -> Tensor:
-        logp, entropy = scores()
-        return (logp * for_logp).sum() + (entropy * for_entropy).sum()
-
-    return loss
+    return lambda: weighted_sum(scores(), (for_logp, for_entropy))
 
 
 def _logprob_trl(x: HeadInputs) -> Loss:
@@ -194,23 +184,10 @@ def grpo_of_logp(logp: Tensor, advantages: Tensor, ref_logp: Tensor, scored: Ten
     return (per_row * scored).sum() / scored.sum()
 
 
-def eager_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    ref_logp: Tensor,
-    scored: Tensor,
-    temperature: float,
-) -> Tensor:
-    logp = (_wide_logits(hidden, weight) / temperature).log_softmax(-1)
-    logp = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return grpo_of_logp(logp, advantages, ref_logp, scored)
-
-
-def policy_arguments(x: HeadInputs) -> tuple[Tensor | float, ...]:
-    scored = x.scored.to(x.advantages.dtype)
-    return x.hidden, x.weight, x.targets, x.advantages, x.ref_logp, scored, x.temperature
+def eager_policy_loss(x: HeadInputs) -> Tensor:
+    logp = (_wide_logits(x.hidden, x.weight) / x.temperature).log_softmax(-1)
+    logp = logp.gather(1, x.targets.clamp(min=0)[:, None])[:, 0]
+    return grpo_of_logp(logp, x.advantages, x.ref_logp, x.scored.to(logp.dtype))
 
 
 def _policy_trl(x: HeadInputs) -> Loss:
@@ -243,17 +220,15 @@ def _policy_liger(x: HeadInputs) -> Loss:
 # Divergence against a teacher that has a head of its own, [T, D] and [V, D]; the teacher's tensors are constants.
 
 
-def eager_divergence(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str
-) -> Tensor:
+def eager_divergence(x: HeadInputs, kind: str) -> Tensor:
     with torch.no_grad():
-        teacher = _wide_logits(teacher_hidden, teacher_weight).log_softmax(-1)
-    student = _wide_logits(hidden, weight).log_softmax(-1)
+        teacher = _wide_logits(x.teacher_hidden, x.weight).log_softmax(-1)
+    student = _wide_logits(x.hidden, x.weight).log_softmax(-1)
     if kind == "forward_kl":
-        return F.kl_div(student, teacher, log_target=True, reduction="sum") / len(hidden)
+        return F.kl_div(student, teacher, log_target=True, reduction="sum") / len(x.hidden)
     mixture = torch.logaddexp(student, teacher) - 0.6931471805599453
     sides = (F.kl_div(mixture, side, log_target=True, reduction="sum") for side in (teacher, student))
-    return sum(sides) / 2 / len(hidden)
+    return sum(sides) / 2 / len(x.hidden)
 
 
 def divergence_peers(kind: str) -> dict[str, Build]:
@@ -267,15 +242,12 @@ def divergence_peers(kind: str) -> dict[str, Build]:
         function = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
         return lambda: function(x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), x.targets)
 
-    own = eager_and_compiled(
-        eager_divergence, lambda x: (x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), kind)
-    )
-    return own | {"Liger chunked JSD": liger}
+    return eager_and_compiled(functools.partial(eager_divergence, kind=kind)) | {"Liger chunked JSD": liger}
 
 
 COMPILES = {"torch.compile", "CCE torch_compile", "Liger chunked GRPO", "Liger chunked JSD"}
 CROSS_ENTROPY: dict[str, Build] = {
-    **eager_and_compiled(eager_cross_entropy, lambda x: (x.hidden, x.weight, x.targets)),
+    **eager_and_compiled(eager_cross_entropy),
     "torch linear_cross_entropy": _cross_entropy_torch,
     "torch l.c.e. chunked": _cross_entropy_torch_chunked,
     "Liger": _cross_entropy_liger,
@@ -284,12 +256,12 @@ CROSS_ENTROPY: dict[str, Build] = {
     "CCE exact": _cross_entropy_cce("exact"),
 }
 LOGPROB: dict[str, Build] = {
-    **eager_and_compiled(_eager_logprob_sum, lambda x: (x.hidden, x.weight, x.targets, *logprob_weights(x))),
+    **eager_and_compiled(lambda x: weighted_sum(eager_logprob(x), logprob_weights(x))),
     "TRL chunked": _logprob_trl,
     "Liger scaled CE": _logprob_liger,
 }
 POLICY: dict[str, Build] = {
-    **eager_and_compiled(eager_policy_loss, policy_arguments),
+    **eager_and_compiled(eager_policy_loss),
     "TRL chunked log-prob": _policy_trl,
     "Liger chunked GRPO": _policy_liger,
 }

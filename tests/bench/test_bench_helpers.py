@@ -197,7 +197,7 @@ def test_gate_accepts_eager_itself_and_refuses_what_is_off():
     from bench.heads.peers import eager_cross_entropy
 
     def eager(x):
-        return eager_cross_entropy(x.hidden, x.weight, x.targets)
+        return eager_cross_entropy(x)
 
     def same(x, budget):
         return eager(x)
