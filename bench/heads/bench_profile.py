@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.core.launches import COUNTED, Event, copy_gb_per_s, count_launches, device_timings
+from bench.core.launches import COUNTED, Event, copy_gb_per_s, count_launches, device_timings, facts_of_call
 from bench.core.measure import (
     OURS,
     Effort,
@@ -178,14 +178,14 @@ def profile_kernels(case: Case, effort: Effort, record: dict) -> None:
     if found is None:
         record["not_run"]["profile"] = record["profiler"]
     else:
-        record["launches"] = {OURS: found.facts()}
-        record["parts"] = parts = parts_of(found.timeline, case.gemms)
+        record["launches"] = {OURS: (facts := facts_of_call(found))}
+        record["parts"] = parts = parts_of(found, case.gemms)
         for name in parts.keys() & set(GEMMS):
             parts[name]["tflop_per_s"] = flop / parts[name]["ms"] / 1e9
         if ROWS in parts:
             parts[ROWS]["gb_per_s"] = logits_bytes / parts[ROWS]["ms"] / 1e6
             parts[ROWS]["share_of_copy"] = parts[ROWS]["gb_per_s"] / rate
-        parts["gaps"] = {"launches": 0, "ms": max(0.0, found.span_us - found.total_us) / 1e3}
+        parts["gaps"] = {"launches": 0, "ms": max(0.0, facts["span_us"] - facts["device_us"]) / 1e3}
     record["ended"] = COMPLETE
 
 
