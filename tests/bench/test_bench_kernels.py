@@ -46,7 +46,7 @@ def small(**changes):
 
 
 def test_pairs_and_bytes_by_hand():
-    from bench.prefix.decode import EXPANDED, decode_bytes
+    from bench.prefix.bench_attention import EXPANDED, decode_bytes
     from bench.prefix.variants import make_inputs, visible
 
     case = small()
