@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 from bench.core.measure import EAGER, GEMMS, OURS, main_time
@@ -33,21 +32,19 @@ class NotRun(Exception):
 Metric = Callable[[dict], Iterator[Found]]
 
 
-def _each(function: Callable[[dict, str], Found], names: Iterable[str] | Callable[[dict], Iterable[str]]) -> Metric:
-    """Return a metric with a value per name. names: those of variants, or a function that finds them in a record."""
+def _metric(
+    function: Callable[..., Found], *arguments: object, each: Iterable[str] | Callable[[dict], Iterable[str]] = ("",)
+) -> Metric:
+    """Return a metric with a value per name, or one. each: names of variants, or a function that finds them."""
 
     def metric(record: dict) -> Iterator[Found]:
-        for name in names(record) if callable(names) else names:
+        for name in each(record) if callable(each) else each:
             try:
-                yield function(record, name)
+                yield function(record, *[name] * bool(name), *arguments)
             except NotRun as reason:
                 yield Found(None, str(reason))
 
     return metric
-
-
-def _one(function: Callable[..., Found], *arguments: object) -> Metric:
-    return _each(lambda record, _: function(record, *arguments), ("",))
 
 
 def _sides(record: dict, *names: str) -> tuple[dict, ...]:
@@ -269,53 +266,53 @@ _OF_A_STEP = ("shared K=4 N=8", "padded K=4 N=8", "copies K=4 N=8")
 _GRPO = ("Liger chunked GRPO", "TRL chunked log-prob")
 
 METRICS: dict[str, tuple[str, Metric]] = {
-    "share of the GEMMs' rate": (LEAST, _one(_share_of_gemms)),
-    "time over the GEMMs": (MOST, _one(_times_gemms)),
-    "peak over eager": (MOST, _one(_memory_over, *_PEAK, OURS, EAGER)),
-    "peak beyond gradients over eager": (MOST, _one(_memory_over, *_BEYOND, OURS, EAGER)),
-    "MiB beside the gradients": (MOST, _one(_value, "peak_beyond_gradients_mib", "{:.0f} MiB beside the gradients")),
-    "time with a frozen head": (MOST, _one(_condition, "frozen head")),
-    "time with 90% masked": (MOST, _one(_condition, "90% masked")),
-    "times faster than eager": (LEAST, _one(_faster_than, EAGER)),
-    "times faster than every peer": (LEAST, _each(_faster_than, _peers)),
-    "times faster than the best peer": (LEAST, _each(_faster_than, _best_per_token)),
-    "times faster than GRPO": (LEAST, _each(_faster_than, _GRPO)),
-    "device time in µs": (MOST, _one(_launches, "device_us", "{:.1f} µs on the device")),
-    "kernels launched": (MOST, _one(_launches, "count", "{} kernels launched")),
-    "times faster than padded rows": (LEAST, _one(_faster_than, "padded M=12", "shared M=12")),
-    "memory over padded rows": (MOST, _one(_memory_over, *_BEYOND, "shared M=12", "padded M=12")),
-    "pass against the cost model": (MOST, _each(partial(_off_model, base="shared M=12"), _OF_A_PASS)),
-    "gradient norms": (MOST, _one(_gradient_norms)),
-    "whole step, K=4 over K=1": (MOST, _one(_k_times, True)),
-    "passes, K=4 over K=1": (MOST, _one(_k_times, False)),
-    "ways against the cost model": (MOST, _each(partial(_off_model, base=STEP_ONE), _OF_A_STEP)),
-    "K=8 against the cost model": (MOST, _one(_off_model, "shared K=8 N=8", STEP_ONE)),
-    "utilisation": (LEAST, _one(_utilisation, STEP_BASE, 1, False)),
-    "utilisation, recipe": (LEAST, _one(_utilisation, STEP_BASE, 1, True)),
-    "utilisation, 4 groups": (LEAST, _one(_utilisation, STEP_SEVERAL, SEVERAL, False)),
-    "utilisation, 4 groups, recipe": (LEAST, _one(_utilisation, STEP_SEVERAL, SEVERAL, True)),
-    "passes against the cost model": (MOST, _one(_passes_off_model)),
-    "passes of padded rows": (LEAST, _one(_step_over_padded)),
-    "preprocessing time": (LEAST, _one(_preprocessing_time)),
-    "preprocessing memory": (MOST, _one(_preprocessing_memory)),
+    "share of the GEMMs' rate": (LEAST, _metric(_share_of_gemms)),
+    "time over the GEMMs": (MOST, _metric(_times_gemms)),
+    "peak over eager": (MOST, _metric(_memory_over, *_PEAK, OURS, EAGER)),
+    "peak beyond gradients over eager": (MOST, _metric(_memory_over, *_BEYOND, OURS, EAGER)),
+    "MiB beside the gradients": (MOST, _metric(_value, "peak_beyond_gradients_mib", "{:.0f} MiB beside the gradients")),
+    "time with a frozen head": (MOST, _metric(_condition, "frozen head")),
+    "time with 90% masked": (MOST, _metric(_condition, "90% masked")),
+    "times faster than eager": (LEAST, _metric(_faster_than, EAGER)),
+    "times faster than every peer": (LEAST, _metric(_faster_than, each=_peers)),
+    "times faster than the best peer": (LEAST, _metric(_faster_than, each=_best_per_token)),
+    "times faster than GRPO": (LEAST, _metric(_faster_than, each=_GRPO)),
+    "device time in µs": (MOST, _metric(_launches, "device_us", "{:.1f} µs on the device")),
+    "kernels launched": (MOST, _metric(_launches, "count", "{} kernels launched")),
+    "times faster than padded rows": (LEAST, _metric(_faster_than, "padded M=12", "shared M=12")),
+    "memory over padded rows": (MOST, _metric(_memory_over, *_BEYOND, "shared M=12", "padded M=12")),
+    "pass against the cost model": (MOST, _metric(_off_model, "shared M=12", each=_OF_A_PASS)),
+    "gradient norms": (MOST, _metric(_gradient_norms)),
+    "whole step, K=4 over K=1": (MOST, _metric(_k_times, True)),
+    "passes, K=4 over K=1": (MOST, _metric(_k_times, False)),
+    "ways against the cost model": (MOST, _metric(_off_model, STEP_ONE, each=_OF_A_STEP)),
+    "K=8 against the cost model": (MOST, _metric(_off_model, "shared K=8 N=8", STEP_ONE)),
+    "utilisation": (LEAST, _metric(_utilisation, STEP_BASE, 1, False)),
+    "utilisation, recipe": (LEAST, _metric(_utilisation, STEP_BASE, 1, True)),
+    "utilisation, 4 groups": (LEAST, _metric(_utilisation, STEP_SEVERAL, SEVERAL, False)),
+    "utilisation, 4 groups, recipe": (LEAST, _metric(_utilisation, STEP_SEVERAL, SEVERAL, True)),
+    "passes against the cost model": (MOST, _metric(_passes_off_model)),
+    "passes of padded rows": (LEAST, _metric(_step_over_padded)),
+    "preprocessing time": (LEAST, _metric(_preprocessing_time)),
+    "preprocessing memory": (MOST, _metric(_preprocessing_memory)),
     "levels from HF": (
         MOST,
-        _one(_preprocessing_difference, "levels", f"before normalisation {{:.2g}} levels from {HF}"),
+        _metric(_preprocessing_difference, "levels", f"before normalisation {{:.2g}} levels from {HF}"),
     ),
-    "values from HF": (MOST, _one(_preprocessing_difference, "values", f"after normalisation {{:.1e}} from {HF}")),
-    "decoding over the best peer": (MOST, _one(_decode_time)),
-    "levels from the peers": (MOST, _one(_decode_levels)),
-    "epoch 2, memory cache": (LEAST, _one(_epochs, "memory cache")),
-    "epoch 2, disk cache": (LEAST, _one(_epochs, "disk cache, new reader")),
-    "growth of the process in MiB": (MOST, _one(_growth, "own_mib", "MiB of the process")),
-    "growth of the workers in MiB": (MOST, _one(_growth, "workers_mib", "MiB of the workers")),
-    "more descriptors": (MOST, _one(_growth, "descriptors", "descriptors")),
-    "more processes": (MOST, _one(_growth, "processes", "processes")),
-    "videos decoded": (LEAST, _one(_decoded)),
-    "file to patches": (LEAST, _one(_file_to_patches)),
-    "decoded on the device": (LEAST, _one(_decoder)),
+    "values from HF": (MOST, _metric(_preprocessing_difference, "values", f"after normalisation {{:.1e}} from {HF}")),
+    "decoding over the best peer": (MOST, _metric(_decode_time)),
+    "levels from the peers": (MOST, _metric(_decode_levels)),
+    "epoch 2, memory cache": (LEAST, _metric(_epochs, "memory cache")),
+    "epoch 2, disk cache": (LEAST, _metric(_epochs, "disk cache, new reader")),
+    "growth of the process in MiB": (MOST, _metric(_growth, "own_mib", "MiB of the process")),
+    "growth of the workers in MiB": (MOST, _metric(_growth, "workers_mib", "MiB of the workers")),
+    "more descriptors": (MOST, _metric(_growth, "descriptors", "descriptors")),
+    "more processes": (MOST, _metric(_growth, "processes", "processes")),
+    "videos decoded": (LEAST, _metric(_decoded)),
+    "file to patches": (LEAST, _metric(_file_to_patches)),
+    "decoded on the device": (LEAST, _metric(_decoder)),
     "MiB copied to the host": (
         MOST,
-        _one(_value, "to_host_mib", "{:.2f} MiB copied to the host", "ours, copies counted"),
+        _metric(_value, "to_host_mib", "{:.2f} MiB copied to the host", "ours, copies counted"),
     ),
 }

@@ -31,25 +31,8 @@ from bench.core.measure import (
     measure,
     numbers_of,
 )
+from bench.heads import peers
 from bench.heads.cases import GATE_TOKENS, Case, Errors, HeadInputs, checked, head_inputs
-from bench.heads.peers import (
-    COMPILES,
-    CROSS_ENTROPY,
-    KL_COEF,
-    LOGPROB,
-    POLICY,
-    TEMPERATURE,
-    Build,
-    as_variant,
-    divergence_peers,
-    eager_cross_entropy,
-    eager_divergence,
-    eager_logprob,
-    eager_policy_loss,
-    gather,
-    logprob_weights,
-    weighted_sum,
-)
 from rmsd_fast.losses import linear_cross_entropy, linear_divergence, linear_logprob, linear_policy_loss
 
 NAME = "linear losses"
@@ -70,7 +53,7 @@ def policy_loss(x: HeadInputs, budget: int | None = None) -> Tensor:
         ignore_index=x.ignore_index,
         rollout_logp=x.rollout_logp,
         kl="k3",
-        kl_coef=KL_COEF,
+        kl_coef=peers.KL_COEF,
         ref_logp=x.ref_logp,
         memory_budget_bytes=budget,
     ).loss
@@ -82,7 +65,7 @@ def _logprob(x: HeadInputs, budget: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def logprob_sum(x: HeadInputs) -> Tensor:
-    return weighted_sum(_logprob(x), logprob_weights(x))
+    return peers.weighted_sum(_logprob(x), peers.logprob_weights(x))
 
 
 def _stacked(x: HeadInputs, scores: tuple[Tensor, Tensor]) -> Tensor:
@@ -109,32 +92,32 @@ class Loss:
     ours: Callable[[HeadInputs], Tensor]
     gate_ours: Callable[[HeadInputs, int | None], Tensor]
     gate_eager: Callable[[HeadInputs], Tensor]
-    peers: dict[str, Build]
+    others: dict[str, peers.Build]
     buffers: int = 1
 
 
 def _divergence(kind: str) -> Loss:
     ours = partial(divergence, kind=kind)
-    return Loss(ours, ours, partial(eager_divergence, kind=kind), divergence_peers(kind), buffers=2)
+    return Loss(ours, ours, partial(peers.eager_divergence, kind=kind), peers.divergence_peers(kind), buffers=2)
 
 
 # By name of the records and kind.
 LOSSES = {
-    ("linear_policy_loss", ""): Loss(policy_loss, policy_loss, eager_policy_loss, POLICY),
+    ("linear_policy_loss", ""): Loss(policy_loss, policy_loss, peers.eager_policy_loss, peers.POLICY),
     ("linear_logprob", ""): Loss(
         logprob_sum,
         lambda x, budget: _stacked(x, _logprob(x, budget)),
-        lambda x: _stacked(x, eager_logprob(x)),
-        LOGPROB,
+        lambda x: _stacked(x, peers.eager_logprob(x)),
+        peers.LOGPROB,
     ),
-    ("linear_cross_entropy", ""): Loss(cross_entropy, cross_entropy, eager_cross_entropy, CROSS_ENTROPY),
+    ("linear_cross_entropy", ""): Loss(cross_entropy, cross_entropy, peers.eager_cross_entropy, peers.CROSS_ENTROPY),
     **{("linear_divergence", kind): _divergence(kind) for kind in ("forward_kl", "jsd")},
 }
 
 
 def _of_losses(policy: list[Case], logprob: list[Case], entropy: list[Case], divergence: list[Case]) -> list[Case]:
     """Name the losses of these cases. Those that carry claims come first: a run may end before the last."""
-    found = [replace(case, bench="linear_policy_loss", temperature=TEMPERATURE) for case in policy]
+    found = [replace(case, bench="linear_policy_loss", temperature=peers.TEMPERATURE) for case in policy]
     found += [replace(case, bench="linear_logprob") for case in logprob]
     found += [replace(case, bench="linear_cross_entropy") for case in entropy]
     return found + [replace(case, bench="linear_divergence", kind=case.kind or "forward_kl") for case in divergence]
@@ -177,7 +160,7 @@ def left_out(case: Case, quick: bool) -> dict[str, str]:
     if case.device != "cpu":
         return {}
     if quick:
-        return dict.fromkeys((*COMPILES, _CHUNKED), "quick: its compilation, or seconds a call, are left out")
+        return dict.fromkeys((*peers.COMPILES, _CHUNKED), "quick: its compilation, or seconds a call, are left out")
     skip, slow = {}, ("CCE torch_compile", _CHUNKED)
     if case.mask or case.softmax != "random":
         # Compilation alone takes half a minute, and the other forms stand for these.
@@ -206,8 +189,8 @@ def run_case(case: Case, effort: Effort, skip: dict[str, str]) -> tuple[dict, Va
     """Gate, then the bare GEMMs of the scored rows, ours and every peer. Return the record and ours."""
     loss, errors, inputs = LOSSES[case.bench, case.kind], gate(case, effort), head_inputs(case)
     score = case.head == "score"
-    ours = as_variant(OURS, lambda: loss.ours(inputs), inputs, score)
-    others, not_run = gather(loss.peers, inputs, score=score, skip=skip)
+    ours = peers.as_variant(OURS, lambda: loss.ours(inputs), inputs, score)
+    others, not_run = peers.gather(loss.others, inputs, score=score, skip=skip)
     variants = [gemms_of(case, inputs), ours, *others]
     samples = measure(variants, effort, inputs.hidden.device, not_run, base=OURS)
     numbers = numbers_of(samples, variants)
@@ -235,7 +218,7 @@ def run_conditions(case: Case, effort: Effort) -> tuple[dict, Variant]:
     loss = LOSSES[case.bench, case.kind]
     errors = {name: gate(own, effort)._asdict() for name, own in conditions.items()}
     inputs = {name: head_inputs(own) for name, own in conditions.items()}
-    variants = [as_variant(name, lambda x=x: loss.ours(x), x, False) for name, x in inputs.items()]
+    variants = [peers.as_variant(name, lambda x=x: loss.ours(x), x, False) for name, x in inputs.items()]
     samples = measure(variants, replace(effort, least_rounds=effort.always_rounds), inputs[OURS].hidden.device)
     numbers = numbers_of(samples, variants, baseline=OURS)
     for own in numbers.values():
