@@ -39,7 +39,8 @@ def gather(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Variants that run here, and the reasons of those that do not.
 
-    score: forward without gradients. skip: reasons that the benchmark itself has.
+    score: forward without gradients. skip: reasons that the benchmark itself has. inputs: of any kind that says what is
+    `differentiable`.
     """
     variants, not_run = [], {name: reason for name, reason in (skip or {}).items() if name in peers}
     for name, build in peers.items():

@@ -30,7 +30,7 @@ import pytest
 import torch
 
 from bench.core.goals import SWEPT
-from bench.core.measure import Effort, quantiles
+from bench.core.measure import Effort, facts_of, quantiles
 from bench.core.report import PASSES
 from bench.cuda.section_log import NO_TIME, seconds_left
 from bench.step import trl_peer
@@ -138,14 +138,9 @@ def record_of(rig: Rig, found: Measured) -> dict[str, Any]:
         remarks[BASE.name] = f"not as it is ({why}); all ratios are to another variant"
     text, counts = rig.config.text_config, {"parameters": rig.counts.total, "trained": rig.counts.trained}
     shape = {"P": found.prefix, "R": case.response, "D": text.hidden_size, "layers": text.num_hidden_layers}
-    return {
-        "bench": NAME,
-        "case": case.name,
-        "shape": shape | counts,
+    baseline = BASE.name if BASE.name in variants else next(iter(variants))
+    return facts_of(NAME, case, shape | counts, baseline) | {
         "student": f"{rig.sizes.name}, random weights",
-        "dtype": case.dtype,
-        "device": case.device,
-        "baseline": BASE.name if BASE.name in variants else next(iter(variants)),
         "rates": found.rate,
         "peak_flop_per_s": peak,
         "differences": rig.differences,

@@ -234,7 +234,8 @@ def test_peers_agree_and_those_that_do_not_run_are_named():
 
 
 def test_both_forms_of_the_discriminator_pass_its_gate():
-    from bench.heads.bench_discriminator import EAGER, FORMS, Case, eager, gate, make_inputs
+    from bench.core.measure import EAGER
+    from bench.heads.bench_discriminator import FORMS, Case, eager, gate, make_inputs
 
     case = Case(torch.float32, "train", batch=3, length=5, hidden=64)
     assert set(gate(case)) == set(FORMS) == {"ours", "ours in one call"}
