@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _id(case: Any) -> str | None:
-    """The names of a case and, where a file has several benchmarks, of its own."""
+    """Return the name of a case and, where a file has several benchmarks, of its own."""
     name = getattr(case, "name", None)
     return f"{case.bench}-{name}" if hasattr(case, "bench") else name
 

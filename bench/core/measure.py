@@ -59,6 +59,18 @@ def need(module: str) -> ModuleType:
         raise Unavailable(f"import of {module} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
+def available(builds: dict[str, Callable[[], Thing]], skip: dict[str, str]) -> tuple[dict[str, Thing], dict[str, str]]:
+    """Build what runs here; return it, and the reasons of the others: their own, or those of `skip`."""
+    made, not_run = {}, {name: reason for name, reason in skip.items() if name in builds}
+    for name, build in builds.items():
+        if name not in not_run:
+            try:
+                made[name] = build()
+            except Unavailable as reason:
+                not_run[name] = str(reason)
+    return made, not_run
+
+
 def find_torchvision() -> None:
     """Let torchvision be imported where `make` has put it. Call it before anything imports transformers."""
     if (ORACLE / "torchvision").is_dir():

@@ -224,13 +224,9 @@ def heads_page(records: list[dict]) -> str:
         "count): their time, ours = 1. Peak: memory that a call adds, then the same less the gradients that both "
         "sides produce. Conditions: time, without = 1. Rounds: of ours. Medians: forward and backward, or scoring. "
     )
-    return "\n\n".join(
-        (
-            table(("loss", "case", "GEMMs' rate", "eager", "fastest peer", *memory, "rounds"), compared),
-            table(("loss", "case", *names, "rounds"), by_condition),
-            f"{legend}{sources(records)}.\n",
-        )
-    )
+    first = table(("loss", "case", "GEMMs' rate", "eager", "fastest peer", *memory, "rounds"), compared)
+    second = table(("loss", "case", *names, "rounds"), by_condition)
+    return f"{first}\n\n{second}\n\n{legend}{sources(records)}.\n"
 
 
 def _names(record: dict) -> tuple[str, str]:
@@ -285,9 +281,8 @@ def sharing_page(records: list[dict]) -> str:
                 continue
             times = own.get("phases_s")
             phases = [f"{times.get(p, 0.0) / main_time(base) * 1e3:.2f}" if times else "-" for p in _PHASES]
-            training = (
-                f"{own['training']['median_ms'] / base['training']['median_ms']:.2f}" if "training" in own else "-"
-            )
+            passed = own["training"]["median_ms"] / base["training"]["median_ms"] if "training" in own else None
+            training = "-" if passed is None else f"{passed:.2f}"
             steps.append((sizes, name, time, *phases, training, predicted, _number(own, "peak_mib")))
     legend = (
         f"First table: whole stage-2 steps; step and phases over the step of `{STEP_ONE}`, training (vision, "
@@ -295,14 +290,10 @@ def sharing_page(records: list[dict]) -> str:
         "backward of the policy on one group; time and prediction over `shared M=12`. Predicted: counted FLOPs at the "
         "rates of matrix products and of attention measured in the same process. Medians. "
     )
-    memory = ("time", "predicted", "peak MiB beyond gradients", "rounds")
-    return "\n\n".join(
-        (
-            table(("prompt, response", "variant", "step", *_PHASES, "training", "predicted", "peak MiB"), steps),
-            table(("prompt, response", "variant", *memory), passes),
-            f"{legend}{sources(records)}.\n",
-        )
-    )
+    what, memory = ("prompt, response", "variant"), "peak MiB beyond gradients"
+    first = table((*what, "step", *_PHASES, "training", "predicted", "peak MiB"), steps)
+    second = table((*what, "time", "predicted", memory, "rounds"), passes)
+    return f"{first}\n\n{second}\n\n{legend}{sources(records)}.\n"
 
 
 # The media path.
@@ -316,14 +307,13 @@ _TITLES = {
     "flat": "Many videos through one reader",
     "cuda": "File to patches on CUDA",
 }
+_WAITS = dict(first_wait_s="first step", epoch_1_wait_s="epoch 1", epoch_2_wait_s="epoch 2")
 _SECONDS = {
-    "ahead": dict(first_wait_s="first step", epoch_1_wait_s="epoch 1", epoch_2_wait_s="epoch 2")
-    | {"compute_s": "step's own work"},
+    "ahead": _WAITS | {"compute_s": "step's own work"},
     "epochs": dict(epoch_1_s="epoch 1", epoch_2_s="epoch 2"),
 }
-_MARKS = dict(videos="videos", own_mib="process MiB", workers_mib="workers MiB") | dict(
-    descriptors="descriptors", processes="processes"
-)
+_MARKS = dict(videos="videos", own_mib="process MiB", workers_mib="workers MiB")
+_MARKS |= dict(descriptors="descriptors", processes="processes")
 
 
 def media_table(part: str, records: list[dict]) -> str:

@@ -42,7 +42,7 @@ _CHUNKED = "torch l.c.e. chunked"
 
 
 def policy_loss(x: HeadInputs, budget: int | None = None) -> Tensor:
-    """The call of rmsd_fast/stages/distill.py. With masked rows the trainer's ignore_index=None is not possible."""
+    """Call it as rmsd_fast/stages/distill.py does. With masked rows the trainer's ignore_index=None is not possible."""
     return linear_policy_loss(
         x.hidden,
         x.weight,
@@ -69,7 +69,7 @@ def logprob_sum(x: HeadInputs) -> Tensor:
 
 
 def _stacked(x: HeadInputs, scores: tuple[Tensor, Tensor]) -> Tensor:
-    """Both values of the scored rows, weighted so that neither gradient hides the other's error."""
+    """Stack both values of the scored rows, weighted so that neither gradient hides the other's error."""
     return torch.cat([values[x.scored] for values in scores])
 
 
@@ -143,12 +143,12 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 
 def toy_cases(device: str) -> list[Case]:
-    """A rehearsal: nothing is learnt from its times."""
+    """Return the cases of a rehearsal: nothing is learned from its times."""
     return _of_losses(*[[Case(64, 64, torch.bfloat16, device=device, vocabulary=512)]] * 4)
 
 
 def conditions(quick: bool, device: str) -> list[Case]:
-    """Shapes on which ours alone is timed under every condition."""
+    """Return shapes on which ours alone is timed under every condition."""
     if device == "cuda":
         return _of_losses(*[[Case(8192, 2560, torch.bfloat16, device=device)]] * 3, [])
     narrow, long = [Case(512, 256, torch.float32)], [Case(2048, 2560, torch.bfloat16)]
@@ -156,7 +156,7 @@ def conditions(quick: bool, device: str) -> list[Case]:
 
 
 def left_out(case: Case, quick: bool) -> dict[str, str]:
-    """Peers that would take minutes on a CPU, with the reason."""
+    """Return peers that would take minutes on a CPU, with the reason."""
     if case.device != "cpu":
         return {}
     if quick:
@@ -172,7 +172,7 @@ def left_out(case: Case, quick: bool) -> dict[str, str]:
 
 
 def gemms_of(case: Case, x: HeadInputs) -> Variant:
-    """The bare products of the scored rows; of a divergence, the teacher's logits too."""
+    """Return the bare products of the scored rows; of a divergence, the teacher's logits too."""
     own = bare_gemms(x.hidden[x.scored], x.weight, case.head)
     if x.teacher_hidden is None:
         return own
@@ -186,7 +186,7 @@ def gemms_of(case: Case, x: HeadInputs) -> Variant:
 
 
 def run_case(case: Case, effort: Effort, skip: dict[str, str]) -> tuple[dict, Variant]:
-    """Gate, then the bare GEMMs of the scored rows, ours and every peer. Return the record and ours."""
+    """Check errors, then time bare GEMMs, ours and every peer. Return the record and ours."""
     loss, errors, inputs = LOSSES[case.bench, case.kind], gate(case, effort), head_inputs(case)
     score = case.head == "score"
     ours = peers.as_variant(OURS, lambda: loss.ours(inputs), inputs, score)
@@ -207,7 +207,7 @@ def run_case(case: Case, effort: Effort, skip: dict[str, str]) -> tuple[dict, Va
 
 
 def run_conditions(case: Case, effort: Effort) -> tuple[dict, Variant]:
-    """Ours alone under each condition, interleaved: what masked rows and a frozen head save, what a peak costs."""
+    """Time ours alone under each condition, interleaved: what masks and a frozen head save, what a peak costs."""
     conditions = {
         OURS: case,
         "50% masked": replace(case, mask=50),
@@ -230,7 +230,7 @@ def run_conditions(case: Case, effort: Effort) -> tuple[dict, Variant]:
 
 
 def gate(case: Case, effort: Effort) -> Errors:
-    """The error gate of a case on few tokens, once for all lengths; scoring stands before that of the frozen head."""
+    """Check errors on few tokens, once for all lengths; scoring stands before the gate of the frozen head."""
     loss = LOSSES[case.bench, case.kind]
     if effort.gate_vocabulary and case.hidden > 1024:
         case = replace(case, vocabulary=effort.gate_vocabulary)

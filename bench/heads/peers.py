@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.core.measure import Unavailable, Variant, need, with_gradients
+from bench.core.measure import Unavailable, Variant, available, need, with_gradients
 from bench.heads.cases import IGNORED, HeadInputs
 
 KL_COEF, CLIP = 0.04, 0.2
@@ -42,15 +42,8 @@ def gather(
     score: forward without gradients. skip: reasons that the benchmark itself has. inputs: of any kind that says what is
     `differentiable`.
     """
-    variants, not_run = [], {name: reason for name, reason in (skip or {}).items() if name in peers}
-    for name, build in peers.items():
-        if name in not_run:
-            continue
-        try:
-            variants.append(as_variant(name, build(inputs), inputs, score))
-        except Unavailable as reason:
-            not_run[name] = str(reason)
-    return variants, not_run
+    losses, not_run = available({name: lambda b=build: b(inputs) for name, build in peers.items()}, skip or {})
+    return [as_variant(name, loss, inputs, score) for name, loss in losses.items()], not_run
 
 
 def as_variant(name: str, loss: Loss, inputs: HeadInputs, score: bool) -> Variant:

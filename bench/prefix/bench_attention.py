@@ -184,7 +184,7 @@ def floor_of(numbers: dict[str, dict]) -> dict[str, float]:
 
 
 def decode_bytes(case: Case) -> dict[str, int]:
-    """Keys and values of prefix and sequences, queries and outputs: bytes that ours and the peer move at least."""
+    """Return bytes of keys and values, queries and outputs that ours and the peer move at least."""
     row = 2 * case.key_heads * case.size * case.dtype.itemsize
     ends = 2 * case.count * case.heads * case.size * case.dtype.itemsize
     own = case.count * case.response * row
@@ -192,7 +192,7 @@ def decode_bytes(case: Case) -> dict[str, int]:
 
 
 def decode_runs(case: Case, dtype: torch.dtype | None = None) -> dict[str, Callable[[], Tensor]]:
-    """Ours and the peer on the same values, rounded to the case's dtype, each giving [N, H, d]."""
+    """Return ours and the peer on the same values, rounded to the case's dtype, each giving [N, H, d]."""
     generator = torch.Generator(case.device).manual_seed(6)
 
     def draw(*shape: int) -> Tensor:
@@ -217,7 +217,7 @@ def decode_runs(case: Case, dtype: torch.dtype | None = None) -> dict[str, Calla
 
 
 def decode_gate(case: Case) -> dict[str, float]:
-    """Errors in norm to float64 on a short prefix; AssertionError where ours is beyond 2 * 1.25 of the peer's."""
+    """Return errors in norm to float64 on a short prefix; AssertionError where ours is beyond 2 * 1.25 of the peer's."""
     small = replace(case, prefix=min(case.prefix, 320), response=min(case.response, 9))
     exact = decode_runs(small, torch.float64)[EXPANDED]()
     errors = {name: difference(run().double(), exact) for name, run in decode_runs(small).items()}
@@ -228,7 +228,7 @@ def decode_gate(case: Case) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_decode(case: Case, effort: Effort) -> dict[str, object]:
-    """What the record of a case says beside its shape."""
+    """Measure what the record of a case says beside its shape."""
     device, errors, runs = torch.device(case.device), decode_gate(case), decode_runs(case)
     found = {EXPANDED: {"out": difference(runs[EXPANDED](), runs[OURS]())}}
     variants = [Variant(name, torch.no_grad()(run)) for name, run in runs.items()]

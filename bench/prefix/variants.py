@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.core.measure import OURS, Unavailable, Variant, need
+from bench.core.measure import OURS, Unavailable, Variant, available, need
 from rmsd_kernels import SharedPrefixPlan, shared_prefix_attention
 
 FLEX, CEILING = "FlexAttention", "causal flash, P tokens"
@@ -243,12 +243,5 @@ WAYS: dict[str, Build] = {
 
 
 def build_ways(case: Case, x: Inputs, skip: dict[str, str]) -> tuple[dict[str, Way], dict[str, str]]:
-    """Those that run here, ours first, and the reasons of the others."""
-    ways, not_run = {}, dict(skip)
-    for name, build in WAYS.items():
-        if name not in skip:
-            try:
-                ways[name] = build(case, x)
-            except Unavailable as reason:
-                not_run[name] = str(reason)
-    return ways, not_run
+    """Return those that run here, ours first, and the reasons of the others."""
+    return available({name: lambda b=build: b(case, x) for name, build in WAYS.items()}, skip)
