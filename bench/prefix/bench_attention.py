@@ -217,7 +217,7 @@ def decode_runs(case: Case, dtype: torch.dtype | None = None) -> dict[str, Calla
 
 
 def decode_gate(case: Case) -> dict[str, float]:
-    """Return errors in norm to float64 on a short prefix; AssertionError where ours is beyond 2 * 1.25 of the peer's."""
+    """Return errors in norm to float64 on a short prefix. AssertionError: ours is beyond 2 * 1.25 of the peer's."""
     small = replace(case, prefix=min(case.prefix, 320), response=min(case.response, 9))
     exact = decode_runs(small, torch.float64)[EXPANDED]()
     errors = {name: difference(run().double(), exact) for name, run in decode_runs(small).items()}

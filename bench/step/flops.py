@@ -21,8 +21,6 @@ from typing import Any
 
 from rmsd_fast.models.cost import balance_weights, read_setting, read_sizes, text_sizes
 
-MODES = ("shared", "padded", "copies")
-
 
 @dataclass(frozen=True)
 class Load:
@@ -101,6 +99,9 @@ def copies_flops(config: Any, groups: Iterable[Load], **options: bool) -> Flops:
     return packed_flops(config, alone, **options)
 
 
+PASS_FLOPS = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}
+
+
 def step_flops(
     config: Any,
     groups: Iterable[StepLoad],
@@ -116,10 +117,9 @@ def step_flops(
     Raises:
         ValueError: another mode, or a config as in `packed_flops`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {list(MODES)}, got {mode!r}")
-    groups = list(groups)
-    one_pass = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}[mode]
+    if mode not in PASS_FLOPS:
+        raise ValueError(f"mode: expected one of {list(PASS_FLOPS)}, got {mode!r}")
+    groups, one_pass = list(groups), PASS_FLOPS[mode]
     written = [Load(group.prefix, group.rollouts, group.grids) for group in groups]
     judged = [Load(group.prefix, [*group.rollouts, *group.teachers], group.grids) for group in groups]
     again, trained = mode == "copies", {"backward": True, "checkpointing": checkpointing}
