@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -13,19 +14,17 @@ import pytest
 import torch
 
 from bench.core.goals import CLAIM_CASES, GOALS
-from bench.core.measure import Effort, Outcome
+from bench.core.measure import Effort, Variant, main_time
 from bench.core.memory import keep_freed_memory
 from bench.core.records import save
 from bench.core.report import case_text
 from bench.cuda.section_log import has_deadline
 
-QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, limit_s=10.0, gate_vocabulary=19072)
-FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, limit_s=60.0, always_rounds=7)
+QUICK = Effort(seconds=1.0, most_rounds=5, slow_s=3.0, gate_vocabulary=19072)
+FULL = Effort(seconds=5.0, most_rounds=9, slow_s=15.0, always_rounds=7)
 # On CUDA, calls take milliseconds.
-ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, limit_s=60.0, least_rounds=3, always_rounds=10)
-TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, limit_s=5.0, always_rounds=2)
-# pytest-benchmark repeats our call for about this long, for its own JSON and comparison.
-PEDANTIC_S = {True: 1.0, False: 3.0}
+ON_CUDA = Effort(seconds=1.5, most_rounds=20, slow_s=3.0, least_rounds=3, always_rounds=10)
+TOY = Effort(seconds=0.1, most_rounds=2, slow_s=5.0, always_rounds=2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize `case` with the module's `cases(quick, device)`, or `toy_cases(device)` with --toy, and
     `condition_case` with its `conditions(quick, device)`.
     """
-    bench, toy = getattr(metafunc.module, "NAME", ""), metafunc.config.getoption("toy")
+    name, toy = getattr(metafunc.module, "NAME", ""), metafunc.config.getoption("toy")
     for argument, function, suffix in (("case", "cases", ""), ("condition_case", "conditions", "-conditions")):
         if argument in metafunc.fixturenames:
             if toy:
@@ -61,9 +60,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             else:
                 cases = getattr(metafunc.module, function)(metafunc.config.getoption("quick"), device_name())
             if metafunc.config.getoption("claims"):
-                cases = [case for case in cases if (bench, case.name + suffix) in CLAIM_CASES]
+                cases = [case for case in cases if (getattr(case, "bench", name), case.name + suffix) in CLAIM_CASES]
             none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no case for this device and size"))
-            metafunc.parametrize(argument, cases or [none], ids=lambda case: getattr(case, "name", None))
+            metafunc.parametrize(argument, cases or [none], ids=_id)
+
+
+def _id(case: Any) -> str | None:
+    """Return the name of a case and, where a file has several benchmarks, of its own."""
+    name = getattr(case, "name", None)
+    return f"{case.bench}-{name}" if hasattr(case, "bench") else name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _case_of(item: pytest.Item) -> tuple[str, str]:
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    return getattr(item.module, "NAME", ""), getattr(case, "name", "")
+    return getattr(case, "bench", getattr(item.module, "NAME", "")), getattr(case, "name", "")
 
 
 def device_name() -> str:
@@ -127,20 +132,19 @@ def publish(request: pytest.FixtureRequest, capsys, quick: bool) -> Callable[[di
 
 
 @pytest.fixture
-def report(benchmark, publish: Callable[[dict], dict], quick: bool) -> Callable[[Outcome], None]:
-    """Publish the record, then let pytest-benchmark time our call for its own JSON."""
+def report(benchmark, publish: Callable[[dict], dict], quick: bool) -> Callable[[dict, Variant], None]:
+    """Return a function that publishes a record, then lets pytest-benchmark repeat our call for its own JSON."""
 
-    def run(outcome: Outcome) -> None:
-        record = publish(outcome.record)
-        benchmark.extra_info.update(record)
-        rounds = max(1, min(5, int(PEDANTIC_S[quick] / max(outcome.seconds, 1e-6))))
+    def run(record: dict, ours: Variant) -> None:
+        benchmark.extra_info.update(publish(record))
         device = torch.device(record["device"])
 
         def call() -> None:
-            outcome.ours()
+            ours()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        benchmark.pedantic(call, rounds=rounds)
+        seconds = main_time(record["variants"][record["baseline"]]) / 1e3
+        benchmark.pedantic(call, rounds=max(1, min(5, int((1.0 if quick else 3.0) / seconds))))
 
     return run

@@ -78,7 +78,7 @@ CONDITIONS = {
 # All ways over K are measured in these two.
 SWEPT = ("P1024-R64-float32", "P2048-R128-float32")
 CUDA_STEPS = tuple(f"P{p}-R{r}-bfloat16" for p, r in ((8192, 512), (2048, 128), (2048, 512), (8192, 128)))
-# Mean difference, in levels of 256, that decoders' colour conversions make; one frame off makes ten times as much.
+# Mean difference, in levels of 256, that decoders' color conversions make; one frame off makes ten times as much.
 MOST_LEVELS = 3.0
 SIZES, GOPS = (16, 64), (30, 250)
 

@@ -2,7 +2,7 @@
 
 This works around two profiler quirks. A session may silently lose its first kernels (pytorch issue 192021), so each
 session starts with dummy marker kernels, calls are delimited by markers, and they are counted from the end. The
-profiler also lists synchronisations and events as if they ran on the device; these are left out.
+profiler also lists synchronizations and events as if they ran on the device; these are left out.
 
 Before each call, a marker keeps the device busy so that the host gets ahead of it (see measure.time_once).
 """
@@ -10,7 +10,7 @@ Before each call, a marker keeps the device busy so that the host gets ahead of 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -48,29 +48,24 @@ class Event(NamedTuple):
         return self.name.startswith(("Memcpy", "Memset"))
 
 
-class Launches(NamedTuple):
-    """The kernels and copies of one call.
+def facts_of_call(timeline: Sequence[Event]) -> dict[str, Any]:
+    """Return what a record says about the events of one call, in order.
 
-    kernels, copies: {name: (launches, µs)}; count: the number of kernel launches; total_us: the time of all kernels and
-    copies; span_us: the time from the first start to the last end; timeline: all events in order.
+    count: kernel launches; device_us: the time of all kernels and copies; span_us: from the first start to the last
+    end; kernels, slowest first, and copies: {name: (launches, µs)}.
     """
-
-    kernels: dict[str, tuple[int, float]]
-    copies: dict[str, tuple[int, float]]
-    count: int
-    total_us: float
-    span_us: float
-    timeline: tuple[Event, ...]
-
-    def facts(self) -> dict[str, object]:
-        """Return a record's kernels, slowest first, with the count and the times."""
-        kernels = sorted(self.kernels.items(), key=lambda item: -item[1][1])
-        found = {"count": self.count, "device_us": self.total_us, "span_us": self.span_us, "kernels": dict(kernels)}
-        return found | ({"copies": self.copies} if self.copies else {})
+    by_name: dict[bool, dict[str, list[float]]] = {False: defaultdict(list), True: defaultdict(list)}
+    for event in timeline:
+        by_name[event.is_copy][event.name[:_NAME_LENGTH]].append(event.us)
+    kernels, copies = ({name: (len(us), sum(us)) for name, us in own.items()} for own in by_name.values())
+    found = {"count": sum(number for number, _ in kernels.values()), "device_us": sum(event.us for event in timeline)}
+    found["span_us"] = max(event.end for event in timeline) - timeline[0].start
+    found["kernels"] = dict(sorted(kernels.items(), key=lambda item: -item[1][1]))
+    return found | ({"copies": copies} if copies else {})
 
 
-def count_launches(run: Callable[[], object], device: torch.device) -> Launches | None:
-    """Warm up `run` and return the kernels of one call with cold caches, or None on CPU.
+def count_launches(run: Callable[[], object], device: torch.device) -> list[Event] | None:
+    """Warm up `run` and return the events of one call with cold caches, or None on CPU.
 
     Raises:
         Unavailable: the profiler does not work here; the message is the reason.
@@ -128,24 +123,11 @@ def calls_of(events: Sequence[Event]) -> list[list[Event]]:
     return calls
 
 
-def typical(calls: list[list[Event]]) -> Launches:
+def typical(calls: list[list[Event]]) -> list[Event]:
     """Return the call with the median time among those with the most common number of launches."""
     usual, _ = Counter(map(len, calls)).most_common(1)[0]
     same = sorted((call for call in calls if len(call) == usual), key=lambda call: sum(event.us for event in call))
-    call = same[len(same) // 2]
-    kernels = _by_name(event for event in call if not event.is_copy)
-    copies = _by_name(event for event in call if event.is_copy)
-    span = max(event.end for event in call) - call[0].start
-    count = sum(number for number, _ in kernels.values())
-    return Launches(kernels, copies, count, sum(event.us for event in call), span, tuple(call))
-
-
-def _by_name(events: Iterable[Event]) -> dict[str, tuple[int, float]]:
-    found: dict[str, tuple[int, float]] = {}
-    for event in events:
-        number, us = found.get(event.name[:_NAME_LENGTH], (0, 0.0))
-        found[event.name[:_NAME_LENGTH]] = (number + 1, us + event.us)
-    return found
+    return same[len(same) // 2]
 
 
 def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, object]:
@@ -156,7 +138,7 @@ def launches_of(runs: dict[str, Callable[[], object]], device: torch.device) -> 
             own = count_launches(run, device)
             if own is None:
                 return {"launches": {}, "profiler": "launches are counted on CUDA only"}
-            found[name] = own.facts()
+            found[name] = facts_of_call(own)
     except Unavailable as reason:
         return {"launches": found, "profiler": str(reason)}
     return {"launches": found, "profiler": COUNTED}
@@ -183,17 +165,14 @@ def device_timings(
     return found
 
 
-def device_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Warm up `run`, and return the median time of a call in ms."""
-    run()
-    return median(timing.forward_ms for timing in device_timings(Variant("", run), device, calls))
+def copy_gb_per_s(device: torch.device, size: int, seconds: float = 0.0) -> float:
+    """Return the rate of a copy of `size` bytes on the device, counting bytes read and bytes written.
 
-
-def copy_gb_per_s(device: torch.device, size: int) -> float:
-    """Return the rate of a copy of `size` bytes on the device, counting bytes read and bytes written."""
+    seconds: as in `call_seconds`.
+    """
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / device_ms(lambda: target.copy_(source), device) / 1e6
+    return 2 * size / call_seconds(lambda: target.copy_(source), device, seconds) / 1e9
 
 
 def call_seconds(run: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -21,6 +21,7 @@ from statistics import median
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,18 @@ def need(module: str) -> ModuleType:
         raise Unavailable(f"import of {module} fails: {type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
+def available(builds: dict[str, Callable[[], Thing]], skip: dict[str, str]) -> tuple[dict[str, Thing], dict[str, str]]:
+    """Build what runs here; return it, and the reasons of the others: their own, or those of `skip`."""
+    made, not_run = {}, {name: reason for name, reason in skip.items() if name in builds}
+    for name, build in builds.items():
+        if name not in not_run:
+            try:
+                made[name] = build()
+            except Unavailable as reason:
+                not_run[name] = str(reason)
+    return made, not_run
+
+
 def find_torchvision() -> None:
     """Let torchvision be imported where `make` has put it. Call it before anything imports transformers."""
     if (ORACLE / "torchvision").is_dir():
@@ -76,8 +89,6 @@ class Effort:
     seconds: float
     most_rounds: int
     slow_s: float
-    # A variant that is expected to need longer for one call is not run (see heads.too_slow).
-    limit_s: float
     # Rows of the head with which a wide one (D > 1024) stands before the gate; None: all.
     gate_vocabulary: int | None = None
     # Rounds that peers take part in at least, and those of ALWAYS, on which every claim rests.
@@ -98,14 +109,6 @@ class Variant:
     def __call__(self) -> tuple[Tensor, object]:
         value = self.forward()
         return value, None if self.backward is None else self.backward(value)
-
-
-class Outcome(NamedTuple):
-    """The record to print and save, and our variant for pytest-benchmark."""
-
-    record: dict
-    ours: Variant
-    seconds: float
 
 
 def facts_of(bench: str, case: Any, shape: dict[str, int], baseline: str = OURS) -> dict[str, Any]:
@@ -224,7 +227,8 @@ def measure(
             not_run[variant.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             continue
         own = samples[variant.name].differences
-        own |= {name: difference(found[name], expected[name]) for name in expected.keys() & found.keys()}
+        alike = [name for name in expected.keys() & found.keys() if found[name].shape == expected[name].shape]
+        own |= {name: difference(found[name], expected[name]) for name in sorted(alike)}
         if variant.name == EAGER:
             far = {n: d for n, d in own.items() if n != "value" and not d <= _MOST_DIFFERENCE[expected[n].dtype]}
             assert not far, f"gradients of {base} and eager differ in the timed shape: {far}"
@@ -242,7 +246,7 @@ def measure(
 
 
 def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float, dict[str, Tensor]]:
-    """Peak of one call, its seconds, and what it computed: a scalar value and the gradients."""
+    """Peak of one call, its seconds, and what it computed: the gradients, and a value that is a scalar."""
     if variant.compiles or device.type == "cuda":
         # Libraries allocate workspaces and compile kernels at their first call.
         variant()
@@ -251,10 +255,8 @@ def _memory_pass(variant: Variant, device: torch.device) -> tuple[Samples, float
     seconds = time.perf_counter() - start
     held = gradients if isinstance(gradients, tuple) else ()
     own = Samples(peak_bytes=peak, gradient_bytes=sum(t.numel() * t.element_size() for t in held))
-    if value.ndim:
-        # The logits of the bare GEMMs.
-        return own, seconds, {}
-    return own, seconds, {"value": value.detach()} | {f"gradient {i}": tensor for i, tensor in enumerate(held)}
+    found = {f"gradient {i}": tensor for i, tensor in enumerate(held)}
+    return own, seconds, found if value.ndim else {"value": value.detach()} | found
 
 
 def difference(values: Tensor, expected: Tensor) -> float:
@@ -269,11 +271,14 @@ def difference(values: Tensor, expected: Tensor) -> float:
     return (far / base) ** 0.5 if base else float("inf")
 
 
+def spread(values: list[float], unit: str = "") -> dict[str, float]:
+    """Return median, 20th and 80th percentile, with the unit as an ending of their names."""
+    low, middle, high = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+    return {f"median{unit}": middle, f"p20{unit}": low, f"p80{unit}": high}
+
+
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile in ms."""
-    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), shares).tolist()
-    return {"median_ms": middle, "p20_ms": low, "p80_ms": high}
+    return spread(values, "_ms")
 
 
 def numbers_of(samples: dict[str, Samples], variants: list[Variant], baseline: str | None = GEMMS) -> dict[str, dict]:

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 # Names of <malloc.h>.
 _M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = 1, -1, -2, -3, -4
 _DEFAULT_THRESHOLD, _DEFAULT_MMAP_MAX, _DEFAULT_MXFAST = 128 * 1024, 65536, 128
-_STATUS, _CLEAR_REFS, _MAPS = (Path("/proc/self") / name for name in ("status", "clear_refs", "maps"))
+_CLEAR_REFS, _MAPS = Path("/proc/self/clear_refs"), Path("/proc/self/maps")
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def keep_freed_memory(reserve_bytes: int = 0) -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20), (_M_MXFAST, 0))
     done = all([libc.mallopt(name, value) == 1 for name, value in settings])
     fill_thread_cache()
-    reserve_bytes = min(reserve_bytes, _available_bytes() // 2)
+    reserve_bytes = min(reserve_bytes, psutil.virtual_memory().available // 2)
     if reserve_bytes:
         block = torch.empty(reserve_bytes, dtype=torch.uint8)
         # One byte in each page makes it resident.
@@ -130,9 +131,9 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> tuple[i
             return None, run()
         # Sets the high-water mark back to the present size.
         _CLEAR_REFS.write_text("5")
-        before = _status_bytes("VmRSS")
+        before = status_bytes("VmRSS")
         result = run()
-        return max(0, _status_bytes("VmHWM") - before), result
+        return max(0, status_bytes("VmHWM") - before), result
 
 
 def page_faults() -> int:
@@ -140,10 +141,10 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _status_bytes(field: str, path: Path = _STATUS) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def _available_bytes() -> int:
-    return _status_bytes("MemAvailable", Path("/proc/meminfo"))
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """Return VmRSS or VmHWM of a process; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 from bench.core.measure import EAGER, GEMMS, OURS, main_time
@@ -14,7 +13,7 @@ HF = "HF processor"
 PREPARED = "ours, all prepared"
 STEP_BASE, STEP_ONE, STEP_PADDED = "shared K=4 N=8", "shared K=1 N=8", "padded K=4 N=8"
 STEP_SEVERAL, SEVERAL = "shared K=4 N=8, 4 groups", 4
-# The recipe has 128 groups on 8 GPUs to an optimiser step; the benchmark has one or four.
+# The recipe has 128 groups on 8 GPUs to an optimizer step; the benchmark has one or four.
 RECIPE_GROUPS = 16
 
 
@@ -31,25 +30,21 @@ class NotRun(Exception):
 
 
 Metric = Callable[[dict], Iterator[Found]]
-# Names of variants, or what finds them in a record.
-Names = Iterable[str] | Callable[[dict], Iterable[str]]
 
 
-def _each(function: Callable[[dict, str], Found], names: Names) -> Metric:
-    """A metric with a value per name."""
+def _metric(
+    function: Callable[..., Found], *arguments: object, each: Iterable[str] | Callable[[dict], Iterable[str]] = ("",)
+) -> Metric:
+    """Return a metric with a value per name, or one. each: names of variants, or a function that finds them."""
 
     def metric(record: dict) -> Iterator[Found]:
-        for name in names(record) if callable(names) else names:
+        for name in each(record) if callable(each) else each:
             try:
-                yield function(record, name)
+                yield function(record, *[name] * bool(name), *arguments)
             except NotRun as reason:
                 yield Found(None, str(reason))
 
     return metric
-
-
-def _one(function: Callable[..., Found], *arguments: object) -> Metric:
-    return _each(lambda record, _: function(record, *arguments), ("",))
 
 
 def _sides(record: dict, *names: str) -> tuple[dict, ...]:
@@ -83,11 +78,6 @@ def _memory_over(record: dict, key: str, name: str, ours: str, other: str) -> Fo
     return Found(share, f"{name} {share:.4f} of {other} ({own:.0f} / {base:.0f} MiB)")
 
 
-def _workspace(record: dict) -> Found:
-    mib = record["variants"][OURS]["peak_beyond_gradients_mib"]
-    return Found(mib, f"{mib:.0f} MiB beside the gradients")
-
-
 def _condition(record: dict, name: str) -> Found:
     own, base = _sides(record, name, OURS)
     return Found(own["times_base"], f"{name}: {own['times_base']:.3f} of the time without", (own, base))
@@ -100,17 +90,23 @@ def _faster_than(record: dict, name: str, ours: str = OURS) -> Found:
 
 
 def _peers(record: dict) -> list[str]:
-    """Eager and every peer. A peer with a single cold call has not been measured well enough."""
+    """Return eager and every peer. A peer with a single cold call has not been measured well enough."""
     variants = record["variants"]
     others = [n for n in variants if n != GEMMS and not n.startswith(OURS) and not variants[n].get("memory_pass_only")]
     return [EAGER] * (EAGER not in variants) + others
 
 
 def _best_per_token(record: dict) -> list[str]:
-    """The fastest peer that gives an exact log-prob per token."""
+    """Return the fastest peer that gives an exact log-prob per token."""
     variants = record["variants"]
     peers = [name for name in variants if name not in (GEMMS, OURS)]
     return [min(peers, key=lambda name: main_time(variants[name]), default="a peer")]
+
+
+def _value(record: dict, key: str, text: str, name: str = OURS) -> Found:
+    """Return a number of a variant as it is."""
+    value = _sides(record, name)[0][key]
+    return Found(value, text.format(value))
 
 
 def _launches(record: dict, key: str, text: str) -> Found:
@@ -124,7 +120,7 @@ def _launches(record: dict, key: str, text: str) -> Found:
 
 
 def _off_model(record: dict, name: str, base: str) -> Found:
-    """The ratio of measured times against the ratio that the cost model predicts."""
+    """Compare the ratio of measured times with the ratio that the cost model predicts."""
     own, other = _sides(record, name, base)
     measured, predicted = _passes(own) / _passes(other), own["predicted_s"] / other["predicted_s"]
     off = max(measured / predicted, predicted / measured)
@@ -144,7 +140,7 @@ def _gradient_norms(record: dict) -> Found:
 
 
 def _alike(record: dict, *names: str) -> tuple[str, ...]:
-    """These variants as they are, or all of them with recomputed layers: whichever has more of them."""
+    """Return these variants as they are, or all with recomputed layers: whichever has more of them."""
     kinds = [tuple(name + kind for name in names) for kind in ("", ", checkpointing")]
     return max(kinds, key=lambda own: (own[0] in record["variants"], sum(n in record["variants"] for n in own)))
 
@@ -153,24 +149,24 @@ def _k_times(record: dict, whole: bool) -> Found:
     base, one = _alike(record, STEP_BASE, STEP_ONE)
     own, other = _sides(record, base, one)
     if whole and own.get("optimizer_s", 0.0) is None:
-        raise NotRun(f"whole step: optimisers {record['optimizer']['how']}")
-    # The passes are judged as well: an optimiser step that is the same for both hides the cost of K.
+        raise NotRun(f"whole step: optimizers {record['optimizer']['how']}")
+    # The passes are judged as well: an optimizer step that is the same for both hides the cost of K.
     times = main_time(own) / main_time(other) if whole else _passes(own) / _passes(other)
     return Found(times, f"{'whole step' if whole else 'passes'}: {base} takes {times:.3f} of {one}", (own, other))
 
 
 def _utilisation(record: dict, variant: str, groups: int, scaled: bool) -> Found:
-    """As measured, or scaled to the recipe's number of groups per optimiser step."""
+    """Return it as measured, or scaled to the recipe's number of groups per optimizer step."""
     (name,) = _alike(record, variant)
     (own,), optimizer = _sides(record, name), record["optimizer"]["how"]
     used = own["utilisation"]["whole"]
     if used is None:
-        raise NotRun(f"{name}: utilisation: {record['remarks'].get('utilisation', f'optimiser {optimizer}')}")
+        raise NotRun(f"{name}: utilisation: {record['remarks'].get('utilisation', f'optimizer {optimizer}')}")
     if not scaled:
         return Found(used, f"{name}: {used:.1%} of the datasheet's peak in the whole step ({optimizer})", (own,))
     times, others = RECIPE_GROUPS / groups, own["whole_s"] - own["optimizer_s"]
     used *= times * own["whole_s"] / (times * others + own["optimizer_s"])
-    return Found(used, f"{name}: {used:.1%} computed from that for {RECIPE_GROUPS} groups per optimiser step")
+    return Found(used, f"{name}: {used:.1%} computed from that for {RECIPE_GROUPS} groups per optimizer step")
 
 
 def _passes_off_model(record: dict) -> Found:
@@ -190,42 +186,38 @@ def _step_over_padded(record: dict) -> Found:
 # The media path. Its times are spreads of seconds, and cpu_s counts all threads and processes.
 
 
-def _best(record: dict, what: str = "", by: str = "cpu_s") -> str:
-    """The fastest peer whose name begins with `what`."""
-    sides = record["variants"].items()
-    seconds = {n: own[by]["median"] for n, own in sides if n.startswith(what) and not n.startswith(OURS)}
+def _against(record: dict, what: str = "", by: str = "cpu_s") -> tuple[str, tuple[dict, dict], float, float]:
+    """Return the fastest peer whose name begins with `what`, both sides, and the seconds of both, ours first."""
+    sides = record["variants"]
+    seconds = {n: own[by]["median"] for n, own in sides.items() if n.startswith(what) and not n.startswith(OURS)}
     if not seconds:
         raise NotRun(f"{what or 'peers'}: " + "; ".join(sorted(set(record["not_run"].values()))))
-    return min(seconds, key=seconds.get)
+    peer = min(seconds, key=seconds.get)
+    return peer, (sides[OURS], sides[peer]), sides[OURS][by]["median"], seconds[peer]
 
 
 def _preprocessing_time(record: dict) -> Found:
-    peer = _best(record, HF)
-    ours, theirs = _sides(record, OURS, peer)
-    seconds = [side["cpu_s"]["median"] for side in (ours, theirs)]
-    times = seconds[1] / seconds[0]
-    text = f"{times:.1f} times faster than {peer} ({seconds[0]:.3f} and {seconds[1]:.3f} s of CPU)"
-    return Found(times, text, (ours, theirs))
+    peer, sides, ours, theirs = _against(record, HF)
+    text = f"{theirs / ours:.1f} times faster than {peer} ({ours:.3f} and {theirs:.3f} s of CPU)"
+    return Found(theirs / ours, text, sides)
 
 
 def _preprocessing_memory(record: dict) -> Found:
-    ours, theirs = (side.get("beyond_output_mib") for side in _sides(record, OURS, _best(record, HF)))
+    ours, theirs = (side.get("beyond_output_mib") for side in _against(record, HF)[1])
     if ours is None or theirs is None:
         raise NotRun("peak memory is counted on Linux with glibc only")
     share = ours / max(theirs, 1e-9)
     return Found(share, f"peak beside the output {share:.4f} of theirs ({ours:.1f} / {theirs:.0f} MiB)")
 
 
-def _preprocessing_difference(record: dict, key: str, when: str) -> Found:
-    far = record["differences"][_best(record, HF)][key]
-    return Found(far, f"{when} normalisation {far:.2g} {key} from {HF}")
+def _preprocessing_difference(record: dict, key: str, text: str) -> Found:
+    far = record["differences"][_against(record, HF)[0]][key]
+    return Found(far, text.format(far))
 
 
 def _decode_time(record: dict) -> Found:
-    peer = _best(record)
-    ours, theirs = _sides(record, OURS, peer)
-    share = ours["cpu_s"]["median"] / theirs["cpu_s"]["median"]
-    return Found(share, f"{share:.2f} of the CPU seconds of the best, {peer}", (ours, theirs))
+    peer, sides, ours, theirs = _against(record)
+    return Found(ours / theirs, f"{ours / theirs:.2f} of the CPU seconds of the best, {peer}", sides)
 
 
 def _decode_levels(record: dict) -> Found:
@@ -243,11 +235,12 @@ def _epochs(record: dict, name: str) -> Found:
 
 
 def _growth(record: dict, key: str, what: str) -> Found:
-    """Between the first mark, when the cache is full, and the last."""
+    """Return the growth between the first mark, when the cache is full, and the last."""
     (own,) = record["variants"].values()
     first, last = own["marks"][0], own["marks"][-1]
+    more = last[key] - first[key]
     counts = f"{first[key]:.0f} after {first['videos']} videos and {last[key]:.0f} after {last['videos']}"
-    return Found(last[key] - first[key], f"{what}: {counts}")
+    return Found(more, f"{what}: {counts}, {more:.0f} more")
 
 
 def _decoded(record: dict) -> Found:
@@ -256,15 +249,14 @@ def _decoded(record: dict) -> Found:
     return Found(own["decoded"] / videos, f"{own['decoded']} videos decoded of {videos}")
 
 
-def _cuda_media(record: dict, metric: str) -> Found:
-    peer, ours = _best(record, by="wall_s"), record["variants"][OURS]
-    if metric == "time":
-        times = record["variants"][peer]["wall_s"]["median"] / ours["wall_s"]["median"]
-        return Found(times, f"file to patches {times:.1f} times faster than {peer}")
-    if metric == "decoder":
-        return Found(float(ours["decoder"] == "cuda"), f"decoded by {ours['decoder']}, cuda wanted")
-    copied = record["variants"]["ours, copies counted"]["to_host_mib"]
-    return Found(copied, f"{copied:.2f} MiB copied to the host")
+def _file_to_patches(record: dict) -> Found:
+    peer, _, ours, theirs = _against(record, by="wall_s")
+    return Found(theirs / ours, f"file to patches {theirs / ours:.1f} times faster than {peer}")
+
+
+def _decoder(record: dict) -> Found:
+    own = record["variants"][OURS]["decoder"]
+    return Found(float(own == "cuda"), f"decoded by {own}, cuda wanted")
 
 
 _PEAK, _BEYOND = ("peak_mib", "whole peak"), ("peak_beyond_gradients_mib", "peak beyond gradients")
@@ -274,47 +266,53 @@ _OF_A_STEP = ("shared K=4 N=8", "padded K=4 N=8", "copies K=4 N=8")
 _GRPO = ("Liger chunked GRPO", "TRL chunked log-prob")
 
 METRICS: dict[str, tuple[str, Metric]] = {
-    "share of the GEMMs' rate": (LEAST, _one(_share_of_gemms)),
-    "time over the GEMMs": (MOST, _one(_times_gemms)),
-    "peak over eager": (MOST, _one(_memory_over, *_PEAK, OURS, EAGER)),
-    "peak beyond gradients over eager": (MOST, _one(_memory_over, *_BEYOND, OURS, EAGER)),
-    "MiB beside the gradients": (MOST, _one(_workspace)),
-    "time with a frozen head": (MOST, _one(_condition, "frozen head")),
-    "time with 90% masked": (MOST, _one(_condition, "90% masked")),
-    "times faster than eager": (LEAST, _one(_faster_than, EAGER)),
-    "times faster than every peer": (LEAST, _each(_faster_than, _peers)),
-    "times faster than the best peer": (LEAST, _each(_faster_than, _best_per_token)),
-    "times faster than GRPO": (LEAST, _each(_faster_than, _GRPO)),
-    "device time in µs": (MOST, _one(_launches, "device_us", "{:.1f} µs on the device")),
-    "kernels launched": (MOST, _one(_launches, "count", "{} kernels launched")),
-    "times faster than padded rows": (LEAST, _one(_faster_than, "padded M=12", "shared M=12")),
-    "memory over padded rows": (MOST, _one(_memory_over, *_BEYOND, "shared M=12", "padded M=12")),
-    "pass against the cost model": (MOST, _each(partial(_off_model, base="shared M=12"), _OF_A_PASS)),
-    "gradient norms": (MOST, _one(_gradient_norms)),
-    "whole step, K=4 over K=1": (MOST, _one(_k_times, True)),
-    "passes, K=4 over K=1": (MOST, _one(_k_times, False)),
-    "ways against the cost model": (MOST, _each(partial(_off_model, base=STEP_ONE), _OF_A_STEP)),
-    "K=8 against the cost model": (MOST, _one(_off_model, "shared K=8 N=8", STEP_ONE)),
-    "utilisation": (LEAST, _one(_utilisation, STEP_BASE, 1, False)),
-    "utilisation, recipe": (LEAST, _one(_utilisation, STEP_BASE, 1, True)),
-    "utilisation, 4 groups": (LEAST, _one(_utilisation, STEP_SEVERAL, SEVERAL, False)),
-    "utilisation, 4 groups, recipe": (LEAST, _one(_utilisation, STEP_SEVERAL, SEVERAL, True)),
-    "passes against the cost model": (MOST, _one(_passes_off_model)),
-    "passes of padded rows": (LEAST, _one(_step_over_padded)),
-    "preprocessing time": (LEAST, _one(_preprocessing_time)),
-    "preprocessing memory": (MOST, _one(_preprocessing_memory)),
-    "levels from HF": (MOST, _one(_preprocessing_difference, "levels", "before")),
-    "values from HF": (MOST, _one(_preprocessing_difference, "values", "after")),
-    "decoding over the best peer": (MOST, _one(_decode_time)),
-    "levels from the peers": (MOST, _one(_decode_levels)),
-    "epoch 2, memory cache": (LEAST, _one(_epochs, "memory cache")),
-    "epoch 2, disk cache": (LEAST, _one(_epochs, "disk cache, new reader")),
-    "growth of the process in MiB": (MOST, _one(_growth, "own_mib", "MiB of the process")),
-    "growth of the workers in MiB": (MOST, _one(_growth, "workers_mib", "MiB of the workers")),
-    "more descriptors": (MOST, _one(_growth, "descriptors", "descriptors")),
-    "more processes": (MOST, _one(_growth, "processes", "processes")),
-    "videos decoded": (LEAST, _one(_decoded)),
-    "file to patches": (LEAST, _one(_cuda_media, "time")),
-    "decoded on the device": (LEAST, _one(_cuda_media, "decoder")),
-    "MiB copied to the host": (MOST, _one(_cuda_media, "copies")),
+    "share of the GEMMs' rate": (LEAST, _metric(_share_of_gemms)),
+    "time over the GEMMs": (MOST, _metric(_times_gemms)),
+    "peak over eager": (MOST, _metric(_memory_over, *_PEAK, OURS, EAGER)),
+    "peak beyond gradients over eager": (MOST, _metric(_memory_over, *_BEYOND, OURS, EAGER)),
+    "MiB beside the gradients": (MOST, _metric(_value, "peak_beyond_gradients_mib", "{:.0f} MiB beside the gradients")),
+    "time with a frozen head": (MOST, _metric(_condition, "frozen head")),
+    "time with 90% masked": (MOST, _metric(_condition, "90% masked")),
+    "times faster than eager": (LEAST, _metric(_faster_than, EAGER)),
+    "times faster than every peer": (LEAST, _metric(_faster_than, each=_peers)),
+    "times faster than the best peer": (LEAST, _metric(_faster_than, each=_best_per_token)),
+    "times faster than GRPO": (LEAST, _metric(_faster_than, each=_GRPO)),
+    "device time in µs": (MOST, _metric(_launches, "device_us", "{:.1f} µs on the device")),
+    "kernels launched": (MOST, _metric(_launches, "count", "{} kernels launched")),
+    "times faster than padded rows": (LEAST, _metric(_faster_than, "padded M=12", "shared M=12")),
+    "memory over padded rows": (MOST, _metric(_memory_over, *_BEYOND, "shared M=12", "padded M=12")),
+    "pass against the cost model": (MOST, _metric(_off_model, "shared M=12", each=_OF_A_PASS)),
+    "gradient norms": (MOST, _metric(_gradient_norms)),
+    "whole step, K=4 over K=1": (MOST, _metric(_k_times, True)),
+    "passes, K=4 over K=1": (MOST, _metric(_k_times, False)),
+    "ways against the cost model": (MOST, _metric(_off_model, STEP_ONE, each=_OF_A_STEP)),
+    "K=8 against the cost model": (MOST, _metric(_off_model, "shared K=8 N=8", STEP_ONE)),
+    "utilisation": (LEAST, _metric(_utilisation, STEP_BASE, 1, False)),
+    "utilisation, recipe": (LEAST, _metric(_utilisation, STEP_BASE, 1, True)),
+    "utilisation, 4 groups": (LEAST, _metric(_utilisation, STEP_SEVERAL, SEVERAL, False)),
+    "utilisation, 4 groups, recipe": (LEAST, _metric(_utilisation, STEP_SEVERAL, SEVERAL, True)),
+    "passes against the cost model": (MOST, _metric(_passes_off_model)),
+    "passes of padded rows": (LEAST, _metric(_step_over_padded)),
+    "preprocessing time": (LEAST, _metric(_preprocessing_time)),
+    "preprocessing memory": (MOST, _metric(_preprocessing_memory)),
+    "levels from HF": (
+        MOST,
+        _metric(_preprocessing_difference, "levels", f"before normalisation {{:.2g}} levels from {HF}"),
+    ),
+    "values from HF": (MOST, _metric(_preprocessing_difference, "values", f"after normalisation {{:.1e}} from {HF}")),
+    "decoding over the best peer": (MOST, _metric(_decode_time)),
+    "levels from the peers": (MOST, _metric(_decode_levels)),
+    "epoch 2, memory cache": (LEAST, _metric(_epochs, "memory cache")),
+    "epoch 2, disk cache": (LEAST, _metric(_epochs, "disk cache, new reader")),
+    "growth of the process in MiB": (MOST, _metric(_growth, "own_mib", "MiB of the process")),
+    "growth of the workers in MiB": (MOST, _metric(_growth, "workers_mib", "MiB of the workers")),
+    "more descriptors": (MOST, _metric(_growth, "descriptors", "descriptors")),
+    "more processes": (MOST, _metric(_growth, "processes", "processes")),
+    "videos decoded": (LEAST, _metric(_decoded)),
+    "file to patches": (LEAST, _metric(_file_to_patches)),
+    "decoded on the device": (LEAST, _metric(_decoder)),
+    "MiB copied to the host": (
+        MOST,
+        _metric(_value, "to_host_mib", "{:.2f} MiB copied to the host", "ours, copies counted"),
+    ),
 }

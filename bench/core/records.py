@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 RECORDS = "results.jsonl"
 _PACKAGES = (
     *("triton", "transformers", "deepspeed", "torchcodec", "vllm"),
-    *("liger_kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl", "flash-attn"),
+    *("liger_kernel", "trl", "cut-cross-entropy", "flash-attn"),
 )
 
 
@@ -103,27 +104,23 @@ SUBJECTS = {
 }
 
 
-def load(
-    folder: Path, subject: str, *, device: str = "cpu", hardware: str | None = None, quick: bool = False
-) -> list[dict]:
-    """Return the newest record of each case of a subject, in the order of SUBJECTS and of the files.
+def load(folder: Path, subject: str, *, hardware: str | None = None) -> list[dict]:
+    """Return the newest record of each case of a subject on CPU, in the order of SUBJECTS and of the files.
+
+    Records of --quick are ignored.
 
     Args:
         hardware: part of the name that hardware_of returns.
-        quick: whether to use records of --quick, which are otherwise ignored.
     Raises:
         ValueError: if the records come from several machines.
     """
-    newest: dict[tuple[str, str], dict] = {}
-    for bench in SUBJECTS[subject]:
-        for record in read_lines(folder / f"{bench}.jsonl"):
-            own = bool(record.get("quick")) == quick and record["device"] == device
-            if own and (hardware or "") in hardware_of(record):
-                newest[bench, case_of(record)] = record
-    machines = sorted({hardware_of(record) for record in newest.values()})
+    records = [record for bench in SUBJECTS[subject] for record in read_lines(folder / f"{bench}.jsonl")]
+    records = [record for record in records if not record.get("quick") and record["device"] == "cpu"]
+    found = _newest(record for record in records if (hardware or "") in hardware_of(record))
+    machines = sorted({hardware_of(record) for record in found})
     if len(machines) > 1:
         raise ValueError(f"records of several machines in {folder}: {machines}; name one with --hardware")
-    return list(newest.values())
+    return found
 
 
 def load_run(path: Path) -> list[dict]:
@@ -131,11 +128,11 @@ def load_run(path: Path) -> list[dict]:
 
     For media benchmarks, the case is the record's `name`.
     """
-    newest: dict[tuple[str, str], dict] = {}
-    for record in read_lines(path):
-        if "variants" in record:
-            newest[record["bench"], case_of(record)] = record
-    return list(newest.values())
+    return _newest(record for record in read_lines(path) if "variants" in record)
+
+
+def _newest(records: Iterable[dict]) -> list[dict]:
+    return list({(record["bench"], case_of(record)): record for record in records}.values())
 
 
 def case_of(record: dict) -> str:

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.core.goals import MET, MISSED, NOT_MEASURED, counted, verdicts
+from bench.core.goals import HEADS, MET, MISSED, NOT_MEASURED, counted, verdicts
 from bench.core.measure import EAGER, GEMMS, OURS, main_time
 from bench.core.metrics import STEP_ONE
 from bench.core.records import RECORDS, RESULTS, case_of, load, load_run, read_lines, sources
@@ -76,7 +76,7 @@ def _step_table(record: dict) -> str:
         times += [_number(own, key, 3) for key in ("predicted_s", "optimizer_s", "whole_s")]
         rows.append((name, *times, *shares, f"{own['peak_mib'] / 1024:.2f}", own["rounds"]))
     head = ("variant", *(f"{phase} s" for phase in PASSES), "passes s", f"/ {record['baseline']}", "predicted s")
-    used = ("optimisers s", "whole s", "passes of peak", "whole of peak", "whole of GEMM rate", "peak GiB", "n")
+    used = ("optimizers s", "whole s", "passes of peak", "whole of peak", "whole of GEMM rate", "peak GiB", "n")
     return table((*head, *used), rows)
 
 
@@ -147,20 +147,20 @@ def _bars(group: Group, y: float, most_times: float | None) -> str:
                 f'<text class="t" x="{at:.1f}" y="{y + height + 12:.1f}" text-anchor="middle">{number(tick)}</text>'
             )
     for index, (name, times, mib, ours) in enumerate(group.rows):
-        top, colour = y + index * _ROW, 1 if ours else 6
+        top, color = y + index * _ROW, 1 if ours else 6
         out.append(f'<text class="t" x="{_LABEL - 8}" y="{top + 13:.1f}" text-anchor="end">{escape(name)}</text>')
-        out.append(_bar(_LABEL, top, times / most, f"{times:.2f}" if times < 10 else f"{times:.0f}", colour))
+        out.append(_bar(_LABEL, top, times / most, f"{times:.2f}" if times < 10 else f"{times:.0f}", color))
         if mib is not None:
-            out.append(_bar(_RIGHT, top, mib / most_mib, number(mib), colour))
+            out.append(_bar(_RIGHT, top, mib / most_mib, number(mib), color))
     # The base itself, over the bars.
     out.append(f'<path class="fl" d="M{_LABEL + _BAR / most:.1f} {y}v{height}"/>')
     return "".join(out)
 
 
-def _bar(x: float, top: float, share: float, text: str, colour: int) -> str:
+def _bar(x: float, top: float, share: float, text: str, color: int) -> str:
     """A bar of a share of the full length; a longer one is cut with an open end."""
     width = min(share, 1.0) * _BAR
-    shape = f'<rect class="f{colour}" x="{x:.1f}" y="{top + 3:.1f}" width="{max(width, 1.0):.1f}" height="{_ROW - 6}"/>'
+    shape = f'<rect class="f{color}" x="{x:.1f}" y="{top + 3:.1f}" width="{max(width, 1.0):.1f}" height="{_ROW - 6}"/>'
     if share > 1.0:
         shape += f'<path class="g" style="stroke-width:3" d="M{x + _BAR - 14:.1f} {top + _ROW - 1:.1f}l8 {2 - _ROW}"/>'
     return shape + f'<text class="t" x="{x + width + 5:.1f}" y="{top + 13:.1f}">{text}</text>'
@@ -171,28 +171,19 @@ def _bar(x: float, top: float, share: float, text: str, colour: int) -> str:
 
 def heads_chart(records: list[dict]) -> str:
     """For each loss and dtype, select the longest case with a trainable head, no mask and a random softmax."""
-    benches = ("linear_cross_entropy", "linear_policy_loss", "linear_logprob")
-    longest: dict[tuple, dict] = {}
-    for record in sorted(
-        (r for r in records if r["bench"] in benches), key=lambda r: (r["shape"]["D"], r["shape"]["T"])
-    ):
+    longest: dict[tuple[int, str], dict] = {}
+    for record in sorted((r for r in records if r["bench"] in HEADS), key=lambda r: (r["shape"]["D"], r["shape"]["T"])):
         plain = (record.get("mask_percent"), record.get("softmax"), record.get("head")) == (0, "random", "trainable")
         if plain and not record["case"].endswith("-conditions"):
-            longest[record["bench"], record["dtype"]] = record
-    chosen = sorted(longest.values(), key=lambda r: (benches.index(r["bench"]), r["dtype"]))
-    groups = []
+            longest[HEADS.index(record["bench"]), record["dtype"]] = record
+    chosen, groups = [longest[key] for key in sorted(longest)], []
     for record in chosen:
         variants, base = record["variants"], main_time(record["variants"][GEMMS])
-        rows = [
-            (
-                name + " *" * bool(own.get("memory_pass_only")),
-                main_time(own) / base,
-                own.get("peak_beyond_gradients_mib"),
-                name == record["baseline"],
-            )
-            for name, own in variants.items()
-            if name != GEMMS
-        ]
+        rows = []
+        for name, own in variants.items():
+            label = name + " *" * bool(own.get("memory_pass_only"))
+            numbers = (main_time(own) / base, own.get("peak_beyond_gradients_mib"))
+            rows += [(label, *numbers, name == record["baseline"])] * (name != GEMMS)
         title = f"{record['bench']}, {record['dtype']}, T = {record['shape']['T']}, D = {record['shape']['D']}"
         groups.append(Group(title, sorted(rows, key=lambda row: (not row[3], row[1]))))
     title = "Fused losses: forward and backward, V = 151,936"
@@ -233,13 +224,9 @@ def heads_page(records: list[dict]) -> str:
         "count): their time, ours = 1. Peak: memory that a call adds, then the same less the gradients that both "
         "sides produce. Conditions: time, without = 1. Rounds: of ours. Medians: forward and backward, or scoring. "
     )
-    return "\n\n".join(
-        (
-            table(("loss", "case", "GEMMs' rate", "eager", "fastest peer", *memory, "rounds"), compared),
-            table(("loss", "case", *names, "rounds"), by_condition),
-            f"{legend}{sources(records)}.\n",
-        )
-    )
+    first = table(("loss", "case", "GEMMs' rate", "eager", "fastest peer", *memory, "rounds"), compared)
+    second = table(("loss", "case", *names, "rounds"), by_condition)
+    return f"{first}\n\n{second}\n\n{legend}{sources(records)}.\n"
 
 
 def _names(record: dict) -> tuple[str, str]:
@@ -262,17 +249,14 @@ def sharing_chart(records: list[dict]) -> str:
     for record in records:
         found = []
         for name, own in record["variants"].items():
-            matched = re.fullmatch(rf"({'|'.join(words)}) K=(\d+) N=8", name)
-            if matched:
-                found.append(
-                    (list(words).index(matched[1]), int(matched[2]), f"{words[matched[1]]}, K={matched[2]}", own)
-                )
+            if matched := re.fullmatch(r"(\w+) K=(\d+) N=8", name):
+                found.append((list(words).index(matched[1]), int(matched[2]), own))
         if STEP_ONE not in record["variants"] or sum(way == 2 for way, *_ in found) < 2:
             continue
         base, drawn = main_time(record["variants"][STEP_ONE]), [*drawn, record]
         rows = [
-            (name, main_time(own) / base, own.get("peak_mib"), not way)
-            for way, _, name, own in sorted(found, key=lambda x: x[:2])
+            (f"{list(words.values())[way]}, K={k}", main_time(own) / base, own.get("peak_mib"), way == 0)
+            for way, k, own in sorted(found, key=lambda row: row[:2])
         ]
         shape = record["shape"]
         groups.append(Group(f"{shape['P']} prompt tokens, responses of {shape['R']}, N = 8 rollouts", rows))
@@ -297,9 +281,8 @@ def sharing_page(records: list[dict]) -> str:
                 continue
             times = own.get("phases_s")
             phases = [f"{times.get(p, 0.0) / main_time(base) * 1e3:.2f}" if times else "-" for p in _PHASES]
-            training = (
-                f"{own['training']['median_ms'] / base['training']['median_ms']:.2f}" if "training" in own else "-"
-            )
+            passed = own["training"]["median_ms"] / base["training"]["median_ms"] if "training" in own else None
+            training = "-" if passed is None else f"{passed:.2f}"
             steps.append((sizes, name, time, *phases, training, predicted, _number(own, "peak_mib")))
     legend = (
         f"First table: whole stage-2 steps; step and phases over the step of `{STEP_ONE}`, training (vision, "
@@ -307,14 +290,10 @@ def sharing_page(records: list[dict]) -> str:
         "backward of the policy on one group; time and prediction over `shared M=12`. Predicted: counted FLOPs at the "
         "rates of matrix products and of attention measured in the same process. Medians. "
     )
-    memory = ("time", "predicted", "peak MiB beyond gradients", "rounds")
-    return "\n\n".join(
-        (
-            table(("prompt, response", "variant", "step", *_PHASES, "training", "predicted", "peak MiB"), steps),
-            table(("prompt, response", "variant", *memory), passes),
-            f"{legend}{sources(records)}.\n",
-        )
-    )
+    what, memory = ("prompt, response", "variant"), "peak MiB beyond gradients"
+    first = table((*what, "step", *_PHASES, "training", "predicted", "peak MiB"), steps)
+    second = table((*what, "time", "predicted", memory, "rounds"), passes)
+    return f"{first}\n\n{second}\n\n{legend}{sources(records)}.\n"
 
 
 # The media path.
@@ -328,14 +307,13 @@ _TITLES = {
     "flat": "Many videos through one reader",
     "cuda": "File to patches on CUDA",
 }
+_WAITS = dict(first_wait_s="first step", epoch_1_wait_s="epoch 1", epoch_2_wait_s="epoch 2")
 _SECONDS = {
-    "ahead": dict(first_wait_s="first step", epoch_1_wait_s="epoch 1", epoch_2_wait_s="epoch 2")
-    | {"compute_s": "step's own work"},
+    "ahead": _WAITS | {"compute_s": "step's own work"},
     "epochs": dict(epoch_1_s="epoch 1", epoch_2_s="epoch 2"),
 }
-_MARKS = dict(videos="videos", own_mib="process MiB", workers_mib="workers MiB") | dict(
-    descriptors="descriptors", processes="processes"
-)
+_MARKS = dict(videos="videos", own_mib="process MiB", workers_mib="workers MiB")
+_MARKS |= dict(descriptors="descriptors", processes="processes")
 
 
 def media_table(part: str, records: list[dict]) -> str:
@@ -480,7 +458,7 @@ def _findings(record: dict) -> list[str]:
         found.append(f"Ended early: {record['ended']}.")
     if "liger" in record:
         rates = ", ".join(f"{name} {r / 1e12:.3g}" for name, r in record["rates"].items())
-        found.append(f"Optimisers: {record['optimizer']['how']}. Liger: {record['liger']}. TFLOP/s: {rates}.")
+        found.append(f"Optimizers: {record['optimizer']['how']}. Liger: {record['liger']}. TFLOP/s: {rates}.")
     return found
 
 

@@ -60,7 +60,7 @@ INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLOSING_S = 4.0
 # Approximate seconds for finding the device and unpacking.
 START_S = 10.0
-NEEDED = ("torch", "triton", "transformers", "numpy", "pytest", "pytest_benchmark", "pytest_timeout")
+NEEDED = ("torch", "triton", "transformers", "numpy", "psutil", "pytest", "pytest_benchmark", "pytest_timeout")
 NEEDED_FROM_FOLDER = ("deepspeed", "omegaconf")
 # Environment variables set for other programs that would distort the measurements.
 NOT_PASSED_ON = (
@@ -178,7 +178,7 @@ def run_sections(run: Run, sections: list[Section], began: float, deadline: floa
                 say(f"=== {section.name}: {result.outcome} in {result.seconds:.0f} s{reason}")
                 results.append(result)
                 append_line({"bench": "section", **asdict(result)}, run.records)
-                summarise(run)
+                summarize(run)
                 if result.reason == INTERRUPTED:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -188,7 +188,7 @@ def run_sections(run: Run, sections: list[Section], began: float, deadline: floa
                 append_line({"bench": "section", **asdict(results[-1])}, run.records)
     faults = [f"{r.section}: {r.reason}" for r in results if r.outcome == FAILED] + missing_steps(run) + faults
     append_line({"bench": "end", "seconds": round(time.time() - began, 1), "faults": faults}, run.records)
-    say("\n" + summarise(run))
+    say("\n" + summarize(run))
     say(f"{run.records.parent}: {RECORDS}, summary.md, output.log")
     for fault in faults:
         say(f"FAILED: {fault}")
@@ -217,7 +217,7 @@ def missing_steps(run: Run) -> list[str]:
     return ["whole steps were not measured, and they are never optional (section step)"]
 
 
-def summarise(run: Run) -> str:
+def summarize(run: Run) -> str:
     """Write summary.md from results.jsonl, and return a short version for the terminal."""
     try:
         text, short = (report.summary(run.records, tables=tables) for tables in (True, False))

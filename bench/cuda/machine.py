@@ -19,10 +19,11 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.core.launches import call_seconds
+from bench.core.launches import call_seconds, copy_gb_per_s
 from bench.core.records import cpu_name, save
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
@@ -36,52 +37,36 @@ OPTIONAL = {
     "liger_kernel": "its losses are no peers, and students run without its layers",
     "cut_cross_entropy": "no peer",
     "trl": "no peer",
-    "quack": "no peer",
-    "verl": "no peer",
-    "flash_attn": "no peer, and vision towers take torch's attention",
-    "flash_attn_interface": "no peer, and shared prefixes take torch's flash kernels",
+    "flash_attn": "vision towers take torch's attention",
+    "flash_attn_interface": "shared prefixes take torch's flash kernels",
 }
 
 
 def ceilings(device: torch.device, toy: bool) -> tuple[dict[str, float], dict[str, str]]:
-    """TFLOP/s and GB/s; and on CUDA the clock that was left for products, a fact of the machine."""
+    """Return TFLOP/s and GB/s; and on CUDA the clock that was left for products, a fact of the machine."""
     size, copied, tokens = (256, 2**22, 256) if toy else (8192, 2**32, 8192)
     seconds = 1.0 if device.type == "cuda" and not toy else 0.0
-    gemm, facts = _gemm(size, device, seconds)
-    rates = {
-        "gemm_tflop_per_s": gemm / 1e12,
-        "causal_attention_tflop_per_s": _causal_attention(tokens, device, seconds) / 1e12,
-        "copy_gb_per_s": _copy(copied, device, seconds) / 1e9,
-    }
-    return rates, facts
 
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(torch.bfloat16)
 
-def _draw(device: torch.device, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=device).to(torch.bfloat16)
-
-
-def _gemm(size: int, device: torch.device, seconds: float) -> tuple[float, dict[str, str]]:
-    a, b, out = (_draw(device, size, size) for _ in range(3))
-    found, facts = call_seconds(lambda: torch.mm(a, b, out=out), device, seconds), {}
+    a, b, out = (draw(size, size) for _ in range(3))
+    gemm_s, facts = call_seconds(lambda: torch.mm(a, b, out=out), device, seconds), {}
     if device.type == "cuda":
         # More of them in the queue: the clock rises again as soon as they end.
-        for _ in range(min(MOST_QUEUED, int(0.5 * seconds / found))):
+        for _ in range(min(MOST_QUEUED, int(0.5 * seconds / gemm_s))):
             torch.mm(a, b, out=out)
         facts["sm_clock_after_products"] = _nvidia_smi("clocks.sm")
         torch.cuda.synchronize(device)
-    return 2 * size**3 / found, facts
-
-
-def _causal_attention(tokens: int, device: torch.device, seconds: float) -> float:
-    q, k, v = (_draw(device, 1, heads, tokens, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    q, k, v = (draw(1, heads, tokens, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     attention = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
-    return 4 * HEADS * HEAD_DIM * (tokens * (tokens + 1) // 2) / call_seconds(attention, device, seconds)
-
-
-def _copy(count: int, device: torch.device, seconds: float) -> float:
-    source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * count / call_seconds(lambda: target.copy_(source), device, seconds)
+    attention_flop = 4 * HEADS * HEAD_DIM * (tokens * (tokens + 1) // 2)
+    rates = {
+        "gemm_tflop_per_s": 2 * size**3 / gemm_s / 1e12,
+        "causal_attention_tflop_per_s": attention_flop / call_seconds(attention, device, seconds) / 1e12,
+        "copy_gb_per_s": copy_gb_per_s(device, copied, seconds),
+    }
+    return rates, facts
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -89,9 +74,9 @@ def machine(device: torch.device) -> dict[str, object]:
     facts: dict[str, object] = {
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "nvcc": _last_line(["nvcc", "--version"]),
     }
-    facts["nvcc"] = _last_line(["nvcc", "--version"])
     if device.type == "cuda":
         own = torch.cuda.get_device_properties(device)
         facts |= {

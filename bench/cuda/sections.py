@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from bench.core.records import REPOSITORY, read_lines
 
 # Seconds that a section may overrun in order to write its results.
@@ -126,7 +128,7 @@ def _media_files(run: Run) -> list[str]:
 
 
 _PLUGINS = ("-p", "bench.cuda.section_log", "-p", "no:cacheprovider", "-q")
-_HEADS = [f"heads/bench_{n}" for n in ("profile", "policy_loss", "logprob", "cross_entropy", "divergence")]
+_HEADS = ("heads/bench_profile", "heads/bench_losses")
 _PREFIX = ("prefix/bench_attention", "heads/bench_discriminator")
 # Basic kernels come first, so that their faults are known before anything depends on them. `optimizer` is the first
 # section that needs a communicator.
@@ -141,7 +143,7 @@ SECTIONS = (
         ahead=_media_files,
     ),
     Section("stages", "whole stages, and all other tests for CUDA and vLLM", 40, 20, _tests(kernels=False)),
-    Section("optimizer", "a full optimiser at the shape of Qwen3-VL-4B", 20, 20, _benchmark("step/bench_optimizer")),
+    Section("optimizer", "a full optimizer at the shape of Qwen3-VL-4B", 20, 20, _benchmark("step/bench_optimizer")),
 )
 MINUTES = sum(section.seconds for section in SECTIONS) / 60
 
@@ -267,10 +269,9 @@ def end(process: subprocess.Popen, patience_s: float = 3.0) -> None:
 
 def _runs(group: int) -> bool:
     """Return whether a process of the group still runs. In a container, ended processes may stay zombies for ever."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
-            if int(found) == group and state not in "XZ":
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 return True
     return False
 

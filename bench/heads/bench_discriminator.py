@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -22,20 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.core.launches import launches_of
-from bench.core.measure import (
-    EAGER,
-    OURS,
-    Outcome,
-    Variant,
-    differences_of,
-    facts_of,
-    main_time,
-    measure,
-    numbers_of,
-    with_gradients,
-)
+from bench.core.measure import OURS, differences_of, facts_of, measure, numbers_of
 from bench.core.metrics import PREPARED
 from bench.cuda.section_log import seconds_left
+from bench.heads.peers import eager_and_compiled, gather
 from rmsd_fast.losses import discriminator_loss, last_token_values, pairwise_discriminator_loss
 
 NAME = "discriminator"
@@ -76,6 +67,10 @@ class Inputs(NamedTuple):
     quality: Tensor
 
     @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        return self[:4]
+
+    @property
     def sides(self) -> tuple[tuple[Tensor, Tensor], ...]:
         return (self.student, self.last_student), (self.teacher, self.last_teacher)
 
@@ -109,7 +104,7 @@ def eager(x: Inputs) -> Tensor:
 
 
 def gathered_eager(x: Inputs) -> Tensor:
-    """Optimised eager code: only the last rows pass through norm and head. On CPU, ours is torch code like this."""
+    """Optimized eager code: only the last rows pass through norm and head. On CPU, ours is torch code like this."""
     pairs = torch.arange(len(x.quality), device=x.quality.device)
     student, teacher = (_row_scores(hidden[pairs, last], x) for hidden, last in x.sides)
     return _pair_loss(student, teacher, x)
@@ -195,7 +190,7 @@ def prepared(x: Inputs, score: bool) -> dict[str, Callable[[], object]]:
 
 
 def _grad(value: Tensor, x: Inputs) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(value, [x.student, x.teacher, x.norm, x.head])
+    return torch.autograd.grad(value, x.differentiable)
 
 
 def cases(quick: bool, device: str) -> list[Case]:
@@ -216,33 +211,20 @@ def toy_cases(device: str) -> list[Case]:
 def test_discriminator(case: Case, effort, report) -> None:
     errors = gate(case)
     x = make_inputs(case)
-    forms = FORMS | {EAGER: eager, "eager, gathered": gathered_eager}
-    not_run = {"other libraries": "none has a fused form of this loss"}
+    skip = {}
     if case.device == "cpu" and case.hidden < 1024:
-        not_run["torch.compile"] = "a rehearsal leaves out its compilation"
+        skip["torch.compile"] = "a rehearsal leaves out its compilation"
     elif seconds_left() < _COMPILE_S:
-        not_run["torch.compile"] = f"no time left to compile: {seconds_left():.0f} s"
-    else:
-        forms["torch.compile"] = torch.compile(eager, dynamic=False)
-    score = case.mode == "score"
-    variants = [
-        Variant(name, torch.no_grad()(lambda f=function: f(x)), compiles=name == "torch.compile")
-        if score
-        else with_gradients(name, lambda f=function: f(x), x[:4], compiles=name == "torch.compile")
-        for name, function in forms.items()
-    ]
-    device = x.student.device
+        skip["torch.compile"] = f"no time left to compile: {seconds_left():.0f} s"
+    builds = {name: lambda x, f=loss: partial(f, x) for name, loss in FORMS.items()}
+    builds |= eager_and_compiled(eager) | {"eager, gathered": lambda x: partial(gathered_eager, x)}
+    score, device = case.mode == "score", x.student.device
+    variants, not_run = gather(builds, x, score=score, skip=skip)
+    not_run["other libraries"] = "none has a fused form of this loss"
     samples = measure(variants, effort, device, not_run, base=OURS)
     numbers = numbers_of(samples, variants, baseline=None)
     shape = {"B": case.batch, "L": case.length, "D": case.hidden}
-    record = facts_of(NAME, case, shape) | {
-        "mode": case.mode,
-        "variants": numbers,
-        "errors": errors,
-        "not_run": not_run,
-    }
-    record["least_bytes_eager"] = (1 if score else 3) * 2 * x.student.nbytes
-    record["differences"] = differences_of(samples)
+    record = facts_of(NAME, case, shape) | {"mode": case.mode, "variants": numbers, "errors": errors}
+    record |= {"not_run": not_run, "differences": differences_of(samples)}
     counted = {variant.name: variant for variant in variants if variant.name in numbers}
-    record |= launches_of(prepared(x, score) | counted, device)
-    report(Outcome(record, variants[0], main_time(numbers[OURS]) / 1e3))
+    report(record | launches_of(prepared(x, score) | counted, device), variants[0])

@@ -24,15 +24,21 @@ IGNORED = -100
 # The peak's logit minus the log-sum-exp of all others: sigmoid(3) = 0.953.
 _PEAK_MARGIN = 3.0
 _SEQUENCE = 256
-GATE_TOKENS = 16
+GATE_TOKENS = 32
 # Rows of a chunk in the gate: all at once (the default budget), 4 chunks whose sum of d_weight is rounded each time,
-# and 8, which are summed in float32. The two small budgets also make log-probs compute their logits twice.
-_GATE_CHUNK_ROWS = (None, 4, 2)
+# and 8, which are summed in float32. The two small budgets also make log-probs compute their logits twice. A chunk has
+# at least 4 rows: for fewer, MKL adds up the V products of d_logits @ weight in another order, with 10 times the error
+# (at V = 151936 and D = 256 in float32, torch.mm of exact d_logits in 3 rows is 8.9e-6 of the largest value off, in 4
+# or 16 rows 9.0e-7). Chunks of real shapes are never so short, and eager code has all rows in one product.
+_GATE_CHUNK_ROWS = (None, 8, 4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and condition of a head benchmark."""
+    """One shape and condition of a loss.
+
+    bench: the name of its records. kind: of a divergence, whose inputs have a teacher.
+    """
 
     tokens: int
     hidden: int
@@ -43,17 +49,20 @@ class Case:
     device: str = "cpu"
     vocabulary: int = VOCABULARY
     temperature: float = 1.0
-    teacher: bool = False
+    bench: str = ""
+    kind: str = ""
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"T{self.tokens}-D{self.hidden}-{dtype}-mask{self.mask}-{self.softmax}-{self.head}"
+        kind = f"-{self.kind}" if self.kind else ""
+        return f"T{self.tokens}-D{self.hidden}-{dtype}-mask{self.mask}-{self.softmax}-{self.head}{kind}"
 
-    def facts(self, bench: str) -> dict[str, object]:
+    def facts(self) -> dict[str, object]:
         shape = {"T": self.tokens, "D": self.hidden, "V": self.vocabulary}
         conditions = {"mask_percent": self.mask, "softmax": self.softmax, "head": self.head}
-        return facts_of(bench, self, shape) | conditions | {"temperature": self.temperature}
+        conditions |= {"temperature": self.temperature} | ({"kind": self.kind} if self.kind else {})
+        return facts_of(self.bench, self, shape) | conditions
 
 
 class HeadInputs(NamedTuple):
@@ -119,7 +128,7 @@ def head_inputs(case: Case) -> HeadInputs:
     weight = weight.detach().requires_grad_(case.head == "trainable")
     per_row = (advantages, ref_logp, rollout_logp, sequences)
     masked = case.tokens * case.mask // 100
-    teacher = hidden.roll(1, 0) * 0.3 + hidden if case.teacher else None
+    teacher = hidden.roll(1, 0) * 0.3 + hidden if case.kind else None
     facts = (case.tokens - masked, case.temperature, IGNORED if case.mask else None, teacher)
     return HeadInputs(hidden.requires_grad_(), weight, targets, *per_row, *facts)
 
@@ -156,7 +165,7 @@ BudgetedLoss = Callable[[HeadInputs, int | None], Tensor]
 
 
 @functools.cache
-def checked(bench: str, case: Case, ours: BudgetedLoss, eager: Loss, buffers: int = 1) -> Errors:
+def checked(case: Case, ours: BudgetedLoss, eager: Loss, buffers: int = 1) -> Errors:
     """Check, on a case with few tokens, that ours is at most twice as far from float64 as eager in the same dtype.
 
     Ours runs in one chunk and in several, as it does for long shapes (_GATE_CHUNK_ROWS). `ours` and `eager` return
@@ -190,7 +199,7 @@ def checked(bench: str, case: Case, ours: BudgetedLoss, eager: Loss, buffers: in
         found = {name: _distance(got[name], exact) for name, exact in truth.items()}
         faults = [name for name in bound if not found[name] <= bound[name]]
         chunk = "in one chunk" if rows is None else f"in chunks of {rows} rows"
-        assert not faults, f"{bench} {case.name} {chunk}: {faults} too far from float64: {found}, bound {bound}"
+        assert not faults, f"{case.bench} {case.name} {chunk}: {faults} too far from float64: {found}, bound {bound}"
         ours_err = {name: max(ours_err[name], found[name]) for name in found}
     return Errors(ours_err, eager_err, bound)
 

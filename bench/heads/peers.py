@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.core.measure import Unavailable, Variant, need, with_gradients
+from bench.core.measure import Unavailable, Variant, available, need, with_gradients
 from bench.heads.cases import IGNORED, HeadInputs
 
 KL_COEF, CLIP = 0.04, 0.2
@@ -39,17 +39,11 @@ def gather(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Variants that run here, and the reasons of those that do not.
 
-    score: forward without gradients. skip: reasons that the benchmark itself has.
+    score: forward without gradients. skip: reasons that the benchmark itself has. inputs: of any kind that says what is
+    `differentiable`.
     """
-    variants, not_run = [], {name: reason for name, reason in (skip or {}).items() if name in peers}
-    for name, build in peers.items():
-        if name in not_run:
-            continue
-        try:
-            variants.append(as_variant(name, build(inputs), inputs, score))
-        except Unavailable as reason:
-            not_run[name] = str(reason)
-    return variants, not_run
+    losses, not_run = available({name: lambda b=build: b(inputs) for name, build in peers.items()}, skip or {})
+    return [as_variant(name, loss, inputs, score) for name, loss in losses.items()], not_run
 
 
 def as_variant(name: str, loss: Loss, inputs: HeadInputs, score: bool) -> Variant:
@@ -60,24 +54,21 @@ def as_variant(name: str, loss: Loss, inputs: HeadInputs, score: bool) -> Varian
     return with_gradients(name, loss, inputs.differentiable, compiles=compiles)
 
 
-def eager_and_compiled(loss: Callable[..., Tensor], arguments: Callable[[HeadInputs], tuple]) -> dict[str, Build]:
+def eager_and_compiled(loss: Callable[[HeadInputs], Tensor]) -> dict[str, Build]:
     """A loss as eager code, and compiled afresh for each shape, as a user does who asks for speed."""
-
-    def eager(x: HeadInputs) -> Loss:
-        return functools.partial(loss, *arguments(x))
 
     def compiled(x: HeadInputs) -> Loss:
         torch._dynamo.reset()
-        return functools.partial(torch.compile(loss, dynamic=False), *arguments(x))
+        return functools.partial(torch.compile(loss, dynamic=False), x)
 
-    return {"eager": eager, "torch.compile": compiled}
+    return {"eager": lambda x: functools.partial(loss, x), "torch.compile": compiled}
 
 
 # Cross entropy.
 
 
-def eager_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_wide_logits(hidden, weight), targets, ignore_index=IGNORED)
+def eager_cross_entropy(x: HeadInputs) -> Tensor:
+    return F.cross_entropy(_wide_logits(x.hidden, x.weight), x.targets, ignore_index=IGNORED)
 
 
 def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -115,12 +106,6 @@ def _cross_entropy_cce(implementation: str) -> Build:
     return build
 
 
-def _cross_entropy_quack(x: HeadInputs) -> Loss:
-    need_cuda(x, "CuTe kernels (SM90 and later),")
-    function = need("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda: function(x.hidden, x.weight, x.targets, ignore_index=IGNORED)
-
-
 # Log-prob and entropy: sum over scored rows of (g * logp + 0.01 * g' * entropy), g and g' constants of the rows.
 
 
@@ -130,15 +115,13 @@ def logprob_weights(x: HeadInputs) -> tuple[Tensor, Tensor]:
     return -x.advantages * scored, 0.01 * x.ref_logp * scored
 
 
-def eager_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logp = _wide_logits(hidden, weight).log_softmax(-1)
-    return logp.gather(1, targets.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+def eager_logprob(x: HeadInputs) -> tuple[Tensor, Tensor]:
+    logp = _wide_logits(x.hidden, x.weight).log_softmax(-1)
+    return logp.gather(1, x.targets.clamp(min=0)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def _eager_logprob_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, for_logp: Tensor, for_entropy: Tensor
-) -> Tensor:
-    logp, entropy = eager_logprob(hidden, weight, targets)
+def weighted_sum(scores: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Tensor:
+    (logp, entropy), (for_logp, for_entropy) = scores, weights
     return (logp * for_logp).sum() + (entropy * for_entropy).sum()
 
 
@@ -147,12 +130,7 @@ def _logprob_from(
 ) -> Loss:
     """rows: those that are scored. Peers that have no ignored rows score all; the weights of ignored ones are 0."""
     for_logp, for_entropy = (weights[rows] for weights in logprob_weights(x))
-
-    def loss() -> Tensor:
-        logp, entropy = scores()
-        return (logp * for_logp).sum() + (entropy * for_entropy).sum()
-
-    return loss
+    return lambda: weighted_sum(scores(), (for_logp, for_entropy))
 
 
 def _logprob_trl(x: HeadInputs) -> Loss:
@@ -173,17 +151,6 @@ def _logprob_liger(x: HeadInputs) -> Loss:
         return -loss, entropy
 
     return _logprob_from(scores, x)
-
-
-def _logprob_verl_kernel(x: HeadInputs) -> Loss:
-    need_cuda(x, "Triton kernels,")
-    apply, targets = need("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy, x.targets.clamp(min=0)
-    return _logprob_from(lambda: apply(x.hidden, x.weight, targets, 1.0, "none"), x)
-
-
-def _logprob_verl_torch(x: HeadInputs) -> Loss:
-    head, targets = need("verl.utils.experimental.torch_functional").FusedLinearForPPO(), x.targets.clamp(min=0)
-    return _logprob_from(lambda: head(x.hidden, x.weight, targets), x)
 
 
 def _scored_rows(x: HeadInputs) -> slice | Tensor:
@@ -211,23 +178,10 @@ def grpo_of_logp(logp: Tensor, advantages: Tensor, ref_logp: Tensor, scored: Ten
     return (per_row * scored).sum() / scored.sum()
 
 
-def eager_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    ref_logp: Tensor,
-    scored: Tensor,
-    temperature: float,
-) -> Tensor:
-    logp = (_wide_logits(hidden, weight) / temperature).log_softmax(-1)
-    logp = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return grpo_of_logp(logp, advantages, ref_logp, scored)
-
-
-def policy_arguments(x: HeadInputs) -> tuple[Tensor | float, ...]:
-    scored = x.scored.to(x.advantages.dtype)
-    return x.hidden, x.weight, x.targets, x.advantages, x.ref_logp, scored, x.temperature
+def eager_policy_loss(x: HeadInputs) -> Tensor:
+    logp = (_wide_logits(x.hidden, x.weight) / x.temperature).log_softmax(-1)
+    logp = logp.gather(1, x.targets.clamp(min=0)[:, None])[:, 0]
+    return grpo_of_logp(logp, x.advantages, x.ref_logp, x.scored.to(logp.dtype))
 
 
 def _policy_trl(x: HeadInputs) -> Loss:
@@ -260,17 +214,15 @@ def _policy_liger(x: HeadInputs) -> Loss:
 # Divergence against a teacher that has a head of its own, [T, D] and [V, D]; the teacher's tensors are constants.
 
 
-def eager_divergence(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kind: str
-) -> Tensor:
+def eager_divergence(x: HeadInputs, kind: str) -> Tensor:
     with torch.no_grad():
-        teacher = _wide_logits(teacher_hidden, teacher_weight).log_softmax(-1)
-    student = _wide_logits(hidden, weight).log_softmax(-1)
+        teacher = _wide_logits(x.teacher_hidden, x.weight).log_softmax(-1)
+    student = _wide_logits(x.hidden, x.weight).log_softmax(-1)
     if kind == "forward_kl":
-        return F.kl_div(student, teacher, log_target=True, reduction="sum") / len(hidden)
+        return F.kl_div(student, teacher, log_target=True, reduction="sum") / len(x.hidden)
     mixture = torch.logaddexp(student, teacher) - 0.6931471805599453
     sides = (F.kl_div(mixture, side, log_target=True, reduction="sum") for side in (teacher, student))
-    return sum(sides) / 2 / len(hidden)
+    return sum(sides) / 2 / len(x.hidden)
 
 
 def divergence_peers(kind: str) -> dict[str, Build]:
@@ -284,32 +236,26 @@ def divergence_peers(kind: str) -> dict[str, Build]:
         function = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
         return lambda: function(x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), x.targets)
 
-    own = eager_and_compiled(
-        eager_divergence, lambda x: (x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), kind)
-    )
-    return own | {"Liger chunked JSD": liger}
+    return eager_and_compiled(functools.partial(eager_divergence, kind=kind)) | {"Liger chunked JSD": liger}
 
 
 COMPILES = {"torch.compile", "CCE torch_compile", "Liger chunked GRPO", "Liger chunked JSD"}
 CROSS_ENTROPY: dict[str, Build] = {
-    **eager_and_compiled(eager_cross_entropy, lambda x: (x.hidden, x.weight, x.targets)),
+    **eager_and_compiled(eager_cross_entropy),
     "torch linear_cross_entropy": _cross_entropy_torch,
     "torch l.c.e. chunked": _cross_entropy_torch_chunked,
     "Liger": _cross_entropy_liger,
     "CCE torch_compile": _cross_entropy_cce("torch_compile"),
     "CCE": _cross_entropy_cce("filtered"),
     "CCE exact": _cross_entropy_cce("exact"),
-    "QuACK": _cross_entropy_quack,
 }
 LOGPROB: dict[str, Build] = {
-    **eager_and_compiled(_eager_logprob_sum, lambda x: (x.hidden, x.weight, x.targets, *logprob_weights(x))),
+    **eager_and_compiled(lambda x: weighted_sum(eager_logprob(x), logprob_weights(x))),
     "TRL chunked": _logprob_trl,
     "Liger scaled CE": _logprob_liger,
-    "verl kernel": _logprob_verl_kernel,
-    "verl torch": _logprob_verl_torch,
 }
 POLICY: dict[str, Build] = {
-    **eager_and_compiled(eager_policy_loss, policy_arguments),
+    **eager_and_compiled(eager_policy_loss),
     "TRL chunked log-prob": _policy_trl,
     "Liger chunked GRPO": _policy_liger,
 }

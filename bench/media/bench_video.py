@@ -13,6 +13,7 @@ timed. Files are made once (files.py).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,11 +26,10 @@ import pytest
 import torch
 
 from bench.core.goals import GOPS, MOST_LEVELS, SIZES, verdicts
-from bench.core.measure import OURS, Unavailable, in_turns
+from bench.core.measure import OURS, Unavailable, in_turns, spread
 from bench.media import files
 from bench.media.process import VariantProcess
-from bench.media.variants import PARTS, cpu_count
-from bench.media.work import Spec
+from bench.media.variants import PARTS
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.preprocess import Preprocessor, frame_indices
 
@@ -57,12 +57,6 @@ FULL, QUICK = Pace(15.0, 4, 9), Pace(0.5, 1, 3, least_slow=1)
 ON_CUDA = Pace(4.0, 3, 9)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    low, middle, high = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
-    return {"median": middle, "p20": low, "p80": high}
-
-
 @contextlib.contextmanager
 def started(
     part: str, arguments: dict[str, Any], threads: int = 1, names: list[str] | None = None
@@ -72,8 +66,9 @@ def started(
     not_run: dict[str, str] = {}
     try:
         for name in names or PARTS[part]:
-            own = {key: value for key, value in arguments.items() if key in wanted_arguments(part, name)}
-            running[name] = VariantProcess(Spec(part, name, own, threads))
+            taken = inspect.signature(PARTS[part][name]).parameters
+            own = {key: value for key, value in arguments.items() if key in taken}
+            running[name] = VariantProcess(part, name, own, threads)
         for name, process in list(running.items()):
             try:
                 process.ready()
@@ -86,14 +81,6 @@ def started(
     finally:
         for process in running.values():
             process.close()
-
-
-def wanted_arguments(part: str, name: str) -> set[str]:
-    """Names of the arguments that a variant takes and that are not set yet."""
-    function = PARTS[part][name]
-    bound = getattr(function, "keywords", {})
-    code = getattr(function, "func", function).__code__
-    return set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - set(bound)
 
 
 def interleaved(calls: dict[str, Callable[[], dict]], pace: Pace) -> dict[str, list[dict]]:
@@ -139,17 +126,20 @@ def measured(
     part: str,
     arguments: dict[str, Any],
     pace: Pace,
-    compare: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    compare: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None,
     *,
     warm_up: bool = False,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Variants, differences and what did not run. The peaks come from the last call, whose results are compared.
+    """Return variants, differences and what did not run.
 
-    warm_up: a call of each that does not count; where calls take seconds its share would be too small to notice.
+    compare: of the results of two variants. Peaks come from a last call, whose results are compared; None: the part has
+    neither. warm_up: a call of each that does not count; where calls take seconds its share would be too small to
+    notice.
     """
     files.FOLDER.mkdir(parents=True, exist_ok=True)
     names = [name for name in PARTS[part] if pace is not QUICK or name not in SLOW]
+    differences: dict[str, dict[str, float]] = {}
     with (
         started(part, arguments, threads, names) as (running, not_run),
         tempfile.TemporaryDirectory(dir=files.FOLDER) as folder,
@@ -159,9 +149,8 @@ def measured(
                 process.call()
         calls = interleaved({name: process.call for name, process in running.items()}, pace)
         variants = {name: numbers(own) for name, own in calls.items()}
-        differences: dict[str, dict[str, float]] = {}
         expected = Path(folder) / "ours.npy"
-        for name, process in running.items():
+        for name, process in running.items() if compare else ():
             result = expected if name == OURS else Path(folder) / "theirs.npy"
             variants[name] |= process.memory(result)
             if name != OURS and result.exists():
@@ -169,19 +158,13 @@ def measured(
                 if shown[0].shape == shown[1].shape or part != "cuda":
                     differences[name] = compare(*shown)
                 result.unlink()
-        libraries = {name: process.library for name, process in running.items()}
+        libraries = {name: process.library for name, process in running.items() if process.library}
     return {"variants": variants, "differences": differences, "not_run": not_run, "libraries": libraries}
 
 
-def whole_runs(part: str, arguments: dict[str, Any], most: int) -> dict[str, Any]:
-    """For parts whose variants are whole runs: so many calls each, in turned order."""
-    with started(part, arguments) as (running, not_run):
-        assert not not_run, not_run
-        calls = {name: process.call for name, process in running.items()}
-        variants = {
-            name: numbers(own) for name, own in interleaved(calls, Pace(0.0, most, most, least_slow=most)).items()
-        }
-    return {"variants": variants, "differences": {}, "not_run": not_run, "libraries": {}}
+def whole_runs(most: int) -> Pace:
+    """Return the pace of parts whose variants are whole runs: so many calls each, in turned order."""
+    return Pace(0.0, most, most, least_slow=most)
 
 
 @pytest.fixture
@@ -284,13 +267,13 @@ def test_ahead(quick: bool, finish, warm: str, clips: list[str]) -> None:
     per_step = 1 if quick else 2
     # A step about 1.5 times as long as one worker decodes its prompts, 0.45 s each, at 95 GFLOP/s.
     arguments = {"paths": clips, "warm": warm, "per_step": per_step, "products": per_step * 32}
-    found = whole_runs("ahead", arguments, 1 if quick else 2)
+    found = measured("ahead", arguments, whole_runs(1 if quick else 2))
     shape = {"clips": len(clips), "a step": per_step}
     finish("ahead-720p", "ahead", shape, found)
 
 
 def test_epochs(quick: bool, finish, warm: str, clips: list[str]) -> None:
-    found = whole_runs("epochs", {"paths": clips, "warm": warm}, 1 if quick else 3)
+    found = measured("epochs", {"paths": clips, "warm": warm}, whole_runs(1 if quick else 3))
     finish("epochs-720p", "epochs", {"clips": len(clips), "frames": 16}, found)
 
 
@@ -300,7 +283,7 @@ def test_flat(quick: bool, finish, warm: str, tmp_path: Path) -> None:
     small = files.copies(Path(warm), tmp_path / "small", count - count // 10)
     large = files.copies(larger, tmp_path / "large", count // 10)
     paths = [str(large.pop() if number % 10 == 9 else small.pop()) for number in range(count)]
-    found = whole_runs("flat", {"paths": paths, "warm": warm, "cache_mib": 32, "every": 100}, 1)
+    found = measured("flat", {"paths": paths, "warm": warm, "cache_mib": 32, "every": 100}, whole_runs(1))
     finish("flat", "flat", {"videos": count}, found)
 
 
@@ -312,7 +295,7 @@ def test_cuda(toy: bool, finish, warm: str) -> None:
     path = read_once(files.long_video(30))
     arguments = {"path": path, "indices": chosen(64), "warm": warm, "raw": decoded(64)}
     # The CPU route may have all cores.
-    found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=cpu_count())
+    found = measured("cuda", arguments, ON_CUDA, patch_differences, warm_up=True, threads=len(os.sched_getaffinity(0)))
     finish("cuda-720p-64f-gop30", "cuda", {"frames": 64, "GOP": 30}, found, device="cuda")
 
 

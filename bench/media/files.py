@@ -51,7 +51,7 @@ def scene(first: int, count: int, height: int, width: int) -> Tensor:
     return out
 
 
-def encoded(path: Path, *, frames: int, height: int, width: int, gop: int, preset: str = "veryfast") -> Path:
+def encoded(path: Path, *, frames: int, height: int, width: int, gop: int) -> Path:
     """An h264 file in MP4 with a key frame every `gop` frames and no others; made where it is not there yet."""
     if path.exists():
         return path
@@ -66,7 +66,7 @@ def encoded(path: Path, *, frames: int, height: int, width: int, gop: int, prese
         frame_rate=FPS,
         codec="libx264",
         pixel_format="yuv420p",
-        preset=preset,
+        preset="veryfast",
         extra_options={"g": str(gop), "keyint_min": str(gop), "sc_threshold": "0"},
     )
     with encoder.open_file(str(unfinished)):

@@ -1,7 +1,7 @@
 """One variant of the media path in a process of its own: seconds of CPU, wall time and peak memory of its calls.
 
-The parent starts the process, which imports what the variant needs and prepares its inputs (neither is measured), and
-then asks for calls one at a time, so that the calls of several variants can be interleaved.
+The process imports what the variant needs and prepares its inputs (neither is measured). Calls are made one at a time,
+so that the calls of several variants can be interleaved.
 
 - `cpu_s`: CPU seconds of the process and of all processes below it, every thread.
 - `wall_s`: what the clock says.
@@ -15,45 +15,56 @@ import mmap
 import multiprocessing
 import os
 import time
-import traceback
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 
-from bench.core.measure import Unavailable
-from bench.core.memory import peak_extra_bytes
-from bench.media import variants
-from bench.media.work import Spec, Work, descendants, stat_fields
+from bench.core.memory import peak_extra_bytes, status_bytes
 
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _MIB = 2**20
 # More than any variant takes.
 _TOUCHED = 2**30
 
 
-class VariantFailed(RuntimeError):
-    """A variant's process raised; the message holds its traceback."""
+@dataclass(frozen=True)
+class Work:
+    """What a variant does. Built in its process.
+
+    Fields:
+        run: the timed call; gets what `prepare` returned.
+        prepare, clean: before and after each call, not measured; `clean` gets what `prepare` returned.
+        output: the arrays or tensors of the result, whose bytes do not count as memory of the call.
+        twice: bytes of the result that two of the processes have mapped at once.
+        facts: numbers about the result that belong into the record.
+        save: writes the result for comparison.
+        library: name and versions.
+    """
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    clean: Callable[[Any], None] = lambda state: None
+    output: Callable[[Any], list[Any]] = lambda result: [result]
+    twice: Callable[[Any], int] = lambda result: 0
+    facts: Callable[[Any], dict[str, Any]] = lambda result: {}
+    save: Callable[[Any, Path], None] | None = None
+    library: str = ""
 
 
 def cpu_seconds() -> float:
-    """Of this process, and of those below it that are alive (whose clock ticks are 10 ms)."""
-    ticks = 0
-    for pid in descendants(os.getpid()):
-        # User and system time, of the process and of the children it has waited for.
-        ticks += sum(int(number) for number in stat_fields(pid)[11:15])
-    return time.process_time() + ticks / _TICKS_PER_S
-
-
-def resident_bytes(pid: int | str, name: str = "VmRSS") -> int:
-    """VmRSS or VmHWM of a process; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+    """Return the CPU seconds of this process and of those below it that are alive (whose clock ticks are 10 ms)."""
+    seconds = time.process_time()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            # User and system time, of the process and of the children it has waited for.
+            seconds += sum(process.cpu_times()[:4])
+    return seconds
 
 
 def touch_memory() -> None:
@@ -85,97 +96,69 @@ def timed_call(work: Work) -> dict[str, Any]:
     return {"cpu_s": cpu, "wall_s": wall, **facts}
 
 
-def memory_call(work: Work, save_to: str | None) -> dict[str, Any]:
-    """Peaks of one call. Memory of a GPU is not in them."""
+def memory_call(work: Work, save_to: Path | None) -> dict[str, Any]:
+    """Return the peaks of one call, and save its result. Memory of a GPU is not in them."""
     state = work.prepare()
     try:
-        below = descendants(os.getpid())
-        for pid in below:
+        before = {}
+        for child in psutil.Process().children(recursive=True):
             # Sets the high-water mark back to the present size.
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
-        before = {pid: resident_bytes(pid) for pid in below}
+            Path(f"/proc/{child.pid}/clear_refs").write_text("5")
+            before[child.pid] = status_bytes("VmRSS", child.pid)
         own, result = peak_extra_bytes(lambda: work.run(state), torch.device("cpu"))
-        numbers: dict[str, Any] = {"output_mib": sum(array.nbytes for array in work.output(result)) / _MIB}
+        arrays = work.output(result)
+        numbers: dict[str, Any] = {"output_mib": sum(array.nbytes for array in arrays) / _MIB}
         if own is not None:
-            added = sum(max(0, resident_bytes(pid, "VmHWM") - size) for pid, size in before.items())
+            added = sum(max(0, status_bytes("VmHWM", pid) - size) for pid, size in before.items())
             numbers["peak_mib"] = (own + added - work.twice(result)) / _MIB
-            host = sum(array.nbytes for array in work.output(result) if not getattr(array, "is_cuda", False))
+            host = sum(array.nbytes for array in arrays if not getattr(array, "is_cuda", False))
             numbers["beyond_output_mib"] = max(0.0, numbers["peak_mib"] - host / _MIB)
         if save_to is not None and work.save is not None:
-            work.save(result, Path(save_to))
-        del result
+            work.save(result, save_to)
+        del result, arrays
     finally:
         work.clean(state)
     return numbers
 
 
 class VariantProcess:
-    """The parent's side of one variant; `ready` before all else."""
+    """The process of one variant; `ready` comes before all else."""
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.library = spec, ""
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(spec.threads))
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, spec), daemon=False)
+    def __init__(self, part: str, variant: str, arguments: dict[str, Any], threads: int) -> None:
+        self.library = ""
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         # Libraries read these when they are loaded.
         with mock.patch.dict(os.environ, limits):
-            self._process.start()
-        theirs.close()
+            self._built = self._pool.submit(_build, part, variant, arguments, threads)
 
     def ready(self) -> None:
         """Wait until the inputs are there. Raises Unavailable where the variant cannot run here."""
-        self.library = self._answer()
+        self.library = self._built.result()
 
     def call(self) -> dict[str, Any]:
-        """Seconds of one call, and its facts."""
-        return self._ask(("call", None))
+        """Return the seconds of one call, and its facts."""
+        return self._pool.submit(_in_process, timed_call).result()
 
     def memory(self, save_to: Path | None = None) -> dict[str, Any]:
-        """Peaks of one call; what it returned is saved where the variant can."""
-        return self._ask(("memory", None if save_to is None else str(save_to)))
+        """Return the peaks of one call; its result is saved where the variant can."""
+        return self._pool.submit(_in_process, memory_call, save_to).result()
 
     def close(self) -> None:
-        self._connection.close()
-        self._process.join(timeout=30)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def _ask(self, message: tuple) -> dict[str, Any]:
-        self._connection.send(message)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            status, value = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise VariantFailed(f"{self.spec.part}, {self.spec.variant}: its process ended") from error
-        if status == "unavailable":
-            raise Unavailable(value)
-        if status == "failed":
-            raise VariantFailed(f"{self.spec.part}, {self.spec.variant}: {value}")
-        return value
+        self._pool.shutdown()
 
 
-def serve(connection: Connection, spec: Spec) -> None:
-    """The life of a variant's process."""
-    torch.set_num_threads(spec.threads)
-    try:
-        work = variants.build(spec)
-        connection.send(("ok", work.library))
-    except Unavailable as error:
-        connection.send(("unavailable", str(error)))
-        return
-    except Exception:
-        connection.send(("failed", traceback.format_exc()))
-        return
-    while True:
-        try:
-            what, value = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        try:
-            connection.send(("ok", timed_call(work) if what == "call" else memory_call(work, value)))
-        except Exception:
-            connection.send(("failed", traceback.format_exc()))
+# The variant of this process.
+_works: list[Work] = []
+
+
+def _build(part: str, variant: str, arguments: dict[str, Any], threads: int) -> str:
+    from bench.media.variants import PARTS
+
+    torch.set_num_threads(threads)
+    _works.append(PARTS[part][variant](**arguments))
+    return _works[0].library
+
+
+def _in_process(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    return call(_works[0], *arguments)

@@ -1,8 +1,8 @@
 """The variants of each part of the media path: ours, and the libraries that users have instead.
 
 decode: file -> the chosen uint8 frames. preprocess: frames -> patches. file: file -> patches. Each function builds a
-`Work` in the variant's own process, with one thread where a library lets itself be told so. The parts `ahead`, `epochs`
-and `flat` are in loader.py.
+`Work` in the variant's own process, with one thread where a library has such a setting. The parts `ahead`, `epochs` and
+`flat` are in loader.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 import rmsd_kernels
 from bench.core.measure import Unavailable, find_torchvision, need
 from bench.media import loader
-from bench.media.work import Spec, Work
+from bench.media.process import Work
 from rmsd_fast.config import DataConfig, VideoConfig
 from rmsd_fast.data import preprocess, video, video_file
 from rmsd_fast.data.media_file import open_media
@@ -35,19 +34,12 @@ PREPROCESSOR = Preprocessor()
 Build = Callable[..., Work]
 
 
-def build(spec: Spec) -> Work:
-    return PARTS[spec.part][spec.variant](**spec.arguments)
-
-
 # Decoding. Frames stay in the layout that each library gives them in; all are H x W x 3 in memory.
 
 
 def save_frames(frames: list[Any], path: Path) -> None:
-    """As one array [F, H, W, 3], a chunk at a time."""
-    shape = (sum(len(_hwc(chunk)) for chunk in frames), *_hwc(frames[0]).shape[1:])
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    np.concatenate([_hwc(chunk) for chunk in frames], out=out)
-    out.flush()
+    """Save as one array [F, H, W, 3]."""
+    np.save(path, np.concatenate([_hwc(chunk) for chunk in frames]))
 
 
 def _hwc(chunk: Any) -> np.ndarray:
@@ -234,20 +226,12 @@ def patches_hf(raw: str, layout: str) -> Work:
 
 def file_ours(path: str, indices: list[int], warm: str, device: str = "cpu") -> Work:
     """A new MediaReader for each call, its worker started before; `warm` is a small file that starts it."""
-    from rmsd_fast.data.media import MediaReader
-
     _need_device(device)
     request = video.MediaRequest(path, "video", VideoConfig(num_frames=len(indices)), PREPROCESSOR)
-    first = video.MediaRequest(warm, "video", VideoConfig(num_frames=2), PREPROCESSOR)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    data = loader.data_config(cache_mib=0, decoder=device.partition(":")[0])
 
-    def prepare() -> MediaReader:
-        decoder = "cpu" if device == "cpu" else "cuda"
-        reader = MediaReader(loader.data_config(cache_mib=0, decoder=decoder), device=device)
-        reader.read(first)
-        return reader
-
-    def run(reader: MediaReader) -> tuple[torch.Tensor, video.Frames]:
+    def run(reader: Any) -> tuple[torch.Tensor, video.Frames]:
         frames = reader.read(request)
         patches = preprocess.video_patches(frames.pixels, PREPROCESSOR, dtype)
         if device != "cpu":
@@ -256,7 +240,7 @@ def file_ours(path: str, indices: list[int], warm: str, device: str = "cpu") -> 
 
     return Work(
         run,
-        prepare,
+        functools.partial(loader.warm_reader, data, warm, device=device),
         lambda reader: reader.close(),
         output=lambda result: [result[0]],
         twice=lambda result: 0 if result[1].pixels.is_cuda else result[1].pixels.nbytes,
@@ -301,10 +285,6 @@ def file_hf(path: str, indices: list[int], decoder: str) -> Work:
         return processor(videos=[frames])["pixel_values_videos"]
 
     return Work(run, save=save_patches, library=f"{_hf_library()}, {frames_of.library}")
-
-
-def cpu_count() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 OURS, HF = "ours", "HF processor"

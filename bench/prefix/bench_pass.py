@@ -17,9 +17,9 @@ from functools import partial
 import pytest
 import torch
 
-from bench.core.measure import Outcome, Variant, differences_of, facts_of, main_time, measure, numbers_of
+from bench.core.measure import Variant, differences_of, facts_of, measure, numbers_of
 from bench.prefix.groups import HIDDEN, LAYERS, Case, load, make_builder, make_prompt, make_responses, media_each
-from bench.step.flops import Load, copies_flops, packed_flops, padded_flops
+from bench.step.flops import PASS_FLOPS, Load
 from bench.step.rates import predicted_seconds, rates
 from rmsd_fast.data.packing import make_rows
 from rmsd_fast.losses import linear_cross_entropy
@@ -31,7 +31,6 @@ NAME = "shared_prefix"
 
 BASE = "shared M=12"
 WAYS = (("shared", 12), ("padded", 12), ("copies", 12), ("shared", 9), ("shared", 1), ("copies", 1))
-FLOPS = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}
 
 
 def cases(quick: bool, device: str) -> list[Case]:
@@ -80,7 +79,7 @@ def test_shared_prefix(case: Case, effort, report) -> None:
     rate = rates(config, case.prefix, getattr(torch, case.dtype), device)
     numbers = numbers_of(samples, variants, baseline=None)
     for (way, _), (variant, read, _) in zip(WAYS, made, strict=True):
-        flops = FLOPS[way](config, [read], backward=True)
+        flops = PASS_FLOPS[way](config, [read], backward=True)
         numbers[variant.name] |= {"predicted_s": predicted_seconds(flops, rate), "flop": flops.total}
     differences = differences_of(samples)
     for way in ("padded M=12", "copies M=12"):
@@ -91,4 +90,4 @@ def test_shared_prefix(case: Case, effort, report) -> None:
     shape = {"P": made[0][1].prefix, "R": case.response, "D": HIDDEN, "layers": LAYERS}
     record = facts_of(NAME, case, shape, BASE) | {"rates": rate, "variants": numbers}
     record["differences"] = {name: max(own.values()) for name, own in differences.items() if "M=12" in name}
-    report(Outcome(record, variants[0], main_time(numbers[BASE]) / 1e3))
+    report(record, variants[0])

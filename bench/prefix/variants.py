@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.core.measure import OURS, Unavailable, Variant, need
+from bench.core.measure import OURS, Unavailable, Variant, available, need
 from rmsd_kernels import SharedPrefixPlan, shared_prefix_attention
 
-FLEX, DENSE = "FlexAttention", "dense mask, sdpa"
+FLEX, CEILING = "FlexAttention", "causal flash, P tokens"
 VARLEN, LOOP = "separate rows, varlen flash", "separate rows, sdpa row by row"
-CEILING, CUDNN_CEILING = "causal flash, P tokens", "causal cuDNN, P tokens"
 
 
 @dataclass(frozen=True)
@@ -158,21 +157,17 @@ def ours(case: Case, x: Inputs) -> Way:
     return on_packed_row(OURS, case, x, lambda q, k, v: shared_prefix_attention(q, k, v, x.plan))
 
 
-def _varlen(name: str, find: Callable[[], Callable[..., Tensor]]) -> Build:
-    """A variable-length function f(q, k, v, edges, edges, longest, longest) on the copies, one after another."""
+def _separate_varlen(case: Case, x: Inputs) -> Way:
+    """The copies one after another in torch's variable-length function."""
+    _need_cuda(case, "variable-length flash kernels")
+    function, (count, length) = _torch_varlen(), x.rows.shape
+    edges = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=case.device)
 
-    def build(case: Case, x: Inputs) -> Way:
-        _need_cuda(case, "variable-length flash kernels")
-        function, (count, length) = find(), x.rows.shape
-        edges = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=case.device)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(*(t.flatten(0, 1) for t in (q, k, v)), edges, edges, length, length)
+        return out.unflatten(0, (count, length))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = function(*(t.flatten(0, 1) for t in (q, k, v)), edges, edges, length, length)
-            return (out[0] if isinstance(out, tuple) else out).unflatten(0, (count, length))
-
-        return on_separate_rows(name, case, x, attend)
-
-    return build
+    return on_separate_rows(VARLEN, case, x, attend)
 
 
 def _torch_varlen() -> Callable[..., Tensor]:
@@ -182,21 +177,11 @@ def _torch_varlen() -> Callable[..., Tensor]:
     return functools.partial(function, window_size=(-1, 0), **gqa)
 
 
-def _flash_attn(module: str) -> Callable[[], Callable[..., Tensor]]:
-    return lambda: functools.partial(need(module).flash_attn_varlen_func, causal=True)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> Tensor:
-    """Causal attention of [B, T, heads, d] by one backend; None: by torch's choice, as on CPU."""
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of [B, T, heads, d]: the flash kernel on CUDA, torch's choice on CPU."""
     rows = (t.transpose(1, 2) for t in (q, k, v))
-    with nullcontext() if backend is None else sdpa_kernel(backend):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
         return scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def _separate_cudnn(case: Case, x: Inputs) -> Way:
-    _need_cuda(case, "cuDNN")
-    attend = functools.partial(_causal, backend=SDPBackend.CUDNN_ATTENTION)
-    return on_separate_rows("separate rows, cuDNN", case, x, attend)
 
 
 def _separate_loop(case: Case, x: Inputs) -> Way:
@@ -204,7 +189,7 @@ def _separate_loop(case: Case, x: Inputs) -> Way:
         raise Unavailable("the form for CPU")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([_causal(*row, None) for row in zip(q.split(1), k.split(1), v.split(1), strict=True)])
+        return torch.cat([_causal(*row) for row in zip(q.split(1), k.split(1), v.split(1), strict=True)])
 
     return on_separate_rows(LOOP, case, x, attend)
 
@@ -235,30 +220,12 @@ def _flex(case: Case, x: Inputs) -> Way:
     return on_packed_row(FLEX, case, x, attend, compiles=True)
 
 
-def _dense(case: Case, x: Inputs) -> Way:
-    """As transformers calls it where there is a mask: keys and values repeated for all heads."""
-    mask, repeat = visible(case, x)[None, None], case.heads // case.key_heads
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
-        rows = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return scaled_dot_product_attention(*rows, attn_mask=mask)[0].transpose(0, 1)
-
-    return on_packed_row(DENSE, case, x, attend)
-
-
-def _ceiling(name: str, backend: SDPBackend) -> Build:
+def _ceiling(case: Case, x: Inputs) -> Way:
     """What the same kernel makes of the prefix alone."""
-
-    def build(case: Case, x: Inputs) -> Way:
-        if backend is SDPBackend.CUDNN_ATTENTION:
-            _need_cuda(case, "cuDNN")
-        rows = tuple(t.detach()[None, : case.prefix].clone().requires_grad_() for t in x.leaves)
-        d_out, chosen = x.d_out[None, : case.prefix], backend if case.device != "cpu" else None
-        variant = Variant(name, lambda: _causal(*rows, chosen), lambda out: torch.autograd.grad(out, rows, d_out))
-        return Way(variant, None, case.prefix * (case.prefix + 1) // 2)
-
-    return build
+    rows = tuple(t.detach()[None, : case.prefix].clone().requires_grad_() for t in x.leaves)
+    d_out = x.d_out[None, : case.prefix]
+    variant = Variant(CEILING, lambda: _causal(*rows), lambda out: torch.autograd.grad(out, rows, d_out))
+    return Way(variant, None, case.prefix * (case.prefix + 1) // 2)
 
 
 def _need_cuda(case: Case, what: str) -> None:
@@ -268,25 +235,13 @@ def _need_cuda(case: Case, what: str) -> None:
 
 WAYS: dict[str, Build] = {
     OURS: ours,
-    VARLEN: _varlen(VARLEN, _torch_varlen),
-    "separate rows, cuDNN": _separate_cudnn,
-    "separate rows, flash-attn 2": _varlen("separate rows, flash-attn 2", _flash_attn("flash_attn")),
-    "separate rows, flash-attn 3": _varlen("separate rows, flash-attn 3", _flash_attn("flash_attn_interface")),
+    VARLEN: _separate_varlen,
     LOOP: _separate_loop,
-    DENSE: _dense,
     FLEX: _flex,
-    CEILING: _ceiling(CEILING, SDPBackend.FLASH_ATTENTION),
-    CUDNN_CEILING: _ceiling(CUDNN_CEILING, SDPBackend.CUDNN_ATTENTION),
+    CEILING: _ceiling,
 }
 
 
 def build_ways(case: Case, x: Inputs, skip: dict[str, str]) -> tuple[dict[str, Way], dict[str, str]]:
-    """Those that run here, ours first, and the reasons of the others."""
-    ways, not_run = {}, dict(skip)
-    for name, build in WAYS.items():
-        if name not in skip:
-            try:
-                ways[name] = build(case, x)
-            except Unavailable as reason:
-                not_run[name] = str(reason)
-    return ways, not_run
+    """Return those that run here, ours first, and the reasons of the others."""
+    return available({name: lambda b=build: b(case, x) for name, build in WAYS.items()}, skip)

@@ -1,6 +1,6 @@
-"""One optimiser step of a student of the shape of Qwen3-VL-4B by the trainer's own engine, on one GPU.
+"""One optimizer step of a student of the shape of Qwen3-VL-4B by the trainer's own engine, on one GPU.
 
-For bench_step.py, where two full optimisers do not fit beside three models: twice this time is added to the steps that
+For bench_step.py, where two full optimizers do not fit beside three models: twice this time is added to the steps that
 are recorded without. A process of its own, since the largest tensors of all are made here. DeepSpeed with AdamW:
 float32 master weights, moments and gradients of as many decoder layers as fit with them, all 36 if 92 GB are there;
 `scaled`: the seconds of all layers are those measured times their parameters over those measured. Medians, after real
@@ -10,10 +10,9 @@ backwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
@@ -30,9 +29,7 @@ from rmsd_fast.data.packing import pack
 from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.students import encode_media
-from rmsd_fast.runtime.engine import Engine
 from rmsd_fast.stages.build import make_engine, make_policy
-from rmsd_fast.stages.state import apply_or_discard
 
 NAME = "optimizer"
 # With less, half of the layers: making the model and its engine, and compiling, take most of it.
@@ -47,14 +44,10 @@ def toy_cases(device: str) -> list[StepCase]:
     return bench_step.toy_cases(device)[-1:]
 
 
-def time_optimizer(
-    sizes: models.Sizes, world: models.World, layers: int, prefix: int, rounds: int = 3
-) -> Iterator[dict[str, Any]]:
-    """Seconds of `Engine.step` of one full model of so many layers, after real backwards; of all layers by parameters.
+def time_optimizer(sizes: models.Sizes, world: models.World, layers: int, prefix: int, rounds: int = 3) -> dict:
+    """Return the seconds of `Engine.step` of one full model of so many layers, after real backwards.
 
-    The device has to be empty. Given twice: as soon as it is known, and again with accumulation_s: what a backward
-    through DeepSpeed takes longer than a plain one, which is the time it needs to add 16-bit gradients to its float32
-    ones; of the layers measured.
+    `seconds` is scaled to all layers by parameters. The device has to be empty.
     """
     settings = models.settings_of(sizes, "shared", 2 * prefix, 32, 1, 2)
     student = models.make_student(sizes, settings, world, layers)
@@ -63,47 +56,28 @@ def time_optimizer(
     rows = pack(prompts, [make_responses(builder, 2, 32, seed=1)]).to(world.device)
     with torch.no_grad():
         features = encode_media(student.model, prompts)
-
-    def seconds(call: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        call()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        return time.perf_counter() - began
-
-    def backward(engine: Engine | models.Passes) -> None:
-        loss = -engine(prompts, rows, features, partial(linear_logprob, ignore_index=None)).mean()
-        engine.backward(loss, last=True)
-
-    def step(engine: Engine | models.Passes) -> None:
-        _, skipped = apply_or_discard([engine])
-        assert not skipped
-
-    def medians(engine: Engine | models.Passes) -> list[float]:
-        """Seconds of a backward and of a step."""
-        try:
-            times = [(seconds(partial(backward, engine)), seconds(partial(step, engine))) for _ in range(1 + rounds)]
-        finally:
-            engine.close()
-        # The first makes the moments, and compiles kernels.
-        return [median(own) for own in zip(*times[1:], strict=True)]
-
     trained, counts = sum(p.numel() for p in policy.parameters() if p.requires_grad), models.counts_of(sizes)
-    spent = medians(make_engine(policy, settings, world, 0.0))
-    found = {
-        "seconds": spent[1] * counts.trained / trained,
-        "scaled": trained != counts.trained,
-        "measured_s": spent[1],
-        "layers": layers,
-        "parameters": trained,
-        "rounds": rounds,
-    }
-    yield found
-    yield found | {"accumulation_s": spent[0] - medians(models.Passes(policy, world=world))[0]}
+    engine, times = make_engine(policy, settings, world, 0.0), []
+    try:
+        for _ in range(1 + rounds):
+            loss = -engine(prompts, rows, features, partial(linear_logprob, ignore_index=None)).mean()
+            engine.backward(loss, last=True)
+            assert engine.gradients_finite()
+            models.synchronize(world.device)
+            began = time.perf_counter()
+            engine.step()
+            models.synchronize(world.device)
+            times.append(time.perf_counter() - began)
+    finally:
+        engine.close()
+    # The first makes the moments, and compiles kernels.
+    measured = median(times[1:])
+    facts = {"layers": layers, "parameters": trained, "rounds": rounds, "scaled": trained != counts.trained}
+    return {"seconds": measured * counts.trained / trained, "measured_s": measured, **facts}
 
 
-def measure_optimizer(case: StepCase, world: models.World) -> Iterator[dict]:
-    """`time_optimizer` of as many layers as fit, fewer where that count was too hopeful or time is short.
+def measure_optimizer(case: StepCase, world: models.World) -> dict:
+    """Run `time_optimizer` with as many layers as fit, fewer if they do not fit after all or time is short.
 
     Raises: RuntimeError.
     """
@@ -111,12 +85,10 @@ def measure_optimizer(case: StepCase, world: models.World) -> Iterator[dict]:
     if seconds_left() < SHORT_S:
         layers = max(1, layers // 2)
     while True:
-        rest = time_optimizer(case.sizes, world, layers, min(512, case.prefix))
-        found, reason, memory = attempt(partial(next, rest), partial(models.free_bytes, world.device))
+        one = partial(time_optimizer, case.sizes, world, layers, min(512, case.prefix))
+        found, reason, memory = attempt(one, partial(models.free_bytes, world.device))
         if not reason:
-            yield found
-            yield from rest
-            return
+            return found
         layers = layers * 3 // 4
         if not memory or not layers:
             raise RuntimeError(reason)
@@ -135,14 +107,14 @@ def test_optimizer(
     if seconds_left() <= 0:
         pytest.skip(NO_TIME)
     if not is_apart(case, world.device):
-        pytest.skip("the steps have their optimisers")
+        pytest.skip("the steps have their optimizers")
     place = request.config.getoption("record")
     # Steps of this run that were measured before.
     steps = load_run(place) if place is not None and place.suffix == ".jsonl" else []
     steps = list(filter(bench_step.lacks_optimizer, steps))
-    for optimizer in measure_optimizer(case, world):
-        own = {"rounds": optimizer["rounds"], "forward": quantiles([1e3 * optimizer["measured_s"]])}
-        record = {"bench": NAME, "case": case.sizes.name, "device": case.device, "quick": quick}
-        publish(record | {"baseline": "one step", "variants": {"one step": own}, "optimizer": optimizer})
-        for step in steps:
-            save(bench_step.with_optimizer(step, optimizer), place)
+    optimizer = measure_optimizer(case, world)
+    own = {"rounds": optimizer["rounds"], "forward": quantiles([1e3 * optimizer["measured_s"]])}
+    record = {"bench": NAME, "case": case.sizes.name, "device": case.device, "quick": quick}
+    publish(record | {"baseline": "one step", "variants": {"one step": own}, "optimizer": optimizer})
+    for step in steps:
+        save(bench_step.with_optimizer(step, optimizer), place)

@@ -1,6 +1,6 @@
 """A whole stage-2 step: shared prompts against padded rows and against a copy of the prompt per response.
 
-One step is vision, rollouts, discriminator on N rollouts and K teacher responses, reference, policy, both optimisers,
+One step is vision, rollouts, discriminator on N rollouts and K teacher responses, reference, policy, both optimizers,
 by the trainer's own code. On a CPU it runs with the small student and generates its rollouts; on a GPU it has the shape
 of Qwen3-VL-4B, and rollouts are given and not timed (models.py). The ways share the same three models:
 
@@ -10,21 +10,19 @@ of Qwen3-VL-4B, and rollouts are given and not timed (models.py). The ways share
 
 Gradient norms of the ways are compared first, on the same rollouts (`differences`). If they are too far apart, `gate`
 says so, and the benchmark fails after the steps were timed. `passes_s` (`training` in ms) is the four passes by the
-trainer's PhaseTimer, `whole_s` the step by the clock. Where two full optimisers do not fit, `whole_s` is without them
+trainer's PhaseTimer, `whole_s` the step by the clock. Where two full optimizers do not fit, `whole_s` is without them
 until bench_optimizer.py has run; `optimizer` says which. A way that runs out of memory is in `not_run`, and comes again
 with recomputed decoder layers ("..., checkpointing"); if that is the base, all ways of the case recompute.
 
 `utilisation` counts the FLOPs of shared prompts, whatever the way computes, over the datasheet's dense bf16 peak, and
 `utilisation_of_measured_gemm` over the rate of GEMMs in `rates`. `predicted_s` is all FLOPs of the passes at `rates`.
-`peak_mib` is `held_mib` before the step (0 on CPU) and what the step adds. A shared step that had to ask the device for
-memory (`device_allocs`) is timed again, since in training the allocator's cache has its shapes.
+`peak_mib` is `held_mib` before the step (0 on CPU) and what the step adds.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,13 +30,12 @@ import pytest
 import torch
 
 from bench.core.goals import SWEPT
-from bench.core.measure import Effort, quantiles
-from bench.core.records import hardware_of, read_lines, surroundings
+from bench.core.measure import Effort, facts_of, quantiles
 from bench.core.report import PASSES
 from bench.cuda.section_log import NO_TIME, seconds_left
 from bench.step import trl_peer
 from bench.step.flops import step_flops
-from bench.step.models import CONFIG_TOY, SMALL, activation_bytes, counts_of, start, stop
+from bench.step.models import CONFIG_TOY, SMALL, counts_of, start, stop
 from bench.step.rates import datasheet_peak
 from bench.step.sweep import Measured, Rig, begin, sweep
 from bench.step.way import (
@@ -78,7 +75,7 @@ def cases(quick: bool, device: str) -> list[StepCase]:
 
 
 def toy_cases(device: str) -> list[StepCase]:
-    """A rehearsal of both modes: with optimisers in the step, and apart."""
+    """A rehearsal of both modes: with optimizers in the step, and apart."""
     parts = (PAIR, (*PADDED, *SEVERAL[1:]), (*COUNTS, *COPIES[1:]))
     found = [StepCase(128, 16, "bfloat16", device, sizes=CONFIG_TOY, ways=ways) for ways in parts]
     apart = StepCase(128, 16, "bfloat16", device, sizes=CONFIG_TOY, ways=PAIR, room=room_for_apart())
@@ -86,22 +83,21 @@ def toy_cases(device: str) -> list[StepCase]:
 
 
 def room_for_apart() -> int:
-    """Bytes in which the toy's optimisers do not fit, and not all of its layers with one."""
+    """Bytes in which the toy's optimizers do not fit, and not all of its layers with one."""
     counts = counts_of(CONFIG_TOY)
     return 24 * (counts.trained - counts.layer)
 
 
 def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None) -> dict[str, Any]:
-    """A variant of the record. peak: FLOP/s. Optimisers that are measured apart are not in it."""
-    rounds, response = found.rounds[way], found.case.response
-    flop = step_flops(rig.config, found.loads(way), "shared", teacher_per_rollout=False).total
+    """A variant of the record. peak: FLOP/s. Optimizers that are measured apart are not in it."""
+    rounds = found.rounds[way]
+    flop = step_flops(rig.config, found.loads(way), "shared").total
     passes = [sum(phases.get(name, 0.0) for name in PASSES) for phases in rounds]
     left_out = ("rollout",) * found.case.gives_rollouts + ("optimizer",) * rig.apart
     whole = [phases["step"] - sum(phases[name] for name in left_out) for phases in rounds]
     spent = {"passes": median(passes), "whole": None if rig.apart else median(whole)}
-    phases = [name for name in rounds[0] if name not in ("step", "device_allocs", "tokens_computed")]
-    tokens = way.groups * (found.prefix + (way.k + way.n) * response)
-    own = {
+    phases = [name for name in rounds[0] if name not in ("step", "tokens_computed")]
+    return {
         "rounds": len(rounds),
         "forward": quantiles([1e3 * seconds for seconds in whole]),
         "training": quantiles([1e3 * seconds for seconds in passes]),
@@ -109,17 +105,12 @@ def numbers_of(rig: Rig, found: Measured, way: Way, peak: float | None) -> dict[
         "whole_s": median(whole),
         "optimizer_s": None if rig.apart else median(phases["optimizer"] for phases in rounds),
         "phases_s": {name: median(own.get(name, 0.0) for own in rounds) for name in phases},
-        "predicted_s": found.predicted_s(rig.config, way),
+        "predicted_s": found.predicted_s(way),
         "model_flop": flop,
         **rates_of(flop, spent, peak, found.rate["matmul"]),
         "peak_mib": found.peaks[way.name] / 2**20,
         "tokens_computed": rounds[-1]["tokens_computed"],
-        "device_allocs": [phases["device_allocs"] for phases in rounds],
     }
-    if way.mode == "shared" and rig.sizes is not SMALL:
-        estimated = activation_bytes(rig.sizes, tokens, checkpointing=way.checkpointing)
-        own["activations_estimated_mib"] = estimated / 2**20
-    return own
 
 
 def rates_of(flop: float, spent: dict[str, float | None], peak: float | None, gemm: float) -> dict[str, dict]:
@@ -142,21 +133,14 @@ def record_of(rig: Rig, found: Measured) -> dict[str, Any]:
         remarks["utilisation"] = f"no datasheet's peak is known for {device}"
     if rig.gate:
         remarks["gate"] = rig.gate
-    if case.device == "cuda" and "attention as torch chooses" not in found.rate:
-        remarks["attention"] = "no flash kernel takes these sizes; predicted at the rate of what torch chooses"
     if BASE.name not in variants:
         why = found.not_run.get(BASE.name, "not tried")
         remarks[BASE.name] = f"not as it is ({why}); all ratios are to another variant"
     text, counts = rig.config.text_config, {"parameters": rig.counts.total, "trained": rig.counts.trained}
     shape = {"P": found.prefix, "R": case.response, "D": text.hidden_size, "layers": text.num_hidden_layers}
-    return {
-        "bench": NAME,
-        "case": case.name,
-        "shape": shape | counts,
+    baseline = BASE.name if BASE.name in variants else next(iter(variants))
+    return facts_of(NAME, case, shape | counts, baseline) | {
         "student": f"{rig.sizes.name}, random weights",
-        "dtype": case.dtype,
-        "device": case.device,
-        "baseline": BASE.name if BASE.name in variants else next(iter(variants)),
         "rates": found.rate,
         "peak_flop_per_s": peak,
         "differences": rig.differences,
@@ -170,7 +154,7 @@ def record_of(rig: Rig, found: Measured) -> dict[str, Any]:
 
 
 def with_optimizer(record: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The record of steps without optimisers, with twice the step that bench_optimizer.py has measured."""
+    """The record of steps without optimizers, with twice the step that bench_optimizer.py has measured."""
     both = 2 * optimizer["seconds"]
     variants = {}
     for name, own in record["variants"].items():
@@ -188,31 +172,17 @@ def lacks_optimizer(record: dict[str, Any]) -> bool:
     return record["bench"] == NAME and any(own.get("optimizer_s", 0.0) is None for own in record["variants"].values())
 
 
-def optimizer_of(place: Path | None, student: str, quick: bool) -> dict[str, Any] | None:
-    """What bench_optimizer.py has recorded of this student on this hardware, where these records go."""
-    path = None if place is None else place if place.suffix == ".jsonl" else place / "optimizer.jsonl"
-    found = None
-    for record in read_lines(path) if path is not None and path.exists() else ():
-        same = record["bench"] == "optimizer" and hardware_of(record) == hardware_of(surroundings())
-        if same and record["case"] == student and record["quick"] == quick:
-            found = record["optimizer"]
-    return found
-
-
 class Bench:
     """The models of the case at hand, and what was found on them so far."""
 
-    def __init__(self, effort: Effort | None = None) -> None:
-        self.small = (
-            Rounds() if effort is None else Rounds(effort.always_rounds, effort.least_rounds, float("inf"), 0.0)
-        )
+    def __init__(self) -> None:
         self.rig: Rig | None = None
         self.kind: tuple | None = None
         self.found: dict[str, Measured] = {}
         self.failed: dict[tuple, str] = {}
 
-    def rig_of(self, case: StepCase) -> Rig:
-        """Made once for all cases of a kind."""
+    def rig_of(self, case: StepCase, rounds: Rounds) -> Rig:
+        """Return the models, which are made once for all cases of a kind."""
         kind = (case.sizes, case.room, case.dtype)
         if kind in self.failed:
             pytest.skip(f"its models could not be made: {self.failed[kind]}")
@@ -222,18 +192,13 @@ class Bench:
             self.close()
             self.kind = kind
             try:
-                self.rig = Rig(case, start(), self.small if case.sizes is SMALL else Rounds())
+                self.rig = Rig(case, start(), rounds)
             except Exception as error:
                 self.failed[kind] = f"{type(error).__name__}: {error}"
                 # pytest keeps the error to the end, and its frames what was made of the models.
                 traceback.clear_frames(error.__traceback__)
                 raise
         return self.rig
-
-    def found_of(self, rig: Rig, case: StepCase) -> Measured:
-        if case.name not in self.found:
-            self.found[case.name] = begin(rig, case)
-        return self.found[case.name]
 
     def close(self) -> None:
         if self.rig is not None:
@@ -250,28 +215,26 @@ def bench():
 
 
 @pytest.mark.timeout(3600)
-def test_step(
-    case: StepCase, bench: Bench, effort: Effort, publish: Callable[[dict], dict], request: pytest.FixtureRequest
-) -> None:
+def test_step(case: StepCase, bench: Bench, effort: Effort, publish: Callable[[dict], dict]) -> None:
     if seconds_left() <= 0:
         pytest.skip(NO_TIME)
-    bench.small = Rounds(effort.always_rounds, effort.least_rounds, slow_s=float("inf"), quick_s=0.0)
-    rig = bench.rig_of(case)
-    found = bench.found_of(rig, case)
+    small = Rounds(effort.always_rounds, effort.least_rounds, slow_s=float("inf"), quick_s=0.0)
+    rig = bench.rig_of(case, small if case.sizes is SMALL else Rounds())
+    if case.name not in bench.found:
+        bench.found[case.name] = begin(rig, case)
+    found = bench.found[case.name]
     before = sum(map(len, found.rounds.values()))
     faults = sweep(rig, found, case.ways)
     if sum(map(len, found.rounds.values())) == before:
         assert not faults, faults
         pytest.skip(f"nothing ran: {'; '.join(sorted(set(found.not_run.values()))) or NO_TIME}")
-    record = record_of(rig, found)
-    optimizer = optimizer_of(request.config.getoption("record"), rig.sizes.name, case.sizes is CONFIG_TOY)
-    publish(with_optimizer(record, optimizer) if optimizer and rig.apart else record)
+    publish(record_of(rig, found))
     assert not faults and not rig.gate, [*faults, rig.gate]
 
 
 @pytest.mark.timeout(3600)
 def test_against_trl(quick: bool, toy: bool, publish: Callable[[dict], dict]) -> None:
-    """Rollouts, reference, policy and optimiser like for like, and ours with the discriminator as well."""
+    """Rollouts, reference, policy and optimizer like for like, and ours with the discriminator as well."""
     if toy or torch.cuda.is_available():
         pytest.skip("a benchmark for CPUs, not part of a rehearsal")
     missing = trl_peer.missing()

@@ -21,8 +21,6 @@ from typing import Any
 
 from rmsd_fast.models.cost import balance_weights, read_setting, read_sizes, text_sizes
 
-MODES = ("shared", "padded", "copies")
-
 
 @dataclass(frozen=True)
 class Load:
@@ -101,52 +99,32 @@ def copies_flops(config: Any, groups: Iterable[Load], **options: bool) -> Flops:
     return packed_flops(config, alone, **options)
 
 
+PASS_FLOPS = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}
+
+
 def step_flops(
     config: Any,
     groups: Iterable[StepLoad],
     mode: str,
     *,
-    reference: bool = True,
-    discriminator: bool = True,
-    train_vision: bool = False,
     checkpointing: bool = False,
-    teacher_per_rollout: bool = True,
 ) -> Flops:
     """A whole stage-2 step but the rollouts: policy forward and backward, reference forward, discriminator both.
 
-    Args:
-        config: of the student; policy, reference and discriminator have its shape.
-        groups: the groups of the step.
-        mode: "shared" and "padded": media are encoded once for all three models while the tower is frozen, once per
-            model where it is trained, and the discriminator reads N rollouts + K teacher responses. "copies": as
-            trainers without a shared prefix, media once per row and model.
-        reference, discriminator: whether the step has them.
-        train_vision, checkpointing: as in `packed_flops`.
-        teacher_per_rollout: with "copies": the discriminator reads N + N rows, a teacher response for each rollout, in
-            turn; otherwise N + K.
+    The tower is frozen, and the discriminator reads N rollouts and K teacher responses. "shared" and "padded" encode
+    media once for all three models; "copies" does so once per row and model.
+
     Raises:
         ValueError: another mode, or a config as in `packed_flops`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {list(MODES)}, got {mode!r}")
-    groups = list(groups)
-    one_pass = {"shared": packed_flops, "padded": padded_flops, "copies": copies_flops}[mode]
+    if mode not in PASS_FLOPS:
+        raise ValueError(f"mode: expected one of {list(PASS_FLOPS)}, got {mode!r}")
+    groups, one_pass = list(groups), PASS_FLOPS[mode]
     written = [Load(group.prefix, group.rollouts, group.grids) for group in groups]
-    judged = []
-    for group in groups:
-        teachers = list(group.teachers)
-        if mode == "copies" and teacher_per_rollout and teachers:
-            teachers = [teachers[place % len(teachers)] for place in range(len(group.rollouts))]
-        judged.append(Load(group.prefix, [*group.rollouts, *teachers], group.grids))
-    # One encoding serves all models as long as all of them have the same tower.
-    again = mode == "copies" or train_vision
-    trained = {"backward": True, "train_vision": train_vision, "checkpointing": checkpointing}
-    total = one_pass(config, written, **trained)
-    if reference:
-        total += one_pass(config, written, vision=again)
-    if discriminator:
-        total += one_pass(config, judged, head=False, vision=again, **trained)
-    return total
+    judged = [Load(group.prefix, [*group.rollouts, *group.teachers], group.grids) for group in groups]
+    again, trained = mode == "copies", {"backward": True, "checkpointing": checkpointing}
+    total = one_pass(config, written, **trained) + one_pass(config, written, vision=again)
+    return total + one_pass(config, judged, head=False, vision=again, **trained)
 
 
 def _flops(

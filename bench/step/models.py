@@ -9,7 +9,7 @@ Policy, reference and discriminator start with the same weights. Learning rates 
 
 Memory of 4B in GB, counted: weights 26.6 for the three models, gradients 8.0 each for policy and discriminator, 3.94 MB
 per token that a forward keeps for its backward, or 0.18 with recomputed layers. (8192, 512) with K=4 and N=8 peaks at
-about 84, which an H200 holds and an H100 does not. Two full optimisers would add 129, which neither holds.
+about 84, which an H200 holds and an H100 does not. Two full optimizers would add 129, which neither holds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
@@ -49,7 +49,7 @@ from rmsd_fast.teacher.targets import Targets
 
 __all__ = ["World", "start", "stop"]
 
-# Bytes per trained parameter of a full optimiser: float32 master and two moments; gradients added up in float32; and,
+# Bytes per trained parameter of a full optimizer: float32 master and two moments; gradients added up in float32; and,
 # of one engine at a time, AdamW's square root of the second moment.
 STATES, GRADIENTS, TEMPORARY = 12, 4, 4
 # Share of a device's memory to plan with: the rest is for workspaces, buckets, and gaps that the allocator cannot join.
@@ -152,9 +152,9 @@ def settings_of(
 
 
 class Passes:
-    """Forward and backward of one model behind the interface of the trainer's Engine, without an optimiser.
+    """Forward and backward of one model behind the interface of the trainer's Engine, without an optimizer.
 
-    For devices that two full optimisers do not fit. Gradients add up in 16 bits in `.grad`, as under DeepSpeed's
+    For devices that two full optimizers do not fit. Gradients add up in 16 bits in `.grad`, as under DeepSpeed's
     ZeRO-0; `step` returns their norm and frees them. Weights stay as they are.
     """
 
@@ -229,7 +229,7 @@ def activation_bytes(sizes: Sizes, tokens: int, *, checkpointing: bool = False) 
 
 
 def fits(sizes: Sizes, room: int, tokens: int) -> bool:
-    """Whether three models, two full optimisers and a forward over so many tokens have room in so many bytes."""
+    """Whether three models, two full optimizers and a forward over so many tokens have room in so many bytes."""
     if sizes is SMALL:
         return True
     counts = counts_of(sizes)
@@ -238,7 +238,7 @@ def fits(sizes: Sizes, room: int, tokens: int) -> bool:
 
 
 def layers_that_fit(sizes: Sizes, room: int) -> int:
-    """Most decoder layers of one model with its full optimiser in so many bytes; 1 at the least."""
+    """Most decoder layers of one model with its full optimizer in so many bytes; 1 at the least."""
     counts, layers = counts_of(sizes), sizes.text["num_hidden_layers"]
     each = 2 + STATES + GRADIENTS + TEMPORARY
     whole = each * counts.trained + 2 * (counts.total - counts.trained)
@@ -247,12 +247,17 @@ def layers_that_fit(sizes: Sizes, room: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nothing of this process or another holds."""
+    """Return memory that nothing of this process or another holds."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().free
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def make_state(
@@ -260,7 +265,7 @@ def make_state(
 ) -> StageState:
     """Policy, reference and, if the rewards need it, discriminator, wired by the trainer's own functions.
 
-    Targets are to be set. apart: without optimisers, as `Passes`.
+    Targets are to be set. apart: without optimizers, as `Passes`.
     """
 
     def student() -> Student:

@@ -6,7 +6,7 @@ And what a GPU's datasheet says, for its share of the peak.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from contextlib import nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,28 +49,24 @@ def rates(
     def products():
         return torch.autograd.grad((y := torch.nn.functional.linear(x, w)), (x, w), y)
 
-    def default():
+    def attention():
         # torch's own, not the op that is judged by it.
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return torch.autograd.grad(out, (q, k, v), out)
-
-    def attention():
-        # The kernels that the op is made of on CUDA, where torch may choose others for itself.
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return default()
 
     flop = {
         "matmul": 6 * rows * text.hidden_size * text.intermediate_size,
         "attention": 12 * heads * size * (prefix * (prefix + 1) // 2),
     }
-    kinds = {"matmul": products, "attention": default}
-    if device.type == "cuda" and dtype != torch.float32:
-        # Without a flash kernel for these sizes both are torch's choice.
-        with suppress(RuntimeError):
-            attention()
-            kinds |= {"attention": attention, "attention as torch chooses": default}
     seconds = _WARM_S if device.type == "cuda" else 0.0
-    return {name: flop[name.split()[0]] / call_seconds(run, device, seconds) for name, run in kinds.items()}
+    flash = device.type == "cuda" and dtype != torch.float32
+    # The kernels that the op is made of on CUDA, where torch may choose others for itself.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else nullcontext():
+        attention_s = call_seconds(attention, device, seconds)
+    return {
+        "matmul": flop["matmul"] / call_seconds(products, device, seconds),
+        "attention": flop["attention"] / attention_s,
+    }
 
 
 def predicted_seconds(flops, rate: dict[str, float]) -> float:

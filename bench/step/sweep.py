@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,8 @@ from rmsd_fast.models.liger import describe_liger
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.state import StageState
 
-# Seconds of a step over those predicted: until one was timed in this case, and bounds after that; until one of its mode
-# was timed, so many times those of the others.
-FIRST_PACE, PACES, UNKNOWN_MODE = 2.0, (0.8, 3.0), 1.3
+# Seconds of a step over those predicted: until one was timed in this case, and bounds after that.
+FIRST_PACE, PACES = 2.0, (0.8, 3.0)
 # Of the gate, with K=2 and N=3.
 GATE_RESPONSE, MOST_DIFFERENCE = 32, {"bfloat16": 5e-2, "float32": 1e-3}
 # As libraries below torch's allocator say that there is no memory left.
@@ -46,9 +46,11 @@ class Measured:
 
     rate: of `rates`. held: bytes before a step; peaks: at a step's highest, by name. rounds: seconds by phase.
     recompute: the base does not fit as it is, so that all ways recompute layers and are compared like with like.
+    pace: the largest ratio of a step's seconds to those predicted.
     """
 
     case: StepCase
+    config: Any
     prefix: int
     grid: tuple[int, int, int]
     rate: dict[str, float]
@@ -57,27 +59,34 @@ class Measured:
     rounds: dict[Way, list[dict[str, float]]] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
     recompute: bool = False
-    pace: dict[str, float] = field(default_factory=dict)
+    pace: float | None = None
 
-    def expected_s(self, config: Any, way: Way) -> float:
-        """Of one step."""
-        unknown = UNKNOWN_MODE * max(self.pace.values()) if self.pace else FIRST_PACE
-        return self.predicted_s(config, way) * self.pace.get(way.mode, unknown)
+    def expected_s(self, way: Way) -> float:
+        """Return the seconds that one step should take."""
+        return self.predicted_s(way) * (FIRST_PACE if self.pace is None else self.pace)
 
     def loads(self, way: Way) -> list[StepLoad]:
-        """Of each group."""
+        """Return the load of each group."""
         response = self.case.response
         return [StepLoad(self.prefix, [response] * way.n, [response] * way.k, [self.grid])] * way.groups
 
-    def predicted_s(self, config: Any, way: Way) -> float:
-        """Of the passes, at the measured rates: all that runs, whether it is needed or not."""
+    def predicted_s(self, way: Way) -> float:
+        """Return the seconds of the passes at the measured rates: all that runs, whether it is needed or not."""
         loads = self.loads(way)
-        flops = step_flops(config, loads, way.mode, teacher_per_rollout=False, checkpointing=way.checkpointing)
+        flops = step_flops(self.config, loads, way.mode, checkpointing=way.checkpointing)
         if way.mode == "padded" and self.case.sizes is not models.SMALL:
             # The discriminator's rows come in several micro-batches, so they are read without gradient first.
             judged = [Load(load.prefix, [*load.rollouts, *load.teachers]) for load in loads]
-            flops += padded_flops(config, judged, head=False, vision=False)
+            flops += padded_flops(self.config, judged, head=False, vision=False)
         return predicted_seconds(flops, self.rate)
+
+    def variant(self, way: Way) -> Way:
+        return way.recomputing() if self.recompute else way
+
+    def add(self, way: Way, numbers: dict[str, float]) -> None:
+        self.rounds.setdefault(way, []).append(numbers)
+        least, most = PACES
+        self.pace = min(most, max(least, self.pace or 0.0, numbers["step"] / self.predicted_s(way)))
 
 
 class Rig:
@@ -103,7 +112,7 @@ class Rig:
         return models.settings_of(self.sizes, *shape, f"model.dtype={self.dtype}", **groups)
 
     def prepare(self, way: Way, prompts: list[Prompt], response: int, *overrides: str) -> Step:
-        """Set everything up for steps of this way on the first prompts; the call makes one and returns its metrics."""
+        """Set up steps of this way on the first prompts. The returned call makes one and returns its metrics."""
         state, prompts, prefix = self.state, prompts[: way.groups], len(prompts[0].input_ids)
         settings = self.settings(way.packing, prefix, response, way.k, way.n, *overrides, groups=way.groups)
         models.switch(state, way.packing, way.checkpointing)
@@ -170,15 +179,13 @@ class Rig:
 
 
 def is_apart(case: StepCase, device: torch.device) -> bool:
-    """Whether the optimisers do not fit beside the models; asked while the device is empty."""
+    """Whether the optimizers do not fit beside the models; asked while the device is empty."""
     room = case.room or models.free_bytes(device)
     return not models.fits(case.sizes, room, case.prefix + (BASE.k + BASE.n) * case.response)
 
 
 def attempt(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, str, bool]:
-    """What it returns, "" and False; or None, why it failed, and whether for want of memory. `free` then gives back
-    what is left of it.
-    """
+    """Return the result, "" and False; or None, why the call failed, and whether for lack of memory, after `free`."""
     try:
         return call(), "", False
     except Exception as error:
@@ -193,27 +200,24 @@ def attempt(call: Callable[[], Any], free: Callable[[], object]) -> tuple[Any, s
 
 
 def begin(rig: Rig, case: StepCase) -> Measured:
-    """Nothing of the case is measured but the rates."""
+    """Measure the rates of a case, and nothing else."""
     (prompt,) = models.make_prompts(rig.state, case.prefix, 1)
     tokens = case.prefix + (BASE.k + BASE.n) * case.response
     rate = rates(rig.config, case.prefix, getattr(torch, case.dtype), rig.world.device, rows=tokens)
-    return Measured(case, len(prompt.input_ids), prompt.media[0].grid_thw, rate, rig.held_bytes())
+    return Measured(case, rig.config, len(prompt.input_ids), prompt.media[0].grid_thw, rate, rig.held_bytes())
 
 
 def sweep(rig: Rig, found: Measured, ways: tuple[Way, ...]) -> list[str]:
-    """Add what these ways give to what was found; returns what failed, but for want of memory or time."""
+    """Add the numbers of these ways, and return what failed for reasons other than memory or time."""
     models.free_bytes(rig.world.device)
     prompts = models.make_prompts(rig.state, found.case.prefix, max(way.groups for way in ways))
-    new = [way for way in ways if _variant(found, way) not in found.rounds]
+    new = [way for way in ways if found.variant(way) not in found.rounds]
     warm: list[Way] = []
     faults: list[str] = []
     for plain in ways:
-        recomputing = plain.recomputing()
-        for way in (recomputing,) if found.recompute else (plain, recomputing):
-            # What is owed: to this way, to those that are warm, and where it is not new, to what it is there for.
-            others = [*warm, *(_variant(found, other) for other in new[:1] if plain not in new)]
-            owed = [way, *(own for own in others if own != way)]
-            if rig.lost or seconds_left() < sum(_cost_s(rig, found, own) for own in owed):
+        for way in (plain.recomputing(),) if found.recompute else (plain, plain.recomputing()):
+            # Those that are warm are still to be timed.
+            if rig.lost or seconds_left() < sum(_cost_s(rig, found, own) for own in (way, *warm)):
                 found.not_run.setdefault(way.name, rig.lost or NO_TIME)
                 break
             reason, memory = _first_step(rig, found, way, prompts)
@@ -229,7 +233,7 @@ def sweep(rig: Rig, found: Measured, ways: tuple[Way, ...]) -> list[str]:
     if rig.world.device.type == "cpu":
         # The passes for memory have put malloc's defaults back.
         keep_freed_memory(int(2 * max(found.peaks.values(), default=0)))
-    if any(way in [_variant(found, own) for own in new] for way in warm):
+    if any(way in [found.variant(own) for own in new] for way in warm):
         faults += _time_rounds(rig, found, warm, prompts)
     for way in found.rounds:
         found.not_run.pop(way.name, None)
@@ -239,56 +243,43 @@ def sweep(rig: Rig, found: Measured, ways: tuple[Way, ...]) -> list[str]:
     return faults
 
 
-def _variant(found: Measured, way: Way) -> Way:
-    return way.recomputing() if found.recompute else way
-
-
 def _cost_s(rig: Rig, found: Measured, way: Way) -> float:
-    """Of its first step, and of all rounds that it has not had."""
+    """Return the seconds of its first step and of all rounds that it has not had."""
     rounds = max(1, _rounds_of(rig, found, way) - len(found.rounds.get(way, ())))
-    return found.expected_s(rig.config, way) * (rounds + (not _is_slow(rig, found, way)))
+    return found.expected_s(way) * (rounds + (not _is_slow(rig, found, way)))
 
 
 def _first_step(rig: Rig, found: Measured, way: Way, prompts: list[Prompt]) -> tuple[str, bool]:
-    """Its peak; of a slow way its one round. Why it failed, and whether for want of memory."""
+    """Measure the peak of a step, the only one of a slow way. Return why it failed, and whether for lack of memory."""
 
     def first() -> tuple[int, dict[str, float]]:
         run = rig.prepare(way, prompts, found.case.response)
-        peak, numbers = peak_extra_bytes(lambda: timed(rig, way, run, again=False), rig.world.device)
+        peak, numbers = peak_extra_bytes(lambda: timed(rig, run), rig.world.device)
         return peak or 0, numbers
 
     result, reason, memory = attempt(first, rig.release)
     if not reason:
-        # The least: an engine's first step makes its optimiser states, which are none of the step's own memory.
+        # The least: an engine's first step makes its optimizer states, which are none of the step's own memory.
         found.peaks[way.name] = min(found.peaks.get(way.name, math.inf), found.held + result[0])
         if _is_slow(rig, found, way):
-            _add(rig, found, way, result[1])
+            found.add(way, result[1])
     return reason, memory
 
 
-def _add(rig: Rig, found: Measured, way: Way, numbers: dict[str, float]) -> None:
-    found.rounds.setdefault(way, []).append(numbers)
-    least, most = PACES
-    found.pace[way.mode] = min(most, max(least, numbers["step"] / found.predicted_s(rig.config, way)))
-
-
 def _time_rounds(rig: Rig, found: Measured, ways: list[Way], prompts: list[Prompt]) -> list[str]:
-    """Each way once, then further rounds as long as there is time; returns what failed, but for want of memory."""
+    """Time each way once, then in further rounds while there is time. Return what failed, except for lack of memory."""
     failed: dict[Way, str] = {}
     # The base comes in every part: as often as what it stands beside.
     others = [way for way in ways if way not in (BASE, BASE.recomputing())] or ways
     for number, way in in_turns(ways, max((_rounds_of(rig, found, way) for way in others), default=0)):
-        late = seconds_left() < found.expected_s(rig.config, way) and way in found.rounds
+        late = seconds_left() < found.expected_s(way) and way in found.rounds
         enough = number >= _rounds_of(rig, found, way) or _is_slow(rig, found, way)
         if late or enough or rig.lost or way in failed:
             continue
-
-        def one(way: Way = way) -> dict[str, float]:
-            return timed(rig, way, rig.prepare(way, prompts, found.case.response))
-
+        one = partial(lambda way: timed(rig, rig.prepare(way, prompts, found.case.response)), way)
         numbers, reason, memory = attempt(one, rig.release)
         if not reason:
-            _add(rig, found, way, numbers)
+            found.add(way, numbers)
             continue
         if memory and way == BASE:
             found.recompute = True
@@ -300,33 +291,19 @@ def _time_rounds(rig: Rig, found: Measured, ways: list[Way], prompts: list[Promp
 
 
 def _is_slow(rig: Rig, found: Measured, way: Way) -> bool:
-    return way.mode != "shared" and found.predicted_s(rig.config, way) > rig.rounds.slow_s
+    return way.mode != "shared" and found.predicted_s(way) > rig.rounds.slow_s
 
 
 def _rounds_of(rig: Rig, found: Measured, way: Way) -> int:
     if way.mode != "shared":
         return 1 if _is_slow(rig, found, way) else rig.rounds.other
-    return rig.rounds.shared * (2 if found.predicted_s(rig.config, way) < rig.rounds.quick_s else 1)
+    return rig.rounds.shared * (2 if found.predicted_s(way) < rig.rounds.quick_s else 1)
 
 
-def timed(rig: Rig, way: Way, run: Step, *, again: bool = True) -> dict[str, float]:
-    """Seconds of a step by phase and in all (`step`), `device_allocs` and `tokens_computed`.
-
-    again: a shared one for which the allocator's cache lacked a block, so that the device was waited for, is timed once
-    more.
-    """
-    for _ in range(2):
-        rig.state.timer.take()
-        blocks, began = _device_allocs(rig.world.device), time.perf_counter()
-        metrics = run()
-        phases = {name.removeprefix("seconds/"): seconds for name, seconds in rig.state.timer.take().items()}
-        phases["step"] = time.perf_counter() - began
-        phases["device_allocs"] = _device_allocs(rig.world.device) - blocks
-        phases["tokens_computed"] = metrics.get("tokens_computed", 0.0)
-        if not (again and phases["device_allocs"] and way.mode == "shared" and seconds_left() > 2 * phases["step"]):
-            break
-    return phases
-
-
-def _device_allocs(device: torch.device) -> int:
-    return torch.cuda.memory_stats(device).get("num_device_alloc", 0) if device.type == "cuda" else 0
+def timed(rig: Rig, run: Step) -> dict[str, float]:
+    """Return the seconds of a step by phase and in all (`step`), and `tokens_computed`."""
+    rig.state.timer.take()
+    began = time.perf_counter()
+    metrics = run()
+    phases = {name.removeprefix("seconds/"): seconds for name, seconds in rig.state.timer.take().items()}
+    return phases | {"step": time.perf_counter() - began, "tokens_computed": metrics["tokens_computed"]}

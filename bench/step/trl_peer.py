@@ -1,7 +1,5 @@
 """Time whole RL steps of TRL's GRPOTrainer and of ours on CPU, with the same small student and the same pictures.
 
-    python -m bench.step.trl_peer VARIANT STEPS R FOLDER      # one process of `measure`; a line of JSON
-
 A prompt has 16 pictures, and a step has one prompt with N = 8 rollouts of exactly R tokens. Both trainers do the same
 work: rollouts, reference, policy with KL, and AdamW; the reward costs nothing. `ours with discriminator` adds what
 R-MSD adds: a discriminator on N + K responses. All steps read and process their pictures. The variants run in separate
@@ -13,20 +11,18 @@ transformers, so this file imports late.
 from __future__ import annotations
 
 import importlib.util
-import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.core.measure import ORACLE, find_torchvision, in_turns, quantiles
-from bench.core.records import REPOSITORY
 
 OURS, FULL, TRL = "ours", "ours with discriminator", "TRL GRPOTrainer"
 PICTURES, WIDTH, HEIGHT = 16, 512, 256
@@ -53,11 +49,8 @@ def measure(steps: int, times: int, response: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
         make_pictures(Path(folder), 1 + steps)
         for _, name in in_turns(list(seconds), times):
-            command = [sys.executable, "-m", "bench.step.trl_peer", name, str(1 + steps), str(response), folder]
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(run, name, 1 + steps, response, Path(folder)).result()
             seconds[name] += found["seconds"][1:]
             prompt = found.get("prompt_tokens", 0) or prompt
             own = {key: found[key] for key in ("peak_mib", "response_tokens")}
@@ -180,14 +173,10 @@ def run_trl(steps: int, response: int, folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "response_tokens": next(filter(None, lengths))}
 
 
-def main() -> None:
-    variant, sizes, folder = sys.argv[1], map(int, sys.argv[2:4]), Path(sys.argv[4])
+def run(variant: str, steps: int, response: int, folder: Path) -> dict[str, Any]:
+    """Run one variant in this process, and return its numbers."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.manual_seed(0)
-    found = run_trl(*sizes, folder) if variant == TRL else run_ours(*sizes, folder, discriminator=variant == FULL)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(found | {"peak_mib": peak}))
-
-
-if __name__ == "__main__":
-    main()
+    sizes = (steps, response, folder)
+    found = run_trl(*sizes) if variant == TRL else run_ours(*sizes, discriminator=variant == FULL)
+    return found | {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuda_records import bench_modules, head_record, step_record
+from cuda_records import bench_cases, head_record, step_record
 
 
 def verdicts_of(record: dict) -> list[tuple[str, str]]:
@@ -52,7 +52,7 @@ def test_goals_of_the_step():
     alone["not_run"]["shared K=1 N=8"] = "no time left"
     assert verdicts_of(alone)[2:4] == [
         ("NOT MEASURED", "shared K=1 N=8: no time left"),
-        ("NOT MEASURED", "shared K=4 N=8: utilisation: optimiser apart"),
+        ("NOT MEASURED", "shared K=4 N=8: utilisation: optimizer apart"),
     ]
     # Four groups take 0.6 / 1.9 of the peak. 16 groups are 4 of these with one optimizer step: 2.4 / 6.1.
     several = verdicts_of(step_record("P2048-R128-bfloat16", k4=1.0, several=1.4))
@@ -73,11 +73,11 @@ def test_goals_of_the_discriminator():
 def test_every_goal_has_a_measured_case():
     from bench.core.goals import GOALS, verdicts
 
-    modules = bench_modules()
+    measured = bench_cases("cuda")
     goals = [goal for goal in GOALS if goal.device == "cuda"]
     for goal in goals:
         if goal.bench != "media":
-            assert goal.case in [case.name for case in modules[goal.bench].cases(False, "cuda")], goal
+            assert goal.case in [case.name for case in measured[goal.bench]], goal
     # Every goal is listed without a record, and also with the record of a rehearsal.
     rehearsed = head_record("linear_logprob") | {"quick": True}
     for records in ([], [rehearsed]):

@@ -33,7 +33,7 @@ def _malloc_restored():
 def effort():
     from bench.core.measure import Effort
 
-    return Effort(seconds=0.01, most_rounds=1, slow_s=9.0, limit_s=9.0, least_rounds=1, always_rounds=1)
+    return Effort(seconds=0.01, most_rounds=1, slow_s=9.0, least_rounds=1, always_rounds=1)
 
 
 def small(**changes):
@@ -43,7 +43,7 @@ def small(**changes):
 
 
 def test_pairs_and_bytes_by_hand():
-    from bench.prefix.decode import EXPANDED, decode_bytes
+    from bench.prefix.bench_attention import EXPANDED, decode_bytes
     from bench.prefix.variants import make_inputs, visible
 
     case = small()
@@ -72,7 +72,8 @@ def test_floor_by_hand():
     from bench.prefix.variants import CEILING
 
     def side(pairs: int, ms: float) -> dict:
-        return {"pairs": pairs, "device_ms": {"forward": ms, "backward": 2 * ms, "both": 3 * ms}}
+        times = {"forward": ms, "backward": 2 * ms, "both": 3 * ms}
+        return {"pairs": pairs} | {part: {"median_ms": own} for part, own in times.items()}
 
     found = floor_of({"ours": side(300, 4.0), CEILING: side(100, 1.0)})
     assert found["forward_ms"] == 3 and found["backward_ms"] == 6 and found["both_ms"] == 9
@@ -80,38 +81,38 @@ def test_floor_by_hand():
     assert floor_of({"ours": side(300, 4.0)}) == {}
 
 
-def test_bytes_of_rows_and_frames():
-    from bench.heads.profile import Media, PolicyRows
+def test_bytes_of_rows():
+    from bench.heads.bench_profile import PolicyRows
 
     assert PolicyRows(3, 50, torch.bfloat16, "cpu").bytes == 2 * 3 * 50 * 2
-    # 2 frames have 3 channels of 1 byte each; patches have the same number of pixels at half the height, 2 bytes each.
-    assert Media(2, (64, 32), (32, 32), "cpu").bytes == 2 * 3 * (64 * 32 + 2 * 32 * 32)
 
 
-def test_variants_agree_in_values_and_gradients():
-    from bench.prefix.bench_attention import compare
-    from bench.prefix.variants import DENSE, LOOP, build_ways, make_inputs
-
-    ways, not_run = build_ways(small(), make_inputs(small()), {DENSE: "why"})
-    differences = compare(ways, not_run)
-    assert set(differences) == {LOOP} and not_run[DENSE] == "why"
-    assert set(differences[LOOP]) == {"out", "dq", "dk", "dv"} and max(differences[LOOP].values()) < 1e-5
-    assert "no backward on CPU" in not_run["FlexAttention"] and "CUDA only" in not_run["separate rows, cuDNN"]
+# Attention: all variants compute the same function.
 
 
-def test_a_failing_peer_is_reported_and_our_failure_is_an_error():
-    from bench.prefix.bench_attention import compare
-    from bench.prefix.variants import LOOP, build_ways, make_inputs
+def differences_from_ours(ways: dict) -> dict[str, dict[str, float]]:
+    """Return differences of values and gradients, by way."""
+    from bench.core.measure import difference
+    from bench.prefix.bench_attention import _outcome
 
-    def broken(*_):
-        raise RuntimeError("no kernel\nmore")
+    found = {name: _outcome(way) for name, way in ways.items() if way.packed is not None}
+    expected = found.pop("ours")
+    return {name: {key: difference(own[key], expected[key]) for key in expected} for name, own in found.items()}
 
+
+def test_variants_agree_in_values_and_gradients(effort):
+    from bench.core.measure import differences_of, measure
+    from bench.prefix.variants import CEILING, FLEX, LOOP, VARLEN, build_ways, make_inputs
+
+    assert build_ways(small(), make_inputs(small()), {FLEX: "why"})[1][FLEX] == "why"
     ways, not_run = build_ways(small(), make_inputs(small()), {})
-    ways[LOOP] = ways[LOOP]._replace(variant=replace(ways[LOOP].variant, forward=broken))
-    assert LOOP not in compare(ways, not_run) and LOOP not in ways and not_run[LOOP] == "RuntimeError: no kernel"
-    ways["ours"] = ways["ours"]._replace(variant=replace(ways["ours"].variant, forward=broken))
-    with pytest.raises(RuntimeError, match="no kernel"):
-        compare(ways, not_run)
+    differences = differences_from_ours(ways)
+    assert set(differences) == {LOOP} and set(ways) == {"ours", LOOP, CEILING}
+    assert set(differences[LOOP]) == {"out", "dq", "dk", "dv"} and max(differences[LOOP].values()) < 1e-5
+    # So are they in the timed shape; the ceiling computes something else.
+    timed = differences_of(measure([way.variant for way in ways.values()], effort, CPU, not_run, base="ours"))
+    assert timed == {LOOP: {f"gradient {i}": differences[LOOP][name] for i, name in enumerate(("dq", "dk", "dv"))}}
+    assert "no backward on CPU" in not_run["FlexAttention"] and "CUDA only" in not_run[VARLEN]
 
 
 def test_gate_refuses_responses_that_attend_to_each_other(monkeypatch):
@@ -126,7 +127,9 @@ def test_gate_refuses_responses_that_attend_to_each_other(monkeypatch):
     # The variant is not even built, because that would compile it twice.
     monkeypatch.setitem(prefix_variants.WAYS, prefix_variants.FLEX, None)
     errors = gate.__wrapped__(small())
-    assert set(errors) >= {"eager", "ours", "dense mask, sdpa"} and set(errors["ours"]) == set(errors["eager"])
+    assert set(errors) >= {"eager", "ours", "separate rows, sdpa row by row"} and set(errors["ours"]) == set(
+        errors["eager"]
+    )
     monkeypatch.setattr(prefix_variants, "shared_prefix_attention", leaky)
     with pytest.raises(AssertionError, match="too far from float64.*out responses"):
         gate.__wrapped__(small())
@@ -157,18 +160,17 @@ def test_torch_varlen_takes_fewer_key_heads():
 
 def test_variable_length_functions_receive_concatenated_copies(monkeypatch):
     from bench.prefix import variants as own
-    from bench.prefix.bench_attention import compare
 
     def flash(q, k, v, edges, edges_k, longest, longest_k):
         assert edges.dtype == torch.int32 and torch.equal(edges, edges_k) and longest == longest_k == 7
         rows = [slice(a, b) for a, b in zip(edges.tolist(), edges.tolist()[1:], strict=False)]
-        # Some versions of flash-attn return a tuple.
-        return torch.cat([own._causal(q[r][None], k[r][None], v[r][None], None)[0] for r in rows]), None
+        return torch.cat([own._causal(q[r][None], k[r][None], v[r][None])[0] for r in rows])
 
     monkeypatch.setattr(own, "_need_cuda", lambda case, what: None)
+    monkeypatch.setattr(own, "_torch_varlen", lambda: flash)
     x = own.make_inputs(small())
-    way = own._varlen("flash", lambda: flash)(small(), x)
-    differences = compare({"ours": own.ours(small(), x), "flash": way}, {})
+    way = own._separate_varlen(small(), x)
+    differences = differences_from_ours({"ours": own.ours(small(), x), "flash": way})
     assert max(differences["flash"].values()) < 1e-5 and way.pairs == small().separate_pairs
 
 
@@ -192,7 +194,7 @@ CALL = [("Memset (Device)", 1.0), ("forward", 5.0), ("add", 2.0), ("add", 3.0)]
 
 
 def test_launches_between_the_markers_are_counted():
-    from bench.core.launches import calls_of, device_events, typical
+    from bench.core.launches import calls_of, device_events, facts_of_call, typical
 
     slow = [(name, us + 1.0) for name, us in CALL]
     events = session([CALL, slow, CALL])
@@ -203,11 +205,12 @@ def test_launches_between_the_markers_are_counted():
         event("x", 5.0, 9.0, activity_type="cuda_sync"),
     ]
     found = typical(calls_of(device_events([*events[::-1], *others])))
-    assert found.kernels == {"forward": (1, 5.0), "add": (2, 5.0)} and found.copies == {"Memset (Device)": (1, 1.0)}
-    assert found.count == 3 and found.total_us == 11.0 and found.span_us == 3 * 10000.0 + 3.0
-    assert [own.name for own in found.timeline] == [name for name, _ in CALL]
-    facts = found.facts()
-    assert facts["count"] == 3 and facts["device_us"] == 11.0 and json.dumps(facts)
+    facts = facts_of_call(found)
+    assert facts["kernels"] == {"forward": (1, 5.0), "add": (2, 5.0)} and facts["copies"] == {
+        "Memset (Device)": (1, 1.0)
+    }
+    assert facts["count"] == 3 and facts["device_us"] == 11.0 and facts["span_us"] == 3 * 10000.0 + 3.0
+    assert [own.name for own in found] == [name for name, _ in CALL] and json.dumps(facts)
 
 
 def test_kernels_lost_at_the_start_of_a_session_do_not_count():
@@ -228,7 +231,7 @@ def test_a_call_with_an_unusual_number_of_launches_is_skipped():
     from bench.core.launches import calls_of, device_events, typical
 
     found = typical(calls_of(device_events(session([CALL, [*CALL, ("compiled", 1.0)], CALL]))))
-    assert found.count == 3
+    assert [own.name for own in found] == [name for name, _ in CALL]
 
 
 def test_a_record_says_why_nothing_was_counted(monkeypatch):
@@ -299,7 +302,7 @@ def test_a_session_is_read_completely(pretended_gpu):
 
 
 def test_device_timings_exclude_preceding_work(pretended_gpu):
-    from bench.core.launches import device_ms, device_timings
+    from bench.core.launches import device_timings
     from bench.core.measure import Variant
 
     def forward():
@@ -309,12 +312,11 @@ def test_device_timings_exclude_preceding_work(pretended_gpu):
     found = device_timings(variant, torch.device("cuda"), 2, lambda: pretended_gpu.append("restored"))
     assert [(timing.forward_ms, timing.backward_ms) for timing in found] == [(1.0, 2.0)] * 2
     assert pretended_gpu == ["restored", SPIN, "a", "b", "c"] * 2
-    assert device_ms(forward, torch.device("cuda")) == 1.0
 
 
 def test_parts_of_a_head_by_name_and_order():
     from bench.core.launches import Event
-    from bench.heads.profile import GEMMS, parts_of
+    from bench.heads.bench_profile import GEMMS, parts_of
 
     chunk = ["gather", "nvjet_tst", "_policy_kernel", "nvjet_tst", "cublasLt::splitKreduce_kernel", "nvjet_tst"]
     timeline = [Event(name, 0.0, 1000.0) for name in ["Memcpy DtoH", *chunk, *chunk, "_scale_kernel"]]
@@ -359,8 +361,8 @@ def test_an_interrupted_part_is_reported(monkeypatch, effort):
     case = next(case for case in bench.toy_cases("cpu") if case.part == "chunks")
     with pytest.raises(KeyboardInterrupt):
         bench.run(case, effort, reported.append)
-    (outcome,) = reported
-    assert outcome.record["ended"] == bench.INTERRUPTED and list(outcome.record["variants"]) == ["ours", "512 rows"]
+    (record,) = reported
+    assert record["ended"] == bench.INTERRUPTED and list(record["variants"]) == ["ours", "512 rows"]
 
 
 def complete(record: dict) -> dict:
@@ -378,10 +380,10 @@ def test_rehearsal_of_attention(effort):
     reported = []
     for case in bench.toy_cases("cpu"):
         bench.test_prefix_attention(case, effort, reported.append)
-    attention, decode = (complete(outcome.record) for outcome in reported)
+    attention, decode = map(complete, reported)
     assert set(attention["variants"]) | set(attention["not_run"]) == set(bench.build_ways.__globals__["WAYS"])
     for own in attention["variants"].values():
-        assert own["flop"] == 12 * 4 * 64 * own["pairs"] and own["tflop_per_s"] > 0 and own["device_ms"]["both"] > 0
+        assert own["flop"] == 12 * 4 * 64 * own["pairs"] and own["tflop_per_s"] > 0 and own["both"]["median_ms"] > 0
     assert attention["floor"]["both_times"] > 0 and attention["profiler"]
     assert set(attention["errors"]["ours"]) == set(attention["errors"]["eager"])
     for own in decode["variants"].values():
@@ -396,8 +398,8 @@ def test_rehearsal_of_the_discriminator(effort):
 
     reported = []
     for case in bench.toy_cases("cpu"):
-        bench.test_discriminator(case, effort, reported.append)
-        record = complete(reported[-1].record)
+        bench.test_discriminator(case, effort, lambda record, _: reported.append(record))
+        record = complete(reported[-1])
         assert record["launches"] == {} and "CUDA only" in record["profiler"]
         assert "torch.compile" in record["not_run"]
 
@@ -420,30 +422,44 @@ def test_rehearsal_of_the_head_profile(effort):
 
     found = {}
     for case in bench.toy_cases("cpu"):
-        bench.run(case, effort, lambda outcome, case=case: found.update({case.name: complete(outcome.record)}))
+        bench.run(case, effort, lambda record, case=case: found.update({case.name: complete(record)}))
     assert len(found) == len(bench.PARTS) + 2
     for record in found.values():
         assert record["ended"] == bench.COMPLETE and record["variants"]["ours"]["rounds"] == 1
     by_part = {(record["part"], "policy" in name): record for name, record in found.items()}
     assert "CUDA only" in by_part["kernels", True]["not_run"]["profile"]
-    assert set(by_part["kernels", True]["gemms_alone"]) == {*bench.GEMMS, "GEMM d_weight, added"}
-    assert set(by_part["kernels", False]["gemms_alone"]) == set(bench.GEMMS[:2])
     chunks = by_part["chunks", False]["variants"]
     assert set(chunks) == {"ours", "ours, again", *(f"{rows} rows" for rows in bench._CHUNKS)}
     assert chunks["512 rows"]["chunks"] == 1 and chunks["512 rows"]["rows_per_chunk"] == 64
     assert all("Triton" in reason for reason in by_part["rows", True]["not_run"].values())
-    assert bench.cases(False, "cpu") == [] and len(bench.cases(False, "cuda")) == 6
+    assert bench.cases(False, "cpu") == [] and len(bench.cases(False, "cuda")) == 5
 
 
 INTERPRETED = """
 import sys
+from unittest import mock
+
 import torch
-from bench.heads import profile as own
+from bench.heads import bench_profile as own
 
 sys.path.append("tests/helpers")
 from triton_cases import repair_interpreter
 
 repair_interpreter()
+from rmsd_kernels.heads import triton_rows
+
+
+class Noted:
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launched.append(options)
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
 
 rows = own.PolicyRows(3, 700, torch.float32, "cpu")
 rows.by_the_package()
@@ -451,13 +467,13 @@ expected = rows.logits.clone()
 assert not torch.equal(expected, rows.original)
 for setting in (own.Setting(4, 1024, 2), own.Setting(8, 256, 3)):
     rows.restore()
-    assert own.registers(rows.launcher(setting)()) == {}
+    launched = []
+    kernel = triton_rows._policy_kernel
+    with mock.patch.object(triton_rows, "_policy_kernel", Noted(kernel, launched)):
+        rows.launch(setting)
+    (own_options,) = launched
+    assert (own_options["num_warps"], own_options["BLOCK"], own_options["STAGES"]) == setting
     torch.testing.assert_close(rows.logits, expected, rtol=1e-5, atol=1e-7)
-media = own.Media(2, (48, 32), (32, 32), "cpu")
-expected = media.out.clone()
-media.out.zero_()
-media.launcher(2)()
-assert torch.equal(media.out, expected) and expected.any()
 print("equal")
 """
 
@@ -470,11 +486,11 @@ def test_launchers_of_other_settings_compute_the_same_results():
 
 
 def test_settings_of_the_sweep_compile_without_spills():
-    from bench.heads.profile import FIRST
+    from bench.heads.bench_profile import SETTINGS
     from rmsd_kernels import triton_compile
 
     policy = next(v for v in triton_compile.row_variants("bf16") if v.name == "policy k3 temperature bf16")
-    for setting in FIRST:
+    for setting in SETTINGS:
         constants = policy.constants | {"BLOCK": setting.columns, "STAGES": setting.stages}
         registers = min(255, 65536 // (32 * setting.warps))
         changes = {"constants": constants, "warps": setting.warps, "registers": registers}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-def bench_modules() -> dict[str, ModuleType]:
-    """Return the benchmark modules by the name of their records."""
-    modules = [importlib.import_module(f"bench.{p.parent.name}.{p.stem}") for p in BENCH.glob("*/bench_*.py")]
-    return {module.NAME: module for module in modules}
+def bench_cases(device: str, function: str = "cases") -> dict[str, list[Any]]:
+    """Return the cases of all benchmark files for a device, by the name of their records."""
+    found: dict[str, list[Any]] = {}
+    for path in BENCH.glob("*/bench_*.py"):
+        module = importlib.import_module(f"bench.{path.parent.name}.{path.stem}")
+        for case in getattr(module, function)(False, device) if hasattr(module, function) else ():
+            found.setdefault(getattr(case, "bench", module.NAME), []).append(case)
+    return found
 
 
 def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
