@@ -30,6 +30,7 @@ from rmsd_fast.data.prompts import PromptBuilder
 from rmsd_fast.losses import linear_logprob
 from rmsd_fast.models.students import encode_media
 from rmsd_fast.stages.build import make_engine, make_policy
+from rmsd_fast.stages.state import apply_or_discard
 
 NAME = "optimizer"
 # With less, half of the layers: making the model and its engine, and compiling, take most of it.
@@ -45,7 +46,7 @@ def toy_cases(device: str) -> list[StepCase]:
 
 
 def time_optimizer(sizes: models.Sizes, world: models.World, layers: int, prefix: int, rounds: int = 3) -> dict:
-    """Return the seconds of `Engine.step` of one full model of so many layers, after real backwards.
+    """Return the seconds of an optimizer step of one full model of so many layers, after real backwards.
 
     `seconds` is scaled to all layers by parameters. The device has to be empty.
     """
@@ -62,12 +63,12 @@ def time_optimizer(sizes: models.Sizes, world: models.World, layers: int, prefix
         for _ in range(1 + rounds):
             loss = -engine(prompts, rows, features, partial(linear_logprob, ignore_index=None)).mean()
             engine.backward(loss, last=True)
-            assert engine.gradients_finite()
             models.synchronize(world.device)
             began = time.perf_counter()
-            engine.step()
+            _, skipped = apply_or_discard([engine])
             models.synchronize(world.device)
             times.append(time.perf_counter() - began)
+            assert not skipped
     finally:
         engine.close()
     # The first makes the moments, and compiles kernels.
