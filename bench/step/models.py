@@ -148,6 +148,9 @@ def settings_of(
     changes = [f"rollout.n={n}", f"rollout.max_new_tokens={response}", f"data.max_prompt_tokens={prefix + room}"]
     changes += [f"packing={packing}", f"micro_tokens={budget}"]
     changes += [] if sizes is SMALL else ["model.gradient_checkpointing=false"]
+    # Random weights give equal content rewards, so only scores that differ from the start give advantages.
+    scored = not any(o.startswith("reward.alpha=") and float(o.partition("=")[2]) == 0 for o in overrides)
+    changes += ["discriminator.head=random"] if scored else []
     return load_settings("quickstart" if sizes is SMALL else "rmsd_qwen3vl_4b", [*changes, *overrides])
 
 
