@@ -231,9 +231,9 @@ class TeacherConfig:
     weighting: str = choice("quality", of=("quality", "uniform"))
     """Matching probabilities and weights in the discriminator loss: `quality` = q_k of closed questions, and equal for
     open ones (2603.11423), or `uniform` = equal for all (GAD 2511.10643)."""
-    weight_power: float = number(4.0, above=0, most=16)
-    """Exponent of q_k in matching probabilities and weights (open; 2603.11423: 1). Above 1, good responses count more
-    and raise the quality that the discriminator leads to. It changes nothing where quality is 0 or 1."""
+    weight_power: float = number(1.0, above=0, most=16)
+    """Exponent of q_k in matching probabilities and weights (2603.11423: 1). Above 1, good responses count more and
+    raise the quality that the discriminator leads to. It changes nothing where quality is 0 or 1."""
     open_quality: str = choice("valid", of=("valid", "lexical"))
     """Quality of responses to open questions: `valid` = 1 for each valid response (2603.11423), or `lexical` = word
     overlap with the reference answer (F1), which the paper found to be worse."""
