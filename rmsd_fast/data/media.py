@@ -197,7 +197,7 @@ class MediaReader:
 
         def work() -> None:
             try:
-                # On a separate stream, so that decoding and the model's kernels do not wait for each other.
+                # Use a separate stream, so that decoding and the model's kernels do not wait for each other.
                 with torch.cuda.stream(self._stream):
                     frames = read_media(request, device=str(self.device))
                     self._stream.synchronize()

@@ -166,5 +166,5 @@ def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
     if formats == {"rmsd"}:
         raise SettingsError(
             f"data.task_type={data.task_type} has no effect: the records of {' and '.join(paths)} are in our own "
-            "format and name their task types; leave data.task_type out"
+            "format and specify their task types; leave data.task_type out"
         )

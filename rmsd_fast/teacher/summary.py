@@ -74,7 +74,7 @@ def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
-    """Warn about open questions with closed-looking answers, separately for inferred and specified task types."""
+    """Warn about open questions that look closed by their answers, separately for inferred and specified types."""
     answered = [question for question in questions if question.task_type == "open" and question.answer]
     closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
     inferred = [question for question in closed if "inferred" in question.meta]
