@@ -1,8 +1,8 @@
 """Use the folder that tools/offline/wheels.py made for one run: nothing is installed, and processes get paths.
 
 Wheels are unzipped and not installed: unzipping needs no pip and cannot change the environment. pip's other tasks are
-done here or not needed. Tags are compared with this Python and its C library. Scripts and console entry points
-are for people, and a run starts modules. A wheel whose .data folder has more than scripts is refused. Entry points of
+done here or not needed. Tags are compared with this Python and its C library. Scripts and console entry points are not
+needed, because a run starts modules. A wheel whose .data folder has more than scripts is refused. Entry points of
 plugins are read from .dist-info, which is on the path with the rest.
 """
 

@@ -339,7 +339,7 @@ def test_packages_beyond_the_limit_are_not_in_the_folder(folder, fetched) -> Non
 
 def test_foreign_files_are_neither_removed_nor_listed(folder, fetched, capsys) -> None:
     (folder / "torch-2.11.0-py3-none-any.whl").write_bytes(b"mine")
-    with pytest.raises(CannotPrepare, match=r"not from here: torch-2.11.0-py3-none-any.whl; name another folder"):
+    with pytest.raises(CannotPrepare, match=r"did not write: torch-2.11.0-py3-none-any.whl; name another folder"):
         collect(folder, PYTHON, MB)
     assert (folder / "torch-2.11.0-py3-none-any.whl").read_bytes() == b"mine" and not fetched
     assert cuda_wheels.main([str(folder)]) == 1

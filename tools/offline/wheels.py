@@ -103,7 +103,7 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
     def add(made: Path, **facts: object) -> None:
         facts |= {"file": made.name, "bytes": made.stat().st_size, "sha256": sha256_of(made)}
         entries[facts["name"]] = facts
-        # The file is listed before it is written, because an unlisted file would count as foreign.
+        # The file is listed before it is written, because an unlisted file would be treated as foreign.
         _write(folder, python, entries.values())
         os.replace(made, folder / made.name)
 
@@ -160,7 +160,9 @@ def _kept(folder: Path, python: str) -> dict[str, dict]:
         raise CannotPrepare(f"{folder / CONTENTS} is damaged ({error!r}); empty the folder or name another") from None
     strange = sorted(set(os.listdir(folder)) - {entry["file"] for entry in files} - {CONTENTS, PART})
     if strange:
-        raise CannotPrepare(f"{folder} has files that are not from here: {', '.join(strange)}; name another folder")
+        raise CannotPrepare(
+            f"{folder} has files that this command did not write: {', '.join(strange)}; name another folder"
+        )
     pins = {pin.name: pin for pin in PINS}
     entries: dict[str, dict] = {}
     for entry in files:
