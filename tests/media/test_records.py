@@ -220,7 +220,7 @@ def test_similar_but_distinct_options_are_kept(tmp_path, options, images):
             {"question": "Who <image>? <image>"},
             r"field 'question': expected one mark for each of 1 video and 0 images",
         ),
-        # If there is only a video, the mark stands for the video.
+        # If there is only a video, the mark refers to the video.
         (
             {"question": "<image>Who?"},
             r"one mark for each of 1 video and 0 images, got 0 <video> and 1 <image>; fix the",
