@@ -158,7 +158,7 @@ class Lab:
         except KeyboardInterrupt:
             self._stop()
             left = len(self.chosen) - sum(job.folder in self.finished for job in self.chosen)
-            tell(f"interrupted with {left} runs left; give the same command again to continue")
+            tell(f"interrupted with {left} runs left; run the same command again to continue")
             return 130
         finally:
             signal.signal(signal.SIGTERM, former)

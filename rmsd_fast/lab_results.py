@@ -261,7 +261,7 @@ def table(result: dict) -> str:
     """Return the page with the means of all arms and the comparisons."""
     lines = [f"# {Path(result['plan']).stem}", "", *describe(result), ""]
     kinds = [kind for kind in ("greedy", "sampled") if any(kind in arm for arm in result["arms"].values())]
-    lines += [f"| arm | n | {' | '.join(kinds)} | training, s |", "|---" * (len(kinds) + 3) + "|"]
+    lines += [f"| arm | n | {' | '.join(kinds)} | training time, s |", "|---" * (len(kinds) + 3) + "|"]
     for name, arm in result["arms"].items():
         cells = [_mean_cell(arm[kind]) if kind in arm else "-" for kind in kinds]
         lines.append(f"| {name} | {arm['greedy']['n']} | {' | '.join(cells)} | {arm['train_seconds']:.0f} |")

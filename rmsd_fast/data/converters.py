@@ -81,7 +81,7 @@ _PROBLEM_TYPES = {
 _TASKS_OF = {_YES_NO: ("mcq",), _MATH: ("mcq", "numeric")}
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _EXTRA = ("options", "duration", "system")
-_SPLIT_TURNS = "split conversations of several turns into questions of their own"
+_SPLIT_TURNS = "split conversations of several turns into separate questions"
 
 Converted = tuple[dict[str, Any], dict[str, str]]
 

@@ -338,7 +338,7 @@ def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted == "cpu" or (wanted == "auto" and device.type != "cuda"):
         return "cpu", ""
     if device.type != "cuda":
-        raise SettingsError("data.decoder=cuda: expected a CUDA device, got none; write data.decoder=cpu or auto")
+        raise SettingsError("data.decoder=cuda: expected a CUDA device, got none; set data.decoder=cpu or auto")
     reason = why_not_cuda(device)
     if reason and wanted == "cuda":
         raise NotInstalled(f"data.decoder=cuda: {reason}; use torchcodec >= 0.17 with CUDA, or data.decoder=cpu")

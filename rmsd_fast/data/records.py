@@ -337,7 +337,7 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
     if value is None or (isinstance(value, str) and not value.strip()):
         if required and task in CLOSED_TASKS:
             todo = (
-                "add the ground truth, set task_type to open, or, for training questions only, write "
+                "add the ground truth, set task_type to open, or, for training questions only, set "
                 "teacher.unlabeled=agreement"
             )
             raise fail("answer", f"{EXPECTED_FORMAT[task]}, since {task} is a closed task", value, todo)

@@ -400,4 +400,6 @@ def _check_made(folder: Path, settings: dict[str, Any]) -> None:
     missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
     if found != settings or missing:
         got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
-        raise SettingsError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")
+        raise SettingsError(
+            f"{folder}: expected generated clips with the settings {settings}, got {got}; remove the folder"
+        )

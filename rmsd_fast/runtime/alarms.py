@@ -127,7 +127,7 @@ CONDITIONS = (
         "teacher/headroom",
         "On closed questions, the rollouts are better than the answers that the discriminator is trained toward. Its "
         "score can no longer raise their quality. The content reward still can.",
-        "if reward/content/raw still rises, nothing. Otherwise end stage 2, or raise teacher.weight_power or "
+        "nothing if reward/content/raw still rises. Otherwise end stage 2, or raise teacher.weight_power or "
         "teacher.min_quality so that only the best answers count.",
         low=0.0,
         window=20,

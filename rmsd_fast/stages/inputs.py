@@ -148,7 +148,7 @@ def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question],
     if settings.teacher.responses > most:
         raise SettingsError(
             f"teacher.responses: expected at most {most}, the largest number of responses to a question in {path}, "
-            f"got {settings.teacher.responses}; write teacher.responses={most} or collect more"
+            f"got {settings.teacher.responses}; set teacher.responses={most} or collect more"
         )
 
 

@@ -70,7 +70,7 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
         DataError, match=r"an object that holds only one list, got one object with the keys 'train', 'test'"
     ):
         load_questions(tmp_path / "q.json")
-    # Values beside the list might apply to every record.
+    # Values next to the list might apply to every record.
     for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
         (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
         keys = ", ".join(map(repr, beside))

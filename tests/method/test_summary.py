@@ -375,7 +375,7 @@ def test_the_pool_program_reads_questions_without_ground_truth_on_request(files,
     _, questions = files
     questions.write_text(questions.read_text().replace(', "answer": "B"', ""))
     assert run("check", *files) == 2
-    assert "training questions only, write teacher.unlabeled=agreement" in capsys.readouterr().err
+    assert "training questions only, set teacher.unlabeled=agreement" in capsys.readouterr().err
     assert run("check", *files, "teacher.unlabeled=agreement") == 0
     printed = capsys.readouterr().out
     # Of B, A and B, the two B agree, so one of the two questions has an answer to imitate.

@@ -211,7 +211,7 @@ def test_the_metric_is_the_best_one_that_there_is():
     assert "sampled" not in score_records([record(0, "mcq", 1.0), *opened])[3]
 
 
-# This script writes the files of a run that the lab reads. The score of a question is in `scores.json` beside the lab,
+# This script writes the files of a run that the lab reads. The score of a question is in `scores.json` next to the lab,
 # by arm.
 TRAINER = """
 import json, os, signal, sys, time
@@ -365,7 +365,7 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(trained, capsys):
     thread.join()
     error = capsys.readouterr().err
     assert "stopping 1 runs after their current step" in error
-    assert "interrupted with 5 runs left; give the same command again to continue" in error
+    assert "interrupted with 5 runs left; run the same command again to continue" in error
     assert run(**{"0 D": "waits"}) == 0
     assert calls() == ["0 D", "0 control", "1 best", "1 D", "1 control"]
 

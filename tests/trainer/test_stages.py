@@ -392,7 +392,7 @@ def test_a_pool_that_cannot_be_taught_is_refused_with_its_reason(folder, materia
     with pytest.raises(DataError) as caught:
         targets_of(path, "<answer>B</answer>")
     assert "144 of 144 answers cannot be used to train this student: no_think 144 (no_think: the" in str(caught.value)
-    # Every reason counts towards the share of answers that may be excluded.
+    # Every reason counts toward the share of answers that may be excluded.
     with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")
     with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):

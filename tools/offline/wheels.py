@@ -95,7 +95,7 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
             low.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise CannotPrepare("the native library is built here: expected Linux on x86-64, run this on such a machine")
+        raise CannotPrepare("the native library is built here: expected Linux on x86-64; run this on such a machine")
     part = folder / PART
     part.mkdir(parents=True, exist_ok=True)
     entries = _kept(folder, python)
@@ -217,7 +217,7 @@ def _fetch(pin: Pin, part: Path, python: str) -> Path:
     (made,) = part.glob("*.whl")
     # A private index may offer another build of the same version, for example torchcodec 0.17.0+cpu.
     if str(parse_wheel_filename(made.name)[1]) != pin.version or (pin.sdist and not made.match("*-py3-none-any.whl")):
-        raise CannotPrepare(f"expected the plain wheel of {requirement}, pip gave {made.name}; look at its indexes")
+        raise CannotPrepare(f"expected the plain wheel of {requirement}, pip gave {made.name}; check its indexes")
     return made
 
 
@@ -232,8 +232,8 @@ def _pip(what: str, command: str, *arguments: str, **variables: str) -> None:
         raise CannotPrepare(f"pip is needed and not in {sys.executable}: run {sys.executable} -m ensurepip")
     if any(sign in output for sign in NO_NETWORK):
         raise CannotPrepare(f"{what}: pip cannot reach its index; repeat this where there is a network (it resumes)")
-    what_next = "pin another version in PINS, or repair what pip says"
-    raise CannotPrepare(f"{what} cannot be had for Linux on x86-64; {what_next}:\n{output.strip()[-1500:]}")
+    what_next = "pin another version in PINS, or fix the problem that pip reports"
+    raise CannotPrepare(f"{what} is not available for Linux on x86-64; {what_next}:\n{output.strip()[-1500:]}")
 
 
 def _check_requirements(wheels: list[Path], python: str) -> None:
