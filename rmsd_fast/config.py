@@ -239,8 +239,8 @@ class TeacherConfig:
     overlap with the reference answer (F1), which the paper found to be worse."""
     unlabeled: str = choice("refuse", of=("refuse", "agreement"))
     """Training questions of closed tasks without ground truth: `refuse` = an error (2603.11423 has ground truths), or
-    `agreement` = the quality of a response to them is its mean score against the other valid ones of the question, and
-    their rollouts get no content reward (open). Held-out questions always need a ground truth."""
+    `agreement` = the quality of a response to them is its mean score against the other valid responses to the same
+    question, and their rollouts get no content reward (open). Held-out questions always need a ground truth."""
     numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
     """`epsilon` accuracy or `mra` (mean relative accuracy)."""
     numeric_eps: float = number(0.01, least=0)
