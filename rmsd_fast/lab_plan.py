@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage-1 student or an arm: one training per seed.
+    """A stage-1 student or an arm: one training run per seed.
 
     Attributes:
         name: its name in the plan.
@@ -55,8 +55,8 @@ class Plan:
     Attributes:
         path: its file.
         recipe: recipe of every run.
-        settings: settings of every run, with those of the command line.
-        seeds: seeds of the trainings.
+        settings: settings for every run, including those from the command line.
+        seeds: seeds of the training runs.
         threads: CPU threads of a run.
         entries: stage-1 students, then arms, by name.
         comparisons: pairs of names.
@@ -73,14 +73,14 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One training of the plan.
+    """One training run of the plan.
 
     Attributes:
         entry: stage-1 student or arm.
         seed: its seed.
         settings: all settings of the run.
         folder: its run folder. The name contains a hash of the settings, so a changed plan gets new folders.
-        needs: the training whose `stage1/` it starts from, or None.
+        needs: the run whose `stage1/` it starts from, or None.
     """
 
     entry: Entry
@@ -99,8 +99,8 @@ def read_plan(plan: str, *, overrides: Sequence[str] = (), seeds: Sequence[int] 
 
     Args:
         plan: path of a YAML file, or name of a plan of the package.
-        overrides: settings of every run, in addition to those of the plan.
-        seeds: seeds of trainings to add to the plan's, unless they are among them.
+        overrides: settings for every run, in addition to those of the plan.
+        seeds: seeds to add to the seeds of the plan.
     Raises:
         SettingsError: the plan cannot be read, or one of its entries is wrong.
     """
@@ -163,7 +163,7 @@ def _allowed(settings: Iterable[str], where: str, taken: Iterable[str] = LAB_SET
 
 
 def check_seeds(value: object, where: str) -> tuple[int, ...]:
-    """Return seeds that are different and that settings accept; otherwise raise SettingsError."""
+    """Return the seeds. Raise SettingsError if they are not distinct, or if a setting does not accept one of them."""
     numbers = isinstance(value, list) and value and all(type(seed) is int and 0 <= seed < 2**32 for seed in value)
     if not numbers or len(set(value)) != len(value):
         raise SettingsError(f"{where}: expected different numbers from 0, got {value!r}; write e.g. [0, 1, 2]")
@@ -233,11 +233,11 @@ def _comparisons(value: object, entries: dict[str, Entry], path: Path) -> tuple[
 
 
 def choose(plan: Plan, jobs: Sequence[Job], only: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Return the trainings of some entries, and of the stage-1 students that they need, over some seeds.
+    """Return the training runs of some entries, and of the stage-1 students that they need, over some seeds.
 
     Args:
         plan: the plan.
-        jobs: all of its trainings.
+        jobs: all of its training runs.
         only: names of the entries; empty = all.
         seeds: their seeds; empty = all.
     Raises:
@@ -251,13 +251,13 @@ def choose(plan: Plan, jobs: Sequence[Job], only: Sequence[str], seeds: Sequence
 
 
 def plan_jobs(plan: Plan, out: Path) -> list[Job]:
-    """Return all trainings in the order in which they start: by seed, stage-1 students first.
+    """Return all training runs in the order in which they start: by seed, stage-1 students first.
 
     Args:
         plan: the plan.
         out: folder of the lab.
     Raises:
-        SettingsError: an entry's settings are wrong, or equal to those of another; the message names the entry.
+        SettingsError: an entry's settings are wrong, or equal to another entry's; the message names the entry.
     """
     load_settings(plan.recipe)
     with tempfile.TemporaryDirectory() as temporary:
@@ -274,7 +274,7 @@ def plan_jobs(plan: Plan, out: Path) -> list[Job]:
 
 
 def _common_recipe(plan: Plan, folder: Path) -> Path:
-    """Write the plan's recipe with the settings of every run as a recipe of its own, and check it.
+    """Write the plan's recipe with the settings for every run as a separate recipe, and check it.
 
     As a recipe, it may have settings that only some of the runs use.
     """

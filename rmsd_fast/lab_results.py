@@ -18,7 +18,7 @@ from rmsd_fast.lab_plan import Job, Plan
 from rmsd_fast.method.answers import CLOSED_TASKS
 
 RESAMPLES = 2000
-# What the score of a question is, by name of the metric.
+# Description of the score of a question, by metric.
 METRICS = {
     "closed": "mean score of the questions of closed tasks",
     "meaning": "share of answers whose meaning is right",
@@ -124,7 +124,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def t_interval(values: Sequence[float]) -> dict:
-    """Return mean and 95% t interval over trainings. A single training has no interval."""
+    """Return the mean and its 95% t interval over training runs. A single run has no interval."""
     mean, n = fmean(values), len(values)
     if n == 1:
         return {"mean": mean, "low": None, "high": None, "n": n}
@@ -149,7 +149,7 @@ def question_interval(differences: Sequence[Mapping[str, float]]) -> tuple[float
 
 
 def compare(after: Mapping[int, Scored], before: Mapping[int, Scored], kind: str) -> dict | None:
-    """Return the paired difference of two entries over the seeds that both have, or None without such a seed."""
+    """Return the paired difference of two entries over the seeds that both have, or None if there is no such seed."""
     differences = []
     for seed in sorted(set(after) & set(before)):
         later, earlier = (scored[seed].questions.get(kind, {}) for scored in (after, before))
@@ -190,7 +190,7 @@ def write_results(plan: Plan, jobs: Sequence[Job], finished: Mapping[Path, Score
 
     Args:
         plan: the plan.
-        jobs: all trainings of the plan.
+        jobs: all training runs of the plan.
         finished: scores of the finished ones by run folder.
         out: folder of the lab.
     """
@@ -247,13 +247,13 @@ def write_results(plan: Plan, jobs: Sequence[Job], finished: Mapping[Path, Score
 
 
 def describe(result: dict) -> list[str]:
-    """Return the sentences that say what the numbers are."""
+    """Return the sentences that explain the numbers."""
     metric = METRICS.get(result["metric"] or "", "scores")
     simulated = " The teacher is simulated." if result["teacher_simulated"] else ""
     return [
         f"Held-out {metric}.{simulated} Recipe {result['recipe']}, seeds {', '.join(map(str, result['seeds']))}; "
         f"{result['finished']} of {result['planned']} runs are finished.",
-        "Intervals are 95% intervals: t intervals over trainings, and for differences also a bootstrap over questions.",
+        "Intervals are 95% intervals: t intervals over runs, and bootstrap intervals over questions for differences.",
     ]
 
 
@@ -261,14 +261,14 @@ def table(result: dict) -> str:
     """Return the page with the means of all arms and the comparisons."""
     lines = [f"# {Path(result['plan']).stem}", "", *describe(result), ""]
     kinds = [kind for kind in ("greedy", "sampled") if any(kind in arm for arm in result["arms"].values())]
-    lines += [f"| arm | n | {' | '.join(kinds)} | training, s |", "|---" * (len(kinds) + 3) + "|"]
+    lines += [f"| arm | n | {' | '.join(kinds)} | training time, s |", "|---" * (len(kinds) + 3) + "|"]
     for name, arm in result["arms"].items():
         cells = [_mean_cell(arm[kind]) if kind in arm else "-" for kind in kinds]
         lines.append(f"| {name} | {arm['greedy']['n']} | {' | '.join(cells)} | {arm['train_seconds']:.0f} |")
     compared = [(c, kind) for c in result["comparisons"] for kind in kinds if kind in c]
     if compared:
         lines += ["", "Differences in points, paired by seed and question:", ""]
-        lines.append("| difference | answers | n | points | over trainings | over questions | excludes 0 |")
+        lines.append("| difference | answers | n | points | over runs | over questions | excludes 0 |")
         lines.append("|---" * 7 + "|")
     for comparison, kind in compared:
         d = comparison[kind]
@@ -292,5 +292,5 @@ def _points(low: float | None, high: float | None) -> str:
 
 
 def _verdict(excludes: dict) -> str:
-    names = [name for name in ("trainings", "questions") if excludes[name]]
+    names = [name for key, name in (("trainings", "runs"), ("questions", "questions")) if excludes[key]]
     return "both" if len(names) == 2 else "".join(names) or "no"

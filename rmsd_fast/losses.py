@@ -44,7 +44,7 @@ An implementation that does not support a call raises RuntimeError. Results are 
 Only hidden states, weights, biases, norm weights and scores receive gradients. Advantages, quality, token and pair
 weights, log-probs of other policies, and all tensors of a teacher or reference are constants. A normalizer is a plain
 divisor: if you pass the count over all ranks and micro-batches, the losses of the micro-batches add up to the loss of
-the whole batch. A normalizer of 0 counts as 1, so a batch without scored rows has loss 0 and zero gradients.
+the whole batch. A normalizer of 0 is treated as 1, so a batch without scored rows has loss 0 and zero gradients.
 
 Sources: R-MSD (arXiv 2603.11423); GRPO as in GAD (arXiv 2511.10643); length-normalized ratios: GSPO (arXiv 2507.18071);
 generalized JSD: GKD (arXiv 2306.13649); skew KL: DistiLLM (arXiv 2402.03898).

@@ -53,7 +53,7 @@ def check_together(settings: RunConfig) -> None:
     """
     if settings.stages != [s for s in STAGES if s in settings.stages] or not settings.stages:
         raise SettingsError(
-            f"stages: expected a subsequence of {list(STAGES)}, got {settings.stages}; write e.g. stages=[sft]"
+            f"stages: expected a subsequence of {list(STAGES)}, got {settings.stages}; set e.g. stages=[sft]"
         )
     if "warm_up" in settings.stages and not uses_discriminator(settings):
         raise SettingsError(
@@ -63,7 +63,7 @@ def check_together(settings: RunConfig) -> None:
     video = settings.video
     if (video.num_frames is None) == (video.fps is None):
         raise SettingsError(
-            "video.num_frames and video.fps cannot both be set: write video.num_frames=null with video.fps=2, "
+            "video.num_frames and video.fps cannot both be set: use video.num_frames=null with video.fps=2, "
             f"or video.fps=null with video.num_frames=16 (got {video.num_frames} and {video.fps})"
         )
     for low, high in (
@@ -83,7 +83,7 @@ def check_together(settings: RunConfig) -> None:
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
         raise SettingsError(
             "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth, got "
-            f"{settings.made.label_share:g}; write teacher.unlabeled=agreement"
+            f"{settings.made.label_share:g}; set teacher.unlabeled=agreement"
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
@@ -93,12 +93,12 @@ def _check_made(made: MadeConfig) -> None:
     if not made.tasks or len(set(made.tasks)) < len(made.tasks) or not set(made.tasks) <= set(TASK_TYPES):
         raise SettingsError(
             f"made.tasks: expected some of {list(TASK_TYPES)}, each at most once, got {made.tasks}; "
-            "write e.g. made.tasks=[temporal,open]"
+            "set e.g. made.tasks=[temporal,open]"
         )
     if made.questions_per_clip > len(made.tasks):
         raise SettingsError(
             f"made.questions_per_clip: expected at most {len(made.tasks)}, the number of made.tasks, since the "
-            f"questions about a clip have different task types, got {made.questions_per_clip}; write "
+            f"questions about a clip have different task types, got {made.questions_per_clip}; set "
             f"made.questions_per_clip={len(made.tasks)}"
         )
     if made.teacher == "blind" and made.source != "clips":
@@ -139,29 +139,29 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["reward.score_clip", "reward.score_sd_offset", "reward.score_groups"],
             not judged,
-            "no discriminator is trained; give reward.alpha > 0",
+            "no discriminator is trained; set reward.alpha > 0",
         ),
         (
             ["reward.score_sd_offset"],
             settings.reward.normalization == "sum_then_gn",
-            "sum_then_gn does not normalize the scores; write reward.normalization=gn_then_sum",
+            "sum_then_gn does not normalize the scores; set reward.normalization=gn_then_sum",
         ),
         (
             ["model.attention"],
             settings.packing == "shared",
-            "packing=shared uses its own attention; write packing=padded",
+            "packing=shared uses its own attention; set packing=padded",
         ),
         (
             ["teacher.min_quality"],
             settings.teacher.filter == "none",
-            "teacher.filter is none; write teacher.filter=both",
+            "teacher.filter is none; set teacher.filter=both",
         ),
         (
             ["teacher.min_quality", "teacher.filter"],
             settings.teacher.filter == "matching" and not judged,
-            "teacher.filter=matching only applies when a discriminator is trained; write teacher.filter=both",
+            "teacher.filter=matching only applies when a discriminator is trained; set teacher.filter=both",
         ),
-        (["teacher.weighting"], not judged, "no discriminator is trained; add warm_up and give reward.alpha > 0"),
+        (["teacher.weighting"], not judged, "no discriminator is trained; add warm_up and set reward.alpha > 0"),
         (
             ["teacher.weight_power"],
             not judged or settings.teacher.weighting == "uniform",
@@ -170,7 +170,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["teacher.empty_pools"],
             not rolls_out,
-            "no stage makes rollouts; add warm_up or distill to stages",
+            "no stage samples rollouts; add warm_up or distill to stages",
         ),
         (
             ["made.student_hidden", "made.student_layers"],
@@ -186,18 +186,18 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["made.teacher_error_rate"],
             settings.made.teacher != "noisy",
-            f"made.teacher={settings.made.teacher} has its own errors; write made.teacher=noisy",
+            f"made.teacher={settings.made.teacher} has its own errors; set made.teacher=noisy",
         ),
         (
             ["made.wording"],
             "open" not in settings.made.tasks,
             "open is not in made.tasks; add it to made.tasks",
         ),
-        ([*of_rollouts, "reward."], not rolls_out, "no stage makes rollouts; add warm_up or distill to stages"),
+        ([*of_rollouts, "reward."], not rolls_out, "no stage samples rollouts; add warm_up or distill to stages"),
         (
             ["rollout.log_questions"],
             settings.rollout.log_every_steps == 0,
-            "rollout.log_every_steps is 0, so no rollouts are written; write rollout.log_every_steps=10",
+            "rollout.log_every_steps is 0, so no rollouts are written; set rollout.log_every_steps=10",
         ),
         (["distill.kl"], distill.kl_coef == 0, "distill.kl_coef is 0; give it a weight"),
         (
@@ -205,7 +205,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             "sft" not in stages,
             "stage sft is not in stages, and the control uses distill.* instead; set distill.*",
         ),
-        (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; give reward.alpha > 0"),
+        (["discriminator."], not uses_discriminator(settings), "no discriminator is trained; set reward.alpha > 0"),
         (
             ["discriminator.warm_up_steps", "discriminator.warm_up_lr", "discriminator.warm_up_accuracy"],
             not warm_up,
@@ -215,27 +215,27 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             [f"made.{f.name}" for f in fields(settings.made) if f.name != "enabled"],
             not settings.made.enabled,
-            "no material is generated; write made.enabled=true",
+            "no material is generated; set made.enabled=true",
         ),
         (
             ["made.train_clips", "made.heldout_clips", "made.questions_per_clip", "made.tasks", "made.label_share"],
             not own_clips,
-            "the set of real clips is fixed; write made.source=clips",
+            "the set of real clips is fixed; set made.source=clips",
         ),
         (
             ["made.wording"],
             not own_clips,
-            "only open answers about generated clips are paraphrased; write made.source=clips",
+            "only open answers about generated clips are paraphrased; set made.source=clips",
         ),
         (
             ["video.min_frames", "video.max_frames"],
             settings.video.num_frames is not None,
-            "it only applies to video.fps, and video.num_frames is set; write video.num_frames=null and video.fps=2",
+            "it only applies to video.fps, and video.num_frames is set; set video.num_frames=null and video.fps=2",
         ),
         (
             ["evaluate."],
             not settings.data.heldout and not settings.made.enabled,
-            "there are no held-out questions; give data.heldout",
+            "there are no held-out questions; set data.heldout",
         ),
         (
             ["data.task_type"],
@@ -252,12 +252,12 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         (
             ["teacher.numeric_eps"],
             settings.teacher.numeric_metric != "epsilon",
-            "teacher.numeric_metric is mra; write teacher.numeric_metric=epsilon",
+            "teacher.numeric_metric is mra; set teacher.numeric_metric=epsilon",
         ),
         (
             ["runtime.offload_optimizer"],
             settings.runtime.zero_stage == 0,
-            "ZeRO-0 cannot offload the optimizer; write runtime.zero_stage=2",
+            "ZeRO-0 cannot offload the optimizer; set runtime.zero_stage=2",
         ),
     ]
     for prefixes, useless, reason in rules:

@@ -32,7 +32,7 @@ RENAMED = {
 }
 # Settings of earlier versions that have no replacement.
 REMOVED = {
-    "distill.objective": "the control of stage 2 is a stage; write stages=[sft,control], or add control to the stages",
+    "distill.objective": "the control of stage 2 is a stage; set stages=[sft,control], or add control to the stages",
     "teacher.spatial_format": "box coordinates always range from 0 to 1000 of the picture's width and height, as the "
     "prompt says, because the student sees resized frames, not the file's pixels; convert ground truths in pixels "
     "(1000 * pixels / width, 1000 * pixels / height) and leave the setting out",
@@ -254,7 +254,7 @@ def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
         if key == "distill.kl" and value == "k1":
             raise SettingsError(
                 "distill.kl=k1: expected k2, k3 or full, because the gradient of k1 as a loss is zero in expectation; "
-                "write reward.kl_in_reward=<weight> for k1 as a reward"
+                "set reward.kl_in_reward=<weight> for k1 as a reward"
             )
         raise SettingsError(f"{key}: expected one of {', '.join(map(str, choices))}, got {value!r}")
     if choices or value is None:

@@ -208,10 +208,10 @@ def _forecast(run: TrainingRun, state: StageState) -> None:
 
 
 def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> list[str]:
-    """Return lines that say what stage 2 can gain on closed questions, with a warning if that is nothing."""
+    """Return lines that show what stage 2 can gain on closed questions, with a warning if there is no gain."""
     student, target = metrics["rollout/quality"], metrics["teacher/target_quality"]
     if student is None:
-        return ["forecast: impossible, since no question of the first step has both ground truth and a teacher answer"]
+        return ["forecast: none, since no question of the first step has both ground truth and a teacher answer"]
     best, signal = metrics["teacher/best_quality"], metrics["rollout/signal_share"]
     judged = uses_discriminator(settings)
     led = f"; the discriminator leads to {target:.3f}" if judged else ""
@@ -221,7 +221,7 @@ def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> 
     ]
     if judged and target <= student:
         lines.append(
-            "WARNING: the teacher answers that the discriminator is trained towards are not better than the rollouts. "
+            "WARNING: the teacher answers that the discriminator is trained toward are not better than the rollouts. "
             "Raise teacher.weight_power or teacher.min_quality, or lower reward.alpha"
         )
     if signal < LEAST_SIGNAL:

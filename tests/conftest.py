@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Seed the global random number generators of every test, whatever ran before it."""
+    """Seed the global random number generators of every test, regardless of what ran before it."""
     random.seed(0)
     torch.manual_seed(0)
     if "numpy" in sys.modules:

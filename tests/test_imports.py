@@ -50,7 +50,7 @@ SAME_LEVEL = {
     ("config", "method"),  # config has the task types among its choices.
     ("train", "evaluate"),
     ("train", "report"),
-    ("lab", "report"),  # colours and ticks of its chart
+    ("lab", "report"),  # colors and ticks of its chart
     ("program", "runtime"),
     ("runtime", "data"),  # copies to a device
     ("teacher", "data"),
@@ -125,7 +125,7 @@ def fault(module: str, imported: str) -> str:
     if target == "integrations":
         return "integrations are for callers with a trainer of their own; nothing here imports them"
     if target not in LEVELS:
-        return f"{target!r} is no part of rmsd_fast that this test knows"
+        return f"{target!r} is not a part of rmsd_fast that this test knows"
     if importer is None:
         return "the package file imports nothing of ours"
     if LEVELS[target] < LEVELS[importer] or (importer, target) in SAME_LEVEL:

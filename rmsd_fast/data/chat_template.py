@@ -11,8 +11,8 @@ END_TOKEN = "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 
-# Probe texts contain everything in a question that a template could change: HTML, quotes, repeated blanks and line
-# breaks, capitals, other scripts, and more than a page of text. Texts between two media begin and end with a blank.
+# Probe texts contain everything in a question that a template could change: HTML, quotes, repeated spaces and line
+# breaks, capitals, other scripts, and more than a page of text. Texts between two media begin and end with a space.
 _HARD = ' <b>"it\'s"</b> &amp;  {{ two }}\n\n\tCafé 漢 ' + "a long text " * 400
 _SYSTEM, _FIRST, _SECOND = f"system{_HARD}end of system", f"first{_HARD}end of first ", f" second{_HARD}end of second"
 _REPLY = f"reply{_HARD}end of reply"
@@ -26,7 +26,7 @@ def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = N
 
 
 def response_opening(tokenizer: Any) -> str:
-    """Return the text that opens a response in the template: "", or `<think>` and blanks (Thinking models).
+    """Return the text that opens a response in the template: "", or `<think>` and whitespace (Thinking models).
 
     Raises:
         ModelError: the template drops or moves parts of a question, ends turns differently from the model family,

@@ -1,8 +1,8 @@
 """Handle marks in a question's text: `<image>` and `<video>` show the positions of the media and are not text.
 
 If a text has no marks, its media come before it, videos first. `<IMAGE>`, numbered marks in order (`<image_1>`, `<image
-2>`) and the model family's own `<|vision_start|><|image_pad|><|vision_end|>` are also accepted. Marks with other blanks
-inside are text, as in a question about HTML.
+2>`) and the model family's own `<|vision_start|><|image_pad|><|vision_end|>` are also accepted. A mark with any other
+whitespace inside is treated as text, as in a question about HTML.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class MediaReader:
 
         def work() -> None:
             try:
-                # On a separate stream, so that decoding and the model's kernels do not wait for each other.
+                # Use a separate stream, so that decoding and the model's kernels do not wait for each other.
                 with torch.cuda.stream(self._stream):
                     frames = read_media(request, device=str(self.device))
                     self._stream.synchronize()
@@ -338,7 +338,7 @@ def choose_decoder(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted == "cpu" or (wanted == "auto" and device.type != "cuda"):
         return "cpu", ""
     if device.type != "cuda":
-        raise SettingsError("data.decoder=cuda: expected a CUDA device, got none; write data.decoder=cpu or auto")
+        raise SettingsError("data.decoder=cuda: expected a CUDA device, got none; set data.decoder=cpu or auto")
     reason = why_not_cuda(device)
     if reason and wanted == "cuda":
         raise NotInstalled(f"data.decoder=cuda: {reason}; use torchcodec >= 0.17 with CUDA, or data.decoder=cpu")

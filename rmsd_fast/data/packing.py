@@ -236,7 +236,7 @@ def _flatten(prompts: list[Prompt], responses: list[list[torch.Tensor]]) -> tupl
     """Check the responses, and return them in group-major order with the index of each one's prompt."""
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(
-            f"expected a list of responses for each prompt, at least one prompt, got {len(responses)} lists "
+            f"expected at least one prompt, and a list of responses for each prompt, got {len(responses)} lists "
             f"and {len(prompts)} prompts"
         )
     vision_ids = {index for prompt in prompts for index in prompt.vision_ids}

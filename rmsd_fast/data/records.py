@@ -3,7 +3,7 @@
 One JSON object per line:
 ``{"id", "videos": [path], "images": [path], "question", "task_type",
 "options"?, "answer"?, "system"?, "duration"?, "meta"?}``
-A question has at least one video or image. `video` and `image` are also accepted, and null counts as a missing key.
+A question has at least one video or image. `video` and `image` are also accepted, and null is treated as a missing key.
 
 `<video>` and `<image>` in the question or its options mark the positions of the media. Without such marks, media come
 before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` instead of the path (in
@@ -337,7 +337,7 @@ def _answer(value: object, task: str, options: Sequence[str] | None, required: b
     if value is None or (isinstance(value, str) and not value.strip()):
         if required and task in CLOSED_TASKS:
             todo = (
-                "add the ground truth, set task_type to open, or, for training questions only, write "
+                "add the ground truth, set task_type to open, or, for training questions only, set "
                 "teacher.unlabeled=agreement"
             )
             raise fail("answer", f"{EXPECTED_FORMAT[task]}, since {task} is a closed task", value, todo)

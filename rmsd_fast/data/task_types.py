@@ -31,7 +31,7 @@ _ANY_LETTER = re.compile(
 )
 # "3-5" may be a score, a range or a pair of years.
 _RANGE = re.compile(r"[0-9]+\s*[-–—~]\s*[0-9]+")
-# Complete answers to closed questions, in case-folded text: one word, or a few Chinese answers, written without blanks.
+# Complete answers to closed questions, in case-folded text: one word, or a few Chinese answers, written without spaces.
 _ONE_WORD = re.compile(r"[a-z0-9][a-z0-9'%°/–-]*[!?]?|是的?|不是|不|否|对|错|有|没有|[一二三四五六七八九十]")
 # How answers to closed questions begin: a letter with its punctuation, or JSON; in a short answer, also a number.
 _CLOSED_START = re.compile(r"[(\[]?[A-Za-z][)\].:](?:\s|$)|[\[{]")

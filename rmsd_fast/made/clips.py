@@ -103,7 +103,7 @@ class Content:
 
     @property
     def place(self) -> str:
-        """Return the position of the box's centre: "top left", "left", "centre", …"""
+        """Return the position of the box's center: "top left", "left", "centre", …"""
         x, y = (self.box[0] + self.box[2]) // 2, (self.box[1] + self.box[3]) // 2
         row = "top" if y < 500 else "bottom" if y > 500 else ""
         column = "left" if x < 500 else "right" if x > 500 else ""
@@ -163,7 +163,7 @@ def make_clips(
         "questions_per_clip": questions_per_clip,
         "seed": seed,
     }
-    # All task types, as before there was a choice, so that existing material keeps its name.
+    # With all task types, the settings are those of earlier versions, so existing material keeps its name.
     if len(tasks) < len(TASK_TYPES):
         settings["tasks"] = tasks
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -400,4 +400,6 @@ def _check_made(folder: Path, settings: dict[str, Any]) -> None:
     missing = [name for name in ("train.jsonl", "heldout.jsonl", "clips") if not (folder / name).exists()]
     if found != settings or missing:
         got = f"{found}" + (f", without {', '.join(missing)}" if missing else "")
-        raise SettingsError(f"{folder}: expected made clips with the settings {settings}, got {got}; remove the folder")
+        raise SettingsError(
+            f"{folder}: expected generated clips with the settings {settings}, got {got}; remove the folder"
+        )

@@ -117,7 +117,7 @@ def is_unseen(question: Question) -> bool:
 
 
 def wrong_answer(question: Question, rng: random.Random) -> str:
-    """Return an answer that differs from the ground truth: a near miss or an entirely different one, half and half."""
+    """Return an answer that differs from the ground truth: a near miss or an unrelated one, equally often."""
     task, answer = question.task_type, question.answer
     if task == "mcq":
         letters = option_letters(question.options) if question.options else "ABCD"
@@ -136,7 +136,7 @@ def wrong_answer(question: Question, rng: random.Random) -> str:
 
 
 def _off_by_one(answer: str, rng: random.Random, *, upwards: bool = False) -> str:
-    """Return a number that is off by one for counts, and by a tenth for measurements. At zero, only upwards."""
+    """Return a number that is off by one for counts, and by a tenth for measurements. Zero is only increased."""
     value = parse_answer_body(answer, "numeric")
     step = _step_of(value)
     return f"{value + step * (1 if upwards or value <= step or rng.random() < 0.5 else -1):.6g}"
@@ -174,7 +174,7 @@ def _entirely_wrong(question: Question, rng: random.Random) -> str:
 
 
 def _extent(question: Question) -> tuple[tuple[float, ...], list[float], list[float]]:
-    """Return an interval or a box as its lower and then its upper bounds, and step and upper limit of each axis."""
+    """Return the lower and then the upper bounds of an interval or a box, and the step and upper limit of each axis."""
     bounds = parse_answer_body(question.answer, question.task_type)
     if question.task_type == "temporal":
         limit = math.inf if question.duration is None else max(bounds[1], question.duration)
@@ -186,9 +186,9 @@ def _extent(question: Question) -> tuple[tuple[float, ...], list[float], list[fl
 
 
 def _moved_on(bounds: Sequence[float], step: float, limit: float, *, both: bool) -> list[float]:
-    """Return bounds whose first axis ends a step later, and with `both` starts a step later too.
+    """Return bounds that end a step later along the first axis and, with `both`, also start a step later.
 
-    At the limit, the end stays and the start moves. What would become empty keeps its second half.
+    At the limit, the end stays and the start moves. An axis that would become empty keeps its second half.
     """
     axes = len(bounds) // 2
     low, high = bounds[0], min(bounds[axes] + step, limit)
@@ -247,7 +247,7 @@ def _wrong_interval(start: float, end: float, duration: float | None, rng: rando
     else:
         moves = [(step * first, step * (first + count)) for first in range(8) for count in (1, 2, 3, 4)]
     moves = [(a, b) for a, b in moves if a >= 0 and a + step / 2 < b <= limit + 1e-9 and (a, b) != (start, end)]
-    # An interval that fills a clip of one step has no neighbour, so halve it.
+    # An interval that fills a clip of one step has no neighbor, so halve it.
     return interval_text(*rng.choice(moves)) if moves else interval_text(start, (start + end) / 2)
 
 

@@ -12,7 +12,7 @@ from rmsd_fast.method.matching import uniform
 
 
 def keep_labels(questions: Sequence[Question], *, share: float, seed: int) -> list[Question]:
-    """Return the questions, of which a share of each closed task keeps its ground truth; open ones are unchanged.
+    """Return the questions, with ground truths for a share of each closed task only; open questions are unchanged.
 
     A hash of seed and id ranks the questions. A larger share therefore keeps all ground truths that a smaller one
     keeps.
@@ -26,7 +26,7 @@ def keep_labels(questions: Sequence[Question], *, share: float, seed: int) -> li
 
 
 def write_label_share(train: Path, questions: Sequence[Question], *, share: float, seed: int, media_root: Path) -> Path:
-    """Write the questions with a share of their ground truths beside `train`, unless it exists, and return its path."""
+    """Write the questions with a share of their ground truths next to `train`, unless present; return the path."""
     path = train.with_name(f"{train.stem}-labels-{share!r}.jsonl")
     if not path.exists():
         write_questions(path, keep_labels(questions, share=share, seed=seed), media_root=media_root)

@@ -1,8 +1,8 @@
 """Meaning of open answers about generated clips: whether color, shape and place are all right.
 
-Training never uses this score: it is a measure for evaluation alone. It reads words, not sentences, and only those of
-the contents of generated clips. It is strict: an answer that names a second color, shape or place, or that contains a
-word of denial or doubt, scores 0.
+Training never uses this score: it is only used in evaluations. It looks for single words, and knows only the words that
+describe generated clips. It is strict: an answer that names a second color, shape or place, or that contains a word of
+denial or doubt, scores 0.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 
 def has_content(question: Question) -> bool:
-    """Return whether the question records what its clip shows, as those about generated clips do."""
+    """Return whether the question records what its clip shows, as questions about generated clips do."""
     made = question.meta.get("made")
     return isinstance(made, Mapping) and {"color", "shape", "place"} <= set(made)
 
 
 def meaning_score(text: str, made: Mapping[str, Any]) -> float:
-    """Return 1.0 if an answer states color, shape and place, all of them right and nothing that contradicts them.
+    """Return 1.0 if an answer states the right color, shape and place, and nothing that contradicts them.
 
     "top center" is read as "top", and "middle left" as "left".
 

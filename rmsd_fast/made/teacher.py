@@ -86,7 +86,8 @@ class SimulatedTeacher:
 
     def settings(self) -> dict[str, Any]:
         """Return the values that decide the responses. They are part of the responses and of their file's name."""
-        # `noisy` and `reported` are told apart by the rate, as before there were others: pools keep their names.
+        # The rate alone distinguishes `noisy` from `reported`, as in earlier versions, so existing pools keep their
+        # names.
         settings = {"error_rate": self.error_rate if self.kind == "noisy" else None}
         if self.kind not in ("noisy", "reported"):
             settings["teacher"] = self.kind

@@ -1,4 +1,4 @@
-"""Wordings of open answers about generated clips: that of the reference, and paraphrases with few of its words.
+"""Word open answers about generated clips like the reference, or as paraphrases that share few words with it.
 
 Both are simulated. The paraphrases name the same color, shape and place, but share few words with the reference. With
 `made.wording=paraphrased`, word overlap (F1) therefore ranks every wrong answer, which is in the reference's wording,

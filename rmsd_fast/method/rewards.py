@@ -93,8 +93,8 @@ def composite_advantages(
     "gn_then_sum" computes group advantages of each component (zeros for a constant component) and returns their
     weighted sum. The scores of D are divided by sd + score_sd_offset. With an offset of 0 the scale of D does not
     matter; with a larger one, scores that hardly differ have little weight. "sum_then_gn" returns the group advantages
-    of the weighted sum, the literal reading of the paper, and ignores the offset. The KL penalty counts as one more
-    component.
+    of the weighted sum, the literal reading of the paper, and ignores the offset. The KL penalty is treated as an
+    additional component.
 
     Arguments, shapes and errors are the same as for composite_reward. An unknown normalization also raises ValueError.
     """

@@ -120,7 +120,7 @@ def disable_shared_prefix(model: nn.Module) -> None:
 
     Raises:
         ModelError: sharing was enabled on another model with the same config or by `set_attn_implementation`, so the
-            former attention is unknown.
+            previous attention is unknown.
     """
     model = _transformers_model(model)
     if not is_shared_prefix(model):
@@ -139,7 +139,7 @@ def disable_shared_prefix(model: nn.Module) -> None:
 
 @contextmanager
 def shared_prefix_enabled(model: nn.Module) -> Iterator[None]:
-    """Enable shared prompts inside the context, and restore the former attention afterward."""
+    """Enable shared prompts inside the context, and restore the previous attention afterward."""
     before = is_shared_prefix(model)
     enable_shared_prefix(model)
     try:

@@ -22,7 +22,7 @@ _MORE_STYLES = ((5, "square"), (3, "circle"), (7, "diamond"), (8, "circle"))
 # Size of a curve in the picture.
 _PLOT_WIDTH, _PLOT_HEIGHT = 288, 180
 SIMULATED = "The teacher was simulated"
-# Rows beside the task types, and their labels.
+# Rows in addition to the task types, and their labels.
 _TOTALS = {"meaning": "meaning", "closed": "all closed", "all": "all"}
 
 

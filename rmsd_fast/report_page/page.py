@@ -94,7 +94,7 @@ def _facts(run: ReportedRun) -> str:
         ("Recipe", info.get("recipe")),
         ("Hardware", info.get("hardware")),
         ("World size", info.get("world_size")),
-        ("Model", (run.settings.get("model") or {}).get("path") or ("tiny, made by the run" if _made(run) else None)),
+        ("Model", (run.settings.get("model") or {}).get("path") or ("tiny, generated" if _made(run) else None)),
         ("Seed", run.settings.get("seed")),
         ("Steps", ", ".join(f"{_short(s).lower()} {steps[s]}" for s in in_order(list(steps), tuple(STAGE_TITLES)))),
         ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else None),

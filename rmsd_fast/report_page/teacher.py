@@ -30,7 +30,7 @@ _LANES = (("sd_across", "sd across questions", 1, "square"), ("sd_within", "sd w
 
 
 def teacher_section(statistics: Mapping[str, Any] | None) -> str:
-    """Return table and chart of `teacher.diagnostics.pool_statistics`, or a sentence if the run has none."""
+    """Return the table and chart of `teacher.diagnostics.pool_statistics`, or a sentence if the run has none."""
     head = '<h2 id="teacher">Teacher responses</h2>'
     tasks = (statistics or {}).get("tasks")
     if not isinstance(tasks, Mapping) or not any(tasks.values()):

@@ -119,15 +119,15 @@ CONDITIONS = (
         low=0.55,
         window=20,
         stages=("distill",),
-        # Once the rollouts are better than the answers, they should not be told apart in favor of the answers.
+        # Once the rollouts are better than the answers, the discriminator should not prefer the answers.
         only_if=("teacher/headroom", 0.0),
     ),
     Condition(
         "the student has passed the teacher answers",
         "teacher/headroom",
-        "On closed questions, the rollouts are better than the answers that the discriminator is trained towards. Its "
+        "On closed questions, the rollouts are better than the answers that the discriminator is trained toward. Its "
         "score can no longer raise their quality. The content reward still can.",
-        "if reward/content/raw still rises, nothing. Otherwise end stage 2, or raise teacher.weight_power or "
+        "nothing if reward/content/raw still rises. Otherwise end stage 2, or raise teacher.weight_power or "
         "teacher.min_quality so that only the best answers count.",
         low=0.0,
         window=20,

@@ -19,11 +19,11 @@ STORE_S = 10.0
 
 
 class Ends:
-    """Record why processes end. Without torchrun, or with a single process, every message is printed.
+    """Record why processes end. Without torchrun, or with a single process, every message is printed. All processes
+    create this object together and agree on a name for this start, because torchrun's store outlives restarts.
 
     Args:
-        world: this process in the run. All processes agree on a name for this start, because torchrun's store outlives
-            restarts.
+        world: this process in the run.
     """
 
     def __init__(self, world: World) -> None:
@@ -38,13 +38,13 @@ class Ends:
             self._store = dist.PrefixStore(f"rmsd_fast/{name}", store)
 
     def note(self, kind: str) -> None:
-        """Record that this process ends and reports the reason: a `fault`, or a signal to `stop`."""
+        """Record that this process is ending and reports the reason: a `fault`, or a signal to `stop`."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.add(kind, 1)
 
     def noted(self, *kinds: str) -> bool:
-        """Return whether any process has recorded an end of one of these kinds."""
+        """Return whether any process has recorded that it is ending for one of these reasons."""
         if self._store is None:
             return False
         try:

@@ -132,7 +132,7 @@ class Engine:
             group["lr"] = lr
 
     def watched(self) -> dict[str, float | Tensor]:
-        """Return the values of this rank whose maxima over the ranks `gradients_finite` judges."""
+        """Return the values of this rank whose maxima over the ranks `gradients_finite` checks."""
         # The norm of the mean over the ranks is at most the largest norm of a rank. NaN is not in this range either.
         bad = (self._probe <= LARGEST_NORM).logical_not()
         return {"bad": bad, "high": self._trace, "low": -self._trace}
@@ -324,7 +324,7 @@ def gradients_finite(engines: Sequence[Engine]) -> bool:
     """Return whether all losses and gradients since the last step or discard are finite, in all engines on all ranks.
 
     The global norm of each engine's gradients must be finite too. Call this after the last backward and before any
-    engine's `step`. It runs one collective and waits for the device once, whatever the number of engines.
+    engine's `step`. It runs one collective and waits for the device once, regardless of the number of engines.
 
     Raises:
         RuntimeError: gradients arrived for different parameters, or in a different order, on different ranks. ZeRO 1

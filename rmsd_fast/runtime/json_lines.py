@@ -102,8 +102,8 @@ class JsonLines:
         """Append a complete line. If the disk is full or fails, leave the file unchanged and return the error."""
         try:
             if self._file is None:
-                # Unbuffered, so that the line is in the file when `append` returns. In append mode, because a line that
-                # did not fit is removed again.
+                # The file is unbuffered, so that the line is in the file when `append` returns. It is in append mode,
+                # because a line that did not fit is removed again.
                 self._file = self._path.open("ab", buffering=0)
                 sync_folder(self._path.parent)
             append_whole(self._file, line)

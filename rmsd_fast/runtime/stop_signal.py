@@ -37,7 +37,8 @@ class StopSignal:
     """Handle SIGTERM and Ctrl-C.
 
     SIGTERM ends the program immediately by raising `Stopped`. Inside `deferred`, it is only recorded, and `asked`
-    returns it. A SIGHUP passed on by a launcher counts as SIGTERM; the launcher kills remaining processes after 30 s.
+    returns it. A SIGHUP passed on by a launcher is treated as SIGTERM. The launcher kills remaining processes after
+    30 s.
 
     Python ignores exceptions that are raised while an object is being deleted, so `check` raises a lost exception
     again.
@@ -114,6 +115,6 @@ class StopSignal:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
-        """Restore the former handlers."""
+        """Restore the previous handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)

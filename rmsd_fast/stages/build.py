@@ -45,8 +45,8 @@ def prepare(student: Student, path: str, settings: RunConfig, world: World) -> S
     reason = unsupported(student.model)
     if reason:
         raise ModelError(
-            f"{path}: prompts cannot be shared, {reason}; rollouts and evaluation require it with every packing, so "
-            "change config.json or use another model"
+            f"{path}: prompts cannot be shared, {reason}; rollouts and evaluations share prompts "
+            "with every packing, so change config.json or use another model"
         )
     if settings.packing == "shared":
         enable_shared_prefix(student.model)

@@ -57,7 +57,7 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
 
 
 def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None]:
-    """Return the metrics that say what stage 2 can gain, from one rollout of the student and without training.
+    """Return the metrics that show what stage 2 can gain, from one rollout of the student and without training.
 
     Args:
         state: state of the stage.
@@ -92,7 +92,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
         number: step within stage 2, counted from 0.
     """
     settings = state.settings
-    # The step that seeds rollouts and matches continues from the warm-up, so that no draws are repeated.
+    # The step number that seeds rollouts and matches continues from the warm-up, so that no draws are repeated.
     warm_up_steps = settings.discriminator.warm_up_steps if "warm_up" in settings.stages else 0
     rollout_step = warm_up_steps + number
     rollouts, features = roll_out(state, prompts, rollout_step)
@@ -103,7 +103,7 @@ def step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
             make_group(prompt, drawn, state.targets[prompt.question.id], settings, step=rollout_step)
             for prompt, drawn in zip(prompts, rollouts, strict=True)
         ]
-    # Summed while the device is idle. Between reference and policy, the sum would wait for the reference's passes.
+    # Sum here, while the device is idle. Between reference and policy, the sum would wait for the reference's passes.
     counts = global_sum(
         {
             "tokens": sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts),

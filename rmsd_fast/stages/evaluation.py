@@ -200,7 +200,7 @@ def _record(
 
 
 def _meaning(question: Question, answer: str | None) -> dict[str, float]:
-    """Return whether an open answer about a generated clip means the right thing; nothing for other questions."""
+    """Return the meaning score of an open answer about a generated clip; an empty dict for other questions."""
     if question.task_type != "open" or not has_content(question):
         return {}
     return {"meaning": 0.0 if answer is None else meaning_score(answer, question.meta["made"])}
@@ -211,8 +211,8 @@ def summarize(records: list[dict]) -> dict:
 
     The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
     a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
-    them are about generated clips, `meaning` is the share of correct answers to these. If the records have scores of
-    sampled responses, `sampled` holds the same means of these.
+    them are about generated clips, `meaning` is the share of correct answers to them. If the records have scores of
+    sampled responses, `sampled` holds the same means for these scores.
     """
     result = _by_task(records, _mean_with_interval)
     meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
@@ -226,7 +226,7 @@ def summarize(records: list[dict]) -> dict:
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
     """Return paired differences after - before with 95% bootstrap intervals over questions.
 
-    If both students have scores of sampled responses, `sampled` holds the differences of these.
+    If both students have scores of sampled responses, `sampled` holds the differences of these scores.
     """
     result = _compare(after, before, seed)
     samples = _of_samples(after), _of_samples(before)

@@ -184,7 +184,7 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
 
 
 def quality_record(groups: list[RolloutGroup]) -> dict[str, Metric]:
-    """Return this process's part of the metrics that say what stage 2 can gain on closed questions.
+    """Return this process's part of the metrics that show what stage 2 can gain on closed questions.
 
     Only questions with ground truth and a teacher response count, so that all of the metrics refer to the same
     questions.

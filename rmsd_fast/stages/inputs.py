@@ -148,7 +148,7 @@ def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question],
     if settings.teacher.responses > most:
         raise SettingsError(
             f"teacher.responses: expected at most {most}, the largest number of responses to a question in {path}, "
-            f"got {settings.teacher.responses}; write teacher.responses={most} or collect more"
+            f"got {settings.teacher.responses}; set teacher.responses={most} or collect more"
         )
 
 
@@ -166,5 +166,5 @@ def _check_task_type(settings: RunConfig, files: dict[str, str]) -> None:
     if formats == {"rmsd"}:
         raise SettingsError(
             f"data.task_type={data.task_type} has no effect: the records of {' and '.join(paths)} are in our own "
-            "format and name their task types; leave data.task_type out"
+            "format and specify their task types; leave data.task_type out"
         )

@@ -73,7 +73,7 @@ def prepare_material(settings: RunConfig, world: World, *, training: bool = True
     needed |= {} if training else {"data.heldout": files["heldout"]}
     for key, path in needed.items():
         if not path:
-            raise SettingsError(f"{key}: expected a path, got nothing; give {key}=… or made.enabled=true")
+            raise SettingsError(f"{key}: expected a path, got nothing; set {key}=… or made.enabled=true")
     files = {role: path for role, path in files.items() if path and (training or role == "heldout")}
     roots = {role: settings.data.media_root or ("" if named[role] else made["media_root"]) for role in files}
     inputs = read_inputs(settings, files, roots)
@@ -95,7 +95,7 @@ def check_batches(settings: RunConfig, processes: int) -> None:
     for key, batch in batches.items():
         if batch % processes:
             raise SettingsError(
-                f"{key}: expected a multiple of {processes} (processes), got {batch}; write {key}="
+                f"{key}: expected a multiple of {processes} (processes), got {batch}; set {key}="
                 f"{max(1, round(batch / processes)) * processes}, or start a different number of processes"
             )
 

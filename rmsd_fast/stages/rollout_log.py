@@ -1,6 +1,6 @@
 """Write `rollouts.jsonl`: the student's rollouts during training and the teacher's answers, with their scores.
 
-The file has one line per question of a logged step, in the order of the step. `null` stands for a score that was not
+The file has one line per question of a logged step, in the order of the step. `null` represents a score that was not
 computed (no discriminator, no usable teacher answer, no reward in the warm-up) or for a number that was not finite.
 """
 

@@ -102,7 +102,7 @@ def _reference(question: Question) -> str:
     if question.answer is None:
         raise DataError(
             f"teacher.open_quality=lexical: expected a reference answer to open question {question.id!r}, got none; "
-            "add it, or write teacher.open_quality=valid"
+            "add it, or set teacher.open_quality=valid"
         )
     return question.answer
 

@@ -74,7 +74,7 @@ def _ids_by_position(role: str, questions: Sequence[Question]) -> list[str]:
 
 
 def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
-    """Warn about open questions with closed-looking answers, separately for inferred and specified task types."""
+    """Warn about open questions that look closed by their answers, separately for inferred and specified types."""
     answered = [question for question in questions if question.task_type == "open" and question.answer]
     closed = [q for q in answered if looks_closed(q.answer) or ("inferred" in q.meta and find_options(q.question))]
     inferred = [question for question in closed if "inferred" in question.meta]
@@ -89,7 +89,7 @@ def _closed_answers(role: str, questions: Sequence[Question]) -> list[str]:
     if len(named) > CLOSED_SHARE * len(questions):
         warnings.append(
             f"{counted(len(named), f'open {role} question')} with an answer like that of a closed question "
-            f"({named[0].id}: {named[0].answer!r:.60}), which nothing is compared with: any text in the right format "
+            f"({named[0].id}: {named[0].answer!r:.60}). No response is compared with it: any text in the right format "
             "scores 1; make them mcq (with options), numeric or ocr"
         )
     return warnings
@@ -139,7 +139,7 @@ def describe_pool(
         nothing = "no answer is correct" + (" or agrees with another" if every["unlabeled"] else "")
         summary.faults.append(
             f"teacher pool: {every['valid_share']:.1%} of {counted(every['responses'], 'answer')} are valid, and "
-            f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most of both. "
+            f"{every['best_share']:.1%} of the questions have one of quality above 0: expected most in both cases. "
             f"Reasons: {_reasons(every) or nothing}{_advice(cfg.parse)}"
         )
         return summary

@@ -47,8 +47,8 @@ class Targets:
     def target_quality(self) -> float | None:
         """The quality to which the discriminator leads: mean q_k, weighted by p_k and by the weight in its loss.
 
-        A discriminator that is trained to the end rewards being like the teacher, in this mixture of its answers. It
-        can therefore raise the quality of a student only up to this value. None if no answer is kept.
+        A discriminator that is trained to convergence rewards responses that resemble this mixture of the teacher's
+        answers. It can therefore raise the quality of a student only up to this value. None if no answer is kept.
         """
         weight = (self.p * self.weight).double()
         total = float(weight.sum())
@@ -67,7 +67,7 @@ def build_targets(
     """Return the targets of every question. A question without answers gets empty targets.
 
     Args:
-        refuse: function that returns why a text cannot be trained on, or None. An answer with a reason counts as
+        refuse: function that returns why a text cannot be trained on, or None. An answer with a reason is treated as
             invalid. The function is called only for usable answers.
         imitate: `best`, `all` or `random`, see `sft.responses`.
     """

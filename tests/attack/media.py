@@ -4,7 +4,7 @@ python tests/attack/media.py [--only dash]
 
 The run must end with 0 and without a traceback. Each file that is not a video or picture is listed in bad_media.jsonl
 and counted in the predictions, and videos under strange names are used. A video and a picture outside of the media root
-are neither opened nor shown, and no program runs that libraries start for such files.
+are neither opened nor shown, and no program that libraries start for such files runs.
 
 The program prints a line for each file and kind, and a table.
 """

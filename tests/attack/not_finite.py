@@ -4,8 +4,8 @@ python tests/attack/not_finite.py --processes 1 [--every 3] [--only rollouts] [r
 
 Each run must end with 0, count one skipped step and list it with its questions. The checkpoints before and after that
 step show that no optimizer moved. All weights of the export are finite, all ranks have the same weights, and the rest
-of the run equals that of every other poison at this step. If it is killed after the step and resumed, it gives the same
-run. If all steps of a stage are poisoned, the run ends with 2 and one line and can be continued.
+of the run is the same as with every other poison at this step. If it is killed after the step and resumed, it gives the
+same run. If all steps of a stage are poisoned, the run ends with 2 and one line and can be continued.
 
 The program prints a line for each case, and a table. With 2 processes, only rank 1 is poisoned.
 """

@@ -30,8 +30,8 @@ def test_goals_of_the_heads():
 
 def test_goals_of_the_step():
     found = step_record("P8192-R512-bfloat16", k4=1.0, k1=0.9, padded=4.9)
-    # The verdicts are for gradient norms; 1.5 / 1.4 of K=1 and 1 / 0.9 of its passes; 0.6 / 1.5 of the peak, and with
-    # 16 groups 9.6 / 16.5; the predicted time; 4.9.
+    # The verdicts in order: gradient norms; 1.5 / 1.4 of the time at K=1; 1 / 0.9 of its passes; 0.6 / 1.5 of the peak
+    # rate, and 9.6 / 16.5 of it with 16 groups; the predicted time; padded rows, which take 4.9 times as long.
     assert statuses(found) == ["met", "met", "met", "MISSED", "met", "met", "MISSED"]
     assert [text.partition(":")[2][:6] for _, text in verdicts_of(found)[3:5]] == [" 40.0%", " 58.2%"]
     slow = step_record("P8192-R512-bfloat16", k4=1.4, k1=0.9, padded=7.0)

@@ -34,8 +34,8 @@ QWEN3_VL_4B = {
     },
 }
 
-# The keys are the prefix in thousands of tokens and the response; the values are per M, shared over M=1 and naive over
-# shared.
+# The keys are the prefix length in thousands of tokens and the response length. The values are, for each M, the ratio
+# of shared to M=1 and the ratio of naive to shared.
 ONE_MODEL = {
     (2, 128): [(1.05, 1.9), (1.21, 4.1), (1.43, 6.3), (1.80, 8.9)],
     (2, 512): [(1.19, 1.7), (1.74, 2.9), (2.49, 3.6), (3.79, 4.2)],
@@ -43,7 +43,7 @@ ONE_MODEL = {
     (8, 512): [(1.06, 1.9), (1.25, 4.0), (1.50, 6.0), (1.95, 8.2)],
     (16, 512): [(1.04, 1.9), (1.15, 4.4), (1.30, 6.9), (1.56, 10.3)],
 }
-# The values for K=4, N=8 are relative to naive K=1, N=1 and to shared K=1, N=8, and naive over shared.
+# The values for K=4, N=8 are the ratios to naive K=1, N=1 and to shared K=1, N=8, and the ratio of naive to shared.
 WHOLE_STEP = {
     (2, 128): (1.03, 1.05, 6.7),
     (2, 512): (1.93, 1.10, 3.6),

@@ -229,7 +229,7 @@ def test_peers_agree_and_unavailable_peers_are_reported():
         assert all(not_run.values())
         values = {variant.name: variant.forward().item() for variant in variants}
         assert values == pytest.approx(dict.fromkeys(values, values["eager"]), rel=1e-4)
-    # These need CUDA tensors, whatever is installed.
+    # These need CUDA tensors, regardless of what is installed.
     assert "CCE" in gather(CROSS_ENTROPY, x, skip={"torch.compile": "slow"})[1]
 
 

@@ -146,7 +146,8 @@ def test_toy_with_optimizers_in_the_step(world):
     finally:
         rig.close()
     check_record(record, {way.name for way in FEW})
-    # The number of rounds equals that of the compared variant: padded has 2, and quick shared variants have 6.
+    # In each part, the base takes as many rounds as the variant that it is compared with: 2 for padded rows, and 6 for
+    # the quick shared variant.
     assert record["variants"]["shared K=4 N=8"]["rounds"] == 2 + 6
     assert record["optimizer"] == {"how": "in the step"} and not record["not_run"]
     prefix = record["shape"]["P"]
@@ -180,7 +181,7 @@ def test_separate_optimizer_measurement(world, rig):
 
 
 def failing(monkeypatch, error: Exception, which) -> list:
-    """Make steps of these settings and models fail, and return weak references to their objects."""
+    """Make steps fail if `which` accepts their settings and model, and return weak references to their objects."""
     step, lost = distill.step, []
 
     def fail(state, prompts, number):

@@ -116,7 +116,7 @@ def test_verdicts_on_epochs_memory_and_cuda():
     ours = _side(0.1, decoder="cuda")
     variants = {"ours": ours, "ours, copies counted": _side(0.1, to_host_mib=0.01), "decord, HF processor": _side(2.1)}
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
-    # The peer with the least wall time is used, whatever its CPU time.
+    # The peer with the shortest wall time is used, regardless of its CPU time.
     variants["another, HF processor"] = _side(1.0) | {"wall_s": _spread(2.2)}
     assert _statuses(_record("cuda-720p-64f-gop30", "cuda", variants, device="cuda")) == ["met", "met", "met"]
     variants["decord, HF processor"]["wall_s"] = _spread(1.9)

@@ -20,7 +20,7 @@ def bench_cases(device: str, function: str = "cases") -> dict[str, list[Any]]:
 
 
 def head_record(bench: str, head: str = "trainable", **times_ms: float) -> dict:
-    """Return a record with variants by name (_ stands for a space); a GEMM takes 20 ms."""
+    """Return a record with variants by name (_ represents a space); a GEMM takes 20 ms."""
     variants = {"bare GEMMs": {"both": {"median_ms": 20.0}, "rounds": 10}}
     for name, ms in {"ours": 22.0, **times_ms}.items():
         own = {"both": {"median_ms": ms}, "share_of_gemms": 20.0 / ms, "rounds": 9, "peak_beyond_gradients_mib": 500}

@@ -46,7 +46,7 @@ def _garbage(path: Path) -> None:
 
 
 def _playlist(path: Path) -> None:
-    """Write a playlist to a video elsewhere, which FFmpeg would follow whatever the name of the file."""
+    """Write a playlist that names a video elsewhere; FFmpeg would follow it regardless of the file's name."""
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{path.parent.parent}/secret.ts\n#EXT-X-ENDLIST\n")
 
 

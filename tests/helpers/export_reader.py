@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-# As in conftest.TORCHVISION_PRELUDE, a CUDA wheel of torchvision runs beside a CPU build of torch.
+# As in conftest.TORCHVISION_PRELUDE, a CUDA wheel of torchvision runs together with a CPU build of torch.
 sys.path.append(sys.argv[3])
 if torch.version.cuda is None:
     ops = torch.library.Library("torchvision", "DEF")

@@ -96,7 +96,7 @@ def make_secret(folder: Path) -> Path:
 
 
 def make_hostile(folder: Path, secret: Path) -> dict[str, Path]:
-    """Write all of the files by name, and a picture of the same color beside `secret`."""
+    """Write all of the files by name, and a picture of the same color next to `secret`."""
     paths = {}
     for name, data in contents(secret).items():
         paths[name] = folder / name

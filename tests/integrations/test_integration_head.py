@@ -79,7 +79,7 @@ CHECKED = {
     "a layer between body and head": (modern_bert, NOT_ITS_LOGITS),
     "a hook on the head": (hooked, NOT_ITS_LOGITS),
     "a head with another forward": (with_own_forward, NOT_ITS_LOGITS),
-    # The forward of this model uses labels unshifted, whatever its loss_function does.
+    # The forward of this model uses labels unshifted, regardless of what its loss_function does.
     "unshifted labels": (bart, NOT_ITS_LOSS),
     "a mask of its own": (lambda: LossByAttention(model().config), NOT_ITS_LOSS),
 }

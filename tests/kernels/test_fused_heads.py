@@ -317,7 +317,7 @@ def test_a_16_bit_d_weight_has_no_bias(impl, chunk_rows):
         return leaf.grad.double()
 
     exact = d_weight(torch.float64, impl="reference")
-    # Measure the bias towards or away from 0, which is zero for rounding to nearest.
+    # Measure the bias toward or away from 0, which is zero for rounding to nearest.
     error = (
         d_weight(torch.bfloat16, impl=impl, memory_budget_bytes=chunk_rows * vocabulary * 2) - exact
     ) * exact.sign()

@@ -174,7 +174,7 @@ def test_a_budget_without_effect_is_refused(head):
 
 
 def partitioned():
-    """Return a parameter in the state that ZeRO-3 leaves it in outside of a forward."""
+    """Return a parameter in the state that ZeRO-3 leaves it in outside of a forward pass."""
     weight = torch.nn.Parameter(torch.zeros(0))
     weight.ds_id = 0
     return weight

@@ -44,7 +44,7 @@ def random_step(
     prefixes = [torch.randn(tokens, keys, size) for _ in range(2)]
     buffers = [torch.randn(rows, keys, own + 5, size)[:, :, :own] for _ in range(2)]
     step = [torch.randn(rows, queries, size), *prefixes, *buffers]
-    # Moving a view to a device makes it contiguous, so the padding is added again afterwards.
+    # Moving a view to a device makes it contiguous, so the padding is added again afterward.
     step = [t.to(plan.group_queries.device, dtype) for t in step]
     return [*step[:3], *(F.pad(t, (0, 0, 0, 5), value=float("nan"))[:, :, :own] for t in step[3:])]
 

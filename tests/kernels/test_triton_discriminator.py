@@ -91,7 +91,7 @@ def loss_with_and_without_norm_and_bias(device, dtype):
 
 @case
 def loss_normalizers_and_l2(device, dtype):
-    """The normalizers are None, a number, a tensor, and 0, which counts as 1."""
+    """The normalizers are None, a number, a tensor, and 0, which is treated as 1."""
     setup, worst = Setup(device, dtype, dim=40), []
     normalizers = [None, 3.5, torch.tensor(2.5, device=device), torch.tensor(7, device=device), 0.0]
     for number, l2_number in zip(normalizers, [4.0, None, *normalizers[3:], normalizers[2]], strict=True):

@@ -393,7 +393,7 @@ def results_are_written_to_out(device, dtype):
 
 @case
 def very_negative_masks(device, dtype):
-    """Finite numbers stand for -inf in part of a row: 2^d is 0, and products with d must not overflow."""
+    """Finite numbers replace -inf in part of a row: 2^d is 0, and products with d must not overflow."""
     worst = 0.0
     for mask in (-1e9, -1e30, -1e37, float(torch.finfo(dtype).min)):
         setup = Setup(device, dtype)

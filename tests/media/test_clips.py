@@ -240,7 +240,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"without heldout\.jsonl; remove the folder"):
         make_clips(tmp_path, **settings)
     (folder / "made.json").write_text("{}")
-    with pytest.raises(ValueError, match="expected made clips with the settings"):
+    with pytest.raises(ValueError, match="expected generated clips with the settings"):
         make_clips(tmp_path, **settings)
 
 

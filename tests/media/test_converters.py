@@ -190,7 +190,7 @@ def test_longer_options_and_letters_as_options(tmp_path):
     assert question.answer == "B"
     with pytest.raises(DataError, match="field 'conversations': expected one option letter"):
         load(tmp_path, asked("Which sign?", "B. A is on the sign of C", options=["C", "A", "B"]))
-    # The full text of an option is unambiguous, whatever words it contains.
+    # The full text of an option is unambiguous, regardless of the words in it.
     options = ["salt and pepper", "not sugar", "Vitamin B", "a box or not a box?"]
     for letter, text in zip("ABCD", options, strict=True):
         assert load(tmp_path, asked("Which?", f"{letter}. {text}", options=options))[0].answer == letter

@@ -425,7 +425,7 @@ def test_balance_of_a_large_step(room: float) -> None:
 
 
 def test_attention_pairs_are_balanced_besides_tokens() -> None:
-    """Counting tokens puts a group of 50 beside a prompt of 99; counting pairs leaves the prompt alone."""
+    """Counting tokens puts a group of 50 and a prompt of 99 together; counting pairs leaves the prompt alone."""
     prefixes, responses = [99] + [1] * 4, [[1]] + [[1] * 49] * 4
     options = {"packing": "shared", "micro_tokens": 200}
     plan = plan_micro_batches(prefixes, responses, **options, weights=(1, 0))

@@ -112,7 +112,7 @@ def test_frame_counts_never_fall_below_a_temporal_patch(family: str) -> None:
         ((8, 32, 32), (8 * 64 * 64, 10**9), (64, 64)),
         # The shorter side is first enlarged to 32.
         ((2, 10, 20), (1024, 10**9), (32, 64)),
-        # A side is never below one step, whatever the budget.
+        # A side is never below one step, regardless of the budget.
         ((2, 64, 64), (1, 100), (32, 32)),
     ],
 )

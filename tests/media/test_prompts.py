@@ -107,8 +107,8 @@ def test_prompt_layout_types_and_positions(folder: Path, builder: PromptBuilder,
     assert torch.equal(prompt.mm_token_type_ids == 2, prompt.input_ids == pad)
     assert set(prompt.mm_token_type_ids.tolist()) == {0, 2}
 
-    # The positions by hand: text counts up on all axes. A 2x3 block of tokens stays at one time and spans 2 rows and 3
-    # columns. The text after the block continues after its longer side.
+    # The expected positions are computed by hand. Text counts up on all axes. A 2x3 block of tokens stays at one time
+    # and spans 2 rows and 3 columns. The text after the block continues from the longer side of the block.
     first = int((prompt.input_ids == pad).nonzero()[0])
     assert prompt.position_ids[:, :first].tolist() == [list(range(first))] * 3
     block_positions = prompt.position_ids[:, first : first + 6]

@@ -70,7 +70,7 @@ def test_a_list_in_an_object_on_one_line_or_several(tmp_path):
         DataError, match=r"an object that holds only one list, got one object with the keys 'train', 'test'"
     ):
         load_questions(tmp_path / "q.json")
-    # Values beside the list might apply to every record.
+    # Values next to the list might apply to every record.
     for beside in ({"system": "s", "media_root": "/x"}, {"version": 1}, {"license": []}):
         (tmp_path / "q.json").write_text(json.dumps(beside | {"data": records}))
         keys = ", ".join(map(repr, beside))
@@ -220,7 +220,7 @@ def test_similar_but_distinct_options_are_kept(tmp_path, options, images):
             {"question": "Who <image>? <image>"},
             r"field 'question': expected one mark for each of 1 video and 0 images",
         ),
-        # If there is only a video, the mark stands for the video.
+        # If there is only a video, the mark refers to the video.
         (
             {"question": "<image>Who?"},
             r"one mark for each of 1 video and 0 images, got 0 <video> and 1 <image>; fix the",

@@ -186,7 +186,7 @@ def test_floors():
     openness = [question("p", "open", None)]
     floors = best_constant_floor([*mcq, *numeric, *ocr, *openness])
     assert floors["mcq"] == (0.5, "B")
-    # "3" and "3.0" are the same number, with 2 of 5. So has 5, and "3" comes first in the alphabet.
+    # "3" and "3.0" are the same number, which answers 2 of 5 questions. So does 5, and "3" comes first alphabetically.
     assert floors["numeric"] == (0.4, "3")
     # "H 4" scores 1 against itself, and one word of two against "H 5" and "L 4".
     assert floors["ocr"] == (pytest.approx(2 / 3), "H 4")
@@ -247,21 +247,21 @@ def test_answers_without_ground_truth_are_compared_with_each_other():
             said("u", 3, "0 to 8"),
         ]
     }
-    # The truncated answer does not take part. The IoUs are 1/3 and 1/2, 1/2.
+    # The truncated answer is excluded. The IoUs of the other three are 1/3, 1/2 and 1/2.
     assert scored(pool, [unlabeled], STRICT)["u"] == [
         (True, pytest.approx(5 / 12), None),
         (False, 0.0, "truncated"),
         (True, pytest.approx(5 / 12), None),
         (True, 0.5, None),
     ]
-    # Of the first three answers, two are valid; of the first two, only one, with which nothing agrees.
+    # Two of the first three answers are valid. Of the first two, only one is valid, so no other answer agrees with it.
     three = scored(pool, [unlabeled], TeacherConfig(responses=3))["u"]
     assert [quality for _, quality, _ in three] == pytest.approx([1 / 3, 0, 1 / 3])
     assert scored(pool, [unlabeled], TeacherConfig(responses=2))["u"] == [(True, 0, None), (False, 0, "truncated")]
     stats = pool_statistics(
         score_pool(pool | POOL, [unlabeled, *QUESTIONS], STRICT), [unlabeled, *QUESTIONS], STRICT, simulated=True
     )
-    # 4/3 of four answers, and 1.25 of the four of the other question.
+    # The qualities of the four answers add up to 4/3, and for the other question to 1.25.
     assert stats["tasks"]["temporal"]["unlabeled"] == 1 and stats["tasks"]["mcq"]["unlabeled"] == 0
     assert stats["all"]["unlabeled"] == 1 and stats["tasks"]["temporal"]["mean"] == pytest.approx((1 / 3 + 0.3125) / 2)
     assert best_constant_floor([unlabeled]) == {}

@@ -1,4 +1,4 @@
-"""Wordings of open answers about generated clips, and the score of their meaning."""
+"""Test the wordings of open answers about generated clips, and the score of their meaning."""
 
 import random
 from pathlib import Path

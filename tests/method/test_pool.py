@@ -205,7 +205,7 @@ def test_check_pool(question, tmp_path, caplog):
         DataError, match=r"got them for 1 of 2 \(missing: 'q2'; the pool has 'q1', 'extra'\).*teacher\.pool"
     ):
         check_pool(pool(""), [question, replace(question, id="q2")])
-    # A pool without any of the questions belongs to other questions, whatever share may be missing.
+    # A pool without any of the questions belongs to other questions, regardless of the share that may be missing.
     with pytest.raises(DataError, match=r"got them for 0 of 1 \(missing: 'q2'"):
         check_pool(pool(""), [replace(question, id="q2")], max_unanswered_share=1.0)
     with pytest.raises(DataError, match=r"questions as they are now, got others for 1 question \(ids: 'q1'\).*collect"):

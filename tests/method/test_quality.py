@@ -271,7 +271,7 @@ def agree(task: str, *answers: str, **settings) -> list[float]:
 @pytest.mark.parametrize(
     ("task", "answers", "scores"),
     [
-        # IoU: 2/6 of the first two, 4/8 of either and the third.
+        # The IoU is 2/6 for the first two, and 4/8 for either of them and the third.
         ("temporal", ["0 to 4", "2 to 6", "0 to 8"], [(1 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2, 1 / 2]),
         # An invalid answer has quality 0, and the others are not compared with it.
         ("temporal", ["0 to 4", "soon", "2 to 6"], [1 / 3, 0, 1 / 3]),
@@ -280,11 +280,11 @@ def agree(task: str, *answers: str, **settings) -> list[float]:
         ("mcq", ["A", "B"], [0, 0]),
         # A ground truth could not have these coordinates, but an answer can.
         ("spatial", ["0,0,2000,10", "0,0,1000,10"], [1 / 2, 1 / 2]),
-        # The tolerance is 1% of the other answer: 1.01 for the first, and 1 for the second, of which 1.005 apart.
+        # The tolerance is 1% of the other answer: 1.01 for the first, and 1 for the second. They are 1.005 apart.
         ("numeric", ["100", "101.005"], [1, 0]),
-        # One word is missing from three, or too many for two.
+        # One of three words is missing, or there is one word more than two.
         ("ocr", ["a b", "a b c"], [2 / 3, 1 / 2]),
-        # Nothing agrees with an only valid answer.
+        # No other answer agrees with the only valid one.
         ("mcq", ["B"], [0]),
         ("numeric", ["3", "three", ""], [0, 0, 0]),
         ("ocr", [], []),

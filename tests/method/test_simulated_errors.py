@@ -1,4 +1,4 @@
-"""Errors of the simulated teachers `biased`, `imprecise` and `blind`: their shares, and what they say at the edges."""
+"""Test errors of the simulated teachers `biased`, `imprecise` and `blind`: shares, and answers at the edges."""
 
 import random
 from collections import Counter
@@ -38,7 +38,7 @@ def quality(question, answer):
 
 
 def wrong_share(question, shares, named):
-    """Return the share of the remaining answers, all of which must have nearly nothing in common with the truth."""
+    """Return the share of the remaining answers, all of which must have almost nothing in common with the truth."""
     rest = {answer: share for answer, share in shares.items() if answer not in named}
     assert len(rest) > 1 and all(quality(question, answer) <= 0.2 for answer in rest), rest
     return sum(rest.values())
@@ -81,7 +81,7 @@ def test_biased_counts():
     [
         # The end of the clip of 8 s: the end cannot move, so the start does in both kinds of error.
         ("temporal", {"start": 4, "end": 8}, {"5.0 to 8.0"}),
-        # One second that cannot become shorter by a whole one.
+        # An interval of one second cannot become shorter by a whole second.
         ("temporal", {"start": 7, "end": 8}, {"7.5 to 8.0"}),
         ("temporal", {"start": 6, "end": 7}, {"6.0 to 8.0", "7.0 to 8.0"}),
         ("spatial", {"box": (500, 0, 1000, 500)}, {"750,0,1000,500"}),
@@ -120,7 +120,8 @@ def test_imprecise_shares():
 
 
 def test_the_best_of_four_of_a_biased_teacher(tmp_path):
-    """Worked out by hand for a light from 3 to 5, with the 10% of temporal answers that break the format.
+    """The expected values are computed by hand for a light from 3 to 5, with the 10% of temporal answers that break the
+    format.
 
     The shares of the qualities 1, 2/3, 1/3 and at most 0.2 are 0.045, 0.09, 0.63 and 0.135; 0.1 of the answers are
     invalid. The best of four is 1 with a probability of 1 - 0.955**4 = 0.1682, 2/3 with 0.955**4 - 0.865**4 = 0.2719,

@@ -236,7 +236,7 @@ def test_questions_without_generated_content(clip, teacher):
         answers = scores[question.id]
         assert sum(answer.valid for answer in answers) >= 3, question.id
         if question.task_type != "open" and teacher.kind in ("noisy", "blind"):
-            # Without generated content, nothing is hidden from the teacher that does not see some contents.
+            # Without generated content, the teacher `blind` answers all questions correctly.
             is_right = teacher.kind == "blind" or teacher.error_rate == 0.0
             assert all((answer.quality == 1) == is_right for answer in answers if answer.valid), question.id
 

@@ -184,7 +184,7 @@ def test_open_answers_that_look_closed_are_counted_in_every_file(answer):
     assert warning.startswith("1 training question without a task type became `open`") and repr(answer) in warning
     (warning,) = describe_questions(train, inferred).warnings
     assert warning.startswith("1 held-out question without a task type")
-    # A list of options makes a question mcq too, whatever the answer.
+    # A list of options also makes a question mcq, regardless of the answer.
     listed = replace(opened("l", "The answer is the first one.", inferred=True), question="Which?\nA. tea\nB. milk")
     (warning,) = describe_questions([*train, listed], []).warnings
     assert "with options or an answer like those of a closed question (l: 'The answer is the first one.')" in warning
@@ -375,7 +375,7 @@ def test_the_pool_program_reads_questions_without_ground_truth_on_request(files,
     _, questions = files
     questions.write_text(questions.read_text().replace(', "answer": "B"', ""))
     assert run("check", *files) == 2
-    assert "training questions only, write teacher.unlabeled=agreement" in capsys.readouterr().err
+    assert "training questions only, set teacher.unlabeled=agreement" in capsys.readouterr().err
     assert run("check", *files, "teacher.unlabeled=agreement") == 0
     printed = capsys.readouterr().out
     # Of B, A and B, the two B agree, so one of the two questions has an answer to imitate.

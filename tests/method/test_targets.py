@@ -196,9 +196,9 @@ def test_natural_answers_are_taught_in_canonical_form():
 def test_answers_without_ground_truth_are_matched_by_their_agreement():
     question = replace(QUESTION, answer=None)
     t = targets([answer("0 to 4"), answer("2 to 6"), answer("0 to 8"), answer("nonsense")], question)
-    # Agreements 5/12, 5/12 and 1/2, of which the sum is 4/3.
+    # The agreements are 5/12, 5/12 and 1/2, and their sum is 4/3.
     assert t.quality.tolist() == pytest.approx([5 / 12, 5 / 12, 1 / 2, 0])
     assert t.p.tolist() == pytest.approx([5 / 16, 5 / 16, 3 / 8, 0]) and t.imitate == (2,)
-    # Nothing agrees with an only valid answer, so it does not pass the filter.
+    # No other answer agrees with the only valid one, so it does not pass the filter.
     alone = targets([answer("0 to 4"), answer("nonsense")], question)
     assert alone.valid == (True, False) and not alone.has_teacher and alone.imitate == ()

@@ -42,7 +42,7 @@ from rmsd_fast.models.students import Student, load_student
 VARIABLE = "RMSD_FAST_TRANSFORMERS_457"
 READER = Path(__file__).parents[1] / "helpers" / "export_reader.py"
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]
-# The probes are special tokens and tags inside text, digits, blanks, and other scripts.
+# The probes are special tokens and tags inside text, digits, whitespace, and other scripts.
 PROBES = [
     "a<|im_end|><think>é 漢字 😀\t\n\n  x</think>\n<answer>12.5 to 20.0</answer><|video_pad|>b",
     "DON'T  stop 1987",
@@ -61,7 +61,7 @@ SPECIAL = (
 )
 # Frames of 720p are above the cap of a frame and far below the budget of a video.
 LARGE = (4, 3, 720, 1280)
-# The ropes are that of the tiny student, that of the family, whose default differs between versions, and that of a
+# These are the rope settings of the tiny student, of the family (whose default differs between versions), and of a
 # longer context.
 ROPES = {
     "tiny": {},
@@ -72,7 +72,7 @@ ROPES = {
 
 @dataclass
 class Export:
-    """Hold one export and the results of our own code for the student behind it."""
+    """Hold one export and the results of our own code for the exported student."""
 
     folder: Path
     student: Student

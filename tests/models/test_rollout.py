@@ -40,7 +40,7 @@ def setup(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed_prompts(setup, tmp_path_factory):
-    """Return prompts with one video, two videos, an image and a video, and no medium."""
+    """Return prompts with one video, two videos, an image and a video, and no media."""
     _, builder, (short, other, long) = setup
     image = str(write_images(tmp_path_factory.mktemp("images"))["rgb"])
     questions = [

@@ -60,7 +60,7 @@ def test_accuracy_is_compared_with_chance_late_in_warm_up_and_in_stage_2():
     learns = [0.5] * 60 + [0.7] * 140
     assert raised(ACCURACY, learns, stage="warm_up", totals={"warm_up": 200}) == []
     assert raised(ACCURACY, [0.5] * 200, stage="warm_up", totals={"warm_up": 200}) == [(ACCURACY, 150, 0.5)]
-    # A short warm-up is judged at its twentieth step, which is the first with two windows.
+    # A short warm-up is checked at its twentieth step, which is the first with two windows.
     assert raised(ACCURACY, [0.5] * 25, stage="warm_up", totals={"warm_up": 25}) == [(ACCURACY, 20, 0.5)]
     # D learns by the end of a warm-up of 40 steps: the mean of steps 21 to 30 is 0.65.
     learns = [0.5] * 20 + [0.56 + 0.02 * i for i in range(20)]

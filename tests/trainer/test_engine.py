@@ -67,7 +67,7 @@ def batch(step: int):
 
 
 def accumulate(engine, step: int, *, scale: float = 1.0, poison: bool = False, added: float = 0.0):
-    """Run forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onwards."""
+    """Run forward and backward of this rank's rows in MICRO micro-batches; rank r of w has rows r*ROWS/w onward."""
     from rmsd_fast.runtime.process_group import global_sum
 
     world = engine.world

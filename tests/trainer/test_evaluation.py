@@ -37,7 +37,7 @@ def records(scores, task="mcq"):
         ("strict", "B. milk", False, 0.0),
         ("natural", "B. milk", False, 1.0),
         ("natural", "A or B", False, 0.0),
-        # A truncated response has no answer, whatever it contains.
+        # A truncated response has no answer, regardless of its content.
         ("natural", "B. milk", True, 0.0),
         ("strict", "<think>a</think><answer>B</answer>", False, 1.0),
         ("natural", "<think>a</think><answer>B</answer>", False, 1.0),
@@ -119,7 +119,7 @@ def test_sampled_scores_stand_beside_the_greedy_ones():
     students = {"stage1": summarize(before), "stage2": result}
     table = format_table({"students": students, "floors": {}, "differences": {"stage2-stage1": difference}})
     assert "\nsampled       -    0.250" in table and "stage2-stage1, closed tasks, sampled: +0.500" in table
-    # One student without them: no difference.
+    # If one of the students lacks them, there is no difference.
     assert "sampled" not in compare(after, records([0.0, 1.0])) and "sampled" not in summarize(records([1.0]))
 
 

@@ -169,7 +169,7 @@ def test_generated_material_follows_its_settings(tmp_path):
                for a in material.scores[q.id] if a.valid]  # fmt: skip
     right = [text for q, text in answers if meaning_score(text, q.meta["made"])]
     assert 0 < len(right) < len(answers) and all(" at the " not in text for text in right)
-    # Another teacher has a pool of its own beside the same clips.
+    # Another teacher has its own pool next to the same clips.
     other = prepare_material(tiny_settings(tmp_path, *changes), WORLD)
     assert other.files["train"] == material.files["train"] and other.files["pool"] != material.files["pool"]
 
@@ -202,5 +202,5 @@ def test_a_share_of_the_generated_questions_keeps_its_ground_truth(tmp_path):
     assert set().union(*kept.values()) < {q.id for q in half if q.has_truth}
     assert half == keep_labels(whole.train, share=0.5, seed=0) != keep_labels(whole.train, share=0.5, seed=1)
     assert not any(q.has_truth for q in keep_labels(whole.train, share=0.0, seed=0))
-    # Without some of its labels, the material still has its only pool.
+    # The run with fewer labels did not write a second pool for the same material.
     assert prepare_material(tiny_settings(tmp_path / "a"), WORLD).train == whole.train

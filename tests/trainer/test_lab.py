@@ -1,4 +1,4 @@
-"""The lab: checks of a plan, statistics, the files of results, and which runs are trained, resumed or kept.
+"""Test the lab: checks of a plan, statistics, result files, and which runs are trained, resumed or kept.
 
 Most tests train with a small script in place of the trainer, which writes the files that the lab reads.
 """
@@ -211,7 +211,8 @@ def test_the_metric_is_the_best_one_that_there_is():
     assert "sampled" not in score_records([record(0, "mcq", 1.0), *opened])[3]
 
 
-# Writes what the lab reads of a run. The score of a question is in `scores.json` beside the lab, by arm.
+# This script writes the files of a run that the lab reads. The score of a question is in `scores.json` next to the lab,
+# by arm.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -313,7 +314,7 @@ def test_finished_runs_are_kept_and_arms_get_the_answers_of_their_stage_1(traine
     assert "seed 1, control, from best: distill (finished)" in queue and "seed 0, best: sft (new)" in queue
     assert run("--jobs", "2") == 0
     assert sorted(calls()) == ["0 D", "0 best", "0 control", "1 D"]
-    # Other settings are other runs, and the former ones stay. Stage 1 has no distillation.
+    # Different settings give new runs, and the earlier runs stay. Stage 1 has no distillation.
     assert run("distill.steps=6") == 0
     assert sorted(calls()) == ["0 D", "0 control", "1 D", "1 control"]
     assert len(list(out.glob("runs/1/control/*"))) == 2
@@ -364,7 +365,7 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(trained, capsys):
     thread.join()
     error = capsys.readouterr().err
     assert "stopping 1 runs after their current step" in error
-    assert "interrupted with 5 runs left; give the same command again to continue" in error
+    assert "interrupted with 5 runs left; run the same command again to continue" in error
     assert run(**{"0 D": "waits"}) == 0
     assert calls() == ["0 D", "0 control", "1 best", "1 D", "1 control"]
 

@@ -85,7 +85,7 @@ def test_meaning_of_open_answers_has_a_row(run: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     text, page = read(write_report(run))
     assert lead in page.text and page.text.count("62.5 [51.0, 73.0]") >= 1
-    # In the table of scores; no differences are measured. The other students have dashes.
+    # The row is in the table of scores. No differences are measured, so the other students have dashes.
     assert '<th scope="row">meaning</th><td>75</td><td>–</td><td>–</td><td>–</td><td>62.5 [51.0, 73.0]</td>' in text
     assert text.count('<th scope="row">meaning</th>') == 1
 

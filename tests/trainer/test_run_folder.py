@@ -80,7 +80,7 @@ def test_lines_that_cannot_be_written_are_in_the_checkpoint(tmp_path, monkeypatc
         saved = save(3)
     assert saved["metrics_lines"] == 3 and saved["log_lines"] == {"rollouts": 1}
     assert saved["waiting"] == {"metrics": [], "rollouts": ['{"n": 2}', '{"n": 3}']}
-    # A run that resumes from the checkpoint has these lines, whatever was written later.
+    # A run that resumes from the checkpoint has these lines, regardless of what was written later.
     assert save(4)["waiting"] == {"metrics": [], "rollouts": []}
     again = JsonLines(tmp_path / "rollouts.jsonl", saved["log_lines"]["rollouts"], saved["waiting"]["rollouts"])
     assert [record["n"] for record in again.records()] == [1, 2, 3]

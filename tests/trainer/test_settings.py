@@ -77,11 +77,11 @@ def test_help_documents_every_field():
         (["evaluate.num_frames=1"], "evaluate.num_frames: expected at least 2"),
         (["made.questions_per_clip=9"], "expected 1 to 6"),
         (["made.tasks=[]"], "made.tasks: expected some of ['mcq', 'temporal', 'spatial', 'numeric', 'ocr', 'open']"),
-        (["made.tasks=[ocr,open,mcq,ocr]"], "each at most once, got ['ocr', 'open', 'mcq', 'ocr']; write e.g."),
-        (["made.tasks=[ocr,open,counting]"], "write e.g. made.tasks=[temporal,open]"),
-        (["made.tasks=[temporal,open]"], "got 3; write made.questions_per_clip=2"),
+        (["made.tasks=[ocr,open,mcq,ocr]"], "each at most once, got ['ocr', 'open', 'mcq', 'ocr']; set e.g."),
+        (["made.tasks=[ocr,open,counting]"], "set e.g. made.tasks=[temporal,open]"),
+        (["made.tasks=[temporal,open]"], "got 3; set made.questions_per_clip=2"),
         (["made.source=real_clips", "made.tasks=[mcq,open,ocr]"], "the set of real clips is fixed"),
-        (["made.source=real_clips", "made.wording=paraphrased"], "write made.source=clips"),
+        (["made.source=real_clips", "made.wording=paraphrased"], "set made.source=clips"),
         (["made.source=real_clips", "made.teacher=blind"], "made.teacher=blind: expected made.source=clips"),
         (["made.tasks=[mcq,spatial,ocr]", "made.wording=paraphrased"], "add it to made.tasks"),
         (
@@ -100,10 +100,10 @@ def test_help_documents_every_field():
         (["stages=[sft,warm_up]", "reward.normalization=sum_then_gn"], "the warm-up does not compute rewards"),
         (["stages=[sft]", "distill.batch_size=4"], "no stage uses it"),
         (["stages=[sft]", "teacher.filter=matching"], "only applies when a discriminator is trained"),
-        (["teacher.filter=none", "teacher.min_quality=0.5"], "teacher.filter is none; write teacher.filter=both"),
+        (["teacher.filter=none", "teacher.min_quality=0.5"], "teacher.filter is none; set teacher.filter=both"),
         (["stages=[sft]", "teacher.weighting=uniform"], "no discriminator is trained"),
         (["teacher.weighting=uniform", "teacher.weight_power=2"], "weights follow the quality only with"),
-        (["stages=[sft]", "teacher.empty_pools=drop"], "no stage makes rollouts"),
+        (["stages=[sft]", "teacher.empty_pools=drop"], "no stage samples rollouts"),
         (["reward.alpha=0", "stages=[sft,distill]", "reward.score_sd_offset=1"], "no discriminator is trained"),
         (["reward.normalization=sum_then_gn", "reward.score_sd_offset=1"], "sum_then_gn does not normalize"),
         (["teacher.quality=uniform"], "did you mean teacher.weighting=quality or uniform"),
@@ -113,8 +113,8 @@ def test_help_documents_every_field():
         (["rollout.n=0"], "at least 1"),
         (["rollout.log_every_steps=-1"], "rollout.log_every_steps: expected at least 0, got -1"),
         (["rollout.log_questions=0"], "rollout.log_questions: expected at least 1, got 0"),
-        (["rollout.log_every_steps=0", "rollout.log_questions=2"], "write rollout.log_every_steps=10"),
-        (["stages=[sft]", "rollout.log_every_steps=5"], "no stage makes rollouts"),
+        (["rollout.log_every_steps=0", "rollout.log_questions=2"], "set rollout.log_every_steps=10"),
+        (["stages=[sft]", "rollout.log_every_steps=5"], "no stage samples rollouts"),
         (["rollout.temperature=0"], "rollout.temperature"),
         (["video.fps=2"], "cannot both be set"),
         (["video.min_video_pixels=10000", "video.max_video_pixels=5000"], "at most video.max_video_pixels=5000"),
@@ -144,19 +144,19 @@ def test_help_documents_every_field():
         (["stages=[]"], "stages"),
         (["stages=[sft]", "distill.steps=4"], "distill.steps has no effect"),
         (["stages=[sft,distill]", "discriminator.warm_up_steps=4"], "add it to stages"),
-        (["stages=[sft]", "rollout.temperature=1"], "no stage makes rollouts"),
-        (["stages=[sft]", "evaluate.rollouts=2", "rollout.n=4"], "no stage makes rollouts"),
+        (["stages=[sft]", "rollout.temperature=1"], "no stage samples rollouts"),
+        (["stages=[sft]", "evaluate.rollouts=2", "rollout.n=4"], "no stage samples rollouts"),
         (["reward.alpha=0", "stages=[sft,distill]", "discriminator.lr=1"], "reward.alpha > 0"),
         (["reward.alpha=0"], "warm_up trains the discriminator"),
-        (["distill.objective=sft"], "distill.objective was removed: the control of stage 2 is a stage; write stages="),
-        (["stages=[sft,control]", "rollout.n=3"], "no stage makes rollouts"),
+        (["distill.objective=sft"], "distill.objective was removed: the control of stage 2 is a stage; set stages="),
+        (["stages=[sft,control]", "rollout.n=3"], "no stage samples rollouts"),
         (["stages=[sft,control]", "distill.kl_coef=0.1"], "the control has no policy loss"),
         (["stages=[sft,control,distill]"], "expected a subsequence of"),
         (["teacher.numeric_metric=mra", "teacher.numeric_eps=0.1"], "teacher.numeric_metric is mra"),
         (["runtime.zero_stage=0", "runtime.offload_optimizer=true"], "runtime.zero_stage=2"),
         (["sft.micro_batch=4"], "did you mean micro_tokens?"),
         (["packing=flat"], "packing: expected one of shared, padded"),
-        (["model.attention=eager"], "write packing=padded"),
+        (["model.attention=eager"], "set packing=padded"),
         (["micro_tokens=0"], "micro_tokens: expected at least 1"),
         (["data.max_prompt_tokens=1000", "rollout.max_new_tokens=99", "micro_tokens=1099"], "together, 1100, got 1099"),
         (["data.train=~/q.jsonl"], "data.train: expected a path, got '~/q.jsonl', in which '~' is not expanded; write"),
@@ -234,7 +234,7 @@ def test_dry_run_lists_missing_inputs():
     # The paths are absolute, because relative paths start at the current folder and not at the folder of the recipe.
     for key, path in (("data.train", "train"), ("data.heldout", "heldout"), ("teacher.pool", "pool")):
         assert f"  MISSING: {key}: {Path.cwd()}/data/{path}.jsonl" in plan
-    assert plan.endswith("not ready: provide what is missing above")
+    assert plan.endswith("not ready: provide the missing inputs above")
 
 
 def test_parameter_count_of_the_4b_student():

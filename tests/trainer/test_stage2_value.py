@@ -1,4 +1,4 @@
-"""Test what says whether stage 2 can gain anything, and the settings of the discriminator that change its gain."""
+"""Test the metrics and the forecast of what stage 2 can gain, and the discriminator settings that affect it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build(folder, material, world, *overrides):
 
 
 def with_pool(group, quality, p, weight):
-    """Return a group with as many teacher responses as it has, of other quality, probability and weight."""
+    """Return the group with other qualities, probabilities and weights for its teacher responses."""
     names = {"quality": quality, "p": p, "weight": weight}
     changed = {name: torch.tensor(values) for name, values in names.items()}
     targets = replace(group.targets, answers=group.targets.answers[: len(p)], **changed)
@@ -108,7 +108,7 @@ def test_the_forecast_names_a_pool_that_teaches_nothing(folder):
     (line,) = describe_forecast({**numbers, "teacher/target_quality": 0.55}, content)
     assert "leads to" not in line
     (line,) = describe_forecast(dict.fromkeys(numbers), settings)
-    assert "forecast: impossible, since no question" in line
+    assert "forecast: none, since no question" in line
 
 
 def test_a_zero_head_scores_all_texts_alike_at_first(folder, material, world):

@@ -222,7 +222,7 @@ def test_no_collective_between_reference_and_policy(folder, material, world, mon
     state.timer = timer
     assert not distill.step(state, prompts, 0).skipped
     assert (None, ["sequences", "tokens"]) in summed
-    # The plan of the micro-batches, which is agreed on before the reference's first pass.
+    # These keys belong to the plan of the micro-batches, which is agreed on before the reference's first pass.
     assert [keys for phase, keys in summed if phase == "reference"] == [["count", "fault"]]
     assert not [keys for phase, keys in summed if phase == "policy"]
     assert len([keys for phase, keys in summed if phase == "optimizer"]) == 1
@@ -293,7 +293,7 @@ def test_equal_texts_are_scored_once(folder, material, world):
 
 @pytest.mark.parametrize("overrides", [(), ("reward.alpha=0", "stages=[sft,distill]")], ids=["discriminator", "none"])
 def test_tokens_count_each_text_with_its_own_prompt(folder, material, world, overrides):
-    """The policy reads the rollouts, and the discriminator rollouts and kept teacher responses, repeated ones too."""
+    """The policy reads the rollouts; the discriminator reads rollouts and kept responses, including repeated ones."""
     state, prompts = build(folder, material, world, *overrides)
     warm_up = 0 if overrides else state.settings.discriminator.warm_up_steps
     drawn, _ = distill.roll_out(state, prompts, warm_up)
@@ -361,7 +361,7 @@ def test_answers_that_do_not_fit_the_student_are_excluded(folder, material, worl
     assert not {0, 1} & set(targets.imitate) and targets.valid[:2] == (False, False)
     assert "1 answer left out: prompt and response together do not fit" in caplog.text
     assert "1 answer left out: the text contains a special token" in caplog.text
-    # If almost no answers fit, the settings are wrong and not the answers.
+    # If almost no answers fit, the settings are wrong, not the answers.
     everything = {name: [replace_answer(a, long) for a in own] for name, own in material.scores.items()}
     with pytest.raises(SettingsError, match="micro_tokens: expected room for .* and the longest teacher response"):
         build_distillation(material.model_path, settings, world, replace(material, scores=everything))
@@ -392,7 +392,7 @@ def test_a_pool_that_cannot_be_taught_is_refused_with_its_reason(folder, materia
     with pytest.raises(DataError) as caught:
         targets_of(path, "<answer>B</answer>")
     assert "144 of 144 answers cannot be used to train this student: no_think 144 (no_think: the" in str(caught.value)
-    # Every reason counts towards the share of answers that may be excluded.
+    # Every reason counts toward the share of answers that may be excluded.
     with pytest.raises(DataError, match=r"36 of 144 answers .*: not_unicode 36 \(not_unicode: the text contains"):
         targets_of(material.model_path, sent, sent, sent, "a\ud800b")
     with pytest.raises(DataError, match=r"72 of 144 answers cannot .*: special_token 36, not_unicode 36 "):
@@ -439,7 +439,7 @@ def test_rollouts_without_ground_truth_by_hand(folder, material, world):
     known, unknown = (make_group(p, rollouts, targets, state.settings, step=0) for p in (prompt, bare))
     assert known.content.tolist() == [1, 0, 0] and unknown.content.tolist() == [0, 0, 0]
     assert unknown.outer.tolist() == [1, 1, 0] and unknown.task.tolist() == [1, 0, 0] and unknown.valid == 1
-    # Its agreement weighs the pairs, but no metric of accuracy counts it.
+    # Its agreement weights the pairs, but accuracy metrics leave it out.
     assert unknown.kept == [0, 1, 3] and make_pairs([unknown], state.settings).quality.sum() == pytest.approx(4)
     assert len(make_order_pairs([unknown]).quality) == 0 < len(make_order_pairs([known]).quality)
     alone = global_metrics(quality_record([known]), world)

@@ -296,7 +296,7 @@ def _wait_for_lines(process, folder: Path, lines: int) -> None:
 
 
 def test_the_control_imitates_the_questions_of_stage_2_from_the_stage_1_student(tmp_path, made):
-    """It does not depend on whether stage 2 runs before it."""
+    """The control does not depend on whether stage 2 runs before it."""
     late = ("rollout.", "discriminator.")
     without = [a for a in mini_arguments(tmp_path / "a", made) if not a.startswith(late)]
     content = ["stages=[sft,distill,control]", "reward.alpha=0", "teacher.empty_pools=drop"]

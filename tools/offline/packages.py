@@ -1,8 +1,8 @@
 """Use the folder that tools/offline/wheels.py made for one run: nothing is installed, and processes get paths.
 
 Wheels are unzipped and not installed: unzipping needs no pip and cannot change the environment. pip's other tasks are
-done here or not needed. Tags are compared with this Python and its C library. Scripts and console entry points
-are for people, and a run starts modules. A wheel whose .data folder has more than scripts is refused. Entry points of
+done here or not needed. Tags are compared with this Python and its C library. Scripts and console entry points are not
+needed, because a run starts modules. A wheel whose .data folder has more than scripts is refused. Entry points of
 plugins are read from .dist-info, which is on the path with the rest.
 """
 
@@ -98,10 +98,12 @@ def _checked(folder: Path) -> dict:
             f"{folder / CONTENTS}: expected what tools.offline.wheels writes ({error!r}); {AGAIN}"
         ) from None
     if not complete:
-        raise ValueError(f"{folder}: its making was interrupted; {AGAIN}")
+        raise ValueError(f"{folder}: its creation was interrupted; {AGAIN}")
     running = ".".join(map(str, sys.version_info[:2]))
     if python != running:
-        raise ValueError(f"{folder} was made for Python {python}, this is {running}; {AGAIN} with --python {running}")
+        raise ValueError(
+            f"{folder} was made for Python {python}, but this is {running}; {AGAIN} with --python {running}"
+        )
     for entry in files:
         path = folder / entry["file"]
         found = sha256_of(path) if path.is_file() else "no such file"
@@ -150,8 +152,8 @@ def link_ffmpeg(folder: Path) -> list[Path]:
     """Link FFmpeg's libraries from a wheel under the names that other libraries look for.
 
     auditwheel puts a hash into the name and the SONAME of a library, so the ELF file no longer has the SONAME that
-    FFmpeg gave it. The name still does: libavcodec-5e6b81c2.so.62.28.102 was libavcodec.so.62. The links are beside the
-    libraries because the loader searches the folder of the name it opened ($ORIGIN) for further libraries.
+    FFmpeg gave it. The name still does: libavcodec-5e6b81c2.so.62.28.102 was libavcodec.so.62. The links are next to
+    the libraries because the loader searches the folder of the name it opened ($ORIGIN) for further libraries.
 
     Raises:
         ValueError: a library is missing or occurs twice.

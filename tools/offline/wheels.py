@@ -95,7 +95,7 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
             low.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise CannotPrepare("the native library is built here: expected Linux on x86-64, run this on such a machine")
+        raise CannotPrepare("the native library is built here: expected Linux on x86-64; run this on such a machine")
     part = folder / PART
     part.mkdir(parents=True, exist_ok=True)
     entries = _kept(folder, python)
@@ -103,7 +103,7 @@ def collect(folder: Path, python: str, limit_bytes: int) -> dict:
     def add(made: Path, **facts: object) -> None:
         facts |= {"file": made.name, "bytes": made.stat().st_size, "sha256": sha256_of(made)}
         entries[facts["name"]] = facts
-        # The file is listed before it is written, because an unlisted file would count as foreign.
+        # The file is listed before it is written, because an unlisted file would be treated as foreign.
         _write(folder, python, entries.values())
         os.replace(made, folder / made.name)
 
@@ -160,7 +160,9 @@ def _kept(folder: Path, python: str) -> dict[str, dict]:
         raise CannotPrepare(f"{folder / CONTENTS} is damaged ({error!r}); empty the folder or name another") from None
     strange = sorted(set(os.listdir(folder)) - {entry["file"] for entry in files} - {CONTENTS, PART})
     if strange:
-        raise CannotPrepare(f"{folder} has files that are not from here: {', '.join(strange)}; name another folder")
+        raise CannotPrepare(
+            f"{folder} has files that this command did not write: {', '.join(strange)}; name another folder"
+        )
     pins = {pin.name: pin for pin in PINS}
     entries: dict[str, dict] = {}
     for entry in files:
@@ -215,7 +217,7 @@ def _fetch(pin: Pin, part: Path, python: str) -> Path:
     (made,) = part.glob("*.whl")
     # A private index may offer another build of the same version, for example torchcodec 0.17.0+cpu.
     if str(parse_wheel_filename(made.name)[1]) != pin.version or (pin.sdist and not made.match("*-py3-none-any.whl")):
-        raise CannotPrepare(f"expected the plain wheel of {requirement}, pip gave {made.name}; look at its indexes")
+        raise CannotPrepare(f"expected the plain wheel of {requirement}, pip gave {made.name}; check its indexes")
     return made
 
 
@@ -230,8 +232,8 @@ def _pip(what: str, command: str, *arguments: str, **variables: str) -> None:
         raise CannotPrepare(f"pip is needed and not in {sys.executable}: run {sys.executable} -m ensurepip")
     if any(sign in output for sign in NO_NETWORK):
         raise CannotPrepare(f"{what}: pip cannot reach its index; repeat this where there is a network (it resumes)")
-    what_next = "pin another version in PINS, or repair what pip says"
-    raise CannotPrepare(f"{what} cannot be had for Linux on x86-64; {what_next}:\n{output.strip()[-1500:]}")
+    what_next = "pin another version in PINS, or fix the problem that pip reports"
+    raise CannotPrepare(f"{what} is not available for Linux on x86-64; {what_next}:\n{output.strip()[-1500:]}")
 
 
 def _check_requirements(wheels: list[Path], python: str) -> None:

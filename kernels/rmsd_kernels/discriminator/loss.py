@@ -81,7 +81,7 @@ def pairwise_discriminator_loss(
             the normalizer (rmsd_fast.method.matching.expected_pairs returns them).
         score_l2: coefficient of the squared scores, >= 0.
         normalizer: divisor of the sum over pairs, a number or a tensor with one element. None means the sum of
-            pair_weight, or the number of pairs without pair_weight. 0 counts as 1.
+            pair_weight, or the number of pairs without pair_weight. 0 is treated as 1.
         l2_normalizer: divisor of the squared scores, like normalizer. None means S + R, so that score_l2 weighs the
             mean square. Pass the global count to make the loss independent of micro-batching.
         impl: see rmsd_fast.losses.

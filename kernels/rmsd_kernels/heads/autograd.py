@@ -135,7 +135,7 @@ class _Divergence(torch.autograd.Function):
 
 
 class _FrozenHead(torch.autograd.Function):
-    """logp with d logp / d hidden = W[y] - p W computed in forward, so that no logits outlive their chunk."""
+    """Compute logp, and already in forward d logp / d hidden = W[y] - p W, so that no logits outlive their chunk."""
 
     @staticmethod
     def forward(ctx, hidden, call, execution):

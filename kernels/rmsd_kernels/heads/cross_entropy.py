@@ -40,7 +40,7 @@ def linear_cross_entropy(
         targets: target ids, [T], int64.
         token_weights: weight of each row, [T], floating; a constant. None means 1.
         normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of the scored rows'
-            token_weights, or the number of scored rows without token_weights. 0 counts as 1.
+            token_weights, or the number of scored rows without token_weights. 0 is treated as 1.
         bias: bias of the head, [V], floating.
         temperature: divides the logits; above 0, one number or one per row, [T].
         softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.

@@ -50,7 +50,7 @@ def linear_divergence(
             multiplied by its square.
         token_weights: weight of each row, [T], floating; a constant. Rows with weight 0 are skipped. None means 1.
         normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of token_weights, or
-            T without token_weights. 0 counts as 1.
+            T without token_weights. 0 is treated as 1.
         impl: see rmsd_fast.losses.
         memory_budget_bytes: see rmsd_fast.losses.
     Returns:

@@ -65,7 +65,7 @@ def scored_of(targets: Tensor, ignore_index: int | None, cu_seqlens: Tensor | No
 def row_weights(
     scored: Scored, token_weights: Tensor | None, normalizer: float | Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return token_weights / normalizer [T], 0 in rows that are not scored. A normalizer of 0 counts as 1."""
+    """Return token_weights / normalizer [T], 0 in rows that are not scored. A normalizer of 0 is treated as 1."""
     length = len(scored.mask) if scored.mask is not None else None
     weights = scored.clean(token_weights, dtype)
     if normalizer is None:

@@ -94,7 +94,7 @@ def linear_policy_loss(
         sequence_mask_cap: w is 0 in sequences whose mean of exp(old_logp - rollout_logp) is above this number, > 0.
         entropy_coef: coefficient of the entropy H.
         normalizer: divisor of the sum, a number or a tensor with one element. None means the sum of the scored rows'
-            token_weights, or the number of scored rows without token_weights. 0 counts as 1.
+            token_weights, or the number of scored rows without token_weights. 0 is treated as 1.
         bias: bias of the policy's head, [V], floating.
         temperature: divides the logits; above 0, one number or one per row, [T].
         softcap: replaces logits by softcap * tanh(logits / softcap), before the temperature.

@@ -166,7 +166,7 @@ def _scored_rows(targets: Tensor, ignore_index: int | None) -> Tensor:
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
-    """Return sum(weights * values) / normalizer. A normalizer of 0 (no row is scored) counts as 1."""
+    """Return sum(weights * values) / normalizer. A normalizer of 0 (no row is scored) is treated as 1."""
     if normalizer is None:
         normalizer = float(len(values)) if weights is None else weights.sum()
     normalizer = torch.as_tensor(normalizer, dtype=values.dtype, device=values.device).detach().reshape(())
