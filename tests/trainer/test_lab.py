@@ -240,7 +240,7 @@ if what == "waits" and first:
 score = {"best": 0.2, "control": 0.3, "D": 0.6}[arm] + 0.1 * int(seed)
 rows = [{"id": f"q{i}", "task_type": "ocr", "score": score, "sampled": score / 2, "valid": True} for i in range(4)]
 text = "".join(json.dumps(row) + "\\n" for row in rows)
-for name in ("stage1", "stage2"):
+for name in ("stage1", "stage2", "control"):
     path = folder / "predictions" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
@@ -311,7 +311,7 @@ def test_finished_runs_are_kept_and_arms_get_the_answers_of_their_stage_1(traine
     capsys.readouterr()
     assert run("--dry-run") == 0 and calls() == []
     queue = capsys.readouterr().out
-    assert "seed 1, control, from best: distill (finished)" in queue and "seed 0, best: sft (new)" in queue
+    assert "seed 1, control, from best: control (finished)" in queue and "seed 0, best: sft (new)" in queue
     assert run("--jobs", "2") == 0
     assert sorted(calls()) == ["0 D", "0 best", "0 control", "1 D"]
     # Different settings give new runs, and the earlier runs stay. Stage 1 has no distillation.
