@@ -19,6 +19,8 @@ STAGES = ("sft", "warm_up", "distill", "control")
 # Students that a run evaluates, and the differences between them that it reports: after, before.
 STUDENTS = ("untrained", "stage1", "stage2", "control")
 DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage1"), ("stage2", "control"))
+# Steps over which `discriminator.warm_up_accuracy` averages.
+ACCURACY_STEPS = 8
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import STAGES, TASK_TYPES, MadeConfig, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, STAGES, TASK_TYPES, MadeConfig, RunConfig, SettingsError
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -112,7 +112,10 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     """Raise SettingsError if one of the written keys has no effect in combination with the other settings."""
     stages, distill = settings.stages, settings.distill
     rolls_out, control = makes_rollouts(settings), "control" in stages
+    # With dropped questions, matching also decides which questions a stage has.
+    drops = settings.teacher.empty_pools == "drop" and (rolls_out or control)
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
+    matched = judged or drops
     own_clips = settings.made.enabled and settings.made.source == "clips"
     # The evaluation samples at rollout.temperature.
     sampled = settings.evaluate.rollouts > 0
@@ -158,19 +161,19 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["teacher.min_quality", "teacher.filter"],
-            settings.teacher.filter == "matching" and not judged,
+            settings.teacher.filter == "matching" and not matched,
             "teacher.filter=matching only applies when a discriminator is trained; set teacher.filter=both",
         ),
-        (["teacher.weighting"], not judged, "no discriminator is trained; add warm_up and set reward.alpha > 0"),
+        (["teacher.weighting"], not matched, "no discriminator is trained; add warm_up and set reward.alpha > 0"),
         (
             ["teacher.weight_power"],
-            not judged or settings.teacher.weighting == "uniform",
+            not matched or settings.teacher.weighting == "uniform",
             "weights follow the quality only with a discriminator and teacher.weighting=quality; change one of these",
         ),
         (
             ["teacher.empty_pools"],
-            not rolls_out,
-            "no stage samples rollouts; add warm_up or distill to stages",
+            not rolls_out and not control,
+            "no stage uses it; add distill or control to stages",
         ),
         (
             ["made.student_hidden", "made.student_layers"],
@@ -210,6 +213,16 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["discriminator.warm_up_steps", "discriminator.warm_up_lr", "discriminator.warm_up_accuracy"],
             not warm_up,
             "stage warm_up is not in stages; add it to stages",
+        ),
+        (
+            ["discriminator.warm_up_accuracy"],
+            settings.discriminator.warm_up_steps < ACCURACY_STEPS,
+            f"it averages {ACCURACY_STEPS} steps; set discriminator.warm_up_steps={ACCURACY_STEPS} or more",
+        ),
+        (
+            ["teacher.filter"],
+            settings.teacher.filter == "imitation" and "sft" not in stages and not control,
+            "no stage imitates; set teacher.filter=none",
         ),
         (["discriminator.lr"], "distill" not in stages, "stage distill is not in stages; add it to stages"),
         (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
+from rmsd_fast.config import STAGES, CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
@@ -36,6 +36,7 @@ from rmsd_fast.stages.run import (
     export,
     first_step,
     forget_stage1,
+    next_prompts,
     open_loader,
     open_run,
     rate_of,
@@ -165,6 +166,13 @@ def _imitation_steps(
 def distillation(run: TrainingRun) -> None:
     """Run the discriminator warm-up and stage 2. It ends by writing `export/`."""
     settings = run.settings
+    if run.checkpoint is not None and STAGES.index(run.checkpoint.state["stage"]) > STAGES.index("distill"):
+        # Only the control is left. Its checkpoint does not contain the student of stage 2.
+        if "distill" in settings.stages and not on_main(run.world, (run.folder / "export").is_dir):
+            raise CheckpointError(
+                f"{run.folder / 'export'} is missing, but the checkpoint is later than stage 2; restore the folder"
+            )
+        return
     state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
     if state.discriminator is not None:
@@ -198,10 +206,16 @@ def _forecast(run: TrainingRun, state: StageState) -> None:
     if on_main(run.world, path.exists) or first_step(run, first):
         return
     loader = open_loader(run, state, first, _late_questions(run, state), run.settings.distill.batch_size)
+    seen = run.bad, run.seen
     try:
-        metrics = distill.forecast(state, loader.step(0, 1))
+        metrics = distill.forecast(state, next_prompts(run, loader, 0, 1))
     finally:
         loader.close()
+    # The first step counts the same samples.
+    run.bad, run.seen = seen
+    if metrics is None:
+        run.metrics.message("forecast: impossible, since the student's logits are not finite")
+        return
     on_main(run.world, lambda: write_text_atomic(path, json.dumps(metrics, indent=2) + "\n"))
     for line in describe_forecast(metrics, run.settings):
         run.metrics.message(line)

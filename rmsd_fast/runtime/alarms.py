@@ -97,8 +97,6 @@ class Alarm:
 
 
 CONDITIONS = (
-    # In the demonstration the discriminator is at chance (0.49, standard deviation 0.05 over 100 steps). Stage 2 of the
-    # quickstart is too short to judge.
     Condition(
         "the discriminator is at chance late in its warm-up",
         "discriminator/pair_accuracy",

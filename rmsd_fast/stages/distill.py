@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from rmsd_fast.config import ACCURACY_STEPS
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.transfer import to_device
 from rmsd_fast.losses import linear_logprob, linear_policy_loss
@@ -24,9 +25,6 @@ from rmsd_fast.stages.groups import RolloutGroup, group_record, make_group, qual
 from rmsd_fast.stages.passes import Pass, passes
 from rmsd_fast.stages.state import StageState, StepResult, apply_or_discard, encode_step
 from rmsd_fast.stages.step_metrics import Metric, global_metrics, mean
-
-# Steps over which the pair accuracy is averaged to end the warm-up.
-ACCURACY_STEPS = 8
 
 
 def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepResult:
@@ -56,17 +54,21 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
     return StepResult({**metrics, "discriminator/grad_norm": norm}, skipped, groups, finished)
 
 
-def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None]:
+def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None] | None:
     """Return the metrics that show what stage 2 can gain, from one rollout of the student and without training.
 
     Args:
         state: state of the stage.
         prompts: prompts of this process, for instance those of the first step.
+    Returns:
+        The metrics over all processes; None if the student's logits are not finite.
     """
     rollouts, _ = roll_out(state, prompts, 0)
+    if rollouts is None:
+        return None
     groups = [
         make_group(prompt, drawn, state.targets[prompt.question.id], state.settings, step=0)
-        for prompt, drawn in zip(prompts, rollouts or [], strict=bool(rollouts))
+        for prompt, drawn in zip(prompts, rollouts, strict=True)
     ]
     return global_metrics(quality_record(groups), state.world)
 

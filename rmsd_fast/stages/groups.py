@@ -14,6 +14,7 @@ from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample
 from rmsd_fast.method.quality import quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
+from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.step_metrics import Metric, mean
 from rmsd_fast.teacher.scores import quality_settings
 from rmsd_fast.teacher.targets import Targets
@@ -98,7 +99,9 @@ def make_order_pairs(groups: list[RolloutGroup]) -> Pairs:
 
     They index the concatenated rollouts followed by the concatenated kept responses.
     """
-    quality = [group.content for group in groups] + [_true_quality(group)[group.kept] for group in groups]
+    # Like the other pairs, they come from groups with a teacher, which the normalizer of the loss counts.
+    quality = [group.content if group.kept else torch.zeros_like(group.content) for group in groups]
+    quality += [_true_quality(group)[group.kept] for group in groups]
     return order_pairs(quality)
 
 
@@ -218,6 +221,9 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
         "teacher/empty_share": (mean, sum(not group.kept for group in groups), len(groups)),
     }
     record |= quality_record(groups)
+    if not uses_discriminator(settings):
+        # Without a discriminator, nothing leads to its target.
+        del record["teacher/target_quality"], record["teacher/headroom"]
     # The warm-up has no advantages.
     if all(len(group.advantages) for group in groups):
         flat = sum(float(degenerate_groups(group.advantages)) for group in groups)

@@ -321,7 +321,7 @@ def run_steps(
             for number in range(first, total):
                 state.timer.take()
                 with state.timer("data"):
-                    prompts = _next_prompts(run, loader, number, total)
+                    prompts = next_prompts(run, loader, number, total)
                 for name, rate in rates.items():
                     engines[name].set_lr(rate(number))
                 result = step(state, prompts, number)
@@ -369,7 +369,7 @@ def run_steps(
         )
 
 
-def _next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
+def next_prompts(run: TrainingRun, loader: PromptLoader, number: int, total: int) -> list[Prompt]:
     """Return this process's prompts of a step. An error on one process, or too many bad samples, ends all processes."""
     prompts, fault = [], None
     try:

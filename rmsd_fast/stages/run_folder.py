@@ -174,9 +174,13 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
     for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
         section, steps = STEPS[stage]
         # The current stage may get more steps, even if it is complete.
-        if stage != state["stage"] or state["step"] == former[section][steps] == now[section][steps]:
+        if (
+            stage != state["stage"]
+            or state.get("finished", False)
+            or state["step"] == former[section][steps] == now[section][steps]
+        ):
             # The discriminator's section holds settings of both the warm-up and stage 2.
-            names = ("warm_up_steps", "warm_up_lr", "warm_up_accuracy") if stage == "warm_up" else now[section]
+            names = ("warm_up_steps", "warm_up_lr", "warm_up_accuracy", "head") if stage == "warm_up" else now[section]
             late = [name for name in names if now[section][name] != former[section].get(name)]
         else:
             late = [steps] if now[section][steps] < state["step"] else []
@@ -194,6 +198,7 @@ def _take_changes(settings: RunConfig, folder: Path) -> None:
     write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))
     shutil.rmtree(folder / "predictions", ignore_errors=True)
+    (folder / "forecast.json").unlink(missing_ok=True)
 
 
 def stage_steps(settings: RunConfig, stage: str) -> int:

@@ -96,6 +96,7 @@ def _targets_of(
         for answer, whole, match, imitation in zip(answers, complete, matched, imitated, strict=True)
     ]
     quality = torch.tensor([a.quality * use for a, use in zip(answers, usable, strict=True)], dtype=torch.float32)
+    weight = quality**teacher.weight_power if weighted else torch.ones_like(quality)
     imitable = [use and imitation for use, imitation in zip(usable, imitated, strict=True)]
     return Targets(
         answers=tuple(answers),
@@ -103,10 +104,11 @@ def _targets_of(
         p=matching_probabilities(
             quality,
             closed_ended=weighted and (question.task_type in CLOSED_TASKS or teacher.open_quality == "lexical"),
-            kept=[use and match for use, match in zip(usable, matched, strict=True)],
+            # A high power can round the weight of a poor answer to 0.
+            kept=[use and match and w > 0 for use, match, w in zip(usable, matched, weight.tolist(), strict=True)],
             power=teacher.weight_power,
         ),
-        weight=quality**teacher.weight_power if weighted else torch.ones_like(quality),
+        weight=weight,
         valid=tuple(answer.valid and use for answer, use in zip(answers, usable, strict=True)),
         imitate=_imitated(quality, imitable, question.id, seed, imitate),
     )

@@ -488,3 +488,29 @@ def test_lost_output_does_not_end_a_run(whole, tmp_path):
     ):
         done = subprocess.run(["bash", "-c", shell], env=environment(), capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, (shell, done.stderr[-2000:])
+
+
+def test_a_resumed_control_leaves_the_student_of_stage_2(tmp_path, made):
+    """Resuming in the control once wrote the stage-1 student into `export/`."""
+    content = ["stages=[sft,distill,control]", "reward.alpha=0", "checkpoint.every_steps=1"]
+    arguments = [a for a in mini_arguments(tmp_path, made, *content) if not a.startswith("discriminator.")]
+    process = subprocess.Popen(command(arguments), env=environment(), stdout=subprocess.DEVNULL)
+    # Three steps of stage 1, five of stage 2 and two of the control.
+    for _ in range(3000):
+        found = list(tmp_path.glob("*/metrics.jsonl"))
+        if found and len(found[0].read_bytes().splitlines()) >= 10:
+            break
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 0
+    run = only_run(tmp_path)
+    before = weights(run)
+    done = run_train(["--resume", str(run)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    stage1, after = load_file(run / "stage1" / "model.safetensors"), weights(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], stage1[name]) for name in stage1)
+    shutil.rmtree(run / "export")
+    refused = run_train(["--resume", str(run)])
+    assert refused.returncode == 2 and "the checkpoint is later than stage 2; restore the folder" in refused.stderr
