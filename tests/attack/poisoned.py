@@ -130,11 +130,11 @@ def main() -> None:
 
         run_steps(run, stage, state, loader, engines, one, rates)
 
-    def save(run, stage, step, *others, save=loop.save):
+    def save(run, stage, step, *others, save=loop.save, **named):
         killed = options.kill if is_chosen(stage, step) else None
         if killed == "unsaved":
             os.kill(os.getpid(), signal.SIGKILL)
-        saved = save(run, stage, step, *others)
+        saved = save(run, stage, step, *others, **named)
         if killed == "saved":
             os.kill(os.getpid(), signal.SIGKILL)
         return saved

@@ -103,7 +103,7 @@ def test_a_pool_with_few_usable_answers_stops_a_run_with_a_table(folder):
     lines = str(caught.value).splitlines()
     assert lines[0] == (
         "teacher pool: 0.0% of 4 answers are valid, and 0.0% of the questions have one of quality above 0: expected "
-        "most of both. Reasons: refusal 4"
+        "most in both cases. Reasons: refusal 4"
     )
     check = f"python -m rmsd_fast.pool check {folder / 'pool.jsonl'} {folder / 'train.jsonl'}"
     assert lines[-1] == f"  examples of invalid answers: {check}"
@@ -137,7 +137,7 @@ def test_training_questions_may_lack_the_ground_truth_on_request(folder):
     assert lines[0].endswith("train.jsonl: 3 of 4 records cannot be used:")
     assert "train.jsonl:2: field 'answer': expected one option letter such as 'B', since mcq is a closed" in lines[1]
     assert lines[1].endswith(
-        "got nothing; add the ground truth, set task_type to open, or, for training questions only, write "
+        "got nothing; add the ground truth, set task_type to open, or, for training questions only, set "
         "teacher.unlabeled=agreement"
     )
     settings = RunConfig(teacher=TeacherConfig(responses=3, unlabeled="agreement"))

@@ -60,7 +60,9 @@ def test_lines_that_cannot_be_written_are_in_the_checkpoint(tmp_path, monkeypatc
     run = stage_run.TrainingRun(
         RunConfig(), World(0, 1, 0, torch.device("cpu")), tmp_path, None, None, metrics, {"rollouts": log}, None, {}
     )
-    state = SimpleNamespace(policy=SimpleNamespace(full_weights=nullcontext), student=None, skipped_in_a_row=0)
+    state = SimpleNamespace(
+        policy=SimpleNamespace(full_weights=nullcontext), student=None, skipped_in_a_row=0, accuracies=[]
+    )
 
     def save(step):
         for file in (log, metrics):

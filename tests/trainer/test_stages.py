@@ -83,7 +83,13 @@ MODES = [
     (),
     ("distill.kl=full", "reward.kl_in_reward=0.1"),
     # The caps take effect: the engine excludes banned ids, so the ratio is a little below 1.
-    ("distill.kl=k2", "distill.aggregation=sequence_mean", "distill.tis_cap=0.98", "distill.sequence_mask_cap=0.985"),
+    (
+        "distill.kl=k2",
+        "distill.aggregation=sequence_mean",
+        "distill.tis_cap=0.98",
+        "distill.sequence_mask_cap=0.985",
+        "rollout.temperature=0.8",
+    ),
     ("discriminator.pairing=sampled", "discriminator.normalizer=quality"),
     ("reward.kl_in_reward=0.1", "reward.normalization=sum_then_gn", "distill.kl_coef=0"),
     ("distill.train_vision=true",),

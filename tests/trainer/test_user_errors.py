@@ -180,7 +180,9 @@ def test_a_batch_that_the_processes_cannot_divide(monkeypatch, capsys, tmp_path)
 def test_batches_are_checked_before_anything_is_evaluated(capsys, tmp_path, material):
     world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
     settings = load_settings("quickstart", ["sft.batch_size=32", "distill.batch_size=6"])
-    with pytest.raises(SettingsError, match=r"sft\.batch_size: expected a multiple of 3 \(processes\), got 32; write"):
+    with pytest.raises(
+        SettingsError, match=r"sft\.batch_size: expected a multiple of 3 \(processes\), got 32; set sft"
+    ):
         prepare_material(settings, world)
 
 
