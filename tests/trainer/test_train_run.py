@@ -129,7 +129,7 @@ def test_export_gives_the_same_logits_in_plain_transformers(whole):
 
 # Prompts have 71 to 95 tokens and rollouts mostly 12. In 140 tokens no group of 8 rollouts fits, with or without its
 # teacher responses, and the processes need different numbers of micro-batches. The tower is frozen from the start.
-# With a zero head, the first gradient of the head's bias is a rounding error, which AdamW would turn into a visible step.
+# With a zero head, the first gradient of the head's bias is a rounding error, which AdamW turns into a visible step.
 LARGE = ("rollout.n=8", "sft.train_vision=false", "discriminator.head=random")
 SPLIT = (*LARGE, "data.max_prompt_tokens=100", "micro_tokens=140")
 
