@@ -230,8 +230,8 @@ def describe_forecast(metrics: dict[str, float | None], settings: RunConfig) -> 
     judged = uses_discriminator(settings)
     led = f"; the discriminator leads to {target:.3f}" if judged else ""
     lines = [
-        f"forecast for closed questions, from one rollout: the student has a quality of {student:.3f}{led}, best "
-        f"answer of K {best:.3f}; {signal:.0%} of the groups differ in content"
+        "forecast for closed questions, from the rollouts of one batch: the student has a quality of "
+        f"{student:.3f}{led}, best answer of K {best:.3f}; {signal:.0%} of the groups differ in content"
     ]
     if judged and target <= student:
         lines.append(

@@ -55,7 +55,7 @@ def warm_up_step(state: StageState, prompts: list[Prompt], number: int) -> StepR
 
 
 def forecast(state: StageState, prompts: list[Prompt]) -> dict[str, float | None] | None:
-    """Return the metrics that show what stage 2 can gain, from one rollout of the student and without training.
+    """Return the metrics that show what stage 2 can gain, from the rollouts of one batch and without training.
 
     Args:
         state: state of the stage.
