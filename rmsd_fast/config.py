@@ -15,9 +15,11 @@ from typing import Any
 from rmsd_fast.method.answers import TASK_TYPES
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("sft", "warm_up", "distill", "control")
+STAGES = ("sft", "control", "warm_up", "distill")
 # Students that a run evaluates, and the differences between them that it reports: after, before.
 STUDENTS = ("untrained", "stage1", "stage2", "control")
+# Results that measure a student; the first available one counts.
+MEASURES = ("closed", "meaning")
 DIFFERENCES = (("stage1", "untrained"), ("stage2", "stage1"), ("control", "stage1"), ("stage2", "control"))
 # Steps over which `discriminator.warm_up_accuracy` averages.
 ACCURACY_STEPS = 8
@@ -322,9 +324,13 @@ class RewardConfig:
     """Added to the standard deviation by which `gn_then_sum` divides the discriminator scores of a group. Scores are
     logits, so the scores of an undecided discriminator stay small; 0 gives them the full weight regardless of their
     spread (2604.28123)."""
-    score_groups: str = choice("all", of=("all", "flat_content"))
-    """Groups in which the discriminator score counts: `all` (2603.11423), or `flat_content` = only those whose rollouts
-    have equal content rewards (open)."""
+    score_groups: str = choice("all", of=("all", "teacher_ahead", "flat_content"))
+    """Groups in which the discriminator score counts: `all` (2603.11423), `teacher_ahead` = not those whose rollouts
+    already have the quality that the discriminator leads to, or `flat_content` = only those whose rollouts have equal
+    content rewards (open). `teacher_ahead` always includes questions without ground truth."""
+    unlabeled: str = choice("none", of=("none", "teacher"))
+    """Content reward of rollouts to closed questions without ground truth (`teacher.unlabeled=agreement`): `none`, or
+    `teacher` = the expected metric against the teacher response that the rollout is matched with (open)."""
     score_clip: float | None = number(None, above=0)
     """Clip of the discriminator score in the reward, e.g. 10 (2604.28123)."""
     kl_in_reward: float = number(0.0, least=0)
@@ -409,12 +415,15 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation between the stages."""
+    """Evaluation on the held-out questions."""
 
     num_frames: int | None = number(None, least=2)
     """Frames per video in evaluation instead of `video.num_frames` or `video.fps` (2603.11423: 64)."""
     max_questions: int = number(0, least=0)
     """Number of held-out questions to evaluate, from the start of the file; 0 = all."""
+    every_steps: int = number(0, least=0)
+    """Interval in steps of stage 2 and of its control for answering the held-out questions during training. The report
+    compares both after equal numbers of steps; 0 = only between stages."""
     max_new_tokens: int = number(1024, least=1)
     """Maximum length of a response in tokens; decoding is greedy."""
     rollouts: int = number(0, least=0)
@@ -440,7 +449,7 @@ class RunConfig:
     seed: int = number(0, least=0, most=2**32 - 1)
     """Seed for data order, matching, rollouts and the initial heads."""
     stages: list[str] = field(default_factory=lambda: ["sft", "warm_up", "distill"])
-    """Stages to run: a subsequence of [sft, warm_up, distill, control]. `control` starts from the stage-1 student and
+    """Stages to run: a subsequence of [sft, control, warm_up, distill]. `control` starts from the stage-1 student and
     imitates for as many steps as stage 2 has, with its questions, batch size and learning rate. The evaluation then
     shows whether stage 2 is better than more imitation."""
     packing: str = choice("shared", of=("shared", "padded"))

@@ -54,8 +54,9 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
     from rmsd_fast.data.media import MediaReader
     from rmsd_fast.files import write_text_atomic
     from rmsd_fast.stages.build import load
-    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table, summarize
+    from rmsd_fast.stages.evaluation import answer_questions, floors_of, format_table
     from rmsd_fast.stages.material import prepare_material
+    from rmsd_fast.stages.summaries import summarize
 
     material = prepare_material(settings, world, training=False)
     student = load(material.model_path, settings, world)

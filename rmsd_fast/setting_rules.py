@@ -115,7 +115,7 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
     # With dropped questions, matching also decides which questions a stage has.
     drops = settings.teacher.empty_pools == "drop" and (rolls_out or control)
     warm_up, judged = "warm_up" in stages, uses_discriminator(settings)
-    matched = judged or drops
+    matched = judged or drops or settings.reward.unlabeled == "teacher"
     own_clips = settings.made.enabled and settings.made.source == "clips"
     # The evaluation samples at rollout.temperature.
     sampled = settings.evaluate.rollouts > 0
@@ -143,6 +143,16 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["reward.score_clip", "reward.score_sd_offset", "reward.score_groups"],
             not judged,
             "no discriminator is trained; set reward.alpha > 0",
+        ),
+        (
+            ["reward.unlabeled"],
+            settings.teacher.unlabeled == "refuse",
+            "teacher.unlabeled=refuse requires every ground truth; set teacher.unlabeled=agreement",
+        ),
+        (
+            ["reward.unlabeled"],
+            settings.reward.delta == 0,
+            "reward.delta is 0, so there is no content reward; give it a weight",
         ),
         (
             ["reward.score_sd_offset"],
@@ -244,6 +254,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["video.min_frames", "video.max_frames"],
             settings.video.num_frames is not None,
             "it only applies to video.fps, and video.num_frames is set; set video.num_frames=null and video.fps=2",
+        ),
+        (
+            ["evaluate.every_steps"],
+            not {"distill", "control"} & set(stages) or settings.evaluate.every_steps >= distill.steps,
+            "it must be below distill.steps, and apply to stage distill or control; lower it, or leave it out",
         ),
         (
             ["evaluate."],

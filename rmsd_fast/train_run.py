@@ -20,14 +20,8 @@ from rmsd_fast.runtime.process_group import World, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages import distill, sft
-from rmsd_fast.stages.build import build_distillation, build_imitation, load
-from rmsd_fast.stages.evaluation import (
-    answer_questions,
-    format_table,
-    read_predictions,
-    write_evaluation,
-    write_predictions,
-)
+from rmsd_fast.stages.build import build_distillation, build_imitation
+from rmsd_fast.stages.held_out import evaluate
 from rmsd_fast.stages.material import prepare_material
 from rmsd_fast.stages.run import (
     Step,
@@ -102,15 +96,15 @@ def _run_stages(run: TrainingRun) -> None:
         imitate(run)
         release_memory()
         evaluate(run, run.stage1, "stage1")
+    if "control" in settings.stages:
+        control(run)
+        release_memory()
+        evaluate(run, str(run.folder / "control"), "control")
     if set(settings.stages) & {"warm_up", "distill"}:
         distillation(run)
         release_memory()
         if "distill" in settings.stages:
             evaluate(run, str(run.folder / "export"), "stage2")
-    if "control" in settings.stages:
-        control(run)
-        release_memory()
-        evaluate(run, str(run.folder / "control"), "control")
 
 
 def finish(run: TrainingRun) -> None:
@@ -140,10 +134,17 @@ def imitate(run: TrainingRun) -> None:
 def control(run: TrainingRun) -> None:
     """Run the control of stage 2: imitation with the same steps, batch size, learning rate and order of questions.
 
-    It ends by writing `control/`.
+    It runs before stage 2, which can then be compared with it in time. It ends by writing `control/`.
     """
+    final = run.folder / "control"
+    if run.checkpoint is not None and STAGES.index(run.checkpoint.state["stage"]) > STAGES.index("control"):
+        if not on_main(run.world, final.is_dir):
+            raise CheckpointError(
+                f"{final} is missing, but the checkpoint is later than the control; restore the folder"
+            )
+        return
     state = build_imitation(run.stage1, run.settings, run.world, run.material, run.media, stage="control")
-    _imitation_steps(run, state, "control", run.settings.distill, _late_questions(run, state), run.folder / "control")
+    _imitation_steps(run, state, "control", run.settings.distill, _late_questions(run, state), final)
 
 
 def _imitation_steps(
@@ -166,13 +167,6 @@ def _imitation_steps(
 def distillation(run: TrainingRun) -> None:
     """Run the discriminator warm-up and stage 2. It ends by writing `export/`."""
     settings = run.settings
-    if run.checkpoint is not None and STAGES.index(run.checkpoint.state["stage"]) > STAGES.index("distill"):
-        # Only the control is left. Its checkpoint does not contain the student of stage 2.
-        if "distill" in settings.stages and not on_main(run.world, (run.folder / "export").is_dir):
-            raise CheckpointError(
-                f"{run.folder / 'export'} is missing, but the checkpoint is later than stage 2; restore the folder"
-            )
-        return
     state = build_distillation(run.stage1, settings, run.world, run.material, run.media)
     engines = {"policy": state.policy}
     if state.discriminator is not None:
@@ -258,29 +252,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def evaluate(run: TrainingRun, path: str, name: str) -> None:
-    """Answer the held-out questions with a student, once per run, and write the evaluation of the answers."""
-    questions = run.material.heldout
-    run.stop.check()
-    if not questions:
-        return
-    answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is not None)
-    records: list[dict] = []
-    if not answered:
-        student = load(path, run.settings, run.world)
-        records = answer_questions(student, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
-
-    def write() -> None:
-        if not answered:
-            write_predictions(run.folder, name, records)
-        # Write it even if the answers already existed, because the run may have been killed between the two writes.
-        result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
-        if not answered:
-            run.metrics.message(format_table(result))
-
-    on_main(run.world, write)
 
 
 def describe_run(run: TrainingRun) -> None:

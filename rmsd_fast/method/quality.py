@@ -2,7 +2,8 @@
 
 Metrics by task type: option letter (mcq), interval IoU (temporal), box IoU (spatial), epsilon accuracy or mean relative
 accuracy (numeric), 1 - word error rate or ANLS (ocr). Open questions have no metric: q = 1 if the response is valid.
-Without ground truth, `agreement` compares the responses to a closed question with each other.
+Without ground truth, `agreement` compares the responses to a closed question with each other, and `quality_against`
+compares rollouts with them.
 
 Intervals, boxes and numbers are compared exactly, as rational numbers. A difference of exactly 0.01 in the text
 therefore passes an epsilon of 0.01, and coordinates near the largest float neither overflow nor give NaN.
@@ -115,8 +116,7 @@ def agreement(
         TypeError: a text is not a str.
     """
     _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, "relative", None)
-    if task_type not in CLOSED_TASKS:
-        raise ValueError(f"agreement: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
+    _check_closed("agreement", task_type)
     parsed = [parse_answer(text, task_type, options) for text in texts]
     scores = []
     for index, answer in enumerate(parsed):
@@ -127,6 +127,59 @@ def agreement(
         metric = (task_type, numeric_metric, numeric_eps, ocr_metric, anls_threshold)
         scores.append(statistics.fmean(_metric(answer, other, *metric) for other in others))
     return scores
+
+
+def quality_against(
+    texts: Sequence[str],
+    references: Sequence[str],
+    weights: Sequence[float],
+    task_type: str,
+    *,
+    options: Sequence[str] | None = None,
+    numeric_metric: str = "epsilon",
+    numeric_eps: float = 0.01,
+    ocr_metric: str = "wer",
+    anls_threshold: float = 0.5,
+) -> list[float]:
+    """Return the weighted mean of the task's metric between each text and other responses, in [0, 1].
+
+    The references take the place of the ground truth: with matching probabilities as weights, the result is the
+    expected score of a rollout against the teacher response that it is paired with.
+
+    Args:
+        texts: the whole responses to score, for instance rollouts. An invalid text gets 0.
+        references: the whole responses to compare with.
+        weights: weight of each reference, >= 0. References of weight 0 are not read; the others must be valid.
+        task_type: a closed task.
+        options, numeric_metric, numeric_eps, ocr_metric, anls_threshold: as in quality_score.
+    Returns:
+        The score of each text; 0 if all weights are 0.
+    Raises:
+        ValueError: the task is not closed, a metric is unknown, the numbers of references and weights differ, or a
+            reference with a weight is invalid.
+        TypeError: a text is not a str.
+    """
+    _check_settings(numeric_metric, numeric_eps, ocr_metric, anls_threshold, "relative", None)
+    _check_closed("quality_against", task_type)
+    pairs = [(text, weight) for text, weight in zip(references, weights, strict=True) if weight > 0]
+    parsed = [(parse_answer(text, task_type, options), weight) for text, weight in pairs]
+    if invalid := [text for (text, _), (answer, _) in zip(pairs, parsed, strict=True) if answer is None]:
+        raise ValueError(f"references: expected valid responses to a {task_type} question, got {invalid[0]!r}")
+    total = math.fsum(weight for _, weight in parsed)
+    metric = (task_type, numeric_metric, numeric_eps, ocr_metric, anls_threshold)
+    scores = []
+    for text in texts:
+        answer = parse_answer(text, task_type, options)
+        if answer is None or not parsed:
+            scores.append(0.0)
+            continue
+        scores.append(math.fsum(weight * _metric(answer, other, *metric) for other, weight in parsed) / total)
+    return scores
+
+
+def _check_closed(name: str, task_type: str) -> None:
+    if task_type not in CLOSED_TASKS:
+        raise ValueError(f"{name}: expected a closed task ({', '.join(CLOSED_TASKS)}), got {task_type!r}")
 
 
 def _metric(

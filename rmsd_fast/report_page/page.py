@@ -22,6 +22,7 @@ from rmsd_fast.report_page.evaluation import (
     verdict,
 )
 from rmsd_fast.report_page.films import Films
+from rmsd_fast.report_page.progress import progress_section
 from rmsd_fast.report_page.rollouts import rollouts_section
 from rmsd_fast.report_page.run_folder import ReportedRun
 from rmsd_fast.report_page.samples import STUDENT_ORDER, is_number, sample_cards
@@ -59,6 +60,7 @@ def _render(run: ReportedRun, films: Films) -> str:
         _alarms(run),
         _tiles(run),
         evaluation_section(run),
+        progress_section((run.evaluation or {}).get("progress", [])),
         *(stage_section(stage, run.metrics[stage]) for stage in stages),
         "" if stages else '<h2>Training</h2><p class="muted">No training step has been logged (no metrics.jsonl).</p>',
         rollouts_section(run.rollouts, films),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.config import MEASURES
 from rmsd_fast.data.option_lists import MOST_OPTIONS
 from rmsd_fast.report_page.svg import Series
 from rmsd_fast.runtime.alarms import Alarm, find_alarms
@@ -136,7 +137,23 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
         tasks = result.setdefault("tasks", {})
         if not isinstance(tasks, dict) or not all(isinstance(v, dict) for v in tasks.values()):
             raise ReportError(f"{path}: field 'tasks' of {name!r}: expected an object per task; evaluate the run again")
+    progress = value.setdefault("progress", [])
+    if not isinstance(progress, list) or not all(map(_is_progress, progress)):
+        raise ReportError(f"{path}: field 'progress': expected a list of scores by step; evaluate the run again")
     return value
+
+
+def _is_progress(entry: object) -> bool:
+    """Return whether an entry has a step, and results of students and differences."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return False
+    parts = [entry.get(key) for key in ("students", "differences")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    results = [result for part in parts for result in part.values()]
+    sampled = [result.get("sampled", {}) for result in results if isinstance(result, dict)]
+    entries = [part.get(key, {}) for part in (*results, *sampled) if isinstance(part, dict) for key in MEASURES]
+    return all(isinstance(part, dict) for part in (*results, *sampled, *entries))
 
 
 def _whole(digits: str) -> float:

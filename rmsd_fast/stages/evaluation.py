@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, PromptError
-from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES, Question
+from rmsd_fast.data.records import TASK_TYPES, Question
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.made.meaning import has_content, meaning_score
 from rmsd_fast.method.answers import parse_answer
@@ -31,12 +30,12 @@ from rmsd_fast.rollout.base import Sampling
 from rmsd_fast.rollout.hf import HfRollout
 from rmsd_fast.runtime.process_group import World, all_gather_objects
 from rmsd_fast.runtime.stop_signal import StopSignal
+from rmsd_fast.stages.progress import interim_steps, measure_progress
+from rmsd_fast.stages.summaries import compare, signed_interval, summarize
 from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings
 
 log = logging.getLogger("rmsd_fast")
-
-RESAMPLES = 2000
 
 
 def answer_questions(
@@ -206,80 +205,11 @@ def _meaning(question: Question, answer: str | None) -> dict[str, float]:
     return {"meaning": 0.0 if answer is None else meaning_score(answer, question.meta["made"])}
 
 
-def summarize(records: list[dict]) -> dict:
-    """Return means with 95% intervals: per task type, over the closed task types, and over all.
-
-    The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
-    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
-    them are about generated clips, `meaning` is the share of correct answers to them. If the records have scores of
-    sampled responses, `sampled` holds the same means for these scores.
-    """
-    result = _by_task(records, _mean_with_interval)
-    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
-    if meanings:
-        result["meaning"] = _wilson(meanings)
-    if sampled := _of_samples(records):
-        result["sampled"] = _by_task(sampled, _wilson)
-    return result
-
-
-def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
-    """Return paired differences after - before with 95% bootstrap intervals over questions.
-
-    If both students have scores of sampled responses, `sampled` holds the differences of these scores.
-    """
-    result = _compare(after, before, seed)
-    samples = _of_samples(after), _of_samples(before)
-    if all(samples):
-        result["sampled"] = _compare(*samples, seed)
-    return result
-
-
-def _compare(after: list[dict], before: list[dict], seed: int) -> dict:
-    earlier = {record["id"]: record["score"] for record in before}
-    paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
-    return _by_task(paired, lambda rows: _bootstrap(rows, seed))
-
-
-def _of_samples(records: list[dict]) -> list[dict]:
-    """Return the records with the mean score of sampled responses as their score; none if any lacks it."""
-    if not all("sampled" in record for record in records):
-        return []
-    return [{**record, "score": record["sampled"]} for record in records]
-
-
-def _by_task(records: list[dict], measure) -> dict:
-    tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}
-    closed = [r for r in records if r["task_type"] in CLOSED_TASKS]
-    result = {"tasks": {task: measure(rows) for task, rows in tasks.items() if rows}, "all": measure(records)}
-    if closed:
-        result["closed"] = measure(closed)
-    return result
-
-
-def _mean_with_interval(rows: list[dict]) -> dict:
-    return {**_wilson(rows), "valid_share": sum(row["valid"] for row in rows) / len(rows)}
-
-
-def _wilson(rows: list[dict]) -> dict:
-    n, z = len(rows), 1.959963984540054
-    mean = sum(row["score"] for row in rows) / n
-    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n}
-
-
-def _bootstrap(rows: list[dict], seed: int) -> dict:
-    scores = np.array([row["score"] for row in rows])
-    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
-    low, high = np.percentile(scores[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(rows)}
-
-
 def write_evaluation(run_folder: Path, questions: list[Question], settings: RunConfig, *, simulated: bool) -> dict:
     """Write `samples.jsonl` and `evaluation.json` from the predictions in the run folder so far."""
     predictions = {name: read_predictions(run_folder, name, questions) for name in STUDENTS}
     predictions = {name: records for name, records in predictions.items() if records is not None}
+    steps = interim_steps(run_folder)
     result = {
         "questions": len(questions),
         "seed": settings.seed,
@@ -293,6 +223,9 @@ def write_evaluation(run_folder: Path, questions: list[Question], settings: RunC
             for after, before in DIFFERENCES
             if after in predictions and before in predictions
         },
+        "progress": measure_progress(
+            steps, settings.distill.steps, lambda name: read_predictions(run_folder, name, questions)
+        ),
     }
     by_id = {question.id: question for question in questions}
     lines = []
@@ -370,11 +303,9 @@ def format_table(result: dict) -> str:
             f"{task:<9} {'-' if floor is None else f'{floor:.3f}':>5}  " + "  ".join(f"{c:>20}" for c in cells)
         )
     for name, difference in result["differences"].items():
-        if "closed" in difference:
-            d = difference["closed"]
-            lines.append(f"{name}, closed tasks: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
-        if d := _row(difference, "sampled"):
-            lines.append(f"{name}, closed tasks, sampled: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
+        for row, label in (("closed", "closed tasks"), ("sampled", "closed tasks, sampled"), ("meaning", "meaning")):
+            if entry := _row(difference, row):
+                lines.append(f"{name}, {label}: {signed_interval(entry)}")
     return "\n".join(lines)
 
 

@@ -8,10 +8,11 @@ import torch
 
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.prompts import Prompt, PromptBuilder, ResponseError
+from rmsd_fast.data.records import Question
 from rmsd_fast.method.advantages import degenerate_groups
 from rmsd_fast.method.answers import has_outer_format, has_task_format, is_empty_answer, parse_answer
 from rmsd_fast.method.matching import Pairs, expected_pairs, order_pairs, sample_matches, sampled_pairs
-from rmsd_fast.method.quality import quality_score
+from rmsd_fast.method.quality import quality_against, quality_score
 from rmsd_fast.method.rewards import RewardWeights, composite_advantages, composite_reward
 from rmsd_fast.rollout.base import Rollout
 from rmsd_fast.setting_rules import uses_discriminator
@@ -63,11 +64,7 @@ def make_group(
     """Match a question's rollouts with its teacher responses and compute the rewards that need no model."""
     question, options = prompt.question, prompt.question.options
     texts = [rollout.text for rollout in rollouts]
-    content = [0.0] * len(texts)
-    # Without ground truth, as in open questions, there is no content reward.
-    if question.has_truth:
-        metric = {"answer": question.answer, "options": options, **quality_settings(settings.teacher)}
-        content = [quality_score(text, question.task_type, **metric) for text in texts]
+    content = _content(question, texts, targets, settings)
     matches = None
     if settings.discriminator.pairing == "sampled" and targets.has_teacher:
         matches = sample_matches(targets.p, len(rollouts), seed=settings.seed, step=step, question_id=question.id)
@@ -82,6 +79,19 @@ def make_group(
         kept=torch.nonzero(targets.p > 0).flatten().tolist(),
         valid=sum(parse_answer(text, question.task_type, options) is not None for text in texts),
     )
+
+
+def _content(question: Question, texts: list[str], targets: Targets, settings: RunConfig) -> list[float]:
+    """Return the content reward of each rollout; zeros for open questions and, by default, without ground truth."""
+    metric = {"options": question.options, **quality_settings(settings.teacher)}
+    if question.has_truth:
+        return [quality_score(text, question.task_type, question.answer, **metric) for text in texts]
+    if question.is_unlabeled and settings.reward.unlabeled == "teacher":
+        answers = [answer.text for answer in targets.answers]
+        # With teacher.weighting=uniform, invalid answers can be matched too.
+        weights = [p * valid for p, valid in zip(targets.p.tolist(), targets.valid, strict=True)]
+        return quality_against(texts, answers, weights, question.task_type, **metric)
+    return [0.0] * len(texts)
 
 
 def make_pairs(groups: list[RolloutGroup], settings: RunConfig) -> Pairs:
@@ -171,7 +181,7 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
     d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
     if reward.score_clip is not None:
         d_score = d_score.clamp(-reward.score_clip, reward.score_clip)
-    if reward.score_groups == "flat_content" and not degenerate_groups(group.content):
+    if not _score_counts(group, reward.score_groups):
         d_score = torch.zeros_like(d_score)
     components = (d_score, group.outer, group.task, group.content)
     weights = RewardWeights(reward.alpha, reward.beta, reward.eta, reward.delta)
@@ -184,6 +194,15 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
         score_sd_offset=reward.score_sd_offset,
         **penalty,
     )
+
+
+def _score_counts(group: RolloutGroup, score_groups: str) -> bool:
+    """Return whether the discriminator score is part of the group's reward, see `reward.score_groups`."""
+    if score_groups == "flat_content":
+        return bool(degenerate_groups(group.content))
+    if score_groups == "teacher_ahead" and group.kept and group.prompt.question.has_truth:
+        return float(group.content.mean()) < group.targets.target_quality
+    return True
 
 
 def quality_record(groups: list[RolloutGroup]) -> dict[str, Metric]:

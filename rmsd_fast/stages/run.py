@@ -36,6 +36,7 @@ from rmsd_fast.runtime.metrics import MetricsLog, PhaseTimer, peak_mib
 from rmsd_fast.runtime.process_group import World, all_gather_objects, any_rank, global_max, global_sum, on_main
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import settings_as_dict
+from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of
 from rmsd_fast.stages.rollout_log import log_rollouts
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
@@ -319,6 +320,8 @@ def run_steps(
     try:
         with run.stop.deferred():
             for number in range(first, total):
+                if held_out.is_due(run, stage, number):
+                    held_out.evaluate_step(run, stage, number, state)
                 state.timer.take()
                 with state.timer("data"):
                     prompts = next_prompts(run, loader, number, total)
@@ -348,7 +351,9 @@ def run_steps(
                 del result
                 stopping = any_rank(run.stop.asked, run.world)
                 saved = False
-                if number + 1 == total or finished or stopping or (every and (number + 1) % every == 0):
+                # A run that is stopped during an evaluation continues with it.
+                due = (every and (number + 1) % every == 0) or held_out.is_due(run, stage, number + 1)
+                if number + 1 == total or finished or stopping or due:
                     saved = save(run, stage, number + 1, state, engines, finished=finished)
                 if stopping and not saved:
                     raise CheckpointError(f"stopped by SIGTERM; the last steps are not saved; {run.stop.advice}")

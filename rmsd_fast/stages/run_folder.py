@@ -20,6 +20,11 @@ from rmsd_fast.stages.material import Material
 # Section and field of the settings that hold the number of steps of each stage.
 STEPS = {"sft": ("sft", "steps"), "warm_up": ("discriminator", "warm_up_steps"), "distill": ("distill", "steps")}
 STEPS["control"] = STEPS["distill"]
+# Settings that a stage reads, if its section also holds settings of another stage.
+_ONLY_IN = {
+    "warm_up": ("warm_up_steps", "warm_up_lr", "warm_up_accuracy", "head"),
+    "control": ("steps", "batch_size", "lr", "warmup_steps", "schedule", "weight_decay", "train_vision"),
+}
 # Settings and hashes of all input files at the start of the run, and of `stage1/` once stage 1 has ended.
 FINGERPRINTS = "fingerprints.json"
 # Seconds that the threads of a killed process may take to end and release its lock.
@@ -179,13 +184,17 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
             or state.get("finished", False)
             or state["step"] == former[section][steps] == now[section][steps]
         ):
-            # The discriminator's section holds settings of both the warm-up and stage 2.
-            names = ("warm_up_steps", "warm_up_lr", "warm_up_accuracy", "head") if stage == "warm_up" else now[section]
+            names = _ONLY_IN.get(stage, now[section])
             late = [name for name in names if now[section][name] != former[section].get(name)]
         else:
             late = [steps] if now[section][steps] < state["step"] else []
         if late:
             done = state["step"] if stage == state["stage"] else former[section][steps]
+            if stage == "control" and "distill" in now["stages"]:
+                raise SettingsError(
+                    f"{section}.{late[0]}={now[section][late[0]]}: expected {former[section][late[0]]}, with which the "
+                    "control was trained, since stage 2 is compared with it; leave it out, or start a new run"
+                )
             raise SettingsError(
                 f"{section}.{late[0]}={now[section][late[0]]} has no effect: {done} of {former[section][steps]} steps "
                 f"of {stage} are done; leave it out, or start a new run from the exported student"

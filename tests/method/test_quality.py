@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from rmsd_fast.method.quality import _edit_distance, agreement, fold_text, parse_ground_truth, quality_score
+from rmsd_fast.method.quality import (
+    _edit_distance,
+    agreement,
+    fold_text,
+    parse_ground_truth,
+    quality_against,
+    quality_score,
+)
 
 
 def q(answer: str, task: str, truth=None, **settings) -> float:
@@ -292,6 +299,32 @@ def agree(task: str, *answers: str, **settings) -> list[float]:
 )
 def test_agreement_by_hand(task, answers, scores):
     assert agree(task, *answers) == pytest.approx(scores)
+
+
+def in_format(*answers: str) -> list[str]:
+    return [f"<think>t</think><answer>{answer}</answer>" for answer in answers]
+
+
+def test_quality_against_weighted_references_by_hand():
+    references, weights = in_format("0 to 4", "2 to 6", "soon"), [0.75, 0.25, 0.0]
+    texts = [*in_format("0 to 4", "2 to 6", "1 to 5", "later"), "0 to 4"]
+    # The IoU of the two references is 1/3, and that of 1 to 5 is 3/5 with both. The last two texts are invalid.
+    expected = [0.75 + 0.25 / 3, 0.75 / 3 + 0.25, 0.6, 0, 0]
+    assert quality_against(texts, references, weights, "temporal") == pytest.approx(expected)
+    # The scale of the weights does not matter.
+    assert quality_against(texts, references, [3, 1, 0], "temporal") == pytest.approx(expected)
+    assert quality_against(texts, references, [0, 0, 0], "temporal") == [0.0] * 5
+    assert quality_against(in_format("B"), in_format("(b)", "A"), [0.5, 0.5], "mcq", options=("x", "y")) == [0.5]
+    assert quality_against(in_format("3.3"), in_format("3"), [1], "numeric", numeric_metric="mra") == [0.8]
+
+
+def test_quality_against_refuses_what_it_cannot_score():
+    with pytest.raises(ValueError, match="quality_against: expected a closed task .* got 'open'"):
+        quality_against(in_format("x"), in_format("x"), [1], "open")
+    with pytest.raises(ValueError, match="references: expected valid responses to a temporal question, got '.*soon"):
+        quality_against(in_format("0 to 4"), in_format("soon"), [1], "temporal")
+    with pytest.raises(ValueError, match="zip"):
+        quality_against(in_format("0 to 4"), in_format("0 to 4"), [1, 1], "temporal")
 
 
 def test_agreement_uses_the_settings_of_the_metric():

@@ -12,6 +12,8 @@ from material import tiny_material, tiny_settings
 from train_runs import mini_arguments, only_run
 
 from rmsd_fast.method.advantages import group_advantages
+from rmsd_fast.method.answers import answer_body
+from rmsd_fast.method.quality import quality_score
 from rmsd_fast.runtime.process_group import start, stop
 from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import load_settings
@@ -163,6 +165,48 @@ def test_scores_count_only_in_groups_of_equal_content(folder, material, world):
     expected = 0.4 * group_advantages(scores, eps=1e-6 + settings.reward.score_sd_offset)
     assert flat.advantages.tolist() == pytest.approx(expected.tolist())
     assert mixed.advantages.tolist() == pytest.approx((0.4 * group_advantages(mixed.content)).tolist())
+
+
+def test_scores_count_only_while_the_teacher_is_ahead(folder, material, world):
+    settings = tiny_settings(folder, *SMALL, "reward.score_groups=teacher_ahead")
+    _, groups, _ = build(folder, material, world)
+    closed = next(g for g in groups if g.prompt.question.has_truth and 0 < g.targets.target_quality < 1 and g.kept)
+    target, scores = closed.targets.target_quality, torch.tensor([1.0, 2.0, 4.0])
+    group = replace(closed, outer=torch.ones(3), task=torch.ones(3), d_score=scores)
+    behind = replace(group, content=torch.full((3,), target / 2))
+    level = replace(group, content=torch.full((3,), target))
+    unlabeled = replace(closed.prompt, question=replace(closed.prompt.question, answer=None))
+    unknown = replace(level, content=torch.ones(3), prompt=unlabeled)
+    counted = (0.4 * group_advantages(scores, eps=1e-6 + settings.reward.score_sd_offset)).tolist()
+    for case, expected in ((behind, counted), (level, [0.0] * 3), (unknown, counted)):
+        set_advantages(case, settings)
+        assert case.advantages.tolist() == pytest.approx(expected)
+
+
+def test_the_pool_can_reward_rollouts_without_ground_truth(folder, material, world):
+    """The reward is the expected metric against the matched teacher response; otherwise it is 0."""
+    _, groups, _ = build(folder, material, world)
+    group = next(g for g in groups if g.prompt.question.task_type == "temporal" and len(g.kept) > 1)
+    answers = [group.targets.answers[k].text for k in group.kept]
+    prompt = replace(group.prompt, question=replace(group.prompt.question, answer=None))
+    rollouts = [replace(group.rollouts[0], text=text) for text in (*answers, "no answer")]
+    p = group.targets.p[group.kept].tolist()
+    quality = [
+        sum(w * quality_score(text, "temporal", answer_body(a)) for w, a in zip(p, answers, strict=True))
+        for text in answers
+    ]
+    assert sum(quality) > 0
+    for overrides, expected in (
+        ((), [0.0] * len(rollouts)),
+        (("teacher.unlabeled=agreement",), [0.0] * len(rollouts)),
+        (("teacher.unlabeled=agreement", "reward.unlabeled=teacher"), [*quality, 0.0]),
+    ):
+        settings = tiny_settings(folder, *SMALL, *overrides)
+        content = make_group(prompt, rollouts, group.targets, settings, step=0).content
+        assert content.tolist() == pytest.approx(expected)
+        # A question with ground truth is scored by it, whatever the setting.
+        labeled = make_group(group.prompt, rollouts, group.targets, settings, step=0).content
+        assert labeled.tolist() == pytest.approx([*group.targets.quality[group.kept].tolist(), 0.0])
 
 
 def test_content_correlation_by_hand(folder, material, world):

@@ -297,10 +297,10 @@ def _wait_for_lines(process, folder: Path, lines: int) -> None:
 
 
 def test_the_control_imitates_the_questions_of_stage_2_from_the_stage_1_student(tmp_path, made):
-    """The control does not depend on whether stage 2 runs before it."""
+    """The control does not depend on whether stage 2 follows it."""
     late = ("rollout.", "discriminator.")
     without = [a for a in mini_arguments(tmp_path / "a", made) if not a.startswith(late)]
-    content = ["stages=[sft,distill,control]", "reward.alpha=0", "teacher.empty_pools=drop"]
+    content = ["stages=[sft,control,distill]", "reward.alpha=0", "teacher.empty_pools=drop"]
     every = [a for a in mini_arguments(tmp_path / "b", made, *content) if not a.startswith("discriminator.")]
     for arguments in ([*without, "stages=[sft,control]"], every):
         done = run_train(arguments)
@@ -491,12 +491,12 @@ def test_lost_output_does_not_end_a_run(whole, tmp_path):
         assert done.returncode == 0, (shell, done.stderr[-2000:])
 
 
-def test_a_resumed_control_leaves_the_student_of_stage_2(tmp_path, made):
-    """Resuming in the control once wrote the stage-1 student into `export/`."""
-    every = ["stages=[sft,warm_up,distill,control]", "checkpoint.every_steps=1", "discriminator.head=random"]
+def test_a_resumed_stage_2_leaves_the_control(tmp_path, made):
+    """The control is complete, and its checkpoints do not hold the student of stage 2."""
+    every = ["stages=[sft,control,warm_up,distill]", "checkpoint.every_steps=1", "discriminator.head=random"]
     arguments = mini_arguments(tmp_path, made, *every)
     process = subprocess.Popen(command(arguments), env=environment(), stdout=subprocess.DEVNULL)
-    # Three steps of stage 1, one of the warm-up, five of stage 2 and two of the control.
+    # Three steps of stage 1, five of the control, one of the warm-up and two of stage 2.
     for _ in range(3000):
         found = list(tmp_path.glob("*/metrics.jsonl"))
         if found and len(found[0].read_bytes().splitlines()) >= 11:
@@ -506,12 +506,58 @@ def test_a_resumed_control_leaves_the_student_of_stage_2(tmp_path, made):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 0
     run = only_run(tmp_path)
-    before = weights(run)
+    before = load_file(run / "control" / "model.safetensors")
+    changed = run_train(["--resume", str(run), "--allow-changes", "distill.steps=9"])
+    assert changed.returncode == 2
+    assert "distill.steps=9: expected 5, with which the control was trained" in changed.stderr
     done = run_train(["--resume", str(run)])
     assert done.returncode == 0, done.stderr[-3000:]
-    stage1, after = load_file(run / "stage1" / "model.safetensors"), weights(run)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert any(not torch.equal(after[name], stage1[name]) for name in stage1)
-    shutil.rmtree(run / "export")
+    stage1, control = (load_file(run / name / "model.safetensors") for name in ("stage1", "control"))
+    assert all(torch.equal(before[name], control[name]) for name in before)
+    for other in (stage1, control):
+        assert any(not torch.equal(weights(run)[name], other[name]) for name in other)
+    shutil.rmtree(run / "control")
     refused = run_train(["--resume", str(run)])
-    assert refused.returncode == 2 and "the checkpoint is later than stage 2; restore the folder" in refused.stderr
+    assert refused.returncode == 2 and "the checkpoint is later than the control; restore the folder" in refused.stderr
+
+
+def test_a_resume_during_an_interim_evaluation_repeats_only_the_evaluation(tmp_path, made):
+    """Evaluations during training change no step, and a run without one of them continues with it."""
+    content = ["stages=[sft,control,distill]", "reward.alpha=0", "evaluate.rollouts=2"]
+    plain, interim = (
+        [a for a in mini_arguments(tmp_path / name, made, *content, *more) if not a.startswith("discriminator.")]
+        for name, more in (("a", ()), ("b", ("evaluate.every_steps=2",)))
+    )
+    for arguments in (plain, interim):
+        done = run_train(arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    without, run = only_run(tmp_path / "a"), only_run(tmp_path / "b")
+    assert "distill step 2, held-out: greedy" in done.stderr and "  stage2-control: greedy" in done.stderr
+    for name, expected in weights(without).items():
+        assert torch.equal(weights(run)[name], expected)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    progress = evaluation["progress"]
+    assert [entry["step"] for entry in progress] == [0, 2, 4, 5]
+    assert all(list(entry["students"]) == ["stage2", "control"] for entry in progress)
+    assert [list(entry["differences"]) for entry in progress[1:]] == [
+        ["stage2-control", "stage2-stage1", "control-stage1"]
+    ] * 3
+    assert progress[0]["students"]["stage2"] == evaluation["students"]["stage1"]
+    assert progress[-1]["students"]["control"] == evaluation["students"]["control"]
+    assert progress[-1]["differences"]["stage2-control"] == evaluation["differences"]["stage2-control"]
+    assert "Held-out score during stage 2" in (run / "report.html").read_text()
+    # A run that was killed in the evaluation after step 4 has the checkpoint of that step.
+    answers = (run / "predictions" / "stage2@4.jsonl").read_bytes()
+    for path in run.iterdir():
+        if path.name == "checkpoints":
+            last = max(path.iterdir(), key=lambda folder: folder.name)
+            shutil.rmtree(last)
+        elif path.name in ("export", "evaluation.json", "report.html", "samples.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("stage2@4", "stage2"):
+        (run / "predictions" / f"{name}.jsonl").unlink()
+    done = run_train(["--resume", str(run)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing after step 4 of distill" in done.stderr
+    assert (run / "predictions" / "stage2@4.jsonl").read_bytes() == answers
+    assert json.loads((run / "evaluation.json").read_text()) == evaluation

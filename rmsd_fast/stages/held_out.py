@@ -1,0 +1,84 @@
+"""Answer the held-out questions with the students of a run, between its stages and during stage 2 and its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rmsd_fast.models.students import Student
+from rmsd_fast.runtime.process_group import on_main
+from rmsd_fast.stages.build import load
+from rmsd_fast.stages.evaluation import (
+    answer_questions,
+    format_table,
+    read_predictions,
+    write_evaluation,
+    write_predictions,
+)
+from rmsd_fast.stages.progress import describe_progress, interim_name, warn_if_behind
+from rmsd_fast.stages.state import StageState
+
+if TYPE_CHECKING:
+    from rmsd_fast.stages.run import TrainingRun
+
+
+def evaluate(run: TrainingRun, path: str, name: str) -> None:
+    """Answer the held-out questions with an exported student, once per run, and write the evaluation of the answers."""
+
+    @contextmanager
+    def loaded() -> Iterator[Student]:
+        yield load(path, run.settings, run.world)
+
+    result, answered = _evaluate(run, name, loaded)
+    if result and answered:
+        run.metrics.message(format_table(result))
+        for line in warn_if_behind(result["differences"]):
+            run.metrics.message(line)
+
+
+def evaluate_step(run: TrainingRun, stage: str, step: int, state: StageState) -> None:
+    """Answer the held-out questions with the student of a stage after some of its steps, once per run."""
+
+    @contextmanager
+    def in_training() -> Iterator[Student]:
+        with state.policy.full_weights():
+            yield state.student
+
+    result, answered = _evaluate(run, interim_name(stage, step), in_training)
+    # The loader's counts of the next step must not include the media of the evaluation.
+    run.media.take_counts()
+    if result and answered:
+        for line in describe_progress(result["progress"], stage, step):
+            run.metrics.message(line)
+
+
+def is_due(run: TrainingRun, stage: str, step: int) -> bool:
+    """Return whether the student is evaluated after this many steps of a stage, before its last step."""
+    every = run.settings.evaluate.every_steps
+    interim = stage in ("distill", "control") and 0 < step < run.settings.distill.steps
+    return bool(interim and every and step % every == 0 and run.material.heldout)
+
+
+def _evaluate(run: TrainingRun, name: str, student) -> tuple[dict | None, bool]:
+    """Return the evaluation, on the main process only, and whether the questions were answered just now."""
+    questions = run.material.heldout
+    run.stop.check()
+    if not questions:
+        return None, False
+    answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is None)
+    records: list[dict] = []
+    if answered:
+        with student() as model:
+            records = answer_questions(model, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
+    result = None
+
+    def write() -> None:
+        nonlocal result
+        if answered:
+            write_predictions(run.folder, name, records)
+        # Write it even if the answers already existed, because the run may have been killed between the two writes.
+        result = write_evaluation(run.folder, questions, run.settings, simulated=run.material.simulated)
+
+    on_main(run.world, write)
+    return result, answered

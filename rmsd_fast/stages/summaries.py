@@ -1,0 +1,90 @@
+"""Summarize the scores of held-out answers: means and paired differences by task type, with 95% intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES
+
+RESAMPLES = 2000
+
+
+def summarize(records: list[dict]) -> dict:
+    """Return means with 95% intervals: per task type, over the closed task types, and over all.
+
+    The interval is Wilson's. For graded scores in [0, 1] it is conservative, because their variance is at most that of
+    a 0/1 score with the same mean. Open questions have no metric; their score is the share of valid answers. If some of
+    them are about generated clips, `meaning` is the share of correct answers to them. If the records have scores of
+    sampled responses, `sampled` holds the same means for these scores.
+    """
+    result = _by_task(records, _mean_with_interval)
+    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
+    if meanings:
+        result["meaning"] = _wilson(meanings)
+    if sampled := _of_samples(records):
+        result["sampled"] = _by_task(sampled, _wilson)
+    return result
+
+
+def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
+    """Return paired differences after - before with 95% bootstrap intervals over questions.
+
+    As in `summarize`, `meaning` compares the correctness of open answers about generated clips, and `sampled` the
+    scores of sampled responses, if both students have them.
+    """
+    result = _compare(after, before, seed)
+    meanings = [[{**r, "score": r["meaning"]} for r in records if "meaning" in r] for records in (after, before)]
+    if all(meanings):
+        result["meaning"] = _compare(*meanings, seed)["all"]
+    samples = _of_samples(after), _of_samples(before)
+    if all(samples):
+        result["sampled"] = _compare(*samples, seed)
+    return result
+
+
+def _compare(after: list[dict], before: list[dict], seed: int) -> dict:
+    earlier = {record["id"]: record["score"] for record in before}
+    paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
+    return _by_task(paired, lambda rows: _bootstrap(rows, seed))
+
+
+def _of_samples(records: list[dict]) -> list[dict]:
+    """Return the records with the mean score of sampled responses as their score; none if any lacks it."""
+    if not all("sampled" in record for record in records):
+        return []
+    return [{**record, "score": record["sampled"]} for record in records]
+
+
+def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
+    tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}
+    closed = [r for r in records if r["task_type"] in CLOSED_TASKS]
+    result = {"tasks": {task: measure(rows) for task, rows in tasks.items() if rows}, "all": measure(records)}
+    if closed:
+        result["closed"] = measure(closed)
+    return result
+
+
+def _mean_with_interval(rows: list[dict]) -> dict:
+    return {**_wilson(rows), "valid_share": sum(row["valid"] for row in rows) / len(rows)}
+
+
+def _wilson(rows: list[dict]) -> dict:
+    n, z = len(rows), 1.959963984540054
+    mean = sum(row["score"] for row in rows) / n
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    return {"mean": mean, "low": max(0.0, center - half), "high": min(1.0, center + half), "n": n}
+
+
+def _bootstrap(rows: list[dict], seed: int) -> dict:
+    scores = np.array([row["score"] for row in rows])
+    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
+    low, high = np.percentile(scores[draws].mean(1), [2.5, 97.5])
+    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(rows)}
+
+
+def signed_interval(difference: dict) -> str:
+    """Return a difference as text: `+0.123 [+0.100, +0.146]`."""
+    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format_map(difference)
