@@ -85,6 +85,11 @@ def check_together(settings: RunConfig) -> None:
             "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth, got "
             f"{settings.made.label_share:g}; set teacher.unlabeled=agreement"
         )
+    if settings.made.enabled and not settings.teacher.pool and settings.teacher.responses > settings.made.responses:
+        raise SettingsError(
+            f"teacher.responses: expected at most made.responses={settings.made.responses}, the answers that are "
+            f"generated per question, got {settings.teacher.responses}; set made.responses={settings.teacher.responses}"
+        )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
 

@@ -23,7 +23,8 @@ class Pairs(NamedTuple):
     Attributes:
         student_index: position of each pair's rollout among all rollouts of the groups, [P], int64.
         teacher_index: position of each pair's teacher response among all teacher responses, [P], int64.
-        quality: quality of each pair's teacher response, [P].
+        quality: weight w_k of each pair's teacher response: q_k or a power of it, or 1 with uniform weights. In an
+            order pair, it is the difference in quality. It is the argument `quality` of the loss, [P].
         pair_weight: weight of each pair, [P].
         normalizer: number of rollouts that have a teacher. Sum it over ranks and micro-batches before dividing.
     """

@@ -178,12 +178,7 @@ def _canonical_ids(rollout: Rollout, builder: PromptBuilder) -> torch.Tensor:
 def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
     """Compute reward and advantages of a group whose d_score (and log_ratio, for kl_in_reward) are known."""
     reward = settings.reward
-    d_score = group.d_score if len(group.d_score) else torch.zeros_like(group.content)
-    if reward.score_clip is not None:
-        d_score = d_score.clamp(-reward.score_clip, reward.score_clip)
-    if not _score_counts(group, reward.score_groups):
-        d_score = torch.zeros_like(d_score)
-    components = (d_score, group.outer, group.task, group.content)
+    components = (_rewarded_score(group, settings), group.outer, group.task, group.content)
     weights = RewardWeights(reward.alpha, reward.beta, reward.eta, reward.delta)
     penalty = {"log_ratio": group.log_ratio, "kl_in_reward": reward.kl_in_reward}
     group.reward = composite_reward(*components, weights=weights, **penalty)
@@ -194,6 +189,15 @@ def set_advantages(group: RolloutGroup, settings: RunConfig) -> None:
         score_sd_offset=reward.score_sd_offset,
         **penalty,
     )
+
+
+def _rewarded_score(group: RolloutGroup, settings: RunConfig) -> torch.Tensor:
+    """Return the discriminator scores as they enter the reward; zeros without a discriminator."""
+    reward = settings.reward
+    if not len(group.d_score) or not _score_counts(group, reward.score_groups):
+        return torch.zeros_like(group.content)
+    clip = reward.score_clip
+    return group.d_score if clip is None else group.d_score.clamp(-clip, clip)
 
 
 def _score_counts(group: RolloutGroup, score_groups: str) -> bool:
@@ -256,6 +260,7 @@ def group_record(groups: list[RolloutGroup], settings: RunConfig) -> dict[str, M
         ("content", "content", weights.delta),
     ):
         raw = sum(float(getattr(group, component).sum()) for group in groups)
+        used = raw if name != "discriminator" else sum(float(_rewarded_score(g, settings).sum()) for g in groups)
         record[f"reward/{name}/raw"] = (mean, raw, len(rollouts))
-        record[f"reward/{name}/weighted"] = (mean, weight * raw, len(rollouts))
+        record[f"reward/{name}/weighted"] = (mean, weight * used, len(rollouts))
     return record

@@ -154,6 +154,7 @@ def test_help_documents_every_field():
         (["stages=[sft,control]", "rollout.n=3"], "no stage samples rollouts"),
         (["stages=[sft,control]", "distill.kl_coef=0.1"], "the control has no policy loss"),
         (["stages=[sft,distill,control]"], "expected a subsequence of"),
+        (["teacher.responses=8"], "teacher.responses: expected at most made.responses=4"),
         (["evaluate.every_steps=60"], "evaluate.every_steps has no effect: it must be below distill.steps"),
         (
             ["reward.unlabeled=teacher"],

@@ -20,7 +20,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
-from rmsd_fast.stages.groups import make_group, quality_record, set_advantages
+from rmsd_fast.stages.groups import group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.step_metrics import global_metrics
 from rmsd_fast.train_run import describe_forecast, train
 
@@ -165,6 +165,11 @@ def test_scores_count_only_in_groups_of_equal_content(folder, material, world):
     expected = 0.4 * group_advantages(scores, eps=1e-6 + settings.reward.score_sd_offset)
     assert flat.advantages.tolist() == pytest.approx(expected.tolist())
     assert mixed.advantages.tolist() == pytest.approx((0.4 * group_advantages(mixed.content)).tolist())
+    # The metric has the scores as they enter the reward: clipped, and only those of the flat group.
+    settings.reward.score_clip = 2.0
+    record = group_record([flat, mixed], settings)
+    assert record["reward/discriminator/raw"][1:] == (14.0, 6)
+    assert record["reward/discriminator/weighted"][1:] == (pytest.approx(0.4 * 5), 6)
 
 
 def test_scores_count_only_while_the_teacher_is_ahead(folder, material, world):
