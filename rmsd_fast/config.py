@@ -132,6 +132,18 @@ class ModelConfig:
     liger-kernel are available."""
     gradient_checkpointing: bool = True
     """Recompute decoder layers in backward instead of keeping their activations."""
+    adapter: str = choice("none", of=("none", "lora"))
+    """`none` = all weights of the language model are trained, or `lora` = only low-rank adapters, through peft. Every
+    stage trains new adapters and ends with an export in which they are merged. The reference is then the backbone
+    without adapters, and needs no copy."""
+    lora_rank: int = number(16, least=1)
+    """Rank of the adapters."""
+    lora_alpha: float = number(32.0, above=0)
+    """The adapters' product is multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of the language model that get adapters."""
 
 
 @dataclass
@@ -278,8 +290,11 @@ class SftConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """The co-evolving discriminator: a separate copy of the stage-1 student with a scalar head (2603.11423)."""
+    """The co-evolving discriminator: the stage-1 student with a scalar head (2603.11423)."""
 
+    mode: str = choice("separate", of=("separate", "shared", "head"))
+    """`separate` = a copy of the stage-1 student (2603.11423), `shared` = its own adapter on the policy's backbone
+    (with model.adapter=lora), or `head` = only the scalar head is trained, on the frozen stage-1 student (open)."""
     lr: float = number(1e-6, least=0)
     """AdamW learning rate (open; GAD 2511.10643)."""
     warm_up_steps: int = number(40, least=0)

@@ -80,6 +80,7 @@ def check_together(settings: RunConfig) -> None:
             settings, settings.rollout.max_new_tokens + 1, "a rollout of rollout.max_new_tokens and its end token"
         )
     _check_made(settings.made)
+    _check_adapter(settings)
     if settings.made.label_share < 1 and settings.teacher.unlabeled == "refuse":
         raise SettingsError(
             "made.label_share: expected 1, since teacher.unlabeled=refuse needs every ground truth, got "
@@ -92,6 +93,43 @@ def check_together(settings: RunConfig) -> None:
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")
+
+
+def _check_adapter(settings: RunConfig) -> None:
+    model, mode, zero = settings.model, settings.discriminator.mode, settings.runtime.zero_stage
+    lora = model.adapter == "lora"
+    if mode == "shared" and not lora:
+        raise SettingsError(
+            "discriminator.mode=shared: expected model.adapter=lora, since policy and discriminator can only share "
+            f"weights that are not trained, got model.adapter={model.adapter}; set discriminator.mode=separate or head"
+        )
+    if not lora:
+        return
+    for name in ("lm_head", "embed_tokens"):
+        if name in model.lora_targets:
+            raise SettingsError(
+                f"model.lora_targets: expected layers of the language model's body, got {name!r}, whose weight the "
+                "fused losses read without adapters; leave it out"
+            )
+    if not model.lora_targets:
+        raise SettingsError("model.lora_targets: expected one or more layers, got none; set e.g. [q_proj,v_proj]")
+    for section, stage in (("sft", "sft"), ("distill", "distill")):
+        if stage in settings.stages and getattr(settings, section).train_vision:
+            raise SettingsError(
+                f"{section}.train_vision: expected false with model.adapter=lora, since the vision tower has no "
+                f"adapters, got true; set {section}.train_vision=false"
+            )
+    shares = uses_reference(settings) or (uses_discriminator(settings) and mode != "separate")
+    if zero == 3 and shares:
+        raise SettingsError(
+            "runtime.zero_stage: expected 1 or 2 with model.adapter=lora, since several models share one backbone, got "
+            "3; set runtime.zero_stage=2, which splits the states of the adapters"
+        )
+    if zero == 0 and uses_discriminator(settings) and mode == "shared":
+        raise SettingsError(
+            "runtime.zero_stage: expected 1 or 2 with discriminator.mode=shared, since ZeRO-0 sums the gradients of "
+            "all adapters of the backbone, got 0; set runtime.zero_stage=2"
+        )
 
 
 def _check_made(made: MadeConfig) -> None:
@@ -163,6 +201,11 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
             ["reward.score_sd_offset"],
             settings.reward.normalization == "sum_then_gn",
             "sum_then_gn does not normalize the scores; set reward.normalization=gn_then_sum",
+        ),
+        (
+            ["model.lora_rank", "model.lora_alpha", "model.lora_targets"],
+            settings.model.adapter == "none",
+            "model.adapter=none trains no adapters; set model.adapter=lora",
         ),
         (
             ["model.attention"],

@@ -1,4 +1,4 @@
-"""The discriminator: a copy of the stage-1 student with a scalar head on the last response token (arXiv 2603.11423)."""
+"""The discriminator: the stage-1 student with a scalar head on the last response token (arXiv 2603.11423)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import last_token_values
+from rmsd_fast.models.adapters import DISCRIMINATOR, activate
 from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 
@@ -19,12 +20,22 @@ class Discriminator(nn.Module):
         model: the student to start from. Its language-model head is not used.
         seed: seed of the value head's initial weights.
         zero_head: start with weights of 0, so that all scores are equal at first.
+        own: whether the model belongs to the discriminator alone. A model that is shared keeps its language-model head.
+        adapter: the adapter that it uses, if the model has adapters; None = the backbone alone.
     """
 
-    def __init__(self, model: nn.Module, *, seed: int, zero_head: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        zero_head: bool = False,
+        own: bool = True,
+        adapter: str | None = DISCRIMINATOR,
+    ):
         super().__init__()
-        self.model = model
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        self.model, self.adapter = model, adapter
+        if own and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             # An untied head would not be trained but would still take memory and optimizer state.
             model.lm_head = None
         hidden_size = model.config.text_config.hidden_size
@@ -38,7 +49,11 @@ class Discriminator(nn.Module):
 
     def forward(self, prompts: list[Prompt], rows: Rows, features: MediaFeatures | None) -> torch.Tensor:
         """Return the scores of the rows' responses, float32 [M]. features=None encodes the media here."""
+        activate(self.model, self.adapter)
         if features is None:
             features = encode_media(self.model, prompts)
-        hidden = forward_hidden(self.model, rows, features)
+        # With mode=head, nothing in the body is trained, so no activations have to be kept.
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
+        with torch.set_grad_enabled(trained):
+            hidden = forward_hidden(self.model, rows, features)
         return last_token_values(hidden.flatten(0, 1), rows.last, self.value_weight, bias=self.value_bias[0])

@@ -20,6 +20,7 @@ from typing import Any
 
 from rmsd_fast.config import ModelError, VideoConfig
 from rmsd_fast.files import os_errors_of_safetensors, staged_folder
+from rmsd_fast.models.adapters import ADAPTER_FOLDER, POLICY, adapted_layers, merged_weights, write_adapter
 from rmsd_fast.models.folders import write_preprocessor
 from rmsd_fast.models.model_card import is_export, model_card
 from rmsd_fast.models.students import Student
@@ -35,9 +36,11 @@ def export_student(
     base_model: str = "",
     stage: str = "",
     video: VideoConfig | None = None,
+    adapter_base: str = "",
 ) -> None:
     """Write a folder that plain transformers loads: weights, config, tokenizer, chat template, preprocessor, README.
 
+    Adapters are merged into the weights, and also written alone, to the folder `adapter`.
     The folder is created atomically, and replaces an earlier export at the same path. The same arguments write the same
     bytes.
 
@@ -47,6 +50,7 @@ def export_student(
         base_model: path or Hub name of the model that training began with, as given by the user; for the README.
         stage: stage of training that produced the student; for the README.
         video: how training read its media; for the README.
+        adapter_base: the model that the adapter was trained on, for `adapter_config.json`.
     Raises:
         ModelError: the folder holds files that are not an export of a student.
     """
@@ -58,15 +62,25 @@ def export_student(
             "files; choose another folder"
         )
     with staged_folder(folder, replace=True) as staged:
-        fill_export(student, staged, base_model=base_model, stage=stage, video=video)
+        fill_export(student, staged, base_model=base_model, stage=stage, video=video, adapter_base=adapter_base)
 
 
 def fill_export(
-    student: Student, folder: Path, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None
+    student: Student,
+    folder: Path,
+    *,
+    base_model: str = "",
+    stage: str = "",
+    video: VideoConfig | None = None,
+    adapter_base: str = "",
 ) -> None:
     """Write the files of `export_student` into an empty folder, which the caller later moves into place."""
+    adapted = bool(adapted_layers(student.model))
+    merged = {"state_dict": merged_weights(student.model, POLICY)} if adapted else {}
     with os_errors_of_safetensors(folder):
-        student.model.save_pretrained(folder)
+        student.model.save_pretrained(folder, **merged)
+    if adapted:
+        write_adapter(student.model, POLICY, folder / ADAPTER_FOLDER, base_model=adapter_base)
     student.tokenizer.save_pretrained(folder)
     write_preprocessor(student.preprocessor, folder)
     make_portable(folder, eos_id=student.eos_id)

@@ -10,6 +10,7 @@ from torch import nn
 
 from rmsd_fast.data.packing import Rows, gather_rows
 from rmsd_fast.data.prompts import Prompt
+from rmsd_fast.models.adapters import POLICY, activate
 from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 Result = TypeVar("Result")
@@ -20,11 +21,19 @@ class Policy(nn.Module):
 
     ZeRO-3 gathers a parameter when its module runs. A fused loss multiplies by the head's weight itself, so it must run
     inside the engine's forward. It is therefore passed in as `head`.
+
+    Args:
+        model: the language model.
+        adapter: the adapter that it uses, if it has adapters; None = the backbone alone.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, adapter: str | None = POLICY):
         super().__init__()
-        self.model = model
+        self.model, self.adapter = model, adapter
+
+    def activate(self) -> None:
+        """Use this module's adapter in passes that do not go through it, such as generation."""
+        activate(self.model, self.adapter)
 
     def forward(
         self,
@@ -38,6 +47,7 @@ class Policy(nn.Module):
         The S positions belong to the rows' responses, in order. If features is None, the media are encoded here, with a
         gradient if the vision tower is trained.
         """
+        self.activate()
         if features is None:
             features = encode_media(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)

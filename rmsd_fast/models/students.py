@@ -20,6 +20,7 @@ from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.preprocess import Preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
+from rmsd_fast.models.adapters import adapted_layers
 from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
@@ -132,7 +133,12 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
 
 
 def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> None:
-    """Make the language model trainable, and the vision tower with its mergers only if train_vision is set."""
+    """Make the language model trainable, and the vision tower with its mergers only if train_vision is set.
+
+    Of a model with adapters, only the active adapter is trainable, and `activate` has already chosen it.
+    """
+    if adapted_layers(model):
+        return
     model.requires_grad_(True)
     model.model.visual.requires_grad_(train_vision)
 

@@ -308,10 +308,13 @@ class Engine:
         }
 
     def _weights(self) -> dict[str, Tensor]:
-        """Return parameters (under ZeRO-3, this rank's part of each) and buffers, by name."""
-        part = self.zero_stage == 3
-        weights = {n: p.ds_tensor.data if part else p.data for n, p in self.module.named_parameters()}
-        return weights | dict(self.module.named_buffers())
+        """Return trained parameters (under ZeRO-3, this rank's part of each) and buffers, by name.
+
+        Frozen weights do not change, so a run that continues reads them from the model that it started from.
+        """
+        part, trained = self.zero_stage == 3, set(self.names)
+        named = [(name, p) for name, p in self.module.named_parameters() if name in trained]
+        return {name: p.ds_tensor.data if part else p.data for name, p in named} | dict(self.module.named_buffers())
 
     def _masters(self) -> list[Tensor]:
         """Return the float32 tensors that AdamW updates; under ZeRO 1 to 3, this rank's flattened part."""

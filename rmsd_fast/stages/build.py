@@ -10,6 +10,7 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.method.natural import REASONS
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
@@ -76,6 +77,8 @@ def build_imitation(
     student = load(path, settings, world)
     builder = PromptBuilder(student, settings.video, media)
     targets = read_targets(material, builder, settings, world)
+    if settings.model.adapter == "lora":
+        add_adapter(student.model, POLICY, settings.model, seed=settings.seed)
     policy = make_policy(student, settings, training.train_vision)
     policy = make_engine(policy, settings, world, training.lr, training.weight_decay)
     room = 0 if training.train_vision else settings.data.embedding_cache_mib * 2**20
@@ -145,16 +148,18 @@ def read_targets(material: Material, builder: PromptBuilder, settings: RunConfig
 def build_distillation(
     path: str, settings: RunConfig, world: World, material: Material, media: MediaReader | None = None
 ) -> StageState:
-    """Build the state of warm-up and stage 2: policy, discriminator and reference, all copies of the stage-1 student.
+    """Build the state of warm-up and stage 2: policy, discriminator and reference, all from the stage-1 student.
 
+    With adapters, the reference is the policy's backbone without them, and the discriminator can share it too.
     See `build_imitation` for the arguments.
     """
     state = build_imitation(path, settings, world, material, media, stage="distill")
     state.rollouts = HfRollout(state.builder, prompts_per_batch=settings.rollout.prompts_per_batch, device=world.device)
     if uses_reference(settings):
-        state.reference = make_reference(load(path, settings, world))
+        lora = settings.model.adapter == "lora"
+        state.reference = Policy(state.student.model, None) if lora else make_reference(load(path, settings, world))
     if uses_discriminator(settings):
-        discriminator = make_discriminator(load(path, settings, world), settings)
+        discriminator = make_discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)
     return state
 
@@ -171,11 +176,32 @@ def make_reference(student: Student) -> Policy:
     return Policy(student.model).eval().requires_grad_(False)
 
 
-def make_discriminator(student: Student, settings: RunConfig) -> Discriminator:
-    """Return the module that the discriminator's engine trains."""
+def make_discriminator(state: StageState, path: str) -> Discriminator:
+    """Return the module that the discriminator's engine trains, see `discriminator.mode`.
+
+    Args:
+        state: state of stage 2 with policy and reference.
+        path: folder of the stage-1 student.
+    """
+    settings, world = state.settings, state.world
+    mode, lora = settings.discriminator.mode, settings.model.adapter == "lora"
+    head = {"seed": settings.seed, "zero_head": settings.discriminator.head == "zero"}
+    if mode == "head":
+        if lora:
+            backbone = state.student.model
+        else:
+            backbone = state.reference.model if state.reference else load(path, settings, world).model
+        discriminator = Discriminator(backbone, own=False, adapter=None, **head)
+        discriminator.requires_grad_(False)
+        discriminator.value_weight.requires_grad_(True)
+        discriminator.value_bias.requires_grad_(True)
+        return discriminator
+    student = state.student if mode == "shared" else load(path, settings, world)
+    if lora:
+        add_adapter(student.model, DISCRIMINATOR, settings.model, seed=settings.seed)
     freeze(student.model, train_vision=settings.distill.train_vision)
     _checkpoint_layers(student.model, settings)
-    return Discriminator(student.model, seed=settings.seed, zero_head=settings.discriminator.head == "zero").train()
+    return Discriminator(student.model, own=mode == "separate", **head).train()
 
 
 def _checkpoint_layers(model, settings: RunConfig) -> None:

@@ -154,6 +154,7 @@ def roll_out(
         step=rollout_step,
     )
     with state.policy.full_weights():
+        state.policy.module.activate()
         features = encode_step(state, prompts)
         with state.timer("rollout"):
             rollouts = state.rollouts.generate(

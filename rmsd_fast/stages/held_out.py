@@ -43,6 +43,7 @@ def evaluate_step(run: TrainingRun, stage: str, step: int, state: StageState) ->
     @contextmanager
     def in_training() -> Iterator[Student]:
         with state.policy.full_weights():
+            state.policy.module.activate()
             yield state.student
 
     result, answered = _evaluate(run, interim_name(stage, step), in_training)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from rmsd_fast.config import ModelError, RunConfig
+from rmsd_fast.config import ModelConfig, ModelError, RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.setting_rules import uses_discriminator, uses_reference
@@ -137,29 +138,50 @@ def _memory_lines(settings: RunConfig, folder: Path | None, processes: int) -> l
     """Return a line with the memory of the models' states per process, without activations."""
     if folder is None:
         return []
-    total, vision = count_parameters(json.loads((folder / "config.json").read_text()))
-    trained = total if settings.distill.train_vision or settings.sft.train_vision else total - vision
+    size = count_parameters(json.loads((folder / "config.json").read_text()), settings.model)
+    lora, mode = settings.model.adapter == "lora", settings.discriminator.mode
+    vision_trained = settings.distill.train_vision or settings.sft.train_vision
+    trained = size.adapter if lora else size.total - (0 if vision_trained else size.vision)
+    judged, referenced = uses_discriminator(settings), uses_reference(settings)
+    # The policy's model, and copies for reference and discriminator unless they share it or each other's.
+    copies = 1 + (judged and mode == "separate")
+    copies += not lora and (referenced or (judged and mode == "head"))
+    trained *= 1 + (judged and mode != "head")
     width = 2 if settings.model.dtype == "bfloat16" else 4
     zero = settings.runtime.zero_stage
-    engines = 1 + uses_discriminator(settings)
-    weights = total * width / (processes if zero == 3 else 1)
+    # ZeRO-3 splits the weights of trained models, but not those of a reference.
+    split = copies - (not lora and referenced)
+    weights = size.total * width * (copies - split + split / (processes if zero == 3 else 1))
     gradients = trained * 4 / (processes if zero >= 2 else 1)
     optimizer = trained * (12 if width == 2 else 8) / (processes if zero >= 1 else 1)
     host = " (optimizer states in host memory)" if settings.runtime.offload_optimizer else ""
-    reference = total * width if uses_reference(settings) else 0
-    states = engines * (weights + gradients + (0 if host else optimizer)) + reference
-    models = counted(engines, "trained model")
+    states = weights + gradients + (trained * width * lora) + (0 if host else optimizer)
     return [
-        f"  memory per process, estimated: {states / GIB:.1f} GiB for {models} of {total / 1e6:.1f}M "
-        f"parameters{' and the reference' if reference else ''}{host}; activations not included"
+        f"  memory per process, estimated: {states / GIB:.1f} GiB for {counted(copies, 'copy', 'copies')} of "
+        f"{size.total / 1e6:.1f}M parameters, of which {trained / 1e6:.1f}M in all are trained{host}; activations not "
+        "included"
     ]
 
 
-def count_parameters(config: dict) -> tuple[int, int]:
-    """Count the parameters of a Qwen3-VL configuration, and of its vision tower alone, without allocating weights."""
+class Parameters(NamedTuple):
+    """Numbers of parameters: of the whole model, of its vision tower, and of one adapter."""
+
+    total: int
+    vision: int
+    adapter: int
+
+
+def count_parameters(config: dict, model_config: ModelConfig) -> Parameters:
+    """Count the parameters of a Qwen3-VL configuration without allocating weights."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    return total, sum(p.numel() for p in model.model.visual.parameters())
+    layers = [
+        layer
+        for name, layer in model.model.language_model.named_modules()
+        if name.rpartition(".")[2] in model_config.lora_targets
+    ]
+    adapter = sum(model_config.lora_rank * (layer.in_features + layer.out_features) for layer in layers)
+    return Parameters(total, sum(p.numel() for p in model.model.visual.parameters()), adapter)

@@ -496,7 +496,10 @@ def export(run: TrainingRun, student: Student, engine: Engine, folder: Path, sta
 
 def _origin(run: TrainingRun, stage: str) -> dict[str, Any]:
     """Return the arguments of an export that describe the training."""
-    return {"base_model": run.settings.model.path, "stage": stage, "video": run.settings.video}
+    path = run.settings.model.path
+    # Checkpoints are two folders deeper, but their exports are only for inspection.
+    start = path if stage == "sft" or "sft" not in run.settings.stages else "../../stage1"
+    return {"base_model": path, "stage": stage, "video": run.settings.video, "adapter_base": start}
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:

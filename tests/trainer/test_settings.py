@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rmsd_fast.config import RECIPES, RunConfig, SettingsError
+from rmsd_fast.config import RECIPES, ModelConfig, RunConfig, SettingsError
 from rmsd_fast.settings import RULES, describe_settings, load_settings, save_settings
+from rmsd_fast.stages import plan
 from rmsd_fast.stages.plan import count_parameters, describe_plan
 
 ALL_RECIPES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -21,6 +22,7 @@ def test_all_recipes_exist():
         "quickstart_long",
         "real_clips",
         "rmsd_qwen3vl_4b",
+        "rmsd_qwen3vl_4b_lora",
         "rmsd_literal",
         "sft_rl_baseline",
         "gad",
@@ -269,9 +271,37 @@ def test_parameter_count_of_the_4b_student():
         out_hidden_size=2560,
         deepstack_visual_indexes=[5, 11, 17],
     )
-    total, tower = count_parameters({"text_config": text, "vision_config": vision, "tie_word_embeddings": True})
-    assert 4.3e9 < total < 4.6e9
-    assert 0.3e9 < tower < 0.5e9
+    config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
+    size = count_parameters(config, ModelConfig(lora_rank=4, lora_targets=["q_proj", "down_proj"]))
+    assert 4.3e9 < size.total < 4.6e9
+    assert 0.3e9 < size.vision < 0.5e9
+    # 36 layers of 2560 x 4096 and 9728 x 2560.
+    assert size.adapter == 36 * 4 * (2560 + 4096 + 9728 + 2560)
+
+
+def test_the_memory_of_the_states_by_hand(tmp_path, monkeypatch):
+    """Bytes in bfloat16: 2 per weight of a copy, and 4 + 12 per trained parameter, plus 2 if it is in no copy."""
+    (tmp_path / "config.json").write_text("{}")
+    size = plan.Parameters(total=10 * 2**30, vision=2**30, adapter=2**28)
+    monkeypatch.setattr(plan, "count_parameters", lambda *_: size)
+    adapters = ["model.adapter=lora"]
+    for overrides, processes, gib in (
+        # Policy, discriminator and reference; 9 Gi parameters of each of the first two are trained.
+        ([], 1, 3 * 20 + 2 * 9 * 16),
+        ([], 2, 3 * 20 + 2 * 9 * 16 / 2),
+        (["runtime.zero_stage=3"], 2, 20 + (2 * 20 + 2 * 9 * 16) / 2),
+        (["distill.kl_coef=0"], 1, 2 * 20 + 2 * 9 * 16),
+        # The head reads the reference, or a copy without a reference.
+        (["discriminator.mode=head"], 1, 2 * 20 + 9 * 16),
+        (["discriminator.mode=head", "distill.kl_coef=0"], 1, 2 * 20 + 9 * 16),
+        # Adapters of a quarter Gi parameters. The reference is the policy's backbone.
+        ([*adapters], 1, 2 * 20 + 2 * 0.25 * 18),
+        ([*adapters, "discriminator.mode=shared"], 1, 20 + 2 * 0.25 * 18),
+        ([*adapters, "discriminator.mode=head"], 1, 20 + 0.25 * 18),
+    ):
+        settings = load_settings("rmsd_qwen3vl_4b", overrides)
+        (line,) = plan._memory_lines(settings, tmp_path, processes)
+        assert f"estimated: {gib:.1f} GiB for" in line, (overrides, line)
 
 
 def test_learning_rate_by_hand():

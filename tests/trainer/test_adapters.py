@@ -1,0 +1,259 @@
+"""Test training with LoRA adapters: the numbers of policy, reference and discriminator on one shared backbone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from material import tiny_material, tiny_settings
+from safetensors.torch import load_file
+from train_runs import metrics, mini_arguments, only_run, run_train
+
+from rmsd_fast.config import SettingsError
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, activate, adapted_layers, merged_weights
+from rmsd_fast.models.export import export_student
+from rmsd_fast.models.students import load_student
+from rmsd_fast.runtime.process_group import start, stop
+from rmsd_fast.settings import load_settings
+from rmsd_fast.stages import distill
+from rmsd_fast.stages.build import build_distillation
+from rmsd_fast.stages.passes import passes
+
+SMALL = ("rollout.n=3", "rollout.max_new_tokens=8", "data.max_prompt_tokens=500", "micro_tokens=600")
+LORA = ("model.adapter=lora", "model.lora_rank=4", "distill.train_vision=false", "sft.train_vision=false")
+
+
+@pytest.fixture(scope="module")
+def world():
+    yield start()
+    stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def material(folder):
+    return tiny_material(folder)
+
+
+def randomize(model, name, seed=0):
+    """Give an adapter weights that change what the model computes."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapted_layers(model).values():
+        weight = layer.lora_B[name].weight
+        weight.data.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def state_of(folder, material, world, *overrides):
+    state = build_distillation(material.model_path, tiny_settings(folder, *SMALL, *LORA, *overrides), world, material)
+    prompts = [state.builder.build(q) for q in material.train if state.targets[q.id].has_teacher][:4]
+    return state, prompts
+
+
+def gradients_of_a_step(state, prompts, monkeypatch):
+    """Return metrics and the gradients that the optimizers of a step would apply, by parameter name."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(engines):
+        for engine in engines:
+            optimizer = engine.engine.optimizer
+            for name, param in engine.module.named_parameters():
+                if name in engine.names:
+                    seen[f"{type(engine.module).__name__}.{name}"] = optimizer_gradient(optimizer, param)
+            engine.discard()
+        return [0.0] * len(engines), True
+
+    monkeypatch.setattr(distill, "apply_or_discard", keep)
+    result = distill.step(state, prompts, 0)
+    return result.metrics, seen
+
+
+def optimizer_gradient(optimizer, param):
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(param).clone()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_backbone_gives_the_numbers_of_separate_models(folder, material, world, monkeypatch, checkpointing):
+    """Losses and gradients of all adapters do not depend on whether the discriminator shares the policy's backbone."""
+    results = []
+    for mode in ("separate", "shared"):
+        overrides = (f"discriminator.mode={mode}", f"model.gradient_checkpointing={checkpointing}".lower())
+        state, prompts = state_of(folder, material, world, *overrides, "discriminator.head=random")
+        randomize(state.student.model, POLICY)
+        randomize(state.discriminator.module.model, DISCRIMINATOR, seed=1)
+        assert (state.discriminator.module.model is state.student.model) == (mode == "shared")
+        assert state.reference.model is state.student.model
+        results.append(gradients_of_a_step(state, prompts, monkeypatch))
+    (metrics, gradients), (shared_metrics, shared_gradients) = results
+    machine = ("seconds", "rate", "memory")
+    for name, value in metrics.items():
+        if not name.startswith(machine) and value is not None:
+            assert shared_metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-7), name
+    assert metrics["policy/kl"] > 0
+    assert gradients.keys() == shared_gradients.keys()
+    assert any(name.startswith("Policy.") for name in gradients)
+    assert any(name.endswith("value_weight") for name in gradients)
+    for name, gradient in gradients.items():
+        assert ("lora_" in name) or name.startswith("Discriminator.value_"), name
+        assert torch.allclose(shared_gradients[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+def test_the_reference_is_the_backbone_without_adapters(folder, material, world):
+    """It scores rollouts exactly as the stage-1 student does, whatever the adapters have learned."""
+    state, prompts = state_of(folder, material, world, "discriminator.mode=shared")
+    plain = build_distillation(material.model_path, tiny_settings(folder, *SMALL), world, material)
+    rollouts, features = distill.roll_out(state, prompts, 0)
+    groups = [
+        distill.make_group(prompt, drawn, state.targets[prompt.question.id], state.settings, step=0)
+        for prompt, drawn in zip(prompts, rollouts, strict=True)
+    ]
+    expected = [read.ref_logp for read in distill._reference_pass(plain, groups, features)]
+    for name in (POLICY, DISCRIMINATOR):
+        randomize(state.student.model, name)
+    for passed, reference in zip(distill._reference_pass(state, groups, features), expected, strict=True):
+        assert torch.equal(passed.ref_logp, reference)
+    # The policy differs from it, and generation uses the policy.
+    changed, _ = distill.roll_out(state, prompts, 0)
+    assert [r.text for drawn in changed for r in drawn] != [r.text for drawn in rollouts for r in drawn]
+
+
+def test_merged_weights_and_adapter_alone_give_the_same_logits(folder, material, world, tmp_path):
+    from peft import PeftModel
+    from transformers import Qwen3VLForConditionalGeneration
+
+    state, _ = state_of(folder, material, world, "discriminator.mode=shared")
+    student = state.student
+    for seed, name in enumerate((POLICY, DISCRIMINATOR)):
+        randomize(student.model, name, seed)
+    export_student(student, tmp_path / "export", stage="distill", adapter_base=material.model_path)
+    ids = torch.arange(40).reshape(2, 20) + 100
+    activate(student.model, POLICY)
+    merged = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "export", dtype="float32")
+    base = Qwen3VLForConditionalGeneration.from_pretrained(material.model_path, dtype="float32")
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        alone = PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")(input_ids=ids).logits
+        together = merged(input_ids=ids).logits
+        expected = load_student(tmp_path / "export", dtype="float32").model(input_ids=ids).logits
+    config = json.loads((tmp_path / "export" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == material.model_path
+    assert torch.allclose(alone, together, rtol=1e-4, atol=1e-5) and torch.equal(expected, together)
+    assert not torch.allclose(before, together, rtol=1e-2, atol=1e-2)
+    # lora_alpha / lora_rank = 32 / 4.
+    path, layer = next(iter(adapted_layers(student.model).items()))
+    product = 8 * layer.lora_B[POLICY].weight @ layer.lora_A[POLICY].weight
+    weight = merged_weights(student.model, POLICY)[f"{path}.weight"]
+    assert torch.allclose(weight, layer.get_base_layer().weight + product, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_head_alone_is_trained_on_the_frozen_student(folder, material, world, monkeypatch, checkpointing):
+    overrides = ("discriminator.mode=head", f"model.gradient_checkpointing={checkpointing}".lower())
+    state, prompts = state_of(folder, material, world, *overrides)
+    assert state.discriminator.module.model is state.student.model
+    randomize(state.student.model, POLICY)
+    _, gradients = gradients_of_a_step(state, prompts, monkeypatch)
+    assert {name for name in gradients if name.startswith("Disc")} == {
+        "Discriminator.value_weight",
+        "Discriminator.value_bias",
+    }
+    # All scores are equal at first, so the bias has no gradient yet.
+    assert bool(gradients["Discriminator.value_weight"].any())
+    assert any(bool(gradient.any()) for name, gradient in gradients.items() if name.startswith("Policy"))
+    # Without adapters, the head uses the frozen reference, whose hidden states are those of the backbone.
+    settings = tiny_settings(folder, *SMALL, *overrides)
+    plain = build_distillation(material.model_path, settings, world, material)
+    assert plain.discriminator.module.model is plain.reference.model
+    scores = []
+    for other in (state, plain):
+        other.discriminator.module.value_weight.data.fill_(0.1)
+        rows = next(iter(passes(other, prompts, [[torch.arange(5) + 100]] * len(prompts), None)))
+        scores.append(other.discriminator(rows.prompts, rows.rows, rows.features).detach())
+    assert torch.allclose(*scores, rtol=1e-6, atol=1e-7) and float(scores[0].std()) > 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("made")
+
+
+def run_arguments(folder, made, *overrides):
+    late = ("discriminator.mode=shared", "discriminator.head=random", "checkpoint.every_steps=2")
+    return mini_arguments(folder, made, *LORA, *late, *overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_train(run_arguments(folder, made))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return only_run(folder)
+
+
+def test_a_run_with_adapters_saves_only_their_states_and_resumes_exactly(whole, tmp_path):
+    checkpoint = whole / "checkpoints" / "step_8"
+    student = load_file(whole / "export" / "model.safetensors")
+    total = sum(tensor.numel() for tensor in student.values())
+    for name in ("policy", "discriminator"):
+        trained = json.loads((checkpoint / "engines" / name / "engine.json").read_text())["trainable"]
+        assert all(".lora_" in weight or weight.startswith("value_") for weight in trained)
+        assert (
+            sum(t.numel() for t in load_file(checkpoint / "engines" / name / "rank_00000.safetensors").values()) < total
+        )
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step_9")
+    shutil.rmtree(run / "export")
+    for name in ("predictions/stage2.jsonl", "evaluation.json"):
+        (run / name).unlink()
+    done = run_train(["--resume", str(run)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = load_file(run / "export" / "model.safetensors")
+    stage1 = load_file(run / "stage1" / "model.safetensors")
+    assert all(torch.equal(again[name], student[name]) for name in student)
+    assert again.keys() == stage1.keys() and any(not torch.equal(again[name], stage1[name]) for name in again)
+    assert metrics(run) == metrics(whole)
+
+
+def test_two_processes_train_shared_adapters_like_one(whole, made, tmp_path):
+    done = run_train(run_arguments(tmp_path, made), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line, expected in zip(metrics(only_run(tmp_path)), metrics(whole), strict=True):
+        for name in ("loss", "discriminator/loss", "policy/loss", "policy/kl", "policy/grad_norm"):
+            if expected.get(name) is not None:
+                assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, expected["step"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["discriminator.mode=shared"], "discriminator.mode=shared: expected model.adapter=lora"),
+        (["model.lora_rank=8"], "model.lora_rank has no effect: model.adapter=none"),
+        (["model.adapter=lora", "model.lora_rank=0"], "model.lora_rank: expected at least 1"),
+        (["model.adapter=lora"], "sft.train_vision: expected false with model.adapter=lora"),
+        ([*LORA, "distill.train_vision=true"], "distill.train_vision: expected false"),
+        ([*LORA, "model.lora_targets=[lm_head]"], "model.lora_targets: expected layers of the language model's body"),
+        ([*LORA, "model.lora_targets=[]"], "model.lora_targets: expected one or more layers"),
+        ([*LORA, "runtime.zero_stage=3"], "runtime.zero_stage: expected 1 or 2 with model.adapter=lora"),
+        (
+            [*LORA, "discriminator.mode=shared", "runtime.zero_stage=0"],
+            "runtime.zero_stage: expected 1 or 2 with discriminator.mode=shared",
+        ),
+    ],
+)
+def test_settings_that_adapters_cannot_have_are_refused(overrides, says):
+    with pytest.raises(SettingsError, match=re.escape(says)):
+        load_settings("quickstart", overrides)
+
+
+def test_a_target_that_is_no_layer_is_refused(folder, material, world):
+    with pytest.raises(SettingsError, match=r"model\.lora_targets: .*'up_proj'.* got 'w1'; leave it out"):
+        state_of(folder, material, world, "model.lora_targets=[q_proj,w1]")
