@@ -95,8 +95,9 @@ def score_records(
         "valid": lambda record: float(record["valid"]),
     }[metric]
     questions = {"greedy": {record["id"]: read(record) for record in rows}}
-    if metric != "meaning" and all("sampled" in record for record in rows):
-        questions["sampled"] = {record["id"]: record["sampled"] for record in rows}
+    sampled = "sampled_meaning" if metric == "meaning" else "sampled"
+    if all(sampled in record for record in rows):
+        questions["sampled"] = {record["id"]: record[sampled] for record in rows}
     means = {"valid": fmean(float(record["valid"]) for record in records)}
     means |= _means(closed) | ({"meaning": fmean(float(r["meaning"]) for r in meant)} if meant else {})
     tasks = {task: [r for r in records if r["task_type"] == task] for task in TASK_TYPES}

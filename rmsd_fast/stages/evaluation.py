@@ -104,7 +104,11 @@ def answer_questions(
                     for prompt, (rollout,) in zip(prompts, answers, strict=True)
                 ]
                 records += _with_sampled(answered, prompts, student, engine, settings)
-            records += [{**record, "sampled": 0.0} for record in failed] if settings.evaluate.rollouts else failed
+            zeros = {"sampled": 0.0} if settings.evaluate.rollouts else {}
+            records += [
+                {**record, **zeros, **({"sampled_meaning": 0.0} if zeros and "meaning" in record else {})}
+                for record in failed
+            ]
             progress.update(len(prompts) + len(failed))
     order = {question.id: number for number, question in enumerate(questions)}
     everything = [record for part in all_gather_objects(records, world) for record in part]
@@ -123,7 +127,7 @@ def answer_questions(
 def _with_sampled(
     records: list[dict], prompts: list[Prompt], student: Student, engine: HfRollout, settings: RunConfig
 ) -> list[dict]:
-    """Return the records with the mean score of sampled responses, or unchanged if `evaluate.rollouts` is 0.
+    """Return the records with the means over sampled responses, or unchanged if `evaluate.rollouts` is 0.
 
     The noise of a response depends on the seed, the question's id and the response's index, and not on the batch.
     """
@@ -143,13 +147,21 @@ def _with_sampled(
     for record, prompt, rollouts in zip(
         records, prompts, sampler.generate(student.model, prompts, sampling), strict=True
     ):
-        scores = [
-            _record(prompt.question, rollout.text, settings, truncated=rollout.truncated)["score"]
-            if rollout.finite
-            else 0.0
+        samples = [
+            _record(
+                prompt.question,
+                rollout.text,
+                settings,
+                truncated=rollout.truncated,
+                error="" if rollout.finite else "the student's logits are not finite",
+            )
             for rollout in rollouts
         ]
-        result.append({**record, "sampled": round(sum(scores) / count, 6)})
+        for name in ("score", "meaning"):
+            if name in record:
+                key = "sampled" if name == "score" else "sampled_meaning"
+                record = {**record, key: round(sum(sample[name] for sample in samples) / count, 6)}
+        result.append(record)
     return result
 
 

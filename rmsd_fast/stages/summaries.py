@@ -19,13 +19,15 @@ def summarize(records: list[dict]) -> dict:
     them are about generated clips, `meaning` is the share of correct answers to them. If the records have scores of
     sampled responses, `sampled` holds the same means for these scores.
     """
-    result = _by_task(records, _mean_with_interval)
-    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
-    if meanings:
-        result["meaning"] = _wilson(meanings)
+    result = _measure(records, _mean_with_interval)
     if sampled := _of_samples(records):
-        result["sampled"] = _by_task(sampled, _wilson)
+        result["sampled"] = _measure(sampled, _wilson)
     return result
+
+
+def _measure(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:
+    meanings = [{"score": record["meaning"]} for record in records if "meaning" in record]
+    return _by_task(records, measure) | ({"meaning": _wilson(meanings)} if meanings else {})
 
 
 def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
@@ -35,9 +37,6 @@ def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
     scores of sampled responses, if both students have them.
     """
     result = _compare(after, before, seed)
-    meanings = [[{**r, "score": r["meaning"]} for r in records if "meaning" in r] for records in (after, before)]
-    if all(meanings):
-        result["meaning"] = _compare(*meanings, seed)["all"]
     samples = _of_samples(after), _of_samples(before)
     if all(samples):
         result["sampled"] = _compare(*samples, seed)
@@ -45,16 +44,31 @@ def compare(after: list[dict], before: list[dict], *, seed: int = 0) -> dict:
 
 
 def _compare(after: list[dict], before: list[dict], seed: int) -> dict:
-    earlier = {record["id"]: record["score"] for record in before}
-    paired = [{**record, "score": record["score"] - earlier[record["id"]]} for record in after]
-    return _by_task(paired, lambda rows: _bootstrap(rows, seed))
+    result = _by_task(_paired(after, before, "score"), lambda rows: _bootstrap(rows, seed))
+    if meanings := _paired(after, before, "meaning"):
+        result["meaning"] = _bootstrap(meanings, seed)
+    return result
+
+
+def _paired(after: list[dict], before: list[dict], key: str) -> list[dict]:
+    """Return the later records, with the difference of a value as their score, if both records have the value."""
+    earlier = {record["id"]: record[key] for record in before if key in record}
+    both = [record for record in after if key in record and record["id"] in earlier]
+    return [{**record, "score": record[key] - earlier[record["id"]]} for record in both]
 
 
 def _of_samples(records: list[dict]) -> list[dict]:
-    """Return the records with the mean score of sampled responses as their score; none if any lacks it."""
+    """Return the records with the means over sampled responses as their scores; none if any lacks them."""
     if not all("sampled" in record for record in records):
         return []
-    return [{**record, "score": record["sampled"]} for record in records]
+    samples = []
+    for record in records:
+        sample = {**record, "score": record["sampled"]}
+        sample.pop("meaning", None)
+        if "sampled_meaning" in record:
+            sample["meaning"] = record["sampled_meaning"]
+        samples.append(sample)
+    return samples
 
 
 def _by_task(records: list[dict], measure: Callable[[list[dict]], dict]) -> dict:

@@ -231,3 +231,18 @@ def test_summary_and_table_of_meanings(tmp_path):
     lines = format_table(evaluation).splitlines()
     assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed"]
     assert lines[3].split() == ["meaning", "-", "0.800", "[0.49,", "0.94]", "-"]
+
+
+def test_meaning_of_greedy_and_sampled_answers_is_compared():
+    def open_records(meanings, sampled):
+        pairs = zip(records([1.0] * len(meanings), "open"), meanings, sampled, strict=True)
+        return [{**r, "meaning": m, "sampled": 1.0, "sampled_meaning": s} for r, m, s in pairs]
+
+    before, after = open_records([0.0, 1.0], [0.25, 0.5]), open_records([1.0, 1.0], [0.5, 1.0])
+    result, difference = summarize(after), compare(after, before)
+    assert (result["meaning"]["mean"], result["sampled"]["meaning"]["mean"]) == (1.0, 0.75)
+    assert (difference["meaning"]["mean"], difference["sampled"]["meaning"]["mean"]) == (0.5, 0.375)
+    # The greedy meaning does not stand in for a missing one of sampled answers.
+    lacking = [{name: value for name, value in r.items() if name != "sampled_meaning"} for r in after]
+    assert "meaning" not in summarize(lacking)["sampled"] and "meaning" not in compare(lacking, before)["sampled"]
+    assert "meaning" in compare(lacking, before)
