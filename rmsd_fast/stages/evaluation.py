@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from rmsd_fast.bootstrap import mean_interval
 from rmsd_fast.config import DIFFERENCES, STUDENTS, RunConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import MediaError
@@ -35,8 +36,6 @@ from rmsd_fast.teacher.floors import best_constant_floor
 from rmsd_fast.teacher.scores import quality_settings
 
 log = logging.getLogger("rmsd_fast")
-
-RESAMPLES = 2000
 
 
 def answer_questions(
@@ -271,9 +270,8 @@ def _wilson(rows: list[dict]) -> dict:
 
 def _bootstrap(rows: list[dict], seed: int) -> dict:
     scores = np.array([row["score"] for row in rows])
-    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
-    low, high = np.percentile(scores[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(rows)}
+    low, high = mean_interval(scores, seed=seed)
+    return {"mean": float(scores.mean()), "low": low, "high": high, "n": len(rows)}
 
 
 def write_evaluation(run_folder: Path, questions: list[Question], settings: RunConfig, *, simulated: bool) -> dict:
