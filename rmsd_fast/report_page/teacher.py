@@ -53,7 +53,8 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
         "temporal questions; 72% kept at 0.3."
     )
     return (
-        f'{head}{simulated}<p class="muted">{lead}</p>{_table(groups, totals)}<div class="split">{_chart(groups)}</div>'
+        f'{head}{simulated}<p class="muted">{lead}</p>{quality_table(groups, totals)}'
+        f'<div class="split">{quality_chart(groups)}</div>'
         f'<p class="muted small">{escape(paper)}</p>'
     )
 
@@ -83,7 +84,8 @@ def is_simulated(statistics: Mapping[str, Any] | None) -> bool:
     return bool((statistics or {}).get("teacher_simulated"))
 
 
-def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
+def quality_chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the chart of mean and spread by task; `groups` has the names and statistics of the tasks."""
     rows = []
     for task, group in groups:
         mean = value(group, "mean")
@@ -99,7 +101,8 @@ def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
     return interval_figure("Quality by task", hint, rows, legend, (0.0, 1.0))
 
 
-def _table(groups: list[tuple[str, Mapping[str, Any]]], totals: list[tuple[str, Mapping[str, Any]]]) -> str:
+def quality_table(groups: list[tuple[str, Mapping[str, Any]]], totals: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the table of the statistics by task, followed by those over several tasks."""
     head = "".join(f'<th class="fold">{escape(name)}</th>' for _, name, _ in _COLUMNS)
     body = []
     for index, (name, group) in enumerate([*groups, *totals]):
