@@ -77,10 +77,10 @@ def _facts(analysis: Mapping[str, Any], pool: Path, questions: Path) -> str:
         ("Questions with an answer", f"{counts['answered']:,} of {counts['questions']:,}"),
         ("Answers per question", "; ".join(per_question[:4]) + ("; …" if len(per_question) > 4 else "")),
         ("Without ground truth", f"{counts['unlabeled']:,} closed, {counts['open']:,} open"),
-        ("Settings", ", ".join(f"{name}={value}" for name, value in settings.items())),
     ]
     shown = "".join(f"<div><dt>{name}</dt><dd>{visible(value)}</dd></div>" for name, value in facts)
-    return f'<dl class="facts">{shown}</dl>'
+    set_to = ", ".join(f"teacher.{name}={value}" for name, value in settings.items())
+    return f'<dl class="facts">{shown}</dl><p class="muted small">{visible(set_to)}</p>'
 
 
 def _notes(analysis: Mapping[str, Any]) -> str:
@@ -186,8 +186,8 @@ def _quality(analysis: Mapping[str, Any]) -> str:
         )
         out.append(
             f'<h3>Where the spread comes from</h3>{table("Spread", head, rows)}<p class="muted small">Over questions '
-            "with at least two answers. Both variances are unbiased: the chance variation of a mean of few answers is not "
-            "counted as a difference between questions. The more of the variance is within questions, the more the "
+            "with at least two answers. Both variances are unbiased: the chance variation of a mean of few answers is "
+            "not counted as a difference between questions. The more of the variance is within questions, the more the "
             "choice among K answers matters.</p>"
         )
     return "".join(out)

@@ -69,6 +69,8 @@ def best_of_section(best: Mapping[str, Any] | None) -> str:
         )
         for name, group in groups.items()
     ]
+    if chance := groups.get("mcq", {}).get("chance"):
+        series.append(Series("mcq, random guesses", tuple(range(1, best["most"] + 1)), tuple(chance)))
     chart = curve_chart(
         "Expected quality of the best of K answers",
         "mean over all choices of K of the answers; what stage 1 imitates",
@@ -93,7 +95,7 @@ def best_of_section(best: Mapping[str, Any] | None) -> str:
         left_out = f" {best['left_out']:,} questions with fewer than {best['most']} answers are left out."
     return (
         f'{head}<p class="muted">Unbiased estimates with 95% intervals over questions. The same questions are used '
-        f'for all K.{left_out}</p><div class="split">{chart}</div>{table("Best of K", columns, rows)}'
+        f'for all K.{left_out}</p><div class="charts">{chart}</div>{table("Best of K", columns, rows)}'
         f'<p class="muted small">A doubling of K doubles the cost of collecting. The recommendation counts it as '
         f"worth it if the whole interval for all closed questions is at least {LEAST_GAIN}.</p>"
     )
@@ -172,8 +174,8 @@ def agreement_section(check: Mapping[str, Any] | None, unlabeled: int) -> str:
     lead = (
         f"Both are computed for the first K = {check['responses']} answers to questions with ground truth and at least "
         "two valid answers. The top answer is the one of highest agreement. Precision: share of the answers that "
-        f"agreement keeps at tau = {check['min_quality']:g} which the metric keeps too; recall: share of those that the "
-        "metric keeps which agreement keeps too."
+        f"agreement keeps at tau = {check['min_quality']:g} which the metric keeps too; recall: share of those that "
+        "the metric keeps which agreement keeps too."
     )
     note = (
         "How often the top answer is a best one: over the questions whose answers differ in quality. Recovered: (top − "

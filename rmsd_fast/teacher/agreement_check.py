@@ -12,7 +12,7 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import passes_filter
 from rmsd_fast.method.quality import agreement
-from rmsd_fast.teacher.pool_estimates import correlation, estimate
+from rmsd_fast.teacher.pool_estimates import correlation, estimates
 from rmsd_fast.teacher.scores import ScoredResponse, Scores, quality_settings
 
 # Agreement sums over products of floats, so equal agreements may differ by rounding.
@@ -79,8 +79,8 @@ def _group(pairs: Sequence[np.ndarray], tau: float) -> dict:
         "across": correlation(agreed, quality, owner, within=False),
         "within": correlation(agreed, quality, owner, within=True),
         "differing": len(choices),
-        **{name: estimate(np.array(choices)[:, column]) if choices else None for column, name in enumerate(_CHOICE)},
-        **{name: estimate(chosen[:, column]) for column, name in enumerate(_QUALITY)},
+        **(estimates(dict(zip(_CHOICE, np.array(choices).T, strict=True))) if choices else dict.fromkeys(_CHOICE)),
+        **estimates(dict(zip(_QUALITY, chosen.T, strict=True))),
         "recovered": _ratio(np.stack([chosen[:, 1] - chosen[:, 0], chosen[:, 2] - chosen[:, 0]], axis=1)),
         "precision": _ratio(kept[:, [0, 1]]),
         "recall": _ratio(kept[:, [0, 2]]),

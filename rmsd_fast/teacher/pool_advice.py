@@ -28,6 +28,7 @@ UNKNOWN = (
     "Whether a higher tau, a larger K or another weighting gives a better student. Only training shows this; "
     "rmsd_fast.lab compares settings over several seeds.",
     "The quality of answers to open questions. They have no metric, and any valid answer counts as 1.",
+    "Whether a right answer comes from right reasoning. The best of many mcq answers may be a lucky guess.",
     "Whether the ground truths are right. A wrong ground truth looks like a wrong answer.",
     "Answers that are too long for micro_tokens, or that do not fit the student's chat template. A run finds them when "
     "it tokenizes them.",
@@ -92,7 +93,11 @@ def _k_advice(analysis: Mapping[str, Any]) -> Advice:
         )
     group = best["groups"]["closed"]
     quality = [point["mean"] for point in group["quality"]]
-    pays, verdict = 1, ""
+    if quality[-1] == 0:
+        return Advice(
+            subject, str(PAPER_K), "This is the paper's value. No answer has a quality above 0, so none is best."
+        )
+    pays, verdict, gain = 1, "", ""
     for step in group["steps"]:
         gain = f"from K = {step['from']} to {step['to']}, the expected best quality changes by "
         gain += with_interval(step, sign=True)
@@ -103,20 +108,29 @@ def _k_advice(analysis: Mapping[str, Any]) -> Advice:
             verdict = f"More does not pay: {gain}, less than {LEAST_GAIN}."
         else:
             known = max(pays, min(PAPER_K, best["most"]))
-            verdict = f"These questions are too few to decide about more: {gain}."
+            verdict = f"It is undecided whether more pay: {gain}."
             if known > pays:
                 verdict += f" Until then, {known} is the safer choice."
             pays = known
         break
     else:
-        verdict = (
-            f"The pool has no more than {best['most']} answers per question, so it does not show whether more pay."
-        )
+        verdict = f"The last doubling pays: {gain}. The pool does not show whether {2 * pays} would pay."
     reason = (
-        f"One answer has an expected quality of {plain(quality[0])}, the best of {pays} {plain(quality[pays - 1])}. "
-        f"{verdict} Answers that are already in the pool cost nothing more; K decides about further collecting."
+        f"The expected quality of one answer is {plain(quality[0])}, that of the best of {pays} is "
+        f"{plain(quality[pays - 1])}. {verdict}{_luck(best, pays)} Answers that are already in the pool cost nothing "
+        "more; K decides about further collecting."
     )
     return Advice(subject, str(pays), reason)
+
+
+def _luck(best: Mapping[str, Any], k: int) -> str:
+    """Return a sentence about guessed options, if the pool has mcq questions with options."""
+    chance = best["groups"].get("mcq", {}).get("chance")
+    if not chance or k == 1:
+        return ""
+    return (
+        f" In mcq, a part of this is luck: {k} random guesses contain the right option in {chance[k - 1]:.0%} of cases."
+    )
 
 
 def _tau_advice(analysis: Mapping[str, Any]) -> Advice:

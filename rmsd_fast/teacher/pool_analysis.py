@@ -17,7 +17,15 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.teacher.agreement_check import agreement_check
 from rmsd_fast.teacher.diagnostics import pool_statistics
-from rmsd_fast.teacher.pool_estimates import best_of, common_count, correlation, estimate, kept_questions, spread
+from rmsd_fast.teacher.pool_estimates import (
+    best_of,
+    common_count,
+    correlation,
+    estimate,
+    estimates,
+    kept_questions,
+    spread,
+)
 from rmsd_fast.teacher.pool_gain import stage2_gain
 from rmsd_fast.teacher.pool_rows import PoolRows, pool_rows
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
@@ -142,24 +150,32 @@ def _best_of(rows: PoolRows, groups: dict[str, np.ndarray]) -> dict | None:
     if "closed" not in groups:
         return None
     most = min(common_count(rows.counts[groups["closed"]]), MOST_K)
-    ladder = [2**power for power in range(MOST_K) if 2**power <= most]
-    ladder += [most] if ladder[-1] != most else []
+    doublings = [(2**power, 2 ** (power + 1)) for power in range(MOST_K) if 2 ** (power + 1) <= most]
     result: dict[str, dict] = {}
     for name, members in groups.items():
         members = members[rows.counts[members] >= most]
         if name == "unlabeled" or not len(members):
             continue
-        values = best_of(_qualities(rows, members), most)
+        of_k = dict(enumerate(best_of(_qualities(rows, members), most).T, start=1))
+        measured = estimates(of_k | {(k, twice): of_k[twice] - of_k[k] for k, twice in doublings})
         result[name] = {
             "questions": len(members),
-            "quality": [estimate(column) for column in values.T],
-            "steps": [
-                {"from": before, "to": after, **estimate(values[:, after - 1] - values[:, before - 1])}
-                for before, after in zip(ladder, ladder[1:], strict=False)
-            ],
+            "quality": [measured[k] for k in of_k],
+            "steps": [{"from": k, "to": twice, **measured[k, twice]} for k, twice in doublings],
         }
+    if "mcq" in result:
+        result["mcq"]["chance"] = _chance([rows.questions[q] for q in groups["mcq"]], most)
     left_out = int((rows.counts[groups["closed"]] < most).sum())
     return {"most": most, "left_out": left_out, "groups": result}
+
+
+def _chance(questions: Sequence[Question], most: int) -> list[float] | None:
+    """Return the probability that K random guesses contain the right option, for K = 1 to `most`.
+
+    Questions whose options are only in their text are left out; None if there are no others.
+    """
+    wrong = np.array([1 - 1 / len(question.options) for question in questions if question.options])
+    return [float(1 - (wrong**k).mean()) for k in range(1, most + 1)] if len(wrong) else None
 
 
 def _texts(rows: PoolRows) -> dict[str, dict]:

@@ -6,10 +6,12 @@ All intervals are 95% bootstrap intervals over questions.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from rmsd_fast.bootstrap import interval_95, mean_interval, resampled_means
+from rmsd_fast.bootstrap import interval_95, resampled_means
 
 
 def best_of(qualities: list[np.ndarray], most: int) -> np.ndarray:
@@ -62,8 +64,23 @@ def common_count(counts: np.ndarray) -> int:
 
 def estimate(values: np.ndarray) -> dict:
     """Return the mean over questions with its interval, {"mean", "low", "high", "n"}. One question has no interval."""
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
+    return estimates({"": values})[""]
+
+
+def estimates(columns: Mapping[Any, np.ndarray]) -> dict[Any, dict]:
+    """Return the `estimate` of each column over the same questions. They share their draws, which takes less time.
+
+    Args:
+        columns: values of all questions by name, [n] each.
+    """
+    values = np.stack(list(columns.values()), axis=1)
+    bounds = [(None, None)] * len(columns)
+    if len(values) > 1:
+        bounds = [interval_95(samples) for samples in resampled_means(values).T]
+    return {
+        name: {"mean": mean, "low": low, "high": high, "n": len(values)}
+        for name, mean, (low, high) in zip(columns, values.mean(0).tolist(), bounds, strict=True)
+    }
 
 
 def spread(qualities: list[np.ndarray]) -> dict | None:

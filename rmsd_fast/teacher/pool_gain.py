@@ -10,7 +10,7 @@ import numpy as np
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
-from rmsd_fast.teacher.pool_estimates import estimate
+from rmsd_fast.teacher.pool_estimates import estimates
 from rmsd_fast.teacher.scores import Scores
 from rmsd_fast.teacher.targets import Targets, build_targets
 
@@ -81,6 +81,5 @@ def _group(questions: Sequence[Question], built: dict[str, dict[str, Targets]]) 
     return {
         "questions": len(members),
         "without": len(questions) - len(members),
-        **{name: estimate(column) for name, column in values.items()},
-        **{f"{after}-{before}": estimate(values[after] - values[before]) for after, before in differences},
+        **estimates(values | {f"{after}-{before}": values[after] - values[before] for after, before in differences}),
     }
