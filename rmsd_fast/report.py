@@ -89,6 +89,7 @@ def write_pool_report(
     numbers = path.with_suffix(".json")
     if numbers.resolve() in (pool.resolve(), questions.resolve()):
         raise ReportError(f"--output {path}: {numbers} is an input and would be replaced; choose another name")
+    _check_place(path)
     settings, asked, answers = read_pool_files("report", ALSO_READ, pool, questions, overrides)
     check_pool(answers, asked, max_unanswered_share=1.0)
     analysis = analyze_pool(answers, asked, settings.teacher, simulated=is_simulated(answers))
@@ -100,9 +101,13 @@ def write_pool_report(
     return _write(path, page)
 
 
-def _write(path: Path, text: str) -> Path:
+def _check_place(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise ReportError(f"{path}: expected a file in an existing folder; create the folder or choose another file")
+
+
+def _write(path: Path, text: str) -> Path:
+    _check_place(path)
     write_text_atomic(path, text)
     return path
 

@@ -227,15 +227,21 @@ def _agreement_advice(analysis: Mapping[str, Any]) -> list[Advice]:
         f"The answer of highest agreement recovers {recovered['value']:.0%} of the way from a random answer to the "
         "best one."
     )
+    by_chance = [task for task, group in check["tasks"].items() if not _beats_chance(group["recovered"])]
     weak = [task for task, group in check["tasks"].items() if not _is_precise(group["precision"])]
-    if recovered["low"] is None or recovered["low"] <= 0:
+    if not _beats_chance(recovered):
         verdict = "Not a substitute for labels here: agreement does not find better answers than chance."
-    elif weak or not _is_precise(precision):
+    elif weak or by_chance or not _is_precise(precision):
         verdict = "A partial substitute: it finds better answers, but it also keeps wrong ones"
         verdict += f" ({', '.join(weak)})." if weak else "."
+        verdict += f" It is not shown to beat chance in: {', '.join(by_chance)}." if by_chance else ""
     else:
         verdict = "It can stand in for labels on questions like these."
     return [Advice(subject, "", f"{verdict} {shown} An error that all answers share has full agreement.")]
+
+
+def _beats_chance(recovered: Mapping[str, Any] | None) -> bool:
+    return recovered is not None and recovered["low"] is not None and recovered["low"] > 0
 
 
 def _is_precise(precision: Mapping[str, Any] | None) -> bool:
@@ -263,7 +269,8 @@ def _answer_advice(analysis: Mapping[str, Any]) -> list[Advice]:
                 "repeated answers",
                 "",
                 f"{texts['repeated_share']:.0%} of the answers repeat an earlier answer to the same question word for "
-                "word. They add nothing to K: check the temperature and the cache of the teacher's server.",
+                "word. Short answers do so by chance. If yours have reasoning, check the temperature and the cache of "
+                "the teacher's server: copies add nothing to K.",
             )
         )
     return advice

@@ -119,8 +119,8 @@ def test_agreement_against_the_metric_by_hand():
     assert closed["recovered"]["value"] == pytest.approx((0.25 - 1 / 3) / (0.25 + 2 / 3))
     # Agreement keeps five answers, of which three are right. The metric keeps four.
     assert (closed["precision"]["value"], closed["recall"]["value"]) == (0.6, 0.75)
-    # Deviations within m: agreement 1/6 three times and -1/2, quality 1/4 three times and -3/4. Within n: agreement 1/6,
-    # 1/6 and -1/3, quality -1/3, -1/3 and 2/3.
+    # Deviations within m: agreement 1/6 three times and -1/2, quality 1/4 three times and -3/4. Within n: agreement
+    # 1/6, 1/6 and -1/3, quality -1/3, -1/3 and 2/3.
     covariance = (3 * (1 / 6) * (1 / 4) + 3 / 8) + (-2 * (1 / 6) * (1 / 3) - 2 / 9)
     squares = (3 / 36 + 1 / 4 + 2 / 36 + 1 / 9) * (3 / 16 + 9 / 16 + 2 / 9 + 4 / 9)
     assert closed["within"]["value"] == pytest.approx(covariance / math.sqrt(squares))
