@@ -17,7 +17,7 @@ from rmsd_fast.report_page.pool_sections import agreement_section, best_of_secti
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.teacher import quality_chart, quality_table
 from rmsd_fast.report_page.text import visible
-from rmsd_fast.teacher.pool_advice import UNKNOWN, Advice, with_interval
+from rmsd_fast.teacher.pool_advice import UNKNOWN, Advice, percent_with_interval, with_interval
 
 _LINKS = (
     ("advice", "Recommendations"),
@@ -204,7 +204,15 @@ def _invalid(analysis: Mapping[str, Any]) -> str:
             for reason, count in group["reasons"].items():
                 by_task = reasons.setdefault(reason, {})
                 by_task[task] = by_task.get(task, 0) + count
-    head = '<h2 id="invalid">Invalid answers</h2>'
+    shares = [
+        (name, *(percent_with_interval(group[key]) for key in ("valid", "as_sent")))
+        for name, group in analysis["format"].items()
+    ]
+    head = (
+        f'<h2 id="invalid">Format and invalid answers</h2>{table("Format", ("task", "valid", "valid as sent"), shares)}'
+        '<p class="muted small">The paper counts all answers that are not valid as sent as format violations. With '
+        "teacher.parse=natural, many of them can be read and are valid.</p>"
+    )
     if not reasons:
         return f'{head}<p class="muted">All answers are valid.</p>'
     tasks = in_order(sorted({task for by_task in reasons.values() for task in by_task}), TASK_TYPES)

@@ -10,7 +10,7 @@ from rmsd_fast.report_page.intervals import IntervalRow, Mark, interval_figure, 
 from rmsd_fast.report_page.layout import table
 from rmsd_fast.report_page.svg import Series, curve_chart, number
 from rmsd_fast.report_page.text import visible
-from rmsd_fast.teacher.pool_advice import LEAST_GAIN, with_interval
+from rmsd_fast.teacher.pool_advice import LEAST_GAIN, percent_with_interval, with_interval
 
 _NAMES = {"closed": "all closed", "unlabeled": "agreement"}
 # Columns of the section on stage 2: key, heading, color and shape in the chart.
@@ -45,11 +45,17 @@ def tau_section(kept: Mapping[str, Any], tau: float) -> str:
         (_NAMES.get(name, name), *(f"{percent(s['answers'][at])} / {percent(s['questions'][at])}" for at in places))
         for name, s in groups.items()
     ]
+    exact = [
+        (_NAMES.get(name, name), *(percent_with_interval(values[key]) for key in ("answers", "questions")))
+        for name, values in kept["at"].items()
+    ]
+    head_at = (f"at tau = {tau:g}", "answers kept", f"questions with a kept answer among K = {k}")
     columns = ("kept answers % / questions %", *(f"tau = {step:g}" for step in shown))
     note = "Agreement: questions without ground truth. " if "unlabeled" in groups else ""
     return (
         f'{head}<p class="muted">The legends have the values at tau = {tau:g}. {note}Open questions are left out.</p>'
-        f'<div class="charts">{"".join(cards)}</div>{table("Kept", columns, rows)}'
+        f'<div class="charts">{"".join(cards)}</div>{table("Kept at tau", head_at, exact)}'
+        f"{table('Kept', columns, rows)}"
     )
 
 

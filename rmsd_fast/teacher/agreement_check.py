@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from rmsd_fast.bootstrap import interval_95, resampled_means
 from rmsd_fast.config import TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.matching import passes_filter
 from rmsd_fast.method.quality import agreement
-from rmsd_fast.teacher.pool_estimates import correlation, estimates
+from rmsd_fast.teacher.pool_estimates import correlation, estimates, ratio
 from rmsd_fast.teacher.scores import ScoredResponse, Scores, quality_settings
 
 # Agreement sums over products of floats, so equal agreements may differ by rounding.
@@ -81,9 +80,9 @@ def _group(pairs: Sequence[np.ndarray], tau: float) -> dict:
         "differing": len(choices),
         **(estimates(dict(zip(_CHOICE, np.array(choices).T, strict=True))) if choices else dict.fromkeys(_CHOICE)),
         **estimates(dict(zip(_QUALITY, chosen.T, strict=True))),
-        "recovered": _ratio(np.stack([chosen[:, 1] - chosen[:, 0], chosen[:, 2] - chosen[:, 0]], axis=1)),
-        "precision": _ratio(kept[:, [0, 1]]),
-        "recall": _ratio(kept[:, [0, 2]]),
+        "recovered": ratio(chosen[:, 1] - chosen[:, 0], chosen[:, 2] - chosen[:, 0]),
+        "precision": ratio(kept[:, 0], kept[:, 1]),
+        "recall": ratio(kept[:, 0], kept[:, 2]),
     }
 
 
@@ -109,17 +108,3 @@ def _kept(pair: np.ndarray, tau: float) -> tuple[int, int, int]:
     by_agreement, by_metric = ([passes_filter(value, tau) for value in column] for column in pair.T.tolist())
     both = sum(a and b for a, b in zip(by_agreement, by_metric, strict=True))
     return both, sum(by_agreement), sum(by_metric)
-
-
-def _ratio(rows: np.ndarray) -> Mapping[str, float | None] | None:
-    """Return the ratio of the sums of two columns with its interval; None if the second sum is 0."""
-    numerator, denominator = rows.sum(0)
-    if denominator <= _EQUAL:
-        return None
-    low = high = None
-    if len(rows) > 1:
-        drawn = resampled_means(rows)
-        usable = drawn[:, 1] > 1e-12
-        if usable.mean() > 0.95:
-            low, high = interval_95(drawn[usable, 0] / drawn[usable, 1])
-    return {"value": float(numerator / denominator), "low": low, "high": high}

@@ -63,6 +63,14 @@ def plain(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
+def percent_with_interval(estimated: Mapping[str, Any]) -> str:
+    """Return `12.3% [10.0, 14.5]`, or the percentage alone if there is no interval."""
+    value = estimated["mean"] if "mean" in estimated else estimated["value"]
+    if estimated["low"] is None:
+        return f"{100 * value:.1f}%"
+    return f"{100 * value:.1f}% [{100 * estimated['low']:.1f}, {100 * estimated['high']:.1f}]"
+
+
 def with_interval(estimated: Mapping[str, Any], *, sign: bool = False) -> str:
     """Return `0.123 [0.100, 0.145]`, or the value alone if there is no interval."""
     value = estimated["mean"] if "mean" in estimated else estimated["value"]
@@ -114,7 +122,8 @@ def _k_advice(analysis: Mapping[str, Any]) -> Advice:
             pays = known
         break
     else:
-        verdict = f"The last doubling pays: {gain}. The pool does not show whether {2 * pays} would pay."
+        verdict = f"The last doubling pays: {gain}. The pool does not show whether {2 * pays} would pay; "
+        verdict += f"to find out, collect {2 * pays} answers to about 200 questions."
     reason = (
         f"The expected quality of one answer is {plain(quality[0])}, that of the best of {pays} is "
         f"{plain(quality[pays - 1])}. {verdict}{_luck(best, pays)} Answers that are already in the pool cost nothing "

@@ -24,6 +24,7 @@ from rmsd_fast.teacher.pool_estimates import (
     estimate,
     estimates,
     kept_questions,
+    ratio,
     spread,
 )
 from rmsd_fast.teacher.pool_gain import stage2_gain
@@ -75,6 +76,7 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
         "spread": {name: spread(_qualities(rows, members)) for name, members in groups.items()},
         "kept": _kept(rows, groups, used),
         "best_of": _best_of(rows, groups),
+        "format": _format(rows),
         "texts": _texts(rows),
         "usage": _usage(rows, cfg.min_quality),
         "models": _models(rows, cfg.min_quality) if len(rows.models) > 1 else None,
@@ -128,17 +130,24 @@ def _counts(pool: Pool, questions: Sequence[Question], answered: Sequence[Questi
 
 
 def _kept(rows: PoolRows, groups: dict[str, np.ndarray], used: TeacherConfig) -> dict:
-    """Return the shares of answers, and of questions with a kept answer among K, for each tau."""
+    """Return the shares of answers, and of questions with a kept answer among K, for each tau.
+
+    Those at `min_quality` have intervals, under `at`.
+    """
     taus = sorted({*TAUS, used.min_quality})
     shares: dict[str, dict[str, list[float]]] = {name: {"answers": [], "questions": []} for name in groups}
+    at = {}
     for tau in taus:
         # The filter of method.matching.passes_filter, for all answers at once.
         kept = rows.per_question((rows.quality >= tau) & (rows.quality > 0))
         for name, members in groups.items():
             counts = rows.counts[members]
+            covered = kept_questions(kept[members], counts, used.responses)
             shares[name]["answers"].append(float(kept[members].sum() / counts.sum()))
-            shares[name]["questions"].append(float(kept_questions(kept[members], counts, used.responses).mean()))
-    return {"responses": used.responses, "tau": taus, "groups": shares}
+            shares[name]["questions"].append(float(covered.mean()))
+            if tau == used.min_quality:
+                at[name] = {"answers": ratio(kept[members], counts), "questions": estimate(covered)}
+    return {"responses": used.responses, "tau": taus, "groups": shares, "at": at}
 
 
 def _best_of(rows: PoolRows, groups: dict[str, np.ndarray]) -> dict | None:
@@ -169,6 +178,25 @@ def _best_of(rows: PoolRows, groups: dict[str, np.ndarray]) -> dict | None:
     return {"most": most, "left_out": left_out, "groups": result}
 
 
+def _format(rows: PoolRows) -> dict[str, dict]:
+    """Return the shares of answers that are valid, and that were valid as sent, by task type and over all."""
+    valid, as_sent = rows.per_question(rows.valid), rows.per_question(rows.as_sent)
+    return {
+        name: {
+            "valid": ratio(valid[members], rows.counts[members]),
+            "as_sent": ratio(as_sent[members], rows.counts[members]),
+        }
+        for name, members in _by_task(rows).items()
+    }
+
+
+def _by_task(rows: PoolRows) -> dict[str, np.ndarray]:
+    """Return indices of the questions by task type, and those of all questions as `all`."""
+    task = np.array([question.task_type for question in rows.questions])
+    groups = {name: np.flatnonzero(task == name) for name in TASK_TYPES} | {"all": np.arange(len(task))}
+    return {name: members for name, members in groups.items() if len(members)}
+
+
 def _chance(questions: Sequence[Question], most: int) -> list[float] | None:
     """Return the probability that K random guesses contain the right option, for K = 1 to `most`.
 
@@ -180,13 +208,9 @@ def _chance(questions: Sequence[Question], most: int) -> list[float] | None:
 
 def _texts(rows: PoolRows) -> dict[str, dict]:
     """Return lengths, repetitions and different answers by task type, and over all."""
-    task = np.array([question.task_type for question in rows.questions])
     owner, groups = rows.owner, {}
-    members = {name: np.flatnonzero(task == name) for name in TASK_TYPES} | {"all": np.arange(len(task))}
     valid = rows.per_question(rows.valid)
-    for name, chosen in members.items():
-        if not len(chosen):
-            continue
+    for name, chosen in _by_task(rows).items():
         answers = np.isin(owner, chosen)
         several = chosen[valid[chosen] > 1]
         ratable = answers & np.array([question.has_truth for question in rows.questions])[owner] & rows.valid

@@ -83,6 +83,24 @@ def estimates(columns: Mapping[Any, np.ndarray]) -> dict[Any, dict]:
     }
 
 
+def ratio(parts: np.ndarray, wholes: np.ndarray) -> dict | None:
+    """Return the ratio of two sums over questions with its interval, {"value", "low", "high"}; None if it has none.
+
+    Args:
+        parts, wholes: values of each question, [n], such as the numbers of its kept answers and of all its answers.
+    """
+    if wholes.sum() <= 1e-9:
+        return None
+    low = high = None
+    if len(wholes) > 1:
+        drawn = resampled_means(np.stack([parts, wholes], axis=1))
+        # The second sum of a sample of few questions may be 0.
+        usable = drawn[:, 1] > 1e-12
+        if usable.mean() > 0.95:
+            low, high = interval_95(drawn[usable, 0] / drawn[usable, 1])
+    return {"value": float(parts.sum() / wholes.sum()), "low": low, "high": high}
+
+
 def spread(qualities: list[np.ndarray]) -> dict | None:
     """Split the variance of the quality into a part within questions and a part between them.
 

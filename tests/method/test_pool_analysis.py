@@ -55,6 +55,9 @@ def test_kept_shares_and_best_of_k_by_hand():
     assert [shares[tau][0] for tau in (0.0, 0.2, 0.3, 0.5, 0.6, 1.0)] == [7 / 8, 7 / 8, 6 / 8, 6 / 8, 1 / 8, 1 / 8]
     # At 0.3, the first question has two kept answers of four: 1 - 1/6 of the pairs contain one. At 0.6, half of them.
     assert shares[0.3][1] == pytest.approx((5 / 6 + 1) / 2) and shares[0.6][1] == pytest.approx(0.25)
+    at = kept["at"]["temporal"]
+    assert (at["answers"]["value"], at["questions"]["mean"]) == (0.75, pytest.approx(11 / 12))
+    assert at["answers"]["low"] == 0.5 and at["answers"]["high"] == 1.0
     best = analysis["best_of"]["groups"]["closed"]["quality"]
     # Sorted: 0, 0.2, 0.5, 1. Pairs: 0.2, 0.5, 1, 0.5, 1, 1. Triples: 0.5, 1, 1, 1.
     assert [point["mean"] for point in best] == pytest.approx(
@@ -64,6 +67,7 @@ def test_kept_shares_and_best_of_k_by_hand():
     assert analysis["best_of"]["left_out"] == 0
     assert analysis["means"]["closed"]["mean"] == pytest.approx(0.4625)
     assert analysis["quality"]["all"]["reasons"] == {"format": 1}
+    assert analysis["format"]["temporal"]["as_sent"]["value"] == 7 / 8
 
 
 def test_the_shares_follow_the_filter_of_training():
@@ -234,7 +238,7 @@ def test_advice_about_k():
     # Every question has one good answer among four.
     spread_out = {q.id: answers(q.id, "0 to 2", "0 to 3", "0 to 4", "0 to 9") for q in many}
     k = subjects(analyzed(spread_out, many))["K"]
-    assert k.value == "4" and "The pool does not show whether 8 would pay" in k.reason
+    assert k.value == "4" and "does not show whether 8 would pay; to find out, collect 8" in k.reason
     # Two questions show nothing for certain, so the paper's K stays.
     k = subjects(analyzed(POOL, INTERVALS))["K"]
     assert k.value == "4" and "undecided" in k.reason

@@ -15,6 +15,7 @@ from rmsd_fast.teacher.pool_estimates import (
     estimate,
     estimates,
     kept_questions,
+    ratio,
     spread,
 )
 
@@ -98,6 +99,13 @@ def test_estimates_share_their_draws():
     assert both["a"] == pytest.approx(estimate(values))
     assert both["a - a"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 500}
     assert estimate(np.array([0.25])) == {"mean": 0.25, "low": None, "high": None, "n": 1}
+
+
+def test_ratios_by_hand():
+    # Of all samples of two questions, a quarter each has the ratio 1/2 twice or 3/4 twice; the others have 4/6.
+    assert ratio(np.array([1.0, 3.0]), np.array([2.0, 4.0])) == {"value": 4 / 6, "low": 0.5, "high": 0.75}
+    assert ratio(np.array([1.0]), np.array([2.0])) == {"value": 0.5, "low": None, "high": None}
+    assert ratio(np.zeros(3), np.zeros(3)) is None
 
 
 def test_the_bootstrap_does_not_depend_on_the_size_of_its_blocks(monkeypatch):

@@ -192,7 +192,7 @@ def test_simulated_pools_are_labeled(tmp_path) -> None:
 
 def test_charts_have_fractional_ticks_and_names() -> None:
     shares = {"answers": [1.0, 0.5, 0.25], "questions": [1.0, 0.75, 0.5]}
-    text = tau_section({"responses": 4, "tau": [0.0, 0.5, 1.0], "groups": {"closed": shares}}, 0.5)
+    text = tau_section({"responses": 4, "tau": [0.0, 0.5, 1.0], "groups": {"closed": shares}, "at": {}}, 0.5)
     page = Page(text)
     plots = [json.loads(a["data-plot"]) for tag, a in page.tags if tag == "svg" and "data-plot" in a]
     assert [plot["xName"] for plot in plots] == ["tau", "tau"] and plots[0]["x"] == [0.0, 0.5, 1.0]
