@@ -15,7 +15,7 @@ from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent
 from rmsd_fast.report_page.layout import document, table, tile
 from rmsd_fast.report_page.pool_sections import agreement_section, best_of_section, gain_section, tau_section
 from rmsd_fast.report_page.svg import number
-from rmsd_fast.report_page.teacher import quality_chart, quality_table
+from rmsd_fast.report_page.teacher import PAPER, quality_chart, quality_table
 from rmsd_fast.report_page.text import visible
 from rmsd_fast.teacher.pool_advice import UNKNOWN, Advice, percent_with_interval, with_interval
 
@@ -30,11 +30,6 @@ _LINKS = (
     ("texts", "Texts"),
     ("usage", "Cost"),
     ("models", "Teachers"),
-)
-_PAPER = (
-    "For comparison, the teacher of arXiv 2603.11423 on 200 inputs: mean 0.75, sd 0.22 across inputs; multiple choice "
-    "0.96, visual question answering 0.64; sd within an input 0.07 to 0.15; broken formats 1%, up to 10% on temporal "
-    "questions; 72% kept at 0.3."
 )
 _USAGE_NAMES = {"prompt_tokens": "prompt tokens", "completion_tokens": "completion tokens", "cost": "cost"}
 
@@ -149,7 +144,7 @@ def _quality(analysis: Mapping[str, Any]) -> str:
         )
         closed = [(task, group) for task, group in tasks if task != "open"]
         chart = quality_chart(closed) if closed else ""
-        out.append(f'<div class="split">{chart}</div><p class="muted small">{_PAPER}</p>')
+        out.append(f'<div class="split">{chart}</div><p class="muted small">{PAPER}</p>')
     if analysis["agreement_quality"]:
         tasks = list(analysis["agreement_quality"]["tasks"].items())
         out.append(

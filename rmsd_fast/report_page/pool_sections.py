@@ -186,7 +186,7 @@ def agreement_section(check: Mapping[str, Any] | None, unlabeled: int) -> str:
     note = (
         "How often the top answer is a best one: over the questions whose answers differ in quality. Recovered: (top − "
         "random) / (best − random). Answers with the same error agree with each other, so agreement cannot detect "
-        "systematic errors."
+        "systematic errors. Set teacher.responses to compare with another K."
     )
     if unlabeled:
         note += f" The pool has {unlabeled:,} closed questions without ground truth."
