@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-import numpy as np
-
+from rmsd_fast.bootstrap import mean_interval
 from rmsd_fast.config import TASK_TYPES
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.lab_chart import chart
 from rmsd_fast.lab_plan import Job, Plan
 from rmsd_fast.method.answers import CLOSED_TASKS
 
-RESAMPLES = 2000
 # Description of the score of a question, by metric.
 METRICS = {
     "closed": "mean score of the questions of closed tasks",
@@ -143,10 +141,7 @@ def question_interval(differences: Sequence[Mapping[str, float]]) -> tuple[float
     for of_seed in differences:
         for name, value in of_seed.items():
             by_question[name].append(value)
-    means = np.array([fmean(values) for values in by_question.values()])
-    draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
-    low, high = np.percentile(means[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return mean_interval([fmean(values) for values in by_question.values()])
 
 
 def compare(after: Mapping[int, Scored], before: Mapping[int, Scored], kind: str) -> dict | None:

@@ -20,19 +20,8 @@ from rmsd_fast.command_line import Parser
 if TYPE_CHECKING:
     from rmsd_fast.teacher.summary import Summary
 
-# Settings that each command reads.
-_READ_BY_BOTH = (
-    "data.format",
-    "data.task_type",
-    "data.media_root",
-    "data.follow_symlinks",
-    "teacher.parse",
-    "teacher.numeric_metric",
-    "teacher.numeric_eps",
-    "teacher.ocr_metric",
-    "teacher.unlabeled",
-)
-READ = {"check": (*_READ_BY_BOTH, "teacher.responses", "teacher.max_unanswered_share"), "repair": _READ_BY_BOTH}
+# Settings that a command reads, in addition to those that say how to read files and answers.
+ALSO_READ = {"check": ("teacher.responses", "teacher.max_unanswered_share"), "repair": ()}
 EXAMPLES = 3
 SHOWN_CHARACTERS = 160
 
@@ -70,12 +59,13 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     """
     from rmsd_fast.data.errors import DataError
     from rmsd_fast.made.teacher import is_simulated
+    from rmsd_fast.stages.inputs import read_pool_files
     from rmsd_fast.teacher.diagnostics import pool_statistics
     from rmsd_fast.teacher.pool import check_answered, check_keys
     from rmsd_fast.teacher.scores import score_pool
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
-    settings, questions, pool = _read("check", pool_path, questions_path, overrides)
+    settings, questions, pool = read_pool_files("pool check", ALSO_READ["check"], pool_path, questions_path, overrides)
     answered = [question for question in questions if question.id in pool]
     unanswered = [question.id for question in questions if question.id not in pool]
     faults = []
@@ -117,13 +107,16 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     """
     from rmsd_fast.config import SettingsError
     from rmsd_fast.data.errors import counted
+    from rmsd_fast.stages.inputs import read_pool_files
     from rmsd_fast.teacher.pool import check_pool, write_pool
     from rmsd_fast.teacher.scores import score_response
 
     # A dangling symbolic link also counts as existing.
     if output.exists() or output.is_symlink():
         raise SettingsError(f"--output {output}: expected a new file, got an existing one; choose another name")
-    settings, questions, pool = _read("repair", pool_path, questions_path, overrides)
+    settings, questions, pool = read_pool_files(
+        "pool repair", ALSO_READ["repair"], pool_path, questions_path, overrides
+    )
     check_pool(pool, questions, max_unanswered_share=1.0)
     by_id = {question.id: question for question in questions}
     repaired, rewritten, invalid, foreign = [], 0, 0, 0
@@ -152,27 +145,6 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
     alone = f", {foreign:,} to questions not in {questions_path} left unchanged" if foreign else ""
     done = f"{rewritten:,} converted to canonical form, {invalid:,} invalid"
     return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
-
-
-def _read(command: str, pool_path: Path, questions_path: Path, overrides: Sequence[str]):
-    """Return settings, questions and answers. Errors of both files are raised together, as at the start of a run.
-
-    Raises:
-        UserError: a file is damaged, or an override sets a setting that the command does not read.
-    """
-    from rmsd_fast.config import SettingsError
-    from rmsd_fast.settings import load_settings
-    from rmsd_fast.stages.inputs import read_files
-
-    settings = load_settings("", overrides)
-    for key in (override.partition("=")[0] for override in overrides):
-        if key not in READ[command]:
-            raise SettingsError(
-                f"override: {key} has no effect: pool {command} reads {', '.join(READ[command])}; leave {key} out"
-            )
-    files = {"train": str(questions_path), "pool": str(pool_path)}
-    questions, pool = read_files(settings, files, {"train": settings.data.media_root})
-    return settings, questions["train"], pool
 
 
 def _short(text: str) -> str:

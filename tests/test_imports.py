@@ -17,6 +17,7 @@ PROGRAMS = {"train", "collect", "evaluate", "report", "doctor", "pool", "lab"}
 # A part may import parts of a lower level. `rmsd_fast` itself (the package file) has level 0.
 LEVELS = {
     "rmsd_kernels": 0,
+    "bootstrap": 0,
     "losses": 1,
     "config": 1,
     "environment": 0,

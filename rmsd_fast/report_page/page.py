@@ -22,11 +22,11 @@ from rmsd_fast.report_page.evaluation import (
     verdict,
 )
 from rmsd_fast.report_page.films import Films
+from rmsd_fast.report_page.layout import document, tile
 from rmsd_fast.report_page.progress import progress_section
 from rmsd_fast.report_page.rollouts import rollouts_section
 from rmsd_fast.report_page.run_folder import ReportedRun
 from rmsd_fast.report_page.samples import STUDENT_ORDER, is_number, sample_cards
-from rmsd_fast.report_page.style import SCRIPT, content_policy, page_style
 from rmsd_fast.report_page.svg import Series, last_smoothed, number
 from rmsd_fast.report_page.teacher import is_simulated, teacher_section
 from rmsd_fast.report_page.text import visible
@@ -69,13 +69,7 @@ def _render(run: ReportedRun, films: Films) -> str:
         f'<h2 id="settings">Settings</h2><details class="card"><summary>config.yaml</summary>'
         f'<pre class="text" style="max-height:none">{visible(run.settings_text)}</pre></details>',
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{content_policy()}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} · rmsd_fast report</title><style>{page_style()}</style></head>"
-        f"<body><main>{''.join(body)}</main><script>{SCRIPT}</script></body></html>\n"
-    )
+    return document(f"{name} · rmsd_fast report", "".join(body))
 
 
 def _short(stage: str) -> str:
@@ -164,13 +158,6 @@ def _alarms(run: ReportedRun) -> str:
     return f'<section class="note alarms"><h2>Alarms</h2><ul>{"".join(out)}</ul></section>' if out else ""
 
 
-def _tile(name: str, shown: str, below: str, kind: str = "") -> str:
-    return (
-        f'<div class="card tile"><span class="name">{visible(name)}</span><b>{shown}</b>'
-        f'<span class="small {kind or "muted"}">{visible(below)}</span></div>'
-    )
-
-
 def _tiles(run: ReportedRun) -> str:
     """Return headline numbers: the final student's score, the change by each stage, and pair accuracy."""
     tiles = []
@@ -180,7 +167,7 @@ def _tiles(run: ReportedRun) -> str:
     if students and isinstance(evaluation["students"][students[-1]].get("closed"), Mapping):
         entry = evaluation["students"][students[-1]]["closed"]
         below = f"95% interval {interval(entry).partition(' ')[2]}, n = {number(value(entry, 'n'), 6)}"
-        tiles.append(_tile(f"Closed tasks, {names[students[-1]]}", f"{percent(value(entry, 'mean'))}%", below))
+        tiles.append(tile(f"Closed tasks, {names[students[-1]]}", f"{percent(value(entry, 'mean'))}%", below))
     for key, difference in evaluation["differences"].items():
         entry = difference.get("closed")
         if isinstance(entry, Mapping):
@@ -188,7 +175,7 @@ def _tiles(run: ReportedRun) -> str:
             shown = f"{percent(value(entry, 'mean'), sign=True)} points"
             low_high = interval(entry, sign=True).partition(" ")[2]
             tiles.append(
-                _tile(f"{difference_name(key, names)}, closed", shown, f"{low_high} {_WORDS.get(kind, words)}", kind)
+                tile(f"{difference_name(key, names)}, closed", shown, f"{low_high} {_WORDS.get(kind, words)}", kind)
             )
     for stage in ("distill", "warm_up"):
         curve = run.metrics.get(stage, {}).get("discriminator/pair_accuracy")
@@ -204,7 +191,7 @@ def _pair_tile(stage: str, curve: Series) -> str:
     below = f"0.5 = undecided, warning above {SEPARATED}"
     if high:
         below = f"above {SEPARATED}: separated by cues other than quality?"
-    return _tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
+    return tile(f"Pair accuracy, end of {_short(stage).lower()}", number(last), below, "down" if high else "")
 
 
 def _samples(run: ReportedRun, films: Films) -> str:

@@ -210,7 +210,7 @@ document.querySelectorAll('svg[data-plot]').forEach(function(svg){
     var x=plot.x1>plot.x0?plot.left+(plot.x[best]-plot.x0)/(plot.x1-plot.x0)*plot.span:plot.left+plot.span/2;
     cursor.setAttribute('x1',x);cursor.setAttribute('x2',x);cursor.style.visibility='visible';
     tip.textContent='';
-    [['step',plot.x[best]]].concat(plot.y.map(function(s){return [s.name,show(s.v[best])];})).forEach(function(p){
+    [[plot.xName,plot.x[best]]].concat(plot.y.map(function(s){return [s.name,show(s.v[best])];})).forEach(function(p){
       var d=document.createElement('div');d.textContent=p[0]+' '+p[1];tip.appendChild(d);});
     tip.style.display='block';
     var w=tip.offsetWidth,left=e.clientX+14;if(left+w>window.innerWidth-4)left=Math.max(4,e.clientX-w-14);

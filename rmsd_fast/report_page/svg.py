@@ -23,10 +23,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 8, 24
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: optimizer steps and values (NaN where the value was not finite)."""
+    """One curve: optimizer steps, or other places on the x axis, and values (NaN where the value was not finite)."""
 
     name: str
-    steps: tuple[int, ...]
+    steps: tuple[float, ...]
     values: tuple[float, ...]
 
 
@@ -144,6 +144,8 @@ class _Frame:
     x1: float
     y0: float
     y1: float
+    whole: bool = True
+    """Whether the x axis has whole numbers only."""
 
     @property
     def span(self) -> float:
@@ -168,7 +170,7 @@ class _Frame:
             out.append(f'<text class="t" x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
         bottom = self.height - _BOTTOM
         out.append(f'<path class="a" d="M{_LEFT} {bottom}H{self.width - _RIGHT}"/>')
-        marks = [v for v in ticks(self.x0, self.x1, 5) if v == int(v)] or [self.x0]
+        marks = [v for v in ticks(self.x0, self.x1, 5) if v == int(v) or not self.whole] or [self.x0]
         for value in marks:
             out.append(
                 f'<text class="t" x="{self.x(value):.1f}" y="{bottom + 15}" text-anchor="middle">{number(value)}</text>'
@@ -182,7 +184,9 @@ class _Frame:
         )
 
 
-def _plot_data(frame: _Frame, steps: Sequence[int], named: Sequence[tuple[str, Sequence[float]]]) -> str:
+def _plot_data(
+    frame: _Frame, steps: Sequence[float], named: Sequence[tuple[str, Sequence[float]]], x_name: str = "step"
+) -> str:
     """Return the data with which the page's script shows values at the pointer, as JSON (null = not finite)."""
 
     def rounded(values: Sequence[float]) -> list[float | None]:
@@ -194,6 +198,7 @@ def _plot_data(frame: _Frame, steps: Sequence[int], named: Sequence[tuple[str, S
         "span": frame.span,
         "x0": frame.x0,
         "x1": frame.x1,
+        "xName": x_name,
         "x": list(steps),
         "y": [{"name": name, "v": rounded(values)} for name, values in named],
     }
@@ -224,12 +229,14 @@ def curve_svg(
     include: Sequence[float] = (),
     warn: Sequence[tuple[float, str]] = (),
     smoothed: bool = True,
+    x_name: str = "step",
     width: int = 360,
     height: int = 190,
 ) -> tuple[str, str]:
     """Return a chart of smoothed curves over faint raw ones, with warning lines, and a remark on values outside of it.
 
-    `y_range` fixes the vertical axis. Without it, the axis covers the values and `include`.
+    `y_range` fixes the vertical axis. Without it, the axis covers the values and `include`. `x_name` names the places
+    on the horizontal axis at the pointer.
     """
     low, high, remark = value_range(series, include)
     # Spikes outside of the chart must not affect the smoothed curve.
@@ -237,7 +244,8 @@ def curve_svg(
     if y_range is not None:
         calm, (low, high), remark = series, y_range, ""
     steps = sorted({step for s in series for step in s.steps})
-    frame = _Frame(width, height, steps[0], steps[-1], low, high)
+    whole = all(isinstance(step, int) for step in steps)
+    frame = _Frame(width, height, steps[0], steps[-1], low, high, whole)
     body = [frame.axes()]
     for value, text in warn:
         y = frame.y(value)
@@ -257,7 +265,11 @@ def curve_svg(
     shown = steps[::stride]
     table = [dict(zip(s.steps, s.values, strict=True)) for s in series]
     named = [(s.name, [t.get(step, math.nan) for step in shown]) for s, t in zip(series, table, strict=True)]
-    svg = frame.open_tag(label, _plot_data(frame, shown, named)) + "".join([*body, *faint, *lines, cursor]) + "</svg>"
+    svg = (
+        frame.open_tag(label, _plot_data(frame, shown, named, x_name))
+        + "".join([*body, *faint, *lines, cursor])
+        + "</svg>"
+    )
     return svg, remark
 
 
@@ -281,13 +293,21 @@ def curve_chart(
     include: Sequence[float] = (),
     warn: Sequence[tuple[float, str]] = (),
     smoothed: bool = True,
+    x_name: str = "step",
+    legend_at: float | None = None,
 ) -> str:
-    """Return a card with curves. If smoothed values are beyond a warning line, the card also has a warning text."""
+    """Return a card with curves. If smoothed values are beyond a warning line, the card also has a warning text.
+
+    The legend shows the last value of each curve, or, without smoothing, its value at `legend_at`.
+    """
     series = list(series)[:SERIES_COLORS]
     svg, remark = curve_svg(
-        series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed
+        series, _summary(title, series), y_range=y_range, include=include, warn=warn, smoothed=smoothed, x_name=x_name
     )
-    entries = [(s.name, number(last_smoothed(s) if smoothed else s.values[-1])) for s in series]
+    places = [-1 if legend_at is None else s.steps.index(legend_at) for s in series]
+    entries = [
+        (s.name, number(last_smoothed(s) if smoothed else s.values[at])) for s, at in zip(series, places, strict=True)
+    ]
     lost = sum(not math.isfinite(v) for s in series for v in s.values)
     if lost:
         remark += f"{'; ' if remark else ''}{lost} value{'s were' if lost > 1 else ' was'} not finite"

@@ -26,6 +26,11 @@ _COLUMNS = (
     ("truncated_share", "cut %", percent),
     ("empty_share", "questions left empty %", percent),
 )
+PAPER = (
+    "For comparison, the teacher of arXiv 2603.11423 on 200 inputs: mean 0.75, sd 0.22 across inputs; multiple "
+    "choice 0.96, visual question answering 0.64; sd within an input 0.07 to 0.15; broken formats 1%, up to 10% on "
+    "temporal questions; 72% kept at 0.3."
+)
 _LANES = (("sd_across", "sd across questions", 1, "square"), ("sd_within", "sd within a question", 2, "diamond"))
 
 
@@ -47,14 +52,10 @@ def teacher_section(statistics: Mapping[str, Any] | None) -> str:
         + _parse_words(statistics)
     )
     simulated = f"<p><b>{SIMULATED}: these numbers describe the simulation.</b></p>" if is_simulated(statistics) else ""
-    paper = (
-        "For comparison, the teacher of arXiv 2603.11423 on 200 inputs: mean 0.75, sd 0.22 across inputs; multiple "
-        "choice 0.96, visual question answering 0.64; sd within an input 0.07 to 0.15; broken formats 1%, up to 10% on "
-        "temporal questions; 72% kept at 0.3."
-    )
     return (
-        f'{head}{simulated}<p class="muted">{lead}</p>{_table(groups, totals)}<div class="split">{_chart(groups)}</div>'
-        f'<p class="muted small">{escape(paper)}</p>'
+        f'{head}{simulated}<p class="muted">{lead}</p>{quality_table(groups, totals)}'
+        f'<div class="split">{quality_chart(groups)}</div>'
+        f'<p class="muted small">{PAPER}</p>'
     )
 
 
@@ -83,7 +84,8 @@ def is_simulated(statistics: Mapping[str, Any] | None) -> bool:
     return bool((statistics or {}).get("teacher_simulated"))
 
 
-def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
+def quality_chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the chart of mean and spread by task; `groups` has the names and statistics of the tasks."""
     rows = []
     for task, group in groups:
         mean = value(group, "mean")
@@ -99,7 +101,8 @@ def _chart(groups: list[tuple[str, Mapping[str, Any]]]) -> str:
     return interval_figure("Quality by task", hint, rows, legend, (0.0, 1.0))
 
 
-def _table(groups: list[tuple[str, Mapping[str, Any]]], totals: list[tuple[str, Mapping[str, Any]]]) -> str:
+def quality_table(groups: list[tuple[str, Mapping[str, Any]]], totals: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the table of the statistics by task, followed by those over several tasks."""
     head = "".join(f'<th class="fold">{escape(name)}</th>' for _, name, _ in _COLUMNS)
     body = []
     for index, (name, group) in enumerate([*groups, *totals]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import DataError, all_faults
 from rmsd_fast.data.records import Question, load_questions, question_format
 from rmsd_fast.made.teacher import is_simulated
+from rmsd_fast.settings import load_settings
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
@@ -16,6 +18,18 @@ from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
 
 # Errors are reported in this order, regardless of the order of the arguments.
 QUESTION_ROLES = ("train", "heldout")
+# Settings that say how to read questions and teacher answers.
+POOL_SETTINGS = (
+    "data.format",
+    "data.task_type",
+    "data.media_root",
+    "data.follow_symlinks",
+    "teacher.parse",
+    "teacher.numeric_metric",
+    "teacher.numeric_eps",
+    "teacher.ocr_metric",
+    "teacher.unlabeled",
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,36 @@ def read_files(
     if faults:
         raise all_faults(faults)
     return questions, pool
+
+
+def read_pool_files(
+    program: str,
+    also_read: Sequence[str],
+    pool: str | os.PathLike,
+    questions: str | os.PathLike,
+    overrides: Sequence[str],
+) -> tuple[RunConfig, list[Question], Pool]:
+    """Return settings, questions and teacher answers for a program that has no recipe.
+
+    Args:
+        program: name of the program in errors.
+        also_read: settings that the program reads, in addition to POOL_SETTINGS.
+        pool, questions: the files.
+        overrides: `section.field=value` settings.
+    Raises:
+        DataError: a file is damaged. The problems of both files are raised as one error.
+        SettingsError: an override is unknown, or sets a setting that the program does not read.
+    """
+    settings = load_settings("", overrides)
+    readable = (*POOL_SETTINGS, *also_read)
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in readable:
+            raise SettingsError(
+                f"override: {key} has no effect: {program} reads {', '.join(readable)}; leave {key} out"
+            )
+    files = {"train": str(questions), "pool": str(pool)}
+    loaded, answers = read_files(settings, files, {"train": settings.data.media_root})
+    return settings, loaded["train"], answers
 
 
 def leave_out(questions: list[Question], unanswered: list[str]) -> list[Question]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from rmsd_fast.bootstrap import mean_interval
 from rmsd_fast.data.records import CLOSED_TASKS, TASK_TYPES
-
-RESAMPLES = 2000
 
 
 def summarize(records: list[dict]) -> dict:
@@ -93,10 +92,9 @@ def _wilson(rows: list[dict]) -> dict:
 
 
 def _bootstrap(rows: list[dict], seed: int) -> dict:
-    scores = np.array([row["score"] for row in rows])
-    draws = np.random.default_rng(seed).integers(0, len(scores), (RESAMPLES, len(scores)))
-    low, high = np.percentile(scores[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(rows)}
+    scores = [row["score"] for row in rows]
+    low, high = mean_interval(scores, seed=seed)
+    return {"mean": float(np.mean(scores)), "low": low, "high": high, "n": len(rows)}
 
 
 def signed_interval(difference: dict) -> str:

@@ -1,0 +1,1 @@
+"""How well agreement between the answers of a teacher replaces ground truths."""

@@ -1,0 +1,177 @@
+"""Arrays with one row per teacher answer, from which the report of a pool computes its statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmsd_fast.data.records import Question
+from rmsd_fast.method.answers import parse_answer
+from rmsd_fast.method.quality import fold_text
+from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.scores import Pool, ScoredResponse, Scores
+
+# Names of the token counts in `usage`: OpenAI and compatible servers, Anthropic, Gemini.
+_PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount")
+_COMPLETION = ("completion_tokens", "output_tokens", "candidatesTokenCount")
+# Gemini reports tokens of the reasoning in addition to those of the answer; all others include them.
+_MORE_COMPLETION = "thoughtsTokenCount"
+_COST = "cost"
+USAGE = ("prompt_tokens", "completion_tokens", "cost")
+
+
+@dataclass(frozen=True)
+class PoolRows:
+    """The answers to Q questions as arrays over A answers. The answers to a question are adjacent, in order of k.
+
+    Attributes:
+        questions: the questions that have an answer, [Q].
+        start: first answer of each question, and A, int64 [Q + 1].
+        quality: q_k, float64 [A].
+        valid: whether each answer can be used, bool [A].
+        as_sent: whether its text follows the format as sent, bool [A].
+        characters: length of the text as sent, int64 [A].
+        repeated: whether an earlier answer to the question has the same text, bool [A].
+        elsewhere: whether an answer to another question has the same text, bool [A].
+        distinct: number of different valid answers to each question, int64 [Q].
+        model: index into `models`, int64 [A].
+        models: names of the teachers, most frequent first.
+        usage: numbers of USAGE that the server reported, float64 [A] each; NaN if it did not report them.
+    """
+
+    questions: list[Question]
+    start: np.ndarray
+    quality: np.ndarray
+    valid: np.ndarray
+    as_sent: np.ndarray
+    characters: np.ndarray
+    repeated: np.ndarray
+    elsewhere: np.ndarray
+    distinct: np.ndarray
+    model: np.ndarray
+    models: list[str]
+    usage: dict[str, np.ndarray]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Return the number of answers to each question, int64 [Q]."""
+        return np.diff(self.start)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """Return the index of each answer's question, int64 [A]."""
+        return np.repeat(np.arange(len(self.questions)), self.counts)
+
+    def per_question(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of values over the answers to each question, float64 [Q]."""
+        return np.add.reduceat(np.asarray(values, dtype=np.float64), self.start[:-1])
+
+
+def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> PoolRows:
+    """Return the answers of a pool as arrays.
+
+    Args:
+        pool: all answers.
+        questions: questions that have at least one answer each.
+        scores: result of score_pool for all answers to these questions.
+    Raises:
+        ValueError: there are no questions, or not all answers were scored.
+    """
+    if not questions:
+        raise ValueError("questions: expected at least one with an answer, got none")
+    answers: list[ScoredResponse] = []
+    responses: list[TeacherResponse] = []
+    start, distinct = [0], []
+    for question in questions:
+        if not scores[question.id] or len(scores[question.id]) != len(pool[question.id]):
+            raise ValueError(
+                f"question {question.id!r}: expected a score for each of its {len(pool[question.id])} answers, got "
+                f"{len(scores[question.id])}; set teacher.responses to the largest number of answers"
+            )
+        answers += scores[question.id]
+        responses += pool[question.id]
+        start.append(len(answers))
+        distinct.append(len({_final(answer, question) for answer in scores[question.id] if answer.valid}))
+    ids = np.repeat(np.arange(len(questions)), np.diff(start))
+    repeated, elsewhere = _repetitions([_sent(response) for response in responses], ids)
+    models, model = _models(responses)
+    usage = np.array([read_usage(response.usage) for response in responses], dtype=np.float64)
+    return PoolRows(
+        questions=list(questions),
+        start=np.array(start),
+        quality=np.array([answer.quality for answer in answers], dtype=np.float64),
+        valid=np.array([answer.valid for answer in answers]),
+        as_sent=np.array([answer.as_sent for answer in answers]),
+        characters=np.array([len(_sent(response)) for response in responses]),
+        repeated=repeated,
+        elsewhere=elsewhere,
+        distinct=np.array(distinct),
+        model=model,
+        models=models,
+        usage={name: usage[:, column] for column, name in enumerate(USAGE)},
+    )
+
+
+def read_usage(usage: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the tokens of prompt and completion, and the cost, of one answer; NaN for values that are not reported.
+
+    Negative, infinite and other unusable values count as not reported.
+    """
+    prompt, completion, cost = (_first(usage, names) for names in (_PROMPT, _COMPLETION, (_COST,)))
+    more = _first(usage, (_MORE_COMPLETION,))
+    return prompt, completion if math.isnan(more) else completion + more, cost
+
+
+def _first(usage: Mapping[str, Any], names: Sequence[str]) -> float:
+    for name in names:
+        value = usage.get(name)
+        # Larger integers are not token counts, and the largest cannot be converted to a float.
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e15:
+            return float(value)
+    return math.nan
+
+
+def _sent(response: TeacherResponse) -> str:
+    return response.text if response.raw is None else response.raw
+
+
+def _final(answer: ScoredResponse, question: Question) -> object:
+    """Return the content of a valid answer, in a form in which equal answers are equal."""
+    parsed = parse_answer(answer.text, question.task_type, question.options)
+    return fold_text(parsed) if isinstance(parsed, str) else parsed
+
+
+def _repetitions(texts: Sequence[str], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which texts occur earlier for the same question, and which occur for another question.
+
+    Args:
+        texts: texts of the answers, [A].
+        ids: index of each answer's question, [A], ascending.
+    """
+    # A hash of 8 bytes per answer takes less memory than a set of texts. It does not vary between processes.
+    hashed = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts]
+    _, text = np.unique(np.frombuffer(b"".join(hashed), dtype=np.uint64), return_inverse=True)
+    order = np.lexsort((np.arange(len(texts)), ids, text))
+    same_text = np.diff(text[order]) == 0
+    same_question = np.diff(ids[order]) == 0
+    repeated = np.zeros(len(texts), dtype=bool)
+    repeated[order[1:]] = same_text & same_question
+    pairs = np.unique(np.stack([text, ids], axis=1), axis=0)
+    questions_with = np.bincount(pairs[:, 0])
+    return repeated, questions_with[text] > 1
+
+
+def _models(responses: Sequence[TeacherResponse]) -> tuple[list[str], np.ndarray]:
+    """Return the names of the teachers, most frequent first, and the index of each answer's teacher."""
+    names, index, counts = np.unique(
+        [response.model for response in responses], return_inverse=True, return_counts=True
+    )
+    order = np.lexsort((np.arange(len(names)), -counts))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return [str(names[place]) for place in order], rank[index]
