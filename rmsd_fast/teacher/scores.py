@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.marks import SPECIAL_TOKEN, is_unicode
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
@@ -96,6 +97,51 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
         if task == "open" and cfg.open_quality == "lexical":
             quality = word_overlap(answer_body(text), _reference(question))
     return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent)
+
+
+def repaired(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> TeacherResponse:
+    """Return a response with its canonical text where it can be read, next to the text as sent, and with its scores.
+
+    The text as sent is read again even if the response was repaired before. An invalid answer keeps its text, with the
+    reason. The quality is unknown if the question has no answer to compare with.
+    """
+    sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
+    answer = score_response(sent, question, cfg)
+    return replace(
+        sent,
+        text=answer.text,
+        raw=sent.text if answer.text != sent.text else None,
+        reason=answer.reason,
+        valid=answer.valid,
+        quality=answer.quality if question.answer is not None else None,
+    )
+
+
+@dataclass(frozen=True)
+class RepairedPool:
+    """The responses of a repaired pool, and how many were converted to canonical form or are invalid."""
+
+    responses: list[TeacherResponse]
+    foreign: int
+    """Number of responses to other questions, which are unchanged."""
+    rewritten: int
+    invalid: int
+
+    def text(self) -> str:
+        """Return the counts in words."""
+        alone = f", {self.foreign:,} to questions not in the file left unchanged" if self.foreign else ""
+        done = f"{self.rewritten:,} converted to canonical form, {self.invalid:,} invalid"
+        return f"{counted(len(self.responses), 'answer')}, {done}{alone}"
+
+
+def repair_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> RepairedPool:
+    """Repair every response to the questions; see `repaired`."""
+    by_id = {question.id: question for question in questions}
+    responses = [response for answers in pool.values() for response in answers]
+    written = [repaired(r, by_id[r.id], cfg) if r.id in by_id else r for r in responses]
+    ours = [response for response in written if response.id in by_id]
+    rewritten = sum(response.raw is not None for response in ours)
+    return RepairedPool(written, len(written) - len(ours), rewritten, sum(not response.valid for response in ours))
 
 
 def _reference(question: Question) -> str:

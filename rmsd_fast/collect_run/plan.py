@@ -1,0 +1,116 @@
+"""Decide which answers a pool lacks, and estimate what they cost."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rmsd_fast.collect_run.config import CollectConfig, CollectionConfig, cost_of
+from rmsd_fast.data.errors import counted
+from rmsd_fast.data.media_file import MediaError
+from rmsd_fast.data.question_text import question_text
+from rmsd_fast.data.records import Question
+
+if TYPE_CHECKING:
+    from rmsd_fast.collect_run.requests import RequestBuilder
+    from rmsd_fast.collect_run.store import PoolStore
+
+# Assumptions of estimates; servers count differently.
+CHARACTERS_PER_TOKEN, PIXELS_PER_TOKEN = 3, 32 * 32
+# Tokens of a video that is sent as a whole, and of an answer if the pool has none to compare with.
+VIDEO_TOKENS, ANSWER_TOKENS = 12_288, 400
+# Number of questions whose media are opened for an estimate.
+SAMPLED = 20
+
+
+def missing(question: Question, store: PoolStore, collect: CollectConfig) -> list[int]:
+    """Return the numbers k of the answers that a question lacks and that its teachers have not rejected."""
+    present = {answer.k for answer in store.answers.get(question.id, ())}
+    return [k for k in range(collect.k) if k not in present and not store.is_failed(question, k)]
+
+
+def text_tokens(question: Question) -> int:
+    """Return the estimated number of tokens of a question's text."""
+    return len(question_text(question) + (question.system or "")) // CHARACTERS_PER_TOKEN + 1
+
+
+def picture_tokens(height: int, width: int) -> int:
+    """Return the estimated number of tokens of a picture."""
+    return height * width // PIXELS_PER_TOKEN + 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a collection would do.
+
+    Fields:
+        answers: number of answers to collect.
+        requests: number of requests, if none fails and the servers support `n`.
+        prompt_tokens, completion_tokens: estimated tokens of all requests.
+        faults: reasons why the media of sampled questions cannot be used.
+        measured: whether the length of answers comes from the pool.
+    """
+
+    answers: int
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    faults: list[str]
+    measured: bool
+
+
+def make_plan(
+    questions: Sequence[Question], store: PoolStore, settings: CollectionConfig, builder: RequestBuilder, models: int
+) -> Plan:
+    """Count what a pool lacks, and estimate its tokens from the headers of some media.
+
+    Args:
+        questions: all questions.
+        store: the pool.
+        settings: settings of the collection.
+        builder: builds the requests of questions.
+        models: number of models; each has a request of its own for its answers.
+    """
+    collect = settings.collect
+    lacking = [(question, ks) for question in questions if (ks := missing(question, store, collect))]
+    answers = sum(len(ks) for _, ks in lacking)
+    each = (lambda ks: len(ks)) if collect.several == "never" else (lambda ks: len({k % models for k in ks}))
+    requests = sum(each(ks) for _, ks in lacking)
+    sampled = random.Random(0).sample(lacking, min(SAMPLED, len(lacking)))
+    prompts, faults = [], []
+    for question, _ in sampled:
+        try:
+            prompts.append(builder.estimate(question))
+        except MediaError as error:
+            faults.append(f"{question.id}: {error}")
+    present = sum(map(len, store.answers.values())) - store.without_usage
+    measured = store.spent[1] > 0 and present > 0
+    length = store.spent[1] / present if measured else min(ANSWER_TOKENS, collect.max_tokens)
+    prompt = sum(prompts) / len(prompts) if prompts else 0
+    return Plan(answers, requests, round(requests * prompt), round(answers * length), faults, measured)
+
+
+def describe_plan(plan: Plan, questions: Sequence[Question], store: PoolStore, settings: CollectionConfig) -> list[str]:
+    """Return the lines that `--dry-run` prints."""
+    collect = settings.collect
+    present = sum(map(len, store.answers.values()))
+    lines = [
+        f"{store.path}: {counted(present, 'answer')} to {counted(len(questions), 'question')}, K={collect.k}; "
+        f"{counted(len(store.failed), 'request')} rejected before",
+        f"  to collect: {counted(plan.answers, 'answer')} in about {counted(plan.requests, 'request')} to "
+        f"{', '.join(collect.model)}",
+        f"  tokens, estimated: {plan.prompt_tokens:,} of prompts and {plan.completion_tokens:,} of answers, whose "
+        f"length {'is that of the answers in the pool' if plan.measured else 'is assumed'}",
+    ]
+    cost = cost_of(collect, plan.prompt_tokens, plan.completion_tokens)
+    if math.isnan(cost):
+        lines.append("  cost: unknown; set collect.input_price and collect.output_price")
+    else:
+        lines.append(f"  cost, estimated: {cost:,.2f}; the pool has cost {cost_of(collect, *store.spent):,.2f}")
+    lines += (
+        [f"  media of {len(plan.faults)} of the {SAMPLED} sampled questions cannot be used:"] if plan.faults else []
+    )
+    return lines + [f"    {fault}" for fault in plan.faults[:3]]
