@@ -41,8 +41,9 @@ class Budget:
         Raises:
             BudgetReached: the request does not fit although nothing else is reserved.
         """
+        wanted = (prompt_tokens, completion_tokens)
         async with self._changed:
-            while not self._fits(wanted := (math.ceil(prompt_tokens * self._factor), completion_tokens)):
+            while not self._fits(wanted):
                 if not self._reserved:
                     raise BudgetReached
                 await self._changed.wait()
@@ -53,13 +54,15 @@ class Budget:
         """Replace a reservation by the tokens that were used."""
         async with self._changed:
             self._reserved.remove(reserved)
-            self._factor *= max(1.0, used[0] / reserved[0])
+            self._factor = max(self._factor, used[0] / reserved[0])
             self.spent = (self.spent[0] + used[0], self.spent[1] + used[1])
             self._changed.notify_all()
 
     def _fits(self, wanted: tuple[int, int]) -> bool:
         collect = self._collect
-        prompt, completion = (sum(column) for column in zip(self.spent, wanted, *self._reserved, strict=True))
+        prompts, completions = zip(wanted, *self._reserved, strict=True)
+        prompt = self.spent[0] + math.ceil(sum(prompts) * self._factor)
+        completion = self.spent[1] + sum(completions)
         if collect.max_total_tokens is not None and prompt + completion > collect.max_total_tokens:
             return False
         return collect.max_cost is None or cost_of(collect, prompt, completion) <= collect.max_cost

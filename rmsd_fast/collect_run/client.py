@@ -20,8 +20,9 @@ log = logging.getLogger("rmsd_fast")
 
 # Larger replies are rejected. An answer of 32k tokens has about 128 KiB, and a reply has up to K of them.
 MOST_REPLY_BYTES = 8 * 2**20
-# A server without any success gets this many attempts if it does not look like a chat server.
-FIRST_ATTEMPTS = 3
+# A server that has answered nothing and does not look like a chat server gets this many attempts of a request, and this
+# many requests.
+FIRST_ATTEMPTS, FIRST_REQUESTS = 3, 8
 # Back-off in seconds: doubled with each attempt, up to the longest one, and multiplied by a random number.
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
 CONNECT_S = 30.0
@@ -65,7 +66,7 @@ class Client:
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        self._succeeded_s = 0.0
+        self._succeeded_s, self._strange = 0.0, 0
 
     async def __aenter__(self) -> Client:
         self._succeeded_s = asyncio.get_running_loop().time()
@@ -85,7 +86,7 @@ class Client:
         """
         counted = 0
         for attempt in itertools.count():
-            index = min(range(len(self.pacers)), key=lambda i: self.pacers[i].in_flight / self.pacers[i].limit)
+            index = min(range(len(self.pacers)), key=lambda i: self.pacers[i].load)
             pacer = self.pacers[index]
             started_s = await pacer.acquire()
             try:
@@ -133,7 +134,8 @@ class Client:
     def _check(self, index: int, error: Transient, counted: int) -> None:
         """Raise GaveUp or Fatal if another attempt makes no sense."""
         url = self.teacher.endpoints[index]
-        if not self.answered and error.wrong_server and counted >= FIRST_ATTEMPTS:
+        self._strange += error.wrong_server
+        if not self.answered and error.wrong_server and (counted >= FIRST_ATTEMPTS or self._strange >= FIRST_REQUESTS):
             advice = "check the URL"
             if not urlsplit(url).path.strip("/"):
                 advice += ", which usually ends in /v1"

@@ -121,8 +121,9 @@ class Collection:
         loop = asyncio.get_running_loop()
         try:
             messages, digest = await loop.run_in_executor(self._threads, self._prepare, question)
-            while not self._stop.is_set() and (ks := missing(question, self._store, self._settings.collect)):
-                before = self.added
+            tried: set[int] = set()
+            while ks := [k for k in missing(question, self._store, self._settings.collect) if k not in tried]:
+                tried.update(ks)
                 await _all(
                     *(
                         self._ask(client, question, messages, digest, ours)
@@ -130,8 +131,6 @@ class Collection:
                         if (ours := [k for k in ks if k % len(self.clients) == index])
                     )
                 )
-                if self.added == before:
-                    break
         except MediaError as error:
             self._refuse(question, missing(question, self._store, self._settings.collect), self.clients[0], "", error)
         except BudgetReached:

@@ -27,6 +27,11 @@ class Pacer:
         self._cut_s = self._paused_until_s = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
+    @property
+    def load(self) -> float:
+        """Requests in flight or waiting, as a share of the limit."""
+        return (self.in_flight + len(self._waiting)) / self.limit
+
     async def acquire(self) -> float:
         """Wait for a free place and the end of a pause. Return the time of the event loop, for `overloaded`."""
         loop = asyncio.get_running_loop()

@@ -14,11 +14,10 @@ from PIL import Image
 
 from rmsd_fast.collect_run.config import CollectConfig, CollectionConfig
 from rmsd_fast.collect_run.plan import VIDEO_TOKENS, picture_tokens, text_tokens
-from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import open_media, stat_file
 from rmsd_fast.data.media_paths import Span
-from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.preprocess import Preprocessor, frame_rule
 from rmsd_fast.data.question_text import content_parts, question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import SETTINGS_OF, Frames, MediaRequest
@@ -149,13 +148,6 @@ def sampling_of(settings: CollectionConfig, question: Question, family: str) -> 
         pixels = [name for kind in sent for name in SETTINGS_OF[kind] if name.endswith("_pixels")]
         sampling |= {"jpeg_quality": collect.jpeg_quality} | {name: getattr(video, name) for name in pixels}
     return sampling
-
-
-def frame_rule(video: VideoConfig, family: str = "qwen3_vl") -> dict[str, Any]:
-    """Return the settings that choose the frames of a video. `family` is stored only if it is not the default."""
-    names = ("num_frames",) if video.fps is None else ("fps", "min_frames", "max_frames")
-    rule = {name: getattr(video, name) for name in names}
-    return rule if family == "qwen3_vl" else rule | {"family": family}
 
 
 def answer_key(question: Question, model: str, sampling: dict[str, Any], media_digest: str) -> str:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, VideoConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
+from rmsd_fast.data.preprocess import frame_rule
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.task_types import looks_closed
@@ -135,6 +136,7 @@ def describe_pool(
         summary.lines.append(f"  left out: {left_out} without an answer ({some_ids(unanswered)})")
     summary.lines += _unused(questions, pool, cfg.responses)
     summary += _endings([response.finish_reason for response in used])
+    summary += _frames([response.sampling.get("frames") for response in used], settings.video)
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
         nothing = "no answer is correct" + (" or agrees with another" if every["unlabeled"] else "")
         summary.faults.append(
@@ -190,6 +192,24 @@ def _endings(words: Sequence[str | None]) -> Summary:
             f"finish_reason of {counted(unknown.total(), 'answer')} is unknown ({named}"
             f"{', …' if len(unknown) > SHOWN_NAMES else ''}): truncation is not detected; write stop, length or "
             "content_filter"
+        )
+    return summary
+
+
+def _frames(rules: Sequence[object], video: VideoConfig) -> Summary:
+    """Return lines and warnings about answers to other frames than the student sees. Most pools do not store frames."""
+    summary = Summary()
+    ours = frame_rule(video)
+    if whole := sum(isinstance(rule, str) for rule in rules):
+        summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
+    theirs = [rule for rule in rules if isinstance(rule, dict)]
+    differ = [rule for rule in theirs if {name: value for name, value in rule.items() if name != "family"} != ours]
+    if differ:
+        then, now = (", ".join(f"video.{name}={value}" for name, value in rule.items()) for rule in (differ[0], ours))
+        summary.warnings.append(
+            f"{counted(len(differ), 'answer')} of the teacher to frames that the student does not see (the teacher saw "
+            f"{then}, the student sees {now}): an answer may name what the student cannot see; use the same "
+            "settings, or collect the answers again"
         )
     return summary
 

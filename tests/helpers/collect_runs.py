@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 from PIL import Image
 
 from rmsd_fast import collect
+from rmsd_fast.collect_run.config import load_collection, teachers
+from rmsd_fast.collect_run.loop import Collection
+from rmsd_fast.collect_run.requests import Messages
+from rmsd_fast.collect_run.store import PoolStore
+from rmsd_fast.data.question_text import question_text
+from rmsd_fast.data.records import Question, load_questions
 from rmsd_fast.teacher.pool import TeacherResponse, load_pool
 
 FAST = ["collect.timeout_s=5", "data.cache_mib=16", "data.decode_threads=1"]
@@ -35,3 +42,30 @@ def answers(out: Path) -> dict[tuple[str, int], TeacherResponse]:
 
 def expected(count: int, k: int = 4) -> set[tuple[str, int]]:
     return {(f"q{i}", number) for i in range(count) for number in range(k)}
+
+
+class PlainBuilder:
+    """Build messages without media, so that tests of the loop do not start decoders."""
+
+    def messages(self, question: Question) -> Messages:
+        parts = [{"type": "text", "text": question_text(question)}]
+        return Messages(json.dumps([{"role": "user", "content": parts}]).encode(), 50)
+
+
+def collect_plainly(questions: list[Question], urls: list[str], out: Path, *overrides: str) -> Collection:
+    """Collect with PlainBuilder, and return the collection. Errors of the collection are raised."""
+    named = [f"collect.endpoint={json.dumps(urls)}", "collect.model=[m]", "collect.timeout_s=5"]
+    settings = load_collection("", [*named, *overrides])
+
+    async def work(store: PoolStore) -> Collection:
+        collection = Collection(questions, settings, store, PlainBuilder(), models, "qwen3_vl")
+        await collection.run()
+        return collection
+
+    models = teachers(settings.collect)
+    with PoolStore(out, questions, settings, models, "qwen3_vl") as store:
+        return asyncio.run(work(store))
+
+
+def plain_questions(folder: Path, count: int, **fields) -> list[Question]:
+    return load_questions(write_questions(folder, count, **fields))
