@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +18,9 @@ from rmsd_fast.process import lenient_output, prepare_process, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.collect_run.config import CollectionConfig
-    from rmsd_fast.collect_run.loop import Collection
-    from rmsd_fast.collect_run.progress import Progress
 
-# Exit codes: some answers are missing; an error; Ctrl-C; SIGTERM.
-INCOMPLETE, FAILED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+# Exit codes: some answers are missing; an error. After a signal, the code is 128 + its number.
+INCOMPLETE, FAILED = 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +60,7 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
     from rmsd_fast.collect_run.config import teachers
     from rmsd_fast.collect_run.loop import Collection
     from rmsd_fast.collect_run.plan import describe_plan, make_plan, missing
-    from rmsd_fast.collect_run.progress import Progress, summary
+    from rmsd_fast.collect_run.progress import Progress, run_with_signals, summary
     from rmsd_fast.collect_run.requests import RequestBuilder
     from rmsd_fast.collect_run.store import PoolStore
     from rmsd_fast.data.media import MediaReader
@@ -82,39 +79,11 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         present = sum(map(len, store.answers.values()))
         collection = Collection(questions, settings, store, builder, models, preprocessor.family)
         progress = Progress(collection, settings.collect, plan.answers, present)
-        code = asyncio.run(_run(collection, progress))
+        number = asyncio.run(run_with_signals(collection, progress))
         lacking = sum(len(missing(question, store, settings.collect)) for question in questions)
         lacking += collection.refused.total()
         print("\n".join(summary(collection, settings.collect, lacking)))
-    return code or (INCOMPLETE if lacking else 0)
-
-
-async def _run(collection: Collection, progress: Progress) -> int:
-    """Run a collection. The first Ctrl-C or SIGTERM lets the requests in flight finish; the second one cancels them."""
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    work = asyncio.create_task(collection.run())
-    codes: list[int] = []
-
-    def end(name: str, code: int) -> None:
-        if codes:
-            work.cancel()
-            return
-        codes.append(code)
-        tell(f"\n{name}: waiting for the requests in flight; once more to cancel them")
-        collection.stop(name)
-
-    for number, name, code in ((signal.SIGINT, "Ctrl-C", INTERRUPTED), (signal.SIGTERM, "SIGTERM", TERMINATED)):
-        loop.add_signal_handler(number, end, name, code)
-    line = asyncio.create_task(progress.show())
-    try:
-        await work
-    except asyncio.CancelledError:
-        tell("the requests in flight were cancelled")
-    finally:
-        line.cancel()
-    return codes[0] if codes else 0
+    return 128 + number if number else INCOMPLETE if lacking else 0
 
 
 def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:

@@ -86,6 +86,8 @@ class Client:
         """
         counted = 0
         for attempt in itertools.count():
+            if self._stop.is_set():
+                raise NotSent
             index = min(range(len(self.pacers)), key=lambda i: self.pacers[i].load)
             pacer = self.pacers[index]
             started_s = await pacer.acquire()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import sys
 import time
 
 from rmsd_fast.collect_run.config import CollectConfig, cost_of
 from rmsd_fast.collect_run.loop import Collection
 from rmsd_fast.data.errors import counted
+from rmsd_fast.process import tell
 
 # Interval of the line in seconds, on a terminal and in a log.
 TERMINAL_S, LOG_S = 1.0, 30.0
@@ -73,6 +75,35 @@ class Progress:
         return (
             "failures: " + " ".join(f"{kind} {number:,}" for kind, number in sorted(counts.items())) if counts else ""
         )
+
+
+async def run_with_signals(collection: Collection, progress: Progress) -> int:
+    """Run a collection, and show its progress. Return the number of the signal that stopped it, or 0.
+
+    The first Ctrl-C or SIGTERM lets the requests in flight finish; the second one cancels them.
+    """
+    loop = asyncio.get_running_loop()
+    work = asyncio.create_task(collection.run())
+    numbers: list[int] = []
+
+    def end(name: str, number: int) -> None:
+        if numbers:
+            work.cancel()
+            return
+        numbers.append(number)
+        tell(f"\n{name}: waiting for the requests in flight; once more to cancel them")
+        collection.stop(name)
+
+    for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+        loop.add_signal_handler(number, end, name, number)
+    line = asyncio.create_task(progress.show())
+    try:
+        await work
+    except asyncio.CancelledError:
+        tell("the requests in flight were cancelled")
+    finally:
+        line.cancel()
+    return numbers[0] if numbers else 0
 
 
 def summary(collection: Collection, collect: CollectConfig, lacking: int) -> list[str]:

@@ -9,9 +9,11 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from collect_runs import answers, collect_plainly, expected, plain_questions
+from collect_runs import answers, collect_plainly, collect_with_signals, expected, plain_questions
 from teacher_server import RIGHT, Act, TeacherServer, completion, error
 
 # At most as long as a line of the pool in these tests.
@@ -74,16 +76,22 @@ def test_nothing_is_lost_or_doubled_under_faults(tmp_path, count, monkeypatch):
     assert collection.gave_up == 0 and threading.active_count() < 20
 
 
-def killed_collection(questions, url: str, out, size: int, delay_s: float) -> bool:
-    """Collect in a forked process, and kill it some time after the pool has a size. Return whether it ended before."""
+def forked(work: Callable[[], int]) -> int:
+    """Do some work in a forked process, whose exit code it returns. Return the process id."""
     child = os.fork()
     if not child:
-        code = 1
+        code = 99
         try:
-            collect_plainly(questions, [url], out, "collect.start_concurrency=4")
-            code = 0
+            code = work()
         finally:
             os._exit(code)
+    return child
+
+
+def killed_collection(questions, url: str, out, size: int, delay_s: float) -> bool:
+    """Collect in a forked process, and kill it some time after the pool has a size. Return whether it ended before."""
+    settings = ["collect.start_concurrency=4"]
+    child = forked(lambda: collect_plainly(questions, [url], out, *settings).gave_up)
     while not out.exists() or out.stat().st_size < size:
         if (done := os.waitpid(child, os.WNOHANG))[0]:
             assert done[1] == 0
@@ -118,3 +126,33 @@ def test_killed_collections_continue(tmp_path, kills):
     assert len(lines) == 1600 and {(line["id"], line["k"]) for line in lines} == expected(400)
     # Only the requests in flight at a kill are sent twice.
     assert server.count <= 400 + kills * 64
+
+
+@pytest.mark.parametrize(("number", "twice"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_signals_wait_for_the_requests_in_flight(tmp_path, number, twice):
+    questions, out = plain_questions(tmp_path, 100), tmp_path / "pool.jsonl"
+
+    def slow(request, place) -> Act:
+        # Every tenth request has to be sent again after a long pause, which a signal ends.
+        if place % 10 == 9:
+            return error(503, "later", retry_after="60")
+        return replace(completion(*[RIGHT] * 4), delay_s=30.0 if twice else 0.3)
+
+    def work() -> int:
+        return collect_with_signals(questions, server.url, out, "collect.start_concurrency=4")
+
+    with TeacherServer(slow, keep=False) as server:
+        child = forked(work)
+        while server.count < (4 if twice else 10):
+            time.sleep(0.01)
+        os.kill(child, number)
+        if twice:
+            time.sleep(0.2)
+            os.kill(child, number)
+        start = time.monotonic()
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == number
+    assert time.monotonic() - start < 10
+    # All replies are in the pool, and nothing more was requested.
+    pool = answers(out) if out.exists() and out.stat().st_size else {}
+    assert len(pool) == (0 if twice else 4 * (server.count - server.count // 10)) and server.count < 40

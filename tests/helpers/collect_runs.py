@@ -9,8 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from rmsd_fast import collect
-from rmsd_fast.collect_run.config import load_collection, teachers
+from rmsd_fast.collect_run.config import CollectConfig, load_collection, teachers
 from rmsd_fast.collect_run.loop import Collection
+from rmsd_fast.collect_run.progress import Progress, run_with_signals
 from rmsd_fast.collect_run.requests import Messages
 from rmsd_fast.collect_run.store import PoolStore
 from rmsd_fast.data.question_text import question_text
@@ -54,17 +55,33 @@ class PlainBuilder:
 
 def collect_plainly(questions: list[Question], urls: list[str], out: Path, *overrides: str) -> Collection:
     """Collect with PlainBuilder, and return the collection. Errors of the collection are raised."""
-    named = [f"collect.endpoint={json.dumps(urls)}", "collect.model=[m]", "collect.timeout_s=5"]
-    settings = load_collection("", [*named, *overrides])
 
-    async def work(store: PoolStore) -> Collection:
-        collection = Collection(questions, settings, store, PlainBuilder(), models, "qwen3_vl")
+    async def work(collection: Collection) -> Collection:
         await collection.run()
         return collection
 
+    return _collect(questions, urls, out, overrides, work)
+
+
+def collect_with_signals(questions: list[Question], url: str, out: Path, *overrides: str) -> int:
+    """Collect with PlainBuilder until a signal, and return its number."""
+
+    async def work(collection: Collection) -> int:
+        return await run_with_signals(collection, Progress(collection, CollectConfig(), 4 * len(questions), 0))
+
+    return _collect(questions, [url], out, overrides, work)
+
+
+def _collect(questions, urls, out, overrides, work):
+    named = [f"collect.endpoint={json.dumps(urls)}", "collect.model=[m]", "collect.timeout_s=60"]
+    settings = load_collection("", [*named, *overrides])
     models = teachers(settings.collect)
+
+    async def start(store: PoolStore):
+        return await work(Collection(questions, settings, store, PlainBuilder(), models, "qwen3_vl"))
+
     with PoolStore(out, questions, settings, models, "qwen3_vl") as store:
-        return asyncio.run(work(store))
+        return asyncio.run(start(store))
 
 
 def plain_questions(folder: Path, count: int, **fields) -> list[Question]:
