@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 
 
@@ -24,6 +23,7 @@ class Pacer:
     def __init__(self, start: int, most: int) -> None:
         self.limit, self._most = float(min(start, most)), most
         self.in_flight = 0
+        self._is_open = False
         self._cut_s = self._paused_until_s = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -35,7 +35,7 @@ class Pacer:
     async def acquire(self) -> float:
         """Wait for a free place and the end of a pause. Return the time of the event loop, for `overloaded`."""
         loop = asyncio.get_running_loop()
-        while self.in_flight + 1 > self.limit or loop.time() < self._paused_until_s:
+        while not self._is_open and (self.in_flight + 1 > self.limit or loop.time() < self._paused_until_s):
             waiter = loop.create_future()
             self._waiting.append(waiter)
             if loop.time() < self._paused_until_s:
@@ -67,7 +67,7 @@ class Pacer:
 
     def open(self) -> None:
         """Let everything pass, because the collection stops and nothing more is sent."""
-        self._paused_until_s, self.limit = 0.0, math.inf
+        self._is_open = True
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():

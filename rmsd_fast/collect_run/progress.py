@@ -48,8 +48,7 @@ class Progress:
         in_flight = sum(pacer.in_flight for client in collection.clients for pacer in client.pacers)
         limit = sum(pacer.limit for client in collection.clients for pacer in client.pacers)
         parts = [f"{done:,} of {self._wanted:,} answers, {rate:.1f}/s"]
-        if math.isfinite(limit):
-            parts.append(f"{in_flight} in flight (limit {limit:.0f})")
+        parts.append(f"{in_flight} in flight (limit {limit:.0f})")
         parts += [self._cost(done), self._failures()]
         if collection.stopped:
             parts.append(f"stopping: {collection.stopped}; waiting for {counted(in_flight, 'request')}")
