@@ -80,7 +80,7 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         collection = Collection(questions, settings, store, builder, models, preprocessor.family)
         progress = Progress(collection, settings.collect, plan.answers, present)
         number = asyncio.run(run_with_signals(collection, progress))
-        lacking = sum(len(missing(question, store, settings.collect)) for question in questions)
+        lacking = sum(len(missing(question, store, settings)) for question in questions)
         lacking += collection.refused.total()
         print("\n".join(summary(collection, settings.collect, lacking)))
     return 128 + number if number else INCOMPLETE if lacking else 0

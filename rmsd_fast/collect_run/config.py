@@ -49,6 +49,16 @@ class CollectConfig:
     is sent if OPENAI_API_KEY, the default, is not set."""
     k: int = number(4, least=1)
     """K, answers per question (2603.11423: K=4)."""
+    adaptive: bool = False
+    """Draw `k0` answers to each question, and further ones, up to K, only while the best answer is not settled: none
+    has quality 1, or the valid answers to a closed question differ (open). Answers after the first `k0` are marked and
+    are not part of the statistics."""
+    k0: int = number(2, least=1)
+    """Number of answers that `adaptive` draws at a time."""
+    hint_empty: bool = False
+    """If no answer to a question has a quality above 0, ask once more, with the ground truth as a hint (open). This
+    answer has the number k=K, is marked, and is not part of the statistics. Training uses it with
+    `teacher.responses`=K+1."""
     temperature: float | None = number(1.0, least=0)
     """Sampling temperature (open); null = the server's default, for models that accept no other value."""
     top_p: float | None = number(None, above=0, most=1)
@@ -151,6 +161,10 @@ def _check(settings: CollectionConfig) -> None:
     for budget, price in (("max_cost", "input_price"), ("max_cost", "output_price")):
         if getattr(collect, budget) is not None and getattr(collect, price) is None:
             raise SettingsError(f"collect.{budget}: expected prices, got no collect.{price}; set it")
+    if collect.adaptive and collect.k0 >= collect.k:
+        raise SettingsError(
+            f"collect.k0: expected less than collect.k={collect.k} with collect.adaptive, got {collect.k0}; lower it"
+        )
     for name in RESERVED:
         if name in collect.extra_body:
             what = "a setting of its own" if name in CollectConfig.__dataclass_fields__ else "set by the collection"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Sequence
@@ -18,7 +19,7 @@ from rmsd_fast.collect_run.requests import Messages, RequestBuilder, request_bod
 from rmsd_fast.collect_run.store import PoolStore
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.records import Question
-from rmsd_fast.teacher.pool import TeacherResponse, media_digest
+from rmsd_fast.teacher.pool import ADAPTIVE, HINTED, TeacherResponse, media_digest
 from rmsd_fast.teacher.scores import repaired
 
 log = logging.getLogger("rmsd_fast")
@@ -88,7 +89,7 @@ class Collection:
             for question in self._questions:
                 if self._stop.is_set():
                     break
-                if missing(question, self._store, self._settings.collect):
+                if missing(question, self._store, self._settings):
                     await self._until_disk_has_room()
                     await places.acquire()
                     task = asyncio.create_task(self._question(question))
@@ -120,10 +121,15 @@ class Collection:
         """Collect the missing answers of a question. An error that concerns all questions stops the collection."""
         loop = asyncio.get_running_loop()
         try:
-            messages, digest = await loop.run_in_executor(self._threads, self._prepare, question)
+            prepared: dict[bool, tuple[Messages, str]] = {}
             tried: set[int] = set()
-            while ks := [k for k in missing(question, self._store, self._settings.collect) if k not in tried]:
+            while ks := [k for k in missing(question, self._store, self._settings) if k not in tried]:
                 tried.update(ks)
+                hinted = ks == [self._settings.collect.k]
+                if hinted not in prepared:
+                    prepare = functools.partial(self._prepare, question, hinted=hinted)
+                    prepared = {hinted: await loop.run_in_executor(self._threads, prepare)}
+                messages, digest = prepared[hinted]
                 await _all(
                     *(
                         self._ask(client, question, messages, digest, ours)
@@ -132,7 +138,7 @@ class Collection:
                     )
                 )
         except MediaError as error:
-            self._refuse(question, missing(question, self._store, self._settings.collect), self.clients[0], "", error)
+            self._refuse(question, missing(question, self._store, self._settings), self.clients[0], "", error)
         except BudgetReached:
             self.stop("the budget is reached")
         except NotSent:
@@ -143,8 +149,8 @@ class Collection:
             self._fault = self._fault or error
             self.stop("an error")
 
-    def _prepare(self, question: Question) -> tuple[Messages, str]:
-        return self._builder.messages(question), media_digest(question)
+    def _prepare(self, question: Question, *, hinted: bool) -> tuple[Messages, str]:
+        return self._builder.messages(question, hinted=hinted), media_digest(question)
 
     async def _ask(
         self, client: Client, question: Question, messages: Messages, digest: str, ks: Sequence[int]
@@ -197,8 +203,11 @@ class Collection:
 
     def _keep(self, client: Client, question: Question, digest: str, ks: Sequence[int], reply: Reply) -> None:
         """Store the answers of a reply. Its token counts belong to the first one."""
-        sampling = sampling_of(self._settings, question, self._family)
+        sampling, collect = sampling_of(self._settings, question, self._family), self._settings.collect
         for k, (text, finish_reason) in zip(ks, reply.answers, strict=False):
+            marks = (
+                {HINTED: True} if k == collect.k else {ADAPTIVE: True} if collect.adaptive and k >= collect.k0 else {}
+            )
             response = TeacherResponse(
                 id=question.id,
                 k=k,
@@ -207,7 +216,7 @@ class Collection:
                 finish_reason=finish_reason,
                 usage=reply.usage if k == ks[0] else {"with": ks[0]},
                 model=client.teacher.model,
-                sampling=sampling,
+                sampling=sampling | marks,
             )
             self._store.add(repaired(response, question, self._settings.teacher))
             self.added += 1

@@ -23,6 +23,9 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import SETTINGS_OF, Frames, MediaRequest
 from rmsd_fast.teacher.pool import request_key
 
+# Added to a question whose answers were all wrong.
+HINT = "A correct answer is: {answer}\nExplain how it follows from what you see, as if you had found it yourself."
+
 
 class Messages(NamedTuple):
     """The messages of a question as JSON, and their estimated number of tokens."""
@@ -43,9 +46,12 @@ class RequestBuilder:
     def __init__(self, settings: CollectionConfig, preprocessor: Preprocessor, media: MediaReader) -> None:
         self._settings, self._preprocessor, self._media = settings, preprocessor, media
 
-    def messages(self, question: Question) -> Messages:
+    def messages(self, question: Question, *, hinted: bool = False) -> Messages:
         """Return the messages of a question.
 
+        Args:
+            question: the question.
+            hinted: whether the messages show the ground truth.
         Raises:
             MediaError: a media file cannot be used.
             MediaUnreachable, NotInstalled: nothing can be read on this machine.
@@ -65,6 +71,8 @@ class RequestBuilder:
             else:
                 content.append({"type": "video_url", "video_url": {"url": self._url(path)}})
                 tokens += VIDEO_TOKENS
+        if hinted:
+            content.append({"type": "text", "text": HINT.format(answer=question.answer)})
         turns = [{"role": "system", "content": question.system}] if question.system else []
         return Messages(json.dumps([*turns, {"role": "user", "content": content}]).encode(), tokens)
 

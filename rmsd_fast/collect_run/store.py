@@ -23,8 +23,9 @@ from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import FolderLock, replacing, sync_folder, write_all, write_text_atomic
+from rmsd_fast.method.answers import answer_body
 from rmsd_fast.runtime.json_lines import JsonLines
-from rmsd_fast.teacher.pool import TeacherResponse, as_record, media_digest, parse_line, read_pool
+from rmsd_fast.teacher.pool import HINTED, MARKS, TeacherResponse, as_record, media_digest, parse_line, read_pool
 
 log = logging.getLogger("rmsd_fast")
 BLOCK_BYTES = 1 << 20
@@ -36,6 +37,8 @@ class Answer(NamedTuple):
     k: int
     quality: float | None
     valid: bool
+    body: str = ""
+    """The text inside `<answer>` with `collect.adaptive`, otherwise empty."""
 
 
 class PoolStore:
@@ -97,9 +100,14 @@ class PoolStore:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def expected_key(self, question: Question, k: int, *, digest: str = "", hinted: bool = False) -> str:
-        """Return the key of answer k to a question; without the digest of its media, the second part differs."""
-        sampling = sampling_of(self._settings, question, self._family) | ({"hinted": True} if hinted else {})
+    def expected_key(self, question: Question, k: int, *, digest: str = "", hinted: bool | None = None) -> str:
+        """Return the key of answer k to a question; without the digest of its media, the second part differs.
+
+        By default, the answer is hinted if its number is K.
+        """
+        sampling = sampling_of(self._settings, question, self._family)
+        if (self._settings.collect.hint_empty and k == self._settings.collect.k) if hinted is None else hinted:
+            sampling[HINTED] = True
         return answer_key(question, self._teachers[k % len(self._teachers)].model, sampling, digest)
 
     def _read(self) -> set[tuple[str, int]]:
@@ -133,14 +141,15 @@ class PoolStore:
 
     def _parts(self, question: Question, response: TeacherResponse) -> list[str]:
         digest = media_digest(question) if self._settings.collect.check_media else ""
-        hinted = response.sampling.get("hinted", False)
+        hinted = bool(response.sampling.get(HINTED))
         return self.expected_key(question, response.k, digest=digest, hinted=hinted).split("-")
 
     def _refuse(self, changed: dict[tuple[str, int], TeacherResponse]) -> None:
         response = next(iter(changed.values()))
         now = sampling_of(self._settings, self._questions[response.id], self._family)
         now["model"] = self._teachers[response.k % len(self._teachers)].model
-        then = response.sampling | {"model": response.model}
+        then = {name: value for name, value in response.sampling.items() if name not in MARKS}
+        then["model"] = response.model
         names = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         shown = "; ".join(f"{name}: {then.get(name)} in the pool, now {now.get(name)}" for name in names[:4])
         raise SettingsError(
@@ -150,7 +159,8 @@ class PoolStore:
         )
 
     def _note(self, response: TeacherResponse) -> None:
-        self.answers[response.id].append(Answer(response.k, response.quality, bool(response.valid)))
+        body = (answer_body(response.text) or "") if self._settings.collect.adaptive and response.valid else ""
+        self.answers[response.id].append(Answer(response.k, response.quality, bool(response.valid), body))
         if tokens := tokens_of(response.usage):
             self.spent = [spent + new for spent, new in zip(self.spent, tokens, strict=True)]
             self.requests += 1
@@ -182,7 +192,8 @@ class PoolStore:
             question = self._questions.get(record.get("id"))
             if question is not None:
                 key = _without_media(str(record.get("key")))
-                keys = {_without_media(self.expected_key(question, k)) for k in range(len(self._teachers))}
+                numbers = [*range(len(self._teachers)), self._settings.collect.k]
+                keys = {_without_media(self.expected_key(question, k)) for k in numbers}
                 # Media are checked again by each collection, at no cost.
                 if self._settings.collect.retry_failed or record["reason"] == "media" or key not in keys:
                     continue

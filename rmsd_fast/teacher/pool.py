@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
 _REQUIRED = ("id", "k", "text")
 _FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality", "raw", "reason")
+# Marks in `sampling`: an answer that was drawn because the first ones did not settle the question, and an answer to a
+# request that showed the ground truth. Statistics of the teacher leave them out.
+ADAPTIVE, HINTED = MARKS = ("adaptive", "hinted")
 # Field names under which servers and other programs store the reasoning and the required fields.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "think")
 _OTHER_NAMES = {

@@ -14,7 +14,7 @@ from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
 from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
 from rmsd_fast.method.quality import agreement, quality_score, word_overlap
-from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.pool import MARKS, TeacherResponse
 
 Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
@@ -51,6 +51,8 @@ class ScoredResponse(NamedTuple):
 
     arXiv 2603.11423 counts the others as format violations.
     """
+    is_counted: bool = True
+    """Whether statistics of the teacher include it: it was neither drawn adaptively nor hinted."""
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
@@ -96,7 +98,8 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
         if task == "open" and cfg.open_quality == "lexical":
             quality = word_overlap(answer_body(text), _reference(question))
-    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent)
+    is_counted = not any(map(response.sampling.get, MARKS))
+    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent, is_counted)
 
 
 def repaired(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> TeacherResponse:

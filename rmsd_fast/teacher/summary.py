@@ -16,6 +16,7 @@ from rmsd_fast.data.task_types import looks_closed
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
+from rmsd_fast.teacher.pool import ADAPTIVE, HINTED
 from rmsd_fast.teacher.scores import Pool
 
 # Below this share of valid answers, something is wrong with the pool as a whole.
@@ -167,7 +168,7 @@ def describe_pool(
 
 
 def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
-    """Return lines about answers in the pool that a run does not use."""
+    """Return lines about answers in the pool that a run or its statistics do not use."""
     asked = {question.id for question in questions}
     foreign = [identity for identity in pool if identity not in asked]
     beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
@@ -175,6 +176,10 @@ def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
     if foreign:
         answers = counted(sum(len(pool[identity]) for identity in foreign), "answer")
         lines.append(f"  not used: {answers} to ids that no question has ({some_ids(foreign)})")
+    used = [response for identity in asked for response in pool[identity][:most]]
+    for mark, what in ((ADAPTIVE, "drawn adaptively"), (HINTED, "with the ground truth as a hint")):
+        if marked := sum(bool(response.sampling.get(mark)) for response in used):
+            lines.append(f"  not in these statistics: {counted(marked, 'answer')} {what}")
     if beyond:
         lines.append(f"  not used: {counted(beyond, 'answer')} after the first {most} (teacher.responses)")
     return lines

@@ -48,8 +48,8 @@ def expected(count: int, k: int = 4) -> set[tuple[str, int]]:
 class PlainBuilder:
     """Build messages without media, so that tests of the loop do not start decoders."""
 
-    def messages(self, question: Question) -> Messages:
-        parts = [{"type": "text", "text": question_text(question)}]
+    def messages(self, question: Question, *, hinted: bool = False) -> Messages:
+        parts = [{"type": "text", "text": question_text(question) + (" HINT" if hinted else "")}]
         return Messages(json.dumps([{"role": "user", "content": parts}]).encode(), 50)
 
 
