@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     from rmsd_fast.config import UserError
 
     arguments = _parse(argv)
+    # Otherwise the lock would not cover the file under its other name.
+    arguments.out = arguments.out.resolve() if arguments.out.is_symlink() else arguments.out
     try:
         settings = load_collection(arguments.recipe, _overrides(arguments))
         if arguments.print_config:
@@ -42,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         tell(f"rmsd_fast.collect: {error}")
         return FAILED
+    except KeyboardInterrupt:
+        tell("rmsd_fast.collect: interrupted; nothing was sent")
+        return 130
     except OSError as error:
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
         tell(f"rmsd_fast.collect: {where}{error.strerror or error}; what was collected before is in the pool")

@@ -66,7 +66,9 @@ class Client:
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        self._succeeded_s, self._strange = 0.0, 0
+        # Time of the last success, the longest pause that the server has asked for since, and the number of failures
+        # that suggest that it is not a chat server.
+        self._succeeded_s, self._asked_s, self._strange = 0.0, 0.0, 0
 
     async def __aenter__(self) -> Client:
         self._succeeded_s = asyncio.get_running_loop().time()
@@ -104,7 +106,8 @@ class Client:
                 self._check(index, error, counted)
                 pause_s = error.retry_after_s
             else:
-                self._succeeded_s, self.answered = asyncio.get_running_loop().time(), True
+                self._succeeded_s, self._asked_s = asyncio.get_running_loop().time(), 0.0
+                self.answered = True
                 self.counts["answered"] += 1
                 pacer.succeeded()
                 return reply
@@ -143,7 +146,8 @@ class Client:
                 advice += ", which usually ends in /v1"
             raise Fatal(f"collect.endpoint {url}: expected a server with chat completions, got {error}; {advice}")
         silent_s = asyncio.get_running_loop().time() - self._succeeded_s
-        if silent_s > self._collect.outage_s:
+        self._asked_s = max(self._asked_s, error.retry_after_s or 0.0)
+        if silent_s > self._collect.outage_s + self._asked_s:
             raise Fatal(
                 f"collect.endpoint {url}: expected an answer within "
                 f"collect.outage_s={self._collect.outage_s:g}, got none (last failure: {error}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +17,7 @@ from rmsd_fast.collect_run.plan import missing
 from rmsd_fast.collect_run.replies import REFUSALS, Fatal, Refused, Reply, tokens_of
 from rmsd_fast.collect_run.requests import Messages, RequestBuilder, request_body, sample_seed, sampling_of
 from rmsd_fast.collect_run.store import PoolStore
+from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.pool import ADAPTIVE, HINTED, TeacherResponse, media_digest
@@ -64,7 +65,8 @@ class Collection:
         self.refused: Counter[str] = Counter()
         self.stopped = ""
         self._fault: BaseException | None = None
-        self._held: list[tuple[Question, Sequence[int], Client, str, Refused]] = []
+        # Rejections by a server that has not answered anything yet, whose cause may be the same for all requests.
+        self._held: dict[Client, list[tuple[Question, Sequence[int], str, Refused]]] = defaultdict(list)
         self._threads = ThreadPoolExecutor(settings.data.decode_threads, thread_name_prefix="media")
 
     def stop(self, reason: str) -> None:
@@ -108,7 +110,8 @@ class Collection:
             self._threads.shutdown(wait=False, cancel_futures=True)
             for client in self.clients:
                 await client.__aexit__()
-        self._judge_refusals(at_end=True)
+        if not self.stopped:
+            self._judge_refusals(*self._held)
         if self._fault is not None:
             raise self._fault
 
@@ -161,25 +164,28 @@ class Collection:
                 await _all(*(self._ask(client, question, messages, digest, [k]) for k in ks))
                 return
             try:
-                reply = await self._send(client, question, messages, ks)
+                reply = await self._request(client, question, messages, ks)
             except GaveUp as error:
                 self.gave_up += len(ks)
                 log.warning("question %r: %s; the next collection asks again", question.id, error)
                 return
             except Refused as error:
-                # Some servers reject `n` instead of ignoring it.
-                if len(ks) > 1 and error.reason == "refused" and not client.gives_several:
-                    before = self.added
-                    await self._ask(client, question, messages, digest, ks[:1])
-                    if self.added == before:
-                        return
-                    client.single, ks = True, ks[1:]
-                    continue
                 self._refuse(question, ks, client, digest, error)
                 return
             client.learn(len(ks), len(reply.answers))
             self._keep(client, question, digest, ks, reply)
             ks = ks[len(reply.answers) :]
+
+    async def _request(self, client: Client, question: Question, messages: Messages, ks: Sequence[int]) -> Reply:
+        """Request answers together, or only the first one if the server rejects `n`."""
+        try:
+            return await self._send(client, question, messages, ks)
+        except Refused as error:
+            if len(ks) == 1 or error.reason != "refused" or client.gives_several:
+                raise
+        reply = await self._send(client, question, messages, ks[:1])
+        client.single = True
+        return reply
 
     async def _send(self, client: Client, question: Question, messages: Messages, ks: Sequence[int]) -> Reply:
         collect = self._settings.collect
@@ -220,9 +226,8 @@ class Collection:
             )
             self._store.add(repaired(response, question, self._settings.teacher))
             self.added += 1
-        for held in self._held:
-            self._note_refusal(*held)
-        self._held.clear()
+        for held in self._held.pop(client, ()):
+            self._note_refusal(client, *held)
 
     def _refuse(
         self, question: Question, ks: Sequence[int], client: Client, digest: str, error: Refused | MediaError
@@ -230,23 +235,26 @@ class Collection:
         refused = error if isinstance(error, Refused) else Refused("media", str(error))
         self.refused[refused.reason] += len(ks)
         if refused.reason == "media" or client.answered:
-            self._note_refusal(question, ks, client, digest, refused)
+            self._note_refusal(client, question, ks, digest, refused)
         else:
-            self._held.append((question, ks, client, digest, refused))
-            self._judge_refusals(at_end=False)
+            self._held[client].append((question, ks, digest, refused))
+            if len(self._held[client]) >= FIRST_REFUSALS:
+                self._judge_refusals(client)
 
-    def _note_refusal(self, question: Question, ks: Sequence[int], client: Client, digest: str, error: Refused) -> None:
+    def _note_refusal(self, client: Client, question: Question, ks: Sequence[int], digest: str, error: Refused) -> None:
         log.warning("question %r: %s: %s", question.id, error.reason, error)
         self._store.fail(question, ks, client.teacher.model, digest, error.reason, str(error))
 
-    def _judge_refusals(self, *, at_end: bool) -> None:
-        """Stop if the server has rejected the first questions and answered none. They are not noted as rejected."""
-        if self._held and (at_end or len(self._held) >= FIRST_REFUSALS) and self._fault is None:
-            *_, error = self._held[0]
-            self._fault = Fatal(
-                f"{self._held[0][2].teacher.model}: expected answers, got {len(self._held)} rejections and no answer, "
-                f"first {error}; {REFUSALS[error.reason]}"
+    def _judge_refusals(self, *clients: Client) -> None:
+        """Stop because these servers have rejected all requests so far, which are then not noted as rejected."""
+        for client in clients:
+            held = self._held[client]
+            *_, error = held[0]
+            fault = Fatal(
+                f"{client.teacher.model}: expected answers, got {counted(len(held), 'rejection')} and no answer, first "
+                f"{error}; {REFUSALS[error.reason]}"
             )
+            self._fault = self._fault or fault
             self.stop("an error")
 
 

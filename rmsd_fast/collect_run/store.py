@@ -53,7 +53,7 @@ class PoolStore:
         dry: whether nothing will be written.
     Attributes:
         answers: answers by question id, of the questions of the collection.
-        failed: number of rejected requests by reason.
+        failed: reason of each rejected request, by question id and key.
         spent: prompt and completion tokens that the pool has used.
         without_usage: number of answers for which the server reported no token counts.
     Raises:
@@ -77,7 +77,7 @@ class PoolStore:
         self.answers: dict[str, list[Answer]] = defaultdict(list)
         self.failed: dict[tuple[str, str], str] = {}
         self.spent = [0, 0]
-        self.requests = self.without_usage = 0
+        self.without_usage = 0
         self._lock = lock_pool(path)
         try:
             repair_tail(path)
@@ -163,8 +163,7 @@ class PoolStore:
         self.answers[response.id].append(Answer(response.k, response.quality, bool(response.valid), body))
         if tokens := tokens_of(response.usage):
             self.spent = [spent + new for spent, new in zip(self.spent, tokens, strict=True)]
-            self.requests += 1
-        elif not response.usage.get("with"):
+        elif "with" not in response.usage:
             self.without_usage += 1
 
     def _replace(self, places: set[tuple[str, int]]) -> None:

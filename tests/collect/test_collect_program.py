@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,7 +22,10 @@ from material import WORLD
 from PIL import Image
 from teacher_server import Act, TeacherServer, completion, right
 
-from rmsd_fast.collect_run.config import TEACHERS, CollectConfig, load_collection, teachers
+from rmsd_fast import collect, environment
+from rmsd_fast.collect_run.config import TEACHERS, CollectConfig, Teacher, load_collection, teachers
+from rmsd_fast.collect_run.loop import Collection
+from rmsd_fast.collect_run.progress import Progress, summary
 from rmsd_fast.collect_run.requests import sample_seed
 from rmsd_fast.config import RECIPES, SettingsError
 from rmsd_fast.data.question_text import question_text
@@ -251,8 +256,6 @@ def test_recipes_of_teachers(recipe, repository):
 
 def test_print_config_and_help(tmp_path, capsys):
     arguments = ["q", "--out", "p", "--recipe", "vllm", "--model", "Qwen/X:free", "--endpoint", "http://h:1/v1"]
-    from rmsd_fast import collect
-
     assert collect.main([*arguments, "--k", "2", "--print-config"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert set(shown) == {"collect", "video", "data", "teacher"} and "train" not in shown["data"]
@@ -268,3 +271,35 @@ def test_settings_in_the_manual_exist(repository):
     names = set(re.findall(r"collect\.(\w+)", text)) - {"md", "py"}
     assert names <= set(CollectConfig.__dataclass_fields__)
     assert {"endpoint", "model", "k", "max_cost", "changed", "api_key_env"} <= names
+
+
+def test_the_progress_line_and_the_summary(tmp_path):
+    settings = load_collection("", ["collect.input_price=10", "collect.output_price=20"])
+    store = SimpleNamespace(spent=(0, 0))
+    collection = Collection([], settings, store, None, [Teacher("m", ("http://h",), ("",))], "qwen3_vl")
+    progress = Progress(collection, settings.collect, wanted=400, present=100)
+    collection.added, collection.budget.spent = 100, (1_000_000, 500_000)
+    collection.clients[0].counts.update({"requests": 40, "answered": 25, "429": 10, "timeout": 5})
+    line = progress.line()
+    assert line.startswith("100 of 400 answers, ") and line.endswith(" left")
+    assert "0 in flight (limit 8), cost 20.00 of about 50.00, failures: 429 10 timeout 5" in line
+    collection.refused["filtered"] = 4
+    collection.gave_up = 8
+    collection.stop("Ctrl-C")
+    assert "stopping: Ctrl-C; waiting for 0 requests" in progress.line()
+    assert summary(collection, settings.collect, 300) == [
+        "collected 100 answers in 40 requests; the pool has used 1,000,000 prompt and 500,000 completion tokens, cost "
+        "20.00",
+        "rejected for good: 4 answers (filtered 4)",
+        "failed for now: 8 answers; start again to collect them",
+        "stopped: Ctrl-C",
+        "still missing: 300 answers",
+    ]
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "httpx2" else found(name))
+    monkeypatch.setattr(environment, "__file__", "/nowhere/rmsd_fast/environment.py")
+    assert collect.main([]) == 2
+    assert "has no httpx2; run `make setup`, or pip install 'rmsd-fast[collect,video]'" in capsys.readouterr().err

@@ -200,3 +200,33 @@ def test_one_log_message_for_each_problem(tmp_path, caplog):
     with TeacherServer() as server:
         collect_plainly(plain_questions(tmp_path, 3), [server.url], tmp_path / "pool.jsonl")
     assert caplog.text == ""
+
+
+def test_requests_that_are_rejected_with_and_without_n(tmp_path):
+    def script(request, number):
+        return error(422, "no") if " 2?" in question_of(request) else completion(RIGHT)
+
+    out = tmp_path / "pool.jsonl"
+    with TeacherServer(script) as server:
+        collection = collect_plainly(plain_questions(tmp_path, 4), [server.url], out, "collect.start_concurrency=1")
+    assert collection.refused == {"refused": 4} and set(answers(out)) == expected(4) - {("q2", k) for k in range(4)}
+    assert [record["k"] for record in failed(out)] == [[0, 1, 2, 3]]
+
+
+def test_one_of_two_servers_rejects_everything(tmp_path):
+    out = tmp_path / "pool.jsonl"
+    questions = plain_questions(tmp_path, 40)
+    says = "b: expected answers, got 5 rejections and no answer"
+    with TeacherServer() as one, TeacherServer(lambda *_: error(400, "no")) as two, pytest.raises(Fatal, match=says):
+        collect_plainly(questions, [one.url, two.url], out, "collect.model=[a,b]", "collect.k=2")
+    assert failed(out) == [] and {k for _, k in answers(out)} == {0}
+
+
+def test_a_long_pause_is_no_outage(tmp_path):
+    def script(request, number):
+        return error(503, "later", retry_after="0.4") if number < 2 else right(request, number)
+
+    with TeacherServer(script) as server:
+        overrides = ["collect.outage_s=0.3", "collect.start_concurrency=1"]
+        collect_plainly(plain_questions(tmp_path, 2), [server.url], tmp_path / "pool.jsonl", *overrides)
+    assert set(answers(tmp_path / "pool.jsonl")) == expected(2)
