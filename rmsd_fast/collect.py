@@ -80,15 +80,19 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         plan = make_plan(questions, store, settings, builder, len(models))
         print("\n".join(describe_plan(plan, questions, store, settings)))
         if arguments.dry_run or not plan.answers:
-            return 0
+            return INCOMPLETE if store.failed and not arguments.dry_run else 0
         present = sum(map(len, store.answers.values()))
         collection = Collection(questions, settings, store, builder, models, preprocessor.family)
         progress = Progress(collection, settings.collect, plan.answers, present)
-        number = asyncio.run(run_with_signals(collection, progress))
-        lacking = sum(len(missing(question, store, settings)) for question in questions)
-        lacking += collection.refused.total()
-        print("\n".join(summary(collection, settings.collect, lacking)))
-    return 128 + number if number else INCOMPLETE if lacking else 0
+        try:
+            number = asyncio.run(run_with_signals(collection, progress))
+        finally:
+            lacking = sum(len(missing(question, store, settings)) for question in questions)
+            lacking += collection.refused.total()
+            print("\n".join(summary(collection, settings.collect, lacking)))
+        if number:
+            return 128 + number
+        return INCOMPLETE if lacking or store.failed else 0
 
 
 def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ _QUOTA = re.compile(
     r"insufficient_quota|exceeded your current quota|insufficient (?:credit|balance|funds)", re.IGNORECASE
 )
 _FILTER = re.compile(r"content_filter|content management policy|data_inspection_failed|content_policy", re.IGNORECASE)
+# llama.cpp reports this as an error of the server.
+_ONE_CHOICE = re.compile(r"only one (?:completion )?choice|multiple choices|\bn\b must be 1", re.IGNORECASE)
+# Finish reasons of answers that the server could not complete; their text may be an error message.
+_FAILED = ("error", "abort")
 # Reasons for which a server rejects a request for good, and what to do.
 REFUSALS = {
     "context_too_long": "lower video.num_frames, video.max_frame_pixels or collect.max_tokens, or serve more context",
@@ -109,13 +113,16 @@ def read_reply(data: bytes) -> Reply:
 
 
 def _answer(choice: Any) -> tuple[str, str | None] | None:
-    """Return text and finish reason of a choice, or None if it has no message or an error in place of one.
+    """Return text and finish reason of a choice, or None if it has no message, or an error in place of one.
 
     Reasoning that the server returns in a separate field becomes `<think>…</think>` before the text.
     """
     if not isinstance(choice, dict) or choice.get("error") or not isinstance(choice.get("message"), dict):
         return None
-    message = choice["message"]
+    message, reason = choice["message"], choice.get("finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    if reason in _FAILED:
+        return None
     reasoning, text = _content(message.get("content"))
     separate = (message.get(name) for name in ("reasoning_content", "reasoning"))
     reasoning = reasoning or next((value for value in separate if isinstance(value, str) and value.strip()), "")
@@ -124,8 +131,6 @@ def _answer(choice: Any) -> tuple[str, str | None] | None:
     # Some servers repeat the reasoning in the content.
     if reasoning and reasoning.strip() not in text:
         text = f"<think>{reasoning}</think>{text}"
-    reason = choice.get("finish_reason")
-    reason = reason.get("type") if isinstance(reason, dict) else reason
     return text, reason if isinstance(reason, str) else None
 
 
@@ -158,6 +163,8 @@ def failure(status: int, headers: Mapping[str, str], data: bytes) -> Exception:
     wait = retry_after_s(headers)
     if status == 402 or (status == 429 and _QUOTA.search(text)):
         return Fatal(f"the server asks for payment ({said}); check the account, then start again")
+    if status >= 500 and _ONE_CHOICE.search(text):
+        return Refused("refused", said)
     if status == 429 or status >= 500:
         return Transient(str(status), said, overloaded=True, retry_after_s=wait)
     if status in (408, 409, 425):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_missing_media_are_named_and_tried_again(tmp_path, capsys, caplog):
         assert run(questions, server.url, out) == 1
         assert set(answers(out)) == expected(2)
         assert "question 'gone': media:" in caplog.text and "gone.png: no such file" in caplog.text
-        assert "rejected for good: 4 answers (media 4)" in capsys.readouterr().out
+        assert "rejected for good: 4 answers (media 4)\nstill missing: 4 answers" in capsys.readouterr().out
         (tmp_path / "picture.png").rename(tmp_path / "gone.png")
         assert run(questions, server.url, out) == 0
     assert len(answers(out)) == 12 and not out.with_name("pool.failed.jsonl").exists()
@@ -266,8 +267,14 @@ def test_print_config_and_help(tmp_path, capsys):
     assert "collect.endpoint=[]" in text and "video.num_frames=16" in text and "sft.steps" not in text
 
 
-def test_settings_in_the_manual_exist(repository):
+def test_commands_and_settings_in_the_manual_exist(repository, capsys):
     text = (repository / "docs" / "collect.md").read_text()
+    commands = re.findall(r"-m rmsd_fast\.collect (q.*)", text.replace("\\\n", " "))
+    for command in commands:
+        assert collect.main([*shlex.split(command), "--print-config"]) == 0
+    assert len(commands) == 3 and "first" in capsys.readouterr().out
+    overrides = re.findall(r"`(collect\.\w+=[^`]+)`", text)
+    assert len(overrides) >= 8 and load_collection("", [o for o in overrides if "video_as" not in o])
     names = set(re.findall(r"collect\.(\w+)", text)) - {"md", "py"}
     assert names <= set(CollectConfig.__dataclass_fields__)
     assert {"endpoint", "model", "k", "max_cost", "changed", "api_key_env"} <= names

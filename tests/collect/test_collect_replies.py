@@ -58,6 +58,7 @@ def test_finish_reasons_and_usage():
         (b'{"object": "list"}', "garbage", "expected a list of choices"),
         (b'{"choices": []}', "no answer", "at least one choice with a message"),
         (b'{"choices": [{"error": {"code": 502}, "message": {"content": ""}}]}', "no answer", "at least one choice"),
+        (b'{"choices": [{"finish_reason": "error", "message": {"content": "failed"}}]}', "no answer", "at least one"),
         (b'{"error": {"code": 429, "message": "slow"}}', "429", "429: 429: slow"),
         (b'{"error": "overloaded"}', "500", "overloaded"),
     ],
@@ -81,6 +82,7 @@ def test_bodies_that_are_no_answers(data, kind, says):
         (400, "This model does not support image inputs", "no_vision", "image"),
         (400, "The response was filtered due to the content management policy", "filtered", "policy"),
         (422, "top_p must be below 1", "refused", "top_p"),
+        (500, "Only one completion choice is allowed", "refused", "Only one"),
     ],
 )
 def test_rejections_are_named(status, message, kind, says):
