@@ -64,7 +64,8 @@ class CollectConfig:
     top_p: float | None = number(None, above=0, most=1)
     """Nucleus sampling; null = the server's default."""
     seed: int | None = number(0, least=0, most=2**31 - 1)
-    """Seed from which the seed of each sample is derived, with the question's id and k; null = none is sent."""
+    """Seed from which the seed of each request is derived, with the question's id and its first k; null = none is
+    sent."""
     max_tokens: int = number(2048, least=1)
     """Maximum length of an answer in tokens, with its reasoning."""
     token_limit: str = choice("max_tokens", of=("max_tokens", "max_completion_tokens"))
