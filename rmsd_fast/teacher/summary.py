@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rmsd_fast.config import RunConfig, VideoConfig
+from rmsd_fast.config import RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
 from rmsd_fast.data.preprocess import frame_rule
@@ -137,7 +137,6 @@ def describe_pool(
         summary.lines.append(f"  left out: {left_out} without an answer ({some_ids(unanswered)})")
     summary.lines += _unused(questions, pool, cfg.responses)
     summary += _endings([response.finish_reason for response in used])
-    summary += _frames([response.sampling.get("frames") for response in used], settings.video)
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
         nothing = "no answer is correct" + (" or agrees with another" if every["unlabeled"] else "")
         summary.faults.append(
@@ -164,6 +163,26 @@ def describe_pool(
                 "stage 1 could imitate; check that the pool belongs to these questions, and that the ground truth has "
                 "the teacher's units"
             )
+    return summary
+
+
+def describe_frames(questions: Sequence[Question], pool: Pool, settings: RunConfig) -> Summary:
+    """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames."""
+    summary = Summary()
+    used = [response for question in questions for response in pool[question.id][: settings.teacher.responses]]
+    rules = [response.sampling.get("frames") for response in used]
+    ours = frame_rule(settings.video)
+    if whole := sum(isinstance(rule, str) for rule in rules):
+        summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
+    theirs = [rule for rule in rules if isinstance(rule, dict)]
+    differ = [rule for rule in theirs if {name: value for name, value in rule.items() if name != "family"} != ours]
+    if differ:
+        then, now = (", ".join(f"video.{name}={value}" for name, value in rule.items()) for rule in (differ[0], ours))
+        summary.warnings.append(
+            f"{counted(len(differ), 'answer')} of the teacher to frames that the student does not see (the teacher saw "
+            f"{then}, the student sees {now}): an answer may name what the student cannot see; use the same settings, "
+            "or collect the answers again"
+        )
     return summary
 
 
@@ -197,24 +216,6 @@ def _endings(words: Sequence[str | None]) -> Summary:
             f"finish_reason of {counted(unknown.total(), 'answer')} is unknown ({named}"
             f"{', …' if len(unknown) > SHOWN_NAMES else ''}): truncation is not detected; write stop, length or "
             "content_filter"
-        )
-    return summary
-
-
-def _frames(rules: Sequence[object], video: VideoConfig) -> Summary:
-    """Return lines and warnings about answers to other frames than the student sees. Most pools do not store frames."""
-    summary = Summary()
-    ours = frame_rule(video)
-    if whole := sum(isinstance(rule, str) for rule in rules):
-        summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
-    theirs = [rule for rule in rules if isinstance(rule, dict)]
-    differ = [rule for rule in theirs if {name: value for name, value in rule.items() if name != "family"} != ours]
-    if differ:
-        then, now = (", ".join(f"video.{name}={value}" for name, value in rule.items()) for rule in (differ[0], ours))
-        summary.warnings.append(
-            f"{counted(len(differ), 'answer')} of the teacher to frames that the student does not see (the teacher saw "
-            f"{then}, the student sees {now}): an answer may name what the student cannot see; use the same "
-            "settings, or collect the answers again"
         )
     return summary
 
