@@ -45,8 +45,8 @@ class CollectConfig:
     model: list[str] = field(default_factory=list)
     """Names of the models. With several models, answer k comes from model k modulo their number."""
     api_key_env: list[str] = field(default_factory=lambda: [DEFAULT_KEY])
-    """Environment variables with the API keys: one for all endpoints on the same host, or one for each endpoint. No key
-    is sent if OPENAI_API_KEY, the default, is not set."""
+    """Environment variables with the API keys: one for all endpoints on the same host, or one for each endpoint; [] =
+    no key. If OPENAI_API_KEY, the default, is not set, no key is sent either."""
     k: int = number(4, least=1)
     """K, answers per question (2603.11423: K=4)."""
     adaptive: bool = False
@@ -211,10 +211,10 @@ def teachers(collect: CollectConfig) -> list[Teacher]:
 
 def _keys(collect: CollectConfig, endpoints: list[str]) -> list[str]:
     names = collect.api_key_env
-    hosts = {urlsplit(endpoint).netloc for endpoint in endpoints}
+    hosts = {urlsplit(endpoint).hostname for endpoint in endpoints}
     if len(names) != len(endpoints):
-        away = {host for host in hosts if urlsplit(f"//{host}").hostname not in _LOOPBACK}
-        if len(names) > 1 or (len(hosts) > 1 and away and names and os.environ.get(names[0])):
+        is_away = len(hosts) > 1 and not hosts <= set(_LOOPBACK)
+        if len(names) > 1 or (is_away and names and os.environ.get(names[0])):
             raise SettingsError(
                 f"collect.api_key_env: expected one variable for each of the {len(endpoints)} endpoints, got "
                 f"{len(names)}; list them in the order of collect.endpoint, '' for none, so that no server gets the "

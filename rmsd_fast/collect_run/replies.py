@@ -162,7 +162,7 @@ def failure(status: int, headers: Mapping[str, str], data: bytes) -> Exception:
     said = f"status {status}: {text}"
     wait = retry_after_s(headers)
     if status == 402 or (status == 429 and _QUOTA.search(text)):
-        return Fatal(f"the server asks for payment ({said}); check the account, then start again")
+        return Fatal(f"collect.endpoint: expected an account with credit, got {said}; check it, then start again")
     if status >= 500 and _ONE_CHOICE.search(text):
         return Refused("refused", said)
     if status == 429 or status >= 500:
@@ -171,7 +171,8 @@ def failure(status: int, headers: Mapping[str, str], data: bytes) -> Exception:
         return Transient(str(status), said, retry_after_s=wait)
     if status in (401, 403):
         return Fatal(
-            f"the server rejects the API key ({said}); set the environment variable that collect.api_key_env names"
+            f"collect.api_key_env: expected a key that the server accepts, got {said}; set the environment variable "
+            "that it names"
         )
     if status in (400, 413, 414, 415, 422):
         return Refused(_refusal(status, text), said)

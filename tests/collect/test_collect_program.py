@@ -227,7 +227,10 @@ def test_keys_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("OTHER", "k2")
     assert keys(endpoint=hosts[:1]) == [("k1",)]
     assert keys(endpoint=hosts, api_key_env=["OPENAI_API_KEY", "OTHER"]) == [("k1", "k2")]
-    assert keys(endpoint=["http://localhost:1/v1", "http://localhost:2/v1"]) == [("k1", "k1")]
+    for ports in (["http://localhost:1/v1", "http://127.0.0.1:2/v1"], ["https://a.com:1/v1", "https://a.com:2/v1"]):
+        assert keys(endpoint=ports) == [("k1", "k1")]
+    assert keys(endpoint=hosts, api_key_env=[]) == [("", "")]
+    assert [teacher.keys for teacher in teachers(load_collection("vllm", []).collect)] == [("",)]
     for changes, says in (
         ({"endpoint": hosts}, "so that no server gets the key of another one"),
         ({"endpoint": hosts[:1], "api_key_env": ["GONE"]}, "expected a key in the variable GONE, got nothing"),

@@ -72,10 +72,15 @@ def test_bodies_that_are_no_answers(data, kind, says):
 @pytest.mark.parametrize(
     ("status", "message", "kind", "says"),
     [
-        (401, "Incorrect API key provided", Fatal, "the server rejects the API key"),
-        (403, "no access", Fatal, "set the environment variable that collect.api_key_env names"),
-        (402, "pay", Fatal, "asks for payment"),
-        (429, "You exceeded your current quota", Fatal, "asks for payment"),
+        (
+            401,
+            "Incorrect API key provided",
+            Fatal,
+            "collect.api_key_env: expected a key that the server accepts, got status 401: Incorrect API key",
+        ),
+        (403, "no access", Fatal, "set the environment variable that it names"),
+        (402, "pay", Fatal, "collect.endpoint: expected an account with credit, got status 402: pay"),
+        (429, "You exceeded your current quota", Fatal, "expected an account with credit"),
         (400, "This model's maximum context length is 8192 tokens", "context_too_long", "8192"),
         (413, "", "context_too_long", "413"),
         (400, "m is not a multimodal model", "no_vision", "multimodal"),

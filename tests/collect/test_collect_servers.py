@@ -101,12 +101,12 @@ def test_rejected_requests_are_noted_and_not_repeated(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("act", "says"),
     [
-        (error(401, "Incorrect API key provided: sk-secret"), r"rejects the API key \(status 401"),
+        (error(401, "Incorrect API key provided: sk-secret"), "expected a key that the server accepts, got status 401"),
         (error(400, "m is not a multimodal model"), "got 5 rejections and no answer, first .*use a model that accepts"),
         (error(404, "The model `m` does not exist"), "got status 404: The model `m` does not exist; check the URL"),
         (Act(b"<html><title>Welcome</title></html>"), "got expected JSON, got an HTML page titled 'Welcome'"),
         (Act(b"", 301, {"Location": "http://elsewhere/"}), "status 301"),
-        (error(429, "You exceeded your current quota"), "asks for payment"),
+        (error(429, "You exceeded your current quota"), "expected an account with credit"),
     ],
 )
 def test_errors_that_every_request_would_meet_stop_the_collection(tmp_path, act, says, monkeypatch, caplog):
