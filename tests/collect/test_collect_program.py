@@ -189,6 +189,18 @@ def test_settings_of_a_run_stay_as_they_were():
     assert settings.collect.k == 8 and settings.video.max_video_pixels == 8388608
 
 
+def test_a_recipe_may_add_to_that_of_a_teacher(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: hosted\nvideo: {num_frames: 32}\ncollect: {model: [x], k: 2}\n")
+    settings = load_collection(str(tmp_path / "mine.yaml"), ["collect.k=3"])
+    assert (settings.video.num_frames, settings.collect.model, settings.collect.k) == (32, ["x"], 3)
+    assert settings.collect.token_limit == "max_completion_tokens"
+    with pytest.raises(SettingsError, match="no such file; give a YAML file or one of: .*hosted.*quickstart"):
+        load_collection("elsewhere", [])
+    # A run does not accept the section, because it would have no effect.
+    with pytest.raises(SettingsError, match=r"unknown setting collect\.k"):
+        load_settings("quickstart", ["collect.k=3"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
