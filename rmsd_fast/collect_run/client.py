@@ -26,6 +26,7 @@ FIRST_ATTEMPTS, FIRST_REQUESTS = 3, 8
 # Back-off in seconds: doubled with each attempt, up to the longest one, and multiplied by a random number.
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
 CONNECT_S = 30.0
+LOCAL = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 # A server that answers this many requests for several answers with one answer does not support `n`.
 MOST_IGNORED = 3
 _HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -65,7 +66,10 @@ class Client:
         # httpx logs each URL.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
-        self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
+        # A proxy of the environment cannot reach servers on this machine.
+        direct = dict.fromkeys(LOCAL, httpx2.AsyncHTTPTransport(limits=limits))
+        self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False, mounts=direct)
+        self._urls = [httpx2.URL(f"{endpoint}/chat/completions") for endpoint in teacher.endpoints]
         # Time of the last success, the longest pause that the server has asked for since, and the number of failures
         # that suggest that it is not a chat server.
         self._succeeded_s, self._asked_s, self._strange = 0.0, 0.0, 0
@@ -178,8 +182,7 @@ class Client:
     async def _exchange(self, index: int, body: bytes) -> Reply:
         key = self.teacher.keys[index]
         headers = _HEADERS | ({"Authorization": f"Bearer {key}"} if key else {})
-        url = f"{self.teacher.endpoints[index]}/chat/completions"
-        async with self._http.stream("POST", url, content=body, headers=headers) as response:
+        async with self._http.stream("POST", self._urls[index], content=body, headers=headers) as response:
             pieces, size = [], 0
             async for piece in response.aiter_bytes():
                 pieces.append(piece)

@@ -210,6 +210,8 @@ class Collection:
     def _keep(self, client: Client, question: Question, digest: str, ks: Sequence[int], reply: Reply) -> None:
         """Store the answers of a reply. Its token counts belong to the first one."""
         sampling, collect = sampling_of(self._settings, question, self._family), self._settings.collect
+        # The answers of a reply come from one model, and a hinted answer has a request of its own.
+        key = self._store.expected_key(question, ks[0], digest=digest)
         for k, (text, finish_reason) in zip(ks, reply.answers, strict=False):
             marks = (
                 {HINTED: True} if k == collect.k else {ADAPTIVE: True} if collect.adaptive and k >= collect.k0 else {}
@@ -217,7 +219,7 @@ class Collection:
             response = TeacherResponse(
                 id=question.id,
                 k=k,
-                key=self._store.expected_key(question, k, digest=digest),
+                key=key,
                 text=text,
                 finish_reason=finish_reason,
                 usage=reply.usage if k == ks[0] else {"with": ks[0]},

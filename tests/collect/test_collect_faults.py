@@ -65,7 +65,7 @@ def test_nothing_is_lost_or_doubled_under_faults(tmp_path, count, monkeypatch):
     out = tmp_path / "pool.jsonl"
     with TeacherServer(script, keep=False) as server:
         collection = collect_plainly(
-            questions, [server.url], out, "collect.timeout_s=0.3", "collect.attempts=30", "collect.start_concurrency=32"
+            questions, [server.url], out, "collect.timeout_s=0.5", "collect.attempts=30", "collect.start_concurrency=32"
         )
     lines = out.read_text().splitlines()
     assert set(answers(out)) == expected(count) and len(lines) == 4 * count

@@ -194,6 +194,16 @@ def test_several_models_and_endpoints(tmp_path):
     assert set(answers(replicas)) == expected(40) and min(first.count, second.count) >= 10
 
 
+def test_servers_on_this_machine_need_no_proxy(tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with TeacherServer() as server:
+        urls = [server.url.replace("127.0.0.1", "localhost"), server.url]
+        collect_plainly(plain_questions(tmp_path, 4), urls, tmp_path / "pool.jsonl")
+    assert set(answers(tmp_path / "pool.jsonl")) == expected(4)
+
+
 def test_one_log_message_for_each_problem(tmp_path, caplog):
     """The HTTP client itself would log each URL."""
     caplog.set_level(logging.INFO)
