@@ -325,12 +325,14 @@ class FolderLock:
     Args:
         folder: folder to lock. The file `.lock` in it names the holder of the lock, and is never removed.
         wait_s: how long to wait for another program to release the lock, in seconds.
+        file: name of a file in the folder; only this file is locked, with the lock file `.<file>.lock`.
     Raises:
         Locked: another program holds the lock.
     """
 
-    def __init__(self, folder: Path, *, wait_s: float = 0.0) -> None:
-        self._file = (folder / ".lock").open("a+")
+    def __init__(self, folder: Path, *, wait_s: float = 0.0, file: str = "") -> None:
+        self._file = (folder / (f".{file}.lock" if file else ".lock")).open("a+")
+        locked, kind = (folder / file, "file") if file else (folder, "folder")
         end, warned = time.monotonic() + wait_s, False
         while True:
             try:
@@ -342,18 +344,18 @@ class FolderLock:
                 if time.monotonic() < end:
                     if wait_s > LONG_WAIT_S and not warned:
                         warned = True
-                        log.warning("%s: waiting for %s, which is writing to this folder", folder, holder)
+                        log.warning("%s: waiting for %s, which is writing to this %s", locked, holder, kind)
                     time.sleep(0.1)
                     continue
                 self._file.close()
-                raise Locked(f"{folder}: {holder} is writing to this folder; wait for it, or stop it first") from None
+                raise Locked(f"{locked}: {holder} is writing to this {kind}; wait for it, or stop it first") from None
             except OSError as error:
                 if error.errno not in (ENOLCK, ENOSYS, ENOTSUP):
                     self._file.close()
                     raise
                 log.warning(
                     "%s: its file system does not support locks (%s); make sure that no other program writes there",
-                    folder,
+                    locked,
                     error.strerror,
                 )
                 return

@@ -106,10 +106,9 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
         UserError: a file is damaged, the pool belongs to other questions, or the output exists or cannot be written.
     """
     from rmsd_fast.config import SettingsError
-    from rmsd_fast.data.errors import counted
     from rmsd_fast.stages.inputs import read_pool_files
     from rmsd_fast.teacher.pool import check_pool, write_pool
-    from rmsd_fast.teacher.scores import score_response
+    from rmsd_fast.teacher.scores import repair_pool
 
     # A dangling symbolic link also counts as existing.
     if output.exists() or output.is_symlink():
@@ -118,33 +117,14 @@ def repair(pool_path: Path, questions_path: Path, output: Path, overrides: Seque
         "pool repair", ALSO_READ["repair"], pool_path, questions_path, overrides
     )
     check_pool(pool, questions, max_unanswered_share=1.0)
-    by_id = {question.id: question for question in questions}
-    repaired, rewritten, invalid, foreign = [], 0, 0, 0
-    for identity, responses in pool.items():
-        for response in responses:
-            if identity not in by_id:
-                foreign += 1
-                repaired.append(response)
-                continue
-            # Check the text as sent, even if the pool was repaired before.
-            sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
-            answer = score_response(sent, by_id[identity], settings.teacher)
-            changed = answer.text != sent.text
-            rewritten, invalid = rewritten + changed, invalid + (not answer.valid)
-            raw = sent.text if changed else None
-            quality = answer.quality if by_id[identity].answer is not None else None
-            repaired.append(
-                replace(sent, text=answer.text, raw=raw, reason=answer.reason, valid=answer.valid, quality=quality)
-            )
+    repaired = repair_pool(pool, questions, settings.teacher)
     try:
-        write_pool(output, repaired)
+        write_pool(output, repaired.responses)
     except OSError as error:
         raise SettingsError(
             f"--output {output}: cannot be written ({error.strerror or error}); choose a folder that you can write to"
         ) from error
-    alone = f", {foreign:,} to questions not in {questions_path} left unchanged" if foreign else ""
-    done = f"{rewritten:,} converted to canonical form, {invalid:,} invalid"
-    return f"{output}: {counted(len(repaired), 'answer')}, {done}{alone}"
+    return f"{output}: {repaired.text()}"
 
 
 def _short(text: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rmsd_fast import config as config_module
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError
 from rmsd_fast.files import write_text_atomic
 from rmsd_fast.setting_rules import check_together, refuse_useless
@@ -48,8 +48,11 @@ PATHS = [
     "model.path",
     "made.folder",
 ]
+# Settings whose values are objects with keys of the user's choice.
+FREE = ("collect.extra_body",)
 
 
+@functools.cache
 def _rules(owner: type, prefix: str = "") -> dict[str, Mapping[str, Any]]:
     rules: dict[str, Mapping[str, Any]] = {}
     for item in fields(owner):
@@ -64,7 +67,14 @@ def _rules(owner: type, prefix: str = "") -> dict[str, Mapping[str, Any]]:
 RULES = _rules(RunConfig)
 
 
-def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool = False) -> RunConfig:
+def load_settings(
+    recipe: str,
+    overrides: Iterable[str] = (),
+    *,
+    resumed: bool = False,
+    schema: type[RunConfig] = RunConfig,
+    folders: Sequence[Path] = (RECIPES,),
+) -> RunConfig:
     """Read and check a recipe and its overrides, and return the run's settings.
 
     Args:
@@ -72,6 +82,8 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
             may start with `base: <recipe>` and then overrides that recipe.
         overrides: `section.field=value` strings.
         resumed: whether the file was saved by a run, possibly of an earlier version; missing keys get their defaults.
+        schema: RunConfig, or a dataclass that adds sections to it.
+        folders: folders in which recipes are found by name.
     Returns:
         The settings.
     Raises:
@@ -79,14 +91,14 @@ def load_settings(recipe: str, overrides: Iterable[str] = (), *, resumed: bool =
             has no effect.
     """
     overrides = list(overrides)
-    schema = OmegaConf.structured(RunConfig)
-    from_recipe, own_keys = _read_recipe(recipe) if recipe else (OmegaConf.create({}), [])
-    merged = _merge(schema, from_recipe, where=f"recipe {recipe}")
+    defaults = OmegaConf.structured(schema)
+    from_recipe, own_keys = _read_recipe(recipe, folders) if recipe else (OmegaConf.create({}), [])
+    merged = _merge(defaults, from_recipe, where=f"recipe {recipe}")
     _check(OmegaConf.to_object(merged))
     # Only settings that the recipe sets itself must have an effect, not settings of its base. A file with all settings
     # was saved by a run. The section `evaluate` is useful without held-out questions, because rmsd_fast.evaluate reads
     # the same file and accepts data.heldout on its command line.
-    if not resumed and set(own_keys) != set(_keys(schema)):
+    if not resumed and set(own_keys) != set(_keys(defaults)):
         checked_keys = [key for key in own_keys if not key.startswith("evaluate.")]
         refuse_useless(OmegaConf.to_object(merged), checked_keys, where=f"recipe {recipe}")
     for override in overrides:
@@ -118,19 +130,19 @@ def settings_as_dict(settings: RunConfig) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
-def describe_settings() -> str:
-    """Return the text of `--help`: all settings with default and documentation."""
+def describe_settings(schema: type = RunConfig, sections: Sequence[str] = ()) -> str:
+    """Return the text of `--help`: all settings with default and documentation; with `sections`, only theirs."""
     lines = []
-    for owner in fields(RunConfig):
-        if is_dataclass(owner.default_factory):
+    for owner in fields(schema):
+        if is_dataclass(owner.default_factory) and (not sections or owner.name in sections):
             cls = owner.default_factory
             lines.append(f"\n{owner.name}: {inspect.getdoc(cls)}")
             lines += _describe_fields(cls, prefix=f"{owner.name}.")
-    return "\n".join(_describe_fields(RunConfig, prefix="") + lines)
+    return "\n".join(([] if sections else _describe_fields(schema, prefix="")) + lines)
 
 
 def _describe_fields(cls: type, prefix: str) -> list[str]:
-    documents = _field_documents()[cls.__name__]
+    documents = _field_documents(cls)
     default = cls()
     return [
         f"  {prefix}{f.name}={_as_yaml(getattr(default, f.name))}\n"
@@ -149,28 +161,26 @@ def _as_yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _field_documents() -> dict[str, dict[str, str]]:
-    """Return the string that follows each field in config.py, by class and field."""
-    documents: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        by_field = documents.setdefault(node.name, {})
-        for item, after in zip(node.body, node.body[1:], strict=False):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(item, ast.AnnAssign) and is_text:
-                by_field[item.target.id] = " ".join(after.value.value.split())
+def _field_documents(cls: type) -> dict[str, str]:
+    """Return the string that follows each field in the source of a class, by field."""
+    documents: dict[str, str] = {}
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    for item, after in zip(node.body, node.body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(item, ast.AnnAssign) and is_text:
+            documents[item.target.id] = " ".join(after.value.value.split())
     return documents
 
 
-def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
+def _read_recipe(recipe: str, folders: Sequence[Path], seen: tuple[str, ...] = ()) -> tuple[DictConfig, list[str]]:
     """Return a recipe merged onto its base, and the keys that the recipe sets itself."""
     path = Path(recipe)
     # Path.is_file would raise for names that are too long.
     if not os.path.isfile(path):
-        path = RECIPES / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
+        name = recipe if recipe.endswith(".yaml") else f"{recipe}.yaml"
+        path = next((folder / name for folder in folders if os.path.isfile(folder / name)), path)
     if not os.path.isfile(path):
-        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for folder in folders for p in folder.glob("*.yaml")))
         raise SettingsError(f"recipe {recipe!r}: no such file; give a YAML file or one of: {names}")
     if str(path) in seen:
         raise SettingsError(f"recipe {recipe}: 'base' refers back to itself: {' -> '.join((*seen, str(path)))}")
@@ -186,7 +196,7 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> tuple[DictConfig, l
     if base is None:
         return loaded, own_keys
     beside = path.parent / str(base)
-    base_settings, _ = _read_recipe(str(beside) if beside.is_file() else str(base), (*seen, str(path)))
+    base_settings, _ = _read_recipe(str(beside) if beside.is_file() else str(base), folders, (*seen, str(path)))
     return OmegaConf.merge(base_settings, loaded), own_keys
 
 
@@ -204,7 +214,8 @@ def _merge(schema: DictConfig, changes: DictConfig, where: str) -> DictConfig:
             OmegaConf.update(changes, key, "")
         # YAML reads a bare `on` or `off` as true or false.
         value = OmegaConf.select(changes, key)
-        if isinstance(value, bool) and "on" in RULES.get(key, {}).get("choices", ()):
+        rules = _rules(OmegaConf.get_type(schema))
+        if isinstance(value, bool) and "on" in rules.get(key, {}).get("choices", ()):
             OmegaConf.update(changes, key, "on" if value else "off")
     try:
         return OmegaConf.merge(schema, changes)
@@ -234,7 +245,7 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for name in node:
         child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none():
+        if isinstance(child, DictConfig) and not child._is_none() and f"{prefix}{name}" not in FREE:
             keys += _keys(child, f"{prefix}{name}.")
         else:
             keys.append(f"{prefix}{name}")
@@ -273,7 +284,7 @@ def _check_value(key: str, value: object, rule: Mapping[str, Any]) -> None:
 
 
 def _check(settings: RunConfig) -> None:
-    for key, rule in RULES.items():
+    for key, rule in _rules(type(settings)).items():
         _check_value(key, _value(settings, key), rule)
     for key in _keys(OmegaConf.structured(settings)):
         value = _value(settings, key)

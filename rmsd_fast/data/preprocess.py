@@ -154,6 +154,13 @@ def frame_indices(total: int, fps: float, settings: VideoConfig, preprocessor: P
     return choose(total, fps, settings, needed)
 
 
+def frame_rule(settings: VideoConfig, family: str = "qwen3_vl") -> dict[str, Any]:
+    """Return the settings with which `frame_indices` chooses frames. `family` is added if it is not the default."""
+    names = ("num_frames",) if settings.fps is None else ("fps", "min_frames", "max_frames")
+    rule = {name: getattr(settings, name) for name in names}
+    return rule if family == "qwen3_vl" else rule | {"family": family}
+
+
 def check_frame_counts(settings: VideoConfig, preprocessor: Preprocessor) -> None:
     """Raise SettingsError if the settings could choose fewer frames of a video than a temporal patch has."""
     if (settings.num_frames is None) == (settings.fps is None):

@@ -21,9 +21,9 @@ from rmsd_fast.data.chat_template import (
     response_opening,
 )
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times
-from rmsd_fast.data.marks import MARK, is_unicode
+from rmsd_fast.data.marks import is_unicode
 from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
-from rmsd_fast.data.question_text import question_text
+from rmsd_fast.data.question_text import content_parts, question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_layout, read_media
 
@@ -148,7 +148,7 @@ class PromptBuilder:
     def _prompt_ids(self, question: Question, media: Sequence[Frames | MediaLayout]) -> torch.Tensor:
         text = question_text(question)
         self._refuse_special(question, f"{question.system or ''}{text}")
-        rendered = render(self.tokenizer, _content(text, media), question.system)
+        rendered = render(self.tokenizer, content_parts(text, [frames.kind for frames in media]), question.system)
         return self._encode(self._expand(rendered, media, question))
 
     def build_from_media(self, question: Question, media: tuple[Frames, ...]) -> Prompt:
@@ -241,16 +241,6 @@ class PromptBuilder:
             )
         marks = [media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
-
-
-def _content(text: str, media: Sequence[Frames | MediaLayout]) -> list[dict[str, str]]:
-    """Return the content parts of the user's turn: media at their marks, or before the text if there are no marks."""
-    if not MARK.search(text):
-        return [*({"type": frames.kind} for frames in media), {"type": "text", "text": text}]
-    # MARK.split yields text, kind, text, …
-    pieces = enumerate(MARK.split(text))
-    parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in pieces]
-    return [part for part in parts if part.get("text") != ""]
 
 
 def _refuse_times(prompt: Prompt) -> None:

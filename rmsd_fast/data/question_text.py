@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rmsd_fast.data.marks import MARK
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import bare_options
 
@@ -22,3 +25,18 @@ def question_text(question: Question) -> str:
     options = bare_options(question.options) if question.options else []
     lines = [f"{chr(ord('A') + index)}. {option}" for index, option in enumerate(options)]
     return "\n".join([question.question.strip(), *lines, ANSWER_FORMAT[question.task_type]])
+
+
+def content_parts(text: str, kinds: Sequence[str]) -> list[dict[str, str]]:
+    """Return the content parts of the user's turn: media at their marks, or before the text if there are no marks.
+
+    Args:
+        text: result of question_text.
+        kinds: "video" or "image" for each medium, in the order of `question.media`.
+    """
+    if not MARK.search(text):
+        return [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]
+    # MARK.split yields text, kind, text, …
+    pieces = enumerate(MARK.split(text))
+    parts = [{"type": piece} if place % 2 else {"type": "text", "text": piece} for place, piece in pieces]
+    return [part for part in parts if part.get("text") != ""]

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,24 @@ class JsonLines:
         self._write_pending()
 
     def _cut(self, keep: int | None) -> int:
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines[:keep] if line.endswith(b"\n")]
-        if keep is not None and len(kept) < keep:
+        if not self._path.exists():
+            return 0
+        kept = size = 0
+        # Read line by line, because a pool can be larger than the memory.
+        with self._path.open("rb") as file:
+            for line in islice(file, keep):
+                if line.endswith(b"\n"):
+                    kept, size = kept + 1, size + len(line)
+        if keep is not None and kept < keep:
             log.warning(
                 "%s: expected at least %d lines as in the checkpoint, got %d; the records in between are lost",
                 self._path,
                 keep,
-                len(kept),
+                kept,
             )
-        if lines:
-            os.truncate(self._path, sum(map(len, kept)))
-        return len(kept)
+        if size < self._path.stat().st_size:
+            os.truncate(self._path, size)
+        return kept
 
     def records(self) -> list[dict[str, Any]]:
         """Return all records.

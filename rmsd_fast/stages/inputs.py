@@ -14,7 +14,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
-from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions
+from rmsd_fast.teacher.summary import Summary, describe_frames, describe_pool, describe_questions
 
 # Errors are reported in this order, regardless of the order of the arguments.
 QUESTION_ROLES = ("train", "heldout")
@@ -93,6 +93,7 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         simulated = is_simulated(pool)
         statistics = pool_statistics(scores, answered, settings.teacher, simulated=simulated)
         summary += describe_pool(answered, pool, statistics, unanswered, settings)
+        summary += describe_frames(answered, pool, settings)
         if statistics["all"]["reasons"]:
             example = f"python -m rmsd_fast.pool check {files['pool']} {files['train']}"
             if settings.teacher.unlabeled != "refuse":

@@ -25,6 +25,7 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
     Quality here always uses the metric, even in a run with uniform quality. Invalid answers count as 0. Open questions
     have no metric, and their quality only shows how many answers are valid. They are therefore included in the shares
     of "all", but not in "closed". The quality of answers to closed questions without ground truth is their agreement.
+    Answers that were drawn adaptively, or with a hint, are left out, because they depend on the quality of others.
 
     Args:
         scores: result of score_pool.
@@ -62,7 +63,8 @@ def pool_statistics(scores: Scores, questions: Sequence[Question], cfg: TeacherC
 
 
 def _group(scores: Scores, questions: Sequence[Question], cfg: TeacherConfig) -> dict | None:
-    rows: list[list[ScoredResponse]] = [scores[question.id] for question in questions if scores[question.id]]
+    counted = ([answer for answer in scores[question.id] if answer.is_counted] for question in questions)
+    rows: list[list[ScoredResponse]] = [row for row in counted if row]
     if not rows:
         return None
     flat = [answer for row in rows for answer in row]

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}")
 _REQUIRED = ("id", "k", "text")
 _FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "valid", "quality", "raw", "reason")
+# Marks in `sampling`: an answer that was drawn because the first ones did not settle the question, and an answer to a
+# request that showed the ground truth. Statistics of the teacher leave them out.
+ADAPTIVE, HINTED = MARKS = ("adaptive", "hinted")
 # Field names under which servers and other programs store the reasoning and the required fields.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "think")
 _OTHER_NAMES = {
@@ -88,8 +91,23 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
     Raises:
         DataError: the message names the file, the line, the field, the expected value and the actual value.
     """
-    path = Path(path)
     pool: dict[str, list[TeacherResponse]] = {}
+    for response in read_pool(path):
+        pool.setdefault(response.id, []).append(response)
+    if not pool:
+        raise DataError(f"{path}: expected at least one teacher response, got an empty file; check teacher.pool")
+    return {identity: sorted(responses, key=lambda response: response.k) for identity, responses in pool.items()}
+
+
+def read_pool(path: str | os.PathLike) -> Iterator[TeacherResponse]:
+    """Yield the responses of a pool in the order of the file, without keeping them in memory.
+
+    Args:
+        path: the pool file.
+    Raises:
+        DataError: as load_pool, at the end of the file, with all damaged lines.
+    """
+    path = Path(path)
     places: dict[tuple[str, int], int] = {}
     faults: list[DataError] = []
     number = 0
@@ -100,7 +118,7 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
             continue
         where = f"{path}:{number}"
         try:
-            response = _parse_response(_decode(line, where), where, shared)
+            response = _parse_response(parse_line(line, where), where, shared)
             first = places.setdefault((response.id, response.k), number)
             if first != number:
                 todo = f"it is already at {path}:{first}; remove one of the two lines"
@@ -115,12 +133,9 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
                 torn = "the last line has no newline: an append was interrupted; remove the line"
                 faults.append(DataError(f"{error} ({torn})"))
             continue
-        pool.setdefault(response.id, []).append(response)
+        yield response
     if faults:
         raise several_faults(path, faults, number)
-    if not pool:
-        raise DataError(f"{path}: expected at least one teacher response, got an empty file; check teacher.pool")
-    return {identity: sorted(responses, key=lambda response: response.k) for identity, responses in pool.items()}
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -133,7 +148,14 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def write_pool(path: str | os.PathLike, responses: Iterable[TeacherResponse]) -> None:
     """Write a whole pool atomically."""
-    write_text_atomic(path, "".join(_line(response) for response in responses))
+    # ASCII escapes are needed because a lone surrogate in a response cannot be written as UTF-8.
+    write_text_atomic(path, "".join(json.dumps(as_record(response)) + "\n" for response in responses))
+
+
+def as_record(response: TeacherResponse) -> dict[str, Any]:
+    """Return a response as the object of its line, without fields that are unknown."""
+    record = {name: getattr(response, name) for name in _FIELDS}
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def request_key(
@@ -147,7 +169,8 @@ def request_key(
     Args:
         question: the question; its text, task type, options and kinds of media are part of the key.
         sampling: sampling parameters, and everything else that determines the request (system prompt, template).
-        frame_indices: frames that were sent; None if the media were sent as a whole.
+        frame_indices: frames that were sent; None if the media were sent as a whole, or if `sampling` has the rule that
+            chose them.
         media_digest: result of media_digest.
     """
     request = {"sampling": sampling, "frame_indices": None if frame_indices is None else list(frame_indices)}
@@ -321,19 +344,13 @@ def _advice(name: str, record: dict[str, Any]) -> str:
     return f"rename it to {ours!r}" if ours and ours not in record else "remove it"
 
 
-def _decode(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Return the object of one line of a pool. Raise DataError if the line is not a JSON object in UTF-8."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: expected UTF-8 text, got {error.reason} at byte {error.start}; fix it") from error
     return parse_record(text, where)
-
-
-def _line(response: TeacherResponse) -> str:
-    record = {name: getattr(response, name) for name in _FIELDS}
-    record = {name: value for name, value in record.items() if value is not None}
-    # ASCII escapes are needed because a lone surrogate in a response cannot be written as UTF-8.
-    return json.dumps(record) + "\n"
 
 
 def _question_digest(question: Question) -> str:

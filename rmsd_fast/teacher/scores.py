@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rmsd_fast.config import TeacherConfig
-from rmsd_fast.data.errors import DataError
+from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.marks import SPECIAL_TOKEN, is_unicode
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
 from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
 from rmsd_fast.method.quality import agreement, quality_score, word_overlap
-from rmsd_fast.teacher.pool import TeacherResponse
+from rmsd_fast.teacher.pool import MARKS, TeacherResponse
 
 Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
@@ -50,6 +51,8 @@ class ScoredResponse(NamedTuple):
 
     arXiv 2603.11423 counts the others as format violations.
     """
+    is_counted: bool = True
+    """Whether statistics of the teacher include it: it was neither drawn adaptively nor hinted."""
 
 
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
@@ -95,7 +98,53 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
         if task == "open" and cfg.open_quality == "lexical":
             quality = word_overlap(answer_body(text), _reference(question))
-    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent)
+    is_counted = not any(map(response.sampling.get, MARKS))
+    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent, is_counted)
+
+
+def repaired(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> TeacherResponse:
+    """Return a response with its canonical text where it can be read, next to the text as sent, and with its scores.
+
+    The text as sent is read again even if the response was repaired before. An invalid answer keeps its text, with the
+    reason. The quality is unknown if the question has no answer to compare with.
+    """
+    sent = replace(response, text=response.raw if response.raw is not None else response.text, raw=None)
+    answer = score_response(sent, question, cfg)
+    return replace(
+        sent,
+        text=answer.text,
+        raw=sent.text if answer.text != sent.text else None,
+        reason=answer.reason,
+        valid=answer.valid,
+        quality=answer.quality if question.answer is not None else None,
+    )
+
+
+@dataclass(frozen=True)
+class RepairedPool:
+    """The responses of a repaired pool, and how many were converted to canonical form or are invalid."""
+
+    responses: list[TeacherResponse]
+    foreign: int
+    """Number of responses to other questions, which are unchanged."""
+    rewritten: int
+    invalid: int
+
+    def text(self) -> str:
+        """Return the counts in words."""
+        alone = f", {self.foreign:,} to questions not in the file left unchanged" if self.foreign else ""
+        done = f"{self.rewritten:,} converted to canonical form, {self.invalid:,} invalid"
+        return f"{counted(len(self.responses), 'answer')}, {done}{alone}"
+
+
+def repair_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> RepairedPool:
+    """Repair every response to the questions; see `repaired`."""
+    by_id = {question.id: question for question in questions}
+    responses = [response for answers in pool.values() for response in answers]
+    written = [repaired(r, by_id[r.id], cfg) if r.id in by_id else r for r in responses]
+    ours = [response for response in written if response.id in by_id]
+    rewritten = sum(response.raw is not None for response in ours)
+    return RepairedPool(written, len(written) - len(ours), rewritten, sum(not response.valid for response in ours))
 
 
 def _reference(question: Question) -> str:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from rmsd_fast.config import RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
+from rmsd_fast.data.preprocess import frame_rule
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.task_types import looks_closed
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
+from rmsd_fast.teacher.pool import ADAPTIVE, HINTED
 from rmsd_fast.teacher.scores import Pool
 
 # Below this share of valid answers, something is wrong with the pool as a whole.
@@ -164,8 +166,28 @@ def describe_pool(
     return summary
 
 
+def describe_frames(questions: Sequence[Question], pool: Pool, settings: RunConfig) -> Summary:
+    """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames."""
+    summary = Summary()
+    used = [response for question in questions for response in pool[question.id][: settings.teacher.responses]]
+    rules = [response.sampling.get("frames") for response in used]
+    ours = frame_rule(settings.video)
+    if whole := sum(isinstance(rule, str) for rule in rules):
+        summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
+    theirs = [rule for rule in rules if isinstance(rule, dict)]
+    differ = [rule for rule in theirs if {name: value for name, value in rule.items() if name != "family"} != ours]
+    if differ:
+        then, now = (", ".join(f"video.{name}={value}" for name, value in rule.items()) for rule in (differ[0], ours))
+        summary.warnings.append(
+            f"{counted(len(differ), 'answer')} of the teacher to frames that the student does not see (the teacher saw "
+            f"{then}, the student sees {now}): an answer may name what the student cannot see; use the same settings, "
+            "or collect the answers again"
+        )
+    return summary
+
+
 def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
-    """Return lines about answers in the pool that a run does not use."""
+    """Return lines about answers in the pool that a run or its statistics do not use."""
     asked = {question.id for question in questions}
     foreign = [identity for identity in pool if identity not in asked]
     beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
@@ -173,6 +195,10 @@ def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
     if foreign:
         answers = counted(sum(len(pool[identity]) for identity in foreign), "answer")
         lines.append(f"  not used: {answers} to ids that no question has ({some_ids(foreign)})")
+    used = [response for identity in asked for response in pool[identity][:most]]
+    for mark, what in ((ADAPTIVE, "drawn adaptively"), (HINTED, "with the ground truth as a hint")):
+        if marked := sum(bool(response.sampling.get(mark)) for response in used):
+            lines.append(f"  not in these statistics: {counted(marked, 'answer')} {what}")
     if beyond:
         lines.append(f"  not used: {counted(beyond, 'answer')} after the first {most} (teacher.responses)")
     return lines

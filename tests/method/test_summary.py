@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from rmsd_fast import pool as pool_program
-from rmsd_fast.config import RunConfig, TeacherConfig
+from rmsd_fast.config import RunConfig, TeacherConfig, VideoConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import TeacherResponse, load_pool
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.summary import describe_pool, describe_questions
+from rmsd_fast.teacher.summary import Summary, describe_frames, describe_pool, describe_questions
 
 DRINKS = ("tea", "milk")
 NATURAL = ["It is white.\n\nB. milk", "The answer is A.", "<think>w</think><answer>B</answer>", "A or B"]
@@ -55,6 +55,20 @@ def test_answers_by_task_with_reasons():
         "  left out: 2 questions without an answer (q7, q9)",
     ]
     assert summary.warnings == summary.faults == []
+
+
+def test_frames_that_the_student_does_not_see():
+    def frames(*rules, **video):
+        pool = {"q1": [TeacherResponse("q1", k, "", "x", sampling={"frames": rule}) for k, rule in enumerate(rules)]}
+        return describe_frames([mcq("q1")], pool, RunConfig(video=VideoConfig(**video)))
+
+    assert frames({"num_frames": 16}, {"num_frames": 16, "family": "qwen2_vl"}, None) == Summary()
+    by_rate = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
+    assert frames(by_rate, num_frames=None, fps=2.0) == Summary()
+    (warning,) = frames({"num_frames": 16}, {"num_frames": 64}, by_rate).warnings
+    assert warning.startswith("2 answers of the teacher to frames that the student does not see (the teacher saw ")
+    assert "video.num_frames=64, the student sees video.num_frames=16" in warning
+    assert frames("base64", "file").lines == ["  whole videos: 2 answers to frames that the server chose"]
 
 
 def test_unused_answers_are_counted():

@@ -222,6 +222,17 @@ def test_one_program_at_a_time(tmp_path):
     FolderLock(tmp_path).close()
 
 
+def test_a_lock_of_one_file(tmp_path):
+    with FolderLock(tmp_path, file="a.jsonl"):
+        with pytest.raises(
+            Locked, match=rf"{tmp_path}/a.jsonl: process {os.getpid()} on .* is writing to this file; wait"
+        ):
+            FolderLock(tmp_path, file="a.jsonl")
+        FolderLock(tmp_path, file="b.jsonl").close()
+        FolderLock(tmp_path).close()
+    FolderLock(tmp_path, file="a.jsonl").close()
+
+
 def test_waiting_for_another_program(tmp_path):
     process = hold(tmp_path)
     process.stdin.close()

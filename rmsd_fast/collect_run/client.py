@@ -1,0 +1,199 @@
+"""Send requests to a teacher: attempts, time-outs, flow control, and what each failure means for the collection."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import Counter
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import httpx2
+
+from rmsd_fast.collect_run.config import CollectConfig, Teacher
+from rmsd_fast.collect_run.pacing import Pacer
+from rmsd_fast.collect_run.replies import Fatal, Refused, Reply, Transient, failure, read_reply
+
+log = logging.getLogger("rmsd_fast")
+
+# Larger replies are rejected. An answer of 32k tokens has about 128 KiB, and a reply has up to K of them.
+MOST_REPLY_BYTES = 8 * 2**20
+# A server that has answered nothing and does not look like a chat server gets this many attempts of a request, and this
+# many requests.
+FIRST_ATTEMPTS, FIRST_REQUESTS = 3, 8
+# Back-off in seconds: doubled with each attempt, up to the longest one, and multiplied by a random number.
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
+CONNECT_S = 30.0
+LOCAL = ("all://localhost", "all://127.0.0.1", "all://[::1]")
+# A server that answers this many requests for several answers with one answer does not support `n`.
+MOST_IGNORED = 3
+_HEADERS = {"Content-Type": "application/json", "Accept": "application/json"}
+
+
+class GaveUp(Exception):
+    """A request whose attempts have all failed. The next collection sends it again."""
+
+
+class NotSent(Exception):
+    """A request that was not sent, or not sent again, because the collection stops."""
+
+
+class Client:
+    """Send requests to the endpoints of one teacher. It is used within one event loop, as a context manager.
+
+    Args:
+        collect: settings of the requests.
+        teacher: model, endpoints and keys.
+        stop: once it is set, nothing more is sent.
+    Attributes:
+        counts: number of requests, answered requests, and failures by kind.
+        answered: whether any request has been answered.
+        single: whether each answer needs a request of its own.
+        gives_several: whether a reply has had several answers.
+        pacers: flow control of each endpoint.
+    """
+
+    def __init__(self, collect: CollectConfig, teacher: Teacher, stop: asyncio.Event) -> None:
+        self._collect, self.teacher, self._stop = collect, teacher, stop
+        self.single, self.gives_several, self._ignored = collect.several == "never", False, 0
+        self.counts: Counter[str] = Counter()
+        self.answered = False
+        self.pacers = [Pacer(collect.start_concurrency, collect.max_concurrency) for _ in teacher.endpoints]
+        most = collect.max_concurrency * len(teacher.endpoints)
+        limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
+        # httpx logs each URL.
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
+        timeout = httpx2.Timeout(None, connect=CONNECT_S)
+        # A proxy of the environment cannot reach servers on this machine.
+        direct = dict.fromkeys(LOCAL, httpx2.AsyncHTTPTransport(limits=limits))
+        self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False, mounts=direct)
+        self._urls = [httpx2.URL(f"{endpoint}/chat/completions") for endpoint in teacher.endpoints]
+        # Time of the last success, the longest pause that the server has asked for since, and the number of failures
+        # that suggest that it is not a chat server.
+        self._succeeded_s, self._asked_s, self._strange = 0.0, 0.0, 0
+
+    async def __aenter__(self) -> Client:
+        self._succeeded_s = asyncio.get_running_loop().time()
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        await self._http.aclose()
+
+    async def send(self, body: bytes) -> Reply:
+        """Send a request until it is answered.
+
+        Raises:
+            Refused: the server has rejected the request for good.
+            GaveUp: all attempts have failed.
+            Fatal: no request can succeed, or none has been answered for `collect.outage_s`.
+            NotSent: the collection stops.
+        """
+        counted = 0
+        for attempt in itertools.count():
+            if self._stop.is_set():
+                raise NotSent
+            index = min(range(len(self.pacers)), key=lambda i: self.pacers[i].load)
+            pacer = self.pacers[index]
+            started_s = await pacer.acquire()
+            try:
+                if self._stop.is_set():
+                    raise NotSent
+                self.counts["requests"] += 1
+                reply = await self._attempt(index, body)
+            except Transient as error:
+                self.counts[error.kind] += 1
+                counted += error.kind != "429"
+                if error.overloaded:
+                    pacer.overloaded(started_s, error.retry_after_s)
+                self._check(index, error, counted)
+                pause_s = error.retry_after_s
+            else:
+                self._succeeded_s, self._asked_s = asyncio.get_running_loop().time(), 0.0
+                self.answered = True
+                self.counts["answered"] += 1
+                pacer.succeeded()
+                return reply
+            finally:
+                pacer.release()
+            if pause_s is None:
+                backoff_s = min(FIRST_BACKOFF_S * 2 ** min(attempt, 16), LONGEST_BACKOFF_S)
+                pause_s = backoff_s * random.uniform(0.5, 1)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause_s)
+
+    def learn(self, asked: int, got: int) -> None:
+        """Note how many answers a reply had, to find out whether the server supports `n`."""
+        if asked > 1:
+            self.gives_several = self.gives_several or got > 1
+            self._ignored = self._ignored + 1 if got == 1 else 0
+            if self._ignored >= MOST_IGNORED and not self.gives_several and not self.single:
+                self.single = True
+                log.warning(
+                    "%s answers requests for several answers with one answer; each answer now has a request of its own",
+                    self.teacher.model,
+                )
+
+    def end_pauses(self) -> None:
+        """Wake the requests that wait for a pause or a place, so that they see that the collection stops."""
+        for pacer in self.pacers:
+            pacer.open()
+
+    def _check(self, index: int, error: Transient, counted: int) -> None:
+        """Raise GaveUp or Fatal if another attempt makes no sense."""
+        url = self.teacher.endpoints[index]
+        self._strange += error.wrong_server
+        if not self.answered and error.wrong_server and (counted >= FIRST_ATTEMPTS or self._strange >= FIRST_REQUESTS):
+            advice = "check the URL"
+            if not urlsplit(url).path.strip("/"):
+                advice += ", which usually ends in /v1"
+            raise Fatal(f"collect.endpoint {url}: expected a server with chat completions, got {error}; {advice}")
+        silent_s = asyncio.get_running_loop().time() - self._succeeded_s
+        self._asked_s = max(self._asked_s, error.retry_after_s or 0.0)
+        if silent_s > self._collect.outage_s + self._asked_s:
+            raise Fatal(
+                f"collect.endpoint {url}: expected an answer within "
+                f"collect.outage_s={self._collect.outage_s:g}, got none (last failure: {error}); "
+                "check the server, then start again"
+            )
+        if counted >= self._collect.attempts:
+            raise GaveUp(f"{counted} attempts failed, the last with {error}")
+
+    async def _attempt(self, index: int, body: bytes) -> Reply:
+        """Send a request once. Errors never contain the key, even if the server repeats it."""
+        key = self.teacher.keys[index]
+        try:
+            return await asyncio.wait_for(self._exchange(index, body), self._collect.timeout_s)
+        except asyncio.TimeoutError:
+            text = f"no reply within collect.timeout_s={self._collect.timeout_s:g}"
+            raise Transient("timeout", text, overloaded=True) from None
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            raise Transient("connection", _named(error), wrong_server=True) from None
+        except httpx2.TransportError as error:
+            raise Transient("connection", _named(error)) from None
+        except (httpx2.DecodingError, httpx2.InvalidURL) as error:
+            raise Transient("garbage", _named(error), wrong_server=True) from None
+        except (Transient, Refused, Fatal) as error:
+            if key and key in str(error):
+                error.args = (str(error).replace(key, "[API key]"), *error.args[1:])
+            raise
+
+    async def _exchange(self, index: int, body: bytes) -> Reply:
+        key = self.teacher.keys[index]
+        headers = _HEADERS | ({"Authorization": f"Bearer {key}"} if key else {})
+        async with self._http.stream("POST", self._urls[index], content=body, headers=headers) as response:
+            pieces, size = [], 0
+            async for piece in response.aiter_bytes():
+                pieces.append(piece)
+                size += len(piece)
+                if size > MOST_REPLY_BYTES:
+                    raise Transient("too large", f"a reply of more than {MOST_REPLY_BYTES // 2**20} MiB")
+            data = b"".join(pieces)
+            if response.status_code != 200:
+                raise failure(response.status_code, response.headers, data)
+        return read_reply(data)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
