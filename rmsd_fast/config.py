@@ -422,8 +422,8 @@ class CheckpointConfig:
     """Checkpoints and resume."""
 
     every_steps: int = number(50, least=0)
-    """Interval in steps of a stage for writing checkpoints. One is always written at the end of a stage; 0 = only at
-    the end."""
+    """Interval in steps of a stage for writing checkpoints. One is always written at the end of a stage and before an
+    evaluation during it (`evaluate.every_steps`); 0 = only then."""
     keep: int = number(2, least=1)
     """Number of most recent checkpoints to keep."""
 
@@ -437,8 +437,8 @@ class EvaluateConfig:
     max_questions: int = number(0, least=0)
     """Number of held-out questions to evaluate, from the start of the file; 0 = all."""
     every_steps: int = number(0, least=0)
-    """Interval in steps of stage 2 and of its control for answering the held-out questions during training. The report
-    compares both after equal numbers of steps; 0 = only between stages."""
+    """Interval in steps of stage 2 and of its control for answering the held-out questions during training, each time
+    after a checkpoint. The report compares both after equal numbers of steps; 0 = only between stages."""
     max_new_tokens: int = number(1024, least=1)
     """Maximum length of a response in tokens; decoding is greedy."""
     rollouts: int = number(0, least=0)

@@ -98,10 +98,16 @@ def check_together(settings: RunConfig) -> None:
 def _check_adapter(settings: RunConfig) -> None:
     model, mode, zero = settings.model, settings.discriminator.mode, settings.runtime.zero_stage
     lora = model.adapter == "lora"
-    if mode == "shared" and not lora:
+    judged = uses_discriminator(settings)
+    if judged and mode == "shared" and not lora:
         raise SettingsError(
             "discriminator.mode=shared: expected model.adapter=lora, since policy and discriminator can only share "
             f"weights that are not trained, got model.adapter={model.adapter}; set discriminator.mode=separate or head"
+        )
+    if judged and mode == "head" and zero == 3 and not lora and uses_reference(settings):
+        raise SettingsError(
+            "runtime.zero_stage: expected 0, 1 or 2 with discriminator.mode=head, since the head reads the reference, "
+            "got 3; set runtime.zero_stage=2"
         )
     if not lora:
         return
@@ -113,19 +119,19 @@ def _check_adapter(settings: RunConfig) -> None:
             )
     if not model.lora_targets:
         raise SettingsError("model.lora_targets: expected one or more layers, got none; set e.g. [q_proj,v_proj]")
-    for section, stage in (("sft", "sft"), ("distill", "distill")):
-        if stage in settings.stages and getattr(settings, section).train_vision:
+    for section, stages in (("sft", {"sft"}), ("distill", {"control", "warm_up", "distill"})):
+        if stages & set(settings.stages) and getattr(settings, section).train_vision:
             raise SettingsError(
                 f"{section}.train_vision: expected false with model.adapter=lora, since the vision tower has no "
                 f"adapters, got true; set {section}.train_vision=false"
             )
-    shares = uses_reference(settings) or (uses_discriminator(settings) and mode != "separate")
+    shares = uses_reference(settings) or (judged and mode != "separate")
     if zero == 3 and shares:
         raise SettingsError(
-            "runtime.zero_stage: expected 1 or 2 with model.adapter=lora, since several models share one backbone, got "
-            "3; set runtime.zero_stage=2, which splits the states of the adapters"
+            "runtime.zero_stage: expected at most 2 with model.adapter=lora, since several models share one backbone, "
+            "got 3; set runtime.zero_stage=2, which splits the states of the adapters"
         )
-    if zero == 0 and uses_discriminator(settings) and mode == "shared":
+    if zero == 0 and judged and mode == "shared":
         raise SettingsError(
             "runtime.zero_stage: expected 1 or 2 with discriminator.mode=shared, since ZeRO-0 sums the gradients of "
             "all adapters of the backbone, got 0; set runtime.zero_stage=2"
@@ -305,8 +311,13 @@ def refuse_useless(settings: RunConfig, written_keys: list[str], where: str) -> 
         ),
         (
             ["evaluate.every_steps"],
-            not {"distill", "control"} & set(stages) or settings.evaluate.every_steps >= distill.steps,
-            "it must be below distill.steps, and apply to stage distill or control; lower it, or leave it out",
+            not {"distill", "control"} & set(stages),
+            "only distill and control are evaluated during training; add one of them to stages",
+        ),
+        (
+            ["evaluate.every_steps"],
+            settings.evaluate.every_steps >= distill.steps,
+            f"stage 2 ends after distill.steps={distill.steps}; set a lower value",
         ),
         (
             ["evaluate."],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rmsd_fast.config import STAGES, CheckpointError, DistillConfig, RunConfig, SftConfig, UserError
+from rmsd_fast.config import STAGES, CheckpointError, DistillConfig, RunConfig, SettingsError, SftConfig, UserError
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.records import Question
 from rmsd_fast.files import write_text_atomic
@@ -138,6 +138,11 @@ def control(run: TrainingRun) -> None:
     """
     final = run.folder / "control"
     if run.checkpoint is not None and STAGES.index(run.checkpoint.state["stage"]) > STAGES.index("control"):
+        if "control" not in run.checkpoint.state["fingerprints"]["settings"]["stages"]:
+            raise SettingsError(
+                "stages: expected no control, since the run to continue is already past it, got one; start a new run "
+                f"with stages=[control] model.path={run.stage1}"
+            )
         if not on_main(run.world, final.is_dir):
             raise CheckpointError(
                 f"{final} is missing, but the checkpoint is later than the control; restore the folder"

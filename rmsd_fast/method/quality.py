@@ -173,7 +173,7 @@ def quality_against(
         if answer is None or not parsed:
             scores.append(0.0)
             continue
-        scores.append(math.fsum(weight * _metric(answer, other, *metric) for other, weight in parsed) / total)
+        scores.append(math.fsum(weight * _metric(answer, reference, *metric) for reference, weight in parsed) / total)
     return scores
 
 

@@ -8,14 +8,14 @@ of that pass, because recomputed layers would use the other adapter.
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rmsd_fast.config import ModelConfig, NotInstalled, SettingsError
+from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsError
 from rmsd_fast.files import os_errors_of_safetensors
 
 POLICY, DISCRIMINATOR = "policy", "discriminator"
@@ -36,6 +36,7 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
     Raises:
         NotInstalled: peft is not installed.
         SettingsError: a target is not a linear layer of the language model.
+        ModelError: the model has dropout.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -44,7 +45,13 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
             f"model.adapter=lora: expected the package peft, got none ({error}); run pip install 'rmsd-fast[lora]', "
             "or set model.adapter=none"
         ) from error
-    _check_targets(model, cfg.lora_targets)
+    target_layers(model, cfg.lora_targets)
+    dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
+    if dropout:
+        raise ModelError(
+            f"config.json: attention_dropout: expected 0 with model.adapter=lora, since the reference shares the model "
+            f"in training mode, got {dropout}; set it to 0"
+        )
     # A pattern instead of names, because names would also match layers of the vision tower.
     pattern = rf"{_BODY.replace('.', '[.]')}.*[.]({'|'.join(cfg.lora_targets)})"
     config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=pattern, bias="none")
@@ -56,15 +63,26 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
     activate(model, name)
 
 
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) or _is_adapted(module)}
-    ends = sorted({path.rpartition(".")[2] for path in linear if path.startswith(_BODY)})
+def target_layers(model: nn.Module, targets: list[str]) -> list[nn.Module]:
+    """Return the layers of the language model that get adapters.
+
+    Raises:
+        SettingsError: a target is not a linear layer of the language model.
+    """
+    linear = {
+        path: module
+        for path, module in model.named_modules()
+        if path.startswith(_BODY) and (isinstance(module, nn.Linear) or _is_adapted(module))
+    }
+    ends = sorted({path.rpartition(".")[2] for path in linear})
     for target in targets:
         if target not in ends:
             raise SettingsError(
                 f"model.lora_targets: expected linear layers of the language model, {ends}, got {target!r}; leave it "
                 "out"
             )
+
+    return [module for path, module in linear.items() if path.rpartition(".")[2] in targets]
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -90,10 +108,12 @@ def activate(model: nn.Module, name: str | None) -> None:
         layer.set_adapter(name)
 
 
+@torch.no_grad()
 def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the weights of the model with an adapter merged into them, under the names of the model without adapters.
 
-    The sums are computed in float32 and rounded once.
+    The sums are computed in float32 and rounded once. They are in host memory, because all of them together take as
+    much memory as the model.
     """
     layers = adapted_layers(model)
     weights = {
@@ -102,7 +122,7 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     for path, layer in layers.items():
         base = layer.get_base_layer().weight
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        weights[f"{path}.weight"] = (base.float() + layer.scaling[name] * (b.float() @ a.float())).to(base.dtype)
+        weights[f"{path}.weight"] = (base.float() + layer.scaling[name] * (b.float() @ a.float())).to("cpu", base.dtype)
     return weights
 
 
@@ -118,9 +138,10 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str)
     from safetensors.torch import save_file
 
     folder.mkdir()
-    config = model.peft_config[name].to_dict()
-    config |= {"base_model_name_or_path": base_model, "inference_mode": True, "task_type": "CAUSAL_LM"}
-    type(model.peft_config[name])(**_accepted(model.peft_config[name], config)).save_pretrained(folder)
+    config = replace(
+        model.peft_config[name], base_model_name_or_path=base_model, inference_mode=True, task_type="CAUSAL_LM"
+    )
+    config.save_pretrained(folder)
     tensors = {}
     for path, layer in adapted_layers(model).items():
         for part in ("lora_A", "lora_B"):
@@ -128,8 +149,3 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str)
             tensors[f"base_model.model.{path}.{part}.weight"] = weight.detach().contiguous()
     with os_errors_of_safetensors(folder):
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _accepted(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(config) if field.init}
-    return {key: value for key, value in values.items() if key in names}

@@ -20,7 +20,7 @@ class Discriminator(nn.Module):
         model: the student to start from. Its language-model head is not used.
         seed: seed of the value head's initial weights.
         zero_head: start with weights of 0, so that all scores are equal at first.
-        own: whether the model belongs to the discriminator alone. A model that is shared keeps its language-model head.
+        keeps_lm_head: whether the language-model head stays, because the model is shared.
         adapter: the adapter that it uses, if the model has adapters; None = the backbone alone.
     """
 
@@ -30,12 +30,12 @@ class Discriminator(nn.Module):
         *,
         seed: int,
         zero_head: bool = False,
-        own: bool = True,
+        keeps_lm_head: bool = False,
         adapter: str | None = DISCRIMINATOR,
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
-        if own and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        if not keeps_lm_head and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             # An untied head would not be trained but would still take memory and optimizer state.
             model.lm_head = None
         hidden_size = model.config.text_config.hidden_size

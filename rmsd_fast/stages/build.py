@@ -191,7 +191,7 @@ def make_discriminator(state: StageState, path: str) -> Discriminator:
             backbone = state.student.model
         else:
             backbone = state.reference.model if state.reference else load(path, settings, world).model
-        discriminator = Discriminator(backbone, own=False, adapter=None, **head)
+        discriminator = Discriminator(backbone, keeps_lm_head=True, adapter=None, **head)
         discriminator.requires_grad_(False)
         discriminator.value_weight.requires_grad_(True)
         discriminator.value_bias.requires_grad_(True)
@@ -201,7 +201,7 @@ def make_discriminator(state: StageState, path: str) -> Discriminator:
         add_adapter(student.model, DISCRIMINATOR, settings.model, seed=settings.seed)
     freeze(student.model, train_vision=settings.distill.train_vision)
     _checkpoint_layers(student.model, settings)
-    return Discriminator(student.model, own=mode == "separate", **head).train()
+    return Discriminator(student.model, keeps_lm_head=mode == "shared", **head).train()
 
 
 def _checkpoint_layers(model, settings: RunConfig) -> None:

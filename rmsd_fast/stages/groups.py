@@ -116,7 +116,7 @@ def make_order_pairs(groups: list[RolloutGroup]) -> Pairs:
 
 
 def _true_quality(group: RolloutGroup) -> torch.Tensor:
-    """Return the quality of the teacher's responses; zeros without ground truth, like the content reward."""
+    """Return the quality of the teacher's responses; zeros without ground truth, where it is only their agreement."""
     has_truth = group.prompt.question.has_truth
     return group.targets.quality if has_truth else torch.zeros_like(group.targets.quality)
 
@@ -205,7 +205,8 @@ def _score_counts(group: RolloutGroup, score_groups: str) -> bool:
     if score_groups == "flat_content":
         return bool(degenerate_groups(group.content))
     if score_groups == "teacher_ahead" and group.kept and group.prompt.question.has_truth:
-        return float(group.content.mean()) < group.targets.target_quality
+        # Qualities are float32 numbers.
+        return float(group.content.double().mean()) < group.targets.target_quality - 1e-6
     return True
 
 

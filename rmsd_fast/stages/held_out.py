@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from rmsd_fast.models.students import Student
 from rmsd_fast.runtime.process_group import on_main
+from rmsd_fast.setting_rules import uses_discriminator
 from rmsd_fast.stages.build import load
 from rmsd_fast.stages.evaluation import (
     answer_questions,
@@ -33,7 +34,7 @@ def evaluate(run: TrainingRun, path: str, name: str) -> None:
     result, answered = _evaluate(run, name, loaded)
     if result and answered:
         run.metrics.message(format_table(result))
-        for line in warn_if_behind(result["differences"]):
+        for line in warn_if_behind(result["differences"], judged=uses_discriminator(run.settings)):
             run.metrics.message(line)
 
 
@@ -47,10 +48,11 @@ def evaluate_step(run: TrainingRun, stage: str, step: int, state: StageState) ->
             yield state.student
 
     result, answered = _evaluate(run, interim_name(stage, step), in_training)
-    # The loader's counts of the next step must not include the media of the evaluation.
+    # The counts of the next step must not include the media of the evaluation. Those of the loader's own reads in the
+    # meantime are lost.
     run.media.take_counts()
     if result and answered:
-        for line in describe_progress(result["progress"], stage, step):
+        for line in describe_progress(result["progress"], stage, step, judged=uses_discriminator(run.settings)):
             run.metrics.message(line)
 
 
@@ -61,7 +63,9 @@ def is_due(run: TrainingRun, stage: str, step: int) -> bool:
     return bool(interim and every and step % every == 0 and run.material.heldout)
 
 
-def _evaluate(run: TrainingRun, name: str, student) -> tuple[dict | None, bool]:
+def _evaluate(
+    run: TrainingRun, name: str, open_student: Callable[[], AbstractContextManager[Student]]
+) -> tuple[dict | None, bool]:
     """Return the evaluation, on the main process only, and whether the questions were answered just now."""
     questions = run.material.heldout
     run.stop.check()
@@ -70,8 +74,8 @@ def _evaluate(run: TrainingRun, name: str, student) -> tuple[dict | None, bool]:
     answered = on_main(run.world, lambda: read_predictions(run.folder, name, questions) is None)
     records: list[dict] = []
     if answered:
-        with student() as model:
-            records = answer_questions(model, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
+        with open_student() as student:
+            records = answer_questions(student, questions, run.settings, run.world, run.media, name=name, stop=run.stop)
     result = None
 
     def write() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from rmsd_fast.config import ModelConfig, ModelError, RunConfig
 from rmsd_fast.data.errors import counted
+from rmsd_fast.models.adapters import target_layers
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.setting_rules import uses_discriminator, uses_reference
 from rmsd_fast.stages.inputs import read_inputs
@@ -64,9 +65,9 @@ def _stage_lines(settings: RunConfig) -> list[str]:
     late = settings.distill
     for stage, steps, batch in (
         ("sft", settings.sft.steps, settings.sft.batch_size),
+        ("control", late.steps, late.batch_size),
         ("warm_up", settings.discriminator.warm_up_steps, late.batch_size),
         ("distill", late.steps, late.batch_size),
-        ("control", late.steps, late.batch_size),
     ):
         if stage not in settings.stages:
             continue
@@ -172,16 +173,18 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(config: dict, model_config: ModelConfig) -> Parameters:
-    """Count the parameters of a Qwen3-VL configuration without allocating weights."""
+    """Count the parameters of a Qwen3-VL configuration without allocating weights.
+
+    Raises:
+        SettingsError: a target of the adapters is not a linear layer of the language model.
+    """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    layers = [
-        layer
-        for name, layer in model.model.language_model.named_modules()
-        if name.rpartition(".")[2] in model_config.lora_targets
-    ]
-    adapter = sum(model_config.lora_rank * (layer.in_features + layer.out_features) for layer in layers)
+    adapter = 0
+    if model_config.adapter == "lora":
+        layers = target_layers(model, model_config.lora_targets)
+        adapter = sum(model_config.lora_rank * (layer.in_features + layer.out_features) for layer in layers)
     return Parameters(total, sum(p.numel() for p in model.model.visual.parameters()), adapter)

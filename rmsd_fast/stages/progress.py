@@ -59,19 +59,26 @@ def measure_progress(steps: Sequence[int], last: int, read: Callable[[str], list
 
 def measured(result: Mapping[str, Any]) -> dict[str, dict]:
     """Return the entries that measure a student, or a difference: of greedy and, if there are any, sampled answers."""
-    found = {}
-    for name, part in (("greedy", result), ("sampled", result.get("sampled", {}))):
-        key = next((key for key in MEASURES if key in part), None)
+    entries = {}
+    for answers, scores in (("greedy", result), ("sampled", result.get("sampled", {}))):
+        key = next((key for key in MEASURES if key in scores), None)
         if key is not None:
-            found[name] = part[key]
-    return found
+            entries[answers] = scores[key]
+    return entries
 
 
-def describe_progress(entries: Sequence[Mapping[str, Any]], stage: str, step: int) -> list[str]:
-    """Return lines about a student in training: its score, and its differences from stage 1 and the control."""
+def describe_progress(entries: Sequence[Mapping[str, Any]], stage: str, step: int, *, judged: bool) -> list[str]:
+    """Return lines about a student in training: its score, and its differences from stage 1 and the control.
+
+    Args:
+        entries: result of `measure_progress`.
+        stage: stage that trains the student.
+        step: number of its steps so far.
+        judged: whether a discriminator is trained.
+    """
     entry = next((entry for entry in entries if entry["step"] == step), None)
     student = STUDENT_OF[stage]
-    if entry is None or not (scores := measured(entry["students"][student])):
+    if entry is None or not (scores := measured(entry["students"].get(student, {}))):
         return []
     shown = ", ".join(f"{name} {score['mean']:.3f}" for name, score in scores.items())
     lines = [f"{stage} step {step}, held-out: {shown}"]
@@ -79,17 +86,21 @@ def describe_progress(entries: Sequence[Mapping[str, Any]], stage: str, step: in
         if key.startswith(f"{student}-"):
             shown = [f"{name} {signed_interval(d)}" for name, d in measured(difference).items()]
             lines.append(f"  {key}: {', '.join(shown)}")
-    return lines + warn_if_behind(entry["differences"])
+    return lines + warn_if_behind(entry["differences"], judged=judged)
 
 
-def warn_if_behind(differences: Mapping[str, Any]) -> list[str]:
+def warn_if_behind(differences: Mapping[str, Any], *, judged: bool) -> list[str]:
     """Return a warning if stage 2 is worse than its control or stage 1, by an interval over questions."""
     lines = []
-    for key, other in (("stage2-control", "more imitation (the control)"), ("stage2-stage1", "the stage-1 student")):
+    advice = "Lower distill.lr, raise distill.kl_coef, or continue with imitation"
+    if judged:
+        advice = (
+            "Compare teacher/headroom and discriminator/content_correlation in the report; lower reward.alpha or "
+            "distill.lr, or continue with imitation"
+        )
+    for key, baseline in (("stage2-control", "more imitation (the control)"), ("stage2-stage1", "the stage-1 student")):
         behind = [name for name, d in measured(differences.get(key, {})).items() if d["high"] < 0]
         if behind:
-            lines.append(
-                f"WARNING: stage 2 is behind {other} in {' and '.join(behind)} answers. Compare teacher/headroom and "
-                "discriminator/content_correlation in the report; lower reward.alpha, or continue with imitation"
-            )
+            answers = " and ".join(behind)
+            lines.append(f"WARNING: stage 2 is behind {baseline} in {answers} answers. {advice}")
     return lines

@@ -48,7 +48,7 @@ log = logging.getLogger("rmsd_fast")
 LOGS = ("rollouts", "bad_media", "skipped")
 # A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
-PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "liger-kernel", "deepspeed", "torchcodec")
+PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "torchcodec")
 
 
 @dataclass
@@ -496,10 +496,13 @@ def export(run: TrainingRun, student: Student, engine: Engine, folder: Path, sta
 
 def _origin(run: TrainingRun, stage: str) -> dict[str, Any]:
     """Return the arguments of an export that describe the training."""
-    path = run.settings.model.path
-    # Checkpoints are two folders deeper, but their exports are only for inspection.
-    start = path if stage == "sft" or "sft" not in run.settings.stages else "../../stage1"
-    return {"base_model": path, "stage": stage, "video": run.settings.video, "adapter_base": start}
+    start = run.material.model_path if stage == "sft" else run.stage1
+    return {
+        "base_model": run.settings.model.path,
+        "stage": stage,
+        "video": run.settings.video,
+        "adapter_base": start,
+    }
 
 
 def rate_of(stage_settings, *, steps: int) -> Callable[[int], float]:

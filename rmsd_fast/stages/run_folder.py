@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -143,8 +142,9 @@ def check_changes(
         raise SettingsError("--allow-changes: expected a change from the run to continue, got none; leave it out")
     if checkpoint is not None:
         _refuse_late_changes(settings, checkpoint.state)
+        _refuse_other_models(former, now)
     if changes:
-        _take_changes(settings, folder)
+        _take_changes(settings, folder, keep_interim=_same_answers(former["settings"], now["settings"]))
     return {**fingerprints, **now}
 
 
@@ -176,7 +176,9 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
     """Reject changed settings of completed stages, and fewer steps of the current stage than are already done."""
     former = state["fingerprints"]["settings"]
     now = settings_as_dict(settings)
-    for stage in (stage for stage in STAGES[: STAGES.index(state["stage"]) + 1] if stage in former["stages"]):
+    for stage in STAGES[: STAGES.index(state["stage"]) + 1]:
+        if stage not in former["stages"] or (stage == "control" and stage not in now["stages"]):
+            continue
         section, steps = STEPS[stage]
         # The current stage may get more steps, even if it is complete.
         if (
@@ -201,12 +203,37 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
             )
 
 
-def _take_changes(settings: RunConfig, folder: Path) -> None:
-    """Save the new settings next to the previous ones, and delete predictions so that they are generated again."""
+def _refuse_other_models(former: dict, now: dict) -> None:
+    """Reject another model to start from, because checkpoints hold only the weights that are trained."""
+    for name, before, after in (
+        ("model.path", former["files"].get("model"), now["files"].get("model")),
+        ("stage1", former.get("stage1"), now.get("stage1")),
+    ):
+        if before and after and before != after:
+            raise CheckpointError(
+                f"{name}: expected the files with which the run started, since its checkpoints hold only trained "
+                "weights, got others; restore the files, or start a new run"
+            )
+
+
+def _same_answers(former: dict, now: dict) -> bool:
+    """Return whether students answer the held-out questions as before, so that earlier answers stay comparable."""
+    sections = ("evaluate", "video", "data", "made", "teacher")
+    same = all(former.get(name) == now[name] for name in sections)
+    return same and former["rollout"].get("temperature") == now["rollout"]["temperature"]
+
+
+def _take_changes(settings: RunConfig, folder: Path, *, keep_interim: bool) -> None:
+    """Save the new settings next to the previous ones, and delete predictions so that they are generated again.
+
+    Answers during training cannot be generated again, so they are kept if they stay comparable.
+    """
     number = len(list(folder.glob("config.before-*.yaml"))) + 1
     write_text_atomic(folder / f"config.before-{number}.yaml", (folder / "config.yaml").read_text(encoding="utf-8"))
     write_text_atomic(folder / "config.yaml", to_yaml(settings))
-    shutil.rmtree(folder / "predictions", ignore_errors=True)
+    for path in (folder / "predictions").glob("*.jsonl"):
+        if not (keep_interim and "@" in path.stem):
+            path.unlink()
     (folder / "forecast.json").unlink(missing_ok=True)
 
 

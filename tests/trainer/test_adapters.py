@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from train_runs import metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.config import SettingsError
-from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, activate, adapted_layers, merged_weights
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, adapted_layers
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.process_group import start, stop
@@ -136,7 +136,6 @@ def test_merged_weights_and_adapter_alone_give_the_same_logits(folder, material,
         randomize(student.model, name, seed)
     export_student(student, tmp_path / "export", stage="distill", adapter_base=material.model_path)
     ids = torch.arange(40).reshape(2, 20) + 100
-    activate(student.model, POLICY)
     merged = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "export", dtype="float32")
     base = Qwen3VLForConditionalGeneration.from_pretrained(material.model_path, dtype="float32")
     with torch.no_grad():
@@ -151,7 +150,7 @@ def test_merged_weights_and_adapter_alone_give_the_same_logits(folder, material,
     # lora_alpha / lora_rank = 32 / 4.
     path, layer = next(iter(adapted_layers(student.model).items()))
     product = 8 * layer.lora_B[POLICY].weight @ layer.lora_A[POLICY].weight
-    weight = merged_weights(student.model, POLICY)[f"{path}.weight"]
+    weight = load_file(tmp_path / "export" / "model.safetensors")[f"{path}.weight"]
     assert torch.allclose(weight, layer.get_base_layer().weight + product, atol=1e-6)
 
 
@@ -201,14 +200,17 @@ def whole(tmp_path_factory, made):
 
 def test_a_run_with_adapters_saves_only_their_states_and_resumes_exactly(whole, tmp_path):
     checkpoint = whole / "checkpoints" / "step_8"
+    buffers = {name for name, _ in load_student(whole / "export", dtype="float32").model.named_buffers()}
     student = load_file(whole / "export" / "model.safetensors")
     total = sum(tensor.numel() for tensor in student.values())
     for name in ("policy", "discriminator"):
         trained = json.loads((checkpoint / "engines" / name / "engine.json").read_text())["trainable"]
         assert all(".lora_" in weight or weight.startswith("value_") for weight in trained)
-        assert (
-            sum(t.numel() for t in load_file(checkpoint / "engines" / name / "rank_00000.safetensors").values()) < total
-        )
+        states = load_file(checkpoint / "engines" / name / "rank_00000.safetensors")
+        assert sum(tensor.numel() for tensor in states.values()) < total
+        saved = load_file(checkpoint / "engines" / name / "weights.safetensors")
+        assert set(trained) <= saved.keys()
+        assert {weight.removeprefix("model.") for weight in saved.keys() - set(trained)} <= buffers
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     shutil.rmtree(run / "checkpoints" / "step_9")
     shutil.rmtree(run / "export")
@@ -242,7 +244,12 @@ def test_two_processes_train_shared_adapters_like_one(whole, made, tmp_path):
         ([*LORA, "distill.train_vision=true"], "distill.train_vision: expected false"),
         ([*LORA, "model.lora_targets=[lm_head]"], "model.lora_targets: expected layers of the language model's body"),
         ([*LORA, "model.lora_targets=[]"], "model.lora_targets: expected one or more layers"),
-        ([*LORA, "runtime.zero_stage=3"], "runtime.zero_stage: expected 1 or 2 with model.adapter=lora"),
+        ([*LORA, "runtime.zero_stage=3"], "runtime.zero_stage: expected at most 2 with model.adapter=lora"),
+        (["discriminator.mode=head", "runtime.zero_stage=3"], "runtime.zero_stage: expected 0, 1 or 2 with discrim"),
+        (
+            [*LORA, "stages=[sft,control]", "distill.train_vision=true"],
+            "distill.train_vision: expected false with model.adapter=lora",
+        ),
         (
             [*LORA, "discriminator.mode=shared", "runtime.zero_stage=0"],
             "runtime.zero_stage: expected 1 or 2 with discriminator.mode=shared",
@@ -254,6 +261,12 @@ def test_settings_that_adapters_cannot_have_are_refused(overrides, says):
         load_settings("quickstart", overrides)
 
 
-def test_a_target_that_is_no_layer_is_refused(folder, material, world):
+def test_settings_that_adapters_can_have_are_accepted():
+    without = ["model.adapter=none", "stages=[sft]"]
+    assert load_settings("rmsd_qwen3vl_4b_lora", without).discriminator.mode == "shared"
+    load_settings("quickstart", ["discriminator.mode=head", "runtime.zero_stage=3", "distill.kl_coef=0"])
+
+
+def test_an_unknown_target_is_refused(folder, material, world):
     with pytest.raises(SettingsError, match=r"model\.lora_targets: .*'up_proj'.* got 'w1'; leave it out"):
         state_of(folder, material, world, "model.lora_targets=[q_proj,w1]")

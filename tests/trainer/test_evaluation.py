@@ -22,6 +22,7 @@ from rmsd_fast.stages.evaluation import (
     write_evaluation,
     write_predictions,
 )
+from rmsd_fast.stages.progress import describe_progress, interim_steps, measure_progress, warn_if_behind
 
 
 def records(scores, task="mcq"):
@@ -231,6 +232,33 @@ def test_summary_and_table_of_meanings(tmp_path):
     lines = format_table(evaluation).splitlines()
     assert [line.split()[0] for line in lines] == ["task", "mcq", "open", "meaning", "closed"]
     assert lines[3].split() == ["meaning", "-", "0.800", "[0.49,", "0.94]", "-"]
+
+
+def test_progress_by_hand(tmp_path):
+    scores = {"stage1": [0.0, 0.0], "control@5": [1.0, 1.0], "stage2@5": [0.0, 0.5], "control": [0.5, 0.5]}
+    answers = {name: records(values) for name, values in scores.items()}
+    write = {name: write_predictions(tmp_path, name, rows) for name, rows in answers.items()}
+    assert len(write) == 4 and interim_steps(tmp_path) == [5]
+    entries = measure_progress([5], 8, answers.get)
+    assert [entry["step"] for entry in entries] == [0, 5, 8]
+    means = [{name: s["closed"]["mean"] for name, s in entry["students"].items()} for entry in entries]
+    assert means == [{"stage2": 0, "control": 0}, {"stage2": 0.25, "control": 1}, {"control": 0.5}]
+    assert {key: d["closed"]["mean"] for key, d in entries[1]["differences"].items()} == {
+        "stage2-control": -0.75,
+        "stage2-stage1": 0.25,
+        "control-stage1": 1.0,
+    }
+    assert list(entries[2]["differences"]) == ["control-stage1"] and entries[0]["differences"] == {}
+    head, *differences, warning = describe_progress(entries, "distill", 5, judged=True)
+    assert head == "distill step 5, held-out: greedy 0.250"
+    assert differences[0].startswith("  stage2-control: greedy -0.750 [-1.000, ")
+    assert "WARNING: stage 2 is behind more imitation (the control) in greedy answers" in warning
+    assert "lower reward.alpha" in warning
+    (unjudged,) = warn_if_behind(entries[1]["differences"], judged=False)
+    assert "reward.alpha" not in unjudged
+    assert warn_if_behind({"stage2-control": compare(answers["control@5"], answers["control"])}, judged=True) == []
+    assert describe_progress(entries, "distill", 8, judged=True) == []
+    assert measure_progress([], 8, answers.get) == []
 
 
 def test_meaning_of_greedy_and_sampled_answers_is_compared():

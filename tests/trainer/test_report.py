@@ -284,6 +284,8 @@ def test_an_unfinished_last_line_is_skipped_with_a_note(run: Path) -> None:
         ("evaluation.json", "{", "expected a JSON object"),
         ("evaluation.json", '{"students": [1]}', "field 'students'"),
         ("evaluation.json", '{"floors": {"mcq": [0.3, "B"]}}', "field 'floors'"),
+        ("evaluation.json", '{"progress": {}}', "field 'progress'"),
+        ("evaluation.json", '{"progress": [{"step": 5, "students": {"stage2": 1}}]}', "field 'progress'"),
         ("evaluation.json", '{"students": {"stage1": {"tasks": {"mcq": 0.5}}}}', "field 'tasks' of 'stage1'"),
         ("samples.jsonl", "x\n{}\n", "samples.jsonl:1:"),
         ("samples.jsonl", '{}\n{"videos": 5}\n', "samples.jsonl:2: field 'videos'"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rmsd_fast.config import RunConfig, SettingsError
+from rmsd_fast.config import CheckpointError, RunConfig, SettingsError
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.process_group import World
-from rmsd_fast.settings import settings_as_dict
+from rmsd_fast.settings import load_settings, save_settings, settings_as_dict
 from rmsd_fast.stages import run as stage_run
 from rmsd_fast.stages import run_folder
 
@@ -88,3 +89,49 @@ def test_lines_that_cannot_be_written_are_in_the_checkpoint(tmp_path, monkeypatc
     assert [record["n"] for record in again.records()] == [1, 2, 3]
     again.sync()
     assert again.lines == 3
+
+
+def test_another_model_to_start_from_is_refused():
+    """Checkpoints hold only trained weights, so the others come from this model."""
+    former = {"files": {"model": {"model.safetensors": "00"}, "train": "1"}, "stage1": {"model.safetensors": "aa"}}
+    run_folder._refuse_other_models(former, {**former, "files": {**former["files"], "train": "2"}})
+    with pytest.raises(CheckpointError, match=r"model\.path: expected the files with which the run started"):
+        run_folder._refuse_other_models(former, {**former, "files": {"model": {"model.safetensors": "01"}}})
+    with pytest.raises(CheckpointError, match="stage1: expected the files with which the run started"):
+        run_folder._refuse_other_models(former, {**former, "stage1": {"model.safetensors": "ab"}})
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("checkpoint.every_steps=7", {"control@2.jsonl"}),
+        ("distill.kl_coef=0.5", {"control@2.jsonl"}),
+        ("evaluate.max_new_tokens=9", set()),
+        ("rollout.temperature=0.5", set()),
+        ("video.num_frames=4", set()),
+    ],
+)
+def test_changes_keep_the_answers_during_training_that_stay_comparable(tmp_path, override, kept):
+    former = load_settings("quickstart")
+    save_settings(former, tmp_path / "config.yaml")
+    (tmp_path / "predictions").mkdir()
+    for name in ("control.jsonl", "control@2.jsonl"):
+        (tmp_path / "predictions" / name).write_text("{}\n")
+    fingerprints = {"settings": settings_as_dict(former), "files": {}}
+    checkpoint = SimpleNamespace(
+        state={"stage": "distill", "step": 1, "finished": False, "fingerprints": deepcopy(fingerprints)}
+    )
+    now = load_settings("quickstart", [override])
+    run_folder.check_changes(now, tmp_path, checkpoint, {**fingerprints, "settings": settings_as_dict(now)}, True)
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == kept
+
+
+def test_more_steps_than_the_control_has_taken_are_refused_while_it_is_compared():
+    former = load_settings("quickstart")
+    state = {"stage": "distill", "step": 5, "fingerprints": {"settings": settings_as_dict(former)}}
+    more = load_settings("quickstart", ["distill.steps=90"])
+    with pytest.raises(SettingsError, match=r"distill\.steps=90: expected 60, with which the control was trained"):
+        run_folder._refuse_late_changes(more, state)
+    run_folder._refuse_late_changes(load_settings("quickstart", ["distill.kl_coef=0.5"]), state)
+    without = load_settings("quickstart", ["distill.steps=90", "stages=[sft,warm_up,distill]"])
+    run_folder._refuse_late_changes(without, state)

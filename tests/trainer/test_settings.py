@@ -156,8 +156,9 @@ def test_help_documents_every_field():
         (["stages=[sft,control]", "rollout.n=3"], "no stage samples rollouts"),
         (["stages=[sft,control]", "distill.kl_coef=0.1"], "the control has no policy loss"),
         (["stages=[sft,distill,control]"], "expected a subsequence of"),
+        (["stages=[sft]", "evaluate.every_steps=5"], "only distill and control are evaluated during training"),
         (["teacher.responses=8"], "teacher.responses: expected at most made.responses=4"),
-        (["evaluate.every_steps=60"], "evaluate.every_steps has no effect: it must be below distill.steps"),
+        (["evaluate.every_steps=60"], "evaluate.every_steps has no effect: stage 2 ends after distill.steps=60"),
         (
             ["reward.unlabeled=teacher"],
             "reward.unlabeled has no effect: teacher.unlabeled=refuse requires every ground",
@@ -272,11 +273,14 @@ def test_parameter_count_of_the_4b_student():
         deepstack_visual_indexes=[5, 11, 17],
     )
     config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
-    size = count_parameters(config, ModelConfig(lora_rank=4, lora_targets=["q_proj", "down_proj"]))
+    size = count_parameters(config, ModelConfig(adapter="lora", lora_rank=4, lora_targets=["q_proj", "down_proj"]))
     assert 4.3e9 < size.total < 4.6e9
     assert 0.3e9 < size.vision < 0.5e9
     # 36 layers of 2560 x 4096 and 9728 x 2560.
     assert size.adapter == 36 * 4 * (2560 + 4096 + 9728 + 2560)
+    for target in ("mlp", "w1"):
+        with pytest.raises(SettingsError, match=rf"model\.lora_targets: expected linear layers .* got '{target}'"):
+            count_parameters(config, ModelConfig(adapter="lora", lora_targets=[target]))
 
 
 def test_the_memory_of_the_states_by_hand(tmp_path, monkeypatch):

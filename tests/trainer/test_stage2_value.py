@@ -20,7 +20,7 @@ from rmsd_fast.settings import load_settings
 from rmsd_fast.stages import distill
 from rmsd_fast.stages.build import build_distillation
 from rmsd_fast.stages.discriminator_pass import discriminator_pass
-from rmsd_fast.stages.groups import group_record, make_group, quality_record, set_advantages
+from rmsd_fast.stages.groups import _score_counts, group_record, make_group, quality_record, set_advantages
 from rmsd_fast.stages.step_metrics import global_metrics
 from rmsd_fast.train_run import describe_forecast, train
 
@@ -180,6 +180,9 @@ def test_scores_count_only_while_the_teacher_is_ahead(folder, material, world):
     group = replace(closed, outer=torch.ones(3), task=torch.ones(3), d_score=scores)
     behind = replace(group, content=torch.full((3,), target / 2))
     level = replace(group, content=torch.full((3,), target))
+    # All rollouts are as good as the only kept answer, but a float32 mean rounds.
+    poor = replace(with_pool(group, [0.01], [1.0], [1.0]), content=torch.full((8,), 0.01), kept=[0])
+    assert not _score_counts(poor, "teacher_ahead")
     unlabeled = replace(closed.prompt, question=replace(closed.prompt.question, answer=None))
     unknown = replace(level, content=torch.ones(3), prompt=unlabeled)
     counted = (0.4 * group_advantages(scores, eps=1e-6 + settings.reward.score_sd_offset)).tolist()
