@@ -235,7 +235,6 @@ class Collection:
         self, question: Question, ks: Sequence[int], client: Client, digest: str, error: Refused | MediaError
     ) -> None:
         refused = error if isinstance(error, Refused) else Refused("media", str(error))
-        self.refused[refused.reason] += len(ks)
         if refused.reason == "media" or client.answered:
             self._note_refusal(client, question, ks, digest, refused)
         else:
@@ -244,6 +243,7 @@ class Collection:
                 self._judge_refusals(client)
 
     def _note_refusal(self, client: Client, question: Question, ks: Sequence[int], digest: str, error: Refused) -> None:
+        self.refused[error.reason] += len(ks)
         log.warning("question %r: %s: %s", question.id, error.reason, error)
         self._store.fail(question, ks, client.teacher.model, digest, error.reason, str(error))
 

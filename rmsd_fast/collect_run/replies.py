@@ -18,9 +18,13 @@ SHOWN_CHARACTERS = 300
 _TITLE = re.compile(rb"<title[^>]*>(.*?)</title>", re.IGNORECASE | re.DOTALL)
 _TOO_LONG = re.compile(
     r"context[ _](?:length|window|size)|maximum context|max_model_len|too many tokens|prompt is too long|"
-    r"(?:input|prompt|request)[^.]{0,40}(?:too (?:long|large)|exceeds?)",
+    r"(?:input|prompt|request)[^.]{0,40}(?:too (?:long|large)|exceeds?)|encoder cache size",
     re.IGNORECASE,
 )
+_TOO_MANY_MEDIA = re.compile(r"at most [1-9]\d* (?:image|video)", re.IGNORECASE)
+# vLLM reports this as an error of the server.
+_NO_FILES = re.compile(r"allowed-local-media-path", re.IGNORECASE)
+_NO_MODEL = re.compile(r"\bmodel\b.{0,200}(?:does not exist|not found)|model_not_found", re.IGNORECASE)
 _NO_VISION = re.compile(
     r"not (?:a )?multi-?modal|(?:does not|doesn't|not) support[^.]{0,30}(?:image|vision|video|multi-?modal)|"
     r"(?:image|video)_url[^.]{0,40}(?:not supported|unsupported|invalid)|no endpoints found that support image|"
@@ -39,6 +43,8 @@ _FAILED = ("error", "abort")
 REFUSALS = {
     "context_too_long": "lower video.num_frames, video.max_frame_pixels or collect.max_tokens, or serve more context",
     "no_vision": "use a model that accepts pictures, and with collect.video_as=base64 or file one that accepts videos",
+    "too_many_media": "lower video.num_frames, or raise the limit of the server (vLLM: --limit-mm-per-prompt)",
+    "no_files": "start the server with --allowed-local-media-path=<media folder>, or set collect.video_as=base64",
     "filtered": "the provider's filter rejected the prompt; leave the question out",
     "refused": "change the setting that the server names",
     "media": "fix the file, or leave the question out",
@@ -158,13 +164,20 @@ def tokens_of(usage: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def failure(status: int, headers: Mapping[str, str], data: bytes) -> Exception:
     """Return the error to raise for a reply with this status: Transient, Refused or Fatal."""
-    text = _message(data)
+    text = _message(data, status)
     said = f"status {status}: {text}"
     wait = retry_after_s(headers)
     if status == 402 or (status == 429 and _QUOTA.search(text)):
         return Fatal(f"collect.endpoint: expected an account with credit, got {said}; check it, then start again")
+    if status == 404 and _NO_MODEL.search(text):
+        return Fatal(
+            f"collect.model: expected a model that the server has, got {said}; set --model to a name that the server "
+            "lists at /v1/models"
+        )
     if status >= 500 and _ONE_CHOICE.search(text):
         return Refused("refused", said)
+    if _NO_FILES.search(text):
+        return Refused("no_files", said)
     if status == 429 or status >= 500:
         return Transient(str(status), said, overloaded=True, retry_after_s=wait)
     if status in (408, 409, 425):
@@ -185,11 +198,13 @@ def _refusal(status: int, text: str) -> str:
         return "filtered"
     if _NO_VISION.search(text):
         return "no_vision"
+    if _TOO_MANY_MEDIA.search(text):
+        return "too_many_media"
     return "context_too_long" if _TOO_LONG.search(text) or status in (413, 414) else "refused"
 
 
-def _message(data: bytes) -> str:
-    """Return the message of an error reply in the form of any server."""
+def _message(data: bytes, status: int) -> str:
+    """Return the message of an error reply in the form of any server, without a code that repeats the status."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -198,6 +213,7 @@ def _message(data: bytes) -> str:
         error = body.get("error") or body
         if isinstance(error, dict):
             said = [str(error[name]) for name in ("code", "message", "detail") if error.get(name)]
+            said = said[said[:1] == [str(status)] :]
             return _cut(": ".join(said)) if said else _shown(data)
         return _cut(str(error))
     return _shown(data)

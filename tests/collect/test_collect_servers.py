@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from collect_runs import answers, collect_plainly, expected, plain_questions
+from collect_runs import answers, collect_plainly, expected, plain_questions, run, write_questions
 from teacher_server import RIGHT, Act, TeacherServer, completion, error, question_of, right
 
 from rmsd_fast.collect_run.replies import Fatal
@@ -103,7 +103,8 @@ def test_rejected_requests_are_noted_and_not_repeated(tmp_path, caplog):
     [
         (error(401, "Incorrect API key provided: sk-secret"), "expected a key that the server accepts, got status 401"),
         (error(400, "m is not a multimodal model"), "got 5 rejections and no answer, first .*use a model that accepts"),
-        (error(404, "The model `m` does not exist"), "got status 404: The model `m` does not exist; check the URL"),
+        (error(404, "The model `m` does not exist"), "collect.model: .*404: The model `m` does not exist; set --model"),
+        (error(404, "Not Found"), "got status 404: Not Found; check the URL"),
         (Act(b"<html><title>Welcome</title></html>"), "got expected JSON, got an HTML page titled 'Welcome'"),
         (Act(b"", 301, {"Location": "http://elsewhere/"}), "status 301"),
         (error(429, "You exceeded your current quota"), "expected an account with credit"),
@@ -118,6 +119,19 @@ def test_errors_that_every_request_would_meet_stop_the_collection(tmp_path, act,
     assert "Authorization: Bearer sk-secret" in server.headers[0]
     # The key is in the header only, even if the server repeats it.
     assert "sk-secret" not in f"{caught.value}{caplog.text}{out.read_text() if out.exists() else ''}"
+
+
+def test_answers_that_no_server_gave_are_counted_once(tmp_path, capsys):
+    """A collection that stops notes no rejection, so its answers are only missing."""
+    says = "At most 8 image(s) may be provided in one prompt."
+    with TeacherServer(lambda request, number: error(400, says)) as server:
+        assert run(write_questions(tmp_path, 2), server.url, tmp_path / "pool.jsonl") == 2
+    # The server does not reject `n`, so no question is asked again for one answer.
+    assert [request["n"] for request in server.requests] == [4, 4]
+    output = capsys.readouterr()
+    assert "still missing: 8 answers\n" in output.out and "rejected for good" not in output.out
+    assert "got 2 rejections and no answer, first status 400: At most 8 image(s)" in output.err
+    assert "lower video.num_frames, or raise the limit of the server" in output.err
 
 
 def test_a_server_that_does_not_answer_any_more(tmp_path):
