@@ -46,6 +46,7 @@ def test_finish_reasons_and_usage():
     read = read_reply(json.dumps({"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}).encode())
     assert [reason for _, reason in read.answers] == ["length", None, None]
     assert tokens_of(read.usage) == (3, 4)
+    assert tokens_of({"prompt_tokens": 14, "completion_tokens": 1, "total_tokens": 399}) == (14, 385)
     assert tokens_of({}) is None and tokens_of({"prompt_tokens": True, "completion_tokens": -1}) is None
 
 
@@ -79,6 +80,8 @@ def test_bodies_that_are_no_answers(data, kind, says):
             "collect.api_key_env: expected a key that the server accepts, got status 401: Incorrect API key",
         ),
         (403, "no access", Fatal, "set the environment variable that it names"),
+        (403, "Your input was flagged", "filtered", "flagged"),
+        (403, "moderation is required", "filtered", "moderation"),
         (402, "pay", Fatal, "collect.endpoint: expected an account with credit, got status 402: pay"),
         (429, "You exceeded your current quota", Fatal, "expected an account with credit"),
         (400, "This model's maximum context length is 8192 tokens", "context_too_long", "8192"),
@@ -196,5 +199,17 @@ def test_the_budget_is_never_exceeded():
         with pytest.raises(BudgetReached):
             await budget.reserve(100, 100)
         await budget.reserve(10, 1)
+
+    asyncio.run(work())
+
+
+def test_answers_longer_than_their_limit_enlarge_later_reservations():
+    async def work() -> None:
+        budget = Budget(CollectConfig(max_total_tokens=1000), (0, 0))
+        await budget.settle(await budget.reserve(10, 100), (10, 400))
+        # 410 + 10 + 4 * 100 fit; 4 * 200 do not.
+        with pytest.raises(BudgetReached):
+            await budget.reserve(10, 200)
+        await budget.reserve(10, 100)
 
     asyncio.run(work())
