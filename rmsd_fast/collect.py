@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(f"rmsd_fast.collect: {error}")
         return FAILED
     except KeyboardInterrupt:
-        tell("rmsd_fast.collect: interrupted; nothing was sent")
+        tell("rmsd_fast.collect: interrupted; what was collected before is in the pool")
         return 130
     except OSError as error:
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the settings of the command line. The options are short for settings."""
     named = {"endpoint": arguments.endpoint, "model": arguments.model, "k": arguments.k}
-    return [f"collect.{name}={json.dumps(value)}" for name, value in named.items() if value] + arguments.overrides
+    return [
+        f"collect.{name}={json.dumps(value)}" for name, value in named.items() if value is not None
+    ] + arguments.overrides
 
 
 def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
@@ -81,14 +83,12 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         print("\n".join(describe_plan(plan, questions, store, settings)))
         if arguments.dry_run or not plan.answers:
             return INCOMPLETE if store.failed and not arguments.dry_run else 0
-        present = sum(map(len, store.answers.values()))
         collection = Collection(questions, settings, store, builder, models, preprocessor.family)
-        progress = Progress(collection, settings.collect, plan.answers, present)
+        progress = Progress(collection, settings.collect, plan.answers, store.metered)
         try:
             number = asyncio.run(run_with_signals(collection, progress))
         finally:
-            lacking = sum(len(missing(question, store, settings)) for question in questions)
-            lacking += collection.refused.total()
+            lacking = sum(len(missing(question, store, settings, with_rejected=True)) for question in questions)
             print("\n".join(summary(collection, settings.collect, lacking)))
         if number:
             return 128 + number
@@ -98,13 +98,15 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
 def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
     """Read and score the answers of the pool again, without asking the teacher."""
     from rmsd_fast.collect_run.store import lock_pool, repair_tail
-    from rmsd_fast.teacher.pool import load_pool, write_pool
+    from rmsd_fast.teacher.pool import check_pool, load_pool, write_pool
     from rmsd_fast.teacher.scores import repair_pool
 
     questions = _questions(settings, arguments.questions)
     with lock_pool(arguments.out):
         repair_tail(arguments.out)
-        repaired = repair_pool(load_pool(arguments.out), questions, settings.teacher)
+        pool = load_pool(arguments.out)
+        check_pool(pool, questions, max_unanswered_share=1.0)
+        repaired = repair_pool(pool, questions, settings.teacher)
         write_pool(arguments.out, repaired.responses)
     print(f"{arguments.out}: {repaired.text()}")
     return 0
@@ -125,26 +127,31 @@ def _questions(settings: CollectionConfig, path: Path):
 
 
 def _preprocessor(settings: CollectionConfig):
-    """Return the preprocessing of the student at `model.path`, or Qwen3-VL's if the model is not on this machine."""
+    """Return the preprocessing of the student at `model.path`, or that of Qwen3-VL without the model."""
     from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 
     if not settings.model.path:
         return Preprocessor()
     from rmsd_fast.models.folders import find_folder
 
-    folder = find_folder(settings.model.path)
-    return load_preprocessor(folder) if folder else Preprocessor()
+    if folder := find_folder(settings.model.path):
+        return load_preprocessor(folder)
+    tell(
+        f"model.path={settings.model.path}: expected a downloaded model, got none; the frames are chosen as for "
+        "Qwen3-VL. Download the model first if it is of another family"
+    )
+    return Preprocessor()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    from rmsd_fast.collect_run.config import SECTIONS, CollectionConfig
+    from rmsd_fast.collect_run.config import READ, SECTIONS, CollectionConfig
     from rmsd_fast.settings import describe_settings
 
     parser = Parser(
         prog="rmsd_fast.collect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"settings (section.field = default):\n{describe_settings(CollectionConfig, SECTIONS)}",
+        epilog=f"settings (section.field = default):\n{describe_settings(CollectionConfig, SECTIONS, READ)}",
     )
     parser.add_argument("questions", type=Path, help="questions, JSONL (docs/data.md)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change")

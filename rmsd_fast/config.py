@@ -229,6 +229,9 @@ class TeacherConfig:
     """Teacher responses, JSONL (format in docs/data.md)."""
     responses: int = number(4, least=1)
     """K: the first K responses of each question are used (2603.11423: K=4; 1 = single-sample distillation)."""
+    hinted: bool = False
+    """Also use the responses that `collect.hint_empty` collected with the ground truth as a hint, at most one for each
+    question, in addition to K (open)."""
     parse: str = choice("natural", of=("strict", "natural"))
     """`natural` = a clear answer in any form is converted to the format <think>…</think><answer>…</answer>; `strict` =
     an answer counts only if it was sent in that format (2603.11423). The number of responses in other formats is

@@ -62,7 +62,7 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
     from rmsd_fast.stages.inputs import read_pool_files
     from rmsd_fast.teacher.diagnostics import pool_statistics
     from rmsd_fast.teacher.pool import check_answered, check_keys
-    from rmsd_fast.teacher.scores import score_pool
+    from rmsd_fast.teacher.scores import score_pool, used_responses
     from rmsd_fast.teacher.summary import Summary, describe_pool, describe_questions, explain_reasons
 
     settings, questions, pool = read_pool_files("pool check", ALSO_READ["check"], pool_path, questions_path, overrides)
@@ -77,8 +77,9 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
             raise
         faults.append(str(error))
     check_keys(pool, questions)
-    used, most = settings.teacher.responses, max(len(pool[question.id]) for question in answered)
-    settings = replace(settings, teacher=replace(settings.teacher, responses=most))
+    used = settings.teacher.responses
+    most = max(sum(not response.is_hinted for response in pool[question.id]) for question in answered)
+    settings = replace(settings, teacher=replace(settings.teacher, responses=most, hinted=True))
     scores = score_pool(pool, answered, settings.teacher)
     statistics = pool_statistics(scores, answered, settings.teacher, simulated=is_simulated(pool))
     summary = describe_questions(questions, [])
@@ -88,7 +89,9 @@ def check(pool_path: Path, questions_path: Path, overrides: Sequence[str] = ()) 
         summary.lines.append(f"  all answers were checked; a run reads the first teacher.responses={used} per question")
     examples: dict[str, list[str]] = defaultdict(list)
     for question in answered:
-        for answer, response in zip(scores[question.id], pool[question.id], strict=True):
+        for answer, response in zip(
+            scores[question.id], used_responses(pool[question.id], settings.teacher), strict=True
+        ):
             if answer.reason and len(examples[answer.reason]) < EXAMPLES:
                 examples[answer.reason].append(f"    {question.id} k={answer.k}: {_short(response.text)}")
     for reason, explained in explain_reasons(list(examples)).items():

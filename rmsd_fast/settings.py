@@ -48,6 +48,18 @@ PATHS = [
     "model.path",
     "made.folder",
 ]
+# Settings that say how to read questions and teacher answers.
+POOL_SETTINGS = (
+    "data.format",
+    "data.task_type",
+    "data.media_root",
+    "data.follow_symlinks",
+    "teacher.parse",
+    "teacher.numeric_metric",
+    "teacher.numeric_eps",
+    "teacher.ocr_metric",
+    "teacher.unlabeled",
+)
 # Settings whose values are objects with keys of the user's choice.
 FREE = ("collect.extra_body",)
 
@@ -130,25 +142,33 @@ def settings_as_dict(settings: RunConfig) -> dict:
     return OmegaConf.to_container(OmegaConf.structured(settings))
 
 
-def describe_settings(schema: type = RunConfig, sections: Sequence[str] = ()) -> str:
-    """Return the text of `--help`: all settings with default and documentation; with `sections`, only theirs."""
-    lines = []
+def describe_settings(
+    schema: type = RunConfig, sections: Sequence[str] = (), read: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """Return the text of `--help`: all settings with default and documentation.
+
+    Args:
+        schema: the settings.
+        sections: only these sections; () = all settings.
+        read: names of the settings to describe, by section; other sections are described as a whole.
+    """
+    lines, read = [], read or {}
     for owner in fields(schema):
         if is_dataclass(owner.default_factory) and (not sections or owner.name in sections):
             cls = owner.default_factory
             lines.append(f"\n{owner.name}: {inspect.getdoc(cls)}")
-            lines += _describe_fields(cls, prefix=f"{owner.name}.")
+            lines += _describe_fields(cls, prefix=f"{owner.name}.", names=read.get(owner.name))
     return "\n".join(([] if sections else _describe_fields(schema, prefix="")) + lines)
 
 
-def _describe_fields(cls: type, prefix: str) -> list[str]:
+def _describe_fields(cls: type, prefix: str, names: Sequence[str] | None = None) -> list[str]:
     documents = _field_documents(cls)
     default = cls()
     return [
         f"  {prefix}{f.name}={_as_yaml(getattr(default, f.name))}\n"
         + textwrap.fill(documents[f.name], 110, initial_indent="      ", subsequent_indent="      ")
         for f in fields(cls)
-        if f.name in documents
+        if f.name in documents and (names is None or f.name in names)
     ]
 
 

@@ -16,7 +16,8 @@ class Budget:
     """Reserve the tokens of each request before it is sent, so that the budget is never exceeded.
 
     A request reserves its prompt, as estimated, and the longest possible answers. When its reply arrives, the server's
-    counts take their place. If prompts turn out to be longer than estimated, later reservations are larger.
+    counts take their place. If prompts turn out to be longer than estimated, or answers longer than their limit (some
+    servers do not limit the reasoning), later reservations are larger.
 
     Args:
         collect: budget and prices.
@@ -27,7 +28,7 @@ class Budget:
 
     def __init__(self, collect: CollectConfig, spent: tuple[int, int]) -> None:
         self._collect, self.spent = collect, spent
-        self._factor = 1.0
+        self._factors = (1.0, 1.0)
         self._reserved: list[tuple[int, int]] = []
         self._changed = asyncio.Condition()
 
@@ -54,15 +55,18 @@ class Budget:
         """Replace a reservation by the tokens that were used."""
         async with self._changed:
             self._reserved.remove(reserved)
-            self._factor = max(self._factor, used[0] / reserved[0])
+            shares = zip(self._factors, used, reserved, strict=True)
+            self._factors = tuple(max(factor, tokens / most) for factor, tokens, most in shares)
             self.spent = (self.spent[0] + used[0], self.spent[1] + used[1])
             self._changed.notify_all()
 
     def _fits(self, wanted: tuple[int, int]) -> bool:
         collect = self._collect
-        prompts, completions = zip(wanted, *self._reserved, strict=True)
-        prompt = self.spent[0] + math.ceil(sum(prompts) * self._factor)
-        completion = self.spent[1] + sum(completions)
+        reserved = map(sum, zip(wanted, *self._reserved, strict=True))
+        prompt, completion = (
+            spent + math.ceil(tokens * factor)
+            for spent, tokens, factor in zip(self.spent, reserved, self._factors, strict=True)
+        )
         if collect.max_total_tokens is not None and prompt + completion > collect.max_total_tokens:
             return False
         return collect.max_cost is None or cost_of(collect, prompt, completion) <= collect.max_cost

@@ -7,6 +7,7 @@ import itertools
 import logging
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -14,14 +15,14 @@ import httpx2
 
 from rmsd_fast.collect_run.config import CollectConfig, Teacher
 from rmsd_fast.collect_run.pacing import Pacer
-from rmsd_fast.collect_run.replies import Fatal, Refused, Reply, Transient, failure, read_reply
+from rmsd_fast.collect_run.replies import Fatal, Forbidden, Refused, Reply, Transient, failure, read_reply
 
 log = logging.getLogger("rmsd_fast")
 
 # Larger replies are rejected. An answer of 32k tokens has about 128 KiB, and a reply has up to K of them.
 MOST_REPLY_BYTES = 8 * 2**20
-# A server that has answered nothing and does not look like a chat server gets this many attempts of a request, and this
-# many requests.
+# An endpoint that has answered nothing and does not look like a chat server gets this many attempts of a request, and
+# this many requests.
 FIRST_ATTEMPTS, FIRST_REQUESTS = 3, 8
 # Back-off in seconds: doubled with each attempt, up to the longest one, and multiplied by a random number.
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 60.0
@@ -70,9 +71,10 @@ class Client:
         direct = dict.fromkeys(LOCAL, httpx2.AsyncHTTPTransport(limits=limits))
         self._http = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False, mounts=direct)
         self._urls = [httpx2.URL(f"{endpoint}/chat/completions") for endpoint in teacher.endpoints]
-        # Time of the last success, the longest pause that the server has asked for since, and the number of failures
-        # that suggest that it is not a chat server.
-        self._succeeded_s, self._asked_s, self._strange = 0.0, 0.0, 0
+        # Time of the last success, and the longest pause that a server has asked for since.
+        self._succeeded_s, self._asked_s = 0.0, 0.0
+        # Number of failures of each endpoint that suggest that it is not a chat server.
+        self._strange = [0] * len(teacher.endpoints)
 
     async def __aenter__(self) -> Client:
         self._succeeded_s = asyncio.get_running_loop().time()
@@ -81,9 +83,11 @@ class Client:
     async def __aexit__(self, *exception) -> None:
         await self._http.aclose()
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: Callable[[], bytes]) -> Reply:
         """Send a request until it is answered.
 
+        Args:
+            body: returns the body of the request, when it is sent.
         Raises:
             Refused: the server has rejected the request for good.
             GaveUp: all attempts have failed.
@@ -94,21 +98,27 @@ class Client:
         for attempt in itertools.count():
             if self._stop.is_set():
                 raise NotSent
-            index = min(range(len(self.pacers)), key=lambda i: self.pacers[i].load)
+            index = self._choose()
             pacer = self.pacers[index]
             started_s = await pacer.acquire()
             try:
                 if self._stop.is_set():
                     raise NotSent
                 self.counts["requests"] += 1
-                reply = await self._attempt(index, body)
+                reply = await self._attempt(index, body())
             except Transient as error:
                 self.counts[error.kind] += 1
                 counted += error.kind != "429"
+                pacer.failed(started_s)
                 if error.overloaded:
                     pacer.overloaded(started_s, error.retry_after_s)
                 self._check(index, error, counted)
-                pause_s = error.retry_after_s
+                pause_s = max(error.retry_after_s or 0.0, _backoff_s(attempt) * random.uniform(0.5, 1))
+            except Forbidden as error:
+                if self.answered:
+                    # The server accepts the key, so it rejects this request.
+                    raise Refused("refused", error.said) from None
+                raise
             else:
                 self._succeeded_s, self._asked_s = asyncio.get_running_loop().time(), 0.0
                 self.answered = True
@@ -117,11 +127,22 @@ class Client:
                 return reply
             finally:
                 pacer.release()
-            if pause_s is None:
-                backoff_s = min(FIRST_BACKOFF_S * 2 ** min(attempt, 16), LONGEST_BACKOFF_S)
-                pause_s = backoff_s * random.uniform(0.5, 1)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), pause_s)
+
+    def _choose(self) -> int:
+        """Return the endpoint with the lowest load. Endpoints that have just failed come last.
+
+        Otherwise, an endpoint that fails at once would get most of the requests, because its load is low.
+        """
+        now = asyncio.get_running_loop().time()
+
+        def rank(index: int) -> tuple[bool, float]:
+            pacer = self.pacers[index]
+            rest_s = _backoff_s(pacer.failures - 1) if pacer.failures else 0.0
+            return now < max(pacer.failed_s + rest_s, pacer.paused_until_s), pacer.load
+
+        return min(range(len(self.pacers)), key=rank)
 
     def learn(self, asked: int, got: int) -> None:
         """Note how many answers a reply had, to find out whether the server supports `n`."""
@@ -143,9 +164,10 @@ class Client:
     def _check(self, index: int, error: Transient, counted: int) -> None:
         """Raise GaveUp or Fatal if another attempt makes no sense."""
         url = self.teacher.endpoints[index]
-        self._strange += error.wrong_server
-        if not self.answered and error.wrong_server and (counted >= FIRST_ATTEMPTS or self._strange >= FIRST_REQUESTS):
-            advice = "check the URL"
+        self._strange[index] += error.wrong_server
+        is_sure = counted >= FIRST_ATTEMPTS or self._strange[index] >= FIRST_REQUESTS
+        if not self.answered and error.wrong_server and is_sure and min(self._strange) >= FIRST_ATTEMPTS:
+            advice = "check the URL" if error.kind != "404" else "check the URL and collect.model"
             if not urlsplit(url).path.strip("/"):
                 advice += ", which usually ends in /v1"
             raise Fatal(f"collect.endpoint {url}: expected a server with chat completions, got {error}; {advice}")
@@ -161,8 +183,7 @@ class Client:
             raise GaveUp(f"{counted} attempts failed, the last with {error}")
 
     async def _attempt(self, index: int, body: bytes) -> Reply:
-        """Send a request once. Errors never contain the key, even if the server repeats it."""
-        key = self.teacher.keys[index]
+        """Send a request once."""
         try:
             return await asyncio.wait_for(self._exchange(index, body), self._collect.timeout_s)
         except asyncio.TimeoutError:
@@ -174,10 +195,6 @@ class Client:
             raise Transient("connection", _named(error)) from None
         except (httpx2.DecodingError, httpx2.InvalidURL) as error:
             raise Transient("garbage", _named(error), wrong_server=True) from None
-        except (Transient, Refused, Fatal) as error:
-            if key and key in str(error):
-                error.args = (str(error).replace(key, "[API key]"), *error.args[1:])
-            raise
 
     async def _exchange(self, index: int, body: bytes) -> Reply:
         key = self.teacher.keys[index]
@@ -191,8 +208,13 @@ class Client:
                     raise Transient("too large", f"a reply of more than {MOST_REPLY_BYTES // 2**20} MiB")
             data = b"".join(pieces)
             if response.status_code != 200:
-                raise failure(response.status_code, response.headers, data)
-        return read_reply(data)
+                raise failure(response.status_code, response.headers, data, key)
+        return read_reply(data, key)
+
+
+def _backoff_s(failures: int) -> float:
+    """Return the back-off after this number of earlier failures in seconds."""
+    return min(FIRST_BACKOFF_S * 2 ** min(failures, 16), LONGEST_BACKOFF_S)
 
 
 def _named(error: Exception) -> str:

@@ -6,6 +6,7 @@ settings that a run records do not depend on how its pool was collected.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -17,18 +18,18 @@ from urllib.parse import urlsplit
 from omegaconf import OmegaConf
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError, choice, number
-from rmsd_fast.settings import load_settings
+from rmsd_fast.settings import POOL_SETTINGS, load_settings
 
+log = logging.getLogger("rmsd_fast")
 TEACHERS = Path(__file__).parent.parent / "teachers"
 # Sections that a collection reads; from these sections, only some settings.
 SECTIONS = ("collect", "video", "data", "teacher")
-READ = {
-    "data": (
-        *("format", "task_type", "media_root", "follow_symlinks", "max_file_mib", "check_frames", "decode_threads"),
-        *("decode_timeout_s", "cache_mib", "disk_cache", "disk_cache_gib"),
-    ),
-    "teacher": ("parse", "numeric_metric", "numeric_eps", "ocr_metric", "unlabeled"),
+_READING = {
+    section: tuple(key.removeprefix(f"{section}.") for key in POOL_SETTINGS if key.startswith(f"{section}."))
+    for section in ("data", "teacher")
 }
+_MEDIA = ("max_file_mib", "check_frames", "decode_threads", "decode_timeout_s", "cache_mib", "disk_cache")
+READ = {"data": (*_READING["data"], *_MEDIA, "disk_cache_gib"), "teacher": _READING["teacher"]}
 # Fields of a request that settings of their own determine.
 RESERVED = ("messages", "model", "n", "stream", "seed", "temperature", "top_p", "max_tokens", "max_completion_tokens")
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -46,8 +47,8 @@ class CollectConfig:
     """Names of the models. With several models, answer k comes from model k modulo their number."""
     api_key_env: list[str] = field(default_factory=lambda: [DEFAULT_KEY])
     """Environment variables with the API keys: one for all endpoints on the same host, or one for each endpoint; [] =
-    no key. If OPENAI_API_KEY, the default, is not set, no key is sent either."""
-    k: int = number(4, least=1)
+    no key. The default, OPENAI_API_KEY, is optional and sent only with https."""
+    k: int = number(4, least=1, most=100_000)
     """K, answers per question (2603.11423: K=4)."""
     adaptive: bool = False
     """Draw `k0` answers to each question, and further ones, up to K, only while the best answer is not settled: none
@@ -57,8 +58,7 @@ class CollectConfig:
     """Number of answers that `adaptive` draws at a time."""
     hint_empty: bool = False
     """If no answer to a question has a quality above 0, ask once more, with the ground truth as a hint (open). This
-    answer has the number k=K, is marked, and is not part of the statistics. Training uses it with
-    `teacher.responses`=K+1."""
+    answer is marked, and is not part of the statistics. Training uses it with `teacher.hinted=true`."""
     temperature: float | None = number(1.0, least=0)
     """Sampling temperature (open); null = the server's default, for models that accept no other value."""
     top_p: float | None = number(None, above=0, most=1)
@@ -222,7 +222,7 @@ def _keys(collect: CollectConfig, endpoints: list[str]) -> list[str]:
             )
         names = (names or [""]) * len(endpoints)
     keys = []
-    for name in names:
+    for name, endpoint in zip(names, endpoints, strict=True):
         key = os.environ.get(name, "").strip() if name else ""
         if name and not key and name != DEFAULT_KEY:
             raise SettingsError(f"collect.api_key_env: expected a key in the variable {name}, got nothing; set it")
@@ -230,6 +230,15 @@ def _keys(collect: CollectConfig, endpoints: list[str]) -> list[str]:
             raise SettingsError(
                 f"collect.api_key_env: expected printable ASCII in {name}, got other characters; fix it"
             )
+        # The variable is often set for another service, and http is not encrypted.
+        if key and name == DEFAULT_KEY and urlsplit(endpoint).scheme == "http":
+            log.warning(
+                "collect.endpoint %s: %s is sent only with https; to send a key to this server, name another variable "
+                "in collect.api_key_env",
+                endpoint,
+                DEFAULT_KEY,
+            )
+            key = ""
         keys.append(key)
     return keys
 

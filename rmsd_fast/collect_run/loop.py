@@ -20,8 +20,9 @@ from rmsd_fast.collect_run.store import PoolStore
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media_file import MediaError
 from rmsd_fast.data.records import Question
-from rmsd_fast.teacher.pool import ADAPTIVE, HINTED, TeacherResponse, media_digest
+from rmsd_fast.teacher.pool import ADAPTIVE, HINT_K, HINTED, TeacherResponse, media_digest
 from rmsd_fast.teacher.scores import repaired
+from rmsd_fast.teacher.usage import WITH
 
 log = logging.getLogger("rmsd_fast")
 # Stop if the first questions are all rejected, because the cause is then probably the same for all.
@@ -65,7 +66,7 @@ class Collection:
         self.refused: Counter[str] = Counter()
         self.stopped = ""
         self._fault: BaseException | None = None
-        # Rejections by a server that has not answered anything yet, whose cause may be the same for all requests.
+        # Rejections by a model that has no answer in the pool yet. Their cause may be the same for all requests.
         self._held: dict[Client, list[tuple[Question, Sequence[int], str, Refused]]] = defaultdict(list)
         self._threads = ThreadPoolExecutor(settings.data.decode_threads, thread_name_prefix="media")
 
@@ -128,20 +129,17 @@ class Collection:
             tried: set[int] = set()
             while ks := [k for k in missing(question, self._store, self._settings) if k not in tried]:
                 tried.update(ks)
-                hinted = ks == [self._settings.collect.k]
+                hinted = ks == [HINT_K]
                 if hinted not in prepared:
                     prepare = functools.partial(self._prepare, question, hinted=hinted)
                     prepared = {hinted: await loop.run_in_executor(self._threads, prepare)}
                 messages, digest = prepared[hinted]
                 await _all(
-                    *(
-                        self._ask(client, question, messages, digest, ours)
-                        for index, client in enumerate(self.clients)
-                        if (ours := [k for k in ks if k % len(self.clients) == index])
-                    )
+                    *(self._ask(client, question, messages, digest, ours) for client, ours in self._by_client(ks))
                 )
         except MediaError as error:
-            self._refuse(question, missing(question, self._store, self._settings), self.clients[0], "", error)
+            for client, ours in self._by_client(missing(question, self._store, self._settings)):
+                self._note_refusal(client, question, ours, "", Refused("media", str(error)))
         except BudgetReached:
             self.stop("the budget is reached")
         except NotSent:
@@ -151,6 +149,12 @@ class Collection:
         except BaseException as error:
             self._fault = self._fault or error
             self.stop("an error")
+
+    def _by_client(self, ks: Sequence[int]) -> list[tuple[Client, list[int]]]:
+        """Return the numbers of the answers that each teacher gives, for teachers that give any."""
+        count = len(self.clients)
+        shares = [(client, [k for k in ks if k % count == index]) for index, client in enumerate(self.clients)]
+        return [(client, ours) for client, ours in shares if ours]
 
     def _prepare(self, question: Question, *, hinted: bool) -> tuple[Messages, str]:
         return self._builder.messages(question, hinted=hinted), media_digest(question)
@@ -190,7 +194,8 @@ class Collection:
     async def _send(self, client: Client, question: Question, messages: Messages, ks: Sequence[int]) -> Reply:
         collect = self._settings.collect
         seed = sample_seed(collect.seed, question.id, ks[0])
-        body = request_body(collect, client.teacher.model, messages.json, n=len(ks), seed=seed)
+        # The body is a copy of the messages, which hold megabytes, so only requests in flight have one.
+        body = functools.partial(request_body, collect, client.teacher.model, messages.json, n=len(ks), seed=seed)
         reserved = await self.budget.reserve(messages.tokens, len(ks) * collect.max_tokens)
         used = (0, 0)
         try:
@@ -213,16 +218,14 @@ class Collection:
         # The answers of a reply come from one model, and a hinted answer has a request of its own.
         key = self._store.expected_key(question, ks[0], digest=digest)
         for k, (text, finish_reason) in zip(ks, reply.answers, strict=False):
-            marks = (
-                {HINTED: True} if k == collect.k else {ADAPTIVE: True} if collect.adaptive and k >= collect.k0 else {}
-            )
+            marks = {HINTED: True} if k == HINT_K else {ADAPTIVE: True} if collect.adaptive and k >= collect.k0 else {}
             response = TeacherResponse(
                 id=question.id,
                 k=k,
                 key=key,
                 text=text,
                 finish_reason=finish_reason,
-                usage=reply.usage if k == ks[0] else {"with": ks[0]},
+                usage=reply.usage if k == ks[0] or not reply.usage else {WITH: ks[0]},
                 model=client.teacher.model,
                 sampling=sampling | marks,
             )
@@ -231,19 +234,16 @@ class Collection:
         for held in self._held.pop(client, ()):
             self._note_refusal(client, *held)
 
-    def _refuse(
-        self, question: Question, ks: Sequence[int], client: Client, digest: str, error: Refused | MediaError
-    ) -> None:
-        refused = error if isinstance(error, Refused) else Refused("media", str(error))
-        self.refused[refused.reason] += len(ks)
-        if refused.reason == "media" or client.answered:
-            self._note_refusal(client, question, ks, digest, refused)
+    def _refuse(self, question: Question, ks: Sequence[int], client: Client, digest: str, error: Refused) -> None:
+        if client.teacher.model in self._store.models:
+            self._note_refusal(client, question, ks, digest, error)
         else:
-            self._held[client].append((question, ks, digest, refused))
+            self._held[client].append((question, ks, digest, error))
             if len(self._held[client]) >= FIRST_REFUSALS:
                 self._judge_refusals(client)
 
     def _note_refusal(self, client: Client, question: Question, ks: Sequence[int], digest: str, error: Refused) -> None:
+        self.refused[error.reason] += len(ks)
         log.warning("question %r: %s: %s", question.id, error.reason, error)
         self._store.fail(question, ks, client.teacher.model, digest, error.reason, str(error))
 

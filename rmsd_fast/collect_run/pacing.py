@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 
 
@@ -18,13 +19,16 @@ class Pacer:
     Attributes:
         limit: the current limit.
         in_flight: number of requests in flight.
+        failures, failed_s: number of rounds of failures since the last success, and the time of the last failure.
+        paused_until_s: end of the pause that the server has asked for.
     """
 
     def __init__(self, start: int, most: int) -> None:
         self.limit, self._most = float(min(start, most)), most
         self.in_flight = 0
         self._is_open = False
-        self._cut_s = self._paused_until_s = 0.0
+        self.failures, self.failed_s = 0, -math.inf
+        self._cut_s = self.paused_until_s = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
@@ -35,11 +39,11 @@ class Pacer:
     async def acquire(self) -> float:
         """Wait for a free place and the end of a pause. Return the time of the event loop, for `overloaded`."""
         loop = asyncio.get_running_loop()
-        while not self._is_open and (self.in_flight + 1 > self.limit or loop.time() < self._paused_until_s):
+        while not self._is_open and (self.in_flight + 1 > self.limit or loop.time() < self.paused_until_s):
             waiter = loop.create_future()
             self._waiting.append(waiter)
-            if loop.time() < self._paused_until_s:
-                loop.call_at(self._paused_until_s, self._wake)
+            if loop.time() < self.paused_until_s:
+                loop.call_at(self.paused_until_s, self._wake)
             try:
                 await waiter
             except asyncio.CancelledError:
@@ -53,7 +57,13 @@ class Pacer:
         self.in_flight -= 1
         self._wake()
 
+    def failed(self, started_s: float) -> None:
+        """Note the failure of a request that was started at this time. Requests in flight together fail as a round."""
+        if started_s > self.failed_s:
+            self.failures, self.failed_s = self.failures + 1, asyncio.get_running_loop().time()
+
     def succeeded(self) -> None:
+        self.failures = 0
         self.limit = min(self._most, self.limit + 1 / self.limit)
         self._wake()
 
@@ -63,7 +73,7 @@ class Pacer:
         if started_s > self._cut_s:
             self.limit, self._cut_s = max(1.0, self.limit / 2), now
         if pause_s:
-            self._paused_until_s = max(self._paused_until_s, now + pause_s)
+            self.paused_until_s = max(self.paused_until_s, now + pause_s)
 
     def open(self) -> None:
         """Let everything pass, because the collection stops and nothing more is sent."""

@@ -16,6 +16,7 @@ from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS
 from rmsd_fast.method.quality import agreement
+from rmsd_fast.teacher.pool import HINT_K
 from rmsd_fast.teacher.scores import quality_settings
 
 if TYPE_CHECKING:
@@ -30,23 +31,36 @@ VIDEO_TOKENS, ANSWER_TOKENS = 12_288, 400
 SAMPLED = 20
 
 
-def missing(question: Question, store: PoolStore, settings: CollectionConfig) -> list[int]:
-    """Return the numbers k of the answers to request next, without those that the teachers have rejected.
+def missing(
+    question: Question, store: PoolStore, settings: CollectionConfig, *, with_rejected: bool = False
+) -> list[int]:
+    """Return the numbers k of the answers to request next.
 
-    The number K stands for the hinted answer of `collect.hint_empty`. With `collect.adaptive`, further answers may be
-    missing once these are there.
+    HINT_K stands for the hinted answer of `collect.hint_empty`. With `collect.adaptive`, further answers may be missing
+    once these are there.
+
+    Args:
+        question: the question.
+        store: the pool.
+        settings: settings of the collection.
+        with_rejected: whether the answers are included whose requests the teachers have rejected.
     """
-    collect, answers = settings.collect, store.answers.get(question.id, ())
-    present = {answer.k for answer in answers}
-    lacking = [k for k in range(collect.k) if k not in present and not store.is_failed(question, k)]
+    collect, stored = settings.collect, store.answers.get(question.id, ())
+    present = {answer.k for answer in stored}
+    answers = [answer for answer in stored if not answer.hinted]
+
+    def lacks(k: int) -> bool:
+        return k not in present and (with_rejected or not store.is_failed(question, k))
+
+    lacking = [k for k in range(collect.k) if lacks(k)]
     if collect.adaptive:
         first = [k for k in lacking if k < collect.k0]
         lacking = first or ([] if is_settled(question, answers, settings.teacher) else lacking[: collect.k0])
-    if lacking or not collect.hint_empty or not present or not question.answer:
+    is_hinted = len(answers) < len(stored)
+    if lacking or not collect.hint_empty or is_hinted or not answers or not question.answer:
         return lacking
     is_empty = not any(answer.quality or (answer.valid and not question.has_truth) for answer in answers)
-    is_asked = collect.k in present or store.is_failed(question, collect.k)
-    return [collect.k] if is_empty and not is_asked else []
+    return [HINT_K] if is_empty and lacks(HINT_K) else []
 
 
 def is_settled(question: Question, answers: Sequence[Answer], teacher: TeacherConfig) -> bool:
@@ -119,9 +133,8 @@ def make_plan(
             prompts.append(builder.estimate(question))
         except MediaError as error:
             faults.append(f"{question.id}: {error}")
-    present = sum(map(len, store.answers.values())) - store.without_usage
-    measured = store.spent[1] > 0 and present > 0
-    length = store.spent[1] / present if measured else min(ANSWER_TOKENS, collect.max_tokens)
+    measured = store.spent[1] > 0
+    length = store.spent[1] / store.metered if measured else min(ANSWER_TOKENS, collect.max_tokens)
     prompt = sum(prompts) / len(prompts) if prompts else 0
     return Plan(answers, requests, round(requests * prompt), round(answers * length), faults, measured)
 

@@ -24,7 +24,7 @@ class Progress:
         collection: the collection.
         collect: its settings.
         wanted: number of answers to collect.
-        present: number of answers that the pool had before.
+        present: number of answers that the cost of the pool before includes.
     """
 
     def __init__(self, collection: Collection, collect: CollectConfig, wanted: int, present: int) -> None:

@@ -11,7 +11,8 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,21 @@ from rmsd_fast.config import SettingsError
 from rmsd_fast.data.errors import DataError, counted
 from rmsd_fast.data.json_records import read_records
 from rmsd_fast.data.records import Question
-from rmsd_fast.files import FolderLock, replacing, sync_folder, write_all, write_text_atomic
+from rmsd_fast.files import FolderLock, remove_leftovers, replacing, sync_folder, write_all, write_text_atomic
 from rmsd_fast.method.answers import answer_body
 from rmsd_fast.runtime.json_lines import JsonLines
-from rmsd_fast.teacher.pool import HINTED, MARKS, TeacherResponse, as_record, media_digest, parse_line, read_pool
+from rmsd_fast.teacher.pool import (
+    HINT_K,
+    HINTED,
+    MARKS,
+    TeacherResponse,
+    as_record,
+    media_digest,
+    parse_line,
+    read_pool,
+)
+from rmsd_fast.teacher.scores import repaired
+from rmsd_fast.teacher.usage import WITH
 
 log = logging.getLogger("rmsd_fast")
 BLOCK_BYTES = 1 << 20
@@ -39,6 +51,7 @@ class Answer(NamedTuple):
     valid: bool
     body: str = ""
     """The text inside `<answer>` with `collect.adaptive`, otherwise empty."""
+    hinted: bool = False
 
 
 class PoolStore:
@@ -54,8 +67,9 @@ class PoolStore:
     Attributes:
         answers: answers by question id, of the questions of the collection.
         failed: reason of each rejected request, by question id and key.
-        spent: prompt and completion tokens that the pool has used.
-        without_usage: number of answers for which the server reported no token counts.
+        spent: prompt and completion tokens of all answers in the pool and in the file of replaced answers.
+        metered: number of these answers, without those for which the server reported no token counts.
+        models: names of the models that have answered.
     Raises:
         Locked: another program is writing to the pool.
         DataError: the pool is damaged.
@@ -77,17 +91,26 @@ class PoolStore:
         self.answers: dict[str, list[Answer]] = defaultdict(list)
         self.failed: dict[tuple[str, str], str] = {}
         self.spent = [0, 0]
-        self.without_usage = 0
+        self.metered = 0
+        self.models: set[str] = set()
+        self._failed_path = path.with_name(f"{path.stem}.failed.jsonl")
+        self._replaced_path = path.with_name(f"{path.stem}.replaced.jsonl")
+        self._lock: FolderLock | None = None
+        if dry:
+            _check_file(path)
+            self._read(skip_torn=True)
+            self._read_failed(skip_torn=True)
+            return
         self._lock = lock_pool(path)
         try:
-            repair_tail(path)
+            for written in (path, self._failed_path):
+                remove_leftovers(path.parent, of=written.name)
+                repair_tail(written)
             replaced = self._read()
-            self._failed_path = path.with_name(f"{path.stem}.failed.jsonl")
             kept = self._read_failed()
-            if not dry:
-                self._replace(replaced)
-                if self._failed_path.exists():
-                    write_text_atomic(self._failed_path, "".join(kept))
+            self._replace(replaced)
+            if self._failed_path.exists():
+                write_text_atomic(self._failed_path, "".join(kept))
             self._file = JsonLines(path, keep=None)
             self._failed_file = JsonLines(self._failed_path, keep=None)
         except BaseException:
@@ -103,18 +126,21 @@ class PoolStore:
     def expected_key(self, question: Question, k: int, *, digest: str = "", hinted: bool | None = None) -> str:
         """Return the key of answer k to a question; without the digest of its media, the second part differs.
 
-        By default, the answer is hinted if its number is K.
+        By default, the answer is hinted if its number is HINT_K.
         """
         sampling = sampling_of(self._settings, question, self._family)
-        if (self._settings.collect.hint_empty and k == self._settings.collect.k) if hinted is None else hinted:
+        if k == HINT_K if hinted is None else hinted:
             sampling[HINTED] = True
         return answer_key(question, self._teachers[k % len(self._teachers)].model, sampling, digest)
 
-    def _read(self) -> set[tuple[str, int]]:
+    def _read(self, *, skip_torn: bool = False) -> set[tuple[str, int]]:
         """Fill the index. Return (id, k) of the answers to replace."""
+        self._meter_replaced()
         edited, changed, media = set(), {}, set()
         collect = self._settings.collect
-        for response in read_pool(self.path) if self.path.exists() else ():
+        for response in read_pool(self.path, skip_torn=skip_torn) if self.path.exists() else ():
+            self._meter(response.usage)
+            self.models.add(response.model)
             question = self._questions.get(response.id)
             if question is None:
                 continue
@@ -141,8 +167,7 @@ class PoolStore:
 
     def _parts(self, question: Question, response: TeacherResponse) -> list[str]:
         digest = media_digest(question) if self._settings.collect.check_media else ""
-        hinted = bool(response.sampling.get(HINTED))
-        return self.expected_key(question, response.k, digest=digest, hinted=hinted).split("-")
+        return self.expected_key(question, response.k, digest=digest, hinted=response.is_hinted).split("-")
 
     def _refuse(self, changed: dict[tuple[str, int], TeacherResponse]) -> None:
         response = next(iter(changed.values()))
@@ -159,18 +184,35 @@ class PoolStore:
         )
 
     def _note(self, response: TeacherResponse) -> None:
+        question = self._questions[response.id]
+        # Other programs may have written the answer without its scores.
+        if response.valid is None or (response.quality is None and question.answer is not None):
+            response = repaired(response, question, self._settings.teacher)
         body = (answer_body(response.text) or "") if self._settings.collect.adaptive and response.valid else ""
-        self.answers[response.id].append(Answer(response.k, response.quality, bool(response.valid), body))
-        if tokens := tokens_of(response.usage):
+        answer = Answer(response.k, response.quality, bool(response.valid), body, response.is_hinted)
+        self.answers[response.id].append(answer)
+
+    def _meter_replaced(self) -> None:
+        """Count the tokens of answers that were replaced, because they had a price too."""
+        if not self._replaced_path.exists():
+            return
+        with self._replaced_path.open("rb") as file:
+            for line in file:
+                # The last line may be incomplete.
+                with suppress(DataError):
+                    usage = parse_line(line, str(self._replaced_path)).get("usage")
+                    self._meter(usage if isinstance(usage, dict) else {})
+
+    def _meter(self, usage: Mapping[str, Any]) -> None:
+        if tokens := tokens_of(usage):
             self.spent = [spent + new for spent, new in zip(self.spent, tokens, strict=True)]
-        elif "with" not in response.usage:
-            self.without_usage += 1
+        self.metered += tokens is not None or WITH in usage
 
     def _replace(self, places: set[tuple[str, int]]) -> None:
         """Move answers from the pool to the file of replaced answers. A kill between the two writes loses nothing."""
         if not places:
             return
-        aside = JsonLines(self.path.with_name(f"{self.path.stem}.replaced.jsonl"), keep=None)
+        aside = JsonLines(self._replaced_path, keep=None)
         with replacing(self.path) as file:
             for response in read_pool(self.path):
                 if (response.id, response.k) in places:
@@ -179,19 +221,20 @@ class PoolStore:
                     write_all(file, json.dumps(as_record(response)).encode() + b"\n")
             aside.close()
 
-    def _read_failed(self) -> list[str]:
+    def _read_failed(self, *, skip_torn: bool = False) -> list[str]:
         """Return the lines of the rejected requests, without those that this collection sends again."""
         kept: list[str] = []
         if not self._failed_path.exists():
             return kept
-        repair_tail(self._failed_path)
         for where, record in read_records(self._failed_path):
+            if isinstance(record, DataError) and skip_torn:
+                continue
             if isinstance(record, DataError) or record.get("reason") not in REFUSALS:
                 raise DataError(f"{where}: expected a rejected request, got another record; delete this file")
             question = self._questions.get(record.get("id"))
             if question is not None:
                 key = _without_media(str(record.get("key")))
-                numbers = [*range(len(self._teachers)), self._settings.collect.k]
+                numbers = [*range(len(self._teachers)), HINT_K]
                 keys = {_without_media(self.expected_key(question, k)) for k in numbers}
                 # Media are checked again by each collection, at no cost.
                 if self._settings.collect.retry_failed or record["reason"] == "media" or key not in keys:
@@ -209,6 +252,8 @@ class PoolStore:
     def add(self, response: TeacherResponse) -> None:
         """Append an answer."""
         self._file.append(as_record(response))
+        self._meter(response.usage)
+        self.models.add(response.model)
         self._note(response)
 
     def fail(self, question: Question, ks: Sequence[int], model: str, digest: str, reason: str, error: str) -> None:
@@ -236,6 +281,8 @@ class PoolStore:
         Raises:
             SettingsError: some answers are not in the pool; the message names the file that has them.
         """
+        if self._lock is None:
+            return
         try:
             self.sync()
             lines = self._file.waiting
@@ -267,8 +314,7 @@ def lock_pool(path: Path) -> FolderLock:
         Locked: another program is writing to the pool.
         SettingsError: the folder cannot be created or written to, or the path is a folder.
     """
-    if path.is_dir():
-        raise SettingsError(f"--out {path}: expected a file, got a folder; name a file in it")
+    _check_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
@@ -278,6 +324,11 @@ def lock_pool(path: Path) -> FolderLock:
         raise SettingsError(
             f"--out {path}: cannot be written ({error.strerror or error}); choose a folder that you can write to"
         ) from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise SettingsError(f"--out {path}: expected a file, got a folder; name a file in it")
 
 
 def repair_tail(path: Path) -> None:

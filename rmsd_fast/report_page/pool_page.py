@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rmsd_fast.data.errors import counted
 from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent
@@ -31,6 +32,7 @@ _LINKS = (
     ("usage", "Cost"),
     ("models", "Teachers"),
 )
+_NOT_BELOW = "The numbers below do not include this."
 _USAGE_NAMES = {"prompt_tokens": "prompt tokens", "completion_tokens": "completion tokens", "cost": "cost"}
 
 
@@ -64,7 +66,9 @@ def render_pool(analysis: Mapping[str, Any], advice: Sequence[Advice], pool: Pat
 
 def _facts(analysis: Mapping[str, Any], pool: Path, questions: Path) -> str:
     counts, settings = analysis["counts"], analysis["settings"]
-    per_question = [f"{k} answers: {n:,} questions" for k, n in counts["answers_per_question"].items()]
+    per_question = [
+        f"{counted(int(k), 'answer')}: {counted(n, 'question')}" for k, n in counts["answers_per_question"].items()
+    ]
     facts = [
         ("Pool", pool),
         ("Questions", questions),
@@ -89,11 +93,15 @@ def _notes(analysis: Mapping[str, Any]) -> str:
         ids = ", ".join(counts["unanswered_ids"]) + (
             ", …" if counts["unanswered"] > len(counts["unanswered_ids"]) else ""
         )
-        notes.append(f"{counts['unanswered']:,} questions have no answer ({ids}). They are in no number below.")
+        notes.append(f"The pool has no answer to {counted(counts['unanswered'], 'question')} ({ids}). {_NOT_BELOW}")
+    if counts["marked"]:
+        notes.append(
+            f"The pool has {counted(counts['marked'], 'answer')} drawn adaptively or with a hint. {_NOT_BELOW}"
+        )
     if counts["foreign_ids"]:
         notes.append(
-            f"{counts['foreign_answers']:,} answers belong to {counts['foreign_ids']:,} ids that no question "
-            "has. They are in no number below."
+            f"The pool has {counted(counts['foreign_answers'], 'answer')} to {counted(counts['foreign_ids'], 'id')} "
+            f"that no question has. {_NOT_BELOW}"
         )
     return (
         f'<div class="note" role="note">{"".join(f"<p>{visible(note)}</p>" for note in notes)}</div>' if notes else ""
@@ -283,8 +291,9 @@ def _usage(usage: Mapping[str, Any] | None) -> str:
     columns = ("", "answers that report it", "total", "per answer", "per valid answer", "per kept answer")
     return (
         f'{head}{table("Cost", columns, rows)}<p class="muted small">As the server reported it. A kept answer has at '
-        "least quality tau. If one request returned several answers, and each line repeats the tokens of its prompt, "
-        "the prompt tokens here are counted once per answer.</p>"
+        "least quality tau. A reply of rmsd_fast.collect with several answers is divided equally among them. Other "
+        "programs may repeat the tokens of a prompt in the line of each answer; they are then counted once per "
+        "answer.</p>"
     )
 
 

@@ -10,7 +10,7 @@ from rmsd_fast.config import RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import DataError, all_faults
 from rmsd_fast.data.records import Question, load_questions, question_format
 from rmsd_fast.made.teacher import is_simulated
-from rmsd_fast.settings import load_settings
+from rmsd_fast.settings import POOL_SETTINGS, load_settings
 from rmsd_fast.teacher.diagnostics import pool_statistics
 from rmsd_fast.teacher.pool import check_pool, load_pool
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
@@ -18,18 +18,6 @@ from rmsd_fast.teacher.summary import Summary, describe_frames, describe_pool, d
 
 # Errors are reported in this order, regardless of the order of the arguments.
 QUESTION_ROLES = ("train", "heldout")
-# Settings that say how to read questions and teacher answers.
-POOL_SETTINGS = (
-    "data.format",
-    "data.task_type",
-    "data.media_root",
-    "data.follow_symlinks",
-    "teacher.parse",
-    "teacher.numeric_metric",
-    "teacher.numeric_eps",
-    "teacher.ocr_metric",
-    "teacher.unlabeled",
-)
 
 
 @dataclass(frozen=True)
@@ -189,7 +177,7 @@ def missing_media(questions: list[Question], settings: RunConfig, path: str) -> 
 
 
 def _check_responses(settings: RunConfig, pool: Pool, questions: list[Question], path: str) -> None:
-    most = max(len(pool[question.id]) for question in questions)
+    most = max(sum(not response.is_hinted for response in pool[question.id]) for question in questions)
     if settings.teacher.responses > most:
         raise SettingsError(
             f"teacher.responses: expected at most {most}, the largest number of responses to a question in {path}, "

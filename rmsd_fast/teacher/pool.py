@@ -41,6 +41,8 @@ _FIELDS = (*_REQUIRED, "key", "finish_reason", "usage", "model", "sampling", "va
 # Marks in `sampling`: an answer that was drawn because the first ones did not settle the question, and an answer to a
 # request that showed the ground truth. Statistics of the teacher leave them out.
 ADAPTIVE, HINTED = MARKS = ("adaptive", "hinted")
+# Number of the hinted answer to a question. It is larger than any K, so that K can be raised later.
+HINT_K = 1_000_000
 # Field names under which servers and other programs store the reasoning and the required fields.
 _REASONING = ("reasoning_content", "reasoning", "thinking", "think")
 _OTHER_NAMES = {
@@ -82,6 +84,16 @@ class TeacherResponse:
     reason: str | None = None
     """Why the answer is invalid, a key of `method.natural.REASONS`."""
 
+    @property
+    def is_hinted(self) -> bool:
+        """Whether the request showed the ground truth."""
+        return bool(self.sampling.get(HINTED))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether statistics of the teacher include it: it was neither drawn adaptively nor hinted."""
+        return not any(map(self.sampling.get, MARKS))
+
 
 def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
     """Return the responses by question id, each list sorted by k.
@@ -99,11 +111,12 @@ def load_pool(path: str | os.PathLike) -> dict[str, list[TeacherResponse]]:
     return {identity: sorted(responses, key=lambda response: response.k) for identity, responses in pool.items()}
 
 
-def read_pool(path: str | os.PathLike) -> Iterator[TeacherResponse]:
+def read_pool(path: str | os.PathLike, *, skip_torn: bool = False) -> Iterator[TeacherResponse]:
     """Yield the responses of a pool in the order of the file, without keeping them in memory.
 
     Args:
         path: the pool file.
+        skip_torn: whether a damaged last line without a newline, as an interrupted append leaves it, is left out.
     Raises:
         DataError: as load_pool, at the end of the file, with all damaged lines.
     """
@@ -129,7 +142,7 @@ def read_pool(path: str | os.PathLike) -> Iterator[TeacherResponse]:
             # Only the last line can be incomplete, and only if its newline is missing.
             if line.endswith(b"\n"):
                 faults.append(error)
-            else:
+            elif not skip_torn:
                 torn = "the last line has no newline: an append was interrupted; remove the line"
                 faults.append(DataError(f"{error} ({torn})"))
             continue

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.errors import counted
 
 PAPER_K, PAPER_TAU = TeacherConfig.responses, TeacherConfig.min_quality
 # Doubling K pays if it raises the expected quality of the best answer by this much.
@@ -83,7 +84,7 @@ def with_interval(estimated: Mapping[str, Any], *, sign: bool = False) -> str:
 
 
 def _k_advice(analysis: Mapping[str, Any]) -> Advice:
-    subject = "K (teacher.responses)"
+    subject = "K (collect.k)"
     best = analysis["best_of"]
     if best is None:
         return Advice(
@@ -105,31 +106,34 @@ def _k_advice(analysis: Mapping[str, Any]) -> Advice:
         return Advice(
             subject, str(PAPER_K), "This is the paper's value. No answer has a quality above 0, so none is best."
         )
-    pays, verdict, gain = 1, "", ""
+    pays = 1
     for step in group["steps"]:
         gain = f"from K = {step['from']} to {step['to']}, the expected best quality changes by "
         gain += with_interval(step, sign=True)
-        if step["low"] is not None and step["low"] >= LEAST_GAIN:
-            pays = step["to"]
-            continue
-        if step["high"] is not None and step["high"] < LEAST_GAIN:
-            verdict = f"More does not pay: {gain}, less than {LEAST_GAIN}."
-        else:
-            known = max(pays, min(PAPER_K, best["most"]))
-            verdict = f"It is undecided whether more pay: {gain}."
-            if known > pays:
-                verdict += f" Until then, {known} is the safer choice."
-            pays = known
-        break
+        if step["low"] is None or step["low"] < LEAST_GAIN:
+            is_small = step["high"] is not None and step["high"] < LEAST_GAIN
+            if not is_small:
+                verdict = f"The pool does not show whether more answers pay: {gain}."
+            elif best["most"] < PAPER_K:
+                verdict = f"More answers may add little: {gain}, less than {LEAST_GAIN}."
+            else:
+                verdict = f"No need to collect more: {gain}, less than {LEAST_GAIN}."
+            break
+        pays = step["to"]
     else:
-        verdict = f"The last doubling pays: {gain}. The pool does not show whether {2 * pays} would pay; "
-        verdict += f"to find out, collect {2 * pays} answers to about 200 questions."
+        more = max(2 * pays, PAPER_K)
+        verdict = f"The last doubling pays: {gain}. The pool does not show whether {more} would pay; to find out, "
+        verdict += f"collect {more} answers to about 200 questions."
+    value = max(PAPER_K, pays)
+    shown = min(value, best["most"])
+    papers = "This is the paper's value. " if value == PAPER_K else ""
     reason = (
-        f"The expected quality of one answer is {plain(quality[0])}, that of the best of {pays} is "
-        f"{plain(quality[pays - 1])}. {verdict}{_luck(best, pays)} Answers that are already in the pool cost nothing "
-        "more; K decides about further collecting."
+        f"{papers}The expected quality of one answer is {plain(quality[0])}, that of the best of {shown} is "
+        f"{plain(quality[shown - 1])}. "
+        f"{verdict}{_luck(best, shown)} Keep all answers that are already in the pool: K decides about further "
+        "collecting."
     )
-    return Advice(subject, str(pays), reason)
+    return Advice(subject, str(value), reason)
 
 
 def _luck(best: Mapping[str, Any], k: int) -> str:
@@ -168,6 +172,10 @@ def _tau_advice(analysis: Mapping[str, Any]) -> Advice:
     starved = (
         f" More than {MOST_EMPTY:.0%} of the questions have no kept answer in: {', '.join(empty)}." if empty else ""
     )
+    most_kept = analysis["kept"]["at_default"][name]["high"]
+    if kept[PAPER_TAU] < LEAST_KEPT and (most_kept is None or most_kept >= LEAST_KEPT):
+        reason = f"{at} This is the paper's value. The pool has too few questions to show that it keeps too little."
+        return Advice(subject, str(PAPER_TAU), reason + starved)
     if kept[PAPER_TAU] >= LEAST_KEPT:
         reason = (
             f"{at} This is the paper's value; its teacher kept 72%, and a tau that kept 45% made the student worse."
@@ -223,13 +231,17 @@ def _agreement_advice(analysis: Mapping[str, Any]) -> list[Advice]:
             Advice(
                 subject,
                 "",
-                f"{unlabeled:,} questions have no ground truth, and none has one to compare with. Agreement shows how "
+                f"{counted(unlabeled, 'question')} {'has' if unlabeled == 1 else 'have'} no ground truth, and no "
+                "question has one to compare with. Agreement shows how "
                 "consistent the teacher is, not whether it is right. Label about 200 questions to find out.",
             )
         ]
     closed = check["closed"]
     precision, recovered = closed["precision"], closed["recovered"]
-    if precision is None or recovered is None:
+    if precision is None:
+        nothing = f"Not a substitute for labels here: agreement keeps no answer at tau = {check['min_quality']:g}."
+        return [Advice(subject, "", nothing)]
+    if recovered is None:
         return [Advice(subject, "", "The valid answers to a question are equally good, so there is nothing to choose.")]
     shown = (
         f"Of the answers that agreement keeps at tau, {precision['value']:.0%} would be kept with labels too. "

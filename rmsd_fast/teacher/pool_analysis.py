@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.teacher.agreement_check import agreement_check
@@ -46,14 +47,21 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
     """Return all numbers of the pool report.
 
     Args:
-        pool: all answers, checked against the questions.
+        pool: all answers, checked against the questions. Those that were drawn adaptively, or with a hint, are only
+            counted, because they depend on the quality of others.
         questions: all questions; at least one has an answer.
         cfg: teacher settings. `responses` is K: what training would use. All other statistics use all answers.
         simulated: whether a simulated teacher wrote the pool.
     Returns:
         A dict that can be written as JSON; docs/pool_report.md describes it.
+    Raises:
+        DataError: all answers were drawn adaptively, or with a hint.
     """
+    whole = pool
+    pool = {name: kept for name, responses in whole.items() if (kept := [r for r in responses if r.is_counted])}
     answered = [question for question in questions if question.id in pool]
+    if not answered:
+        raise DataError("teacher pool: expected answers that depend on no others, got only adaptive or hinted ones")
     most = max(len(pool[question.id]) for question in answered)
     every = replace(cfg, responses=most)
     scores = score_pool(pool, answered, every)
@@ -66,7 +74,8 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
     return {
         "teacher_simulated": simulated,
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
-        "counts": _counts(pool, questions, answered, rows),
+        "counts": _counts(pool, questions, answered, rows)
+        | {"marked": sum(not response.is_counted for question in questions for response in whole.get(question.id, []))},
         "quality": pool_statistics(scores, others, every, simulated=simulated) if others else None,
         "agreement_quality": pool_statistics(scores, unlabeled, every, simulated=simulated) if unlabeled else None,
         "means": {
@@ -132,11 +141,11 @@ def _counts(pool: Pool, questions: Sequence[Question], answered: Sequence[Questi
 def _kept(rows: PoolRows, groups: dict[str, np.ndarray], used: TeacherConfig) -> dict:
     """Return the shares of answers, and of questions with a kept answer among K, for each tau.
 
-    Those at `min_quality` have intervals, under `at`.
+    Those at `min_quality` have intervals, under `at`, and the shares of answers at its default under `at_default`.
     """
     taus = sorted({*TAUS, used.min_quality})
     shares: dict[str, dict[str, list[float]]] = {name: {"answers": [], "questions": []} for name in groups}
-    at = {}
+    at, at_default = {}, {}
     for tau in taus:
         # The filter of method.matching.passes_filter, for all answers at once.
         kept = rows.per_question((rows.quality >= tau) & (rows.quality > 0))
@@ -145,9 +154,11 @@ def _kept(rows: PoolRows, groups: dict[str, np.ndarray], used: TeacherConfig) ->
             covered = kept_questions(kept[members], counts, used.responses)
             shares[name]["answers"].append(float(kept[members].sum() / counts.sum()))
             shares[name]["questions"].append(float(covered.mean()))
+            if tau == TeacherConfig.min_quality:
+                at_default[name] = ratio(kept[members], counts)
             if tau == used.min_quality:
                 at[name] = {"answers": ratio(kept[members], counts), "questions": estimate(covered)}
-    return {"responses": used.responses, "tau": taus, "groups": shares, "at": at}
+    return {"responses": used.responses, "tau": taus, "groups": shares, "at": at, "at_default": at_default}
 
 
 def _best_of(rows: PoolRows, groups: dict[str, np.ndarray]) -> dict | None:

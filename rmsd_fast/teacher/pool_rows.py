@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,14 +14,7 @@ from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.quality import fold_text
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import Pool, ScoredResponse, Scores
-
-# Names of the token counts in `usage`: OpenAI and compatible servers, Anthropic, Gemini.
-_PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount")
-_COMPLETION = ("completion_tokens", "output_tokens", "candidatesTokenCount")
-# Gemini reports tokens of the reasoning in addition to those of the answer; all others include them.
-_MORE_COMPLETION = "thoughtsTokenCount"
-_COST = "cost"
-USAGE = ("prompt_tokens", "completion_tokens", "cost")
+from rmsd_fast.teacher.usage import WITH, Usage, read_usage
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,8 @@ class PoolRows:
         distinct: number of different valid answers to each question, int64 [Q].
         model: index into `models`, int64 [A].
         models: names of the teachers, most frequent first.
-        usage: numbers of USAGE that the server reported, float64 [A] each; NaN if it did not report them.
+        usage: fields of Usage, float64 [A] each; NaN if the server did not report them. The usage of a reply with
+            several answers is divided equally among them.
     """
 
     questions: list[Question]
@@ -86,6 +79,7 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
         raise ValueError("questions: expected at least one with an answer, got none")
     answers: list[ScoredResponse] = []
     responses: list[TeacherResponse] = []
+    usages: list[Usage] = []
     start, distinct = [0], []
     for question in questions:
         if not scores[question.id] or len(scores[question.id]) != len(pool[question.id]):
@@ -95,12 +89,13 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
             )
         answers += scores[question.id]
         responses += pool[question.id]
+        usages += _split_usage(pool[question.id])
         start.append(len(answers))
         distinct.append(len({_final(answer, question) for answer in scores[question.id] if answer.valid}))
     ids = np.repeat(np.arange(len(questions)), np.diff(start))
     repeated, elsewhere = _repetitions([_sent(response) for response in responses], ids)
     models, model = _models(responses)
-    usage = np.array([read_usage(response.usage) for response in responses], dtype=np.float64)
+    usage = np.array(usages, dtype=np.float64)
     return PoolRows(
         questions=list(questions),
         start=np.array(start),
@@ -113,27 +108,17 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
         distinct=np.array(distinct),
         model=model,
         models=models,
-        usage={name: usage[:, column] for column, name in enumerate(USAGE)},
+        usage={name: usage[:, column] for column, name in enumerate(Usage._fields)},
     )
 
 
-def read_usage(usage: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the tokens of prompt and completion, and the cost, of one answer; NaN for values that are not reported.
-
-    Negative, infinite and other unusable values count as not reported.
-    """
-    prompt, completion, cost = (_first(usage, names) for names in (_PROMPT, _COMPLETION, (_COST,)))
-    more = _first(usage, (_MORE_COMPLETION,))
-    return prompt, completion if math.isnan(more) else completion + more, cost
-
-
-def _first(usage: Mapping[str, Any], names: Sequence[str]) -> float:
-    for name in names:
-        value = usage.get(name)
-        # Larger integers are not token counts, and the largest cannot be converted to a float.
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e15:
-            return float(value)
-    return math.nan
+def _split_usage(responses: Sequence[TeacherResponse]) -> list[Usage]:
+    """Return the usage of each answer to a question. That of a reply is divided equally among its answers."""
+    named = [response.usage.get(WITH) for response in responses]
+    replies = [k if isinstance(k, int) else response.k for k, response in zip(named, responses, strict=True)]
+    whole = {response.k: read_usage(response.usage) for response in responses}
+    nothing = Usage(math.nan, math.nan, math.nan)
+    return [Usage(*(value / replies.count(k) for value in whole.get(k, nothing))) for k in replies]
 
 
 def _sent(response: TeacherResponse) -> str:

@@ -14,7 +14,7 @@ from rmsd_fast.method.answers import answer_body, has_outer_format, parse_answer
 from rmsd_fast.method.finish_reasons import finish_reason_of
 from rmsd_fast.method.natural import Unreadable, read_response
 from rmsd_fast.method.quality import agreement, quality_score, word_overlap
-from rmsd_fast.teacher.pool import MARKS, TeacherResponse
+from rmsd_fast.teacher.pool import TeacherResponse
 
 Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
@@ -55,11 +55,21 @@ class ScoredResponse(NamedTuple):
     """Whether statistics of the teacher include it: it was neither drawn adaptively nor hinted."""
 
 
+def used_responses(responses: Sequence[TeacherResponse], cfg: TeacherConfig) -> list[TeacherResponse]:
+    """Return the responses to a question that training uses: the first `cfg.responses`, in order of k.
+
+    Hinted responses are not among them. With `cfg.hinted`, they follow.
+    """
+    plain = [response for response in responses if not response.is_hinted]
+    hinted = [response for response in responses if response.is_hinted] if cfg.hinted else []
+    return plain[: cfg.responses] + hinted
+
+
 def score_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -> Scores:
-    """Score the first `cfg.responses` answers of each question id, in order of k. Other questions get no answers."""
+    """Score the answers of each question id that training uses. Other questions get no answers."""
     scores = {}
     for question in questions:
-        responses = pool.get(question.id, [])[: cfg.responses]
+        responses = used_responses(pool.get(question.id, []), cfg)
         answers = [score_response(response, question, cfg) for response in responses]
         scores[question.id] = _with_agreement(answers, question, cfg) if question.is_unlabeled else answers
     return scores
@@ -98,8 +108,7 @@ def score_response(response: TeacherResponse, question: Question, cfg: TeacherCo
         quality = quality_score(text, task, question.answer, options=options, **quality_settings(cfg))
         if task == "open" and cfg.open_quality == "lexical":
             quality = word_overlap(answer_body(text), _reference(question))
-    is_counted = not any(map(response.sampling.get, MARKS))
-    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent, is_counted)
+    return ScoredResponse(response.k, text, reason is None, quality, reason, as_sent, response.is_counted)
 
 
 def repaired(response: TeacherResponse, question: Question, cfg: TeacherConfig) -> TeacherResponse:

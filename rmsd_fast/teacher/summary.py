@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from rmsd_fast.config import RunConfig
+from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
 from rmsd_fast.data.preprocess import frame_rule
@@ -17,7 +18,7 @@ from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.method.finish_reasons import finish_reason_of, is_known
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.teacher.pool import ADAPTIVE, HINTED
-from rmsd_fast.teacher.scores import Pool
+from rmsd_fast.teacher.scores import Pool, used_responses
 
 # Below this share of valid answers, something is wrong with the pool as a whole.
 LEAST_VALID = 0.05
@@ -112,7 +113,7 @@ def describe_pool(
     """
     cfg = settings.teacher
     every = statistics["all"]
-    used = [response for question in questions for response in pool[question.id][: cfg.responses]]
+    used = [response for question in questions for response in used_responses(pool[question.id], cfg)]
     names = sorted({response.model for response in used if response.model})
     named = f" of {', '.join(names[:SHOWN_NAMES])}{', …' if len(names) > SHOWN_NAMES else ''}" if names else ""
     by_number = sorted(Counter(len(pool[question.id]) for question in questions).items(), reverse=True)
@@ -135,7 +136,7 @@ def describe_pool(
     if unanswered:
         left_out = counted(len(unanswered), "question")
         summary.lines.append(f"  left out: {left_out} without an answer ({some_ids(unanswered)})")
-    summary.lines += _unused(questions, pool, cfg.responses)
+    summary.lines += _unused(questions, pool, cfg)
     summary += _endings([response.finish_reason for response in used])
     if every["valid_share"] < LEAST_VALID or not every["best_share"]:
         nothing = "no answer is correct" + (" or agrees with another" if every["unlabeled"] else "")
@@ -167,17 +168,20 @@ def describe_pool(
 
 
 def describe_frames(questions: Sequence[Question], pool: Pool, settings: RunConfig) -> Summary:
-    """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames."""
+    """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames.
+
+    All students that a run trains are of the default family of `frame_rule`.
+    """
     summary = Summary()
-    used = [response for question in questions for response in pool[question.id][: settings.teacher.responses]]
+    used = [response for question in questions for response in used_responses(pool[question.id], settings.teacher)]
     rules = [response.sampling.get("frames") for response in used]
     ours = frame_rule(settings.video)
     if whole := sum(isinstance(rule, str) for rule in rules):
         summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
     theirs = [rule for rule in rules if isinstance(rule, dict)]
-    differ = [rule for rule in theirs if {name: value for name, value in rule.items() if name != "family"} != ours]
+    differ = [rule for rule in theirs if rule != ours]
     if differ:
-        then, now = (", ".join(f"video.{name}={value}" for name, value in rule.items()) for rule in (differ[0], ours))
+        then, now = map(_frames, (differ[0], ours))
         summary.warnings.append(
             f"{counted(len(differ), 'answer')} of the teacher to frames that the student does not see (the teacher saw "
             f"{then}, the student sees {now}): an answer may name what the student cannot see; use the same settings, "
@@ -186,21 +190,31 @@ def describe_frames(questions: Sequence[Question], pool: Pool, settings: RunConf
     return summary
 
 
-def _unused(questions: Sequence[Question], pool: Pool, most: int) -> list[str]:
+def _frames(rule: Mapping[str, Any]) -> str:
+    """Return the settings of a rule of `frame_rule`, and the family of the student for which it chose frames."""
+    named = [f"video.{name}={value}" for name, value in rule.items() if name != "family"]
+    return ", ".join(named) + (f" for a student of the family {rule['family']}" if "family" in rule else "")
+
+
+def _unused(questions: Sequence[Question], pool: Pool, cfg: TeacherConfig) -> list[str]:
     """Return lines about answers in the pool that a run or its statistics do not use."""
     asked = {question.id for question in questions}
     foreign = [identity for identity in pool if identity not in asked]
-    beyond = sum(max(0, len(pool[identity]) - most) for identity in asked)
+    all_answers = [response for identity in asked for response in pool[identity]]
+    used = [response for identity in asked for response in used_responses(pool[identity], cfg)]
+    hinted = 0 if cfg.hinted else sum(response.is_hinted for response in all_answers)
+    beyond = len(all_answers) - len(used) - hinted
     lines = []
     if foreign:
         answers = counted(sum(len(pool[identity]) for identity in foreign), "answer")
         lines.append(f"  not used: {answers} to ids that no question has ({some_ids(foreign)})")
-    used = [response for identity in asked for response in pool[identity][:most]]
     for mark, what in ((ADAPTIVE, "drawn adaptively"), (HINTED, "with the ground truth as a hint")):
         if marked := sum(bool(response.sampling.get(mark)) for response in used):
             lines.append(f"  not in these statistics: {counted(marked, 'answer')} {what}")
     if beyond:
-        lines.append(f"  not used: {counted(beyond, 'answer')} after the first {most} (teacher.responses)")
+        lines.append(f"  not used: {counted(beyond, 'answer')} after the first {cfg.responses} (teacher.responses)")
+    if hinted:
+        lines.append(f"  not used: {counted(hinted, 'answer')} with the ground truth as a hint (teacher.hinted)")
     return lines
 
 

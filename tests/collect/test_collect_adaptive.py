@@ -13,7 +13,7 @@ from rmsd_fast.collect_run.store import Answer
 from rmsd_fast.config import RunConfig, SettingsError, TeacherConfig
 from rmsd_fast.data.records import Question
 from rmsd_fast.teacher.diagnostics import pool_statistics
-from rmsd_fast.teacher.pool import load_pool
+from rmsd_fast.teacher.pool import HINT_K, load_pool
 from rmsd_fast.teacher.scores import score_pool
 from rmsd_fast.teacher.summary import describe_pool
 
@@ -87,15 +87,45 @@ def test_questions_without_a_right_answer_are_asked_with_a_hint(tmp_path):
             collect_plainly(questions, [server.url], out, "collect.k=2", "collect.hint_empty=true")
         assert server.count == 5
     pool = answers(out)
-    assert len(pool) == 8 and {place for place, r in pool.items() if r.sampling.get("hinted")} == {("q1", 2), ("q2", 2)}
-    assert pool["q1", 2].quality == 1 and pool["q1", 2].key.split("-")[2] != pool["q1", 1].key.split("-")[2]
+    assert len(pool) == 8 and {place for place, r in pool.items() if r.sampling.get("hinted")} == {
+        ("q1", HINT_K),
+        ("q2", HINT_K),
+    }
+    assert pool["q1", HINT_K].quality == 1 and pool["q1", HINT_K].key.split("-")[2] != pool["q1", 1].key.split("-")[2]
     # Without the setting, hinted answers do not disturb.
     with TeacherServer() as server:
         collect_plainly(questions, [server.url], out, "collect.k=2")
         assert server.count == 0
-    cfg = TeacherConfig(responses=3)
-    statistics = pool_statistics(score_pool(load_pool(out), questions, cfg), questions, cfg, simulated=False)
+    cfg = TeacherConfig(responses=3, hinted=True)
+    scores = score_pool(load_pool(out), questions, cfg)
+    assert [len(scores[f"q{i}"]) for i in range(3)] == [2, 3, 3]
+    statistics = pool_statistics(scores, questions, cfg, simulated=False)
     assert statistics["all"]["responses"] == 6 and statistics["all"]["mean"] == pytest.approx(0.5 / 3)
+    lines = describe_pool(
+        questions, load_pool(out), statistics, [], RunConfig(teacher=TeacherConfig(responses=3))
+    ).lines
+    assert "  not used: 2 answers with the ground truth as a hint (teacher.hinted)" in lines
+
+
+def test_hinted_answers_take_no_number_of_the_others(tmp_path):
+    out, questions = tmp_path / "pool.jsonl", plain_questions(tmp_path, 1)
+    with TeacherServer(Patterns(q0="AAAB")) as server:
+        collect_plainly(questions, [server.url], out, "collect.k=2", "collect.hint_empty=true")
+        collect_plainly(questions, [server.url], out, "collect.k=4", "collect.hint_empty=true")
+    assert set(answers(out)) == {("q0", k) for k in (0, 1, 2, 3, HINT_K)}
+    pool = load_pool(out)
+    del pool["q0"][1]
+    assert [answer.k for answer in score_pool(pool, questions, TeacherConfig(responses=4))["q0"]] == [0, 2, 3]
+    cfg = TeacherConfig(responses=1, hinted=True)
+    assert [answer.k for answer in score_pool(pool, questions, cfg)["q0"]] == [0, HINT_K]
+
+
+def test_hinted_answers_do_not_settle_a_question(tmp_path):
+    out, questions = tmp_path / "pool.jsonl", plain_questions(tmp_path, 1)
+    with TeacherServer(Patterns(q0="AAAA")) as server:
+        collect_plainly(questions, [server.url], out, "collect.k=1", "collect.hint_empty=true")
+        collect_plainly(questions, [server.url], out, "collect.adaptive=true", "collect.k0=1", "collect.k=3")
+    assert set(answers(out)) == {("q0", k) for k in (0, 1, 2, HINT_K)}
 
 
 def test_k0_is_below_k(tmp_path):

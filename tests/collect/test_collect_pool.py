@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import socket
 import tempfile
 from dataclasses import replace
 
@@ -14,10 +15,12 @@ from collect_runs import answers, collect_plainly, expected, plain_questions, ru
 from teacher_server import RIGHT, TeacherServer, completion, right
 
 from rmsd_fast.collect_run import loop
-from rmsd_fast.collect_run.store import lock_pool, repair_tail
+from rmsd_fast.collect_run.config import load_collection, teachers
+from rmsd_fast.collect_run.store import PoolStore, lock_pool, repair_tail
 from rmsd_fast.config import SettingsError
 from rmsd_fast.data.errors import DataError
 from rmsd_fast.files import Locked
+from rmsd_fast.teacher.pool import HINT_K
 
 
 @pytest.fixture
@@ -244,3 +247,47 @@ def test_torn_file_of_rejected_requests(tmp_path, caplog):
     with TeacherServer() as server:
         collect_plainly(plain_questions(tmp_path, 1), [server.url], out)
     assert set(answers(out)) == expected(1) and not (tmp_path / "pool.failed.jsonl").exists()
+
+
+def test_the_budget_counts_all_answers_that_the_pool_has_paid_for(collected):
+    questions, out, server = collected
+    edited = [replace(questions[0], question="Which?"), *questions[1:3]]
+    with pytest.raises(SettingsError, match="got 8 answers to others"):
+        more((edited, out, server), "collect.temperature=0.5")
+    # Four answers are replaced, and those to the last three questions are not asked about.
+    assert more((edited, out, server)) == 1
+    settings = load_collection("", ["collect.model=[m]", "collect.endpoint=['http://h/v1']"])
+    with PoolStore(out, edited, settings, teachers(settings.collect), "qwen3_vl") as store:
+        # Seven replies with 100 and 20 tokens.
+        assert store.spent == [700, 140] and store.metered == 28 and store.models == {"m"}
+
+
+def test_imported_answers_are_scored(tmp_path):
+    out, questions = tmp_path / "pool.jsonl", plain_questions(tmp_path, 2)
+    # A right answer without scores, and a wrong one.
+    lines = [{"id": f"q{i}", "k": 0, "text": letter} for i, letter in enumerate("BA")]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with TeacherServer() as server:
+        collect_plainly(questions, [server.url], out, "collect.k=1", "collect.hint_empty=true")
+    assert server.count == 1 and set(answers(out)) == {("q0", 0), ("q1", 0), ("q1", HINT_K)}
+
+
+def test_scoring_again_needs_the_questions_of_the_pool(tmp_path, capsys):
+    out = tmp_path / "pool.jsonl"
+    with TeacherServer() as server:
+        collect_plainly(plain_questions(tmp_path, 2), [server.url], out)
+    before = out.read_bytes()
+    other = write_questions(tmp_path, 2, task_type="numeric", options=None, answer="3")
+    assert run(other, server.url, out, "--rescore") == 2
+    assert "expected responses to the questions as they are now" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_leftovers_of_killed_collectors_are_removed(collected):
+    _, out, _ = collected
+    # No process has this id.
+    left = [out.with_name(f".{name}.99999999@{socket.gethostname()}.tmp") for name in (out.name, "pool.failed.jsonl")]
+    for path in left:
+        path.write_text("x")
+    assert more(collected) == 0
+    assert not any(path.exists() for path in left)

@@ -21,19 +21,22 @@ import yaml
 from collect_runs import FAST, answers, expected, run, write_questions
 from material import WORLD
 from PIL import Image
-from teacher_server import Act, TeacherServer, completion, right
+from teacher_server import Act, TeacherServer, completion, error, question_of, right
 
 from rmsd_fast import collect, environment
 from rmsd_fast.collect_run.config import TEACHERS, CollectConfig, Teacher, load_collection, teachers
 from rmsd_fast.collect_run.loop import Collection
 from rmsd_fast.collect_run.progress import Progress, summary
 from rmsd_fast.collect_run.requests import sample_seed
-from rmsd_fast.config import RECIPES, SettingsError
+from rmsd_fast.collect_run.store import lock_pool
+from rmsd_fast.config import RECIPES, SettingsError, TeacherConfig
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import load_questions
 from rmsd_fast.made.clips import make_clips
 from rmsd_fast.settings import load_settings, to_yaml
 from rmsd_fast.stages.material import prepare_material
+from rmsd_fast.teacher.pool import load_pool
+from rmsd_fast.teacher.pool_analysis import analyze_pool
 from rmsd_fast.teacher.targets import build_targets
 
 
@@ -142,12 +145,78 @@ def test_missing_media_are_named_and_tried_again(tmp_path, capsys, caplog):
     assert [part["type"] for part in user["content"]] == ["image_url", "text"]
 
 
+def test_missing_answers_are_counted_once(tmp_path, capsys):
+    """With several models, with rejections that are not noted, and with rejections of earlier collections."""
+    questions, out = write_questions(tmp_path, 3), tmp_path / "pool.jsonl"
+    (tmp_path / "picture.png").rename(tmp_path / "gone.png")
+    with TeacherServer() as server:
+        assert run(questions, server.url, out, "--model", "n") == 1
+        assert "(media 12)\nstill missing: 12 answers" in capsys.readouterr().out
+        (tmp_path / "gone.png").rename(tmp_path / "picture.png")
+        server.script = lambda request, number: error(400, "no")
+        assert run(questions, server.url, out) == 2
+        text = capsys.readouterr().out
+        assert "still missing: 12 answers" in text and "rejected for good" not in text
+
+        def script(request, number):
+            return error(400, "no") if " 2?" in question_of(request) else right(request, number)
+
+        server.script = script
+        assert run(questions, server.url, out, "--k", "2") == 1
+        assert "(refused 2)\nstill missing: 2 answers" in capsys.readouterr().out
+        server.script = right
+        (tmp_path / "questions.jsonl").write_text((tmp_path / "questions.jsonl").read_text().replace("in 0?", "in 7?"))
+        assert run(questions, server.url, out, "--k", "2") == 1
+        assert "still missing: 2 answers" in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    questions, out = write_questions(tmp_path, 2), tmp_path / "pools" / "pool.jsonl"
+    out.parent.mkdir()
+    # Both files end in the middle of an append.
+    out.write_text('{"id": "q0", "k": 0, "text": "B"}\n{"id": "q0", "k": 1, "te')
+    failed = out.with_name("pool.failed.jsonl")
+    failed.write_text('{"id": "q1", "k": [0], "key": "a-b-c", "reason": "refused"}\n{"id')
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    # The lock is that of a collector that is writing at the same time.
+    with lock_pool(out):
+        assert run(questions, "http://h/v1", out, "--dry-run") == 0
+    out.with_name(f".{out.name}.lock").unlink()
+    assert "1 answer to 2 questions" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+def test_costs_in_the_report_are_those_of_the_replies(tmp_path):
+    questions, out = write_questions(tmp_path, 3), tmp_path / "pool.jsonl"
+    with TeacherServer() as server:
+        assert run(questions, server.url, out, "--model", "n", "--k", "3") == 0
+    analysis = analyze_pool(load_pool(out), load_questions(questions), TeacherConfig(), simulated=False)
+    # Two replies of 100 and 20 tokens for each question: one with two answers of m, one with one of n.
+    prompt, completed = analysis["usage"]["prompt_tokens"], analysis["usage"]["completion_tokens"]
+    assert (prompt["answers"], prompt["total"]) == (9, pytest.approx(600)) and completed["total"] == pytest.approx(120)
+    assert prompt["per_answer"] == pytest.approx(600 / 9)
+    assert {model["model"]: model["prompt_tokens"] for model in analysis["models"]} == {"m": 50.0, "n": 100.0}
+
+
+def test_a_student_that_is_not_on_this_machine(tmp_path, capsys):
+    questions, out = write_questions(tmp_path, 1), tmp_path / "pool.jsonl"
+    (tmp_path / "r.yaml").write_text("model: {path: Qwen/Never-Downloaded}\n")
+    with TeacherServer() as server:
+        assert run(questions, server.url, out, "--recipe", str(tmp_path / "r.yaml")) == 0
+    assert "model.path=Qwen/Never-Downloaded: expected a downloaded model, got none" in capsys.readouterr().err
+
+
+def test_k_of_zero_is_an_error(tmp_path, capsys):
+    assert run(write_questions(tmp_path, 1), "http://h/v1", tmp_path / "p.jsonl", "--k", "0") == 2
+    assert "collect.k: expected 1 to 100000, got 0" in capsys.readouterr().err
+
+
 def test_a_dry_run_estimates_and_writes_nothing(tmp_path, capsys):
     questions, out = write_questions(tmp_path, 5), tmp_path / "pool.jsonl"
     prices = ["collect.input_price=2", "collect.output_price=10"]
     with TeacherServer() as server:
         assert run(questions, server.url, out, "--dry-run", *prices) == 0
-        assert server.count == 0 and not out.exists()
+        assert server.count == 0 and not list(tmp_path.glob("*pool*"))
     text = capsys.readouterr().out
     assert "to collect: 20 answers in about 5 requests to m" in text
     # 20 answers of 400 tokens cost 0.08.
@@ -207,7 +276,7 @@ def test_a_recipe_may_add_to_that_of_a_teacher(tmp_path):
         (["sft.steps=3"], "override: sft.steps has no effect: a collection reads collect.*, video.*, data.{format"),
         (["data.train=q.jsonl"], "data.train has no effect"),
         (["collect.kk=3"], "unknown setting collect.kk; did you mean collect.k?"),
-        (["collect.k=0"], "collect.k: expected at least 1, got 0"),
+        (["collect.k=0"], "collect.k: expected 1 to 100000, got 0"),
         (["collect.temperature=hot"], "collect.temperature"),
         (["collect.video_as=gif"], "collect.video_as: expected one of frames, base64, file"),
         (["collect.endpoint=[localhost:8000]"], "collect.endpoint: expected a URL such as http://localhost:8000/v1"),
@@ -228,7 +297,7 @@ def test_refused_settings(overrides, says):
     assert says in str(caught.value) and "hunter2" not in str(caught.value)
 
 
-def test_keys_come_from_the_environment(monkeypatch):
+def test_keys_come_from_the_environment(monkeypatch, caplog):
     def keys(**changes):
         return [teacher.keys for teacher in teachers(CollectConfig(model=["m"], **changes))]
 
@@ -238,9 +307,13 @@ def test_keys_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k1\n")
     monkeypatch.setenv("OTHER", "k2")
     assert keys(endpoint=hosts[:1]) == [("k1",)]
+    # The default key is never sent without encryption; one that the user names is.
+    assert keys(endpoint=["http://a.com/v1"]) == keys(endpoint=["http://localhost:1/v1"]) == [("",)]
+    assert "http://a.com/v1: OPENAI_API_KEY is sent only with https" in caplog.text
+    assert keys(endpoint=["http://a.com/v1"], api_key_env=["OTHER"]) == [("k2",)]
     assert keys(endpoint=hosts, api_key_env=["OPENAI_API_KEY", "OTHER"]) == [("k1", "k2")]
     for ports in (["http://localhost:1/v1", "http://127.0.0.1:2/v1"], ["https://a.com:1/v1", "https://a.com:2/v1"]):
-        assert keys(endpoint=ports) == [("k1", "k1")]
+        assert keys(endpoint=ports, api_key_env=["OTHER"]) == [("k2", "k2")]
     assert keys(endpoint=hosts, api_key_env=[]) == [("", "")]
     assert [teacher.keys for teacher in teachers(load_collection("vllm", []).collect)] == [("",)]
     for changes, says in (
@@ -280,6 +353,9 @@ def test_print_config_and_help(tmp_path, capsys):
         collect.main(["--help"])
     text = capsys.readouterr().out
     assert "collect.endpoint=[]" in text and "video.num_frames=16" in text and "sft.steps" not in text
+    # Only settings that a collection reads, which are those of `--print-config`.
+    listed = re.findall(r"^  (\w+)\.(\w+)=", text.partition("settings (section.field")[2], re.MULTILINE)
+    assert listed == [(section, name) for section in ("video", "data", "teacher", "collect") for name in shown[section]]
 
 
 def test_commands_and_settings_in_the_manual_exist(repository, capsys):

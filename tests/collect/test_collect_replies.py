@@ -46,6 +46,7 @@ def test_finish_reasons_and_usage():
     read = read_reply(json.dumps({"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}).encode())
     assert [reason for _, reason in read.answers] == ["length", None, None]
     assert tokens_of(read.usage) == (3, 4)
+    assert tokens_of({"prompt_tokens": 14, "completion_tokens": 1, "total_tokens": 399}) == (14, 385)
     assert tokens_of({}) is None and tokens_of({"prompt_tokens": True, "completion_tokens": -1}) is None
 
 
@@ -59,7 +60,7 @@ def test_finish_reasons_and_usage():
         (b'{"choices": []}', "no answer", "at least one choice with a message"),
         (b'{"choices": [{"error": {"code": 502}, "message": {"content": ""}}]}', "no answer", "at least one choice"),
         (b'{"choices": [{"finish_reason": "error", "message": {"content": "failed"}}]}', "no answer", "at least one"),
-        (b'{"error": {"code": 429, "message": "slow"}}', "429", "429: 429: slow"),
+        (b'{"error": {"code": 429, "message": "slow"}}', "429", "^status 429: slow"),
         (b'{"error": "overloaded"}', "500", "overloaded"),
     ],
 )
@@ -79,6 +80,8 @@ def test_bodies_that_are_no_answers(data, kind, says):
             "collect.api_key_env: expected a key that the server accepts, got status 401: Incorrect API key",
         ),
         (403, "no access", Fatal, "set the environment variable that it names"),
+        (403, "Your input was flagged", "filtered", "flagged"),
+        (403, "moderation is required", "filtered", "moderation"),
         (402, "pay", Fatal, "collect.endpoint: expected an account with credit, got status 402: pay"),
         (429, "You exceeded your current quota", Fatal, "expected an account with credit"),
         (400, "This model's maximum context length is 8192 tokens", "context_too_long", "8192"),
@@ -86,6 +89,18 @@ def test_bodies_that_are_no_answers(data, kind, says):
         (400, "m is not a multimodal model", "no_vision", "multimodal"),
         (400, "This model does not support image inputs", "no_vision", "image"),
         (400, "The response was filtered due to the content management policy", "filtered", "policy"),
+        (400, "At most 8 image(s) may be provided in one prompt.", "too_many_media", "At most 8"),
+        (400, "At most 0 image(s) may be provided in one prompt.", "no_vision", "At most 0"),
+        (500, "Cannot load local files without `--allowed-local-media-path`.", "no_files", "local files"),
+        (400, "max_tokens=4096 cannot be greater than max_model_len=2048", "context_too_long", "4096"),
+        (400, "1 item, which exceeds the pre-allocated encoder cache size 64", "context_too_long", "cache size 64"),
+        (
+            404,
+            "The model `m` does not exist. Valid aliases: n.",
+            Fatal,
+            "collect.model: expected a model that the serv",
+        ),
+        (404, 'model "m" not found, try pulling it first', Fatal, "set --model to a name that the server lists"),
         (422, "top_p must be below 1", "refused", "top_p"),
         (500, "Only one completion choice is allowed", "refused", "Only one"),
     ],
@@ -99,6 +114,9 @@ def test_rejections_are_named(status, message, kind, says):
 def test_messages_of_all_servers_are_shown():
     for body in ({"error": "bad"}, {"message": "bad"}, {"detail": "bad"}, {"error": {"message": "bad"}}):
         assert str(failure(500, {}, json.dumps(body).encode())) == "status 500: bad"
+    # vLLM repeats the status as the code.
+    repeated = json.dumps({"error": {"message": "bad", "code": 400}}).encode()
+    assert str(failure(400, {}, repeated)) == "status 400: bad" and str(failure(422, {}, repeated)).endswith("400: bad")
     assert len(str(failure(500, {}, b"x" * 10_000))) < 400
     assert failure(404, {}, b"").wrong_server and not failure(503, {}, b"").wrong_server
     assert failure(503, {}, b"").overloaded and not failure(408, {}, b"").overloaded
@@ -181,5 +199,17 @@ def test_the_budget_is_never_exceeded():
         with pytest.raises(BudgetReached):
             await budget.reserve(100, 100)
         await budget.reserve(10, 1)
+
+    asyncio.run(work())
+
+
+def test_answers_longer_than_their_limit_enlarge_later_reservations():
+    async def work() -> None:
+        budget = Budget(CollectConfig(max_total_tokens=1000), (0, 0))
+        await budget.settle(await budget.reserve(10, 100), (10, 400))
+        # 410 + 10 + 4 * 100 fit; 4 * 200 do not.
+        with pytest.raises(BudgetReached):
+            await budget.reserve(10, 200)
+        await budget.reserve(10, 100)
 
     asyncio.run(work())

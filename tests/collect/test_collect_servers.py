@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from dataclasses import replace
 
 import pytest
-from collect_runs import answers, collect_plainly, expected, plain_questions
+from collect_runs import answers, collect_plainly, expected, plain_questions, run, write_questions
 from teacher_server import RIGHT, Act, TeacherServer, completion, error, question_of, right
 
 from rmsd_fast.collect_run.replies import Fatal
+from rmsd_fast.collect_run.requests import request_body
 
 
 @pytest.fixture(autouse=True)
@@ -102,22 +105,39 @@ def test_rejected_requests_are_noted_and_not_repeated(tmp_path, caplog):
     ("act", "says"),
     [
         (error(401, "Incorrect API key provided: sk-secret"), "expected a key that the server accepts, got status 401"),
+        # The message is cut in the middle of the key.
+        (error(401, "x" * 295 + "sk-secret"), r"got status 401: x*\[API …; set"),
+        (Act(b"<html><title>" + b"x" * 295 + b"sk-secret</title></html>"), r"HTML page titled 'x*\[API …'"),
         (error(400, "m is not a multimodal model"), "got 5 rejections and no answer, first .*use a model that accepts"),
-        (error(404, "The model `m` does not exist"), "got status 404: The model `m` does not exist; check the URL"),
+        (error(404, "The model `m` does not exist"), "collect.model: .*404: The model `m` does not exist; set --model"),
+        (error(404, "Not Found"), "got status 404: Not Found; check the URL and collect.model"),
         (Act(b"<html><title>Welcome</title></html>"), "got expected JSON, got an HTML page titled 'Welcome'"),
         (Act(b"", 301, {"Location": "http://elsewhere/"}), "status 301"),
         (error(429, "You exceeded your current quota"), "expected an account with credit"),
     ],
 )
 def test_errors_that_every_request_would_meet_stop_the_collection(tmp_path, act, says, monkeypatch, caplog):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
     out = tmp_path / "pool.jsonl"
     with TeacherServer(lambda request, number: act) as server, pytest.raises(Fatal, match=says) as caught:
-        collect_plainly(plain_questions(tmp_path, 40), [server.url], out)
+        collect_plainly(plain_questions(tmp_path, 40), [server.url], out, "collect.api_key_env=[TEACHER_KEY]")
     assert server.count <= 40 and failed(out) == []
     assert "Authorization: Bearer sk-secret" in server.headers[0]
     # The key is in the header only, even if the server repeats it.
-    assert "sk-secret" not in f"{caught.value}{caplog.text}{out.read_text() if out.exists() else ''}"
+    assert "sk-" not in f"{caught.value}{caplog.text}{out.read_text() if out.exists() else ''}"
+
+
+def test_answers_that_no_server_gave_are_counted_once(tmp_path, capsys):
+    """A collection that stops notes no rejection, so its answers are only missing."""
+    says = "At most 8 image(s) may be provided in one prompt."
+    with TeacherServer(lambda request, number: error(400, says)) as server:
+        assert run(write_questions(tmp_path, 2), server.url, tmp_path / "pool.jsonl") == 2
+    # The server does not reject `n`, so no question is asked again for one answer.
+    assert [request["n"] for request in server.requests] == [4, 4]
+    output = capsys.readouterr()
+    assert "still missing: 8 answers\n" in output.out and "rejected for good" not in output.out
+    assert "got 2 rejections and no answer, first status 400: At most 8 image(s)" in output.err
+    assert "lower video.num_frames, or raise the limit of the server" in output.err
 
 
 def test_a_server_that_does_not_answer_any_more(tmp_path):
@@ -240,3 +260,103 @@ def test_a_long_pause_is_no_outage(tmp_path):
         overrides = ["collect.outage_s=0.3", "collect.start_concurrency=1"]
         collect_plainly(plain_questions(tmp_path, 2), [server.url], tmp_path / "pool.jsonl", *overrides)
     assert set(answers(tmp_path / "pool.jsonl")) == expected(2)
+
+
+# Nothing listens there.
+DEAD = "http://127.0.0.1:1/v1"
+
+
+@pytest.mark.parametrize("fails", ["refuses", "500", "garbage"])
+def test_a_broken_replica_gets_few_requests(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr("rmsd_fast.collect_run.client.FIRST_BACKOFF_S", 0.05)
+    acts = {"500": error(500, "no GPU"), "garbage": Act(b"<html></html>"), "refuses": Act()}
+    slow = lambda request, number: replace(right(request, number), delay_s=0.05)  # noqa: E731
+    out = tmp_path / "pool.jsonl"
+    with TeacherServer(slow) as good, TeacherServer(lambda *_: acts[fails]) as broken:
+        urls = [DEAD if fails == "refuses" else broken.url, good.url]
+        collection = collect_plainly(plain_questions(tmp_path, 200), urls, out, "collect.max_concurrency=16")
+    (client,) = collection.clients
+    assert set(answers(out)) == expected(200) and collection.gave_up == 0
+    # A burst for each period of rest, whose length doubles.
+    assert client.counts["requests"] - client.counts["answered"] <= 100
+
+
+def test_a_dead_replica_does_not_stop_a_collection_that_waits_for_its_first_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("rmsd_fast.collect_run.client.FIRST_BACKOFF_S", 0.02)
+    slow = lambda request, number: replace(right(request, number), delay_s=0.5)  # noqa: E731
+    with TeacherServer(slow) as server:
+        collect_plainly(plain_questions(tmp_path, 16), [DEAD, server.url], tmp_path / "pool.jsonl")
+    assert set(answers(tmp_path / "pool.jsonl")) == expected(16)
+    with pytest.raises(Fatal, match="expected a server with chat completions, got .*; check the URL"):
+        collect_plainly(plain_questions(tmp_path, 30), [DEAD, "http://127.0.0.1:2/v1"], tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("wait", ["0", "Thu, 01 Jan 2015 12:00:00 GMT"])
+def test_a_pause_of_zero_does_not_remove_the_back_off(tmp_path, wait, monkeypatch):
+    monkeypatch.setattr("rmsd_fast.collect_run.client.FIRST_BACKOFF_S", 0.05)
+    start_s = time.monotonic()
+
+    def script(request, number):
+        return right(request, number) if time.monotonic() > start_s + 1 else error(429, "slow down", retry_after=wait)
+
+    with TeacherServer(script) as server:
+        collect_plainly(plain_questions(tmp_path, 2), [server.url], tmp_path / "pool.jsonl")
+    assert set(answers(tmp_path / "pool.jsonl")) == expected(2)
+    # The pauses are at least 0.025, 0.05, 0.1, 0.2, 0.4 and 0.8 seconds.
+    assert server.count <= 2 * 7
+
+
+def test_forbidden_requests(tmp_path):
+    """A server that has answered accepts the key, so its 403 concerns the request."""
+
+    def script(request, number):
+        text = question_of(request)
+        if " 3?" in text:
+            return error(403, "Your chosen model requires moderation. Your input was flagged.")
+        return error(403, "not for you") if " 2?" in text else right(request, number)
+
+    out, questions = tmp_path / "pool.jsonl", plain_questions(tmp_path, 4)
+    with TeacherServer(script) as server:
+        collection = collect_plainly(questions, [server.url], out, "collect.start_concurrency=1")
+        assert collection.refused == {"refused": 4, "filtered": 4} and set(answers(out)) == expected(2)
+        assert failed(out)[0]["error"] == "status 403: not for you"
+        with pytest.raises(Fatal, match="expected a key that the server accepts, got status 403: not for you"):
+            collect_plainly(questions[2:3], [server.url], tmp_path / "other.jsonl")
+
+
+def test_a_rejection_is_noted_if_the_pool_has_answers_of_the_model(tmp_path):
+    script = lambda request, number: error(400, "no") if " 2?" in question_of(request) else right(request, number)  # noqa: E731
+    out, questions = tmp_path / "pool.jsonl", plain_questions(tmp_path, 3)
+    with TeacherServer(script) as server:
+        collect_plainly(questions[:2], [server.url], out)
+        assert collect_plainly(questions, [server.url], out).refused == {"refused": 4}
+        before = server.count
+        collect_plainly(questions, [server.url], out)
+        assert server.count == before and [record["id"] for record in failed(out)] == ["q2"]
+
+
+def test_only_requests_in_flight_have_a_body(tmp_path, monkeypatch):
+    made, answered, waiting = [], [], []
+
+    def body(*args, **fields):
+        made.append(1)
+        return request_body(*args, **fields)
+
+    def script(request, number):
+        waiting.append(len(made) - len(answered))
+        answered.append(1)
+        return replace(right(request, number), delay_s=0.01)
+
+    monkeypatch.setattr("rmsd_fast.collect_run.loop.request_body", body)
+    with TeacherServer(script) as server:
+        settings = ["collect.start_concurrency=2", "collect.max_concurrency=2", "collect.several=never"]
+        collect_plainly(plain_questions(tmp_path, 10), [server.url], tmp_path / "pool.jsonl", *settings)
+    assert len(made) == 40 and max(waiting) <= 2
+
+
+def test_reasoning_outside_of_the_completion_counts_for_the_budget(tmp_path):
+    usage = {"prompt_tokens": 14, "completion_tokens": 1, "total_tokens": 414}
+    with TeacherServer(lambda request, _: completion(*[RIGHT] * 4, usage=usage)) as server:
+        settings = ["collect.max_tokens=100", "collect.max_total_tokens=2000", "collect.start_concurrency=1"]
+        collection = collect_plainly(plain_questions(tmp_path, 20), [server.url], tmp_path / "pool.jsonl", *settings)
+    assert collection.budget.spent == (14 * 4, 400 * 4) and server.count == 4

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rmsd_fast.config import TeacherConfig
+from rmsd_fast.data.errors import DataError
 from rmsd_fast.data.records import Question
 from rmsd_fast.method.matching import passes_filter
 from rmsd_fast.teacher.agreement_check import agreement_check
@@ -17,8 +18,9 @@ from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.pool_advice import advise
 from rmsd_fast.teacher.pool_analysis import analyze_pool
 from rmsd_fast.teacher.pool_gain import stage2_gain
-from rmsd_fast.teacher.pool_rows import pool_rows, read_usage
+from rmsd_fast.teacher.pool_rows import pool_rows
 from rmsd_fast.teacher.scores import score_pool
+from rmsd_fast.teacher.usage import read_usage
 
 
 def question(identity, task, answer, **fields):
@@ -175,6 +177,10 @@ def test_repetitions_lengths_and_different_answers():
     [
         ({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "cost": 0.25}, (10, 5, 0.25)),
         ({"input_tokens": 10, "output_tokens": 5}, (10, 5, None)),
+        # Reasoning tokens that only the total includes.
+        ({"prompt_tokens": 14, "completion_tokens": 1, "total_tokens": 399}, (14, 385, None)),
+        ({"prompt_tokens": 14, "completion_tokens": 9, "total_tokens": 20}, (14, 9, None)),
+        ({"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 22}, (10, 12, None)),
         ({"promptTokenCount": 10, "candidatesTokenCount": 5, "thoughtsTokenCount": 7}, (10, 12, None)),
         ({"prompt_tokens": "10", "completion_tokens": -5, "cost": True}, (None, None, None)),
         ({"prompt_tokens": 10**400, "completion_tokens": float("inf"), "cost": None}, (None, None, None)),
@@ -234,14 +240,23 @@ def test_advice_about_k():
     many = [question(f"t{i}", "temporal", "0 to 10") for i in range(200)]
     same = {q.id: answers(q.id, *["0 to 6"] * 4) for q in many}
     k = subjects(analyzed(same, many))["K"]
-    assert k.value == "1" and "More does not pay: from K = 1 to 2" in k.reason
+    assert k.value == "4" and "No need to collect more: from K = 1 to 2" in k.reason
+    assert k.subject == "K (collect.k)"
+    # A doubling that pays, but fewer answers than the paper's K.
+    pairs = {q.id: answers(q.id, "0 to 2", "0 to 9") for q in many}
+    k = subjects(analyzed(pairs, many))["K"]
+    assert k.value == "4" and "The last doubling pays: from K = 1 to 2" in k.reason
+    assert "does not show whether 4 would pay; to find out, collect 4 answers" in k.reason
+    equal = {q.id: answers(q.id, "0 to 6", "0 to 6") for q in many}
+    k = subjects(analyzed(equal, many))["K"]
+    assert k.value == "4" and "More answers may add little: from K = 1 to 2" in k.reason
     # Every question has one good answer among four.
     spread_out = {q.id: answers(q.id, "0 to 2", "0 to 3", "0 to 4", "0 to 9") for q in many}
     k = subjects(analyzed(spread_out, many))["K"]
     assert k.value == "4" and "does not show whether 8 would pay; to find out, collect 8" in k.reason
     # Two questions show nothing for certain, so the paper's K stays.
     k = subjects(analyzed(POOL, INTERVALS))["K"]
-    assert k.value == "4" and "undecided" in k.reason
+    assert k.value == "4" and "does not show whether more answers pay: from K = 1 to 2" in k.reason
     single = {q.id: answers(q.id, "0 to 6") for q in many}
     k = subjects(analyzed(single, many))["K"]
     assert k.value == "4" and "Most questions have one answer" in k.reason
@@ -268,6 +283,42 @@ def test_advice_about_tau(said, value, words):
     pool = {q.id: answers(q.id, *said) for q in INTERVALS}
     tau = subjects(analyzed(pool, INTERVALS))["tau"]
     assert tau.value == value and words in tau.reason
+
+
+def test_tau_changes_only_if_the_interval_supports_it():
+    def tau(kept_questions, count):
+        asked = [question(f"t{i}", "temporal", "0 to 10") for i in range(count)]
+        said = [("0 to 9", "0 to 9") if i < kept_questions else ("0 to 2", "0 to 2") for i in range(count)]
+        return subjects(analyzed({q.id: answers(q.id, *a) for q, a in zip(asked, said, strict=True)}, asked))["tau"]
+
+    # 40% are kept at 0.3. Of ten questions, the interval contains a half; of 1,000, it does not.
+    few = tau(4, 10)
+    assert few.value == "0.3" and "too few questions to show that it keeps too little" in few.reason
+    assert tau(400, 1000).value == "0.2"
+
+
+def test_answers_that_depend_on_others_are_only_counted():
+    def with_marks(responses, *marks):
+        return [replace(r, sampling={mark: True} if mark else {}) for r, mark in zip(responses, marks, strict=True)]
+
+    plain = {"t0": answers("t0", "0 to 5", "0 to 10"), "t1": answers("t1", "0 to 1", "0 to 2")}
+    marked = {
+        "t0": with_marks(answers("t0", "0 to 5", "0 to 10", "0 to 9"), "", "", "adaptive"),
+        "t1": with_marks(answers("t1", "0 to 1", "0 to 2", "0 to 10", "0 to 10"), "", "", "adaptive", "hinted"),
+    }
+    expected, got = analyzed(plain, INTERVALS), analyzed(marked, INTERVALS)
+    assert expected["counts"].pop("marked") == 0 and got["counts"].pop("marked") == 3
+    assert got == expected and got["means"]["closed"]["mean"] == pytest.approx((0.75 + 0.15) / 2)
+    with pytest.raises(DataError, match="got only adaptive or hinted ones"):
+        analyzed({"t0": with_marks(answers("t0", "0 to 5"), "adaptive")}, INTERVALS)
+
+
+def test_agreement_that_keeps_nothing():
+    asked = [question(f"m{i}", "mcq", "B", options=("x", "y", "z")) for i in range(20)]
+    reason = subjects(analyzed({q.id: answers(q.id, "A", "B") for q in asked}, asked))["agreement"].reason
+    assert reason == "Not a substitute for labels here: agreement keeps no answer at tau = 0.3."
+    equal = subjects(analyzed({q.id: answers(q.id, "B", "B") for q in asked}, asked))["agreement"].reason
+    assert "equally good" in equal
 
 
 def test_advice_about_agreement():
