@@ -27,8 +27,14 @@ def progress_section(entries: Sequence[Mapping[str, Any]]) -> str:
             if points:
                 series.append(Series(name, *map(tuple, zip(*points, strict=True))))
         if series:
-            hint = f"mean over {answers} answers; step 0 is the stage-1 student"
-            charts.append(curve_chart(_TITLE, hint, series, smoothed=False))
+            charts.append(
+                curve_chart(
+                    f"{answers.capitalize()} answers",
+                    "mean score; step 0 is the stage-1 student",
+                    series,
+                    smoothed=False,
+                )
+            )
     for entry in entries:
         for answers in ("greedy", "sampled"):
             scores = [_measured(entry["students"].get(student), answers) for student in _NAMES]
@@ -44,7 +50,9 @@ def progress_section(entries: Sequence[Mapping[str, Any]]) -> str:
             )
     head = "".join(f"<th>{name}</th>" for name in _NAMES.values())
     return (
-        f'<h3>{_TITLE}</h3><div class="charts">{"".join(charts)}</div>'
+        f'<h3>{_TITLE}</h3><p class="muted">Stage 2 and its control started from the same student and are compared after '
+        "equal numbers of steps. If stage 2 stays below the control, more imitation is the better use of the time.</p>"
+        f'<div class="charts">{"".join(charts)}</div>'
         '<div class="card scroll" tabindex="0" role="region" aria-label="Scores by step"><table><thead><tr>'
         f"<th>step</th><th>answers</th>{head}<th>stage 2 − control</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"

@@ -72,6 +72,8 @@ def _stage_lines(settings: RunConfig) -> list[str]:
         if stage not in settings.stages:
             continue
         what = f"{steps} steps of {batch} questions"
+        if stage in ("control", "distill") and settings.evaluate.every_steps:
+            what += f", evaluated every {settings.evaluate.every_steps} steps"
         if stage in ("warm_up", "distill"):
             what += f", {settings.rollout.n} rollouts each of at most {settings.rollout.max_new_tokens} tokens"
         lines.append(f"  {stage}: {what}")
