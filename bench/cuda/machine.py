@@ -32,7 +32,7 @@ MOST_QUEUED = 500
 # What the run would use where it is installed: peers, and what a part of the package needs.
 OPTIONAL = {
     "torchcodec": "decoding, and a whole run, are not tested",
-    "vllm": "no test uses it yet",
+    "vllm": "collecting from a real server is not tested",
     "torchvision": "HF's video processor needs it",
     "liger_kernel": "its losses are no peers, and students run without its layers",
     "cut_cross_entropy": "no peer",

@@ -51,7 +51,8 @@ def progress_section(entries: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in _NAMES.values())
     return (
         f'<h3>{_TITLE}</h3><p class="muted">Stage 2 and its control started from the same student and are compared '
-        "after equal numbers of steps. If stage 2 stays below the control, more imitation is the better use of the time.</p>"
+        "after equal numbers of steps. If stage 2 stays below the control, more imitation is the better use of the "
+        "time.</p>"
         f'<div class="charts">{"".join(charts)}</div>'
         '<div class="card scroll" tabindex="0" role="region" aria-label="Scores by step"><table><thead><tr>'
         f"<th>step</th><th>answers</th>{head}<th>stage 2 − control</th></tr></thead>"
