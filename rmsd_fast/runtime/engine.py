@@ -47,6 +47,8 @@ class Engine:
         dtype: `float32` or `bfloat16`. With bfloat16, master weights are float32, and gradients are accumulated in
             float32 except under ZeRO-0, where DeepSpeed keeps them in bfloat16.
         offload_optimizer: keep optimizer states and master weights in host memory; requires ZeRO 1 to 3.
+        save_frozen: whether `save` also writes the parameters that are not trained. If not, `load` expects them to be
+            those of the saved engine.
         world: this process in the run.
     Raises:
         SettingsError: a setting is out of range, or no parameter is trainable.
@@ -62,13 +64,14 @@ class Engine:
         grad_clip: float = 1.0,
         dtype: str = "bfloat16",
         offload_optimizer: bool = False,
+        save_frozen: bool = True,
         world: World,
     ) -> None:
         import deepspeed
 
         trainable = [p for p in module.parameters() if p.requires_grad]
         _check(zero_stage, dtype, offload_optimizer, len(trainable))
-        self.world, self.zero_stage, self.dtype = world, zero_stage, dtype
+        self.world, self.zero_stage, self.dtype, self.save_frozen = world, zero_stage, dtype, save_frozen
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self._numel = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
         config = _config(self._numel, zero_stage, grad_clip, dtype, offload_optimizer)
@@ -308,12 +311,9 @@ class Engine:
         }
 
     def _weights(self) -> dict[str, Tensor]:
-        """Return trained parameters (under ZeRO-3, this rank's part of each) and buffers, by name.
-
-        Frozen weights do not change, so a run that continues reads them from the model that it started from.
-        """
+        """Return the parameters to save (under ZeRO-3, this rank's part of each) and buffers, by name."""
         part, trained = self.zero_stage == 3, set(self.names)
-        named = [(name, p) for name, p in self.module.named_parameters() if name in trained]
+        named = [(name, p) for name, p in self.module.named_parameters() if self.save_frozen or name in trained]
         return {name: p.ds_tensor.data if part else p.data for name, p in named} | dict(self.module.named_buffers())
 
     def _masters(self) -> list[Tensor]:

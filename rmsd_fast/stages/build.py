@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
+
+import torch
 
 from rmsd_fast.config import ModelError, RunConfig
 from rmsd_fast.data.errors import DataError, counted
@@ -159,7 +162,7 @@ def build_distillation(
         lora = settings.model.adapter == "lora"
         state.reference = Policy(state.student.model, None) if lora else make_reference(load(path, settings, world))
     if uses_discriminator(settings):
-        discriminator = make_discriminator(state, path)
+        discriminator = _discriminator(state, path)
         state.discriminator = make_engine(discriminator, settings, world, settings.discriminator.lr)
     return state
 
@@ -176,32 +179,45 @@ def make_reference(student: Student) -> Policy:
     return Policy(student.model).eval().requires_grad_(False)
 
 
-def make_discriminator(state: StageState, path: str) -> Discriminator:
-    """Return the module that the discriminator's engine trains, see `discriminator.mode`.
+def make_discriminator(student: Student, settings: RunConfig, *, shared: bool = False) -> Discriminator:
+    """Return the module that the discriminator's engine trains: the model, or an adapter of its own, and a scalar head.
 
     Args:
-        state: state of stage 2 with policy and reference.
-        path: folder of the stage-1 student.
+        student: the stage-1 student.
+        settings: settings of the run.
+        shared: whether the policy uses the same model.
     """
-    settings, world = state.settings, state.world
-    mode, lora = settings.discriminator.mode, settings.model.adapter == "lora"
-    head = {"seed": settings.seed, "zero_head": settings.discriminator.head == "zero"}
-    if mode == "head":
-        if lora:
-            backbone = state.student.model
-        else:
-            backbone = state.reference.model if state.reference else load(path, settings, world).model
-        discriminator = Discriminator(backbone, keeps_lm_head=True, adapter=None, **head)
-        discriminator.requires_grad_(False)
-        discriminator.value_weight.requires_grad_(True)
-        discriminator.value_bias.requires_grad_(True)
-        return discriminator
-    student = state.student if mode == "shared" else load(path, settings, world)
-    if lora:
+    if settings.model.adapter == "lora":
         add_adapter(student.model, DISCRIMINATOR, settings.model, seed=settings.seed)
     freeze(student.model, train_vision=settings.distill.train_vision)
     _checkpoint_layers(student.model, settings)
-    return Discriminator(student.model, keeps_lm_head=mode == "shared", **head).train()
+    return Discriminator(student.model, keeps_lm_head=shared, **_head(settings)).train()
+
+
+def make_discriminator_head(backbone: torch.nn.Module, settings: RunConfig) -> Discriminator:
+    """Return the discriminator of which only the scalar head is trained, on a backbone without adapters."""
+    discriminator = Discriminator(backbone, keeps_lm_head=True, adapter=None, **_head(settings))
+    discriminator.requires_grad_(False)
+    discriminator.value_weight.requires_grad_(True)
+    discriminator.value_bias.requires_grad_(True)
+    return discriminator
+
+
+def _head(settings: RunConfig) -> dict[str, Any]:
+    return {"seed": settings.seed, "zero_head": settings.discriminator.head == "zero"}
+
+
+def _discriminator(state: StageState, path: str) -> Discriminator:
+    """Return the discriminator of stage 2 on a model of its own or a shared one, see `discriminator.mode`."""
+    settings, mode = state.settings, state.settings.discriminator.mode
+    if mode == "shared":
+        return make_discriminator(state.student, settings, shared=True)
+    if mode == "separate":
+        return make_discriminator(load(path, settings, state.world), settings)
+    if settings.model.adapter == "lora":
+        return make_discriminator_head(state.student.model, settings)
+    backbone = state.reference.model if state.reference else load(path, settings, state.world).model
+    return make_discriminator_head(backbone, settings)
 
 
 def _checkpoint_layers(model, settings: RunConfig) -> None:
@@ -212,6 +228,7 @@ def _checkpoint_layers(model, settings: RunConfig) -> None:
 def make_engine(
     module: Policy | Discriminator, settings: RunConfig, world: World, lr: float, weight_decay: float = 0.0
 ) -> Engine:
+    only_head = isinstance(module, Discriminator) and settings.discriminator.mode == "head"
     return Engine(
         module,
         lr=lr,
@@ -220,5 +237,7 @@ def make_engine(
         grad_clip=settings.runtime.grad_clip,
         dtype=settings.model.dtype,
         offload_optimizer=settings.runtime.offload_optimizer,
+        # A frozen backbone is that of the model which the stage starts from, and is not written again.
+        save_frozen=settings.model.adapter == "none" and not only_head,
         world=world,
     )

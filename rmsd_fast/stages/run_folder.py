@@ -204,15 +204,15 @@ def _refuse_late_changes(settings: RunConfig, state: dict) -> None:
 
 
 def _refuse_other_models(former: dict, now: dict) -> None:
-    """Reject another model to start from, because checkpoints hold only the weights that are trained."""
+    """Reject another model to start from. With adapters, checkpoints hold only the trained weights."""
     for name, before, after in (
         ("model.path", former["files"].get("model"), now["files"].get("model")),
         ("stage1", former.get("stage1"), now.get("stage1")),
     ):
         if before and after and before != after:
             raise CheckpointError(
-                f"{name}: expected the files with which the run started, since its checkpoints hold only trained "
-                "weights, got others; restore the files, or start a new run"
+                f"{name}: expected the files with which the run started, since its students come from them, got "
+                "others; restore the files, or start a new run"
             )
 
 
