@@ -8,6 +8,7 @@ of that pass, because recomputed layers would use the other adapter.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed + _SEEDS[name])
         inject_adapter_in_model(config, model, adapter_name=name)
-    activate(model, name)
+    activate(adapted_layers(model).values(), name)
 
 
 def target_layers(model: nn.Module, targets: list[str]) -> list[nn.Module]:
@@ -94,12 +95,14 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _is_adapted(module)}
 
 
-def activate(model: nn.Module, name: str | None) -> None:
+def activate(layers: Iterable[Any], name: str | None) -> None:
     """Use the adapter `name` in the following passes, or none. Only the weights of this adapter are trainable then.
 
-    Models without adapters are not changed.
+    Args:
+        layers: the layers with adapters. Callers keep them, because a search through the model in each pass takes time.
+        name: the adapter; None = the backbone alone.
     """
-    for layer in adapted_layers(model).values():
+    for layer in layers:
         if name is None:
             layer.enable_adapters(False)
             continue

@@ -8,7 +8,7 @@ from torch import nn
 from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import last_token_values
-from rmsd_fast.models.adapters import DISCRIMINATOR, activate
+from rmsd_fast.models.adapters import DISCRIMINATOR, activate, adapted_layers
 from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 
@@ -35,6 +35,7 @@ class Discriminator(nn.Module):
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
+        self._adapted = tuple(adapted_layers(model).values())
         if not keeps_lm_head and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             # An untied head would not be trained but would still take memory and optimizer state.
             model.lm_head = None
@@ -49,7 +50,7 @@ class Discriminator(nn.Module):
 
     def forward(self, prompts: list[Prompt], rows: Rows, features: MediaFeatures | None) -> torch.Tensor:
         """Return the scores of the rows' responses, float32 [M]. features=None encodes the media here."""
-        activate(self.model, self.adapter)
+        activate(self._adapted, self.adapter)
         if features is None:
             features = encode_media(self.model, prompts)
         # With mode=head, nothing in the body is trained, so no activations have to be kept.

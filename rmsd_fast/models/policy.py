@@ -10,7 +10,7 @@ from torch import nn
 
 from rmsd_fast.data.packing import Rows, gather_rows
 from rmsd_fast.data.prompts import Prompt
-from rmsd_fast.models.adapters import POLICY, activate
+from rmsd_fast.models.adapters import POLICY, activate, adapted_layers
 from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
 
 Result = TypeVar("Result")
@@ -30,10 +30,11 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, adapter: str | None = POLICY):
         super().__init__()
         self.model, self.adapter = model, adapter
+        self._adapted = tuple(adapted_layers(model).values())
 
     def activate(self) -> None:
         """Use this module's adapter in passes that do not go through it, such as generation."""
-        activate(self.model, self.adapter)
+        activate(self._adapted, self.adapter)
 
     def forward(
         self,
