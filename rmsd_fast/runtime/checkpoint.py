@@ -293,7 +293,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, world: World, engines: Mapping[st
     """Restore engines and random generators, and return the saved `state`.
 
     Raises:
-        CheckpointError: the checkpoint was saved with other engines, or another number of ranks or ZeRO stage.
+        CheckpointError: the checkpoint was saved with other engines, another dtype or other trained parameters.
     """
     folder = checkpoint.folder
     for name, engine in engines.items():
@@ -308,12 +308,10 @@ def load_checkpoint(checkpoint: Checkpoint, *, world: World, engines: Mapping[st
             # The file is neither on disk nor in the manifest, so the verification could not detect that it is missing.
             raise CheckpointError(f"{folder}: {first_line(error)}; resume from a copy of the run folder") from error
     path = folder / f"rng_{world.rank:05d}.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: expected a checkpoint of {world.size} processes, got one of fewer; resume with as many "
-            "processes as it was saved with"
-        )
-    _restore_rng(json.loads(path.read_text(encoding="utf-8")))
+    # If the checkpoint was saved by fewer ranks, the others keep their generators. Training does not draw from these
+    # generators: every draw has its own seed.
+    if path.is_file():
+        _restore_rng(json.loads(path.read_text(encoding="utf-8")))
     return checkpoint.state
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from rmsd_fast.config import CheckpointError, NotInstalled, SettingsError
-from rmsd_fast.files import read_tensors, write_tensors
+from rmsd_fast.files import write_tensors
 from rmsd_fast.runtime.process_group import World, global_max
+from rmsd_fast.runtime.reshard import SavedEngine
 
 # Parameters below this size stay gathered under ZeRO-3, because gathering norms and biases costs more than their
 # memory.
@@ -73,8 +74,8 @@ class Engine:
         _check(zero_stage, dtype, offload_optimizer, len(trainable))
         self.world, self.zero_stage, self.dtype, self.save_frozen = world, zero_stage, dtype, save_frozen
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
-        self._numel = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
-        config = _config(self._numel, zero_stage, grad_clip, dtype, offload_optimizer)
+        self._numels = [getattr(p, "ds_numel", p.numel()) for p in trainable]
+        config = _config(sum(self._numels), zero_stage, grad_clip, dtype, offload_optimizer)
         if dtype == "float32":
             module = module.float()
         dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
@@ -260,36 +261,48 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore the exact state saved by `save`.
 
+        If it was saved with another number of ranks or another ZeRO stage, it is divided anew. Values are the same, but
+        later steps are only equal up to the order of summation.
+
         Raises:
-            CheckpointError: the state was saved with a different number of ranks, ZeRO stage, dtype or set of trainable
-                parameters.
+            CheckpointError: the state was saved with another dtype or other trainable parameters.
         """
         saved, now = json.loads((folder / "engine.json").read_text()), self._layout()
-        for key, value in now.items():
-            if saved.get(key) != value:
-                got = saved.get(key)
+        for key in ("dtype", "elements", "trainable"):
+            if saved.get(key) != now[key]:
+                value, got = now[key], saved.get(key)
                 if key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
                 raise CheckpointError(
-                    f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same number of "
-                    "processes, ZeRO stage, dtype and trained parameters, or start a run from the exported model"
+                    f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype and "
+                    "trained parameters, or start a run from the exported model"
                 )
-        part = read_tensors(folder / self._part())
+        stored = SavedEngine(folder, saved["zero_stage"], saved["world_size"], self._numels)
+        masters = self._masters()
+        part = stored.part(masters, self.zero_stage, self.world.size, self.world.rank)
         persistent = self._release_persistent()
-        weights = (
-            read_tensors(folder / "weights.safetensors")
-            if self.zero_stage != 3
-            else {k.removeprefix("weight."): v for k, v in part.items() if k.startswith("weight.")}
-        )
+        params = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, target in self._weights().items():
-                target.copy_(weights[name])
-            for i, master in enumerate(self._masters()):
+                if name in params:
+                    start, length = self._held(params[name])
+                    target.view(-1)[:length].copy_(stored.weight(name, start, length))
+                else:
+                    target.copy_(stored.buffer(name))
+            for i, master in enumerate(masters):
                 master.copy_(part[f"master.{i}"])
                 _restore_state(self.engine.basic_optimizer, master, part, f"state.{i}.")
         if persistent:
             persistent[0].all_gather(persistent)
         self.discard()
+
+    def _held(self, param: nn.Parameter) -> tuple[int, int]:
+        """Return the first element and the number of elements of a parameter that this rank holds."""
+        if self.zero_stage != 3:
+            return 0, param.numel()
+        part = param.ds_tensor.numel()
+        start = min(self.world.rank * part, param.ds_numel)
+        return start, min(part, param.ds_numel - start)
 
     def _release_persistent(self) -> list[nn.Parameter]:
         """Partition the small parameters that ZeRO-3 keeps gathered, whose full copies would hide the loaded parts."""
@@ -306,7 +319,7 @@ class Engine:
             "world_size": self.world.size,
             "zero_stage": self.zero_stage,
             "dtype": self.dtype,
-            "elements": self._numel,
+            "elements": sum(self._numels),
             "trainable": self.names,
         }
 

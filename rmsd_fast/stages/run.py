@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rmsd_fast.config import STAGES, CheckpointError, RunConfig, SettingsError, UserError
+from rmsd_fast.data.errors import counted
 from rmsd_fast.data.loader import PromptLoader, TooManyBadSamples
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.prompts import Prompt
@@ -245,6 +246,12 @@ def restore(run: TrainingRun, stages: tuple[str, ...], state: StageState, engine
     """Load the checkpoint of the run to continue if it was written in one of these stages."""
     if run.checkpoint is not None and run.checkpoint.state["stage"] in stages:
         load_checkpoint(run.checkpoint, world=run.world, engines=engines)
+        saved = run.checkpoint.state.get("processes", run.world.size)
+        if saved != run.world.size:
+            run.metrics.message(
+                f"the checkpoint was saved by {counted(saved, 'process', 'processes')} and is continued by "
+                f"{run.world.size}; from here on, numbers equal those of the same number of processes up to rounding"
+            )
         state.skipped_in_a_row = run.checkpoint.state["skipped_in_a_row"]
         state.accuracies = run.checkpoint.state.get("accuracies", [])
 
@@ -459,6 +466,7 @@ def save(
             state={
                 "stage": stage,
                 "step": step,
+                "processes": run.world.size,
                 "finished": finished,
                 "accuracies": state.accuracies,
                 "skipped": run.skipped,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def run_train(
 def only_run(folder: Path) -> Path:
     (found,) = [path for path in folder.iterdir() if (path / "config.yaml").is_file()]
     return found
+
+
+def forget_steps(run: Path, *, after: int) -> None:
+    """Remove what a run has written after a checkpoint, as if it had been killed before its next one."""
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > after:
+            shutil.rmtree(path)
+    (run / "checkpoints" / "latest").unlink()
+    shutil.rmtree(run / "export")
+    for name in ("predictions/stage2.jsonl", "evaluation.json"):
+        (run / name).unlink()
 
 
 def metrics(run: Path) -> list[dict]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from material import tiny_material, tiny_settings
 from safetensors.torch import load_file
-from train_runs import metrics, mini_arguments, only_run, run_train
+from train_runs import forget_steps, metrics, mini_arguments, only_run, run_train
 
 from rmsd_fast.config import SettingsError
-from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, adapted_layers
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, adapted_layers, merged_weights
 from rmsd_fast.models.export import export_student
 from rmsd_fast.models.students import load_student
 from rmsd_fast.runtime.process_group import start, stop
@@ -100,6 +100,55 @@ def test_one_backbone_gives_the_numbers_of_separate_models(folder, material, wor
     for name, gradient in gradients.items():
         assert ("lora_" in name) or name.startswith("Discriminator.value_"), name
         assert torch.allclose(shared_gradients[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("mode", "packing", "checkpointing", "zero_stage"),
+    [
+        ("shared", "shared", "true", 2),
+        ("shared", "shared", "false", 1),
+        ("shared", "padded", "true", 1),
+        ("shared", "padded", "false", 2),
+        ("separate", "shared", "true", 0),
+        ("separate", "padded", "false", 0),
+    ],
+)
+def test_adapters_give_the_numbers_of_merged_models(
+    folder, material, world, monkeypatch, mode, packing, checkpointing, zero_stage
+):
+    """Separate models with merged weights have the same rollouts, scores and losses, and the gradient of their weights
+    gives those of the adapters by the chain rule: W + s B A has dB = s dW A' and dA = s B' dW."""
+    common = (f"packing={packing}", f"model.gradient_checkpointing={checkpointing}", "discriminator.head=random")
+    overrides = (*common, f"discriminator.mode={mode}", f"runtime.zero_stage={zero_stage}")
+    state, prompts = state_of(folder, material, world, *overrides)
+    models = {POLICY: state.student.model, DISCRIMINATOR: state.discriminator.module.model}
+    for seed, (name, model) in enumerate(models.items()):
+        randomize(model, name, seed)
+    plain_settings = tiny_settings(folder, *SMALL, *common, "distill.train_vision=false", "runtime.zero_stage=0")
+    plain = build_distillation(material.model_path, plain_settings, world, material)
+    for name, model in ((POLICY, plain.student.model), (DISCRIMINATOR, plain.discriminator.module.model)):
+        merged = merged_weights(models[name], name)
+        for path, weight in model.state_dict().items():
+            weight.copy_(merged[path])
+    metrics, gradients = gradients_of_a_step(state, prompts, monkeypatch)
+    expected, dense = gradients_of_a_step(plain, prompts, monkeypatch)
+    assert metrics["policy/kl"] > 0 and metrics["tokens"] == expected["tokens"]
+    for name, value in expected.items():
+        if value is not None and not name.startswith(
+            ("seconds", "rate", "memory", "policy/grad", "discriminator/grad")
+        ):
+            assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    compared = 0
+    for name, module in ((POLICY, "Policy"), (DISCRIMINATOR, "Discriminator")):
+        for path, layer in adapted_layers(models[name]).items():
+            a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            whole = dense[f"{module}.model.{path}.weight"]
+            for part, value in (("lora_A", scale * b.T @ whole), ("lora_B", scale * whole @ a.T)):
+                got = gradients[f"{module}.model.{path}.{part}.{name}.weight"]
+                # Merging rounds the weights to float32, which changes gradients by up to 8e-6 of the largest.
+                assert (got - value).abs().max() < 2e-5 * value.abs().max(), (path, part)
+                compared += 1
+    assert compared == 2 * 2 * 7 * state.student.model.config.text_config.num_hidden_layers
 
 
 def test_the_reference_is_the_backbone_without_adapters(folder, material, world):
@@ -207,10 +256,7 @@ def test_a_run_with_adapters_saves_only_their_states_and_resumes_exactly(whole, 
         assert set(trained) <= saved.keys()
         assert {weight.removeprefix("model.") for weight in saved.keys() - set(trained)} <= buffers
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    shutil.rmtree(run / "checkpoints" / "step_9")
-    shutil.rmtree(run / "export")
-    for name in ("predictions/stage2.jsonl", "evaluation.json"):
-        (run / name).unlink()
+    forget_steps(run, after=8)
     done = run_train(["--resume", str(run)])
     assert done.returncode == 0, done.stderr[-3000:]
     again = load_file(run / "export" / "model.safetensors")
@@ -223,7 +269,19 @@ def test_a_run_with_adapters_saves_only_their_states_and_resumes_exactly(whole, 
 def test_two_processes_train_shared_adapters_like_one(whole, made, tmp_path):
     done = run_train(run_arguments(tmp_path, made), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for line, expected in zip(metrics(only_run(tmp_path)), metrics(whole), strict=True):
+    compare_metrics(only_run(tmp_path), whole)
+
+
+def test_two_processes_continue_adapters_of_one(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    forget_steps(run, after=6)
+    done = run_train(["--resume", str(run)], processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare_metrics(run, whole)
+
+
+def compare_metrics(run, whole):
+    for line, expected in zip(metrics(run), metrics(whole), strict=True):
         for name in ("loss", "discriminator/loss", "policy/loss", "policy/kl", "policy/grad_norm"):
             if expected.get(name) is not None:
                 assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, expected["step"])

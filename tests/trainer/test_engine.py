@@ -245,9 +245,10 @@ def check_refusals(world, folder: Path) -> dict:
     accumulate(other_stage, 0)
     ranks_differ = message(lambda: finite(other_stage))
     other_stage.discard()
-    meta = folder / f"refuse_{world.size}" / "engine.json"
+    saved = folder / f"refuse_{world.size}"
+    other_dtype = make(world, 2, "bfloat16")
     found = {
-        "stage": message(lambda: other_stage.load(folder / f"refuse_{world.size}")),
+        "other_dtype": message(lambda: other_dtype.load(saved)),
         "ranks_differ": ranks_differ,
         "range": message(lambda: make(world, 4, "float32")),
         "dtype": message(lambda: make(world, 2, "float16")),
@@ -256,12 +257,12 @@ def check_refusals(world, folder: Path) -> dict:
     # The other rank may still be reading the files that are changed next.
     torch.distributed.barrier()
     if world.rank == 0:
-        saved = json.loads(meta.read_text())
-        meta.write_text(json.dumps(saved | {"world_size": 8}))
+        meta = json.loads((saved / "engine.json").read_text())
+        (saved / "engine.json").write_text(json.dumps(meta | {"trainable": meta["trainable"][1:]}))
     torch.distributed.barrier()
-    found["world"] = message(lambda: engine.load(folder / f"refuse_{world.size}"))
-    engine.close()
-    other_stage.close()
+    found["trainable"] = message(lambda: engine.load(saved))
+    for left in (engine, other_stage, other_dtype):
+        left.close()
     return found
 
 
@@ -462,8 +463,8 @@ def test_engines_are_judged_together_with_one_read(monkeypatch, stage):
 def test_error_messages_of_refused_calls(outcome):
     for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
         found = results["refusals"]
-        assert "zero_stage: expected 1 as in this run, got 2" in found["stage"]
-        assert "world_size: expected" in found["world"] and "as in this run, got 8" in found["world"]
+        assert "dtype: expected bfloat16 as in this run, got float32" in found["other_dtype"]
+        assert "trainable: expected 6 parameters as in this run, got 5 parameters" in found["trainable"]
         assert "expected 0, 1, 2 or 3, got 4" in found["range"]
         assert "float16" in found["dtype"] and "offload_optimizer" in found["offload"]
     assert "expected the same modules in the same order" in outcome[1][2][0]["refusals"]["ranks_differ"]

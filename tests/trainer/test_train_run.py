@@ -16,7 +16,17 @@ import pytest
 import torch
 from processes import wait_until_gone
 from safetensors.torch import load_file
-from train_runs import MACHINE, command, environment, made_files, metrics, mini_arguments, only_run, run_train
+from train_runs import (
+    MACHINE,
+    command,
+    environment,
+    forget_steps,
+    made_files,
+    metrics,
+    mini_arguments,
+    only_run,
+    run_train,
+)
 
 from rmsd_fast.files import FolderLock
 from rmsd_fast.report_page.curves import GROUPS
@@ -199,6 +209,27 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(whole, made, tmp_p
     assert (killed / "rollouts.jsonl").read_bytes() == (whole / "rollouts.jsonl").read_bytes()
     expected, got = weights(whole), weights(killed)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after", "zero_stage"), [("sft", 1, 2, 2), ("distill", 2, 1, 3), ("distill", 1, 2, 0)]
+)
+def test_a_run_continues_with_another_number_of_processes(whole, made, tmp_path, stage, before, after, zero_stage):
+    """Only the steps after the checkpoint run again, and their metrics are those of an uninterrupted run."""
+    overrides = ["checkpoint.every_steps=1", "checkpoint.keep=9", f"runtime.zero_stage={zero_stage}"]
+    done = run_train(mini_arguments(tmp_path, made, *overrides), processes=before)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = only_run(tmp_path)
+    forget_steps(run, after={"sft": 2, "distill": 6}[stage])
+    if stage == "sft":
+        shutil.rmtree(run / "stage1")
+    done = run_train(["--resume", str(run)], processes=after)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"was saved by {before} process" in done.stderr
+    compare_metrics(whole, run)
+    expected, got = weights(whole), weights(run)
+    # AdamW enlarges rounding errors of tiny gradients. Uninterrupted runs of one and of two processes differ as much.
+    assert all((expected[name] - got[name]).abs().max() < 3e-5 for name in expected)
 
 
 def test_sigterm_saves_and_ends_with_0(whole, made, tmp_path):
