@@ -26,6 +26,7 @@ ACCURACY_STEPS = 8
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class UserError(Exception):
@@ -418,6 +419,9 @@ class RuntimeConfig:
     """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)
     """Abort after this many consecutive steps whose logits, loss or gradient were not finite."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Programs that also get the metrics and sample rollouts: some of [tensorboard, wandb, trackio], or none, []. wandb
+    and trackio are extras, and their own environment variables choose server and account. `name` is their project."""
 
 
 @dataclass
