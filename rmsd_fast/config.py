@@ -413,6 +413,9 @@ class RuntimeConfig:
 
     zero_stage: int = choice(2, of=(0, 1, 2, 3))
     """ZeRO stage of both engines: 0, 1, 2 or 3."""
+    optimizer: str = choice("adamw", of=("adamw", "adamw_8bit"))
+    """`adamw` = torch's, with float32 moments, or `adamw_8bit` = that of bitsandbytes, whose moments take 2 bytes per
+    trained weight instead of 8 and are rounded (extra `quantize`; not with `runtime.offload_optimizer`)."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (ZeRO 1-3 on CUDA)."""
     grad_clip: float = number(1.0, least=0)

@@ -91,6 +91,11 @@ def check_together(settings: RunConfig) -> None:
             f"teacher.responses: expected at most made.responses={settings.made.responses}, the answers that are "
             f"generated per question, got {settings.teacher.responses}; set made.responses={settings.teacher.responses}"
         )
+    if settings.runtime.offload_optimizer and settings.runtime.optimizer == "adamw_8bit":
+        raise SettingsError(
+            "runtime.optimizer: expected adamw with runtime.offload_optimizer=true, since bitsandbytes updates 8-bit "
+            "states in host memory about a hundred times slower, got adamw_8bit; choose one of the two"
+        )
     trackers = settings.runtime.trackers
     if not set(trackers) <= set(TRACKERS) or len(set(trackers)) < len(trackers):
         raise SettingsError(

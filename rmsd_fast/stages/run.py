@@ -48,7 +48,10 @@ log = logging.getLogger("rmsd_fast")
 LOGS = ("rollouts", "bad_media", "skipped")
 # A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
-PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "torchcodec")
+PACKAGES = (
+    *("rmsd-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed"),
+    "torchcodec",
+)
 
 
 @dataclass
