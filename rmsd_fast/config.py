@@ -26,6 +26,7 @@ ACCURACY_STEPS = 8
 FORMATS = ("auto", "rmsd", "ms-swift", "llava", "video-r1")
 TEACHERS = ("noisy", "reported", "biased", "imprecise", "blind")
 WORDINGS = ("reference", "paraphrased")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class UserError(Exception):
@@ -412,12 +413,18 @@ class RuntimeConfig:
 
     zero_stage: int = choice(2, of=(0, 1, 2, 3))
     """ZeRO stage of both engines: 0, 1, 2 or 3."""
+    optimizer: str = choice("adamw", of=("adamw", "adamw_8bit"))
+    """`adamw` = torch's, with float32 moments, or `adamw_8bit` = that of bitsandbytes, whose moments take 2 bytes per
+    trained weight instead of 8 and are rounded (extra `quantize`; not with `runtime.offload_optimizer`)."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (ZeRO 1-3 on CUDA)."""
     grad_clip: float = number(1.0, least=0)
     """Maximum global gradient norm of both engines (open)."""
     max_skipped_steps: int = number(5, least=1)
     """Abort after this many consecutive steps whose logits, loss or gradient were not finite."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Programs that also get the metrics and sample rollouts: some of [tensorboard, wandb, trackio], or none, []. wandb
+    and trackio are extras, and their own environment variables choose server and account. `name` is their project."""
 
 
 @dataclass

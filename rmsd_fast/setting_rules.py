@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rmsd_fast.config import ACCURACY_STEPS, STAGES, TASK_TYPES, MadeConfig, RunConfig, SettingsError
+from rmsd_fast.config import ACCURACY_STEPS, STAGES, TASK_TYPES, TRACKERS, MadeConfig, RunConfig, SettingsError
 
 
 def uses_reference(settings: RunConfig) -> bool:
@@ -90,6 +90,17 @@ def check_together(settings: RunConfig) -> None:
         raise SettingsError(
             f"teacher.responses: expected at most made.responses={settings.made.responses}, the answers that are "
             f"generated per question, got {settings.teacher.responses}; set made.responses={settings.teacher.responses}"
+        )
+    if settings.runtime.offload_optimizer and settings.runtime.optimizer == "adamw_8bit":
+        raise SettingsError(
+            "runtime.optimizer: expected adamw with runtime.offload_optimizer=true, since bitsandbytes updates 8-bit "
+            "states in host memory about a hundred times slower, got adamw_8bit; choose one of the two"
+        )
+    trackers = settings.runtime.trackers
+    if not set(trackers) <= set(TRACKERS) or len(set(trackers)) < len(trackers):
+        raise SettingsError(
+            f"runtime.trackers: expected some of {list(TRACKERS)}, each at most once, got {trackers}; set e.g. "
+            "runtime.trackers=[tensorboard,wandb]"
         )
     if not settings.name or "/" in settings.name:
         raise SettingsError(f"name: expected a folder name without '/', got {settings.name!r}")

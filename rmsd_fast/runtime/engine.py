@@ -42,7 +42,8 @@ class Engine:
         module: the model, on any device. Parameters with `requires_grad=False` are not trained. DeepSpeed casts all
             parameters to `dtype` in place, and under ZeRO-3 splits them over the ranks in place.
         lr: learning rate of torch's AdamW. DeepSpeed's own CPU Adam compiles for minutes and rounds differently.
-        weight_decay: weight decay of torch's AdamW.
+        weight_decay: weight decay of AdamW.
+        optimizer: `adamw`, or `adamw_8bit` for that of bitsandbytes, whose moments have 8 bits.
         zero_stage: 0 to 3.
         grad_clip: largest global gradient norm; 0 means no clipping.
         dtype: `float32` or `bfloat16`. With bfloat16, master weights are float32, and gradients are accumulated in
@@ -53,6 +54,7 @@ class Engine:
         world: this process in the run.
     Raises:
         SettingsError: a setting is out of range, or no parameter is trainable.
+        NotInstalled: bitsandbytes is not installed.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         *,
         lr: float,
         weight_decay: float = 0.0,
+        optimizer: str = "adamw",
         zero_stage: int = 2,
         grad_clip: float = 1.0,
         dtype: str = "bfloat16",
@@ -71,8 +74,9 @@ class Engine:
         import deepspeed
 
         trainable = [p for p in module.parameters() if p.requires_grad]
-        _check(zero_stage, dtype, offload_optimizer, len(trainable))
+        _check(zero_stage, dtype, offload_optimizer, optimizer, len(trainable))
         self.world, self.zero_stage, self.dtype, self.save_frozen = world, zero_stage, dtype, save_frozen
+        self.optimizer = optimizer
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self._numels = [getattr(p, "ds_numel", p.numel()) for p in trainable]
         config = _config(sum(self._numels), zero_stage, grad_clip, dtype, offload_optimizer)
@@ -85,10 +89,14 @@ class Engine:
         with redirect_stdout(StringIO()):  # DeepSpeed prints memory figures.
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module,
-                optimizer=torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=fused or None),
+                optimizer=_adamw(optimizer, trainable, weight_decay, fused=fused or None),
                 config=config,
                 dist_init_required=False,
             )
+        if zero_stage == 0:
+            # In bfloat16, DeepSpeed has taken a step without gradients, which AdamW would count.
+            self.engine.basic_optimizer.state.clear()
+        self.set_lr(lr)
         for name, buffer in self.engine.module.named_buffers():
             # DeepSpeed before 0.19.4 also casts buffers. Rotary frequencies in bfloat16 are off by many radians at late
             # positions.
@@ -255,7 +263,8 @@ class Engine:
             state = self.engine.basic_optimizer.state
             for i, master in enumerate(self._masters()):
                 tensors[f"master.{i}"] = master
-                tensors |= {f"state.{i}.{k}": v for k, v in state.get(master, {}).items()}
+                # bitsandbytes counts its steps in a Python number.
+                tensors |= {f"state.{i}.{k}": torch.as_tensor(v) for k, v in state.get(master, {}).items()}
             write_tensors(folder / self._part(), tensors)
 
     def load(self, folder: Path) -> None:
@@ -265,17 +274,19 @@ class Engine:
         later steps are only equal up to the order of summation.
 
         Raises:
-            CheckpointError: the state was saved with another dtype or other trainable parameters.
+            CheckpointError: the state was saved with another dtype, optimizer or other trainable parameters, or 8-bit
+                moments with another number of ranks or ZeRO stage.
         """
-        saved, now = json.loads((folder / "engine.json").read_text()), self._layout()
-        for key in ("dtype", "elements", "trainable"):
+        # Earlier versions had no other optimizer.
+        saved, now = {"optimizer": "adamw", **json.loads((folder / "engine.json").read_text())}, self._layout()
+        for key in ("dtype", "optimizer", "elements", "trainable"):
             if saved.get(key) != now[key]:
                 value, got = now[key], saved.get(key)
                 if key == "trainable":
                     value, got = (f"{len(v)} parameters" for v in (value, got))
                 raise CheckpointError(
-                    f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype and "
-                    "trained parameters, or start a run from the exported model"
+                    f"{folder}: {key}: expected {value} as in this run, got {got}; resume with the same dtype, "
+                    "optimizer and trained parameters, or start a run from the exported model"
                 )
         stored = SavedEngine(folder, saved["zero_stage"], saved["world_size"], self._numels)
         masters = self._masters()
@@ -319,6 +330,7 @@ class Engine:
             "world_size": self.world.size,
             "zero_stage": self.zero_stage,
             "dtype": self.dtype,
+            "optimizer": self.optimizer,
             "elements": sum(self._numels),
             "trainable": self.names,
         }
@@ -361,15 +373,38 @@ def _restore_state(optimizer: torch.optim.Optimizer, master: Tensor, part: dict[
     """Restore AdamW's saved state of one tensor, in place if state exists, because DeepSpeed holds views of it."""
     saved = {k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)}
     current = optimizer.state.get(master, {})
+    # bitsandbytes counts its steps in a Python number.
+    torchs_own = "fused" in optimizer.defaults
     for key, value in saved.items():
-        if key in current:
+        if key == "step" and not torchs_own:
+            optimizer.state[master][key] = int(value)
+        elif key in current:
             current[key].copy_(value)
         else:
             # Fused AdamW keeps its step count on the device of the weights, the default AdamW in host memory.
             on_host = key == "step" and not optimizer.defaults["fused"]
             optimizer.state[master][key] = value if on_host else value.to(master.device)
     for key in current.keys() - saved.keys():
-        current[key].zero_()  # The state was saved before the first step, and AdamW starts with zeros.
+        # The state was saved before the first step, and AdamW starts with zeros. The table of the values that 8 bits
+        # stand for does not change.
+        if key == "step" and not torchs_own:
+            current[key] = 0
+        elif not key.startswith("qmap"):
+            current[key].zero_()
+
+
+def _adamw(name: str, params: list[nn.Parameter], weight_decay: float, fused: bool | None) -> torch.optim.Optimizer:
+    """Return an optimizer with a learning rate of 0: DeepSpeed may take a step while it is initialized."""
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=0.0, weight_decay=weight_decay, fused=fused)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise NotInstalled(
+            f"runtime.optimizer=adamw_8bit: expected the package bitsandbytes, got none ({error}); run pip install "
+            "'rmsd-fast[quantize]', or set runtime.optimizer=adamw"
+        ) from error
+    return AdamW8bit(params, lr=0.0, weight_decay=weight_decay)
 
 
 def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:
@@ -381,7 +416,7 @@ def _unpartition(module: nn.Module, whole: dict[str, Tensor]) -> None:
         child._parameters = {k: None if p is None else fresh[id(p)] for k, p in dict.items(child._parameters)}
 
 
-def _check(zero_stage: int, dtype: str, offload_optimizer: bool, trainable: int) -> None:
+def _check(zero_stage: int, dtype: str, offload_optimizer: bool, optimizer: str, trainable: int) -> None:
     if zero_stage not in (0, 1, 2, 3):
         raise SettingsError(f"runtime.zero_stage: expected 0, 1, 2 or 3, got {zero_stage!r}")
     if dtype not in ("float32", "bfloat16"):
@@ -391,6 +426,8 @@ def _check(zero_stage: int, dtype: str, offload_optimizer: bool, trainable: int)
             "runtime.zero_stage: expected 1, 2 or 3 with runtime.offload_optimizer, got 0; raise the stage or switch "
             "offloading off"
         )
+    if optimizer not in ("adamw", "adamw_8bit"):
+        raise SettingsError(f"runtime.optimizer: expected adamw or adamw_8bit, got {optimizer!r}")
     if trainable == 0:
         raise SettingsError("model: expected one or more parameters with requires_grad, got none")
 

@@ -1,8 +1,7 @@
-"""Report the progress of training: metrics.jsonl, alarms, TensorBoard, the progress line, and seconds per phase."""
+"""Report the progress of training: metrics.jsonl, alarms, trackers, the progress line, and seconds per phase."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import resource
@@ -21,8 +20,7 @@ from rmsd_fast.config import CheckpointError
 from rmsd_fast.runtime.alarms import AlarmWatch
 from rmsd_fast.runtime.json_lines import JsonLines
 from rmsd_fast.runtime.process_group import World
-
-log = logging.getLogger("rmsd_fast")
+from rmsd_fast.runtime.trackers import Trackers
 
 # Metrics of the progress line, if the stage has them. If they do not all fit, the first ones are shown.
 MAIN_NUMBERS = {
@@ -45,13 +43,15 @@ class MetricsLog:
     """Write metrics on rank 0. On the other ranks, every method does nothing.
 
     Args:
-        run_folder: folder for `metrics.jsonl` and `tensorboard/<stage>/`.
+        run_folder: folder for `metrics.jsonl`, `tensorboard/<stage>/` and `trackers.json`.
         world: this process in the run.
         resume_lines: `lines` from the checkpoint. Later lines and an unfinished line are removed, and later TensorBoard
             points are hidden. None means a new run.
         resume_waiting: `waiting` from the checkpoint.
         totals: number of steps of each stage, for alarms that are checked only late in a stage.
-        tensorboard: whether to write TensorBoard files.
+        trackers: names of the trackers that also get the metrics, see `runtime.trackers`.
+        project: name of the project in the trackers.
+        config: settings of the run, for the trackers.
         stream: stream for the progress line; stderr by default.
     """
 
@@ -63,15 +63,15 @@ class MetricsLog:
         resume_lines: int | None = None,
         resume_waiting: Sequence[str] = (),
         totals: Mapping[str, int] | None = None,
-        tensorboard: bool = True,
+        trackers: Sequence[str] = ("tensorboard",),
+        project: str = "",
+        config: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self._on = world.is_main
-        self._folder, self._tensorboard = Path(run_folder), tensorboard
+        self._folder = Path(run_folder)
         self._stream = stream or sys.stderr
         self._live = self._on and self._stream.isatty()
-        self._writers: dict[str, Any] = {}
-        self._last_step: dict[str, int] = {}
         self._alarms = AlarmWatch(totals or {})
         self._total, self._stage = 0, ""
         self._parts: list[str] = []
@@ -79,15 +79,26 @@ class MetricsLog:
         self._shown_step, self._shown_at = 0, -math.inf
         if self._on:
             self._folder.mkdir(parents=True, exist_ok=True)
+            last_steps: dict[str, int] = {}
             self._file = JsonLines(self._folder / "metrics.jsonl", resume_lines or 0, resume_waiting)
             for record in self._file.records():
                 if not isinstance(record.get("stage"), str) or not isinstance(record.get("step"), int):
                     raise CheckpointError(
                         f"{self._folder / 'metrics.jsonl'}: expected stage and step, got {record}; restore the file"
                     )
-                self._last_step[record["stage"]] = record["step"]
+                last_steps[record["stage"]] = record["step"]
                 # Alarms raised before the checkpoint must not be raised again.
                 self._alarms.see(record["stage"], record["step"], record)
+            self._trackers = Trackers(trackers, self._folder, project=project, config=config, last_steps=last_steps)
+
+    def start(self, stage: str) -> None:
+        """Start the trackers with the first stage that is left to run.
+
+        Raises:
+            SettingsError: a tracker cannot start.
+        """
+        if self._on:
+            self._trackers.start(stage)
 
     @property
     def lines(self) -> int:
@@ -111,13 +122,14 @@ class MetricsLog:
         self._ends.append((done, time.monotonic()))
         self._shown_step, self._shown_at = done, -math.inf
 
-    def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, stage: str, step: int, values: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write one line for one optimizer step, and print the alarms that it raises.
 
         Args:
             stage: name of the stage.
             step: step within the stage, counted from 1.
             values: numbers or scalar tensors by flat key. Values that are not finite become null in JSON.
+            rollouts: rows of a table of sample rollouts, for the trackers.
         Raises:
             TypeError: a value is neither a number, a scalar tensor, a string nor None.
         """
@@ -127,26 +139,8 @@ class MetricsLog:
         self._file.append({"stage": stage, "step": step} | clean)
         for alarm in self._alarms.see(stage, step, clean):
             self.message(f"{alarm.text()}\n  For details, write the report: python -m rmsd_fast.report {self._folder}")
-        self._to_tensorboard(stage, step, clean)
+        self._trackers.log(stage, step, clean, rollouts)
         self._progress(stage, step, clean)
-
-    def _to_tensorboard(self, stage: str, step: int, values: dict[str, Any]) -> None:
-        if not self._tensorboard:
-            return
-        try:
-            if stage not in self._writers:
-                from torch.utils.tensorboard import SummaryWriter
-
-                # One folder per stage, because purging is by step and every stage counts its own steps.
-                purge = self._last_step.get(stage, 0) + 1
-                folder = str(self._folder / "tensorboard" / stage)
-                self._writers[stage] = SummaryWriter(folder, purge_step=purge, flush_secs=10)
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writers[stage].add_scalar(key, value, step)
-        except OSError as error:
-            self._tensorboard = False
-            log.warning("TensorBoard files are no longer written: %s; metrics.jsonl has all numbers", error)
 
     def phase(self, name: str) -> None:
         """Show the current phase of the step on a terminal."""
@@ -191,13 +185,7 @@ class MetricsLog:
         """
         if not self._on:
             return
-        for writer in self._writers.values():
-            try:
-                writer.close()
-            except OSError as error:
-                # The writer's thread may report a full disk even if there is space again.
-                log.warning("TensorBoard files are incomplete: %s; metrics.jsonl has all numbers", error)
-        self._writers = {}
+        self._trackers.close()
         self._file.close()
 
 

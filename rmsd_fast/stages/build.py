@@ -233,6 +233,7 @@ def make_engine(
         module,
         lr=lr,
         weight_decay=weight_decay,
+        optimizer=settings.runtime.optimizer,
         zero_stage=settings.runtime.zero_stage,
         grad_clip=settings.runtime.grad_clip,
         dtype=settings.model.dtype,

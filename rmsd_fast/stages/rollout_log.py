@@ -6,7 +6,7 @@ computed (no discriminator, no usable teacher answer, no reward in the warm-up) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ def log_rollouts(
     stage: str,
     step: int,
     total: int,
-) -> None:
+) -> list[dict[str, Any]]:
     """Append the first questions of a step if the step is the stage's first, its last, or every n-th in between.
+
+    Return what was appended: one record per question.
 
     Args:
         log: file to append to.
@@ -36,9 +38,31 @@ def log_rollouts(
         total: number of steps of the stage.
     """
     every = settings.log_every_steps
-    if every and ((step - 1) % every == 0 or step == total):
-        for group in groups[: settings.log_questions]:
-            log.append({"stage": stage, "step": step, **_record(group)})
+    if not every or ((step - 1) % every and step != total):
+        return []
+    records = [{"stage": stage, "step": step, **_record(group)} for group in groups[: settings.log_questions]]
+    for record in records:
+        log.append(record)
+    return records
+
+
+def rollout_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return logged questions as rows of one table, for trackers: one row per rollout and per teacher answer.
+
+    All rows have the same keys. A value that an answer does not have is None.
+    """
+    rows = []
+    for record in records:
+        question = {"id": record["id"], "question": record["question"], "truth": record["answer"]}
+        answers = [(f"rollout {number}", rollout) for number, rollout in enumerate(record["rollouts"])]
+        answers += [(f"teacher {answer['k']}", answer) for answer in record["teacher"]]
+        for source, answer in answers:
+            rows.append({**question, "source": source, **{column: answer.get(column) for column in _COLUMNS}})
+    return rows
+
+
+# Values of a rollout or a teacher answer in the table for trackers.
+_COLUMNS = ("text", "d_score", "reward", "advantage", "outer", "task", "content", "quality", "p")
 
 
 def _record(group: RolloutGroup) -> dict[str, Any]:

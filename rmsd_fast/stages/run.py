@@ -39,7 +39,7 @@ from rmsd_fast.runtime.stop_signal import StopSignal
 from rmsd_fast.settings import settings_as_dict
 from rmsd_fast.stages import held_out
 from rmsd_fast.stages.material import Material, losses_of
-from rmsd_fast.stages.rollout_log import log_rollouts
+from rmsd_fast.stages.rollout_log import log_rollouts, rollout_rows
 from rmsd_fast.stages.run_folder import check_changes, digests_of_all_nodes, stage_steps, write_fingerprints
 from rmsd_fast.stages.state import NonFiniteRun, StageState, StepResult, count_skipped, learning_rate
 from rmsd_kernels import native
@@ -49,7 +49,10 @@ log = logging.getLogger("rmsd_fast")
 LOGS = ("rollouts", "bad_media", "skipped")
 # A stage's step takes the state, this process's prompts, and the step within the stage, counted from 0.
 Step = Callable[[StageState, list[Prompt], int], StepResult]
-PACKAGES = ("rmsd-fast", "torch", "triton", "transformers", "peft", "liger-kernel", "deepspeed", "torchcodec")
+PACKAGES = (
+    *("rmsd-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed"),
+    "torchcodec",
+)
 
 
 @dataclass
@@ -142,6 +145,9 @@ def open_run(
             resume_lines=saved.get("metrics_lines", 0),
             resume_waiting=waiting.get("metrics", ()),
             totals=totals,
+            trackers=settings.runtime.trackers,
+            project=settings.name,
+            config=fingerprints["settings"],
         )
         # Checkpoints of earlier versions do not count the lines of every log; logs without a count keep all lines.
         kept = saved.get("log_lines", {}) if checkpoint else dict.fromkeys(LOGS, 0)
@@ -158,6 +164,10 @@ def open_run(
         metrics.message("no checkpoint yet: the run starts from the beginning")
     if checkpoint:
         run.skipped, run.bad, run.seen = (checkpoint.state[name] for name in ("skipped", "bad", "seen"))
+    left = [stage for stage in settings.stages if first_step(run, stage) < totals[stage]]
+    if left:
+        # Models take long to load, so a tracker that cannot start must end the run before.
+        on_main(world, lambda: metrics.start(left[0]))
     return run
 
 
@@ -339,8 +349,7 @@ def run_steps(
                 if result.skipped:
                     _note_skipped(run, stage, number + 1, prompts)
                 metrics = {**result.metrics, "lr": next(iter(rates.values()))(number), **_cost(run, state, result)}
-                run.metrics.log(stage, number + 1, metrics)
-                if "rollouts" in run.logs:
+                records = (
                     log_rollouts(
                         run.logs["rollouts"],
                         result.groups,
@@ -349,6 +358,10 @@ def run_steps(
                         step=number + 1,
                         total=total,
                     )
+                    if "rollouts" in run.logs
+                    else []
+                )
+                run.metrics.log(stage, number + 1, metrics, rollout_rows(records))
                 try:
                     count_skipped(state, result.skipped)
                 except NonFiniteRun as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -106,7 +107,7 @@ def weights(engine) -> dict:
 def optimizer_state(engine) -> list:
     state = engine.engine.basic_optimizer.state
     return [m.detach().clone() for m in engine._masters()] + [
-        v.clone() for m in engine._masters() for _, v in sorted(state[m].items())
+        torch.as_tensor(v).clone() for m in engine._masters() for _, v in sorted(state[m].items())
     ]
 
 
@@ -202,6 +203,48 @@ def check_offload(world, stage: int, folder: Path) -> dict:
     return {"exact": exact, "fused": fused}
 
 
+def check_8bit(world, stage: int, dtype: str, folder: Path) -> dict:
+    """Check 8-bit moments: they stay close to torch's AdamW, and are discarded, saved and restored exactly."""
+    path = folder / f"8bit_{stage}_{dtype}_{world.size}"
+    engine = make(world, stage, dtype, optimizer="adamw_8bit")
+    new = make(world, stage, dtype, seed=7, optimizer="adamw_8bit")
+    new.save(path / "new")  # No step has been taken, so there are no moments yet.
+    first = weights(new)
+    train(engine, range(3))
+    result = {}
+    moments = [v for m in engine._masters() for k, v in engine.engine.basic_optimizer.state[m].items() if k == "state1"]
+    result["8bit"] = any(moment.dtype == torch.uint8 for moment in moments)
+    engine.save(path / "trained")
+    before = weights(engine), optimizer_state(engine)
+    accumulate(engine, 5)
+    engine.discard()
+    result["discard"] = identical(before[0], weights(engine)) and identical(before[1], optimizer_state(engine))
+    torch.distributed.barrier()
+    norms, expected = train(engine, range(3, 6)), weights(engine)
+    fresh = make(world, stage, dtype, seed=9, optimizer="adamw_8bit")
+    fresh.load(path / "trained")
+    result["load"] = identical(before[0], weights(fresh)) and identical(before[1], optimizer_state(fresh))
+    result["continue"] = norms == train(fresh, range(3, 6)) and identical(expected, weights(fresh))
+    # A state from before the first step, loaded by an engine that has taken steps.
+    expected = train(new, range(2)), weights(new)
+    fresh.load(path / "new")
+    result["rewind"] = identical(first, weights(fresh))
+    result["rewind_continue"] = expected[0] == train(fresh, range(2)) and identical(expected[1], weights(fresh))
+    plain = make(world, stage, dtype)
+    train(plain, range(3))
+    start, exact = weights(make(world, stage, dtype))["layer.weight"].float(), weights(plain)["layer.weight"].float()
+    moved, error = (exact - start).norm(), (before[0]["layer.weight"].float() - exact).norm()
+    result["close"], result["rounded"] = bool(error < 0.03 * moved), bool(error > 0)
+    try:
+        plain.load(path / "trained")
+        result["refused"] = "no error"
+    except ValueError as error:
+        result["refused"] = str(error)
+    for left in (engine, fresh, new, plain):
+        left.close()
+    return result
+
+
 def check_full_weights(engine) -> dict:
     """Check that ranks may call the module a different number of times inside `full_weights`."""
     ids, mask = batch(0)
@@ -275,6 +318,8 @@ def program(folder: Path) -> None:
     for stage, dtype in CASES:
         results[f"{stage}-{dtype}"] = check_case(world, stage, dtype, folder)
     results["offload"] = [check_offload(world, stage, folder) for stage in (1, 2, 3)]
+    if importlib.util.find_spec("bitsandbytes"):
+        results["8bit"] = {f"{stage}-{dtype}": check_8bit(world, stage, dtype, folder) for stage, dtype in CASES}
     gathered = all_gather_objects(results, world)
     if world.is_main:
         (folder / f"results_{world.size}.json").write_text(json.dumps(gathered))
@@ -332,6 +377,64 @@ def test_faults_and_exact_continuation(outcome, stage, dtype, ranks):
 def test_offloaded_states_continue_exactly(outcome):
     for results in (outcome[1][1][0], outcome[1][2][0], outcome[1][2][1]):
         assert results["offload"] == [{"exact": True, "fused": True}] * 3
+
+
+@pytest.mark.parametrize(("stage", "dtype"), CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_8_bit_moments_continue_exactly(outcome, stage, dtype, ranks):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install 'rmsd-fast[quantize]')")
+    for results in outcome[1][ranks]:
+        result = dict(results["8bit"][f"{stage}-{dtype}"])
+        assert "optimizer: expected adamw as in this run, got adamw_8bit; resume with" in result.pop("refused")
+        assert [name for name, value in result.items() if value is not True] == []
+        assert len(result) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_new_engine_has_taken_no_step(stage, dtype):
+    """DeepSpeed takes one in some modes. It would decay the weights, all of them with this weight decay, and count."""
+    from rmsd_fast.runtime.process_group import start, stop
+
+    world = start()
+    try:
+        engine = make(world, stage, dtype, lr=1.0, weight_decay=1.0)
+        expected = {name: p.to(getattr(torch, dtype)) for name, p in Net().named_parameters()}
+        assert identical(expected, weights(engine))
+        masters = torch.cat([master.detach().flatten() for master in engine._masters()])
+        assert float(masters.abs().sum()) == pytest.approx(
+            sum(float(p.float().abs().sum()) for name, p in expected.items() if name != "table.weight"), rel=1e-5
+        )
+        assert not any(engine.engine.basic_optimizer.state.values())
+        assert engine.engine.basic_optimizer.param_groups[0]["lr"] == 1.0
+        engine.close()
+    finally:
+        stop()
+
+
+def test_8_bit_moments_are_not_offloaded():
+    from rmsd_fast.config import SettingsError
+    from rmsd_fast.settings import load_settings
+
+    assert load_settings("quickstart", ["runtime.optimizer=adamw_8bit"]).runtime.optimizer == "adamw_8bit"
+    for wrong, says in (
+        (["runtime.optimizer=adamw_8bit", "runtime.offload_optimizer=true"], "runtime.optimizer: expected adamw with"),
+        (["runtime.optimizer=lion"], "runtime.optimizer: expected one of adamw, adamw_8bit, got 'lion'"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            load_settings("quickstart", wrong)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    from rmsd_fast.config import NotInstalled
+    from rmsd_fast.runtime.engine import _adamw
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        NotInstalled, match=r"runtime\.optimizer=adamw_8bit: .* run pip install 'rmsd-fast\[quantize\]'"
+    ):
+        _adamw("adamw_8bit", [torch.nn.Parameter(torch.zeros(1))], 0.0, None)
 
 
 @pytest.mark.parametrize("fused", [True, None])

@@ -20,7 +20,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def make(folder, **options) -> MetricsLog:
-    return MetricsLog(folder, ALONE, **({"tensorboard": False, "stream": io.StringIO()} | options))
+    return MetricsLog(folder, ALONE, **({"trackers": (), "stream": io.StringIO()} | options))
 
 
 def records(folder) -> list[dict]:
@@ -117,7 +117,7 @@ def test_tensorboard_continues_per_stage(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = make(tmp_path, tensorboard=True)
+    metrics = make(tmp_path, trackers=("tensorboard",))
     for stage, step in (("sft", 1), ("sft", 2), ("distill", 1)):
         metrics.log(stage, step, {"loss": float(step), "note": "text"})
     metrics.sync()
@@ -125,7 +125,7 @@ def test_tensorboard_continues_per_stage(tmp_path):
     metrics.log("distill", 2, {"loss": 99.0})
     metrics.log("distill", 3, {"loss": 99.0})
     metrics.close()
-    again = make(tmp_path, tensorboard=True, resume_lines=saved)
+    again = make(tmp_path, trackers=("tensorboard",), resume_lines=saved)
     again.log("distill", 2, {"loss": 2.0})
     again.close()
 
