@@ -145,6 +145,9 @@ class ModelConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Linear layers of the language model that get adapters."""
+    quantize: str = choice("none", of=("none", "nf4"))
+    """`none`, or `nf4` = the frozen linear layers of the language model are stored in 4 bits, through bitsandbytes
+    (extra `quantize`; with model.adapter=lora; 2305.14314)."""
 
 
 @dataclass

@@ -120,8 +120,18 @@ def _check_adapter(settings: RunConfig) -> None:
             "runtime.zero_stage: expected 0, 1 or 2 with discriminator.mode=head, since the head reads the reference, "
             "got 3; set runtime.zero_stage=2"
         )
+    if model.quantize == "nf4" and not lora:
+        raise SettingsError(
+            "model.quantize=nf4: expected model.adapter=lora, since quantized weights cannot be trained, got "
+            f"model.adapter={model.adapter}; set model.adapter=lora or model.quantize=none"
+        )
     if not lora:
         return
+    if model.quantize == "nf4" and zero == 3:
+        raise SettingsError(
+            "runtime.zero_stage: expected at most 2 with model.quantize=nf4, since ZeRO-3 cannot split quantized "
+            "weights, got 3; set runtime.zero_stage=2"
+        )
     for name in ("lm_head", "embed_tokens"):
         if name in model.lora_targets:
             raise SettingsError(

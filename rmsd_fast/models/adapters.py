@@ -3,10 +3,14 @@
 peft replaces linear layers in place, so the model keeps its class and everything that works on it. One backbone can
 hold several adapters. `activate` chooses which one the next forward pass uses. It must not change before the backward
 of that pass, because recomputed layers would use the other adapter.
+
+A quantized backbone keeps the weights of the base model in all stages, because quantizing merged weights again would
+round away what an adapter has learned. The adapter of the student that a stage starts from then stays active, frozen.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,14 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsError
-from rmsd_fast.files import os_errors_of_safetensors
+from rmsd_fast.config import ModelConfig, ModelError, NotInstalled, SettingsError, first_line
+from rmsd_fast.files import os_errors_of_safetensors, read_tensors
+from rmsd_fast.models.quantize import full_weight, quantized_layers
 
 POLICY, DISCRIMINATOR = "policy", "discriminator"
+# The frozen adapter of the student that a stage starts from, if its backbone is quantized.
+START = "start"
 _SEEDS = {POLICY: 0, DISCRIMINATOR: 1}
 _BODY = "model.language_model."
 # Sub-folder of an export that holds the adapter alone.
 ADAPTER_FOLDER = "adapter"
+# File in that folder if the adapter was trained on a quantized backbone.
+QUANTIZATION_FILE = "quantization.json"
 
 
 def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> None:
@@ -36,17 +45,18 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
         seed: seed of the initial weights; the same on all processes.
     Raises:
         NotInstalled: peft is not installed.
-        SettingsError: a target is not a linear layer of the language model.
+        SettingsError: a target is not a linear layer of the language model, or the targets are not those of the
+            adapter that the model already has.
         ModelError: the model has dropout.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise NotInstalled(
-            f"model.adapter=lora: expected the package peft, got none ({error}); run pip install 'rmsd-fast[lora]', "
-            "or set model.adapter=none"
-        ) from error
-    target_layers(model, cfg.lora_targets)
+    peft = _import_peft()
+    targets = target_layers(model, cfg.lora_targets)
+    started = [layer for layer in adapted_layers(model).values() if START in layer.lora_A]
+    if started and set(map(id, started)) != set(map(id, targets)):
+        raise SettingsError(
+            f"model.lora_targets: expected the layers with adapters of the student to start from, since both adapters "
+            f"are exported as one, got {cfg.lora_targets}; use the same targets"
+        )
     dropout = getattr(model.config.text_config, "attention_dropout", 0.0)
     if dropout:
         raise ModelError(
@@ -55,13 +65,101 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
         )
     # A pattern instead of names, because names would also match layers of the vision tower.
     pattern = rf"{_BODY.replace('.', '[.]')}.*[.]({'|'.join(cfg.lora_targets)})"
-    config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=pattern, bias="none")
+    config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=pattern, bias="none")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft warns about a second adapter, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed + _SEEDS[name])
-        inject_adapter_in_model(config, model, adapter_name=name)
+        peft.inject_adapter_in_model(config, model, adapter_name=name)
     activate(adapted_layers(model).values(), name)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise NotInstalled(
+            f"model.adapter=lora: expected the package peft, got none ({error}); run pip install 'rmsd-fast[lora]', "
+            "or set model.adapter=none"
+        ) from error
+    return peft
+
+
+def quantized_base(export: Path) -> str:
+    """Return the base model of an export whose adapter was trained on a quantized backbone; "" for other models.
+
+    Raises:
+        ModelError: the export's adapter is damaged.
+    """
+    folder = export / ADAPTER_FOLDER
+    if not (folder / QUANTIZATION_FILE).is_file():
+        return ""
+    try:
+        return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: expected the base model of the adapter, got an unreadable file "
+            f"({error}); restore it, or set model.quantize=none to use the merged weights"
+        ) from error
+
+
+@torch.no_grad()
+def add_start(model: nn.Module, export: Path) -> None:
+    """Add the adapter of an export, frozen, to its base model.
+
+    Args:
+        model: the quantized base model, on its device.
+        export: folder of the export.
+    Raises:
+        ModelError: the adapter does not belong to the model, or the merged weights of the export do not.
+    """
+    peft = _import_peft()
+    folder = export / ADAPTER_FOLDER
+    try:
+        config = peft.LoraConfig.from_pretrained(folder)
+        with torch.random.fork_rng(devices=[]):
+            peft.inject_adapter_in_model(config, model, adapter_name=START)
+        layers = adapted_layers(model)
+        path, layer = next(iter(layers.items()))
+        weights = read_tensors(folder / "adapter_model.safetensors")
+        expected = _weight_of(export, f"{path}.weight")
+    # The exception type of safetensors is derived from Exception directly.
+    except Exception as error:
+        raise ModelError(
+            f"{export}: expected an export with its adapter, got a damaged one ({type(error).__name__}: "
+            f"{first_line(error)}); restore the folder"
+        ) from error
+    parts = {
+        f"base_model.model.{path}.{part}.weight": getattr(layer, part)[START]
+        for path, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    if parts.keys() != weights.keys() or any(weights[key].shape != part.weight.shape for key, part in parts.items()):
+        raise ModelError(
+            f"{folder}: expected an adapter of {config.base_model_name_or_path}, got other layers or shapes; restore "
+            "the folder"
+        )
+    for key, part in parts.items():
+        part.weight.data = weights[key].to(part.weight.device, model.dtype)
+    activate(layers.values(), None)
+    merged = _merged_weight(layer, [START]).cpu().float()
+    # Rounding to bfloat16 is 0.2%, and nf4 itself is 9%.
+    if expected.shape != merged.shape or (merged - expected).norm() > 0.01 * expected.norm():
+        raise ModelError(
+            f"{export}: expected the base model {config.base_model_name_or_path} with which its adapter was trained, "
+            f"got other weights of {path}; restore the base model and model.dtype, or set model.quantize=none to use "
+            "the merged weights"
+        )
+
+
+def _weight_of(folder: Path, name: str) -> torch.Tensor:
+    """Return one weight of a saved model, float32."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][name] if index.is_file() else "model.safetensors"
+    with safe_open(folder / file, "pt") as tensors:
+        return tensors.get_tensor(name).float()
 
 
 def target_layers(model: nn.Module, targets: list[str]) -> list[nn.Module]:
@@ -100,15 +198,21 @@ def activate(layers: Iterable[Any], name: str | None) -> None:
 
     Args:
         layers: the layers with adapters. Callers keep them, because a search through the model in each pass takes time.
-        name: the adapter; None = the backbone alone.
+        name: the adapter; None = the backbone alone. The adapter `START`, if there is one, is part of the backbone.
     """
     for layer in layers:
-        if name is None:
+        active = [START] if START in layer.lora_A else []
+        active += [] if name is None else [name]
+        if not active:
             layer.enable_adapters(False)
             continue
         if layer.disable_adapters:
             layer.enable_adapters(True)
-        layer.set_adapter(name)
+        layer.set_adapter(active)
+        if START in active:
+            # peft makes all active adapters trainable.
+            layer.lora_A[START].requires_grad_(False)
+            layer.lora_B[START].requires_grad_(False)
 
 
 @torch.no_grad()
@@ -116,21 +220,39 @@ def merged_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """Return the weights of the model with an adapter merged into them, under the names of the model without adapters.
 
     The sums are computed in float32 and rounded once. They are in host memory, because all of them together take as
-    much memory as the model.
+    much memory as the model. Quantized weights are dequantized.
     """
     layers = adapted_layers(model)
     weights = {
         key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if ".lora_" not in key
     }
+    for path, layer in quantized_layers(model).items():
+        path = path.removesuffix(".base_layer")
+        for key in [key for key in weights if key.startswith(f"{path}.weight.")]:
+            del weights[key]
+        weights[f"{path}.weight"] = full_weight(layer).to("cpu")
     for path, layer in layers.items():
-        base = layer.get_base_layer().weight
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        weights[f"{path}.weight"] = (base.float() + layer.scaling[name] * (b.float() @ a.float())).to("cpu", base.dtype)
+        weights[f"{path}.weight"] = _merged_weight(layer, _merged_adapters(layer, name)).to("cpu")
     return weights
+
+
+def _merged_weight(layer: Any, names: list[str]) -> torch.Tensor:
+    """Return the weight of a layer with adapters merged into it. The sum is computed in float32."""
+    base = full_weight(layer.get_base_layer())
+    merged = base.float()
+    for name in names:
+        merged = merged + layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+    return merged.to(base.dtype)
+
+
+def _merged_adapters(layer: Any, name: str) -> list[str]:
+    return [START, name] if START in layer.lora_A else [name]
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str) -> None:
     """Write an adapter alone, as peft reads it: `adapter_config.json` and `adapter_model.safetensors`.
+
+    The adapter `START`, if there is one, is part of it: their ranks add up.
 
     Args:
         model: the model with the adapter.
@@ -141,14 +263,23 @@ def write_adapter(model: nn.Module, name: str, folder: Path, *, base_model: str)
     from safetensors.torch import save_file
 
     folder.mkdir()
-    config = replace(
-        model.peft_config[name], base_model_name_or_path=base_model, inference_mode=True, task_type="CAUSAL_LM"
-    )
+    layers = adapted_layers(model)
+    config = model.peft_config[name]
+    if START in model.peft_config:
+        start = model.peft_config[START]
+        rank, base_model = start.r + config.r, start.base_model_name_or_path
+        config = replace(config, r=rank, lora_alpha=config.lora_alpha / config.r * rank)
+    config = replace(config, base_model_name_or_path=base_model, inference_mode=True, task_type="CAUSAL_LM")
     config.save_pretrained(folder)
     tensors = {}
-    for path, layer in adapted_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part)[name].weight
+    for path, layer in layers.items():
+        parts = _merged_adapters(layer, name)
+        a = torch.cat([layer.lora_A[part].weight for part in parts])
+        # peft multiplies the whole product by the scale of `name`.
+        b = [layer.lora_B[part].weight * (layer.scaling[part] / layer.scaling[name]) for part in parts]
+        for part, weight in (("lora_A", a), ("lora_B", torch.cat(b, dim=1))):
             tensors[f"base_model.model.{path}.{part}.weight"] = weight.detach().contiguous()
+    if quantized_layers(model):
+        (folder / QUANTIZATION_FILE).write_text('{"quantize": "nf4"}\n', encoding="utf-8")
     with os_errors_of_safetensors(folder):
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -27,7 +27,7 @@ from rmsd_fast.files import file_digest
 
 FAMILIES = ("qwen3_vl",)
 # Files that are read from a folder. Weights must be safetensors, so that nothing is unpickled.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "adapter/*.json", "adapter/*.safetensors")
 MOST_HASHED_AT_ONCE = 4
 
 
@@ -325,6 +325,7 @@ def model_digests(folder: Path) -> dict[str, str]:
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     with ThreadPoolExecutor(MOST_HASHED_AT_ONCE) as pool:
         try:
-            return dict(zip((path.name for path in files), pool.map(file_digest, files), strict=True))
+            names = (path.relative_to(folder).as_posix() for path in files)
+            return dict(zip(names, pool.map(file_digest, files), strict=True))
         except OSError as error:
             raise ModelError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_cache import ByteLru
 from rmsd_fast.data.prompts import PromptBuilder, ResponseError
 from rmsd_fast.method.natural import REASONS
-from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter
+from rmsd_fast.models.adapters import DISCRIMINATOR, POLICY, add_adapter, add_start, quantized_base
 from rmsd_fast.models.discriminator import Discriminator
 from rmsd_fast.models.liger import use_liger
 from rmsd_fast.models.policy import Policy
+from rmsd_fast.models.quantize import import_bitsandbytes, quantize
 from rmsd_fast.models.shared_prefix import enable_shared_prefix, unsupported
 from rmsd_fast.models.students import Student, freeze, load_student
 from rmsd_fast.rollout.hf import HfRollout
@@ -32,13 +34,37 @@ log = logging.getLogger("rmsd_fast")
 
 
 def load(path: str, settings: RunConfig, world: World) -> Student:
-    """Load a student onto this process's device."""
-    student = load_student(
-        path,
-        dtype=settings.model.dtype,
-        attn_implementation=settings.model.attention,
-        liger=use_liger(settings.model.liger, world.device),
-    )
+    """Load a student onto this process's device.
+
+    With `model.quantize=nf4`, an export of a quantized run is its quantized base model with the exported adapter.
+
+    Raises:
+        NotInstalled: bitsandbytes is needed but not installed.
+        ModelError: the base model of an export cannot be loaded.
+    """
+    base = ""
+    if settings.model.quantize == "nf4":
+        # Loading a large model takes minutes, so a missing package is reported before.
+        import_bitsandbytes()
+        base = quantized_base(Path(path))
+    try:
+        student = load_student(
+            base or path,
+            dtype=settings.model.dtype,
+            attn_implementation=settings.model.attention,
+            liger=use_liger(settings.model.liger, world.device),
+        )
+    except ModelError as error:
+        if not base:
+            raise
+        raise ModelError(
+            f"{path}: expected the base model of its adapter, {base}, which was quantized in training, got: {error}; "
+            "restore it, or set model.quantize=none to use the merged weights"
+        ) from error
+    if settings.model.quantize == "nf4":
+        quantize(student.model, world.device)
+    if base:
+        add_start(student.model, Path(path))
     return prepare(student, path, settings, world)
 
 
