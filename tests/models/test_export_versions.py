@@ -36,7 +36,7 @@ from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.made.student import TAGS, build_tiny_student
 from rmsd_fast.models.export import export_student
-from rmsd_fast.models.model_card import FRAME_CAP, VIDEO_EDGES
+from rmsd_fast.models.families.qwen3_vl import FRAME_CAP, VIDEO_EDGES
 from rmsd_fast.models.students import Student, load_student
 
 VARIABLE = "RMSD_FAST_TRANSFORMERS_457"

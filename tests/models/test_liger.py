@@ -141,7 +141,7 @@ def test_the_replaced_forward_keeps_its_keyword_defaults(monkeypatch: pytest.Mon
         return apply_rotary_pos_emb(hidden) * scale  # noqa: F821
 
     monkeypatch.setattr(family.Qwen3VLTextAttention, "forward", forward)
-    assert _with_rotation(family.Qwen3VLTextAttention, lambda hidden: hidden)(None, 3) == 6
+    assert _with_rotation(family.Qwen3VLTextAttention, "apply_rotary_pos_emb", lambda hidden: hidden)(None, 3) == 6
 
 
 def test_missing_liger_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
