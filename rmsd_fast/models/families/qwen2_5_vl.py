@@ -24,7 +24,7 @@ from rmsd_fast.data.video import Frames, MediaLayout
 from rmsd_fast.models.families.family import Family, LigerLayers, processor_settings
 
 _CARD = """\
-- For videos, use 5.16 or later. Earlier processors do not limit the pixels of a frame.
+- For videos, use 5.16 or later. Earlier processors do not limit the pixels of a whole video.
 - Positions of text after a video: this student was trained with those of vLLM and of transformers up to 5.2, in which
   text begins after the last time of the video. transformers 5.3 to 5.23 lets it begin earlier if a video has more time
   positions than rows and columns of tokens. Versions up to 5.17 also round the seconds of a temporal patch down."""
@@ -99,7 +99,7 @@ def _processor_files(preprocessor: Preprocessor) -> dict[str, dict[str, Any]]:
         "processor_class": "Qwen2_5_VLProcessor",
     }
     image = {**common, "image_processor_type": "Qwen2VLImageProcessorFast"}
-    # `video_size` also limits frames. transformers before 5.16 ignores the setting and does not limit them.
+    # All frames of a video share a budget. transformers before 5.16 ignores the setting and does not limit them.
     video = {**common, "video_processor_type": "Qwen2VLVideoProcessor", "cap_pixels_per_frame": True}
     return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
 
