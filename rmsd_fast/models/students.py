@@ -60,12 +60,14 @@ class MediaFeatures:
         deepstack: the same list for each deepstack layer.
         kinds: "video" or "image" for each medium.
         counts: number of media of each prompt.
+        unused: a zero that depends on the tower's weights, if no prompt has media; see `encode_in_pass`.
     """
 
     pooled: list[torch.Tensor]
     deepstack: list[list[torch.Tensor]]
     kinds: list[str]
     counts: list[int]
+    unused: torch.Tensor | None = None
 
     def detach(self) -> MediaFeatures:
         """Return the same features without their graph."""
@@ -189,6 +191,24 @@ def encode_media(
     return MediaFeatures(layers[0], layers[1:], kinds, counts)
 
 
+def encode_in_pass(model: PreTrainedModel, prompts: list[Prompt]) -> MediaFeatures:
+    """Call `encode_media` inside an engine's forward, where the tower must run on every process.
+
+    If no prompt has media, the tower encodes a blank image whose features are multiplied by zero. Otherwise, a process
+    with questions about text alone would miss the collectives of the others, for gradients or, under ZeRO-3, weights.
+    """
+    features = encode_media(model, prompts)
+    if features.kinds:
+        return features
+    vision = model.config.vision_config
+    preprocessor = Preprocessor(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    side = preprocessor.factor
+    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    blank = Frames(pixels, (), preprocessor.grid(1, side, side), "image", preprocessor)
+    features.unused = 0.0 * sum(layer.sum() for (layer,) in _encode(model, [blank], None))
+    return features
+
+
 def _encode(model: PreTrainedModel, media: list[Frames], tokens_per_call: int | None) -> list[list[torch.Tensor]]:
     """Return the pooled features of each medium, followed by the features of each deepstack layer."""
     family = family_of(model.config)
@@ -306,7 +326,7 @@ def embed(
     embeddings = model.get_input_embeddings()(input_ids)
     media = [medium for index in order for medium in features.media_of(index)]
     if not media:
-        return {"inputs_embeds": embeddings}
+        return {"inputs_embeds": embeddings if features.unused is None else embeddings + features.unused}
     pooled = torch.cat([features.pooled[medium] for medium in media]).to(embeddings.dtype)
     deepstack = [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack]
     return {

@@ -10,7 +10,7 @@ from typing import Any
 from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
-from rmsd_fast.data.preprocess import frame_rule
+from rmsd_fast.data.preprocess import Preprocessor, frame_rule
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.task_types import looks_closed
@@ -168,7 +168,7 @@ def describe_pool(
 
 
 def describe_frames(
-    questions: Sequence[Question], pool: Pool, settings: RunConfig, family: str | None = "qwen3_vl"
+    questions: Sequence[Question], pool: Pool, settings: RunConfig, family: str | None = Preprocessor.family
 ) -> Summary:
     """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames.
 

@@ -23,6 +23,7 @@ def test_all_recipes_exist():
         "real_clips",
         "rmsd_qwen3vl_4b",
         "rmsd_qwen3vl_4b_lora",
+        "rmsd_qwen25vl_7b_lora",
         "rmsd_literal",
         "sft_rl_baseline",
         "gad",
