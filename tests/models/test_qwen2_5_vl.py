@@ -436,6 +436,11 @@ def _as_on_the_hub(source: Path, target: Path) -> Path:
     image |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     image["image_processor_type"] = "Qwen2VLImageProcessor"
     (target / "preprocessor_config.json").write_text(json.dumps(image))
+    # Without a system turn, the published template writes one of its own.
+    first = "{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}{%- endif -%}"
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").unlink()
+    (target / "chat_template.json").write_text(json.dumps({"chat_template": first + template}))
     weights = load_file(target / "model.safetensors")
     old = {"model.visual.": "visual.", "model.language_model.": "model."}
     renamed = {}
@@ -460,7 +465,11 @@ def test_a_folder_as_on_the_hub_is_the_same_student(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     question = prompts["two videos"].question
     built = PromptBuilder(published, VIDEO).build(question)
-    assert torch.equal(built.position_ids, prompts["two videos"].position_ids)
+    text = student.tokenizer.decode(built.input_ids)
+    assert text.startswith("<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith(student.tokenizer.decode(prompts["two videos"].input_ids))
+    extra = len(built.input_ids) - len(prompts["two videos"].input_ids)
+    assert torch.equal(built.position_ids[:, extra:] - extra, prompts["two videos"].position_ids)
     assert unsupported(published.model) is None
     # An export of it loads again, also with an adapter merged into it.
     add_adapter(published.model, POLICY, ModelConfig(adapter="lora", lora_rank=2), seed=0)

@@ -49,6 +49,7 @@ SIZES = [
     "data.max_prompt_tokens=500",
     "micro_tokens=1200",
 ]
+SHORT = ["stages=[sft,warm_up,distill]"]
 LORA = ["model.adapter=lora", "model.lora_rank=4", "sft.train_vision=false", "distill.train_vision=false"]
 LORA += ["discriminator.mode=shared"]
 
@@ -182,14 +183,16 @@ def test_the_export_gives_the_same_logits_in_plain_transformers(whole: Path, fol
         assert (ours - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_processes_train_like_one_although_one_has_only_text(
     folder: Path, runs: dict[str, Path], tmp_path: Path, zero_stage: int
 ) -> None:
     alone = runs["qwen2_5_vl"]
-    together = _run(folder, tmp_path, "qwen2_5_vl", f"runtime.zero_stage={zero_stage}", processes=2)
+    together = _run(folder, tmp_path, "qwen2_5_vl", *SHORT, f"runtime.zero_stage={zero_stage}", processes=2)
     names = ("loss", "grad_norm", "discriminator/loss", "policy/loss", "policy/kl", "policy/grad_norm")
-    for line, expected in zip(metrics(together), metrics(alone), strict=True):
+    lines = [line for line in metrics(alone) if line["stage"] != "control"]
+    for line, expected in zip(metrics(together), lines, strict=True):
         for name in names:
             if expected.get(name) is not None:
                 assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), (name, expected["step"])
@@ -199,8 +202,8 @@ def test_two_processes_train_like_one_although_one_has_only_text(
 
 @pytest.mark.parametrize("packing", ["shared", pytest.param("padded", marks=pytest.mark.slow)])
 def test_adapters_of_qwen2_5_vl(folder: Path, tmp_path: Path, packing: str) -> None:
-    run = _run(folder, tmp_path, "qwen2_5_vl", *LORA, f"packing={packing}", "model.gradient_checkpointing=true")
+    run = _run(folder, tmp_path, "qwen2_5_vl", *SHORT, *LORA, f"packing={packing}", "model.gradient_checkpointing=true")
     changed = _changed(folder / "qwen2_5_vl", run / "export")
     assert changed and all("language_model.layers" in name and "proj" in name for name in changed)
     assert (run / "export" / "adapter" / "adapter_model.safetensors").is_file()
-    assert [line["stage"] for line in metrics(run)] == ["sft"] * 6 + ["control"] * 3 + ["warm_up"] + ["distill"] * 3
+    assert [line["stage"] for line in metrics(run)] == ["sft"] * 6 + ["warm_up"] + ["distill"] * 3
