@@ -35,8 +35,8 @@ def family_of(config: Any, where: str = "model.path") -> Family:
     if name in FAMILIES:
         return FAMILIES[name]
     reason = f" ({REFUSED[name]})" if name in REFUSED else ""
-    examples = " or ".join(f"{family.title} model, e.g. {family.example}" for family in FAMILIES.values())
+    examples = " or ".join(f"a {family.title} model, e.g. {family.example}" for family in FAMILIES.values())
     raise ModelError(
-        f"{where}: expected a model of family {' or '.join(FAMILIES)}, got {name!r}{reason}; set model.path to a "
+        f"{where}: expected a model of family {' or '.join(FAMILIES)}, got {name!r}{reason}; set model.path to "
         f"{examples}"
     )
