@@ -122,7 +122,7 @@ class ModelConfig:
     """The student."""
 
     path: str = ""
-    """Local directory or Hub name of a model of the Qwen3-VL family."""
+    """Local directory or Hub name of a Qwen3-VL (dense) or Qwen2.5-VL model."""
     dtype: str = choice("bfloat16", of=("bfloat16", "float32"))
     """`bfloat16` or `float32`: compute dtype of student, discriminator and reference."""
     attention: str = choice("sdpa", of=("sdpa", "eager", "flash_attention_2"))

@@ -25,18 +25,19 @@ def render(tokenizer: Any, content: list[dict[str, str]], system: str | None = N
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def response_opening(tokenizer: Any) -> str:
+def response_opening(tokenizer: Any, family: str) -> str:
     """Return the text that opens a response in the template: "", or `<think>` and whitespace (Thinking models).
 
+    Args:
+        tokenizer: tokenizer with a chat template.
+        family: name of the model's family in messages.
     Raises:
         ModelError: the template drops or moves parts of a question, ends turns differently from the model family,
             writes the current date, or opens a response so that `<think>…</think><answer>…</answer>` cannot follow.
     """
 
     def refuse(what: str) -> ModelError:
-        return ModelError(
-            f"chat template of the model: {what}; use the template of a Qwen3-VL Instruct or Thinking model"
-        )
+        return ModelError(f"chat template of the model: {what}; use the template of an original {family} model")
 
     if "strftime_now" in str(tokenizer.chat_template):
         raise refuse("it writes the current date, so a resumed run would get different prompts")

@@ -228,15 +228,19 @@ def _meaning(answer: object, raw: dict[str, Any]) -> object:
 
 
 def _convert_own(record: dict[str, Any], where: str) -> Converted:
-    """Convert a record in this package's own format; `video` may replace `videos`, and a path may replace a list."""
+    """Convert a record in this package's own format; `video` may replace `videos`, and a path may replace a list.
+
+    Empty lists are kept only if both are there, which makes a question about text alone.
+    """
     names = {}
+    about_text = record.get("videos") == [] == record.get("images")
     for ours, other in (("videos", "video"), ("images", "image")):
         name = _agreed_key(record, (ours, other), where, _listed)
         values = _listed(record[name]) if name else []
         record = {key: value for key, value in record.items() if key not in (ours, other)}
         if name:
             record[ours], names[ours] = values, name
-    return record, names
+    return (record | {"videos": [], "images": []} if about_text else record), names
 
 
 def _listed(value: Any) -> list[Any]:

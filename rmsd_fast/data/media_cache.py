@@ -203,6 +203,7 @@ def _header(key: str, frames: Frames) -> bytes:
         "preprocessor": asdict(frames.preprocessor),
         "duration_s": frames.duration_s,
         "decoder": frames.decoder,
+        "frames_per_s": frames.frames_per_s,
     }
     text = json.dumps(fields).encode()
     size = -(-(CHECK.size + LENGTH.size + len(text)) // BLOCK) * BLOCK - CHECK.size
@@ -244,6 +245,7 @@ def _frames(fields: dict, pixels: torch.Tensor, key: str) -> Frames:
         duration_s=fields["duration_s"],
         key=key,
         decoder=fields["decoder"],
+        frames_per_s=fields["frames_per_s"],
     )
 
 

@@ -15,14 +15,12 @@ from rmsd_fast.data.chat_template import (
     END_TOKEN,
     IMAGE_PAD,
     VIDEO_PAD,
-    VISION_END,
-    VISION_START,
     render,
     response_opening,
 )
 from rmsd_fast.data.ground_truths import GroundTruthError, check_times
 from rmsd_fast.data.marks import is_unicode
-from rmsd_fast.data.preprocess import Preprocessor, check_frame_counts
+from rmsd_fast.data.preprocess import check_frame_counts
 from rmsd_fast.data.question_text import content_parts, question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaLayout, MediaRequest, read_layout, read_media
@@ -75,7 +73,8 @@ class PromptBuilder:
     """Build prompts and encode responses for one student. Thread-safe.
 
     Args:
-        student: `rmsd_fast.models.students.Student`, or any object with its `model`, `tokenizer` and `preprocessor`.
+        student: `rmsd_fast.models.students.Student`, or any object with its `family`, `model`, `tokenizer` and
+            `preprocessor`.
         video: frames and pixel budgets.
         media: a `rmsd_fast.data.media.MediaReader`; None reads each file in the calling thread, without caches.
     Raises:
@@ -94,12 +93,12 @@ class PromptBuilder:
         self.video = video
         check_frame_counts(video, self.preprocessor)
         self._read, self._layout = (media.read, media.layout) if media else (read_media, read_layout)
-        self._rope_index = student.model.model.get_rope_index
+        self._family, self._model = student.family, student.model
         config = student.model.config
         self._image_id, self._video_id = config.image_token_id, config.video_token_id
         edges = (config.vision_start_token_id, config.vision_end_token_id)
         self._vision_ids = (self._image_id, self._video_id, *edges)
-        self.opening = response_opening(self.tokenizer)
+        self.opening = response_opening(self.tokenizer, self._family.title)
         self.eos_id: int = self.tokenizer.convert_tokens_to_ids(END_TOKEN)
         special = {
             index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
@@ -157,12 +156,8 @@ class PromptBuilder:
         types = torch.zeros_like(ids)
         types[ids == self._image_id] = IMAGE_TYPE
         types[ids == self._video_id] = VIDEO_TYPE
-        grids = {}
-        for kind in ("image", "video"):
-            grid = [frames.grid_thw for frames in media if frames.kind == kind]
-            grids[f"{kind}_grid_thw"] = torch.tensor(grid) if grid else None
-        positions, _ = self._rope_index(ids[None], types[None], **grids)
-        return Prompt(question, ids, types, positions[:, 0], media, self._vision_ids)
+        positions = self._family.position_ids(self._model, ids, types, media)
+        return Prompt(question, ids, types, positions, media, self._vision_ids)
 
     def encode_response(self, text: str) -> torch.Tensor:
         """Return the token ids of a response, int64 [R], including the end token.
@@ -228,18 +223,14 @@ class PromptBuilder:
             )
 
     def _expand(self, rendered: str, media: Sequence[Frames | MediaLayout], question: Question) -> str:
-        """Replace the pad token of each medium by its stamps and placeholder tokens.
-
-        As in the family's processor since transformers 5.10, the template's own vision start and end stay around the
-        whole video, although each of its temporal patches has its own pair.
-        """
+        """Replace the pad token of each medium by the text that the family has in its place."""
         pieces = re.split(f"{re.escape(IMAGE_PAD)}|{re.escape(VIDEO_PAD)}", rendered)
         if len(pieces) != len(media) + 1:
             raise PromptError(
                 f"question {question.id!r}: expected the chat template to mark {len(media)} media, "
-                f"got {len(pieces) - 1}; the model folder needs the chat template of the Qwen3-VL family"
+                f"got {len(pieces) - 1}; the model folder needs the chat template of the {self._family.title} family"
             )
-        marks = [media_text(frames, self.preprocessor) for frames in media]
+        marks = [self._family.media_text(frames, self.preprocessor) for frames in media]
         return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
 
 
@@ -261,18 +252,3 @@ def _refuse_long(question: Question, tokens: int, most: int) -> None:
             f"question {question.id!r}: a prompt of {tokens} tokens exceeds data.max_prompt_tokens={most}; "
             "lower video.max_video_pixels or video.num_frames, or raise the limit"
         )
-
-
-def media_text(frames: Frames | MediaLayout, preprocessor: Preprocessor) -> str:
-    """Return the text that replaces a medium's pad token. The mean time of each temporal patch precedes its tokens."""
-    steps, height, width = frames.grid_thw
-    tokens = height * width // preprocessor.merge_size**2
-    if frames.kind == "image":
-        return IMAGE_PAD * tokens
-    span = preprocessor.temporal_patch_size
-    times = list(frames.timestamps_s)
-    times += times[-1:] * (steps * span - len(times))
-    # The mean of a patch's first and last frame, as in the family's processor.
-    stamps = [(times[index] + times[index + span - 1]) / 2 for index in range(0, len(times), span)]
-    block = VISION_START + VIDEO_PAD * tokens + VISION_END
-    return "".join(f"<{stamp:.1f} seconds>{block}" for stamp in stamps)

@@ -221,8 +221,9 @@ def parse_question(
         media_paths(value, name, media_root, follow_symlinks, fail)
         for name, value in (("videos", listed), ("images", raw.get("images")))
     )
-    if not videos and not images:
-        raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), "add it")
+    if not videos and not images and not (raw.get("videos") == [] == raw.get("images")):
+        todo = "add it, or write both as empty lists for a question about text alone"
+        raise fail("videos", "at least one path under 'videos' or 'images'", raw.get("videos"), todo)
     options = _options(raw.get("options"), task, fail)
     if task == "mcq" and options is None and not shows_options(raw["question"]):
         expected = "the options of an mcq question, here or as a list 'A. …', 'B. …' in the question"
@@ -232,6 +233,8 @@ def parse_question(
     answer = _answer(raw.get("answer"), task, options, require_answer, fail)
     if task == "temporal" and not videos:
         raise fail("videos", "a video, since temporal answers are times in one", None, "add it or change the task type")
+    if task == "spatial" and not videos and not images:
+        raise fail("task_type", "a type other than spatial, whose answers are boxes in a picture", task, "change it")
     if task == "temporal" and answer is not None:
         try:
             _check_times(parse_answer_body(answer, task), duration, spans or (None,) * len(videos))
@@ -299,7 +302,8 @@ def write_questions(path: str | os.PathLike, questions: Iterable[Question], *, m
     for question in questions:
         record: dict[str, Any] = {"id": question.id}
         for name in ("videos", "images"):
-            if paths := getattr(question, name):
+            # Both are written for a question about text alone.
+            if (paths := getattr(question, name)) or not question.media:
                 record[name] = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
         if any(question.spans):
             record["videos"] = [with_span(*video) for video in zip(record["videos"], question.spans, strict=True)]

@@ -31,8 +31,8 @@ from rmsd_fast.data.video_file import Clip, decode, open_clip
 
 # Part of every cache key. Increase it whenever the same file and settings would give different pixels or stamps.
 # 2: transparent pictures on white, 16-bit gray scaled, stamps on the file's clock. 3: videos in their display aspect
-# ratio.
-VERSION = 3
+# ratio. 4: with the rate of the chosen frames.
+VERSION = 4
 # If reference frames are lost, FFmpeg fills frames with gray (YUV 128, 128, 128), which is 128 or 130 in RGB.
 LOST_GRAY = range(127, 133)
 
@@ -89,6 +89,8 @@ class Frames:
         duration_s: end of the last frame of the whole video on the same clock, in seconds; None for an image.
         key: cache key; empty if the frames were not read through a cache.
         decoder: the device that decoded them, "cpu" or "cuda".
+        frames_per_s: mean rate of the chosen frames in Hz, as the model families' processors compute it: their share
+            of the video's or section's frames, times its frame rate. None for an image.
     """
 
     pixels: torch.Tensor
@@ -99,6 +101,7 @@ class Frames:
     duration_s: float | None = None
     key: str = ""
     decoder: str = "cpu"
+    frames_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,7 @@ def _read_video(
         request.preprocessor,
         duration_s=clip.length_s,
         decoder=device.split(":")[0],
+        frames_per_s=count / _part(clip, request.span)[1] * clip.fps,
     )
 
 

@@ -1,7 +1,8 @@
-"""Build a tiny Qwen3-VL with its own tokenizer, offline and in seconds: the student of the quickstart and the tests.
+"""Build a tiny student with its own tokenizer, offline and in seconds: the student of the quickstart and the tests.
 
-Its initialization lets it learn to see within minutes on a CPU: weights at 0.06 instead of transformers' 0.02, the
-patch embedding at 0.02, and the position embedding of the vision tower at 1.0.
+It is a Qwen3-VL or, for tests, a Qwen2.5-VL. The initialization lets the Qwen3-VL learn to see within minutes on a CPU:
+weights at 0.06 instead of transformers' 0.02, the patch embedding at 0.02, and the position embedding of the vision
+tower at 1.0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import GenerationConfig, PreTrainedModel, Qwen2Tokenizer
 
 from rmsd_fast.config import ModelError, SettingsError
 from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
@@ -21,6 +22,7 @@ from rmsd_fast.data.preprocess import Preprocessor
 from rmsd_fast.data.question_text import ANSWER_FORMAT
 from rmsd_fast.files import staged_folder
 from rmsd_fast.models.export import fill_export
+from rmsd_fast.models.families import FAMILIES
 from rmsd_fast.models.students import Student
 
 SETTINGS_FILE = "tiny_student.json"
@@ -72,6 +74,16 @@ HEAD_DIM = 32
 # With 31 positions per side, 2, 3, 4, 6, 7, 11, 16 or 31 patches per side need no interpolation, which would reduce the
 # spread of the embedding.
 VISION_POSITIONS = 31**2
+PREPROCESSORS = {
+    "qwen3_vl": Preprocessor(),
+    # Patch size and normalization of the original models.
+    "qwen2_5_vl": Preprocessor(
+        patch_size=14,
+        image_mean=(0.48145466, 0.4578275, 0.40821073),
+        image_std=(0.26862954, 0.26130258, 0.27577711),
+        family="qwen2_vl",
+    ),
+}
 INIT_STD = 0.06
 PATCH_EMBED_STD = 0.02
 POSITION_STD = 1.0
@@ -85,8 +97,9 @@ def build_tiny_student(
     vocab_size: int = 600,
     hidden: int = 64,
     layers: int = 3,
+    family: str = "qwen3_vl",
 ) -> None:
-    """Write a tiny Qwen3-VL (0.5 million parameters by default), its tokenizer and preprocessor settings to a folder.
+    """Write a tiny model (0.5 million parameters by default), its tokenizer and preprocessor settings to a folder.
 
     The same arguments write the same files. A folder that already holds the same student is left unchanged. Otherwise,
     the folder is created atomically.
@@ -98,6 +111,7 @@ def build_tiny_student(
         vocab_size: largest number of tokens in the tokenizer; a few texts give fewer.
         hidden: width of language model and vision tower, a multiple of 32 (one attention head per 32).
         layers: number of decoder layers.
+        family: "qwen3_vl" or "qwen2_5_vl".
     Raises:
         ValueError: the sizes are inconsistent, or the folder holds other files.
     """
@@ -111,11 +125,13 @@ def build_tiny_student(
         )
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     settings = {"seed": seed, "vocab_size": vocab_size, "hidden": hidden, "layers": layers, "texts_sha256": digest}
+    if family != "qwen3_vl":
+        settings["family"] = family
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _check_same(folder, settings)
         return
     tokenizer = build_tokenizer(texts, vocab_size)
-    student = Student(_build_model(tokenizer, seed, hidden, layers), tokenizer, Preprocessor())
+    student = Student(_build_model(tokenizer, seed, hidden, layers, family), tokenizer, PREPROCESSORS[family])
     with staged_folder(folder, replace=False) as staged:
         fill_export(student, staged)
         (staged / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -168,45 +184,46 @@ def _without_tags(text: str) -> str:
     return text
 
 
-def _build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int) -> Qwen3VLForConditionalGeneration:
+def _build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int, family: str) -> PreTrainedModel:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     heads, ffn = hidden // HEAD_DIM, 2 * hidden
-    preprocessor = Preprocessor()
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": HEAD_DIM,
-            "max_position_embeddings": 32768,
-            "initializer_range": INIT_STD,
-            "tie_word_embeddings": True,
-            "pad_token_id": ids[PAD_TOKEN],
-            "eos_token_id": ids[END_TOKEN],
-            # The sections divide half a head among time, height and width.
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [HEAD_DIM // 2 - 2 * (HEAD_DIM // 6), HEAD_DIM // 6, HEAD_DIM // 6],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": hidden,
-            "intermediate_size": ffn,
-            "num_heads": heads,
-            "patch_size": preprocessor.patch_size,
-            "spatial_merge_size": preprocessor.merge_size,
-            "temporal_patch_size": preprocessor.temporal_patch_size,
-            "out_hidden_size": hidden,
-            "num_position_embeddings": VISION_POSITIONS,
-            "deepstack_visual_indexes": [0],
-            "initializer_range": INIT_STD,
-        },
+    preprocessor = PREPROCESSORS[family]
+    # The sections divide half a head among time, height and width.
+    sections = [HEAD_DIM // 2 - 2 * (HEAD_DIM // 6), HEAD_DIM // 6, HEAD_DIM // 6]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 32768,
+        "initializer_range": INIT_STD,
+        "tie_word_embeddings": True,
+        "pad_token_id": ids[PAD_TOKEN],
+        "eos_token_id": ids[END_TOKEN],
+    }
+    vision = {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_heads": heads,
+        "patch_size": preprocessor.patch_size,
+        "spatial_merge_size": preprocessor.merge_size,
+        "temporal_patch_size": preprocessor.temporal_patch_size,
+        "out_hidden_size": hidden,
+        "initializer_range": INIT_STD,
+    }
+    if family == "qwen3_vl":
+        text |= {"head_dim": HEAD_DIM, "rope_parameters": rope | {"mrope_interleaved": True}}
+        vision |= {"depth": 1, "num_position_embeddings": VISION_POSITIONS, "deepstack_visual_indexes": [0]}
+    else:
+        text |= {"rope_parameters": rope, "bos_token_id": None}
+        # Windows of 2 x 2 tokens, which are smaller than most pictures.
+        vision |= {"depth": 2, "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2}
+    config = FAMILIES[family].config_class(
+        text_config=text,
+        vision_config=vision,
         image_token_id=ids[IMAGE_PAD],
         video_token_id=ids[VIDEO_PAD],
         vision_start_token_id=ids[VISION_START],
@@ -217,11 +234,12 @@ def _build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int, layers: int)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
+        model = FAMILIES[family].model_class(config)
         visual = model.model.visual
         with torch.no_grad():
             visual.patch_embed.proj.weight.normal_(std=PATCH_EMBED_STD)
-            visual.pos_embed.weight.normal_(std=POSITION_STD)
+            if family == "qwen3_vl":
+                visual.pos_embed.weight.normal_(std=POSITION_STD)
     model.generation_config = GenerationConfig(eos_token_id=ids[END_TOKEN], pad_token_id=ids[PAD_TOKEN])
     return model
 

@@ -39,7 +39,7 @@ def add_adapter(model: nn.Module, name: str, cfg: ModelConfig, *, seed: int) -> 
     """Add an adapter to the language model. Its initial weights do not change what the model computes.
 
     Args:
-        model: a transformers model of the Qwen3-VL family, on its device.
+        model: a student's model, on its device.
         name: `POLICY` or `DISCRIMINATOR`.
         cfg: rank, scale and targets of the adapter.
         seed: seed of the initial weights; the same on all processes.

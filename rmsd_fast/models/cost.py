@@ -45,7 +45,7 @@ def read_sizes(config: Any, part: str, names: str) -> dict[str, Any]:
     sizes = {name: read_setting(config, name) for name in names.split()}
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
-        raise ValueError(f"{part}: expected {', '.join(missing)}; FLOPs are known only for the Qwen3-VL family")
+        raise ValueError(f"{part}: expected {', '.join(missing)}; FLOPs are known only for dense decoders")
     return sizes
 
 

@@ -9,7 +9,7 @@ from rmsd_fast.data.packing import Rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.losses import last_token_values
 from rmsd_fast.models.adapters import DISCRIMINATOR, activate, adapted_layers
-from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
+from rmsd_fast.models.students import MediaFeatures, encode_in_pass, forward_hidden
 
 
 class Discriminator(nn.Module):
@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
         """Return the scores of the rows' responses, float32 [M]. features=None encodes the media here."""
         activate(self._adapted, self.adapter)
         if features is None:
-            features = encode_media(self.model, prompts)
+            features = encode_in_pass(self.model, prompts)
         # With mode=head, nothing in the body is trained, so no activations have to be kept.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters())
         with torch.set_grad_enabled(trained):

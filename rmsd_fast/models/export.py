@@ -82,9 +82,9 @@ def fill_export(
     if adapted:
         write_adapter(student.model, POLICY, folder / ADAPTER_FOLDER, base_model=adapter_base)
     student.tokenizer.save_pretrained(folder)
-    write_preprocessor(student.preprocessor, folder)
+    write_preprocessor(student.preprocessor, folder, student.family)
     make_portable(folder, eos_id=student.eos_id)
-    card = model_card(student.model.config.model_type, base_model=base_model, stage=stage, video=video)
+    card = model_card(student.family, base_model=base_model, stage=stage, video=video)
     (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates files that only their owner can read, but a server may run under another account.
     mode = (folder / "config.json").stat().st_mode & 0o777

@@ -1,4 +1,4 @@
-"""Find, check and complete model folders of the Qwen3-VL family."""
+"""Find, check and complete the model folders of students."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoTokenizer, GenerationConfig, Qwen3VLConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from rmsd_fast.config import ModelError, first_line
 from rmsd_fast.data.chat_template import (
@@ -24,8 +24,8 @@ from rmsd_fast.data.chat_template import (
 from rmsd_fast.data.media_paths import is_number
 from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
 from rmsd_fast.files import file_digest
+from rmsd_fast.models.families import Family, family_of
 
-FAMILIES = ("qwen3_vl",)
 # Files that are read from a folder. Weights must be safetensors, so that nothing is unpickled.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "adapter/*.json", "adapter/*.safetensors")
 MOST_HASHED_AT_ONCE = 4
@@ -81,20 +81,17 @@ def resolve_folder(path: str | Path) -> Path:
         ) from error
 
 
-def check_family(folder: Path) -> None:
-    """Raise ModelError, naming the family, unless config.json describes a supported family."""
+def read_family(folder: Path) -> Family:
+    """Return the family of the model in a folder. Raise ModelError, naming it, if it is not supported."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: expected a model directory with config.json, got none; check model.path")
     try:
-        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: expected a model configuration ({first_line(error)}); restore the file") from error
-    if family not in FAMILIES:
-        raise ModelError(
-            f"{folder}: expected a model of family {' or '.join(FAMILIES)}, got {family!r}; "
-            "set model.path to a Qwen3-VL model, e.g. Qwen/Qwen3-VL-4B-Instruct"
-        )
+    return family_of(config, str(folder))
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class ModelFolder:
     """
 
     path: Path
-    config: Qwen3VLConfig
+    config: PreTrainedConfig
     tokenizer: Any
     preprocessor: Preprocessor
     response_opening: str
@@ -124,20 +121,21 @@ def open_folder(path: Path) -> ModelFolder:
         ModelError: the model is of an unsupported family, files are missing or damaged, or they belong to different
             models.
     """
-    check_family(path)
-    _check_rope(path)
+    family = read_family(path)
+    _check_rope(path, family)
     _check_weights(path)
     _check_generation(path)
     try:
-        config = Qwen3VLConfig.from_pretrained(path, local_files_only=True)
+        config = family.config_class.from_pretrained(path, local_files_only=True)
     # A value of the wrong type can raise any exception.
     except Exception as error:
         raise ModelError(
-            f"{path / 'config.json'}: expected a configuration of a Qwen3-VL model ({first_line(error)}); restore it"
+            f"{path / 'config.json'}: expected a configuration of a {family.title} model ({first_line(error)}); "
+            "restore it"
         ) from error
-    preprocessor, tokenizer = load_preprocessor(path), load_tokenizer(path)
+    preprocessor, tokenizer = load_preprocessor(path), load_tokenizer(path, family.title)
     _check_agreement(path, config, preprocessor, tokenizer)
-    return ModelFolder(path, config, tokenizer, preprocessor, response_opening(tokenizer))
+    return ModelFolder(path, config, tokenizer, preprocessor, response_opening(tokenizer, family.title))
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -189,7 +187,7 @@ def _check_generation(folder: Path) -> None:
         ) from error
 
 
-def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preprocessor, tokenizer: Any) -> None:
+def _check_agreement(folder: Path, config: PreTrainedConfig, preprocessor: Preprocessor, tokenizer: Any) -> None:
     """Raise ModelError if the files of a folder belong to different models."""
     vision = config.vision_config
     for what, expected, got in (
@@ -203,7 +201,7 @@ def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preproce
             (config.image_token_id, config.video_token_id),
             tuple(tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD])),
         ),
-        ("the family", config.model_type, preprocessor.family),
+        ("the family", family_of(config).preprocessing, preprocessor.family),
     ):
         if expected != got:
             raise ModelError(
@@ -217,7 +215,7 @@ def _check_agreement(folder: Path, config: Qwen3VLConfig, preprocessor: Preproce
         )
 
 
-def _check_rope(folder: Path) -> None:
+def _check_rope(folder: Path, family: Family) -> None:
     """Raise ModelError unless config.json gives exactly one rope theta and one set of rope settings for the text model.
 
     transformers 4.57 calls them `rope_theta` and `rope_scaling`, versions 5 call them `rope_parameters`. If theta is
@@ -225,7 +223,9 @@ def _check_rope(folder: Path) -> None:
     read different values.
     """
     path = folder / "config.json"
-    text = json.loads(path.read_text(encoding="utf-8")).get("text_config") or {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    nested = "text_config" in config or not family.flat_text_config
+    text = (config.get("text_config") or {}) if nested else config
     if not isinstance(text, dict):
         raise ModelError(f"{path}: text_config: expected an object, got {text!r}; restore the original file")
     new, old = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
@@ -249,8 +249,11 @@ def _check_rope(folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a folder's tokenizer with chat template and padding token. Raise ModelError, naming what is missing."""
+def load_tokenizer(folder: Path, family: str) -> Any:
+    """Load a folder's tokenizer with chat template and padding token. Raise ModelError, naming what is missing.
+
+    `family` is the name of the model's family in messages.
+    """
     # Without these files, transformers silently builds a tokenizer with an empty vocabulary.
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ModelError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, got neither; restore them")
@@ -267,7 +270,7 @@ def load_tokenizer(folder: Path) -> Any:
         token for token in (END_TOKEN, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD) if token not in vocabulary
     ]
     if missing:
-        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use a tokenizer of the Qwen3-VL family")
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use a tokenizer of the {family} family")
     # Processors keep their template in these files. It takes precedence over a template in the tokenizer.
     legacy = folder / "chat_template.json"
     if not (folder / "chat_template.jinja").is_file() and legacy.is_file():
@@ -284,33 +287,12 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def write_preprocessor(preprocessor: Preprocessor, folder: Path) -> None:
+def write_preprocessor(preprocessor: Preprocessor, folder: Path, family: Family) -> None:
     """Write `video_preprocessor_config.json` and `preprocessor_config.json` in the format of transformers.
 
-    The files contain the pixel budgets of the Qwen3-VL family. A run's own budgets are settings of the run.
+    The files contain the pixel budgets of the family. A run's own budgets are settings of the run.
     """
-    common = {
-        "patch_size": preprocessor.patch_size,
-        "temporal_patch_size": preprocessor.temporal_patch_size,
-        "merge_size": preprocessor.merge_size,
-        "image_mean": list(preprocessor.image_mean),
-        "image_std": list(preprocessor.image_std),
-    }
-    image = {
-        **common,
-        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
-        "processor_class": "Qwen3VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-    }
-    video = {
-        **common,
-        "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-        "processor_class": "Qwen3VLProcessor",
-        "video_processor_type": "Qwen3VLVideoProcessor",
-        # `video_size` also limits frames. transformers before 5.16 ignores the setting and does not limit them.
-        "cap_pixels_per_frame": True,
-    }
-    for name, settings in (("preprocessor_config.json", image), ("video_preprocessor_config.json", video)):
+    for name, settings in family.processor_files(preprocessor).items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Use Liger's RMSNorm, RoPE and SwiGLU in a single student. Liger's losses are not used, because we have our own.
 
 The kernels are applied to one model, never to classes of transformers. `liger_kernel`'s own patch replaces names in
-transformers' module, which affects every model of the process, and silently skips the SwiGLU of this model family.
+transformers' module, which affects every model of the process, and silently skips the SwiGLU of Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl import modeling_qwen3_vl as family
+from transformers import PreTrainedModel
 
 from rmsd_fast.config import NotInstalled, SettingsError
-
-# Attention layers, the function of their module that rotates queries and keys, and Liger's replacement for it.
-ROTATIONS = {
-    family.Qwen3VLTextAttention: ("apply_rotary_pos_emb", "liger_rotary_pos_emb"),
-    family.Qwen3VLVisionAttention: ("apply_rotary_pos_emb_vision", "liger_rotary_pos_emb_vision"),
-}
+from rmsd_fast.models.families import family_of
+from rmsd_fast.models.families.family import LigerLayers
 
 
 def check_liger(setting: str, device: torch.device) -> None:
@@ -52,7 +47,7 @@ def describe_liger(setting: str, device: torch.device) -> str:
     return f"off ({'model.liger=off' if setting == 'off' else _obstacle(device)})"
 
 
-def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
+def apply_liger(model: PreTrainedModel) -> dict[str, int]:
     """Replace layers of the model by Liger's. Parameters, their names and the state dict do not change.
 
     Returns:
@@ -61,24 +56,27 @@ def apply_liger(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
         RuntimeError: a layer could not be replaced.
         NotInstalled: the installed liger-kernel lacks a kernel.
     """
+    kinds = family_of(model.config).liger
     try:
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, rope
 
-        rotations = {cls: getattr(rope, name) for cls, (_, name) in ROTATIONS.items()}
+        rotations = {cls: getattr(rope, name) for cls, (_, name) in kinds.rotations.items()}
     except (ImportError, AttributeError) as error:
         raise NotInstalled(f"model.liger: {error}; pip install 'liger-kernel>=0.8.5' or set model.liger=off") from error
-    before = _layers(model)
+    before = _count(model, kinds)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is family.Qwen3VLTextRMSNorm:
+            if type(layer) is kinds.norm:
                 setattr(parent, name, _norm(layer, LigerRMSNorm))
-            elif type(layer) is family.Qwen3VLTextMLP:
+            elif type(layer) is kinds.mlp:
                 setattr(parent, name, _mlp(layer, LigerSwiGLUMLP))
             elif type(layer) in rotations:
-                layer.forward = types.MethodType(_with_rotation(type(layer), rotations[type(layer)]), layer)
+                name_of_rotation, _ = kinds.rotations[type(layer)]
+                forward = _with_rotation(type(layer), name_of_rotation, rotations[type(layer)])
+                layer.forward = types.MethodType(forward, layer)
     after = {
         "rms_norm": sum(type(layer) is LigerRMSNorm for layer in model.modules()),
-        "rope": sum(_rotation(layer) in rotations.values() for layer in model.modules()),
+        "rope": sum(_rotation(layer, kinds) in rotations.values() for layer in model.modules()),
         "swiglu": sum(type(layer) is LigerSwiGLUMLP for layer in model.modules()),
     }
     if after != before or not all(after.values()):
@@ -96,14 +94,10 @@ def _obstacle(device: torch.device) -> str:
     return ""
 
 
-def _layers(model: nn.Module) -> dict[str, int]:
+def _count(model: nn.Module, kinds: LigerLayers) -> dict[str, int]:
     """Count the layers of the family's own classes for which Liger has a kernel."""
-    kinds = {
-        "rms_norm": family.Qwen3VLTextRMSNorm,
-        "rope": tuple(ROTATIONS),
-        "swiglu": family.Qwen3VLTextMLP,
-    }
-    return {name: sum(isinstance(layer, kind) for layer in model.modules()) for name, kind in kinds.items()}
+    classes = {"rms_norm": kinds.norm, "rope": tuple(kinds.rotations), "swiglu": kinds.mlp}
+    return {name: sum(isinstance(layer, cls) for layer in model.modules()) for name, cls in classes.items()}
 
 
 def _norm(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -122,9 +116,9 @@ def _mlp(layer: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return mlp.train(layer.training)
 
 
-def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
+def _with_rotation(cls: type[nn.Module], name: str, rotation: Callable) -> Callable:
     """Return a copy of the attention's forward in which the name of its rotation refers to another function."""
-    forward, (name, _) = cls.forward, ROTATIONS[cls]
+    forward = cls.forward
     if name not in forward.__code__.co_names:
         raise RuntimeError(
             f"model.liger: {cls.__name__}.forward does not call {name} in this version of transformers, so RoPE cannot "
@@ -136,8 +130,8 @@ def _with_rotation(cls: type[nn.Module], rotation: Callable) -> Callable:
     return copy
 
 
-def _rotation(layer: nn.Module) -> Callable | None:
+def _rotation(layer: nn.Module, kinds: LigerLayers) -> Callable | None:
     """Return the function that an attention layer currently uses for rotation; None for other layers."""
-    if type(layer) not in ROTATIONS:
+    if type(layer) not in kinds.rotations:
         return None
-    return layer.forward.__func__.__globals__[ROTATIONS[type(layer)][0]]
+    return layer.forward.__func__.__globals__[kinds.rotations[type(layer)][0]]

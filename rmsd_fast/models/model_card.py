@@ -7,11 +7,10 @@ from pathlib import Path
 from rmsd_fast import __version__
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.question_text import ANSWER_FORMAT
+from rmsd_fast.models.families import Family
 
-# The first version of transformers with Qwen3-VL.
+# The oldest version that exports were tested with, and the first one with Qwen3-VL.
 OLDEST_TRANSFORMERS = "4.57"
-# The first versions whose processors keep the vision tokens around a whole video and limit the pixels of a frame.
-VIDEO_EDGES, FRAME_CAP = "5.10", "5.16"
 
 # The phrase that identifies an export.
 _MADE_BY = "trained and exported by rmsd_fast"
@@ -54,9 +53,7 @@ defaults of the family.{video}
 
 - The oldest version of transformers that loads this folder is {oldest}. Weights, tokenizer, chat template and prompts
   with images behave the same in every later version.
-- For videos, use {frame_cap} or later. Earlier processors do not limit the pixels of a frame, and those before
-  {video_edges} also leave out `<|vision_start|>` and `<|vision_end|>` around a whole video. The student was trained
-  with both.
+{family_card}
 - `config.json` contains the rope settings twice: as `rope_parameters`, and as `rope_theta` and `rope_scaling` for
   versions before 5. If you change them, change both.
 
@@ -81,11 +78,11 @@ The license of the base model applies.
 """
 
 
-def model_card(family: str, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None) -> str:
+def model_card(family: Family, *, base_model: str = "", stage: str = "", video: VideoConfig | None = None) -> str:
     """Return the text of README.md. The same arguments give the same text.
 
     Args:
-        family: `model_type` of the model.
+        family: family of the model.
         base_model: path or Hub name of the model that training began with; left out if empty. Only the last component
             of a path is shown.
         stage: stage of training; left out if empty.
@@ -95,7 +92,8 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
     origin = {"Base model": base, "Stage of training": stage}
     lines = [f"- {name}: `{value}`" for name, value in origin.items() if value]
     return _CARD.format(
-        family=family,
+        family=family.model_type,
+        family_card=family.card,
         made_by=_MADE_BY,
         version=__version__,
         origin="\n".join(["", *lines, ""]) if lines else "",
@@ -103,8 +101,6 @@ def model_card(family: str, *, base_model: str = "", stage: str = "", video: Vid
         open_format=ANSWER_FORMAT["open"],
         formats="\n".join(f"| `{kind}` | `{text}` |" for kind, text in ANSWER_FORMAT.items()),
         oldest=OLDEST_TRANSFORMERS,
-        frame_cap=FRAME_CAP,
-        video_edges=VIDEO_EDGES,
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from rmsd_fast.data.packing import Rows, gather_rows
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.models.adapters import POLICY, activate, adapted_layers
-from rmsd_fast.models.students import MediaFeatures, encode_media, forward_hidden
+from rmsd_fast.models.students import MediaFeatures, encode_in_pass, forward_hidden
 
 Result = TypeVar("Result")
 
@@ -50,6 +50,6 @@ class Policy(nn.Module):
         """
         self.activate()
         if features is None:
-            features = encode_media(self.model, prompts)
+            features = encode_in_pass(self.model, prompts)
         hidden = forward_hidden(self.model, rows, features)
         return head(gather_rows(hidden.flatten(0, 1), rows), self.model.lm_head.weight, rows.targets)

@@ -1,4 +1,4 @@
-"""Load a student (a Qwen3-VL model with its tokenizer and preprocessor), and run its forward passes on rows."""
+"""Load a student (a model of a supported family, tokenizer and preprocessor), and run its forward passes on rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from rmsd_fast.config import ModelError, NotInstalled, first_line
 from rmsd_fast.data.chat_template import END_TOKEN
@@ -21,6 +19,7 @@ from rmsd_fast.data.preprocess import Preprocessor, video_patches
 from rmsd_fast.data.prompts import Prompt
 from rmsd_fast.data.video import Frames
 from rmsd_fast.models.adapters import adapted_layers
+from rmsd_fast.models.families import Family, family_of
 from rmsd_fast.models.folders import open_folder, resolve_folder
 from rmsd_fast.models.liger import apply_liger
 from rmsd_fast.models.shared_prefix import is_shared_prefix, run_shared_prefix
@@ -30,11 +29,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Student:
-    """A loaded student. `model` is a transformers Qwen3VLForConditionalGeneration."""
+    """A loaded student. `model` is of its family's `model_class`."""
 
-    model: Qwen3VLForConditionalGeneration
+    model: PreTrainedModel
     tokenizer: Any
     preprocessor: Preprocessor
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.model.config)
 
     @property
     def eos_id(self) -> int:
@@ -56,12 +60,14 @@ class MediaFeatures:
         deepstack: the same list for each deepstack layer.
         kinds: "video" or "image" for each medium.
         counts: number of media of each prompt.
+        unused: a zero that depends on the tower's weights, if no prompt has media; see `encode_in_pass`.
     """
 
     pooled: list[torch.Tensor]
     deepstack: list[list[torch.Tensor]]
     kinds: list[str]
     counts: list[int]
+    unused: torch.Tensor | None = None
 
     def detach(self) -> MediaFeatures:
         """Return the same features without their graph."""
@@ -103,7 +109,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     folder = resolve_folder(path)
     files = open_folder(folder)
     try:
-        model, info = Qwen3VLForConditionalGeneration.from_pretrained(
+        model, info = family_of(files.config).model_class.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             attn_implementation=attn_implementation,
@@ -132,7 +138,7 @@ def load_student(path: str | Path, *, dtype: str, attn_implementation: str = "sd
     return Student(model, files.tokenizer, files.preprocessor)
 
 
-def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> None:
+def freeze(model: PreTrainedModel, *, train_vision: bool) -> None:
     """Make the language model trainable, and the vision tower with its mergers only if train_vision is set.
 
     Of a model with adapters, only the active adapter is trainable, and `activate` has already chosen it.
@@ -144,7 +150,7 @@ def freeze(model: Qwen3VLForConditionalGeneration, *, train_vision: bool) -> Non
 
 
 def encode_media(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     prompts: list[Prompt],
     *,
     distinct: bool = True,
@@ -170,7 +176,7 @@ def encode_media(
     media = [frames for prompt in prompts for frames in prompt.media]
     counts = [len(prompt.media) for prompt in prompts]
     if not media:
-        layers = len(model.config.vision_config.deepstack_visual_indexes)
+        layers = family_of(model.config).deepstack_layers(model.config)
         return MediaFeatures([], [[] for _ in range(layers)], [], counts)
     kinds = [frames.kind for frames in media]
     media, index_of = _distinct_media(media) if distinct else (media, range(len(media)))
@@ -185,24 +191,35 @@ def encode_media(
     return MediaFeatures(layers[0], layers[1:], kinds, counts)
 
 
-def _encode(
-    model: Qwen3VLForConditionalGeneration, media: list[Frames], tokens_per_call: int | None
-) -> list[list[torch.Tensor]]:
+def encode_in_pass(model: PreTrainedModel, prompts: list[Prompt]) -> MediaFeatures:
+    """Call `encode_media` inside an engine's forward, where the tower must run on every process.
+
+    If no prompt has media, the tower encodes a blank image whose features are multiplied by zero. Otherwise, a process
+    with questions about text alone would miss the collectives of the others, for gradients or, under ZeRO-3, weights.
+    """
+    features = encode_media(model, prompts)
+    if features.kinds:
+        return features
+    vision = model.config.vision_config
+    preprocessor = Preprocessor(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    side = preprocessor.factor
+    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    blank = Frames(pixels, (), preprocessor.grid(1, side, side), "image", preprocessor)
+    features.unused = 0.0 * sum(layer.sum() for (layer,) in _encode(model, [blank], None))
+    return features
+
+
+def _encode(model: PreTrainedModel, media: list[Frames], tokens_per_call: int | None) -> list[list[torch.Tensor]]:
     """Return the pooled features of each medium, followed by the features of each deepstack layer."""
-    layers: list[list[torch.Tensor]] = [[] for _ in range(1 + len(model.config.vision_config.deepstack_visual_indexes))]
+    family = family_of(model.config)
+    layers: list[list[torch.Tensor]] = [[] for _ in range(1 + family.deepstack_layers(model.config))]
     for part in _parts_of(media, tokens_per_call):
-        encoded = _run_tower(model, part)
-        layers[0] += encoded.pooler_output
-        sizes = [len(pooled) for pooled in encoded.pooler_output]
-        for layer, features in zip(layers[1:], encoded.deepstack_features, strict=True):
-            # Up to transformers 5.17, the tower returns one tensor for all media.
-            layer += features.split(sizes) if isinstance(features, torch.Tensor) else features
+        for layer, features in zip(layers, family.vision_layers(_run_tower(model, part)), strict=True):
+            layer += features
     return layers
 
 
-def _encode_cached(
-    model: Qwen3VLForConditionalGeneration, frames: Frames, cache: ByteLru[list[torch.Tensor]]
-) -> list[torch.Tensor]:
+def _encode_cached(model: PreTrainedModel, frames: Frames, cache: ByteLru[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Return the features of one medium, layer by layer, cached in host memory (pinned if the model is on a GPU)."""
     device = model.model.visual.device
     cached = cache.get(frames.key) if frames.key else None
@@ -216,7 +233,7 @@ def _encode_cached(
     return layers
 
 
-def _run_tower(model: Qwen3VLForConditionalGeneration, media: list[Frames]):
+def _run_tower(model: PreTrainedModel, media: list[Frames]):
     visual = model.model.visual
     # Pixels stay uint8 until they are on the device, which takes a quarter of the bytes. Pinned pixels are copied
     # asynchronously.
@@ -288,7 +305,7 @@ def _sample(frames: Frames) -> tuple:
 
 
 def embed(
-    model: Qwen3VLForConditionalGeneration,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     features: MediaFeatures,
     order: list[int],
@@ -309,47 +326,16 @@ def embed(
     embeddings = model.get_input_embeddings()(input_ids)
     media = [medium for index in order for medium in features.media_of(index)]
     if not media:
-        return {"inputs_embeds": embeddings}
-    add_deepstack_by_index(model.model.language_model)
+        return {"inputs_embeds": embeddings if features.unused is None else embeddings + features.unused}
     pooled = torch.cat([features.pooled[medium] for medium in media]).to(embeddings.dtype)
+    deepstack = [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack]
     return {
         "inputs_embeds": embeddings.flatten(0, 1).index_copy(0, places, pooled).view_as(embeddings),
-        "visual_pos_masks": places,
-        "deepstack_visual_embeds": [torch.cat([layer[medium] for medium in media]) for layer in features.deepstack],
+        **family_of(model.config).deepstack_inputs(model.model.language_model, places, deepstack),
     }
 
 
-def add_deepstack_by_index(language_model: nn.Module) -> None:
-    """Let a language model add deepstack features at indices [vision tokens] instead of a mask [B, L].
-
-    transformers indexes with the mask twice per layer, and each time the host waits for the device to count its
-    entries. A mask, which the full transformers model passes, is still accepted.
-
-    Raises:
-        NotInstalled: this version of transformers adds the features with another method.
-    """
-    if not hasattr(language_model, "_deepstack_process"):
-        raise NotInstalled(
-            f"{type(language_model).__name__} of transformers {transformers.__version__} has no _deepstack_process, "
-            "which adds the vision tower's deepstack features; install transformers>=5.17,<5.24"
-        )
-    language_model._deepstack_process = _add_features
-
-
-def _add_features(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Add features [vision tokens, D] to the hidden states [B, L, D] of a decoder layer, in place.
-
-    This is safe, because a layer ends with the sum of its residual and its MLP, whose backward does not read the
-    result.
-    """
-    if places.dtype == torch.bool:
-        places = places.flatten().nonzero()[:, 0]
-    features = features.to(hidden.device, hidden.dtype)
-    hidden.view(-1, hidden.shape[-1]).index_add_(0, places.to(hidden.device), features)
-    return hidden
-
-
-def forward_hidden(model: Qwen3VLForConditionalGeneration, rows: Rows, features: MediaFeatures) -> torch.Tensor:
+def forward_hidden(model: PreTrainedModel, rows: Rows, features: MediaFeatures) -> torch.Tensor:
     """Return the hidden states after the final norm, [B, L, D]. They are undefined at padding.
 
     Gradients flow into the features from every row that contains them.

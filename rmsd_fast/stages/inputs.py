@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rmsd_fast.config import RunConfig, SettingsError, UserError
+from rmsd_fast.config import ModelError, RunConfig, SettingsError, UserError
 from rmsd_fast.data.errors import DataError, all_faults
 from rmsd_fast.data.records import Question, load_questions, question_format
 from rmsd_fast.made.teacher import is_simulated
@@ -81,7 +81,7 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         simulated = is_simulated(pool)
         statistics = pool_statistics(scores, answered, settings.teacher, simulated=simulated)
         summary += describe_pool(answered, pool, statistics, unanswered, settings)
-        summary += describe_frames(answered, pool, settings)
+        summary += describe_frames(answered, pool, settings, _frame_family(settings.model.path))
         if statistics["all"]["reasons"]:
             example = f"python -m rmsd_fast.pool check {files['pool']} {files['train']}"
             if settings.teacher.unlabeled != "refuse":
@@ -90,6 +90,21 @@ def read_inputs(settings: RunConfig, files: dict[str, str], roots: dict[str, str
         if summary.faults:
             raise DataError("\n".join([*summary.faults, *summary.lines]))
     return Inputs(answered, heldout, scores, simulated, statistics, summary)
+
+
+def _frame_family(path: str) -> str | None:
+    """Return the family whose rules choose the student's frames; None if the model is not on this machine."""
+    from rmsd_fast.data.preprocess import Preprocessor, load_preprocessor
+    from rmsd_fast.models.folders import find_folder
+
+    if not path:
+        return Preprocessor().family
+    try:
+        folder = find_folder(path)
+        return load_preprocessor(folder).family if folder else None
+    except ModelError:
+        # It is reported when the model is opened.
+        return None
 
 
 def read_files(

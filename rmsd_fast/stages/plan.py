@@ -12,6 +12,7 @@ import torch
 from rmsd_fast.config import ModelConfig, ModelError, RunConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.models.adapters import target_layers
+from rmsd_fast.models.families import family_of
 from rmsd_fast.models.folders import find_folder, open_folder
 from rmsd_fast.setting_rules import uses_discriminator, uses_reference
 from rmsd_fast.stages.inputs import read_inputs
@@ -175,15 +176,15 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(config: dict, model_config: ModelConfig) -> Parameters:
-    """Count the parameters of a Qwen3-VL configuration without allocating weights.
+    """Count the parameters of a model's configuration without allocating weights.
 
     Raises:
+        ModelError: the model is of an unsupported family.
         SettingsError: a target of the adapters is not a linear layer of the language model.
     """
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
+    family = family_of(config)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config))
+        model = family.model_class(family.config_class(**config))
     total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     adapter = 0
     if model_config.adapter == "lora":

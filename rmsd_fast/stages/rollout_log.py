@@ -76,7 +76,7 @@ def _record(group: RolloutGroup) -> dict[str, Any]:
         "videos": question.videos,
         "images": question.images,
         "spans": question.spans,
-        "duration": group.prompt.media[0].duration_s,
+        "duration": group.prompt.media[0].duration_s if group.prompt.media else None,
         "teacher": _teacher(group),
         "rollouts": [_rollout(group, index) for index in range(len(group.rollouts))],
     }

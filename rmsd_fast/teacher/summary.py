@@ -10,7 +10,7 @@ from typing import Any
 from rmsd_fast.config import RunConfig, TeacherConfig
 from rmsd_fast.data.errors import counted
 from rmsd_fast.data.option_lists import find_options
-from rmsd_fast.data.preprocess import frame_rule
+from rmsd_fast.data.preprocess import Preprocessor, frame_rule
 from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.task_types import looks_closed
@@ -167,19 +167,23 @@ def describe_pool(
     return summary
 
 
-def describe_frames(questions: Sequence[Question], pool: Pool, settings: RunConfig) -> Summary:
+def describe_frames(
+    questions: Sequence[Question], pool: Pool, settings: RunConfig, family: str | None = Preprocessor.family
+) -> Summary:
     """Warn about answers to other frames than the student sees. Only pools of `rmsd_fast.collect` store frames.
 
-    All students that a run trains are of the default family of `frame_rule`.
+    `family` is the student's `Preprocessor.family`. If it is None, because the model has not been downloaded yet,
+    families are not compared.
     """
     summary = Summary()
     used = [response for question in questions for response in used_responses(pool[question.id], settings.teacher)]
     rules = [response.sampling.get("frames") for response in used]
-    ours = frame_rule(settings.video)
+    ours = frame_rule(settings.video) if family is None else frame_rule(settings.video, family)
     if whole := sum(isinstance(rule, str) for rule in rules):
         summary.lines.append(f"  whole videos: {counted(whole, 'answer')} to frames that the server chose")
     theirs = [rule for rule in rules if isinstance(rule, dict)]
-    differ = [rule for rule in theirs if rule != ours]
+    seen = theirs if family else [{name: rule[name] for name in rule if name != "family"} for rule in theirs]
+    differ = [rule for rule in seen if rule != ours]
     if differ:
         then, now = map(_frames, (differ[0], ours))
         summary.warnings.append(

@@ -25,8 +25,8 @@ from PIL import Image
 from rmsd_fast.config import VideoConfig
 from rmsd_fast.data.media_file import MediaError, video_command
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.prompts import media_text
 from rmsd_fast.data.video import Frames, MediaRequest, Preview, PreviewRequest, read_layout, read_media, read_preview
+from rmsd_fast.models.families.qwen3_vl import media_text
 from rmsd_fast.report_page.films import Films
 
 PREPROCESSOR = Preprocessor()

@@ -23,7 +23,9 @@ def frames_of(seed: int, count: int = 2) -> Frames:
     pixels = torch.randint(0, 256, (count, 3, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     kind = "video" if count > 1 else "image"
     stamps = tuple(i / 3 for i in range(count)) if count > 1 else ()
-    return Frames(pixels, stamps, (1, 2, 4), kind, Preprocessor(14, family="qwen2_vl"), duration_s=1.5)
+    rate = 3.0 if kind == "video" else None
+    preprocessor = Preprocessor(14, family="qwen2_vl")
+    return Frames(pixels, stamps, (1, 2, 4), kind, preprocessor, duration_s=1.5, frames_per_s=rate)
 
 
 SIZE = BLOCK + 2 * 3 * 32 * 64
@@ -58,6 +60,7 @@ def test_frames_come_back_as_they_were(tmp_path: Path, count: int) -> None:
     assert torch.equal(found.pixels, expected.pixels) and found.key == key_of(1)
     assert (found.timestamps_s, found.grid_thw, found.kind) == (expected.timestamps_s, (1, 2, 4), expected.kind)
     assert (found.preprocessor, found.duration_s, found.decoder) == (expected.preprocessor, 1.5, "cpu")
+    assert found.frames_per_s == expected.frames_per_s
     assert cache.get(key_of(2)) is None and cache.corrupt == 0
     peeked = cache.peek(key_of(1))
     assert (peeked.timestamps_s, peeked.grid_thw, peeked.kind) == (found.timestamps_s, found.grid_thw, found.kind)

@@ -18,13 +18,13 @@ from rmsd_fast.data.prompts import (
     PromptBuilder,
     PromptError,
     ResponseError,
-    media_text,
 )
 from rmsd_fast.data.question_text import ANSWER_FORMAT, question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.data.video import Frames, MediaRequest, read_layout, read_media
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.method.answers import TASK_TYPES
+from rmsd_fast.models.families.qwen3_vl import media_text
 from rmsd_fast.models.students import Student, load_student
 
 TEXTS = ["What colour is the moving square?", "<think>A red square moves.</think><answer>B</answer>"]

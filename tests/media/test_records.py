@@ -101,6 +101,26 @@ def test_marks_with_blanks_inside_are_text(tmp_path):
     assert question_of("Which <video/> is it? < video >") == "Which <video> is it? < video >"
 
 
+def test_questions_about_text_alone_say_so(tmp_path):
+    """An empty list alone may be a mistake, so both must be there."""
+    record = {name: value for name, value in GOOD.items() if name != "videos"} | {"videos": [], "images": []}
+    (question,) = load_questions(write(tmp_path / "q.jsonl", record))
+    assert question.videos == question.images == () and question.media == []
+    write_questions(tmp_path / "again.jsonl", [question], media_root=tmp_path)
+    assert json.loads((tmp_path / "again.jsonl").read_text())["images"] == []
+    assert load_questions(tmp_path / "again.jsonl") == [question]
+    for changes in ({"images": None}, {"videos": None}, {"video": []}):
+        lacking = {name: value for name, value in (record | changes).items() if value is not None}
+        if "video" in changes:
+            del lacking["videos"]
+        with pytest.raises(DataError, match="or write both as empty lists for a question about text alone"):
+            load_questions(write(tmp_path / "q.jsonl", lacking))
+    for task, answer in (("temporal", "1 to 2"), ("spatial", "1,2,3,4")):
+        asked = {name: value for name, value in record.items() if name != "options"}
+        with pytest.raises(DataError, match="a video, since temporal|a type other than spatial"):
+            load_questions(write(tmp_path / "q.jsonl", asked | {"task_type": task, "answer": answer}))
+
+
 def test_a_key_that_occurs_twice_is_refused(tmp_path):
     """The last value would silently take effect."""
     twice = json.dumps(GOOD).replace('"answer": "B"', '"answer": "B", "answer": "A"')

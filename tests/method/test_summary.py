@@ -58,14 +58,19 @@ def test_answers_by_task_with_reasons():
 
 
 def test_frames_that_the_student_does_not_see():
-    def frames(*rules, **video):
+    def frames(*rules, family="qwen3_vl", **video):
         pool = {"q1": [TeacherResponse("q1", k, "", "x", sampling={"frames": rule}) for k, rule in enumerate(rules)]}
-        return describe_frames([mcq("q1")], pool, RunConfig(video=VideoConfig(**video)))
+        return describe_frames([mcq("q1")], pool, RunConfig(video=VideoConfig(**video)), family)
 
     assert frames({"num_frames": 16}, None) == Summary()
     # The same settings choose other frames for another family.
     (warning,) = frames({"num_frames": 16}, {"num_frames": 16, "family": "qwen2_vl"}).warnings
     assert warning.startswith("1 answer of") and "num_frames=16 for a student of the family qwen2_vl, the" in warning
+    (warning,) = frames({"num_frames": 16}, {"num_frames": 16, "family": "qwen2_vl"}, family="qwen2_vl").warnings
+    assert warning.startswith("1 answer of") and "the student sees video.num_frames=16 for a student of the" in warning
+    # The model has not been downloaded, so only the settings are compared.
+    assert frames({"num_frames": 16}, {"num_frames": 16, "family": "qwen2_vl"}, family=None) == Summary()
+    assert len(frames({"num_frames": 8, "family": "qwen2_vl"}, family=None).warnings) == 1
     by_rate = {"fps": 2.0, "min_frames": 4, "max_frames": 768}
     assert frames(by_rate, num_frames=None, fps=2.0) == Summary()
     (warning,) = frames({"num_frames": 16}, {"num_frames": 64}, by_rate).warnings

@@ -36,7 +36,8 @@ from rmsd_fast.data.question_text import question_text
 from rmsd_fast.data.records import Question
 from rmsd_fast.made.student import TAGS, build_tiny_student
 from rmsd_fast.models.export import export_student
-from rmsd_fast.models.model_card import FRAME_CAP, VIDEO_EDGES
+from rmsd_fast.models.families.qwen2_5_vl import seconds_per_step
+from rmsd_fast.models.families.qwen3_vl import FRAME_CAP, VIDEO_EDGES
 from rmsd_fast.models.students import Student, load_student
 
 VARIABLE = "RMSD_FAST_TRANSFORMERS_457"
@@ -61,6 +62,8 @@ SPECIAL = (
 )
 # Frames of 720p are above the cap of a frame and far below the budget of a video.
 LARGE = (4, 3, 720, 1280)
+# The export of the tiny Qwen2.5-VL. All others are Qwen3-VL.
+QWEN2_5 = "qwen2_5_vl"
 # These are the rope settings of the tiny student, of the family (whose default differs between versions), and of a
 # longer context.
 ROPES = {
@@ -105,6 +108,10 @@ def exports(root: Path) -> dict[str, Export]:
         student = Student(type(student.model)(config).eval(), student.tokenizer, student.preprocessor)
         student.model.load_state_dict(state)
         made[name] = _work(Export(root / name, student), root)
+    build_tiny_student(root / "student25", texts=TEXTS, layers=2, family=QWEN2_5)
+    student = load_student(root / "student25", dtype="float32")
+    export_student(student, root / QWEN2_5, base_model="Qwen/Qwen2.5-VL-7B-Instruct", stage="distill")
+    made[QWEN2_5] = _work(Export(root / QWEN2_5, student), root)
     # The positions affect the logits of these prompts, so equal logits prove equal ropes.
     tiny, yarn = made["tiny"].logits, made["yarn"].logits
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(tiny, yarn, strict=True))
@@ -139,6 +146,9 @@ def _work(export: Export, root: Path) -> Export:
             if media:
                 inputs[pixels] = torch.cat([video_patches(frames.pixels, frames.preprocessor) for frames in media])
                 inputs[grid] = torch.tensor([frames.grid_thw for frames in media])
+        if videos and export.folder.name == QWEN2_5:
+            # 9/8 s per step, which 4.57 rounds down to 1. Both give the positions 0 and 2.
+            inputs["second_per_grid_ts"] = torch.tensor([seconds_per_step(prompt.media[0])])
         kinds = [{"type": "video"}] * videos + [{"type": "image"}] * images
         export.cases.append(
             {
@@ -146,7 +156,11 @@ def _work(export: Export, root: Path) -> Export:
                 "messages": [{"role": "user", "content": [*kinds, {"type": "text", "text": question_text(question)}]}],
                 "videos": [frames.pixels for frames in prompt.media if frames.kind == "video"],
                 "images": [frames.pixels[0] for frames in prompt.media if frames.kind == "image"],
-                "metadata": [(9, 4.0, (0, 3, 5, 8))] * videos,
+                "metadata": [
+                    (9, 4.0, tuple(round(4 * time) for time in frames.timestamps_s))
+                    for frames in prompt.media
+                    if frames.kind == "video"
+                ],
             }
         )
         export.prompts.append(prompt)
@@ -243,15 +257,22 @@ def test_generation_ends_with_the_end_token(reading: Reading, exports: dict[str,
 def test_processor_builds_the_same_prompts_as_training(reading: Reading, exports: dict[str, Export]) -> None:
     """The prompts are equal up to the two differences that README.md names."""
     for name, export in exports.items():
-        assert reading.found[name]["processor"] == "Qwen3VLProcessor"
+        joined = name == QWEN2_5
+        assert reading.found[name]["processor"] == ("Qwen2_5_VLProcessor" if joined else "Qwen3VLProcessor")
         for prompt, case, theirs in zip(export.prompts, export.cases, reading.found[name]["prompts"], strict=True):
             ids = prompt.input_ids.tolist()
-            expected = ids if reading.version >= _version(VIDEO_EDGES) else _without_edges(ids, export.student)
+            expected = (
+                ids if joined or reading.version >= _version(VIDEO_EDGES) else _without_edges(ids, export.student)
+            )
             assert theirs["input_ids"][0].tolist() == expected
             for pixels in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"):
                 assert (pixels in theirs) == (pixels in case["inputs"])
                 if pixels in theirs:
                     torch.testing.assert_close(theirs[pixels], case["inputs"][pixels], rtol=0, atol=1e-6)
+        if joined:
+            # The budget of a frame is that of the original models, which is far above the run's default.
+            assert reading.found[name]["large_grid"] == [LARGE[0] // 2, 52, 92]
+            continue
         height, width = video_size(LARGE[0], *LARGE[2:], VideoConfig(), export.student.preprocessor)
         capped = reading.found[name]["large_grid"] == [LARGE[0] // 2, height // 16, width // 16]
         assert capped == (reading.version >= _version(FRAME_CAP))

@@ -33,8 +33,16 @@ needs_liger = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("liger")
-    build_tiny_student(folder / "student", texts=TEXTS, layers=LAYERS)
+    return _write_student(tmp_path_factory.mktemp("liger"), "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"qwen3_vl": folder, "qwen2_5_vl": _write_student(tmp_path_factory.mktemp("liger"), "qwen2_5_vl")}
+
+
+def _write_student(folder: Path, family: str) -> Path:
+    build_tiny_student(folder / "student", texts=TEXTS, layers=LAYERS, family=family)
     from PIL import Image
 
     Image.fromarray(noise_frames(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(folder / "a.png")
@@ -119,6 +127,21 @@ def test_every_layer_is_replaced_and_nothing_else(folder: Path) -> None:
 
 
 @needs_liger
+def test_every_layer_of_qwen2_5_vl_is_replaced(folders: dict[str, Path]) -> None:
+    """Its vision tower of two blocks has five RMSNorms, and MLPs that keep transformers' SwiGLU, which has biases."""
+    from liger_kernel.transformers import LigerSwiGLUMLP
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as family
+
+    plain = load_student(folders["qwen2_5_vl"] / "student", dtype="float32").model
+    model = load_student(folders["qwen2_5_vl"] / "student", dtype="float32").model
+    assert apply_liger(model) == {"rms_norm": 2 * LAYERS + 1 + 5, "rope": LAYERS + 2, "swiglu": LAYERS}
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(type(layer.mlp) is LigerSwiGLUMLP for layer in model.model.language_model.layers)
+    assert all(type(block.mlp) is family.Qwen2_5_VLMLP for block in model.model.visual.blocks)
+    assert not any(isinstance(layer, LigerSwiGLUMLP) for layer in plain.modules())
+
+
+@needs_liger
 def test_a_layer_left_out_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.qwen3_vl import modeling_qwen3_vl as family
 
@@ -141,7 +164,7 @@ def test_the_replaced_forward_keeps_its_keyword_defaults(monkeypatch: pytest.Mon
         return apply_rotary_pos_emb(hidden) * scale  # noqa: F821
 
     monkeypatch.setattr(family.Qwen3VLTextAttention, "forward", forward)
-    assert _with_rotation(family.Qwen3VLTextAttention, lambda hidden: hidden)(None, 3) == 6
+    assert _with_rotation(family.Qwen3VLTextAttention, "apply_rotary_pos_emb", lambda hidden: hidden)(None, 3) == 6
 
 
 def test_missing_liger_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +175,13 @@ def test_missing_liger_error_says_what_to_install(folder: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 @needs_liger
-def test_logits_and_gradients_equal_those_of_the_plain_student(folder: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_logits_and_gradients_equal_those_of_the_plain_student(folders: dict[str, Path], family: str) -> None:
     """Sums in another order differ by 1e-5 of the spread of the logits, and gradients by 1e-4."""
     pytest.importorskip("triton", reason="needs triton (extra: test)")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "helpers" / "liger_interpreted.py"), str(folder)],
+        [sys.executable, str(Path(__file__).parents[1] / "helpers" / "liger_interpreted.py"), str(folders[family])],
         capture_output=True,
         text=True,
         timeout=300,

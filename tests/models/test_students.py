@@ -21,6 +21,7 @@ from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.data.records import Question
 from rmsd_fast.made.student import build_tiny_student
 from rmsd_fast.models import students
+from rmsd_fast.models.families.qwen3_vl import add_deepstack_by_index, add_features
 from rmsd_fast.models.folders import find_folder, open_folder, resolve_folder
 from rmsd_fast.models.shared_prefix import enable_shared_prefix
 from rmsd_fast.models.students import (
@@ -163,7 +164,7 @@ def test_deepstack_features_by_index_equal_those_by_mask(ask: Callable[[str], Pr
     hidden, features = torch.randn(2, 9, 8, dtype=torch.bfloat16), torch.randn(len(places), 8)
     weight = torch.randn(2, 9, 8)
     results = []
-    for add, where in ((by_mask, mask), (students._add_features, mask), (students._add_features, places)):
+    for add, where in ((by_mask, mask), (add_features, mask), (add_features, places)):
         leaves = [hidden.clone().requires_grad_(), features.clone().requires_grad_()]
         # The output of a layer is not a leaf.
         out = add(leaves[0] + 0, where, leaves[1])
@@ -172,7 +173,7 @@ def test_deepstack_features_by_index_equal_those_by_mask(ask: Callable[[str], Pr
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
     prompt, (response,) = ask("ab"), _responses(student, "red")
     plain = _plain_hidden(student, prompt, response)
-    students.add_deepstack_by_index(language_model)
+    add_deepstack_by_index(language_model)
     assert torch.equal(_plain_hidden(student, prompt, response), plain)
 
 
@@ -352,7 +353,8 @@ def _edit_config(path: Path, **changes: object) -> None:
 def test_model_of_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
     path = _copy(folder, tmp_path)
     _edit_config(path, model_type="llama")
-    with pytest.raises(ValueError, match=r"expected a model of family qwen3_vl, got 'llama'.*Qwen3-VL model"):
+    message = r"expected a model of family qwen3_vl or qwen2_5_vl, got 'llama'.*Qwen3-VL model"
+    with pytest.raises(ValueError, match=message):
         load_student(path, dtype="float32")
 
 

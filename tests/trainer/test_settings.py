@@ -23,6 +23,7 @@ def test_all_recipes_exist():
         "real_clips",
         "rmsd_qwen3vl_4b",
         "rmsd_qwen3vl_4b_lora",
+        "rmsd_qwen25vl_7b_lora",
         "rmsd_literal",
         "sft_rl_baseline",
         "gad",
@@ -272,7 +273,7 @@ def test_parameter_count_of_the_4b_student():
         out_hidden_size=2560,
         deepstack_visual_indexes=[5, 11, 17],
     )
-    config = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
+    config = {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": True}
     size = count_parameters(config, ModelConfig(adapter="lora", lora_rank=4, lora_targets=["q_proj", "down_proj"]))
     assert 4.3e9 < size.total < 4.6e9
     assert 0.3e9 < size.vision < 0.5e9
