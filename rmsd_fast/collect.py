@@ -99,7 +99,7 @@ def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
     """Read and score the answers of the pool again, without asking the teacher."""
     from rmsd_fast.collect_run.store import lock_pool, repair_tail
     from rmsd_fast.teacher.pool import check_pool, load_pool, write_pool
-    from rmsd_fast.teacher.scores import repair_pool
+    from rmsd_fast.teacher.scores import describe_changes, repair_pool
 
     questions = _questions(settings, arguments.questions)
     with lock_pool(arguments.out):
@@ -108,7 +108,7 @@ def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         check_pool(pool, questions, max_unanswered_share=1.0)
         repaired = repair_pool(pool, questions, settings.teacher)
         write_pool(arguments.out, repaired.responses)
-    print(f"{arguments.out}: {repaired.text()}")
+    print("\n".join([f"{arguments.out}: {repaired.text()}", *describe_changes(pool, repaired)]))
     return 0
 
 
