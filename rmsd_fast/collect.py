@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import lenient_output, prepare_process, tell
+from rmsd_fast.process import lenient_output, run_main, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.collect_run.config import CollectionConfig
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("rmsd_fast.collect: interrupted; what was collected before is in the pool")
         return 130
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
         tell(f"rmsd_fast.collect: {where}{error.strerror or error}; what was collected before is in the pool")
@@ -167,5 +169,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    prepare_process()
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -18,6 +18,7 @@ from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
 from rmsd_fast.config import SettingsError, UserError
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.process import run_main
 from rmsd_fast.report_page.evaluation import evaluation_picture
 from rmsd_fast.report_page.page import render
 from rmsd_fast.report_page.run_folder import ReportError, load_run
@@ -186,4 +187,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))
