@@ -91,7 +91,7 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
             number = asyncio.run(run_with_signals(collection, progress))
         finally:
             lacking = sum(len(missing(question, store, settings, with_rejected=True)) for question in questions)
-            print("\n".join(summary(collection, settings.collect, lacking)))
+            print("\n".join(summary(collection, settings.collect, lacking, builder.short_videos())))
         if number:
             return 128 + number
         return INCOMPLETE if lacking or store.failed else 0
