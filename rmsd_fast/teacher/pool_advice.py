@@ -102,12 +102,15 @@ def _few_questions(analysis: Mapping[str, Any]) -> list[Advice]:
     reasons = []
     if few:
         n = min(few.values())
-        # The share p of errors for which no error among n questions has a probability of 5%.
+        half_width = 1.96 * 0.5 / n**0.5
+        # The share of errors for which no error among n questions has a probability of 5%.
+        unseen = 1 - 0.05 ** (1 / n)
         reasons.append(
             f"These recommendations come from fewer than {LEAST_QUESTIONS} questions: "
-            f"{', '.join(f'{subject} {n}' for subject, n in few.items())}. With {counted(n, 'question')}, a share near "
-            f"a half is known only to ±{1.96 * 0.5 / n**0.5:.0%}, and an error that no question shows may still occur "
-            f"in {1 - 0.05 ** (1 / n):.0%} of them. Collect answers to more questions before you rely on the advice."
+            f"{', '.join(f'{subject} {count}' for subject, count in few.items())}. With {counted(n, 'question')}, a "
+            f"share near a half is known only to ±{100 * half_width:.0f} percentage points, and an error that no "
+            f"question shows may still occur in {unseen:.0%} of them. Collect answers to more questions before you "
+            "rely on the advice."
         )
     if by_task:
         reasons.append(f"Numbers by task type come from fewer than {LEAST_QUESTIONS} questions for: {by_task}.")
