@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         tell("rmsd_fast.collect: interrupted; what was collected before is in the pool")
         return 130
     except BrokenPipeError:
+        # The reader of the output has ended, which run_main handles.
         raise
     except OSError as error:
         where = f"{error.filename2 or error.filename}: " if error.filename else ""

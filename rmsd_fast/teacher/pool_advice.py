@@ -109,8 +109,8 @@ def _few_questions(analysis: Mapping[str, Any]) -> list[Advice]:
             f"These recommendations come from fewer than {LEAST_QUESTIONS} questions: "
             f"{', '.join(f'{subject} {count}' for subject, count in few.items())}. With {counted(n, 'question')}, a "
             f"share near a half is known only to ±{100 * half_width:.0f} percentage points, and an error that no "
-            f"question shows may still occur in {unseen:.0%} of them. Collect answers to more questions before you "
-            "rely on the advice."
+            f"question shows may still occur in {unseen:.0%} of them. Add questions"
+            f"{' with ground truth' if 'closed' in means else ''} before you rely on this advice."
         )
     if by_task:
         reasons.append(f"Numbers by task type come from fewer than {LEAST_QUESTIONS} questions for: {by_task}.")
