@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import lenient_output, prepare_process, tell
+from rmsd_fast.process import lenient_output, run_main, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.collect_run.config import CollectionConfig
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("rmsd_fast.collect: interrupted; what was collected before is in the pool")
         return 130
+    except BrokenPipeError:
+        # The reader of the output has ended, which run_main handles.
+        raise
     except OSError as error:
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
         tell(f"rmsd_fast.collect: {where}{error.strerror or error}; what was collected before is in the pool")
@@ -89,7 +92,7 @@ def _collect(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
             number = asyncio.run(run_with_signals(collection, progress))
         finally:
             lacking = sum(len(missing(question, store, settings, with_rejected=True)) for question in questions)
-            print("\n".join(summary(collection, settings.collect, lacking)))
+            print("\n".join(summary(collection, settings.collect, lacking, builder.short_videos())))
         if number:
             return 128 + number
         return INCOMPLETE if lacking or store.failed else 0
@@ -99,7 +102,7 @@ def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
     """Read and score the answers of the pool again, without asking the teacher."""
     from rmsd_fast.collect_run.store import lock_pool, repair_tail
     from rmsd_fast.teacher.pool import check_pool, load_pool, write_pool
-    from rmsd_fast.teacher.scores import repair_pool
+    from rmsd_fast.teacher.scores import describe_changes, repair_pool
 
     questions = _questions(settings, arguments.questions)
     with lock_pool(arguments.out):
@@ -108,7 +111,7 @@ def _rescore(settings: CollectionConfig, arguments: argparse.Namespace) -> int:
         check_pool(pool, questions, max_unanswered_share=1.0)
         repaired = repair_pool(pool, questions, settings.teacher)
         write_pool(arguments.out, repaired.responses)
-    print(f"{arguments.out}: {repaired.text()}")
+    print("\n".join([f"{arguments.out}: {repaired.text()}", *describe_changes(pool, repaired)]))
     return 0
 
 
@@ -167,5 +170,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    prepare_process()
-    sys.exit(main())
+    sys.exit(run_main(main))

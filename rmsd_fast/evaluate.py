@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import prepare_process, tell
+from rmsd_fast.process import run_main, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.config import RunConfig
@@ -83,8 +83,7 @@ def evaluate(settings: RunConfig, world: World, stop: StopSignal, output: Path) 
 
 
 if __name__ == "__main__":
-    prepare_process()
-    code = main()
+    code = run_main(main)
     from rmsd_fast.runtime.process_group import exit_process
 
     exit_process(code)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import end_with_parent, tell
+from rmsd_fast.process import end_with_parent, lenient_output, run_main, tell
 
 if TYPE_CHECKING:
     from rmsd_fast.lab_plan import Job, Plan
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             print(lab.queue())
             return 0
         out.mkdir(parents=True, exist_ok=True)
-        with FolderLock(out):
+        with FolderLock(out), lenient_output():
             return lab.run()
     except UserError as error:
         tell(f"rmsd_fast.lab: {error}")
@@ -368,7 +368,4 @@ def _scores(job: Job) -> Scored:
 
 
 if __name__ == "__main__":
-    from rmsd_fast.process import prepare_process
-
-    prepare_process()
-    sys.exit(main())
+    sys.exit(run_main(main))

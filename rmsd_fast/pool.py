@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
+from rmsd_fast.process import run_main
 
 if TYPE_CHECKING:
     from rmsd_fast.teacher.summary import Summary
@@ -158,4 +159,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

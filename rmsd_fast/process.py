@@ -1,13 +1,14 @@
-"""Set up processes: ignore lost output streams, and end with the parent process."""
+"""Set up and run processes: ignore lost output streams, and end with the parent process."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,6 +65,36 @@ def prepare_process() -> None:
             # open() returns the lowest free number.
             os.open(os.devnull, os.O_RDWR)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """Prepare the process, run the main function of a program, and return the exit code.
+
+    If nothing reads the output any more, as after `--dry-run | head -1`, the program ends without a message, with the
+    code of a process that SIGPIPE has ended. A context of `lenient_output` lets it finish instead.
+    """
+    prepare_process()
+    code = 128 + signal.SIGPIPE
+    try:
+        code = main()
+    except BrokenPipeError:
+        # Pipes to other processes break too.
+        if not (_has_lost_reader(1) or _has_lost_reader(2)):
+            raise
+    finally:
+        # The interpreter would flush the rest of the output into the pipe at its end, and print an error.
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        if _has_lost_reader(1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _has_lost_reader(descriptor: int) -> bool:
+    """Return whether a descriptor is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextmanager

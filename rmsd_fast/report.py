@@ -12,19 +12,25 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.config import UserError
+from rmsd_fast.config import SettingsError, UserError
 from rmsd_fast.files import write_text_atomic
+from rmsd_fast.process import run_main
 from rmsd_fast.report_page.evaluation import evaluation_picture
 from rmsd_fast.report_page.page import render
 from rmsd_fast.report_page.run_folder import ReportError, load_run
 
+if TYPE_CHECKING:
+    from rmsd_fast.collect_run.config import CollectConfig
+    from rmsd_fast.teacher.usage import Prices
+
 __all__ = ["ReportError", "main", "write_picture", "write_pool_report", "write_report"]
 
 # Settings that a pool report reads, in addition to those that say how to read files and answers.
-ALSO_READ = ("teacher.responses", "teacher.min_quality")
+ALSO_READ = ("teacher.responses", "teacher.min_quality", "collect.input_price", "collect.output_price")
 
 
 def write_report(run_folder: str | Path, output: str | Path | None = None) -> Path:
@@ -75,6 +81,7 @@ def write_pool_report(
         ReportError: the page would not be an .html file, or would replace one of the inputs.
         UserError: a file is damaged, the pool belongs to other questions, or a setting is wrong.
     """
+    from rmsd_fast.collect_run.config import CollectionConfig
     from rmsd_fast.made.teacher import is_simulated
     from rmsd_fast.report_page.pool_page import render_pool
     from rmsd_fast.stages.inputs import read_pool_files
@@ -90,15 +97,35 @@ def write_pool_report(
     if numbers.resolve() in (pool.resolve(), questions.resolve()):
         raise ReportError(f"--output {path}: {numbers} is an input and would be replaced; choose another name")
     _check_place(path)
-    settings, asked, answers = read_pool_files("report", ALSO_READ, pool, questions, overrides)
+    settings, asked, answers = read_pool_files("report", ALSO_READ, pool, questions, overrides, schema=CollectionConfig)
+    prices = _prices(settings.collect)
     check_pool(answers, asked, max_unanswered_share=1.0)
-    analysis = analyze_pool(answers, asked, settings.teacher, simulated=is_simulated(answers))
+    analysis = analyze_pool(answers, asked, settings.teacher, simulated=is_simulated(answers), prices=prices)
+    if prices and "priced" not in analysis["pool_usage"]:
+        raise SettingsError(
+            "collect.input_price: expected an answer with prompt and completion tokens in its `usage`, got none in "
+            f"{pool}; leave the prices out, because they have no effect"
+        )
     advice = advise(analysis)
     listed = [{"subject": entry.subject, "value": entry.value, "reason": entry.reason} for entry in advice]
     content = {"pool": str(pool), "questions": str(questions), **analysis, "advice": listed, "not_shown": UNKNOWN}
     page = render_pool(analysis, advice, pool, questions)
     _write(numbers, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return _write(path, page)
+
+
+def _prices(collect: CollectConfig) -> Prices | None:
+    from rmsd_fast.teacher.usage import Prices
+
+    prices = (collect.input_price, collect.output_price)
+    if prices == (None, None):
+        return None
+    if None in prices:
+        raise SettingsError(
+            "collect.input_price and collect.output_price: expected both prices, got one; set the other one too, to 0 "
+            "if these tokens are free"
+        )
+    return Prices(*prices)
 
 
 def _check_place(path: Path) -> None:
@@ -160,4 +187,4 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

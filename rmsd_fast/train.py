@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rmsd_fast import environment
 from rmsd_fast.command_line import Parser
-from rmsd_fast.process import prepare_process, tell
+from rmsd_fast.process import run_main, tell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,8 +96,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    prepare_process()
-    code = main()
+    code = run_main(main)
     if "torch" not in sys.modules:
         sys.exit(code)
     from rmsd_fast.runtime.process_group import exit_process

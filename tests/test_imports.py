@@ -51,6 +51,7 @@ SAME_LEVEL = {
     ("config", "method"),  # config has the task types among its choices.
     ("train", "evaluate"),
     ("train", "report"),
+    ("report", "collect"),  # prices, which are settings of a collection
     ("lab", "report"),  # colors and ticks of its chart
     ("program", "runtime"),
     ("runtime", "data"),  # copies to a device

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from rmsd_fast.config import RECIPES, RunConfig, SettingsError, choice, number
 from rmsd_fast.settings import POOL_SETTINGS, load_settings
+from rmsd_fast.teacher.usage import Prices
 
 log = logging.getLogger("rmsd_fast")
 TEACHERS = Path(__file__).parent.parent / "teachers"
@@ -92,7 +93,7 @@ class CollectConfig:
     outage_s: float = number(900.0, above=0, most=604800)
     """Stop after this time in seconds in which requests were sent and none was answered."""
     input_price: float | None = number(None, least=0)
-    """Price of a million prompt tokens, in any currency; null = unknown."""
+    """Price of a million prompt tokens, in any currency; null = unknown. The pool report reads both prices too."""
     output_price: float | None = number(None, least=0)
     """Price of a million completion tokens, reasoning included."""
     max_cost: float | None = number(None, above=0)
@@ -258,4 +259,4 @@ def cost_of(collect: CollectConfig, prompt_tokens: float, completion_tokens: flo
     """Return the cost of these tokens, or NaN if a price is unknown."""
     if collect.input_price is None or collect.output_price is None:
         return math.nan
-    return (prompt_tokens * collect.input_price + completion_tokens * collect.output_price) / 1e6
+    return Prices(collect.input_price, collect.output_price).cost(prompt_tokens, completion_tokens)

@@ -99,6 +99,7 @@ class Plan:
         prompt_tokens, completion_tokens: estimated tokens of all requests.
         faults: reasons why the media of sampled questions cannot be used.
         measured: whether the length of answers comes from the pool.
+        short: a line about videos of sampled questions with fewer frames than `video.num_frames`; "" = there are none.
     """
 
     answers: int
@@ -107,6 +108,7 @@ class Plan:
     completion_tokens: int
     faults: list[str]
     measured: bool
+    short: str
 
 
 def make_plan(
@@ -136,7 +138,8 @@ def make_plan(
     measured = store.spent[1] > 0
     length = store.spent[1] / store.metered if measured else min(ANSWER_TOKENS, collect.max_tokens)
     prompt = sum(prompts) / len(prompts) if prompts else 0
-    return Plan(answers, requests, round(requests * prompt), round(answers * length), faults, measured)
+    tokens = round(requests * prompt), round(answers * length)
+    return Plan(answers, requests, *tokens, faults, measured, builder.short_videos())
 
 
 def describe_plan(plan: Plan, questions: Sequence[Question], store: PoolStore, settings: CollectionConfig) -> list[str]:
@@ -156,6 +159,7 @@ def describe_plan(plan: Plan, questions: Sequence[Question], store: PoolStore, s
         lines.append("  cost: unknown; set collect.input_price and collect.output_price")
     else:
         lines.append(f"  cost, estimated: {cost:,.2f}; the pool has cost {cost_of(collect, *store.spent):,.2f}")
+    lines += [f"  among the sampled questions, {plan.short}"] if plan.short else []
     lines += (
         [f"  media of {len(plan.faults)} of the {SAMPLED} sampled questions cannot be used:"] if plan.faults else []
     )

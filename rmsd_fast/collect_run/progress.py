@@ -105,13 +105,14 @@ async def run_with_signals(collection: Collection, progress: Progress) -> int:
     return numbers[0] if numbers else 0
 
 
-def summary(collection: Collection, collect: CollectConfig, lacking: int) -> list[str]:
+def summary(collection: Collection, collect: CollectConfig, lacking: int, short: str = "") -> list[str]:
     """Return the lines at the end of a collection.
 
     Args:
         collection: the collection.
         collect: its settings.
         lacking: number of answers that the pool still lacks.
+        short: warning about videos with few frames; "" = none.
     """
     requests = sum(client.counts["requests"] for client in collection.clients)
     cost = cost_of(collect, *collection.budget.spent)
@@ -130,6 +131,8 @@ def summary(collection: Collection, collect: CollectConfig, lacking: int) -> lis
         lines.append(f"stopped: {collection.stopped}")
     if lacking:
         lines.append(f"still missing: {counted(lacking, 'answer')}")
+    if short:
+        lines.append(f"warning: {short}")
     return lines
 
 

@@ -14,13 +14,14 @@ from PIL import Image
 
 from rmsd_fast.collect_run.config import CollectConfig, CollectionConfig
 from rmsd_fast.collect_run.plan import VIDEO_TOKENS, picture_tokens, text_tokens
+from rmsd_fast.data.errors import counted
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.media_file import open_media, stat_file
 from rmsd_fast.data.media_paths import Span
 from rmsd_fast.data.preprocess import Preprocessor, frame_rule
 from rmsd_fast.data.question_text import content_parts, question_text
 from rmsd_fast.data.records import Question
-from rmsd_fast.data.video import SETTINGS_OF, Frames, MediaRequest
+from rmsd_fast.data.video import SETTINGS_OF, Frames, MediaLayout, MediaRequest
 from rmsd_fast.teacher.pool import request_key
 
 # Added to a question whose answers were all wrong.
@@ -45,6 +46,7 @@ class RequestBuilder:
 
     def __init__(self, settings: CollectionConfig, preprocessor: Preprocessor, media: MediaReader) -> None:
         self._settings, self._preprocessor, self._media = settings, preprocessor, media
+        self._short: dict[str, int] = {}
 
     def messages(self, question: Question, *, hinted: bool = False) -> Messages:
         """Return the messages of a question.
@@ -66,6 +68,7 @@ class RequestBuilder:
             kind, path, span = next(media)
             if self._sends_frames(kind):
                 frames = self._media.read(self._request(kind, path, span))
+                self._note_short(path, frames)
                 content += frame_parts(frames, self._settings.collect.jpeg_quality)
                 tokens += len(frames.pixels) * picture_tokens(*frames.pixels.shape[2:])
             else:
@@ -89,9 +92,29 @@ class RequestBuilder:
                 tokens += VIDEO_TOKENS
                 continue
             layout = self._media.layout(self._request(kind, path, span))
+            self._note_short(path, layout)
             height, width = (side * self._preprocessor.patch_size for side in layout.grid_thw[1:])
             tokens += max(1, len(layout.timestamps_s)) * picture_tokens(height, width)
         return tokens
+
+    def short_videos(self) -> str:
+        """Return a warning about the videos so far that have fewer frames than `video.num_frames`; "" without any."""
+        if not self._short:
+            return ""
+        path, frames = next(iter(self._short.items()))
+        have = "has" if len(self._short) == 1 else "have"
+        repeats = self._preprocessor.family == "qwen3_vl"
+        return (
+            f"{counted(len(self._short), 'video')} {have} fewer frames than video.num_frames="
+            f"{self._settings.video.num_frames}, such as {path} with {frames}; "
+            f"{'some frames are sent more than once' if repeats else 'fewer are sent'}, as the student sees them"
+        )
+
+    def _note_short(self, path: str, frames: Frames | MediaLayout) -> None:
+        # A frame that is sent twice has the same time twice.
+        different = len(set(frames.timestamps_s))
+        if frames.kind == "video" and different < (self._settings.video.num_frames or 0):
+            self._short[path] = different
 
     def _sends_frames(self, kind: str) -> bool:
         return kind == "image" or self._settings.collect.video_as == "frames"

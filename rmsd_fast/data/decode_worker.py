@@ -259,7 +259,11 @@ def _anonymous_memory(size: int) -> int:
 
 
 def _serve(ours: socket.socket) -> None:
-    """Answer requests in a worker until the other side closes."""
+    """Answer requests in a worker until the other side closes.
+
+    Raises:
+        BrokenPipeError, ConnectionResetError: the program has ended while the worker was busy.
+    """
     end_with_parent()
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
@@ -272,12 +276,11 @@ def _serve(ours: socket.socket) -> None:
     warnings.simplefilter("ignore")  # libraries warn about files; everything that matters is raised as an error
     torch.set_num_threads(1)
     connection = Connection(os.dup(ours.fileno()))
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.send(os.getpid())
+    connection.send(os.getpid())
     while True:
         try:
             operation, request = connection.recv()
-        except (EOFError, ConnectionResetError):
+        except EOFError:
             return
         descriptors: list[int] = []
 
@@ -345,7 +348,8 @@ def main(descriptor: int) -> None:
             control.close()
             status = 1
             try:
-                _serve(socket.socket(fileno=descriptors[0]))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    _serve(socket.socket(fileno=descriptors[0]))
                 status = 0
             except BaseException:
                 traceback.print_exc()

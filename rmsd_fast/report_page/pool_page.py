@@ -14,6 +14,7 @@ from rmsd_fast.method.answers import TASK_TYPES
 from rmsd_fast.method.natural import REASONS
 from rmsd_fast.report_page.evaluation import SIMULATED, in_order, percent
 from rmsd_fast.report_page.layout import document, table, tile
+from rmsd_fast.report_page.pool_costs import USAGE_NAMES, cost_section
 from rmsd_fast.report_page.pool_sections import agreement_section, best_of_section, gain_section, tau_section
 from rmsd_fast.report_page.svg import number
 from rmsd_fast.report_page.teacher import PAPER, quality_chart, quality_table
@@ -33,7 +34,6 @@ _LINKS = (
     ("models", "Teachers"),
 )
 _NOT_BELOW = "The numbers below do not include this."
-_USAGE_NAMES = {"prompt_tokens": "prompt tokens", "completion_tokens": "completion tokens", "cost": "cost"}
 
 
 def render_pool(analysis: Mapping[str, Any], advice: Sequence[Advice], pool: Path, questions: Path) -> str:
@@ -58,7 +58,7 @@ def render_pool(analysis: Mapping[str, Any], advice: Sequence[Advice], pool: Pat
         agreement_section(analysis["agreement"], analysis["counts"]["unlabeled"]),
         _invalid(analysis),
         _texts(analysis["texts"]),
-        _usage(analysis["usage"]),
+        cost_section(analysis),
         _models(analysis["models"]),
     ]
     return document(f"{visible(pool.name)} · rmsd_fast pool report", "".join(body))
@@ -123,6 +123,9 @@ def _tiles(analysis: Mapping[str, Any]) -> str:
     ):
         share = sum(group[key] * group["responses"] for group in groups) / responses
         tiles.append(tile(title, f"{percent(share)}%", below))
+    if priced := (analysis["usage"] or {}).get("priced"):
+        below = f"{number(priced['per_valid'])} per valid answer"
+        tiles.append(tile("Cost of the pool", number(analysis["pool_usage"]["priced"]), below))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -275,32 +278,11 @@ def _texts(texts: Mapping[str, Any]) -> str:
     )
 
 
-def _usage(usage: Mapping[str, Any] | None) -> str:
-    head = '<h2 id="usage">Cost</h2>'
-    if not usage:
-        return f'{head}<p class="muted">No answer has token counts or a cost in its `usage`.</p>'
-    rows = [
-        (
-            _USAGE_NAMES[name],
-            f"{group['answers']:,}",
-            number(group["total"], 4),
-            *(number(group[key], 4) for key in ("per_answer", "per_valid", "per_kept")),
-        )
-        for name, group in usage.items()
-    ]
-    columns = ("", "answers that report it", "total", "per answer", "per valid answer", "per kept answer")
-    return (
-        f'{head}{table("Cost", columns, rows)}<p class="muted small">As the server reported it. A kept answer has at '
-        "least quality tau. A reply of rmsd_fast.collect with several answers is divided equally among them. Other "
-        "programs may repeat the tokens of a prompt in the line of each answer; they are then counted once per "
-        "answer.</p>"
-    )
-
-
 def _models(models: Sequence[Mapping[str, Any]] | None) -> str:
     head = '<h2 id="models">Teachers</h2>'
     if not models:
         return f'{head}<p class="muted">All answers have the same `model`.</p>'
+    costs = [key for key in USAGE_NAMES if any(model.get(key) is not None for model in models)]
     rows = [
         (
             model["model"] or "not named",
@@ -309,7 +291,7 @@ def _models(models: Sequence[Mapping[str, Any]] | None) -> str:
             with_interval(model["quality"]) if model["quality"] else "–",
             with_interval(model["difference"], sign=True) if model["difference"] else "–",
             *(percent(model[key]) for key in ("valid_share", "as_sent_share", "kept_share")),
-            *(number(model[key], 4) for key in _USAGE_NAMES),
+            *(number(model[key], 4) for key in costs),
         )
         for model in models
     ]
@@ -322,7 +304,7 @@ def _models(models: Sequence[Mapping[str, Any]] | None) -> str:
         "valid %",
         "as sent %",
         "kept %",
-        *_USAGE_NAMES.values(),
+        *(USAGE_NAMES[key] for key in costs),
     )
     return (
         f'{head}{table("Teachers", columns, rows)}<p class="muted small">Quality: mean over questions with ground '

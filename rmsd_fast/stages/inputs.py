@@ -148,6 +148,8 @@ def read_pool_files(
     pool: str | os.PathLike,
     questions: str | os.PathLike,
     overrides: Sequence[str],
+    *,
+    schema: type[RunConfig] = RunConfig,
 ) -> tuple[RunConfig, list[Question], Pool]:
     """Return settings, questions and teacher answers for a program that has no recipe.
 
@@ -156,11 +158,12 @@ def read_pool_files(
         also_read: settings that the program reads, in addition to POOL_SETTINGS.
         pool, questions: the files.
         overrides: `section.field=value` settings.
+        schema: RunConfig, or a dataclass that adds sections to it.
     Raises:
         DataError: a file is damaged. The problems of both files are raised as one error.
         SettingsError: an override is unknown, or sets a setting that the program does not read.
     """
-    settings = load_settings("", overrides)
+    settings = load_settings("", overrides, schema=schema)
     readable = (*POOL_SETTINGS, *also_read)
     for key in (override.partition("=")[0] for override in overrides):
         if key not in readable:

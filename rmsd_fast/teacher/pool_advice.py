@@ -20,6 +20,9 @@ LOWER_TAUS = (0.2, 0.1, 0.0)
 # Questions without a kept answer: the alarm of training (runtime.alarms) has the same limit.
 MOST_EMPTY = 0.3
 LEAST_VALID, MOST_REPEATED = 0.9, 0.05
+# With fewer questions, an interval for a share near a half is wider than ±0.14. The bootstrap of a share near 0 or 1
+# may have no width at all, although an error that no question shows may occur in more than 6% of them.
+LEAST_QUESTIONS = 50
 # Agreement can stand in for labels if at least this share of the answers that it keeps would also pass with labels.
 LEAST_PRECISION = 0.9
 
@@ -51,6 +54,7 @@ def advise(analysis: Mapping[str, Any]) -> list[Advice]:
         analysis: result of pool_analysis.analyze_pool.
     """
     return [
+        *_few_questions(analysis),
         _k_advice(analysis),
         _tau_advice(analysis),
         _weight_advice(analysis),
@@ -81,6 +85,36 @@ def with_interval(estimated: Mapping[str, Any], *, sign: bool = False) -> str:
         if v is not None
     ]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0]
+
+
+def _few_questions(analysis: Mapping[str, Any]) -> list[Advice]:
+    """Return a warning if a recommendation, or the numbers of a task type, come from too few questions."""
+    means, best, gain, check = (analysis[key] for key in ("means", "best_of", "stage2", "agreement"))
+    used = {
+        "K": best and best["groups"]["closed"]["questions"],
+        "tau": next((means[name]["n"] for name in ("closed", "unlabeled") if name in means), None),
+        "weights": gain and gain["closed"]["questions"],
+        "agreement": check and check["closed"]["questions"],
+    }
+    few = {subject: n for subject, n in used.items() if n is not None and n < LEAST_QUESTIONS}
+    tasks = {task: group["n"] for task, group in means.items() if group["n"] < LEAST_QUESTIONS}
+    by_task = ", ".join(f"{task} {n}" for task, n in tasks.items() if task not in ("closed", "unlabeled"))
+    reasons = []
+    if few:
+        n = min(few.values())
+        half_width = 1.96 * 0.5 / n**0.5
+        # The share of errors for which no error among n questions has a probability of 5%.
+        unseen = 1 - 0.05 ** (1 / n)
+        reasons.append(
+            f"These recommendations come from fewer than {LEAST_QUESTIONS} questions: "
+            f"{', '.join(f'{subject} {count}' for subject, count in few.items())}. With {counted(n, 'question')}, a "
+            f"share near a half is known only to ±{100 * half_width:.0f} percentage points, and an error that no "
+            f"question shows may still occur in {unseen:.0%} of them. Add questions"
+            f"{' with ground truth' if 'closed' in means else ''} before you rely on this advice."
+        )
+    if by_task:
+        reasons.append(f"Numbers by task type come from fewer than {LEAST_QUESTIONS} questions for: {by_task}.")
+    return [Advice("too few questions" if few else "few questions", "", " ".join(reasons))] if reasons else []
 
 
 def _k_advice(analysis: Mapping[str, Any]) -> Advice:

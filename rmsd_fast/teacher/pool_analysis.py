@@ -18,7 +18,9 @@ from rmsd_fast.data.records import Question
 from rmsd_fast.method.answers import CLOSED_TASKS, TASK_TYPES
 from rmsd_fast.teacher.agreement_check import agreement_check
 from rmsd_fast.teacher.diagnostics import pool_statistics
+from rmsd_fast.teacher.pool_costs import cost_of_k, usage_per_answer, whole_usage
 from rmsd_fast.teacher.pool_estimates import (
+    MOST_K,
     best_of,
     common_count,
     correlation,
@@ -31,19 +33,26 @@ from rmsd_fast.teacher.pool_estimates import (
 from rmsd_fast.teacher.pool_gain import stage2_gain
 from rmsd_fast.teacher.pool_rows import PoolRows, pool_rows
 from rmsd_fast.teacher.scores import Pool, Scores, score_pool
+from rmsd_fast.teacher.usage import Prices
 
 TAUS = tuple(step / 20 for step in range(21))
 # The estimates that score answers again use at most this many questions of each task type, drawn at random.
 MOST_SCORED = 2500
 # Teacher settings that change the numbers.
 SETTINGS = ("responses", "min_quality", "parse", "unlabeled", "numeric_metric", "numeric_eps", "ocr_metric")
-MOST_K = 64
 MOST_MODELS = 8
 EXAMPLES, SHOWN_IDS, SHOWN_CHARACTERS = 2, 5, 300
 PERCENTILES = (5, 50, 95)
 
 
-def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, *, simulated: bool) -> dict:
+def analyze_pool(
+    pool: Pool,
+    questions: Sequence[Question],
+    cfg: TeacherConfig,
+    *,
+    simulated: bool,
+    prices: Prices | None = None,
+) -> dict:
     """Return all numbers of the pool report.
 
     Args:
@@ -52,6 +61,7 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
         questions: all questions; at least one has an answer.
         cfg: teacher settings. `responses` is K: what training would use. All other statistics use all answers.
         simulated: whether a simulated teacher wrote the pool.
+        prices: prices of the teacher's tokens, if they are known.
     Returns:
         A dict that can be written as JSON; docs/pool_report.md describes it.
     Raises:
@@ -65,7 +75,7 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
     most = max(len(pool[question.id]) for question in answered)
     every = replace(cfg, responses=most)
     scores = score_pool(pool, answered, every)
-    rows = pool_rows(pool, answered, scores)
+    rows = pool_rows(pool, answered, scores, prices)
     groups = _groups(rows)
     unlabeled = [question for question in answered if question.is_unlabeled]
     others = [question for question in answered if not question.is_unlabeled]
@@ -87,7 +97,10 @@ def analyze_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig, 
         "best_of": _best_of(rows, groups),
         "format": _format(rows),
         "texts": _texts(rows),
-        "usage": _usage(rows, cfg.min_quality),
+        "usage": usage_per_answer(rows, cfg.min_quality),
+        "pool_usage": whole_usage(whole, prices),
+        "prices": prices._asdict() if prices else None,
+        "cost_of_k": cost_of_k(rows, prices, cfg.min_quality) if prices else None,
         "models": _models(rows, cfg.min_quality) if len(rows.models) > 1 else None,
         "scored_questions": len(sampled),
         "agreement": agreement_check(sampled, scores, used),
@@ -239,26 +252,6 @@ def _texts(rows: PoolRows) -> dict[str, dict]:
             ),
         }
     return groups
-
-
-def _usage(rows: PoolRows, tau: float) -> dict | None:
-    """Return what the answers cost, per answer and per usable answer, over the answers with a reported value."""
-    kept = (rows.quality >= tau) & (rows.quality > 0)
-    result = {}
-    for name, values in rows.usage.items():
-        reported = np.isfinite(values)
-        if not reported.any():
-            continue
-        total = float(values[reported].sum())
-        valid, passing = int((reported & rows.valid).sum()), int((reported & kept).sum())
-        result[name] = {
-            "answers": int(reported.sum()),
-            "total": total,
-            "per_answer": total / int(reported.sum()),
-            "per_valid": total / valid if valid else None,
-            "per_kept": total / passing if passing else None,
-        }
-    return result or None
 
 
 def _models(rows: PoolRows, tau: float) -> list[dict]:

@@ -13,6 +13,9 @@ import numpy as np
 
 from rmsd_fast.bootstrap import interval_95, resampled_means
 
+# Numbers for each K end here.
+MOST_K = 64
+
 
 def best_of(qualities: list[np.ndarray], most: int) -> np.ndarray:
     """Return unbiased estimates of the expected best quality of K answers, for K = 1 to `most`.

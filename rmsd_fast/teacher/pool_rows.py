@@ -14,7 +14,7 @@ from rmsd_fast.method.answers import parse_answer
 from rmsd_fast.method.quality import fold_text
 from rmsd_fast.teacher.pool import TeacherResponse
 from rmsd_fast.teacher.scores import Pool, ScoredResponse, Scores
-from rmsd_fast.teacher.usage import WITH, Usage, read_usage
+from rmsd_fast.teacher.usage import WITH, Prices, Usage, read_usage
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class PoolRows:
         distinct: number of different valid answers to each question, int64 [Q].
         model: index into `models`, int64 [A].
         models: names of the teachers, most frequent first.
-        usage: fields of Usage, float64 [A] each; NaN if the server did not report them. The usage of a reply with
-            several answers is divided equally among them.
+        usage: fields of Usage, and with prices `priced`, the cost at these prices; float64 [A] each, NaN if the server
+            did not report them. The usage of a reply with several answers is divided equally among them.
+        prompt_added: prompt tokens that each answer adds, float64 [A]: those of the whole prompt for the first answer
+            of a reply, and 0 for the others.
     """
 
     questions: list[Question]
@@ -49,6 +51,7 @@ class PoolRows:
     model: np.ndarray
     models: list[str]
     usage: dict[str, np.ndarray]
+    prompt_added: np.ndarray
 
     @property
     def counts(self) -> np.ndarray:
@@ -65,13 +68,14 @@ class PoolRows:
         return np.add.reduceat(np.asarray(values, dtype=np.float64), self.start[:-1])
 
 
-def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> PoolRows:
+def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores, prices: Prices | None = None) -> PoolRows:
     """Return the answers of a pool as arrays.
 
     Args:
         pool: all answers.
         questions: questions that have at least one answer each.
         scores: result of score_pool for all answers to these questions.
+        prices: prices of the tokens, if they are known.
     Raises:
         ValueError: there are no questions, or not all answers were scored.
     """
@@ -80,6 +84,7 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
     answers: list[ScoredResponse] = []
     responses: list[TeacherResponse] = []
     usages: list[Usage] = []
+    prompt_added: list[float] = []
     start, distinct = [0], []
     for question in questions:
         if not scores[question.id] or len(scores[question.id]) != len(pool[question.id]):
@@ -89,13 +94,18 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
             )
         answers += scores[question.id]
         responses += pool[question.id]
-        usages += _split_usage(pool[question.id])
+        shares, added = _split_usage(pool[question.id])
+        usages += shares
+        prompt_added += added
         start.append(len(answers))
         distinct.append(len({_final(answer, question) for answer in scores[question.id] if answer.valid}))
     ids = np.repeat(np.arange(len(questions)), np.diff(start))
     repeated, elsewhere = _repetitions([_sent(response) for response in responses], ids)
     models, model = _models(responses)
-    usage = np.array(usages, dtype=np.float64)
+    columns = np.array(usages, dtype=np.float64)
+    usage = {name: columns[:, column] for column, name in enumerate(Usage._fields)}
+    if prices is not None:
+        usage["priced"] = prices.cost(usage["prompt_tokens"], usage["completion_tokens"])
     return PoolRows(
         questions=list(questions),
         start=np.array(start),
@@ -108,17 +118,23 @@ def pool_rows(pool: Pool, questions: Sequence[Question], scores: Scores) -> Pool
         distinct=np.array(distinct),
         model=model,
         models=models,
-        usage={name: usage[:, column] for column, name in enumerate(Usage._fields)},
+        usage=usage,
+        prompt_added=np.array(prompt_added, dtype=np.float64),
     )
 
 
-def _split_usage(responses: Sequence[TeacherResponse]) -> list[Usage]:
-    """Return the usage of each answer to a question. That of a reply is divided equally among its answers."""
+def _split_usage(responses: Sequence[TeacherResponse]) -> tuple[list[Usage], list[float]]:
+    """Return the usage of each answer to a question, and the prompt tokens that each adds.
+
+    The usage of a reply is divided equally among its answers. Its prompt is added by the first one.
+    """
     named = [response.usage.get(WITH) for response in responses]
     replies = [k if isinstance(k, int) else response.k for k, response in zip(named, responses, strict=True)]
     whole = {response.k: read_usage(response.usage) for response in responses}
     nothing = Usage(math.nan, math.nan, math.nan)
-    return [Usage(*(value / replies.count(k) for value in whole.get(k, nothing))) for k in replies]
+    usage = [Usage(*(value / replies.count(k) for value in whole.get(k, nothing))) for k in replies]
+    added = [0.0 if k in replies[:index] else whole.get(k, nothing).prompt_tokens for index, k in enumerate(replies)]
+    return usage, added
 
 
 def _sent(response: TeacherResponse) -> str:

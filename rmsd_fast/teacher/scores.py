@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from rmsd_fast.teacher.pool import TeacherResponse
 Pool = dict[str, list[TeacherResponse]]
 Scores = dict[str, list["ScoredResponse"]]
 
+# Number of examples of each kind of change.
+EXAMPLES = 3
 _NOT_WHOLE = {"length": "truncated", "content_filter": "filtered"}
 # Reason if the text inside <answer> cannot be parsed, by task type.
 _NOT_PARSED = {
@@ -154,6 +157,44 @@ def repair_pool(pool: Pool, questions: Sequence[Question], cfg: TeacherConfig) -
     ours = [response for response in written if response.id in by_id]
     rewritten = sum(response.raw is not None for response in ours)
     return RepairedPool(written, len(written) - len(ours), rewritten, sum(not response.valid for response in ours))
+
+
+def describe_changes(pool: Pool, repaired: RepairedPool) -> list[str]:
+    """Return how many answers changed their validity, quality or reason, by kind of change and with examples.
+
+    Args:
+        pool: the responses before.
+        repaired: result of `repair_pool` for this pool.
+    """
+    before = [response for responses in pool.values() for response in responses]
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for old, new in zip(before, repaired.responses, strict=True):
+        if (old.valid, old.quality, old.reason) != (new.valid, new.quality, new.reason):
+            qualities = f"{_shown(old.quality)} → {_shown(new.quality)}"
+            kinds[_change(old, new)].append(f"{new.id} k={new.k} (quality {qualities})")
+    if not kinds:
+        return ["no answer changed its validity, quality or reason"]
+    changed = sum(map(len, kinds.values()))
+    return [f"changed: {changed:,} of {counted(len(before), 'answer')}"] + [
+        f"  {kind}: {len(places):,}, such as {', '.join(places[:EXAMPLES])}"
+        for kind, places in sorted(kinds.items(), key=lambda entry: -len(entry[1]))
+    ]
+
+
+def _change(old: TeacherResponse, new: TeacherResponse) -> str:
+    states = [
+        "no score" if response.valid is None else "valid" if response.valid else response.reason or "invalid"
+        for response in (old, new)
+    ]
+    if states[0] != states[1]:
+        return " → ".join(states)
+    if old.quality is None or new.quality is None:
+        return f"{states[1]}, {'unknown quality before' if old.quality is None else 'quality unknown now'}"
+    return f"{states[1]}, {'higher' if new.quality > old.quality else 'lower'} quality"
+
+
+def _shown(quality: float | None) -> str:
+    return "unknown" if quality is None else f"{quality:.3g}"
 
 
 def _reference(question: Question) -> str:

@@ -1,10 +1,12 @@
-"""Read the token counts and the cost that a server reports with an answer."""
+"""Read the token counts and the cost that a server reports with an answer, and price tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 # Names of the token counts: OpenAI and compatible servers, Anthropic, Gemini.
 _PROMPT = ("prompt_tokens", "input_tokens", "promptTokenCount")
@@ -15,6 +17,7 @@ _MORE_COMPLETION = ("thoughtsTokenCount",)
 _COST = ("cost",)
 # The collector stores the usage of a reply with its first answer. The others have the number k of that answer here.
 WITH = "with"
+Tokens = TypeVar("Tokens", float, np.ndarray)
 
 
 class Usage(NamedTuple):
@@ -23,6 +26,17 @@ class Usage(NamedTuple):
     prompt_tokens: float
     completion_tokens: float
     cost: float
+
+
+class Prices(NamedTuple):
+    """Prices of a million prompt tokens and of a million completion tokens, in any currency."""
+
+    prompt: float
+    completion: float
+
+    def cost(self, prompt_tokens: Tokens, completion_tokens: Tokens) -> Tokens:
+        """Return the cost of these tokens, for numbers or arrays."""
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
 def read_usage(usage: Mapping[str, Any]) -> Usage:

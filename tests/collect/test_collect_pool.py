@@ -228,7 +228,13 @@ def test_scoring_again_asks_nothing(tmp_path, capsys):
     # The ground truth was wrong.
     write_questions(tmp_path, 3, answer="A")
     assert run(questions, server.url, out, "--rescore") == 0
-    assert "12 answers, 6 converted to canonical form, 3 invalid" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 answers, 6 converted to canonical form, 3 invalid" in printed
+    assert printed.splitlines()[-3:] == [
+        "changed: 9 of 12 answers",
+        "  valid, lower quality: 6, such as q0 k=0 (quality 1 → 0), q0 k=1 (quality 1 → 0), q1 k=0 (quality 1 → 0)",
+        "  valid, higher quality: 3, such as q0 k=3 (quality 0 → 1), q1 k=3 (quality 0 → 1), q2 k=3 (quality 0 → 1)",
+    ]
     after = answers(out)
     assert [after["q0", k].quality for k in range(4)] == [0.0, 0.0, 0.0, 1.0]
     assert {place: response.raw or response.text for place, response in after.items()} == {
@@ -236,6 +242,25 @@ def test_scoring_again_asks_nothing(tmp_path, capsys):
     }
     assert run(questions, server.url, out, "--rescore", "teacher.parse=strict") == 0
     assert [answers(out)["q0", k].reason for k in range(4)] == ["format", None, "format", "format"]
+    changes = capsys.readouterr().out.splitlines()[-3:]
+    assert changes[0] == "changed: 9 of 12 answers"
+    assert changes[1].startswith("  valid → format: 6, such as q0 k=0 (quality 0 → 0), q0 k=3 (quality 1 → 0),")
+    assert changes[2].startswith("  two_answers → format: 3, such as q0 k=2 (quality 0 → 0),")
+    assert run(questions, server.url, out, "--rescore", "teacher.parse=strict") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no answer changed its validity, quality or reason"
+
+
+def test_scoring_for_the_first_time_is_a_change(tmp_path, capsys):
+    questions, out = write_questions(tmp_path, 2), tmp_path / "pool.jsonl"
+    lines = [{"id": "q0", "k": 0, "text": RIGHT}, {"id": "q1", "k": 0, "text": RIGHT, "valid": True, "reason": None}]
+    lines.append({"id": "gone", "k": 0, "text": RIGHT})
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(questions, "http://127.0.0.1:1/v1", out, "--rescore") == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "changed: 2 of 3 answers",
+        "  no score → valid: 1, such as q0 k=0 (quality unknown → 1)",
+        "  valid, unknown quality before: 1, such as q1 k=0 (quality unknown → 1)",
+    ]
 
 
 def test_torn_file_of_rejected_requests(tmp_path, caplog):

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from collect_runs import FAST, answers, expected, run, write_questions
 from material import WORLD
+from media_files import noise_frames, write_clip
 from PIL import Image
 from teacher_server import Act, TeacherServer, completion, error, question_of, right
 
@@ -221,6 +222,25 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, capsys):
     assert "to collect: 20 answers in about 5 requests to m" in text
     # 20 answers of 400 tokens cost 0.08.
     assert "8,000 of answers, whose length is assumed" in text and "cost, estimated: 0.08" in text
+
+
+def test_videos_with_few_frames_are_named(tmp_path, capsys):
+    write_clip(tmp_path / "clip.mp4", noise_frames(9, 64, 64))
+    questions = write_questions(tmp_path, 2, videos=["clip.mp4"], images=None)
+    named = f"1 video has fewer frames than video.num_frames=16, such as {tmp_path / 'clip.mp4'} with 9; some frames"
+    with TeacherServer() as server:
+        assert run(questions, server.url, tmp_path / "dry.jsonl", "--dry-run") == 0
+        assert f"among the sampled questions, {named} are sent more than once" in capsys.readouterr().out
+        assert run(questions, server.url, tmp_path / "p.jsonl", "--k", "1") == 0
+        assert f"warning: {named}" in capsys.readouterr().out
+        parts = server.requests[0]["messages"][0]["content"]
+        assert sum(part["type"] == "image_url" for part in parts) == 16
+        assert len({part["text"] for part in parts if "seconds>" in part.get("text", "")}) == 9
+        for settings in (["video.num_frames=9"], ["video.num_frames=null", "video.fps=30"]):
+            assert (
+                run(questions, server.url, tmp_path / "p.jsonl", "--k", "1", "collect.changed=replace", *settings) == 0
+            )
+            assert "fewer frames" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -38,6 +38,16 @@ def test_all_answers_in_one_request_with_seeds(tmp_path):
     assert pool["q0", 0].usage == {"prompt_tokens": 100, "completion_tokens": 20} and pool["q0", 3].usage == {"with": 0}
 
 
+def test_requests_share_connections(tmp_path):
+    def slow(request, number):
+        return replace(right(request, number), delay_s=0.01)
+
+    limits = ["collect.start_concurrency=8", "collect.max_concurrency=8"]
+    with TeacherServer(slow) as server:
+        collect_plainly(plain_questions(tmp_path, 100), [server.url], tmp_path / "pool.jsonl", *limits)
+    assert server.count == 100 and server.connections == server.most_in_flight == 8
+
+
 @pytest.mark.parametrize("rejects", [False, True])
 def test_servers_without_n(tmp_path, rejects):
     def one(request, number):

@@ -63,6 +63,7 @@ class TeacherServer:
         requests: bodies of all requests.
         headers: header lines of all requests.
         most_in_flight: largest number of requests at a time.
+        connections: number of connections.
     """
 
     def __init__(self, script: Callable[[dict[str, Any], int], Act] = right, *, keep: bool = True) -> None:
@@ -70,7 +71,7 @@ class TeacherServer:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.times_s: list[float] = []
-        self.count = self.in_flight = self.most_in_flight = 0
+        self.count = self.in_flight = self.most_in_flight = self.connections = 0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -102,6 +103,7 @@ class TeacherServer:
         self._loop.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()

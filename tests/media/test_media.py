@@ -322,6 +322,24 @@ def test_a_fork_server_that_cannot_start_ends_the_run(clip: Path, monkeypatch, c
     assert capfd.readouterr().err.count("no decoder here") == media.MOST_STARTS
 
 
+def test_a_worker_ends_quietly_if_the_program_ends_first(clip: Path) -> None:
+    script = f"""
+import os
+from rmsd_fast.config import VideoConfig
+from rmsd_fast.data.decode_worker import ForkServer
+from rmsd_fast.data.preprocess import Preprocessor
+from rmsd_fast.data.video import MediaRequest
+
+worker = ForkServer().worker()
+request = MediaRequest({str(clip)!r}, "video", VideoConfig(), Preprocessor())
+worker.read(request, 300.0)
+worker._connection.send(("read", request))
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_closing_ends_a_decode_in_the_middle(clip: Path) -> None:
     reader = MediaReader(DataConfig(decode_timeout_s=300.0))
     reader.read(request(clip))

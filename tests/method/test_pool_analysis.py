@@ -20,7 +20,7 @@ from rmsd_fast.teacher.pool_analysis import analyze_pool
 from rmsd_fast.teacher.pool_gain import stage2_gain
 from rmsd_fast.teacher.pool_rows import pool_rows
 from rmsd_fast.teacher.scores import score_pool
-from rmsd_fast.teacher.usage import read_usage
+from rmsd_fast.teacher.usage import Prices, read_usage
 
 
 def question(identity, task, answer, **fields):
@@ -209,6 +209,52 @@ def test_costs_per_usable_answer():
     assert analyzed(POOL, INTERVALS)["usage"] is None
 
 
+def test_costs_at_prices_by_hand():
+    def used(prompt, completion):
+        return {"prompt_tokens": prompt, "completion_tokens": completion}
+
+    # Question t0 has a reply with three answers and a reply with one, and t1 has four replies with one.
+    usages = {"t0": [used(1000, 300), {"with": 0}, {"with": 0}, used(1000, 60)], "t1": [used(500, 40)] * 4}
+    pool = {name: [replace(r, usage=u) for r, u in zip(POOL[name], usages[name], strict=True)] for name in ("t0", "t1")}
+    # Answers that only the costs of the whole pool include.
+    pool["t1"] = [*pool["t1"], replace(pool["t1"][0], k=9, sampling={"hinted": True})]
+    pool["foreign"] = [replace(pool["t0"][3], id="foreign")]
+    analysis = analyze_pool(
+        pool, INTERVALS, TeacherConfig(parse="strict"), simulated=False, prices=Prices(prompt=2.0, completion=10.0)
+    )
+    of_k = analysis["cost_of_k"]
+    # t0: 3, 4, 5 and 7.6 thousandths; t1: 1.4, 2.8, 4.2 and 5.6.
+    means = [point["mean"] for point in of_k["per_question"]]
+    assert means == pytest.approx([0.0022, 0.0034, 0.0046, 0.0066]) and of_k["questions"] == 2
+    assert of_k["per_question"][0]["low"] == pytest.approx(0.0014)
+    # Valid: 2, 4, 6 and 7. Quality of at least 0.3: 2, 4, 5 and 6.
+    assert of_k["per_valid"] == pytest.approx([0.0044 / 2, 0.0068 / 4, 0.0092 / 6, 0.0132 / 7])
+    assert of_k["per_kept"] == pytest.approx([0.0044 / 2, 0.0068 / 4, 0.0092 / 5, 0.0132 / 6])
+    priced = analysis["usage"]["priced"]
+    assert (priced["answers"], priced["total"]) == (8, pytest.approx(0.0132))
+    assert [priced[key] for key in ("per_answer", "per_valid", "per_kept")] == pytest.approx(
+        [0.0132 / 8, 0.0132 / 7, 0.0132 / 6]
+    )
+    # One more answer with 500 and 40 tokens, and one with 1,000 and 60.
+    assert analysis["pool_usage"] == pytest.approx({"prompt_tokens": 5500, "completion_tokens": 620, "priced": 0.0172})
+    assert analysis["prices"] == {"prompt": 2.0, "completion": 10.0}
+    without = analyzed(pool, INTERVALS)
+    assert without["cost_of_k"] is without["prices"] is None and "priced" not in without["usage"]
+
+
+def test_costs_of_pools_with_few_token_counts():
+    prices = Prices(1.0, 1.0)
+    counted = {"prompt_tokens": 10, "completion_tokens": 10}
+    pool = {"t0": answers("t0", None, None, usage=counted), "t1": answers("t1", "0 to 10", "0 to 10")}
+    analysis = analyze_pool(pool, INTERVALS, TeacherConfig(parse="strict"), simulated=False, prices=prices)
+    of_k = analysis["cost_of_k"]
+    # Only t0 has token counts, and no valid answer.
+    assert of_k["questions"] == 1 and [point["mean"] for point in of_k["per_question"]] == [2e-5, 4e-5]
+    assert of_k["per_valid"] == of_k["per_kept"] == [None, None] and of_k["per_question"][0]["low"] is None
+    nothing = analyze_pool(POOL, INTERVALS, TeacherConfig(parse="strict"), simulated=False, prices=prices)
+    assert nothing["cost_of_k"] is nothing["usage"] is None and nothing["pool_usage"] == {}
+
+
 def test_several_teachers_are_compared_on_the_same_questions():
     pool = {
         "t0": answers("t0", "0 to 10", "0 to 10", model="a")
@@ -260,6 +306,29 @@ def test_advice_about_k():
     single = {q.id: answers(q.id, "0 to 6") for q in many}
     k = subjects(analyzed(single, many))["K"]
     assert k.value == "4" and "Most questions have one answer" in k.reason
+
+
+def test_few_questions_are_named_first():
+    def warning(intervals, numbers=0, k=2):
+        asked = [question(f"t{i}", "temporal", "0 to 10") for i in range(intervals)]
+        asked += [question(f"n{i}", "numeric", "3") for i in range(numbers)]
+        said = {"temporal": ["0 to 5", "0 to 9"], "numeric": ["3", "4"]}
+        first, *_ = advise(analyzed({q.id: answers(q.id, *said[q.task_type][:k]) for q in asked}, asked))
+        return first
+
+    few = warning(49)
+    assert few.subject == "too few questions" and few.value == ""
+    assert "fewer than 50 questions: K 49, tau 49, weights 49, agreement 49. With 49 questions" in few.reason
+    # 0.98 / sqrt(49) = 0.14, and 1 - 0.05 ** (1 / 49) = 0.059.
+    assert "to ±14 percentage points" in few.reason and "may still occur in 6% of them" in few.reason
+    assert "Add questions with ground truth before you rely on this advice. Numbers by task type" in few.reason
+    assert few.reason.endswith("come from fewer than 50 questions for: temporal 49.")
+    assert "With 1 question, a share near a half is known only to ±98 percentage points" in warning(1).reason
+    # One answer to each question says nothing about agreement.
+    assert "K 10, tau 10, weights 10. With" in warning(10, k=1).reason
+    assert warning(50).subject == "K (collect.k)"
+    mixed = warning(49, 1)
+    assert mixed.subject == "few questions" and mixed.reason.endswith("for: temporal 49, numeric 1.")
 
 
 def test_advice_counts_lucky_guesses():

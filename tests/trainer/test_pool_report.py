@@ -185,6 +185,21 @@ def test_one_question(tmp_path) -> None:
     assert numbers["means"]["closed"]["low"] is None and "one question" in page.text
 
 
+def test_costs_of_the_page(tmp_path) -> None:
+    used = {"prompt_tokens": 1000, "completion_tokens": 100}
+    prices = ("collect.input_price=2", "collect.output_price=10")
+    _, page, numbers = report(tmp_path, asked(), answered(asked(), usage=used), *prices)
+    # 3 thousandths for each of 120 answers, four of which are invalid.
+    assert numbers["pool_usage"]["priced"] == pytest.approx(0.36)
+    assert numbers["usage"]["priced"]["per_valid"] == pytest.approx(0.36 / 116)
+    for words in ("Cost of the pool", "0.36", "0.0031 per valid answer", "K = 4", "all 30 questions", "0.012 [0.012,"):
+        assert words in page.text, words
+    assert "the same for all teachers" in page.text and "cost, as the server reported it" not in page.text
+    _, page, numbers = report(tmp_path, asked(), answered(asked(), usage=used | {"cost": 0.01}))
+    assert "cost, as the server reported it" in page.text and "Set collect.input_price" in page.text
+    assert "Cost of K answers" not in page.text and "Cost of the pool" not in page.text
+
+
 def test_simulated_pools_are_labeled(tmp_path) -> None:
     _, page, numbers = report(tmp_path, asked(), answered(asked(), model="simulated"))
     assert numbers["teacher_simulated"] is True and "The teacher was simulated" in page.text
@@ -212,6 +227,12 @@ def test_charts_have_fractional_ticks_and_names() -> None:
         (["{pool}", "{questions}", "--output", "{folder}/a.pdf"], "expected a name that ends in .html"),
         (["{pool}", "{questions}", "--output", "{folder}/no/a.html"], "expected a file in an existing folder"),
         (["{pool}", "{questions}", "distill.steps=2"], "distill.steps has no effect: report reads data.format"),
+        (["{pool}", "{questions}", "data.media_root=/", "collect.input_price=1"], "expected both prices, got one"),
+        (
+            ["{pool}", "{questions}", "data.media_root=/", "collect.input_price=1", "collect.output_price=1"],
+            "expected an answer with prompt and completion tokens in its `usage`, got none",
+        ),
+        (["{pool}", "{questions}", "collect.k=2"], "collect.k has no effect"),
         (["{pool}", "{questions}", "--teacher.responses=2"], "settings have no dashes: write teacher.responses=2"),
         (["{pool}", "{folder}/none.jsonl"], "none.jsonl"),
         (["{folder}/none.jsonl", "{questions}"], "none.jsonl: cannot be read"),

@@ -204,6 +204,41 @@ def test_lost_output_does_not_end_a_program(monkeypatch):
     assert sys.stderr is None
 
 
+def unread(arguments: list[str], *, unbuffered: bool) -> tuple[int, str]:
+    """Run Python with a pipe that nobody reads as its output. Return exit code and messages."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    variables = environment() | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, env=variables, timeout=120
+    )
+    os.close(writing)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rmsd_fast.train", "--print-config"],
+        ["rmsd_fast.collect", "questions.jsonl", "--out", "pool.jsonl", "--print-config"],
+        ["rmsd_fast.lab", "smoke", "--out", "lab", "--dry-run"],
+    ],
+)
+def test_output_that_nobody_reads_ends_a_program_quietly(arguments):
+    assert unread(["-m", *arguments], unbuffered=True) == (128 + signal.SIGPIPE, "")
+
+
+def test_buffered_output_that_nobody_reads():
+    assert unread(["-m", "rmsd_fast.pool", "check", "--help"], unbuffered=False) == (0, "")
+    assert unread(["-m", "rmsd_fast.train", "--print-config"], unbuffered=False) == (0, "")
+
+
+def test_other_broken_pipes_are_errors():
+    script = "from rmsd_fast.process import run_main\ndef main(): raise BrokenPipeError('a worker')\nrun_main(main)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1 and "BrokenPipeError: a worker" in done.stderr
+
+
 def test_characters_that_a_terminal_cannot_show_are_escaped():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     LenientStream(stream).write("lücke\n")
