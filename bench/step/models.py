@@ -28,9 +28,10 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 from bench.prefix.groups import HIDDEN, LAYERS, TEXTS, make_prompt, make_texts, student_folder
 from rmsd_fast.config import RunConfig
+from rmsd_fast.data.chat_template import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from rmsd_fast.data.media import MediaReader
 from rmsd_fast.data.preprocess import Preprocessor
-from rmsd_fast.data.prompts import END_TOKEN, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Prompt, PromptBuilder
+from rmsd_fast.data.prompts import Prompt, PromptBuilder
 from rmsd_fast.made.student import build_tokenizer
 from rmsd_fast.models.liger import apply_liger, use_liger
 from rmsd_fast.models.shared_prefix import disable_shared_prefix, enable_shared_prefix

@@ -3,7 +3,8 @@
 One JSON object per line:
 ``{"id", "videos": [path], "images": [path], "question", "task_type",
 "options"?, "answer"?, "system"?, "duration"?, "meta"?}``
-A question has at least one video or image. `video` and `image` are also accepted, and null is treated as a missing key.
+A question has at least one video or image. If it is about text alone, both lists are there and empty. `video` and
+`image` are also accepted, and null is treated as a missing key.
 
 `<video>` and `<image>` in the question or its options mark the positions of the media. Without such marks, media come
 before the text. A part of a video is written `{"path": "a.mp4", "start": 3.5, "end": 10}` instead of the path (in
